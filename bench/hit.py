@@ -1,0 +1,253 @@
+"""What a hit costs, against the floor of a raw graph launch: ``python -m bench.hit --engines DIR [NAME ...]``.
+
+Every system runs the same sequence of shapes, interleaved call by call in one process:
+
+- ``raw``: ``cuGraphLaunch`` of graphs captured by hand from the same engine; nothing is put in or taken out;
+- ``torch``: ``torch.cuda.CUDAGraph.replay()`` of such graphs;
+- ``hit``: the wrapped module on other input tensors at every call, handing out fresh outputs;
+- ``eager``: the bare engine module on the same tensors.
+
+All answers are held against torch on the CPU before and after timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bench import raw, record, store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+SEED = 0
+POOL = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call on the device.
+
+    Args:
+        size: Batch size, or number of tokens.
+        inputs: In the order of the engine's bindings.
+        answer: What torch returns, on the CPU.
+    """
+
+    size: int
+    inputs: tuple[Tensor, ...]
+    answer: Tensor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure engine by engine, print one table, record everything."""
+    parser = argparse.ArgumentParser(prog="python -m bench.hit", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=["mlp8", "policy"], metavar="NAME", help="default: mlp8 policy")
+    parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
+    parser.add_argument("--shapes", type=int, nargs="+", default=[1, 4, 8, 32], help="how many shapes alternate")
+    parser.add_argument("--calls", type=int, default=1000, help="timed calls of each system (default 1000)")
+    parser.add_argument("--outputs", nargs="+", default=["copy"], choices=("copy", "view"), help="as in GraphConfig")
+    parser.add_argument("--contexts", choices=("private", "shared"), help="as in GraphConfig")
+    parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
+    parser.add_argument("--max-cpu-us", type=float, metavar="N", help="fail if a hit costs more CPU time")
+    parser.add_argument("--max-ratio", type=float, metavar="N", help="fail if call + sync over raw is more")
+    options = parser.parse_args(arguments)
+    device = record.require_cuda("bench.hit")
+    settings = {} if options.contexts is None else {"contexts": options.contexts}
+    failures: list[str] = []
+    results: list[dict[str, Any]] = []
+    facts = {}
+    with record.stream_scope(options.default_stream), torch.inference_mode():
+        for name in options.names:
+            bundle = store.load(options.engines, name)
+            facts[name] = dict(bundle.facts)
+            for shapes in sorted({min(count, len(bundle.sizes())) for count in options.shapes}):
+                result, failed = _measure(bundle, shapes, device, options.calls, options.outputs, settings)
+                results.append(result)
+                failures += failed
+    failures += _over_limits(results, options.max_cpu_us, options.max_ratio)
+    payload = {
+        "benchmark": "hit",
+        "environment": record.environment(SEED),
+        "engines": facts,
+        "settings": {**settings, "default_stream": options.default_stream, "calls": options.calls, "pool": POOL},
+        "results": results,
+        "failures": failures,
+    }
+    file = record.write("hit", payload, options.out)
+    _print(results)
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    print(f"written to {file}")
+    return 1 if failures else 0
+
+
+def spread(bundle: store.Bundle, count: int) -> list[int]:
+    """Sizes to alternate over, from the smallest to the largest; a single one is what the engine was tuned for."""
+    sizes = bundle.sizes()
+    if count == 1:
+        return [bundle.usual()]
+    return [sizes[round(index * (len(sizes) - 1) / (count - 1))] for index in range(count)]
+
+
+def _measure(
+    bundle: store.Bundle,
+    shapes: int,
+    device: torch.device,
+    calls: int,
+    outputs: Sequence[str],
+    settings: dict[str, str],
+) -> tuple[dict[str, Any], list[str]]:
+    import graphcache
+
+    sizes = spread(bundle, shapes)
+    engine = graphcache.load(bundle.engine)
+    pool = _pool(bundle, sizes, engine, device)
+    wrapped = {}
+    for mode in outputs:
+        inner = engine if mode == outputs[0] else graphcache.load(bundle.engine)
+        name = "hit" if mode == "copy" else f"hit_{mode}"
+        wrapped[name] = graphcache.wrap(inner, max_graphs=len(sizes), outputs=mode, **settings)
+    scratch = torch.empty(max(engine.engine.scratch_bytes, 1), dtype=torch.uint8, device=device)
+    recorded = {size: raw.Recorded(engine, _first(pool, size).inputs, scratch) for size in sizes}
+    graphs = {size: raw.driver_graph(call) for size, call in recorded.items()}
+    by_hand = {
+        "raw": {size: graph.launch for size, graph in graphs.items()},
+        "torch": {size: raw.torch_graph(call) for size, call in recorded.items()},
+    }
+
+    def check(when: str) -> list[str]:
+        found = _wrong("eager", engine, pool)
+        for name, module in wrapped.items():
+            found += _wrong(name, module, pool)
+        for name, launches in by_hand.items():
+            found += _wrong(name, _fed(recorded, launches), pool)
+        return [f"{bundle.name}, {len(sizes)} shapes, {when}: {text}" for text in found]
+
+    failures = check("before timing")
+    before = {name: module.cache_info() for name, module in wrapped.items()}
+    systems = {name: _in_turn([launches[call.size] for call in pool]) for name, launches in by_hand.items()}
+    systems["eager"] = _in_turn([partial(engine, *call.inputs) for call in pool])
+    for name, module in wrapped.items():
+        systems[name] = _in_turn([partial(module, *call.inputs) for call in pool])
+    samples = record.interleave(systems, calls, warmup=2 * len(pool), seed=SEED)
+    cpu = record.bursts(systems, rounds=max(10, calls // 20))
+    for name, module in wrapped.items():
+        after = module.cache_info()
+        if after.captures != before[name].captures or after.eager != before[name].eager or after.evictions:
+            failures.append(
+                f"{bundle.name}, {len(sizes)} shapes: {name} was timed with {after.captures - before[name].captures} "
+                f"captures, {after.evictions} evictions and eager calls {dict(after.eager)}; expected hits only"
+            )
+    failures += check("after timing")
+    floor = record.summarise(samples["raw"].total)["p50"]
+    result = {
+        "engine": bundle.name,
+        "sizes": sizes,
+        "nodes": {size: graph.nodes for size, graph in graphs.items()},
+        "capture_seconds": {name: round(info.capture_seconds, 4) for name, info in before.items()},
+        "graph_bytes": {name: info.nbytes for name, info in before.items()},
+        "systems": {
+            name: {
+                **each.summary(),
+                "cpu_burst_us": cpu[name],
+                "total_over_raw": round(record.summarise(each.total)["p50"] / floor, 4),
+            }
+            for name, each in samples.items()
+        },
+    }
+    torch.cuda.synchronize()
+    for graph in graphs.values():
+        graph.close()
+    for module in wrapped.values():
+        module.close()
+    return result, failures
+
+
+def _pool(bundle: store.Bundle, sizes: Sequence[int], engine: Any, device: torch.device) -> list[Call]:
+    # Sizes take turns, so that a sequence of several shapes changes shape at every call.
+    names = ["input_ids", "attention_mask"] if bundle.facts["kind"] == "sentences" else ["x"]
+    order = [names.index(name) for name in engine.input_binding_names]
+    cases = {size: bundle.cases(size, POOL) for size in sizes}
+    return [
+        Call(size, tuple(cases[size][turn].inputs[index].to(device) for index in order), cases[size][turn].answer)
+        for turn in range(POOL)
+        for size in sizes
+    ]
+
+
+def _first(pool: Sequence[Call], size: int) -> Call:
+    return next(call for call in pool if call.size == size)
+
+
+def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    turns = cycle(calls)
+
+    def call() -> object:
+        return next(turns)()
+
+    return call
+
+
+def _fed(recorded: dict[int, raw.Recorded], launches: dict[int, Callable[[], object]]) -> Callable[..., Tensor]:
+    sizes = {call.inputs[0].shape: size for size, call in recorded.items()}
+
+    def run(*inputs: Tensor) -> Tensor:
+        size = sizes[inputs[0].shape]
+        call = recorded[size]
+        for static, value in zip(call.inputs, inputs, strict=True):
+            static.copy_(value)
+        call.outputs[0].fill_(float("nan"))
+        launches[size]()
+        return call.outputs[0]
+
+    return run
+
+
+def _wrong(name: str, function: Callable[..., Tensor], pool: Sequence[Call]) -> list[str]:
+    errors = [record.relative_error(function(*call.inputs), call.answer) for call in pool]
+    bad = [(call.size, error) for call, error in zip(pool, errors, strict=True) if not error < store.TOLERANCE]
+    return [f"{name}: {len(bad)} of {len(pool)} answers are wrong, such as size, error {bad[0]}"] if bad else []
+
+
+def _over_limits(results: Sequence[dict[str, Any]], max_cpu_us: float | None, max_ratio: float | None) -> list[str]:
+    failures = []
+    for result in results:
+        for name, figures in result["systems"].items():
+            if not name.startswith("hit"):
+                continue
+            label = f"{result['engine']}, {len(result['sizes'])} shapes, {name}"
+            if max_cpu_us is not None and figures["cpu_burst_us"]["p50"] > max_cpu_us:
+                failures.append(f"{label}: {figures['cpu_burst_us']['p50']} µs of CPU, the limit is {max_cpu_us}")
+            if max_ratio is not None and figures["total_over_raw"] > max_ratio:
+                failures.append(f"{label}: {figures['total_over_raw']} times raw, the limit is {max_ratio}")
+    return failures
+
+
+def _print(results: Sequence[dict[str, Any]]) -> None:
+    columns = ["engine", "shapes", "system", "p50 µs", "p90", "p99", "iqr", "over raw", "CPU µs per call"]
+    rows = [
+        [
+            result["engine"],
+            len(result["sizes"]),
+            name,
+            *(figures["total_us"][key] for key in ("p50", "p90", "p99", "iqr")),
+            figures["total_over_raw"],
+            figures["cpu_burst_us"]["p50"],
+        ]
+        for result in results
+        for name, figures in result["systems"].items()
+    ]
+    record.table("call + synchronise", columns, rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

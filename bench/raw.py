@@ -1,0 +1,125 @@
+"""The floor and the common alternative: graphs captured by hand, without graphcache's cache, copies or checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class Recorded:
+    """An engine's call with an execution context and buffers of its own, ready to be captured, by either way or both.
+
+    Args:
+        module: A ``graphcache`` engine module. The context comes from its engine, so that kernels are the same ones.
+        inputs: Inputs on the device; their shapes are captured, their values copied.
+        scratch: At least ``module.engine.scratch_bytes`` bytes on the device; may be shared between calls that follow
+            one another.
+
+    Raises:
+        RuntimeError: If TensorRT refuses the shapes, an address or the enqueue.
+    """
+
+    def __init__(self, module: Any, inputs: Sequence[Tensor], scratch: Tensor) -> None:
+        engine = module.engine
+        self._keep = (engine, scratch)
+        self._context = engine.new_context()
+        if engine.scratch_bytes:
+            self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        self.inputs = [value.clone() for value in inputs]
+        for binding, value in zip(engine.inputs, self.inputs, strict=True):
+            _require(self._context.set_input_shape(binding.name, tuple(value.shape)), f"shape of {binding.name}")
+            _require(self._context.set_tensor_address(binding.name, value.data_ptr()), f"address of {binding.name}")
+        self.outputs = []
+        for binding in engine.outputs:
+            shape = tuple(self._context.get_tensor_shape(binding.name))
+            self.outputs.append(torch.empty(shape, dtype=binding.dtype, device=module.device))
+            address = self.outputs[-1].data_ptr()
+            _require(self._context.set_tensor_address(binding.name, address), f"address of {binding.name}")
+        self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        # The first enqueues of a shape compile and allocate, which a capture does not allow.
+        for _ in range(2):
+            self.enqueue()
+        self.stream.synchronize()
+
+    def enqueue(self) -> None:
+        """Enqueue the engine on this call's stream.
+
+        Raises:
+            RuntimeError: If TensorRT refuses.
+        """
+        _require(self._context.execute_async_v3(self.stream.cuda_stream), "the enqueue")
+
+
+@dataclass(frozen=True)
+class Launchable:
+    """A captured graph.
+
+    Args:
+        launch: Launches it and does nothing else.
+        nodes: How many nodes it has.
+        close: Destroys it; no launch may be under way.
+    """
+
+    launch: Callable[[], object]
+    nodes: int
+    close: Callable[[], object]
+
+
+def driver_graph(call: Recorded) -> Launchable:
+    """Capture a call with the CUDA driver, to be launched by ``cuGraphLaunch`` on the stream that is current now.
+
+    Raises:
+        RuntimeError: If a driver call fails.
+    """
+    from cuda.bindings import driver
+
+    capture = driver.CUstream(call.stream.cuda_stream)
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    _check(driver.cuStreamBeginCapture(capture, mode))
+    try:
+        call.enqueue()
+    finally:
+        graph = _check(driver.cuStreamEndCapture(capture))
+    nodes = int(_check(driver.cuGraphGetNodes(graph, 0))[1])
+    _require(nodes > 0, "a capture with nodes in it")
+    params = driver.CUDA_GRAPH_INSTANTIATE_PARAMS()
+    params.flags = int(driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
+    params.hUploadStream = capture
+    executable = _check(driver.cuGraphInstantiateWithParams(graph, params))
+    call.stream.synchronize()
+    _check(driver.cuGraphDestroy(graph))
+    stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+    # Timed launches are not checked one by one; this one stands for them, and their answers are compared.
+    _check(driver.cuGraphLaunch(executable, stream))
+    torch.cuda.synchronize()
+    return Launchable(
+        partial(driver.cuGraphLaunch, executable, stream), nodes, partial(driver.cuGraphExecDestroy, executable)
+    )
+
+
+def torch_graph(call: Recorded) -> Callable[[], object]:
+    """Capture a call with PyTorch; the function returned is ``torch.cuda.CUDAGraph.replay``."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=call.stream, capture_error_mode="thread_local"):
+        call.enqueue()
+    return graph.replay
+
+
+def _require(done: object, what: str) -> None:
+    if not done:
+        raise RuntimeError(f"TensorRT refused {what}")
+
+
+def _check(result: Any) -> Any:
+    code, *values = result
+    if int(code) != 0:
+        raise RuntimeError(f"the CUDA driver failed with {code.name}")
+    return values[0] if len(values) == 1 else tuple(values)

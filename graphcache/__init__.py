@@ -1,0 +1,16 @@
+"""Run TensorRT engines and PyTorch modules at the cost of one CUDA graph launch, for every shape they keep seeing."""
+
+from graphcache import runtime as runtime
+from graphcache.config import GraphConfig as GraphConfig
+from graphcache.engines.build import build as build
+from graphcache.engines.library import load_plugin_library as load_plugin_library
+from graphcache.errors import Cause as Cause
+from graphcache.errors import GraphCacheError as GraphCacheError
+from graphcache.errors import Reason as Reason
+from graphcache.modules.cached import CachedModule as CachedModule
+from graphcache.modules.cached import CacheInfo as CacheInfo
+from graphcache.modules.cached import wrap as wrap
+from graphcache.modules.engine import EngineModule as EngineModule
+from graphcache.modules.engine import load as load
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Many graphs: what tells two calls apart, which graphs are kept, which calls are not worth another try."""

@@ -1,0 +1,158 @@
+"""Arguments of a call -> what distinguishes it from other calls, and its tensors in order.
+
+Two calls with equal signatures run the same operations on tensors of the same layout, so one captured graph answers
+both. A call of plain tensors is described without looking for anything else; every other structure is walked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphcache.errors import Reason, Refusal
+
+Signature = tuple[Hashable, ...]
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, Sequence[Tensor]]:
+    """The signature of a call, and the tensors in it, depth first.
+
+    Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
+    ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), the grad mode, which
+    tensors require gradients while it is on, and autocast.
+
+    Not told apart are values of tensors, and tensors that overlap from tensors that don't.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments; their order counts, since a module may depend on it.
+
+    Returns:
+        A hashable signature, and the tensors.
+
+    Raises:
+        Refusal: With :attr:`Reason.ARGUMENT`, for an argument that can be neither copied nor told apart by value.
+
+    Example:
+        >>> one, _ = describe((torch.zeros(2, 3), 1), {})
+        >>> two, _ = describe((torch.ones(2, 3), True), {})
+        >>> one == two
+        False
+    """
+    grad = _is_grad_enabled()
+    parts: list[Hashable] = [grad]
+    tensors: Sequence[Tensor] = args
+    if not kwargs:
+        for value in args:
+            if type(value) is not Tensor or value.layout is not torch.strided:
+                break
+            parts += (value.dtype, value.shape, value.stride(), value.device)
+        else:
+            if grad:
+                parts.append(tuple([value.requires_grad for value in args]))
+            if _is_any_autocast_enabled():
+                parts.append(_autocast())
+            return tuple(parts), args
+    parts = [grad]
+    found: list[Tensor] = []
+    tensors = found
+    _walk(args, "args", parts, found)
+    if kwargs:
+        _walk(kwargs, "kwargs", parts, found)
+    if grad:
+        parts.append(tuple([value.requires_grad for value in found]))
+    if _is_any_autocast_enabled():
+        parts.append(_autocast())
+    return tuple(parts), tensors
+
+
+def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
+    """The same arguments with other tensors in the places where :func:`describe` found tensors.
+
+    Args:
+        args: Positional arguments of the call that was described.
+        kwargs: Its keyword arguments.
+        tensors: As many tensors as were found, in the same order.
+
+    Returns:
+        Positional and keyword arguments of the same structure; neither shares a container with the originals.
+
+    Example:
+        >>> substitute(([torch.zeros(1)], 5), {}, [torch.ones(1)])
+        (([tensor([1.])], 5), {})
+    """
+    remaining = iter(tensors)
+    new_args = _replace(args, remaining)
+    return new_args, _replace(kwargs, remaining)
+
+
+def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) -> None:
+    kind = type(value)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        if value.layout is not torch.strided:
+            raise Refusal(Reason.ARGUMENT, where, f"a tensor of layout {value.layout}")
+        parts += (value.dtype, value.shape, value.stride(), value.device)
+        tensors.append(value)
+    elif kind is float:
+        parts.append((float, value.hex()))
+    elif kind is complex:
+        parts.append((complex, value.real.hex(), value.imag.hex()))
+    elif kind in _CONSTANTS or isinstance(value, Enum):
+        parts.append((kind, value))
+    elif kind is tuple or kind is list:
+        parts.append((kind, len(value)))
+        for index, item in enumerate(value):
+            _walk(item, f"{where}[{index}]", parts, tensors)
+    elif kind is dict:
+        parts.append((dict, len(value)))
+        for name, item in value.items():
+            _walk(name, f"a key of {where}", parts, tensors)
+            _walk(item, f"{where}[{name!r}]", parts, tensors)
+    elif kind in _OPEN_CONSTANTS:
+        parts.append((kind, len(_OPEN_CONSTANTS[kind](value))))
+        for item in _OPEN_CONSTANTS[kind](value):
+            _walk(item, where, parts, tensors)
+    elif kind in pytree.SUPPORTED_NODES:
+        children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+        parts.append((kind, len(children), repr(context)))
+        for index, item in enumerate(children):
+            _walk(item, f"{where}[{index}]", parts, tensors)
+    else:
+        raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
+
+
+def _replace(value: Any, tensors: Any) -> Any:
+    kind = type(value)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return next(tensors)
+    if kind is tuple or kind is list:
+        return kind([_replace(item, tensors) for item in value])
+    if kind is dict:
+        return {name: _replace(item, tensors) for name, item in value.items()}
+    if kind in pytree.SUPPORTED_NODES and kind not in _OPEN_CONSTANTS:
+        node = pytree.SUPPORTED_NODES[kind]
+        children, context = node.flatten_fn(value)
+        return node.unflatten_fn([_replace(item, tensors) for item in children], context)
+    return value
+
+
+def _autocast() -> Hashable:
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind))
+
+
+_CONSTANTS = frozenset(
+    {type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+_OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
+    torch.Size: tuple,
+    slice: lambda value: (value.start, value.stop, value.step),
+    range: lambda value: (value.start, value.stop, value.step),
+}

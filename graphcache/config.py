@@ -1,0 +1,156 @@
+"""Options of a wrapped module, the modes of the current context, and the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from graphcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Strategy = Literal["auto", "whole_graph", "per_submodule"]
+Contexts = Literal["private", "shared"]
+OnFailure = Literal["eager", "raise"]
+Weights = Literal["checked", "frozen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig:
+    """How a module is captured, kept and replayed. Every option has a default that is always right.
+
+    Args:
+        strategy: ``"whole_graph"`` captures the module as one graph, ``"per_submodule"`` captures its engines (or
+            ``include``) one by one and runs the rest eagerly, ``"auto"`` tries the first and falls back to the second.
+        include: Names of submodules, as ``named_modules()`` gives them, that ``"per_submodule"`` captures. Empty means
+            every engine in the module.
+        max_graphs: How many graphs are kept, at least 1; the least recently used goes first.
+        max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.
+        verify: Compare every new graph with eager execution, on the caller's inputs and on others, before it is used.
+        contexts: ``"private"`` gives each graph of an engine its own execution context, as NVIDIA documents it to be
+            safe. ``"shared"`` uses one for all, which captures faster and is verified like everything else.
+        weights: ``"checked"`` looks at the address of every parameter and buffer at each hit, so that replaced weights
+            are never missed (about 0.1 µs each). ``"frozen"`` is the caller's promise that they stay where they are.
+            Engines have no parameters and pay nothing.
+        on_failure: ``"eager"`` answers eagerly whatever cannot be captured and says why; ``"raise"`` raises
+            :class:`~graphcache.errors.CaptureError` instead.
+
+    Raises:
+        ConfigError: For a value outside what is listed here.
+
+    Example:
+        >>> GraphConfig(max_graphs=64).max_graphs
+        64
+    """
+
+    strategy: Strategy = "auto"
+    include: tuple[str, ...] = ()
+    max_graphs: int = 32
+    max_bytes: int | None = None
+    verify: bool = True
+    contexts: Contexts = "private"
+    weights: Weights = "checked"
+    on_failure: OnFailure = "eager"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _LITERALS.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not an option; expected one of {', '.join(map(repr, allowed))}")
+        if isinstance(self.include, str) or not all(isinstance(name, str) for name in self.include):
+            raise ConfigError(f"include={self.include!r}: expected a sequence of submodule names, such as ['encoder']")
+        object.__setattr__(self, "include", tuple(self.include))
+        for name in ("max_graphs", "max_bytes"):
+            value = getattr(self, name)
+            if value is None and name == "max_bytes":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}: expected a whole number, 1 or more")
+        if not isinstance(self.verify, bool):
+            raise ConfigError(f"verify={self.verify!r}: expected True or False")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GraphConfig:
+        """Options over the environment over the defaults.
+
+        Raises:
+            ConfigError: For an unknown option, naming the nearest known ones, or a bad value.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; the options are {', '.join(known)}")
+        return replace(cls(**environment_options()), **options)
+
+
+_LITERALS: dict[str, tuple[str, ...]] = {
+    "strategy": get_args(Strategy),
+    "contexts": get_args(Contexts),
+    "weights": get_args(Weights),
+    "on_failure": get_args(OnFailure),
+}
+
+
+def environment_options() -> dict[str, Any]:
+    """The options set through ``GRAPHCACHE_MAX_GRAPHS`` and ``GRAPHCACHE_MAX_BYTES``.
+
+    Raises:
+        ConfigError: If one of them is not a whole number.
+    """
+    found: dict[str, Any] = {}
+    for name in ("max_graphs", "max_bytes"):
+        variable = f"GRAPHCACHE_{name.upper()}"
+        text = os.environ.get(variable, "").strip()
+        if not text:
+            continue
+        if not text.isdecimal() or int(text) < 1:
+            raise ConfigError(f"{variable}={text!r}: expected a whole number, 1 or more")
+        found[name] = int(text)
+    return found
+
+
+def disabled_by_environment() -> bool:
+    """Whether ``GRAPHCACHE_DISABLE`` asks for eager execution everywhere; read when a module is wrapped.
+
+    Raises:
+        ConfigError: For anything but ``0``, ``1``, ``true``, ``false`` or nothing.
+    """
+    text = os.environ.get("GRAPHCACHE_DISABLE", "").strip().lower()
+    if text in ("1", "true"):
+        return True
+    if text in ("", "0", "false"):
+        return False
+    raise ConfigError(f"GRAPHCACHE_DISABLE={text!r}: expected 1, true, 0, false or nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """The modes of the current context, named as in ``torch_tensorrt.runtime``.
+
+    Args:
+        graphs: ``None`` where nobody said anything: wrapped modules use graphs, bare engines don't. ``"off"``
+            runs everything eagerly, ``"subgraph"`` lets bare engines use graphs too, ``"whole_graph"`` is what
+            :func:`graphcache.runtime.enable_cudagraphs` sets for a module captured as a whole.
+        multi_device_safe: Move inputs that lie on another device than the engine, instead of refusing them.
+    """
+
+    graphs: Literal["off", "subgraph", "whole_graph"] | None = None
+    multi_device_safe: bool = False
+
+
+modes: ContextVar[Modes] = ContextVar("graphcache_modes", default=Modes())  # noqa: B039 - Modes is frozen
+
+
+@contextmanager
+def graphs_off() -> Iterator[None]:
+    """Inside, wrapped modules of this context run eagerly: they are part of a call that is being captured."""
+    token = modes.set(replace(modes.get(), graphs="off"))
+    try:
+        yield
+    finally:
+        modes.reset(token)

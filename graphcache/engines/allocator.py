@@ -1,0 +1,103 @@
+"""Outputs whose shape is known only at run time: TensorRT asks for memory while the engine runs."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graphcache.errors import EngineExecutionError
+
+if TYPE_CHECKING:
+    from graphcache.engines.engine import Engine
+
+
+class GrowingOutputs:
+    """One buffer per output of unknown shape, which grows when TensorRT asks for more and never shrinks.
+
+    Args:
+        engine: The engine whose outputs these are.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._allocators: dict[str, Any] = {}
+        self._installed: set[str] = set()
+
+    def install(self, context: Any, name: str) -> None:
+        """Let a context ask this object for the memory of an output, from its next enqueue on."""
+        allocator = self._allocators.get(name)
+        if allocator is None:
+            allocator = self._allocators[name] = _allocator_class(self._engine.trt)(self._engine.device)
+        allocator.start()
+        if name not in self._installed:
+            context.set_output_allocator(name, allocator)
+            self._installed.add(name)
+
+    def remove(self, context: Any, name: str) -> None:
+        """Back to an address of the caller's. An allocator left on an output of known shape would be called inside a
+        capture, and its address frozen."""
+        if name in self._installed:
+            context.set_output_allocator(name, None)
+            self._installed.discard(name)
+
+    def take(self, name: str) -> Tensor:
+        """A copy of an output's buffer in the shape that TensorRT told, on the current stream.
+
+        Raises:
+            EngineExecutionError: If there is no such buffer, because memory ran out or TensorRT never asked.
+        """
+        allocator = self._allocators[name]
+        if allocator.error is not None:
+            raise EngineExecutionError(
+                f"{self._engine.name}: no memory for output {name!r}: {allocator.error}"
+            ) from allocator.error
+        if allocator.shape is None:
+            raise EngineExecutionError(f"{self._engine.name}: TensorRT did not tell the shape of output {name!r}")
+        dtype = next(binding.dtype for binding in self._engine.outputs if binding.name == name)
+        nbytes = math.prod(allocator.shape) * dtype.itemsize
+        fresh = torch.empty(allocator.shape, dtype=dtype, device=self._engine.device)
+        if nbytes:
+            fresh.view(-1).view(torch.uint8).copy_(allocator.buffer[:nbytes])
+        return fresh
+
+
+@cache
+def _allocator_class(trt: Any) -> type:
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]
+        """Called by TensorRT, so nothing may be raised: a failure is kept, and told by the null address."""
+
+        def __init__(self, device: torch.device) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self.device = device
+            self.buffer: Tensor | None = None
+            self.shape: tuple[int, ...] | None = None
+            self.error: Exception | None = None
+
+        def start(self) -> None:
+            """Forget the last run's shape and failure; the memory stays."""
+            self.shape = None
+            self.error = None
+
+        def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int | None:
+            return self.reallocate_output_async(tensor_name, memory, size, alignment, 0)
+
+        def reallocate_output_async(
+            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int | None:
+            try:
+                if self.buffer is None or self.buffer.numel() < size:
+                    grown = max(size, 2 * self.buffer.numel() if self.buffer is not None else 0, 256)
+                    self.buffer = torch.empty(grown, dtype=torch.uint8, device=self.device)
+                return self.buffer.data_ptr()
+            except Exception as error:
+                self.error = error
+                return None
+
+        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+            self.shape = tuple(int(size) for size in shape)
+
+    return Allocator

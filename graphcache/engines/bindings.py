@@ -1,0 +1,208 @@
+"""The named inputs and outputs of an engine, and what may be given for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from graphcache.errors import (
+    EngineError,
+    InputCountError,
+    InputDeviceError,
+    InputDtypeError,
+    InputRankError,
+    InputTypeError,
+    ProfileRangeError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """One input or output of an engine.
+
+    Args:
+        name: TensorRT's name for it.
+        is_input: Whether it is an input.
+        dtype: As torch has it.
+        shape: Sizes as built; -1 where they depend on the call.
+        on_host: Whether TensorRT reads or writes it in host memory (a shape tensor).
+        ranges: Per optimisation profile and axis, the smallest and largest size; for a host shape tensor, of its
+            values. Empty for outputs.
+    """
+
+    name: str
+    is_input: bool
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    on_host: bool
+    ranges: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    def fits(self, value: Tensor, profile: int) -> bool:
+        """Whether every size (for a host shape tensor: every value) lies inside a profile."""
+        got = value.flatten().tolist() if self.on_host else value.shape
+        return all(low <= size <= high for size, (low, high) in zip(got, self.ranges[profile], strict=False))
+
+
+def read_bindings(engine: Any, trt: Any) -> tuple[Binding, ...]:
+    """The bindings of a deserialised engine, in its own order.
+
+    Raises:
+        EngineError: For a binding of a dtype that torch does not have.
+    """
+    return tuple(_read(engine, trt, engine.get_tensor_name(index)) for index in range(engine.num_io_tensors))
+
+
+def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Any], device: torch.device) -> None:
+    """Hold inputs against their bindings, all but the profile ranges.
+
+    Args:
+        engine_name: For the messages.
+        bindings: The input bindings, in the order of a call.
+        inputs: What was given.
+        device: The engine's device.
+
+    Raises:
+        InputCountError: Too many or too few.
+        InputTypeError: Not a tensor.
+        InputDtypeError: Another dtype than the binding's.
+        InputDeviceError: On another device; host shape tensors may lie anywhere.
+        InputRankError: Another number of dimensions.
+        ProfileRangeError: Another size where the engine has a fixed one.
+    """
+    if len(inputs) != len(bindings):
+        names = ", ".join(binding.name for binding in bindings)
+        raise InputCountError(f"{engine_name} takes {len(bindings)} inputs ({names}), {len(inputs)} were given")
+    for binding, value in zip(bindings, inputs, strict=True):
+        label = f"input {binding.name!r} of {engine_name}"
+        if not isinstance(value, Tensor):
+            raise InputTypeError(
+                f"{label} is of type {type(value).__name__}; expected a torch.Tensor of {binding.dtype}"
+            )
+        if value.dtype is not binding.dtype:
+            raise InputDtypeError(f"{label} is {value.dtype}, the engine takes {binding.dtype}; {_cast(binding.dtype)}")
+        if value.device != device and not binding.on_host:
+            raise InputDeviceError(
+                f"{label} lies on {value.device}, the engine on {device}; move it with .to('{device}'), or let "
+                f"graphcache.runtime.set_multi_device_safe_mode(True) move it at every call"
+            )
+        if value.dim() != len(binding.shape):
+            raise InputRankError(
+                f"{label} has {value.dim()} dimensions {tuple(value.shape)}, the engine takes {len(binding.shape)} "
+                f"{_text(binding.shape)}"
+            )
+        for axis, (got, built) in enumerate(zip(value.shape, binding.shape, strict=True)):
+            if built >= 0 and got != built:
+                raise ProfileRangeError(
+                    f"{label} has shape {tuple(value.shape)}, but axis {axis} of the engine has the fixed size {built} "
+                    f"{_text(binding.shape)}"
+                )
+
+
+def choose_profile(
+    engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Tensor], current: int, count: int
+) -> int:
+    """The optimisation profile for some inputs: the current one if it fits, else the first that does.
+
+    Args:
+        engine_name: For the message.
+        bindings: The input bindings, in the order of a call.
+        inputs: Inputs that :func:`check_inputs` accepted.
+        current: The active profile.
+        count: How many profiles the engine has.
+
+    Raises:
+        ProfileRangeError: If none fits, with every profile's ranges for the input that is at fault.
+    """
+    candidates: list[int] = [current, *range(count)]
+    for profile in candidates:
+        if all(binding.fits(value, profile) for binding, value in zip(bindings, inputs, strict=True)):
+            return profile
+    for binding, value in zip(bindings, inputs, strict=True):
+        if not any(binding.fits(value, profile) for profile in range(count)):
+            raise out_of_range(engine_name, binding, value, range(count))
+    raise ProfileRangeError(
+        f"each input of {engine_name} fits some optimisation profile, but no single profile fits them all: "
+        + "; ".join(f"{b.name} is {tuple(v.shape)}" for b, v in zip(bindings, inputs, strict=True))
+        + ". Rebuild the engine with a profile that covers them together"
+    )
+
+
+def out_of_range(engine_name: str, binding: Binding, value: Tensor, profiles: Sequence[int]) -> ProfileRangeError:
+    """The error for an input that lies outside some profiles."""
+    what = f"values {value.flatten().tolist()}" if binding.on_host else f"shape {tuple(value.shape)}"
+    ranges = "; ".join(
+        f"profile {profile}: "
+        + " x ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in binding.ranges[profile])
+        for profile in profiles
+    )
+    return ProfileRangeError(
+        f"input {binding.name!r} of {engine_name} has {what}, outside the engine's range ({ranges}); "
+        f"rebuild the engine with shapes that cover it, or split the call"
+    )
+
+
+def torch_dtype(trt: Any, dtype: Any, name: str) -> torch.dtype:
+    """The torch dtype of a TensorRT dtype.
+
+    Raises:
+        EngineError: If torch has none that is laid out the same.
+    """
+    found = _DTYPES.get(str(dtype).rsplit(".", 1)[-1])
+    torch_type = getattr(torch, found, None) if found else None
+    if torch_type is None:
+        raise EngineError(
+            f"binding {name!r} has the TensorRT dtype {dtype}, which torch {torch.__version__} cannot hold; "
+            f"rebuild the engine with a cast to one of {', '.join(sorted(_DTYPES))} at this binding"
+        )
+    return cast("torch.dtype", torch_type)
+
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+    "FP8": "float8_e4m3fn",
+    "E8M0": "float8_e8m0fnu",
+}
+
+
+def _read(engine: Any, trt: Any, name: str) -> Binding:
+    is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+    on_host = engine.get_tensor_location(name) == trt.TensorLocation.HOST
+    shape = tuple(engine.get_tensor_shape(name))
+    ranges = []
+    if is_input:
+        for profile in range(engine.num_optimization_profiles):
+            if on_host:
+                low, _, high = _profile_values(engine, name, profile) or ((), (), ())
+            else:
+                low, _, high = engine.get_tensor_profile_shape(name, profile)
+            ranges.append(tuple((int(a), int(b)) for a, b in zip(low, high, strict=True)))
+    dtype = torch_dtype(trt, engine.get_tensor_dtype(name), name)
+    return Binding(name, is_input, dtype, shape, on_host, tuple(ranges))
+
+
+def _profile_values(engine: Any, name: str, profile: int) -> Sequence[Sequence[int]]:
+    try:
+        # What the bindings of TensorRT-RTX 1.5 and TensorRT 11 take; their documentation has it the other way round.
+        found: Sequence[Sequence[int]] = engine.get_tensor_profile_values(profile, name)
+    except TypeError:
+        found = engine.get_tensor_profile_values(name, profile)
+    return found
+
+
+def _cast(dtype: torch.dtype) -> str:
+    return f"convert it with .to({dtype}) (nothing is cast silently)"
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "[" + ", ".join("any" if size < 0 else str(size) for size in shape) + "]"

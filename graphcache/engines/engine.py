@@ -1,0 +1,148 @@
+"""A deserialised TensorRT engine: its bindings, its profiles, its memory, and the contexts made from it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from graphcache.engines.bindings import Binding, read_bindings
+from graphcache.engines.header import check_header
+from graphcache.engines.library import Library, library, require_gpu, words
+from graphcache.errors import ConfigError, EngineError, EngineExecutionError, EngineFormatError, EngineVersionError
+
+
+class Engine:
+    """An engine on the current CUDA device. It owns the weights there, and the kernels compiled for them.
+
+    Several contexts of one engine may run at once if they do not share scratch memory; the engine itself is read only.
+
+    Args:
+        serialized: The engine file's bytes.
+        inputs: Names of the inputs in the order of a call; ``None`` for the engine's own order.
+        outputs: Likewise for the outputs.
+        name: What messages call it; the engine's own name if empty.
+        tensorrt: The flavour of TensorRT, see :func:`graphcache.engines.library.library`.
+
+    Raises:
+        EngineFormatError: If the bytes are not an engine, or not all of one.
+        EngineVersionError: If another version or flavour of TensorRT built it, or for another GPU.
+        EngineError: If TensorRT refuses it for another reason, or a binding has a dtype that torch lacks.
+        ConfigError: If a name is not one of the engine's.
+        NoGpuError: If there is no CUDA device.
+        TensorRTNotFoundError: If no flavour of TensorRT is installed.
+    """
+
+    def __init__(
+        self,
+        serialized: bytes,
+        *,
+        inputs: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = None,
+        name: str = "",
+        tensorrt: str | None = None,
+    ) -> None:
+        self.library = library(tensorrt)
+        self.trt: Any = self.library.module
+        label = name or "the engine"
+        if not isinstance(serialized, (bytes, bytearray, memoryview)):
+            raise EngineFormatError(f"{label}: expected the bytes of an engine, got {type(serialized).__name__}")
+        serialized = bytes(serialized)
+        check_header(serialized, flavour=self.library.flavour, version=self.library.version, label=label)
+        require_gpu(f"running {label}")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._lock = threading.Lock()
+        self._runtime = self.trt.Runtime(self.library.logger)
+        with self.said() as said:
+            self._engine = self._runtime.deserialize_cuda_engine(serialized)
+        if self._engine is None:
+            raise _refused(label, said, self.library, self._runtime, serialized)
+        self.name = name or self._engine.name or "engine"
+        bindings = {binding.name: binding for binding in read_bindings(self._engine, self.trt)}
+        self.inputs = _in_order(self.name, "input", inputs, [b for b in bindings.values() if b.is_input])
+        self.outputs = _in_order(self.name, "output", outputs, [b for b in bindings.values() if not b.is_input])
+        self.profiles = int(self._engine.num_optimization_profiles)
+        self.scratch_bytes = int(self._engine.device_memory_size_v2)
+        self.streams_weights = int(getattr(self._engine, "streamable_weights_size", 0)) > 0
+        self._config: Any = None
+
+    def said(self) -> AbstractContextManager[list[str]]:
+        """Collects what TensorRT logs as errors in this thread, for messages."""
+        found: AbstractContextManager[list[str]] = self.library.logger.collect()
+        return found
+
+    def new_context(self) -> Any:
+        """A TensorRT execution context without scratch memory of its own.
+
+        TensorRT-RTX compiles kernels at run time: contexts of one engine share what was compiled (a runtime cache), and
+        compile the kernels of a new shape before running it rather than behind its back (``EAGER``), where a capture
+        would freeze the fallback kernel.
+
+        Raises:
+            EngineExecutionError: If TensorRT refuses.
+        """
+        trt = self.trt
+        with self._lock, self.said() as said:
+            if self._config is None:
+                self._config = self._engine.create_runtime_config()
+                self._config.set_execution_context_allocation_strategy(
+                    trt.ExecutionContextAllocationStrategy.USER_MANAGED
+                )
+                if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+                    self._config.dynamic_shapes_kernel_specialization_strategy = (
+                        trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                    )
+                    self._config.set_runtime_cache(self._config.create_runtime_cache())
+            context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise EngineExecutionError(f"{self.name}: no execution context: {words(said)}")
+        return context
+
+    def close(self) -> None:
+        """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""
+        self._config = self._engine = self._runtime = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._engine is None
+
+
+def _refused(label: str, said: Sequence[str], found: Library, runtime: Any, serialized: bytes) -> EngineError:
+    """The error for an engine that TensorRT did not take, from what it said and what it finds in the header."""
+    trt = found.module
+    flags = []
+    if hasattr(runtime, "get_engine_validity"):
+        _, diagnostics = runtime.get_engine_validity(serialized)
+        members = trt.EngineInvalidityDiagnostics.__members__
+        flags = [name for name, member in members.items() if int(diagnostics) & int(member)]
+    told = words([*flags, *said])
+    seen = f"{label} ({len(serialized)} bytes) was refused by {found.flavour} {found.version}: {told}"
+    low = told.lower()
+    if any(sign in low for sign in _OTHER_MACHINE):
+        return EngineVersionError(
+            f"{seen}. An engine runs only under the version, and on the kind of GPU, it was built for: build it again "
+            f"here, or install the version that built it"
+        )
+    if any(sign in low for sign in _NOT_AN_ENGINE):
+        return EngineFormatError(
+            f"{seen}. Expected a complete engine file of {found.flavour}; build it with graphcache.build, or copy the "
+            f"file again"
+        )
+    return EngineError(f"{seen}. Build it again here, or try another flavour with GRAPHCACHE_TENSORRT")
+
+
+_OTHER_MACHINE = ("version_mismatch", "version tag", "unsupported_cc", "compute capability", "serialization version")
+_NOT_AN_ENGINE = ("malformed", "magic", "serialization assertion", "corrupt", "nothing")
+
+
+def _in_order(engine: str, what: str, names: Sequence[str] | None, found: Sequence[Binding]) -> tuple[Binding, ...]:
+    if names is None:
+        return tuple(found)
+    known = {binding.name: binding for binding in found}
+    if sorted(names) != sorted(known):
+        raise ConfigError(f"{engine} has the {what}s {', '.join(known)}; the {what} names given are {', '.join(names)}")
+    return tuple(known[name] for name in names)

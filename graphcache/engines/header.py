@@ -1,0 +1,78 @@
+"""What the first bytes of a TensorRT-RTX engine tell, without TensorRT and without a GPU.
+
+TensorRT-RTX deserialises nothing where there is no device, and its own validity check reads only the header. So the
+header is read here: a truncated or foreign file is named as such on any machine. The layout was read off files of
+versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes); a header of another kind is left to TensorRT to judge.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from graphcache.errors import EngineFormatError, EngineVersionError
+
+_LAYOUT = struct.Struct("<4sIQQ4B")
+_MAGIC = b"vtrt"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of a TensorRT-RTX engine file.
+
+    Args:
+        nbytes: How long the whole file is, in bytes.
+        version: The version that built it, such as ``"1.5.0.114"``.
+    """
+
+    nbytes: int
+    version: str
+
+
+def read_header(serialized: bytes) -> Header | None:
+    """The header, or ``None`` if the bytes do not begin with one.
+
+    Example:
+        >>> read_header(b"not an engine") is None
+        True
+    """
+    if len(serialized) < _LAYOUT.size:
+        return None
+    magic, _, _, nbytes, *version = _LAYOUT.unpack_from(serialized)
+    return Header(nbytes, ".".join(map(str, version))) if magic == _MAGIC else None
+
+
+def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -> None:
+    """Refuse what can be told from the bytes alone, before TensorRT sees them.
+
+    Args:
+        serialized: The engine file's bytes.
+        flavour: The flavour of TensorRT that is to run them; only TensorRT-RTX's header is known here.
+        version: Its version.
+        label: What messages call the engine.
+
+    Raises:
+        EngineFormatError: If they are none, another file's, or fewer than the header says.
+        EngineVersionError: If another version of TensorRT-RTX built them.
+    """
+    if len(serialized) == 0:
+        raise EngineFormatError(f"{label}: expected the bytes of an engine, got none; was the file written completely?")
+    if flavour != "tensorrt_rtx":
+        return
+    header = read_header(serialized)
+    if header is None:
+        raise EngineFormatError(
+            f"{label} is not a TensorRT-RTX engine: its {len(serialized)} bytes begin with {serialized[:8]!r}, an "
+            f"engine's with {_MAGIC!r}; an ONNX model goes through graphcache.build first, an engine of another "
+            f"flavour of TensorRT runs with GRAPHCACHE_TENSORRT=tensorrt"
+        )
+    if header.nbytes != len(serialized):
+        raise EngineFormatError(
+            f"{label} has {len(serialized)} bytes, its header says {header.nbytes}; it was truncated or something was "
+            f"appended, so copy the file again or build it with graphcache.build"
+        )
+    if header.version != version:
+        raise EngineVersionError(
+            f"{label} was built by TensorRT-RTX {header.version}, and {version} is installed; an engine runs only "
+            f"under the version that built it, so build it again, or pip install tensorrt-rtx=={header.version}"
+        )

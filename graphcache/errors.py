@@ -1,0 +1,261 @@
+"""What can go wrong, and why a call ran eagerly.
+
+::
+
+    GraphCacheError
+    ├── ConfigError (ValueError)              an option, a mode or an environment variable
+    ├── InputError (ValueError)               what a module was called with
+    │   ├── InputCountError (TypeError)       too many, too few, unknown or repeated names
+    │   ├── InputTypeError (TypeError)        not a tensor
+    │   ├── InputDtypeError (TypeError)
+    │   ├── InputDeviceError
+    │   ├── InputRankError
+    │   └── ProfileRangeError                 a size outside every optimisation profile
+    ├── EngineError (RuntimeError)
+    │   ├── EngineFormatError (ValueError)    truncated, or not an engine
+    │   ├── EngineVersionError                built by another TensorRT, or for another GPU
+    │   ├── EngineBuildError                  ONNX to engine
+    │   └── EngineExecutionError              TensorRT refused to run it
+    ├── CaptureError (RuntimeError)           only with on_failure="raise"
+    ├── ModeConflictError (RuntimeError)      graphs together with an output allocator, when strict
+    ├── ClosedError (RuntimeError)
+    ├── NoGpuError (RuntimeError)
+    ├── CudaError (RuntimeError)              a driver call failed
+    └── TensorRTNotFoundError (ModuleNotFoundError)
+
+Every message says what happened, what was seen, what would have been right, and what to do next.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class GraphCacheError(Exception):
+    """Base of everything graphcache raises on purpose."""
+
+
+class ConfigError(GraphCacheError, ValueError):
+    """An option, a mode or an environment variable has a value that means nothing."""
+
+
+class InputError(GraphCacheError, ValueError):
+    """A module was called with something it cannot take."""
+
+
+class InputCountError(InputError, TypeError):
+    """Too many or too few inputs, or a name that the module does not have."""
+
+
+class InputTypeError(InputError, TypeError):
+    """An input is not a tensor."""
+
+
+class InputDtypeError(InputError, TypeError):
+    """An input has another dtype than its binding. graphcache never casts silently."""
+
+
+class InputDeviceError(InputError):
+    """An input lies on another device than the engine."""
+
+
+class InputRankError(InputError):
+    """An input has another number of dimensions than its binding."""
+
+
+class ProfileRangeError(InputError):
+    """A size lies outside every optimisation profile of the engine."""
+
+
+class EngineError(GraphCacheError, RuntimeError):
+    """Something about a TensorRT engine."""
+
+
+class EngineFormatError(EngineError, ValueError):
+    """The bytes are not a TensorRT engine, or not all of one."""
+
+
+class EngineVersionError(EngineError):
+    """The engine was built by another TensorRT version or flavour, or for another GPU."""
+
+
+class EngineBuildError(EngineError):
+    """An ONNX model could not be built into an engine."""
+
+
+class EngineExecutionError(EngineError):
+    """TensorRT refused to run an engine."""
+
+
+class CaptureError(GraphCacheError, RuntimeError):
+    """A call could not be captured, and ``on_failure="raise"`` was asked for."""
+
+
+class ModeConflictError(GraphCacheError, RuntimeError):
+    """CUDA graphs and a dynamic output allocator were asked for together, in ``strict`` mode."""
+
+
+class ClosedError(GraphCacheError, RuntimeError):
+    """An engine, a module or a graph was used after ``close()``."""
+
+
+class NoGpuError(GraphCacheError, RuntimeError):
+    """Something needs a CUDA device, and there is none."""
+
+
+class CudaError(GraphCacheError, RuntimeError):
+    """A CUDA driver call failed; the message names the call and the driver's own code."""
+
+
+class TensorRTNotFoundError(GraphCacheError, ModuleNotFoundError):
+    """No flavour of TensorRT can be imported."""
+
+
+class Reason(enum.Enum):
+    """Why a call ran eagerly. The names are stable: counters and metrics are labelled with them.
+
+    Each member has a ``sentence`` (what is the case) and a ``remedy`` (what would change it).
+
+    Example:
+        >>> Reason.OUTPUT_ALLOCATOR.value
+        'output_allocator'
+    """
+
+    sentence: str
+    remedy: str
+
+    def __new__(cls, value: str, sentence: str, remedy: str) -> Reason:
+        member = object.__new__(cls)
+        member._value_ = value
+        member.sentence = sentence
+        member.remedy = remedy
+        return member
+
+    DISABLED = (
+        "disabled",
+        "CUDA graphs are switched off here",
+        "call set_cudagraphs_mode(True), or leave the block that switched them off; unset GRAPHCACHE_DISABLE",
+    )
+    OUTPUT_ALLOCATOR = (
+        "output_allocator",
+        "an output's shape is known only at run time, so TensorRT allocates it during the call",
+        "nothing, if the shape really depends on the data; otherwise do not ask for the output allocator",
+    )
+    DATA_DEPENDENT = (
+        "data_dependent",
+        "the shape of a result depends on the values of the inputs",
+        "move the operation out of the module, or graph the parts around it (strategy='per_submodule')",
+    )
+    HOST_READ = (
+        "host_read",
+        "the host reads a value that the device computes",
+        "keep the value on the device, or graph the parts around it (strategy='per_submodule')",
+    )
+    NOT_CAPTURABLE = (
+        "not_capturable",
+        "TensorRT refused to enqueue the engine into a capture (loops, conditionals and some layers forbid it)",
+        "rebuild the network without them, or leave it eager",
+    )
+    CAPTURE_FAILED = (
+        "capture_failed",
+        "the capture failed",
+        "read the detail; the call was answered eagerly and will be for this signature",
+    )
+    EMPTY_GRAPH = (
+        "empty_graph",
+        "the capture ended without a single node",
+        "nothing: there is no work in this call that a graph could launch",
+    )
+    MISMATCH = (
+        "mismatch",
+        "the captured graph did not give the eager answer, so it was thrown away",
+        "report it, with the engine; the eager answer is the one returned",
+    )
+    NONDETERMINISTIC = (
+        "nondeterministic",
+        "eager execution itself gives different answers for the same inputs, so no graph can be verified",
+        "check the eager answers against a reference first: this engine or module may be wrong on this device",
+    )
+    RANDOM = (
+        "random",
+        "the module draws random numbers",
+        "call module.eval() if it is dropout",
+    )
+    MUTATES = (
+        "mutates",
+        "the module changes its inputs, its parameters or its buffers in place",
+        "call module.eval() if it is a running statistic; otherwise keep the state outside the module",
+    )
+    ALIASES_STATE = (
+        "aliases_state",
+        "an output is a view of the module's own parameters or buffers, or a reshaping view of an input",
+        "return a copy of it",
+    )
+    GRAD = (
+        "grad",
+        "the call may need gradients, which a replay does not record",
+        "call it under torch.inference_mode() or torch.no_grad(), or module.requires_grad_(False)",
+    )
+    TRACING = (
+        "tracing",
+        "torch.compile, torch.export or another tracer is running the module",
+        "nothing: wrap the result instead",
+    )
+    OUTER_CAPTURE = (
+        "outer_capture",
+        "the caller's stream is being captured, so the work was enqueued into that capture",
+        "nothing: the outer graph contains it",
+    )
+    ARGUMENT = (
+        "argument",
+        "an argument can be neither copied into a graph nor told apart by value",
+        "pass tensors, numbers, strings, None, and tuples, lists or dictionaries of them",
+    )
+    OUTPUT = (
+        "output",
+        "the module returned something that a replay could not return again",
+        "return tensors, plain values, and tuples, lists or dictionaries of them",
+    )
+    OVER_BUDGET = (
+        "over_budget",
+        "the graph would not fit the cache's budget",
+        "raise max_graphs or max_bytes, or unpin graphs",
+    )
+    OUT_OF_MEMORY = (
+        "out_of_memory",
+        "the device had no room for the graph's buffers",
+        "lower max_graphs or max_bytes",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A reason, with where it arose and what was seen there.
+
+    Args:
+        reason: Why.
+        where: The engine, submodule or argument concerned; empty for the module as a whole.
+        detail: What TensorRT, CUDA or PyTorch said, in one line; empty if nothing.
+
+    Example:
+        >>> print(Cause(Reason.RANDOM, where="head.dropout"))
+        random: the module draws random numbers (at head.dropout). To change that: call module.eval() if it is dropout.
+    """
+
+    reason: Reason
+    where: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = f" (at {self.where})" if self.where else ""
+        detail = f": {self.detail.rstrip('.')}" if self.detail else ""
+        return f"{self.reason.value}: {self.reason.sentence}{where}{detail}. To change that: {self.reason.remedy}."
+
+
+class Refusal(Exception):
+    """Raised inside a capture to say why it cannot be; never reaches the user."""
+
+    def __init__(self, reason: Reason, where: str = "", detail: str = "") -> None:
+        self.cause = Cause(reason, where, detail)
+        super().__init__(str(self.cause))

@@ -1,0 +1,106 @@
+"""What happened: counters that are always kept, and events for those who subscribe.
+
+A hit costs its graph one integer addition; it raises an event only while somebody listens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphcache.errors import Cause, Reason
+
+log = logging.getLogger("graphcache")
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph was captured, verified and stored.
+
+    Args:
+        key: What it answers from now on.
+        seconds: What capturing took, all of it.
+        nodes: How many nodes the graph has.
+        nbytes: How much memory the graph owns, in bytes.
+    """
+
+    key: Hashable
+    seconds: float
+    nodes: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A graph was closed to make room, because it was stale, or because its owner was closed."""
+
+    key: Hashable
+    hits: int
+
+
+@dataclass(frozen=True, slots=True)
+class RanEagerly:
+    """A call was answered without a graph, and why."""
+
+    cause: Cause
+
+
+Event = Captured | Evicted | RanEagerly
+Subscriber = Callable[[Event], None]
+
+
+@dataclass
+class Ledger:
+    """The account of one module.
+
+    Args:
+        name: The module's name, for messages.
+    """
+
+    name: str
+    captures: int = 0
+    evictions: int = 0
+    capture_seconds: float = 0.0
+    eager: Counter[Reason] = field(default_factory=Counter)
+    retired_hits: int = 0
+    subscribers: list[Subscriber] = field(default_factory=list)
+    _told: set[Cause] = field(default_factory=set)
+
+    def captured(self, event: Captured) -> None:
+        """Count a capture."""
+        self.captures += 1
+        self.capture_seconds += event.seconds
+        log.debug("%s: captured %d nodes in %.3f s for %s", self.name, event.nodes, event.seconds, event.key)
+        self._publish(event)
+
+    def evicted(self, event: Evicted) -> None:
+        """Count an eviction; the hits of the graph stay in the account."""
+        self.evictions += 1
+        self.retired_hits += event.hits
+        self._publish(event)
+
+    def ran_eagerly(self, cause: Cause) -> None:
+        """Count an eager call; the first of each cause is logged, as a warning unless it was asked for."""
+        self.eager[cause.reason] += 1
+        if cause not in self._told:
+            if len(self._told) >= _MAX_TOLD:
+                self._told.clear()
+            self._told.add(cause)
+            level = logging.INFO if cause.reason.value in _EXPECTED else logging.WARNING
+            log.log(level, "%s ran eagerly: %s (Said once; later calls are counted.)", self.name, cause)
+        self._publish(RanEagerly(cause))
+
+    def _publish(self, event: Event) -> None:
+        for subscriber in tuple(self.subscribers):
+            try:
+                subscriber(event)
+            except Exception:
+                log.exception("%s: a subscriber failed on %s; the call goes on", self.name, type(event).__name__)
+
+
+_EXPECTED = frozenset({"disabled", "tracing", "outer_capture"})
+_MAX_TOLD = 256

@@ -1,0 +1,1 @@
+"""One graph: captured, replayed, verified, destroyed. The only room that captures and launches."""

@@ -1,0 +1,122 @@
+"""The CUDA driver through cuda-python: the calls a graph needs, each checked, by the driver's own names.
+
+Nothing here is imported before a CUDA graph is made, so that a machine without CUDA needs no cuda-python.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from graphcache.errors import CudaError
+
+
+@cache
+def binding() -> Any:
+    """``cuda.bindings.driver``.
+
+    Raises:
+        CudaError: If cuda-python is not installed.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise CudaError(f"CUDA graphs need cuda-python ({error}); pip install cuda-python") from error
+    return driver
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call a driver function by name.
+
+    Returns:
+        Nothing, its one result, or a tuple of its results.
+
+    Raises:
+        CudaError: With the function's name and the driver's code, if it fails.
+    """
+    code, *results = getattr(binding(), name)(*args)
+    if int(code) != 0:
+        raise CudaError(f"{name} failed with {code.name} ({int(code)}){_hint(code.name)}")
+    return None if not results else results[0] if len(results) == 1 else tuple(results)
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a stream is being captured by anyone; ``stream`` is a raw handle, 0 for the legacy default stream."""
+    driver = binding()
+    code, status = driver.cuStreamIsCapturing(stream)
+    if code == driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+        # The legacy stream, while another stream is captured in global mode.
+        return True
+    if int(code) != 0:
+        raise CudaError(f"cuStreamIsCapturing failed with {code.name} ({int(code)})")
+    return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+
+def new_stream() -> Any:
+    """A stream that does not wait for the legacy default stream (``CU_STREAM_NON_BLOCKING``)."""
+    return call("cuStreamCreate", binding().CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+
+def new_event() -> Any:
+    """An event without timing, which is cheaper to record."""
+    return call("cuEventCreate", binding().CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+
+def order(event: Any, before: Any, after: Any) -> None:
+    """What is on stream ``after`` from now on waits for what is on stream ``before`` by now; the host does not."""
+    call("cuEventRecord", event, before)
+    call("cuStreamWaitEvent", after, event, 0)
+
+
+def begin_capture(stream: Any) -> None:
+    """Start capturing a stream in thread-local mode: what other threads allocate or copy does not break it."""
+    call("cuStreamBeginCapture", stream, binding().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+
+
+def end_capture(stream: Any) -> Any:
+    """End a capture that may have failed.
+
+    Returns:
+        The graph, or ``None`` if the capture was invalidated. Either way the stream is usable again.
+
+    Raises:
+        CudaError: If the stream was not being captured by this thread.
+    """
+    driver = binding()
+    code, graph = driver.cuStreamEndCapture(stream)
+    if int(code) == 0:
+        return graph
+    invalidated = (
+        driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
+        driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED,
+    )
+    if code in invalidated:
+        if int(graph):
+            driver.cuGraphDestroy(graph)
+        return None
+    raise CudaError(f"cuStreamEndCapture failed with {code.name} ({int(code)})")
+
+
+def node_count(graph: Any) -> int:
+    """How many nodes a ``CUgraph`` has."""
+    _, count = call("cuGraphGetNodes", graph, 0)
+    return int(count)
+
+
+def instantiate(graph: Any, stream: Any) -> Any:
+    """An executable graph, uploaded on ``stream`` so that the first launch costs no more than the others."""
+    driver = binding()
+    params = driver.CUDA_GRAPH_INSTANTIATE_PARAMS()
+    params.flags = int(driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
+    params.hUploadStream = stream
+    executable = call("cuGraphInstantiateWithParams", graph, params)
+    call("cuStreamSynchronize", stream)
+    return executable
+
+
+def _hint(name: str) -> str:
+    if name in ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"):
+        return "; an earlier kernel of this process failed and the CUDA context is lost: restart the process"
+    if name == "CUDA_ERROR_OUT_OF_MEMORY":
+        return "; lower max_graphs or max_bytes, or free device memory"
+    return ""

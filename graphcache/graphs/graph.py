@@ -1,0 +1,46 @@
+"""The contract of a graph, on the device and on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+Body = Callable[[], Sequence[Tensor]]
+"""What is captured: runs the work on the static inputs and returns its output tensors, the same ones every time."""
+
+
+class Graph(Protocol):
+    """One recorded call, with its static buffers. It owns them, and everything the recording refers to.
+
+    A replay puts the inputs in, launches, and hands fresh outputs out, all in the order of the caller's stream. Replays
+    of one graph from several threads and streams follow one another; none sees another's inputs or outputs.
+    """
+
+    @property
+    def nodes(self) -> int:
+        """How many operations one launch runs."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that only this graph keeps alive, in bytes."""
+
+    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run the graph on other inputs.
+
+        Args:
+            inputs: As many tensors as were captured, of the same shapes, dtypes and device. They are not changed.
+
+        Returns:
+            Fresh tensors that belong to the caller.
+
+        Raises:
+            ClosedError: After :meth:`close`.
+        """
+
+    def poison(self) -> None:
+        """Overwrite static inputs and outputs (with NaN, or -1), so that a replay that does not read or write shows."""
+
+    def close(self) -> None:
+        """Wait for the last replay, then release everything; a second time does nothing."""

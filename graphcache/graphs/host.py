@@ -1,0 +1,218 @@
+"""A graph on the CPU: the call is recorded once as a list of operations and replayed over static inputs.
+
+Recording sits below autograd and autocast (``TorchDispatchMode``), where a call has become the operations that touch
+memory, as a CUDA capture sees kernels. It refuses what a CUDA capture refuses: a value read by the host, a shape that
+depends on values, a change made in place to memory that outlives the call. And it freezes what a CUDA graph freezes:
+addresses of parameters, Python numbers, the path taken through ``if``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphcache.errors import ClosedError, Reason, Refusal
+from graphcache.graphs.buffers import fill_bytes, nbytes_of
+from graphcache.graphs.graph import Body
+
+_Fill = tuple[Any, Any, int]
+
+
+class HostGraph:
+    """A recorded call; see :class:`~graphcache.graphs.graph.Graph` for the contract."""
+
+    def __init__(self, inputs: Sequence[Tensor], tape: _Tape, outputs: Sequence[Tensor], lock: threading.RLock) -> None:
+        self._inputs: list[Tensor] | None = list(inputs)
+        self._steps = tape.steps
+        self._slots = tape.slot_count
+        self._outputs = [tape.slot_of(tensor) for tensor in outputs]
+        self._lock = lock
+        self._nbytes = nbytes_of(inputs)
+
+    @classmethod
+    def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> HostGraph:
+        """Run ``body`` once and keep what it did.
+
+        Args:
+            body: Runs the call on ``inputs`` and returns its outputs.
+            inputs: The static inputs; the graph keeps them.
+            lock: Held during a replay; graphs that share memory share it.
+
+        Raises:
+            Refusal: If the call does something that no replay could repeat.
+        """
+        tape = _Tape(inputs)
+        with torch.inference_mode(False), torch.no_grad(), tape:
+            outputs = body()
+        if not tape.steps:
+            raise Refusal(Reason.EMPTY_GRAPH)
+        return cls(inputs, tape, outputs, lock)
+
+    @property
+    def nodes(self) -> int:
+        return len(self._steps)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with self._lock:
+            static = self._inputs
+            if static is None:
+                raise ClosedError("the graph was closed; call the module again to capture a new one")
+            values: list[Any] = [None] * self._slots
+            with torch.no_grad():
+                for buffer, tensor in zip(static, inputs, strict=True):
+                    buffer.copy_(tensor)
+                for func, args, kwargs, fills, results in self._steps:
+                    for container, place, slot in fills:
+                        container[place] = values[slot]
+                    out = func(*args, **kwargs)
+                    for container, place, _ in fills:
+                        container[place] = None
+                    if results is None:
+                        continue
+                    if type(results) is int:
+                        values[results] = out
+                    else:
+                        for slot, item in zip(results, _flatten(out), strict=True):
+                            values[slot] = item
+            return [values[slot] for slot in self._outputs]
+
+    def poison(self) -> None:
+        with self._lock:
+            fill_bytes(self._inputs or ())
+
+    def close(self) -> None:
+        with self._lock:
+            self._inputs = None
+            self._steps = []
+
+
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every operation, with references to where each tensor came from."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[_Fill], Any]] = []
+        self.slot_count = 0
+        # Strong references, so that no id is used twice while recording.
+        self._made: dict[int, tuple[int, Tensor]] = {}
+        self._lasting = {_storage(tensor) for tensor in inputs}
+
+    def slot_of(self, tensor: Tensor) -> int:
+        """Where a replay finds this output.
+
+        Raises:
+            Refusal: If no recorded operation made the tensor.
+        """
+        made = self._made.get(id(tensor))
+        if made is None:
+            raise Refusal(Reason.OUTPUT, detail="an output was not made by any operation of the call")
+        return made[0]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _refuse_by_tag(func)
+        if func is torch.ops.aten.lift_fresh.default:
+            # A constant made inside the call; a replay may write into it, so it needs a new one each time.
+            func = torch.ops.aten.clone.default
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            raise Refusal(Reason.RANDOM, _name(func))
+        for tensor in _written(func, args, kwargs):
+            if _storage(tensor) in self._lasting:
+                raise Refusal(Reason.MUTATES, _name(func))
+        if func.is_view and not any(id(value) in self._made for value in _flatten([*args, *kwargs.values()])):
+            # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
+            return func(*args, **kwargs)
+        fills: list[_Fill] = []
+        template_args = [self._template(value, fills) for value in args]
+        template_kwargs = {name: self._template(value, fills) for name, value in kwargs.items()}
+        self._refer(template_args, args, fills)
+        self._refer(template_kwargs, kwargs, fills)
+        out = func(*args, **kwargs)
+        self.steps.append((func, template_args, template_kwargs, fills, self._keep(out, func)))
+        return out
+
+    def _template(self, value: Any, fills: list[_Fill]) -> Any:
+        """A copy of an argument in which places can be filled; tensors of outside stay as they are."""
+        if isinstance(value, (list, tuple)):
+            copy = [self._template(item, fills) for item in value]
+            self._refer(copy, value, fills)
+            return copy
+        return value
+
+    def _refer(self, copy: Any, original: Any, fills: list[_Fill]) -> None:
+        items = original.items() if isinstance(original, dict) else enumerate(original)
+        for place, item in items:
+            if not isinstance(item, Tensor):
+                continue
+            made = self._made.get(id(item))
+            if made is None:
+                self._lasting.add(_storage(item))
+            else:
+                copy[place] = None
+                fills.append((copy, place, made[0]))
+
+    def _keep(self, out: Any, func: Any) -> Any:
+        if isinstance(out, Tensor):
+            return self._slot(out)
+        if out is None:
+            return None
+        found = _flatten(out)
+        if not all(isinstance(item, Tensor) for item in found):
+            raise Refusal(Reason.HOST_READ, _name(func))
+        return [self._slot(item) for item in found]
+
+    def _slot(self, tensor: Tensor) -> int:
+        made = self._made.get(id(tensor))
+        if made is not None:
+            return made[0]
+        slot = self.slot_count
+        self.slot_count += 1
+        self._made[id(tensor)] = (slot, tensor)
+        return slot
+
+
+def _refuse_by_tag(func: Any) -> None:
+    tags = getattr(func, "tags", None)
+    if tags is None:
+        raise Refusal(Reason.CAPTURE_FAILED, str(func), "a higher-order operator cannot be recorded")
+    if torch.Tag.data_dependent_output in tags:
+        raise Refusal(Reason.HOST_READ, _name(func))
+    if torch.Tag.dynamic_output_shape in tags:
+        raise Refusal(Reason.DATA_DEPENDENT, _name(func))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    schema = func._schema
+    if not schema.is_mutable:
+        return []
+    found = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [item for item in _flatten(value) if isinstance(item, Tensor)]
+    return found
+
+
+def _flatten(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _flatten(item)]
+    return [value]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _name(func: Any) -> str:
+    return str(func)

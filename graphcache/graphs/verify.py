@@ -1,0 +1,117 @@
+"""A new graph's replay must equal the eager answer, or the graph is never used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from graphcache.errors import Reason, Refusal
+from graphcache.graphs.graph import Graph
+
+Answer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+RELATIVE = 1e-3
+"""Largest accepted difference, as a share of the largest magnitude in an output. A replay runs the very kernels that
+eager execution ran, so the two are equal but for atomics and split reductions; fp32 products in TF32 differ so much."""
+
+
+def verify(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    others: Sequence[Tensor],
+    expected_others: Sequence[Tensor],
+    *,
+    where: str = "",
+) -> None:
+    """Replay on the inputs of the capture, then on other values, then on the first again; outputs poisoned before each.
+
+    The second finds values that the host read and the capture froze. The third finds a replay that only works once.
+
+    Args:
+        graph: The new graph.
+        inputs: What it was captured with.
+        expected: The eager outputs for them.
+        others: Inputs of the same shapes with other values, see :func:`perturb`.
+        expected_others: The eager outputs for those.
+        where: The engine or module, for the message.
+
+    Raises:
+        Refusal: With :attr:`Reason.MISMATCH`, saying which output differed, by how much, on which inputs.
+    """
+    rounds = (("the inputs of the capture", inputs, expected), ("inputs of other values", others, expected_others))
+    for name, given, wanted in (*rounds, rounds[0]):
+        graph.poison()
+        got = graph.replay(given)
+        for index, (left, right) in enumerate(zip(got, wanted, strict=True)):
+            error = difference(left, right)
+            if not error <= RELATIVE:
+                raise Refusal(Reason.MISMATCH, where, f"output {index} differed by {error:.3g} (relative) on {name}")
+
+
+def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Other values of the same kind.
+
+    Floating values are rotated by one place and halved. Integers and booleans are rotated on the CPU, where an index
+    that no longer fits raises; on a device they stay as they are, since it would read out of bounds there, and a value
+    that the host reads there cannot be captured anyway.
+
+    Args:
+        inputs: Tensors without overlapping elements.
+
+    Example:
+        >>> perturb([torch.tensor([2.0, 4.0]), torch.tensor([5, 6, 7])])
+        [tensor([2., 1.]), tensor([7, 5, 6])]
+    """
+    changed = []
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in inputs:
+            other = tensor.clone()
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            if tensor.numel() and (floating or not tensor.is_cuda):
+                rolled = tensor.contiguous().flatten().roll(1).reshape(tensor.shape)
+                other.copy_(
+                    rolled.to(torch.float32) * 0.5
+                    if tensor.is_floating_point()
+                    else rolled * 0.5
+                    if floating
+                    else rolled
+                )
+            changed.append(other)
+    return changed
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    """The largest difference of two tensors, as a share of the largest finite magnitude in ``right``.
+
+    Equal bits give 0, NaN and infinities are equal to themselves in the same places. Integers and booleans differ by 0
+    or infinitely: there is no small difference between two indices.
+
+    Example:
+        >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
+        0.2
+    """
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return float("inf")
+    if left.numel() == 0 or torch.equal(_bits(left), _bits(right)):
+        return 0.0
+    if not (left.is_floating_point() or left.is_complex()):
+        return float("inf")
+    if left.is_complex():
+        left, right = torch.view_as_real(left), torch.view_as_real(right)
+    left, right = left.double(), right.double()
+    finite = right.isfinite()
+    if not torch.equal(left.isfinite(), finite):
+        return float("inf")
+    special = ~finite
+    if not torch.equal(left[special].nan_to_num(nan=7.0), right[special].nan_to_num(nan=7.0)):
+        return float("inf")
+    scale = right[finite].abs().max().item() if bool(finite.any()) else 0.0
+    gap = (left[finite] - right[finite]).abs().max().item() if bool(finite.any()) else 0.0
+    return gap / scale if scale else (0.0 if gap == 0 else float("inf"))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.dtype is torch.bool else tensor.flatten().view(torch.uint8)

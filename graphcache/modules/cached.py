@@ -1,0 +1,404 @@
+"""Any module behind a cache of graphs. ``forward`` is the hot path."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.cache.blocks import Blocks
+from graphcache.cache.lru import Entry, GraphCache, clock
+from graphcache.cache.signature import Signature, describe
+from graphcache.config import GraphConfig, disabled_by_environment, modes
+from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
+from graphcache.events import Captured, Evicted, Ledger, Subscriber
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.record import EngineRecorder, Recorded, Recorder, TorchRecorder
+from graphcache.modules.state import Dependencies
+from graphcache.modules.strategy import Routes, find_parts
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """The account of a wrapped module and of the parts it captured one by one.
+
+    Args:
+        hits: Calls answered by a replay.
+        captures: Graphs made.
+        evictions: Graphs closed, whatever the cause.
+        eager: Calls answered without a graph, by reason.
+        graphs: Graphs held now.
+        nbytes: Device memory that they own, in bytes; an estimate where the driver does not tell.
+        capture_seconds: Time spent capturing, in seconds.
+    """
+
+    hits: int = 0
+    captures: int = 0
+    evictions: int = 0
+    eager: dict[Reason, int] = field(default_factory=dict)
+    graphs: int = 0
+    nbytes: int = 0
+    capture_seconds: float = 0.0
+
+    def __add__(self, other: CacheInfo) -> CacheInfo:
+        eager = {
+            reason: self.eager.get(reason, 0) + other.eager.get(reason, 0) for reason in {**self.eager, **other.eager}
+        }
+        return CacheInfo(
+            self.hits + other.hits,
+            self.captures + other.captures,
+            self.evictions + other.evictions,
+            eager,
+            self.graphs + other.graphs,
+            self.nbytes + other.nbytes,
+            self.capture_seconds + other.capture_seconds,
+        )
+
+
+class CachedModule(nn.Module):
+    """A module that replays a CUDA graph (on the CPU: a host graph) for every signature it has seen.
+
+    It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every
+    other attribute are the module's own, which is left exactly as it was. A call that cannot be captured is answered
+    eagerly, counted with its reason and logged once.
+
+    A graph freezes what the host did while it was recorded: Python attributes of the module that the signature does not
+    show (a number kept in ``self.scale``, say) are read once per signature. Call :meth:`clear` after changing one.
+
+    Args:
+        module: An engine, or any other module.
+        config: Options; see :class:`~graphcache.config.GraphConfig`.
+        name: What messages call it; the class's name if empty.
+        run: What a call of this object calls; the module itself if ``None``.
+
+    Raises:
+        ConfigError: If ``module`` is not a module, is wrapped already, or has nothing for the strategy to capture.
+
+    Example:
+        >>> fast = CachedModule(nn.Linear(4, 2).requires_grad_(False))
+        >>> x = torch.ones(3, 4)
+        >>> torch.equal(fast(x), fast(x)), fast.cache_info().hits
+        (True, 1)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: GraphConfig | None = None,
+        *,
+        name: str = "",
+        run: Callable[..., Any] | None = None,
+    ) -> None:
+        if isinstance(module, CachedModule):
+            raise ConfigError(f"{module.ledger.name} is wrapped already; use it as it is, or wrap its .module")
+        if not isinstance(module, nn.Module):
+            raise ConfigError(
+                f"expected an nn.Module, got {type(module).__name__}; graphcache.load makes one of an engine"
+            )
+        super().__init__()
+        state = self.__dict__
+        # The module's own tables, so that names, parameters, state_dict and .to() are the module's.
+        state["_parameters"], state["_buffers"], state["_modules"] = (
+            module._parameters,
+            module._buffers,
+            module._modules,
+        )
+        state["module"] = module
+        state["_dependencies"] = Dependencies(module)
+        self.config = config or GraphConfig()
+        self.ledger: Ledger = Ledger(name or getattr(module, "name", "") or type(module).__name__)
+        # Set past nn.Module, which would make submodules of them.
+        state["_run"] = run or module
+        state["_engine"] = module if isinstance(module, EngineModule) else None
+        self._host_inputs = self._engine.host_inputs if self._engine is not None else ()
+        self._recorder = self._make_recorder()
+        self._cache: GraphCache[Recorded] = GraphCache(
+            max_graphs=self.config.max_graphs, max_bytes=self.config.max_bytes, on_evict=self._evicted
+        )
+        self._entries = self._cache.entries
+        self._blocks = Blocks()
+        self._capturing = threading.RLock()
+        self._off = disabled_by_environment()
+        self._cuda = self._engine is not None
+        self._closed = False
+        self._checks_weights = self._engine is None and self.config.weights == "checked"
+        self._fingerprint = self._dependencies.fingerprint()
+        self._epoch = self._engine.epoch if self._engine is not None else 0
+        state["parts"] = {
+            part_name: CachedModule(
+                part, replace(self.config, strategy="whole_graph"), name=part_name, run=part.forward
+            )
+            for part_name, part in find_parts(module, self.config).items()
+        }
+        self._routes = Routes(self.parts)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer a call: replay its graph, or capture one, or run eagerly and say why.
+
+        Args:
+            args: What the module takes.
+            kwargs: Likewise.
+
+        Returns:
+            What the module returns; its tensors belong to the caller.
+
+        Raises:
+            CaptureError: If the call cannot be captured and ``on_failure="raise"``.
+            ClosedError: After :meth:`close`.
+            Exception: Whatever the module raises for these arguments.
+        """
+        if self._engine is not None and (kwargs or self._host_inputs):
+            args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
+        try:
+            signature, inputs = describe(args, kwargs)
+        except Refusal as refusal:
+            return self._eagerly(refusal.cause, args, kwargs)
+        if self._host_inputs:
+            signature = (*signature, *self._host_values(args))
+        entry = self._entries.get(signature)
+        if entry is None or self._forbidden() is not None or self._is_stale(signature):
+            return self._miss(signature, inputs, args, kwargs)
+        try:
+            answer = self._replay(entry, inputs)
+        except ClosedError:
+            # Evicted by another thread since the look-up.
+            return self._miss(signature, inputs, args, kwargs)
+        return answer
+
+    def cache_info(self) -> CacheInfo:
+        """The account so far, of this module and of the parts that it captured one by one.
+
+        Example:
+            >>> CachedModule(nn.ReLU()).cache_info().graphs
+            0
+        """
+        entries = list(self._entries.values())
+        own = CacheInfo(
+            hits=self.ledger.retired_hits + sum(entry.hits for entry in entries),
+            captures=self.ledger.captures,
+            evictions=self.ledger.evictions,
+            eager=dict(self.ledger.eager),
+            graphs=len(entries),
+            nbytes=sum(entry.nbytes for entry in entries),
+            capture_seconds=self.ledger.capture_seconds,
+        )
+        for part in self.parts.values():
+            own += part.cache_info()
+        return own
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call ``subscriber`` with every capture, eviction and eager call from now on, in the thread of the call.
+
+        Returns:
+            A function that ends it.
+        """
+        self.ledger.subscribers.append(subscriber)
+        return lambda: self.ledger.subscribers.remove(subscriber)
+
+    def clear(self) -> None:
+        """Drop every graph, and forget what could not be captured; the next call of each signature captures anew."""
+        with self._capturing:
+            self._cache.clear()
+            self._blocks.clear()
+            for part in self.parts.values():
+                part.clear()
+
+    def close(self) -> None:
+        """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""
+        with self._capturing:
+            self._closed = True
+            self._cache.clear()
+            for part in self.parts.values():
+                part.close()
+
+    def __enter__(self) -> CachedModule:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    def train(self, mode: bool = True) -> CachedModule:
+        """Set the module's training flag; graphs captured with the other one are not used."""
+        self.module.train(mode)
+        return self
+
+    @property
+    def training(self) -> bool:
+        """The module's training flag."""
+        return "module" in self.__dict__ and self.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "module" in self.__dict__:
+            self.module.training = mode
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CachedModule:
+        self.module._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own state, under its own names."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the module; graphs whose weights were replaced are dropped at the next call."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
+
+    def _replay(self, entry: Entry[Recorded], inputs: Sequence[Tensor]) -> Any:
+        if self._host_inputs:
+            inputs = [value for index, value in enumerate(inputs) if index not in self._host_inputs]
+        recorded = entry.graph
+        answer = recorded.build(recorded.graph.replay(inputs), inputs)
+        entry.hits += 1
+        entry.used = clock()
+        return answer
+
+    def _miss(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._closed:
+            raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
+        if not self._cuda and any(tensor.is_cuda for tensor in inputs):
+            self._cuda = True
+        if (reason := self._forbidden()) is not None:
+            return self._eagerly(Cause(reason), args, kwargs)
+        if self.config.strategy == "per_submodule":
+            with self._routes.active():
+                return self._run(*args, **kwargs)
+        with self._capturing:
+            if self._is_stale(signature):
+                self._start_anew()
+            cause = self._needs_grad(inputs) or self._blocks.cause(signature)
+            entry = self._entries.get(signature)
+            if cause is None and entry is not None:
+                return self._replay(entry, inputs)
+            if cause is None:
+                answer, cause = self._capture(signature, inputs, args, kwargs)
+                if cause is None:
+                    return answer
+                self._refused(cause)
+                return answer
+        return self._eagerly(cause, args, kwargs)
+
+    def _capture(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Cause | None]:
+        start = time.perf_counter()
+        answer, outcome = self._recorder.attempt(args, kwargs, inputs)
+        if isinstance(outcome, Recorded):
+            try:
+                entry = self._cache.put(signature, outcome)
+            except Refusal as refusal:
+                outcome = refusal.cause
+            else:
+                seconds = time.perf_counter() - start
+                self.ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
+                return answer, None
+        self._blocks.block(signature, outcome)
+        return answer, outcome
+
+    def _refused(self, cause: Cause) -> None:
+        self.ledger.ran_eagerly(cause)
+        if self.config.on_failure == "raise" and cause.reason not in _ALWAYS_EAGER:
+            raise CaptureError(f"{self.ledger.name}: {cause}")
+
+    def _eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._closed:
+            raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
+        self._refused(cause)
+        if cause.reason in _ALWAYS_EAGER:
+            return self._run(*args, **kwargs)
+        with self._routes.active():
+            return self._run(*args, **kwargs)
+
+    def _forbidden(self) -> Reason | None:
+        """What forbids graphs at this moment, whatever the arguments."""
+        if self._off or modes.get().graphs == "off":
+            return Reason.DISABLED
+        if _is_compiling() or _dispatch_modes() or _transforms() is not None:
+            return Reason.TRACING
+        if self._cuda and _is_capturing():
+            return Reason.OUTER_CAPTURE
+        return None
+
+    def _needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
+        if not torch.is_grad_enabled():
+            return None
+        if any(tensor.requires_grad for tensor in inputs):
+            return Cause(Reason.GRAD, detail="an input requires gradients")
+        if self._dependencies.requires_grad():
+            return Cause(Reason.GRAD, detail="a parameter requires gradients")
+        return None
+
+    def _is_stale(self, signature: Signature) -> bool:
+        if self._engine is not None:
+            return bool(self._engine.epoch != self._epoch)
+        if self._checks_weights and self._dependencies.fingerprint() != self._fingerprint:
+            return True
+        # The first part of a signature is the grad mode.
+        return bool(signature[0]) and self._dependencies.requires_grad()
+
+    def _start_anew(self) -> None:
+        self._cache.clear()
+        self._blocks.clear()
+        self.__dict__["_dependencies"] = Dependencies(self.module)
+        self._fingerprint = self._dependencies.fingerprint()
+        self._epoch = self._engine.epoch if self._engine is not None else 0
+
+    def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
+        given = [args[index] for index in self._host_inputs if index < len(args)]
+        return [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
+
+    def _make_recorder(self) -> Recorder:
+        if self._engine is None:
+            return TorchRecorder(self.module, self._run, self.ledger.name, verified=self.config.verify)
+        shared = self.config.contexts == "shared"
+        return EngineRecorder(self._engine, shared_context=shared, verified=self.config.verify)
+
+    def _evicted(self, key: Hashable, entry: Entry[Recorded]) -> None:
+        self.ledger.evicted(Evicted(key, entry.hits))
+
+
+def wrap(module: nn.Module, **options: Any) -> CachedModule:
+    """Put a module behind a cache of CUDA graphs.
+
+    Args:
+        module: An engine from :func:`graphcache.load`, or any ``nn.Module``, on CUDA or on the CPU.
+        **options: See :class:`~graphcache.config.GraphConfig`.
+
+    Returns:
+        A module that is called like the one given, which itself is left as it was.
+
+    Raises:
+        ConfigError: For an unknown option, a bad value, or a module that is wrapped already.
+
+    Example:
+        >>> import graphcache
+        >>> fast = graphcache.wrap(nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
+        >>> fast(torch.zeros(1, 4)).shape
+        torch.Size([1, 2])
+    """
+    return CachedModule(module, GraphConfig.of(options))
+
+
+_ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)

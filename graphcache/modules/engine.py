@@ -1,0 +1,344 @@
+"""One engine as an ``nn.Module``: eager execution on the caller's stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.config import modes
+from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
+from graphcache.engines.context import Context
+from graphcache.engines.engine import Engine
+from graphcache.engines.library import words
+from graphcache.errors import (
+    Cause,
+    ClosedError,
+    ConfigError,
+    EngineExecutionError,
+    EngineFormatError,
+    InputCountError,
+    Reason,
+)
+from graphcache.graphs import driver
+from graphcache.graphs.lane import Lane, own_stream
+from graphcache.modules import recording
+
+
+class EngineModule(nn.Module):
+    """A TensorRT engine that is called like a module: tensors in, tensors out.
+
+    Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
+    captured once and replayed from then on.
+
+    It never casts, and never moves a tensor to another device unless multi-device safe mode is on. Inputs may be 0-d,
+    empty and non-contiguous. A host shape tensor may lie on the CPU, where it costs nothing, or on the device, where
+    reading it waits for the stream. Outputs are fresh tensors of the caller's; they never require gradients. Calls from
+    several threads follow one another.
+
+    Args:
+        serialized_engine: The engine file's bytes.
+        input_binding_names: Inputs in the order of a call; ``None`` for the engine's own order.
+        output_binding_names: Outputs in the order of the answer; ``None`` for the engine's own order.
+        name: What messages call it.
+        settings: Kept as an attribute for code that reads it, as Torch-TensorRT's modules do; not looked at.
+        weight_name_map: Kept as an attribute, for refitting.
+        requires_output_allocator: Whether some output's shape depends on the data, so that TensorRT allocates it.
+
+    Raises:
+        EngineError: One of its kinds, for bytes that are no engine of this machine.
+        NoGpuError: If there is no CUDA device.
+        TensorRTNotFoundError: If no flavour of TensorRT is installed.
+
+    Example::
+
+        engine = graphcache.load("model.engine")
+        y = engine(torch.randn(4, 64, device="cuda"))
+    """
+
+    def __init__(
+        self,
+        serialized_engine: bytes,
+        input_binding_names: Sequence[str] | None = None,
+        output_binding_names: Sequence[str] | None = None,
+        *,
+        name: str = "",
+        settings: Any = None,
+        weight_name_map: Any = None,
+        requires_output_allocator: bool = False,
+    ) -> None:
+        super().__init__()
+        self.serialized_engine = bytes(serialized_engine) if serialized_engine is not None else b""
+        self.engine = Engine(
+            self.serialized_engine, inputs=input_binding_names, outputs=output_binding_names, name=name
+        )
+        self.name = self.engine.name
+        self.settings = settings
+        self.weight_name_map = weight_name_map
+        self.requires_output_allocator = requires_output_allocator
+        self.input_binding_names = [binding.name for binding in self.engine.inputs]
+        self.output_binding_names = [binding.name for binding in self.engine.outputs]
+        self.device = self.engine.device
+        self.lane = Lane(self.device.index)
+        self.host_inputs = tuple(index for index, binding in enumerate(self.engine.inputs) if binding.on_host)
+        self._context: Context | None = None
+        self._profile: int | None = None
+        self._use_output_allocator = False
+        # Goes up whenever a captured graph of this engine would no longer do what a call does.
+        self.epoch = 0
+        self._cached: Any = None
+        self._making_cache = threading.Lock()
+        # Contexts that a capture of the caller's has recorded; that graph may be replayed as long as this module lives.
+        self._recorded_elsewhere: list[Context] = []
+
+    def set_optimization_profile(self, profile: int | None) -> None:
+        """Use one optimisation profile for every call, or (``None``) whichever fits, the current one first.
+
+        Raises:
+            ConfigError: If the engine has no such profile.
+        """
+        if profile is not None and not 0 <= profile < self.engine.profiles:
+            raise ConfigError(f"{self.name} has optimisation profiles 0 to {self.engine.profiles - 1}, not {profile}")
+        self.epoch += self._profile != profile
+        self._profile = profile
+
+    def set_use_output_allocator(self, enable: bool) -> bool:
+        """Let TensorRT allocate the outputs of every call, even those whose shape is known beforehand.
+
+        Returns:
+            What was set before.
+        """
+        before, self._use_output_allocator = self._use_output_allocator, bool(enable)
+        self.epoch += before != self._use_output_allocator
+        return before
+
+    @property
+    def uses_output_allocator(self) -> bool:
+        """Whether TensorRT allocates the outputs of every call."""
+        return self.requires_output_allocator or self._use_output_allocator
+
+    @property
+    def profile_choice(self) -> int | None:
+        """The profile chosen with :meth:`set_optimization_profile`, if any."""
+        return self._profile
+
+    def forbids_capture(self) -> Cause | None:
+        """Why no call of this engine can be captured as things stand, without trying; ``None`` if nothing is known."""
+        if self.uses_output_allocator:
+            return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
+        for binding in self.engine.outputs:
+            if binding.on_host:
+                return Cause(Reason.HOST_READ, self.name, f"output {binding.name!r} is written to host memory")
+        return None
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """Inputs in the order of the bindings, from positional and keyword arguments.
+
+        Raises:
+            InputCountError: For a name the engine does not have, one given twice, or one missing.
+        """
+        if not kwargs:
+            return list(args)
+        names = self.input_binding_names
+        if unknown := [name for name in kwargs if name not in names]:
+            raise InputCountError(f"{self.name} has no input {unknown[0]!r}; its inputs are {', '.join(names)}")
+        if len(args) > len(names):
+            raise InputCountError(
+                f"{self.name} takes {len(names)} inputs ({', '.join(names)}), {len(args) + len(kwargs)} were given"
+            )
+        if twice := [name for name in names[: len(args)] if name in kwargs]:
+            raise InputCountError(f"input {twice[0]!r} of {self.name} was given by position and by name")
+        if missing := [name for name in names[len(args) :] if name not in kwargs]:
+            raise InputCountError(f"input {missing[0]!r} of {self.name} is missing; its inputs are {', '.join(names)}")
+        return [*args, *(kwargs[name] for name in names[len(args) :])]
+
+    def checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], int]:
+        """Inputs that the engine can take, and the profile that fits them.
+
+        Raises:
+            InputError: One of its kinds, for the first input that is wrong.
+        """
+        if self.engine.closed:
+            raise ClosedError(f"{self.name} was closed; load it again")
+        if modes.get().multi_device_safe:
+            inputs = [
+                value.to(self.device)
+                if isinstance(value, Tensor) and value.device != self.device and index not in self.host_inputs
+                else value
+                for index, value in enumerate(inputs)
+            ]
+        bindings = self.engine.inputs
+        check_inputs(self.name, bindings, inputs, self.device)
+        # What is read on the host is read once, here.
+        inputs = [
+            value.detach().cpu() if binding.on_host else value for binding, value in zip(bindings, inputs, strict=True)
+        ]
+        if self._profile is None:
+            current = self._context.profile if self._context is not None else 0
+            return inputs, choose_profile(self.name, bindings, inputs, current, self.engine.profiles)
+        for binding, value in zip(bindings, inputs, strict=True):
+            if not binding.fits(value, self._profile):
+                raise out_of_range(self.name, binding, value, [self._profile])
+        return inputs, self._profile
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the engine.
+
+        Args:
+            args: Inputs in the order of ``input_binding_names``.
+            kwargs: Further inputs by name.
+
+        Returns:
+            The output, or a tuple of the outputs if there are several.
+
+        Raises:
+            InputError: One of its kinds, for inputs that the engine cannot take; nothing ran.
+            EngineExecutionError: If TensorRT refuses to run.
+        """
+        session = recording.current.get()
+        if session is None and modes.get().graphs == "subgraph":
+            return self._through_cache()(*args, **kwargs)
+        inputs, profile = self.checked(self.bind(args, kwargs))
+        with torch.cuda.device(self.device):
+            outputs = self._record(session, inputs, profile) if session is not None else self._run(inputs, profile)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def close(self) -> None:
+        """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
+        with self.lane.lock:
+            if self._cached is not None:
+                self._cached.close()
+                self._cached = None
+            self._context = None
+            self._recorded_elsewhere.clear()
+            if not self.engine.closed:
+                self.lane.close()
+                self.engine.close()
+
+    def extra_repr(self) -> str:
+        inputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.inputs)
+        outputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.outputs)
+        return f"{self.name}, ({inputs}) -> ({outputs})"
+
+    def _through_cache(self) -> Any:
+        if self._cached is None:
+            with self._making_cache:
+                if self._cached is None:
+                    from graphcache.modules.cached import CachedModule
+
+                    self._cached = CachedModule(self)
+        return self._cached
+
+    def _run(self, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
+        with self.lane.lock:
+            context = self._context
+            if context is None:
+                # Its own scratch memory: a capture of the caller's may take this context over.
+                context = self._context = self.new_context(own_scratch=True)
+            caller = torch.cuda.current_stream()
+            if driver.is_capturing(caller.cuda_stream):
+                self._context = None
+                self._recorded_elsewhere.append(context)
+                return self._enqueue(context, inputs, profile, caller.cuda_stream)
+            if caller.cuda_stream != 0:
+                self.lane.enter(caller.cuda_stream)
+                return self._enqueue(context, inputs, profile, caller.cuda_stream)
+            # On the legacy default stream TensorRT would synchronise the device at every call.
+            side = own_stream(self.device.index, "side")
+            side.wait_stream(caller)
+            self.lane.enter(side.cuda_stream)
+            try:
+                with torch.cuda.stream(side):
+                    outputs = self._enqueue(context, inputs, profile, side.cuda_stream)
+            finally:
+                caller.wait_stream(side)
+            for tensor in outputs:
+                if tensor.is_cuda:
+                    tensor.record_stream(caller)
+            return outputs
+
+    def new_context(self, *, own_scratch: bool = False) -> Context:
+        """An execution context on this module's shared scratch memory, or on some of its own."""
+        nbytes = self.engine.scratch_bytes
+        if own_scratch:
+            return Context(self.engine, torch.empty(nbytes, dtype=torch.uint8, device=self.device))
+        return Context(self.engine, self.lane.scratch(nbytes))
+
+    def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
+        """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""
+        made: list[Tensor | None] = []
+        for binding, shape in zip(self.engine.outputs, context.output_shapes(), strict=True):
+            if shape is None or (allocator and not binding.on_host):
+                made.append(None)
+            else:
+                made.append(torch.empty(shape, dtype=binding.dtype, device="cpu" if binding.on_host else self.device))
+        return made
+
+    def _enqueue(self, context: Context, inputs: Sequence[Tensor], profile: int, stream: int) -> list[Tensor]:
+        context.set_inputs(inputs, profile, stream)
+        outputs = self.new_outputs(context, allocator=self.uses_output_allocator)
+        context.set_outputs(outputs)
+        with self.engine.said() as said:
+            if not context.enqueue(stream):
+                raise EngineExecutionError(f"{self.name}: TensorRT refused to run: {words(said)}")
+        if any(binding.on_host for binding in self.engine.outputs):
+            torch.cuda.current_stream().synchronize()
+        answer = [
+            context.grown_output(binding.name) if value is None else value
+            for binding, value in zip(self.engine.outputs, outputs, strict=True)
+        ]
+        context.let_go()
+        return answer
+
+    def _record(self, session: recording.Session, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
+        if (cause := self.forbids_capture()) is not None:
+            raise session.refusal(cause)
+        context = session.context_of(self)
+        stream = torch.cuda.current_stream().cuda_stream
+        context.set_inputs(inputs, profile, stream)
+        outputs = self.new_outputs(context, allocator=False)
+        if any(output is None for output in outputs):
+            raise session.refusal(Cause(Reason.OUTPUT_ALLOCATOR, self.name))
+        context.set_outputs(outputs)
+        with self.engine.said() as said:
+            if not context.enqueue(stream):
+                raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
+        return [output for output in outputs if output is not None]
+
+
+def load(source: str | Path | bytes, *, name: str = "") -> EngineModule:
+    """An engine from a file or from bytes.
+
+    Args:
+        source: A path, or the bytes themselves.
+        name: What messages call it; the file's name if empty.
+
+    Raises:
+        EngineFormatError: If there is no such file, or it holds no engine (an ONNX model goes through
+            :func:`graphcache.build` first).
+        EngineVersionError: If another TensorRT built it.
+        NoGpuError: If there is no CUDA device.
+        TensorRTNotFoundError: If no flavour of TensorRT is installed.
+
+    Example::
+
+        engine = graphcache.load("model.engine")
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise EngineFormatError(
+                f"{path} cannot be read ({error.strerror}); expected a TensorRT engine file"
+            ) from error
+        if path.suffix == ".onnx":
+            raise EngineFormatError(
+                f"{path} is an ONNX model; make an engine of it first: graphcache.build({str(path)!r})"
+            )
+        return EngineModule(data, name=name or path.stem)
+    return EngineModule(source, name=name)

@@ -1,0 +1,64 @@
+"""A capture in progress, as the engines inside the captured module see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from graphcache.engines.context import Context
+from graphcache.errors import Cause, Refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graphcache.graphs.lane import Lane
+    from graphcache.modules.engine import EngineModule
+
+
+class Session:
+    """Gives every engine call of a captured module a context of its own, which lives as long as the graph.
+
+    The calls are counted, so that the warm-up, the capture and the run on other values find the same context for the
+    same call, with its shapes set and its kernels compiled.
+
+    Args:
+        lane: The lane of the graph; the contexts share its scratch memory.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._contexts: list[tuple[EngineModule, Context]] = []
+        self._calls = 0
+        self.refused: Cause | None = None
+
+    def context_of(self, module: EngineModule) -> Context:
+        """The context of the engine call that comes next."""
+        index = self._calls
+        self._calls += 1
+        if index < len(self._contexts) and self._contexts[index][0] is module:
+            return self._contexts[index][1]
+        scratch: Tensor = self._lane.scratch(module.engine.scratch_bytes)
+        context = Context(module.engine, scratch)
+        del self._contexts[index:]
+        self._contexts.append((module, context))
+        return context
+
+    def refusal(self, cause: Cause) -> Refusal:
+        """Remember the first cause: the module between may catch the exception, or torch may wrap it."""
+        self.refused = self.refused or cause
+        return Refusal(cause.reason, cause.where, cause.detail)
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Inside, engines find this session."""
+        self._calls = 0
+        token = current.set(self)
+        try:
+            yield
+        finally:
+            current.reset(token)
+
+
+current: ContextVar[Session | None] = ContextVar("graphcache_recording", default=None)
