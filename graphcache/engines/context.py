@@ -37,6 +37,7 @@ class Context:
     def __init__(self, engine: Engine, scratch: Tensor) -> None:
         self.engine = engine
         self._context = engine.new_context()
+        self._parts = engine.parts
         self._scratch = scratch
         self._held: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}

@@ -68,6 +68,7 @@ class Engine:
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self.streams_weights = int(getattr(self._engine, "streamable_weights_size", 0)) > 0
         self._config: Any = None
+        self._kernels: Any = None
 
     def said(self) -> AbstractContextManager[list[str]]:
         """Collects what TensorRT logs as errors in this thread, for messages."""
@@ -95,7 +96,9 @@ class Engine:
                     self._config.dynamic_shapes_kernel_specialization_strategy = (
                         trt.DynamicShapesKernelSpecializationStrategy.EAGER
                     )
-                    self._config.set_runtime_cache(self._config.create_runtime_cache())
+                    # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line but one).
+                    self._kernels = self._config.create_runtime_cache()
+                    self._config.set_runtime_cache(self._kernels)
             context = self._engine.create_execution_context(self._config)
         if context is None:
             raise EngineExecutionError(f"{self.name}: no execution context: {words(said)}")
@@ -103,7 +106,12 @@ class Engine:
 
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""
-        self._config = self._engine = self._runtime = None
+        self._config = self._kernels = self._engine = self._runtime = None
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """TensorRT's objects that a context needs for as long as it lives, even after :meth:`close`."""
+        return self._runtime, self._engine, self._config, self._kernels
 
     @property
     def closed(self) -> bool:

@@ -239,9 +239,9 @@ class EngineRecorder:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
     ) -> tuple[Any, Recorded | Cause]:
         module = self._module
-        given, profile = module.checked(inputs)
+        given, profile = module.checked(module.bind(args, kwargs))
         if (cause := module.forbids_capture()) is not None:
-            return module(*inputs), cause
+            return module(*args, **kwargs), cause
         answer: list[Tensor] = []
         outcome: Recorded | Cause
         caller = torch.cuda.current_stream(module.device)
@@ -253,7 +253,7 @@ class EngineRecorder:
         except (RuntimeError, CudaError, EngineExecutionError) as error:
             outcome = refusal_of(error, module.name).cause
         if not answer:
-            return module(*inputs), outcome
+            return module(*args, **kwargs), outcome
         for tensor in answer:
             tensor.record_stream(caller)
         return self._build(answer, inputs), outcome
