@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     parser.add_argument("--shapes", type=int, nargs="+", default=[1, 4, 8, 32], help="how many shapes alternate")
     parser.add_argument("--calls", type=int, default=1000, help="timed calls of each system (default 1000)")
-    parser.add_argument("--outputs", nargs="+", default=["copy"], choices=("copy", "view"), help="as in GraphConfig")
+    parser.add_argument("--io", nargs="+", default=["bind", "copy"], choices=("bind", "copy"), help="as in GraphConfig")
     parser.add_argument("--contexts", choices=("private", "shared"), help="as in GraphConfig")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     parser.add_argument("--max-cpu-us", type=float, metavar="N", help="fail if a hit costs more CPU time")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bundle = store.load(options.engines, name)
             facts[name] = dict(bundle.facts)
             for shapes in sorted({min(count, len(bundle.sizes())) for count in options.shapes}):
-                result, failed = _measure(bundle, shapes, device, options.calls, options.outputs, settings)
+                result, failed = _measure(bundle, shapes, device, options.calls, options.io, settings)
                 results.append(result)
                 failures += failed
     failures += _over_limits(results, options.max_cpu_us, options.max_ratio)
@@ -103,7 +103,7 @@ def _measure(
     shapes: int,
     device: torch.device,
     calls: int,
-    outputs: Sequence[str],
+    modes: Sequence[str],
     settings: dict[str, str],
 ) -> tuple[dict[str, Any], list[str]]:
     import graphcache
@@ -112,10 +112,9 @@ def _measure(
     engine = graphcache.load(bundle.engine)
     pool = _pool(bundle, sizes, engine, device)
     wrapped = {}
-    for mode in outputs:
-        inner = engine if mode == outputs[0] else graphcache.load(bundle.engine)
-        name = "hit" if mode == "copy" else f"hit_{mode}"
-        wrapped[name] = graphcache.wrap(inner, max_graphs=len(sizes), outputs=mode, **settings)
+    for mode in modes:
+        inner = engine if mode == modes[0] else graphcache.load(bundle.engine)
+        wrapped[f"hit_{mode}"] = graphcache.wrap(inner, max_graphs=len(sizes), io=mode, **settings)
     scratch = torch.empty(max(engine.engine.scratch_bytes, 1), dtype=torch.uint8, device=device)
     recorded = {size: raw.Recorded(engine, _first(pool, size).inputs, scratch) for size in sizes}
     graphs = {size: raw.driver_graph(call) for size, call in recorded.items()}

@@ -2,6 +2,8 @@
 
 Their weights are chosen so that answers depend on inputs. With the usual random weights, mlp8 forgets its input after
 a few layers and returns almost the same answer for everything: a graph that returned a stale buffer would pass.
+Random matrices are rounded to TF32, which the device's fp32 products read anyway; that leaves the tolerance to what a
+device can get wrong.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Mlp8(nn.Module):
             permutation = torch.eye(64)[torch.randperm(64, generator=draw)]
             weights.append(2 + 2 * torch.randn(64, 64, generator=draw) - 64 * permutation)
         self.weights = nn.ParameterList(weights)
+        round_to_tf32(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, 64)`` to ``(batch, 64)``."""
@@ -63,6 +66,7 @@ class Policy(nn.Module):
         for layer in self.layers:
             nn.init.orthogonal_(layer.weight, generator=draw)
             nn.init.uniform_(layer.bias, -0.1, 0.1, generator=draw)
+        round_to_tf32(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, 48)`` to ``(batch, 12)``."""
@@ -90,6 +94,7 @@ def mobilenet(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network: nn.Module = mobilenet_v3_small(weights=None)
+        round_to_tf32(network)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # a plain average over what it sees

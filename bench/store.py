@@ -102,22 +102,24 @@ def save(
         engine: The engine.
         arrays: Inputs and reference answers.
         facts: How it was made.
-        compress: Also write ``NAME.engine.xz``.
+        compress: Write ``NAME.engine.xz`` in place of ``NAME.engine``.
 
     Returns:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}{suffix}" for suffix in (".engine", ".npz", ".json", ".engine.xz")]
-    files[0].write_bytes(engine)
+    plain, packed = folder / f"{name}.engine", folder / f"{name}.engine.xz"
+    # One of the two would be left from another build.
+    for file in (plain, packed):
+        file.unlink(missing_ok=True)
+    if compress:
+        packed.write_bytes(lzma.compress(engine, preset=6))
+    else:
+        plain.write_bytes(engine)
+    files = [packed if compress else plain, folder / f"{name}.npz", folder / f"{name}.json"]
     np.savez_compressed(files[1], **arrays)
     about = {**facts, "engine_bytes": len(engine), "engine_sha256": hashlib.sha256(engine).hexdigest()}
     files[2].write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if compress:
-        files[3].write_bytes(lzma.compress(engine, preset=6))
-    else:
-        # An older one would belong to another engine.
-        files.pop().unlink(missing_ok=True)
     return files
 
 
@@ -133,12 +135,16 @@ def load(folder: Path, name: str) -> Bundle:
         if not needed.is_file():
             raise SystemExit(f"there is no {needed}; {remedy}")
     facts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    if not engine.is_file():
-        if not packed.is_file():
-            raise SystemExit(f"there is neither {engine} nor {packed}; {remedy}")
+    if not engine.is_file() and not packed.is_file():
+        raise SystemExit(f"there is neither {engine} nor {packed}; {remedy}")
+    if packed.is_file() and not _is(engine, facts["engine_sha256"]):
         engine.write_bytes(lzma.decompress(packed.read_bytes()))
-    if hashlib.sha256(engine.read_bytes()).hexdigest() != facts["engine_sha256"]:
+    if not _is(engine, facts["engine_sha256"]):
         raise SystemExit(f"{engine} is not the engine that {name}.json and {name}.npz belong to; {remedy}")
     with np.load(folder / f"{name}.npz") as archive:
         arrays = {key: archive[key] for key in archive.files}
     return Bundle(name, engine, arrays, facts)
+
+
+def _is(file: Path, sha256: str) -> bool:
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256

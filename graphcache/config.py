@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Strategy = Literal["auto", "whole_graph", "per_submodule"]
+InputOutput = Literal["bind", "copy"]
 Contexts = Literal["private", "shared"]
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
@@ -32,6 +33,9 @@ class GraphConfig:
         max_graphs: How many graphs are kept, at least 1; the least recently used goes first.
         max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.
         verify: Compare every new graph with eager execution, on the caller's inputs and on others, before it is used.
+        io: ``"bind"`` points an engine's kernels at the caller's tensors, so that nothing is copied, wherever all
+            places are found where they hold an address, and verification agrees. Whatever is not bound is copied.
+            ``"copy"`` always copies, by nodes of the graph.
         contexts: ``"private"`` gives each graph of an engine its own execution context, as NVIDIA documents it to be
             safe. ``"shared"`` uses one for all, which captures faster and is verified like everything else.
         weights: ``"checked"`` looks at the address of every parameter and buffer at each hit, so that replaced weights
@@ -53,6 +57,7 @@ class GraphConfig:
     max_graphs: int = 32
     max_bytes: int | None = None
     verify: bool = True
+    io: InputOutput = "bind"
     contexts: Contexts = "private"
     weights: Weights = "checked"
     on_failure: OnFailure = "eager"
@@ -90,6 +95,7 @@ class GraphConfig:
 
 _LITERALS: dict[str, tuple[str, ...]] = {
     "strategy": get_args(Strategy),
+    "io": get_args(InputOutput),
     "contexts": get_args(Contexts),
     "weights": get_args(Weights),
     "on_failure": get_args(OnFailure),

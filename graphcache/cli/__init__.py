@@ -1,1 +1,46 @@
-"""The command line."""
+"""The command line: ``graphcache demo``, ``build`` and ``run``.
+
+Exit codes: 0 if all went well, 1 if something was wrong with what was given (one line on stderr, no traceback), 2 for a
+usage error, 3 if an answer differed from eager execution.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+import graphcache
+from graphcache.cli.build import build
+from graphcache.cli.demo import demo
+from graphcache.cli.output import one_line
+from graphcache.cli.run import run
+from graphcache.errors import GraphCacheError
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GraphCacheError as error:
+            raise click.ClickException(one_line(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(graphcache.__version__, prog_name="graphcache")
+@click.option("-v", "--verbose", count=True, help="Log what happens on stderr; twice for every detail.")
+def main(verbose: int) -> None:
+    """Run TensorRT engines and PyTorch modules through a cache of CUDA graphs."""
+    log = logging.getLogger("graphcache")
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        log.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+    elif not log.handlers:
+        # The reasons are part of every result, so that logging's last resort need not say them again.
+        log.addHandler(logging.NullHandler())
+
+
+main.add_command(demo)
+main.add_command(build)
+main.add_command(run)

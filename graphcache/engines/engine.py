@@ -67,6 +67,7 @@ class Engine:
         self.profiles = int(self._engine.num_optimization_profiles)
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self.streams_weights = int(getattr(self._engine, "streamable_weights_size", 0)) > 0
+        self.aliases = any(self._aliased(binding.name) for binding in self.outputs)
         self._config: Any = None
         self._kernels: Any = None
 
@@ -103,6 +104,11 @@ class Engine:
         if context is None:
             raise EngineExecutionError(f"{self.name}: no execution context: {words(said)}")
         return context
+
+    def _aliased(self, output: str) -> bool:
+        # A key-value cache that is updated in place; TensorRT-RTX and TensorRT 11 can tell.
+        find = getattr(self._engine, "get_aliased_input_tensor", None)
+        return bool(find(output)) if find is not None else False
 
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""

@@ -30,25 +30,24 @@ def static_copy(tensor: Tensor) -> Tensor:
         return buffer
 
 
-def fill_bytes(tensors: Sequence[Tensor], byte: int = 0xFF) -> None:
-    """Overwrite every element of the tensors with a byte pattern; ``0xFF`` is NaN in floating dtypes, -1 in integers.
+def poison(tensors: Sequence[Tensor], *, indices: int = -1) -> None:
+    """Overwrite tensors with what no right answer is: NaN where they are floating, ``indices`` and ``True`` elsewhere.
 
     Args:
-        tensors: Dense tensors; ``bool`` ones get the byte's truth value.
-        byte: 0 to 255.
+        tensors: Tensors without overlapping elements.
+        indices: For integers. Static inputs get 0, which is hardly ever an invalid index: a graph that reads one by
+            mistake must give a wrong answer, not an access out of bounds.
     """
     with torch.inference_mode(False), torch.no_grad():
         for tensor in tensors:
-            if tensor.numel() == 0:
-                continue
             if tensor.dtype is torch.bool:
-                tensor.fill_(bool(byte))
+                tensor.fill_(indices != 0)
+            elif tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
+                tensor.view(torch.uint8).fill_(0xFF)
+            elif tensor.dtype is torch.uint8:
+                tensor.fill_(indices % 256)
             else:
-                flat = tensor.untyped_storage()
-                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(flat)
-                start = tensor.storage_offset() * tensor.element_size()
-                span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-                whole[start : start + span * tensor.element_size()].fill_(byte)
+                tensor.fill_(float("nan") if tensor.is_floating_point() or tensor.is_complex() else indices)
 
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:

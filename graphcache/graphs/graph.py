@@ -26,14 +26,17 @@ class Graph(Protocol):
     def nbytes(self) -> int:
         """Memory that only this graph keeps alive, in bytes."""
 
-    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         """Run the graph on other inputs.
 
         Args:
-            inputs: As many tensors as were captured, of the same shapes, dtypes and device. They are not changed.
+            inputs: As many tensors as were captured, of the same shapes, strides, dtypes and device. They are not
+                changed.
+            out: Where the outputs go: tensors of the outputs' shapes, strides and dtypes, as torch allocates them.
+                ``None`` for fresh ones.
 
         Returns:
-            Fresh tensors that belong to the caller.
+            ``out``, or fresh tensors that belong to the caller.
 
         Raises:
             ClosedError: After :meth:`close`.

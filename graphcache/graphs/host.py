@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import ClosedError, Reason, Refusal
-from graphcache.graphs.buffers import fill_bytes, nbytes_of
+from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.graph import Body
 
 _Fill = tuple[Any, Any, int]
@@ -61,7 +61,7 @@ class HostGraph:
     def nbytes(self) -> int:
         return self._nbytes
 
-    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         with self._lock:
             static = self._inputs
             if static is None:
@@ -73,21 +73,26 @@ class HostGraph:
                 for func, args, kwargs, fills, results in self._steps:
                     for container, place, slot in fills:
                         container[place] = values[slot]
-                    out = func(*args, **kwargs)
+                    result = func(*args, **kwargs)
                     for container, place, _ in fills:
                         container[place] = None
                     if results is None:
                         continue
                     if type(results) is int:
-                        values[results] = out
+                        values[results] = result
                     else:
-                        for slot, item in zip(results, _flatten(out), strict=True):
+                        for slot, item in zip(results, _flatten(result), strict=True):
                             values[slot] = item
-            return [values[slot] for slot in self._outputs]
+                answer = [values[slot] for slot in self._outputs]
+                if out is None:
+                    return answer
+                for target, tensor in zip(out, answer, strict=True):
+                    target.copy_(tensor)
+                return out
 
     def poison(self) -> None:
         with self._lock:
-            fill_bytes(self._inputs or ())
+            poison(self._inputs or (), indices=0)
 
     def close(self) -> None:
         with self._lock:

@@ -369,7 +369,9 @@ class CachedModule(nn.Module):
         if self._engine is None:
             return TorchRecorder(self.module, self._run, self.ledger.name, verified=self.config.verify)
         shared = self.config.contexts == "shared"
-        return EngineRecorder(self._engine, shared_context=shared, verified=self.config.verify)
+        return EngineRecorder(
+            self._engine, shared_context=shared, verified=self.config.verify, binds=self.config.io == "bind"
+        )
 
     def _evicted(self, key: Hashable, entry: Entry[Recorded]) -> None:
         self.ledger.evicted(Evicted(key, entry.hits))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +18,15 @@ from graphcache.config import graphs_off
 from graphcache.engines.context import Context
 from graphcache.engines.library import words
 from graphcache.errors import Cause, CudaError, EngineExecutionError, Reason, Refusal
+from graphcache.events import log
+from graphcache.graphs import driver
 from graphcache.graphs.buffers import static_copy
-from graphcache.graphs.cuda import capturing, record_enqueue, record_torch, refusal_of
+from graphcache.graphs.cuda import CudaGraph, capture_enqueue, capturing, record_torch, refusal_of, with_copies
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane, own_stream
+from graphcache.graphs.pointers import CannotBind, find_copies, find_pointers
+from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.verify import RELATIVE, difference, perturb, verify
 from graphcache.modules.answers import Answer
 from graphcache.modules.engine import EngineModule
@@ -132,7 +137,12 @@ class TorchRecorder:
             expected = [tensor.clone() for tensor in run(static)]
             call.compare(expected, call.answer.tensors, "a second time")
             graph = record_torch(
-                lambda: run(static), inputs=static, lane=lane, keep=(session, call.kept()), where=self._name
+                lambda: run(static),
+                inputs=static,
+                expected=expected,
+                lane=lane,
+                keep=(session, call.kept()),
+                where=self._name,
             )
             try:
                 _refill(static, others)
@@ -227,10 +237,12 @@ class EngineRecorder:
         module: The engine.
         shared_context: Use one context for all graphs of the engine.
         verified: Whether new graphs are held against eager execution.
+        binds: Whether kernels are pointed at the caller's tensors where that can be done.
     """
 
-    def __init__(self, module: EngineModule, *, shared_context: bool, verified: bool) -> None:
+    def __init__(self, module: EngineModule, *, shared_context: bool, verified: bool, binds: bool) -> None:
         self._module = module
+        self._binds = binds
         self._shared_context = shared_context
         self._verified = verified
         self._context: Context | None = None
@@ -293,30 +305,28 @@ class EngineRecorder:
                 raise Refusal(
                     Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {error:.3g} between two runs"
                 )
-        with module.engine.said() as said:
-            graph = record_enqueue(
-                context.enqueue,
-                inputs=[value for index, value in enumerate(static) if index not in module.host_inputs],
-                outputs=outputs,
-                lane=module.lane,
-                keep=(context, static),
-                where=module.name,
-                said=lambda: words(said),
-            )
-        if self._verified:
+        io = _EngineIO(module, context, profile, static, outputs)
+
+        def verified(graph: CudaGraph) -> CudaGraph:
+            if self._verified:
+                try:
+                    on_device = (self._device_only(given), expected, self._device_only(others), expected_others)
+                    verify(graph, *on_device, where=module.name)
+                except BaseException:
+                    graph.close()
+                    raise
+            return graph
+
+        if self._binds:
             try:
-                verify(
-                    graph,
-                    self._device_only(given),
-                    expected,
-                    self._device_only(others),
-                    expected_others,
-                    where=module.name,
-                )
-            except BaseException:
-                graph.close()
-                raise
-        return graph
+                return verified(io.bound())
+            except CannotBind as why:
+                log.debug("%s copies its inputs and outputs: %s", module.name, why)
+            except Refusal as refusal:
+                if refusal.cause.reason is not Reason.MISMATCH:
+                    raise
+                log.debug("%s copies its inputs and outputs: pointed at others, %s", module.name, refusal.cause.detail)
+        return verified(io.copying())
 
     def _device_only(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [value for index, value in enumerate(values) if index not in self._module.host_inputs]
@@ -331,6 +341,90 @@ class EngineRecorder:
     @staticmethod
     def _build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+class _EngineIO:
+    """One engine call with static inputs and outputs, captured in either of two ways."""
+
+    def __init__(
+        self, module: EngineModule, context: Context, profile: int, static: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        self._module = module
+        self._context = context
+        self._profile = profile
+        self._all_inputs = static
+        self._inputs = [value for index, value in enumerate(static) if index not in module.host_inputs]
+        self._outputs = outputs
+
+    def bound(self) -> CudaGraph:
+        """A graph whose kernels are pointed at the caller's tensors.
+
+        Raises:
+            CannotBind: If not all places where addresses stand can be found.
+            Refusal: If the engine cannot be captured.
+        """
+        ours = [*self._inputs, *self._outputs]
+        first = self._capture(self._context.enqueue)
+        with ExitStack() as undo:
+            undo.callback(driver.call, "cuGraphDestroy", first)
+            if any(tensor.numel() == 0 for tensor in ours):
+                raise CannotBind("an input or output is empty")
+            if self._module.engine.aliases:
+                raise CannotBind("an output shares the memory of an input")
+            others = [torch.empty_like(tensor) for tensor in ours]
+            self._point_context_at(others)
+            try:
+                second = self._capture(self._context.enqueue)
+            finally:
+                self._point_context_at(ours)
+            undo.callback(driver.call, "cuGraphDestroy", second)
+            pointers = find_pointers(first, second, ours, others)
+            undo.pop_all()
+        driver.call("cuGraphDestroy", second)
+        return self._graph(first, [Slot(t, p, ALIGNMENT) for t, p in zip(ours, pointers, strict=True)])
+
+    def copying(self) -> CudaGraph:
+        """A graph that begins and ends with copy nodes, which are pointed at the caller's tensors.
+
+        Raises:
+            Refusal: If the engine cannot be captured.
+        """
+        ours = [*self._inputs, *self._outputs]
+        others = [torch.empty_like(tensor) for tensor in ours]
+        pairs = list(zip(ours, others, strict=True))
+        count = len(self._inputs)
+        before, after = pairs[:count], [(other, own) for own, other in pairs[count:]]
+        captured = self._capture(with_copies(self._context.enqueue, before, after))
+        try:
+            found = iter(find_copies(captured, [other for other in others if other.numel()]))
+        except CannotBind as why:
+            driver.call("cuGraphDestroy", captured)
+            raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
+        return self._graph(captured, [Slot(own, next(found) if own.numel() else [], 1) for own in ours])
+
+    def _capture(self, enqueue: Callable[[int], bool]) -> Any:
+        with self._module.engine.said() as said:
+            return capture_enqueue(enqueue, self._module.lane, self._module.name, lambda: words(said))
+
+    def _point_context_at(self, tensors: Sequence[Tensor]) -> None:
+        stream = own_stream(self._module.device.index, "capture").cuda_stream
+        given = iter(tensors)
+        inputs = [
+            value if index in self._module.host_inputs else next(given) for index, value in enumerate(self._all_inputs)
+        ]
+        self._context.set_inputs(inputs, self._profile, stream)
+        self._context.set_outputs(list(given))
+
+    def _graph(self, captured: Any, slots: Sequence[Slot]) -> CudaGraph:
+        count = len(self._inputs)
+        return CudaGraph(
+            captured,
+            inputs=slots[:count],
+            outputs=slots[count:],
+            lane=self._module.lane,
+            keep=(self._context, self._all_inputs),
+            release=lambda: driver.call("cuGraphDestroy", captured),
+        )
 
 
 def _refill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:

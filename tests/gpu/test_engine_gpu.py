@@ -63,6 +63,7 @@ def test_thirty_interleaved_shapes(load):
         for x in inputs:
             assert close(fast(x), networks.mlp8_reference(x))
     assert fast.cache_info().hits == 60
+    assert {entry.graph.graph.copies for entry in fast._entries.values()} == {0}, "bound, not copied"
     scratch = {entry.graph.graph._keep[0]._scratch.data_ptr() for entry in fast._entries.values()}
     contexts = {id(entry.graph.graph._keep[0]) for entry in fast._entries.values()}
     assert (len(scratch), len(contexts)) == (1, 30), "one context per graph, all on one scratch memory"
@@ -93,6 +94,28 @@ def test_shared_context_is_verified_and_right(load):
         x = torch.randn(n, networks.SIZE, device="cuda")
         assert close(fast(x), networks.mlp8_reference(x))
     assert fast.cache_info().hits == 3
+
+
+def test_copying_gives_the_same(load):
+    fast = graphcache.wrap(load("mlp8"), io="copy")
+    for n in (1, 4, 2, 1, 4, 2):
+        x = torch.randn(n, networks.SIZE, device="cuda")
+        assert close(fast(x), networks.mlp8_reference(x))
+    assert fast.cache_info().hits == 3
+
+
+def test_many_fresh_tensors_bound_one_after_another(load):
+    fast = graphcache.wrap(load("mlp8"))
+    kept = []
+    for step in range(60):
+        x = torch.randn(5, networks.SIZE, device="cuda")
+        if step % 3 == 0:
+            x = torch.randn(5 * networks.SIZE + 1, device="cuda")[1:].view(5, networks.SIZE)
+        kept.append((x, fast(x)))
+        if step % 7 == 0:
+            kept = kept[::2]
+    for x, y in kept:
+        assert close(y, networks.mlp8_reference(x))
 
 
 def test_non_contiguous_unaligned_and_empty_inputs(load):
@@ -325,7 +348,7 @@ def test_closed_graphs_contexts_and_buffers_are_gone(engine_bytes):
     x = torch.randn(4, networks.SIZE, device="cuda")
     fast(x)
     graph = next(iter(fast._entries.values())).graph.graph
-    gone = [weakref.ref(graph._keep[0]), weakref.ref(graph._outputs[0]), weakref.ref(graph)]
+    gone = [weakref.ref(graph._keep[0]), weakref.ref(graph._outputs[0].buffer), weakref.ref(graph)]
     fast.close()
     fast.close()
     del graph

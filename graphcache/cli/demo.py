@@ -1,0 +1,189 @@
+"""``graphcache demo``: mixed shapes through a small network, every answer held against eager execution."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import click
+import torch
+from torch import nn
+
+import graphcache
+from graphcache import CacheInfo, Reason
+from graphcache.cli.network import BATCHES, OBSERVATION, Confident, Policy, observations
+from graphcache.cli.output import (
+    ComparisonFailed,
+    cells,
+    described,
+    environment,
+    explained,
+    one_line,
+    print_json,
+    progress,
+    stdout,
+    table,
+)
+from graphcache.cli.timing import Latency, difference, timed
+from graphcache.errors import EngineError, TensorRTNotFoundError
+
+_EVERY = 10
+"""One call in so many is of the kind that no graph can answer."""
+
+Outcome = Literal["hit", "capture"] | Reason
+
+
+@dataclass
+class _Tally:
+    """What became of the calls, and how long they took in nanoseconds."""
+
+    times: dict[Outcome, list[int]] = field(default_factory=lambda: defaultdict(list))
+    eagerly: list[int] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+@click.command()
+@click.option("--calls", type=click.IntRange(min=1), default=300, show_default=True, help="How many calls to make.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and traffic.")
+@click.option("--max-graphs", type=click.IntRange(min=1), help="How many graphs to keep; as many as by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def demo(calls: int, seed: int, max_graphs: int | None, as_json: bool) -> None:
+    """Send mixed shapes through a small network and compare every answer with eager execution.
+
+    With a GPU and TensorRT the network is an engine, built on the spot; with a GPU alone a PyTorch module on CUDA
+    graphs; without a GPU the same module on host graphs. One call in ten keeps only some rows of the answer, which no
+    graph can do, so that its reason shows. Exits with 3 if any answer differs.
+    """
+    options = {} if max_graphs is None else {"max_graphs": max_graphs}
+    with progress("Preparing the network") as show, torch.inference_mode():
+        network, what, note = _network(seed, show)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        confident = Confident(network)
+        with (
+            graphcache.wrap(network, **options) as fast,
+            graphcache.wrap(confident, include=["policy"], **options) as picky,
+        ):
+            pairs = {False: (network, fast), True: (confident, picky)}
+            tally = _traffic(pairs, calls, seed, device, show)
+            info = fast.cache_info()
+            inner = picky.cache_info()
+    result = {
+        **environment(device, tensorrt=what.startswith("TensorRT")),
+        "network": what,
+        **({"note": note} if note else {}),
+        "calls": calls,
+        "seed": seed,
+        "differences": len(tally.wrong),
+        **_account(tally, info, inner),
+    }
+    if as_json:
+        print_json(result)
+    else:
+        _print(result, tally, device)
+    if tally.wrong:
+        raise ComparisonFailed(
+            f"{len(tally.wrong)} of {calls} answers differ from eager execution. The first: {tally.wrong[0]}"
+        )
+
+
+def _network(seed: int, show: Callable[[str], None]) -> tuple[nn.Module, str, str]:
+    """The network, what it is in words, and why it is not an engine although there is a GPU."""
+    policy = Policy(seed)
+    if not torch.cuda.is_available():
+        return policy, "PyTorch module on host graphs", ""
+    show("Building a TensorRT engine")
+    low, usual, high = ((size, OBSERVATION) for size in (min(BATCHES), BATCHES[2], max(BATCHES)))
+    try:
+        engine = graphcache.build(policy.to_onnx(), shapes={"observation": (low, usual, high)})
+        return graphcache.load(engine, name="policy"), "TensorRT engine on CUDA graphs", ""
+    except (TensorRTNotFoundError, EngineError) as error:
+        return policy.cuda(), "PyTorch module on CUDA graphs", f"no TensorRT engine: {one_line(error)}"
+
+
+def _traffic(
+    pairs: dict[bool, tuple[nn.Module, graphcache.CachedModule]],
+    calls: int,
+    seed: int,
+    device: torch.device,
+    show: Callable[[str], None],
+) -> _Tally:
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    skew = [1 / rank for rank in range(1, len(BATCHES) + 1)]
+    tally = _Tally()
+    for call in range(calls):
+        show(f"Call {call + 1} of {calls}")
+        [batch] = choose.choices(BATCHES, skew)
+        eager, fast = pairs[call % _EVERY == _EVERY // 2]
+        x = observations(batch, generator, device)
+        before = fast.cache_info()
+        answer, nanoseconds = timed(lambda fast=fast, x=x: fast(x), device)
+        outcome = _outcome(before, fast.cache_info())
+        expected, eagerly = timed(lambda eager=eager, x=x: eager(x), device)
+        tally.times[outcome].append(nanoseconds)
+        if outcome == "hit":
+            tally.eagerly.append(eagerly)
+        if (found := difference(answer, expected)) is not None:
+            tally.wrong.append(f"call {call + 1}, batch {batch}, {_label(outcome)}: {found}")
+    return tally
+
+
+def _outcome(before: CacheInfo, after: CacheInfo) -> Outcome:
+    for reason, count in after.eager.items():
+        if count > before.eager.get(reason, 0):
+            return reason
+    return "capture" if after.captures > before.captures else "hit"
+
+
+def _label(outcome: Outcome) -> str:
+    return f"ran eagerly ({outcome.value})" if isinstance(outcome, Reason) else outcome
+
+
+def _account(tally: _Tally, info: CacheInfo, inner: CacheInfo) -> dict[str, Any]:
+    def measured(outcome: Outcome) -> dict[str, Any]:
+        latency = Latency.of(tally.times.get(outcome, []))
+        return asdict(latency) if latency else {"calls": 0}
+
+    eagerly = Latency.of(tally.eagerly)
+    reasons = [outcome for outcome in tally.times if isinstance(outcome, Reason)]
+    return {
+        "hits": measured("hit"),
+        "hits_run_eagerly": asdict(eagerly) if eagerly else {"calls": 0},
+        "captures": measured("capture"),
+        "eager": {reason.value: {**measured(reason), "why": explained(reason)} for reason in reasons},
+        "graphs": info.graphs,
+        "nbytes": info.nbytes,
+        "evictions": info.evictions,
+        "hits_inside_eager_calls": inner.hits,
+    }
+
+
+def _print(result: dict[str, Any], tally: _Tally, device: torch.device) -> None:
+    console = stdout()
+    versions = environment(device, tensorrt=result["network"].startswith("TensorRT"))
+    console.print(described(versions), soft_wrap=True)
+    console.print(f"{result['network']}: {result['calls']} calls of {len(BATCHES)} batch sizes, seed {result['seed']}")
+    if "note" in result:
+        console.print(result["note"], soft_wrap=True)
+    console.print()
+    rows = table("outcome", "calls", "p50 µs", "p90 µs", "p99 µs")
+    hits, eagerly = Latency.of(tally.times.get("hit", [])), Latency.of(tally.eagerly)
+    rows.add_row("hit: answered by a graph", str(hits.calls if hits else 0), *cells(hits))
+    rows.add_row("     the same inputs, eagerly", "", *cells(eagerly))
+    captures = Latency.of(tally.times.get("capture", []))
+    rows.add_row("capture: first call of a shape", str(captures.calls if captures else 0), *cells(captures))
+    for reason, times in ((o, t) for o, t in tally.times.items() if isinstance(o, Reason)):
+        rows.add_row(f"ran eagerly: {reason.value}", str(len(times)), *cells(Latency.of(times)))
+    console.print(rows)
+    console.print()
+    for each in result["eager"].values():
+        console.print(each["why"], soft_wrap=True)
+    if result["hits_inside_eager_calls"]:
+        console.print(f"Inside those calls the network itself was a hit {result['hits_inside_eager_calls']} times.")
+    console.print(f"Graphs kept: {result['graphs']} ({result['nbytes']} bytes); evicted: {result['evictions']}.")
+    if not tally.wrong:
+        how = "bit for bit" if device.type == "cpu" else "within 1e-3 of the largest value"
+        console.print(f"All {result['calls']} answers equal eager execution, {how}.")

@@ -1,0 +1,147 @@
+"""Shapes as options of a command, in the manner of trtexec (one word) and of Polygraphy (several words)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import click
+
+from graphcache.cli.shapes import Shape, ShapeSyntaxError, Spec, looks_like, parse
+
+Specs = tuple[Spec, ...]
+
+
+class ShapesType(click.ParamType):
+    """The type of an option that takes shapes."""
+
+    name = "shapes"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "NAME:SHAPE[,…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Specs:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse(str(value))
+        except ShapeSyntaxError as error:
+            self.fail(str(error), param, ctx)
+
+
+class ShapesCommand(click.Command):
+    """A command whose shape options also take the words that follow: ``--shapes x:[1,64] y:[1,2]``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        flags = [flag for param in self.params if isinstance(param.type, ShapesType) for flag in param.opts]
+        return super().parse_args(ctx, join_words(args, flags))
+
+
+def join_words(args: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Make one value of each option in ``flags`` and the shapes that follow it.
+
+    Example:
+        >>> join_words(["--shapes", "x:[1,64]", "y:[1]", "model.onnx"], ["--shapes"])
+        ['--shapes', 'x:[1,64] y:[1]', 'model.onnx']
+    """
+    joined: list[str] = []
+    open_value = False
+    rest = iter(args)
+    for word in rest:
+        if word == "--":
+            return [*joined, word, *rest]
+        if open_value and looks_like(word):
+            joined[-1] += f" {word}"
+            continue
+        joined.append(word)
+        if word in flags:
+            value = next(rest, None)
+            joined += [] if value is None else [value]
+            open_value = value is not None
+        else:
+            open_value = any(word.startswith(f"{flag}=") for flag in flags)
+    return joined
+
+
+def ranges(groups: Sequence[Specs], low: Sequence[Specs], usual: Sequence[Specs], high: Sequence[Specs]) -> Any:
+    """What :func:`graphcache.build` takes as ``shapes``.
+
+    Args:
+        groups: The values of ``--shapes``. An input that several of them name gets an optimisation profile for each.
+        low: Those of ``--min-shapes``.
+        usual: Those of ``--opt-shapes``.
+        high: Those of ``--max-shapes``.
+
+    Raises:
+        click.UsageError: If an input has a smallest, usual or largest shape but not all three (the usual one alone
+            means just that one), is named in both ways, or has a dtype.
+    """
+    found: dict[str, list[tuple[Shape, ...]]] = {}
+    for spec in (spec for group in groups for spec in group):
+        _without_dtype(spec)
+        found.setdefault(spec.name, []).append(spec.shapes if len(spec.shapes) == 3 else spec.shapes * 3)
+    lows, usuals, highs = (
+        _single(flag, specs) for flag, specs in (("--min-shapes", low), ("--opt-shapes", usual), ("--max-shapes", high))
+    )
+    for name in {**lows, **usuals, **highs}:
+        if name in found:
+            raise click.UsageError(f"{name!r} is named by --shapes and by --min-shapes, --opt-shapes or --max-shapes.")
+        if name not in usuals or (name in lows) != (name in highs):
+            raise click.UsageError(
+                f"{name!r} needs --opt-shapes alone, or all of --min-shapes, --opt-shapes and --max-shapes."
+            )
+        found[name] = [(lows.get(name, usuals[name]), usuals[name], highs.get(name, usuals[name]))]
+    return {name: each[0] if len(each) == 1 else each for name, each in found.items()}
+
+
+def points(groups: Sequence[Specs]) -> list[dict[str, Spec]]:
+    """The sets of inputs to run: one for each ``--shapes``, three for one that gives ranges.
+
+    Example:
+        >>> [{name: spec.shapes[0] for name, spec in each.items()} for each in points([parse("x:1:2:3,y:9")])]
+        [{'x': (1,), 'y': (9,)}, {'x': (2,), 'y': (9,)}, {'x': (3,), 'y': (9,)}]
+    """
+    found: list[dict[str, Spec]] = []
+    for group in groups:
+        for index in range(max(len(spec.shapes) for spec in group)):
+            point = {spec.name: Spec(spec.name, (spec.shapes[index % len(spec.shapes)],), spec.dtype) for spec in group}
+            if point not in found:
+                found.append(point)
+    return found
+
+
+def spanned(groups: Sequence[Specs]) -> Mapping[str, tuple[Shape, Shape, Shape]]:
+    """The smallest range that holds every shape of the groups, by input; the usual shape is the first one named.
+
+    Raises:
+        click.UsageError: If an input has shapes of different numbers of dimensions.
+    """
+    shapes: dict[str, list[Shape]] = {}
+    for spec in (spec for group in groups for spec in group):
+        _without_dtype(spec)
+        usual = spec.shapes[len(spec.shapes) // 2]
+        shapes.setdefault(spec.name, []).extend([usual, *spec.shapes])
+    for name, given in shapes.items():
+        if len({len(shape) for shape in given}) > 1:
+            raise click.UsageError(f"{name!r} has shapes of different numbers of dimensions.")
+    return {
+        name: (tuple(map(min, zip(*given, strict=True))), given[0], tuple(map(max, zip(*given, strict=True))))
+        for name, given in shapes.items()
+    }
+
+
+def _single(flag: str, groups: Sequence[Specs]) -> dict[str, Shape]:
+    found: dict[str, Shape] = {}
+    for spec in (spec for group in groups for spec in group):
+        _without_dtype(spec)
+        if len(spec.shapes) != 1:
+            raise click.UsageError(f"{flag} takes one shape for each input; {spec.name!r} has {len(spec.shapes)}.")
+        if spec.name in found:
+            raise click.UsageError(f"{flag} names {spec.name!r} twice; several profiles are given with --shapes.")
+        found[spec.name] = spec.shapes[0]
+    return found
+
+
+def _without_dtype(spec: Spec) -> None:
+    if spec.dtype is not None:
+        raise click.UsageError(f"{spec.name!r} has the dtype {spec.dtype!r}; a model's inputs have their own dtypes.")

@@ -1,0 +1,122 @@
+"""Results on stdout, progress on stderr and only where somebody watches."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import graphcache
+from graphcache import Reason
+from graphcache.cli.timing import Latency
+from graphcache.engines.library import library
+from graphcache.errors import GraphCacheError
+
+_PLAIN_WIDTH = 120
+
+
+class ComparisonFailed(click.ClickException):
+    """An answer differed from eager execution: exit code 3."""
+
+    exit_code = 3
+
+
+def one_line(error: BaseException | str) -> str:
+    """A message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def stdout() -> Console:
+    """For results. Colours only on a terminal, and not where ``NO_COLOR`` is set."""
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+
+
+@contextmanager
+def progress(message: str) -> Iterator[Any]:
+    """Shows a message while a block runs, if stderr is a terminal.
+
+    Yields:
+        A function that replaces the message.
+    """
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    console = Console(stderr=True, markup=False, highlight=False)
+    with console.status(message) as status:
+        yield status.update
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(result, indent=2))
+
+
+def table(*columns: str) -> Table:
+    """A table whose first column is text and whose other columns are numbers."""
+    made = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True, padding=(0, 3, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left", overflow="fold")
+    return made
+
+
+def cells(latency: Latency | None) -> tuple[str, str, str]:
+    """p50, p90 and p99 for a row."""
+    return ("–", "–", "–") if latency is None else (f"{latency.p50:.1f}", f"{latency.p90:.1f}", f"{latency.p99:.1f}")
+
+
+def explained(reason: Reason) -> str:
+    """A reason with its sentence and what would change it."""
+    return f"{reason.value}: {reason.sentence}. To change that: {reason.remedy}."
+
+
+def environment(device: torch.device, *, tensorrt: bool = False) -> dict[str, str]:
+    """What a figure depends on: the device and the versions.
+
+    Args:
+        device: Where the work runs.
+        tensorrt: Whether TensorRT takes part.
+    """
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        name = f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+    found = {
+        "device": name,
+        "graphcache": graphcache.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if tensorrt:
+        found.update(tensorrt_version())
+    return found
+
+
+def tensorrt_version(name: str | None = None) -> dict[str, str]:
+    """The flavour and version of TensorRT in use; nothing where none can be imported.
+
+    Args:
+        name: The flavour that was asked for, if any.
+    """
+    try:
+        used = library(name)
+    except GraphCacheError:
+        return {}
+    return {used.flavour: used.version}
+
+
+def described(versions: Mapping[str, str]) -> str:
+    """The device and the versions in one line.
+
+    Example:
+        >>> described({"device": "CPU", "torch": "2.13.0"})
+        'CPU, torch 2.13.0'
+    """
+    return ", ".join(version if name == "device" else f"{name} {version}" for name, version in versions.items())

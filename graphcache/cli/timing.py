@@ -1,0 +1,97 @@
+"""How long calls take, and whether two answers are the same."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+RELATIVE = 1e-3
+"""The largest difference on CUDA, as a share of an output's largest magnitude, between two runs of one network: kernels
+may add in another order, or in TF32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Percentiles in microseconds.
+
+    Args:
+        calls: How many calls were measured.
+        p50: Half of them took at most this long.
+        p90: Nine of ten.
+        p99: Ninety-nine of a hundred.
+    """
+
+    calls: int
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, nanoseconds: Sequence[int]) -> Latency | None:
+        """The percentiles of some times, each of which is one of the times; ``None`` of none.
+
+        Example:
+            >>> Latency.of([3000, 1000, 2000])
+            Latency(calls=3, p50=2.0, p90=3.0, p99=3.0)
+        """
+        if not nanoseconds:
+            return None
+        ordered = sorted(nanoseconds)
+        p50, p90, p99 = (round(ordered[math.ceil(share * len(ordered)) - 1] / 1000, 1) for share in (0.50, 0.90, 0.99))
+        return cls(len(ordered), p50, p90, p99)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """Make a call and wait until the device has finished.
+
+    Args:
+        call: What to call.
+        device: Where its work runs.
+
+    Returns:
+        The answer, and how long it took in nanoseconds.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    wait()
+    start = time.perf_counter_ns()
+    answer = call()
+    wait()
+    return answer, time.perf_counter_ns() - start
+
+
+def difference(got: Any, expected: Any) -> str | None:
+    """How an answer differs from the expected one, in one line; ``None`` if it doesn't.
+
+    On the CPU every bit must be the same, on CUDA floating values must agree to :data:`RELATIVE`. ``nan`` equals itself.
+    """
+    left, left_tree = pytree.tree_flatten(got)
+    right, right_tree = pytree.tree_flatten(expected)
+    if left_tree != right_tree:
+        return f"its structure is {left_tree}, expected {right_tree}"
+    for index, (one, other) in enumerate(zip(left, right, strict=True)):
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+            if one != other:
+                return f"value {index} is {one!r}, expected {other!r}"
+            continue
+        try:
+            torch.testing.assert_close(one, other, rtol=0, atol=_tolerance(other), equal_nan=True, check_stride=False)
+        except AssertionError as error:
+            return f"output {index}: {' '.join(str(error).split())}"
+    return None
+
+
+def _tolerance(tensor: Tensor) -> float:
+    if not tensor.is_cuda or not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0.0
+    return RELATIVE * float(tensor.double().nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,248 @@
+"""Where a captured graph has baked the addresses of its inputs and outputs, and how to point it at other tensors.
+
+A kernel node holds a copy of its kernel's arguments. Captured twice, with other inputs and outputs each time and
+everything else the same, two copies differ exactly where an address of an input or output stands. What differs
+otherwise, or stands where no argument shows it (device memory, a tensor-map descriptor), cannot be patched: such a
+graph is refused here, or found out by verification, and copies instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from graphcache.errors import CudaError
+from graphcache.graphs import driver
+
+MAX_NODES = 4096
+"""Reading a node's arguments takes some 10 µs; a graph beyond this many is launched for milliseconds and can copy."""
+
+_DESCRIPTOR_BYTES = 128
+"""``sizeof(CUtensorMap)``: an opaque descriptor with an encoded address, passed by value."""
+
+
+class CannotBind(Exception):
+    """Why the addresses in a graph cannot be patched; never reaches the user."""
+
+
+class Pointer:
+    """One place in an instantiated graph where an address stands.
+
+    Args:
+        word: The address in this object's own copy of the node's parameters; node-owned memory is never written.
+        offset: What is added to a tensor's address.
+        setter: The driver's function for this kind of node.
+        arguments: What it is called with after the executable.
+        keep: The memory behind ``word``.
+    """
+
+    __slots__ = ("_arguments", "_keep", "_offset", "_setter", "_word")
+
+    def __init__(self, word: Any, offset: int, setter: Callable[..., Any], arguments: Sequence[Any], keep: Any) -> None:
+        self._word = word
+        self._offset = offset
+        self._setter = setter
+        self._arguments = arguments
+        self._keep = keep
+
+    def set(self, executable: Any, address: int) -> None:
+        """Point the node at another address, from the next launch on.
+
+        Raises:
+            CudaError: If the driver refuses.
+        """
+        self._word.value = address + self._offset
+        code = self._setter(executable, *self._arguments)[0]
+        if code:
+            raise CudaError(f"{self._setter.__name__} failed with {code.name} ({int(code)})")
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    handle: Any
+    kind: Any
+
+
+def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[list[Pointer]]:
+    """Where two captures of the same work show the addresses of their tensors.
+
+    Args:
+        first: A ``CUgraph`` that was captured with ``tensors``; its nodes are the ones to patch, so it must live as
+            long as the pointers.
+        second: One captured with ``others``.
+        tensors: Inputs and outputs of the first, in memory of their own each.
+        others: Those of the second, alive at the same time.
+
+    Returns:
+        For each tensor the places where its address stands.
+
+    Raises:
+        CannotBind: If the captures differ in anything else, or a tensor stands nowhere.
+    """
+    nodes, other_nodes = _nodes(first), _nodes(second)
+    if len(nodes) != len(other_nodes):
+        raise CannotBind(f"two captures gave {len(nodes)} and {len(other_nodes)} nodes")
+    if len(nodes) > MAX_NODES:
+        raise CannotBind(f"{len(nodes)} nodes are more than {MAX_NODES}")
+    found: list[list[Pointer]] = [[] for _ in tensors]
+    moves = [
+        (left.data_ptr(), left.numel() * left.element_size(), right.data_ptr() - left.data_ptr())
+        for left, right in zip(tensors, others, strict=True)
+    ]
+    kinds = driver.binding().CUgraphNodeType
+    for node, other in zip(nodes, other_nodes, strict=True):
+        if node.kind != other.kind:
+            raise CannotBind("two captures gave nodes of different kinds")
+        if node.kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
+            _compare_kernels(node.handle, other.handle, moves, found)
+        elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
+            _compare_copies(node.handle, other.handle, moves, found)
+        elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
+            left = driver.call("cuGraphMemsetNodeGetParams", node.handle)
+            right = driver.call("cuGraphMemsetNodeGetParams", other.handle)
+            if int(left.dst) != int(right.dst):
+                raise CannotBind("a memset writes to an output")
+        elif node.kind != kinds.CU_GRAPH_NODE_TYPE_EMPTY:
+            raise CannotBind(f"a node of kind {node.kind.name}")
+    for index, places in enumerate(found):
+        if not places:
+            raise CannotBind(f"tensor {index} stands in no node's arguments")
+    return found
+
+
+def find_copies(graph: Any, tensors: Sequence[Tensor]) -> list[list[Pointer]]:
+    """The copy nodes that read or write exactly at the given tensors.
+
+    Args:
+        graph: A ``CUgraph`` in which each tensor is copied from or to as a whole.
+        tensors: What is copied.
+
+    Raises:
+        CannotBind: If one of them is not.
+    """
+    addresses = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
+    found: list[list[Pointer]] = [[] for _ in tensors]
+    for node in _nodes(graph):
+        if node.kind != driver.binding().CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY:
+            continue
+        params = driver.call("cuGraphMemcpyNodeGetParams", node.handle)
+        for field in ("srcDevice", "dstDevice"):
+            index = addresses.get(int(getattr(params, field)))
+            if index is not None:
+                found[index].append(_copy_pointer(node.handle, params, field, 0))
+    for index, places in enumerate(found):
+        if len(places) != 1:
+            raise CannotBind(f"tensor {index} is copied by {len(places)} nodes instead of one")
+    return found
+
+
+def _nodes(graph: Any) -> list[_Node]:
+    _, count = driver.call("cuGraphGetNodes", graph, 0)
+    handles, _ = driver.call("cuGraphGetNodes", graph, count)
+    return [_Node(handle, driver.call("cuGraphNodeGetType", handle)) for handle in handles[:count]]
+
+
+def _compare_kernels(left: Any, right: Any, moves: Sequence[tuple[int, int, int]], found: list[list[Pointer]]) -> None:
+    params, other = (driver.call("cuGraphKernelNodeGetParams", node) for node in (left, right))
+    shape = ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes")
+    if int(params.func) != int(other.func) or any(getattr(params, n) != getattr(other, n) for n in shape):
+        raise CannotBind("two captures launch different kernels")
+    if not params.kernelParams or not other.kernelParams:
+        raise CannotBind("a kernel takes its arguments as one packed buffer")
+    layout = list(_argument_sizes(params))
+    copies, pointers = _copy_arguments(params, layout), _argument_addresses(other, len(layout))
+    array = (ctypes.c_void_p * max(len(layout), 1))(*(ctypes.addressof(copy) for copy in copies))
+    params.kernelParams = ctypes.addressof(array)
+    setter = driver.binding().cuGraphExecKernelNodeSetParams
+    for copy, address, size in zip(copies, pointers, layout, strict=True):
+        theirs = ctypes.string_at(address, size)
+        if copy.raw[:size] == theirs:
+            continue
+        if size == _DESCRIPTOR_BYTES:
+            raise CannotBind("a tensor-map descriptor holds an address")
+        for start in range(0, size, 8):
+            mine_word, their_word = copy.raw[start : start + 8], theirs[start : start + 8]
+            if mine_word[: size - start] == their_word:
+                continue
+            if size - start < 8:
+                raise CannotBind("arguments differ in something that is no address")
+            index, offset = _explain(int.from_bytes(mine_word, "little"), int.from_bytes(their_word, "little"), moves)
+            word = ctypes.c_uint64.from_buffer(copy, start)
+            found[index].append(Pointer(word, offset, setter, (left, params), (copies, array)))
+
+
+def _compare_copies(left: Any, right: Any, moves: Sequence[tuple[int, int, int]], found: list[list[Pointer]]) -> None:
+    params, other = (driver.call("cuGraphMemcpyNodeGetParams", node) for node in (left, right))
+    for field in ("srcDevice", "dstDevice"):
+        mine, theirs = int(getattr(params, field)), int(getattr(other, field))
+        if mine != theirs:
+            index, offset = _explain(mine, theirs, moves)
+            found[index].append(_copy_pointer(left, params, field, offset))
+
+
+def _copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
+    word = ctypes.c_uint64.from_address(params.getPtr() + _copy_field_offsets()[field])
+    context = driver.call("cuCtxGetCurrent")
+    return Pointer(word, offset, driver.binding().cuGraphExecMemcpyNodeSetParams, (node, params, context), params)
+
+
+def _copy_field_offsets() -> dict[str, int]:
+    """Where the device addresses stand in ``CUDA_MEMCPY3D``: found by a mark, as the binding hides its layout."""
+    api = driver.binding()
+    offsets = {}
+    for field in ("srcDevice", "dstDevice"):
+        probe = api.CUDA_MEMCPY3D()
+        setattr(probe, field, api.CUdeviceptr(0x5A5A5A5A12345678))
+        raw = ctypes.string_at(probe.getPtr(), 200)
+        offsets[field] = raw.index((0x5A5A5A5A12345678).to_bytes(8, "little"))
+    return offsets
+
+
+def _explain(mine: int, theirs: int, moves: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
+    """Which tensor two differing words point into, and how far behind its beginning.
+
+    Raises:
+        CannotBind: If none, or more than one.
+    """
+    # One past the end counts: kernels are given ends of ranges too.
+    fits = [
+        (index, mine - start)
+        for index, (start, nbytes, move) in enumerate(moves)
+        if start <= mine <= start + nbytes and theirs - mine == move
+    ]
+    if len(fits) != 1:
+        raise CannotBind("arguments differ in something that is no address of an input or output")
+    return fits[0]
+
+
+def _argument_sizes(params: Any) -> Iterator[int]:
+    api = driver.binding()
+    get, function = (
+        (api.cuFuncGetParamInfo, params.func) if int(params.func) else (api.cuKernelGetParamInfo, params.kern)
+    )
+    for index in itertools.count():
+        code, _, size = get(function, index)
+        if code:
+            return
+        yield int(size)
+
+
+def _argument_addresses(params: Any, count: int) -> list[int]:
+    array = (ctypes.c_void_p * count).from_address(params.kernelParams)
+    return [address or 0 for address in array]
+
+
+def _copy_arguments(params: Any, layout: Sequence[int]) -> list[Any]:
+    addresses = _argument_addresses(params, len(layout))
+    # Rounded up to words, so that every argument is aligned as the driver reads it.
+    return [
+        (ctypes.c_char * (-(-size // 8) * 8)).from_buffer_copy(
+            ctypes.string_at(address, size).ljust(-(-size // 8) * 8, b"\0")
+        )
+        for address, size in zip(addresses, layout, strict=True)
+    ]
