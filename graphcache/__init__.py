@@ -8,9 +8,10 @@ from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
 from graphcache.modules.cached import CachedModule as CachedModule
-from graphcache.modules.cached import CacheInfo as CacheInfo
 from graphcache.modules.cached import wrap as wrap
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.engine import load as load
+from graphcache.modules.info import CacheInfo as CacheInfo
+from graphcache.modules.session import Session as Session
 
 __version__ = "0.1.0"

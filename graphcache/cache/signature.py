@@ -18,6 +18,7 @@ from graphcache.errors import Reason, Refusal
 
 Signature = tuple[Hashable, ...]
 
+_strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
@@ -26,8 +27,8 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     """The signature of a call, and the tensors in it, depth first.
 
     Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
-    ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), the grad mode, which
-    tensors require gradients while it is on, and autocast.
+    ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), pending conjugations
+    and negations, the grad mode, which tensors require gradients while it is on, and autocast.
 
     Not told apart are values of tensors, and tensors that overlap from tensors that don't.
 
@@ -52,7 +53,7 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     tensors: Sequence[Tensor] = args
     if not kwargs:
         for value in args:
-            if type(value) is not Tensor or value.layout is not torch.strided:
+            if type(value) is not Tensor or value.is_neg() or value.is_conj() or value.layout is not _strided:
                 break
             parts += (value.dtype, value.shape, value.stride(), value.device)
         else:
@@ -100,6 +101,8 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
         if value.layout is not torch.strided:
             raise Refusal(Reason.ARGUMENT, where, f"a tensor of layout {value.layout}")
         parts += (value.dtype, value.shape, value.stride(), value.device)
+        if value.is_conj() or value.is_neg():
+            parts.append((value.is_conj(), value.is_neg()))
         tensors.append(value)
     elif kind is float:
         parts.append((float, value.hex()))

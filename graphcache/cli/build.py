@@ -95,6 +95,8 @@ def check_onnx(model: Path) -> None:
 @contextmanager
 def _replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of ``target`` once the block has ended well; else nothing is left of it."""
+    if target.is_dir():
+        raise click.ClickException(f"{target} is a directory; choose another --output")
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:

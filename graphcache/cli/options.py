@@ -12,7 +12,7 @@ from graphcache.cli.shapes import Shape, ShapeSyntaxError, Spec, looks_like, par
 Specs = tuple[Spec, ...]
 
 
-class ShapesType(click.ParamType):
+class ShapesType(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
     """The type of an option that takes shapes."""
 
     name = "shapes"

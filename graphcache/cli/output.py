@@ -36,7 +36,7 @@ def one_line(error: BaseException | str) -> str:
 
 def stdout() -> Console:
     """For results. Colours only on a terminal, and not where ``NO_COLOR`` is set."""
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def progress(message: str) -> Iterator[Any]:
     if not sys.stderr.isatty():
         yield lambda text: None
         return
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
     with console.status(message) as status:
         yield status.update
 
@@ -69,7 +69,7 @@ def table(*columns: str) -> Table:
 
 def cells(latency: Latency | None) -> tuple[str, str, str]:
     """p50, p90 and p99 for a row."""
-    return ("–", "–", "–") if latency is None else (f"{latency.p50:.1f}", f"{latency.p90:.1f}", f"{latency.p99:.1f}")
+    return ("-", "-", "-") if latency is None else (f"{latency.p50:.1f}", f"{latency.p90:.1f}", f"{latency.p99:.1f}")
 
 
 def explained(reason: Reason) -> str:

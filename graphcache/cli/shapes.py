@@ -131,15 +131,14 @@ class _Scanner:
     def spec(self) -> Spec:
         name = self.name()
         self.expect(":", f"expected ':' and a shape after the name {name!r}")
-        shapes, dtype = [self.shape()], None
-        while self.text[self.at : self.at + 1] == ":":
-            self.at += 1
-            if dtype := self.take(_DTYPE):
-                break
-            shapes.append(self.shape())
+        shapes, dtype = [self.shape()], ""
+        while not dtype and self.skip(":"):
+            dtype = self.take(_DTYPE)
+            if not dtype:
+                shapes.append(self.shape())
         if len(shapes) not in (1, 3):
             raise self.error(f"{len(shapes)} shapes for {name!r}; expected one, or three (smallest, usual, largest)")
-        return Spec(name, tuple(shapes), dtype)
+        return Spec(name, tuple(shapes), dtype or None)
 
     def name(self) -> str:
         if found := self.take(_QUOTED):

@@ -69,7 +69,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
 def difference(got: Any, expected: Any) -> str | None:
     """How an answer differs from the expected one, in one line; ``None`` if it doesn't.
 
-    On the CPU every bit must be the same, on CUDA floating values must agree to :data:`RELATIVE`. ``nan`` equals itself.
+    On the CPU all values must be equal, on CUDA floating ones must agree to :data:`RELATIVE`. ``nan`` equals itself.
     """
     left, left_tree = pytree.tree_flatten(got)
     right, right_tree = pytree.tree_flatten(expected)
@@ -77,7 +77,7 @@ def difference(got: Any, expected: Any) -> str | None:
         return f"its structure is {left_tree}, expected {right_tree}"
     for index, (one, other) in enumerate(zip(left, right, strict=True)):
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-            if one != other:
+            if type(one) is not type(other) or one != other:
                 return f"value {index} is {one!r}, expected {other!r}"
             continue
         try:

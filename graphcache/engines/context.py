@@ -43,6 +43,7 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, object] = {}
         self._profile = 0
+        self._output_shapes: list[tuple[int, ...] | None] | None = None
         self._growing = GrowingOutputs(engine)
         # A 0-element tensor has no address, and TensorRT wants one.
         self._nowhere = torch.empty(ALIGNMENT, dtype=torch.uint8, device=engine.device)
@@ -71,6 +72,7 @@ class Context:
                 if not self._context.set_optimization_profile_async(profile, stream):
                     raise self._error(f"optimisation profile {profile} was refused", said)
                 self._profile = profile
+                self._output_shapes = None
                 self._shapes.clear()
             for binding, value in zip(self.engine.inputs, inputs, strict=True):
                 name = binding.name
@@ -85,18 +87,14 @@ class Context:
                     if not self._context.set_input_shape(name, tuple(value.shape)):
                         raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused", said)
                     self._shapes[name] = (value.shape, told)
+                    self._output_shapes = None
                 self._address(name, value, said)
-            try:
-                missing = self._context.infer_shapes()
-            except RuntimeError as error:
-                raise self._error(f"shapes do not go together ({error})", said) from error
-            if missing:
-                raise self._error(f"shapes of {', '.join(missing)} are still unknown", said)
+            if self._output_shapes is None:
+                self._output_shapes = self._infer(said)
 
     def output_shapes(self) -> list[tuple[int, ...] | None]:
         """The shapes of the outputs for the inputs that were set; ``None`` where only running the engine will tell."""
-        shapes = [tuple(self._context.get_tensor_shape(binding.name)) for binding in self.engine.outputs]
-        return [None if any(size < 0 for size in shape) else shape for shape in shapes]
+        return list(self._output_shapes or ())
 
     def set_outputs(self, outputs: Sequence[Tensor | None]) -> None:
         """Point the outputs at memory; ``None`` installs the growing allocator for that one.
@@ -129,6 +127,16 @@ class Context:
     def let_go(self) -> None:
         """Drop the references to the last inputs and outputs. Addresses are set again at the next call."""
         self._held = {binding.name: self._held[binding.name] for binding in self.engine.inputs if binding.on_host}
+
+    def _infer(self, said: list[str]) -> list[tuple[int, ...] | None]:
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise self._error(f"shapes do not go together ({error})", said) from error
+        if missing:
+            raise self._error(f"shapes of {', '.join(missing)} are still unknown", said)
+        shapes = [tuple(self._context.get_tensor_shape(binding.name)) for binding in self.engine.outputs]
+        return [None if any(size < 0 for size in shape) else shape for shape in shapes]
 
     def _address(self, name: str, value: Tensor, said: list[str]) -> None:
         address = value.data_ptr() or self._nowhere.data_ptr()

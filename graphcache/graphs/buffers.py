@@ -50,6 +50,16 @@ def poison(tensors: Sequence[Tensor], *, indices: int = -1) -> None:
                 tensor.fill_(float("nan") if tensor.is_floating_point() or tensor.is_complex() else indices)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill one block of memory, so that one plain copy moves them all."""
+    return tensor.numel() > 0 and bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def is_plain_copy(tensor: Tensor, buffer: Tensor) -> bool:
+    """Whether the bytes of ``tensor`` are the bytes of ``buffer``: same strides, no pending conjugation or negation."""
+    return tensor.stride() == buffer.stride() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
     """Bytes that the storages of these tensors hold, each storage once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -42,6 +42,20 @@ class Graph(Protocol):
             ClosedError: After :meth:`close`.
         """
 
+    def pin(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Use the static buffers from now on, for :meth:`launch`.
+
+        Returns:
+            The static inputs and outputs. They stay where they are until :meth:`replay` or :meth:`close`.
+        """
+
+    def launch(self) -> None:
+        """Run on the static inputs, into the static outputs, in the order of the caller's stream; nothing else.
+
+        Raises:
+            ClosedError: After :meth:`close`.
+        """
+
     def poison(self) -> None:
         """Overwrite static inputs and outputs (with NaN, or -1), so that a replay that does not read or write shows."""
 

@@ -32,6 +32,7 @@ class HostGraph:
         self._slots = tape.slot_count
         self._outputs = [tape.slot_of(tensor) for tensor in outputs]
         self._lock = lock
+        self._pinned: list[Tensor] = []
         self._nbytes = nbytes_of(inputs)
 
     @classmethod
@@ -62,33 +63,47 @@ class HostGraph:
         return self._nbytes
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        with self._lock:
-            static = self._inputs
-            if static is None:
-                raise ClosedError("the graph was closed; call the module again to capture a new one")
-            values: list[Any] = [None] * self._slots
-            with torch.no_grad():
-                for buffer, tensor in zip(static, inputs, strict=True):
-                    buffer.copy_(tensor)
-                for func, args, kwargs, fills, results in self._steps:
-                    for container, place, slot in fills:
-                        container[place] = values[slot]
-                    result = func(*args, **kwargs)
-                    for container, place, _ in fills:
-                        container[place] = None
-                    if results is None:
-                        continue
-                    if type(results) is int:
-                        values[results] = result
-                    else:
-                        for slot, item in zip(results, _flatten(result), strict=True):
-                            values[slot] = item
-                answer = [values[slot] for slot in self._outputs]
-                if out is None:
-                    return answer
-                for target, tensor in zip(out, answer, strict=True):
-                    target.copy_(tensor)
-                return out
+        with self._lock, torch.no_grad():
+            for buffer, tensor in zip(self._open_inputs(), inputs, strict=True):
+                buffer.copy_(tensor)
+            answer = self._run()
+            if out is None:
+                return answer
+            for target, tensor in zip(out, answer, strict=True):
+                target.copy_(tensor)
+            return out
+
+    def pin(self) -> tuple[list[Tensor], list[Tensor]]:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            static = self._open_inputs()
+            self._pinned = [torch.empty_like(tensor) for tensor in self._run()]
+            return static, self._pinned
+
+    def launch(self) -> None:
+        with self._lock, torch.no_grad():
+            self._open_inputs()
+            for target, tensor in zip(self._pinned, self._run(), strict=True):
+                target.copy_(tensor)
+
+    def _open_inputs(self) -> list[Tensor]:
+        if self._inputs is None:
+            raise ClosedError("the graph was closed; call the module again to capture a new one")
+        return self._inputs
+
+    def _run(self) -> list[Tensor]:
+        values: list[Any] = [None] * self._slots
+        for func, args, kwargs, fills, results in self._steps:
+            for container, place, slot in fills:
+                container[place] = values[slot]
+            result = func(*args, **kwargs)
+            for container, place, _ in fills:
+                container[place] = None
+            if type(results) is int:
+                values[results] = result
+            elif results is not None:
+                for slot, item in zip(results, _flatten(result), strict=True):
+                    values[slot] = item
+        return [values[slot] for slot in self._outputs]
 
     def poison(self) -> None:
         with self._lock:
@@ -97,7 +112,7 @@ class HostGraph:
     def close(self) -> None:
         with self._lock:
             self._inputs = None
-            self._steps = []
+            self._steps, self._pinned = [], []
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _hooks
 
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache, clock
@@ -18,46 +19,13 @@ from graphcache.config import GraphConfig, disabled_by_environment, modes
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, Subscriber
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import EngineRecorder, Recorded, Recorder, TorchRecorder
+from graphcache.modules.info import CacheInfo
+from graphcache.modules.record import Recorded, Recorder
+from graphcache.modules.record_engine import EngineRecorder
+from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.session import Session
 from graphcache.modules.state import Dependencies
 from graphcache.modules.strategy import Routes, find_parts
-
-
-@dataclass(frozen=True)
-class CacheInfo:
-    """The account of a wrapped module and of the parts it captured one by one.
-
-    Args:
-        hits: Calls answered by a replay.
-        captures: Graphs made.
-        evictions: Graphs closed, whatever the cause.
-        eager: Calls answered without a graph, by reason.
-        graphs: Graphs held now.
-        nbytes: Device memory that they own, in bytes; an estimate where the driver does not tell.
-        capture_seconds: Time spent capturing, in seconds.
-    """
-
-    hits: int = 0
-    captures: int = 0
-    evictions: int = 0
-    eager: dict[Reason, int] = field(default_factory=dict)
-    graphs: int = 0
-    nbytes: int = 0
-    capture_seconds: float = 0.0
-
-    def __add__(self, other: CacheInfo) -> CacheInfo:
-        eager = {
-            reason: self.eager.get(reason, 0) + other.eager.get(reason, 0) for reason in {**self.eager, **other.eager}
-        }
-        return CacheInfo(
-            self.hits + other.hits,
-            self.captures + other.captures,
-            self.evictions + other.evictions,
-            eager,
-            self.graphs + other.graphs,
-            self.nbytes + other.nbytes,
-            self.capture_seconds + other.capture_seconds,
-        )
 
 
 class CachedModule(nn.Module):
@@ -152,6 +120,9 @@ class CachedModule(nn.Module):
             ClosedError: After :meth:`close`.
             Exception: Whatever the module raises for these arguments.
         """
+        if _is_compiling():
+            # Nothing of what follows belongs into a compiled program.
+            return self._run(*args, **kwargs)
         if self._engine is not None and (kwargs or self._host_inputs):
             args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
         try:
@@ -164,11 +135,48 @@ class CachedModule(nn.Module):
         if entry is None or self._forbidden() is not None or self._is_stale(signature):
             return self._miss(signature, inputs, args, kwargs)
         try:
-            answer = self._replay(entry, inputs)
+            return self._replay(entry, inputs)
         except ClosedError:
             # Evicted by another thread since the look-up.
             return self._miss(signature, inputs, args, kwargs)
-        return answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What nn.Module.__call__ adds is hooks, at 0.9 µs; it is asked only if there are any.
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return super().__call__(*args, **kwargs)
+        if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks or _tracing_state() is not None:
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
+    def session(self, *args: Any, **kwargs: Any) -> Session:
+        """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.
+
+        Args:
+            args: Arguments of a call, whose values the static inputs begin with.
+            kwargs: Likewise.
+
+        Raises:
+            CaptureError: If the call cannot be captured, with the cause.
+            Exception: Whatever the module raises for these arguments.
+        """
+        if self._closed:
+            raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
+        if self._engine is not None:
+            args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
+        try:
+            _, inputs = describe(args, kwargs)
+        except Refusal as refusal:
+            raise CaptureError(f"{self.ledger.name}: {refusal.cause}") from refusal
+        self._cuda = self._cuda or any(tensor.is_cuda for tensor in inputs)
+        reason = self._forbidden()
+        cause = Cause(reason) if reason is not None else self._needs_grad(inputs)
+        if cause is None:
+            with self._capturing:
+                _, outcome = self._recorder.attempt(args, kwargs, inputs)
+            if isinstance(outcome, Recorded):
+                return self._session_of(outcome, inputs)
+            cause = outcome
+        raise CaptureError(f"{self.ledger.name}: {cause}")
 
     def cache_info(self) -> CacheInfo:
         """The account so far, of this module and of the parts that it captured one by one.
@@ -260,9 +268,21 @@ class CachedModule(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
 
+    def _session_of(self, recorded: Recorded, inputs: Sequence[Tensor]) -> Session:
+        session = Session(recorded)
+        with torch.no_grad():
+            for static, tensor in zip(session.inputs, self._device_only(inputs), strict=True):
+                static.copy_(tensor)
+        return session
+
+    def _device_only(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._host_inputs:
+            return inputs
+        return [value for index, value in enumerate(inputs) if index not in self._host_inputs]
+
     def _replay(self, entry: Entry[Recorded], inputs: Sequence[Tensor]) -> Any:
         if self._host_inputs:
-            inputs = [value for index, value in enumerate(inputs) if index not in self._host_inputs]
+            inputs = self._device_only(inputs)
         recorded = entry.graph
         answer = recorded.build(recorded.graph.replay(inputs), inputs)
         entry.hits += 1
@@ -331,7 +351,7 @@ class CachedModule(nn.Module):
         """What forbids graphs at this moment, whatever the arguments."""
         if self._off or modes.get().graphs == "off":
             return Reason.DISABLED
-        if _is_compiling() or _dispatch_modes() or _transforms() is not None:
+        if _dispatch_modes() or _transforms() is not None or _tracing_state() is not None:
             return Reason.TRACING
         if self._cuda and _is_capturing():
             return Reason.OUTER_CAPTURE
@@ -401,6 +421,7 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
 
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
 _is_compiling = torch.compiler.is_compiling
+_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)

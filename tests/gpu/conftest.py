@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import graphcache
-from tests.gpu import networks
 
 
 def pytest_collection_modifyitems(items):
@@ -18,6 +17,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def engine_bytes():
     """Engine bytes by network name, each built once."""
+    networks = pytest.importorskip("tests.gpu.networks")
     built = {}
 
     def get(name):

@@ -20,7 +20,10 @@ from graphcache.errors import (
     InputTypeError,
     ProfileRangeError,
 )
-from tests.gpu import networks
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+networks = pytest.importorskip("tests.gpu.networks")
 
 
 def close(got, wanted, bound=5e-3):
@@ -408,3 +411,33 @@ def test_threads_share_one_module(load):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+def test_a_session_is_a_launch_over_the_callers_buffers(load):
+    fast = graphcache.wrap(load("mlp8"))
+    x = torch.randn(4, networks.SIZE, device="cuda")
+    with fast.session(x) as session:
+        for _ in range(3):
+            value = torch.randn(4, networks.SIZE, device="cuda")
+            session.inputs[0].copy_(value)
+            session.run()
+            assert close(session.outputs, networks.mlp8_reference(value))
+            y = torch.randn(4, networks.SIZE, device="cuda")
+            assert close(fast(y), networks.mlp8_reference(y))
+    with pytest.raises(ClosedError, match="make a new session"):
+        session.run()
+    with pytest.raises(graphcache.errors.CaptureError, match="not_capturable"):
+        graphcache.wrap(load("conditional")).session(torch.rand(3, 4, device="cuda"))
+
+
+def test_gradients_of_inputs_are_not_recorded_and_said(load):
+    fast = graphcache.wrap(load("mlp8"))
+    x = torch.randn(4, networks.SIZE, device="cuda", requires_grad=True)
+    assert close(fast(x).detach(), networks.mlp8_reference(x.detach()))
+    assert fast.cache_info().eager == {Reason.GRAD: 1}
+    with torch.inference_mode():
+        assert [fast(x).is_inference() for _ in range(3)] == [True] * 3
+    with torch.no_grad():
+        assert not fast(x).is_inference()
+        assert close(fast(x), networks.mlp8_reference(x.detach()))
+    assert fast.cache_info().captures == 1

@@ -1,0 +1,203 @@
+"""What ``graphcache run`` runs: an engine file, an ONNX model, or a function that makes a module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+import graphcache
+from graphcache.cli.build import check_onnx
+from graphcache.cli.options import Specs, spanned
+from graphcache.cli.output import one_line, progress
+from graphcache.cli.shapes import Shape, Spec, written
+from graphcache.engines.library import require_gpu
+
+
+@dataclass(frozen=True)
+class Call:
+    """One set of inputs.
+
+    Args:
+        label: What was asked for, such as ``"x:8x64"``.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be run.
+
+    Args:
+        name: As it was typed.
+        module: The module to call.
+        device: Where its inputs go.
+    """
+
+    name: str
+    module: nn.Module
+    device: torch.device
+
+    def call(self, point: Mapping[str, Spec], generator: torch.Generator) -> Call:
+        """A call with random values: floating ones normally distributed, integers 0 or 1, which any table can look up.
+
+        Args:
+            point: One shape per input.
+            generator: Of the values, on the CPU.
+
+        Raises:
+            click.ClickException: If the module takes no such inputs.
+        """
+        if isinstance(self.module, graphcache.EngineModule):
+            return self._engine_call(self.module, point, generator)
+        label = " ".join(f"{name}:{written(spec.shapes[0])}" for name, spec in point.items())
+        inputs = {name: _random(spec.shapes[0], _dtype(spec), generator, self.device) for name, spec in point.items()}
+        try:
+            bound = inspect.signature(self.module.forward).bind(**inputs)
+        except TypeError as error:
+            parameters = ", ".join(inspect.signature(self.module.forward).parameters)
+            raise click.ClickException(
+                f"{self.name} cannot be called with {label}: {error}; the parameters of its forward are {parameters}"
+            ) from error
+        return Call(label, bound.args, bound.kwargs)
+
+    def _engine_call(
+        self, module: graphcache.EngineModule, point: Mapping[str, Spec], generator: torch.Generator
+    ) -> Call:
+        bindings = {binding.name: binding for binding in module.engine.inputs}
+        for name, spec in point.items():
+            if name not in bindings:
+                raise click.ClickException(f"{self.name} has no input {name!r}; its inputs are {', '.join(bindings)}")
+            if spec.dtype is not None:
+                raise click.ClickException(f"{name!r} has the dtype {spec.dtype!r}; an engine's inputs have their own")
+        inputs = {}
+        for name, binding in bindings.items():
+            if name not in point and (-1 in binding.shape or binding.on_host):
+                raise click.ClickException(
+                    f"{self.name} leaves open the input {name!r} ({', '.join(map(str, binding.shape))}); give it with "
+                    f"--shapes"
+                )
+            shape = point[name].shapes[0] if name in point else binding.shape
+            if binding.on_host:
+                inputs[name] = torch.tensor(shape, dtype=binding.dtype).reshape(binding.shape)
+            else:
+                inputs[name] = _random(shape, binding.dtype, generator, self.device)
+        shown = {name: point[name].shapes[0] if name in point else bindings[name].shape for name in bindings}
+        label = " ".join(f"{name}:{written(shape)}" for name, shape in shown.items())
+        return Call(label, tuple(inputs.values()), {})
+
+
+def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
+    """Load what was typed.
+
+    Args:
+        text: The path of an engine or of an ONNX file, or ``module:factory`` or ``file.py:factory``.
+        shapes: What will be run; an ONNX model is built for that.
+        device: Where a module goes; ``None`` leaves it where its factory put it.
+
+    Raises:
+        click.ClickException: If it is none of these.
+        GraphCacheError: If the engine cannot be built or loaded here.
+    """
+    source, colon, attribute = text.rpartition(":")
+    if colon and attribute.replace(".", "").isidentifier() and not Path(text).exists():
+        return _from_factory(text, source, attribute, device)
+    path = Path(text)
+    if device == "cpu":
+        raise click.UsageError(f"{text} is no module:factory, and TensorRT engines run only on CUDA.")
+    if path.suffix == ".onnx":
+        check_onnx(path)
+        require_gpu(f"running {text}")
+        with progress(f"Building {text}"):
+            engine = graphcache.build(path, shapes=spanned(shapes) or None)
+        module = graphcache.load(engine, name=path.stem)
+    else:
+        if not path.is_file():
+            raise click.ClickException(
+                f"there is no file {text}; expected an engine, an ONNX model, or a factory as package.module:function "
+                f"or file.py:function"
+            )
+        require_gpu(f"running {text}")
+        module = graphcache.load(path)
+    return Target(text, module, module.device)
+
+
+def _from_factory(text: str, source: str, attribute: str, device: str | None) -> Target:
+    found: Any = _import(source)
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise click.ClickException(f"{source} has no {attribute!r}; expected a function that returns an nn.Module")
+        found = getattr(found, name)
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise click.ClickException(f"{text} is of type {type(found).__name__}; expected a function or an nn.Module")
+        try:
+            found = found()
+        except Exception as error:
+            raise click.ClickException(f"{text} raised {told(error)}") from error
+    if not isinstance(found, nn.Module):
+        raise click.ClickException(f"{text} gave an object of type {type(found).__name__}; expected an nn.Module")
+    if device is not None:
+        if device == "cuda":
+            require_gpu(f"running {text} with --device cuda")
+        found = found.to(device)
+    tensors: list[Tensor] = [*found.parameters(), *found.buffers()]
+    where = tensors[0].device if tensors else torch.device(device or "cpu")
+    return Target(text, found, where)
+
+
+def _import(source: str) -> ModuleType:
+    try:
+        if not source.endswith(".py"):
+            sys.path.insert(0, "")
+            try:
+                return importlib.import_module(source)
+            finally:
+                sys.path.remove("")
+        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+        if spec is None or spec.loader is None or not Path(source).is_file():
+            raise click.ClickException(f"there is no file {source}; expected the path of a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    except click.ClickException:
+        raise
+    except Exception as error:
+        raise click.ClickException(f"{source} cannot be imported: {told(error)}") from error
+
+
+def told(error: Exception) -> str:
+    """An exception of the user's code in one line: its type, what it says, and the line it comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {one_line(error)}{where}"
+
+
+def _dtype(spec: Spec) -> torch.dtype:
+    found = getattr(torch, spec.dtype, None) if spec.dtype else torch.float32
+    if not isinstance(found, torch.dtype):
+        raise click.ClickException(f"{spec.name!r} has the dtype {spec.dtype!r}, which torch lacks; such as float16")
+    return found
+
+
+def _random(shape: Shape, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+    return torch.randint(2, shape, generator=generator).to(device, dtype)

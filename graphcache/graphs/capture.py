@@ -1,0 +1,213 @@
+"""Capturing work into a CUDA graph: begin, enqueue, end, and only then judge."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache.errors import Reason, Refusal
+from graphcache.graphs import driver
+from graphcache.graphs.buffers import is_dense
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.graph import Body
+from graphcache.graphs.lane import Lane, capture_lock, own_stream
+from graphcache.graphs.pointers import CannotBind, find_copies
+from graphcache.graphs.slots import Slot
+
+
+def capture_enqueue(enqueue: Callable[[int], bool], lane: Lane, where: str, said: Callable[[], str] = str) -> Any:
+    """Capture work that allocates nothing and says itself whether it could be enqueued, such as a TensorRT engine.
+
+    The work must have run once before, outside of any capture, with the same shapes.
+
+    Args:
+        enqueue: Enqueues the work on a stream (a raw handle); ``False`` if it refused.
+        lane: Whose device it is.
+        where: The engine's name.
+        said: What TensorRT said, for the message.
+
+    Returns:
+        A ``CUgraph``, to be destroyed by the caller.
+
+    Raises:
+        Refusal: If the work refused or failed.
+        CudaError: If the driver failed for another reason.
+    """
+    stream = own_stream(lane.index, "capture")
+    handle = driver.binding().CUstream(stream.cuda_stream)
+    accepted: bool | BaseException = False
+    with _quiet_collector():
+        driver.begin_capture(handle)
+        # A refusal must not be raised before the capture has ended: the stream would stay in it.
+        try:
+            accepted = enqueue(stream.cuda_stream)
+        except BaseException as error:
+            accepted = error
+        captured = driver.end_capture(handle)
+    if isinstance(accepted, BaseException) or not accepted or captured is None:
+        if captured is not None:
+            driver.call("cuGraphDestroy", captured)
+        if isinstance(accepted, BaseException):
+            raise accepted
+        raise Refusal(Reason.NOT_CAPTURABLE, where, said() or "the enqueue was refused or invalidated the capture")
+    return captured
+
+
+def with_copies(
+    enqueue: Callable[[int], bool], pairs: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[int], bool]:
+    """The same work with copies before and after it, which become copy nodes of the graph.
+
+    Args:
+        enqueue: The work.
+        pairs: (to, from) of the copies before it; dense tensors of equal layout.
+        after: (to, from) of the copies after it.
+    """
+
+    def enqueue_all(stream: int) -> bool:
+        for target, source in pairs:
+            _copy_node(target, source, stream)
+        if not enqueue(stream):
+            return False
+        for target, source in after:
+            _copy_node(target, source, stream)
+        return True
+
+    return enqueue_all
+
+
+def record_torch(
+    body: Body,
+    *,
+    inputs: Sequence[Tensor],
+    direct: Sequence[bool],
+    expected: Sequence[Tensor],
+    lane: Lane,
+    keep: object,
+    where: str,
+) -> CudaGraph:
+    """Capture PyTorch operations, and engines between them; what they allocate comes from a pool of the graph's own.
+
+    Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors.
+
+    The capture is the driver's and the pool is PyTorch's (``torch.cuda.MemPool``). ``torch.cuda.CUDAGraph`` would do
+    both, but a failed capture leaves it, the allocator and the random number generator half way through
+    (pytorch/pytorch#92684, #190348).
+
+    The body must have run before, on the capture stream, outside of any capture.
+
+    Args:
+        body: Runs the call on ``inputs`` and returns its outputs.
+        inputs: Static inputs.
+        direct: For each whether the caller's tensor has the same layout, so that one plain copy moves it.
+        expected: What the body returned when it ran before.
+        lane: Orders this graph's launches.
+        keep: What the body refers to beyond its own closure.
+        where: The module's name.
+
+    Raises:
+        Refusal: If the body did something that cannot be captured.
+    """
+    sources, targets = [torch.empty_like(each) for each in inputs], [torch.empty_like(each) for each in expected]
+    whole = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
+    pool = torch.cuda.MemPool()
+    outputs: list[Tensor] = []
+
+    def enqueue(stream: int) -> bool:
+        for static, source, copied in zip(inputs, sources, whole, strict=True):
+            if copied:
+                _copy_node(static, source, stream)
+        outputs.extend(body())
+        for output, target in zip(outputs, targets, strict=True):
+            if _copies_whole(output, target):
+                _copy_node(target, output, stream)
+        return True
+
+    # cuBLAS keeps a workspace per stream. One that was made in this capture lies in this graph's pool; left in cuBLAS's
+    # table, the next graph captured on this stream would use it, and lose it when this one is evicted
+    # (pytorch/pytorch#193402). So each capture starts and ends without.
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.use_mem_pool(pool):
+            captured = capture_enqueue(enqueue, lane, where)
+    except Refusal:
+        raise
+    except Exception as error:
+        raise refusal_of(error, where) from error
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+    pairs = list(zip(sources, whole, strict=True))
+    pairs += [(target, _copies_whole(output, target)) for output, target in zip(outputs, targets, strict=True)]
+    try:
+        found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied]))
+    except CannotBind as why:
+        driver.call("cuGraphDestroy", captured)
+        raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
+    pointers = [next(found) if copied else [] for _, copied in pairs]
+    slots = [Slot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
+    return CudaGraph(
+        captured,
+        inputs=slots[: len(inputs)],
+        outputs=slots[len(inputs) :],
+        lane=lane,
+        keep=(keep, body, pool),
+        release=lambda: driver.call("cuGraphDestroy", captured),
+        pool_bytes=sum(segment["total_size"] for segment in pool.snapshot()),  # type: ignore[no-untyped-call]
+    )
+
+
+def _copies_whole(output: Tensor, target: Tensor) -> bool:
+    return is_dense(output) and output.stride() == target.stride()
+
+
+def _copy_node(target: Tensor, source: Tensor, stream: int) -> None:
+    nbytes = target.numel() * target.element_size()
+    if nbytes:
+        driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
+
+
+def refusal_of(error: Exception, where: str) -> Refusal:
+    """Why a capture failed, read from what CUDA and PyTorch say of it."""
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return Refusal(Reason.OUT_OF_MEMORY, where, text)
+    if ("unsupported" in text and "captur" in text) or "Cannot copy between CPU and CUDA tensors during" in text:
+        return Refusal(Reason.HOST_READ, where, text)
+    return Refusal(Reason.CAPTURE_FAILED, where, f"{type(error).__name__}: {text}")
+
+
+@contextmanager
+def capturing(lane: Lane) -> Iterator[torch.cuda.ExternalStream]:
+    """Hold the device's capture lock and the lane, with everything ordered on the capture stream.
+
+    Inside, the capture stream is current and follows what the caller's stream did so far; afterwards the caller's
+    stream follows it, and is current again, whatever happened.
+    """
+    with capture_lock(lane.index), lane.lock, torch.cuda.device(lane.index):
+        before = torch.cuda.current_stream()
+        stream = own_stream(lane.index, "capture")
+        stream.wait_stream(before)
+        lane.enter(stream.cuda_stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield stream
+        finally:
+            before.wait_stream(stream)
+            lane.enter(before.cuda_stream)
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    # A collection inside a capture may destroy CUDA objects of anybody, which invalidates it.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,44 @@
+"""The account of a wrapped module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from graphcache.errors import Reason
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """The account of a wrapped module and of the parts it captured one by one.
+
+    Args:
+        hits: Calls answered by a replay.
+        captures: Graphs made.
+        evictions: Graphs closed, whatever the cause.
+        eager: Calls answered without a graph, by reason.
+        graphs: Graphs held now.
+        nbytes: Device memory that they own, in bytes; an estimate where the driver does not tell.
+        capture_seconds: Time spent capturing, in seconds.
+    """
+
+    hits: int = 0
+    captures: int = 0
+    evictions: int = 0
+    eager: dict[Reason, int] = field(default_factory=dict)
+    graphs: int = 0
+    nbytes: int = 0
+    capture_seconds: float = 0.0
+
+    def __add__(self, other: CacheInfo) -> CacheInfo:
+        eager = {
+            reason: self.eager.get(reason, 0) + other.eager.get(reason, 0) for reason in {**self.eager, **other.eager}
+        }
+        return CacheInfo(
+            self.hits + other.hits,
+            self.captures + other.captures,
+            self.evictions + other.evictions,
+            eager,
+            self.graphs + other.graphs,
+            self.nbytes + other.nbytes,
+            self.capture_seconds + other.capture_seconds,
+        )

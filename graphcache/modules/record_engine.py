@@ -1,0 +1,235 @@
+"""Recording one engine: a context, static buffers, and a graph that is pointed at the caller's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache.engines.context import Context
+from graphcache.engines.library import words
+from graphcache.errors import Cause, CudaError, EngineExecutionError, Reason, Refusal
+from graphcache.events import log
+from graphcache.graphs import driver
+from graphcache.graphs.buffers import is_plain_copy
+from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of, with_copies
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.graph import Graph
+from graphcache.graphs.lane import own_stream
+from graphcache.graphs.pointers import CannotBind, find_copies, find_pointers
+from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.verify import RELATIVE, difference, perturb, verify
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.record import Recorded, refill
+
+
+class EngineRecorder:
+    """Records one engine: a context, static buffers and a graph per signature, on the engine's scratch memory.
+
+    Args:
+        module: The engine.
+        shared_context: Use one context for all graphs of the engine.
+        verified: Whether new graphs are held against eager execution.
+        binds: Whether kernels are pointed at the caller's tensors where that can be done.
+    """
+
+    def __init__(self, module: EngineModule, *, shared_context: bool, verified: bool, binds: bool) -> None:
+        self._module = module
+        self._binds = binds
+        self._shared_context = shared_context
+        self._verified = verified
+        self._context: Context | None = None
+
+    def attempt(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+    ) -> tuple[Any, Recorded | Cause]:
+        module = self._module
+        given, profile = module.checked(module.bind(args, kwargs))
+        if (cause := module.forbids_capture()) is not None:
+            return module(*args, **kwargs), cause
+        answer: list[Tensor] = []
+        outcome: Recorded | Cause
+        try:
+            with capturing(module.lane), torch.inference_mode(False), torch.no_grad():
+                outcome = Recorded(self._capture([value.detach() for value in given], profile, answer), self._build)
+        except Refusal as refusal:
+            outcome = refusal.cause
+        except (RuntimeError, CudaError, EngineExecutionError) as error:
+            outcome = refusal_of(error, module.name).cause
+        if not answer:
+            return module(*args, **kwargs), outcome
+        # Copies, since these were made on the capture stream, and outside of the caller's inference mode.
+        return self._build([tensor.clone() for tensor in answer], inputs), outcome
+
+    def _capture(self, given: Sequence[Tensor], profile: int, answer: list[Tensor]) -> Graph:
+        module = self._module
+        stream = own_stream(module.device.index, "capture").cuda_stream
+        context = self._new_context()
+        static = [torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value) for value in given]
+        context.set_inputs(static, profile, stream)
+        outputs = []
+        for binding, output in zip(module.engine.outputs, module.new_outputs(context, allocator=False), strict=True):
+            if output is None:
+                raise Refusal(Reason.OUTPUT_ALLOCATOR, f"{module.name}, output {binding.name!r}")
+            outputs.append(output)
+        context.set_outputs(outputs)
+
+        def run(values: Sequence[Tensor]) -> list[Tensor]:
+            refill(static, values)
+            with module.engine.said() as said:
+                if not context.enqueue(stream):
+                    raise EngineExecutionError(f"{module.name}: TensorRT refused to run: {words(said)}")
+            return [output.clone() for output in outputs]
+
+        expected = run(given)
+        others = [
+            value if binding.on_host else other
+            for binding, value, other in zip(module.engine.inputs, given, perturb(static), strict=True)
+        ]
+        expected_others = run(others) if self._verified else []
+        again = run(given)
+        torch.cuda.current_stream().synchronize()
+        answer += expected
+        for index, (left, right) in enumerate(zip(again, expected, strict=True)):
+            error = difference(left, right)
+            if not error <= RELATIVE:
+                raise Refusal(
+                    Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {error:.3g} between two runs"
+                )
+        plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
+        io = _EngineIO(module, context, profile, static, plain, outputs)
+
+        def verified(graph: CudaGraph) -> CudaGraph:
+            if self._verified:
+                try:
+                    on_device = (self._device_only(given), expected, self._device_only(others), expected_others)
+                    verify(graph, *on_device, where=module.name)
+                except BaseException:
+                    graph.close()
+                    raise
+            return graph
+
+        if self._binds:
+            try:
+                return verified(io.bound())
+            except CannotBind as why:
+                log.debug("%s copies its inputs and outputs: %s", module.name, why)
+            except Refusal as refusal:
+                if refusal.cause.reason is not Reason.MISMATCH:
+                    raise
+                log.debug("%s copies its inputs and outputs: pointed at others, %s", module.name, refusal.cause.detail)
+        return verified(io.copying())
+
+    def _device_only(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [value for index, value in enumerate(values) if index not in self._module.host_inputs]
+
+    def _new_context(self) -> Context:
+        if not self._shared_context:
+            return self._module.new_context()
+        if self._context is None:
+            self._context = self._module.new_context()
+        return self._context
+
+    @staticmethod
+    def _build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+class _EngineIO:
+    """One engine call with static inputs and outputs, captured in either of two ways."""
+
+    def __init__(
+        self,
+        module: EngineModule,
+        context: Context,
+        profile: int,
+        static: Sequence[Tensor],
+        plain: Sequence[bool],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        self._module = module
+        self._context = context
+        self._profile = profile
+        self._all_inputs = static
+        self._inputs = [value for index, value in enumerate(static) if index not in module.host_inputs]
+        self._outputs = outputs
+        # What no plain copy moves is put into its static buffer by an operation of its own, before the launch.
+        on_device = [flag for index, flag in enumerate(plain) if index not in module.host_inputs]
+        self._direct = [*on_device, *(True for _ in outputs)]
+
+    def bound(self) -> CudaGraph:
+        """A graph whose kernels are pointed at the caller's tensors.
+
+        Raises:
+            CannotBind: If not all places where addresses stand can be found.
+            Refusal: If the engine cannot be captured.
+        """
+        ours = [*self._inputs, *self._outputs]
+        first = self._capture(self._context.enqueue)
+        with ExitStack() as undo:
+            undo.callback(driver.call, "cuGraphDestroy", first)
+            if any(tensor.numel() == 0 for tensor in ours):
+                raise CannotBind("an input or output is empty")
+            if self._module.engine.aliases:
+                raise CannotBind("an output shares the memory of an input")
+            others = [torch.empty_like(tensor) for tensor in ours]
+            self._point_context_at(others)
+            try:
+                second = self._capture(self._context.enqueue)
+            finally:
+                self._point_context_at(ours)
+            undo.callback(driver.call, "cuGraphDestroy", second)
+            pointers = find_pointers(first, second, ours, others)
+            undo.pop_all()
+        driver.call("cuGraphDestroy", second)
+        places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
+        return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
+
+    def copying(self) -> CudaGraph:
+        """A graph that begins and ends with copy nodes, which are pointed at the caller's tensors.
+
+        Raises:
+            Refusal: If the engine cannot be captured.
+        """
+        ours = [*self._inputs, *self._outputs]
+        others = [torch.empty_like(tensor) for tensor in ours]
+        copied = [direct and own.numel() > 0 for own, direct in zip(ours, self._direct, strict=True)]
+        count = len(self._inputs)
+        before = [(ours[i], others[i]) for i in range(count) if copied[i]]
+        after = [(others[i], ours[i]) for i in range(count, len(ours)) if copied[i]]
+        captured = self._capture(with_copies(self._context.enqueue, before, after))
+        try:
+            found = iter(find_copies(captured, [other for other, each in zip(others, copied, strict=True) if each]))
+        except CannotBind as why:
+            driver.call("cuGraphDestroy", captured)
+            raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
+        return self._graph(
+            captured, [Slot(own, next(found) if c else [], 1) for own, c in zip(ours, copied, strict=True)]
+        )
+
+    def _capture(self, enqueue: Callable[[int], bool]) -> Any:
+        with self._module.engine.said() as said:
+            return capture_enqueue(enqueue, self._module.lane, self._module.name, lambda: words(said))
+
+    def _point_context_at(self, tensors: Sequence[Tensor]) -> None:
+        stream = own_stream(self._module.device.index, "capture").cuda_stream
+        given = iter(tensors)
+        inputs = [
+            value if index in self._module.host_inputs else next(given) for index, value in enumerate(self._all_inputs)
+        ]
+        self._context.set_inputs(inputs, self._profile, stream)
+        self._context.set_outputs(list(given))
+
+    def _graph(self, captured: Any, slots: Sequence[Slot]) -> CudaGraph:
+        count = len(self._inputs)
+        return CudaGraph(
+            captured,
+            inputs=slots[:count],
+            outputs=slots[count:],
+            lane=self._module.lane,
+            keep=(self._context, self._all_inputs),
+            release=lambda: driver.call("cuGraphDestroy", captured),
+        )

@@ -1,0 +1,187 @@
+"""Recording any module: its inputs, its structure, its weights, and what it must not do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.cache.signature import substitute
+from graphcache.config import graphs_off
+from graphcache.errors import Cause, CudaError, Reason, Refusal
+from graphcache.graphs.buffers import is_plain_copy, static_copy
+from graphcache.graphs.capture import capturing, record_torch, refusal_of
+from graphcache.graphs.graph import Graph
+from graphcache.graphs.host import HostGraph
+from graphcache.graphs.lane import Lane
+from graphcache.graphs.verify import RELATIVE, difference, perturb, verify
+from graphcache.modules.answers import Answer
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.record import Recorded, refill
+from graphcache.modules.recording import Session
+from graphcache.modules.state import Dependencies, Watch
+
+
+class TorchRecorder:
+    """Records any module: on the CPU as a host graph, on CUDA as a graph with a memory pool of its own.
+
+    Args:
+        module: Whose parameters and buffers the call depends on.
+        run: What is called, ``module`` itself or its ``forward``.
+        name: For messages.
+        verified: Whether new graphs are held against eager execution.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any], name: str, *, verified: bool) -> None:
+        self._module = module
+        self._run = run
+        self._name = name
+        self._verified = verified
+        self._host_lock = threading.RLock()
+        self._lanes: dict[int, Lane] = {}
+
+    def attempt(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+    ) -> tuple[Any, Recorded | Cause]:
+        state = Dependencies(self._module).tensors()
+        devices = {tensor.device for tensor in (*inputs, *state)}
+        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineModule)}
+        indices = sorted(device.index for device in devices if device.type == "cuda")
+        watch = Watch(inputs, state, indices)
+        with graphs_off():
+            value = self._run(*args, **kwargs)
+        try:
+            if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
+                raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
+            watch.check()
+            answer = Answer(value, inputs, state)
+            call = _Call(self._run, args, kwargs, inputs, answer, state)
+            graph = self._on_cuda(call, indices[0]) if indices else self._on_host(call)
+        except Refusal as refusal:
+            return value, refusal.cause
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, CudaError) as error:
+            return value, refusal_of(error, self._name).cause
+        return value, Recorded(graph, answer.builder())
+
+    def _on_host(self, call: _Call) -> Graph:
+        static = [static_copy(tensor) for tensor in call.inputs]
+        expected = call.eager(static, "a second time", call.answer.tensors)
+        others = perturb(static)
+        graph = HostGraph.record(lambda: call.run(static).tensors, static, self._host_lock)
+        expected_others = call.on_others(static, others)
+        self._verify(graph, call.inputs, expected, others, expected_others)
+        return graph
+
+    def _on_cuda(self, call: _Call, index: int) -> Graph:
+        lane = self._lanes.setdefault(index, Lane(index))
+        session = Session(lane)
+
+        def run(static: Sequence[Tensor]) -> list[Tensor]:
+            with session.run():
+                try:
+                    return call.run(static).tensors
+                finally:
+                    if session.refused is not None:
+                        raise Refusal(session.refused.reason, session.refused.where, session.refused.detail)
+
+        with capturing(lane):
+            static = [static_copy(tensor) for tensor in call.inputs]
+            others = perturb(static)
+            expected = [tensor.clone() for tensor in run(static)]
+            call.compare(expected, call.answer.tensors, "a second time")
+            graph = record_torch(
+                lambda: run(static),
+                inputs=static,
+                direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
+                expected=expected,
+                lane=lane,
+                keep=(session, call.kept()),
+                where=self._name,
+            )
+            try:
+                refill(static, others)
+                expected_others = [tensor.clone() for tensor in run(static)]
+                self._verify(graph, call.inputs, expected, others, expected_others)
+            except BaseException:
+                graph.close()
+                raise
+        return graph
+
+    def _verify(
+        self,
+        graph: Graph,
+        inputs: Sequence[Tensor],
+        expected: Sequence[Tensor],
+        others: Sequence[Tensor],
+        expected_others: Sequence[Tensor] | None,
+    ) -> None:
+        if self._verified:
+            if expected_others is None:
+                others, expected_others = inputs, expected
+            verify(graph, inputs, expected, others, expected_others, where=self._name)
+
+
+class _Call:
+    """One call of a module, repeatable on other tensors."""
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+        answer: Answer,
+        state: Sequence[Tensor],
+    ) -> None:
+        self._function = run
+        self._args, self._kwargs = substitute(args, kwargs, [tensor.detach() for tensor in inputs])
+        self.inputs = [tensor.detach() for tensor in inputs]
+        self.answer = answer
+        self._state = state
+
+    def run(self, static: Sequence[Tensor]) -> Answer:
+        """Call the module on other tensors.
+
+        Raises:
+            Refusal: If the answer is of another layout than the first one was.
+        """
+        args, kwargs = substitute(self._args, self._kwargs, static)
+        with graphs_off(), torch.inference_mode(False), torch.no_grad():
+            answer = Answer(self._function(*args, **kwargs), static, self._state)
+        if answer.layout != self.answer.layout:
+            raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
+        return answer
+
+    def eager(self, static: Sequence[Tensor], when: str, wanted: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs on some inputs, held against what they were before."""
+        outputs = self.run(static).tensors
+        self.compare(outputs, wanted, when)
+        return outputs
+
+    def on_others(self, static: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor] | None:
+        """The outputs on inputs of other values; ``None`` if the module does not take those."""
+        refill(static, others)
+        try:
+            return [tensor.clone() for tensor in self.run(static).tensors]
+        except Refusal:
+            raise
+        except Exception:
+            return None
+        finally:
+            refill(static, self.inputs)
+
+    def compare(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], when: str) -> None:
+        """Raise unless eager execution repeats itself."""
+        for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
+            error = difference(left, right.detach())
+            if not error <= RELATIVE:
+                raise Refusal(
+                    Reason.NONDETERMINISTIC, detail=f"output {index} differed by {error:.3g} (relative) when run {when}"
+                )
+
+    def kept(self) -> list[Tensor]:
+        """The weights as they are now: while these live, no other tensor can take their address."""
+        return [tensor.detach() for tensor in self._state]
