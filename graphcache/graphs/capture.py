@@ -91,7 +91,7 @@ def record_torch(
     keep: object,
     where: str,
 ) -> CudaGraph:
-    """Capture PyTorch operations, and engines between them; what they allocate comes from a pool of the graph's own.
+    """Capture PyTorch operations, and engines between them; what they allocate comes from the lane's memory pool.
 
     Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors.
 
@@ -115,7 +115,8 @@ def record_torch(
     """
     sources, targets = [torch.empty_like(each) for each in inputs], [torch.empty_like(each) for each in expected]
     whole = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
-    pool = torch.cuda.MemPool()
+    pool = lane.pool()
+    before = _bytes_of(pool)
     outputs: list[Tensor] = []
 
     def enqueue(stream: int) -> bool:
@@ -128,9 +129,9 @@ def record_torch(
                 _copy_node(target, output, stream)
         return True
 
-    # cuBLAS keeps a workspace per stream. One that was made in this capture lies in this graph's pool; left in cuBLAS's
-    # table, the next graph captured on this stream would use it, and lose it when this one is evicted
-    # (pytorch/pytorch#193402). So each capture starts and ends without.
+    # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this lane or another,
+    # and lose when this lane is closed (pytorch/pytorch#193402). So each capture starts and ends without, and finds
+    # its workspace in the pool of its own lane, where it stays.
     torch._C._cuda_clearCublasWorkspaces()
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.use_mem_pool(pool):
@@ -157,8 +158,12 @@ def record_torch(
         lane=lane,
         keep=(keep, body, pool),
         release=lambda: driver.call("cuGraphDestroy", captured),
-        pool_bytes=sum(segment["total_size"] for segment in pool.snapshot()),  # type: ignore[no-untyped-call]
+        pool_bytes=_bytes_of(pool) - before,
     )
+
+
+def _bytes_of(pool: Any) -> int:
+    return sum(segment["total_size"] for segment in pool.snapshot())
 
 
 def _copies_whole(output: Tensor, target: Tensor) -> bool:

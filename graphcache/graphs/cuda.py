@@ -40,7 +40,7 @@ class CudaGraph:
         lane: Orders this graph's launches with everything that shares memory with it.
         keep: Whatever the captured kernels refer to: contexts, scratch memory, memory pools, weights.
         release: Gives that back; called once, after the last launch has finished.
-        pool_bytes: What the graph's own memory pool holds.
+        pool_bytes: By how much the capture made its memory pool grow.
 
     Raises:
         Refusal: If the graph has no nodes. ``release`` was called then, as it is when instantiating fails.

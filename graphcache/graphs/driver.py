@@ -91,7 +91,7 @@ def end_capture(stream: Any) -> Any:
         driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED,
     )
     if code in invalidated:
-        if int(graph):
+        if graph is not None and int(graph):
             driver.cuGraphDestroy(graph)
         return None
     raise CudaError(f"cuStreamEndCapture failed with {code.name} ({int(code)})")

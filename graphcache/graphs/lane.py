@@ -34,6 +34,7 @@ class Lane:
         self._handles: dict[int, Any] = {}
         self._event: Any = None
         self._scratch: Tensor | None = None
+        self._pool: Any = None
         self._releases: list[Callable[[], None]] = []
 
     def enter(self, stream: int) -> None:
@@ -71,6 +72,16 @@ class Lane:
                 self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", self.index))
         return self._scratch
 
+    def pool(self) -> Any:
+        """The memory pool of what PyTorch allocates in this lane's captures (a ``torch.cuda.MemPool``).
+
+        The lane's graphs share it: one graph's temporaries may lie where another's outputs are. That is right as long
+        as they never run at once, and as outputs are copied out before the next launch, which the lane sees to.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.MemPool()
+        return self._pool
+
     def release(self, action: Callable[[], None]) -> None:
         """Run ``action``, which gives memory back, once the last launch of the lane has finished.
 
@@ -94,7 +105,7 @@ class Lane:
     def _forget(self) -> None:
         self.stream, self.handle = -1, None
         self._handles.clear()
-        self._scratch = None
+        self._scratch = self._pool = None
         if self._event is not None:
             driver.call("cuEventDestroy", self._event)
             self._event = None

@@ -22,7 +22,7 @@ from graphcache.modules.answers import Answer
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, refill
 from graphcache.modules.recording import Session
-from graphcache.modules.state import Dependencies, Watch
+from graphcache.modules.state import Dependencies, SeededOperations, Watch, kept_generators
 
 
 class TorchRecorder:
@@ -54,17 +54,33 @@ class TorchRecorder:
         with graphs_off():
             value = self._run(*args, **kwargs)
         try:
-            if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
-                raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
-            watch.check()
-            answer = Answer(value, inputs, state)
-            call = _Call(self._run, args, kwargs, inputs, answer, state)
-            graph = self._on_cuda(call, indices[0]) if indices else self._on_host(call)
+            with torch.inference_mode(False), torch.no_grad():
+                return value, self._record(args, kwargs, inputs, value, watch, state, devices)
         except Refusal as refusal:
             return value, refusal.cause
         except (RuntimeError, TypeError, ValueError, NotImplementedError, CudaError) as error:
             return value, refusal_of(error, self._name).cause
-        return value, Recorded(graph, answer.builder())
+
+    def _record(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+        value: Any,
+        watch: Watch,
+        state: Sequence[Tensor],
+        devices: set[torch.device],
+    ) -> Recorded:
+        if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
+            raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
+        watch.check()
+        answer = Answer(value, inputs, state)
+        call = _Call(self._run, args, kwargs, inputs, answer, state)
+        if watch.numbers_were_drawn and call.draws():
+            raise Refusal(Reason.RANDOM)
+        index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
+        graph = self._on_cuda(call, index) if index is not None else self._on_host(call)
+        return Recorded(graph, answer.builder())
 
     def _on_host(self, call: _Call) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
@@ -149,11 +165,17 @@ class _Call:
             Refusal: If the answer is of another layout than the first one was.
         """
         args, kwargs = substitute(self._args, self._kwargs, static)
-        with graphs_off(), torch.inference_mode(False), torch.no_grad():
+        with graphs_off():
             answer = Answer(self._function(*args, **kwargs), static, self._state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer
+
+    def draws(self) -> bool:
+        """Whether the call itself draws random numbers, as opposed to another thread meanwhile."""
+        with kept_generators(), SeededOperations() as seen:
+            self.run([static_copy(tensor) for tensor in self.inputs])
+        return bool(seen.found)
 
     def eager(self, static: Sequence[Tensor], when: str, wanted: Sequence[Tensor]) -> list[Tensor]:
         """The outputs on some inputs, held against what they were before."""

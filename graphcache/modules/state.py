@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
 
@@ -65,26 +67,53 @@ class Watch:
 
     def __init__(self, inputs: Sequence[Tensor], state: Sequence[Tensor], devices: Sequence[int] = ()) -> None:
         self._devices = devices
-        self._seeds = self._generators()
+        self._seeds = generators(devices)
         self._marks = [(f"args[{index}]", tensor, _mark(tensor)) for index, tensor in enumerate(inputs)]
         self._marks += [("its own state", tensor, _mark(tensor)) for tensor in state]
 
     def check(self) -> None:
-        """Raise if the call changed something that a replay would change behind the caller's back, or not at all.
+        """Raise if the call changed a tensor, which a replay would do behind the caller's back, or not at all.
 
         Raises:
-            Refusal: With :attr:`Reason.RANDOM` or :attr:`Reason.MUTATES`.
+            Refusal: With :attr:`Reason.MUTATES`.
         """
-        for before, after in zip(self._seeds, self._generators(), strict=True):
-            if not torch.equal(before, after):
-                raise Refusal(Reason.RANDOM)
         for where, tensor, mark in self._marks:
             changed = tensor._version != mark if isinstance(mark, int) else not torch.equal(_raw(tensor), mark)
             if changed:
                 raise Refusal(Reason.MUTATES, where)
 
-    def _generators(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in self._devices)]
+    @property
+    def numbers_were_drawn(self) -> bool:
+        """Whether any generator has moved, by this call or by another thread."""
+        now = generators(self._devices)
+        return any(not torch.equal(before, after) for before, after in zip(self._seeds, now, strict=True))
+
+
+class SeededOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, notices whether this thread runs an operation that may draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: bool = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.found = self.found or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        return func(*args, **(kwargs or {}))
+
+
+def generators(devices: Sequence[int]) -> list[Tensor]:
+    """The states of the default generators: the CPU's, then those of CUDA devices."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Afterwards the default generators are where they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def _mark(tensor: Tensor) -> Any:
