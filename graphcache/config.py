@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from graphcache.errors import ConfigError
@@ -147,6 +147,11 @@ class Modes:
 
     graphs: Literal["off", "subgraph", "whole_graph"] | None = None
     multi_device_safe: bool = False
+    off: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked at every hit, where a comparison of strings would cost twice as much.
+        object.__setattr__(self, "off", self.graphs == "off")
 
 
 modes: ContextVar[Modes] = ContextVar("graphcache_modes", default=Modes())  # noqa: B039 - Modes is frozen

@@ -6,6 +6,7 @@ length and bytes. Field numbers are those of onnx.proto.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,9 +67,9 @@ def _node(node: Node) -> bytes:
 
 
 def _tensor(name: str, tensor: Tensor) -> bytes:
-    values = tensor.detach().cpu().contiguous()
-    dims = b"".join(_field(1, size) for size in values.shape)
-    raw = values.numpy().astype("<f4").tobytes()
+    values = tensor.detach().flatten().tolist()
+    dims = b"".join(_field(1, size) for size in tensor.shape)
+    raw = struct.pack(f"<{len(values)}f", *values)
     return dims + _field(2, _FLOAT) + _field(8, name.encode()) + _field(9, raw)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,6 @@ from graphcache.graphs.pointers import Pointer
 
 ALIGNMENT = 256
 """In bytes: what TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""
-
-_empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 
 
 class Slot:
@@ -30,27 +28,34 @@ class Slot:
     def __init__(self, buffer: Tensor, pointers: Sequence[Pointer], alignment: int) -> None:
         self.buffer = buffer
         self.pointers = tuple(pointers)
-        self._one = self.pointers[0] if len(self.pointers) == 1 else None
+        self._one = self.pointers[0].set if len(self.pointers) == 1 else None
         self._mask = alignment - 1
         self.address = -1
+        """Where the graph reads or writes; -1 if that is not known, or if the tensor is copied."""
 
     def point(self, executable: Any, tensor: Tensor) -> bool:
-        """Use ``tensor`` from the next launch on; ``False`` if it is not aligned, so that nothing changed."""
+        """Use ``tensor`` from the next launch on; ``False`` if it cannot be, so that nothing changed."""
         address = tensor.data_ptr()
         if address == self.address:
             return True
-        if address & self._mask or not address:
+        if address & self._mask or not address or not self.pointers:
             return False
         # Not what the graph has, until the driver has taken it.
         self.address = -1
         if self._one is not None:
-            self._one.set(executable, address)
+            self._one(executable, address)
         else:
             for pointer in self.pointers:
                 pointer.set(executable, address)
         self.address = address
         return True
 
+    def take(self, executable: Any, tensor: Tensor) -> None:
+        """Use an input's values at the next launch, in place or through the static buffer."""
+        if not self.point(executable, tensor):
+            self.buffer.copy_(tensor)
+            self.point(executable, self.buffer)
+
     def fresh(self) -> Tensor:
         """A new tensor of the same shape, strides and dtype."""
-        return _empty_like(self.buffer)
+        return torch.empty_like(self.buffer)

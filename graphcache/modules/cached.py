@@ -95,6 +95,8 @@ class CachedModule(nn.Module):
         self._cuda = self._engine is not None
         self._closed = False
         self._checks_weights = self._engine is None and self.config.weights == "checked"
+        # On a device, weights are looked at after the launch, while it works; on the host, before the replay.
+        self._checks_late = False
         self._fingerprint = self._dependencies.fingerprint()
         self._epoch = self._engine.epoch if self._engine is not None else 0
         state["parts"] = {
@@ -132,19 +134,29 @@ class CachedModule(nn.Module):
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
-        if entry is None or self._forbidden() is not None or self._is_stale(signature):
+        late = self._checks_late
+        if entry is None or self._forbidden() is not None or (not late and self._is_stale(signature)):
             return self._miss(signature, inputs, args, kwargs)
         try:
-            return self._replay(entry, inputs)
+            answer = self._replay(entry, inputs)
         except ClosedError:
             # Evicted by another thread since the look-up.
             return self._miss(signature, inputs, args, kwargs)
+        if late and self._is_stale(signature):
+            # Found while the device works: what it wrote is dropped, and what it read was kept alive by the graph.
+            return self._miss(signature, inputs, args, kwargs)
+        entry.hits += 1
+        entry.used = clock()
+        return answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What nn.Module.__call__ adds is hooks, at 0.9 µs; it is asked only if there are any.
-        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
-            return super().__call__(*args, **kwargs)
-        if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks or _tracing_state() is not None:
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or _hooks._global_forward_hooks
+            or _hooks._global_forward_pre_hooks
+        ):
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
@@ -284,10 +296,7 @@ class CachedModule(nn.Module):
         if self._host_inputs:
             inputs = self._device_only(inputs)
         recorded = entry.graph
-        answer = recorded.build(recorded.graph.replay(inputs), inputs)
-        entry.hits += 1
-        entry.used = clock()
-        return answer
+        return recorded.build(recorded.graph.replay(inputs), inputs)
 
     def _miss(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -296,6 +305,7 @@ class CachedModule(nn.Module):
             raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
         if not self._cuda and any(tensor.is_cuda for tensor in inputs):
             self._cuda = True
+            self._checks_late = self._checks_weights
         if (reason := self._forbidden()) is not None:
             return self._eagerly(Cause(reason), args, kwargs)
         if self.config.strategy == "per_submodule":
@@ -307,6 +317,8 @@ class CachedModule(nn.Module):
             cause = self._needs_grad(inputs) or self._blocks.cause(signature)
             entry = self._entries.get(signature)
             if cause is None and entry is not None:
+                entry.hits += 1
+                entry.used = clock()
                 return self._replay(entry, inputs)
             if cause is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
@@ -349,7 +361,7 @@ class CachedModule(nn.Module):
 
     def _forbidden(self) -> Reason | None:
         """What forbids graphs at this moment, whatever the arguments."""
-        if self._off or modes.get().graphs == "off":
+        if self._off or modes.get().off:
             return Reason.DISABLED
         if _dispatch_modes() or _transforms() is not None or _tracing_state() is not None:
             return Reason.TRACING
@@ -421,6 +433,8 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
 
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
 _is_compiling = torch.compiler.is_compiling
+# Torch fills and empties these two dictionaries and never replaces them.
+_global_hooks, _global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
 _tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
