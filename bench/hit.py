@@ -1,6 +1,6 @@
 """What a hit costs, against the floor of a raw graph launch: ``python -m bench.hit --engines DIR [NAME ...]``.
 
-Every system runs the same sequence of shapes, interleaved call by call in one process:
+Every system runs the same sequence of shapes in one process, call by call in turn with the raw launch:
 
 - ``raw``: ``cuGraphLaunch`` of graphs captured by hand from the same engine; nothing is put in or taken out;
 - ``torch``: ``torch.cuda.CUDAGraph.replay()`` of such graphs;
@@ -145,7 +145,11 @@ def _measure(
         systems[name] = _in_turn([partial(module, *call.inputs) for call in pool])
     systems["same_inputs"] = _in_turn([partial(fast, *_first(pool, size).inputs) for size in sizes])
     systems["session"] = _in_turn([sessions[size].run for size in sizes])
-    samples = record.interleave(systems, calls, warmup=2 * len(pool), seed=SEED)
+    # Each system takes turns with the raw launch alone, so that none pays for what another leaves in the caches.
+    samples, floors = {}, {}
+    for name, system in systems.items():
+        pair = record.interleave({"raw": systems["raw"], name: system}, calls, warmup=2 * len(pool), seed=SEED)
+        samples[name], floors[name] = pair[name], record.summarise(pair["raw"].total)["p50"]
     cpu = record.bursts(systems, rounds=max(10, calls // 20))
     for name, module in wrapped.items():
         after = module.cache_info()
@@ -155,7 +159,6 @@ def _measure(
                 f"captures, {after.evictions} evictions and eager calls {dict(after.eager)}; expected hits only"
             )
     failures += check("after timing")
-    floor = record.summarise(samples["raw"].total)["p50"]
     result = {
         "engine": bundle.name,
         "sizes": sizes,
@@ -166,7 +169,8 @@ def _measure(
             name: {
                 **each.summary(),
                 "cpu_burst_us": cpu[name],
-                "total_over_raw": round(record.summarise(each.total)["p50"] / floor, 4),
+                "raw_total_p50_us": floors[name],
+                "total_over_raw": round(record.summarise(each.total)["p50"] / floors[name], 4),
             }
             for name, each in samples.items()
         },

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,18 +41,25 @@ def stdout() -> Console:
 
 
 @contextmanager
-def progress(message: str) -> Iterator[Any]:
-    """Shows a message while a block runs, if stderr is a terminal.
+def progress(message: str) -> Iterator[Callable[[str], None]]:
+    """Shows a line while a block runs, if stderr is a terminal.
+
+    Nothing is drawn between two updates: a spinner has a thread of its own, which would show in what is measured here.
 
     Yields:
-        A function that replaces the message.
+        A function that replaces the line.
     """
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    with console.status(message) as status:
-        yield status.update
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            click.echo(f"\r\x1b[2K{text[:width]}", nl=False, err=True)
+
+    show(message)
+    try:
+        yield show
+    finally:
+        show("")
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -181,7 +181,7 @@ def refusal_of(error: Exception, where: str) -> Refusal:
     text = str(error).strip().split("\n")[0]
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return Refusal(Reason.OUT_OF_MEMORY, where, text)
-    if ("unsupported" in text and "captur" in text) or "Cannot copy between CPU and CUDA tensors during" in text:
+    if "captur" in text and any(word in text for word in ("unsupported", "not permitted", "Cannot copy between")):
         return Refusal(Reason.HOST_READ, where, text)
     return Refusal(Reason.CAPTURE_FAILED, where, f"{type(error).__name__}: {text}")
 

@@ -68,6 +68,7 @@ class CudaGraph:
         self._launch = driver.binding().cuGraphLaunch
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
+        self._only = outputs[0] if len(outputs) == 1 else None
         self._copied = [index for index, slot in enumerate(outputs) if not slot.pointers]
         self._ready: list[Tensor] | None = None
         self._ready_stream = -1
@@ -123,7 +124,7 @@ class CudaGraph:
             if self._executable is None:
                 raise ClosedError("the graph was closed; make a new session")
             for slot in (*self._inputs, *self._outputs):
-                slot.point(self._executable, slot.buffer)
+                slot.point(self._executable, slot.buffer.data_ptr())
             self._ready = None
             return [slot.buffer for slot in self._inputs], [slot.buffer for slot in self._outputs]
 
@@ -152,7 +153,7 @@ class CudaGraph:
                 return
             held = [self._inputs, self._outputs, self._keep, self._ready]
             release = self._release
-            self._inputs, self._outputs, self._ready, self._keep = (), (), None, None
+            self._inputs, self._outputs, self._ready, self._keep, self._only = (), (), None, None, None
 
             def destroy() -> None:
                 driver.call("cuGraphExecDestroy", executable)
@@ -170,7 +171,7 @@ class CudaGraph:
         answer = [slot.fresh() for slot in self._outputs] if out is None else out
         self._ready = None
         for slot, tensor in zip(self._outputs, answer, strict=True):
-            if slot.pointers and not slot.point(executable, tensor):
+            if slot.pointers and not slot.point(executable, tensor.data_ptr()):
                 raise CudaError(f"an output at {tensor.data_ptr():#x} is not aligned to {ALIGNMENT} bytes")
         return answer
 
@@ -180,9 +181,14 @@ class CudaGraph:
         for index in self._copied:
             answer[index].copy_(self._outputs[index].buffer)
         try:
-            ready = [_empty_like(slot.buffer) for slot in self._outputs]
-            for slot, tensor in zip(self._outputs, ready):  # noqa: B905 - as above
-                slot.point(executable, tensor)
+            if self._only is not None:
+                tensor = _empty_like(self._only.buffer)
+                self._only.point(executable, tensor.data_ptr())
+                ready = [tensor]
+            else:
+                ready = [_empty_like(slot.buffer) for slot in self._outputs]
+                for slot, tensor in zip(self._outputs, ready, strict=True):
+                    slot.point(executable, tensor.data_ptr())
         except (torch.cuda.OutOfMemoryError, CudaError):
             # This call has its answer; the next one will say what is wrong, if it still is.
             return

@@ -41,14 +41,14 @@ class Pointer:
         keep: The memory behind ``word``.
     """
 
-    __slots__ = ("_arguments", "_keep", "_offset", "_setter", "_word")
+    __slots__ = ("arguments", "keep", "offset", "setter", "word")
 
     def __init__(self, word: Any, offset: int, setter: Callable[..., Any], arguments: Sequence[Any], keep: Any) -> None:
-        self._word = word
-        self._offset = offset
-        self._setter = setter
-        self._arguments = arguments
-        self._keep = keep
+        self.word = word
+        self.offset = offset
+        self.setter = setter
+        self.arguments = arguments
+        self.keep = keep
 
     def set(self, executable: Any, address: int) -> None:
         """Point the node at another address, from the next launch on.
@@ -56,10 +56,10 @@ class Pointer:
         Raises:
             CudaError: If the driver refuses.
         """
-        self._word.value = address + self._offset
-        code = self._setter(executable, *self._arguments)[0]
+        self.word.value = address + self.offset
+        code = self.setter(executable, *self.arguments)[0]
         if code:
-            raise CudaError(f"{self._setter.__name__} failed with {code.name} ({int(code)})")
+            raise CudaError(f"{self.setter.__name__} failed with {code.name} ({int(code)})")
 
 
 @dataclass(frozen=True, slots=True)

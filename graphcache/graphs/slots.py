@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcache.errors import CudaError
 from graphcache.graphs.pointers import Pointer
 
 ALIGNMENT = 256
@@ -23,27 +24,36 @@ class Slot:
         alignment: What the caller's address must be divisible by to be used as it is; 1 where a node copies from it.
     """
 
-    __slots__ = ("_mask", "_one", "address", "buffer", "pointers")
+    __slots__ = ("_arguments", "_mask", "_offset", "_setter", "_word", "address", "buffer", "pointers")
 
     def __init__(self, buffer: Tensor, pointers: Sequence[Pointer], alignment: int) -> None:
         self.buffer = buffer
         self.pointers = tuple(pointers)
-        self._one = self.pointers[0].set if len(self.pointers) == 1 else None
         self._mask = alignment - 1
         self.address = -1
         """Where the graph reads or writes; -1 if that is not known, or if the tensor is copied."""
+        # Of a single pointer, the usual case: two calls and a loop less at every hit.
+        one = self.pointers[0] if len(self.pointers) == 1 else None
+        self._setter: Any = one.setter if one is not None else None
+        self._word: Any = one.word if one is not None else None
+        self._offset = one.offset if one is not None else 0
+        self._arguments: Sequence[Any] = one.arguments if one is not None else ()
 
-    def point(self, executable: Any, tensor: Tensor) -> bool:
-        """Use ``tensor`` from the next launch on; ``False`` if it cannot be, so that nothing changed."""
-        address = tensor.data_ptr()
-        if address == self.address:
-            return True
+    def point(self, executable: Any, address: int) -> bool:
+        """Use another address from the next launch on; ``False`` if it cannot be, so that nothing changed.
+
+        Raises:
+            CudaError: If the driver refuses. The slot knows then that it does not know where it points.
+        """
         if address & self._mask or not address or not self.pointers:
             return False
         # Not what the graph has, until the driver has taken it.
         self.address = -1
-        if self._one is not None:
-            self._one(executable, address)
+        if self._setter is not None:
+            self._word.value = address + self._offset
+            code = self._setter(executable, *self._arguments)[0]
+            if code:
+                raise CudaError(f"{self._setter.__name__} failed with {code.name} ({int(code)})")
         else:
             for pointer in self.pointers:
                 pointer.set(executable, address)
@@ -52,9 +62,9 @@ class Slot:
 
     def take(self, executable: Any, tensor: Tensor) -> None:
         """Use an input's values at the next launch, in place or through the static buffer."""
-        if not self.point(executable, tensor):
+        if not self.point(executable, tensor.data_ptr()):
             self.buffer.copy_(tensor)
-            self.point(executable, self.buffer)
+            self.point(executable, self.buffer.data_ptr())
 
     def fresh(self) -> Tensor:
         """A new tensor of the same shape, strides and dtype."""

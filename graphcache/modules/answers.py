@@ -83,7 +83,11 @@ class Answer:
     def layout(self) -> object:
         """What must be the same whatever the values of the inputs: structure, shapes, dtypes, views, plain values."""
         tensors = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors]
-        return (self._tree, tensors, [repr(place) for place in self._places])
+        places = [
+            ("input", place.index) if isinstance(place, View) and place.itself else repr(place)
+            for place in self._places
+        ]
+        return (self._tree, tensors, places)
 
     def builder(self) -> Callable[[list[Tensor], Sequence[Tensor]], Any]:
         """A function of fresh outputs and of the caller's inputs that gives the whole answer."""

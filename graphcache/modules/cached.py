@@ -14,7 +14,7 @@ from torch.nn.modules import module as _hooks
 
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache, clock
-from graphcache.cache.signature import Signature, describe
+from graphcache.cache.signature import Signature, describe, describe_flat
 from graphcache.config import GraphConfig, disabled_by_environment, modes
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, Subscriber
@@ -95,8 +95,8 @@ class CachedModule(nn.Module):
         self._cuda = self._engine is not None
         self._closed = False
         self._checks_weights = self._engine is None and self.config.weights == "checked"
-        # On a device, weights are looked at after the launch, while it works; on the host, before the replay.
-        self._checks_late = False
+        # On a device it is asked after the launch, while the device works; on the host, before the replay.
+        self._checks_early = True
         self._fingerprint = self._dependencies.fingerprint()
         self._epoch = self._engine.epoch if self._engine is not None else 0
         state["parts"] = {
@@ -134,31 +134,29 @@ class CachedModule(nn.Module):
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
-        late = self._checks_late
-        if entry is None or self._forbidden() is not None or (not late and self._is_stale(signature)):
+        if entry is None or self._forbidden() is not None:
             return self._miss(signature, inputs, args, kwargs)
-        try:
-            answer = self._replay(entry, inputs)
-        except ClosedError:
-            # Evicted by another thread since the look-up.
-            return self._miss(signature, inputs, args, kwargs)
-        if late and self._is_stale(signature):
-            # Found while the device works: what it wrote is dropped, and what it read was kept alive by the graph.
-            return self._miss(signature, inputs, args, kwargs)
-        entry.hits += 1
-        entry.used = clock()
-        return answer
+        return self._hit(entry, signature, inputs, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What nn.Module.__call__ adds is hooks, at 0.9 µs; it is asked only if there are any.
-        if (
-            self._forward_hooks
-            or self._forward_pre_hooks
-            or _hooks._global_forward_hooks
-            or _hooks._global_forward_pre_hooks
-        ):
+        if self._forward_hooks or self._forward_pre_hooks or _global_hooks or _global_pre_hooks:
             return super().__call__(*args, **kwargs)
-        return self.forward(*args, **kwargs)
+        # forward() over again, for plain tensors that hit: everything else finds its way there.
+        if kwargs or self._host_inputs or _is_compiling() or (signature := describe_flat(args)) is None:
+            return self.forward(*args, **kwargs)
+        entry = self._entries.get(signature)
+        if (
+            entry is None
+            or self._off
+            or modes.get().off
+            or _dispatch_modes()
+            or _transforms() is not None
+            or _is_tracing()
+            or (self._cuda and _is_capturing())
+        ):
+            return self.forward(*args)
+        return self._hit(entry, signature, args, args, kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Session:
         """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.
@@ -179,7 +177,7 @@ class CachedModule(nn.Module):
             _, inputs = describe(args, kwargs)
         except Refusal as refusal:
             raise CaptureError(f"{self.ledger.name}: {refusal.cause}") from refusal
-        self._cuda = self._cuda or any(tensor.is_cuda for tensor in inputs)
+        self._notice_device(inputs)
         reason = self._forbidden()
         cause = Cause(reason) if reason is not None else self._needs_grad(inputs)
         if cause is None:
@@ -292,20 +290,36 @@ class CachedModule(nn.Module):
             return inputs
         return [value for index, value in enumerate(inputs) if index not in self._host_inputs]
 
-    def _replay(self, entry: Entry[Recorded], inputs: Sequence[Tensor]) -> Any:
-        if self._host_inputs:
-            inputs = self._device_only(inputs)
+    def _hit(
+        self,
+        entry: Entry[Recorded],
+        signature: Signature,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self._checks_early and self._is_stale(signature):
+            return self._miss(signature, inputs, args, kwargs)
+        given = self._device_only(inputs) if self._host_inputs else inputs
         recorded = entry.graph
-        return recorded.build(recorded.graph.replay(inputs), inputs)
+        try:
+            answer = recorded.build(recorded.replay(given), given)
+        except ClosedError:
+            # Evicted by another thread since the look-up.
+            return self._miss(signature, inputs, args, kwargs)
+        if not self._checks_early and self._is_stale(signature):
+            # Found while the device works: what it wrote is dropped, and what it read was kept alive by the graph.
+            return self._miss(signature, inputs, args, kwargs)
+        entry.hits += 1
+        entry.used = clock()
+        return answer
 
     def _miss(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if self._closed:
             raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
-        if not self._cuda and any(tensor.is_cuda for tensor in inputs):
-            self._cuda = True
-            self._checks_late = self._checks_weights
+        self._notice_device(inputs)
         if (reason := self._forbidden()) is not None:
             return self._eagerly(Cause(reason), args, kwargs)
         if self.config.strategy == "per_submodule":
@@ -317,9 +331,7 @@ class CachedModule(nn.Module):
             cause = self._needs_grad(inputs) or self._blocks.cause(signature)
             entry = self._entries.get(signature)
             if cause is None and entry is not None:
-                entry.hits += 1
-                entry.used = clock()
-                return self._replay(entry, inputs)
+                return self._hit(entry, signature, inputs, args, kwargs)
             if cause is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is None:
@@ -359,11 +371,15 @@ class CachedModule(nn.Module):
         with self._routes.active():
             return self._run(*args, **kwargs)
 
+    def _notice_device(self, inputs: Sequence[Tensor]) -> None:
+        if not self._cuda and any(tensor.is_cuda for tensor in inputs):
+            self._cuda, self._checks_early = True, False
+
     def _forbidden(self) -> Reason | None:
         """What forbids graphs at this moment, whatever the arguments."""
         if self._off or modes.get().off:
             return Reason.DISABLED
-        if _dispatch_modes() or _transforms() is not None or _tracing_state() is not None:
+        if _dispatch_modes() or _transforms() is not None or _is_tracing():
             return Reason.TRACING
         if self._cuda and _is_capturing():
             return Reason.OUTER_CAPTURE
@@ -384,7 +400,7 @@ class CachedModule(nn.Module):
         if self._checks_weights and self._dependencies.fingerprint() != self._fingerprint:
             return True
         # The first part of a signature is the grad mode.
-        return bool(signature[0]) and self._dependencies.requires_grad()
+        return signature[0] is not False and self._dependencies.requires_grad()
 
     def _start_anew(self) -> None:
         self._cache.clear()
@@ -435,7 +451,7 @@ _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE
 _is_compiling = torch.compiler.is_compiling
 # Torch fills and empties these two dictionaries and never replaces them.
 _global_hooks, _global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
-_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+_is_tracing: Callable[[], bool] = torch._C._is_tracing
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)

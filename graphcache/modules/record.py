@@ -20,10 +20,11 @@ Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 class Recorded:
     """A graph, and how its outputs become the module's answer."""
 
-    __slots__ = ("build", "graph", "nbytes")
+    __slots__ = ("build", "graph", "nbytes", "replay")
 
     def __init__(self, graph: Graph, build: Build) -> None:
         self.graph = graph
+        self.replay = graph.replay
         self.build = build
         self.nbytes = graph.nbytes
 
