@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
@@ -67,7 +67,8 @@ class GraphConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not an option; expected one of {', '.join(map(repr, allowed))}")
-        if isinstance(self.include, str) or not all(isinstance(name, str) for name in self.include):
+        listed = isinstance(self.include, Sequence) and not isinstance(self.include, str)
+        if not listed or not all(isinstance(name, str) for name in self.include):
             raise ConfigError(f"include={self.include!r}: expected a sequence of submodule names, such as ['encoder']")
         object.__setattr__(self, "include", tuple(self.include))
         for name in ("max_graphs", "max_bytes"):

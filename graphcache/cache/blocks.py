@@ -7,7 +7,16 @@ from collections.abc import Hashable
 
 from graphcache.errors import Cause, Reason
 
-_TRANSIENT = frozenset({Reason.CAPTURE_FAILED, Reason.OUT_OF_MEMORY, Reason.OVER_BUDGET, Reason.MISMATCH})
+_TRANSIENT = frozenset(
+    {
+        Reason.CAPTURE_FAILED,
+        Reason.OUT_OF_MEMORY,
+        Reason.OVER_BUDGET,
+        Reason.MISMATCH,
+        Reason.MUTATES,
+        Reason.ALIASES_STATE,
+    }
+)
 _FIRST_WAIT = 16
 
 
@@ -15,7 +24,8 @@ class Blocks:
     """Remembers failures, so that a failed capture is not paid for at every call.
 
     What lies in the module (a host read, a layer that forbids capture) is blocked for good. What may pass (no memory,
-    no room, a failed capture) is tried again after 16 calls, then 32, 64 and so on.
+    no room, a failed capture, an attribute that only a first call sets) is tried again after 16 calls, then 32, 64 and
+    so on.
 
     Args:
         size: How many signatures are remembered; beyond that the longest unused is forgotten.

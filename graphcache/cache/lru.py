@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack
 from typing import Generic, Protocol, TypeVar
 
 from graphcache.errors import Reason, Refusal
@@ -94,26 +95,30 @@ class GraphCache(Generic[G]):
         """Bytes owned by all graphs together."""
         return sum(entry.nbytes for entry in list(self.entries.values()))
 
-    def make_room(self, nbytes: int = 0) -> None:
+    def make_room(self, nbytes: int = 0, *, instead_of: Hashable = None) -> None:
         """Evict until one more graph of ``nbytes`` bytes fits.
+
+        Args:
+            nbytes: What the graph owns.
+            instead_of: A key whose graph goes in any case.
 
         Raises:
             Refusal: With :attr:`Reason.OVER_BUDGET`, if it cannot; then nothing was evicted.
         """
         with self._lock:
-            oldest_first = sorted(self.entries.items(), key=lambda item: item[1].used)
-            pinned = [e for _, e in oldest_first if e.pinned]
-            held = sum(e.nbytes for e in pinned)
-            if len(pinned) >= self.max_graphs or (self.max_bytes is not None and held + nbytes > self.max_bytes):
+            others = [(key, entry) for key, entry in self.entries.items() if key != instead_of]
+            pinned = [entry for _, entry in others if entry.pinned]
+            held = sum(entry.nbytes for entry in pinned)
+            if len(pinned) >= self.max_graphs or not self._fits(held + nbytes):
                 raise Refusal(
                     Reason.OVER_BUDGET,
                     detail=f"{nbytes} bytes wanted; {len(pinned)} pinned graphs hold {held} bytes, the budget is "
                     f"max_graphs={self.max_graphs}, max_bytes={self.max_bytes}",
                 )
-            for key, _ in (item for item in oldest_first if not item[1].pinned):
-                if len(self.entries) < self.max_graphs and (
-                    self.max_bytes is None or self.nbytes + nbytes <= self.max_bytes
-                ):
+            self.evict(instead_of)
+            oldest_first = sorted((item for item in others if not item[1].pinned), key=lambda item: item[1].used)
+            for key, _ in oldest_first:
+                if len(self.entries) < self.max_graphs and self._fits(self.nbytes + nbytes):
                     return
                 self.evict(key)
 
@@ -125,9 +130,8 @@ class GraphCache(Generic[G]):
         """
         with self._lock:
             try:
-                self.evict(key)
-                self.make_room(graph.nbytes)
-            except Refusal:
+                self.make_room(graph.nbytes, instead_of=key)
+            except BaseException:
                 graph.close()
                 raise
             entry = self.entries[key] = Entry(graph, pinned=pinned)
@@ -147,7 +151,10 @@ class GraphCache(Generic[G]):
             return True
 
     def clear(self) -> None:
-        """Drop and close every graph, pinned ones too."""
-        with self._lock:
+        """Drop and close every graph, pinned ones too, even if closing one of them raises."""
+        with self._lock, ExitStack() as each:
             for key in list(self.entries):
-                self.evict(key)
+                each.callback(self.evict, key)
+
+    def _fits(self, nbytes: int) -> bool:
+        return self.max_bytes is None or nbytes <= self.max_bytes

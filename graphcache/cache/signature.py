@@ -20,6 +20,7 @@ Signature = tuple[Hashable, ...]
 
 _strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
+_is_inference = torch.is_inference_mode_enabled
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
@@ -28,9 +29,10 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
 
     Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
     ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), pending conjugations
-    and negations, the grad mode, which tensors require gradients while it is on, and autocast.
+    and negations, one tensor given twice from two, the grad mode, which tensors require gradients while it is on,
+    inference mode, and autocast.
 
-    Not told apart are values of tensors, and tensors that overlap from tensors that don't.
+    Not told apart are values of tensors, and different tensors that overlap from ones that don't.
 
     Args:
         args: Positional arguments.
@@ -52,11 +54,12 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
         return signature, args
     parts: list[Hashable] = []
     tensors: list[Tensor] = []
-    _walk(args, "args", parts, tensors)
-    if kwargs:
+    try:
+        _walk(args, "args", parts, tensors)
         _walk(kwargs, "kwargs", parts, tensors)
-    grad = tuple([value.requires_grad for value in tensors]) if _is_grad_enabled() else False
-    return (grad, _autocast() if _is_any_autocast_enabled() else None, *parts), tensors
+    except RecursionError as error:
+        raise Refusal(Reason.ARGUMENT, detail="a container contains itself") from error
+    return (*_state(tensors), *parts, *_repeats(tensors)), tensors
 
 
 def describe_flat(args: tuple[Any, ...]) -> Signature | None:
@@ -64,22 +67,18 @@ def describe_flat(args: tuple[Any, ...]) -> Signature | None:
 
     Every attribute of a tensor costs 0.05 µs, which is why there is a path of its own for a single one.
     """
-    grad = _is_grad_enabled()
     if len(args) == 1:
         value = args[0]
         if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
             return None
-        if not grad and not _is_any_autocast_enabled():
-            return False, None, value.dtype, value.shape, value.stride(), value.device
-    parts: list[Hashable] = [
-        grad and tuple([isinstance(value, Tensor) and value.requires_grad for value in args]),
-        _autocast() if _is_any_autocast_enabled() else None,
-    ]
+        if not _is_grad_enabled() and not _is_any_autocast_enabled():
+            return False, _is_inference(), None, value.dtype, value.shape, value.stride(), value.device
+    parts: list[Hashable] = []
     for value in args:
         if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
             return None
         parts += (value.dtype, value.shape, value.stride(), value.device)
-    return tuple(parts)
+    return (*_state(args), *parts, *_repeats(args))
 
 
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
@@ -124,12 +123,16 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
     elif kind is dict:
         parts.append((dict, len(value)))
         for name, item in value.items():
-            _walk(name, f"a key of {where}", parts, tensors)
+            _constant(name, f"a key of {where}", parts)
             _walk(item, f"{where}[{name!r}]", parts, tensors)
     elif kind in _OPEN_CONSTANTS:
         parts.append((kind, len(_OPEN_CONSTANTS[kind](value))))
         for item in _OPEN_CONSTANTS[kind](value):
-            _walk(item, where, parts, tensors)
+            _constant(item, where, parts)
+    elif isinstance(value, tuple) and hasattr(kind, "_fields"):
+        parts.append((kind, len(value)))
+        for name, item in zip(kind._fields, value, strict=True):
+            _walk(item, f"{where}.{name}", parts, tensors)
     elif kind in pytree.SUPPORTED_NODES:
         children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
         parts.append((kind, len(children), repr(context)))
@@ -139,12 +142,22 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
         raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
 
 
+def _constant(value: Any, where: str, parts: list[Hashable]) -> None:
+    """What :func:`substitute` does not look into, so that no tensor may be there."""
+    tensors: list[Tensor] = []
+    _walk(value, where, parts, tensors)
+    if tensors:
+        raise Refusal(Reason.ARGUMENT, where, "a tensor where only a constant can stand")
+
+
 def _replace(value: Any, tensors: Any) -> Any:
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
         return next(tensors)
     if kind is tuple or kind is list:
         return kind([_replace(item, tensors) for item in value])
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return kind(*[_replace(item, tensors) for item in value])
     if kind is dict:
         return {name: _replace(item, tensors) for name, item in value.items()}
     if kind in pytree.SUPPORTED_NODES and kind not in _OPEN_CONSTANTS:
@@ -152,6 +165,18 @@ def _replace(value: Any, tensors: Any) -> Any:
         children, context = node.flatten_fn(value)
         return node.unflatten_fn([_replace(item, tensors) for item in children], context)
     return value
+
+
+def _state(tensors: Sequence[Tensor]) -> Signature:
+    grad = tuple([value.requires_grad for value in tensors]) if _is_grad_enabled() else False
+    return grad, _is_inference(), _autocast() if _is_any_autocast_enabled() else None
+
+
+def _repeats(tensors: Sequence[Tensor]) -> Signature:
+    """Which tensors are the same object as an earlier one; nothing in the usual case, that none is."""
+    places: dict[int, int] = {}
+    first = [places.setdefault(id(value), index) for index, value in enumerate(tensors)]
+    return () if len(places) == len(tensors) else ("repeats", *first)
 
 
 def _autocast() -> Hashable:

@@ -17,11 +17,11 @@ import graphcache
 from graphcache import CacheInfo, Reason
 from graphcache.cli.network import BATCHES, OBSERVATION, Confident, Policy, observations
 from graphcache.cli.output import (
+    Causes,
     ComparisonFailed,
     cells,
     described,
     environment,
-    explained,
     one_line,
     print_json,
     progress,
@@ -44,6 +44,7 @@ class _Tally:
     times: dict[Outcome, list[int]] = field(default_factory=lambda: defaultdict(list))
     eagerly: list[int] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    why: dict[Reason, str] = field(default_factory=dict)
 
 
 @click.command()
@@ -115,6 +116,7 @@ def _traffic(
     generator = torch.Generator().manual_seed(seed)
     skew = [1 / rank for rank in range(1, len(BATCHES) + 1)]
     tally = _Tally()
+    causes = Causes(*(fast for _, fast in pairs.values()))
     for call in range(calls):
         show(f"Call {call + 1} of {calls}")
         [batch] = choose.choices(BATCHES, skew)
@@ -129,6 +131,7 @@ def _traffic(
             tally.eagerly.append(eagerly)
         if (found := difference(answer, expected)) is not None:
             tally.wrong.append(f"call {call + 1}, batch {batch}, {_label(outcome)}: {found}")
+    tally.why = {outcome: causes.explain(outcome) for outcome in tally.times if isinstance(outcome, Reason)}
     return tally
 
 
@@ -149,12 +152,11 @@ def _account(tally: _Tally, info: CacheInfo, inner: CacheInfo) -> dict[str, Any]
         return asdict(latency) if latency else {"calls": 0}
 
     eagerly = Latency.of(tally.eagerly)
-    reasons = [outcome for outcome in tally.times if isinstance(outcome, Reason)]
     return {
         "hits": measured("hit"),
         "hits_run_eagerly": asdict(eagerly) if eagerly else {"calls": 0},
         "captures": measured("capture"),
-        "eager": {reason.value: {**measured(reason), "why": explained(reason)} for reason in reasons},
+        "eager": {reason.value: {**measured(reason), "why": why} for reason, why in tally.why.items()},
         "graphs": info.graphs,
         "nbytes": info.nbytes,
         "evictions": info.evictions,
@@ -176,12 +178,13 @@ def _print(result: dict[str, Any], tally: _Tally, device: torch.device) -> None:
     rows.add_row("     the same inputs, eagerly", "", *cells(eagerly))
     captures = Latency.of(tally.times.get("capture", []))
     rows.add_row("capture: first call of a shape", str(captures.calls if captures else 0), *cells(captures))
-    for reason, times in ((o, t) for o, t in tally.times.items() if isinstance(o, Reason)):
+    for reason in tally.why:
+        times = tally.times[reason]
         rows.add_row(f"ran eagerly: {reason.value}", str(len(times)), *cells(Latency.of(times)))
     console.print(rows)
     console.print()
-    for each in result["eager"].values():
-        console.print(each["why"], soft_wrap=True)
+    for why in tally.why.values():
+        console.print(why, soft_wrap=True)
     if result["hits_inside_eager_calls"]:
         console.print(f"Inside those calls the network itself was a hit {result['hits_inside_eager_calls']} times.")
     console.print(f"Graphs kept: {result['graphs']} ({result['nbytes']} bytes); evicted: {result['evictions']}.")

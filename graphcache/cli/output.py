@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 import graphcache
-from graphcache import Reason
+from graphcache import CachedModule, Cause, Reason
 from graphcache.cli.timing import Latency
 from graphcache.engines.library import library
 from graphcache.errors import GraphCacheError
+from graphcache.events import Event, RanEagerly
 
 _PLAIN_WIDTH = 120
 
@@ -80,9 +81,25 @@ def cells(latency: Latency | None) -> tuple[str, str, str]:
     return ("-", "-", "-") if latency is None else (f"{latency.p50:.1f}", f"{latency.p90:.1f}", f"{latency.p99:.1f}")
 
 
-def explained(reason: Reason) -> str:
-    """A reason with its sentence and what would change it."""
-    return f"{reason.value}: {reason.sentence}. To change that: {reason.remedy}."
+class Causes:
+    """Hears why calls run eagerly.
+
+    Args:
+        modules: Whose calls.
+    """
+
+    def __init__(self, *modules: CachedModule) -> None:
+        self._first: dict[Reason, Cause] = {}
+        for module in modules:
+            module.subscribe(self._hear)
+
+    def explain(self, reason: Reason) -> str:
+        """A reason with its sentence, where it first arose, what was seen there, and what would change it."""
+        return one_line(str(self._first.get(reason) or Cause(reason)))
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, RanEagerly):
+            self._first.setdefault(event.cause.reason, event.cause)
 
 
 def environment(device: torch.device, *, tensorrt: bool = False) -> dict[str, str]:

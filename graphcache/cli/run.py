@@ -14,11 +14,11 @@ import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.cli.options import ShapesCommand, ShapesType, Specs, points
 from graphcache.cli.output import (
+    Causes,
     ComparisonFailed,
     cells,
     described,
     environment,
-    explained,
     print_json,
     progress,
     stdout,
@@ -37,7 +37,7 @@ class _Row:
     eager: Latency | None
     graph: Latency | None
     first: int
-    reasons: tuple[Reason, ...]
+    reasons: dict[Reason, str]
     differences: int
     worst: str
 
@@ -85,9 +85,10 @@ def run(
     rows = []
     options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "max_graphs": max(32, len(calls))}
     with graphcache.wrap(found.module, **options) as fast, torch.no_grad(), progress("Running") as show:
+        causes = Causes(fast, *fast.parts.values())
         for call in calls:
             show(f"Running {call.label}")
-            rows.append(_measure(found, fast, call, iterations, warm_up))
+            rows.append(_measure(found, fast, causes, call, iterations, warm_up))
     tensorrt = any(isinstance(part, graphcache.EngineModule) for part in found.module.modules())
     versions = environment(found.device, tensorrt=tensorrt)
     differences = sum(row.differences for row in rows)
@@ -112,7 +113,7 @@ def run(
         )
 
 
-def _measure(found: Target, fast: CachedModule, call: Call, iterations: int, warm_up: int) -> _Row:
+def _measure(found: Target, fast: CachedModule, causes: Causes, call: Call, iterations: int, warm_up: int) -> _Row:
     eagerly = functools.partial(found.module, *call.args, **call.kwargs)
     through = functools.partial(fast, *call.args, **call.kwargs)
     try:
@@ -138,14 +139,14 @@ def _measure(found: Target, fast: CachedModule, call: Call, iterations: int, war
             f"{found.name} refused {call.label or 'a call without inputs'}: {told(error)}"
         ) from error
     after = fast.cache_info()
-    reasons = tuple(reason for reason, count in after.eager.items() if count > before.eager.get(reason, 0))
+    reasons = [reason for reason, count in after.eager.items() if count > before.eager.get(reason, 0)]
     replayed = after.hits > before.hits
     return _Row(
         call.label,
         Latency.of(eager),
         Latency.of(graph) if replayed else None,
         first,
-        reasons,
+        {reason: causes.explain(reason) for reason in reasons},
         differences,
         worst,
     )
@@ -157,7 +158,7 @@ def _as_json(row: _Row) -> dict[str, Any]:
         "eager": asdict(row.eager) if row.eager else None,
         "graph": asdict(row.graph) if row.graph else None,
         "first_call_us": round(row.first / 1000, 1),
-        "reasons": {reason.value: explained(reason) for reason in row.reasons},
+        "reasons": {reason.value: why for reason, why in row.reasons.items()},
         "differences": row.differences,
     }
 
@@ -173,8 +174,8 @@ def _print(target: str, versions: dict[str, str], rows: Sequence[_Row], iteratio
         shown.add_row(row.label or "(none)", *cells(row.eager), f"| {p50}", p90, p99, f"{row.first / 1000:.1f}")
     console.print(shown)
     console.print()
-    for reason in dict.fromkeys(reason for row in rows for reason in row.reasons):
-        console.print(f"Ran eagerly, {explained(reason)}", soft_wrap=True)
+    for why in dict.fromkeys(why for row in rows for why in row.reasons.values()):
+        console.print(f"Ran eagerly, {why}", soft_wrap=True)
     replayed = sum(row.graph is not None for row in rows)
     if replayed and not any(row.differences for row in rows):
         console.print("Every answer of a graph equals eager execution.")

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.graph import Body
+from graphcache.graphs.operations import flatten, refuse_by_tag, storage_of, written
 
 _Fill = tuple[Any, Any, int]
 
@@ -47,9 +48,11 @@ class HostGraph:
         Raises:
             Refusal: If the call does something that no replay could repeat.
         """
-        tape = _Tape(inputs)
+        tape = _Tape()
         with torch.inference_mode(False), torch.no_grad(), tape:
             outputs = body()
+        if tape.refused is not None:
+            raise tape.refused
         if not tape.steps:
             raise Refusal(Reason.EMPTY_GRAPH)
         return cls(inputs, tape, outputs, lock)
@@ -63,7 +66,7 @@ class HostGraph:
         return self._nbytes
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), torch._C._DisableAutocast():
             for buffer, tensor in zip(self._open_inputs(), inputs, strict=True):
                 buffer.copy_(tensor)
             answer = self._run()
@@ -80,7 +83,7 @@ class HostGraph:
             return static, self._pinned
 
     def launch(self) -> None:
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), torch._C._DisableAutocast():
             self._open_inputs()
             for target, tensor in zip(self._pinned, self._run(), strict=True):
                 target.copy_(tensor)
@@ -101,8 +104,9 @@ class HostGraph:
             if type(results) is int:
                 values[results] = result
             elif results is not None:
-                for slot, item in zip(results, _flatten(result), strict=True):
-                    values[slot] = item
+                for slot, item in zip(results, flatten(result), strict=True):
+                    if slot is not None:
+                        values[slot] = item
         return [values[slot] for slot in self._outputs]
 
     def poison(self) -> None:
@@ -118,13 +122,14 @@ class HostGraph:
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every operation, with references to where each tensor came from."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[_Fill], Any]] = []
         self.slot_count = 0
+        self.refused: Refusal | None = None
         # Strong references, so that no id is used twice while recording.
         self._made: dict[int, tuple[int, Tensor]] = {}
-        self._lasting = {_storage(tensor) for tensor in inputs}
+        self._own: set[int] = set()
 
     def slot_of(self, tensor: Tensor) -> int:
         """Where a replay finds this output.
@@ -140,17 +145,24 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        _refuse_by_tag(func)
+        try:
+            return self._record(func, args, kwargs or {})
+        except Refusal as refusal:
+            # The module may catch it and go on by another way, which is not what it does when nobody records.
+            self.refused = self.refused or refusal
+            raise
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_by_tag(func, args)
         if func is torch.ops.aten.lift_fresh.default:
             # A constant made inside the call; a replay may write into it, so it needs a new one each time.
             func = torch.ops.aten.clone.default
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            raise Refusal(Reason.RANDOM, _name(func))
-        for tensor in _written(func, args, kwargs):
-            if _storage(tensor) in self._lasting:
-                raise Refusal(Reason.MUTATES, _name(func))
-        if func.is_view and not any(id(value) in self._made for value in _flatten([*args, *kwargs.values()])):
+            raise Refusal(Reason.RANDOM, str(func))
+        if any(storage_of(tensor) not in self._own for tensor in written(func, args, kwargs)):
+            raise Refusal(Reason.MUTATES, str(func))
+        leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
+        if func.is_view and not any(id(value) in self._made for value in leaves):
             # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
             return func(*args, **kwargs)
         fills: list[_Fill] = []
@@ -158,8 +170,10 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         template_kwargs = {name: self._template(value, fills) for name, value in kwargs.items()}
         self._refer(template_args, args, fills)
         self._refer(template_kwargs, kwargs, fills)
+        taken = {storage_of(value) for value in leaves}
         out = func(*args, **kwargs)
         self.steps.append((func, template_args, template_kwargs, fills, self._keep(out, func)))
+        self._own |= {storage_of(item) for item in flatten(out) if isinstance(item, Tensor)} - taken
         return out
 
     def _template(self, value: Any, fills: list[_Fill]) -> Any:
@@ -173,12 +187,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _refer(self, copy: Any, original: Any, fills: list[_Fill]) -> None:
         items = original.items() if isinstance(original, dict) else enumerate(original)
         for place, item in items:
-            if not isinstance(item, Tensor):
-                continue
-            made = self._made.get(id(item))
-            if made is None:
-                self._lasting.add(_storage(item))
-            else:
+            if isinstance(item, Tensor) and (made := self._made.get(id(item))) is not None:
                 copy[place] = None
                 fills.append((copy, place, made[0]))
 
@@ -187,10 +196,10 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._slot(out)
         if out is None:
             return None
-        found = _flatten(out)
-        if not all(isinstance(item, Tensor) for item in found):
-            raise Refusal(Reason.HOST_READ, _name(func))
-        return [self._slot(item) for item in found]
+        found = flatten(out)
+        if not all(item is None or isinstance(item, Tensor) for item in found):
+            raise Refusal(Reason.HOST_READ, str(func))
+        return [None if item is None else self._slot(item) for item in found]
 
     def _slot(self, tensor: Tensor) -> int:
         made = self._made.get(id(tensor))
@@ -200,39 +209,3 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.slot_count += 1
         self._made[id(tensor)] = (slot, tensor)
         return slot
-
-
-def _refuse_by_tag(func: Any) -> None:
-    tags = getattr(func, "tags", None)
-    if tags is None:
-        raise Refusal(Reason.CAPTURE_FAILED, str(func), "a higher-order operator cannot be recorded")
-    if torch.Tag.data_dependent_output in tags:
-        raise Refusal(Reason.HOST_READ, _name(func))
-    if torch.Tag.dynamic_output_shape in tags:
-        raise Refusal(Reason.DATA_DEPENDENT, _name(func))
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    schema = func._schema
-    if not schema.is_mutable:
-        return []
-    found = []
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += [item for item in _flatten(value) if isinstance(item, Tensor)]
-    return found
-
-
-def _flatten(value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in _flatten(item)]
-    return [value]
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _name(func: Any) -> str:
-    return str(func)

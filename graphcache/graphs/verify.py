@@ -25,6 +25,7 @@ def verify(
     expected_others: Sequence[Tensor],
     *,
     where: str = "",
+    tolerance: float = RELATIVE,
 ) -> None:
     """Replay on the inputs of the capture, then on other values, then on the first again; outputs poisoned before each.
 
@@ -37,6 +38,8 @@ def verify(
         others: Inputs of the same shapes with other values, see :func:`perturb`.
         expected_others: The eager outputs for those.
         where: The engine or module, for the message.
+        tolerance: Largest accepted difference, see :func:`difference`; 0 on the host, where a replay repeats eager
+            execution bit for bit.
 
     Raises:
         Refusal: With :attr:`Reason.MISMATCH`, saying which output differed, by how much, on which inputs.
@@ -49,23 +52,23 @@ def verify(
         got = graph.replay(given, out)
         for index, (left, right) in enumerate(zip(got, wanted, strict=True)):
             error = difference(left, right)
-            if not error <= RELATIVE:
+            if not error <= tolerance:
                 raise Refusal(Reason.MISMATCH, where, f"output {index} differed by {error:.3g} (relative) on {name}")
 
 
 def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:
     """Other values of the same kind.
 
-    Floating values are rotated by one place and halved. Integers and booleans are rotated on the CPU, where an index
-    that no longer fits raises; on a device they stay as they are, since it would read out of bounds there, and a value
-    that the host reads there cannot be captured anyway.
+    Floating values are rotated by one place, halved and raised by a quarter. Integers and booleans are rotated on the
+    CPU, where an index that no longer fits raises; on a device they stay as they are, since it would read out of bounds
+    there, and a value that the host reads there cannot be captured anyway.
 
     Args:
         inputs: Tensors without overlapping elements.
 
     Example:
         >>> perturb([torch.tensor([2.0, 4.0]), torch.tensor([5, 6, 7])])
-        [tensor([2., 1.]), tensor([7, 5, 6])]
+        [tensor([2.2500, 1.2500]), tensor([7, 5, 6])]
     """
     changed = []
     with torch.inference_mode(False), torch.no_grad():
@@ -74,13 +77,11 @@ def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:
             floating = tensor.is_floating_point() or tensor.is_complex()
             if tensor.numel() and (floating or not tensor.is_cuda):
                 rolled = tensor.contiguous().flatten().roll(1).reshape(tensor.shape)
-                other.copy_(
-                    rolled.to(torch.float32) * 0.5
-                    if tensor.is_floating_point()
-                    else rolled * 0.5
-                    if floating
-                    else rolled
-                )
+                if floating:
+                    # float8 has no arithmetic of its own.
+                    rolled = rolled.float() if tensor.element_size() == 1 else rolled
+                    rolled = rolled * 0.5 + 0.25
+                other.copy_(rolled)
             changed.append(other)
     return changed
 
@@ -102,7 +103,7 @@ def difference(left: Tensor, right: Tensor) -> float:
     if not (left.is_floating_point() or left.is_complex()):
         return float("inf")
     if left.is_complex():
-        left, right = torch.view_as_real(left), torch.view_as_real(right)
+        left, right = torch.view_as_real(left.resolve_conj()), torch.view_as_real(right.resolve_conj())
     left, right = left.double(), right.double()
     finite = right.isfinite()
     if not torch.equal(left.isfinite(), finite):
@@ -116,5 +117,6 @@ def difference(left: Tensor, right: Tensor) -> float:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.dtype is torch.bool else tensor.flatten().view(torch.uint8)
+    dense = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    dense.copy_(tensor.detach().reshape(-1))
+    return dense if tensor.dtype is torch.bool else dense.view(torch.uint8)

@@ -50,7 +50,7 @@ class Answer:
     """
 
     def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:
-        leaves, self._tree = pytree.tree_flatten(value)
+        leaves, self._tree = pytree.tree_flatten(value, is_leaf=_is_size)
         self._inputs = inputs
         kept = {_storage(tensor) for tensor in lasting}
         owners = {_storage(tensor): index for index, tensor in reversed(list(enumerate(inputs)))}
@@ -58,13 +58,18 @@ class Answer:
         self._places: list[int | View | _Plain] = []
         self.plain: list[Any] = []
         made: dict[int, int] = {}
+        overlapping = len(owners) < len({id(tensor) for tensor in inputs})
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
                     raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
+                if leaf.requires_grad:
+                    raise Refusal(Reason.GRAD, detail="an output requires gradients")
                 if _storage(leaf) in kept:
                     raise Refusal(Reason.ALIASES_STATE, detail="an output shares memory with a parameter or buffer")
                 if leaf.numel() and _storage(leaf) in owners:
+                    if overlapping:
+                        raise Refusal(Reason.ALIASES_STATE, detail="an output is a view of inputs that overlap")
                     self._places.append(self._view(leaf, inputs, owners[_storage(leaf)]))
                 else:
                     if id(leaf) not in made:
@@ -122,6 +127,11 @@ class _Plain:
 
     def of(self, inputs: Sequence[Tensor]) -> Any:
         return self.value
+
+
+def _is_size(value: Any) -> bool:
+    # A tuple to pytree, which would give back a tuple.
+    return isinstance(value, torch.Size)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,9 @@ class CachedModule(nn.Module):
         (True, 1)
     """
 
+    keeps_its_own_state = True
+    """Counters and caches here are no state of the module's, when one wrapped module contains another."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -69,43 +73,47 @@ class CachedModule(nn.Module):
                 f"expected an nn.Module, got {type(module).__name__}; graphcache.load makes one of an engine"
             )
         super().__init__()
-        state = self.__dict__
-        # The module's own tables, so that names, parameters, state_dict and .to() are the module's.
-        state["_parameters"], state["_buffers"], state["_modules"] = (
-            module._parameters,
-            module._buffers,
-            module._modules,
+        config = config or GraphConfig()
+        given_name = getattr(module, "name", "")
+        own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
+        engine = module if isinstance(module, EngineModule) else None
+        ledger = Ledger(own_name)
+        cache: GraphCache[Recorded] = GraphCache(
+            max_graphs=config.max_graphs,
+            max_bytes=config.max_bytes,
+            on_evict=lambda key, entry: ledger.evicted(Evicted(key, entry.hits)),
         )
-        state["module"] = module
-        state["_dependencies"] = Dependencies(module)
-        self.config = config or GraphConfig()
-        self.ledger: Ledger = Ledger(name or getattr(module, "name", "") or type(module).__name__)
-        # Set past nn.Module, which would make submodules of them.
-        state["_run"] = run or module
-        state["_engine"] = module if isinstance(module, EngineModule) else None
-        self._host_inputs = self._engine.host_inputs if self._engine is not None else ()
-        self._recorder = self._make_recorder()
-        self._cache: GraphCache[Recorded] = GraphCache(
-            max_graphs=self.config.max_graphs, max_bytes=self.config.max_bytes, on_evict=self._evicted
-        )
-        self._entries = self._cache.entries
-        self._blocks = Blocks()
-        self._capturing = threading.RLock()
-        self._off = disabled_by_environment()
-        self._cuda = self._engine is not None
-        self._closed = False
-        self._checks_weights = self._engine is None and self.config.weights == "checked"
-        # On a device it is asked after the launch, while the device works; on the host, before the replay.
-        self._checks_early = True
-        self._fingerprint = self._dependencies.fingerprint()
-        self._epoch = self._engine.epoch if self._engine is not None else 0
-        state["parts"] = {
-            part_name: CachedModule(
-                part, replace(self.config, strategy="whole_graph"), name=part_name, run=part.forward
-            )
-            for part_name, part in find_parts(module, self.config).items()
+        parts = {
+            part_name: CachedModule(part, replace(config, strategy="whole_graph"), name=part_name, run=part.forward)
+            for part_name, part in find_parts(module, config).items()
         }
-        self._routes = Routes(self.parts)
+        # Past nn.Module's __setattr__: it would make submodules of modules, and refuse names that the module's own
+        # children have. The tables are the module's, so that names, parameters, state_dict and .to() are too.
+        self.__dict__.update(
+            _parameters=module._parameters,
+            _buffers=module._buffers,
+            _modules=module._modules,
+            module=module,
+            config=config,
+            ledger=ledger,
+            parts=parts,
+            _run=run or module,
+            _engine=engine,
+            _host_inputs=engine.host_inputs if engine is not None else (),
+            _recorder=_recorder(module, run or module, config, own_name),
+            _cache=cache,
+            _entries=cache.entries,
+            _blocks=Blocks(),
+            _routes=Routes(parts),
+            _capturing=threading.RLock(),
+            _off=disabled_by_environment(),
+            _cuda=engine is not None,
+            _closed=False,
+            _checks_weights=engine is None and config.weights == "checked",
+            # On a device it is asked after the launch, while the device works; on the host, before the replay.
+            _checks_early=True,
+        )
+        self._look_again()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call: replay its graph, or capture one, or run eagerly and say why.
@@ -130,7 +138,7 @@ class CachedModule(nn.Module):
         try:
             signature, inputs = describe(args, kwargs)
         except Refusal as refusal:
-            return self._eagerly(refusal.cause, args, kwargs)
+            return self._undescribed(refusal.cause, args, kwargs)
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
@@ -215,8 +223,14 @@ class CachedModule(nn.Module):
         Returns:
             A function that ends it.
         """
-        self.ledger.subscribers.append(subscriber)
-        return lambda: self.ledger.subscribers.remove(subscriber)
+        subscribers = self.ledger.subscribers
+        subscribers.append(subscriber)
+
+        def end() -> None:
+            with suppress(ValueError):
+                subscribers.remove(subscriber)
+
+        return end
 
     def clear(self) -> None:
         """Drop every graph, and forget what could not be captured; the next call of each signature captures anew."""
@@ -229,7 +243,7 @@ class CachedModule(nn.Module):
     def close(self) -> None:
         """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""
         with self._capturing:
-            self._closed = True
+            self.__dict__["_closed"] = True
             self._cache.clear()
             for part in self.parts.values():
                 part.close()
@@ -274,6 +288,13 @@ class CachedModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load into the module; graphs whose weights were replaced are dropped at the next call."""
         return self.module.load_state_dict(*args, **kwargs)
+
+    def runs(self, function: Callable[..., Any]) -> None:
+        """Call ``function`` instead of the module from now on; graphs of another one are dropped."""
+        if function != self._run:
+            self.__dict__["_run"] = function
+            self.__dict__["_recorder"] = _recorder(self.module, function, self.config, self.ledger.name)
+            self.clear()
 
     def extra_repr(self) -> str:
         return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
@@ -357,6 +378,14 @@ class CachedModule(nn.Module):
         self._blocks.block(signature, outcome)
         return answer, outcome
 
+    def _undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        reason = self._forbidden()
+        if reason is None and self.config.strategy == "per_submodule" and not self._closed:
+            # The whole was never to be captured, and the parts may be called with something else.
+            with self._routes.active():
+                return self._run(*args, **kwargs)
+        return self._eagerly(cause if reason is None else Cause(reason), args, kwargs)
+
     def _refused(self, cause: Cause) -> None:
         self.ledger.ran_eagerly(cause)
         if self.config.on_failure == "raise" and cause.reason not in _ALWAYS_EAGER:
@@ -373,7 +402,7 @@ class CachedModule(nn.Module):
 
     def _notice_device(self, inputs: Sequence[Tensor]) -> None:
         if not self._cuda and any(tensor.is_cuda for tensor in inputs):
-            self._cuda, self._checks_early = True, False
+            self.__dict__.update(_cuda=True, _checks_early=False)
 
     def _forbidden(self) -> Reason | None:
         """What forbids graphs at this moment, whatever the arguments."""
@@ -405,24 +434,24 @@ class CachedModule(nn.Module):
     def _start_anew(self) -> None:
         self._cache.clear()
         self._blocks.clear()
-        self.__dict__["_dependencies"] = Dependencies(self.module)
-        self._fingerprint = self._dependencies.fingerprint()
-        self._epoch = self._engine.epoch if self._engine is not None else 0
+        self._look_again()
+
+    def _look_again(self) -> None:
+        dependencies = Dependencies(self.module)
+        epoch = self._engine.epoch if self._engine is not None else 0
+        self.__dict__.update(_dependencies=dependencies, _fingerprint=dependencies.fingerprint(), _epoch=epoch)
 
     def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
         given = [args[index] for index in self._host_inputs if index < len(args)]
         return [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
 
-    def _make_recorder(self) -> Recorder:
-        if self._engine is None:
-            return TorchRecorder(self.module, self._run, self.ledger.name, verified=self.config.verify)
-        shared = self.config.contexts == "shared"
-        return EngineRecorder(
-            self._engine, shared_context=shared, verified=self.config.verify, binds=self.config.io == "bind"
-        )
 
-    def _evicted(self, key: Hashable, entry: Entry[Recorded]) -> None:
-        self.ledger.evicted(Evicted(key, entry.hits))
+def _recorder(module: nn.Module, run: Callable[..., Any], config: GraphConfig, name: str) -> Recorder:
+    if not isinstance(module, EngineModule):
+        return TorchRecorder(module, run, name, verified=config.verify)
+    return EngineRecorder(
+        module, shared_context=config.contexts == "shared", verified=config.verify, binds=config.io == "bind"
+    )
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:

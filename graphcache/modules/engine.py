@@ -60,6 +60,9 @@ class EngineModule(nn.Module):
         y = engine(torch.randn(4, 64, device="cuda"))
     """
 
+    keeps_its_own_state = True
+    """What a call changes here (contexts, buffers) is no state that a replay would leave out."""
+
     def __init__(
         self,
         serialized_engine: bytes,

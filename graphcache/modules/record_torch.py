@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +12,19 @@ from torch import Tensor, nn
 
 from graphcache.cache.signature import substitute
 from graphcache.config import graphs_off
-from graphcache.errors import Cause, CudaError, Reason, Refusal
+from graphcache.errors import Cause, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, static_copy
 from graphcache.graphs.capture import capturing, record_torch, refusal_of
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
+from graphcache.graphs.operations import HostReads
 from graphcache.graphs.verify import RELATIVE, difference, perturb, verify
 from graphcache.modules.answers import Answer
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, refill
 from graphcache.modules.recording import Session
-from graphcache.modules.state import Dependencies, SeededOperations, Watch, kept_generators
+from graphcache.modules.state import Dependencies, Watch
 
 
 class TorchRecorder:
@@ -46,19 +48,17 @@ class TorchRecorder:
     def attempt(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
     ) -> tuple[Any, Recorded | Cause]:
-        state = Dependencies(self._module).tensors()
-        devices = {tensor.device for tensor in (*inputs, *state)}
-        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineModule)}
-        indices = sorted(device.index for device in devices if device.type == "cuda")
-        watch = Watch(inputs, state, indices)
-        with graphs_off():
+        dependencies = Dependencies(self._module)
+        watch = Watch(inputs, dependencies)
+        with graphs_off(), watch:
             value = self._run(*args, **kwargs)
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                return value, self._record(args, kwargs, inputs, value, watch, state, devices)
+            with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
+                watch.check()
+                return value, self._record(args, kwargs, inputs, value, dependencies.tensors())
         except Refusal as refusal:
             return value, refusal.cause
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, CudaError) as error:
+        except Exception as error:
             return value, refusal_of(error, self._name).cause
 
     def _record(
@@ -67,17 +67,14 @@ class TorchRecorder:
         kwargs: dict[str, Any],
         inputs: Sequence[Tensor],
         value: Any,
-        watch: Watch,
         state: Sequence[Tensor],
-        devices: set[torch.device],
     ) -> Recorded:
+        devices = {tensor.device for tensor in (*inputs, *state)}
+        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineModule)}
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
-        watch.check()
         answer = Answer(value, inputs, state)
         call = _Call(self._run, args, kwargs, inputs, answer, state)
-        if watch.numbers_were_drawn and call.draws():
-            raise Refusal(Reason.RANDOM)
         index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
         graph = self._on_cuda(call, index) if index is not None else self._on_host(call)
         return Recorded(graph, answer.builder())
@@ -85,10 +82,14 @@ class TorchRecorder:
     def _on_host(self, call: _Call) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
         expected = call.eager(static, "a second time", call.answer.tensors)
+        with HostReads() as reads:
+            call.run(static)
+        if reads.found:
+            raise Refusal(Reason.HOST_READ, reads.found)
         others = perturb(static)
         graph = HostGraph.record(lambda: call.run(static).tensors, static, self._host_lock)
         expected_others = call.on_others(static, others)
-        self._verify(graph, call.inputs, expected, others, expected_others)
+        self._verify(graph, call.inputs, expected, others, expected_others, tolerance=0.0)
         return graph
 
     def _on_cuda(self, call: _Call, index: int) -> Graph:
@@ -133,11 +134,12 @@ class TorchRecorder:
         expected: Sequence[Tensor],
         others: Sequence[Tensor],
         expected_others: Sequence[Tensor] | None,
+        tolerance: float = RELATIVE,
     ) -> None:
         if self._verified:
             if expected_others is None:
                 others, expected_others = inputs, expected
-            verify(graph, inputs, expected, others, expected_others, where=self._name)
+            verify(graph, inputs, expected, others, expected_others, where=self._name, tolerance=tolerance)
 
 
 class _Call:
@@ -171,12 +173,6 @@ class _Call:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer
 
-    def draws(self) -> bool:
-        """Whether the call itself draws random numbers, as opposed to another thread meanwhile."""
-        with kept_generators(), SeededOperations() as seen:
-            self.run([static_copy(tensor) for tensor in self.inputs])
-        return bool(seen.found)
-
     def eager(self, static: Sequence[Tensor], when: str, wanted: Sequence[Tensor]) -> list[Tensor]:
         """The outputs on some inputs, held against what they were before."""
         outputs = self.run(static).tensors
@@ -207,3 +203,14 @@ class _Call:
     def kept(self) -> list[Tensor]:
         """The weights as they are now: while these live, no other tensor can take their address."""
         return [tensor.detach() for tensor in self._state]
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    # Autocast keeps the weights it has cast. A graph must cast them itself, or it would never see them change.
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

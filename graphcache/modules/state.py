@@ -2,126 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
+from graphcache.graphs.operations import flatten, storage_of, written
+from graphcache.graphs.verify import difference
 
-Fingerprint = list[int]
+_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 class Dependencies:
-    """The tensors and flags of a module that a graph bakes: addresses of weights, the submodules, training flags.
+    """What a graph bakes of a module: where its weights lie and how, its submodules, their hooks and training flags.
 
     Args:
-        module: The module; its structure is read anew whenever it is asked for.
+        module: The module; its structure is read anew whenever a new object is made.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
-        self._children = [m._modules for m in self._modules if m._modules]
-        self._tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
-        self._empty_tables = [table for m in self._modules for table in (m._parameters, m._buffers) if not table]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are no tensors at all, as in an engine."""
-        return not self._tables
+        self._children = [m._modules for m in self._modules]
+        self._tables = [table for m in self._modules for table in (m._parameters, m._buffers)]
+        self._hooks = [table for m in self._modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
     def tensors(self) -> list[Tensor]:
         """Every parameter and buffer, once per place it stands in."""
         return [tensor for table in self._tables for tensor in table.values() if tensor is not None]
 
+    def buffers(self) -> list[Tensor]:
+        """Every strided buffer."""
+        found = [tensor for m in self._modules for tensor in m._buffers.values() if tensor is not None]
+        return [tensor for tensor in found if tensor.layout is torch.strided]
+
     def requires_grad(self) -> bool:
         """Whether any parameter wants gradients."""
         return any(tensor.requires_grad for tensor in self.tensors())
 
-    def fingerprint(self) -> Fingerprint:
-        """Changes whenever a weight is replaced, moved or converted, a submodule exchanged, a training flag set.
+    def fingerprint(self) -> list[Hashable]:
+        """Changes whenever a weight is replaced, moved, converted or laid out anew, a submodule or hook exchanged, a
+        training flag set.
 
-        In-place changes of a weight's values do not show, and need not: a replay reads the weights where they are.
-        It costs about 0.1 µs per tensor and per submodule.
+        In-place changes of a weight's values do not show, and need not: a replay reads the weights where they are. It
+        costs about 0.3 µs per tensor and 0.2 µs per submodule.
         """
-        found = [t.data_ptr() for table in self._tables for t in table.values() if t is not None]
-        found += [id(child) for children in self._children for child in children.values()]
+        found: list[Hashable] = [_place(t) for table in self._tables for t in table.values() if t is not None]
+        # The objects themselves: an id may come back once its object is gone.
+        found += [child for table in self._children for child in table.values()]
+        found += [hook for table in self._hooks for hook in table.values()]
         found += [m.training for m in self._modules]
-        found += [len(table) for table in self._empty_tables]
         return found
 
+    def attributes(self) -> list[dict[str, Any]]:
+        """The attributes and tables of every submodule, as they are now."""
+        watched = [m for m in self._modules if not getattr(m, "keeps_its_own_state", False)]
+        return [{**m.__dict__, **m._parameters, **m._buffers, **m._modules} for m in watched]
 
-class Watch:
-    """Notices what a call changes: its inputs, the module's tensors, the random number generators.
 
-    Made before the call, asked after it.
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices what a call does besides answering: writes into memory that it did not make, random numbers, attributes.
+
+    The call runs inside, once. Then :meth:`check` says whether a replay would leave something out, or do it twice.
 
     Args:
         inputs: The tensors of the call.
-        state: The module's tensors.
-        devices: CUDA devices whose generators count; the CPU's always does.
+        dependencies: The module's.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], state: Sequence[Tensor], devices: Sequence[int] = ()) -> None:
-        self._devices = devices
-        self._seeds = generators(devices)
-        self._marks = [(f"args[{index}]", tensor, _mark(tensor)) for index, tensor in enumerate(inputs)]
-        self._marks += [("its own state", tensor, _mark(tensor)) for tensor in state]
-
-    def check(self) -> None:
-        """Raise if the call changed a tensor, which a replay would do behind the caller's back, or not at all.
-
-        Raises:
-            Refusal: With :attr:`Reason.MUTATES`.
-        """
-        for where, tensor, mark in self._marks:
-            changed = tensor._version != mark if isinstance(mark, int) else not torch.equal(_raw(tensor), mark)
-            if changed:
-                raise Refusal(Reason.MUTATES, where)
-
-    @property
-    def numbers_were_drawn(self) -> bool:
-        """Whether any generator has moved, by this call or by another thread."""
-        now = generators(self._devices)
-        return any(not torch.equal(before, after) for before, after in zip(self._seeds, now, strict=True))
-
-
-class SeededOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, notices whether this thread runs an operation that may draw random numbers."""
-
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[Tensor], dependencies: Dependencies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: bool = False
+        self._dependencies = dependencies
+        self._inputs = {storage_of(tensor): f"args[{index}]" for index, tensor in enumerate(inputs)}
+        # References, so that no storage of the call is freed and its identity used again.
+        self._made: dict[int, Tensor] = {}
+        self._before = dependencies.attributes()
+        # Writes through numpy pass by the dispatcher and by version counters. Buffers are what is written so.
+        self._buffers = [(tensor, tensor.clone()) for tensor in dependencies.buffers() if tensor.device.type == "cpu"]
+        self._seen: tuple[Reason, str] | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.found = self.found or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            self._note(Reason.RANDOM, str(func))
+        for tensor in written(func, args, kwargs):
+            if storage_of(tensor) not in self._made:
+                self._note(Reason.MUTATES, self._inputs.get(storage_of(tensor), str(func)))
+        before = _generators(args, kwargs) if drawn else ()
+        out = func(*args, **kwargs)
+        if drawn and not all(torch.equal(*pair) for pair in zip(before, _generators(args, kwargs), strict=True)):
+            self._note(Reason.RANDOM, str(func))
+        taken = {storage_of(t) for t in flatten([*args, *kwargs.values()]) if isinstance(t, Tensor)}
+        for tensor in flatten(out):
+            if isinstance(tensor, Tensor):
+                key = storage_of(tensor)
+                # A constant made by torch.tensor() arrives here by no other operation.
+                if key not in taken or func is torch.ops.aten.lift_fresh.default:
+                    self._made[key] = tensor
+        return out
+
+    def check(self) -> None:
+        """Raise if a replay would not do what the call did.
+
+        Raises:
+            Refusal: With :attr:`Reason.RANDOM` or :attr:`Reason.MUTATES`, naming the operation or the attribute.
+        """
+        self._made.clear()
+        if self._seen is not None:
+            raise Refusal(*self._seen)
+        if any(difference(tensor, before) != 0.0 for tensor, before in self._buffers):
+            raise Refusal(Reason.MUTATES, "a buffer")
+        for before, after in zip(self._before, self._dependencies.attributes(), strict=True):
+            for name in before.keys() | after.keys():
+                if not _same(before.get(name), after.get(name)):
+                    raise Refusal(Reason.MUTATES, f"attribute {name!r}")
+
+    def _note(self, reason: Reason, where: str) -> None:
+        self._seen = self._seen or (reason, where)
 
 
-def generators(devices: Sequence[int]) -> list[Tensor]:
-    """The states of the default generators: the CPU's, then those of CUDA devices."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+def _place(tensor: Tensor) -> Hashable:
+    try:
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    except (RuntimeError, ValueError, NotImplementedError):
+        # Sparse tensors and uninitialised parameters have no address.
+        return id(tensor)
 
 
-@contextmanager
-def kept_generators() -> Iterator[None]:
-    """Afterwards the default generators are where they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+def _same(left: Any, right: Any) -> bool:
+    return left is right or (type(left) is type(right) and isinstance(left, _PLAIN) and left == right)
 
 
-def _mark(tensor: Tensor) -> Any:
-    # Tensors made under inference_mode have no version counter.
-    return _raw(tensor).clone() if tensor.is_inference() else tensor._version
-
-
-def _raw(tensor: Tensor) -> Tensor:
-    return (
-        tensor.detach().contiguous().flatten().view(torch.uint8) if tensor.dtype is not torch.bool else tensor.detach()
+def _generators(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    devices = {value.device for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)}
+    devices |= {value for value in kwargs.values() if isinstance(value, torch.device)}
+    cuda = sorted(
+        {d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"}
     )
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in cuda)]

@@ -67,20 +67,21 @@ class Routes:
     """
 
     def __init__(self, parts: Mapping[str, CachedModule]) -> None:
-        self._routes = [(part.module, self._route(part)) for part in parts.values()]
+        self._parts = tuple(parts.values())
+        self._own: list[dict[str, Any]] = []
         self._calls = 0
         self._lock = threading.Lock()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, in this context, the parts use their graphs."""
-        if not self._routes:
+        if not self._parts:
             yield
             return
         with self._lock:
             self._calls += 1
-            for module, forward in self._routes:
-                module.__dict__["forward"] = forward
+            if self._calls == 1:
+                self._install()
         token = _active.set(self)
         try:
             yield
@@ -89,11 +90,21 @@ class Routes:
             with self._lock:
                 self._calls -= 1
                 if not self._calls:
-                    for module, _ in self._routes:
-                        module.__dict__.pop("forward", None)
+                    self._remove()
 
-    def _route(self, part: CachedModule) -> Callable[..., Any]:
-        original = part.module.forward
+    def _install(self) -> None:
+        # Whatever the user has put in the place of a part's forward is what the part runs, and is put back afterwards.
+        self._own = [{k: v for k, v in part.module.__dict__.items() if k == "forward"} for part in self._parts]
+        for part in self._parts:
+            part.module.__dict__["forward"] = self._route(part, part.module.forward)
+
+    def _remove(self) -> None:
+        for part, own in zip(self._parts, self._own, strict=True):
+            part.module.__dict__.pop("forward", None)
+            part.module.__dict__.update(own)
+
+    def _route(self, part: CachedModule, original: Callable[..., Any]) -> Callable[..., Any]:
+        part.runs(original)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if _active.get() is not self:

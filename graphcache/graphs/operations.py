@@ -1,0 +1,80 @@
+"""What can be told of a PyTorch operation from outside: what it writes, reads on the host, or makes up as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from graphcache.errors import Reason, Refusal
+
+_READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
+_MASKS = (torch.bool, torch.uint8)
+
+
+class HostReads(TorchFunctionMode):
+    """Inside, notices reads of a tensor's memory that pass by the dispatcher, such as ``tolist`` and ``numpy``.
+
+    Some operations take another path while such a mode is active, so it is for looking only, never for recording.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = ""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READS:
+            self.found = self.found or f"Tensor.{name}"
+        return func(*args, **(kwargs or {}))
+
+
+def refuse_by_tag(func: Any, args: Sequence[Any]) -> None:
+    """Raise for an operation that no capture can hold.
+
+    Raises:
+        Refusal: With :attr:`Reason.HOST_READ` or :attr:`Reason.DATA_DEPENDENT`, naming it.
+    """
+    tags = getattr(func, "tags", None)
+    if tags is None:
+        raise Refusal(Reason.CAPTURE_FAILED, str(func), "a higher-order operator cannot be recorded")
+    if torch.Tag.data_dependent_output in tags:
+        raise Refusal(Reason.HOST_READ, str(func))
+    if torch.Tag.dynamic_output_shape in tags:
+        # Indexing carries the tag for the sake of masks alone.
+        indices = flatten(args[1:]) if func is torch.ops.aten.index.Tensor else None
+        if indices is None or any(isinstance(index, Tensor) and index.dtype in _MASKS for index in indices):
+            raise Refusal(Reason.DATA_DEPENDENT, str(func))
+
+
+def written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes into, by its schema."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found: list[Tensor] = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [item for item in flatten(value) if isinstance(item, Tensor)]
+    return found
+
+
+def flatten(value: Any) -> list[Any]:
+    """The leaves of nested lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in flatten(item)]
+    return [value]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor, for as long as the tensor lives; 0 for a tensor without any."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return 0

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphcache.cache.blocks import Blocks
+from graphcache.errors import Cause, Reason
+
+TRANSIENT = (
+    Reason.CAPTURE_FAILED,
+    Reason.OUT_OF_MEMORY,
+    Reason.OVER_BUDGET,
+    Reason.MISMATCH,
+    Reason.MUTATES,
+    Reason.ALIASES_STATE,
+)
+LASTING = tuple(reason for reason in Reason if reason not in TRANSIENT)
+
+
+def waits(blocks: Blocks, key: str) -> int:
+    """How many calls run eagerly before capturing may be tried again."""
+    return next(count for count in range(10_000) if blocks.cause(key) is None)
+
+
+def test_an_unknown_key_is_not_blocked():
+    assert Blocks().cause("a") is None
+
+
+@pytest.mark.parametrize("reason", LASTING)
+def test_what_lies_in_the_module_is_blocked_for_good(reason):
+    blocks = Blocks()
+    blocks.block("a", Cause(reason))
+    assert all(blocks.cause("a") == Cause(reason) for _ in range(1000))
+
+
+@pytest.mark.parametrize("reason", TRANSIENT)
+def test_what_may_pass_is_tried_again_after_16_calls_then_32_then_64(reason):
+    blocks = Blocks()
+    seen = []
+    for _ in range(4):
+        blocks.block("a", Cause(reason))
+        seen.append(waits(blocks, "a"))
+    assert seen == [16, 32, 64, 128]
+
+
+def test_once_due_a_key_stays_due_until_it_fails_again():
+    blocks = Blocks()
+    blocks.block("a", Cause(Reason.MISMATCH))
+    waits(blocks, "a")
+    assert [blocks.cause("a") for _ in range(3)] == [None] * 3
+
+
+def test_keys_wait_for_themselves():
+    blocks = Blocks()
+    blocks.block("a", Cause(Reason.MISMATCH))
+    for _ in range(10):
+        blocks.cause("a")
+    blocks.block("b", Cause(Reason.MISMATCH))
+    assert (waits(blocks, "a"), waits(blocks, "b")) == (6, 16)
+
+
+def test_the_latest_cause_counts():
+    blocks = Blocks()
+    blocks.block("a", Cause(Reason.MISMATCH))
+    blocks.block("a", Cause(Reason.HOST_READ, "aten.item"))
+    assert blocks.cause("a") == Cause(Reason.HOST_READ, "aten.item")
+
+
+def test_beyond_the_size_the_longest_unused_is_forgotten():
+    blocks = Blocks(size=2)
+    for key in "ab":
+        blocks.block(key, Cause(Reason.RANDOM))
+    blocks.cause("a")
+    blocks.block("c", Cause(Reason.RANDOM))
+    assert [blocks.cause(key) is not None for key in "abc"] == [True, False, True]
+
+
+def test_clear_forgets_everything_the_wait_too():
+    blocks = Blocks()
+    for _ in range(3):
+        blocks.block("a", Cause(Reason.MISMATCH))
+    blocks.clear()
+    assert (len(blocks), blocks.cause("a")) == (0, None)
+    blocks.block("a", Cause(Reason.MISMATCH))
+    assert waits(blocks, "a") == 16
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([Reason.RANDOM, Reason.MISMATCH])), max_size=60))
+def test_memory_is_bounded_and_the_last_key_is_always_known(blocked):
+    blocks = Blocks(size=3)
+    for key, reason in blocked:
+        blocks.block(key, Cause(reason))
+        assert len(blocks) == len(blocks._causes) <= 3
+        assert blocks.cause(key) == Cause(reason)

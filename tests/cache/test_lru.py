@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from graphcache.cache.lru import GraphCache, clock
+from graphcache.errors import Reason, Refusal
+
+
+class Memory:
+    """An owner that knows how often it was closed, and what the cache held when it was made."""
+
+    def __init__(self, nbytes: int = 1) -> None:
+        self.nbytes = nbytes
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def use(cache: GraphCache[Memory], key: str) -> None:
+    entry = cache.entries[key]
+    entry.hits += 1
+    entry.used = clock()
+
+
+def test_the_least_recently_used_goes_first():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2)
+    a, b = Memory(), Memory()
+    cache.put("a", a)
+    cache.put("b", b)
+    use(cache, "a")
+    cache.put("c", Memory())
+    assert list(cache) == ["a", "c"]
+    assert (a.closed, b.closed) == (0, 1)
+
+
+def test_bytes_are_made_room_for_with_as_few_evictions_as_will_do():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=10)
+    for key in "abc":
+        cache.put(key, Memory(3))
+    cache.put("d", Memory(4))
+    assert (list(cache), cache.nbytes) == (["b", "c", "d"], 10)
+
+
+def test_a_graph_larger_than_the_budget_is_refused_and_closed_and_nothing_else_changes():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2, max_bytes=10)
+    kept, huge = Memory(5), Memory(11)
+    cache.put("a", kept)
+    with pytest.raises(Refusal, match=r"11 bytes wanted; 0 pinned graphs hold 0 bytes.* max_bytes=10") as refused:
+        cache.put("b", huge)
+    assert refused.value.cause.reason is Reason.OVER_BUDGET
+    assert (list(cache), kept.closed, huge.closed) == (["a"], 0, 1)
+
+
+def test_a_refused_replacement_leaves_the_graph_that_was_there():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2, max_bytes=10)
+    kept, huge = Memory(5), Memory(11)
+    cache.put("a", kept)
+    with pytest.raises(Refusal):
+        cache.put("a", huge)
+    assert (list(cache), kept.closed, huge.closed) == (["a"], 0, 1)
+
+
+def test_a_replaced_graph_is_closed_and_does_not_count_against_the_new_one():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, max_bytes=10)
+    old, new = Memory(6), Memory(10)
+    cache.put("a", old)
+    cache.put("a", new)
+    assert (cache.nbytes, old.closed, new.closed) == (10, 1, 0)
+
+
+def test_pinned_graphs_are_passed_over_and_pinned_all_nothing_fits():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2)
+    cache.put("a", Memory(), pinned=True)
+    cache.put("b", Memory())
+    cache.put("c", Memory(), pinned=True)
+    assert list(cache) == ["a", "c"]
+    with pytest.raises(Refusal, match="2 pinned graphs"):
+        cache.put("d", Memory())
+    assert list(cache) == ["a", "c"]
+
+
+def test_clear_takes_pinned_graphs_too():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2)
+    graph = Memory()
+    cache.put("a", graph, pinned=True)
+    cache.clear()
+    assert (len(cache), graph.closed, cache.nbytes) == (0, 1, 0)
+
+
+def test_whoever_evicts_is_told_before_the_graph_is_closed():
+    seen = []
+    cache: GraphCache[Memory] = GraphCache(
+        max_graphs=1, on_evict=lambda key, entry: seen.append((key, entry.hits, entry.graph.closed))
+    )
+    cache.put("a", Memory())
+    use(cache, "a")
+    assert (cache.evict("a"), cache.evict("a"), seen) == (True, False, [("a", 1, 0)])
+
+
+def test_a_graph_is_closed_even_if_the_one_who_is_told_fails():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=lambda key, entry: 1 / 0)
+    graph = Memory()
+    cache.put("a", graph)
+    with pytest.raises(ZeroDivisionError):
+        cache.evict("a")
+    assert (list(cache), graph.closed) == ([], 1)
+
+
+def test_a_new_graph_is_not_lost_when_making_room_for_it_fails():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=lambda key, entry: 1 / 0)
+    cache.put("a", Memory())
+    new = Memory()
+    with pytest.raises(ZeroDivisionError):
+        cache.put("b", new)
+    assert new.closed == ("b" not in cache)
+
+
+def test_clear_closes_every_graph_even_if_one_of_them_fails():
+    class Broken(Memory):
+        def close(self) -> None:
+            super().close()
+            raise RuntimeError("the device is lost")
+
+    cache: GraphCache[Memory] = GraphCache(max_graphs=3)
+    graphs = [Broken(), Memory(), Memory()]
+    for key, graph in zip("abc", graphs, strict=True):
+        cache.put(key, graph)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        cache.clear()
+    assert ([graph.closed for graph in graphs], len(cache)) == ([1, 1, 1], 0)
+
+
+def test_a_graph_is_closed_once_however_many_threads_evict_it():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=50)
+    graphs = [Memory() for _ in range(50)]
+    for index, graph in enumerate(graphs):
+        cache.put(index, graph)
+    start = threading.Barrier(4)
+
+    def clear() -> None:
+        start.wait()
+        cache.clear()
+
+    threads = [threading.Thread(target=clear) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {graph.closed for graph in graphs} == {1}
+
+
+class AgainstAModel(RuleBasedStateMachine):
+    """The cache against a list of (key, size, pinned), oldest use first."""
+
+    @initialize(graphs=st.integers(1, 4), nbytes=st.none() | st.integers(1, 12))
+    def start(self, graphs, nbytes):
+        self.told: list[str] = []
+        self.cache: GraphCache[Memory] = GraphCache(
+            max_graphs=graphs, max_bytes=nbytes, on_evict=lambda key, entry: self.told.append(key)
+        )
+        self.limits = (graphs, float("inf") if nbytes is None else nbytes)
+        self.model: dict[str, tuple[Memory, bool]] = {}
+        self.closed: list[Memory] = []
+
+    def size(self, items) -> int:
+        return sum(graph.nbytes for graph, _ in items)
+
+    def drop(self, key: str) -> None:
+        self.closed.append(self.model.pop(key)[0])
+
+    @rule(key=st.sampled_from("abcdef"), nbytes=st.integers(0, 6), pinned=st.booleans())
+    def put(self, key, nbytes, pinned):
+        graph = Memory(nbytes)
+        rest = {name: item for name, item in self.model.items() if name != key}
+        stuck = [item for item in rest.values() if item[1]]
+        if len(stuck) + 1 > self.limits[0] or self.size(stuck) + nbytes > self.limits[1]:
+            with pytest.raises(Refusal):
+                self.cache.put(key, graph, pinned=pinned)
+            self.closed.append(graph)
+            # What became of a graph under the same key has a test of its own.
+            if key in self.model and key not in self.cache:
+                self.drop(key)
+            return
+        entry = self.cache.put(key, graph, pinned=pinned)
+        assert (entry.graph, entry.nbytes, entry.pinned, entry.hits) == (graph, nbytes, pinned, 0)
+        if key in self.model:
+            self.drop(key)
+        while len(self.model) + 1 > self.limits[0] or self.size(self.model.values()) + nbytes > self.limits[1]:
+            self.drop(next(name for name, item in self.model.items() if not item[1]))
+        self.model[key] = (graph, pinned)
+
+    @rule(data=st.data())
+    def use(self, data):
+        if self.model:
+            key = data.draw(st.sampled_from(list(self.model)))
+            use(self.cache, key)
+            self.model[key] = self.model.pop(key)
+
+    @rule(key=st.sampled_from("abcdef"))
+    def evict(self, key):
+        assert self.cache.evict(key) == (key in self.model)
+        if key in self.model:
+            self.drop(key)
+
+    @rule(nbytes=st.integers(0, 6))
+    def make_room(self, nbytes):
+        before = list(self.model)
+        try:
+            self.cache.make_room(nbytes)
+        except Refusal:
+            assert set(self.cache) == set(before)
+            return
+        for key in before:
+            if key not in self.cache:
+                self.drop(key)
+        assert len(self.model) < self.limits[0]
+        assert self.size(self.model.values()) + nbytes <= self.limits[1]
+
+    @rule()
+    def clear(self):
+        self.cache.clear()
+        for key in list(self.model):
+            self.drop(key)
+
+    @invariant()
+    def holds_what_the_model_holds(self):
+        if not hasattr(self, "model"):
+            return
+        assert {key: entry.graph for key, entry in self.cache.entries.items()} == {
+            key: graph for key, (graph, _) in self.model.items()
+        }
+        assert self.cache.nbytes == self.size(self.model.values()) <= self.limits[1]
+        assert len(self.cache) == len(self.model) <= self.limits[0]
+
+    @invariant()
+    def closed_once_what_left_and_nothing_else(self):
+        if hasattr(self, "model"):
+            assert all(graph.closed == 1 for graph in self.closed)
+            assert all(graph.closed == 0 for graph, _ in self.model.values())
+
+
+def test_the_cache_does_what_a_list_would_do():
+    run_state_machine_as_test(AgainstAModel, settings=settings(max_examples=100, stateful_step_count=40))

@@ -1,0 +1,55 @@
+"""What goes where: results to stdout, progress to stderr and only where somebody watches."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import graphcache
+from graphcache import Cause, Reason
+from graphcache.cli.output import Causes, cells, described, environment, one_line, progress, table
+from graphcache.cli.timing import Latency
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_progress_is_drawn_on_a_terminal_only_and_wiped_at_the_end(capsys, monkeypatch, watched):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
+    with pytest.raises(KeyError), progress("one") as show:
+        show("two" * 100)
+        raise KeyError
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    lines = seen.err.split("\r\x1b[2K")
+    assert lines[0] == ""
+    assert (lines[1:2], lines[-1], len(lines)) == ((["one"], "", 4) if watched else ([], "", 1))
+    assert all(len(line) < 100 for line in lines)
+
+
+def test_lines_and_cells():
+    assert one_line("a\n  b\tc") == "a b c"
+    assert cells(None) == ("-", "-", "-")
+    assert cells(Latency(3, 1.0, 2.25, 1000.0)) == ("1.0", "2.2", "1000.0")
+    assert described({"device": "CPU", "torch": "2"}) == "CPU, torch 2"
+    assert table("name", "p50").columns[1].justify == "right"
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_is_explained(reason):
+    why = Causes().explain(reason)
+    assert why.startswith(f"{reason.value}: {reason.sentence}")
+    assert reason.remedy in why
+
+
+def test_the_first_cause_of_a_reason_is_told_with_its_detail():
+    fast = graphcache.wrap(nn.ReLU())
+    causes = Causes(fast)
+    for detail in ("one\nof", "two"):
+        fast.ledger.ran_eagerly(Cause(Reason.CAPTURE_FAILED, "relu", detail))
+    assert causes.explain(Reason.CAPTURE_FAILED).startswith("capture_failed: the capture failed (at relu): one of. To")
+
+
+def test_the_device_and_the_versions_are_told():
+    found = environment(torch.device("cpu"))
+    assert list(found) == ["device", "graphcache", "torch", "python"]
+    assert found["device"].startswith("CPU, ")

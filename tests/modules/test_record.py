@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphcache
+from graphcache import CachedModule, Reason
+from tests.helpers import Fn, frozen, outcomes, reason, same
+
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+
+def wrapped(function: Any, **options: Any) -> CachedModule:
+    return graphcache.wrap(Fn(function), **options)
+
+
+MODULES = {
+    "linear": (lambda: nn.Linear(4, 3), X),
+    "convolution": (lambda: nn.Conv1d(2, 3, 2), X),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(2, 3, 2), X),
+    "batch norm": (lambda: nn.BatchNorm1d(4), X),
+    "layer norm": (lambda: nn.LayerNorm(4), X),
+    "embedding": (lambda: nn.Embedding(9, 3), torch.tensor([[1, 8], [0, 3]])),
+    "embedding bag": (lambda: nn.EmbeddingBag(9, 3), torch.tensor([[1, 8], [0, 3]])),
+    "gru": (lambda: nn.GRU(4, 3), X[None]),
+    "lstm": (lambda: nn.LSTM(4, 3, 2, bidirectional=True), X[None]),
+    "rnn": (lambda: nn.RNN(4, 3, batch_first=True), X[None]),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), X[None]),
+    "pooling": (lambda: nn.AdaptiveAvgPool1d(2), X),
+    "upsampling": (lambda: nn.Upsample(scale_factor=2, mode="linear"), X[None]),
+    "softmax": (lambda: nn.Softmax(-1), X),
+    "pixel shuffle": (lambda: nn.PixelShuffle(2), torch.randn(1, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_modules_of_torch_are_captured_and_right(name):
+    make, x = MODULES[name]
+    module = frozen(make())
+    fast = graphcache.wrap(module)
+    other = x.flip(0) if x.dtype is torch.int64 else x * -2 + 1
+    for given in (x, other, x):
+        assert same(fast(given), module(given))
+    assert outcomes(fast) == (2, 1, {})
+
+
+# ---- values that the host reads, past the dispatcher
+
+READS = {
+    "numpy": lambda x: float(x.numpy().max()),
+    "tolist": lambda x: max(x.flatten().tolist()),
+    "array": lambda x: float(__import__("numpy").asarray(x).max()),
+    "dlpack": lambda x: float(__import__("numpy").from_dlpack(x).max()),
+    "item": lambda x: x.max().item(),
+}
+VALUES = {
+    "other": [X, X * 3, X + 1],
+    "zero": [X * 0, X, X + 1],
+    "constant": [torch.ones(2, 4), X * 3, X],
+    "integers": [torch.full((2, 4), 3), torch.full((2, 4), 5), torch.arange(8).reshape(2, 4)],
+    "one number": [torch.tensor(2.0), torch.tensor(5.0), torch.tensor(0.0)],
+    "one integer": [torch.tensor(2), torch.tensor(5), torch.tensor(0)],
+    "one bool": [torch.tensor(True), torch.tensor(False), torch.tensor(True)],
+}
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("name", READS)
+def test_a_value_that_the_host_reads_is_never_frozen(name, values):
+    fast = wrapped(lambda _, x: x * 2 + READS[name](x))
+    for x in VALUES[values]:
+        assert same(fast(x), fast.module(x))
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_path_chosen_by_a_value_is_never_frozen(name):
+    fast = wrapped(lambda _, x: x * 2 if READS[name](x) > 0 else x * 3)
+    for x in (X + 5, X - 5, X + 5):
+        assert same(fast(x), fast.module(x))
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-5, 1e-7])
+def test_a_small_value_that_the_host_reads_is_not_lost_in_a_tolerance(share):
+    fast = wrapped(lambda _, x: (x + 1e3).double() + share * float(x.numpy().max()))
+    for x in (X, X * 3, X + 1):
+        assert same(fast(x), fast.module(x))
+
+
+def test_a_refusal_that_the_module_swallows_is_still_one():
+    def careful(_: Any, x: Tensor) -> Tensor:
+        try:
+            positive = bool(x.sum() > 0)
+        except Exception:
+            positive = True
+        return x * 2 if positive else x * 3
+
+    fast = wrapped(careful)
+    for x in (X + 5, X - 5):
+        assert same(fast(x), fast.module(x))
+    assert fast.cache_info().eager == {Reason.HOST_READ: 2}
+
+
+# ---- what cannot be verified
+
+
+def test_a_module_that_answers_differently_every_time_is_reported():
+    fast = wrapped(lambda _, x: x + random.random())
+    assert reason(fast, X) is Reason.NONDETERMINISTIC
+    assert fast.cache_info().captures == 0
+
+
+def test_verification_finds_a_tensor_that_was_made_outside_and_written_inside():
+    numpy = pytest.importorskip("numpy")
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        total = torch.from_numpy(numpy.zeros(4, numpy.float32))
+        total += x.sum(0)
+        return total * 1
+
+    fast = wrapped(forward)
+    for x in (X, X + 1, X * 3):
+        assert same(fast(x), fast.module(x))
+
+
+def test_without_verification_a_graph_is_trusted():
+    fast = wrapped(lambda _, x: x * 2, verify=False)
+    for x in (X, X + 1):
+        assert same(fast(x), fast.module(x))
+    assert outcomes(fast) == (1, 1, {})
+
+
+def test_inputs_that_the_module_takes_only_as_they_are_do_not_spoil_the_capture():
+    def picky(_: Any, x: Tensor, index: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+    fast = wrapped(picky)
+    args = (X, torch.tensor([1, 0, 1]))
+    for _ in range(2):
+        assert same(fast(*args), picky(None, *args))
+    assert outcomes(fast) == (1, 1, {})
+
+
+# ---- exceptions in the runs that the caller did not ask for
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+        ZeroDivisionError,
+        StopIteration,
+        type("Own", (Exception,), {}),
+        OSError,
+    ],
+    ids=lambda error: error.__name__,
+)
+@pytest.mark.parametrize("run", [2, 3, 4])
+def test_an_exception_in_a_run_of_the_capture_only_is_not_the_callers(error, run):
+    runs: list[int] = []
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        runs.append(1)
+        if len(runs) == run:
+            raise error("not this time")
+        return x * 2
+
+    fast = wrapped(forward)
+    for _ in range(3):
+        assert same(fast(X), X * 2)
+    info = fast.cache_info()
+    assert info.hits + info.captures + sum(info.eager.values()) == 3
+    assert set(info.eager) <= {Reason.CAPTURE_FAILED}
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_an_interrupt_in_a_run_of_the_capture_passes_and_leaves_nothing_half_made():
+    runs: list[int] = []
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        runs.append(1)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return x * 2
+
+    fast = wrapped(forward)
+    with pytest.raises(KeyboardInterrupt):
+        fast(X)
+    assert (fast.cache_info().graphs, torch._C._len_torch_dispatch_stack()) == (0, 0)
+    assert same(fast(X), X * 2)
+    assert outcomes(fast) == (0, 1, {})
+
+
+def test_a_failure_that_may_pass_is_tried_again_after_some_calls():
+    runs: list[int] = []
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("not this time")
+        return x * 2
+
+    fast = wrapped(forward)
+    for _ in range(30):
+        assert same(fast(X), X * 2)
+    assert outcomes(fast) == (12, 1, {Reason.CAPTURE_FAILED: 17})
+
+
+def test_a_failed_capture_keeps_nothing_alive():
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    fast = wrapped(forward)
+    x = X.clone()
+    answer = fast(x)
+    gone = [weakref.ref(x), weakref.ref(answer)]
+    del x, answer
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
+def test_a_capture_runs_the_module_in_the_modes_of_graphs_off():
+    seen: list[Any] = []
+    fast = wrapped(lambda _, x: (seen.append(graphcache.config.modes.get().graphs), x * 2)[1])
+    fast(X)
+    assert set(seen) == {"off"}
+    assert len(seen) >= 3
+
+
+def test_a_part_of_an_earlier_answer_is_no_constant():
+    memo: dict[str, Tensor] = {}
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        memo.setdefault("first", x.sum())
+        return x + memo["first"]
+
+    fast = wrapped(forward)
+    for x in (X, X + 1, X * 3):
+        assert same(fast(x), fast.module(x))

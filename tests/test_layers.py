@@ -1,0 +1,150 @@
+"""A room imports only rooms below it, wherever in the file the import stands."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import graphcache
+
+PACKAGE = Path(graphcache.__file__).parent
+
+# Rooms of one rank do not import each other, but for those of the ground floor.
+RANKS = {
+    "errors": 0,
+    "config": 0,
+    "events": 0,
+    "cache": 1,
+    "graphs": 1,
+    "engines": 1,
+    "modules": 2,
+    "runtime": 3,
+    "": 4,
+    "cli": 5,
+    "serving": 5,
+    "__main__": 6,
+}
+"""``""`` is the package itself, which gathers the public names."""
+
+OWNERS = {
+    "tensorrt": "engines",
+    "tensorrt_rtx": "engines",
+    "tensorrt_lean": "engines",
+    "cuda": "graphs",
+    "click": "cli",
+    "rich": "cli",
+    "ray": "serving",
+}
+"""The only room that imports a library."""
+
+
+def room_of(module):
+    """``"graphcache.cache.lru"`` -> ``"cache"``, ``"graphcache"`` -> ``""``."""
+    return [*module.split("."), ""][1]
+
+
+def module_of(path):
+    """The name under which a file of the package is imported."""
+    parts = ["graphcache", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source, module, *, is_package):
+    """Every module that some source imports, by statement or by name, with its line."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                kept = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*kept, *([node.module] if node.module else [])])
+            for alias in node.names:
+                # ``from graphcache import cache`` imports a room, ``from graphcache import wrap`` the package.
+                is_room = base == "graphcache" and alias.name in RANKS
+                yield f"{base}.{alias.name}" if is_room else base, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        ):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant):
+                    yield argument.value, node.lineno
+
+
+def violations(source, module, *, is_package=False):
+    """What in some source breaks the order, in words."""
+    own = room_of(module)
+    if own not in RANKS:
+        return [f"{module}: the room {own!r} has no place in the order; give it one in RANKS"]
+    found = []
+    for name, line in imports(source, module, is_package=is_package):
+        top = name.split(".")[0]
+        if top == "graphcache":
+            other = room_of(name)
+            ground_floor = RANKS.get(other) == RANKS[own] == 0
+            if other not in RANKS:
+                found.append(f"{module}:{line} imports {name}, a room without a place in the order")
+            elif other != own and RANKS[other] >= RANKS[own] and not ground_floor:
+                found.append(f"{module}:{line} imports {name}, which is not below {own or 'the package'}")
+        elif top in OWNERS and OWNERS[top] != own:
+            found.append(f"{module}:{line} imports {name}, which is for {OWNERS[top]} only")
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_a_room_imports_only_rooms_below(path):
+    source = path.read_text(encoding="utf-8")
+    assert violations(source, module_of(path), is_package=path.name == "__init__.py") == []
+
+
+def test_every_room_has_been_looked_at():
+    seen = {room_of(module_of(path)) for path in FILES}
+    assert {"cache", "graphs", "engines", "modules", "runtime", "cli", ""} <= seen
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("graphcache.cache.lru", "from graphcache.graphs.cuda import CudaGraph", "which is not below cache"),
+        ("graphcache.graphs.cuda", "def f():\n    import graphcache.engines.engine", "graphs.cuda:2 imports"),
+        ("graphcache.engines.engine", "from graphcache import cache", "imports graphcache.cache, which is not below"),
+        ("graphcache.engines.engine", "from ..modules import cached", "imports graphcache.modules, which"),
+        ("graphcache.modules.cached", "from graphcache import runtime", "imports graphcache.runtime"),
+        ("graphcache.modules.cached", "from .. import runtime", "imports graphcache.runtime"),
+        ("graphcache.modules.cached", "import graphcache", "imports graphcache, which is not below modules"),
+        ("graphcache.runtime", "import graphcache.cli.demo", "imports graphcache.cli.demo"),
+        ("graphcache.serving.app", "from graphcache.cli import main", "imports graphcache.cli"),
+        ("graphcache.errors", "from graphcache.cache import lru", "which is not below errors"),
+        ("graphcache.modules.engine", "import tensorrt_rtx", "which is for engines only"),
+        ("graphcache.engines.engine", "from cuda.bindings import driver", "which is for graphs only"),
+        ("graphcache.cache.lru", "import importlib\nimportlib.import_module('cuda.bindings')", "lru:2 imports cuda"),
+        ("graphcache.modules.cached", "import click", "which is for cli only"),
+        ("graphcache.attic.box", "", "has no place in the order"),
+        ("graphcache.cli.demo", "import graphcache.attic", "a room without a place in the order"),
+    ],
+)
+def test_what_breaks_the_order_is_found(module, source, message):
+    [found] = violations(source, module)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("graphcache.cache.lru", "from graphcache.errors import Reason\nfrom graphcache.cache import blocks"),
+        ("graphcache.config", "from graphcache.errors import ConfigError"),
+        ("graphcache.modules.cached", "from graphcache.graphs import host\nfrom . import engine"),
+        ("graphcache.cli.demo", "import graphcache\nfrom graphcache import Reason\nimport rich.table"),
+        ("graphcache.engines.library", "import tensorrt"),
+        ("graphcache.graphs.driver", "from cuda.bindings import driver"),
+    ],
+)
+def test_what_keeps_the_order_passes(module, source):
+    assert violations(source, module) == []

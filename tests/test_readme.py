@@ -1,0 +1,203 @@
+"""The README: every snippet runs, every table says what the code says, every link leads somewhere.
+
+``python -m tests.test_readme`` writes the generated tables anew.
+"""
+
+import ast
+import contextvars
+import importlib
+import inspect
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+import graphcache
+from graphcache import GraphConfig, Reason
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
+SNIPPETS = [
+    pytest.param(found["body"], id=f"line {TEXT.count(chr(10), 0, found.start()) + 1}")
+    for found in FENCE.finditer(TEXT)
+    if found["info"] == "python"
+]
+GPU_SNIPPETS = [
+    pytest.param(found["body"], id=f"line {TEXT.count(chr(10), 0, found.start()) + 1}")
+    for found in FENCE.finditer(TEXT)
+    if found["info"] == "python gpu"
+]
+
+
+def arguments_of(documented):
+    """The ``Args:`` of a Google-style docstring, by name, each in one line, as Markdown."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(documented), re.DOTALL | re.MULTILINE)[1]
+    found = {}
+    for each in re.split(r"\n(?=    \S)", section.rstrip()):
+        name, text = each.strip().split(":", 1)
+        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(text.split()))
+        found[name] = text.replace("``", "`")
+    return found
+
+
+def kind_of(hint):
+    """A type as a reader wants it: the values of a literal, the name of anything else."""
+    if get_origin(hint) is Literal:
+        return ", ".join(f'`"{value}"`' for value in get_args(hint))
+    if hint == tuple[str, ...]:
+        return "names"
+    return " or ".join(f"`{getattr(each, '__name__', each)}`" for each in get_args(hint) or [hint]).replace(
+        "`NoneType`", "`None`"
+    )
+
+
+def options_table():
+    """The options, from the fields and the docstring of GraphConfig."""
+    hints, documented = get_type_hints(GraphConfig), arguments_of(GraphConfig)
+    rows = ["| Option | Values | Default | |", "|---|---|---|---|"]
+    for field in fields(GraphConfig):
+        assert field.default is not MISSING
+        default = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
+        rows.append(f"| `{field.name}` | {kind_of(hints[field.name])} | `{default}` | {documented[field.name]} |")
+    return "\n".join(rows)
+
+
+def reasons_table():
+    """Every reason, as the code words it."""
+    rows = ["| Reason | What is the case | What would change it |", "|---|---|---|"]
+    rows += [f"| `{reason.value}` | {reason.sentence} | {reason.remedy} |" for reason in Reason]
+    return "\n".join(rows)
+
+
+def errors_tree():
+    """The tree that errors.py draws."""
+    block = graphcache.errors.__doc__.split("::\n\n", 1)[1].split("\n\n", 1)[0]
+    return f"```text\n{inspect.cleandoc(block)}\n```"
+
+
+GENERATED = {"options": options_table, "reasons": reasons_table, "errors": errors_tree}
+
+
+def section(name, text=TEXT):
+    """What stands between two markers."""
+    return re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", text, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_tables_say_what_the_code_says(name):
+    expected = GENERATED[name]()
+    assert section(name) == expected, "python -m tests.test_readme writes it anew"
+
+
+def test_every_option_and_every_error_class_is_in_its_table():
+    documented = arguments_of(GraphConfig)
+    assert set(documented) == {field.name for field in fields(GraphConfig)}
+    classes = [name for name, value in vars(graphcache.errors).items() if inspect.isclass(value)]
+    drawn = set(re.findall(r"\w+", errors_tree()))
+    for name in classes:
+        if issubclass(getattr(graphcache.errors, name), graphcache.GraphCacheError):
+            assert name in drawn
+
+
+def test_the_two_commands_are_there_to_the_letter():
+    commands = [found["body"].strip() for found in FENCE.finditer(TEXT) if found["info"] == "sh"]
+    assert "pip install . && graphcache demo" in commands
+    assert 'pip install -e ".[test]" && pytest' in commands
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 3
+    assert len(GPU_SNIPPETS) >= 1
+    assert {found["info"] for found in FENCE.finditer(TEXT)} == {"python", "python gpu", "sh", "text"}
+
+
+@pytest.mark.parametrize("source", SNIPPETS)
+def test_snippets_run(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = compile(source, "README.md", "exec")
+    contextvars.copy_context().run(exec, code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("source", GPU_SNIPPETS)
+def test_snippets_for_a_gpu_compile_and_name_what_exists(source):
+    compile(source, "README.md", "exec")
+    names = list(names_in(source))
+    assert names
+    for name in names:
+        resolve(name)
+
+
+def names_in(source):
+    """The dotted names under graphcache in some source."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("graphcache."):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "graphcache":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def resolve(name):
+    """What a dotted name stands for."""
+    first, *rest = name.split(".")
+    found = importlib.import_module(first)
+    for part in rest:
+        found = getattr(found, part)
+    return found
+
+
+def test_a_name_that_does_not_exist_would_be_found():
+    assert list(names_in("graphcache.runtime.nothing(1)")) == ["graphcache.runtime.nothing", "graphcache.runtime"]
+    with pytest.raises(AttributeError):
+        resolve("graphcache.runtime.nothing")
+
+
+def test_names_in_the_text_exist():
+    for name in set(re.findall(r"`(graphcache(?:\.\w+)+)", TEXT)):
+        resolve(name)
+    for name in re.findall(r"\| `(\w+)\(", TEXT):
+        assert name in graphcache.runtime.__all__
+    for name in graphcache.runtime.__all__:
+        assert f"`{name}(" in TEXT, f"{name} is not in the table of modes"
+
+
+def test_cache_info_and_the_environment_are_described_in_full():
+    for field in fields(graphcache.CacheInfo):
+        assert f"`{field.name}`" in TEXT
+    sources = (path.read_text(encoding="utf-8") for path in Path(graphcache.__file__).parent.rglob("*.py"))
+    for variable in {found for source in sources for found in re.findall(r"GRAPHCACHE_[A-Z]+(?:_[A-Z]+)*", source)}:
+        assert f"`{variable}`" in TEXT
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", TEXT))
+    assert targets
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", TEXT, re.M)
+    }
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), f"{target} does not exist"
+
+
+def test_there_is_room_for_benchmarks():
+    assert "<!-- benchmarks -->" in TEXT
+
+
+def write():
+    """Put the generated tables in their places."""
+    text = TEXT
+    for name, table in GENERATED.items():
+        before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        start, end = text.index(before) + len(before), text.index(after)
+        text = f"{text[:start]}{table()}\n{text[end:]}"
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
