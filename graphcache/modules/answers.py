@@ -63,7 +63,7 @@ class Answer:
             if isinstance(leaf, Tensor):
                 if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
                     raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
-                if leaf.requires_grad:
+                if leaf.requires_grad and not any(leaf is tensor for tensor in inputs):
                     raise Refusal(Reason.GRAD, detail="an output requires gradients")
                 if _storage(leaf) in kept:
                     raise Refusal(Reason.ALIASES_STATE, detail="an output shares memory with a parameter or buffer")

@@ -15,7 +15,7 @@ from torch.nn.modules import module as _hooks
 
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache, clock
-from graphcache.cache.signature import Signature, describe, describe_flat
+from graphcache.cache.signature import Signature, describe
 from graphcache.config import GraphConfig, disabled_by_environment, modes
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, Subscriber
@@ -78,10 +78,14 @@ class CachedModule(nn.Module):
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name)
+        shortcuts: dict[Hashable, Entry[Recorded]] = {}
+
+        def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
+            shortcuts.clear()
+            ledger.evicted(Evicted(key, entry.hits))
+
         cache: GraphCache[Recorded] = GraphCache(
-            max_graphs=config.max_graphs,
-            max_bytes=config.max_bytes,
-            on_evict=lambda key, entry: ledger.evicted(Evicted(key, entry.hits)),
+            max_graphs=config.max_graphs, max_bytes=config.max_bytes, on_evict=evicted
         )
         parts = {
             part_name: CachedModule(part, replace(config, strategy="whole_graph"), name=part_name, run=part.forward)
@@ -103,6 +107,9 @@ class CachedModule(nn.Module):
             _recorder=_recorder(module, run or module, config, own_name),
             _cache=cache,
             _entries=cache.entries,
+            # By layout alone, for calls of plain tensors; emptied whenever a graph goes.
+            _shortcuts=shortcuts,
+            _index=engine.device.index if engine is not None else 0,
             _blocks=Blocks(),
             _routes=Routes(parts),
             _capturing=threading.RLock(),
@@ -144,27 +151,38 @@ class CachedModule(nn.Module):
         entry = self._entries.get(signature)
         if entry is None or self._forbidden() is not None:
             return self._miss(signature, inputs, args, kwargs)
-        return self._hit(entry, signature, inputs, args, kwargs)
+        answer = self._hit(entry, inputs, grad=signature[0] is not False)
+        if answer is _STALE:
+            return self._miss(signature, inputs, args, kwargs)
+        if not kwargs and self._cuda and signature[:3] == (False, signature[1], None):
+            self._shortcuts[_layout(args)] = entry
+        return answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What nn.Module.__call__ adds is hooks, at 0.9 µs; it is asked only if there are any.
         if self._forward_hooks or self._forward_pre_hooks or _global_hooks or _global_pre_hooks:
             return super().__call__(*args, **kwargs)
-        # forward() over again, for plain tensors that hit: everything else finds its way there.
-        if kwargs or self._host_inputs or _is_compiling() or (signature := describe_flat(args)) is None:
+        if kwargs or _is_compiling():
             return self.forward(*args, **kwargs)
-        entry = self._entries.get(signature)
+        # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is read
+        # as it is laid out, nothing is launched into a capture); while the device works, what makes it right. Everything
+        # else finds its way in forward().
+        entry = self._shortcuts.get(_layout(args))
         if (
             entry is None
-            or self._off
             or modes.get().off
             or _dispatch_modes()
             or _transforms() is not None
-            or _is_tracing()
-            or (self._cuda and _is_capturing())
+            or (_raw_stream(self._index) and _is_capturing())
         ):
             return self.forward(*args)
-        return self._hit(entry, signature, args, args, kwargs)
+        answer = self._hit(entry, args, grad=False)
+        if answer is _STALE or _is_grad_enabled() or _is_any_autocast_enabled() or _is_tracing():
+            return self.forward(*args)
+        for value in args:
+            if value.is_neg() or value.is_conj():
+                return self.forward(*args)
+        return answer
 
     def session(self, *args: Any, **kwargs: Any) -> Session:
         """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.
@@ -311,26 +329,19 @@ class CachedModule(nn.Module):
             return inputs
         return [value for index, value in enumerate(inputs) if index not in self._host_inputs]
 
-    def _hit(
-        self,
-        entry: Entry[Recorded],
-        signature: Signature,
-        inputs: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if self._checks_early and self._is_stale(signature):
-            return self._miss(signature, inputs, args, kwargs)
+    def _hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], *, grad: bool) -> Any:
+        """Replay, or ``_STALE``. What a stale graph wrote is dropped; what it read, it kept alive."""
+        if self._checks_early and self._is_stale(grad):
+            return _STALE
         given = self._device_only(inputs) if self._host_inputs else inputs
         recorded = entry.graph
         try:
             answer = recorded.build(recorded.replay(given), given)
         except ClosedError:
             # Evicted by another thread since the look-up.
-            return self._miss(signature, inputs, args, kwargs)
-        if not self._checks_early and self._is_stale(signature):
-            # Found while the device works: what it wrote is dropped, and what it read was kept alive by the graph.
-            return self._miss(signature, inputs, args, kwargs)
+            return _STALE
+        if not self._checks_early and self._is_stale(grad):
+            return _STALE
         entry.hits += 1
         entry.used = clock()
         return answer
@@ -347,12 +358,13 @@ class CachedModule(nn.Module):
             with self._routes.active():
                 return self._run(*args, **kwargs)
         with self._capturing:
-            if self._is_stale(signature):
+            grad = signature[0] is not False
+            if self._is_stale(grad):
                 self._start_anew()
             cause = self._needs_grad(inputs) or self._blocks.cause(signature)
             entry = self._entries.get(signature)
-            if cause is None and entry is not None:
-                return self._hit(entry, signature, inputs, args, kwargs)
+            if cause is None and entry is not None and (answer := self._hit(entry, inputs, grad=grad)) is not _STALE:
+                return answer
             if cause is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is None:
@@ -402,7 +414,8 @@ class CachedModule(nn.Module):
 
     def _notice_device(self, inputs: Sequence[Tensor]) -> None:
         if not self._cuda and any(tensor.is_cuda for tensor in inputs):
-            self.__dict__.update(_cuda=True, _checks_early=False)
+            index = next(tensor.device.index for tensor in inputs if tensor.is_cuda)
+            self.__dict__.update(_cuda=True, _checks_early=False, _index=index)
 
     def _forbidden(self) -> Reason | None:
         """What forbids graphs at this moment, whatever the arguments."""
@@ -423,13 +436,12 @@ class CachedModule(nn.Module):
             return Cause(Reason.GRAD, detail="a parameter requires gradients")
         return None
 
-    def _is_stale(self, signature: Signature) -> bool:
+    def _is_stale(self, grad: bool) -> bool:
         if self._engine is not None:
             return bool(self._engine.epoch != self._epoch)
         if self._checks_weights and self._dependencies.fingerprint() != self._fingerprint:
             return True
-        # The first part of a signature is the grad mode.
-        return signature[0] is not False and self._dependencies.requires_grad()
+        return grad and self._dependencies.requires_grad()
 
     def _start_anew(self) -> None:
         self._cache.clear()
@@ -454,6 +466,27 @@ def _recorder(module: nn.Module, run: Callable[..., Any], config: GraphConfig, n
     )
 
 
+def _layout(args: tuple[Any, ...]) -> Hashable:
+    """What must agree for a graph to be launched on plain tensors without harm; ``None`` for anything else."""
+    try:
+        if len(args) == 1:
+            value = args[0]
+            if type(value) is Tensor and value.layout is _strided:
+                return _is_inference(), value.dtype, value.shape, value.stride(), value.device
+            return None
+        if any(type(value) is not Tensor or value.layout is not _strided for value in args):
+            return None
+        if len({id(value) for value in args}) < len(args):
+            return None
+        parts: list[Hashable] = [_is_inference()]
+        for value in args:
+            parts += (value.dtype, value.shape, value.stride(), value.device)
+        return tuple(parts)
+    except RuntimeError:
+        # Tensors without strides.
+        return None
+
+
 def wrap(module: nn.Module, **options: Any) -> CachedModule:
     """Put a module behind a cache of CUDA graphs.
 
@@ -476,7 +509,13 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
     return CachedModule(module, GraphConfig.of(options))
 
 
+_STALE: Any = object()
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
+_strided = torch.strided
+_is_inference = torch.is_inference_mode_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 _is_compiling = torch.compiler.is_compiling
 # Torch fills and empties these two dictionaries and never replaces them.
 _global_hooks, _global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
