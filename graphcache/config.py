@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Strategy = Literal["auto", "whole_graph", "per_submodule"]
 InputOutput = Literal["bind", "copy"]
 Contexts = Literal["private", "shared"]
+Edges = Literal["captured", "full"]
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
 
@@ -38,9 +39,11 @@ class GraphConfig:
             ``"copy"`` always copies, by nodes of the graph.
         contexts: ``"private"`` gives each graph of an engine its own execution context, as NVIDIA documents it to be
             safe. ``"shared"`` uses one for all, which captures faster and is verified like everything else.
-        weights: ``"checked"`` looks at the address of every parameter and buffer at each hit, so that replaced weights
-            are never missed (about 0.1 µs each). ``"frozen"`` is the caller's promise that they stay where they are.
-            Engines have no parameters and pay nothing.
+        edges: ``"captured"`` keeps the dependencies of an engine's kernels as they were captured. ``"full"`` replaces
+            programmatic ones (dependent launch), for kernels that do not wait where they should.
+        weights: ``"checked"`` looks at the place and layout of every parameter and buffer at each hit, so that replaced
+            weights are never missed (about 0.3 µs each; on CUDA while the device works). ``"frozen"`` is the caller's
+            promise that they stay where they are. Engines have no parameters and pay nothing.
         on_failure: ``"eager"`` answers eagerly whatever cannot be captured and says why; ``"raise"`` raises
             :class:`~graphcache.errors.CaptureError` instead.
 
@@ -59,6 +62,7 @@ class GraphConfig:
     verify: bool = True
     io: InputOutput = "bind"
     contexts: Contexts = "private"
+    edges: Edges = "captured"
     weights: Weights = "checked"
     on_failure: OnFailure = "eager"
 
@@ -98,6 +102,7 @@ _LITERALS: dict[str, tuple[str, ...]] = {
     "strategy": get_args(Strategy),
     "io": get_args(InputOutput),
     "contexts": get_args(Contexts),
+    "edges": get_args(Edges),
     "weights": get_args(Weights),
     "on_failure": get_args(OnFailure),
 }

@@ -140,7 +140,7 @@ class Reason(enum.Enum):
     OUTPUT_ALLOCATOR = (
         "output_allocator",
         "an output's shape is known only at run time, so TensorRT allocates it during the call",
-        "nothing, if the shape really depends on the data; otherwise do not ask for the output allocator",
+        "ask for the output allocator only where the shape really depends on the data",
     )
     DATA_DEPENDENT = (
         "data_dependent",
@@ -160,12 +160,12 @@ class Reason(enum.Enum):
     CAPTURE_FAILED = (
         "capture_failed",
         "the capture failed",
-        "read the detail; the call was answered eagerly and will be for this signature",
+        "see what was said of it; the signature is tried again after some calls",
     )
     EMPTY_GRAPH = (
         "empty_graph",
         "the capture ended without a single node",
-        "nothing: there is no work in this call that a graph could launch",
+        "leave it as it is: there is no work in this call that a graph could launch",
     )
     MISMATCH = (
         "mismatch",
@@ -184,7 +184,7 @@ class Reason(enum.Enum):
     )
     MUTATES = (
         "mutates",
-        "the module changes its inputs, its parameters or its buffers in place",
+        "the module changes its inputs, parameters, buffers or attributes",
         "call module.eval() if it is a running statistic; otherwise keep the state outside the module",
     )
     ALIASES_STATE = (
@@ -200,12 +200,12 @@ class Reason(enum.Enum):
     TRACING = (
         "tracing",
         "torch.compile, torch.export or another tracer is running the module",
-        "nothing: wrap the result instead",
+        "wrap what the tracer made, instead of what it traced",
     )
     OUTER_CAPTURE = (
         "outer_capture",
         "the caller's stream is being captured, so the work was enqueued into that capture",
-        "nothing: the outer graph contains it",
+        "leave it as it is: the outer graph contains the work",
     )
     ARGUMENT = (
         "argument",
@@ -216,6 +216,11 @@ class Reason(enum.Enum):
         "output",
         "the module returned something that a replay could not return again",
         "return tensors, plain values, and tuples, lists or dictionaries of them",
+    )
+    WEIGHT_STREAMING = (
+        "weight_streaming",
+        "the engine streams weights from host memory at every call, which no graph can hold",
+        "set_device_memory_budget to what get_streamable_device_memory_budget gives",
     )
     OVER_BUDGET = (
         "over_budget",

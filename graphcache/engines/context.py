@@ -38,6 +38,7 @@ class Context:
         self.engine = engine
         self._context = engine.new_context()
         self._parts = engine.parts
+        engine.contexts.add(self)
         self._scratch = scratch
         self._held: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -66,7 +67,8 @@ class Engine:
         self.outputs = _in_order(self.name, "output", outputs, [b for b in bindings.values() if not b.is_input])
         self.profiles = int(self._engine.num_optimization_profiles)
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
-        self.streams_weights = int(getattr(self._engine, "streamable_weights_size", 0)) > 0
+        self.streamable_bytes = int(getattr(self._engine, "streamable_weights_size", 0))
+        self.contexts: WeakSet[Any] = WeakSet()
         self.aliases = any(self._aliased(binding.name) for binding in self.outputs)
         self._config: Any = None
         self._kernels: Any = None
@@ -109,6 +111,39 @@ class Engine:
         # A key-value cache that is updated in place; TensorRT-RTX and TensorRT 11 can tell.
         find = getattr(self._engine, "get_aliased_input_tensor", None)
         return bool(find(output)) if find is not None else False
+
+    @property
+    def weight_budget(self) -> int:
+        """Device memory in bytes for weights that may be streamed; all of them without weight streaming."""
+        return int(self._engine.weight_streaming_budget_v2) if self.streamable_bytes else 0
+
+    @property
+    def automatic_weight_budget(self) -> int:
+        """What TensorRT would choose for the memory that is free now, in bytes."""
+        return int(self._engine.get_weight_streaming_automatic_budget()) if self.streamable_bytes else 0
+
+    def set_weight_budget(self, nbytes: int) -> None:
+        """Keep at most ``nbytes`` bytes of the streamable weights on the device.
+
+        Raises:
+            ConfigError: If the engine streams no weights, or for a budget outside 0 to all of them.
+            EngineError: While contexts of the engine live, or if TensorRT refuses. The budget is unchanged.
+        """
+        if not self.streamable_bytes:
+            raise ConfigError(f"{self.name} was not built for weight streaming; build it with weight_streaming=True")
+        if not 0 <= nbytes <= self.streamable_bytes:
+            raise ConfigError(f"{self.name} has {self.streamable_bytes} streamable bytes, so no budget of {nbytes}")
+        if live := len(self.contexts):
+            raise EngineError(
+                f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the caller's; "
+                f"close them before changing the weight budget"
+            )
+        with self.said() as said:
+            self._engine.weight_streaming_budget_v2 = nbytes
+        if self.weight_budget != nbytes:
+            raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {words(said)}")
+        # Streaming needs scratch memory of its own.
+        self.scratch_bytes = int(self._engine.device_memory_size_v2)
 
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""

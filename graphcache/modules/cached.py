@@ -16,7 +16,7 @@ from torch.nn.modules import module as _hooks
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.signature import Signature, describe
-from graphcache.config import GraphConfig, disabled_by_environment, modes
+from graphcache.config import GraphConfig, disabled_by_environment, graphs_off, modes
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, Subscriber
 from graphcache.modules.engine import EngineModule
@@ -121,6 +121,9 @@ class CachedModule(nn.Module):
             _checks_early=True,
         )
         self._look_again()
+        for each in module.modules():
+            if isinstance(each, EngineModule):
+                each.users.add(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call: replay its graph, or capture one, or run eagerly and say why.
@@ -140,8 +143,11 @@ class CachedModule(nn.Module):
         if _is_compiling():
             # Nothing of what follows belongs into a compiled program.
             return self._run(*args, **kwargs)
-        if self._engine is not None and (kwargs or self._host_inputs):
-            args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
+        if self._engine is not None:
+            if kwargs or self._host_inputs:
+                args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
+            if modes.get().multi_device_safe:
+                args = tuple(self._engine.moved(args))
         try:
             signature, inputs = describe(args, kwargs)
         except Refusal as refusal:
@@ -154,7 +160,9 @@ class CachedModule(nn.Module):
         answer = self._hit(entry, inputs, grad=signature[0] is not False)
         if answer is _STALE:
             return self._miss(signature, inputs, args, kwargs)
-        if not kwargs and self._cuda and signature[:3] == (False, signature[1], None):
+        # Flat calls alone: three parts for the state and four for each tensor, with nothing pending and none repeated.
+        flat = not kwargs and len(signature) == 3 + 4 * len(args)
+        if flat and self._cuda and signature[0] is False and signature[2] is None:
             self._shortcuts[_layout(args)] = entry
         return answer
 
@@ -164,9 +172,9 @@ class CachedModule(nn.Module):
             return super().__call__(*args, **kwargs)
         if kwargs or _is_compiling():
             return self.forward(*args, **kwargs)
-        # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is read
-        # as it is laid out, nothing is launched into a capture); while the device works, what makes it right. Everything
-        # else finds its way in forward().
+        # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
+        # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
+        # Everything else finds its way in forward().
         entry = self._shortcuts.get(_layout(args))
         if (
             entry is None
@@ -199,6 +207,8 @@ class CachedModule(nn.Module):
             raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
         if self._engine is not None:
             args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
+            if modes.get().multi_device_safe:
+                args = tuple(self._engine.moved(args))
         try:
             _, inputs = describe(args, kwargs)
         except Refusal as refusal:
@@ -255,6 +265,7 @@ class CachedModule(nn.Module):
         with self._capturing:
             self._cache.clear()
             self._blocks.clear()
+            self._recorder.release()
             for part in self.parts.values():
                 part.clear()
 
@@ -263,6 +274,7 @@ class CachedModule(nn.Module):
         with self._capturing:
             self.__dict__["_closed"] = True
             self._cache.clear()
+            self._recorder.release()
             for part in self.parts.values():
                 part.close()
 
@@ -409,6 +421,10 @@ class CachedModule(nn.Module):
         self._refused(cause)
         if cause.reason in _ALWAYS_EAGER:
             return self._run(*args, **kwargs)
+        if self._engine is not None:
+            # In subgraph mode the engine would come back here.
+            with graphs_off():
+                return self._run(*args, **kwargs)
         with self._routes.active():
             return self._run(*args, **kwargs)
 
@@ -461,9 +477,7 @@ class CachedModule(nn.Module):
 def _recorder(module: nn.Module, run: Callable[..., Any], config: GraphConfig, name: str) -> Recorder:
     if not isinstance(module, EngineModule):
         return TorchRecorder(module, run, name, verified=config.verify)
-    return EngineRecorder(
-        module, shared_context=config.contexts == "shared", verified=config.verify, binds=config.io == "bind"
-    )
+    return EngineRecorder(module, config)
 
 
 def _layout(args: tuple[Any, ...]) -> Hashable:

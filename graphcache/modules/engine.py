@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,8 @@ class EngineModule(nn.Module):
         self._context: Context | None = None
         self._profile: int | None = None
         self._use_output_allocator = False
+        # Wrapped modules that may hold graphs, and so contexts, of this engine.
+        self.users: WeakSet[Any] = WeakSet()
         # Goes up whenever a captured graph of this engine would no longer do what a call does.
         self.epoch = 0
         self._cached: Any = None
@@ -129,10 +132,48 @@ class EngineModule(nn.Module):
         """The profile chosen with :meth:`set_optimization_profile`, if any."""
         return self._profile
 
+    def get_streamable_device_memory_budget(self) -> int:
+        """Bytes of weights that may be streamed; 0 if the engine was not built for it."""
+        return self.engine.streamable_bytes
+
+    def get_automatic_device_memory_budget(self) -> int:
+        """The budget that TensorRT would choose for the device memory that is free now, in bytes."""
+        return self.engine.automatic_weight_budget
+
+    def get_device_memory_budget(self) -> int:
+        """Bytes of the streamable weights that are kept on the device."""
+        return self.engine.weight_budget
+
+    def set_device_memory_budget(self, budget_bytes: int) -> int:
+        """Keep fewer or more of the streamable weights on the device.
+
+        Waits for the engine's work and drops every graph of it: a budget cannot change while contexts live. Below the
+        full budget the engine runs eagerly, with the reason ``weight_streaming``.
+
+        Args:
+            budget_bytes: 0 to :meth:`get_streamable_device_memory_budget`.
+
+        Returns:
+            The budget that is set now, in bytes.
+
+        Raises:
+            ConfigError: If the engine streams no weights, or for a budget outside that range.
+            EngineError: If a session or a capture of the caller's still uses the engine. The budget is unchanged.
+        """
+        for user in list(self.users):
+            user.clear()
+        with self.lane.lock:
+            self.lane.release(self._drop_context)
+            self.engine.set_weight_budget(budget_bytes)
+            self.epoch += 1
+        return self.engine.weight_budget
+
     def forbids_capture(self) -> Cause | None:
         """Why no call of this engine can be captured as things stand, without trying; ``None`` if nothing is known."""
         if self.uses_output_allocator:
             return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
+        if self.engine.streamable_bytes and self.engine.weight_budget < self.engine.streamable_bytes:
+            return Cause(Reason.WEIGHT_STREAMING, self.name)
         for binding in self.engine.outputs:
             if binding.on_host:
                 return Cause(Reason.HOST_READ, self.name, f"output {binding.name!r} is written to host memory")
@@ -168,12 +209,7 @@ class EngineModule(nn.Module):
         if self.engine.closed:
             raise ClosedError(f"{self.name} was closed; load it again")
         if modes.get().multi_device_safe:
-            inputs = [
-                value.to(self.device)
-                if isinstance(value, Tensor) and value.device != self.device and index not in self.host_inputs
-                else value
-                for index, value in enumerate(inputs)
-            ]
+            inputs = self.moved(inputs)
         bindings = self.engine.inputs
         check_inputs(self.name, bindings, inputs, self.device)
         # What is read on the host is read once, here.
@@ -187,6 +223,15 @@ class EngineModule(nn.Module):
             if not binding.fits(value, self._profile):
                 raise out_of_range(self.name, binding, value, [self._profile])
         return inputs, self._profile
+
+    def moved(self, inputs: Sequence[Any]) -> list[Any]:
+        """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""
+        return [
+            value.to(self.device)
+            if isinstance(value, Tensor) and value.device != self.device and index not in self.host_inputs
+            else value
+            for index, value in enumerate(inputs)
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the engine.
@@ -221,6 +266,9 @@ class EngineModule(nn.Module):
             if not self.engine.closed:
                 self.lane.close()
                 self.engine.close()
+
+    def _drop_context(self) -> None:
+        self._context = None
 
     def extra_repr(self) -> str:
         inputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.inputs)

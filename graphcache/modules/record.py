@@ -50,6 +50,9 @@ class Recorder(Protocol):
             The eager answer, and either the graph or why there is none.
         """
 
+    def release(self) -> None:
+        """Give back what the graphs shared; they were closed before."""
+
 
 def refill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into static buffers of the same shapes."""

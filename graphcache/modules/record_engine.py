@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
 from graphcache.engines.library import words
 from graphcache.errors import Cause, CudaError, EngineExecutionError, Reason, Refusal
@@ -31,16 +32,12 @@ class EngineRecorder:
 
     Args:
         module: The engine.
-        shared_context: Use one context for all graphs of the engine.
-        verified: Whether new graphs are held against eager execution.
-        binds: Whether kernels are pointed at the caller's tensors where that can be done.
+        config: Options of the wrapped module.
     """
 
-    def __init__(self, module: EngineModule, *, shared_context: bool, verified: bool, binds: bool) -> None:
+    def __init__(self, module: EngineModule, config: GraphConfig) -> None:
         self._module = module
-        self._binds = binds
-        self._shared_context = shared_context
-        self._verified = verified
+        self._config = config
         self._context: Context | None = None
 
     def attempt(
@@ -49,7 +46,7 @@ class EngineRecorder:
         module = self._module
         given, profile = module.checked(module.bind(args, kwargs))
         if (cause := module.forbids_capture()) is not None:
-            return module(*args, **kwargs), cause
+            return self._eagerly(args, kwargs), cause
         answer: list[Tensor] = []
         outcome: Recorded | Cause
         try:
@@ -60,9 +57,17 @@ class EngineRecorder:
         except (RuntimeError, CudaError, EngineExecutionError) as error:
             outcome = refusal_of(error, module.name).cause
         if not answer:
-            return module(*args, **kwargs), outcome
+            return self._eagerly(args, kwargs), outcome
         # Copies, since these were made on the capture stream, and outside of the caller's inference mode.
         return self._build([tensor.clone() for tensor in answer], inputs), outcome
+
+    def release(self) -> None:
+        self._context = None
+
+    def _eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # In subgraph mode the engine would go through its cache, and come back here.
+        with graphs_off():
+            return self._module(*args, **kwargs)
 
     def _capture(self, given: Sequence[Tensor], profile: int, answer: list[Tensor]) -> Graph:
         module = self._module
@@ -89,7 +94,7 @@ class EngineRecorder:
             value if binding.on_host else other
             for binding, value, other in zip(module.engine.inputs, given, perturb(static), strict=True)
         ]
-        expected_others = run(others) if self._verified else []
+        expected_others = run(others) if self._config.verify else []
         again = run(given)
         torch.cuda.current_stream().synchronize()
         answer += expected
@@ -100,10 +105,10 @@ class EngineRecorder:
                     Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {error:.3g} between two runs"
                 )
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
-        io = _EngineIO(module, context, profile, static, plain, outputs)
+        io = _EngineIO(module, context, profile, static, plain, outputs, full_edges=self._config.edges == "full")
 
         def verified(graph: CudaGraph) -> CudaGraph:
-            if self._verified:
+            if self._config.verify:
                 try:
                     on_device = (self._device_only(given), expected, self._device_only(others), expected_others)
                     verify(graph, *on_device, where=module.name)
@@ -112,7 +117,7 @@ class EngineRecorder:
                     raise
             return graph
 
-        if self._binds:
+        if self._config.io == "bind":
             try:
                 return verified(io.bound())
             except CannotBind as why:
@@ -127,7 +132,7 @@ class EngineRecorder:
         return [value for index, value in enumerate(values) if index not in self._module.host_inputs]
 
     def _new_context(self) -> Context:
-        if not self._shared_context:
+        if self._config.contexts == "private":
             return self._module.new_context()
         if self._context is None:
             self._context = self._module.new_context()
@@ -149,8 +154,11 @@ class _EngineIO:
         static: Sequence[Tensor],
         plain: Sequence[bool],
         outputs: Sequence[Tensor],
+        *,
+        full_edges: bool,
     ) -> None:
         self._module = module
+        self._full_edges = full_edges
         self._context = context
         self._profile = profile
         self._all_inputs = static
@@ -212,7 +220,10 @@ class _EngineIO:
 
     def _capture(self, enqueue: Callable[[int], bool]) -> Any:
         with self._module.engine.said() as said:
-            return capture_enqueue(enqueue, self._module.lane, self._module.name, lambda: words(said))
+            captured = capture_enqueue(enqueue, self._module.lane, self._module.name, lambda: words(said))
+        if self._full_edges:
+            driver.make_edges_full(captured)
+        return captured
 
     def _point_context_at(self, tensors: Sequence[Tensor]) -> None:
         stream = own_stream(self._module.device.index, "capture").cuda_stream

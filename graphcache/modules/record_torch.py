@@ -79,6 +79,11 @@ class TorchRecorder:
         graph = self._on_cuda(call, index) if index is not None else self._on_host(call)
         return Recorded(graph, answer.builder())
 
+    def release(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+
     def _on_host(self, call: _Call) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
         expected = call.eager(static, "a second time", call.answer.tensors)

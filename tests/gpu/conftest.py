@@ -22,8 +22,8 @@ def engine_bytes():
 
     def get(name):
         if name not in built:
-            onnx_model, shapes = getattr(networks, name)()
-            built[name] = graphcache.build(onnx_model, shapes=shapes)
+            onnx_model, shapes, *options = getattr(networks, name)()
+            built[name] = graphcache.build(onnx_model, shapes=shapes, **(options[0] if options else {}))
         return built[name]
 
     return get

@@ -49,6 +49,12 @@ def mlp8():
     }
 
 
+def mlp8_streaming():
+    """mlp8 whose weights may stay in host memory."""
+    model, shapes = mlp8()
+    return model, shapes, {"weight_streaming": True}
+
+
 def mlp8_reference(x):
     """What mlp8 computes, in double precision on the CPU."""
     y = x.double().cpu()

@@ -441,3 +441,79 @@ def test_gradients_of_inputs_are_not_recorded_and_said(load):
         assert not fast(x).is_inference()
         assert close(fast(x), networks.mlp8_reference(x.detach()))
     assert fast.cache_info().captures == 2
+
+
+def test_an_uncapturable_bare_engine_in_subgraph_mode(load):
+    engine = load("conditional")
+    x = torch.rand(3, 4, device="cuda")
+
+    def body():
+        graphcache.runtime.set_cudagraphs_mode(True)
+        for _ in range(3):
+            assert torch.equal(engine(x), x)
+        assert engine._cached.cache_info().eager == {Reason.NOT_CAPTURABLE: 3}
+
+    contextvars.copy_context().run(body)
+
+
+def test_multi_device_safe_mode_moves_inputs(load):
+    engine = load("mlp8")
+    fast = graphcache.wrap(engine)
+    with graphcache.runtime.set_multi_device_safe_mode(True):
+        for _ in range(3):
+            x = torch.randn(4, networks.SIZE)
+            for run in (engine, fast):
+                assert run(x).is_cuda
+                assert close(run(x), networks.mlp8_reference(x))
+            y = torch.randn(4, networks.SIZE, device="cuda")
+            assert close(fast(y), networks.mlp8_reference(y))
+    assert fast.cache_info().captures == 1
+    with pytest.raises(InputDeviceError):
+        fast(x)
+
+
+def test_weight_streaming_runs_eagerly_below_the_full_budget(engine_bytes):
+    engine = graphcache.load(engine_bytes("mlp8_streaming"), name="streaming")
+    fast = graphcache.wrap(engine)
+    full = engine.get_streamable_device_memory_budget()
+    assert full > 0
+    assert engine.get_device_memory_budget() == full
+    assert 0 < engine.get_automatic_device_memory_budget() <= full
+    x = torch.randn(4, networks.SIZE, device="cuda")
+    wanted = networks.mlp8_reference(x)
+    for _ in range(2):
+        assert close(fast(x), wanted)
+    for budget in (0, full // 2):
+        assert engine.set_device_memory_budget(budget) == budget
+        for run in (engine, fast):
+            assert close(run(x), wanted)
+    assert fast.cache_info().eager == {Reason.WEIGHT_STREAMING: 2}
+    engine.set_device_memory_budget(full)
+    for _ in range(3):
+        assert close(fast(x), wanted)
+    info = fast.cache_info()
+    assert (info.captures, info.hits) == (2, 3), info
+    with pytest.raises(graphcache.errors.ConfigError, match="no budget of -1"):
+        engine.set_device_memory_budget(-1)
+    with fast.session(x) as session:
+        with pytest.raises(graphcache.errors.EngineError, match="1 execution contexts are still in use, by sessions"):
+            engine.set_device_memory_budget(0)
+        session.run()
+    assert engine.set_device_memory_budget(0) == 0
+    fast.close()
+    engine.close()
+
+
+def test_engines_without_weight_streaming_say_so(load):
+    engine = load("mlp8")
+    assert engine.get_streamable_device_memory_budget() == 0
+    with pytest.raises(graphcache.errors.ConfigError, match="not built for weight streaming"):
+        engine.set_device_memory_budget(0)
+
+
+def test_full_edges_give_the_same_answers(load):
+    fast = graphcache.wrap(load("mlp8"), edges="full")
+    for n in (1, 4, 1, 4):
+        x = torch.randn(n, networks.SIZE, device="cuda")
+        assert close(fast(x), networks.mlp8_reference(x))
+    assert fast.cache_info().hits == 2
