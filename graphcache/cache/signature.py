@@ -81,6 +81,30 @@ def describe_flat(args: tuple[Any, ...]) -> Signature | None:
     return (*_state(args), *parts, *_repeats(args))
 
 
+def describe_layout(args: tuple[Any, ...]) -> Hashable:
+    """What must agree for a graph to be launched on plain tensors without harm; ``None`` for anything else.
+
+    It says less than a signature: nothing of gradients, autocast, and pending conjugations and negations.
+    """
+    try:
+        if len(args) == 1:
+            value = args[0]
+            if type(value) is Tensor and value.layout is _strided:
+                return _is_inference(), value.dtype, value.shape, value.stride(), value.device
+            return None
+        if any(type(value) is not Tensor or value.layout is not _strided for value in args):
+            return None
+        if len({id(value) for value in args}) < len(args):
+            return None
+        parts: list[Hashable] = [_is_inference()]
+        for value in args:
+            parts += (value.dtype, value.shape, value.stride(), value.device)
+        return tuple(parts)
+    except RuntimeError:
+        # Tensors without strides.
+        return None
+
+
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
     """The same arguments with other tensors in the places where :func:`describe` found tensors.
 

@@ -158,7 +158,7 @@ def record_torch(
         lane=lane,
         keep=(keep, body, pool),
         release=lambda: driver.call("cuGraphDestroy", captured),
-        pool_bytes=_bytes_of(pool) - before,
+        pool_bytes=max(0, _bytes_of(pool) - before),
     )
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules import module as _hooks
 
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache, clock
-from graphcache.cache.signature import Signature, describe
+from graphcache.cache.signature import Signature, describe, describe_layout
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off, modes
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, Subscriber
@@ -25,11 +25,12 @@ from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
 from graphcache.modules.session import Session
+from graphcache.modules.standin import StandIn
 from graphcache.modules.state import Dependencies
 from graphcache.modules.strategy import Routes, find_parts
 
 
-class CachedModule(nn.Module):
+class CachedModule(StandIn):
     """A module that replays a CUDA graph (on the CPU: a host graph) for every signature it has seen.
 
     It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every
@@ -72,7 +73,7 @@ class CachedModule(nn.Module):
             raise ConfigError(
                 f"expected an nn.Module, got {type(module).__name__}; graphcache.load makes one of an engine"
             )
-        super().__init__()
+        super().__init__(module)
         config = config or GraphConfig()
         given_name = getattr(module, "name", "")
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
@@ -91,13 +92,8 @@ class CachedModule(nn.Module):
             part_name: CachedModule(part, replace(config, strategy="whole_graph"), name=part_name, run=part.forward)
             for part_name, part in find_parts(module, config).items()
         }
-        # Past nn.Module's __setattr__: it would make submodules of modules, and refuse names that the module's own
-        # children have. The tables are the module's, so that names, parameters, state_dict and .to() are too.
+        # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
-            _parameters=module._parameters,
-            _buffers=module._buffers,
-            _modules=module._modules,
-            module=module,
             config=config,
             ledger=ledger,
             parts=parts,
@@ -121,9 +117,6 @@ class CachedModule(nn.Module):
             _checks_early=True,
         )
         self._look_again()
-        for each in module.modules():
-            if isinstance(each, EngineModule):
-                each.users.add(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call: replay its graph, or capture one, or run eagerly and say why.
@@ -163,7 +156,7 @@ class CachedModule(nn.Module):
         # Flat calls alone: three parts for the state and four for each tensor, with nothing pending and none repeated.
         flat = not kwargs and len(signature) == 3 + 4 * len(args)
         if flat and self._cuda and signature[0] is False and signature[2] is None:
-            self._shortcuts[_layout(args)] = entry
+            self._shortcuts[describe_layout(args)] = entry
         return answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +168,7 @@ class CachedModule(nn.Module):
         # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
         # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
         # Everything else finds its way in forward().
-        entry = self._shortcuts.get(_layout(args))
+        entry = self._shortcuts.get(describe_layout(args))
         if (
             entry is None
             or modes.get().off
@@ -283,41 +276,6 @@ class CachedModule(nn.Module):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
-
-    def train(self, mode: bool = True) -> CachedModule:
-        """Set the module's training flag; graphs captured with the other one are not used."""
-        self.module.train(mode)
-        return self
-
-    @property
-    def training(self) -> bool:
-        """The module's training flag."""
-        return "module" in self.__dict__ and self.module.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "module" in self.__dict__:
-            self.module.training = mode
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CachedModule:
-        self.module._apply(fn, recurse)
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own state, under its own names."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the module; graphs whose weights were replaced are dropped at the next call."""
-        return self.module.load_state_dict(*args, **kwargs)
 
     def runs(self, function: Callable[..., Any]) -> None:
         """Call ``function`` instead of the module from now on; graphs of another one are dropped."""
@@ -455,6 +413,8 @@ class CachedModule(nn.Module):
     def _is_stale(self, grad: bool) -> bool:
         if self._engine is not None:
             return bool(self._engine.epoch != self._epoch)
+        if self._engines and sum([engine.epoch for engine in self._engines]) != self._epoch:
+            return True
         if self._checks_weights and self._dependencies.fingerprint() != self._fingerprint:
             return True
         return grad and self._dependencies.requires_grad()
@@ -462,12 +422,20 @@ class CachedModule(nn.Module):
     def _start_anew(self) -> None:
         self._cache.clear()
         self._blocks.clear()
+        self._recorder.release()
         self._look_again()
 
     def _look_again(self) -> None:
         dependencies = Dependencies(self.module)
-        epoch = self._engine.epoch if self._engine is not None else 0
-        self.__dict__.update(_dependencies=dependencies, _fingerprint=dependencies.fingerprint(), _epoch=epoch)
+        engines = [each for each in self.module.modules() if isinstance(each, EngineModule)]
+        for engine in engines:
+            engine.users.add(self)
+        self.__dict__.update(
+            _dependencies=dependencies,
+            _fingerprint=dependencies.fingerprint(),
+            _engines=engines,
+            _epoch=sum([engine.epoch for engine in engines]),
+        )
 
     def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
         given = [args[index] for index in self._host_inputs if index < len(args)]
@@ -478,27 +446,6 @@ def _recorder(module: nn.Module, run: Callable[..., Any], config: GraphConfig, n
     if not isinstance(module, EngineModule):
         return TorchRecorder(module, run, name, verified=config.verify)
     return EngineRecorder(module, config)
-
-
-def _layout(args: tuple[Any, ...]) -> Hashable:
-    """What must agree for a graph to be launched on plain tensors without harm; ``None`` for anything else."""
-    try:
-        if len(args) == 1:
-            value = args[0]
-            if type(value) is Tensor and value.layout is _strided:
-                return _is_inference(), value.dtype, value.shape, value.stride(), value.device
-            return None
-        if any(type(value) is not Tensor or value.layout is not _strided for value in args):
-            return None
-        if len({id(value) for value in args}) < len(args):
-            return None
-        parts: list[Hashable] = [_is_inference()]
-        for value in args:
-            parts += (value.dtype, value.shape, value.stride(), value.device)
-        return tuple(parts)
-    except RuntimeError:
-        # Tensors without strides.
-        return None
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:
@@ -525,8 +472,6 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
 
 _STALE: Any = object()
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
-_strided = torch.strided
-_is_inference = torch.is_inference_mode_enabled
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)

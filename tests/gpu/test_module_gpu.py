@@ -288,3 +288,18 @@ def test_graphs_of_one_module_share_a_pool(net):
         fast(torch.randn(n, SIZE, device="cuda"))
     per_graph = (fast.cache_info().nbytes - first) / 32
     assert per_graph < 512 * 1024, f"{per_graph:.0f} bytes a graph: the cuBLAS workspace alone is 32 MiB"
+
+
+def test_an_engine_inside_that_changes_makes_the_whole_graph_stale(load):
+    model = Mixed(load("mlp8"), load("mlp8"))
+    fast = graphcache.wrap(model)
+    x = torch.randn(4, SIZE, device="cuda")
+    for _ in range(2):
+        fast(x)
+    with graphcache.runtime.enable_output_allocator(fast):
+        assert torch.allclose(fast(x), model(x), rtol=1e-3, atol=1e-5)
+        assert fast.cache_info().eager == {Reason.OUTPUT_ALLOCATOR: 1}
+    for _ in range(3):
+        assert torch.allclose(fast(x), model(x), rtol=1e-3, atol=1e-5)
+    info = fast.cache_info()
+    assert (info.captures, info.hits) == (2, 3), info
