@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -142,15 +143,18 @@ def record_torch(
         raise refusal_of(error, where) from error
     finally:
         torch._C._cuda_clearCublasWorkspaces()
-    pairs = list(zip(sources, whole, strict=True))
-    pairs += [(target, _copies_whole(output, target)) for output, target in zip(outputs, targets, strict=True)]
-    try:
-        found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied]))
-    except CannotBind as why:
-        driver.call("cuGraphDestroy", captured)
-        raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
-    pointers = [next(found) if copied else [] for _, copied in pairs]
-    slots = [Slot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
+    with ExitStack() as undo:
+        undo.callback(driver.call, "cuGraphDestroy", captured)
+        pairs = list(zip(sources, whole, strict=True))
+        pairs += [(target, _copies_whole(output, target)) for output, target in zip(outputs, targets, strict=True)]
+        try:
+            found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied]))
+        except CannotBind as why:
+            raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
+        pointers = [next(found) if copied else [] for _, copied in pairs]
+        slots = [Slot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
+        pool_bytes = max(0, _bytes_of(pool) - before)
+        undo.pop_all()
     return CudaGraph(
         captured,
         inputs=slots[: len(inputs)],
@@ -158,7 +162,7 @@ def record_torch(
         lane=lane,
         keep=(keep, body, pool),
         release=lambda: driver.call("cuGraphDestroy", captured),
-        pool_bytes=max(0, _bytes_of(pool) - before),
+        pool_bytes=pool_bytes,
     )
 
 
@@ -208,11 +212,22 @@ def capturing(lane: Lane) -> Iterator[torch.cuda.ExternalStream]:
 
 @contextmanager
 def _quiet_collector() -> Iterator[None]:
-    # A collection inside a capture may destroy CUDA objects of anybody, which invalidates it.
-    was_enabled = gc.isenabled()
-    gc.disable()
+    """Inside, in any thread, no garbage is collected: that may destroy CUDA objects of anybody, which a capture in the
+    collecting thread does not survive."""
+    with _collector_lock:
+        if not _quiet:
+            _quiet.append(gc.isenabled())
+            gc.disable()
+        _quiet.append(True)
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _collector_lock:
+            _quiet.pop()
+            if len(_quiet) == 1 and _quiet.pop():
+                gc.enable()
+
+
+_collector_lock = threading.Lock()
+_quiet: list[bool] = []
+"""Whether the collector was enabled before, then one element for each block that is entered."""

@@ -68,7 +68,7 @@ class CudaGraph:
         self._launch = driver.binding().cuGraphLaunch
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
-        self._only = outputs[0] if len(outputs) == 1 else None
+        self._only = outputs[0] if len(outputs) == 1 and outputs[0].pointers else None
         self._copied = [index for index, slot in enumerate(outputs) if not slot.pointers]
         self._ready: list[Tensor] | None = None
         self._ready_stream = -1
@@ -156,9 +156,11 @@ class CudaGraph:
             self._inputs, self._outputs, self._ready, self._keep, self._only = (), (), None, None, None
 
             def destroy() -> None:
-                driver.call("cuGraphExecDestroy", executable)
-                release()
-                held.clear()
+                try:
+                    driver.call("cuGraphExecDestroy", executable)
+                finally:
+                    held.clear()
+                    release()
 
             self._lane.release(destroy)
 
@@ -183,12 +185,14 @@ class CudaGraph:
         try:
             if self._only is not None:
                 tensor = _empty_like(self._only.buffer)
-                self._only.point(executable, tensor.data_ptr())
+                if not self._only.point(executable, tensor.data_ptr()):
+                    return
                 ready = [tensor]
             else:
                 ready = [_empty_like(slot.buffer) for slot in self._outputs]
                 for slot, tensor in zip(self._outputs, ready, strict=True):
-                    slot.point(executable, tensor.data_ptr())
+                    if slot.pointers and not slot.point(executable, tensor.data_ptr()):
+                        return
         except (torch.cuda.OutOfMemoryError, CudaError):
             # This call has its answer; the next one will say what is wrong, if it still is.
             return

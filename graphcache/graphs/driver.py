@@ -133,7 +133,11 @@ def instantiate(graph: Any, stream: Any) -> Any:
     params.flags = int(driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
     params.hUploadStream = stream
     executable = call("cuGraphInstantiateWithParams", graph, params)
-    call("cuStreamSynchronize", stream)
+    try:
+        call("cuStreamSynchronize", stream)
+    except CudaError:
+        call("cuGraphExecDestroy", executable)
+        raise
     return executable
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -95,8 +96,10 @@ class Lane:
                     return
                 driver.call("cuStreamSynchronize", self.handle)
             due, self._releases = self._releases, []
-            for each in due:
-                each()
+            with ExitStack() as each:
+                # All of them, even if one raises, and in their order.
+                for action in reversed(due):
+                    each.callback(action)
 
     def close(self) -> None:
         """Wait for the last launch and give back event and scratch memory; the lane can be used again."""

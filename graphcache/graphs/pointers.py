@@ -22,6 +22,12 @@ from graphcache.graphs import driver
 MAX_NODES = 4096
 """Reading a node's arguments takes some 10 µs; a graph beyond this many is launched for milliseconds and can copy."""
 
+_COPY_ADDRESSES = ("srcDevice", "dstDevice")
+_COPY_FIELDS = (
+    *("WidthInBytes", "Height", "Depth", "srcPitch", "dstPitch", "srcMemoryType", "dstMemoryType"),
+    *("srcXInBytes", "srcY", "srcZ", "dstXInBytes", "dstY", "dstZ"),
+)
+_MEMSET_FIELDS = ("value", "elementSize", "width", "height", "pitch")
 _DESCRIPTOR_BYTES = 128
 """``sizeof(CUtensorMap)``: an opaque descriptor with an encoded address, passed by value."""
 
@@ -107,6 +113,8 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
             right = driver.call("cuGraphMemsetNodeGetParams", other.handle)
             if int(left.dst) != int(right.dst):
                 raise CannotBind("a memset writes to an output")
+            if any(int(getattr(left, name)) != int(getattr(right, name)) for name in _MEMSET_FIELDS):
+                raise CannotBind("two captures set memory differently")
         elif node.kind != kinds.CU_GRAPH_NODE_TYPE_EMPTY:
             raise CannotBind(f"a node of kind {node.kind.name}")
     for index, places in enumerate(found):
@@ -126,14 +134,15 @@ def find_copies(graph: Any, tensors: Sequence[Tensor]) -> list[list[Pointer]]:
         CannotBind: If one of them is not.
     """
     addresses = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
+    nbytes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     found: list[list[Pointer]] = [[] for _ in tensors]
     for node in _nodes(graph):
         if node.kind != driver.binding().CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY:
             continue
         params = driver.call("cuGraphMemcpyNodeGetParams", node.handle)
-        for field in ("srcDevice", "dstDevice"):
+        for field in _COPY_ADDRESSES:
             index = addresses.get(int(getattr(params, field)))
-            if index is not None:
+            if index is not None and _is_flat(params) and int(params.WidthInBytes) == nbytes[index]:
                 found[index].append(_copy_pointer(node.handle, params, field, 0))
     for index, places in enumerate(found):
         if len(places) != 1:
@@ -150,7 +159,8 @@ def _nodes(graph: Any) -> list[_Node]:
 def _compare_kernels(left: Any, right: Any, moves: Sequence[tuple[int, int, int]], found: list[list[Pointer]]) -> None:
     params, other = (driver.call("cuGraphKernelNodeGetParams", node) for node in (left, right))
     shape = ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes")
-    if int(params.func) != int(other.func) or any(getattr(params, n) != getattr(other, n) for n in shape):
+    same = int(params.func) == int(other.func) and int(params.kern) == int(other.kern)
+    if not same or any(getattr(params, name) != getattr(other, name) for name in shape):
         raise CannotBind("two captures launch different kernels")
     if not params.kernelParams or not other.kernelParams:
         raise CannotBind("a kernel takes its arguments as one packed buffer")
@@ -178,11 +188,20 @@ def _compare_kernels(left: Any, right: Any, moves: Sequence[tuple[int, int, int]
 
 def _compare_copies(left: Any, right: Any, moves: Sequence[tuple[int, int, int]], found: list[list[Pointer]]) -> None:
     params, other = (driver.call("cuGraphMemcpyNodeGetParams", node) for node in (left, right))
-    for field in ("srcDevice", "dstDevice"):
+    if any(int(getattr(params, name)) != int(getattr(other, name)) for name in _COPY_FIELDS):
+        raise CannotBind("two captures copy differently")
+    if not _is_flat(params) and any(int(getattr(params, f)) != int(getattr(other, f)) for f in _COPY_ADDRESSES):
+        raise CannotBind("a copy of several rows cannot be pointed elsewhere")
+    for field in _COPY_ADDRESSES:
         mine, theirs = int(getattr(params, field)), int(getattr(other, field))
         if mine != theirs:
             index, offset = _explain(mine, theirs, moves)
             found[index].append(_copy_pointer(left, params, field, offset))
+
+
+def _is_flat(params: Any) -> bool:
+    # All that cuGraphExecMemcpyNodeSetParams takes.
+    return int(params.Height) <= 1 and int(params.Depth) <= 1
 
 
 def _copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
@@ -195,7 +214,7 @@ def _copy_field_offsets() -> dict[str, int]:
     """Where the device addresses stand in ``CUDA_MEMCPY3D``: found by a mark, as the binding hides its layout."""
     api = driver.binding()
     offsets = {}
-    for field in ("srcDevice", "dstDevice"):
+    for field in _COPY_ADDRESSES:
         probe = api.CUDA_MEMCPY3D()
         setattr(probe, field, api.CUdeviceptr(0x5A5A5A5A12345678))
         raw = ctypes.string_at(probe.getPtr(), 200)

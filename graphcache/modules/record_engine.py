@@ -176,8 +176,8 @@ class _EngineIO:
             Refusal: If the engine cannot be captured.
         """
         ours = [*self._inputs, *self._outputs]
-        first = self._capture(self._context.enqueue)
         with ExitStack() as undo:
+            first = self._capture(self._context.enqueue)
             undo.callback(driver.call, "cuGraphDestroy", first)
             if any(tensor.numel() == 0 for tensor in ours):
                 raise CannotBind("an input or output is empty")
@@ -189,10 +189,11 @@ class _EngineIO:
                 second = self._capture(self._context.enqueue)
             finally:
                 self._point_context_at(ours)
-            undo.callback(driver.call, "cuGraphDestroy", second)
-            pointers = find_pointers(first, second, ours, others)
+            try:
+                pointers = find_pointers(first, second, ours, others)
+            finally:
+                driver.call("cuGraphDestroy", second)
             undo.pop_all()
-        driver.call("cuGraphDestroy", second)
         places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
         return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
 
@@ -208,15 +209,16 @@ class _EngineIO:
         count = len(self._inputs)
         before = [(ours[i], others[i]) for i in range(count) if copied[i]]
         after = [(others[i], ours[i]) for i in range(count, len(ours)) if copied[i]]
-        captured = self._capture(with_copies(self._context.enqueue, before, after))
-        try:
-            found = iter(find_copies(captured, [other for other, each in zip(others, copied, strict=True) if each]))
-        except CannotBind as why:
-            driver.call("cuGraphDestroy", captured)
-            raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
-        return self._graph(
-            captured, [Slot(own, next(found) if c else [], 1) for own, c in zip(ours, copied, strict=True)]
-        )
+        with ExitStack() as undo:
+            captured = self._capture(with_copies(self._context.enqueue, before, after))
+            undo.callback(driver.call, "cuGraphDestroy", captured)
+            try:
+                found = iter(find_copies(captured, [other for other, each in zip(others, copied, strict=True) if each]))
+            except CannotBind as why:
+                raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
+            undo.pop_all()
+        places = [next(found) if each else [] for each in copied]
+        return self._graph(captured, [Slot(own, place, 1) for own, place in zip(ours, places, strict=True)])
 
     def _capture(self, enqueue: Callable[[int], bool]) -> Any:
         with self._module.engine.said() as said:
