@@ -135,7 +135,7 @@ def instantiate(graph: Any, stream: Any) -> Any:
     executable = call("cuGraphInstantiateWithParams", graph, params)
     try:
         call("cuStreamSynchronize", stream)
-    except CudaError:
+    except BaseException:
         call("cuGraphExecDestroy", executable)
         raise
     return executable

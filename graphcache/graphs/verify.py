@@ -52,8 +52,22 @@ def verify(
         got = graph.replay(given, out)
         for index, (left, right) in enumerate(zip(got, wanted, strict=True)):
             error = difference(left, right)
-            if not error <= tolerance:
+            if not error <= tolerance_of(right, tolerance):
                 raise Refusal(Reason.MISMATCH, where, f"output {index} differed by {error:.3g} (relative) on {name}")
+
+
+def tolerance_of(tensor: Tensor, relative: float = RELATIVE) -> float:
+    """The largest accepted difference for a tensor's dtype: ``relative``, or four steps of a coarser dtype.
+
+    float16 has 1e-3 from one number to the next, bfloat16 8e-3: a sum in another order may end one step further.
+
+    Example:
+        >>> tolerance_of(torch.zeros(1)), tolerance_of(torch.zeros(1, dtype=torch.bfloat16))
+        (0.001, 0.03125)
+    """
+    if relative == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return relative
+    return max(relative, 4 * torch.finfo(tensor.dtype).eps)
 
 
 def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:

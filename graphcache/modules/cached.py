@@ -211,7 +211,7 @@ class CachedModule(StandIn):
         cause = Cause(reason) if reason is not None else self._needs_grad(inputs)
         if cause is None:
             with self._capturing:
-                _, outcome = self._recorder.attempt(args, kwargs, inputs)
+                _, outcome = self._recorder.attempt(args, kwargs, inputs, alone=True)
             if isinstance(outcome, Recorded):
                 return self._session_of(outcome, inputs)
             cause = outcome

@@ -37,7 +37,7 @@ class Recorder(Protocol):
     """Makes graphs of one module's calls."""
 
     def attempt(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], *, alone: bool = False
     ) -> tuple[Any, Recorded | Cause]:
         """Answer a call, and capture it if that can be done.
 
@@ -45,6 +45,7 @@ class Recorder(Protocol):
             args: Positional arguments of the call.
             kwargs: Its keyword arguments.
             inputs: The tensors among them, as the signature orders them.
+            alone: Share no memory with other graphs, so that static outputs stay until this graph's next launch.
 
         Returns:
             The eager answer, and either the graph or why there is none.

@@ -22,7 +22,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import own_stream
 from graphcache.graphs.pointers import CannotBind, find_copies, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
-from graphcache.graphs.verify import RELATIVE, difference, perturb, verify
+from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, refill
 
@@ -41,7 +41,7 @@ class EngineRecorder:
         self._context: Context | None = None
 
     def attempt(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], *, alone: bool = False
     ) -> tuple[Any, Recorded | Cause]:
         module = self._module
         given, profile = module.checked(module.bind(args, kwargs))
@@ -100,7 +100,7 @@ class EngineRecorder:
         answer += expected
         for index, (left, right) in enumerate(zip(again, expected, strict=True)):
             error = difference(left, right)
-            if not error <= RELATIVE:
+            if not error <= tolerance_of(right):
                 raise Refusal(
                     Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {error:.3g} between two runs"
                 )

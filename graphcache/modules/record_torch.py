@@ -19,7 +19,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads
-from graphcache.graphs.verify import RELATIVE, difference, perturb, verify
+from graphcache.graphs.verify import RELATIVE, difference, perturb, tolerance_of, verify
 from graphcache.modules.answers import Answer
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, refill
@@ -46,7 +46,7 @@ class TorchRecorder:
         self._lanes: dict[int, Lane] = {}
 
     def attempt(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], *, alone: bool = False
     ) -> tuple[Any, Recorded | Cause]:
         dependencies = Dependencies(self._module)
         watch = Watch(inputs, dependencies)
@@ -55,7 +55,7 @@ class TorchRecorder:
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 watch.check()
-                return value, self._record(args, kwargs, inputs, value, dependencies.tensors())
+                return value, self._record(args, kwargs, inputs, value, dependencies.tensors(), alone)
         except Refusal as refusal:
             return value, refusal.cause
         except Exception as error:
@@ -68,6 +68,7 @@ class TorchRecorder:
         inputs: Sequence[Tensor],
         value: Any,
         state: Sequence[Tensor],
+        alone: bool,
     ) -> Recorded:
         devices = {tensor.device for tensor in (*inputs, *state)}
         devices |= {m.device for m in self._module.modules() if isinstance(m, EngineModule)}
@@ -76,7 +77,7 @@ class TorchRecorder:
         answer = Answer(value, inputs, state)
         call = _Call(self._run, args, kwargs, inputs, answer, state)
         index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
-        graph = self._on_cuda(call, index) if index is not None else self._on_host(call)
+        graph = self._on_cuda(call, index, alone) if index is not None else self._on_host(call)
         return Recorded(graph, answer.builder())
 
     def release(self) -> None:
@@ -97,8 +98,9 @@ class TorchRecorder:
         self._verify(graph, call.inputs, expected, others, expected_others, tolerance=0.0)
         return graph
 
-    def _on_cuda(self, call: _Call, index: int) -> Graph:
-        lane = self._lanes.setdefault(index, Lane(index))
+    def _on_cuda(self, call: _Call, index: int, alone: bool) -> Graph:
+        # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
+        lane = Lane(index) if alone else self._lanes.setdefault(index, Lane(index))
         session = Session(lane)
 
         def run(static: Sequence[Tensor]) -> list[Tensor]:
@@ -200,7 +202,7 @@ class _Call:
         """Raise unless eager execution repeats itself."""
         for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
             error = difference(left, right.detach())
-            if not error <= RELATIVE:
+            if not error <= tolerance_of(right):
                 raise Refusal(
                     Reason.NONDETERMINISTIC, detail=f"output {index} differed by {error:.3g} (relative) when run {when}"
                 )
