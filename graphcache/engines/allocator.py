@@ -51,6 +51,9 @@ class GrowingOutputs:
             EngineExecutionError: If there is no such buffer, because memory ran out or TensorRT never asked.
         """
         allocator = self._allocators[name]
+        if allocator.error is not None and not isinstance(allocator.error, Exception):
+            # A Ctrl-C that arrived while TensorRT was asking.
+            raise allocator.error
         if allocator.error is not None:
             raise EngineExecutionError(
                 f"{self._engine.name}: no memory for output {name!r}: {allocator.error}"
@@ -75,7 +78,7 @@ def _allocator_class(trt: Any) -> type:
             self.device = device
             self.buffer: Tensor | None = None
             self.shape: tuple[int, ...] | None = None
-            self.error: Exception | None = None
+            self.error: BaseException | None = None
 
         def start(self) -> None:
             """Forget the last run's shape and failure; the memory stays."""
@@ -93,7 +96,7 @@ def _allocator_class(trt: Any) -> type:
                     grown = max(size, 2 * self.buffer.numel() if self.buffer is not None else 0, 256)
                     self.buffer = torch.empty(grown, dtype=torch.uint8, device=self.device)
                 return self.buffer.data_ptr()
-            except Exception as error:
+            except BaseException as error:
                 self.error = error
                 return None
 

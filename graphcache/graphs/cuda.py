@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -167,7 +167,9 @@ class CudaGraph:
     def __del__(self) -> None:
         # Nobody closed it: the executable must not stay behind, unless the process is going down anyway.
         if getattr(self, "_executable", None) is not None and not sys.is_finalizing():
-            self.close()
+            # On a lost device nothing can be given back, and there is nobody to tell.
+            with suppress(CudaError):
+                self.close()
 
     def _point_outputs(self, executable: Any, out: list[Tensor] | None) -> list[Tensor]:
         answer = [slot.fresh() for slot in self._outputs] if out is None else out

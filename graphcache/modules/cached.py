@@ -19,6 +19,7 @@ from graphcache.cache.signature import Signature, describe, describe_layout
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off, modes
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, Subscriber
+from graphcache.graphs.capture import refusal_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.record import Recorded, Recorder
@@ -353,6 +354,10 @@ class CachedModule(StandIn):
                 entry = self._cache.put(signature, outcome)
             except Refusal as refusal:
                 outcome = refusal.cause
+            except Exception as error:
+                # Closing an evicted graph failed. This call has its answer all the same.
+                outcome.close()
+                outcome = refusal_of(error, self.ledger.name).cause
             else:
                 seconds = time.perf_counter() - start
                 self.ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))

@@ -76,7 +76,10 @@ class EngineModule(nn.Module):
         requires_output_allocator: bool = False,
     ) -> None:
         super().__init__()
-        self.serialized_engine = bytes(serialized_engine) if serialized_engine is not None else b""
+        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
+            kind = type(serialized_engine).__name__
+            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
+        self.serialized_engine = bytes(serialized_engine)
         self.engine = Engine(
             self.serialized_engine, inputs=input_binding_names, outputs=output_binding_names, name=name
         )

@@ -184,15 +184,12 @@ class _EngineIO:
             if self._module.engine.aliases:
                 raise CannotBind("an output shares the memory of an input")
             others = [torch.empty_like(tensor) for tensor in ours]
-            self._point_context_at(others)
-            try:
+            with ExitStack() as after:
+                self._point_context_at(others)
+                after.callback(self._point_context_at, ours)
                 second = self._capture(self._context.enqueue)
-            finally:
-                self._point_context_at(ours)
-            try:
+                after.callback(driver.call, "cuGraphDestroy", second)
                 pointers = find_pointers(first, second, ours, others)
-            finally:
-                driver.call("cuGraphDestroy", second)
             undo.pop_all()
         places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
         return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
@@ -223,8 +220,11 @@ class _EngineIO:
     def _capture(self, enqueue: Callable[[int], bool]) -> Any:
         with self._module.engine.said() as said:
             captured = capture_enqueue(enqueue, self._module.lane, self._module.name, lambda: words(said))
-        if self._full_edges:
-            driver.make_edges_full(captured)
+        with ExitStack() as undo:
+            undo.callback(driver.call, "cuGraphDestroy", captured)
+            if self._full_edges:
+                driver.make_edges_full(captured)
+            undo.pop_all()
         return captured
 
     def _point_context_at(self, tensors: Sequence[Tensor]) -> None:

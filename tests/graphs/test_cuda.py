@@ -1,0 +1,563 @@
+"""A CUDA graph on the stand-in for the driver: what it answers, whatever it is called with and whatever fails."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graphcache.errors import ClosedError, CudaError, Reason, Refusal
+from graphcache.graphs import cuda, driver
+from graphcache.graphs.cuda import NODE_BYTES, CudaGraph
+from graphcache.graphs.lane import Lane
+from graphcache.graphs.slots import Slot
+from tests.graphs import fake_driver
+from tests.graphs.fake_driver import Affine, Stream, Torch, address, installed, pointer
+from tests.helpers import in_threads
+
+KINDS = ("bound", "copying", "staged")
+SIZE = 6
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+    with installed(patch=monkeypatch) as fake:
+        yield fake
+
+
+@pytest.fixture(params=KINDS)
+def graph(fake: Torch, request: pytest.FixtureRequest) -> CudaGraph:
+    made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), request.param)()
+    return made
+
+
+@pytest.fixture
+def bound(fake: Torch) -> CudaGraph:
+    return Affine(fake, SIZE, Lane(0)).bound()
+
+
+def given_to(fake: Torch, start: float = 0.0, **options: Any) -> Tensor:
+    return fake.driver.heap.tensor([start + index for index in range(SIZE)], **options)
+
+
+def right(answer: list[Tensor], x: Tensor) -> bool:
+    return len(answer) == 1 and torch.equal(answer[0], x * 3 + 1)
+
+
+# ---- answers
+
+
+def test_answers(fake: Torch, graph: CudaGraph) -> None:
+    for start in (0, 5, -2):
+        x = given_to(fake, start)
+        assert right(graph.replay([x]), x)
+        assert x.tolist() == given_to(fake, start).tolist(), "inputs are not changed"
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["fresh", "same", "unaligned", "changed"]),
+            st.integers(0, 2),
+            st.sampled_from(["fresh", "out", "inference"]),
+        ),
+        min_size=1,
+        max_size=10,
+    ),
+)
+def test_any_inputs_on_any_streams(kind: str, steps: list[tuple[str, int, str]]) -> None:
+    """Every answer is right, stays intact, belongs to the caller, and nothing races or is read after it was freed."""
+    with installed() as fake:
+        made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+        streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
+        same = given_to(fake, 100)
+        kept: list[tuple[Tensor, Tensor]] = []
+        for number, (how, stream, to) in enumerate(steps):
+            x = same if how in ("same", "changed") else given_to(fake, number, offset=36 * (how == "unaligned"))
+            if how == "changed":
+                same += 1
+            out = [fake.empty_like(x)] if to == "out" else None
+            with fake.on(streams[stream]), torch.inference_mode() if to == "inference" else nullcontext():
+                answer = made.replay([x], out)
+            assert answer is out or out is None
+            assert right(answer, x)
+            assert answer[0].is_inference() == (to == "inference")
+            assert all(answer[0].data_ptr() != earlier.data_ptr() for earlier, _ in kept)
+            kept.append((answer[0], x * 3 + 1))
+        assert all(torch.equal(answer, wanted) for answer, wanted in kept)
+        made.close()
+        assert fake.driver.leaked() in ({}, {"events": 1})
+
+
+@pytest.mark.parametrize("make", [lambda x: x.reshape(2, 3).t().reshape(-1), lambda x: x.repeat_interleave(2)[::2]])
+def test_strided_inputs_are_copied_by_an_operation(fake: Torch, make: Callable[[Tensor], Tensor]) -> None:
+    staged = Affine(fake, SIZE, Lane(0)).staged()
+    x = make(given_to(fake))
+    for _ in range(2):
+        assert right(staged.replay([x]), x)
+
+
+def test_the_same_tensor_again_asks_the_driver_for_nothing_but_outputs_and_launch(
+    fake: Torch, bound: CudaGraph
+) -> None:
+    x = given_to(fake)
+    bound.replay([x])
+    fake.driver.calls.clear()
+    bound.replay([x])
+    assert fake.driver.calls == ["cuGraphLaunch", "cuGraphExecKernelNodeSetParams"]
+
+
+def test_the_next_outputs_are_pointed_at_after_the_launch(fake: Torch, bound: CudaGraph) -> None:
+    bound.replay([given_to(fake)])
+    fake.driver.calls.clear()
+    bound.replay([given_to(fake)])
+    assert fake.driver.calls == [
+        "cuGraphExecKernelNodeSetParams",
+        "cuGraphLaunch",
+        "cuGraphExecKernelNodeSetParams",
+    ]
+
+
+def test_ready_outputs_are_used_on_their_own_stream_only(fake: Torch, bound: CudaGraph) -> None:
+    x, one, two = given_to(fake), fake.new_stream(), fake.new_stream()
+    with fake.on(one):
+        bound.replay([x])
+        ready = _ready(bound)
+        assert bound.replay([x])[0].data_ptr() == ready
+        ready = _ready(bound)
+    with fake.on(two):
+        assert bound.replay([x])[0].data_ptr() != ready
+    assert fake.driver.heap.find(ready, 4) is None, "they are given back"
+
+
+def test_ready_outputs_are_used_in_their_own_inference_mode_only(fake: Torch, bound: CudaGraph) -> None:
+    x = given_to(fake)
+    bound.replay([x])
+    ready = _ready(bound)
+    with torch.inference_mode():
+        (answer,) = bound.replay([x])
+        assert answer.is_inference()
+        assert answer.data_ptr() != ready
+        assert bound.replay([x])[0].is_inference()
+    (answer,) = bound.replay([x])
+    assert not answer.is_inference()
+    assert torch.equal(answer, x * 3 + 1)
+
+
+def _ready(graph: CudaGraph) -> int:
+    assert graph._ready is not None
+    return graph._ready[0].data_ptr()
+
+
+def test_threads(fake: Torch, graph: CudaGraph) -> None:
+    streams = [fake.new_stream() for _ in range(4)]
+
+    def work(index: int) -> None:
+        with fake.on(streams[index]):
+            for step in range(15):
+                x = given_to(fake, 100 * index + step)
+                assert right(graph.replay([x]), x)
+
+    in_threads(work)
+
+
+def test_several_outputs(fake: Torch) -> None:
+    """2 x, which a copy node takes out, x itself, which a kernel writes, and x + 1, which is copied afterwards."""
+    heap, owner = fake.driver.heap, Lane(0)
+    x, double, same, more = (heap.empty(4) for _ in range(4))
+    outside = heap.empty(4)
+
+    def body(memory: fake_driver.Memory, x: bytes, double: bytes, same: bytes, more: bytes) -> None:
+        value = memory.load(address(x), (4,), torch.float32)
+        for place, result in ((double, value * 2), (same, value), (more, value + 1)):
+            memory.store(address(place), result)
+
+    kernel = fake.driver.kernel([8, 8, 8, 8], body)
+
+    def enqueue(stream: int) -> bool:
+        fake.driver.launch(kernel, [pointer(x), pointer(double), pointer(same), pointer(more)], stream)
+        driver.call("cuMemcpyDtoDAsync", outside.data_ptr(), double.data_ptr(), 16, stream)
+        return True
+
+    first = fake_driver.capture.capture_enqueue(enqueue, owner, "")
+    (copied,) = fake_driver.pointers.find_copies(first, [outside])
+    mine, others = [x, double, same, more], [heap.empty(4) for _ in range(4)]
+    x, double, same, more = others
+    second = fake_driver.capture.capture_enqueue(enqueue, owner, "")
+    found = fake_driver.pointers.find_pointers(first, second, mine, others)
+    driver.call("cuGraphDestroy", second)
+    made = CudaGraph(
+        first,
+        inputs=[Slot(mine[0], found[0], 256)],
+        outputs=[Slot(mine[1], copied, 1), Slot(mine[2], found[2], 256), Slot(mine[3], [], 1)],
+        lane=owner,
+        keep=mine,
+        release=lambda: driver.call("cuGraphDestroy", first),
+    )
+    assert made.copies == 1
+    kept = []
+    for start in range(4):
+        given_x = heap.tensor([start, 1, 2, 3])
+        kept.append((given_x, made.replay([given_x])))
+    for given_x, answer in kept:
+        assert [each.tolist() for each in answer] == [each.tolist() for each in (given_x * 2, given_x, given_x + 1)]
+
+
+# ---- out=
+
+
+def test_out(fake: Torch, graph: CudaGraph) -> None:
+    out = [fake.driver.heap.empty(SIZE)]
+    for start in range(3):
+        x = given_to(fake, start)
+        assert graph.replay([x], out) is out
+        assert right(out, x)
+    x = given_to(fake, 9)
+    before = out[0].clone()
+    assert right(graph.replay([x]), x)
+    assert torch.equal(out[0], before), "later replays write elsewhere"
+
+
+def test_an_unaligned_out_is_refused_by_kernels_and_taken_by_copies(fake: Torch) -> None:
+    x, out = given_to(fake), [fake.driver.heap.empty(SIZE, offset=4)]
+    made = Affine(fake, SIZE, Lane(0)).bound()
+    with pytest.raises(CudaError, match=rf"^an output at {out[0].data_ptr():#x} is not aligned to 256 bytes$"):
+        made.replay([x], out)
+    assert right(made.replay([x]), x)
+    for kind in ("copying", "staged"):
+        made = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+        assert right(made.replay([x], out), x)
+
+
+def test_a_wrong_number_of_outs_leaves_the_graph_sound(fake: Torch, graph: CudaGraph) -> None:
+    x = given_to(fake)
+    with pytest.raises(ValueError):
+        graph.replay([x], [])
+    assert right(graph.replay([x]), x)
+
+
+# ---- pinned
+
+
+def test_pin_and_launch(fake: Torch, graph: CudaGraph) -> None:
+    x = given_to(fake)
+    (answer,) = graph.replay([x])
+    before = answer.clone()
+    (static,), (output,) = graph.pin()
+    for start in range(3):
+        static.copy_(given_to(fake, start))
+        graph.launch()
+        assert torch.equal(output, static * 3 + 1)
+    assert torch.equal(answer, before), "what was handed out is not written again"
+    assert right(graph.replay([x]), x)
+
+
+def test_launches_follow_one_another_on_any_stream(fake: Torch, bound: CudaGraph) -> None:
+    (static,), (output,) = bound.pin()
+    static.fill_(2)
+    for stream in [fake.new_stream() for _ in range(3)] * 2:
+        with fake.on(stream):
+            bound.launch()
+    assert output.tolist() == [7.0] * SIZE
+
+
+def test_launching_asks_the_driver_for_nothing_else(fake: Torch, bound: CudaGraph) -> None:
+    bound.pin()
+    bound.launch()
+    fake.driver.calls.clear()
+    bound.launch()
+    assert fake.driver.calls == ["cuGraphLaunch"]
+
+
+# ---- poison
+
+
+def test_poisoned_buffers_do_not_reach_an_answer(fake: Torch, graph: CudaGraph) -> None:
+    x = given_to(fake)
+    graph.replay([x])
+    graph.poison()
+    slots = (*graph._inputs, *graph._outputs)
+    assert all(slot.buffer.isnan().all() for slot in slots)
+    assert right(graph.replay([x]), x)
+
+
+def test_poison_is_ordered_after_the_last_replay(fake: Torch, bound: CudaGraph) -> None:
+    one, two = fake.new_stream(), fake.new_stream()
+    with fake.on(one):
+        bound.replay([given_to(fake)])
+    with fake.on(two):
+        bound.poison()
+    assert fake.driver.ordered(one.cuda_stream, two.cuda_stream)
+
+
+# ---- failures
+
+
+@pytest.mark.parametrize("after", range(3))
+def test_a_failing_launch(fake: Torch, graph: CudaGraph, after: int) -> None:
+    for _ in range(after):
+        graph.replay([given_to(fake)])
+    fake.driver.fail("cuGraphLaunch", "LAUNCH_FAILED")
+    x = given_to(fake, 7)
+    with pytest.raises(CudaError, match=r"^cuGraphLaunch failed with CUDA_ERROR_LAUNCH_FAILED \(719\)$"):
+        graph.replay([x])
+    for start in range(3):
+        x = given_to(fake, start)
+        assert right(graph.replay([x]), x)
+    graph.pin()
+    fake.driver.fail("cuGraphLaunch")
+    with pytest.raises(CudaError, match=r"^cuGraphLaunch failed with CUDA_ERROR_UNKNOWN \(999\)$"):
+        graph.launch()
+    graph.launch()
+
+
+@given(
+    st.sampled_from(["bound", "copying"]),
+    st.integers(0, 2),
+    st.integers(0, 6),
+    st.booleans(),
+)
+def test_wherever_the_driver_fails_an_answer_is_right_or_an_error(kind: str, ran: int, after: int, out: bool) -> None:
+    with installed() as fake:
+        made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+        name = f"cuGraphExec{'Kernel' if kind == 'bound' else 'Memcpy'}NodeSetParams"
+        kept = []
+        for step in range(ran):
+            x = given_to(fake, step)
+            kept.append((made.replay([x]), x))
+        fake.driver.fail(name, after=after)
+        raised: list[str] = []
+        for step in range(5):
+            x = given_to(fake, 10 + step)
+            try:
+                kept.append((made.replay([x], [fake.empty_like(x)] if out else None), x))
+            except CudaError as error:
+                raised.append(str(error))
+        assert raised in ([], [f"{name} failed with CUDA_ERROR_UNKNOWN (999)"])
+        assert len(kept) == ran + 5 - len(raised)
+        assert all(right(answer, x) for answer, x in kept)
+
+
+def test_a_kernel_that_fails_is_a_cuda_error(fake: Torch, bound: CudaGraph) -> None:
+    (static,), _ = bound.pin()
+    del static
+    bound._outputs[0].point(bound._executable, given_to(fake).data_ptr())
+    with pytest.raises(CudaError, match="cuGraphLaunch failed with CUDA_ERROR_ILLEGAL_ADDRESS"):
+        bound.launch()
+
+
+def test_no_memory_for_the_next_outputs_does_not_lose_the_answer(fake: Torch, graph: CudaGraph) -> None:
+    x, heap = given_to(fake), fake.driver.heap
+    kept = [graph.replay([x])]
+    heap.refuse_after = 0
+    kept.append(graph.replay([x]))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        graph.replay([x])
+    heap.refuse_after = 1
+    kept.append(graph.replay([x]))
+    heap.refuse_after = None
+    kept.append(graph.replay([x]))
+    assert all(right(answer, x) for answer in kept)
+    assert len({answer[0].data_ptr() for answer in kept}) == 4
+
+
+@pytest.mark.parametrize("kind", ["bound", "copying"])
+def test_an_allocator_that_aligns_to_less(fake: Torch, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The graph must never go on writing into what was handed out before, nor hand out what nothing wrote."""
+    made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+    heap = fake.driver.heap
+    monkeypatch.setattr(cuda, "_empty_like", lambda tensor: heap.empty(tensor.shape, offset=16).fill_(-1))
+    kept = []
+    for start in range(4):
+        x = given_to(fake, start)
+        kept.append((made.replay([x]), x))
+    assert all(right(answer, x) for answer, x in kept)
+
+
+# ---- making and closing
+
+
+def test_a_graph_without_nodes_is_refused_and_released(fake: Torch) -> None:
+    stream = driver.new_stream()
+    driver.begin_capture(stream)
+    empty = driver.end_capture(stream)
+    with pytest.raises(Refusal) as caught:
+        CudaGraph(
+            empty,
+            inputs=[],
+            outputs=[],
+            lane=Lane(0),
+            keep=None,
+            release=lambda: driver.call("cuGraphDestroy", empty),
+        )
+    assert caught.value.cause.reason is Reason.EMPTY_GRAPH
+    assert fake.driver.leaked() == {}
+
+
+@pytest.mark.parametrize("name", ["cuGraphGetNodes", "cuStreamCreate", "cuGraphInstantiateWithParams"])
+def test_what_fails_while_it_is_made_is_released(fake: Torch, name: str) -> None:
+    work = Affine(fake, SIZE, Lane(0))
+    stream = driver.new_stream()
+    driver.begin_capture(stream)
+    work.enqueue(int(stream))
+    captured = driver.end_capture(stream)
+    fake.driver.fail(name, "OUT_OF_MEMORY")
+    with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_OUT_OF_MEMORY"):
+        work._graph(captured, [], [])
+    gc.collect()
+    assert fake.driver.leaked() == {}
+
+
+def test_accounts_for_memory(fake: Torch) -> None:
+    work = Affine(fake, SIZE, Lane(0))
+    made = work.bound()
+    assert made.nodes == 2
+    assert made.nbytes == 2 * 4 * SIZE + 2 * NODE_BYTES
+    assert made.copies == 0
+    captured = work.capture()
+    whole = fake.driver.heap.empty(2 * SIZE)
+    halves = whole[:SIZE], whole[SIZE:]
+    shared = CudaGraph(
+        captured,
+        inputs=[Slot(halves[0], [], 1)],
+        outputs=[Slot(halves[1], [], 1)],
+        lane=work.lane,
+        keep=None,
+        release=lambda: driver.call("cuGraphDestroy", captured),
+        pool_bytes=1000,
+    )
+    assert shared.nbytes == 2 * 4 * SIZE + 1000 + 2 * NODE_BYTES, "one storage counts once"
+    assert shared.copies == 2
+
+
+def test_close_gives_everything_back(fake: Torch, graph: CudaGraph) -> None:
+    kept = weakref.ref(graph._keep)
+    x = given_to(fake)
+    (answer,) = graph.replay([x])
+    graph.close()
+    graph.close()
+    gc.collect()
+    assert kept() is None
+    assert fake.driver.leaked() == {}
+    assert len(fake.driver.heap.blocks) == 3, "input, answer, and the scratch memory of the lane"
+    assert torch.equal(answer, x * 3 + 1)
+
+
+def test_a_closed_graph_says_so(fake: Torch, graph: CudaGraph) -> None:
+    graph.close()
+    fake.driver.calls.clear()
+    with pytest.raises(ClosedError, match=r"^the graph was closed; call the module again to capture a new one$"):
+        graph.replay([given_to(fake)])
+    for refused in (graph.pin, graph.launch):
+        with pytest.raises(ClosedError, match=r"^the graph was closed; make a new session$"):
+            refused()
+    graph.poison()
+    assert "cuGraphLaunch" not in fake.driver.calls
+
+
+def test_close_waits_for_the_last_launch(fake: Torch, bound: CudaGraph) -> None:
+    """The stand-in refuses to destroy an executable that still runs."""
+    for stream in (fake.new_stream(), fake.new_stream()):
+        with fake.on(stream):
+            bound.replay([given_to(fake)])
+    fake.driver.calls.clear()
+    bound.close()
+    assert fake.driver.calls == [
+        "cuStreamIsCapturing",
+        "cuStreamSynchronize",
+        "cuGraphExecDestroy",
+        "cuGraphDestroy",
+    ]
+
+
+def test_close_while_its_stream_is_captured_is_put_off(fake: Torch) -> None:
+    owner = Lane(0)
+    one, two = Affine(fake, SIZE, owner).bound(), Affine(fake, SIZE, owner).bound()
+    stream = fake.new_stream()
+    with fake.on(stream):
+        one.replay([given_to(fake)])
+    kept = weakref.ref(one._keep)
+    handle = driver.binding().CUstream(stream.cuda_stream)
+    driver.begin_capture(handle)
+    one.close()
+    one.close()
+    gc.collect()
+    assert fake.driver.leaked() == {"graphs": 2, "executables": 2}
+    assert kept() is not None, "what the kernels refer to stays as long as they may run"
+    captured = driver.end_capture(handle)
+    assert captured is not None, "the caller's capture is whole"
+    driver.call("cuGraphDestroy", captured)
+    two.close()
+    gc.collect()
+    assert fake.driver.leaked() == {}
+    assert kept() is None
+
+
+def test_a_graph_that_nobody_closed(fake: Torch) -> None:
+    made = Affine(fake, SIZE, Lane(0)).bound()
+    with fake.on(fake.new_stream()):
+        made.replay([given_to(fake)])
+    del made
+    gc.collect()
+    assert fake.driver.leaked() == {}
+    assert len(fake.driver.heap.blocks) == 0
+
+
+def test_a_graph_that_nobody_closed_goes_quietly_with_a_lost_device(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, said = Affine(fake, SIZE, Lane(0)).bound(), []
+    made.replay([given_to(fake)])
+    fake.driver.lost = "ILLEGAL_ADDRESS"
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    del made
+    gc.collect()
+    assert said == []
+
+
+def test_a_release_that_fails_still_lets_go_of_the_memory(fake: Torch) -> None:
+    work = Affine(fake, SIZE, Lane(0))
+    made = work.bound()
+    with fake.on(fake.new_stream()):
+        made.replay([given_to(fake)])
+    kept = weakref.ref(work)
+    del work
+    fake.driver.fail("cuGraphExecDestroy")
+    with pytest.raises(CudaError, match="cuGraphExecDestroy failed"):
+        made.close()
+    made.close()
+    gc.collect()
+    assert kept() is None
+    assert "graphs" not in fake.driver.leaked(), "the other half is given back all the same"
+
+
+def test_the_legacy_stream_is_the_current_one_by_default(fake: Torch, bound: CudaGraph) -> None:
+    bound.replay([given_to(fake)])
+    assert bound._lane.stream == 0
+
+
+def test_launching_into_a_capture_of_the_callers_makes_a_node(fake: Torch, bound: CudaGraph) -> None:
+    (static,), (output,) = bound.pin()
+    static.fill_(2)
+    stream = fake.new_stream()
+    with fake.on(stream):
+        bound.launch()
+        output.zero_()
+        handle = driver.binding().CUstream(stream.cuda_stream)
+        driver.begin_capture(handle)
+        bound.launch()
+        captured = driver.end_capture(handle)
+    assert output.tolist() == [0.0] * SIZE
+    executable = driver.instantiate(captured, stream.cuda_stream)
+    driver.call("cuGraphLaunch", executable, handle)
+    assert output.tolist() == [7.0] * SIZE

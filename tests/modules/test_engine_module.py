@@ -1,0 +1,791 @@
+"""Engines as modules: loading, checking and running them, eagerly and behind a cache, over the stand-ins."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import graphcache
+from graphcache import CachedModule, EngineModule, Reason
+from graphcache.engines import allocator, context, engine, library
+from graphcache.errors import (
+    CaptureError,
+    ClosedError,
+    ConfigError,
+    CudaError,
+    EngineError,
+    EngineExecutionError,
+    EngineFormatError,
+    EngineVersionError,
+    InputCountError,
+    InputDtypeError,
+    NoGpuError,
+    ProfileRangeError,
+    TensorRTNotFoundError,
+)
+from graphcache.graphs import driver, verify
+from graphcache.modules import cached, record_engine
+from graphcache.modules import engine as room
+from tests.engines import fake_tensorrt
+from tests.engines.fake_tensorrt import IExecutionContext, serialize
+from tests.graphs.fake_driver import Stream, Torch, Violation, installed
+from tests.helpers import in_threads, outcomes, reason
+
+MODULES = (allocator, context, engine, library, verify, room, record_engine)
+
+
+def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
+    fake_tensorrt.use(patch)
+    patch.setattr(fake_tensorrt, "device", fake.driver)
+    patch.setattr(cached, "_raw_stream", fake.raw_stream)
+    patch.setattr(cached, "_is_capturing", fake.is_capturing)
+    return fake
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+    with installed(*MODULES, patch=monkeypatch) as fake:
+        yield prepare(fake, monkeypatch)
+
+
+def load(network: str, **options: Any) -> EngineModule:
+    return EngineModule(serialize(network), name=network, **options)
+
+
+def rows(fake: Torch, count: int, start: float = 0.0) -> Tensor:
+    return fake.driver.heap.tensor([[start + row + column for column in range(4)] for row in range(count)])
+
+
+def numbers(fake: Torch, *values: float) -> Tensor:
+    return fake.driver.heap.tensor(values)
+
+
+def graph_of(fast: CachedModule) -> Any:
+    (entry,) = fast._entries.values()
+    return entry.graph.graph
+
+
+# ---- loading
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "model.engine"
+    for source in (path, str(path)):
+        with pytest.raises(EngineFormatError) as caught:
+            graphcache.load(source)
+        assert (
+            str(caught.value) == f"{path} cannot be read (No such file or directory); expected a TensorRT engine file"
+        )
+    with pytest.raises(EngineFormatError, match="cannot be read"):
+        graphcache.load(tmp_path)
+
+
+def test_an_onnx_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"anything")
+    with pytest.raises(EngineFormatError) as caught:
+        graphcache.load(path)
+    assert str(caught.value) == (
+        f"{path} is an ONNX model; make an engine of it first: graphcache.build({str(path)!r})"
+    )
+
+
+def test_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tensorrt.use(monkeypatch, "none of them")
+    with pytest.raises(TensorRTNotFoundError, match=r"no flavour of TensorRT can be imported\. Tried tensorrt: "):
+        graphcache.load(serialize("affine"))
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_tensorrt.use(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "net.engine"
+    path.write_bytes(serialize("affine"))
+    with pytest.raises(
+        NoGpuError, match=r"^running net needs a CUDA device, and torch\.cuda\.is_available\(\) is False"
+    ):
+        graphcache.load(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (b"", EngineFormatError, "net: expected the bytes of an engine, got none"),
+        (serialize("affine")[:100], EngineFormatError, "net has 100 bytes, its header says 256; it was truncated"),
+        (b"foreign" * 20, EngineFormatError, "net is not a TensorRT-RTX engine: its 140 bytes begin with b'foreignf'"),
+        (
+            serialize("affine", version=(1, 4, 0, 76)),
+            EngineVersionError,
+            "net was built by TensorRT-RTX 1.4.0.76, and 1.5.0.114 is installed",
+        ),
+        (serialize("nothing"), EngineError, "net (256 bytes) was refused by tensorrt_rtx 1.5.0.114: CUDA_ERROR"),
+    ],
+)
+def test_damaged_files(fake: Torch, tmp_path: Path, data: bytes, kind: type[EngineError], message: str) -> None:
+    path = tmp_path / "net.engine"
+    path.write_bytes(data)
+    for source, name in ((path, ""), (data, "net")):
+        with pytest.raises(kind) as caught:
+            graphcache.load(source, name=name)
+        assert type(caught.value) is kind
+        assert str(caught.value).startswith(message)
+    assert fake.driver.leaked() == {}
+
+
+@pytest.mark.parametrize("source", [5, 10**15, 2.5, ["net.engine"], torch.zeros(2)])
+def test_what_is_neither_a_path_nor_bytes(fake: Torch, source: Any) -> None:
+    with pytest.raises(EngineFormatError, match=f"expected the bytes of an engine, got {type(source).__name__}$"):
+        graphcache.load(source)
+
+
+def test_bytes_must_be_bytes(fake: Torch) -> None:
+    with pytest.raises(EngineFormatError, match="net: expected the bytes of an engine, got str"):
+        EngineModule("net.engine", name="net")  # type: ignore[arg-type]
+
+
+def test_names(fake: Torch, tmp_path: Path) -> None:
+    path = tmp_path / "some.engine"
+    path.write_bytes(serialize("affine"))
+    assert graphcache.load(path).name == "some"
+    assert graphcache.load(str(path), name="other").name == "other"
+    assert graphcache.load(serialize("affine")).name == "Affine"
+    assert graphcache.load(bytearray(serialize("pair"))).name == "engine"  # type: ignore[arg-type]
+
+
+def test_what_torch_tensorrt_code_reads_off_it(fake: Torch) -> None:
+    settings, weights = object(), {"w": 1}
+    module = EngineModule(
+        serialize("pair"), ["b", "a"], ["product", "sum"], name="n", settings=settings, weight_name_map=weights
+    )
+    assert (module.input_binding_names, module.output_binding_names) == (["b", "a"], ["product", "sum"])
+    assert (module.settings, module.weight_name_map, module.serialized_engine) == (settings, weights, serialize("pair"))
+    a, b = rows(fake, 2), rows(fake, 2, 5)
+    assert torch.equal(module(b, a)[0], a * b)
+    assert list(module.parameters()) == []
+    assert module.extra_repr() == (
+        "n, (b: torch.float32 [-1, -1], a: torch.float32 [-1, -1]) -> (product: torch.float32 [-1, -1], "
+        "sum: torch.float32 [-1, -1])"
+    )
+
+
+# ---- arguments
+
+NAMES = ["a", "b"]
+
+
+@given(st.integers(0, 3), st.lists(st.sampled_from(["a", "b", "c"]), unique=True))
+def test_arguments_by_position_and_by_name(count: int, named: list[str]) -> None:
+    module = nn.Module.__new__(EngineModule)
+    nn.Module.__init__(module)
+    module.name, module.input_binding_names = "net", NAMES
+    args, kwargs = list(range(count)), {name: name for name in named}
+    right = not named or (sorted([*NAMES[:count], *named]) == NAMES)
+    if right:
+        wanted = args if not named else [*args, *NAMES[count:]]
+        assert module.bind(args, kwargs) == wanted
+        return
+    with pytest.raises(InputCountError) as caught:
+        module.bind(args, kwargs)
+    text = str(caught.value)
+    if "c" in named:
+        assert text == "net has no input 'c'; its inputs are a, b"
+    elif count > 2:
+        assert text == f"net takes 2 inputs (a, b), {count + len(named)} were given"
+    elif twice := [name for name in NAMES[:count] if name in named]:
+        assert text == f"input {twice[0]!r} of net was given by position and by name"
+    else:
+        missing = next(name for name in NAMES[count:] if name not in named)
+        assert text == f"input {missing!r} of net is missing; its inputs are a, b"
+
+
+def test_calls_by_name(fake: Torch) -> None:
+    module = load("pair")
+    a, b = rows(fake, 2), rows(fake, 2, 5)
+    for run in (module, graphcache.wrap(module)):
+        for _ in range(2):
+            assert torch.equal(run(b=b, a=a)[1], a * b)
+            assert torch.equal(run(a, b=b)[0], a + b)
+
+
+def test_bad_inputs_run_nothing(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module)
+    for run in (module, fast):
+        with pytest.raises(InputDtypeError, match=r"input 'x' of affine is torch\.float64"):
+            run(torch.zeros(2, 4, dtype=torch.float64))
+        with pytest.raises(ProfileRangeError, match=r"profile 0: 1\.\.4 x 4; profile 1: 8\.\.16 x 4"):
+            run(rows(fake, 5))
+        with pytest.raises(InputCountError, match=r"affine takes 1 inputs \(x\), 0 were given"):
+            run()
+    assert fast.cache_info().graphs == 0
+    assert "cuGraphLaunch" not in fake.driver.calls
+
+
+# ---- eager
+
+
+def test_answers_on_any_stream(fake: Torch) -> None:
+    """The stand-in finds every pair of unordered accesses of the context's scratch memory."""
+    module = load("affine")
+    streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
+    kept = []
+    for step, index in enumerate([0, 1, 2, 0, 0, 2, 1, 1]):
+        x = rows(fake, 1 + step % 4, step)
+        with fake.on(streams[index]):
+            kept.append((module(x), x * 3 + 1))
+            assert fake.raw_stream(0) == streams[index].cuda_stream
+    assert all(torch.equal(got, wanted) for got, wanted in kept)
+    module.close()
+    assert fake.driver.leaked() == {}
+
+
+def test_callers_on_the_default_stream_can_go_on_there(fake: Torch) -> None:
+    module = load("affine")
+    (y,) = [module(rows(fake, 2))]
+    side = record_engine.own_stream(module.device.index, "side").cuda_stream
+    assert fake.driver.ordered(side, 0)
+    assert y.shape == (2, 4)
+
+
+def test_never_on_the_default_stream_itself(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = IExecutionContext.execute_async_v3
+    monkeypatch.setattr(
+        IExecutionContext, "execute_async_v3", lambda self, stream: (seen.append(stream), real(self, stream))[1]
+    )
+    load("affine")(rows(fake, 2))
+    assert seen
+    assert 0 not in seen
+
+
+def test_threads_take_turns(fake: Torch) -> None:
+    module, streams = load("affine"), [fake.new_stream() for _ in range(4)]
+
+    def work(index: int) -> None:
+        with fake.on(streams[index]):
+            for step in range(10):
+                x = rows(fake, 1 + step % 4, 10 * index + step)
+                assert torch.equal(module(x), x * 3 + 1)
+
+    in_threads(work)
+
+
+def test_outputs_never_require_gradients(fake: Torch) -> None:
+    y = load("affine")(rows(fake, 2).requires_grad_())
+    assert not y.requires_grad
+
+
+def test_values_that_the_host_reads(fake: Torch) -> None:
+    module = load("head")
+    fast = graphcache.wrap(module)
+    assert module.host_inputs == (1,)
+    x = rows(fake, 16, -10)
+    for _ in range(2):
+        for n in (3, 9, 16):
+            for run in (module, fast):
+                assert torch.equal(run(x, torch.tensor([n])), x[:n].relu())
+    assert outcomes(fast) == (3, 3, {})
+    for run in (module, fast):
+        with pytest.raises(ProfileRangeError, match=r"input 'stop' of head has values \[17\]"):
+            run(x, torch.tensor([17]))
+
+
+def test_outputs_in_host_memory(fake: Torch) -> None:
+    module = load("length")
+    fast = graphcache.wrap(module)
+    x = numbers(fake, 1, 2, 3)
+    for run in (module, fast):
+        y, n = run(x)
+        assert torch.equal(y, -x)
+        assert n.tolist() == [3]
+    assert fast.cache_info().eager == {Reason.HOST_READ: 1}
+
+
+def test_outputs_of_unknown_shape(fake: Torch) -> None:
+    module = load("positive")
+    fast = graphcache.wrap(module)
+    kept = []
+    for values in ([1, -1, 2], [-1], [3, 4, 5, 6]):
+        x = numbers(fake, *values)
+        kept += [(run(x), x[x > 0].clone()) for run in (module, fast)]
+    assert all(torch.equal(got, wanted) for got, wanted in kept)
+    assert fast.cache_info().eager == {Reason.OUTPUT_ALLOCATOR: 3}
+
+
+def test_letting_tensorrt_allocate_what_it_need_not(fake: Torch) -> None:
+    module = load("pair")
+    fast = graphcache.wrap(module)
+    a = rows(fake, 2)
+    fast(a, a)
+    assert module.set_use_output_allocator(True) is False
+    assert module.uses_output_allocator
+    kept = [fast(rows(fake, n), rows(fake, n)) for n in (2, 5, 1)]
+    assert [each[0].shape[0] for each in kept] == [2, 5, 1]
+    assert torch.equal(kept[0][1], a * a)
+    assert module.set_use_output_allocator(False) is True
+    assert fast.cache_info().eager == {Reason.OUTPUT_ALLOCATOR: 3}
+    assert torch.equal(fast(a, a)[1], a * a)
+    assert EngineModule(serialize("pair"), requires_output_allocator=True).uses_output_allocator
+
+
+def test_a_refusal_names_the_engine_and_what_was_said(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("affine")
+    monkeypatch.setattr(IExecutionContext, "execute_async_v3", lambda self, stream: self._no("Myelin failed"))
+    with pytest.raises(EngineExecutionError) as caught:
+        module(rows(fake, 2))
+    assert str(caught.value) == (
+        "affine: TensorRT refused to run: IExecutionContext: Error Code 3: API Usage Error (Myelin failed)"
+    )
+    monkeypatch.undo()
+
+
+def test_profiles(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module)
+    for n in (2, 8, 4, 16, 2, 8):
+        x = rows(fake, n)
+        assert torch.equal(module(x), x * 3 + 1)
+        assert torch.equal(fast(x), x * 3 + 1)
+    assert outcomes(fast) == (2, 4, {})
+    module.set_optimization_profile(1)
+    assert module.profile_choice == 1
+    for run in (module, fast):
+        with pytest.raises(ProfileRangeError, match=r"\(profile 1: 8\.\.16 x 4\)"):
+            run(rows(fake, 2))
+    for bad in (-1, 2):
+        with pytest.raises(ConfigError, match=f"^affine has optimisation profiles 0 to 1, not {bad}$"):
+            module.set_optimization_profile(bad)
+    module.set_optimization_profile(None)
+    assert torch.equal(fast(rows(fake, 2)), rows(fake, 2) * 3 + 1)
+
+
+# ---- closing
+
+
+def test_closing_gives_everything_back(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module)
+    x = rows(fake, 2)
+    kept = [module(x), fast(x), fast(x)]
+    contexts = [weakref.ref(each) for each in IExecutionContext.made if each.engine is module.engine._engine]
+    assert len(contexts) == 2
+    fast.close()
+    module.close()
+    module.close()
+    gc.collect()
+    assert [reference() for reference in contexts] == [None, None]
+    assert fake.driver.leaked() == {}
+    assert len(fake.driver.heap.blocks) == 4, "the input and the answers"
+    assert all(torch.equal(each, x * 3 + 1) for each in kept)
+    with pytest.raises(ClosedError, match=r"^affine was closed; load it again$"):
+        module(x)
+    with pytest.raises(ClosedError, match=r"^affine was closed; wrap its \.module again$"):
+        fast(x)
+
+
+def test_closing_an_engine_closes_the_graphs_it_made_itself(fake: Torch) -> None:
+    module = load("affine")
+
+    def body() -> None:
+        graphcache.runtime.set_cudagraphs_mode(True)
+        for _ in range(3):
+            assert torch.equal(module(rows(fake, 2)), rows(fake, 2) * 3 + 1)
+        assert module._cached.cache_info().hits == 2
+
+    contextvars.copy_context().run(body)
+    module.close()
+    gc.collect()
+    assert fake.driver.leaked() == {}
+
+
+# ---- inside of a capture of the caller's
+
+
+def test_a_capture_of_the_callers(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module)
+    stream, x = fake.new_stream(), rows(fake, 2)
+    handle = driver.binding().CUstream(stream.cuda_stream)
+    with fake.on(stream):
+        module(x)
+        fast(x)
+        driver.begin_capture(handle)
+        y = fast(x)
+        graph = driver.end_capture(handle)
+        assert graph is not None
+        assert fast.cache_info().eager == {Reason.OUTER_CAPTURE: 1}
+        # The context that was captured is nobody else's from now on.
+        for n in (3, 4):
+            module(rows(fake, n))
+        executable = driver.instantiate(graph, stream.cuda_stream)
+        x.fill_(5)
+        driver.call("cuGraphLaunch", executable, handle)
+        assert torch.equal(y, x * 3 + 1)
+    assert len(module._recorded_elsewhere) == 1
+
+
+# ---- behind a cache
+
+
+def test_there_and_back_again(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"))
+    kept = []
+    for step, n in enumerate((2, 3, 2, 3, 2)):
+        x = rows(fake, n, step)
+        kept.append((fast(x), x * 3 + 1))
+    assert all(torch.equal(got, wanted) for got, wanted in kept)
+    assert outcomes(fast) == (3, 2, {})
+    assert all(entry.graph.graph.copies == 0 for entry in fast._entries.values())
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 9]), st.sampled_from(["plain", "same", "unaligned", "turned"]), st.integers(0, 2)
+        ),
+        max_size=8,
+    ),
+    st.sampled_from(["bind", "copy"]),
+    st.sampled_from(["private", "shared"]),
+    st.booleans(),
+)
+def test_any_calls(steps: list[tuple[int, str, int]], io: str, contexts: str, verified: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
+        prepare(fake, patch)
+        module = load("affine")
+        fast = graphcache.wrap(module, io=io, contexts=contexts, verify=verified, max_graphs=2)
+        streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
+        kept: list[tuple[Tensor, Tensor]] = []
+        same = {n: rows(fake, n, 50) for n in (1, 2, 9)}
+        for number, (n, how, stream) in enumerate(steps):
+            x = same[n] if how == "same" else rows(fake, n, number)
+            if how == "unaligned":
+                x = fake.empty(n, 4, offset=4).copy_(x)
+            elif how == "turned":
+                x = fake.empty(4, n).t().copy_(x)
+            with fake.on(streams[stream]):
+                kept.append((fast(x), x * 3 + 1))
+            assert fast.cache_info().graphs <= 2
+        assert all(torch.equal(got, wanted) for got, wanted in kept)
+        assert fast.cache_info().eager == {}
+        fast.close()
+        module.close()
+        gc.collect(0)
+        assert fake.driver.leaked() == {}
+        assert not fake.driver.capturing()
+
+
+def test_where_the_address_is_not_among_the_arguments_it_copies(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "graphcache")
+    fast = graphcache.wrap(load("hidden"))
+    for step in range(3):
+        x = numbers(fake, step, 1, 2)
+        assert torch.equal(fast(x), x * 2)
+    assert outcomes(fast) == (2, 1, {})
+    assert "hidden copies its inputs and outputs: tensor 1 stands in no node's arguments" in caplog.messages
+    assert graph_of(fast).copies == 0, "by nodes of the graph"
+    assert graph_of(fast).nodes == 3
+
+
+def test_where_an_argument_is_not_what_is_written_to_it_copies(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "graphcache")
+    fast = graphcache.wrap(load("deceiving"))
+    for step in range(3):
+        x = numbers(fake, step, 1, 2)
+        assert torch.equal(fast(x), x * 2)
+    assert outcomes(fast) == (2, 1, {})
+    (told,) = [each for each in caplog.messages if "copies its inputs" in each]
+    assert told.startswith("deceiving copies its inputs and outputs: pointed at others, output 0 differed by")
+    assert graph_of(fast).nodes == 3
+
+
+def test_an_output_in_the_memory_of_an_input_is_never_bound(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "graphcache")
+    fast = graphcache.wrap(load("cache"))
+    for step in range(3):
+        x = numbers(fake, step, 1)
+        assert torch.equal(fast(x), x + 1)
+    assert "cache copies its inputs and outputs: an output shares the memory of an input" in caplog.messages
+
+
+def test_empty_inputs(fake: Torch) -> None:
+    fast = graphcache.wrap(load("pair"))
+    none = fake.empty(0, 4)
+    for _ in range(2):
+        assert [tuple(each.shape) for each in fast(none, none)] == [(0, 4), (0, 4)]
+    assert outcomes(fast)[1] == 1
+
+
+def test_scalars(fake: Torch) -> None:
+    fast = graphcache.wrap(load("scalar"))
+    for factor in (2, 3, 4):
+        assert fast(numbers(fake, 1, 2), fake.driver.heap.tensor(factor)).tolist() == [factor, 2 * factor]
+    assert outcomes(fast) == (2, 1, {})
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_says_so_once(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
+    fast, other = graphcache.wrap(load("conditional")), graphcache.wrap(load("affine"))
+    for sign in (1, -1, 1):
+        x = numbers(fake, 3 * sign, -1 * sign)
+        assert torch.equal(fast(x), x.relu() if sign > 0 else -x)
+        assert torch.equal(other(rows(fake, 2)), rows(fake, 2) * 3 + 1)
+        assert not fake.driver.capturing()
+    assert fast.cache_info().eager == {Reason.NOT_CAPTURABLE: 3}
+    told = [each.getMessage() for each in caplog.records if each.name == "graphcache"]
+    assert len(told) == 1
+    assert "conditional ran eagerly: not_capturable" in told[0]
+    assert "IIfConditionalOutputLayer cannot be captured" in told[0]
+    assert other.cache_info().hits == 2
+    strict = graphcache.wrap(load("conditional"), on_failure="raise")
+    with pytest.raises(CaptureError, match="conditional: not_capturable"):
+        strict(numbers(fake, 1))
+
+
+def test_an_engine_that_gives_another_answer_each_time(fake: Torch) -> None:
+    fast = graphcache.wrap(load("unsteady"))
+    first, second = (fast(numbers(fake, 1, 2)) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert fast.cache_info().eager == {Reason.NONDETERMINISTIC: 2}
+
+
+def test_full_edges(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = driver.make_edges_full
+    monkeypatch.setattr(driver, "make_edges_full", lambda graph: made.append(real(graph)))
+    for edges, count in (("captured", 0), ("full", 2)):
+        fast = graphcache.wrap(load("affine"), edges=edges)
+        x = rows(fake, 2)
+        fast(x)
+        assert torch.equal(fast(x), x * 3 + 1)
+        assert len(made) == count
+
+
+def test_several_wrapped_modules_of_one_engine_on_several_streams(fake: Torch) -> None:
+    module = load("affine")
+    wrapped = [graphcache.wrap(module, io=io) for io in ("bind", "copy")]
+    streams = [fake.new_stream() for _ in range(2)]
+    for step in range(6):
+        x = rows(fake, 2, step)
+        for index, fast in enumerate([*wrapped, module]):
+            with fake.on(streams[(index + step) % 2]):
+                assert torch.equal(fast(x), x * 3 + 1)
+
+
+def test_threads_behind_a_cache(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"), max_graphs=2)
+    streams = [fake.new_stream() for _ in range(4)]
+
+    def work(index: int) -> None:
+        with fake.on(streams[index]):
+            for step in range(12):
+                x = rows(fake, 1 + (index + step) % 3, step)
+                assert torch.equal(fast(x), x * 3 + 1)
+
+    in_threads(work)
+    assert fast.cache_info().graphs <= 2
+
+
+def test_sessions(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"))
+    x = rows(fake, 2)
+    with fast.session(x) as session:
+        assert torch.equal(session.inputs[0], x)
+        for start in range(3):
+            session.inputs[0].copy_(rows(fake, 2, start))
+            session.run()
+            assert torch.equal(session.outputs, rows(fake, 2, start) * 3 + 1)
+        fake.driver.calls.clear()
+        session.run()
+        assert fake.driver.calls == ["cuGraphLaunch"]
+        run = session.run
+    with pytest.raises(ClosedError, match=r"^the graph was closed; make a new session$"):
+        run()
+    with pytest.raises(CaptureError, match="conditional: not_capturable"):
+        graphcache.wrap(load("conditional")).session(numbers(fake, 1))
+
+
+# ---- weight streaming
+
+
+def test_a_budget_for_weights(fake: Torch) -> None:
+    module = load("streaming")
+    fast = graphcache.wrap(module)
+    x = numbers(fake, 1, 2)
+    assert torch.equal(fast(x), x + 1)
+    assert torch.equal(module(x), x + 1)
+    assert module.get_streamable_device_memory_budget() == module.get_device_memory_budget() == 4096
+    assert module.get_automatic_device_memory_budget() == 2048
+    assert module.set_device_memory_budget(100) == 100
+    assert reason(fast, x) is Reason.WEIGHT_STREAMING
+    assert torch.equal(fast(x), x + 1)
+    assert module.set_device_memory_budget(4096) == 4096
+    for _ in range(2):
+        assert torch.equal(fast(x), x + 1)
+    assert fast.cache_info().hits == 1
+
+
+def test_no_other_budget_while_a_session_lives(fake: Torch) -> None:
+    module = load("streaming")
+    fast = graphcache.wrap(module)
+    session = fast.session(numbers(fake, 1, 2))
+    with pytest.raises(EngineError, match="1 execution contexts are still in use, by sessions or by captures"):
+        module.set_device_memory_budget(0)
+    session.run()
+    assert session.outputs.tolist() == [2, 3]
+    session.close()
+    del session
+    gc.collect()
+    assert module.set_device_memory_budget(0) == 0
+
+
+# ---- faults
+
+CALLS = [
+    "cuCtxGetCurrent",
+    "cuGraphExecKernelNodeSetParams",
+    "cuGraphGetEdges",
+    "cuGraphGetNodes",
+    "cuGraphInstantiateWithParams",
+    "cuGraphKernelNodeGetParams",
+    "cuGraphLaunch",
+    "cuGraphMemcpyNodeGetParams",
+    "cuGraphNodeGetType",
+    "cuMemcpyDtoDAsync",
+    "cuStreamBeginCapture",
+    "cuFuncGetParamInfo",
+]
+
+ORDER = ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"]
+
+
+@pytest.mark.parametrize("io", ["bind", "copy"])
+@pytest.mark.parametrize("name", [*CALLS, *ORDER])
+def test_wherever_the_driver_fails_the_call_is_answered_and_nothing_leaks(name: str, io: str) -> None:
+    failed: list[str] = []
+    for after in range(6):
+        with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
+            prepare(fake, patch)
+            module = load("affine")
+            fast = graphcache.wrap(module, io=io, edges="full")
+            stream, x = fake.new_stream(), rows(fake, 2)
+            with fake.on(stream):
+                fake.driver.fail(name, after=after)
+                try:
+                    assert torch.equal(fast(x), x * 3 + 1)
+                except (CudaError, RuntimeError) as error:
+                    failed.append(str(error))
+                assert not fake.driver.capturing()
+                assert fake.raw_stream(0) == stream.cuda_stream
+                fake.driver.forgive()
+                fast.clear()
+                for _ in range(2):
+                    assert torch.equal(fast(x), x * 3 + 1)
+                assert fast.cache_info().hits == 1
+            fast.close()
+            module.close()
+            gc.collect(0)
+            assert fake.driver.leaked() == {}, (name, after)
+    if name not in ORDER:
+        assert failed == [], "what only a capture needs does not keep a call from its answer"
+    assert all("CUDA_ERROR_UNKNOWN" in each for each in failed)
+
+
+@pytest.mark.parametrize("io", ["bind", "copy"])
+def test_wherever_memory_runs_out(io: str) -> None:
+    answered = 0
+    for after in range(40):
+        with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
+            prepare(fake, patch)
+            module = load("affine")
+            fast = graphcache.wrap(module, io=io)
+            stream, x = fake.new_stream(), rows(fake, 2)
+            with fake.on(stream):
+                fake.driver.heap.refuse_after = after
+                try:
+                    answer = fast(x)
+                except torch.cuda.OutOfMemoryError:
+                    answer = None
+                fake.driver.heap.refuse_after = None
+                if answer is not None:
+                    assert torch.equal(answer, x * 3 + 1)
+                    answered += 1
+                assert not fake.driver.capturing()
+                fast.clear()
+                for _ in range(2):
+                    assert torch.equal(fast(x), x * 3 + 1)
+                assert fast.cache_info().hits == 1
+            fast.close()
+            module.close()
+            gc.collect(0)
+            assert fake.driver.leaked() == {}, after
+    assert answered, "with enough memory there is an answer"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("io", ["bind", "copy"])
+def test_wherever_it_is_interrupted(io: str, error: type[BaseException]) -> None:
+    interrupted = 0
+    for after in range(6):
+        with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
+            prepare(fake, patch)
+            module = load("affine")
+            fast = graphcache.wrap(module, io=io)
+            stream, x = fake.new_stream(), rows(fake, 2)
+            countdown = iter([False] * after + [True])
+            real = IExecutionContext.execute_async_v3
+
+            def execute(self: IExecutionContext, stream: int, real: Any = real, countdown: Any = countdown) -> bool:
+                if next(countdown, False):
+                    raise error
+                return bool(real(self, stream))
+
+            with fake.on(stream):
+                with pytest.MonkeyPatch.context() as inner:
+                    inner.setattr(IExecutionContext, "execute_async_v3", execute)
+                    try:
+                        assert torch.equal(fast(x), x * 3 + 1)
+                    except error:
+                        interrupted += 1
+                assert not fake.driver.capturing()
+                assert gc.isenabled()
+                assert fake.raw_stream(0) == stream.cuda_stream
+                for _ in range(2):
+                    assert torch.equal(fast(x), x * 3 + 1)
+                assert fast.cache_info().eager == {}
+            fast.close()
+            module.close()
+            gc.collect(0)
+            assert fake.driver.leaked() == {}
+    assert interrupted >= 4
+
+
+def test_an_error_of_a_device_that_is_lost_is_told(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module)
+    x = rows(fake, 2)
+    fast(x)
+    fake.driver.lost = "ILLEGAL_ADDRESS"
+    with pytest.raises(CudaError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        fast(x)
+    fake.driver.forgive()
+
+
+def test_the_stand_in_would_find_unordered_work(fake: Torch) -> None:
+    """What the tests above rest on: without the lane, two calls on two streams are found to race."""
+    module = load("affine")
+    with fake.on(fake.new_stream()):
+        module(rows(fake, 2))
+    module.lane.handle, module.lane.stream = None, -1
+    with fake.on(fake.new_stream()), pytest.raises(Violation, match="race for memory"):
+        module(rows(fake, 2))
