@@ -7,7 +7,7 @@ both. A call of plain tensors is described without looking for anything else; ev
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from enum import Enum
+from enum import EnumType
 from typing import Any
 
 import torch
@@ -57,8 +57,11 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     try:
         _walk(args, "args", parts, tensors)
         _walk(kwargs, "kwargs", parts, tensors)
-    except RecursionError as error:
-        raise Refusal(Reason.ARGUMENT, detail="a container contains itself") from error
+    except Refusal:
+        raise
+    except Exception as error:
+        # A container that contains itself, or an object that cannot be looked at.
+        raise Refusal(Reason.ARGUMENT, detail=f"looking at it raised {type(error).__name__}") from error
     return (*_state(tensors), *parts, *_repeats(tensors)), tensors
 
 
@@ -138,8 +141,11 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
         parts.append((float, value.hex()))
     elif kind is complex:
         parts.append((complex, value.real.hex(), value.imag.hex()))
-    elif kind in _CONSTANTS or isinstance(value, Enum):
+    elif kind in _CONSTANTS:
         parts.append((kind, value))
+    elif isinstance(kind, EnumType):
+        # By name, as members may be equal to other things; the names of combined flags are made of their members'.
+        parts.append((kind, value._name_, None if value._name_ else int(value._value_)))
     elif kind is tuple or kind is list:
         parts.append((kind, len(value)))
         for index, item in enumerate(value):
@@ -153,17 +159,23 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
         parts.append((kind, len(_OPEN_CONSTANTS[kind](value))))
         for item in _OPEN_CONSTANTS[kind](value):
             _constant(item, where, parts)
-    elif isinstance(value, tuple) and hasattr(kind, "_fields"):
+    elif _is_named_tuple(kind):
         parts.append((kind, len(value)))
         for name, item in zip(kind._fields, value, strict=True):
             _walk(item, f"{where}.{name}", parts, tensors)
     elif kind in pytree.SUPPORTED_NODES:
         children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
-        parts.append((kind, len(children), repr(context)))
+        parts.append((kind, len(children)))
+        _constant(context, where, parts)
         for index, item in enumerate(children):
             _walk(item, f"{where}[{index}]", parts, tensors)
     else:
         raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
+
+
+def _is_named_tuple(kind: type) -> bool:
+    # Not one that was derived from it, which may have attributes of its own.
+    return kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
 
 
 def _constant(value: Any, where: str, parts: list[Hashable]) -> None:
@@ -180,7 +192,7 @@ def _replace(value: Any, tensors: Any) -> Any:
         return next(tensors)
     if kind is tuple or kind is list:
         return kind([_replace(item, tensors) for item in value])
-    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+    if _is_named_tuple(kind):
         return kind(*[_replace(item, tensors) for item in value])
     if kind is dict:
         return {name: _replace(item, tensors) for name, item in value.items()}
@@ -208,7 +220,7 @@ def _autocast() -> Hashable:
 
 
 _CONSTANTS = frozenset(
-    {type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
+    {type(None), type, bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
 _OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
     torch.Size: tuple,

@@ -54,7 +54,11 @@ def capture_enqueue(enqueue: Callable[[int], bool], lane: Lane, where: str, said
         if captured is not None:
             driver.call("cuGraphDestroy", captured)
         if isinstance(accepted, BaseException):
-            raise accepted
+            try:
+                raise accepted
+            finally:
+                # The exception refers to this frame: no cycle may keep buffers until the next collection.
+                accepted = False
         raise Refusal(Reason.NOT_CAPTURABLE, where, said() or "the enqueue was refused or invalidated the capture")
     return captured
 

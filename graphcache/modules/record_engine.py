@@ -12,7 +12,7 @@ from torch import Tensor
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
 from graphcache.engines.library import words
-from graphcache.errors import Cause, CudaError, EngineExecutionError, Reason, Refusal
+from graphcache.errors import Cause, EngineExecutionError, Reason, Refusal
 from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy
@@ -54,11 +54,16 @@ class EngineRecorder:
                 outcome = Recorded(self._capture([value.detach() for value in given], profile, answer), self._build)
         except Refusal as refusal:
             outcome = refusal.cause
-        except (RuntimeError, CudaError, EngineExecutionError) as error:
+        except Exception as error:
             outcome = refusal_of(error, module.name).cause
         if not answer:
             return self._eagerly(args, kwargs), outcome
-        # Copies, since these were made on the capture stream, and outside of the caller's inference mode.
+        # Copies, since these were made on the capture stream, and outside of the caller's inference mode. Another
+        # capture must not get their memory before they are copied.
+        stream = torch.cuda.current_stream(module.device)
+        for tensor in answer:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
         return self._build([tensor.clone() for tensor in answer], inputs), outcome
 
     def release(self) -> None:

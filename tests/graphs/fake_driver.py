@@ -13,6 +13,7 @@ import enum
 import functools
 import inspect
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from graphcache.graphs import capture, cuda, lane, pointers, slots
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
-_ARENA = 1 << 28
+_ARENA = 1 << 25
 
 
 class Violation(AssertionError):
@@ -763,7 +764,11 @@ class Driver:
         known = self._functions[int(nodeParams.func) or int(nodeParams.kern)]
         if known is not self._functions[int(node.params.func) or int(node.params.kern)]:
             raise _Failed("INVALID_VALUE")
+        if not _readable(nodeParams.kernelParams, 8 * len(known.sizes)):
+            raise Violation("the array of arguments is no memory")
         addresses = (ctypes.c_void_p * max(len(known.sizes), 1)).from_address(nodeParams.kernelParams)
+        if not all(map(_readable, addresses, known.sizes)):
+            raise Violation("the array of arguments is shorter than the kernel's list of them")
         copied = [ctypes.string_at(address or 0, size) for address, size in zip(addresses, known.sizes, strict=False)]
         executable.nodes[int(hNode)] = _Node(node.kind, nodeParams.copy(), copied)
 
@@ -911,6 +916,18 @@ class Driver:
             memory.write(int(params.dst), bytes([params.value]) * params.width)
         for child in node.children:
             self._run(child, stream)
+
+
+def _readable(address: int | None, nbytes: int) -> bool:
+    """Whether there is memory, without the crash if there is none: the kernel looks before it copies into a pipe."""
+    if not nbytes or os.name != "posix":
+        return True
+    source, sink = os.pipe()
+    try:
+        return bool(ctypes.CDLL(None).write(sink, ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) == nbytes)
+    finally:
+        os.close(source)
+        os.close(sink)
 
 
 class Stream:
