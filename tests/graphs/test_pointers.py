@@ -443,21 +443,6 @@ def test_captures_of_other_tensors_than_said(fake: Torch) -> None:
         find_pointers(*graphs, ours, theirs)
 
 
-@pytest.mark.parametrize("by_kern", [False, True])
-def test_not_being_told_of_an_argument_is_not_the_end_of_them(fake: Torch, by_kern: bool) -> None:
-    """The driver would read the arguments that were left out from behind the array, at every launch that follows."""
-    kernel = fake.driver.kernel([8, 8, 4], nothing)
-
-    def record(tensors: list[Tensor], stream: int) -> None:
-        arguments = [pointer(tensors[0]), pointer(tensors[1]), integer(3, 4)]
-        fake.driver.launch(kernel, arguments, stream, by_kern=by_kern)
-
-    name = "cuKernelGetParamInfo" if by_kern else "cuFuncGetParamInfo"
-    fake.driver.fail(name, after=2)
-    with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_UNKNOWN"):
-        find(fake, record)
-
-
 # ---- copy nodes
 
 
