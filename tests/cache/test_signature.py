@@ -205,7 +205,6 @@ def test_autocast_counts_with_its_dtype(wrapped):
         [1, [object()]],
         {"a": {1}},
         {object(): 1},
-        int,
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -287,3 +286,8 @@ def test_a_structure_that_contains_itself_is_refused():
 def _alike(tensor: Tensor) -> Tensor:
     other = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage().clone())
     return other.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def test_classes_are_constants_told_apart_by_identity():
+    assert describe((int,), {})[0] == describe((int,), {})[0]
+    assert describe((int,), {})[0] != describe((bool,), {})[0]
