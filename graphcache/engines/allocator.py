@@ -44,20 +44,28 @@ class GrowingOutputs:
             context.set_output_allocator(name, None)
             self._installed.discard(name)
 
+    def check(self) -> None:
+        """Raise what happened while TensorRT asked for memory in the last run, if anything did.
+
+        Raises:
+            EngineExecutionError: If there was none.
+            KeyboardInterrupt: If that arrived meanwhile; from inside TensorRT it could not be raised.
+        """
+        for name in self._installed:
+            error = self._allocators[name].error
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            if error is not None:
+                raise EngineExecutionError(f"{self._engine.name}: no memory for output {name!r}: {error}") from error
+
     def take(self, name: str) -> Tensor:
         """A copy of an output's buffer in the shape that TensorRT told, on the current stream.
 
         Raises:
             EngineExecutionError: If there is no such buffer, because memory ran out or TensorRT never asked.
         """
+        self.check()
         allocator = self._allocators[name]
-        if allocator.error is not None and not isinstance(allocator.error, Exception):
-            # A Ctrl-C that arrived while TensorRT was asking.
-            raise allocator.error
-        if allocator.error is not None:
-            raise EngineExecutionError(
-                f"{self._engine.name}: no memory for output {name!r}: {allocator.error}"
-            ) from allocator.error
         if allocator.shape is None:
             raise EngineExecutionError(f"{self._engine.name}: TensorRT did not tell the shape of output {name!r}")
         dtype = next(binding.dtype for binding in self._engine.outputs if binding.name == name)

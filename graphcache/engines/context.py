@@ -125,6 +125,14 @@ class Context:
         """
         return self._growing.take(name)
 
+    def check_grown(self) -> None:
+        """Raise what went wrong while TensorRT asked the growing allocator for memory, if anything did.
+
+        Raises:
+            EngineExecutionError: If there was no memory.
+        """
+        self._growing.check()
+
     def let_go(self) -> None:
         """Drop the references to the last inputs and outputs. Addresses are set again at the next call."""
         self._held = {binding.name: self._held[binding.name] for binding in self.engine.inputs if binding.on_host}

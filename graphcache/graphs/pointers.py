@@ -246,8 +246,12 @@ def _argument_sizes(params: Any) -> Iterator[int]:
     )
     for index in itertools.count():
         code, _, size = get(function, index)
-        if code:
+        # The documented answer to an index past the last argument. Anything else must not pass for it: the driver would
+        # read the arguments that were left out from behind our array.
+        if code == api.CUresult.CUDA_ERROR_INVALID_VALUE:
             return
+        if code:
+            raise CannotBind(f"the driver did not tell of argument {index} of a kernel ({code.name})")
         yield int(size)
 
 

@@ -338,6 +338,7 @@ class EngineModule(nn.Module):
         context.set_outputs(outputs)
         with self.engine.said() as said:
             if not context.enqueue(stream):
+                context.check_grown()
                 raise EngineExecutionError(f"{self.name}: TensorRT refused to run: {words(said)}")
         if any(binding.on_host for binding in self.engine.outputs):
             torch.cuda.current_stream().synchronize()

@@ -268,6 +268,16 @@ NETWORKS: dict[str, Network] = {
         lambda given: {"y": given["x"] * 2},
         hides="as well",
     ),
+    "scaled": Network(
+        (IO("x", True, (-1,), ranges=(_range((1,), (64,)),)), IO("y", False, (-1,))),
+        lambda shapes, _: {"y": shapes["x"]},
+        lambda given: {"y": given["x"] * 2},
+    ),
+    "overlapping": Network(
+        (IO("x", True, (-1,), ranges=(_range((1,), (8,)), _range((4,), (16,)))), IO("y", False, (-1,))),
+        lambda shapes, _: {"y": shapes["x"]},
+        lambda given: {"y": given["x"] * 2},
+    ),
     "unsteady": Network(
         (IO("x", True, (-1,), ranges=(_range((1,), (64,)),)), IO("y", False, (-1,))),
         lambda shapes, _: {"y": shapes["x"]},

@@ -174,6 +174,14 @@ def test_shapes_again_after_a_change_of_profile_and_addresses_not(fake: Torch) -
     assert torch.equal(run(small)[0], small * 3 + 1)
 
 
+def test_the_same_shape_under_another_profile_is_told_again(fake: Torch) -> None:
+    run = Runner(fake, "overlapping")
+    x = fake.driver.heap.tensor(range(6))
+    for profile in (0, 1, 0):
+        assert torch.equal(run(x, profile=profile)[0], x * 2)
+        assert run.trt.active_optimization_profile == profile
+
+
 # ---- what TensorRT refuses
 
 
@@ -274,6 +282,16 @@ def test_host_values_outlive_the_call(fake: Torch) -> None:
     assert y.shape == (7, 4)
 
 
+def test_host_values_are_those_of_the_time_when_they_were_set(fake: Torch) -> None:
+    run = Runner(fake, "head")
+    x, stop = rows(fake, 16), torch.tensor([7])
+    (y,) = run.set(x, stop)
+    stop[0] = 12
+    assert run.context.enqueue(run.stream)
+    assert y is not None
+    assert torch.equal(y, x[:7].relu())
+
+
 def test_the_strides_of_host_values_do_not_matter(fake: Torch) -> None:
     run = Runner(fake, "head")
     x = rows(fake, 16)
@@ -316,6 +334,17 @@ def test_back_to_an_address_of_the_callers(fake: Torch) -> None:
         run.told.clear()
         run(x)
         assert "set_output_allocator" not in run.told
+
+
+def test_back_to_the_very_address_there_was_before(fake: Torch) -> None:
+    run = Runner(fake, "affine")
+    x, y = rows(fake, 2), rows(fake, 2)
+    for outputs in ([y], [None], [y]):
+        y.zero_()
+        run.context.set_inputs([x], 0, run.stream)
+        run.context.set_outputs(outputs)
+        assert run.context.enqueue(run.stream)
+    assert torch.equal(y, x * 3 + 1)
 
 
 # ---- captures

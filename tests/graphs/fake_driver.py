@@ -259,6 +259,8 @@ class Heap:
         self.blocks: dict[int, _Block] = {}
         self.refuse_after: int | None = None
         """After how many more allocations memory has run out."""
+        self.pool: Pool | None = None
+        """Where memory comes from now, which keeps it."""
 
     def empty(self, *shape: Any, dtype: torch.dtype = torch.float32, offset: int = 0, **_: Any) -> Tensor:
         """An uninitialised tensor, ``offset`` bytes behind an aligned address."""
@@ -292,6 +294,8 @@ class Heap:
         memory = (ctypes.c_char * nbytes).from_buffer(self._arena, place)
         start = self._base + place
         self.blocks[start] = _Block(start, nbytes)
+        if self.pool is not None:
+            self.pool.kept.append(memory)
         weakref.finalize(memory, self.blocks.pop, start).atexit = False
         return torch.frombuffer(memory, dtype=meta.dtype).as_strided(meta.shape, meta.stride())
 
@@ -960,9 +964,14 @@ class Stream:
         return hash(self.cuda_stream)
 
 
-class _Pool:
+class Pool:
+    """Stands in for ``torch.cuda.MemPool``: what was allocated from it lives as long as it does."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
     def snapshot(self) -> list[dict[str, int]]:
-        return []
+        return [{"total_size": ctypes.sizeof(memory)} for memory in self.kept]
 
 
 class Torch:
@@ -986,8 +995,8 @@ class Torch:
             current_device=lambda: 0,
             is_available=lambda: True,
             ExternalStream=lambda handle, device: Stream(driver, handle),
-            MemPool=_Pool,
-            use_mem_pool=lambda pool: nullcontext(),
+            MemPool=Pool,
+            use_mem_pool=self.use_mem_pool,
             OutOfMemoryError=torch.cuda.OutOfMemoryError,
         )
 
@@ -1016,6 +1025,15 @@ class Torch:
             yield
         finally:
             self.current.stream = before
+
+    @contextmanager
+    def use_mem_pool(self, pool: Pool) -> Iterator[None]:
+        """``torch.cuda.use_mem_pool``."""
+        before, self.driver.heap.pool = self.driver.heap.pool, pool
+        try:
+            yield
+        finally:
+            self.driver.heap.pool = before
 
     def _clear(self) -> None:
         self.workspaces_cleared += 1

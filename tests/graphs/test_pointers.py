@@ -504,3 +504,18 @@ def test_a_failing_call_is_a_cuda_error(fake: Torch) -> None:
         fake.driver.fail(name)
         with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_UNKNOWN"):
             find_copies(graph, [torch.zeros(1)])
+
+
+@pytest.mark.parametrize("by_kern", [False, True])
+def test_not_being_told_of_an_argument_is_not_the_end_of_them(fake: Torch, by_kern: bool) -> None:
+    """The driver would read the arguments that were left out from behind the array, at every launch that follows."""
+    kernel = fake.driver.kernel([8, 8, 4], nothing)
+
+    def record(tensors: list[Tensor], stream: int) -> None:
+        arguments = [pointer(tensors[0]), pointer(tensors[1]), integer(3, 4)]
+        fake.driver.launch(kernel, arguments, stream, by_kern=by_kern)
+
+    name = "cuKernelGetParamInfo" if by_kern else "cuFuncGetParamInfo"
+    fake.driver.fail(name, after=2)
+    with pytest.raises(CannotBind, match=r"did not tell of argument 2 of a kernel \(CUDA_ERROR_UNKNOWN\)"):
+        find(fake, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import itertools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -34,12 +35,13 @@ from graphcache.errors import (
     ProfileRangeError,
     TensorRTNotFoundError,
 )
-from graphcache.graphs import driver, verify
+from graphcache.graphs import buffers, driver, verify
 from graphcache.modules import cached, record_engine
 from graphcache.modules import engine as room
+from graphcache.modules.record_torch import TorchRecorder
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
-from tests.graphs.fake_driver import Stream, Torch, Violation, installed
+from tests.graphs.fake_driver import Stream, Torch, Violation, address, installed, pointer
 from tests.helpers import in_threads, outcomes, reason
 
 MODULES = (allocator, context, engine, library, verify, room, record_engine)
@@ -250,12 +252,15 @@ def test_answers_on_any_stream(fake: Torch) -> None:
     assert fake.driver.leaked() == {}
 
 
-def test_callers_on_the_default_stream_can_go_on_there(fake: Torch) -> None:
+def test_the_default_stream_keeps_its_order(fake: Torch) -> None:
     module = load("affine")
-    (y,) = [module(rows(fake, 2))]
-    side = record_engine.own_stream(module.device.index, "side").cuda_stream
-    assert fake.driver.ordered(side, 0)
-    assert y.shape == (2, 4)
+    x, y = rows(fake, 2), rows(fake, 2)
+    writes = fake.driver.kernel([8], lambda memory, place: memory.store(address(place), y))
+    fake.driver.launch(writes, [pointer(x)], 0)
+    y = y * 2
+    fake.driver.launch(writes, [pointer(x)], 0)
+    assert torch.equal(module(x), y * 3 + 1), "it runs after what the caller enqueued, or the two would race"
+    fake.driver.launch(writes, [pointer(x)], 0)
 
 
 def test_never_on_the_default_stream_itself(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +326,33 @@ def test_outputs_of_unknown_shape(fake: Torch) -> None:
         kept += [(run(x), x[x > 0].clone()) for run in (module, fast)]
     assert all(torch.equal(got, wanted) for got, wanted in kept)
     assert fast.cache_info().eager == {Reason.OUTPUT_ALLOCATOR: 3}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to")])
+def test_what_happened_while_tensorrt_asked_for_memory_is_told(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    module, x, real = load("positive"), numbers(fake, 1, -1, 2), fake.empty
+
+    def empty(*shape: Any, **options: Any) -> Tensor:
+        if (
+            module._context is not None
+            and options["dtype"] is torch.uint8
+            and "y" in module._context._growing._installed
+        ):
+            raise error
+        return real(*shape, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "empty", empty)
+        if isinstance(error, Exception):
+            with pytest.raises(EngineExecutionError, match="no memory for output 'y': CUDA out of memory") as caught:
+                module(x)
+            assert caught.value.__cause__ is error
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                module(x)
+    assert module(x).tolist() == [1, 2]
 
 
 def test_letting_tensorrt_allocate_what_it_need_not(fake: Torch) -> None:
@@ -432,7 +464,8 @@ def test_a_capture_of_the_callers(fake: Torch) -> None:
         x.fill_(5)
         driver.call("cuGraphLaunch", executable, handle)
         assert torch.equal(y, x * 3 + 1)
-    assert len(module._recorded_elsewhere) == 1
+    (recorded,) = module._recorded_elsewhere
+    assert recorded is not module._context
 
 
 # ---- behind a cache
@@ -615,6 +648,159 @@ def test_sessions(fake: Torch) -> None:
         graphcache.wrap(load("conditional")).session(numbers(fake, 1))
 
 
+# ---- engines inside of a captured module
+
+
+class Chain(nn.Module):
+    """Engines one after another, captured as one graph; the last output is handed out, and the first one too."""
+
+    def __init__(self, *engines: EngineModule) -> None:
+        super().__init__()
+        self.engines = nn.ModuleList(engines)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = [x]
+        for each in self.engines:
+            y.append(each(y[-1]))
+        return {"last": y[-1], "first": y[1]}
+
+
+@pytest.fixture
+def whole(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> Torch:
+    """Whole modules are captured by the driver, as they are where tensors lie on a CUDA device."""
+    monkeypatch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
+    monkeypatch.setattr(buffers, "torch", fake)
+    return fake
+
+
+def test_two_engines_are_one_graph(whole: Torch) -> None:
+    engines = load("affine"), load("affine")
+    model = Chain(*engines)
+    fast = graphcache.wrap(model, strategy="whole_graph")
+    streams, kept = [whole.new_stream() for _ in range(2)], []
+    for step in range(9):
+        x = rows(whole, 1 + step % 3, step)
+        with whole.on(streams[step % 2]):
+            kept.append((fast(x), x * 9 + 4, x * 3 + 1))
+    for got, last, first in kept:
+        assert torch.equal(got["last"], last)
+        assert torch.equal(got["first"], first)
+    assert outcomes(fast) == (6, 3, {})
+    assert all(entry.graph.graph.nodes == 5 for entry in fast._entries.values()), "a copy in, two engines, two out"
+    fast.close()
+    for each in engines:
+        assert not each._recorded_elsewhere
+        each.close()
+    gc.collect()
+    assert "graphs" not in whole.driver.leaked()
+    assert "executables" not in whole.driver.leaked()
+
+
+def test_one_engine_twice_in_a_graph(whole: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(Chain(module, module), strategy="whole_graph")
+    for step in range(4):
+        x = rows(whole, 2, step)
+        assert torch.equal(fast(x)["last"], x * 9 + 4)
+    assert outcomes(fast) == (3, 1, {})
+
+
+def test_every_engine_call_has_a_context_of_its_own_that_lives_with_the_graph(whole: Torch) -> None:
+    module = load("affine")
+    before = set(IExecutionContext.made)
+    fast = graphcache.wrap(Chain(module, module), strategy="whole_graph")
+    fast(rows(whole, 2))
+    made = weakref.WeakSet(set(IExecutionContext.made) - before)
+    assert len(made) == 3, "one for each call in the graph, one for eager calls"
+    del before
+    fast.close()
+    module.close()
+    gc.collect()
+    assert len(made) == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "why"),
+    [
+        ("conditional", Reason.NOT_CAPTURABLE),
+        ("unsteady", Reason.NONDETERMINISTIC),
+    ],
+)
+def test_an_engine_inside_that_cannot_be_captured(whole: Torch, network: str, why: Reason) -> None:
+    fast = graphcache.wrap(Chain(load("scaled"), load(network)), strategy="whole_graph")
+    for values in ([1, 2], [3, 4]):
+        x = numbers(whole, *values)
+        got = fast(x)
+        assert torch.equal(got["first"], x * 2)
+        assert not whole.driver.capturing()
+        if network != "unsteady":
+            assert torch.equal(got["last"], x * 2)
+    assert fast.cache_info().eager == {why: 2}
+
+
+def test_a_module_that_catches_the_refusal_is_not_captured_either(whole: Torch) -> None:
+    class Catches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = load("scaled"), load("length")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.one(x)
+            try:
+                return self.two(y)[0]  # type: ignore[no-any-return]
+            except Exception:
+                return y
+
+    fast = graphcache.wrap(Catches(), strategy="whole_graph")
+    for _ in range(2):
+        assert fast(numbers(whole, 1, 2)).tolist() == [-2, -4]
+    assert fast.cache_info().eager == {Reason.HOST_READ: 2}
+
+
+def test_an_engine_on_another_path_than_before_gets_a_context_of_its_own(whole: Torch) -> None:
+    """The warm-up ran the engines in another order than the capture does."""
+
+    forwards = itertools.cycle([True, False])
+
+    class Alternates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = load("affine"), load("affine")
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = (self.one, self.two) if next(forwards) else (self.two, self.one)
+            return second(first(x))  # type: ignore[no-any-return]
+
+    model = Alternates()
+    fast = graphcache.wrap(model, strategy="whole_graph")
+    for step in range(4):
+        x = rows(whole, 2, step)
+        assert torch.equal(fast(x), x * 9 + 4)
+        assert not whole.driver.capturing()
+    assert fast.cache_info().eager == {Reason.NOT_CAPTURABLE: 4}, "that context has not run before"
+
+
+def test_an_interrupt_inside_of_a_whole_graph(whole: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(Chain(module, module), strategy="whole_graph")
+    real, countdown = IExecutionContext.execute_async_v3, iter([False] * 5 + [True])
+
+    def execute(self: IExecutionContext, stream: int) -> bool:
+        if next(countdown, False):
+            raise KeyboardInterrupt
+        return bool(real(self, stream))
+
+    x = rows(whole, 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(IExecutionContext, "execute_async_v3", execute)
+        fast(x)
+    assert not whole.driver.capturing()
+    assert whole.raw_stream(0) == 0
+    for _ in range(2):
+        assert torch.equal(fast(x)["last"], x * 9 + 4)
+    assert outcomes(fast) == (1, 1, {})
+
+
 # ---- weight streaming
 
 
@@ -663,7 +849,6 @@ CALLS = [
     "cuGraphNodeGetType",
     "cuMemcpyDtoDAsync",
     "cuStreamBeginCapture",
-    "cuFuncGetParamInfo",
 ]
 
 ORDER = ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"]
