@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from graphcache.errors import ConfigError
+from graphcache.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,20 +69,24 @@ class GraphConfig:
     def __post_init__(self) -> None:
         for name, allowed in _LITERALS.items():
             value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"{name}={value!r} is not an option; expected one of {', '.join(map(repr, allowed))}")
+            if not isinstance(value, str) or value not in allowed:
+                raise ConfigError(
+                    f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}"
+                )
         listed = isinstance(self.include, Sequence) and not isinstance(self.include, str)
         if not listed or not all(isinstance(name, str) for name in self.include):
-            raise ConfigError(f"include={self.include!r}: expected a sequence of submodule names, such as ['encoder']")
+            raise ConfigError(
+                f"include={shown(self.include)}: expected a sequence of submodule names, such as ['encoder']"
+            )
         object.__setattr__(self, "include", tuple(self.include))
         for name in ("max_graphs", "max_bytes"):
             value = getattr(self, name)
             if value is None and name == "max_bytes":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r}: expected a whole number, 1 or more")
+                raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more")
         if not isinstance(self.verify, bool):
-            raise ConfigError(f"verify={self.verify!r}: expected True or False")
+            raise ConfigError(f"verify={shown(self.verify)}: expected True or False")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GraphConfig:
@@ -94,7 +98,7 @@ class GraphConfig:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                raise ConfigError(f"unknown option {name!r}; the options are {', '.join(known)}")
+                raise ConfigError(f"unknown option {shown(name)}; the options are {', '.join(known)}")
         return replace(cls(**environment_options()), **options)
 
 
@@ -120,8 +124,8 @@ def environment_options() -> dict[str, Any]:
         text = os.environ.get(variable, "").strip()
         if not text:
             continue
-        if not text.isdecimal() or int(text) < 1:
-            raise ConfigError(f"{variable}={text!r}: expected a whole number, 1 or more")
+        if not text.isdecimal() or len(text) > 30 or int(text) < 1:
+            raise ConfigError(f"{variable}={shown(text)}: expected a whole number, 1 or more")
         found[name] = int(text)
     return found
 
@@ -137,7 +141,7 @@ def disabled_by_environment() -> bool:
         return True
     if text in ("", "0", "false"):
         return False
-    raise ConfigError(f"GRAPHCACHE_DISABLE={text!r}: expected 1, true, 0, false or nothing")
+    raise ConfigError(f"GRAPHCACHE_DISABLE={shown(text)}: expected 1, true, 0, false or nothing")
 
 
 @dataclass(frozen=True, slots=True)

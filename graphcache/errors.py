@@ -258,6 +258,15 @@ class Cause:
         return f"{self.reason.value}: {self.reason.sentence}{where}{detail}. To change that: {self.reason.remedy}."
 
 
+def shown(value: object) -> str:
+    """``repr`` of anything, for a message: it never raises, and is never longer than 200 characters."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"an object of type {type(value).__name__} (whose repr raises {type(error).__name__})"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 class Refusal(Exception):
     """Raised inside a capture to say why it cannot be; never reaches the user."""
 

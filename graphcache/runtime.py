@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from graphcache.config import GraphConfig, modes
-from graphcache.errors import ConfigError, ModeConflictError
+from graphcache.errors import ConfigError, ModeConflictError, shown
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.engine import EngineModule
 
@@ -68,6 +68,7 @@ def enable_cudagraphs(module: nn.Module, *, strict: bool = False, **options: Any
         >>> with enable_cudagraphs(nn.Linear(4, 2).requires_grad_(False)) as fast:
         ...     y = fast(torch.zeros(1, 4))
     """
+    _check_bool("enable_cudagraphs(strict=...)", strict)
     if isinstance(module, CachedModule) and options:
         raise ConfigError(f"{module.ledger.name} is wrapped already, so options have no effect; give them to wrap()")
     if strict and (names := [name for name, engine in _engines(module) if engine.uses_output_allocator]):
@@ -102,6 +103,7 @@ def enable_output_allocator(module: nn.Module, *, strict: bool = False) -> Itera
     Raises:
         ModeConflictError: If ``strict``, and graphs are on in this context.
     """
+    _check_bool("enable_output_allocator(strict=...)", strict)
     if strict and modes.get().graphs in ("subgraph", "whole_graph"):
         raise ModeConflictError(
             "CUDA graphs and a dynamic output allocator are incompatible, and graphs are switched on here; leave "
@@ -141,13 +143,15 @@ class set_multi_device_safe_mode:
 
 
 def _engines(module: nn.Module) -> list[tuple[str, EngineModule]]:
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
     inner = module.module if isinstance(module, CachedModule) else module
     return [(name or engine.name, engine) for name, engine in inner.named_modules() if isinstance(engine, EngineModule)]
 
 
 def _check_bool(function: str, mode: object) -> None:
     if not isinstance(mode, bool):
-        raise ConfigError(f"{function} takes True or False, not {mode!r}")
+        raise ConfigError(f"{function} takes True or False, not {shown(mode)}")
 
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphcache.errors import Reason, Refusal
+from graphcache.errors import Reason, Refusal, shown
 
 Signature = tuple[Hashable, ...]
 
@@ -50,11 +50,12 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
         >>> one == two
         False
     """
-    if not kwargs and (signature := describe_flat(args)) is not None:
-        return signature, args
     parts: list[Hashable] = []
     tensors: list[Tensor] = []
     try:
+        # Inside, as nested tensors, plain and strided as they seem, have no shape to ask for.
+        if not kwargs and (signature := describe_flat(args)) is not None:
+            return signature, args
         _walk(args, "args", parts, tensors)
         _walk(kwargs, "kwargs", parts, tensors)
     except Refusal:
@@ -129,6 +130,8 @@ def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[
 
 
 def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) -> None:
+    if len(parts) > _MOST_PARTS:
+        raise Refusal(Reason.ARGUMENT, where.partition("[")[0], f"more than {_MOST_PARTS} values")
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
         if value.layout is not torch.strided:
@@ -154,7 +157,7 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
         parts.append((dict, len(value)))
         for name, item in value.items():
             _constant(name, f"a key of {where}", parts)
-            _walk(item, f"{where}[{name!r}]", parts, tensors)
+            _walk(item, f"{where}[{shown(name)}]", parts, tensors)
     elif kind in _OPEN_CONSTANTS:
         parts.append((kind, len(_OPEN_CONSTANTS[kind](value))))
         for item in _OPEN_CONSTANTS[kind](value):
@@ -222,6 +225,7 @@ def _autocast() -> Hashable:
 _CONSTANTS = frozenset(
     {type(None), type, bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
+_MOST_PARTS = 20_000
 _OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
     torch.Size: tuple,
     slice: lambda value: (value.start, value.stop, value.step),

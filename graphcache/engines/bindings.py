@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from graphcache.errors import (
     EngineError,
@@ -82,6 +83,8 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
             raise InputTypeError(
                 f"{label} is of type {type(value).__name__}; expected a torch.Tensor of {binding.dtype}"
             )
+        if value.layout is not torch.strided or value.is_nested or is_lazy(value) or _nowhere(value):
+            raise InputTypeError(f"{label} is not plain memory (layout {value.layout}); expected a dense torch.Tensor")
         if value.dtype is not binding.dtype:
             raise InputDtypeError(f"{label} is {value.dtype}, the engine takes {binding.dtype}; {_cast(binding.dtype)}")
         if value.device != device and not binding.on_host:
@@ -198,6 +201,10 @@ def _profile_values(engine: Any, name: str, profile: int) -> Sequence[Sequence[i
     except TypeError:
         found = engine.get_tensor_profile_values(name, profile)
     return found
+
+
+def _nowhere(value: Tensor) -> bool:
+    return value._is_zerotensor() or (value.numel() > 0 and not value.untyped_storage().nbytes())
 
 
 def _cast(dtype: torch.dtype) -> str:

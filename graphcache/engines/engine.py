@@ -13,7 +13,14 @@ import torch
 from graphcache.engines.bindings import Binding, read_bindings
 from graphcache.engines.header import check_header
 from graphcache.engines.library import Library, library, require_gpu, words
-from graphcache.errors import ConfigError, EngineError, EngineExecutionError, EngineFormatError, EngineVersionError
+from graphcache.errors import (
+    ConfigError,
+    EngineError,
+    EngineExecutionError,
+    EngineFormatError,
+    EngineVersionError,
+    shown,
+)
 
 
 class Engine:
@@ -48,6 +55,8 @@ class Engine:
     ) -> None:
         self.library = library(tensorrt)
         self.trt: Any = self.library.module
+        if not isinstance(name, str):
+            raise ConfigError(f"name={shown(name)}: expected text")
         label = name or "the engine"
         if not isinstance(serialized, (bytes, bytearray, memoryview)):
             raise EngineFormatError(f"{label}: expected the bytes of an engine, got {type(serialized).__name__}")

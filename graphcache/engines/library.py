@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from graphcache.errors import ConfigError, EngineError, NoGpuError, TensorRTNotFoundError
+from graphcache.errors import ConfigError, EngineError, NoGpuError, TensorRTNotFoundError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -95,12 +95,14 @@ def _named(name: str | None) -> Flavour | None:
     text = os.environ.get(source, "") if name is None else name
     if name is None and not text.strip():
         return None
-    known = str(text).strip().lower().replace("-", "_")
+    if not isinstance(text, str):
+        raise ConfigError(f"{source}={shown(text)}: expected the name of a flavour of TensorRT, such as 'tensorrt_rtx'")
+    known = text.strip().lower().replace("-", "_")
     for flavour in _FLAVOURS:
         if flavour in (known, _ALIASES.get(known)):
             return flavour
     raise ConfigError(
-        f"{source}={text!r} is no flavour of TensorRT; expected one of 'tensorrt', 'tensorrt_rtx' (or 'rtx'), "
+        f"{source}={shown(text)} is no flavour of TensorRT; expected one of 'tensorrt', 'tensorrt_rtx' (or 'rtx'), "
         "'tensorrt_lean' (or 'lean')"
     )
 
@@ -237,8 +239,12 @@ def load_plugin_library(path: str | os.PathLike[str], name: str | None = None) -
         TensorRTNotFoundError: As :func:`library`.
     """
     found = library(name)
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
+    try:
+        file = Path(path).expanduser().resolve()
+        there = file.is_file()
+    except (TypeError, ValueError, RuntimeError, OSError, LookupError) as error:
+        raise EngineError(f"{shown(path)} is no path of a plugin library: {_one_line(str(error))}") from error
+    if not there:
         raise EngineError(f"there is no plugin library at {file}; pass the path of a shared library (.so or .dll)")
     with _lock:
         if (found.flavour, file) not in _plugins:

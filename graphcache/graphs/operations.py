@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from graphcache.errors import Reason, Refusal
 
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
+_ASKS = frozenset({"storage_offset", "as_strided", "untyped_storage", "requires_grad", "is_leaf", "grad", "_base"})
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -21,15 +22,20 @@ class HostReads(TorchFunctionMode):
     Some operations take another path while such a mode is active, so it is for looking only, never for recording.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.found = ""
+        self._inputs = {storage_of(tensor) for tensor in inputs}
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _READS:
+            self.found = self.found or f"Tensor.{name}"
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name in _ASKS and args and isinstance(args[0], Tensor) and storage_of(args[0]) in self._inputs:
             self.found = self.found or f"Tensor.{name}"
         return func(*args, **(kwargs or {}))
 

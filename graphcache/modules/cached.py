@@ -76,7 +76,10 @@ class CachedModule(StandIn):
             )
         super().__init__(module)
         config = config or GraphConfig()
-        given_name = getattr(module, "name", "")
+        try:
+            given_name = getattr(module, "name", "")
+        except Exception:
+            given_name = ""
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name)

@@ -387,9 +387,9 @@ def load(source: str | Path | bytes, *, name: str = "") -> EngineModule:
         path = Path(source)
         try:
             data = path.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise EngineFormatError(
-                f"{path} cannot be read ({error.strerror}); expected a TensorRT engine file"
+                f"{path} cannot be read ({getattr(error, 'strerror', '') or error}); expected a TensorRT engine file"
             ) from error
         if path.suffix == ".onnx":
             raise EngineFormatError(

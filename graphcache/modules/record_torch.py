@@ -88,8 +88,10 @@ class TorchRecorder:
     def _on_host(self, call: _Call) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
         expected = call.eager(static, "a second time", call.answer.tensors)
-        with HostReads() as reads:
-            call.run(static)
+        if [_strides(t) for t in expected] != [_strides(t) for t in call.answer.tensors]:
+            raise Refusal(Reason.ARGUMENT, detail="elements of an input overlap, and an output shows it")
+        with HostReads(static) as reads:
+            call.call(static)
         if reads.found:
             raise Refusal(Reason.HOST_READ, reads.found)
         others = perturb(static)
@@ -173,12 +175,16 @@ class _Call:
         Raises:
             Refusal: If the answer is of another layout than the first one was.
         """
-        args, kwargs = substitute(self._args, self._kwargs, static)
-        with graphs_off():
-            answer = Answer(self._function(*args, **kwargs), static, self._state)
+        answer = Answer(self.call(static), static, self._state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer
+
+    def call(self, static: Sequence[Tensor]) -> Any:
+        """What the module returns for other tensors."""
+        args, kwargs = substitute(self._args, self._kwargs, static)
+        with graphs_off():
+            return self._function(*args, **kwargs)
 
     def eager(self, static: Sequence[Tensor], when: str, wanted: Sequence[Tensor]) -> list[Tensor]:
         """The outputs on some inputs, held against what they were before."""
@@ -210,6 +216,10 @@ class _Call:
     def kept(self) -> list[Tensor]:
         """The weights as they are now: while these live, no other tensor can take their address."""
         return [tensor.detach() for tensor in self._state]
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 @contextmanager

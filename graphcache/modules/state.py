@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
@@ -38,7 +39,7 @@ class Dependencies:
     def buffers(self) -> list[Tensor]:
         """Every strided buffer."""
         found = [tensor for m in self._modules for tensor in m._buffers.values() if tensor is not None]
-        return [tensor for tensor in found if tensor.layout is torch.strided]
+        return [tensor for tensor in found if not is_lazy(tensor) and tensor.layout is torch.strided]
 
     def requires_grad(self) -> bool:
         """Whether any parameter wants gradients."""

@@ -1,0 +1,919 @@
+"""The cures against silent wrong answers, taken out one by one: each is missed at once, and by a test that guards it.
+
+Every row of the table takes one function or attribute out, as if somebody had found it superfluous, and runs a small
+scenario. With the cure nothing is wrong; without it an answer is, or memory leaks, or a budget is overrun. Then the
+test that guards the cure is run without it, and has to fail. What only a device shows is not here.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import graphcache
+from graphcache import CachedModule
+from graphcache.cache import lru, signature
+from graphcache.graphs import host
+from graphcache.graphs import verify as judge
+from graphcache.modules import answers, cached, record_torch, state, strategy
+from tests.helpers import Fn, frozen, mlp, replays, same
+
+ROOT = Path(__file__).parent.parent
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+TakeOut = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Cure:
+    """Args:
+    take_out: Removes the cure for the length of a test.
+    harmed: Whether something goes wrong; an exception counts as well.
+    guard: The test that has to fail without the cure; empty where there is none but the scenario.
+    certain: Whether the guard fails every time; where threads have to meet by chance it need not.
+    """
+
+    take_out: TakeOut
+    harmed: Callable[[], bool]
+    guard: str
+    certain: bool = True
+
+
+# ---- ways to take something out
+
+
+def replace(owner: Any, name: str, value: Any) -> TakeOut:
+    """Put ``value`` in the place of an attribute that exists."""
+    return lambda patch: patch.setattr(owner, name, value)
+
+
+def around(owner: Any, name: str, change: Callable[..., Any]) -> TakeOut:
+    """Call ``change`` with the original function before the arguments."""
+
+    def take_out(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **kwargs: change(original, *args, **kwargs))
+
+    return take_out
+
+
+def both(*each: TakeOut) -> TakeOut:
+    """Several places that hold one cure."""
+
+    def take_out(patch: pytest.MonkeyPatch) -> None:
+        for one in each:
+            one(patch)
+
+    return take_out
+
+
+class Instead:
+    """Something with a few attributes exchanged; a room that looks them up finds these."""
+
+    def __init__(self, whole: Any, **instead: Any) -> None:
+        self.__dict__.update(instead, _whole=whole)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_whole"], name)
+
+
+def edited(change: Callable[[Any], Any], keep: Callable[[Any], bool] = lambda part: True) -> TakeOut:
+    """Signatures without some of their parts, or with others."""
+
+    def describe(original: Any, args: Any, kwargs: Any) -> Any:
+        parts, tensors = original(args, kwargs)
+        return tuple(change(part) for part in parts if keep(part)), tensors
+
+    def flat(original: Any, args: Any) -> Any:
+        parts = original(args)
+        return parts if parts is None else tuple(change(part) for part in parts if keep(part))
+
+    return both(around(cached, "describe", describe), around(signature, "describe_flat", flat))
+
+
+def nothing(*args: Any, **kwargs: Any) -> Any:
+    """Does nothing and finds nothing."""
+    return []
+
+
+# ---- what can be wrong
+
+
+def wrong(function: Any, *calls: Any, again: int = 1, **options: Any) -> bool:
+    """Whether the wrapped function answers one of the calls otherwise than the function does."""
+    module = function if isinstance(function, nn.Module) else Fn(function)
+    fast = graphcache.wrap(module, **options)
+    return any(differs(fast, call) for _ in range(again + 1) for call in calls)
+
+
+def differs(fast: CachedModule, call: Any) -> bool:
+    args = call if isinstance(call, tuple) else (call,)
+    return not same(fast(*args), fast.module(*args))
+
+
+def unseen(x: Tensor) -> float:
+    """The first element, read in a way that nobody notices."""
+
+    class Capsule:
+        def __dlpack__(self, **_: Any) -> Any:
+            return torch._C._to_dlpack(x.detach())
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (1, 0)
+
+    return float(np.from_dlpack(Capsule()).flat[0])
+
+
+def modes_in_turn(function: Any, *modes: Any, **options: Any) -> bool:
+    """Whether one of the modes gets the answer of another."""
+    fast = graphcache.wrap(function if isinstance(function, nn.Module) else Fn(function), **options)
+    for mode in (*modes, *modes):
+        with mode():
+            answer, eager = fast(X), fast.module(X)
+            if not same(answer, eager) or answer.requires_grad != eager.requires_grad:
+                return True
+    return False
+
+
+def changed_otherwise(step: Callable[[Any], Any], **attributes: Any) -> bool:
+    """Whether calls change a module's state otherwise than the same number of eager ones."""
+
+    def make() -> Any:
+        made = Fn(lambda self, x: (step(self), x * 2)[1], **{name: new() for name, new in attributes.items()})
+        return frozen(made)
+
+    module, twin = make(), make()
+    fast = graphcache.wrap(module)
+    for _ in range(4):
+        fast(X)
+        twin(X)
+    return any(not same(getattr(module, name), getattr(twin, name)) for name in attributes)
+
+
+def stale(change: Callable[[Any], Any], make: Callable[[], nn.Module] = mlp) -> bool:
+    """Whether a graph of before the change answers after it."""
+    module = make()
+    fast = graphcache.wrap(module)
+    fast(X)
+    fast(X)
+    change(module)
+    return any(not same(fast(X), module(X)) for _ in range(2))
+
+
+class Memory:
+    """Something for a cache to own."""
+
+    def __init__(self, nbytes: int = 1) -> None:
+        self.nbytes = nbytes
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+# ---- what goes wrong
+
+
+def _a_constant_is_taken_for_another() -> bool:
+    return wrong(lambda _, x, n: x * (2 if n is True else 3), (X, 1), (X, True))
+
+
+def _a_zero_is_taken_for_the_other() -> bool:
+    return wrong(lambda _, x, n: x * (2 if str(n) == "-0.0" else 3), (X, 0.0), (X, -0.0))
+
+
+def _a_tensor_that_is_a_key_is_frozen() -> bool:
+    return wrong(lambda _, x, table: x * next(iter(table)), (X, {X + 1: 1}), (X, {X + 2: 1}))
+
+
+def _two_tensors_are_taken_for_one() -> bool:
+    return wrong(lambda _, x, y: x * (2 if x is y else 3), (X, X.clone()), (X, X))
+
+
+def _gradients_are_lost() -> bool:
+    fast = graphcache.wrap(Fn(lambda _, x: x * 2))
+    fast(torch.ones(2))
+    return not fast(torch.ones(2, requires_grad=True)).requires_grad
+
+
+def _the_other_autocast_answers() -> bool:
+    return modes_in_turn(frozen(nn.Linear(4, 4)), nullcontext, lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+def _the_other_dtype_of_autocast_answers() -> bool:
+    half, brain = (lambda dtype=dtype: torch.autocast("cpu", dtype) for dtype in (torch.float16, torch.bfloat16))
+    return modes_in_turn(frozen(nn.Linear(4, 4)), half, brain)
+
+
+def _inference_mode_is_taken_for_no_grad() -> bool:
+    def asks(_: Any, x: Tensor) -> Tensor:
+        return x * (2 if torch.is_inference_mode_enabled() else 3)
+
+    return modes_in_turn(asks, torch.no_grad, torch.inference_mode)
+
+
+def _a_conjugate_is_taken_for_what_it_conjugates() -> bool:
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    return wrong(lambda _, x, n: x * (2 if x.is_conj() else n), (z, 3), (z.conj(), 3))
+
+
+def _a_weight_changes_unseen_under_autocast() -> bool:
+    module = nn.Linear(4, 4)
+    fast = graphcache.wrap(module)
+    for _ in range(3):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            if not same(fast(X), module(X)):
+                return True
+        with torch.no_grad():
+            module.weight.add_(1)
+    return False
+
+
+def _autocast_is_applied_to_a_part_that_switched_it_off() -> bool:
+    def full(_: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x @ x.t()
+
+    # A capture is made under the caller's autocast too, so that verification would find it.
+    return modes_in_turn(full, lambda: torch.autocast("cpu", torch.bfloat16), verify=False)
+
+
+def _a_write_of_the_tape_happens() -> bool:
+    kept = torch.zeros(3)
+    static = [torch.ones(3)]
+    with suppress(graphcache.errors.Refusal):
+        host.HostGraph.record(lambda: [kept.add_(1), static[0] * 2][1:], static, threading.RLock())
+    return bool(kept.any())
+
+
+def _random_numbers_are_drawn_for_nobody() -> bool:
+    fast = graphcache.wrap(nn.Dropout(0.5))
+    torch.manual_seed(7)
+    found = [fast(X) for _ in range(3)]
+    torch.manual_seed(7)
+    return not same(found, [fast.module(X) for _ in range(3)])
+
+
+def _a_generator_of_its_own_runs_ahead() -> bool:
+    def make() -> nn.Module:
+        return Fn(lambda self, x: x + torch.rand(4, generator=self.own), own=torch.Generator().manual_seed(1))
+
+    fast, twin = graphcache.wrap(make()), make()
+    return any(not same(fast(X), twin(X)) for _ in range(3))
+
+
+def _a_path_is_frozen(read: Callable[[Tensor], Any]) -> Callable[[], bool]:
+    return lambda: wrong(lambda _, x: x * 2 if read(x) > 0 else x * 3, X + 5, X - 5)
+
+
+def _a_swallowed_refusal_freezes_a_path() -> bool:
+    def careful(_: Any, x: Tensor) -> Tensor:
+        try:
+            positive = bool(x.sum() > 0)
+        except Exception:
+            positive = True
+        return x * 2 if positive else x * 3
+
+    return wrong(careful, X + 5, X - 5)
+
+
+def _a_value_read_unseen_is_frozen() -> bool:
+    return wrong(lambda _, x: x * unseen(x), X, X + 3)
+
+
+def _a_small_value_read_unseen_is_frozen() -> bool:
+    return wrong(lambda _, x: (x + 1e3).double() + 1e-6 * unseen(x), X, X + 3)
+
+
+def _a_plain_value_is_frozen() -> bool:
+    return wrong(lambda _, x: (x * 2, unseen(x) > 0), X, X + 3)
+
+
+def _an_answer_of_chance_is_repeated() -> bool:
+    chance = iter(range(100))
+    fast = graphcache.wrap(Fn(lambda _, x: x + next(chance)), verify=False)
+    return len({fast(X)[0, 0].item() for _ in range(4)}) < 4
+
+
+def _a_graph_that_writes_nothing_passes() -> bool:
+    class Idle:
+        """Answers once, and leaves what is there from then on."""
+
+        def __init__(self) -> None:
+            self.last = X * 2
+
+        def replay(self, inputs: Any, out: list[Tensor]) -> list[Tensor]:
+            out[0].copy_(self.last)
+            return out
+
+        def poison(self) -> None:
+            judge.poison([self.last])
+
+    try:
+        judge.verify(Idle(), [X], [X * 2], [X], [X * 2])  # type: ignore[arg-type]
+    except graphcache.errors.Refusal:
+        return False
+    return True
+
+
+def _a_replay_answers_for_the_inputs_of_the_capture() -> bool:
+    return wrong(lambda _, x: x * 2, X, X + 1, verify=False)
+
+
+def _a_returned_view_is_a_copy() -> bool:
+    fast = graphcache.wrap(Fn(lambda _, x: (x[0], x * 2)))
+    for _ in range(2):
+        x = X.clone()
+        fast(x)[0].zero_()
+        if x[0].any():
+            return True
+    return False
+
+
+def _gradients_of_an_insistent_module_are_lost() -> bool:
+    def insistent(self: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.inner(x)
+
+    fast = graphcache.wrap(Fn(insistent, inner=nn.Linear(4, 2)))
+    with torch.no_grad():
+        return not all(fast(X).requires_grad for _ in range(3))
+
+
+def _a_parameter_gets_no_gradient() -> bool:
+    module = frozen(nn.Linear(4, 4))
+    fast = graphcache.wrap(module)
+    fast(X)
+    module.requires_grad_(True)
+    return not fast(X).requires_grad
+
+
+def _a_tracer_sees_the_cache_at_work() -> bool:
+    fast = graphcache.wrap(Fn(lambda _, x: x * 2 + 1))
+    fast(X)
+    return "copy_" in make_fx(fast)(X).code
+
+
+def _a_transform_sees_something_else() -> bool:
+    fast = graphcache.wrap(Fn(lambda _, x: x.sin() * 2))
+    fast(X[0])
+    return not same(torch.vmap(fast)(X), X.sin() * 2)
+
+
+def _threads_mix_their_inputs() -> bool:
+    """While one thread is in the middle of a replay, another one replays the same graph if it may."""
+    fast: CachedModule
+    inside: list[bool] = []
+
+    def other() -> None:
+        lock = fast._recorder._host_lock
+        if lock.acquire(blocking=False):
+            lock.release()
+            fast(X + 5)
+
+    def pause() -> None:
+        if inside and inside.pop():
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    _hooks["pause"] = pause
+    fast = graphcache.wrap(Fn(lambda _, x: torch.ops.graphcache_tests.pause(x) * 0 + x))
+    try:
+        fast(X)
+        inside.append(True)
+        return not same(fast(X), X * 0 + X)
+    finally:
+        _hooks.clear()
+
+
+_hooks: dict[str, Callable[[], None]] = {}
+
+
+@torch.library.custom_op("graphcache_tests::pause", mutates_args=())
+def _pause(x: Tensor) -> Tensor:
+    """An operation in the middle of which something else may happen."""
+    _hooks.get("pause", nothing)()
+    return x.clone()
+
+
+def _more_graphs_than_agreed() -> bool:
+    fast = graphcache.wrap(mlp(), max_graphs=2)
+    for size in (1, 2, 3):
+        fast(torch.ones(size, 4))
+    return fast.cache_info().graphs > 2
+
+
+def _more_bytes_than_agreed() -> bool:
+    fast = graphcache.wrap(mlp(), max_bytes=100)
+    for size in (1, 2, 3, 4):
+        fast(torch.ones(size, 4))
+    return fast.cache_info().nbytes > 100
+
+
+def _more_graphs_than_agreed_for_a_moment() -> bool:
+    held: list[int] = []
+    cache: lru.GraphCache[Memory]
+    cache = lru.GraphCache(max_graphs=1, on_evict=lambda key, entry: held.append(len(cache.entries) + 1))
+    for key in "abc":
+        cache.put(key, Memory())
+    return max(held) > 1
+
+
+def _a_graph_that_was_dropped_stays_open() -> bool:
+    cache: lru.GraphCache[Memory] = lru.GraphCache(max_graphs=1)
+    owners = [Memory() for _ in range(3)]
+    for index, owner in enumerate(owners):
+        cache.put(index, owner)
+    cache.clear()
+    return [owner.closed for owner in owners] != [1, 1, 1]
+
+
+def _a_graph_that_was_refused_stays_open() -> bool:
+    cache: lru.GraphCache[Memory] = lru.GraphCache(max_graphs=1, max_bytes=1)
+    owner = Memory(2)
+    with pytest.raises(graphcache.errors.Refusal):
+        cache.put("key", owner)
+    return owner.closed != 1
+
+
+def _a_closed_graph_keeps_its_memory() -> bool:
+    fast = graphcache.wrap(mlp())
+    fast(X)
+    graph: Any = next(iter(fast._cache.entries.values())).graph.graph
+    static = weakref.ref(graph._inputs[0])
+    fast.clear()
+    gc.collect()
+    return static() is not None
+
+
+def _a_graph_closed_by_another_thread_is_an_error() -> bool:
+    fast = graphcache.wrap(mlp())
+    fast(X)
+    next(iter(fast._cache.entries.values())).graph.close()
+    return any(differs(fast, X) for _ in range(2))
+
+
+def _the_hottest_graph_goes() -> bool:
+    fast = graphcache.wrap(mlp(), max_graphs=2)
+    for size in (1, 2, 1, 1, 3):
+        fast(torch.ones(size, 4))
+    return not replays(fast, torch.ones(1, 4))
+
+
+def _a_part_is_left_patched() -> bool:
+    module = frozen(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    graphcache.wrap(module, strategy="per_submodule", include=["0"])(X)
+    return "forward" in module[0].__dict__
+
+
+def _a_patched_forward_is_not_called() -> bool:
+    module = frozen(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    fast = graphcache.wrap(module, strategy="per_submodule", include=["0"])
+    fast(X)
+    original = module[0].forward
+    module[0].forward = lambda x: original(x) * -2
+    return any(differs(fast, X) for _ in range(2))
+
+
+def _an_answer_shares_memory_with_the_next_one() -> bool:
+    fast = graphcache.wrap(Fn(lambda _, x: x * 2))
+    fast(X)
+    first = fast(X)
+    before = first.clone()
+    fast(X + 1)
+    return not same(first, before)
+
+
+# ---- some of the replacements
+
+
+def _strip_types(original: Any, value: Any, where: str, parts: list[Any], tensors: list[Tensor]) -> None:
+    start = len(parts)
+    original(value, where, parts, tensors)
+    parts[start:] = [
+        part[1] if isinstance(part, tuple) and isinstance(part[0], type) else part for part in parts[start:]
+    ]
+
+
+def _round_zeros(original: Any, value: Any, where: str, parts: list[Any], tensors: list[Tensor]) -> None:
+    original(0.0 if type(value) is float and value == 0 else value, where, parts, tensors)
+
+
+def _keep_no_numbers(original: Any, tape: Any, out: Any, func: Any) -> Any:
+    return original(tape, out, func) if isinstance(out, (Tensor, list, tuple)) else None
+
+
+def _insert_first(original: Any, cache: Any, key: Any, graph: Any, *, pinned: bool = False) -> Any:
+    before = cache.max_graphs
+    cache.max_graphs += 1
+    try:
+        entry = original(cache, key, graph, pinned=pinned)
+    finally:
+        cache.max_graphs = before
+    while len(cache.entries) > before:
+        cache.evict(min(cache.entries, key=lambda each: cache.entries[each].used))
+    return entry
+
+
+def _without_copying_in(graph: Any, inputs: Any, out: Any = None) -> Any:
+    with torch.no_grad():
+        found = graph._run()
+        return found if out is None else [target.copy_(tensor) for target, tensor in zip(out, found, strict=True)]
+
+
+def _into_the_same_memory(original: Any, graph: Any, inputs: Any, out: Any = None) -> Any:
+    kept = graph.__dict__.setdefault("kept", [tensor.clone() for tensor in original(graph, inputs)])
+    found = original(graph, inputs, kept)
+    return found if out is None else [target.copy_(tensor) for target, tensor in zip(out, found, strict=True)]
+
+
+class _NoLock:
+    """Never keeps anybody out."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def acquire(self, blocking: bool = True) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _without_lock(original: Any, recorder: Any, *args: Any, **kwargs: Any) -> None:
+    original(recorder, *args, **kwargs)
+    recorder._host_lock = _NoLock()
+
+
+def _without_hooks(original: Any, dependencies: Any, module: Any) -> None:
+    original(dependencies, module)
+    dependencies._hooks = []
+
+
+def _fingerprint_without(kind: type) -> TakeOut:
+    return around(
+        state.Dependencies, "fingerprint", lambda original, self: [x for x in original(self) if not isinstance(x, kind)]
+    )
+
+
+class _NoReads(nullcontext):  # type: ignore[type-arg]
+    """Notices no read."""
+
+    found = ""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__(self)
+
+
+_No = type("_No", (), {})
+_never_refused = property(lambda tape: None, lambda tape, refusal: None)
+
+
+def _swap(change: Callable[[nn.Module], None]) -> Callable[[], bool]:
+    return lambda: stale(change)
+
+
+def _new_weight(module: Any) -> None:
+    module[0].weight = nn.Parameter(torch.full((4, 4), 0.5), requires_grad=False)
+
+
+def _transposed(module: Any) -> None:
+    module[0].weight.data = module[0].weight.data.t()
+
+
+def _new_activation(module: Any) -> None:
+    module[1] = nn.Tanh()
+
+
+def _new_hook(module: Any) -> None:
+    module[0].register_forward_hook(lambda module, args, output: output * 2)
+
+
+STATE = "tests/modules/test_state.py::"
+RECORD = "tests/modules/test_record.py::"
+CACHED = "tests/modules/test_cached.py::"
+ANSWERS = "tests/modules/test_answers.py::"
+SIGNATURE = "tests/cache/test_signature.py::"
+LRU = "tests/cache/test_lru.py::"
+HOST = "tests/graphs/test_host.py::"
+STRATEGY = "tests/modules/test_strategy.py::"
+
+CURES: dict[str, Cure] = {
+    # keys
+    "constants are tagged with their types": Cure(
+        around(signature, "_walk", _strip_types),
+        _a_constant_is_taken_for_another,
+        SIGNATURE + "test_constants_are_told_apart_by_type_and_by_bits",
+    ),
+    "floats are told apart by their bits": Cure(
+        around(signature, "_walk", _round_zeros),
+        _a_zero_is_taken_for_the_other,
+        SIGNATURE + "test_constants_are_told_apart_by_type_and_by_bits",
+    ),
+    "a tensor is no constant": Cure(
+        replace(signature, "_constant", lambda value, where, parts: signature._walk(value, where, parts, [])),
+        _a_tensor_that_is_a_key_is_frozen,
+        SIGNATURE + "test_a_tensor_where_it_cannot_be_substituted_is_refused",
+    ),
+    "one tensor given twice is told from two": Cure(
+        replace(signature, "_repeats", lambda tensors: ()),
+        _two_tensors_are_taken_for_one,
+        ANSWERS + "test_the_same_tensor_given_twice_does_not_spoil_calls_with_two_tensors",
+    ),
+    "dtypes are part of a key": Cure(
+        edited(lambda part: None if isinstance(part, torch.dtype) else part),
+        lambda: wrong(lambda _, x: x * 2, X, X.double()),
+        CACHED + "test_dtypes_strides_and_constants_have_graphs_of_their_own",
+    ),
+    "shapes are part of a key": Cure(
+        edited(lambda part: None if isinstance(part, torch.Size) else part),
+        lambda: wrong(lambda _, x: x * 2, X, X[:1]),
+        CACHED + "test_shapes_seen_before_are_not_captured_again",
+    ),
+    "strides are part of a key": Cure(
+        edited(lambda part: None if type(part) is tuple and all(type(each) is int for each in part) else part),
+        lambda: wrong(lambda _, x: x * 2, X[:, :2], X[:, :2].t()),
+        SIGNATURE + "test_dtype_shape_strides_and_device_count",
+    ),
+    "a pending conjugation is part of a key": Cure(
+        edited(lambda part: part, lambda part: part not in ((True, False), (False, True), (True, True))),
+        _a_conjugate_is_taken_for_what_it_conjugates,
+        "",
+    ),
+    "the grad mode is part of a key": Cure(
+        around(signature, "_state", lambda original, tensors: (False, *original(tensors)[1:])),
+        _gradients_are_lost,
+        CACHED + "test_an_input_that_requires_gradients_runs_eagerly",
+    ),
+    "inference mode is part of a key": Cure(
+        replace(signature, "_is_inference", lambda: False),
+        _inference_mode_is_taken_for_no_grad,
+        CACHED + "test_a_module_that_asks_for_inference_mode_gets_the_mode_of_the_call",
+    ),
+    "autocast is part of a key": Cure(
+        replace(signature, "_is_any_autocast_enabled", lambda: False),
+        _the_other_autocast_answers,
+        CACHED + "test_autocast_has_graphs_of_its_own",
+    ),
+    "the dtype of autocast is part of a key": Cure(
+        replace(signature, "_autocast", lambda: "on"),
+        _the_other_dtype_of_autocast_answers,
+        SIGNATURE + "test_autocast_counts_with_its_dtype",
+    ),
+    # what makes a graph stale
+    "the fingerprint changes with the weights": Cure(
+        replace(state.Dependencies, "fingerprint", nothing),
+        _swap(_new_weight),
+        STATE + "test_a_graph_of_before_is_never_used_after[replace_parameter]",
+    ),
+    "the fingerprint has the layout of the weights": Cure(
+        replace(state, "_place", lambda tensor: tensor.data_ptr()),
+        _swap(_transposed),
+        STATE + "test_a_graph_of_before_is_never_used_after[replace_data_by_its_transpose]",
+    ),
+    "the fingerprint has the submodules": Cure(
+        _fingerprint_without(nn.Module),
+        _swap(_new_activation),
+        STATE + "test_a_graph_of_before_is_never_used_after[replace_submodule]",
+    ),
+    "the fingerprint has the hooks": Cure(
+        around(state.Dependencies, "__init__", _without_hooks),
+        _swap(_new_hook),
+        STATE + "test_a_graph_of_before_is_never_used_after[hook]",
+    ),
+    "the fingerprint has the training flags": Cure(
+        _fingerprint_without(bool),
+        lambda: stale(lambda module: module.train(), lambda: frozen(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))),
+        STATE + "test_training_and_evaluation_take_turns",
+    ),
+    "parameters that require gradients get them": Cure(
+        replace(state.Dependencies, "requires_grad", lambda self: False),
+        _a_parameter_gets_no_gradient,
+        STATE + "test_a_parameter_that_comes_to_require_gradients_gets_them",
+    ),
+    "the cache of autocast is off in a capture": Cure(
+        replace(record_torch, "_no_autocast_cache", nullcontext),
+        _a_weight_changes_unseen_under_autocast,
+        STATE + "test_under_autocast_a_change_in_place_is_seen_too",
+    ),
+    # what a call does besides answering
+    "writes are noticed before anything runs twice": Cure(
+        replace(state, "written", nothing),
+        lambda: changed_otherwise(
+            lambda self: self.parameter.add_(1), parameter=lambda: nn.Parameter(torch.zeros(1), requires_grad=False)
+        ),
+        STATE + "test_state_is_changed_exactly_once_per_call[False-parameter]",
+    ),
+    "writes past the dispatcher are noticed": Cure(
+        replace(state.Dependencies, "buffers", nothing),
+        lambda: changed_otherwise(
+            lambda self: self.buffer.numpy().__iadd__(1), buffer=lambda: nn.Buffer(torch.zeros(1))
+        ),
+        STATE + "test_state_is_changed_exactly_once_per_call[False-numpy view of a buffer]",
+    ),
+    "attributes that change are noticed": Cure(
+        replace(state.Dependencies, "attributes", nothing),
+        lambda: changed_otherwise(lambda self: setattr(self, "count", self.count + 1), count=int),
+        STATE + "test_state_is_changed_exactly_once_per_call[False-number]",
+    ),
+    "random numbers are noticed": Cure(
+        replace(state, "_generators", nothing),
+        _random_numbers_are_drawn_for_nobody,
+        STATE + "test_random_numbers_are_drawn_as_eager_draws_them",
+    ),
+    "generators are noticed": Cure(
+        both(
+            replace(state, "torch", Instead(torch, Generator=_No)),
+            replace(host, "torch", Instead(torch, Generator=_No)),
+        ),
+        _a_generator_of_its_own_runs_ahead,
+        STATE + "test_a_generator_of_the_modules_own_advances_as_in_eager",
+    ),
+    "the tape refuses writes before they happen": Cure(
+        replace(host, "written", nothing),
+        _a_write_of_the_tape_happens,
+        HOST + "test_writes_into_memory_that_outlives_the_call_are_refused_before_they_happen",
+    ),
+    # what a graph would freeze
+    "reads past the dispatcher are noticed": Cure(
+        replace(record_torch, "HostReads", _NoReads),
+        _a_path_is_frozen(lambda x: x.tolist()[0][0]),
+        RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[tolist]",
+    ),
+    "reads through the dispatcher are refused": Cure(
+        both(replace(host, "refuse_by_tag", nothing), around(host._Tape, "_keep", _keep_no_numbers)),
+        _a_path_is_frozen(lambda x: x.sum().item()),
+        RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[item]",
+    ),
+    "a refusal that the module swallows counts": Cure(
+        lambda patch: patch.setattr(host._Tape, "refused", _never_refused, raising=False),
+        _a_swallowed_refusal_freezes_a_path,
+        RECORD + "test_a_refusal_that_the_module_swallows_is_still_one",
+    ),
+    "a new graph is verified": Cure(
+        replace(record_torch, "verify", nothing),
+        _a_value_read_unseen_is_frozen,
+        "",
+    ),
+    "verification uses other values": Cure(
+        replace(record_torch, "perturb", lambda inputs: [tensor.clone() for tensor in inputs]),
+        _a_value_read_unseen_is_frozen,
+        "",
+    ),
+    "verification on the host is exact": Cure(
+        around(record_torch, "verify", lambda original, *args, tolerance, **kwargs: original(*args, **kwargs)),
+        _a_small_value_read_unseen_is_frozen,
+        "",
+    ),
+    "outputs are poisoned before they are compared": Cure(
+        replace(judge, "poison", nothing),
+        _a_graph_that_writes_nothing_passes,
+        "",
+    ),
+    "plain values are compared": Cure(
+        replace(answers.Answer, "layout", None),
+        _a_plain_value_is_frozen,
+        ANSWERS + "test_layouts_tell_apart_what_a_graph_could_not_change",
+    ),
+    "eager execution has to repeat itself": Cure(
+        replace(record_torch._Call, "compare", nothing),
+        _an_answer_of_chance_is_repeated,
+        RECORD + "test_a_module_that_answers_differently_every_time_is_reported",
+    ),
+    # answers
+    "inputs are copied in": Cure(
+        replace(host.HostGraph, "replay", _without_copying_in),
+        _a_replay_answers_for_the_inputs_of_the_capture,
+        HOST + "test_a_replay_equals_eager_bit_for_bit",
+    ),
+    "outputs are the caller's": Cure(
+        around(host.HostGraph, "replay", _into_the_same_memory),
+        _an_answer_shares_memory_with_the_next_one,
+        HOST + "test_outputs_are_fresh_and_intact_after_later_replays",
+    ),
+    "a view of an input is one of the caller's own": Cure(
+        around(answers.View, "of", lambda original, *args: original(*args).clone()),
+        _a_returned_view_is_a_copy,
+        ANSWERS + "test_a_write_into_a_returned_view_reaches_the_callers_tensor",
+    ),
+    "replays are out of reach of the caller's autocast": Cure(
+        replace(torch._C, "_DisableAutocast", nullcontext),
+        _autocast_is_applied_to_a_part_that_switched_it_off,
+        CACHED + "test_a_part_that_switches_autocast_off_stays_off",
+    ),
+    "tracers see the module itself": Cure(
+        replace(cached, "_dispatch_modes", lambda: 0),
+        _a_tracer_sees_the_cache_at_work,
+        CACHED + "test_make_fx_sees_the_operations_of_the_module",
+    ),
+    "transforms see the module itself": Cure(
+        replace(cached, "_transforms", lambda: None),
+        _a_transform_sees_something_else,
+        CACHED + "test_vmap_and_grad_go_through",
+    ),
+    "replays of one graph follow one another": Cure(
+        around(record_torch.TorchRecorder, "__init__", _without_lock),
+        _threads_mix_their_inputs,
+        CACHED + "test_threads_share_one_module",
+        certain=False,
+    ),
+    # the cache
+    "room is made for a new graph": Cure(
+        replace(lru.GraphCache, "make_room", nothing),
+        _more_graphs_than_agreed,
+        LRU + "test_the_least_recently_used_goes_first",
+    ),
+    "bytes count": Cure(
+        replace(lru.GraphCache, "_fits", lambda self, nbytes: True),
+        _more_bytes_than_agreed,
+        CACHED + "test_the_budget_in_bytes_holds_after_every_call",
+    ),
+    "room is made before a graph comes in": Cure(
+        around(lru.GraphCache, "put", _insert_first),
+        _more_graphs_than_agreed_for_a_moment,
+        "",
+    ),
+    "what leaves the cache is closed": Cure(
+        replace(lru.GraphCache, "evict", lambda self, key: self.entries.pop(key, None) is not None),
+        _a_graph_that_was_dropped_stays_open,
+        LRU + "test_the_least_recently_used_goes_first",
+    ),
+    "what the cache refuses is closed": Cure(
+        around(
+            lru.GraphCache,
+            "put",
+            lambda original, self, key, graph, **options: original(self, key, Instead(graph, close=nothing), **options),
+        ),
+        _a_graph_that_was_refused_stays_open,
+        LRU + "test_a_graph_larger_than_the_budget_is_refused_and_closed_and_nothing_else_changes",
+    ),
+    "a closed graph refuses": Cure(
+        replace(host.HostGraph, "_open_inputs", lambda self: self._inputs or []),
+        _a_graph_closed_by_another_thread_is_an_error,
+        HOST + "test_close_is_idempotent_and_later_replays_say_what_to_do",
+    ),
+    "a hit counts as a use": Cure(
+        replace(cached, "clock", lambda: 0),
+        _the_hottest_graph_goes,
+        CACHED + "test_the_least_recently_replayed_graph_goes_first",
+    ),
+    # parts
+    "at rest a part is what it was": Cure(
+        replace(strategy.Routes, "_remove", nothing),
+        _a_part_is_left_patched,
+        STRATEGY + "test_at_rest_the_parts_are_what_they_were_even_after_an_exception",
+    ),
+    "a part runs what the user put in its place": Cure(
+        replace(cached.CachedModule, "runs", nothing),
+        _a_patched_forward_is_not_called,
+        STRATEGY + "test_a_forward_that_is_patched_after_wrapping_counts_too",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_without_a_cure_there_is_harm_and_with_it_there_is_none(name, monkeypatch):
+    cure = CURES[name]
+    assert not cure.harmed()
+    with monkeypatch.context() as patch:
+        cure.take_out(patch)
+        try:
+            harmed = cure.harmed()
+        except Exception:
+            harmed = True
+    assert harmed
+    assert not cure.harmed()
+
+
+@pytest.mark.parametrize("name", [name for name, cure in CURES.items() if cure.certain and cure.guard])
+def test_without_a_cure_its_guard_fails(name, monkeypatch):
+    with monkeypatch.context() as patch, redirect_stdout(StringIO()) as said:
+        CURES[name].take_out(patch)
+        quietly = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestWarning"]
+        code = pytest.main([str(ROOT / CURES[name].guard), *quietly])
+    assert code == pytest.ExitCode.TESTS_FAILED, said.getvalue()
+
+
+@pytest.mark.parametrize("name", [name for name, cure in CURES.items() if cure.guard])
+def test_a_guard_is_a_test_that_there_is(name):
+    path, _, test = CURES[name].guard.partition("::")
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert test.partition("[")[0] in {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
