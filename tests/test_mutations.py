@@ -577,7 +577,7 @@ def _fingerprint_without(kind: type) -> TakeOut:
 class _NoReads(nullcontext):  # type: ignore[type-arg]
     """Notices no read."""
 
-    found = ""
+    read = asked = ""
 
     def __init__(self, *_: Any) -> None:
         super().__init__(self)

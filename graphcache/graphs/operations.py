@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,27 +19,49 @@ _MASKS = (torch.bool, torch.uint8)
 
 
 class HostReads(TorchFunctionMode):
-    """Inside, notices reads of a tensor's memory that pass by the dispatcher, such as ``tolist`` and ``numpy``.
+    """Inside, notices what the host learns of tensors past the dispatcher.
 
     Some operations take another path while such a mode is active, so it is for looking only, never for recording.
+
+    Args:
+        inputs: Whose standing (where their memory begins, whether they require gradients) no signature shows, so that
+            who asks for it may take another path for the next caller's.
     """
 
     def __init__(self, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.found = ""
+        self.read = ""
+        """The first read of any tensor's memory, such as ``tolist`` or ``numpy``."""
+        self.asked = ""
+        """The first question after the standing of an input, or of a view of one."""
         self._inputs = {storage_of(tensor) for tensor in inputs}
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if _unwatched.get():
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _READS:
-            self.found = self.found or f"Tensor.{name}"
+            self.read = self.read or f"Tensor.{name}"
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         if name in _ASKS and args and isinstance(args[0], Tensor) and storage_of(args[0]) in self._inputs:
-            self.found = self.found or f"Tensor.{name}"
+            self.asked = self.asked or f"Tensor.{name}"
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside, :class:`HostReads` notices nothing: for code of this package that a watched module calls."""
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
+
+
+_unwatched: ContextVar[bool] = ContextVar("graphcache_unwatched", default=False)
 
 
 def refuse_by_tag(func: Any, args: Sequence[Any]) -> None:

@@ -27,6 +27,7 @@ from graphcache.errors import (
 )
 from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
+from graphcache.graphs.operations import unwatched
 from graphcache.modules import recording
 
 
@@ -253,8 +254,8 @@ class EngineModule(nn.Module):
         session = recording.current.get()
         if session is None and modes.get().graphs == "subgraph":
             return self._through_cache()(*args, **kwargs)
-        inputs, profile = self.checked(self.bind(args, kwargs))
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), unwatched():
+            inputs, profile = self.checked(self.bind(args, kwargs))
             outputs = self._record(session, inputs, profile) if session is not None else self._run(inputs, profile)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

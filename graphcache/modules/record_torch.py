@@ -88,12 +88,10 @@ class TorchRecorder:
     def _on_host(self, call: _Call) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
         expected = call.eager(static, "a second time", call.answer.tensors)
-        if [_strides(t) for t in expected] != [_strides(t) for t in call.answer.tensors]:
-            raise Refusal(Reason.ARGUMENT, detail="elements of an input overlap, and an output shows it")
         with HostReads(static) as reads:
             call.call(static)
-        if reads.found:
-            raise Refusal(Reason.HOST_READ, reads.found)
+        if found := reads.read or reads.asked:
+            raise Refusal(Reason.HOST_READ, found)
         others = perturb(static)
         graph = HostGraph.record(lambda: call.run(static).tensors, static, self._host_lock)
         expected_others = call.on_others(static, others)
@@ -105,19 +103,29 @@ class TorchRecorder:
         lane = Lane(index) if alone else self._lanes.setdefault(index, Lane(index))
         session = Session(lane)
 
-        def run(static: Sequence[Tensor]) -> list[Tensor]:
+        @contextmanager
+        def engines_recorded() -> Iterator[None]:
             with session.run():
                 try:
-                    return call.run(static).tensors
+                    yield
                 finally:
                     if session.refused is not None:
                         raise Refusal(session.refused.reason, session.refused.where, session.refused.detail)
+
+        def run(static: Sequence[Tensor]) -> list[Tensor]:
+            with engines_recorded():
+                return call.run(static).tensors
 
         with capturing(lane):
             static = [static_copy(tensor) for tensor in call.inputs]
             others = perturb(static)
             expected = [tensor.clone() for tensor in run(static)]
             call.compare(expected, call.answer.tensors, "a second time")
+            # A read of device memory invalidates the capture by itself.
+            with engines_recorded(), HostReads(static) as reads:
+                call.call(static)
+            if reads.asked:
+                raise Refusal(Reason.HOST_READ, reads.asked)
             graph = record_torch(
                 lambda: run(static),
                 inputs=static,
@@ -206,6 +214,8 @@ class _Call:
 
     def compare(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], when: str) -> None:
         """Raise unless eager execution repeats itself."""
+        if [_strides(tensor) for tensor in outputs] != [_strides(tensor) for tensor in wanted]:
+            raise Refusal(Reason.ARGUMENT, detail="elements of an input overlap, and an output shows it")
         for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
             error = difference(left, right.detach())
             if not error <= tolerance_of(right):
