@@ -39,7 +39,6 @@ class Context:
         self._context = engine.new_context()
         self._parts = engine.parts
         engine.contexts.add(self)
-        self._scratch = scratch
         self._held: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, object] = {}
@@ -48,8 +47,18 @@ class Context:
         self._growing = GrowingOutputs(engine)
         # A 0-element tensor has no address, and TensorRT wants one.
         self._nowhere = torch.empty(ALIGNMENT, dtype=torch.uint8, device=engine.device)
-        if engine.scratch_bytes:
+        self._scratch: Tensor | None = None
+        self.use_scratch(scratch)
+
+    def use_scratch(self, scratch: Tensor) -> None:
+        """Work on this scratch memory from the next enqueue on; graphs captured before keep theirs.
+
+        Args:
+            scratch: At least ``engine.scratch_bytes`` bytes on the engine's device.
+        """
+        if scratch is not self._scratch and self.engine.scratch_bytes:
             self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        self._scratch = scratch
 
     @property
     def profile(self) -> int:

@@ -92,7 +92,7 @@ class Engine:
 
         TensorRT-RTX compiles kernels at run time: contexts of one engine share what was compiled (a runtime cache), and
         compile the kernels of a new shape before running it rather than behind its back (``EAGER``), where a capture
-        would freeze the fallback kernel.
+        would freeze the fallback kernel. 1.4 specialises none.
 
         Raises:
             EngineExecutionError: If TensorRT refuses.
@@ -105,8 +105,10 @@ class Engine:
                     trt.ExecutionContextAllocationStrategy.USER_MANAGED
                 )
                 if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+                    strategies = trt.DynamicShapesKernelSpecializationStrategy
+                    # 1.4.0.76 with EAGER: every shape but a context's first was answered wrongly.
                     self._config.dynamic_shapes_kernel_specialization_strategy = (
-                        trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                        strategies.NONE if self.library.version.startswith("1.4.") else strategies.EAGER
                     )
                     # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line but one).
                     self._kernels = self._config.create_runtime_cache()
@@ -160,8 +162,11 @@ class Engine:
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """TensorRT's objects that a context needs for as long as it lives, even after :meth:`close`."""
-        return self._runtime, self._engine, self._config, self._kernels
+        """TensorRT's objects that a context needs for as long as it lives, even after :meth:`close`.
+
+        A tuple lets go of its last element first: each of these refers to those before it.
+        """
+        return self._runtime, self._engine, self._kernels, self._config
 
     @property
     def closed(self) -> bool:

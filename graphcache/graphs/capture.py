@@ -94,6 +94,7 @@ def record_torch(
     expected: Sequence[Tensor],
     lane: Lane,
     keep: object,
+    release: Callable[[], object],
     where: str,
 ) -> CudaGraph:
     """Capture PyTorch operations, and engines between them; what they allocate comes from the lane's memory pool.
@@ -113,6 +114,7 @@ def record_torch(
         expected: What the body returned when it ran before.
         lane: Orders this graph's launches.
         keep: What the body refers to beyond its own closure.
+        release: Called once the graph is gone.
         where: The module's name.
 
     Raises:
@@ -147,6 +149,11 @@ def record_torch(
         raise refusal_of(error, where) from error
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+    def destroy() -> None:
+        driver.call("cuGraphDestroy", captured)
+        release()
+
     with ExitStack() as undo:
         undo.callback(driver.call, "cuGraphDestroy", captured)
         pairs = list(zip(sources, whole, strict=True))
@@ -165,7 +172,7 @@ def record_torch(
         outputs=slots[len(inputs) :],
         lane=lane,
         keep=(keep, body, pool),
-        release=lambda: driver.call("cuGraphDestroy", captured),
+        release=destroy,
         pool_bytes=pool_bytes,
     )
 

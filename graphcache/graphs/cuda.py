@@ -152,7 +152,7 @@ class CudaGraph:
             if executable is None:
                 return
             held = [self._inputs, self._outputs, self._keep, self._ready]
-            release = self._release
+            release, self._release = self._release, _nothing
             self._inputs, self._outputs, self._ready, self._keep, self._only = (), (), None, None, None
 
             def destroy() -> None:
@@ -199,3 +199,7 @@ class CudaGraph:
             # This call has its answer; the next one will say what is wrong, if it still is.
             return
         self._ready, self._ready_stream, self._ready_inference = ready, stream, _is_inference_mode()
+
+
+def _nothing() -> None:
+    """What is left to release when a graph is closed: it must not keep alive what it kept before."""

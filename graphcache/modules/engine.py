@@ -16,6 +16,7 @@ from graphcache.engines.bindings import check_inputs, choose_profile, out_of_ran
 from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import words
+from graphcache.engines.pool import ContextPool
 from graphcache.errors import (
     Cause,
     ClosedError,
@@ -93,6 +94,8 @@ class EngineModule(nn.Module):
         self.device = self.engine.device
         self.lane = Lane(self.device.index)
         self.host_inputs = tuple(index for index, binding in enumerate(self.engine.inputs) if binding.on_host)
+        self.contexts = ContextPool(self.engine)
+        """Contexts for graphs; what runs eagerly has one of its own."""
         self._context: Context | None = None
         self._profile: int | None = None
         self._use_output_allocator = False
@@ -167,7 +170,7 @@ class EngineModule(nn.Module):
         for user in list(self.users):
             user.clear()
         with self.lane.lock:
-            self.lane.release(self._drop_context)
+            self.lane.release(self._drop_contexts)
             self.engine.set_weight_budget(budget_bytes)
             self.epoch += 1
         return self.engine.weight_budget
@@ -265,14 +268,15 @@ class EngineModule(nn.Module):
             if self._cached is not None:
                 self._cached.close()
                 self._cached = None
-            self._context = None
+            self._drop_contexts()
             self._recorded_elsewhere.clear()
             if not self.engine.closed:
                 self.lane.close()
                 self.engine.close()
 
-    def _drop_context(self) -> None:
+    def _drop_contexts(self) -> None:
         self._context = None
+        self.contexts.clear()
 
     def extra_repr(self) -> str:
         inputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.inputs)
@@ -293,7 +297,8 @@ class EngineModule(nn.Module):
             context = self._context
             if context is None:
                 # Its own scratch memory: a capture of the caller's may take this context over.
-                context = self._context = self.new_context(own_scratch=True)
+                scratch = torch.empty(self.engine.scratch_bytes, dtype=torch.uint8, device=self.device)
+                context = self._context = Context(self.engine, scratch)
             caller = torch.cuda.current_stream()
             if driver.is_capturing(caller.cuda_stream):
                 self._context = None
@@ -315,13 +320,6 @@ class EngineModule(nn.Module):
                 if tensor.is_cuda:
                     tensor.record_stream(caller)
             return outputs
-
-    def new_context(self, *, own_scratch: bool = False) -> Context:
-        """An execution context on this module's shared scratch memory, or on some of its own."""
-        nbytes = self.engine.scratch_bytes
-        if own_scratch:
-            return Context(self.engine, torch.empty(nbytes, dtype=torch.uint8, device=self.device))
-        return Context(self.engine, self.lane.scratch(nbytes))
 
     def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
         """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""

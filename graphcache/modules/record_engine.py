@@ -120,6 +120,7 @@ class EngineRecorder:
                 except BaseException:
                     graph.close()
                     raise
+            io.returns_context = self._config.contexts == "private"
             return graph
 
         if self._config.io == "bind":
@@ -138,10 +139,13 @@ class EngineRecorder:
 
     def _new_context(self) -> Context:
         if self._config.contexts == "private":
-            return self._module.new_context()
+            return self._module.contexts.take(self._scratch())
         if self._context is None:
-            self._context = self._module.new_context()
+            self._context = self._module.contexts.take(self._scratch())
         return self._context
+
+    def _scratch(self) -> Tensor:
+        return self._module.lane.scratch(self._module.engine.scratch_bytes)
 
     @staticmethod
     def _build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
@@ -166,6 +170,8 @@ class _EngineIO:
         self._full_edges = full_edges
         self._context = context
         self._profile = profile
+        self.returns_context = False
+        """Whether another graph may have the context when this one is gone: not before it is known to be in order."""
         self._all_inputs = static
         self._inputs = [value for index, value in enumerate(static) if index not in module.host_inputs]
         self._outputs = outputs
@@ -249,5 +255,10 @@ class _EngineIO:
             outputs=slots[count:],
             lane=self._module.lane,
             keep=(self._context, self._all_inputs),
-            release=lambda: driver.call("cuGraphDestroy", captured),
+            release=lambda: self._release(captured),
         )
+
+    def _release(self, captured: Any) -> None:
+        driver.call("cuGraphDestroy", captured)
+        if self.returns_context:
+            self._module.contexts.give_back(self._context)

@@ -132,7 +132,8 @@ class TorchRecorder:
                 direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
                 expected=expected,
                 lane=lane,
-                keep=(session, call.kept()),
+                keep=call.kept(),
+                release=session.close,
                 where=self._name,
             )
             try:
@@ -142,6 +143,7 @@ class TorchRecorder:
             except BaseException:
                 graph.close()
                 raise
+            session.in_order = True
         return graph
 
     def _verify(

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from graphcache.engines.context import Context
 from graphcache.errors import Cause, Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from graphcache.engines.context import Context
     from graphcache.graphs.lane import Lane
     from graphcache.modules.engine import EngineModule
 
@@ -32,6 +32,8 @@ class Session:
         self._contexts: list[tuple[EngineModule, Context]] = []
         self._calls = 0
         self.refused: Cause | None = None
+        self.in_order = False
+        """Whether the graph was found right, so that its contexts may serve others when it is gone."""
 
     def context_of(self, module: EngineModule) -> Context:
         """The context of the engine call that comes next."""
@@ -40,7 +42,7 @@ class Session:
         if index < len(self._contexts) and self._contexts[index][0] is module:
             return self._contexts[index][1]
         scratch: Tensor = self._lane.scratch(module.engine.scratch_bytes)
-        context = Context(module.engine, scratch)
+        context = module.contexts.take(scratch)
         del self._contexts[index:]
         self._contexts.append((module, context))
         return context
@@ -49,6 +51,12 @@ class Session:
         """Remember the first cause: the module between may catch the exception, or torch may wrap it."""
         self.refused = self.refused or cause
         return Refusal(cause.reason, cause.where, cause.detail)
+
+    def close(self) -> None:
+        """Let other graphs have the contexts: the graph that they were for is gone."""
+        contexts, self._contexts = self._contexts, []
+        for module, context in contexts if self.in_order else ():
+            module.contexts.give_back(context)
 
     @contextmanager
     def run(self) -> Iterator[None]:

@@ -151,7 +151,7 @@ def test_contexts_use_memory_of_the_callers_and_share_compiled_kernels(fake: Tor
     gc.collect()
     engine.new_context()
     assert engine._config is config
-    assert engine.parts == (engine._runtime, engine._engine, config, engine._kernels)
+    assert engine.parts == (engine._runtime, engine._engine, engine._kernels, config)
 
 
 def test_flavours_without_kernels_compiled_at_run_time(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:

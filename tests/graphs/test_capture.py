@@ -278,6 +278,7 @@ class Module:
         self.x, self.y = (fake.driver.heap.tensor(range(4)).reshape(2, 2) for _ in range(2))
         self.lane = Lane(0)
         self.modes: list[tuple[bool, bool]] = []
+        self.releases = 0
         self.fails: BaseException | None = None
         self.kernel = fake.driver.kernel([8, 8, 8, 8], self._body)
 
@@ -296,6 +297,9 @@ class Module:
         self.fake.driver.launch(self.kernel, [pointer(each) for each in (self.x, self.y, total, whole)], stream)
         return [total, whole.t()]
 
+    def release(self) -> None:
+        self.releases += 1
+
     def lane_stream(self) -> int:
         return capture.own_stream(0, "capture").cuda_stream
 
@@ -308,6 +312,7 @@ class Module:
             expected=[torch.empty(2, 2), second],
             lane=self.lane,
             keep=None,
+            release=self.release,
             where="net",
         )
 
@@ -409,7 +414,14 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
     module = Module(fake)
     with pytest.raises(Refusal) as caught:
         record_torch(
-            module, inputs=[module.x], direct=[True], expected=[module.x], lane=module.lane, keep=None, where="net"
+            module,
+            inputs=[module.x],
+            direct=[True],
+            expected=[module.x],
+            lane=module.lane,
+            keep=None,
+            release=list,
+            where="net",
         )
     assert caught.value.cause.reason is Reason.CAPTURE_FAILED
     assert sound(fake)
@@ -429,7 +441,7 @@ def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.
 
 def test_a_body_that_does_nothing(fake: Torch) -> None:
     with pytest.raises(Refusal) as caught:
-        record_torch(list, inputs=[], direct=[], expected=[], lane=Lane(0), keep=None, where="net")
+        record_torch(list, inputs=[], direct=[], expected=[], lane=Lane(0), keep=None, release=list, where="net")
     assert caught.value.cause.reason is Reason.EMPTY_GRAPH
     assert sound(fake)
 
@@ -480,6 +492,16 @@ def test_a_graph_keeps_what_it_needs(fake: Torch) -> None:
     graph.close()
     gc.collect()
     assert kept() is None
+
+
+def test_who_waits_for_the_graph_to_go_is_told_once(fake: Torch) -> None:
+    module = Module(fake)
+    graph = module.record()
+    assert module.releases == 0
+    graph.close()
+    graph.close()
+    assert module.releases == 1
+    assert sound(fake)
 
 
 def test_the_growth_of_the_pool_is_accounted_for(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:

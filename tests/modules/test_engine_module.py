@@ -33,6 +33,7 @@ from graphcache.errors import (
     InputDtypeError,
     NoGpuError,
     ProfileRangeError,
+    Refusal,
     TensorRTNotFoundError,
 )
 from graphcache.graphs import buffers, driver, verify
@@ -400,6 +401,60 @@ def test_profiles(fake: Torch) -> None:
             module.set_optimization_profile(bad)
     module.set_optimization_profile(None)
     assert torch.equal(fast(rows(fake, 2)), rows(fake, 2) * 3 + 1)
+
+
+# ---- contexts
+
+
+def made_contexts() -> int:
+    return len(IExecutionContext.made)
+
+
+def test_the_context_of_an_evicted_graph_serves_the_next_one(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module, max_graphs=2)
+    for count in (1, 2, 3):
+        fast(rows(fake, count))
+    before = made_contexts()
+    for start, count in enumerate([4, 1, 8, 2, 16, 3, 1] * 3):
+        x = rows(fake, count).add_(start)
+        assert torch.equal(fast(x), x * 3 + 1)
+        assert torch.equal(fast(x), x * 3 + 1)
+    assert made_contexts() == before
+    assert len(module.contexts) == 1
+    fast.clear()
+    assert len(module.contexts) == 3
+    session = graphcache.wrap(module).session(rows(fake, 2))
+    assert (made_contexts(), len(module.contexts)) == (before, 2)
+    session.close()
+    fast.close()
+    assert len(module.contexts) == 3
+    module.close()
+    assert len(module.contexts) == 0
+
+
+def test_a_context_whose_graph_was_wrong_is_not_used_again(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module)
+
+    def wrong(*_: Any, **__: Any) -> None:
+        raise Refusal(Reason.MISMATCH)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_engine, "verify", wrong)
+        assert torch.equal(fast(rows(fake, 2)), rows(fake, 2) * 3 + 1)
+    assert fast.cache_info().eager == {Reason.MISMATCH: 1}
+    assert len(module.contexts) == 0
+
+
+def test_graphs_of_a_shared_context_keep_it(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module, contexts="shared", max_graphs=1)
+    for count in (1, 2, 1, 2):
+        x = rows(fake, count)
+        assert torch.equal(fast(x), x * 3 + 1)
+    assert len(module.contexts) == 0
+    fast.close()
 
 
 # ---- closing
