@@ -182,12 +182,17 @@ class CachedModule(StandIn):
         ):
             return self.forward(*args)
         answer = self._hit(entry, args, grad=False)
-        if answer is _STALE or _is_grad_enabled() or _is_any_autocast_enabled() or _is_tracing():
+        if answer is _STALE:
             return self.forward(*args)
-        for value in args:
-            if value.is_neg() or value.is_conj():
-                return self.forward(*args)
-        return answer
+        if not (_is_grad_enabled() or _is_any_autocast_enabled() or _is_tracing()):
+            for value in args:
+                if value.is_neg() or value.is_conj():
+                    break
+            else:
+                return answer
+        # The answer is of another signature, and is counted when that one's is there.
+        entry.hits -= 1
+        return self.forward(*args)
 
     def session(self, *args: Any, **kwargs: Any) -> Session:
         """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.

@@ -126,7 +126,11 @@ def two_profiles():
 
 
 def conditional():
-    """relu(x) or -x, by whether the device finds sum(x) > 0: control flow, which cannot be captured."""
+    """relu(x) or -x, by whether the device finds sum(x) > 0: control flow, which cannot be captured.
+
+    The optimum is the maximum: with an optimum of 4 rows, TensorRT-RTX 1.5.0.114 itself now and then left what lies
+    beyond it unwritten on an H100 (up to 28 % of the calls), whether or not a graph was anywhere near.
+    """
     yes = helper.make_graph([helper.make_node("Relu", ["x"], ["a"])], "yes", [], [_value("a", ["n", 4])])
     no = helper.make_graph([helper.make_node("Neg", ["x"], ["b"])], "no", [], [_value("b", ["n", 4])])
     zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
@@ -135,4 +139,4 @@ def conditional():
         helper.make_node("Greater", ["total", "zero"], ["positive"]),
         helper.make_node("If", ["positive"], ["y"], then_branch=yes, else_branch=no),
     ]
-    return _model(nodes, [_value("x", ["n", 4])], [_value("y", ["n", 4])], [zero]), {"x": ((1, 4), (4, 4), (16, 4))}
+    return _model(nodes, [_value("x", ["n", 4])], [_value("y", ["n", 4])], [zero]), {"x": ((1, 4), (16, 4), (16, 4))}

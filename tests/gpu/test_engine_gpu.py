@@ -351,17 +351,21 @@ def test_closed_graphs_contexts_and_buffers_are_gone(engine_bytes):
     x = torch.randn(4, networks.SIZE, device="cuda")
     fast(x)
     graph = next(iter(fast._entries.values())).graph.graph
-    gone = [weakref.ref(graph._keep[0]), weakref.ref(graph._outputs[0].buffer), weakref.ref(graph)]
+    context = weakref.ref(graph._keep[0])
+    gone = [weakref.ref(graph._outputs[0].buffer), weakref.ref(graph)]
     fast.close()
     fast.close()
     del graph
     gc.collect()
-    assert [ref() for ref in gone] == [None] * 3
+    assert [ref() for ref in gone] == [None] * 2
+    assert len(engine.contexts) == 1, "the context waits for the next graph"
     with pytest.raises(ClosedError, match="was closed; wrap its"):
         fast(x)
     assert close(engine(x), networks.mlp8_reference(x))
     engine.close()
     engine.close()
+    gc.collect()
+    assert context() is None
     with pytest.raises(ClosedError, match="load it again"):
         engine(x)
 

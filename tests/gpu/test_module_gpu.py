@@ -1,5 +1,6 @@
 """Any PyTorch module on CUDA behind a cache, with and without engines in it."""
 
+import gc
 import threading
 
 import pytest
@@ -123,6 +124,50 @@ def test_an_uncapturable_engine_between_capturable_ones(load):
     info = fast.cache_info()
     assert info.eager == {Reason.NOT_CAPTURABLE: 10}, "the whole six times, the part inside four times"
     assert info.hits == 2
+
+
+def test_more_pools_than_there_are_small_numbers(net):
+    """What torch 2.11's ``MemPool.snapshot`` does to a pool's id would show from the 257th pool on."""
+    x = torch.randn(2, SIZE, device="cuda")
+    wanted = net(x)["y"]
+    fast = graphcache.wrap(net)
+    for _ in range(300):
+        assert torch.equal(fast(x)["y"], wanted)
+        fast.clear()
+        gc.collect(0)
+    assert fast.cache_info().captures == 300
+
+
+def test_a_module_that_asks_how_its_input_lies_runs_eagerly(net):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            y = self.net(x)["y"]
+            return y * 2 if x.storage_offset() else y
+
+    model = Asks()
+    fast = graphcache.wrap(model)
+    whole = torch.randn(5, SIZE, device="cuda")
+    for x in (whole[:4], whole[1:], whole[:4]):
+        assert torch.equal(fast(x), model(x))
+    assert fast.cache_info().eager == {Reason.HOST_READ: 3}
+
+
+def test_an_input_whose_elements_overlap_where_an_output_shows_it():
+    class Same(nn.Module):
+        def forward(self, x):
+            return torch.empty_strided(x.shape, x.stride(), device="cuda").fill_(1.0) + 0 * x
+
+    model = Same()
+    fast = graphcache.wrap(model)
+    for _ in range(2):
+        x = torch.randn(1, 4, device="cuda").expand(3, 4)
+        got, wanted = fast(x), model(x)
+        assert torch.equal(got, wanted)
+        assert got.stride() == wanted.stride()
 
 
 def test_a_host_read_fails_the_capture_and_leaves_everything_sound(net):

@@ -12,6 +12,7 @@ import ctypes
 import enum
 import functools
 import inspect
+import itertools
 import mmap
 import os
 import threading
@@ -967,11 +968,22 @@ class Stream:
 class Pool:
     """Stands in for ``torch.cuda.MemPool``: what was allocated from it lives as long as it does."""
 
-    def __init__(self) -> None:
-        self.kept: list[Any] = []
+    made: ClassVar[weakref.WeakSet[Pool]] = weakref.WeakSet()
+    numbers: ClassVar[Iterator[int]] = itertools.count(1)
 
-    def snapshot(self) -> list[dict[str, int]]:
-        return [{"total_size": ctypes.sizeof(memory)} for memory in self.kept]
+    def __init__(self) -> None:
+        self.id = (0, next(self.numbers))
+        self.kept: list[Any] = []
+        self.made.add(self)
+
+    @classmethod
+    def segments(cls) -> list[dict[str, Any]]:
+        """Stands in for ``torch.cuda.memory_snapshot``."""
+        everybody = {"total_size": 1 << 20, "segment_pool_id": (0, 0)}
+        pools = sorted(cls.made, key=lambda pool: pool.id)
+        return [everybody] + [
+            {"total_size": ctypes.sizeof(memory), "segment_pool_id": pool.id} for pool in pools for memory in pool.kept
+        ]
 
 
 class Torch:
@@ -996,6 +1008,7 @@ class Torch:
             is_available=lambda: True,
             ExternalStream=lambda handle, device: Stream(driver, handle),
             MemPool=Pool,
+            memory_snapshot=Pool.segments,
             use_mem_pool=self.use_mem_pool,
             OutOfMemoryError=torch.cuda.OutOfMemoryError,
         )

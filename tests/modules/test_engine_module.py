@@ -403,6 +403,22 @@ def test_profiles(fake: Torch) -> None:
     assert torch.equal(fast(rows(fake, 2)), rows(fake, 2) * 3 + 1)
 
 
+# ---- the short way
+
+
+def test_a_call_of_another_mode_on_the_short_way_is_counted_once(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"))
+    x = rows(fake, 2)
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)
+    assert fast._shortcuts
+    with torch.enable_grad():
+        for _ in range(3):
+            assert torch.equal(fast(x), x * 3 + 1)
+    assert (fast.cache_info().captures, fast.cache_info().hits) == (2, 4)
+
+
 # ---- contexts
 
 
