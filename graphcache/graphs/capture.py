@@ -101,7 +101,7 @@ def record_torch(
 
     Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors.
 
-    The capture is the driver's and the pool is PyTorch's (``torch.cuda.MemPool``). ``torch.cuda.CUDAGraph`` would do
+    The capture is the driver's and the pool is PyTorch's. ``torch.cuda.CUDAGraph`` would do
     both, but a failed capture leaves it, the allocator and the random number generator half way through
     (pytorch/pytorch#92684, #190348).
 
@@ -123,7 +123,7 @@ def record_torch(
     sources, targets = [torch.empty_like(each) for each in inputs], [torch.empty_like(each) for each in expected]
     whole = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
     pool = lane.pool()
-    before = _bytes_of(pool)
+    before = pool.nbytes
     outputs: list[Tensor] = []
 
     def enqueue(stream: int) -> bool:
@@ -141,7 +141,7 @@ def record_torch(
     # its workspace in the pool of its own lane, where it stays.
     torch._C._cuda_clearCublasWorkspaces()
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.use_mem_pool(pool):
+        with torch.inference_mode(False), torch.no_grad(), _quiet_collector(), pool.allocating():
             captured = capture_enqueue(enqueue, lane, where)
     except Refusal:
         raise
@@ -164,7 +164,7 @@ def record_torch(
             raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
         pointers = [next(found) if copied else [] for _, copied in pairs]
         slots = [Slot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
-        pool_bytes = max(0, _bytes_of(pool) - before)
+        pool_bytes = max(0, pool.nbytes - before)
         undo.pop_all()
     return CudaGraph(
         captured,
@@ -175,13 +175,6 @@ def record_torch(
         release=destroy,
         pool_bytes=pool_bytes,
     )
-
-
-def _bytes_of(pool: Any) -> int:
-    # Not pool.snapshot(): torch 2.11 drops references to the pool's id there that it does not own. From the 257th pool
-    # of a process on, whose number is no immortal object any more, that corrupts Python's memory.
-    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool.id))
 
 
 def _copies_whole(output: Tensor, target: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
+from graphcache.graphs.pool import MemoryPool
 
 
 class Lane:
@@ -35,7 +36,7 @@ class Lane:
         self._handles: dict[int, Any] = {}
         self._event: Any = None
         self._scratch: Tensor | None = None
-        self._pool: Any = None
+        self._pool: MemoryPool | None = None
         self._releases: list[Callable[[], None]] = []
 
     def enter(self, stream: int) -> None:
@@ -73,14 +74,14 @@ class Lane:
                 self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", self.index))
         return self._scratch
 
-    def pool(self) -> Any:
-        """The memory pool of what PyTorch allocates in this lane's captures (a ``torch.cuda.MemPool``).
+    def pool(self) -> MemoryPool:
+        """The memory pool of what PyTorch allocates in this lane's captures.
 
         The lane's graphs share it: one graph's temporaries may lie where another's outputs are. That is right as long
         as they never run at once, and as outputs are copied out before the next launch, which the lane sees to.
         """
         if self._pool is None:
-            self._pool = torch.cuda.MemPool()
+            self._pool = MemoryPool(self.index)
         return self._pool
 
     def release(self, action: Callable[[], None]) -> None:

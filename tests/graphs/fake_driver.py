@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import capture, cuda, lane, pointers, slots
+from graphcache.graphs import capture, cuda, lane, pointers, pool, slots
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -966,23 +966,59 @@ class Stream:
 
 
 class Pool:
-    """Stands in for ``torch.cuda.MemPool``: what was allocated from it lives as long as it does."""
-
-    made: ClassVar[weakref.WeakSet[Pool]] = weakref.WeakSet()
-    numbers: ClassVar[Iterator[int]] = itertools.count(1)
+    """One private pool of the allocator: what was allocated in it stays for as long as somebody holds it."""
 
     def __init__(self) -> None:
-        self.id = (0, next(self.numbers))
+        self.holders = 0
         self.kept: list[Any] = []
-        self.made.add(self)
 
-    @classmethod
-    def segments(cls) -> list[dict[str, Any]]:
-        """Stands in for ``torch.cuda.memory_snapshot``."""
+
+class Pools:
+    """Stands in for the private pools of torch's allocator, and what may be done to them in which order.
+
+    Args:
+        heap: Where allocations happen.
+    """
+
+    def __init__(self, heap: Heap) -> None:
+        self.heap = heap
+        self.alive: dict[tuple[int, int], Pool] = {}
+        self._numbers = itertools.count(1)
+        self._outer: list[Pool | None] = []
+
+    def handle(self) -> tuple[int, int]:
+        """``torch.cuda.graph_pool_handle``."""
+        return (0, next(self._numbers))
+
+    def begin(self, index: int, number: tuple[int, int]) -> None:
+        """``torch._C._cuda_beginAllocateCurrentThreadToPool``: makes the pool if there is none, and holds it."""
+        pool = self.alive.setdefault(number, Pool())
+        pool.holders += 1
+        self._outer.append(self.heap.pool)
+        self.heap.pool = pool
+
+    def end(self, index: int, number: tuple[int, int]) -> None:
+        """``torch._C._cuda_endAllocateToPool``."""
+        if self.heap.pool is not self.alive.get(number):
+            raise Violation("a pool is left that was not entered last")
+        self.heap.pool = self._outer.pop()
+
+    def release(self, index: int, number: tuple[int, int]) -> None:
+        """``torch._C._cuda_releasePool``: nobody holds it any more means that its memory goes."""
+        pool = self.alive.get(number)
+        if pool is None:
+            raise Violation("a pool is released once more than it was held")
+        pool.holders -= 1
+        if not pool.holders:
+            del self.alive[number]
+
+    def segments(self) -> list[dict[str, Any]]:
+        """``torch.cuda.memory_snapshot``."""
         everybody = {"total_size": 1 << 20, "segment_pool_id": (0, 0)}
-        pools = sorted(cls.made, key=lambda pool: pool.id)
         return [everybody] + [
-            {"total_size": ctypes.sizeof(memory), "segment_pool_id": pool.id} for pool in pools for memory in pool.kept
+            {"total_size": ctypes.sizeof(memory), "segment_pool_id": number}
+            for number, pool in self.alive.items()
+            for memory in pool.kept
         ]
 
 
@@ -999,7 +1035,13 @@ class Torch:
         self.empty_like = driver.heap.empty_like
         self.empty_strided = driver.heap.empty_strided
         self.workspaces_cleared = 0
-        self._C = SimpleNamespace(_cuda_clearCublasWorkspaces=self._clear)
+        self.pools = Pools(driver.heap)
+        self._C = SimpleNamespace(
+            _cuda_clearCublasWorkspaces=self._clear,
+            _cuda_beginAllocateCurrentThreadToPool=self.pools.begin,
+            _cuda_endAllocateToPool=self.pools.end,
+            _cuda_releasePool=self.pools.release,
+        )
         self.cuda = SimpleNamespace(
             current_stream=lambda device=None: Stream(driver, self.raw_stream(0)),
             stream=self.on,
@@ -1007,9 +1049,8 @@ class Torch:
             current_device=lambda: 0,
             is_available=lambda: True,
             ExternalStream=lambda handle, device: Stream(driver, handle),
-            MemPool=Pool,
-            memory_snapshot=Pool.segments,
-            use_mem_pool=self.use_mem_pool,
+            graph_pool_handle=self.pools.handle,
+            memory_snapshot=self.pools.segments,
             OutOfMemoryError=torch.cuda.OutOfMemoryError,
         )
 
@@ -1039,15 +1080,6 @@ class Torch:
         finally:
             self.current.stream = before
 
-    @contextmanager
-    def use_mem_pool(self, pool: Pool) -> Iterator[None]:
-        """``torch.cuda.use_mem_pool``."""
-        before, self.driver.heap.pool = self.driver.heap.pool, pool
-        try:
-            yield
-        finally:
-            self.driver.heap.pool = before
-
     def _clear(self) -> None:
         self.workspaces_cleared += 1
 
@@ -1076,7 +1108,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
 
     patch.setattr(room, "binding", lambda: fake.driver)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (capture, cuda, lane, slots, *others):
+    for module in (capture, cuda, lane, pool, slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "own_stream"):
             patch.setattr(module, "own_stream", own_stream)

@@ -18,7 +18,7 @@ from graphcache.graphs import capture, driver
 from graphcache.graphs.capture import capture_enqueue, capturing, record_torch, refusal_of, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane, capture_lock
-from tests.graphs.fake_driver import Affine, Memory, Pool, Torch, address, installed, pointer
+from tests.graphs.fake_driver import Affine, Memory, Torch, address, installed, pointer
 
 SIZE = 6
 
@@ -506,7 +506,7 @@ def test_who_waits_for_the_graph_to_go_is_told_once(fake: Torch) -> None:
 
 def test_the_growth_of_the_pool_is_accounted_for(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module(fake)
-    mine, other = ({"total_size": 1000, "segment_pool_id": (0, pool.id[1])} for pool in (module.lane.pool(), Pool()))
+    mine, other = ({"total_size": 1000, "segment_pool_id": lane.pool().id} for lane in (module.lane, Lane(0)))
     small, large = [mine, other], [mine, {**mine, "total_size": 500}, other, other]
     sizes = iter([small, small, small, large, large, small])
     monkeypatch.setattr(fake.cuda, "memory_snapshot", lambda: next(sizes))
