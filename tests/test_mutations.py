@@ -29,7 +29,7 @@ from graphcache import CachedModule
 from graphcache.cache import lru, signature
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
-from graphcache.modules import answers, cached, record_torch, state, strategy
+from graphcache.modules import answers, cached, conditions, record_torch, state, strategy
 from tests.helpers import Fn, frozen, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -820,12 +820,12 @@ CURES: dict[str, Cure] = {
         CACHED + "test_a_part_that_switches_autocast_off_stays_off",
     ),
     "tracers see the module itself": Cure(
-        replace(cached, "_dispatch_modes", lambda: 0),
+        both(replace(cached, "dispatch_modes", lambda: 0), replace(conditions, "dispatch_modes", lambda: 0)),
         _a_tracer_sees_the_cache_at_work,
         CACHED + "test_make_fx_sees_the_operations_of_the_module",
     ),
     "transforms see the module itself": Cure(
-        replace(cached, "_transforms", lambda: None),
+        both(replace(cached, "transforms", lambda: None), replace(conditions, "transforms", lambda: None)),
         _a_transform_sees_something_else,
         CACHED + "test_vmap_and_grad_go_through",
     ),

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _hooks
 
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache, clock
@@ -20,14 +19,27 @@ from graphcache.config import GraphConfig, disabled_by_environment, graphs_off, 
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, Subscriber
 from graphcache.graphs.capture import refusal_of
+from graphcache.modules.conditions import (
+    dispatch_modes,
+    forbidden,
+    global_hooks,
+    global_pre_hooks,
+    is_any_autocast_enabled,
+    is_capturing,
+    is_compiling,
+    is_grad_enabled,
+    is_tracing,
+    raw_stream,
+    transforms,
+)
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.freshness import Freshness
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
-from graphcache.modules.state import Dependencies
 from graphcache.modules.strategy import Routes, find_parts
 
 
@@ -96,6 +108,7 @@ class CachedModule(StandIn):
             part_name: CachedModule(part, replace(config, strategy="whole_graph"), name=part_name, run=part.forward)
             for part_name, part in find_parts(module, config).items()
         }
+        freshness = Freshness(module, self, checks_weights=config.weights == "checked")
         # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
             config=config,
@@ -116,11 +129,11 @@ class CachedModule(StandIn):
             _off=disabled_by_environment(),
             _cuda=engine is not None,
             _closed=False,
-            _checks_weights=engine is None and config.weights == "checked",
+            _freshness=freshness,
+            _is_stale=freshness.is_stale,
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
             _checks_early=True,
         )
-        self._look_again()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call: replay its graph, or capture one, or run eagerly and say why.
@@ -137,7 +150,7 @@ class CachedModule(StandIn):
             ClosedError: After :meth:`close`.
             Exception: Whatever the module raises for these arguments.
         """
-        if _is_compiling():
+        if is_compiling():
             # Nothing of what follows belongs into a compiled program.
             return self._run(*args, **kwargs)
         if self._engine is not None:
@@ -165,9 +178,9 @@ class CachedModule(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What nn.Module.__call__ adds is hooks, at 0.9 µs; it is asked only if there are any.
-        if self._forward_hooks or self._forward_pre_hooks or _global_hooks or _global_pre_hooks:
+        if self._forward_hooks or self._forward_pre_hooks or global_hooks or global_pre_hooks:
             return super().__call__(*args, **kwargs)
-        if kwargs or _is_compiling():
+        if kwargs or is_compiling():
             return self.forward(*args, **kwargs)
         # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
         # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
@@ -176,15 +189,15 @@ class CachedModule(StandIn):
         if (
             entry is None
             or modes.get().off
-            or _dispatch_modes()
-            or _transforms() is not None
-            or (_raw_stream(self._index) and _is_capturing())
+            or dispatch_modes()
+            or transforms() is not None
+            or (raw_stream(self._index) and is_capturing())
         ):
             return self.forward(*args)
         answer = self._hit(entry, args, grad=False)
         if answer is _STALE:
             return self.forward(*args)
-        if not (_is_grad_enabled() or _is_any_autocast_enabled() or _is_tracing()):
+        if not (is_grad_enabled() or is_any_autocast_enabled() or is_tracing()):
             for value in args:
                 if value.is_neg() or value.is_conj():
                     break
@@ -405,50 +418,22 @@ class CachedModule(StandIn):
             self.__dict__.update(_cuda=True, _checks_early=False, _index=index)
 
     def _forbidden(self) -> Reason | None:
-        """What forbids graphs at this moment, whatever the arguments."""
-        if self._off or modes.get().off:
-            return Reason.DISABLED
-        if _dispatch_modes() or _transforms() is not None or _is_tracing():
-            return Reason.TRACING
-        if self._cuda and _is_capturing():
-            return Reason.OUTER_CAPTURE
-        return None
+        return Reason.DISABLED if self._off else forbidden(cuda=self._cuda)
 
     def _needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
         if not torch.is_grad_enabled():
             return None
         if any(tensor.requires_grad for tensor in inputs):
             return Cause(Reason.GRAD, detail="an input requires gradients")
-        if self._dependencies.requires_grad():
+        if self._freshness.requires_grad():
             return Cause(Reason.GRAD, detail="a parameter requires gradients")
         return None
-
-    def _is_stale(self, grad: bool) -> bool:
-        if self._engine is not None:
-            return bool(self._engine.epoch != self._epoch)
-        if self._engines and sum([engine.epoch for engine in self._engines]) != self._epoch:
-            return True
-        if self._checks_weights and self._dependencies.fingerprint() != self._fingerprint:
-            return True
-        return grad and self._dependencies.requires_grad()
 
     def _start_anew(self) -> None:
         self._cache.clear()
         self._blocks.clear()
         self._recorder.release()
-        self._look_again()
-
-    def _look_again(self) -> None:
-        dependencies = Dependencies(self.module)
-        engines = [each for each in self.module.modules() if isinstance(each, EngineModule)]
-        for engine in engines:
-            engine.users.add(self)
-        self.__dict__.update(
-            _dependencies=dependencies,
-            _fingerprint=dependencies.fingerprint(),
-            _engines=engines,
-            _epoch=sum([engine.epoch for engine in engines]),
-        )
+        self._freshness.look_again()
 
     def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
         given = [args[index] for index in self._host_inputs if index < len(args)]
@@ -485,13 +470,3 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
 
 _STALE: Any = object()
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
-_is_grad_enabled = torch.is_grad_enabled
-_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
-_is_compiling = torch.compiler.is_compiling
-# Torch fills and empties these two dictionaries and never replaces them.
-_global_hooks, _global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
-_is_tracing: Callable[[], bool] = torch._C._is_tracing
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-_is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)

@@ -1,0 +1,38 @@
+"""What PyTorch is doing around a call, asked without its wrappers: each of these costs some 40 ns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules import module as _hooks
+
+from graphcache.config import modes
+from graphcache.errors import Reason
+
+is_grad_enabled = torch.is_grad_enabled
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+is_compiling = torch.compiler.is_compiling
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
+# Torch fills and empties these two dictionaries and never replaces them.
+global_hooks, global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
+
+
+def forbidden(*, cuda: bool) -> Reason | None:
+    """What forbids graphs at this moment, in this context, whatever the arguments.
+
+    Args:
+        cuda: Whether the call concerns a CUDA device.
+    """
+    if modes.get().off:
+        return Reason.DISABLED
+    if dispatch_modes() or transforms() is not None or is_tracing():
+        return Reason.TRACING
+    if cuda and is_capturing():
+        return Reason.OUTER_CAPTURE
+    return None
