@@ -380,7 +380,7 @@ def _threads_mix_their_inputs() -> bool:
     inside: list[bool] = []
 
     def other() -> None:
-        lock = fast._recorder._host_lock
+        lock = fast._misses.recorder._host_lock
         if lock.acquire(blocking=False):
             lock.release()
             fast(X + 5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.signature import Signature, describe, describe_layout
-from graphcache.config import GraphConfig, disabled_by_environment, graphs_off, modes
-from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Reason, Refusal
-from graphcache.events import Captured, Evicted, Ledger, Subscriber
-from graphcache.graphs.capture import refusal_of
+from graphcache.config import GraphConfig, modes
+from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal
+from graphcache.events import Evicted, Ledger, Subscriber
 from graphcache.modules.conditions import (
     dispatch_modes,
-    forbidden,
     global_hooks,
     global_pre_hooks,
     is_any_autocast_enabled,
@@ -35,12 +30,11 @@ from graphcache.modules.conditions import (
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.info import CacheInfo
-from graphcache.modules.record import Recorded, Recorder
-from graphcache.modules.record_engine import EngineRecorder
-from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.record import Recorded
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
-from graphcache.modules.strategy import Routes, find_parts
+from graphcache.modules.strategy import find_parts
 
 
 class CachedModule(StandIn):
@@ -109,27 +103,20 @@ class CachedModule(StandIn):
             for part_name, part in find_parts(module, config).items()
         }
         freshness = Freshness(module, self, checks_weights=config.weights == "checked")
+        misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
         # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
             config=config,
             ledger=ledger,
             parts=parts,
-            _run=run or module,
             _engine=engine,
             _host_inputs=engine.host_inputs if engine is not None else (),
-            _recorder=_recorder(module, run or module, config, own_name),
             _cache=cache,
             _entries=cache.entries,
             # By layout alone, for calls of plain tensors; emptied whenever a graph goes.
             _shortcuts=shortcuts,
             _index=engine.device.index if engine is not None else 0,
-            _blocks=Blocks(),
-            _routes=Routes(parts),
-            _capturing=threading.RLock(),
-            _off=disabled_by_environment(),
-            _cuda=engine is not None,
-            _closed=False,
-            _freshness=freshness,
+            _misses=misses,
             _is_stale=freshness.is_stale,
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
             _checks_early=True,
@@ -152,7 +139,7 @@ class CachedModule(StandIn):
         """
         if is_compiling():
             # Nothing of what follows belongs into a compiled program.
-            return self._run(*args, **kwargs)
+            return self._misses.run(*args, **kwargs)
         if self._engine is not None:
             if kwargs or self._host_inputs:
                 args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
@@ -161,18 +148,18 @@ class CachedModule(StandIn):
         try:
             signature, inputs = describe(args, kwargs)
         except Refusal as refusal:
-            return self._undescribed(refusal.cause, args, kwargs)
+            return self._misses.undescribed(refusal.cause, args, kwargs)
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
-        if entry is None or self._forbidden() is not None:
+        if entry is None or self._misses.forbidden() is not None:
             return self._miss(signature, inputs, args, kwargs)
-        answer = self._hit(entry, inputs, grad=signature[0] is not False)
-        if answer is _STALE:
+        answer = self._hit(entry, inputs, signature[0] is not False)
+        if answer is STALE:
             return self._miss(signature, inputs, args, kwargs)
         # Flat calls alone: three parts for the state and four for each tensor, with nothing pending and none repeated.
         flat = not kwargs and len(signature) == 3 + 4 * len(args)
-        if flat and self._cuda and signature[0] is False and signature[2] is None:
+        if flat and self._misses.cuda and signature[0] is False and signature[2] is None:
             self._shortcuts[describe_layout(args)] = entry
         return answer
 
@@ -194,8 +181,8 @@ class CachedModule(StandIn):
             or (raw_stream(self._index) and is_capturing())
         ):
             return self.forward(*args)
-        answer = self._hit(entry, args, grad=False)
-        if answer is _STALE:
+        answer = self._hit(entry, args, False)
+        if answer is STALE:
             return self.forward(*args)
         if not (is_grad_enabled() or is_any_autocast_enabled() or is_tracing()):
             for value in args:
@@ -218,8 +205,7 @@ class CachedModule(StandIn):
             CaptureError: If the call cannot be captured, with the cause.
             Exception: Whatever the module raises for these arguments.
         """
-        if self._closed:
-            raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
+        self._misses.check_open()
         if self._engine is not None:
             args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
             if modes.get().multi_device_safe:
@@ -229,15 +215,11 @@ class CachedModule(StandIn):
         except Refusal as refusal:
             raise CaptureError(f"{self.ledger.name}: {refusal.cause}") from refusal
         self._notice_device(inputs)
-        reason = self._forbidden()
-        cause = Cause(reason) if reason is not None else self._needs_grad(inputs)
-        if cause is None:
-            with self._capturing:
-                _, outcome = self._recorder.attempt(args, kwargs, inputs, alone=True)
-            if isinstance(outcome, Recorded):
-                return self._session_of(outcome, inputs)
-            cause = outcome
-        raise CaptureError(f"{self.ledger.name}: {cause}")
+        session = Session(self._misses.alone(inputs, args, kwargs))
+        with torch.no_grad():
+            for static, tensor in zip(session.inputs, self._device_only(inputs), strict=True):
+                static.copy_(tensor)
+        return session
 
     def cache_info(self) -> CacheInfo:
         """The account so far, of this module and of the parts that it captured one by one.
@@ -277,19 +259,16 @@ class CachedModule(StandIn):
 
     def clear(self) -> None:
         """Drop every graph, and forget what could not be captured; the next call of each signature captures anew."""
-        with self._capturing:
-            self._cache.clear()
-            self._blocks.clear()
-            self._recorder.release()
+        with self._misses.lock:
+            self._misses.clear()
             for part in self.parts.values():
                 part.clear()
 
     def close(self) -> None:
         """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""
-        with self._capturing:
-            self.__dict__["_closed"] = True
-            self._cache.clear()
-            self._recorder.release()
+        with self._misses.lock:
+            self._misses.closed = True
+            self._misses.clear()
             for part in self.parts.values():
                 part.close()
 
@@ -301,39 +280,31 @@ class CachedModule(StandIn):
 
     def runs(self, function: Callable[..., Any]) -> None:
         """Call ``function`` instead of the module from now on; graphs of another one are dropped."""
-        if function != self._run:
-            self.__dict__["_run"] = function
-            self.__dict__["_recorder"] = _recorder(self.module, function, self.config, self.ledger.name)
+        if function != self._misses.run:
             self.clear()
+            self._misses.runs(function)
 
     def extra_repr(self) -> str:
         return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
-
-    def _session_of(self, recorded: Recorded, inputs: Sequence[Tensor]) -> Session:
-        session = Session(recorded)
-        with torch.no_grad():
-            for static, tensor in zip(session.inputs, self._device_only(inputs), strict=True):
-                static.copy_(tensor)
-        return session
 
     def _device_only(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._host_inputs:
             return inputs
         return [value for index, value in enumerate(inputs) if index not in self._host_inputs]
 
-    def _hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], *, grad: bool) -> Any:
-        """Replay, or ``_STALE``. What a stale graph wrote is dropped; what it read, it kept alive."""
+    def _hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
+        """Replay, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive."""
         if self._checks_early and self._is_stale(grad):
-            return _STALE
+            return STALE
         given = self._device_only(inputs) if self._host_inputs else inputs
         recorded = entry.graph
         try:
             answer = recorded.build(recorded.replay(given), given)
         except ClosedError:
             # Evicted by another thread since the look-up.
-            return _STALE
+            return STALE
         if not self._checks_early and self._is_stale(grad):
-            return _STALE
+            return STALE
         entry.hits += 1
         entry.used = clock()
         return answer
@@ -341,109 +312,18 @@ class CachedModule(StandIn):
     def _miss(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._closed:
-            raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
         self._notice_device(inputs)
-        if (reason := self._forbidden()) is not None:
-            return self._eagerly(Cause(reason), args, kwargs)
-        if self.config.strategy == "per_submodule":
-            with self._routes.active():
-                return self._run(*args, **kwargs)
-        with self._capturing:
-            grad = signature[0] is not False
-            if self._is_stale(grad):
-                self._start_anew()
-            cause = self._needs_grad(inputs) or self._blocks.cause(signature)
-            entry = self._entries.get(signature)
-            if cause is None and entry is not None and (answer := self._hit(entry, inputs, grad=grad)) is not _STALE:
-                return answer
-            if cause is None:
-                answer, cause = self._capture(signature, inputs, args, kwargs)
-                if cause is None:
-                    return answer
-                self._refused(cause)
-                return answer
-        return self._eagerly(cause, args, kwargs)
-
-    def _capture(
-        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Cause | None]:
-        start = time.perf_counter()
-        answer, outcome = self._recorder.attempt(args, kwargs, inputs)
-        if isinstance(outcome, Recorded):
-            try:
-                entry = self._cache.put(signature, outcome)
-            except Refusal as refusal:
-                outcome = refusal.cause
-            except Exception as error:
-                # Closing an evicted graph failed. This call has its answer all the same.
-                outcome.close()
-                outcome = refusal_of(error, self.ledger.name).cause
-            else:
-                seconds = time.perf_counter() - start
-                self.ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
-                return answer, None
-        self._blocks.block(signature, outcome)
-        return answer, outcome
-
-    def _undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        reason = self._forbidden()
-        if reason is None and self.config.strategy == "per_submodule" and not self._closed:
-            # The whole was never to be captured, and the parts may be called with something else.
-            with self._routes.active():
-                return self._run(*args, **kwargs)
-        return self._eagerly(cause if reason is None else Cause(reason), args, kwargs)
-
-    def _refused(self, cause: Cause) -> None:
-        self.ledger.ran_eagerly(cause)
-        if self.config.on_failure == "raise" and cause.reason not in _ALWAYS_EAGER:
-            raise CaptureError(f"{self.ledger.name}: {cause}")
-
-    def _eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._closed:
-            raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
-        self._refused(cause)
-        if cause.reason in _ALWAYS_EAGER:
-            return self._run(*args, **kwargs)
-        if self._engine is not None:
-            # In subgraph mode the engine would come back here.
-            with graphs_off():
-                return self._run(*args, **kwargs)
-        with self._routes.active():
-            return self._run(*args, **kwargs)
+        return self._misses.answer(signature, inputs, args, kwargs, self._hit)
 
     def _notice_device(self, inputs: Sequence[Tensor]) -> None:
-        if not self._cuda and any(tensor.is_cuda for tensor in inputs):
+        if not self._misses.cuda and any(tensor.is_cuda for tensor in inputs):
+            self._misses.cuda = True
             index = next(tensor.device.index for tensor in inputs if tensor.is_cuda)
-            self.__dict__.update(_cuda=True, _checks_early=False, _index=index)
-
-    def _forbidden(self) -> Reason | None:
-        return Reason.DISABLED if self._off else forbidden(cuda=self._cuda)
-
-    def _needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
-        if not torch.is_grad_enabled():
-            return None
-        if any(tensor.requires_grad for tensor in inputs):
-            return Cause(Reason.GRAD, detail="an input requires gradients")
-        if self._freshness.requires_grad():
-            return Cause(Reason.GRAD, detail="a parameter requires gradients")
-        return None
-
-    def _start_anew(self) -> None:
-        self._cache.clear()
-        self._blocks.clear()
-        self._recorder.release()
-        self._freshness.look_again()
+            self.__dict__.update(_checks_early=False, _index=index)
 
     def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
         given = [args[index] for index in self._host_inputs if index < len(args)]
         return [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
-
-
-def _recorder(module: nn.Module, run: Callable[..., Any], config: GraphConfig, name: str) -> Recorder:
-    if not isinstance(module, EngineModule):
-        return TorchRecorder(module, run, name, verified=config.verify)
-    return EngineRecorder(module, config)
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:
@@ -466,7 +346,3 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
         torch.Size([1, 2])
     """
     return CachedModule(module, GraphConfig.of(options))
-
-
-_STALE: Any = object()
-_ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})

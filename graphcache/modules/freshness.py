@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from torch import nn
 
 from graphcache.modules.engine import EngineModule
@@ -34,7 +36,8 @@ class Freshness:
 
     def __init__(self, module: nn.Module, user: object, *, checks_weights: bool) -> None:
         self._module = module
-        self._user = user
+        # Who holds the graphs holds this too.
+        self._user = weakref.ref(user)
         self._engine = module if isinstance(module, EngineModule) else None
         self._checks_weights = checks_weights and self._engine is None
         self.look_again()
@@ -44,7 +47,7 @@ class Freshness:
         self._dependencies = Dependencies(self._module)
         self._engines = [each for each in self._module.modules() if isinstance(each, EngineModule)]
         for engine in self._engines:
-            engine.users.add(self._user)
+            engine.users.add(self._user())
         self._fingerprint = self._dependencies.fingerprint()
         self._epoch = sum([engine.epoch for engine in self._engines])
 

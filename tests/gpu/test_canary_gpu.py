@@ -131,7 +131,7 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
             there.enter_context(torch.cuda.stream(own_stream(0, "capture")))
             garbage = [torch.full((x.numel(),), float("nan"), device="cuda") for x in inputs * 32]
             if kind == "torch":
-                there.enter_context(fast._recorder._lanes[0].pool().allocating())
+                there.enter_context(fast._misses.recorder._lanes[0].pool().allocating())
             garbage += [torch.full((x.numel(),), float("nan"), device="cuda") for x in inputs * 32]
             garbage += [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(32)]
         torch.cuda.synchronize()

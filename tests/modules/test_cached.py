@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -51,6 +53,23 @@ def test_the_first_call_captures_and_the_next_ones_replay():
     for _ in range(3):
         assert same(fast(X), fast.module(X))
     assert outcomes(fast) == (2, 1, {})
+
+
+@pytest.mark.parametrize("options", [{}, {"include": ["0"]}, {"include": ["0"], "strategy": "per_submodule"}], ids=str)
+def test_who_lets_go_of_a_wrapped_module_frees_it_at_once(options):
+    """Graphs hold device memory: it must not wait for the collector."""
+    fast = graphcache.wrap(mlp(), **options)
+    for _ in range(2):
+        fast(X)
+    gone = weakref.ref(fast)
+    # What torch leaves behind at the first call in a process is none of ours.
+    gc.collect()
+    gc.disable()
+    try:
+        del fast
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_shapes_seen_before_are_not_captured_again():

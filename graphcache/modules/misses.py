@@ -1,0 +1,224 @@
+"""The slow way of a call, when no graph answers it: it is captured, or runs eagerly and says why."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.cache.blocks import Blocks
+from graphcache.cache.lru import Entry, GraphCache
+from graphcache.cache.signature import Signature
+from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
+from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
+from graphcache.events import Captured, Ledger
+from graphcache.graphs.capture import refusal_of
+from graphcache.modules.conditions import forbidden
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.freshness import Freshness
+from graphcache.modules.record import Recorded, Recorder
+from graphcache.modules.record_engine import EngineRecorder
+from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.strategy import Routes
+
+if TYPE_CHECKING:
+    from graphcache.modules.cached import CachedModule
+
+STALE: Any = object()
+"""Stands for an answer that a graph could not give, or should not have given."""
+
+Hit = Callable[[Entry[Recorded], Sequence[Tensor], bool], Any]
+"""Replays an entry on some inputs, while gradients are recorded or not; an answer, or ``STALE``."""
+
+
+class Misses:
+    """Captures the calls of one module that can be captured, one at a time, and answers every one of them.
+
+    Args:
+        module: The wrapped module.
+        run: What a call calls; ``module`` itself or its ``forward``.
+        config: Options.
+        ledger: Hears of captures and eager calls.
+        cache: Where graphs go.
+        parts: The parts that are captured one by one where the whole is not.
+        freshness: Tells when the graphs are no longer right.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        config: GraphConfig,
+        ledger: Ledger,
+        cache: GraphCache[Recorded],
+        parts: Mapping[str, CachedModule],
+        freshness: Freshness,
+    ) -> None:
+        self._module = module
+        self._engine = module if isinstance(module, EngineModule) else None
+        self._config = config
+        self._ledger = ledger
+        self._cache = cache
+        self._routes = Routes(parts)
+        self._freshness = freshness
+        self._blocks = Blocks()
+        self._off = disabled_by_environment()
+        self.lock = threading.RLock()
+        """Held while a call is captured, and by whoever drops graphs."""
+        self.cuda = self._engine is not None
+        """Whether calls concern a CUDA device."""
+        self.closed = False
+        self.runs(run)
+
+    def runs(self, run: Callable[..., Any]) -> None:
+        """Call ``run`` from now on; what was captured of another one must have been dropped."""
+        self.run = run
+        self.recorder = self._recorder()
+
+    def forbidden(self) -> Reason | None:
+        """What forbids graphs at this moment, whatever the arguments."""
+        return Reason.DISABLED if self._off else forbidden(cuda=self.cuda)
+
+    def answer(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], hit: Hit
+    ) -> Any:
+        """Answer a call that no graph has answered.
+
+        Args:
+            signature: Of the call.
+            inputs: The tensors among its arguments, as the signature orders them.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            hit: What to do if another thread has captured it meanwhile.
+
+        Raises:
+            CaptureError: If the call cannot be captured and ``on_failure="raise"``.
+            ClosedError: If the module was closed.
+            Exception: Whatever the module raises for these arguments.
+        """
+        self.check_open()
+        if (reason := self.forbidden()) is not None:
+            return self._eagerly(Cause(reason), args, kwargs)
+        if self._config.strategy == "per_submodule":
+            with self._routes.active():
+                return self.run(*args, **kwargs)
+        with self.lock:
+            grad = signature[0] is not False
+            if self._freshness.is_stale(grad):
+                self.clear()
+                self._freshness.look_again()
+            cause = self._needs_grad(inputs) or self._blocks.cause(signature)
+            entry = self._cache.entries.get(signature)
+            if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
+                return answer
+            if cause is None:
+                answer, cause = self._capture(signature, inputs, args, kwargs)
+                if cause is not None:
+                    self._tell(cause)
+                return answer
+        return self._eagerly(cause, args, kwargs)
+
+    def undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call whose arguments no signature describes.
+
+        Raises:
+            Exception: As :meth:`answer`.
+        """
+        reason = self.forbidden()
+        if reason is None and self._config.strategy == "per_submodule" and not self.closed:
+            # The whole was never to be captured, and the parts may be called with something else.
+            with self._routes.active():
+                return self.run(*args, **kwargs)
+        return self._eagerly(cause if reason is None else Cause(reason), args, kwargs)
+
+    def alone(self, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+        """A graph of a call that shares no memory with others and is in no cache.
+
+        Raises:
+            CaptureError: If the call cannot be captured, with the cause.
+            Exception: Whatever the module raises for these arguments.
+        """
+        reason = self.forbidden()
+        cause = Cause(reason) if reason is not None else self._needs_grad(inputs)
+        if cause is None:
+            with self.lock:
+                _, outcome = self.recorder.attempt(args, kwargs, inputs, alone=True)
+            if isinstance(outcome, Recorded):
+                return outcome
+            cause = outcome
+        raise CaptureError(f"{self._ledger.name}: {cause}")
+
+    def check_open(self) -> None:
+        """Raise if the module was closed.
+
+        Raises:
+            ClosedError: Then.
+        """
+        if self.closed:
+            raise ClosedError(f"{self._ledger.name} was closed; wrap its .module again")
+
+    def clear(self) -> None:
+        """Drop every graph, and forget what could not be captured."""
+        with self.lock:
+            self._cache.clear()
+            self._blocks.clear()
+            self.recorder.release()
+
+    def _recorder(self) -> Recorder:
+        if self._engine is not None:
+            return EngineRecorder(self._engine, self._config)
+        return TorchRecorder(self._module, self.run, self._ledger.name, verified=self._config.verify)
+
+    def _capture(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Cause | None]:
+        start = time.perf_counter()
+        answer, outcome = self.recorder.attempt(args, kwargs, inputs)
+        if isinstance(outcome, Recorded):
+            try:
+                entry = self._cache.put(signature, outcome)
+            except Refusal as refusal:
+                outcome = refusal.cause
+            except Exception as error:
+                # Closing an evicted graph failed. This call has its answer all the same.
+                outcome.close()
+                outcome = refusal_of(error, self._ledger.name).cause
+            else:
+                seconds = time.perf_counter() - start
+                self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
+                return answer, None
+        self._blocks.block(signature, outcome)
+        return answer, outcome
+
+    def _tell(self, cause: Cause) -> None:
+        self._ledger.ran_eagerly(cause)
+        if self._config.on_failure == "raise" and cause.reason not in _ALWAYS_EAGER:
+            raise CaptureError(f"{self._ledger.name}: {cause}")
+
+    def _eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.check_open()
+        self._tell(cause)
+        if cause.reason in _ALWAYS_EAGER:
+            return self.run(*args, **kwargs)
+        if self._engine is not None:
+            # In subgraph mode the engine would come back here.
+            with graphs_off():
+                return self.run(*args, **kwargs)
+        with self._routes.active():
+            return self.run(*args, **kwargs)
+
+    def _needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
+        if not torch.is_grad_enabled():
+            return None
+        if any(tensor.requires_grad for tensor in inputs):
+            return Cause(Reason.GRAD, detail="an input requires gradients")
+        if self._freshness.requires_grad():
+            return Cause(Reason.GRAD, detail="a parameter requires gradients")
+        return None
+
+
+_ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})

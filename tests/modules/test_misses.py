@@ -1,0 +1,152 @@
+"""The slow way by itself: what is captured, what runs eagerly, and what is answered either way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphcache.cache.lru import Entry, GraphCache
+from graphcache.cache.signature import describe
+from graphcache.config import GraphConfig, graphs_off
+from graphcache.errors import CaptureError, Cause, ClosedError, Reason
+from graphcache.events import Ledger
+from graphcache.modules.freshness import Freshness
+from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.record import Recorded
+
+
+class Slow:
+    """The slow way of one module, and what a call would do that finds a graph."""
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        self.module = module
+        self.ledger = Ledger("net")
+        self.cache: GraphCache[Recorded] = GraphCache(max_graphs=2)
+        self.hits = 0
+        freshness = Freshness(module, self, checks_weights=True)
+        config = GraphConfig(**options)
+        self.misses = Misses(module, module, config, self.ledger, self.cache, {}, freshness)
+
+    def hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
+        self.hits += 1
+        return entry.graph.build(entry.graph.replay(inputs), inputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signature, inputs = describe(args, kwargs)
+        return self.misses.answer(signature, inputs, args, kwargs, self.hit)
+
+
+class Branches(nn.Module):
+    """Looks at a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum().item() > 0 else x - 1
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU()).requires_grad_(False)
+
+
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+
+def test_a_miss_is_answered_and_kept() -> None:
+    slow = Slow(net())
+    assert torch.equal(slow(X), slow.module(X))
+    assert (len(slow.cache), slow.ledger.captures, slow.hits) == (1, 1, 0)
+
+
+def test_who_comes_second_finds_the_graph_of_the_first() -> None:
+    slow = Slow(net())
+    for _ in range(2):
+        assert torch.equal(slow(X), slow.module(X))
+    assert (slow.ledger.captures, slow.hits) == (1, 1)
+
+
+def test_a_graph_that_cannot_answer_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(net())
+    slow(X)
+    monkeypatch.setattr(slow, "hit", lambda *_: STALE)
+    assert torch.equal(slow(X), slow.module(X))
+    assert (slow.ledger.captures, len(slow.cache)) == (2, 1)
+
+
+def test_what_cannot_be_captured_is_answered_once_and_remembered() -> None:
+    module = Branches()
+    slow = Slow(module)
+    for x in (X + 3, X - 3, X + 3):
+        assert torch.equal(slow(x), module(x))
+    assert dict(slow.ledger.eager) == {Reason.HOST_READ: 3}
+    slow.misses.clear()
+    assert torch.equal(slow(X - 3), module(X - 3))
+    assert slow.ledger.eager[Reason.HOST_READ] == 4
+
+
+def test_on_failure_raises_what_cannot_be_captured_and_nothing_else() -> None:
+    slow = Slow(Branches(), on_failure="raise")
+    for _ in range(2):
+        with pytest.raises(CaptureError, match=r"^net: host_read"):
+            slow(X)
+    with graphs_off():
+        assert torch.equal(slow(X + 3), slow.module(X + 3))
+
+
+def test_weights_that_were_replaced_drop_every_graph() -> None:
+    slow = Slow(net())
+    slow(X)
+    slow.module[0].weight.data = torch.randn(4, 4)
+    assert torch.equal(slow(X), slow.module(X))
+    assert (slow.ledger.captures, slow.hits, len(slow.cache)) == (2, 0, 1)
+
+
+def test_gradients_are_asked_of_inputs_and_parameters() -> None:
+    slow = Slow(net())
+    assert slow(X.clone().requires_grad_()).requires_grad
+    slow.module[0].bias.requires_grad_()
+    assert slow(X).requires_grad
+    assert dict(slow.ledger.eager) == {Reason.GRAD: 2}
+    with torch.no_grad():
+        slow(X)
+    assert slow.ledger.captures == 1
+
+
+def test_arguments_that_no_signature_describes() -> None:
+    slow = Slow(net())
+    cause = Cause(Reason.ARGUMENT, "args[0]", "odd")
+    assert torch.equal(slow.misses.undescribed(cause, (X,), {}), slow.module(X))
+    with graphs_off():
+        slow.misses.undescribed(cause, (X,), {})
+    assert dict(slow.ledger.eager) == {Reason.ARGUMENT: 1, Reason.DISABLED: 1}
+
+
+def test_a_graph_of_ones_own_is_in_no_cache() -> None:
+    slow = Slow(net())
+    recorded = slow.misses.alone([X], (X,), {})
+    assert torch.equal(recorded.build(recorded.replay([X]), [X]), slow.module(X))
+    assert (len(slow.cache), slow.ledger.captures) == (0, 0)
+    recorded.close()
+    with pytest.raises(CaptureError, match=r"^net: host_read"):
+        Slow(Branches()).misses.alone([X], (X,), {})
+    with graphs_off(), pytest.raises(CaptureError, match=r"^net: disabled"):
+        slow.misses.alone([X], (X,), {})
+
+
+def test_closed_is_closed() -> None:
+    slow = Slow(net())
+    slow(X)
+    slow.misses.closed = True
+    for call in (slow, lambda x: slow.misses.undescribed(Cause(Reason.ARGUMENT), (x,), {})):
+        with pytest.raises(ClosedError, match=r"^net was closed; wrap its \.module again$"):
+            call(X)
+
+
+def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHCACHE_DISABLE", "1")
+    slow = Slow(net())
+    assert slow.misses.forbidden() is Reason.DISABLED
+    assert torch.equal(slow(X), slow.module(X))
+    assert dict(slow.ledger.eager) == {Reason.DISABLED: 1}
