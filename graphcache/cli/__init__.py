@@ -1,7 +1,7 @@
-"""The command line: ``graphcache demo``, ``build`` and ``run``.
+"""The command line: ``graphcache demo``, ``build``, ``run`` and ``doctor``.
 
-Exit codes: 0 if all went well, 1 if something was wrong with what was given (one line on stderr, no traceback), 2 for a
-usage error, 3 if an answer differed from eager execution.
+Exit codes: 0 if all went well, 1 if something was wrong with what was given or what is installed (one line on stderr,
+no traceback), 2 for a usage error, 3 if an answer differed from eager execution.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import click
 import graphcache
 from graphcache.cli.build import build
 from graphcache.cli.demo import demo
+from graphcache.cli.doctor import doctor
 from graphcache.cli.output import one_line
 from graphcache.cli.run import run
 from graphcache.errors import GraphCacheError
@@ -44,3 +45,4 @@ def main(verbose: int) -> None:
 main.add_command(demo)
 main.add_command(build)
 main.add_command(run)
+main.add_command(doctor)
