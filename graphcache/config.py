@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Strategy = Literal["auto", "whole_graph", "per_submodule"]
 InputOutput = Literal["bind", "copy"]
+Outputs = Literal["own", "view"]
 Contexts = Literal["private", "shared"]
 Edges = Literal["captured", "full"]
 OnFailure = Literal["eager", "raise"]
@@ -37,6 +38,9 @@ class GraphConfig:
         io: ``"bind"`` points an engine's kernels at the caller's tensors, so that nothing is copied, wherever all
             places are found where they hold an address, and verification agrees. Whatever is not bound is copied.
             ``"copy"`` always copies, by nodes of the graph.
+        outputs: ``"own"`` answers with fresh tensors that stay as they are. ``"view"`` answers with the tensors that
+            the graph writes, always the same ones; the next replay of that graph overwrites them, and using an answer
+            later raises :class:`~graphcache.errors.StaleOutputError`. Parts of a module always own theirs.
         contexts: ``"private"`` gives each graph of an engine its own execution context, as NVIDIA documents it to be
             safe. ``"shared"`` uses one for all, which captures faster and is verified like everything else.
         edges: ``"captured"`` keeps the dependencies of an engine's kernels as they were captured. ``"full"`` replaces
@@ -61,6 +65,7 @@ class GraphConfig:
     max_bytes: int | None = None
     verify: bool = True
     io: InputOutput = "bind"
+    outputs: Outputs = "own"
     contexts: Contexts = "private"
     edges: Edges = "captured"
     weights: Weights = "checked"
@@ -105,6 +110,7 @@ class GraphConfig:
 _LITERALS: dict[str, tuple[str, ...]] = {
     "strategy": get_args(Strategy),
     "io": get_args(InputOutput),
+    "outputs": get_args(Outputs),
     "contexts": get_args(Contexts),
     "edges": get_args(Edges),
     "weights": get_args(Weights),

@@ -10,7 +10,8 @@
     │   ├── InputDtypeError (TypeError)
     │   ├── InputDeviceError
     │   ├── InputRankError
-    │   └── ProfileRangeError                 a size outside every optimisation profile
+    │   ├── ProfileRangeError                 a size outside every optimisation profile
+    │   └── OutputMismatchError               forward_into: the answer does not fit
     ├── EngineError (RuntimeError)
     │   ├── EngineFormatError (ValueError)    truncated, or not an engine
     │   ├── EngineVersionError                built by another TensorRT, or for another GPU
@@ -18,6 +19,7 @@
     │   └── EngineExecutionError              TensorRT refused to run it
     ├── CaptureError (RuntimeError)           only with on_failure="raise"
     ├── ModeConflictError (RuntimeError)      graphs together with an output allocator, when strict
+    ├── StaleOutputError (RuntimeError)       an output that a later replay wrote over, outputs="view"
     ├── ClosedError (RuntimeError)
     ├── NoGpuError (RuntimeError)
     ├── CudaError (RuntimeError)              a driver call failed
@@ -68,6 +70,10 @@ class ProfileRangeError(InputError):
     """A size lies outside every optimisation profile of the engine."""
 
 
+class OutputMismatchError(InputError):
+    """Tensors given for the answer have another structure, shape, dtype or device than the answer."""
+
+
 class EngineError(GraphCacheError, RuntimeError):
     """Something about a TensorRT engine."""
 
@@ -94,6 +100,10 @@ class CaptureError(GraphCacheError, RuntimeError):
 
 class ModeConflictError(GraphCacheError, RuntimeError):
     """CUDA graphs and a dynamic output allocator were asked for together, in ``strict`` mode."""
+
+
+class StaleOutputError(GraphCacheError, RuntimeError):
+    """An output was read after a later replay had written over it. Only with ``outputs="view"``."""
 
 
 class ClosedError(GraphCacheError, RuntimeError):

@@ -116,8 +116,18 @@ class CudaGraph:
             code = self._launch(executable, lane.handle)[0]
             if code:
                 raise CudaError(f"cuGraphLaunch failed with {code.name} ({int(code)})")
-            self._finish(executable, stream, answer)
+            if out is None:
+                self._finish(executable, stream, answer)
+            else:
+                self._copy_out(answer)
         return answer
+
+    def accepts(self, out: Sequence[Tensor]) -> bool:
+        buffers = [slot.buffer for slot in self._outputs]
+        return len(out) == len(buffers) and all(
+            tensor.data_ptr() % ALIGNMENT == 0 and tensor.numel() > 0 and _lies_as(tensor, buffer)
+            for tensor, buffer in zip(out, buffers, strict=True)
+        )
 
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
         with self._lane.lock:
@@ -175,15 +185,19 @@ class CudaGraph:
         answer = [slot.fresh() for slot in self._outputs] if out is None else out
         self._ready = None
         for slot, tensor in zip(self._outputs, answer, strict=True):
-            if slot.pointers and not slot.point(executable, tensor.data_ptr()):
+            moved = slot.pointers and tensor.data_ptr() != slot.address
+            if moved and not slot.point(executable, tensor.data_ptr()):
                 raise CudaError(f"an output at {tensor.data_ptr():#x} is not aligned to {ALIGNMENT} bytes")
         return answer
 
-    def _finish(self, executable: Any, stream: int, answer: list[Tensor]) -> None:
-        """What remains after a launch, while the device works: copies out, and the outputs of the next call."""
+    def _copy_out(self, answer: list[Tensor]) -> None:
         self._ready = None
         for index in self._copied:
             answer[index].copy_(self._outputs[index].buffer)
+
+    def _finish(self, executable: Any, stream: int, answer: list[Tensor]) -> None:
+        """What remains after a launch, while the device works: copies out, and the outputs of the next call."""
+        self._copy_out(answer)
         try:
             if self._only is not None:
                 tensor = _empty_like(self._only.buffer)
@@ -199,6 +213,17 @@ class CudaGraph:
             # This call has its answer; the next one will say what is wrong, if it still is.
             return
         self._ready, self._ready_stream, self._ready_inference = ready, stream, _is_inference_mode()
+
+
+def _lies_as(tensor: Tensor, buffer: Tensor) -> bool:
+    """Whether a tensor can take the place of a buffer."""
+    return (
+        tensor.shape == buffer.shape
+        and tensor.stride() == buffer.stride()
+        and tensor.dtype is buffer.dtype
+        and tensor.device == buffer.device
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def _nothing() -> None:

@@ -42,6 +42,9 @@ class Graph(Protocol):
             ClosedError: After :meth:`close`.
         """
 
+    def accepts(self, out: Sequence[Tensor]) -> bool:
+        """Whether :meth:`replay` could write straight into these tensors, were they no part of its inputs."""
+
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
         """Use the static buffers from now on, for :meth:`launch`.
 

@@ -76,6 +76,10 @@ class HostGraph:
                 target.copy_(tensor)
             return out
 
+    def accepts(self, out: Sequence[Tensor]) -> bool:
+        # Operations make tensors of their own; there is nothing to be saved.
+        return False
+
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             static = self._open_inputs()

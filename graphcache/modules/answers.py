@@ -94,10 +94,15 @@ class Answer:
         ]
         return (self._tree, tensors, places)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its leaves are the tensors that the call made, each once and in their order."""
+        return self._places == list(range(len(self.tensors)))
+
     def builder(self) -> Callable[[list[Tensor], Sequence[Tensor]], Any]:
         """A function of fresh outputs and of the caller's inputs that gives the whole answer."""
         places, tree = self._places, self._tree
-        if places == list(range(len(self.tensors))):
+        if self.is_whole:
             if tree.is_leaf():
                 return lambda outputs, _: outputs[0]
             if tree == pytree.tree_flatten([0] * len(places))[1]:

@@ -30,11 +30,13 @@ from graphcache.modules.conditions import (
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.info import CacheInfo
+from graphcache.modules.into import copy_into, targets_of
 from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.record import Recorded
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
 from graphcache.modules.strategy import find_parts
+from graphcache.modules.views import is_plain, plain
 
 
 class CachedModule(StandIn):
@@ -98,8 +100,9 @@ class CachedModule(StandIn):
         cache: GraphCache[Recorded] = GraphCache(
             max_graphs=config.max_graphs, max_bytes=config.max_bytes, on_evict=evicted
         )
+        parts_config = replace(config, strategy="whole_graph", outputs="own")
         parts = {
-            part_name: CachedModule(part, replace(config, strategy="whole_graph"), name=part_name, run=part.forward)
+            part_name: CachedModule(part, parts_config, name=part_name, run=part.forward)
             for part_name, part in find_parts(module, config).items()
         }
         freshness = Freshness(module, self, checks_weights=config.weights == "checked")
@@ -140,15 +143,15 @@ class CachedModule(StandIn):
         if is_compiling():
             # Nothing of what follows belongs into a compiled program.
             return self._misses.run(*args, **kwargs)
-        if self._engine is not None:
-            if kwargs or self._host_inputs:
-                args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
-            if modes.get().multi_device_safe:
-                args = tuple(self._engine.moved(args))
+        if self._engine is not None and (kwargs or self._host_inputs or modes.get().multi_device_safe):
+            args, kwargs = self._for_engine(self._engine, args, kwargs)
         try:
             signature, inputs = describe(args, kwargs)
         except Refusal as refusal:
-            return self._misses.undescribed(refusal.cause, args, kwargs)
+            if is_plain(args, kwargs):
+                return self._misses.undescribed(refusal.cause, args, kwargs)
+            # An output that another wrapped module shows.
+            return self.forward(*plain(args), **plain(kwargs))
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
@@ -206,6 +209,8 @@ class CachedModule(StandIn):
             Exception: Whatever the module raises for these arguments.
         """
         self._misses.check_open()
+        if not is_plain(args, kwargs):
+            args, kwargs = plain(args), plain(kwargs)
         if self._engine is not None:
             args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
             if modes.get().multi_device_safe:
@@ -220,6 +225,34 @@ class CachedModule(StandIn):
             for static, tensor in zip(session.inputs, self._device_only(inputs), strict=True):
                 static.copy_(tensor)
         return session
+
+    def forward_into(self, out: Any, *args: Any, **kwargs: Any) -> Any:
+        """Answer a call into tensors of the caller's.
+
+        A hit on a device writes straight into them where they lie as the graph's own outputs do (contiguous for an
+        engine), begin at a multiple of 256 bytes and share no memory with an input or each other. In all other cases
+        the answer is copied into them.
+
+        Args:
+            out: Tensors in the structure of the answer, of its shapes, dtypes and device, that require no gradients.
+            args: What the module takes.
+            kwargs: Likewise.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            OutputMismatchError: If ``out`` does not fit the answer. It was not written into.
+            Exception: As :meth:`forward`.
+
+        Example:
+            >>> fast, y = CachedModule(nn.ReLU()), torch.empty(2)
+            >>> fast.forward_into(y, torch.tensor([-1.0, 3.0]))
+            tensor([0., 3.])
+        """
+        if not self._straight_into(out, args, kwargs):
+            copy_into(out, self(*args, **kwargs), self.ledger.name)
+        return out
 
     def cache_info(self) -> CacheInfo:
         """The account so far, of this module and of the parts that it captured one by one.
@@ -291,6 +324,40 @@ class CachedModule(StandIn):
         if not self._host_inputs:
             return inputs
         return [value for index, value in enumerate(inputs) if index not in self._host_inputs]
+
+    def _for_engine(
+        self, engine: EngineModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs or self._host_inputs:
+            args, kwargs = tuple(engine.bind(args, kwargs)), {}
+        return (tuple(engine.moved(args)) if modes.get().multi_device_safe else args), kwargs
+
+    def _straight_into(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a graph has written the answer into ``out``."""
+        if is_compiling() or self._forward_hooks or self._forward_pre_hooks or global_hooks or global_pre_hooks:
+            return False
+        if self._engine is not None:
+            args, kwargs = self._for_engine(self._engine, args, kwargs)
+        try:
+            signature, inputs = describe(args, kwargs)
+        except Refusal:
+            return False
+        if self._host_inputs:
+            signature = (*signature, *self._host_values(args))
+        entry = self._entries.get(signature)
+        if entry is None or self._misses.forbidden() is not None or self._is_stale(signature[0] is not False):
+            return False
+        given = self._device_only(inputs)
+        targets = targets_of(out, entry.graph, given)
+        if targets is None:
+            return False
+        try:
+            entry.graph.graph.replay(given, targets)
+        except ClosedError:
+            return False
+        entry.hits += 1
+        entry.used = clock()
+        return True
 
     def _hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
         """Replay, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive."""

@@ -24,6 +24,7 @@ from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
 from graphcache.modules.strategy import Routes
+from graphcache.modules.views import Views
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule
@@ -179,6 +180,8 @@ class Misses:
         start = time.perf_counter()
         answer, outcome = self.recorder.attempt(args, kwargs, inputs)
         if isinstance(outcome, Recorded):
+            if self._config.outputs == "view":
+                outcome.replay = Views(outcome.graph, self._ledger.name).replay
             try:
                 entry = self._cache.put(signature, outcome)
             except Refusal as refusal:

@@ -18,14 +18,21 @@ Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 
 
 class Recorded:
-    """A graph, and how its outputs become the module's answer."""
+    """A graph, and how its outputs become the module's answer.
 
-    __slots__ = ("build", "graph", "nbytes", "replay")
+    Args:
+        graph: The graph.
+        build: Makes the answer of the graph's outputs and the caller's inputs.
+        whole: Whether the answer's leaves are the graph's outputs, all of them and in their order.
+    """
 
-    def __init__(self, graph: Graph, build: Build) -> None:
+    __slots__ = ("build", "graph", "nbytes", "replay", "whole")
+
+    def __init__(self, graph: Graph, build: Build, *, whole: bool) -> None:
         self.graph = graph
-        self.replay = graph.replay
+        self.replay: Callable[..., list[Tensor]] = graph.replay
         self.build = build
+        self.whole = whole
         self.nbytes = graph.nbytes
 
     def close(self) -> None:

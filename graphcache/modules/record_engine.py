@@ -51,7 +51,8 @@ class EngineRecorder:
         outcome: Recorded | Cause
         try:
             with capturing(module.lane), torch.inference_mode(False), torch.no_grad():
-                outcome = Recorded(self._capture([value.detach() for value in given], profile, answer), self._build)
+                graph = self._capture([value.detach() for value in given], profile, answer)
+                outcome = Recorded(graph, self._build, whole=True)
         except Refusal as refusal:
             outcome = refusal.cause
         except Exception as error:

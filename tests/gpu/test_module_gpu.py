@@ -9,7 +9,7 @@ from torch import nn
 
 import graphcache
 from graphcache import Reason
-from graphcache.errors import CaptureError
+from graphcache.errors import CaptureError, StaleOutputError
 
 SIZE = 64
 
@@ -348,3 +348,44 @@ def test_an_engine_inside_that_changes_makes_the_whole_graph_stale(load):
         assert torch.allclose(fast(x), model(x), rtol=1e-3, atol=1e-5)
     info = fast.cache_info()
     assert (info.captures, info.hits) == (2, 3), info
+
+
+def test_views_and_answers_into_the_callers_tensors(net, load):
+    """Of a torch graph, whose pool other graphs write into, and of an engine, bound and copied."""
+    engine = load("mlp8")
+    torch_side = torch.nn.Sequential(torch.nn.Linear(SIZE, SIZE), torch.nn.GELU()).cuda().requires_grad_(False).eval()
+    for module, options in ((torch_side, {}), (engine, {}), (engine, {"io": "copy"})):
+        fast, into = graphcache.wrap(module, outputs="view", **options), graphcache.wrap(module, **options)
+        inputs = [torch.randn(n, SIZE, device="cuda") for n in (2, 5, 9)]
+        for x in inputs:
+            fast(x)
+            into(x)
+        shown = [fast(x) for x in inputs]
+        for x, y in zip(inputs, shown, strict=True):
+            assert torch.allclose(y, module(x), rtol=1e-4, atol=1e-6)
+        places = [y.data_ptr() for y in shown]
+        for _ in range(3):
+            for x, place in zip(inputs, places, strict=True):
+                x.normal_()
+                y = fast(x)
+                assert y.data_ptr() == place
+                assert torch.allclose(y, module(x), rtol=1e-4, atol=1e-6)
+        with pytest.raises(StaleOutputError):
+            shown[0].sum()
+        outs = [torch.empty(n, SIZE, device="cuda") for n in (2, 5, 9)]
+        odd = torch.empty(SIZE, 2, device="cuda").t()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        for turn in range(4):
+            with torch.cuda.stream(side if turn % 2 else torch.cuda.current_stream()):
+                for x, out in zip(inputs, outs, strict=True):
+                    x.normal_()
+                    into.forward_into(out, x)
+                    assert torch.allclose(out, module(x), rtol=1e-4, atol=1e-6)
+                into.forward_into(odd, inputs[0])
+                assert torch.allclose(odd, module(inputs[0]), rtol=1e-4, atol=1e-6)
+                torch.cuda.current_stream().synchronize()
+        assert into.cache_info().captures == 3
+        assert into.cache_info().eager == {}
+        fast.close()
+        into.close()

@@ -34,6 +34,7 @@ from graphcache.errors import (
     NoGpuError,
     ProfileRangeError,
     Refusal,
+    StaleOutputError,
     TensorRTNotFoundError,
 )
 from graphcache.graphs import buffers, driver, verify
@@ -418,6 +419,69 @@ def test_a_call_of_another_mode_on_the_short_way_is_counted_once(fake: Torch) ->
         for _ in range(3):
             assert torch.equal(fast(x), x * 3 + 1)
     assert (fast.cache_info().captures, fast.cache_info().hits) == (2, 4)
+
+
+# ---- where answers go
+
+
+def launches(fake: Torch) -> int:
+    return fake.driver.calls.count("cuGraphLaunch")
+
+
+def test_a_hit_writes_straight_into_the_callers_tensor(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"))
+    x = rows(fake, 2)
+    fast(x)
+    out = fake.empty(2, 4)
+    fast.forward_into(out, x)
+    patched = fake.driver.calls.count("cuGraphExecKernelNodeSetParams")
+    copied = fake.driver.calls.count("cuMemcpyDtoDAsync")
+    for start in range(3):
+        x.add_(start)
+        assert fast.forward_into(out, x) is out
+        assert torch.equal(out, x * 3 + 1)
+    assert fake.driver.calls.count("cuGraphExecKernelNodeSetParams") == patched, "the same places are not set again"
+    assert fake.driver.calls.count("cuMemcpyDtoDAsync") == copied
+    assert fast.cache_info().hits == 4
+    # The next call owns its answer again.
+    y = fast(x)
+    fast.forward_into(out, x.add_(5))
+    assert torch.equal(y, (x - 5) * 3 + 1)
+
+
+@pytest.mark.parametrize("place", ["unaligned", "turned", "the input", "two outputs in one"])
+def test_where_a_graph_cannot_write_the_answer_is_copied(fake: Torch, place: str) -> None:
+    fast = graphcache.wrap(load("affine"))
+    x = rows(fake, 4)
+    wanted = x * 3 + 1
+    fast(x)
+    out = {
+        "unaligned": fake.empty(4, 4, offset=4),
+        "turned": fake.empty(4, 4).t(),
+        "the input": x,
+        "two outputs in one": fake.empty(8, 4)[::2],
+    }[place]
+    before = launches(fake)
+    assert fast.forward_into(out, x) is out
+    assert torch.equal(out, wanted)
+    assert launches(fake) == before + 1
+
+
+def test_an_engines_views_stay_in_one_place_and_go_stale(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module, outputs="view")
+    x = rows(fake, 2)
+    for _ in range(3):
+        first = fast(x)
+    place = first.data_ptr()
+    assert torch.equal(first, x * 3 + 1)
+    patched = fake.driver.calls.count("cuGraphExecKernelNodeSetParams")
+    second = fast(x.add_(1))
+    assert fake.driver.calls.count("cuGraphExecKernelNodeSetParams") == patched
+    assert second.data_ptr() == place
+    assert torch.equal(second, x * 3 + 1)
+    with pytest.raises(StaleOutputError, match=r"^an output of affine was used after 1 later replays"):
+        first.sum()
 
 
 # ---- contexts

@@ -1,0 +1,148 @@
+"""Answers that lie where the graph writes them, and know when a later replay has overwritten them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphcache.errors import StaleOutputError
+from graphcache.graphs.graph import Graph
+from graphcache.graphs.operations import storage_of
+
+_MOST_PLACES = 1_000
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
+
+
+class Views:
+    """Replays one graph into tensors that stay, so that a replay allocates nothing and points at nothing.
+
+    Args:
+        graph: The graph.
+        name: Of the module, for messages.
+    """
+
+    def __init__(self, graph: Graph, name: str) -> None:
+        self._graph = graph
+        self._out: list[Tensor] | None = None
+        self._streams: set[int] = set()
+        self._lock = threading.Lock()
+        self.name = name
+        self.replays = 0
+
+    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run the graph; what earlier replays gave is overwritten.
+
+        Returns:
+            An :class:`OutputView` of each output.
+
+        Raises:
+            ClosedError: If the graph was closed.
+        """
+        with self._lock:
+            # Before the launch: nobody may read what is about to change.
+            self.replays += 1
+            if self._out is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._out = self._graph.replay(inputs)
+            else:
+                self._graph.replay(inputs, self._out)
+            for tensor in self._out:
+                if tensor.is_cuda and (stream := _raw_stream(tensor.device.index)) not in self._streams:
+                    self._streams.add(stream)
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            return [_view(tensor, self, self.replays) for tensor in self._out]
+
+
+class OutputView(Tensor):
+    """A tensor that shows a graph's output until the next replay of that graph; whatever asks it later is refused.
+
+    Views of it are such views themselves; what is computed from it is a tensor of its own. The next replay on another
+    stream does not wait for readers on this one.
+    """
+
+    _source: Views
+    _number: int
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do what was asked, if the view still shows what it was given out for.
+
+        Raises:
+            StaleOutputError: If it does not.
+        """
+        views = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, OutputView)]
+        for view in views:
+            _check(view)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            shown = {storage_of(view): view for view in views}
+            return pytree.tree_map_only(Tensor, lambda tensor: _like(tensor, shown), result)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # What is stored belongs to no graph.
+        return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return _plain(self).clone()
+
+
+def is_plain(*values: Any) -> bool:
+    """Whether there is no :class:`OutputView` in any of these, or in lists, tuples and dictionaries in them."""
+    left: list[Any] = list(values)
+    # Bounded: a structure may contain itself, or share its parts so often that nobody can visit each place.
+    for _ in range(_MOST_PLACES):
+        if not left:
+            break
+        value = left.pop()
+        # Asked of the type: an object may lie about its class, or raise when it is asked.
+        kind = type(value)
+        if kind is OutputView:
+            return False
+        if issubclass(kind, (list, tuple)):
+            left += value
+        elif issubclass(kind, dict):
+            left += value.values()
+    return True
+
+
+def plain(value: Any) -> Any:
+    """The same arguments with every :class:`OutputView` as the tensor that it is.
+
+    Raises:
+        StaleOutputError: If one was overwritten.
+    """
+    return pytree.tree_map_only(OutputView, _plain, value)
+
+
+def _plain(view: OutputView) -> Tensor:
+    _check(view)
+    return view.as_subclass(Tensor)
+
+
+def _check(view: OutputView) -> None:
+    later = view._source.replays - view._number
+    if later:
+        raise StaleOutputError(
+            f"an output of {view._source.name} was used after {later} later replays of its graph, which wrote over it; "
+            f"use it before the next call, .clone() it, or leave outputs='own'"
+        )
+
+
+def _view(tensor: Tensor, source: Views, number: int) -> Tensor:
+    view = tensor.as_subclass(OutputView)
+    view._source, view._number = source, number
+    return view
+
+
+def _like(tensor: Tensor, shown: dict[int, OutputView]) -> Tensor:
+    view = shown.get(storage_of(tensor))
+    if view is None or type(tensor) is not Tensor:
+        return tensor
+    return _view(tensor, view._source, view._number)
