@@ -143,6 +143,12 @@ class CudaGraph:
         lane = self._lane
         with lane.lock:
             if lane.stream != stream:
+                if lane.handle is not None and driver.is_capturing(stream):
+                    # Waiting there for work outside of the capture would invalidate it.
+                    raise CudaError(
+                        f"stream {stream:#x} is being captured, and this session ran last on stream "
+                        f"{lane.stream:#x}, which a capture cannot wait for; run it on one stream, or after the capture"
+                    )
                 lane.enter(stream)
             if self._executable is None:
                 raise ClosedError("the graph was closed; make a new session")

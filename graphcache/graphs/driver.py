@@ -45,7 +45,7 @@ def is_capturing(stream: int) -> bool:
     driver = binding()
     code, status = driver.cuStreamIsCapturing(stream)
     if code == driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
-        # The legacy stream, while another stream is captured in global mode.
+        # The legacy stream, while a stream that synchronises with it is being captured.
         return True
     if int(code) != 0:
         raise CudaError(f"cuStreamIsCapturing failed with {code.name} ({int(code)})")

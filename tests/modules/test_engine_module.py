@@ -604,6 +604,24 @@ def test_a_capture_of_the_callers(fake: Torch) -> None:
     assert recorded is not module._context
 
 
+def test_a_session_does_not_spoil_a_capture_that_it_cannot_join(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"))
+    here, there = fake.new_stream(), fake.new_stream()
+    handle = driver.binding().CUstream(there.cuda_stream)
+    with fake.on(here):
+        session = fast.session(rows(fake, 2))
+        session.run()
+    with fake.on(there):
+        driver.begin_capture(handle)
+        with pytest.raises(CudaError, match=r"is being captured, and this session ran last on stream 0x"):
+            session.run()
+        graph = driver.end_capture(handle)
+        assert graph is not None, "the capture goes on as if nothing had been asked"
+        driver.call("cuGraphDestroy", graph)
+        session.run()
+        assert torch.equal(session.outputs, rows(fake, 2) * 3 + 1)
+
+
 # ---- behind a cache
 
 
