@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -17,6 +17,7 @@ from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import words
 from graphcache.engines.pool import ContextPool
+from graphcache.engines.refit import refit
 from graphcache.errors import (
     Cause,
     ClosedError,
@@ -174,6 +175,38 @@ class EngineModule(nn.Module):
             self.engine.set_weight_budget(budget_bytes)
             self.epoch += 1
         return self.engine.weight_budget
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace weights of an engine that was built with ``refittable``, and wait until they are in place.
+
+        Waits for the engine's work and drops every graph of it, since a graph may hold copies of weights. No session,
+        no capture of the caller's and no other thread may use the engine meanwhile; make sessions anew.
+
+        Args:
+            weights: By the engine's own names, or by those that ``weight_name_map`` gives for them (such as the names
+                in a ``state_dict``); further names that it does not give are not looked at. Of the number of elements
+                and the dtype that the engine was built with.
+
+        Raises:
+            ConfigError: For anything but a mapping.
+            EngineError: If the engine cannot take them. What was captured is dropped all the same.
+        """
+        if self.engine.closed:
+            raise ClosedError(f"{self.name} was closed; load it again")
+        if not isinstance(weights, Mapping):
+            raise ConfigError(
+                f"{self.name}: weights are of type {type(weights).__name__}; expected a mapping of names to tensors"
+            )
+        mapped = _by_engine_names(weights, self.weight_name_map)
+        for user in list(self.users):
+            user.clear()
+        with self.lane.lock, torch.cuda.device(self.device):
+            self.lane.release(_nothing_to_give_back)
+            # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
+            self.epoch += 1
+            stream = own_stream(self.device.index, "side")
+            refit(self.engine, mapped, stream.cuda_stream)
+            stream.synchronize()
 
     def forbids_capture(self) -> Cause | None:
         """Why no call of this engine can be captured as things stand, without trying; ``None`` if nothing is known."""
@@ -362,6 +395,19 @@ class EngineModule(nn.Module):
             if not context.enqueue(stream):
                 raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
         return [output for output in outputs if output is not None]
+
+
+def _by_engine_names(weights: Mapping[str, Tensor], names: Any) -> Mapping[str, Tensor]:
+    """The weights under the engine's names, from a map of those to other names (or to tuples that begin with one)."""
+    if not isinstance(names, Mapping):
+        return weights
+    others = {own: name[0] if isinstance(name, (list, tuple)) else name for own, name in names.items()}
+    found = {own: weights[name] for own, name in others.items() if name in weights}
+    return found or weights
+
+
+def _nothing_to_give_back() -> None:
+    """For who only waits."""
 
 
 def load(source: str | Path | bytes, *, name: str = "") -> EngineModule:

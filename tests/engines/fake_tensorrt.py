@@ -174,6 +174,7 @@ class Network:
             arguments, or ``"as well"``, where it does not look at the argument.
         aliased: By output, the input whose memory it shares.
         streamable: How many bytes of weights may be streamed.
+        weights: What may be refitted; an enqueue freezes their values. Those that begin alike go together.
     """
 
     io: tuple[IO, ...]
@@ -185,6 +186,7 @@ class Network:
     name: str = ""
     aliased: dict[str, str] = field(default_factory=dict)
     streamable: int = 0
+    weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return id(self)
@@ -291,6 +293,12 @@ NETWORKS: dict[str, Network] = {
         ),
         lambda shapes, _: {"y": shapes["x"]},
         lambda given: {"y": given["x"] * given["s"]},
+    ),
+    "refittable": Network(
+        (IO("x", True, (-1, 2), ranges=(_range((1, 2), (8, 2)),)), IO("y", False, (-1, 2))),
+        lambda shapes, _: {"y": shapes["x"]},
+        lambda given: {"y": given["x"] * given["scale.a"] + given["scale.b"] + given["shift"]},
+        weights={"scale.a": (2.0, 3.0), "scale.b": (0.0, 0.0), "shift": (1.0, 1.0)},
     ),
     "streaming": Network(
         (IO("x", True, (-1,), ranges=(_range((1,), (8,)),)), IO("y", False, (-1,))),
@@ -401,6 +409,7 @@ class ICudaEngine:
         self._logger = logger
         self._io = {each.name: each for each in network.io}
         self._budget = network.streamable
+        self._weights = {name: torch.tensor(value) for name, value in network.weights.items()}
 
     @property
     def name(self) -> str:
@@ -493,6 +502,50 @@ class ICudaEngine:
         if name not in self._io:
             raise Violation(f"there is no tensor {name!r}")
         return self._io[name]
+
+
+class Weights:
+    def __init__(self, type: DataType, ptr: int, count: int) -> None:
+        self.dtype = type
+        self.size = count
+        self._ptr = ptr
+
+
+class Refitter:
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        self._engine = engine
+        self._logger = logger
+        self._given: dict[str, Weights] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._engine._weights)
+
+    def get_weights_prototype(self, weights_name: str) -> Weights:
+        return Weights(DataType.FLOAT, 0, self._engine._weights[weights_name].numel())
+
+    def set_named_weights(self, name: str, weights: Weights) -> bool:
+        expected = self.get_weights_prototype(name)
+        if (weights.dtype, weights.size) != (expected.dtype, expected.size) or not weights._ptr:
+            raise Violation(f"weights {name} do not fit")
+        if self._engine.name == "no weights":
+            self._logger.log(ILogger.ERROR, "Error Code 3: API Usage Error (these weights are refused)")
+            return False
+        self._given[name] = weights
+        return True
+
+    def get_missing_weights(self) -> list[str]:
+        begun = {name.split(".")[0] for name in self._given}
+        return [name for name in self._engine._weights if name.split(".")[0] in begun and name not in self._given]
+
+    def refit_cuda_engine_async(self, stream_handle: int) -> bool:
+        if self.get_missing_weights():
+            raise Violation("weights are missing")
+        if self._engine.name == "no refit":
+            self._logger.log(ILogger.ERROR, "Error Code 2: OutOfMemory (no memory to refit)")
+            return False
+        for name, weights in self._given.items():
+            self._engine._weights[name] = _load(weights._ptr, (weights.size,), torch.float32)
+        return True
 
 
 class IExecutionContext:
@@ -690,7 +743,8 @@ class IExecutionContext:
         moved = [each for each in network.io if not each.host]
         shapes = {**self._shapes, **shapes}
         tensors = tuple((each.name, TORCH[each.dtype], shapes[each.name], each.is_input) for each in moved)
-        recipe = _Recipe(network, tensors, tuple((name, tuple(value.tolist())) for name, value in host.items()))
+        frozen = {**host, **self.engine._weights}
+        recipe = _Recipe(network, tensors, tuple((name, tuple(value.tolist())) for name, value in frozen.items()))
         addresses = {each.name: self._addresses[each.name] for each in moved}
         if device is None:
             recipe.run(_load, _store, list(addresses.values()))
@@ -706,11 +760,11 @@ class IExecutionContext:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """All that an enqueue freezes: shapes and the values that the host read."""
+    """All that an enqueue freezes: shapes, the values that the host read, and weights."""
 
     network: Network
     tensors: tuple[tuple[str, torch.dtype, Shape, bool], ...]
-    host: tuple[tuple[str, tuple[int, ...]], ...]
+    host: tuple[tuple[str, tuple[float, ...]], ...]
 
     def run(self, load: Callable[..., Tensor], store: Callable[..., None], addresses: Sequence[int]) -> None:
         given = {name: torch.tensor(value) for name, value in self.host}

@@ -303,7 +303,7 @@ def test_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- the stand-in is what it stands in for
 
-CLASSES = ["Runtime", "ICudaEngine", "IExecutionContext", "IOutputAllocator", "IRuntimeConfig", "ILogger"]
+CLASSES = ["Runtime", "ICudaEngine", "IExecutionContext", "IOutputAllocator", "IRuntimeConfig", "ILogger", "Refitter"]
 ENUMS = [
     "DataType",
     "TensorIOMode",

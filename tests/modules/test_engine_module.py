@@ -421,6 +421,73 @@ def test_a_call_of_another_mode_on_the_short_way_is_counted_once(fake: Torch) ->
     assert (fast.cache_info().captures, fast.cache_info().hits) == (2, 4)
 
 
+# ---- refit
+
+
+def test_no_graph_survives_a_refit(fake: Torch) -> None:
+    """The stand-in freezes weights into what is captured, which TensorRT may do."""
+    module = load("refittable")
+    fast, other = graphcache.wrap(module), graphcache.wrap(module, max_graphs=1)
+    x = fake.driver.heap.tensor([[1.0, 2.0], [3.0, 4.0]])
+    before = x * torch.tensor([2.0, 3.0]) + 1
+    for _ in range(2):
+        assert torch.equal(fast(x), before)
+        assert torch.equal(other(x), before)
+    module.refit({"shift": torch.tensor([10.0, 20.0])})
+    after = x * torch.tensor([2.0, 3.0]) + torch.tensor([10.0, 20.0])
+    assert (len(fast._entries), len(other._entries)) == (0, 0)
+    for run in (module, fast, fast, other, other):
+        assert torch.equal(run(x), after)
+    assert (fast.cache_info().captures, fast.cache_info().hits) == (2, 2)
+    assert fake.driver.leaked().get("executables", 0) <= 2
+
+
+def test_a_graph_captured_beside_a_refit_is_of_before(fake: Torch) -> None:
+    """As if another thread had captured between the drop and the refit."""
+    module = load("refittable")
+    fast = graphcache.wrap(module)
+    x = fake.driver.heap.tensor([[1.0, 2.0]])
+    patch = pytest.MonkeyPatch()
+    release = module.lane.release
+
+    def captured_meanwhile(action: Any) -> None:
+        patch.undo()
+        fast(x)
+        release(action)
+
+    patch.setattr(module.lane, "release", captured_meanwhile)
+    module.refit({"shift": torch.tensor([5.0, 5.0])})
+    assert torch.equal(fast(x), x * torch.tensor([2.0, 3.0]) + 5)
+    assert fast.cache_info().captures == 2
+
+
+@pytest.mark.parametrize(
+    "names", [{"shift": "net.bias"}, {"shift": ("net.bias", "float32")}, {"shift": ["net.bias"], "scale.a": "w"}]
+)
+def test_weights_by_the_names_of_a_state_dict(fake: Torch, names: dict[str, Any]) -> None:
+    module = load("refittable", weight_name_map=names)
+    x = fake.driver.heap.tensor([[1.0, 2.0]])
+    module.refit({"net.bias": torch.tensor([4.0, 4.0]), "of another part": torch.zeros(9)})
+    assert torch.equal(module(x), x * torch.tensor([2.0, 3.0]) + 4)
+    module.refit({"shift": torch.tensor([6.0, 6.0])})
+    assert torch.equal(module(x), x * torch.tensor([2.0, 3.0]) + 6)
+
+
+def test_a_refit_that_is_refused_leaves_a_working_module(fake: Torch) -> None:
+    module = load("refittable")
+    fast = graphcache.wrap(module)
+    x = fake.driver.heap.tensor([[1.0, 2.0]])
+    wanted = fast(x)
+    for bad, error in (({"nothing": torch.zeros(1)}, EngineError), ([1, 2], ConfigError), (None, ConfigError)):
+        with pytest.raises(error, match=r"^refittable"):
+            module.refit(bad)
+        assert torch.equal(fast(x), wanted)
+        assert torch.equal(fast(x), wanted)
+    module.close()
+    with pytest.raises(ClosedError, match=r"^refittable was closed; load it again$"):
+        module.refit({"shift": torch.zeros(2)})
+
+
 # ---- where answers go
 
 
