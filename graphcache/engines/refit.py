@@ -33,8 +33,7 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
     """
     trt = engine.trt
     with engine.said() as said:
-        refitter = trt.Refitter(engine.parts[1], engine.library.logger)
-        names = list(refitter.get_all_weights())
+        refitter, names = _refitter(engine)
         if not names:
             raise EngineError(
                 f"{engine.name} takes no new weights; build it with refittable=True, or with the names of some weights"
@@ -52,6 +51,16 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
                 f"{engine.name}: TensorRT refused to refit: {words(said)}. Some weights may have been replaced: refit "
                 f"again with all of them, or load the engine again"
             )
+
+
+def _refitter(engine: Engine) -> tuple[Any, list[str]]:
+    """TensorRT's refitter of an engine, and the names of what it replaces; there are none if there is no refitter."""
+    try:
+        refitter = engine.trt.Refitter(engine.parts[1], engine.library.logger)
+    except TypeError:
+        # How the bindings tell that TensorRT made none.
+        return None, []
+    return refitter, list(refitter.get_all_weights())
 
 
 def _checked(engine: Engine, refitter: Any, names: list[str], name: str, value: Any) -> tuple[Any, Tensor]:

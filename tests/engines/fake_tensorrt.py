@@ -513,6 +513,8 @@ class Weights:
 
 class Refitter:
     def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        if not engine._weights:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         self._engine = engine
         self._logger = logger
         self._given: dict[str, Weights] = {}

@@ -91,6 +91,12 @@ def test_an_engine_that_takes_none(fake: Torch) -> None:
         refit(Engine(serialize("affine")), {"w": torch.zeros(1)}, 0)
 
 
+def test_a_refitter_of_nothing(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Refitter, "get_all_weights", lambda self: [])
+    with pytest.raises(EngineError, match=r"^net takes no new weights"):
+        refit(Engine(serialize("refittable"), name="net"), {"shift": torch.ones(2)}, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
