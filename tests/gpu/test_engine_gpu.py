@@ -390,8 +390,8 @@ def test_damaged_engines(engine_bytes, tmp_path):
         graphcache.load(data[: len(data) // 2])
     with pytest.raises(EngineFormatError, match="is not a TensorRT-RTX engine"):
         graphcache.load(b"x" * 5000)
-    with pytest.raises(EngineVersionError, match=r"built by TensorRT-RTX 1\.4\.0\.76"):
-        graphcache.load(data[:24] + bytes([1, 4, 0, 76]) + data[28:])
+    with pytest.raises(EngineVersionError, match=r"built by TensorRT-RTX 1\.3\.0\.7"):
+        graphcache.load(data[:24] + bytes([1, 3, 0, 7]) + data[28:])
     path = tmp_path / "model.engine"
     path.write_bytes(data)
     assert graphcache.load(path).name == "model"
