@@ -905,6 +905,8 @@ def test_without_a_cure_there_is_harm_and_with_it_there_is_none(name, monkeypatc
 
 @pytest.mark.parametrize("name", [name for name, cure in CURES.items() if cure.certain and cure.guard])
 def test_without_a_cure_its_guard_fails(name, monkeypatch):
+    # What the outer run was told (where its cache lies, say) is not for the one inside.
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     with monkeypatch.context() as patch, redirect_stdout(StringIO()) as said:
         CURES[name].take_out(patch)
         quietly = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestWarning"]

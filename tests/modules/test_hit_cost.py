@@ -1,0 +1,100 @@
+"""What a hit does, counted instead of timed: the same on every machine, however busy it is.
+
+Counted are the calls of Python functions of the package, and of C functions from them. Each costs some 30 to 100 ns,
+which is what a hit consists of beside the launch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graphcache
+from tests.helpers import Fn
+from tests.modules.test_engine_module import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
+
+MOST_ON_THE_HOST = 50
+"""For one plain tensor, and with a graph of one operation. 46 now."""
+
+MOST_ON_THE_SHORT_WAY = 32
+"""For an engine with one input and one output, bound, on other tensors than before. 30 now."""
+
+
+def calls_of(call: Callable[[], object]) -> int:
+    """How many functions are called by functions of the package."""
+    count = 0
+
+    def notice(frame: Any, event: str, _: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call") and "/graphcache/" in frame.f_code.co_filename
+
+    sys.setprofile(notice)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def counted(fast: Any, *args: Tensor) -> int:
+    """What a hit calls, once everything that a first hit makes is there."""
+    for _ in range(3):
+        fast(*args)
+    before = fast.cache_info()
+    found = calls_of(lambda: fast(*args))
+    after = fast.cache_info()
+    assert (after.hits, after.captures) == (before.hits + 1, before.captures)
+    return found
+
+
+def host(**options: Any) -> Any:
+    return graphcache.wrap(Fn(lambda _, *values: values[0] + 1), max_graphs=400, **options)
+
+
+def test_a_hit_costs_the_same_however_many_graphs_there_are() -> None:
+    few, many = host(), host()
+    with torch.no_grad():
+        for size in range(1, 301):
+            many(torch.ones(size))
+        alone, among = counted(few, torch.ones(7)), counted(many, torch.ones(7))
+    assert len(many._cache) == 300
+    assert alone == among <= MOST_ON_THE_HOST
+
+
+def test_each_further_input_costs_the_same() -> None:
+    fast = host()
+    with torch.no_grad():
+        found = [counted(fast, *(torch.ones(2) for _ in range(count))) for count in (2, 3, 4, 16, 64)]
+    step = found[1] - found[0]
+    assert 0 < step <= 12
+    assert found == [found[0] + (count - 2) * step for count in (2, 3, 4, 16, 64)]
+
+
+def test_subscribers_and_verification_are_no_part_of_a_hit() -> None:
+    heard: list[object] = []
+    watched, bare = host(), host(verify=False)
+    watched.subscribe(heard.append)
+    with torch.no_grad():
+        assert counted(watched, torch.ones(3)) == counted(bare, torch.ones(3))
+    assert len(heard) == 1, "the capture alone"
+
+
+@pytest.mark.parametrize("io", ["bind", "copy"])
+def test_the_short_way_of_an_engine(fake: Torch, io: str) -> None:  # noqa: F811
+    fast = graphcache.wrap(load("affine"), io=io)
+    inputs = [rows(fake, 2, start) for start in range(4)]
+    with torch.no_grad():
+        for _ in range(2):
+            for x in inputs:
+                fast(x)
+        found = {calls_of(lambda x=x: fast(x)) for x in inputs}  # type: ignore[misc]
+        same = calls_of(lambda: fast(inputs[-1]))
+    assert fast._shortcuts
+    assert len(found) == 1
+    assert same < max(found) <= MOST_ON_THE_SHORT_WAY
+    assert torch.equal(fast(inputs[0]), inputs[0] * 3 + 1)
