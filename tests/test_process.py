@@ -1,0 +1,100 @@
+"""The end of a process, and its beginning: graphs that are still there, and processes that are forked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BEGIN = """
+import torch
+from torch import nn
+import graphcache
+
+def net():
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU()).requires_grad_(False)
+
+x = torch.ones(2, 4)
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """Another Python, in which nothing is left over from these tests."""
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(BEGIN) + textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "fast = graphcache.wrap(net()); fast(x); fast(x)",
+        "fast = graphcache.wrap(net()); session = fast.session(x); session.run()",
+        "fast = graphcache.wrap(net(), outputs='view'); fast(x); y = fast(x)",
+        "fast = graphcache.wrap(net()); fast(x); fast.itself = fast; del fast",
+        "made = graphcache.runtime.enable_cudagraphs(net()); fast = made.__enter__(); fast(x)",
+    ],
+    ids=["a graph", "a session", "a view", "a cycle", "an open block"],
+)
+def test_what_is_left_at_the_end_of_a_process_says_nothing(left: str) -> None:
+    ended = run(left)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_an_exception_ends_a_process_as_without_graphs() -> None:
+    ended = run("fast = graphcache.wrap(net()); fast(x); fast(x); raise KeyError('mine')")
+    assert ended.returncode == 1
+    assert ended.stderr.strip().endswith("KeyError: 'mine'")
+
+
+def test_an_exit_in_the_middle_of_a_call() -> None:
+    ended = run(
+        """
+        import sys
+
+        class Leaves(nn.Module):
+            def forward(self, x):
+                sys.exit(7)
+
+        graphcache.wrap(Leaves())(x)
+        """
+    )
+    assert (ended.returncode, ended.stderr) == (7, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_host_graphs_of_its_own() -> None:
+    ended = run(
+        """
+        import os
+
+        # Torch's own threads do not survive a fork.
+        torch.set_num_threads(1)
+        module = net()
+        fast = graphcache.wrap(module)
+        fast(x)
+        fast(x)
+        child = os.fork()
+        if not child:
+            right = torch.equal(fast(x * 2), module(x * 2)) and torch.equal(fast(x[:1]), module(x[:1]))
+            info = fast.cache_info()
+            os._exit(0 if right and (info.hits, info.captures) == (2, 2) else 1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert torch.equal(fast(x * 3), module(x * 3))
+        assert (fast.cache_info().hits, fast.cache_info().captures) == (2, 1)
+        """
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
