@@ -133,7 +133,7 @@ class CachedModule(StandIn):
             kwargs: Likewise.
 
         Returns:
-            What the module returns; its tensors belong to the caller.
+            What the module returns; its tensors belong to the caller, except with ``outputs="view"``.
 
         Raises:
             CaptureError: If the call cannot be captured and ``on_failure="raise"``.

@@ -29,6 +29,7 @@ class Views:
     def __init__(self, graph: Graph, name: str) -> None:
         self._graph = graph
         self._out: list[Tensor] | None = None
+        self._places: set[int] = set()
         self._streams: set[int] = set()
         self._lock = threading.Lock()
         self.name = name
@@ -49,8 +50,11 @@ class Views:
             if self._out is None:
                 with torch.inference_mode(False), torch.no_grad():
                     self._out = self._graph.replay(inputs)
+                self._places = {storage_of(tensor) for tensor in self._out}
             else:
-                self._graph.replay(inputs, self._out)
+                # A loop that feeds an answer back: a graph may read its inputs after it began to write.
+                given = [each.clone() if storage_of(each) in self._places else each for each in inputs]
+                self._graph.replay(given, self._out)
             for tensor in self._out:
                 if tensor.is_cuda and (stream := _raw_stream(tensor.device.index)) not in self._streams:
                     self._streams.add(stream)

@@ -372,6 +372,10 @@ def test_views_and_answers_into_the_callers_tensors(net, load):
                 assert torch.allclose(y, module(x), rtol=1e-4, atol=1e-6)
         with pytest.raises(StaleOutputError):
             shown[0].sum()
+        state = wanted = torch.randn(5, SIZE, device="cuda")
+        for _ in range(6):
+            state, wanted = fast(state), module(wanted)
+            assert torch.allclose(state, wanted, rtol=1e-3, atol=1e-5)
         outs = [torch.empty(n, SIZE, device="cuda") for n in (2, 5, 9)]
         odd = torch.empty(SIZE, 2, device="cuda").t()
         side = torch.cuda.Stream()

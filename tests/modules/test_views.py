@@ -107,6 +107,16 @@ def test_a_replay_of_another_graph_overwrites_nothing() -> None:
     assert torch.equal(y, fast.module(small))
 
 
+def test_an_answer_is_fed_back() -> None:
+    module = Fn(lambda _, x: x.flip(0) * 2 + 1)
+    fast = viewing(module)
+    state, wanted = X, X
+    for _ in range(5):
+        state, wanted = fast(state), module(wanted)
+        assert torch.equal(state, wanted)
+    assert fast.cache_info().hits == 4
+
+
 def test_structures_and_inputs_handed_through() -> None:
     fast = viewing(Fn(lambda _, x: {"y": [x + 1, x], "n": 3}))
     fast(X)
