@@ -722,7 +722,7 @@ class IExecutionContext:
                 name: host[name] if io.host else _load(self._addresses[name], shape, TORCH[io.dtype])
                 for name, (shape, io) in inputs.items()
             }
-            made = network.compute(given)
+            made = network.compute({**given, **self.engine._weights})
             for name, reference in self._allocators.items():
                 allocator = reference()
                 if allocator is None:
