@@ -53,6 +53,20 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
             )
 
 
+def by_engine_names(weights: Mapping[str, Tensor], names: object) -> Mapping[str, Tensor]:
+    """The same weights under an engine's own names.
+
+    Args:
+        weights: By either kind of name.
+        names: From the engine's names to others, or to tuples and lists that begin with one, as Torch-TensorRT's
+            ``weight_name_map`` has them; anything but a mapping says that the names are the engine's.
+    """
+    if not isinstance(names, Mapping):
+        return weights
+    others = {own: name[0] if isinstance(name, (list, tuple)) else name for own, name in names.items()}
+    return {own: weights[name] for own, name in others.items() if name in weights} or weights
+
+
 def _refitter(engine: Engine) -> tuple[Any, list[str]]:
     """TensorRT's refitter of an engine, and the names of what it replaces; there are none if there is no refitter."""
     try:

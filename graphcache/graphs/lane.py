@@ -102,6 +102,22 @@ class Lane:
                 for action in reversed(due):
                     each.callback(action)
 
+    def wait(self) -> None:
+        """Wait, on the host, for the last launch of the lane.
+
+        Raises:
+            CudaError: If its stream is being captured: nobody can wait for it then.
+        """
+        with self.lock:
+            if self.handle is None:
+                return
+            if driver.is_capturing(self.stream):
+                raise CudaError(
+                    f"stream {self.stream:#x}, where this module ran last, is being captured, so nothing can wait for "
+                    f"it; do this when the capture has ended"
+                )
+            driver.call("cuStreamSynchronize", self.handle)
+
     def close(self) -> None:
         """Wait for the last launch and give back event and scratch memory; the lane can be used again."""
         self.release(self._forget)

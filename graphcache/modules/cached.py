@@ -212,9 +212,7 @@ class CachedModule(StandIn):
         if not is_plain(args, kwargs):
             args, kwargs = plain(args), plain(kwargs)
         if self._engine is not None:
-            args, kwargs = tuple(self._engine.bind(args, kwargs)), {}
-            if modes.get().multi_device_safe:
-                args = tuple(self._engine.moved(args))
+            args, kwargs = self._for_engine(self._engine, args, kwargs)
         try:
             _, inputs = describe(args, kwargs)
         except Refusal as refusal:

@@ -17,7 +17,7 @@ from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import words
 from graphcache.engines.pool import ContextPool
-from graphcache.engines.refit import refit
+from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import (
     Cause,
     ClosedError,
@@ -189,6 +189,7 @@ class EngineModule(nn.Module):
 
         Raises:
             ConfigError: For anything but a mapping.
+            CudaError: If the engine ran last on a stream that is being captured. The weights are unchanged.
             EngineError: If the engine cannot take them. What was captured is dropped all the same.
         """
         if self.engine.closed:
@@ -197,11 +198,11 @@ class EngineModule(nn.Module):
             raise ConfigError(
                 f"{self.name}: weights are of type {type(weights).__name__}; expected a mapping of names to tensors"
             )
-        mapped = _by_engine_names(weights, self.weight_name_map)
+        mapped = by_engine_names(weights, self.weight_name_map)
         for user in list(self.users):
             user.clear()
         with self.lane.lock, torch.cuda.device(self.device):
-            self.lane.release(_nothing_to_give_back)
+            self.lane.wait()
             # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
             self.epoch += 1
             stream = own_stream(self.device.index, "side")
@@ -395,19 +396,6 @@ class EngineModule(nn.Module):
             if not context.enqueue(stream):
                 raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
         return [output for output in outputs if output is not None]
-
-
-def _by_engine_names(weights: Mapping[str, Tensor], names: Any) -> Mapping[str, Tensor]:
-    """The weights under the engine's names, from a map of those to other names (or to tuples that begin with one)."""
-    if not isinstance(names, Mapping):
-        return weights
-    others = {own: name[0] if isinstance(name, (list, tuple)) else name for own, name in names.items()}
-    found = {own: weights[name] for own, name in others.items() if name in weights}
-    return found or weights
-
-
-def _nothing_to_give_back() -> None:
-    """For who only waits."""
 
 
 def load(source: str | Path | bytes, *, name: str = "") -> EngineModule:

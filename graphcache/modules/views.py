@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from graphcache.errors import StaleOutputError
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import storage_of
+from graphcache.modules.conditions import raw_stream
 
 _MOST_PLACES = 1_000
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 
 
 class Views:
@@ -56,7 +56,7 @@ class Views:
                 given = [each.clone() if storage_of(each) in self._places else each for each in inputs]
                 self._graph.replay(given, self._out)
             for tensor in self._out:
-                if tensor.is_cuda and (stream := _raw_stream(tensor.device.index)) not in self._streams:
+                if tensor.is_cuda and (stream := raw_stream(tensor.device.index)) not in self._streams:
                     self._streams.add(stream)
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
             return [_view(tensor, self, self.replays) for tensor in self._out]

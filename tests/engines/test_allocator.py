@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ from graphcache.errors import EngineExecutionError
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import Dims, IExecutionContext, serialize
 from tests.graphs.fake_driver import Torch, installed
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(allocator, engine, library, patch=monkeypatch) as fake:
-        fake_tensorrt.use(monkeypatch)
-        monkeypatch.setattr(fake_tensorrt, "device", fake.driver)
-        yield fake
 
 
 class Growing:

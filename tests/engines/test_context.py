@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -30,14 +30,6 @@ METHODS = (
     "infer_shapes",
     "execute_async_v3",
 )
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(allocator, context, engine, library, patch=monkeypatch) as fake:
-        fake_tensorrt.use(monkeypatch)
-        monkeypatch.setattr(fake_tensorrt, "device", fake.driver)
-        yield fake
 
 
 class Runner:

@@ -7,14 +7,11 @@ import inspect
 import re
 import types
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from graphcache.engines import context as context_room
-from graphcache.engines import engine as room
 from graphcache.engines import library
 from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
@@ -29,15 +26,7 @@ from graphcache.errors import (
 )
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import NETWORKS, Network, serialize
-from tests.graphs.fake_driver import Torch, installed
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(context_room, room, library, patch=monkeypatch) as fake:
-        fake_tensorrt.use(monkeypatch)
-        monkeypatch.setattr(fake_tensorrt, "device", fake.driver)
-        yield fake
+from tests.graphs.fake_driver import Torch
 
 
 def names(engine: Engine) -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,14 +17,6 @@ from graphcache.engines.pool import ContextPool
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch, installed
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(allocator, context, engine, library, patch=monkeypatch) as fake:
-        fake_tensorrt.use(monkeypatch)
-        monkeypatch.setattr(fake_tensorrt, "device", fake.driver)
-        yield fake
 
 
 def scratch(fake: Torch, owner: Engine) -> torch.Tensor:

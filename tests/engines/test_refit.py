@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from graphcache.engines import allocator, bindings, context, engine, library
+from graphcache.engines import bindings
 from graphcache.engines.engine import Engine
 from graphcache.engines.refit import refit
 from graphcache.errors import EngineError
-from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import NETWORKS, DataType, Refitter, serialize
-from tests.graphs.fake_driver import Torch, installed
+from tests.graphs.fake_driver import Torch
 
 SCALE = {"scale.a": torch.tensor([5.0, 6.0]), "scale.b": torch.tensor([1.0, 1.0])}
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(allocator, context, engine, library, patch=monkeypatch) as fake:
-        fake_tensorrt.use(monkeypatch)
-        monkeypatch.setattr(fake_tensorrt, "device", fake.driver)
-        yield fake
 
 
 def held(owner: Engine) -> dict[str, list[float]]:

@@ -145,6 +145,27 @@ def test_one_pool_until_it_is_closed(fake: Torch) -> None:
     assert owner.pool() is not pool
 
 
+# ---- wait
+
+
+def test_waiting_is_for_the_last_launch_and_for_nothing_else(fake: Torch) -> None:
+    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    fake.driver.calls.clear()
+    owner.wait()
+    assert fake.driver.calls == []
+    owner.enter(stream)
+    owner.wait()
+    assert fake.driver.calls[-1] == "cuStreamSynchronize"
+    handle = driver.binding().CUstream(stream)
+    driver.begin_capture(handle)
+    with pytest.raises(
+        CudaError, match=rf"^stream {stream:#x}, where this module ran last, is being captured, so nothing"
+    ):
+        owner.wait()
+    driver.call("cuGraphDestroy", driver.end_capture(handle))
+    owner.wait()
+
+
 # ---- release
 
 

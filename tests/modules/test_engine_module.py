@@ -448,14 +448,14 @@ def test_a_graph_captured_beside_a_refit_is_of_before(fake: Torch) -> None:
     fast = graphcache.wrap(module)
     x = fake.driver.heap.tensor([[1.0, 2.0]])
     patch = pytest.MonkeyPatch()
-    release = module.lane.release
+    wait = module.lane.wait
 
-    def captured_meanwhile(action: Any) -> None:
+    def captured_meanwhile() -> None:
         patch.undo()
         fast(x)
-        release(action)
+        wait()
 
-    patch.setattr(module.lane, "release", captured_meanwhile)
+    patch.setattr(module.lane, "wait", captured_meanwhile)
     module.refit({"shift": torch.tensor([5.0, 5.0])})
     assert torch.equal(fast(x), x * torch.tensor([2.0, 3.0]) + 5)
     assert fast.cache_info().captures == 2
@@ -471,6 +471,21 @@ def test_weights_by_the_names_of_a_state_dict(fake: Torch, names: dict[str, Any]
     assert torch.equal(module(x), x * torch.tensor([2.0, 3.0]) + 4)
     module.refit({"shift": torch.tensor([6.0, 6.0])})
     assert torch.equal(module(x), x * torch.tensor([2.0, 3.0]) + 6)
+
+
+def test_no_refit_beside_work_that_nobody_can_wait_for(fake: Torch) -> None:
+    module = load("refittable")
+    stream = fake.new_stream()
+    x = fake.driver.heap.tensor([[1.0, 2.0]])
+    with fake.on(stream):
+        wanted = module(x)
+        driver.begin_capture(driver.binding().CUstream(stream.cuda_stream))
+        with pytest.raises(CudaError, match=r"is being captured, so nothing can wait for it; do this when the capture"):
+            module.refit({"shift": torch.tensor([9.0, 9.0])})
+        driver.call("cuGraphDestroy", driver.end_capture(driver.binding().CUstream(stream.cuda_stream)))
+        assert torch.equal(module(x), wanted)
+        module.refit({"shift": torch.tensor([9.0, 9.0])})
+        assert torch.equal(module(x), x * torch.tensor([2.0, 3.0]) + 9)
 
 
 def test_a_refit_that_is_refused_leaves_a_working_module(fake: Torch) -> None:
