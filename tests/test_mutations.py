@@ -110,6 +110,23 @@ def nothing(*args: Any, **kwargs: Any) -> Any:
     return []
 
 
+def fails_without(take_out: TakeOut, guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test without a cure; it has to fail."""
+    # What the outer run was told (where its cache lies, say) is not for the one inside.
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    with monkeypatch.context() as patch, redirect_stdout(StringIO()) as said:
+        take_out(patch)
+        quietly = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestWarning"]
+        code = pytest.main([str(ROOT / guard), *quietly])
+    assert code == pytest.ExitCode.TESTS_FAILED, said.getvalue()
+
+
+def list_of_guards(guards: dict[str, str]) -> str:
+    """A docstring that names, for each cure, the test that fails without it."""
+    lines = (f"- {cure}: {guard or 'its scenario in this file'}" for cure, guard in guards.items())
+    return "\n".join(["Each cure, and the test that fails when it is taken out:", "", *lines])
+
+
 # ---- what can be wrong
 
 
@@ -181,7 +198,7 @@ class Memory:
         self.nbytes = nbytes
         self.closed = 0
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         self.closed += 1
 
 
@@ -852,7 +869,7 @@ CURES: dict[str, Cure] = {
         "",
     ),
     "what leaves the cache is closed": Cure(
-        replace(lru.GraphCache, "evict", lambda self, key: self.entries.pop(key, None) is not None),
+        replace(lru.GraphCache, "evict", lambda self, key, **_: self.entries.pop(key, None) is not None),
         _a_graph_that_was_dropped_stays_open,
         LRU + "test_the_least_recently_used_goes_first",
     ),
@@ -905,13 +922,10 @@ def test_without_a_cure_there_is_harm_and_with_it_there_is_none(name, monkeypatc
 
 @pytest.mark.parametrize("name", [name for name, cure in CURES.items() if cure.certain and cure.guard])
 def test_without_a_cure_its_guard_fails(name, monkeypatch):
-    # What the outer run was told (where its cache lies, say) is not for the one inside.
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    with monkeypatch.context() as patch, redirect_stdout(StringIO()) as said:
-        CURES[name].take_out(patch)
-        quietly = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestWarning"]
-        code = pytest.main([str(ROOT / CURES[name].guard), *quietly])
-    assert code == pytest.ExitCode.TESTS_FAILED, said.getvalue()
+    fails_without(CURES[name].take_out, CURES[name].guard, monkeypatch)
+
+
+test_without_a_cure_its_guard_fails.__doc__ = list_of_guards({name: cure.guard for name, cure in CURES.items()})
 
 
 @pytest.mark.parametrize("name", [name for name, cure in CURES.items() if cure.guard])

@@ -18,8 +18,8 @@ class Owner(Protocol):
     def nbytes(self) -> int:
         """Memory owned, in bytes."""
 
-    def close(self) -> None:
-        """Release it; a second time does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Release it, after waiting for whoever still uses it or as soon as nobody does; a second time does nothing."""
 
 
 G = TypeVar("G", bound=Owner)
@@ -59,7 +59,7 @@ class GraphCache(Generic[G]):
     Example:
         >>> class Nothing:
         ...     nbytes = 0
-        ...     def close(self): print("closed")
+        ...     def close(self, *, wait=True): print("closed")
         >>> cache = GraphCache(max_graphs=1)
         >>> entry = cache.put("a", Nothing())
         >>> entry = cache.put("b", Nothing())
@@ -137,8 +137,13 @@ class GraphCache(Generic[G]):
             entry = self.entries[key] = Entry(graph, pinned=pinned)
             return entry
 
-    def evict(self, key: Hashable) -> bool:
-        """Drop and close one graph; whether there was one."""
+    def evict(self, key: Hashable, *, wait: bool = False) -> bool:
+        """Drop and close one graph; whether there was one.
+
+        Args:
+            key: Its key.
+            wait: As in :meth:`Owner.close`.
+        """
         with self._lock:
             entry = self.entries.pop(key, None)
             if entry is None:
@@ -147,14 +152,18 @@ class GraphCache(Generic[G]):
                 if self._on_evict is not None:
                     self._on_evict(key, entry)
             finally:
-                entry.graph.close()
+                entry.graph.close(wait=wait)
             return True
 
-    def clear(self) -> None:
-        """Drop and close every graph, pinned ones too, even if closing one of them raises."""
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop and close every graph, pinned ones too, even if closing one of them raises.
+
+        Args:
+            wait: As in :meth:`Owner.close`.
+        """
         with self._lock, ExitStack() as each:
             for key in list(self.entries):
-                each.callback(self.evict, key)
+                each.callback(self.evict, key, wait=wait)
 
     def _fits(self, nbytes: int) -> bool:
         return self.max_bytes is None or nbytes <= self.max_bytes

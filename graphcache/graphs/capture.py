@@ -206,6 +206,8 @@ def capturing(lane: Lane) -> Iterator[torch.cuda.ExternalStream]:
     """
     with capture_lock(lane.index), lane.lock, torch.cuda.device(lane.index):
         before = torch.cuda.current_stream()
+        # Memory of graphs that were evicted is there for this one.
+        lane.reap(wait=True)
         stream = own_stream(lane.index, "capture")
         stream.wait_stream(before)
         lane.enter(stream.cuda_stream)

@@ -115,7 +115,7 @@ class CudaGraph:
                 answer = self._point_outputs(executable, out)
             code = self._launch(executable, lane.handle)[0]
             if code:
-                raise CudaError(f"cuGraphLaunch failed with {code.name} ({int(code)})")
+                raise driver.failure("cuGraphLaunch", code)
             if out is None:
                 self._finish(executable, stream, answer)
             else:
@@ -154,7 +154,7 @@ class CudaGraph:
                 raise ClosedError("the graph was closed; make a new session")
             code = self._launch(self._executable, lane.handle)[0]
             if code:
-                raise CudaError(f"cuGraphLaunch failed with {code.name} ({int(code)})")
+                raise driver.failure("cuGraphLaunch", code)
 
     def poison(self) -> None:
         with self._lane.lock:
@@ -162,7 +162,7 @@ class CudaGraph:
             poison([slot.buffer for slot in self._inputs], indices=0)
             poison([slot.buffer for slot in self._outputs])
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         with self._lane.lock:
             executable, self._executable = self._executable, None
             if executable is None:
@@ -178,14 +178,14 @@ class CudaGraph:
                     held.clear()
                     release()
 
-            self._lane.release(destroy)
+            self._lane.release(destroy, wait=wait)
 
     def __del__(self) -> None:
         # Nobody closed it: the executable must not stay behind, unless the process is going down anyway.
         if getattr(self, "_executable", None) is not None and not sys.is_finalizing():
             # On a lost device nothing can be given back, and there is nobody to tell.
             with suppress(CudaError):
-                self.close()
+                self.close(wait=False)
 
     def _point_outputs(self, executable: Any, out: list[Tensor] | None) -> list[Tensor]:
         answer = [slot.fresh() for slot in self._outputs] if out is None else out

@@ -36,7 +36,7 @@ def call(name: str, *args: Any) -> Any:
     """
     code, *results = getattr(binding(), name)(*args)
     if int(code) != 0:
-        raise CudaError(f"{name} failed with {code.name} ({int(code)}){_hint(code.name)}")
+        raise failure(name, code)
     return None if not results else results[0] if len(results) == 1 else tuple(results)
 
 
@@ -48,7 +48,7 @@ def is_capturing(stream: int) -> bool:
         # The legacy stream, while a stream that synchronises with it is being captured.
         return True
     if int(code) != 0:
-        raise CudaError(f"cuStreamIsCapturing failed with {code.name} ({int(code)})")
+        raise failure("cuStreamIsCapturing", code)
     return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
 
@@ -60,6 +60,17 @@ def new_stream() -> Any:
 def new_event() -> Any:
     """An event without timing, which is cheaper to record."""
     return call("cuEventCreate", binding().CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+
+def has_passed(event: Any) -> bool:
+    """Whether everything that a recorded event stands behind has finished; the host does not wait."""
+    driver = binding()
+    (code,) = driver.cuEventQuery(event)
+    if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+        return False
+    if int(code) != 0:
+        raise failure("cuEventQuery", code)
+    return True
 
 
 def order(event: Any, before: Any, after: Any) -> None:
@@ -94,7 +105,7 @@ def end_capture(stream: Any) -> Any:
         if graph is not None and int(graph):
             driver.cuGraphDestroy(graph)
         return None
-    raise CudaError(f"cuStreamEndCapture failed with {code.name} ({int(code)})")
+    raise failure("cuStreamEndCapture", code)
 
 
 def node_count(graph: Any) -> int:
@@ -141,9 +152,24 @@ def instantiate(graph: Any, stream: Any) -> Any:
     return executable
 
 
+def failure(name: str, code: Any) -> CudaError:
+    """What to raise when a driver function answered with anything but success.
+
+    Args:
+        name: The function's.
+        code: A ``CUresult``.
+    """
+    return CudaError(f"{name} failed with {code.name} ({int(code)}){_hint(code.name)}")
+
+
 def _hint(name: str) -> str:
     if name in ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"):
         return "; an earlier kernel of this process failed and the CUDA context is lost: restart the process"
+    if name in ("CUDA_ERROR_NOT_INITIALIZED", "CUDA_ERROR_DEINITIALIZED"):
+        return (
+            "; CUDA does not work in this process: if it was forked after CUDA had been used, start processes with "
+            "multiprocessing's 'spawn' method; if it is ending, call nothing any more"
+        )
     if name == "CUDA_ERROR_OUT_OF_MEMORY":
         return "; lower max_graphs or max_bytes, or free device memory"
     return ""

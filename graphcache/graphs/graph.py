@@ -62,5 +62,9 @@ class Graph(Protocol):
     def poison(self) -> None:
         """Overwrite static inputs and outputs (with NaN, or -1), so that a replay that does not read or write shows."""
 
-    def close(self) -> None:
-        """Wait for the last replay, then release everything; a second time does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Release everything, never before the last replay has finished; a second time does nothing.
+
+        Args:
+            wait: Wait for that replay. Otherwise what it uses goes when it has finished, and somebody looks.
+        """

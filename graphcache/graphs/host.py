@@ -117,7 +117,7 @@ class HostGraph:
         with self._lock:
             poison(self._inputs or (), indices=0)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         with self._lock:
             self._inputs = None
             self._steps, self._pinned = [], []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.pool import MemoryPool
+
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 
 
 class Lane:
@@ -37,7 +41,8 @@ class Lane:
         self._event: Any = None
         self._scratch: Tensor | None = None
         self._pool: MemoryPool | None = None
-        self._releases: list[Callable[[], None]] = []
+        # What gives memory back, in order, each with an event that stands behind it and all before it, if any.
+        self._releases: deque[tuple[Callable[[], None], Any]] = deque()
 
     def enter(self, stream: int) -> None:
         """Make ``stream`` (a raw handle) the stream of the next launch, ordered after the previous one.
@@ -57,7 +62,7 @@ class Lane:
                     f"{stream:#x} cannot wait for it; use one stream for both, or call again when the capture has ended"
                 )
             if self._event is None:
-                self._event = driver.new_event()
+                self._event = self._new_event()
             driver.order(self._event, self.handle, handle)
         self.stream, self.handle = stream, handle
 
@@ -84,23 +89,56 @@ class Lane:
             self._pool = MemoryPool(self.index)
         return self._pool
 
-    def release(self, action: Callable[[], None]) -> None:
+    def release(self, action: Callable[[], None], *, wait: bool = True) -> None:
         """Run ``action``, which gives memory back, once the last launch of the lane has finished.
 
-        That is now, after waiting for it; or, if its stream is being captured and so cannot be waited for, at the next
-        release that can wait.
+        That is now, after waiting for it. Where the host may not wait (``wait=False``, or a capture is under way on the
+        lane's stream or on the caller's) it is at the next release or :meth:`reap` that may, or that finds it finished.
         """
         with self.lock:
-            self._releases.append(action)
-            if self.handle is not None:
-                if driver.is_capturing(self.stream):
-                    return
-                driver.call("cuStreamSynchronize", self.handle)
-            due, self._releases = self._releases, []
+            self._releases.append((action, None))
+            self.reap(wait=wait)
+
+    def reap(self, *, wait: bool = False) -> None:
+        """Run what was released and is due: each of them, even if one raises, and in their order.
+
+        Args:
+            wait: Wait for the last launch first, so that all is due.
+        """
+        with self.lock:
+            count = self._due(wait) if self._releases else 0
             with ExitStack() as each:
-                # All of them, even if one raises, and in their order.
-                for action in reversed(due):
+                for action, event in reversed([self._releases.popleft() for _ in range(count)]):
+                    if event is not None:
+                        each.callback(driver.call, "cuEventDestroy", event)
                     each.callback(action)
+
+    def _due(self, wait: bool) -> int:
+        """How many releases no launch is in the way of."""
+        if self.handle is None:
+            return len(self._releases)
+        if driver.is_capturing(self.stream) or driver.is_capturing(_raw_stream(self.index)):
+            # A capturing thread may neither wait nor ask.
+            return 0
+        if wait:
+            driver.call("cuStreamSynchronize", self.handle)
+            return len(self._releases)
+        action, event = self._releases[-1]
+        if event is None:
+            # One that was never recorded would count as passed.
+            with ExitStack() as undo:
+                event = self._new_event()
+                undo.callback(driver.call, "cuEventDestroy", event)
+                driver.call("cuEventRecord", event, self.handle)
+                undo.pop_all()
+            self._releases[-1] = action, event
+        count = 0
+        for index, (_, event) in enumerate(self._releases, start=1):
+            if event is not None:
+                if not driver.has_passed(event):
+                    break
+                count = index
+        return count
 
     def wait(self) -> None:
         """Wait, on the host, for the last launch of the lane.
@@ -121,6 +159,17 @@ class Lane:
     def close(self) -> None:
         """Wait for the last launch and give back event and scratch memory; the lane can be used again."""
         self.release(self._forget)
+
+    def _new_event(self) -> Any:
+        # An event is of the context that is current, which is another device's where a caller has several.
+        with torch.cuda.device(self.index):
+            return driver.new_event()
+
+    def __del__(self) -> None:
+        # What was put off must not stay behind with nobody to run it, unless the process is going down anyway.
+        if getattr(self, "_releases", None) and not sys.is_finalizing():
+            with suppress(CudaError):
+                self.reap(wait=True)
 
     def _forget(self) -> None:
         self.stream, self.handle = -1, None

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.errors import CudaError
 from graphcache.graphs import driver
 
 MAX_NODES = 4096
@@ -65,7 +64,7 @@ class Pointer:
         self.word.value = address + self.offset
         code = self.setter(executable, *self.arguments)[0]
         if code:
-            raise CudaError(f"{self.setter.__name__} failed with {code.name} ({int(code)})")
+            raise driver.failure(self.setter.__name__, code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.errors import CudaError
+from graphcache.graphs import driver
 from graphcache.graphs.pointers import Pointer
 
 ALIGNMENT = 256
@@ -53,7 +53,7 @@ class Slot:
             self._word.value = address + self._offset
             code = self._setter(executable, *self._arguments)[0]
             if code:
-                raise CudaError(f"{self._setter.__name__} failed with {code.name} ({int(code)})")
+                raise driver.failure(self._setter.__name__, code)
         else:
             for pointer in self.pointers:
                 pointer.set(executable, address)

@@ -288,12 +288,17 @@ class CachedModule(StandIn):
 
         return end
 
-    def clear(self) -> None:
-        """Drop every graph, and forget what could not be captured; the next call of each signature captures anew."""
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph, and forget what could not be captured; the next call of each signature captures anew.
+
+        Args:
+            wait: Wait for the last replays, so that all memory is given back. Otherwise what they use goes when they
+                have finished, at the latest with the next capture.
+        """
         with self._misses.lock:
-            self._misses.clear()
+            self._misses.clear(wait=wait)
             for part in self.parts.values():
-                part.clear()
+                part.clear(wait=wait)
 
     def close(self) -> None:
         """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""

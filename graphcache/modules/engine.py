@@ -176,16 +176,19 @@ class EngineModule(nn.Module):
             self.epoch += 1
         return self.engine.weight_budget
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace weights of an engine that was built with ``refittable``, and wait until they are in place.
+    def refit(self, weights: Mapping[str, Tensor], *, wait: bool = True) -> None:
+        """Replace weights of an engine that was built with ``refittable``.
 
-        Waits for the engine's work and drops every graph of it, since a graph may hold copies of weights. No session,
-        no capture of the caller's and no other thread may use the engine meanwhile; make sessions anew.
+        Drops every graph of the engine, since a graph may hold copies of weights. No session, no capture of the
+        caller's and no other thread may use the engine meanwhile; make sessions anew.
 
         Args:
             weights: By the engine's own names, or by those that ``weight_name_map`` gives for them (such as the names
                 in a ``state_dict``); further names that it does not give are not looked at. Of the number of elements
-                and the dtype that the engine was built with.
+                and the dtype that the engine was built with. They may be changed again once this returns.
+            wait: Wait until the new weights are in place. Otherwise they are put in place in the order of the caller's
+                stream, and later calls on any stream follow. Work on another stream is waited for in any case, which
+                TensorRT demands (``IRefitter::refitCudaEngineAsync``).
 
         Raises:
             ConfigError: For anything but a mapping.
@@ -200,14 +203,21 @@ class EngineModule(nn.Module):
             )
         mapped = by_engine_names(weights, self.weight_name_map)
         for user in list(self.users):
-            user.clear()
+            user.clear(wait=wait)
         with self.lane.lock, torch.cuda.device(self.device):
-            self.lane.wait()
+            caller = torch.cuda.current_stream()
+            direct = not wait and caller.cuda_stream != 0
+            stream = caller if direct else own_stream(self.device.index, "side")
+            if self.lane.stream != stream.cuda_stream:
+                self.lane.wait()
             # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
             self.epoch += 1
-            stream = own_stream(self.device.index, "side")
+            self.lane.enter(stream.cuda_stream)
             refit(self.engine, mapped, stream.cuda_stream)
-            stream.synchronize()
+            if wait:
+                stream.synchronize()
+            elif not direct:
+                caller.wait_stream(stream)
 
     def forbids_capture(self) -> Cause | None:
         """Why no call of this engine can be captured as things stand, without trying; ``None`` if nothing is known."""

@@ -162,10 +162,14 @@ class Misses:
         if self.closed:
             raise ClosedError(f"{self._ledger.name} was closed; wrap its .module again")
 
-    def clear(self) -> None:
-        """Drop every graph, and forget what could not be captured."""
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph, and forget what could not be captured.
+
+        Args:
+            wait: Wait for the last replays.
+        """
         with self.lock:
-            self._cache.clear()
+            self._cache.clear(wait=wait)
             self._blocks.clear()
             self.recorder.release()
 

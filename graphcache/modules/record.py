@@ -35,9 +35,9 @@ class Recorded:
         self.whole = whole
         self.nbytes = graph.nbytes
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Close the graph."""
-        self.graph.close()
+        self.graph.close(wait=wait)
 
 
 class Recorder(Protocol):

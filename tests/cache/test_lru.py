@@ -17,9 +17,11 @@ class Memory:
     def __init__(self, nbytes: int = 1) -> None:
         self.nbytes = nbytes
         self.closed = 0
+        self.waited = False
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         self.closed += 1
+        self.waited = wait
 
 
 def use(cache: GraphCache[Memory], key: str) -> None:
@@ -121,10 +123,19 @@ def test_a_new_graph_is_not_lost_when_making_room_for_it_fails():
     assert new.closed == ("b" not in cache)
 
 
+def test_what_makes_room_is_not_waited_for_and_what_is_cleared_is():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1)
+    first, second = Memory(), Memory()
+    cache.put("a", first)
+    cache.put("b", second)
+    cache.clear()
+    assert (first.closed, first.waited, second.closed, second.waited) == (1, False, 1, True)
+
+
 def test_clear_closes_every_graph_even_if_one_of_them_fails():
     class Broken(Memory):
-        def close(self) -> None:
-            super().close()
+        def close(self, *, wait: bool = True) -> None:
+            super().close(wait=wait)
             raise RuntimeError("the device is lost")
 
     cache: GraphCache[Memory] = GraphCache(max_graphs=3)

@@ -44,8 +44,8 @@ def test_new_weights_in_eager_calls_and_in_graphs(which):
             assert close(fast(x), weights, x)
         for turn in range(4):
             weights[0] = networks._weights(8)[0] * (0.3 + turn)
-            # From the host and from the device.
-            engine.refit({"w0": weights[0].cuda() if turn % 2 else weights[0]})
+            # From the host and from the device; waiting, and in the order of the caller's stream.
+            engine.refit({"w0": weights[0].cuda() if turn % 2 else weights[0]}, wait=turn < 2)
             for x in inputs:
                 assert close(engine(x), weights, x)
                 assert close(fast(x), weights, x)

@@ -41,9 +41,11 @@ class CUresult(enum.IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NOT_INITIALIZED = 3
     CUDA_ERROR_INVALID_HANDLE = 400
     CUDA_ERROR_ILLEGAL_STATE = 401
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
@@ -478,6 +480,8 @@ class Driver:
         """Whether memory outside of the heap (of torch's own, on the CPU) counts as device memory."""
         self.streams = {0: _Stream(0, blocking=True)}
         self.events: dict[int, _Event] = {}
+        self.busy: set[int] = set()
+        """Streams whose work goes on and on, for whoever asks without waiting."""
         self.graphs: dict[int, _Graph] = {}
         self.executables: dict[int, _Executable] = {}
         self._nodes: dict[int, tuple[int, _Node]] = {}
@@ -645,6 +649,20 @@ class Driver:
         event, stream = self._get(self.events, hEvent, CUevent), self._stream(hStream)
         event.stream, event.capture = stream.handle, stream.capture
         event.clock = dict(self._tick(stream)) if stream.capture is None else {}
+
+    @_api(0)
+    def cuEventQuery(self, hEvent: Any) -> None:
+        event = self._get(self.events, hEvent, CUevent)
+        if event.clock is None:
+            raise Violation("asking for an event that was never recorded tells nothing")
+        captures = [stream.capture for stream in self.streams.values() if stream.capture is not None]
+        if any(capture.thread == threading.get_ident() for capture in captures):
+            raise _Failed("STREAM_CAPTURE_UNSUPPORTED")
+        if event.stream in self.busy:
+            raise _Failed("NOT_READY")
+        for other, tick in event.clock.items():
+            known = self.streams[other].known
+            known[other] = max(known.get(other, 0), tick)
 
     @_api(0)
     def cuStreamWaitEvent(self, hStream: Any, hEvent: Any, Flags: int) -> None:
@@ -1115,7 +1133,8 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
     patch.setattr(torch.Tensor, "clone", lambda tensor, **options: fake.driver.heap.clone(tensor, **options))
     patch.setattr(cuda, "_empty_like", fake.empty_like)
-    patch.setattr(cuda, "_raw_stream", fake.raw_stream)
+    for module in (cuda, lane):
+        patch.setattr(module, "_raw_stream", fake.raw_stream)
     try:
         yield fake
     finally:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import CudaError
-from graphcache.graphs import driver, lane
+from graphcache.graphs import capture, driver, lane
 from graphcache.graphs.lane import Lane, capture_lock
 from tests.graphs.fake_driver import Affine, Driver, Memory, Torch, Violation, address, installed, pointer
 from tests.helpers import in_threads
@@ -235,6 +235,100 @@ def test_an_action_may_release_more(fake: Torch) -> None:
 
     owner.release(outer)
     assert seen == ["inner", "outer"]
+
+
+# ---- release without waiting
+
+
+def test_an_action_that_does_not_wait_runs_when_its_launch_has_finished(fake: Torch) -> None:
+    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner.enter(stream)
+    seen: list[int] = []
+    fake.driver.busy.add(stream)
+    fake.driver.calls.clear()
+    for number in (1, 2, 3):
+        owner.release(lambda number=number: seen.append(number), wait=False)
+    owner.reap()
+    assert seen == []
+    assert "cuStreamSynchronize" not in fake.driver.calls
+    assert fake.driver.calls.count("cuEventRecord") == 3, "each behind the launches before it, not behind later ones"
+    fake.driver.busy.clear()
+    owner.reap()
+    owner.reap()
+    assert seen == [1, 2, 3]
+    assert fake.driver.leaked() == {}
+
+
+def test_what_is_not_finished_keeps_what_comes_after_it(fake: Torch) -> None:
+    """The lane's launches follow one another, whichever stream they are on; so do its releases."""
+    owner, streams = Lane(0), [fake.new_stream().cuda_stream for _ in range(2)]
+    seen: list[int] = []
+    owner.enter(streams[0])
+    fake.driver.busy.add(streams[0])
+    owner.release(lambda: seen.append(1), wait=False)
+    owner.enter(streams[1])
+    owner.release(lambda: seen.append(2), wait=False)
+    assert seen == []
+    fake.driver.busy.clear()
+    owner.release(lambda: seen.append(3))
+    assert seen == [1, 2, 3]
+    owner.close()
+    assert fake.driver.leaked() == {}
+
+
+@pytest.mark.parametrize("last", ["wait", "capturing", "close", "gone"])
+def test_what_was_put_off_is_made_up_for(fake: Torch, last: str) -> None:
+    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner.enter(stream)
+    seen: list[int] = []
+    fake.driver.busy.add(stream)
+    owner.release(lambda: seen.append(1), wait=False)
+    assert seen == []
+    if last == "wait":
+        owner.reap(wait=True)
+    elif last == "capturing":
+        with capture.capturing(owner):
+            assert seen == [1], "its memory is there for what is captured"
+    elif last == "close":
+        owner.close()
+    else:
+        del owner
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers(fake: Torch, wait: bool) -> None:
+    """Asking for an event from a thread that captures invalidates its capture, whatever stream the event is of."""
+    owner, stream, other = Lane(0), fake.new_stream(), fake.new_stream()
+    owner.enter(stream.cuda_stream)
+    seen: list[int] = []
+    with fake.on(other):
+        driver.begin_capture(other.cuda_stream)
+        owner.release(lambda: seen.append(1), wait=wait)
+        owner.reap(wait=wait)
+        assert seen == []
+        driver.call("cuGraphDestroy", driver.end_capture(other.cuda_stream))
+        owner.reap()
+    assert seen == [1]
+    owner.close()
+    assert fake.driver.leaked() == {}
+
+
+@pytest.mark.parametrize("function", ["cuEventCreate", "cuEventRecord", "cuEventQuery"])
+def test_a_release_that_could_not_be_guarded_is_made_up_for(fake: Torch, function: str) -> None:
+    owner = Lane(0)
+    owner.enter(fake.new_stream().cuda_stream)
+    seen: list[int] = []
+    fake.driver.fail(function)
+    with pytest.raises(CudaError, match=function):
+        owner.release(lambda: seen.append(1), wait=False)
+    fake.driver.busy.add(owner.stream)
+    owner.reap()
+    assert seen == []
+    fake.driver.busy.clear()
+    owner.reap()
+    assert seen == [1]
+    assert fake.driver.leaked() == {}
 
 
 def test_a_closed_lane_can_be_used_again(fake: Torch) -> None:

@@ -38,7 +38,7 @@ class Graph:
     def poison(self) -> None:
         self.last = torch.full_like(self.last, NAN)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         pass
 
 

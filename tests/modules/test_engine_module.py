@@ -488,6 +488,52 @@ def test_no_refit_beside_work_that_nobody_can_wait_for(fake: Torch) -> None:
         assert torch.equal(module(x), x * torch.tensor([2.0, 3.0]) + 9)
 
 
+@pytest.mark.parametrize("same", [True, False], ids=["one stream", "two streams"])
+def test_a_refit_in_the_order_of_the_callers_stream(fake: Torch, same: bool) -> None:
+    """Nobody waits for what is on that stream; for work on another one, as TensorRT demands, the host does."""
+    module = load("refittable")
+    fast = graphcache.wrap(module)
+    x = fake.driver.heap.tensor([[1.0, 2.0]])
+    one, two = fake.new_stream(), fake.new_stream()
+    with torch.no_grad(), fake.on(one):
+        for _ in range(2):
+            assert fast(x).tolist() == [[3.0, 7.0]]
+    fake.driver.busy.add(one.cuda_stream)
+    fake.driver.calls.clear()
+    with torch.no_grad(), fake.on(one if same else two):
+        module.refit({"shift": torch.tensor([10.0, 20.0])}, wait=False)
+        assert ("cuStreamSynchronize" in fake.driver.calls) is not same
+        assert fast.cache_info().graphs == 0
+        assert len(fake.driver.executables) == 1, "its replay has not finished, as far as one can tell"
+    with torch.no_grad(), fake.on(two):
+        for _ in range(2):
+            assert fast(x).tolist() == [[12.0, 26.0]]
+    assert (fast.cache_info().captures, fast.cache_info().hits) == (2, 2)
+    assert len(fake.driver.executables) == 1
+    fast.close()
+    module.close()
+    assert fake.driver.leaked() == {}
+
+
+def test_an_eviction_waits_for_no_replay_and_frees_nothing_early(fake: Torch) -> None:
+    """The stand-in refuses to destroy what still runs."""
+    fast = graphcache.wrap(load("affine"), max_graphs=1)
+    two, three, stream = rows(fake, 2), rows(fake, 3), fake.new_stream()
+    with torch.no_grad(), fake.on(stream):
+        fast(two)
+        fake.driver.busy.add(stream.cuda_stream)
+        fast(two)
+        fast(three)
+        assert (fast.cache_info().graphs, fast.cache_info().evictions) == (1, 1)
+        assert len(fake.driver.executables) == 2
+        # Nobody asks while graphs are replayed, and the next capture finds the memory free.
+        fast(three)
+        fast(two)
+        assert len(fake.driver.executables) == 2
+    fast.close()
+    assert not fake.driver.executables
+
+
 def test_a_refit_that_is_refused_leaves_a_working_module(fake: Torch) -> None:
     module = load("refittable")
     fast = graphcache.wrap(module)

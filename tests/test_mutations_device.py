@@ -1,0 +1,76 @@
+"""The cures that concern a device, taken out one by one over the stand-ins: a test fails without each of them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+
+from graphcache.graphs import capture, cuda, driver, lane, slots
+from graphcache.modules import freshness, views
+from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
+
+LANE = "tests/graphs/test_lane.py::"
+CUDA = "tests/graphs/test_cuda.py::"
+CAPTURE = "tests/graphs/test_capture.py::"
+ENGINE = "tests/modules/test_engine_module.py::"
+
+
+def _enter_without_waiting(self: lane.Lane, stream: int) -> None:
+    self.stream, self.handle = stream, driver.binding().CUstream(stream)
+
+
+CURES: dict[str, tuple[TakeOut, str]] = {
+    "launches on several streams are ordered": (
+        replace(lane.Lane, "enter", _enter_without_waiting),
+        CUDA + "test_any_inputs_on_any_streams",
+    ),
+    "a graph is destroyed after its last launch": (
+        replace(lane.Lane, "_due", lambda self, wait: len(self._releases)),
+        CUDA + "test_close_waits_for_the_last_launch",
+    ),
+    "an evicted graph stays until its last launch has finished": (
+        replace(lane.Lane, "_due", lambda self, wait: len(self._releases)),
+        ENGINE + "test_an_eviction_waits_for_no_replay_and_frees_nothing_early",
+    ),
+    "what was put off is made up for": (
+        replace(lane.Lane, "reap", nothing),
+        LANE + "test_what_was_put_off_is_made_up_for",
+    ),
+    "nothing is waited for inside a capture": (
+        replace(driver, "is_capturing", lambda stream: False),
+        LANE + "test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers",
+    ),
+    "a graph without nodes is none": (
+        replace(driver, "node_count", lambda graph: 1),
+        CUDA + "test_a_graph_without_nodes_is_refused_and_released",
+    ),
+    "no garbage is collected inside a capture": (
+        replace(capture, "_quiet_collector", nullcontext),
+        CAPTURE + "test_no_collection_inside",
+    ),
+    "a tensor that is not aligned is copied": (
+        around(slots.Slot, "__init__", lambda original, self, buffer, pointers, _: original(self, buffer, pointers, 1)),
+        CUDA + "test_an_unaligned_out_is_refused_by_kernels_and_taken_by_copies",
+    ),
+    "an engine's graphs of before a refit are stale": (
+        replace(freshness.Freshness, "is_stale", lambda self, grad: False),
+        ENGINE + "test_a_graph_captured_beside_a_refit_is_of_before",
+    ),
+    "ready outputs are of one inference mode": (
+        replace(cuda, "_is_inference_mode", lambda: False),
+        CUDA + "test_ready_outputs_are_used_in_their_own_inference_mode_only",
+    ),
+    "a view that was written over is refused": (
+        replace(views, "_check", nothing),
+        "tests/modules/test_views.py::test_any_use_after_a_later_replay_is_refused",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_without_a_cure_its_guard_fails(name, monkeypatch):
+    fails_without(*CURES[name], monkeypatch)
+
+
+test_without_a_cure_its_guard_fails.__doc__ = list_of_guards({name: guard for name, (_, guard) in CURES.items()})
