@@ -91,7 +91,8 @@ def test_a_thread_for_each_device(engines, kind):
     """As Torch-TensorRT's deployment guide has it; here the threads capture and replay at the same time."""
     devices = [torch.device("cuda", index) for index in range(2)]
     modules = engines if kind == "engine" else [net(device) for device in devices]
-    reference = mlp8 if kind == "engine" else (lambda x, cpu=net("cpu"): cpu(x.cpu()).double())
+    on_cpu = net("cpu")
+    reference = mlp8 if kind == "engine" else (lambda x: on_cpu(x.cpu()).double())
     wrong, start = [], threading.Barrier(2)
 
     def work(index):

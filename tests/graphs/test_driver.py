@@ -64,8 +64,7 @@ def test_a_failing_call_names_itself_and_the_code(fake: Torch) -> None:
         ("ILLEGAL_ADDRESS", "the CUDA context is lost: restart the process"),
         (
             "NOT_INITIALIZED",
-            "; CUDA does not work in this process: if it was forked after CUDA had been used, start processes with "
-            + "multiprocessing's 'spawn' method; if it is ending, call nothing any more",
+            "start processes with multiprocessing's 'spawn' method; if it is ending, call nothing any more",
         ),
         ("LAUNCH_FAILED", "the CUDA context is lost: restart the process"),
     ],
