@@ -94,7 +94,7 @@ def describe_layout(args: tuple[Any, ...]) -> Hashable:
         if len(args) == 1:
             value = args[0]
             if type(value) is Tensor and value.layout is _strided:
-                return _is_inference(), value.dtype, value.shape, value.stride(), value.device
+                return _is_inference(), Tensor, value.dtype, value.shape, value.stride(), value.device
             return None
         if any(type(value) is not Tensor or value.layout is not _strided for value in args):
             return None

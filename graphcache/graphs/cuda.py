@@ -33,6 +33,9 @@ class CudaGraph:
 
     The outputs of the next call are allocated, and the graph pointed at them, after the launch: while the device works.
 
+    :func:`~graphcache.graphs.single.single` replays it too, by its public attributes, which only a holder of the lane's
+    lock may change.
+
     Args:
         captured: The ``CUgraph``. Whoever made it destroys it, in ``release``.
         inputs: In the order of a call.
@@ -57,26 +60,27 @@ class CudaGraph:
         release: Callable[[], object],
         pool_bytes: int = 0,
     ) -> None:
-        self._executable: Any = None
+        self.executable: Any = None
         with ExitStack() as undo:
             undo.callback(release)
             self._nodes = driver.node_count(captured)
             if self._nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
-            self._executable = driver.instantiate(captured, own_stream(lane.index, "capture").cuda_stream)
+            self.executable = driver.instantiate(captured, own_stream(lane.index, "capture").cuda_stream)
             undo.pop_all()
-        self._launch = driver.binding().cuGraphLaunch
-        self._inputs = tuple(inputs)
-        self._outputs = tuple(outputs)
+        self.launcher = driver.binding().cuGraphLaunch
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
         self._only = outputs[0] if len(outputs) == 1 and outputs[0].pointers else None
         self._copied = [index for index, slot in enumerate(outputs) if not slot.pointers]
-        self._ready: list[Tensor] | None = None
-        self._ready_stream = -1
-        self._ready_inference = False
-        self._lane = lane
-        self._index = lane.index
+        self.ready: list[Tensor] | None = None
+        self.ready_stream = -1
+        self.ready_inference = False
+        self.lane = lane
+        self.index = lane.index
         self._keep = keep
         self._release = release
+        self._context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
         buffers = [slot.buffer for slot in (*inputs, *outputs)]
         self._nbytes = nbytes_of(buffers) + pool_bytes + self._nodes * NODE_BYTES
 
@@ -91,29 +95,37 @@ class CudaGraph:
     @property
     def copies(self) -> int:
         """How many inputs and outputs are copied by an operation of their own at every replay."""
-        return sum(not slot.pointers for slot in (*self._inputs, *self._outputs))
+        return sum(not slot.pointers for slot in (*self.inputs, *self.outputs))
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the legacy default stream is another device's here, or nobody's (in a thread that used no CUDA)."""
+        code, context = self._current_context()
+        return bool(code) or int(context) != self._context
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        stream = _raw_stream(self._index)
-        lane = self._lane
+        stream = _raw_stream(self.index)
+        if not stream and self._is_elsewhere():
+            with driver.on_device(self.index):
+                return self.replay(inputs, out)
+        lane = self.lane
         with lane.lock:
-            executable = self._executable
+            executable = self.executable
             if executable is None:
                 raise ClosedError("the graph was closed; call the module again to capture a new one")
             if lane.stream != stream:
                 lane.enter(stream)
-            for slot, tensor in zip(self._inputs, inputs):  # noqa: B905 - strict costs 0.1 µs; the signature fixes both
+            for slot, tensor in zip(self.inputs, inputs):  # noqa: B905 - strict costs 0.1 µs; the signature fixes both
                 if tensor.data_ptr() != slot.address:
                     slot.take(executable, tensor)
-            answer = self._ready
+            answer = self.ready
             if (
                 out is not None
                 or answer is None
-                or self._ready_stream != stream
-                or self._ready_inference is not _is_inference_mode()
+                or self.ready_stream != stream
+                or self.ready_inference is not _is_inference_mode()
             ):
                 answer = self._point_outputs(executable, out)
-            code = self._launch(executable, lane.handle)[0]
+            code = self.launcher(executable, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
             if out is None:
@@ -123,24 +135,27 @@ class CudaGraph:
         return answer
 
     def accepts(self, out: Sequence[Tensor]) -> bool:
-        buffers = [slot.buffer for slot in self._outputs]
+        buffers = [slot.buffer for slot in self.outputs]
         return len(out) == len(buffers) and all(
             tensor.data_ptr() % ALIGNMENT == 0 and tensor.numel() > 0 and _lies_as(tensor, buffer)
             for tensor, buffer in zip(out, buffers, strict=True)
         )
 
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
-        with self._lane.lock:
-            if self._executable is None:
+        with self.lane.lock:
+            if self.executable is None:
                 raise ClosedError("the graph was closed; make a new session")
-            for slot in (*self._inputs, *self._outputs):
-                slot.point(self._executable, slot.buffer.data_ptr())
-            self._ready = None
-            return [slot.buffer for slot in self._inputs], [slot.buffer for slot in self._outputs]
+            for slot in (*self.inputs, *self.outputs):
+                slot.point(self.executable, slot.buffer.data_ptr())
+            self.ready = None
+            return [slot.buffer for slot in self.inputs], [slot.buffer for slot in self.outputs]
 
     def launch(self) -> None:
-        stream = _raw_stream(self._index)
-        lane = self._lane
+        stream = _raw_stream(self.index)
+        if not stream and self._is_elsewhere():
+            with driver.on_device(self.index):
+                return self.launch()
+        lane = self.lane
         with lane.lock:
             if lane.stream != stream:
                 if lane.handle is not None and driver.is_capturing(stream):
@@ -150,26 +165,26 @@ class CudaGraph:
                         f"{lane.stream:#x}, which a capture cannot wait for; run it on one stream, or after the capture"
                     )
                 lane.enter(stream)
-            if self._executable is None:
+            if self.executable is None:
                 raise ClosedError("the graph was closed; make a new session")
-            code = self._launch(self._executable, lane.handle)[0]
+            code = self.launcher(self.executable, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
 
     def poison(self) -> None:
-        with self._lane.lock:
-            self._lane.enter(_raw_stream(self._index))
-            poison([slot.buffer for slot in self._inputs], indices=0)
-            poison([slot.buffer for slot in self._outputs])
+        with self.lane.lock:
+            self.lane.enter(_raw_stream(self.index))
+            poison([slot.buffer for slot in self.inputs], indices=0)
+            poison([slot.buffer for slot in self.outputs])
 
     def close(self, *, wait: bool = True) -> None:
-        with self._lane.lock:
-            executable, self._executable = self._executable, None
+        with self.lane.lock:
+            executable, self.executable = self.executable, None
             if executable is None:
                 return
-            held = [self._inputs, self._outputs, self._keep, self._ready]
+            held = [self.inputs, self.outputs, self._keep, self.ready]
             release, self._release = self._release, _nothing
-            self._inputs, self._outputs, self._ready, self._keep, self._only = (), (), None, None, None
+            self.inputs, self.outputs, self.ready, self._keep, self._only = (), (), None, None, None
 
             def destroy() -> None:
                 try:
@@ -178,28 +193,28 @@ class CudaGraph:
                     held.clear()
                     release()
 
-            self._lane.release(destroy, wait=wait)
+            self.lane.release(destroy, wait=wait)
 
     def __del__(self) -> None:
         # Nobody closed it: the executable must not stay behind, unless the process is going down anyway.
-        if getattr(self, "_executable", None) is not None and not sys.is_finalizing():
+        if getattr(self, "executable", None) is not None and not sys.is_finalizing():
             # On a lost device nothing can be given back, and there is nobody to tell.
             with suppress(CudaError):
                 self.close(wait=False)
 
     def _point_outputs(self, executable: Any, out: list[Tensor] | None) -> list[Tensor]:
-        answer = [slot.fresh() for slot in self._outputs] if out is None else out
-        self._ready = None
-        for slot, tensor in zip(self._outputs, answer, strict=True):
+        answer = [slot.fresh() for slot in self.outputs] if out is None else out
+        self.ready = None
+        for slot, tensor in zip(self.outputs, answer, strict=True):
             moved = slot.pointers and tensor.data_ptr() != slot.address
             if moved and not slot.point(executable, tensor.data_ptr()):
                 raise CudaError(f"an output at {tensor.data_ptr():#x} is not aligned to {ALIGNMENT} bytes")
         return answer
 
     def _copy_out(self, answer: list[Tensor]) -> None:
-        self._ready = None
+        self.ready = None
         for index in self._copied:
-            answer[index].copy_(self._outputs[index].buffer)
+            answer[index].copy_(self.outputs[index].buffer)
 
     def _finish(self, executable: Any, stream: int, answer: list[Tensor]) -> None:
         """What remains after a launch, while the device works: copies out, and the outputs of the next call."""
@@ -211,14 +226,14 @@ class CudaGraph:
                     return
                 ready = [tensor]
             else:
-                ready = [_empty_like(slot.buffer) for slot in self._outputs]
-                for slot, tensor in zip(self._outputs, ready, strict=True):
+                ready = [_empty_like(slot.buffer) for slot in self.outputs]
+                for slot, tensor in zip(self.outputs, ready, strict=True):
                     if slot.pointers and not slot.point(executable, tensor.data_ptr()):
                         return
         except (torch.cuda.OutOfMemoryError, CudaError):
             # This call has its answer; the next one will say what is wrong, if it still is.
             return
-        self._ready, self._ready_stream, self._ready_inference = ready, stream, _is_inference_mode()
+        self.ready, self.ready_stream, self.ready_inference = ready, stream, _is_inference_mode()
 
 
 def _lies_as(tensor: Tensor, buffer: Tensor) -> bool:

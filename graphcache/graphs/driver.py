@@ -5,6 +5,8 @@ Nothing here is imported before a CUDA graph is made, so that a machine without 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -50,6 +52,26 @@ def is_capturing(stream: int) -> bool:
     if int(code) != 0:
         raise failure("cuStreamIsCapturing", code)
     return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+
+@contextmanager
+def on_device(index: int) -> Iterator[None]:
+    """Inside, the driver works in the context that torch uses for a device.
+
+    Outside, a thread may have another one, or none at all if it has not used CUDA yet. Events are made in the one that
+    is current, and stream 0, the legacy default stream, is that of the one that is current.
+    """
+    call("cuCtxPushCurrent", primary_context(index))
+    try:
+        yield
+    finally:
+        call("cuCtxPopCurrent")
+
+
+@cache
+def primary_context(index: int) -> Any:
+    """The ``CUcontext`` that torch, like everything of the CUDA runtime, uses for a device; kept for good."""
+    return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", index))
 
 
 def new_stream() -> Any:

@@ -56,14 +56,16 @@ class Lane:
         if handle is None:
             handle = self._handles[stream] = driver.binding().CUstream(stream)
         if self.handle is not None:
-            if driver.is_capturing(self.stream):
-                raise CudaError(
-                    f"stream {self.stream:#x}, where this module ran last, is being captured, so a launch on stream "
-                    f"{stream:#x} cannot wait for it; use one stream for both, or call again when the capture has ended"
-                )
-            if self._event is None:
-                self._event = self._new_event()
-            driver.order(self._event, self.handle, handle)
+            with driver.on_device(self.index):
+                if driver.is_capturing(self.stream):
+                    raise CudaError(
+                        f"stream {self.stream:#x}, where this module ran last, is being captured, so a launch on "
+                        f"stream {stream:#x} cannot wait for it; use one stream for both, or call again when the "
+                        f"capture has ended"
+                    )
+                if self._event is None:
+                    self._event = driver.new_event()
+                driver.order(self._event, self.handle, handle)
         self.stream, self.handle = stream, handle
 
     def scratch(self, nbytes: int) -> Tensor:
@@ -106,8 +108,10 @@ class Lane:
             wait: Wait for the last launch first, so that all is due.
         """
         with self.lock:
-            count = self._due(wait) if self._releases else 0
-            with ExitStack() as each:
+            if not self._releases:
+                return
+            with driver.on_device(self.index), ExitStack() as each:
+                count = self._due(wait)
                 for action, event in reversed([self._releases.popleft() for _ in range(count)]):
                     if event is not None:
                         each.callback(driver.call, "cuEventDestroy", event)
@@ -127,7 +131,7 @@ class Lane:
         if event is None:
             # One that was never recorded would count as passed.
             with ExitStack() as undo:
-                event = self._new_event()
+                event = driver.new_event()
                 undo.callback(driver.call, "cuEventDestroy", event)
                 driver.call("cuEventRecord", event, self.handle)
                 undo.pop_all()
@@ -149,21 +153,17 @@ class Lane:
         with self.lock:
             if self.handle is None:
                 return
-            if driver.is_capturing(self.stream):
-                raise CudaError(
-                    f"stream {self.stream:#x}, where this module ran last, is being captured, so nothing can wait for "
-                    f"it; do this when the capture has ended"
-                )
-            driver.call("cuStreamSynchronize", self.handle)
+            with driver.on_device(self.index):
+                if driver.is_capturing(self.stream):
+                    raise CudaError(
+                        f"stream {self.stream:#x}, where this module ran last, is being captured, so nothing can wait "
+                        f"for it; do this when the capture has ended"
+                    )
+                driver.call("cuStreamSynchronize", self.handle)
 
     def close(self) -> None:
         """Wait for the last launch and give back event and scratch memory; the lane can be used again."""
         self.release(self._forget)
-
-    def _new_event(self) -> Any:
-        # An event is of the context that is current, which is another device's where a caller has several.
-        with torch.cuda.device(self.index):
-            return driver.new_event()
 
     def __del__(self) -> None:
         # What was put off must not stay behind with nobody to run it, unless the process is going down anyway.

@@ -24,12 +24,12 @@ class Slot:
         alignment: What the caller's address must be divisible by to be used as it is; 1 where a node copies from it.
     """
 
-    __slots__ = ("_arguments", "_mask", "_offset", "_setter", "_word", "address", "buffer", "pointers")
+    __slots__ = ("_arguments", "_offset", "_setter", "_word", "address", "buffer", "mask", "pointers")
 
     def __init__(self, buffer: Tensor, pointers: Sequence[Pointer], alignment: int) -> None:
         self.buffer = buffer
         self.pointers = tuple(pointers)
-        self._mask = alignment - 1
+        self.mask = alignment - 1
         self.address = -1
         """Where the graph reads or writes; -1 if that is not known, or if the tensor is copied."""
         # Of a single pointer, the usual case: two calls and a loop less at every hit.
@@ -45,7 +45,7 @@ class Slot:
         Raises:
             CudaError: If the driver refuses. The slot knows then that it does not know where it points.
         """
-        if address & self._mask or not address or not self.pointers:
+        if address & self.mask or not address or not self.pointers:
             return False
         # Not what the graph has, until the driver has taken it.
         self.address = -1
@@ -59,6 +59,13 @@ class Slot:
                 pointer.set(executable, address)
         self.address = address
         return True
+
+    @property
+    def place(self) -> tuple[Any, Any, int, Sequence[Any]] | None:
+        """Of the only pointer: the driver's function, the word, the offset and the arguments; otherwise ``None``."""
+        if self._setter is None:
+            return None
+        return self._setter, self._word, self._offset, self._arguments
 
     def take(self, executable: Any, tensor: Tensor) -> None:
         """Use an input's values at the next launch, in place or through the static buffer."""

@@ -15,7 +15,10 @@ from graphcache.cache.signature import Signature, describe, describe_layout
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger, Subscriber
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.single import Again, Fire
 from graphcache.modules.conditions import (
+    current_device,
     dispatch_modes,
     global_hooks,
     global_pre_hooks,
@@ -23,8 +26,10 @@ from graphcache.modules.conditions import (
     is_capturing,
     is_compiling,
     is_grad_enabled,
+    is_inference,
     is_tracing,
     raw_stream,
+    several_devices,
     transforms,
 )
 from graphcache.modules.engine import EngineModule
@@ -37,6 +42,9 @@ from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
 from graphcache.modules.strategy import find_parts
 from graphcache.modules.views import is_plain, plain
+
+Shortcut = tuple[Entry[Recorded], Fire | None, Again | None, int, int | None]
+"""An entry, shorter ways to replay it, its device's index, and the epoch of the engine that it was captured of."""
 
 
 class CachedModule(StandIn):
@@ -91,10 +99,12 @@ class CachedModule(StandIn):
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name)
-        shortcuts: dict[Hashable, Entry[Recorded]] = {}
+        shortcuts: dict[Hashable, Shortcut] = {}
+        last_into: list[tuple[Shortcut, Hashable]] = []
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
+            last_into.clear()
             ledger.evicted(Evicted(key, entry.hits))
 
         cache: GraphCache[Recorded] = GraphCache(
@@ -116,9 +126,10 @@ class CachedModule(StandIn):
             _host_inputs=engine.host_inputs if engine is not None else (),
             _cache=cache,
             _entries=cache.entries,
-            # By layout alone, for calls of plain tensors; emptied whenever a graph goes.
+            # By layout alone, for calls of plain tensors on a device; emptied whenever a graph goes.
             _shortcuts=shortcuts,
-            _index=engine.device.index if engine is not None else 0,
+            # The last one that answered into memory of the caller's, and the addresses; at most one.
+            _last_into=last_into,
             _misses=misses,
             _is_stale=freshness.is_stale,
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
@@ -152,6 +163,12 @@ class CachedModule(StandIn):
                 return self._misses.undescribed(refusal.cause, args, kwargs)
             # An output that another wrapped module shows.
             return self.forward(*plain(args), **plain(kwargs))
+        if self._misses.cuda and several_devices():
+            index = self._device_index(inputs)
+            if index is not None and index != current_device():
+                # What torch and the driver say of the current stream is said of the current device's.
+                with torch.cuda.device(index):
+                    return self.forward(*args, **kwargs)
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
@@ -162,8 +179,8 @@ class CachedModule(StandIn):
             return self._miss(signature, inputs, args, kwargs)
         # Flat calls alone: three parts for the state and four for each tensor, with nothing pending and none repeated.
         flat = not kwargs and len(signature) == 3 + 4 * len(args)
-        if flat and self._misses.cuda and signature[0] is False and signature[2] is None:
-            self._shortcuts[describe_layout(args)] = entry
+        if flat and signature[0] is False and signature[2] is None:
+            self._remember(args, entry)
         return answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,27 +192,36 @@ class CachedModule(StandIn):
         # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
         # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
         # Everything else finds its way in forward().
-        entry = self._shortcuts.get(describe_layout(args))
+        shortcut = self._shortcut(args)
+        if shortcut is None:
+            return self.forward(*args)
+        entry, fire, _, index, epoch = shortcut
+        if modes.get().off or dispatch_modes() or transforms() is not None:
+            return self.forward(*args)
+        stream = raw_stream(index)
+        if (stream and is_capturing()) or (several_devices() and index != current_device()):
+            return self.forward(*args)
+        answer = None if fire is None else fire(args[0], stream)
+        if answer is None:
+            recorded = entry.graph
+            try:
+                answer = recorded.build(recorded.replay(args), args)
+            except ClosedError:
+                # Evicted by another thread since the look-up.
+                return self.forward(*args)
         if (
-            entry is None
-            or modes.get().off
-            or dispatch_modes()
-            or transforms() is not None
-            or (raw_stream(self._index) and is_capturing())
+            (self._is_stale(False) if self._engine is None else self._engine.epoch != epoch)
+            or is_grad_enabled()
+            or is_any_autocast_enabled()
+            or is_tracing()
         ):
             return self.forward(*args)
-        answer = self._hit(entry, args, False)
-        if answer is STALE:
-            return self.forward(*args)
-        if not (is_grad_enabled() or is_any_autocast_enabled() or is_tracing()):
-            for value in args:
-                if value.is_neg() or value.is_conj():
-                    break
-            else:
-                return answer
-        # The answer is of another signature, and is counted when that one's is there.
-        entry.hits -= 1
-        return self.forward(*args)
+        for value in args:
+            if value.is_neg() or value.is_conj():
+                return self.forward(*args)
+        entry.hits += 1
+        entry.used = clock()
+        return answer
 
     def session(self, *args: Any, **kwargs: Any) -> Session:
         """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.
@@ -248,7 +274,7 @@ class CachedModule(StandIn):
             >>> fast.forward_into(y, torch.tensor([-1.0, 3.0]))
             tensor([0., 3.])
         """
-        if not self._straight_into(out, args, kwargs):
+        if not self._once_more(out, args, kwargs) and not self._straight_into(out, args, kwargs):
             copy_into(out, self(*args, **kwargs), self.ledger.name)
         return out
 
@@ -323,6 +349,26 @@ class CachedModule(StandIn):
     def extra_repr(self) -> str:
         return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
 
+    def _remember(self, args: tuple[Any, ...], entry: Entry[Recorded]) -> None:
+        graph = entry.graph.graph
+        if isinstance(graph, CudaGraph):
+            fire, again = entry.graph.single or (None, None)
+            epoch = self._engine.epoch if self._engine is not None else None
+            self._shortcuts[describe_layout(args)] = entry, fire, again, graph.index, epoch
+
+    def _shortcut(self, args: tuple[Any, ...]) -> Shortcut | None:
+        try:
+            (x,) = args
+            # What describe_layout() says of it. A layout without strides raises; only devices have shortcuts, and there
+            # is no other layout on them.
+            found: Shortcut | None = self._shortcuts.get(
+                (is_inference(), type(x), x.dtype, x.shape, x.stride(), x.device)
+            )
+            return found
+        except Exception:
+            # Several arguments, or something that is no tensor.
+            return self._shortcuts.get(describe_layout(args)) if len(args) > 1 else None
+
     def _device_only(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._host_inputs:
             return inputs
@@ -335,9 +381,50 @@ class CachedModule(StandIn):
             args, kwargs = tuple(engine.bind(args, kwargs)), {}
         return (tuple(engine.moved(args)) if modes.get().multi_device_safe else args), kwargs
 
+    def _once_more(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a graph has answered into the same memory, from the same memory, as the last time."""
+        if not self._last_into or kwargs or is_compiling() or self._has_hooks():
+            return False
+        shortcut = self._shortcut(args)
+        try:
+            last, place = self._last_into[0]
+        except IndexError:
+            # Another thread has dropped it.
+            return False
+        if shortcut is None or shortcut is not last:
+            return False
+        entry, _, again, index, epoch = shortcut
+        try:
+            x = args[0]
+            if place != _place(x, out) or out.requires_grad:
+                return False
+        except Exception:
+            return False
+        if modes.get().off or dispatch_modes() or transforms() is not None:
+            return False
+        stream = raw_stream(index)
+        if (stream and is_capturing()) or (several_devices() and index != current_device()):
+            return False
+        if again is None or not again(stream, x.data_ptr(), out.data_ptr()):
+            return False
+        if (
+            (self._is_stale(False) if self._engine is None else self._engine.epoch != epoch)
+            or is_grad_enabled()
+            or is_any_autocast_enabled()
+            or is_tracing()
+            or x.is_neg()
+            or x.is_conj()
+            or out.is_neg()
+            or out.is_conj()
+        ):
+            return False
+        entry.hits += 1
+        entry.used = clock()
+        return True
+
     def _straight_into(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a graph has written the answer into ``out``."""
-        if is_compiling() or self._forward_hooks or self._forward_pre_hooks or global_hooks or global_pre_hooks:
+        if is_compiling() or self._has_hooks():
             return False
         if self._engine is not None:
             args, kwargs = self._for_engine(self._engine, args, kwargs)
@@ -360,7 +447,13 @@ class CachedModule(StandIn):
             return False
         entry.hits += 1
         entry.used = clock()
+        shortcut = self._shortcut(args) if not kwargs else None
+        if shortcut is not None and shortcut[0] is entry and shortcut[2] is not None:
+            self._last_into[:] = [(shortcut, _place(args[0], out))]
         return True
+
+    def _has_hooks(self) -> bool:
+        return bool(self._forward_hooks or self._forward_pre_hooks or global_hooks or global_pre_hooks)
 
     def _hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
         """Replay, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive."""
@@ -388,12 +481,21 @@ class CachedModule(StandIn):
     def _notice_device(self, inputs: Sequence[Tensor]) -> None:
         if not self._misses.cuda and any(tensor.is_cuda for tensor in inputs):
             self._misses.cuda = True
-            index = next(tensor.device.index for tensor in inputs if tensor.is_cuda)
-            self.__dict__.update(_checks_early=False, _index=index)
+            self.__dict__.update(_checks_early=False)
+
+    def _device_index(self, inputs: Sequence[Tensor]) -> int | None:
+        if self._engine is not None:
+            index: int = self._engine.device.index
+            return index
+        return next((tensor.device.index for tensor in inputs if tensor.is_cuda), None)
 
     def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
         given = [args[index] for index in self._host_inputs if index < len(args)]
         return [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
+
+
+def _place(x: Tensor, out: Tensor) -> Hashable:
+    return type(out), out.dtype, out.shape, out.stride(), out.device, x.data_ptr(), out.data_ptr()
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +20,16 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
+is_inference = torch.is_inference_mode_enabled
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
 # Torch fills and empties these two dictionaries and never replaces them.
 global_hooks, global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
+
+
+@cache
+def several_devices() -> bool:
+    """Whether there is more than one CUDA device, so that the current one may be another than a graph's."""
+    return torch.cuda.device_count() > 1
 
 
 def forbidden(*, cuda: bool) -> Reason | None:

@@ -185,7 +185,7 @@ class Misses:
         answer, outcome = self.recorder.attempt(args, kwargs, inputs)
         if isinstance(outcome, Recorded):
             if self._config.outputs == "view":
-                outcome.replay = Views(outcome.graph, self._ledger.name).replay
+                outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
             try:
                 entry = self._cache.put(signature, outcome)
             except Refusal as refusal:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from graphcache.errors import Cause
+from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
+from graphcache.graphs.single import single
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 
@@ -24,12 +26,15 @@ class Recorded:
         graph: The graph.
         build: Makes the answer of the graph's outputs and the caller's inputs.
         whole: Whether the answer's leaves are the graph's outputs, all of them and in their order.
+        bare: Whether the answer is the graph's only output itself.
     """
 
-    __slots__ = ("build", "graph", "nbytes", "replay", "whole")
+    __slots__ = ("build", "graph", "nbytes", "replay", "single", "whole")
 
-    def __init__(self, graph: Graph, build: Build, *, whole: bool) -> None:
+    def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
+        self.single = single(graph) if bare and isinstance(graph, CudaGraph) else None
+        """Shorter ways from the only input to the answer than ``replay`` and ``build``, where there are any."""
         self.replay: Callable[..., list[Tensor]] = graph.replay
         self.build = build
         self.whole = whole

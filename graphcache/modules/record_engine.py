@@ -52,7 +52,7 @@ class EngineRecorder:
         try:
             with capturing(module.lane), torch.inference_mode(False), torch.no_grad():
                 graph = self._capture([value.detach() for value in given], profile, answer)
-                outcome = Recorded(graph, self._build, whole=True)
+                outcome = Recorded(graph, self._build, whole=True, bare=len(module.engine.outputs) == 1)
         except Refusal as refusal:
             outcome = refusal.cause
         except Exception as error:

@@ -78,7 +78,9 @@ class TorchRecorder:
         call = _Call(self._run, args, kwargs, inputs, answer, state)
         index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
         graph = self._on_cuda(call, index, alone) if index is not None else self._on_host(call)
-        return Recorded(graph, answer.builder(), whole=answer.is_whole)
+        return Recorded(
+            graph, answer.builder(), whole=answer.is_whole, bare=answer.is_whole and isinstance(value, Tensor)
+        )
 
     def release(self) -> None:
         for lane in self._lanes.values():

@@ -352,7 +352,7 @@ def test_closed_graphs_contexts_and_buffers_are_gone(engine_bytes):
     fast(x)
     graph = next(iter(fast._entries.values())).graph.graph
     context = weakref.ref(graph._keep[0])
-    gone = [weakref.ref(graph._outputs[0].buffer), weakref.ref(graph)]
+    gone = [weakref.ref(graph.outputs[0].buffer), weakref.ref(graph)]
     fast.close()
     fast.close()
     del graph

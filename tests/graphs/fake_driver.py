@@ -17,6 +17,7 @@ import mmap
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import capture, cuda, lane, pointers, pool, slots
+from graphcache.graphs import capture, cuda, lane, pointers, pool, single, slots
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -44,6 +45,7 @@ class CUresult(enum.IntEnum):
     CUDA_ERROR_NOT_INITIALIZED = 3
     CUDA_ERROR_INVALID_HANDLE = 400
     CUDA_ERROR_ILLEGAL_STATE = 401
+    CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_LAUNCH_FAILED = 719
@@ -480,6 +482,9 @@ class Driver:
         """Whether memory outside of the heap (of torch's own, on the CPU) counts as device memory."""
         self.streams = {0: _Stream(0, blocking=True)}
         self.events: dict[int, _Event] = {}
+        self.strangers: set[int] = set()
+        """Threads that have not used CUDA yet: the legacy stream is none of theirs."""
+        self._pushed: Counter[int] = Counter()
         self.busy: set[int] = set()
         """Streams whose work goes on and on, for whoever asks without waiting."""
         self.graphs: dict[int, _Graph] = {}
@@ -576,6 +581,28 @@ class Driver:
 
     @_api(1)
     def cuCtxGetCurrent(self) -> Any:
+        thread = threading.get_ident()
+        return CUcontext(0) if thread in self.strangers and not self._pushed[thread] else self._context
+
+    @_api(0)
+    def cuCtxPushCurrent(self, ctx: Any) -> None:
+        if ctx != self._context:
+            raise _Failed("INVALID_VALUE")
+        self._pushed[threading.get_ident()] += 1
+
+    @_api(1)
+    def cuCtxPopCurrent(self) -> Any:
+        if not self._pushed[threading.get_ident()]:
+            raise _Failed("INVALID_CONTEXT")
+        self._pushed[threading.get_ident()] -= 1
+        return self._context
+
+    @_api(1)
+    def cuDeviceGet(self, ordinal: int) -> Any:
+        return ordinal
+
+    @_api(1)
+    def cuDevicePrimaryCtxRetain(self, dev: Any) -> Any:
         return self._context
 
     @_api(1)
@@ -867,6 +894,9 @@ class Driver:
 
     def _stream(self, handle: Any) -> _Stream:
         found: _Stream = self._get(self.streams, handle, CUstream)
+        thread = threading.get_ident()
+        if found.handle == 0 and thread in self.strangers and not self._pushed[thread]:
+            raise _Failed("INVALID_CONTEXT")
         return found
 
     def _node(self, handle: Any, kind: CUgraphNodeType | None = None) -> _Node:
@@ -1125,6 +1155,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         made.append(weakref.ref(self))
 
     patch.setattr(room, "binding", lambda: fake.driver)
+    patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     patch.setattr(cuda.CudaGraph, "__init__", remember)
     for module in (capture, cuda, lane, pool, slots, *others):
         patch.setattr(module, "torch", fake)
@@ -1132,7 +1163,9 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
             patch.setattr(module, "own_stream", own_stream)
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
     patch.setattr(torch.Tensor, "clone", lambda tensor, **options: fake.driver.heap.clone(tensor, **options))
-    patch.setattr(cuda, "_empty_like", fake.empty_like)
+    for module in (cuda, single):
+        patch.setattr(module, "_empty_like", fake.empty_like)
+    patch.setattr(single, "_direct_allocator", lambda: None)
     for module in (cuda, lane):
         patch.setattr(module, "_raw_stream", fake.raw_stream)
     try:

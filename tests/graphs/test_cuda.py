@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import cuda, driver
 from graphcache.graphs.cuda import NODE_BYTES, CudaGraph
 from graphcache.graphs.lane import Lane
+from graphcache.graphs.single import single
 from graphcache.graphs.slots import Slot
 from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Affine, Stream, Torch, address, installed, pointer
@@ -69,10 +71,10 @@ def test_answers(fake: Torch, graph: CudaGraph) -> None:
         st.tuples(
             st.sampled_from(["fresh", "same", "unaligned", "changed"]),
             st.integers(0, 2),
-            st.sampled_from(["fresh", "out", "inference"]),
+            st.sampled_from(["fresh", "out", "inference", "short", "again"]),
         ),
         min_size=1,
-        max_size=10,
+        max_size=12,
     ),
 )
 def test_any_inputs_on_any_streams(kind: str, steps: list[tuple[str, int, str]]) -> None:
@@ -82,13 +84,24 @@ def test_any_inputs_on_any_streams(kind: str, steps: list[tuple[str, int, str]])
         streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
         same = given_to(fake, 100)
         kept: list[tuple[Tensor, Tensor]] = []
+        fire, again = single(made) or (lambda x, stream: None, lambda stream, read, written: False)
+        out: list[Tensor] | None = None
         for number, (how, stream, to) in enumerate(steps):
             x = same if how in ("same", "changed") else given_to(fake, number, offset=36 * (how == "unaligned"))
             if how == "changed":
                 same += 1
+            if to == "again" and out is not None and how != "unaligned":
+                with fake.on(streams[stream]):
+                    if not again(streams[stream].cuda_stream, x.data_ptr(), out[0].data_ptr()):
+                        made.replay([x], out)
+                assert right(out, x)
+                kept = [(earlier, wanted) for earlier, wanted in kept if earlier is not out[0]]
+                kept.append((out[0], x * 3 + 1))
+                continue
             out = [fake.empty_like(x)] if to == "out" else None
             with fake.on(streams[stream]), torch.inference_mode() if to == "inference" else nullcontext():
-                answer = made.replay([x], out)
+                short = fire(x, streams[stream].cuda_stream) if to == "short" else None
+                answer = made.replay([x], out) if short is None else [short]
             assert answer is out or out is None
             assert right(answer, x)
             assert answer[0].is_inference() == (to == "inference")
@@ -111,16 +124,18 @@ def test_the_same_tensor_again_asks_the_driver_for_nothing_but_outputs_and_launc
     fake: Torch, bound: CudaGraph
 ) -> None:
     x = given_to(fake)
-    bound.replay([x])
-    fake.driver.calls.clear()
-    bound.replay([x])
+    with fake.on(fake.new_stream()):
+        bound.replay([x])
+        fake.driver.calls.clear()
+        bound.replay([x])
     assert fake.driver.calls == ["cuGraphLaunch", "cuGraphExecKernelNodeSetParams"]
 
 
 def test_the_next_outputs_are_pointed_at_after_the_launch(fake: Torch, bound: CudaGraph) -> None:
-    bound.replay([given_to(fake)])
-    fake.driver.calls.clear()
-    bound.replay([given_to(fake)])
+    with fake.on(fake.new_stream()):
+        bound.replay([given_to(fake)])
+        fake.driver.calls.clear()
+        bound.replay([given_to(fake)])
     assert fake.driver.calls == [
         "cuGraphExecKernelNodeSetParams",
         "cuGraphLaunch",
@@ -155,8 +170,8 @@ def test_ready_outputs_are_used_in_their_own_inference_mode_only(fake: Torch, bo
 
 
 def _ready(graph: CudaGraph) -> int:
-    assert graph._ready is not None
-    return graph._ready[0].data_ptr()
+    assert graph.ready is not None
+    return graph.ready[0].data_ptr()
 
 
 def test_threads(fake: Torch, graph: CudaGraph) -> None:
@@ -273,10 +288,29 @@ def test_launches_follow_one_another_on_any_stream(fake: Torch, bound: CudaGraph
 
 def test_launching_asks_the_driver_for_nothing_else(fake: Torch, bound: CudaGraph) -> None:
     bound.pin()
-    bound.launch()
-    fake.driver.calls.clear()
-    bound.launch()
+    with fake.on(fake.new_stream()):
+        bound.launch()
+        fake.driver.calls.clear()
+        bound.launch()
     assert fake.driver.calls == ["cuGraphLaunch"]
+
+
+def test_a_thread_that_has_used_no_cuda(fake: Torch, bound: CudaGraph) -> None:
+    """The legacy default stream is that of the current context, and such a thread has none."""
+    x = given_to(fake)
+    bound.replay([x])
+
+    def work(index: int) -> None:
+        fake.driver.strangers.add(threading.get_ident())
+        assert right(bound.replay([x]), x)
+        bound.pin()
+        bound.launch()
+        assert int(fake.driver.cuCtxGetCurrent()[1]) == 0, "it is left as it was"
+        if not index:
+            bound.close()
+
+    in_threads(work, 1)
+    assert not fake.driver.executables
 
 
 # ---- poison
@@ -286,7 +320,7 @@ def test_poisoned_buffers_do_not_reach_an_answer(fake: Torch, graph: CudaGraph) 
     x = given_to(fake)
     graph.replay([x])
     graph.poison()
-    slots = (*graph._inputs, *graph._outputs)
+    slots = (*graph.inputs, *graph.outputs)
     assert all(slot.buffer.isnan().all() for slot in slots)
     assert right(graph.replay([x]), x)
 
@@ -351,7 +385,7 @@ def test_wherever_the_driver_fails_an_answer_is_right_or_an_error(kind: str, ran
 def test_a_kernel_that_fails_is_a_cuda_error(fake: Torch, bound: CudaGraph) -> None:
     (static,), _ = bound.pin()
     del static
-    bound._outputs[0].point(bound._executable, given_to(fake).data_ptr())
+    bound.outputs[0].point(bound.executable, given_to(fake).data_ptr())
     with pytest.raises(CudaError, match="cuGraphLaunch failed with CUDA_ERROR_ILLEGAL_ADDRESS"):
         bound.launch()
 
@@ -473,11 +507,13 @@ def test_close_waits_for_the_last_launch(fake: Torch, bound: CudaGraph) -> None:
     fake.driver.calls.clear()
     bound.close()
     assert fake.driver.calls == [
+        "cuCtxPushCurrent",
         "cuStreamIsCapturing",
         "cuStreamIsCapturing",
         "cuStreamSynchronize",
         "cuGraphExecDestroy",
         "cuGraphDestroy",
+        "cuCtxPopCurrent",
     ]
 
 
@@ -544,7 +580,7 @@ def test_a_release_that_fails_still_lets_go_of_the_memory(fake: Torch) -> None:
 
 def test_the_legacy_stream_is_the_current_one_by_default(fake: Torch, bound: CudaGraph) -> None:
     bound.replay([given_to(fake)])
-    assert bound._lane.stream == 0
+    assert bound.lane.stream == 0
 
 
 def test_launching_into_a_capture_of_the_callers_makes_a_node(fake: Torch, bound: CudaGraph) -> None:

@@ -155,7 +155,7 @@ def test_waiting_is_for_the_last_launch_and_for_nothing_else(fake: Torch) -> Non
     assert fake.driver.calls == []
     owner.enter(stream)
     owner.wait()
-    assert fake.driver.calls[-1] == "cuStreamSynchronize"
+    assert fake.driver.calls[-2:] == ["cuStreamSynchronize", "cuCtxPopCurrent"]
     handle = driver.binding().CUstream(stream)
     driver.begin_capture(handle)
     with pytest.raises(

@@ -46,6 +46,7 @@ from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs.fake_driver import Stream, Torch, Violation, address, installed, pointer
 from tests.helpers import in_threads, outcomes, reason
 
+SHORT = ("fresh", "into", "into", "change", "back", "set epoch")
 MODULES = (allocator, context, engine, library, verify, room, record_engine)
 
 
@@ -408,6 +409,67 @@ def test_profiles(fake: Torch) -> None:
 # ---- the short way
 
 
+@pytest.mark.parametrize("io", ["bind", "copy"])
+@given(steps=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from(SHORT)), max_size=14))
+def test_any_sequence_on_the_short_ways(io: str, steps: list[tuple[int, int, str]]) -> None:
+    """Fresh answers and answers into the caller's memory, in any order: each is right, and those of before stay."""
+    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake, torch.no_grad():
+        prepare(fake, patch)
+        module = load("affine")
+        fast = graphcache.wrap(module, io=io, max_graphs=2)
+        inputs = [rows(fake, 2), rows(fake, 2, 9), rows(fake, 3)]
+        outs = [[fake.driver.heap.tensor(x * 0) for x in inputs] for _ in range(2)]
+        kept: list[tuple[Tensor, Tensor]] = []
+        with fake.on(fake.new_stream()):
+            for which, place, how in steps:
+                x = inputs[which]
+                if how == "change":
+                    x += 1
+                elif how == "into" and place < 2:
+                    assert fast.forward_into(outs[place][which], x) is outs[place][which]
+                    assert torch.equal(outs[place][which], x * 3 + 1)
+                elif how == "back":
+                    # What is read and written is one memory.
+                    wanted = x * 3 + 1
+                    assert torch.equal(fast.forward_into(x, x), wanted)
+                    x.copy_(torch.arange(x.numel()).reshape(x.shape))
+                elif how == "set epoch":
+                    module.epoch += 1
+                else:
+                    kept.append((fast(x), x * 3 + 1))
+                    assert torch.equal(*kept[-1])
+        assert all(torch.equal(answer, wanted) for answer, wanted in kept)
+        fast.close()
+        module.close()
+        assert fake.driver.leaked() == {}
+
+
+def test_answering_into_the_same_memory_again_is_the_launch_alone(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"))
+    x = rows(fake, 2)
+    out = fake.driver.heap.tensor(x * 0)
+    with torch.no_grad(), fake.on(fake.new_stream()):
+        for _ in range(3):
+            fast.forward_into(out, x)
+        fake.driver.calls.clear()
+        x += 1
+        assert torch.equal(fast.forward_into(out, x), x * 3 + 1)
+        assert fake.driver.calls == ["cuGraphLaunch"]
+        hits = fast.cache_info().hits
+        with torch.enable_grad():
+            assert torch.equal(fast.forward_into(out, x), x * 3 + 1)
+        assert fast.cache_info().captures == 2, "another signature"
+        module = fast.module
+        module.epoch += 1
+        x += 1
+        assert torch.equal(fast.forward_into(out, x), x * 3 + 1)
+    assert (fast.cache_info().hits, fast.cache_info().captures) == (hits, 3)
+    seen = weakref.ref(fast._last_into[0][0][0].graph) if fast._last_into else lambda: None
+    fast.clear()
+    gc.collect()
+    assert seen() is None, "what was remembered keeps no graph"
+
+
 def test_a_call_of_another_mode_on_the_short_way_is_counted_once(fake: Torch) -> None:
     fast = graphcache.wrap(load("affine"))
     x = rows(fake, 2)
@@ -622,7 +684,7 @@ def test_an_answer_that_is_fed_back_is_not_read_while_it_is_written(fake: Torch,
         state = fast(state[part])
         wanted = wanted * 3 + 1
         graph = next(iter(fast._entries.values())).graph.graph
-        assert graph._inputs[0].address != graph._outputs[0].address
+        assert graph.inputs[0].address != graph.outputs[0].address
         assert torch.equal(state, wanted)
     assert fast.cache_info().hits == 4
 
@@ -935,8 +997,10 @@ def test_sessions(fake: Torch) -> None:
             session.inputs[0].copy_(rows(fake, 2, start))
             session.run()
             assert torch.equal(session.outputs, rows(fake, 2, start) * 3 + 1)
-        fake.driver.calls.clear()
-        session.run()
+        with fake.on(fake.new_stream()):
+            session.run()
+            fake.driver.calls.clear()
+            session.run()
         assert fake.driver.calls == ["cuGraphLaunch"]
         run = session.run
     with pytest.raises(ClosedError, match=r"^the graph was closed; make a new session$"):
