@@ -45,9 +45,12 @@ def load(engine_bytes):
 
 @pytest.fixture(autouse=True)
 def device_is_sound(request):
-    """After every test the device still computes, and nothing is left capturing."""
+    """After every test the device still computes, it is the current one, and nothing is left capturing."""
     yield
     if torch.cuda.is_available():
+        current = torch.cuda.current_device()
+        torch.cuda.set_device(0)
+        assert current == 0
         torch.cuda.synchronize()
         assert not torch.cuda.is_current_stream_capturing()
         x = torch.arange(8.0, device="cuda")
