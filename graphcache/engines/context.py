@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graphcache.engines.allocator import GrowingOutputs
+from graphcache.engines.engine import keeping_the_current_device
 from graphcache.engines.library import words
 from graphcache.errors import EngineExecutionError
 
@@ -49,6 +51,11 @@ class Context:
         self._nowhere = torch.empty(ALIGNMENT, dtype=torch.uint8, device=engine.device)
         self._scratch: Tensor | None = None
         self.use_scratch(scratch)
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None) is not None and not sys.is_finalizing():
+            with keeping_the_current_device():
+                self._context, self._parts = None, ()
 
     def use_scratch(self, scratch: Tensor) -> None:
         """Work on this scratch memory from the next enqueue on; graphs captured before keep theirs.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -158,7 +159,12 @@ class Engine:
 
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""
-        self._config = self._kernels = self._engine = self._runtime = None
+        with keeping_the_current_device():
+            self._config = self._kernels = self._engine = self._runtime = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None) is not None and not sys.is_finalizing():
+            self.close()
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -172,6 +178,17 @@ class Engine:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._engine is None
+
+
+@contextmanager
+def keeping_the_current_device() -> Iterator[None]:
+    """Inside, TensorRT's objects are destroyed. TensorRT-RTX 1.5.0.114 leaves their device current, whichever was."""
+    before = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.cuda.set_device(before)
 
 
 def _refused(label: str, said: Sequence[str], found: Library, runtime: Any, serialized: bytes) -> EngineError:

@@ -406,3 +406,29 @@ def test_let_go_drops_what_the_caller_gave(fake: Torch) -> None:
     run.context.let_go()
     assert fake.driver.heap.find(place, 4) is None
     assert y.tolist()[0][0] == 1.0
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten"])
+def test_the_current_device_stays(fake: Torch, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """TensorRT-RTX 1.5.0.114 makes the device of what it destroys the current one."""
+    gc.collect()
+    gone: list[str] = []
+
+    def leaves_its_device(self: object) -> None:
+        gone.append(type(self).__name__)
+        fake.cuda.set_device(1)
+
+    for kind in (fake_tensorrt.ICudaEngine, fake_tensorrt.IExecutionContext):
+        monkeypatch.setattr(kind, "__del__", leaves_its_device, raising=False)
+    owner = Engine(serialize("affine"))
+    context = Context(owner, fake.driver.heap.empty(1 << 10))
+    del context
+    gc.collect()
+    assert gone == ["IExecutionContext"]
+    assert fake.cuda.current_device() == 0
+    if how == "closed":
+        owner.close()
+    del owner
+    gc.collect()
+    assert gone == ["IExecutionContext", "ICudaEngine"]
+    assert fake.cuda.current_device() == 0

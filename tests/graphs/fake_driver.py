@@ -1090,11 +1090,14 @@ class Torch:
             _cuda_endAllocateToPool=self.pools.end,
             _cuda_releasePool=self.pools.release,
         )
+        self.current_index = 0
         self.cuda = SimpleNamespace(
             current_stream=lambda device=None: Stream(driver, self.raw_stream(0)),
             stream=self.on,
             device=lambda index: nullcontext(),
-            current_device=lambda: 0,
+            current_device=lambda: self.current_index,
+            set_device=lambda index: setattr(self, "current_index", index),
+            is_initialized=lambda: True,
             is_available=lambda: True,
             ExternalStream=lambda handle, device: Stream(driver, handle),
             graph_pool_handle=self.pools.handle,
