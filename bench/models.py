@@ -65,14 +65,19 @@ def mlp8() -> Model:
 
 
 def policy() -> Model:
-    """A robot's policy network; 3 kernels."""
-    inputs = torch.randn(64, 48, generator=torch.Generator().manual_seed(SEED + 2))
-    return _rowwise("policy", networks.Policy(SEED), inputs, (1, 1, 64))
+    """A robot's policy network, for as many shapes as any benchmark alternates over; 3 kernels."""
+    inputs = torch.randn(128, 48, generator=torch.Generator().manual_seed(SEED + 2))
+    return _rowwise("policy", networks.Policy(SEED), inputs, (1, 1, 128))
 
 
 def mobilenet() -> Model:
     """MobileNetV3-small with random weights."""
     return _rowwise("mobilenet", networks.mobilenet(SEED), networks.images(8, SEED + 3).half(), (1, 1, 32))
+
+
+def vit() -> Model:
+    """ViT-tiny with random weights."""
+    return _rowwise("vit", networks.VisionTransformer(SEED), networks.images(8, SEED + 4).half(), (1, 1, 32))
 
 
 def minilm() -> Model:
@@ -166,6 +171,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "minilm": minilm,
     "silero": silero,
     "mobilenet": mobilenet,
+    "vit": vit,
 }
 
 
