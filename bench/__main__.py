@@ -4,9 +4,9 @@ graphcache in each of its modes, the raw launch of graphs captured by hand, Tens
 Torch-TensorRT's two runtimes, the graph caches of inference-models and aitune; and for the torch networks that the
 engines were made of, graphcache, ``make_graphed_callables`` and ``torch.compile(mode="reduce-overhead")``.
 
-Each system takes turns with the raw launch, call by call, over the same sequence of shapes. Its answers are held against
-torch's on the CPU before and after it is timed. What cannot run is listed with the reason. Results are written after
-each engine, so that a run that is killed keeps what it had.
+Each system takes turns with the raw launch, call by call, over the same sequence of shapes. Its answers are held
+against torch's on the CPU before and after it is timed. What cannot run is listed with the reason. Results are written
+after each engine, so that a run that is killed keeps what it had.
 
 Exit codes: 0 all went well; 1 graphcache or the floor answered wrongly, raised, or missed while it was timed; 2 usage;
 3 with ``--gate``, a limit of :mod:`bench.limits` was not met.

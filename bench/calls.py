@@ -59,7 +59,12 @@ def pool(
         count: Calls of each size, each with input tensors of its own.
         device: Where the inputs are put.
         names: The order of the inputs; that of the bundle if ``None``.
+
+    Raises:
+        ValueError: If a name is none of the bundle's inputs.
     """
+    if unknown := set(names or ()) - set(bundle.inputs):
+        raise ValueError(f"{bundle.name} has the inputs {', '.join(bundle.inputs)}, not {', '.join(sorted(unknown))}")
     order = [bundle.inputs.index(name) for name in names or bundle.inputs]
     cases = {size: bundle.cases(size, count) for size in sizes}
     return [

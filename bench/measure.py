@@ -28,7 +28,7 @@ MOST_PASSES = 30
 """Passes over all shapes after which a system that still captures is said not to become steady."""
 
 _ALIKE = 3
-_SPREAD = 1.5
+_SPREAD = 2.0
 _QUIET_SHARE = 0.1
 
 
@@ -117,7 +117,7 @@ def become_steady(
     """Repeat a pass over all shapes until it costs no more than it ever will.
 
     Where calls that did more than a replay are counted, that is a pass without one. Where they are not, it is the first
-    of three passes of which none took half as long again as the fastest of all.
+    of three passes of which none took twice as long as the fastest of all.
 
     Args:
         one_pass: Calls every shape once and waits.

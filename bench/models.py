@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SENTENCES = Path(__file__).parent / "sentences.txt"
 SEED = 0
 LONGEST = 256
+POLICY_BATCH = (1, 1, 128)
+"""Smallest, usual and largest batch of ``policy``: as many sizes as any benchmark alternates over."""
 
 _ONNX_TOLERANCE = 1e-4
 _LEAST_DIFFERENCE = 0.05
@@ -65,9 +67,9 @@ def mlp8() -> Model:
 
 
 def policy() -> Model:
-    """A robot's policy network, for as many shapes as any benchmark alternates over; 3 kernels."""
-    inputs = torch.randn(128, 48, generator=torch.Generator().manual_seed(SEED + 2))
-    return _rowwise("policy", networks.Policy(SEED), inputs, (1, 1, 128))
+    """A robot's policy network; 3 kernels."""
+    inputs = torch.randn(POLICY_BATCH[2], 48, generator=torch.Generator().manual_seed(SEED + 2))
+    return _rowwise("policy", networks.Policy(SEED), inputs, POLICY_BATCH)
 
 
 def mobilenet() -> Model:

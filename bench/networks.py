@@ -294,14 +294,15 @@ def _made(name: str, seed: int) -> nn.Module:
 
 
 def on_device(name: str, device: torch.device, seed: int = 0) -> nn.Module:
-    """The same on a device, with fp32 products in TF32, as engines have them.
+    """The same on a device, with fp32 products in TF32 on CUDA, as engines have them.
 
-    That is a setting of the process, which nothing else here depends on.
+    That is a setting of the process, which nothing else in a benchmark depends on.
 
     Raises:
         SystemExit: As :func:`torch_network`.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return torch_network(name, seed).to(device)
 
 

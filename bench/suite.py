@@ -134,6 +134,7 @@ class Suite:
             for name in wanted:
                 peer = plan.systems[name]()
                 systems[name] = {**_about(peer), "reason": f"there is no {floor.name} to take turns with"}
+                self._say(result, name)
             return
         if hasattr(floor, "nodes"):
             systems[floor.name]["nodes"] = floor.nodes
@@ -205,24 +206,37 @@ def buffer_bytes(work: measure.Work) -> int:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print one row for each system that was measured, and one for the reason of each that was not."""
+    """Print a row for each system that was measured, then the reasons of those that were not."""
     columns = ["engine", "shapes", "system", "p50 µs", "p90", "p99", "iqr", "over raw", "CPU µs"]
     columns += ["first ms", "steady ms", "KiB per shape"]
     record.table("call + synchronise", columns, [row for result in results for row in rows(result)])
+    for line in reasons(results):
+        print(line)
+
+
+def reasons(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why systems were not measured, each reason once with the rows that it is for."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for name, figures in result["systems"].items():
+            if "reason" in figures:
+                row = f"{result['engine']} x {len(result['sizes'])}"
+                where.setdefault((name, figures["reason"]), []).append(row)
+    return [f"not measured: {name} ({', '.join(rows)}): {reason}" for (name, reason), rows in where.items()]
 
 
 def rows(result: Mapping[str, Any]) -> list[list[object]]:
-    """The rows of one engine and number of shapes; the last three columns are empty where nothing is known."""
-    made = []
+    """The rows of one engine and number of shapes; memory per shape is empty where it is not known."""
+    made: list[list[object]] = []
     for name, figures in result["systems"].items():
-        head = [result["engine"], len(result["sizes"]), name]
         if "reason" in figures:
-            made.append([*head, f"- {figures['reason']}"[:60], *[""] * 8])
             continue
         steady, memory = figures["steady_seconds"], figures["memory_per_shape"]
         made.append(
             [
-                *head,
+                result["engine"],
+                len(result["sizes"]),
+                name,
                 *(figures["total_us"][key] for key in ("p50", "p90", "p99", "iqr")),
                 figures["total_over_raw"],
                 figures["cpu_burst_us"]["p50"],
