@@ -36,6 +36,10 @@ LIMITS = {
 }
 """By mode, for a fixed shape and for any number of shapes in turn, against raw launches in the same turn."""
 
+NODE_BYTES = 20 * 1024
+"""Device memory that a further shape may take for each node of its graph, beyond its buffers. Recorded next to what it
+takes, and not part of the gate: the device hands out memory in pieces larger than a small graph."""
+
 AHEAD = 1.0
 """How many times as long as graphcache every peer must take, at least; exactly as long is not ahead."""
 

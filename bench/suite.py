@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from bench import calls as calls_of
-from bench import measure, peers, record
+from bench import limits, measure, peers, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,8 +136,10 @@ class Suite:
                 systems[name] = {**_about(peer), "reason": f"there is no {floor.name} to take turns with"}
                 self._say(result, name)
             return
-        if hasattr(floor, "nodes"):
-            systems[floor.name]["nodes"] = floor.nodes
+        if nodes := getattr(floor, "nodes", None):
+            systems[floor.name]["nodes"] = nodes
+            allowed = result["buffer_bytes_per_shape"] + limits.NODE_BYTES * sum(nodes) // len(nodes)
+            systems[floor.name]["allowed_bytes_per_shape"] = allowed
         try:
             for name in wanted:
                 peer = plan.systems[name]()

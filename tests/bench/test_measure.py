@@ -155,20 +155,32 @@ def test_steady_is_the_first_pass_without_a_miss(misses_of_passes):
     clock, count, passes = Clock(), [0], iter([*misses_of_passes, 0])
 
     def one_pass():
-        clock.pass_by(1)
+        clock.pass_by(0.25)
         count[0] += next(passes)
 
     wanted = [*misses_of_passes, 0].index(0)
-    assert measure.become_steady(one_pass, lambda: count[0], clock) == (wanted, wanted + 1, 1)
+    assert measure.become_steady(one_pass, lambda: count[0], clock) == (wanted / 4, wanted + 1, 0.25)
 
 
-@given(st.lists(st.floats(3, 100), max_size=8), st.lists(st.floats(1, 1.4), min_size=3, max_size=3))
+def test_a_system_that_captures_late_is_waited_for():
+    clock, count = Clock(), [0]
+
+    def one_pass():
+        clock.pass_by(0.01)
+        count[0] += clock.now < 5
+
+    seconds, passes, _ = measure.become_steady(one_pass, lambda: count[0], clock)
+    assert seconds == pytest.approx(5)
+    assert passes == pytest.approx(501, abs=1)
+
+
+@given(st.lists(st.floats(0.3, 1), max_size=8), st.lists(st.floats(0.1, 0.14), min_size=3, max_size=3))
 def test_where_nothing_is_counted_steady_is_when_passes_are_alike(slow, alike):
-    clock, times = Clock(), iter([*sorted(slow, reverse=True), *alike, *[1.2] * 30])
+    clock, times = Clock(), iter([*sorted(slow, reverse=True), *alike, *[0.12] * 30])
     seconds, passes, last = measure.become_steady(lambda: clock.pass_by(next(times)), lambda: None, clock)
     assert passes <= len(slow) + 3
     assert seconds <= sum(slow) + 1e-6
-    assert last <= 100
+    assert last <= 1
 
 
 def test_what_never_becomes_steady_is_said_not_to():
@@ -178,9 +190,15 @@ def test_what_never_becomes_steady_is_said_not_to():
         clock.pass_by(1)
         count[0] += 1
 
-    assert measure.become_steady(captures_always, lambda: count[0], clock) == (None, measure.MOST_PASSES, 1)
-    waver = iter([1.0, 9.0] * 50)
-    assert measure.become_steady(lambda: clock.pass_by(next(waver)), lambda: None, clock)[0] is None
+    assert measure.become_steady(captures_always, lambda: count[0], clock) == (None, measure.MOST_SECONDS, 1)
+    waver = iter([0.1, 0.9] * 50)
+    seconds, passes, _ = measure.become_steady(lambda: clock.pass_by(next(waver)), lambda: None, clock)
+    assert (seconds, passes) == (None, measure.MOST_PASSES)
+
+
+def test_a_single_pass_is_made_however_long_it_takes():
+    clock = Clock()
+    assert measure.become_steady(lambda: clock.pass_by(100), lambda: 0, clock) == (0, 1, 100)
 
 
 def settled(busy_until):

@@ -62,6 +62,14 @@ def test_the_floor_stays_open_while_the_others_take_turns_with_it(nets):
     assert run.log == ["load raw", "load fast", "close fast", "load slow", "close slow", "close raw"]
 
 
+def test_a_floor_that_knows_its_nodes_says_what_memory_a_shape_may_take(nets):
+    run = Run(nets[:1], (2,), raw={"nodes": [10, 20], "exact": True}, fast={})
+    (result,) = run.suite.run()
+    assert result["systems"]["raw"]["nodes"] == [10, 20]
+    # Batches of 1 and 8 with 4 floats in and 3 out; 15 nodes.
+    assert result["systems"]["raw"]["allowed_bytes_per_shape"] == 9 * 7 * 4 // 2 + 15 * 20 * 1024
+
+
 def test_engines_come_before_torch_networks_and_share_a_row(nets):
     run = Run(nets, torch_one={"kind": "torch"}, fast={})
     results = run.suite.run()
