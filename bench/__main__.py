@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +126,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _environment() -> dict[str, Any]:
     # Torch-TensorRT makes "tensorrt" another name of TensorRT-RTX when it is imported, and graphcache would find that
-    # first; so the flavour is settled, and noted, before any peer is.
+    # first; so the flavour is settled, and noted, before any peer is. Without any, torch networks are still measured.
     from graphcache.engines.library import library
+    from graphcache.errors import TensorRTNotFoundError
 
-    os.environ["GRAPHCACHE_TENSORRT"] = library().flavour
+    with suppress(TensorRTNotFoundError):
+        os.environ["GRAPHCACHE_TENSORRT"] = library().flavour
     return record.environment(SEED)
 
 

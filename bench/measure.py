@@ -95,12 +95,19 @@ def measure(peer: Peer, work: Work, floor: Sequence[Callable[[], object]] | None
     except Exception as error:
         what |= {"reason": first_line(error), "failed": True}
     if floor is not None or "reason" in what:
-        try:
-            peer.close()
-        except Exception as error:
-            what["closing"] = first_line(error)
-        gc.collect()
+        what |= close(peer)
     return what
+
+
+def close(peer: Peer) -> dict[str, str]:
+    """Close a system; what it raises is noted under ``closing`` and stops nobody."""
+    try:
+        peer.close()
+    except Exception as error:
+        return {"closing": first_line(error)}
+    finally:
+        gc.collect()
+    return {}
 
 
 def first_line(error: BaseException) -> str:

@@ -97,7 +97,13 @@ class Suite:
             names = [name for name, of in kinds.items() if of == kind]
             for bundle, sizes in self._rows() if names else ():
                 result = self._result(bundle, sizes)
-                self._measure(bundle, sizes, kind, names, result)
+                try:
+                    self._measure(bundle, sizes, kind, names, result)
+                except Exception as error:
+                    # After some errors a device serves a process no longer; what was measured before is worth keeping.
+                    for name in names:
+                        about = {**_about(self.plan.systems[name]()), "reason": measure.first_line(error)}
+                        result["systems"].setdefault(name, {**about, "failed": True})
                 self._write(self.results)
         return self.results
 
@@ -150,7 +156,7 @@ class Suite:
                     systems[name] = measure.measure(peer, work, [launch for launch in launches if launch is not None])
                 self._say(result, name)
         finally:
-            floor.close()
+            systems[floor.name] |= measure.close(floor)
 
     def _left_out(self, peer: peers.Peer) -> dict[str, Any]:
         reason = f"left out, since {self.deadline.seconds:g} s were over"

@@ -154,6 +154,31 @@ def test_without_its_floor_a_kind_is_not_measured(nets):
     assert "load fast" not in run.log
 
 
+def test_a_floor_that_cannot_be_closed_ends_no_run(nets):
+    run = Run(nets, raw={"close": raising(RuntimeError("the device is lost")), "exact": True}, fast={})
+    results = run.suite.run()
+    assert len(results) == 2
+    assert "total_us" in results[1]["systems"]["fast"]
+    assert suite.failures(results)[0] == "one, 1 shapes, raw: closing it: RuntimeError: the device is lost"
+
+
+def test_a_row_that_cannot_begin_is_listed_and_the_others_are_measured(nets, monkeypatch):
+    pool = suite.calls_of.pool
+
+    def lost(bundle, *rest):
+        if bundle.name == "one":
+            raise RuntimeError("the device is lost")
+        return pool(bundle, *rest)
+
+    monkeypatch.setattr(suite.calls_of, "pool", lost)
+    run = Run(nets, fast={"exact": True})
+    one, two = run.suite.run()
+    assert one["systems"]["fast"]["reason"] == "RuntimeError: the device is lost"
+    assert suite.failures([one]) == ["one, 1 shapes, fast: RuntimeError: the device is lost"]
+    assert "total_us" in two["systems"]["fast"]
+    assert len(run.written) == 2
+
+
 def test_progress_goes_to_stderr_as_it_happens(nets, capsys):
     Run(nets[:1], fast={}, gone={"reason": "not installed: gone"}).suite.run()
     out, err = capsys.readouterr()
