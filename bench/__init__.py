@@ -1,1 +1,2 @@
-"""Benchmarks and end-to-end checks: run one as ``python -m bench.NAME``; results go to bench/results/."""
+"""Benchmarks and end-to-end checks: run one as ``python -m bench.NAME``, or everything side by side as ``python -m
+bench``; results go to bench/results/."""

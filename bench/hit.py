@@ -15,15 +15,14 @@ All answers are held against torch on the CPU before and after timing.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bench import calls as calls_of
 from bench import raw, record, store
 
 if TYPE_CHECKING:
@@ -31,21 +30,6 @@ if TYPE_CHECKING:
 
 SEED = 0
 POOL = 8
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call on the device.
-
-    Args:
-        size: Batch size, or number of tokens.
-        inputs: In the order of the engine's bindings.
-        answer: What torch returns, on the CPU.
-    """
-
-    size: int
-    inputs: tuple[Tensor, ...]
-    answer: Tensor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,14 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def spread(bundle: store.Bundle, count: int) -> list[int]:
-    """Sizes to alternate over, from the smallest to the largest; a single one is what the engine was tuned for."""
-    sizes = bundle.sizes()
-    if count == 1:
-        return [bundle.usual()]
-    return [sizes[round(index * (len(sizes) - 1) / (count - 1))] for index in range(count)]
-
-
 def _measure(
     bundle: store.Bundle,
     shapes: int,
@@ -110,9 +86,9 @@ def _measure(
 ) -> tuple[dict[str, Any], list[str]]:
     import graphcache
 
-    sizes = spread(bundle, shapes)
+    sizes = calls_of.spread(bundle, shapes)
     engine = graphcache.load(bundle.engine)
-    pool = _pool(bundle, sizes, engine, device)
+    pool = calls_of.pool(bundle, sizes, POOL, device, engine.input_binding_names)
     wrapped = {}
     for mode in modes:
         inner = engine if mode == modes[0] else graphcache.load(bundle.engine)
@@ -139,12 +115,12 @@ def _measure(
 
     failures = check("before timing")
     before = {name: module.cache_info() for name, module in wrapped.items()}
-    systems = {name: _in_turn([launches[call.size] for call in pool]) for name, launches in by_hand.items()}
-    systems["eager"] = _in_turn([partial(engine, *call.inputs) for call in pool])
+    systems = {name: calls_of.in_turn([launches[call.size] for call in pool]) for name, launches in by_hand.items()}
+    systems["eager"] = calls_of.in_turn([partial(engine, *call.inputs) for call in pool])
     for name, module in wrapped.items():
-        systems[name] = _in_turn([partial(module, *call.inputs) for call in pool])
-    systems["same_inputs"] = _in_turn([partial(fast, *_first(pool, size).inputs) for size in sizes])
-    systems["session"] = _in_turn([sessions[size].run for size in sizes])
+        systems[name] = calls_of.in_turn([partial(module, *call.inputs) for call in pool])
+    systems["same_inputs"] = calls_of.in_turn([partial(fast, *_first(pool, size).inputs) for size in sizes])
+    systems["session"] = calls_of.in_turn([sessions[size].run for size in sizes])
     # Each system takes turns with the raw launch alone, so that none pays for what another leaves in the caches.
     samples, floors = {}, {}
     for name, system in systems.items():
@@ -185,29 +161,8 @@ def _measure(
     return result, failures
 
 
-def _pool(bundle: store.Bundle, sizes: Sequence[int], engine: Any, device: torch.device) -> list[Call]:
-    # Sizes take turns, so that a sequence of several shapes changes shape at every call.
-    names = ["input_ids", "attention_mask"] if bundle.facts["kind"] == "sentences" else ["x"]
-    order = [names.index(name) for name in engine.input_binding_names]
-    cases = {size: bundle.cases(size, POOL) for size in sizes}
-    return [
-        Call(size, tuple(cases[size][turn].inputs[index].to(device) for index in order), cases[size][turn].answer)
-        for turn in range(POOL)
-        for size in sizes
-    ]
-
-
-def _first(pool: Sequence[Call], size: int) -> Call:
+def _first(pool: Sequence[calls_of.Call], size: int) -> calls_of.Call:
     return next(call for call in pool if call.size == size)
-
-
-def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    turns = cycle(calls)
-
-    def call() -> object:
-        return next(turns)()
-
-    return call
 
 
 def _fed(recorded: dict[int, raw.Recorded], launches: dict[int, Callable[[], object]]) -> Callable[..., Tensor]:
@@ -239,7 +194,7 @@ def _through_sessions(sessions: dict[int, Any]) -> Callable[..., Tensor]:
     return run
 
 
-def _wrong(name: str, function: Callable[..., Tensor], pool: Sequence[Call]) -> list[str]:
+def _wrong(name: str, function: Callable[..., Tensor], pool: Sequence[calls_of.Call]) -> list[str]:
     errors = [record.relative_error(function(*call.inputs), call.answer) for call in pool]
     bad = [(call.size, error) for call, error in zip(pool, errors, strict=True) if not error < store.TOLERANCE]
     return [f"{name}: {len(bad)} of {len(pool)} answers are wrong, such as size, error {bad[0]}"] if bad else []

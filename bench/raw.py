@@ -88,14 +88,55 @@ def driver_graph(call: Recorded) -> Launchable:
         call.enqueue()
     finally:
         graph = _check(driver.cuStreamEndCapture(capture))
+    try:
+        return _launchable(graph, call.stream)
+    finally:
+        _check(driver.cuGraphDestroy(graph))
+
+
+class RecordedModule:
+    """A torch module's call with buffers of its own, captured by PyTorch and launched by the driver.
+
+    Args:
+        module: On the device, without gradients.
+        inputs: Inputs on the device; their shapes are captured, their values copied.
+    """
+
+    def __init__(self, module: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        self.inputs = [value.clone() for value in inputs]
+        self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            # What libraries allocate and choose at their first calls does not belong into the capture.
+            for _ in range(3):
+                module(*self.inputs)
+        self.stream.synchronize()
+        # Kept for its memory, and so that what is instantiated here is the graph as it was captured.
+        self._captured = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(self._captured, stream=self.stream, capture_error_mode="thread_local"):
+            self.outputs = [module(*self.inputs)]
+
+    def graph(self) -> Launchable:
+        """The graph, to be launched on the stream that is current now.
+
+        Raises:
+            RuntimeError: If a driver call fails.
+        """
+        from cuda.bindings import driver
+
+        return _launchable(driver.CUgraph(self._captured.raw_cuda_graph()), self.stream)
+
+
+def _launchable(graph: Any, capture_stream: torch.cuda.Stream) -> Launchable:
+    from cuda.bindings import driver
+
     nodes = int(_check(driver.cuGraphGetNodes(graph, 0))[1])
     _require(nodes > 0, "a capture with nodes in it")
     params = driver.CUDA_GRAPH_INSTANTIATE_PARAMS()
     params.flags = int(driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
-    params.hUploadStream = capture
+    params.hUploadStream = driver.CUstream(capture_stream.cuda_stream)
     executable = _check(driver.cuGraphInstantiateWithParams(graph, params))
-    call.stream.synchronize()
-    _check(driver.cuGraphDestroy(graph))
+    capture_stream.synchronize()
     stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
     # Timed launches are not checked one by one; this one stands for them, and their answers are compared.
     _check(driver.cuGraphLaunch(executable, stream))
@@ -115,7 +156,7 @@ def torch_graph(call: Recorded) -> Callable[[], object]:
 
 def _require(done: object, what: str) -> None:
     if not done:
-        raise RuntimeError(f"TensorRT refused {what}")
+        raise RuntimeError(f"TensorRT or the driver refused {what}")
 
 
 def _check(result: Any) -> Any:

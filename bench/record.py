@@ -212,7 +212,7 @@ def commit() -> str:
 
 
 def write(name: str, payload: Mapping[str, Any], out_dir: Path | None = None) -> Path:
-    """Write a result as JSON.
+    """Write a result as JSON: all of it or nothing, so that a run which is killed keeps what it wrote before.
 
     Args:
         name: Of the benchmark; the file is ``NAME.json``.
@@ -225,7 +225,9 @@ def write(name: str, payload: Mapping[str, Any], out_dir: Path | None = None) ->
     folder = RESULTS if out_dir is None else out_dir
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
-    file.write_text(json.dumps(payload, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    new = file.with_suffix(".json.new")
+    new.write_text(json.dumps(payload, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    new.replace(file)
     return file
 
 

@@ -30,7 +30,7 @@ class Case:
     """One call and its answer, on the CPU.
 
     Args:
-        inputs: In the order of the engine's input bindings.
+        inputs: In the order of :attr:`Bundle.inputs`.
         answer: What torch returns for them.
     """
 
@@ -53,6 +53,16 @@ class Bundle:
     engine: Path
     arrays: Mapping[str, np.ndarray]
     facts: Mapping[str, Any]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the engine's inputs, in the order in which :meth:`cases` gives them."""
+        return ("input_ids", "attention_mask") if self.facts["kind"] == "sentences" else ("x",)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the engine's outputs."""
+        return ("sentence_embedding",) if self.facts["kind"] == "sentences" else ("y",)
 
     def usual(self) -> int:
         """The size that the engine was tuned for."""

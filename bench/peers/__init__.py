@@ -1,0 +1,47 @@
+"""The systems that the suite measures side by side, one file each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bench.peers.aitune_cache import AITune
+from bench.peers.base import Peer as Peer
+from bench.peers.floor import Floor, TorchFloor
+from bench.peers.graphcache_modes import Fresh, Into, Module, Session
+from bench.peers.graphed_callables import GraphedCallables
+from bench.peers.inference_models_cache import InferenceModels
+from bench.peers.rtx_graphs import RtxGraphs
+from bench.peers.tensorrt_eager import TensorRTEager
+from bench.peers.torch_compile import Compiled
+from bench.peers.torch_tensorrt_modules import TorchTensorRT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+SYSTEMS: Mapping[str, Callable[[], Peer]] = {
+    "raw": Floor,
+    "graphcache": Fresh,
+    "graphcache-into": Into,
+    "graphcache-session": Session,
+    "graphcache-view": lambda: Fresh("graphcache-view", outputs="view"),
+    "graphcache-copy": lambda: Fresh("graphcache-copy", io="copy"),
+    "tensorrt": TensorRTEager,
+    "rtx-graphs": RtxGraphs,
+    "rtx-graphs-copy": lambda: RtxGraphs(copied=True),
+    "torch-tensorrt-cpp": lambda: TorchTensorRT("cpp"),
+    "torch-tensorrt-python": lambda: TorchTensorRT("python"),
+    "inference-models": InferenceModels,
+    "aitune": AITune,
+    "raw-torch": TorchFloor,
+    "graphcache-torch": Module,
+    "graphed-callables": GraphedCallables,
+    "compile-static": lambda: Compiled(dynamic=False),
+    "compile-dynamic": lambda: Compiled(dynamic=True),
+}
+"""Each system by name, in the order of the table; each call makes a new object, for one measurement."""
+
+FLOORS = {"engine": "raw", "torch": "raw-torch"}
+"""What systems of a kind take turns with."""
+
+PACKAGES = ("torch-tensorrt-rtx", "torch-tensorrt", "inference-models", "aitune", "triton")
+"""Distributions whose versions are recorded, beyond those of :func:`bench.record.environment`."""
