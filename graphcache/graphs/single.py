@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
+from graphcache.graphs.buffers import nbytes_of
 
 if TYPE_CHECKING:
     from graphcache.graphs.cuda import CudaGraph
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
 Fire = Callable[[Tensor, int], Tensor | None]
 """Replays a graph on a tensor and a stream (a raw handle); ``None``, having done nothing, for what it leaves alone."""
 
-Again = Callable[[int, int, int], bool]
-"""Launches a graph once more on a stream, if it reads and writes at these addresses; whether it did."""
+Into = Callable[[Tensor, Tensor, int], bool]
+"""Replays a graph from a tensor into another, on a stream (a raw handle); whether it did, or left it alone."""
 
 _is_inference_mode = torch.is_inference_mode_enabled
 _empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 
 
-def single(graph: CudaGraph) -> tuple[Fire, Again] | None:
+def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
     """Shorter ways to :meth:`~graphcache.graphs.cuda.CudaGraph.replay`.
 
-    They do the same on the stream of the replay before, if that is not the legacy default stream: the first for an
-    aligned tensor, into a fresh one; the second where not even the addresses are others. A call of a Python function
-    costs 0.1 to 0.3 µs, and the general way makes six.
+    They do the same for aligned tensors on the stream of the replay before, if that is not the legacy default stream:
+    the first into a fresh tensor, the second into one of the caller's that lies as the graph's own output does and
+    overlaps the input nowhere.
 
     Returns:
         ``None`` if the graph has not exactly one input and one output, pointed at in one place each.
@@ -44,6 +45,9 @@ def single(graph: CudaGraph) -> tuple[Fire, Again] | None:
     point_in, point_out = partial(in_setter, executable, *in_arguments), partial(out_setter, executable, *out_arguments)
     launch, lock = graph.launcher, lane.lock
     empty = _allocator(target.buffer)
+    buffer = target.buffer
+    wanted = Tensor, buffer.dtype, buffer.shape, buffer.stride(), buffer.device
+    size, room = nbytes_of([source.buffer]), nbytes_of([buffer])
 
     def fire(x: Tensor, stream: int) -> Tensor | None:
         with lock:
@@ -89,23 +93,37 @@ def single(graph: CudaGraph) -> tuple[Fire, Again] | None:
                 pass
             return answer[0]
 
-    def again(stream: int, read: int, written: int) -> bool:
+    def into(x: Tensor, out: Tensor, stream: int) -> bool:
+        if (type(out), out.dtype, out.shape, out.stride(), out.device) != wanted or out.requires_grad:
+            return False
+        read, written = x.data_ptr(), out.data_ptr()
+        if (read | written) & mask or not read or not written or (read < written + room and written < read + size):
+            return False
+        if out.is_neg() or out.is_conj():
+            return False
         with lock:
-            if (
-                not stream
-                or lane.stream != stream
-                or source.address != read
-                or target.address != written
-                or graph.executable is None
-                or graph.ready is not None
-            ):
+            if not stream or lane.stream != stream or graph.executable is None:
                 return False
+            if read != source.address:
+                source.address = -1
+                in_word.value = read + in_offset
+                code = point_in()[0]
+                if code:
+                    raise driver.failure(in_setter.__name__, code)
+                source.address = read
+            if written != target.address:
+                graph.ready, target.address = None, -1
+                out_word.value = written + out_offset
+                code = point_out()[0]
+                if code:
+                    raise driver.failure(out_setter.__name__, code)
+                target.address = written
             code = launch(executable, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
             return True
 
-    return fire, again
+    return fire, into
 
 
 def _allocator(buffer: Tensor) -> Callable[[], Tensor]:

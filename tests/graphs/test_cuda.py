@@ -84,15 +84,15 @@ def test_any_inputs_on_any_streams(kind: str, steps: list[tuple[str, int, str]])
         streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
         same = given_to(fake, 100)
         kept: list[tuple[Tensor, Tensor]] = []
-        fire, again = single(made) or (lambda x, stream: None, lambda stream, read, written: False)
+        fire, into = single(made) or (lambda x, stream: None, lambda x, out, stream: False)
         out: list[Tensor] | None = None
         for number, (how, stream, to) in enumerate(steps):
             x = same if how in ("same", "changed") else given_to(fake, number, offset=36 * (how == "unaligned"))
             if how == "changed":
                 same += 1
-            if to == "again" and out is not None and how != "unaligned":
+            if to == "again" and out is not None:
                 with fake.on(streams[stream]):
-                    if not again(streams[stream].cuda_stream, x.data_ptr(), out[0].data_ptr()):
+                    if not into(x, out[0], streams[stream].cuda_stream):
                         made.replay([x], out)
                 assert right(out, x)
                 kept = [(earlier, wanted) for earlier, wanted in kept if earlier is not out[0]]
@@ -184,6 +184,23 @@ def test_threads(fake: Torch, graph: CudaGraph) -> None:
                 assert right(graph.replay([x]), x)
 
     in_threads(work)
+
+
+@pytest.mark.parametrize(("read", "written", "done"), [(0, 256, False), (256, 0, False), (0, 0, False), (0, 512, True)])
+@pytest.mark.parametrize("kind", ["bound", "copying"])
+def test_nothing_is_written_where_it_is_read(fake: Torch, kind: str, read: int, written: int, done: bool) -> None:
+    """A kernel may read after another one has begun to write; copy nodes do too, before the last one ends."""
+    made: CudaGraph = getattr(Affine(fake, 96, Lane(0)), kind)()
+    _, into = single(made) or pytest.fail("there is a short way")
+    memory = fake.driver.heap.tensor([float(index) for index in range(256)])
+    x, out = memory[read // 4 :][:96], memory[written // 4 :][:96]
+    wanted, stream = x * 3 + 1, fake.new_stream()
+    with fake.on(stream):
+        made.replay([fake.driver.heap.clone(x)])
+        assert into(x, out, stream.cuda_stream) is done
+        assert torch.equal(out, wanted) is done
+        for bad in (memory[1:][:96], memory[512 // 4 :][:95], memory[:96].double(), memory[:96].reshape(2, 48)):
+            assert not into(x, bad, stream.cuda_stream)
 
 
 def test_several_outputs(fake: Torch) -> None:
