@@ -21,6 +21,7 @@
     ├── ModeConflictError (RuntimeError)      graphs together with an output allocator, when strict
     ├── StaleOutputError (RuntimeError)       an output that a later replay wrote over, outputs="view"
     ├── ClosedError (RuntimeError)
+    ├── TraceError (ValueError)               a trace file is damaged, or is none
     ├── NoGpuError (RuntimeError)
     ├── CudaError (RuntimeError)              a driver call failed
     └── TensorRTNotFoundError (ModuleNotFoundError)
@@ -108,6 +109,10 @@ class StaleOutputError(GraphCacheError, RuntimeError):
 
 class ClosedError(GraphCacheError, RuntimeError):
     """An engine, a module or a graph was used after ``close()``."""
+
+
+class TraceError(GraphCacheError, ValueError):
+    """A file is no trace of calls, or a damaged one; the message names the line and the field."""
 
 
 class NoGpuError(GraphCacheError, RuntimeError):
@@ -231,6 +236,21 @@ class Reason(enum.Enum):
         "weight_streaming",
         "the engine streams weights from host memory at every call, which no graph can hold",
         "set_device_memory_budget to what get_streamable_device_memory_budget gives",
+    )
+    COLD = (
+        "cold",
+        "the signature has not been called often enough, as yet, for a graph to pay for its capture",
+        "leave it as it is, prepare the signature, or use capture='first'",
+    )
+    NOT_WORTH_IT = (
+        "not_worth_it",
+        "a graph of the signature was no faster than eager execution, so it was dropped",
+        "leave it eager; capture='first' keeps graphs whatever they save",
+    )
+    NOT_PREPARED = (
+        "not_prepared",
+        "only prepared signatures are captured, and this is none of them",
+        "give its shapes to prepare(), or use capture='worthwhile'",
     )
     OVER_BUDGET = (
         "over_budget",

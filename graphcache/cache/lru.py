@@ -1,4 +1,4 @@
-"""The graphs of one module: least recently used first out, under a budget in graphs and in bytes."""
+"""The graphs of one module: the coldest first out, under a budget in graphs and in bytes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from graphcache.cache.reservation import Reservation
 from graphcache.errors import Reason, Refusal
 
 
@@ -45,11 +46,18 @@ class Entry(Generic[G]):
         self.used = clock()
 
 
+def recency(key: Hashable, entry: Entry[Any]) -> float:
+    """When an entry was last used: the rank that makes the least recently used the coldest."""
+    return entry.used
+
+
 class GraphCache(Generic[G]):
     """A bounded mapping from keys to graphs. It owns the graphs: what leaves it is closed.
 
     ``entries`` may be read without the lock (a dictionary look-up is atomic); everything that changes the cache takes
-    it. The cache never holds more than ``max_graphs`` graphs or ``max_bytes`` bytes, not even while inserting.
+    it. The cache never holds more than ``max_graphs`` graphs or ``max_bytes`` bytes, not even while inserting. What
+    leaves is closed without the lock, so that a thread that only wants to evict waits for nobody's ``on_evict``; until
+    it is closed its bytes count.
 
     Args:
         max_graphs: How many graphs fit, at least 1.
@@ -78,7 +86,13 @@ class GraphCache(Generic[G]):
         self.entries: dict[Hashable, Entry[G]] = {}
         self.max_graphs = max_graphs
         self.max_bytes = max_bytes
+        self.rank: Callable[[Hashable, Entry[G]], float] = recency
+        """What goes first: the lowest. It is asked with the lock held, and must not ask the cache for anything."""
+        self.shared = 0
+        """Bytes that the graphs use together and no eviction frees, such as scratch memory; they count."""
         self._on_evict = on_evict
+        self._reserved: list[Reservation] = []
+        self._leaving = 0
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -92,68 +106,155 @@ class GraphCache(Generic[G]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes owned by all graphs together."""
-        return sum(entry.nbytes for entry in list(self.entries.values()))
+        """Bytes owned by all graphs together, with what they share and what is just being closed."""
+        return self.shared + self._leaving + sum(entry.nbytes for entry in list(self.entries.values()))
 
-    def make_room(self, nbytes: int = 0, *, instead_of: Hashable = None) -> None:
+    def victims(self, nbytes: int = 0, *, instead_of: Hashable = None) -> list[tuple[Hashable, Entry[G]]]:
+        """What would have to go so that one more graph of ``nbytes`` bytes fits, coldest first; nothing goes.
+
+        Args:
+            nbytes: What the graph owns.
+            instead_of: A key whose graph would go in any case; it is not among the victims.
+
+        Raises:
+            Refusal: With :attr:`Reason.OVER_BUDGET`, if it could not fit whatever went.
+        """
+        others = [(key, entry) for key, entry in list(self.entries.items()) if key != instead_of]
+        reserved = list(self._reserved)
+        pinned = [entry for _, entry in others if entry.pinned]
+        held = sum(entry.nbytes for entry in pinned)
+        besides = self.shared + self._leaving + sum(each.nbytes for each in reserved)
+        graphs = self.max_graphs - len(reserved)
+        if len(pinned) >= graphs or not self._fits(held + besides + nbytes):
+            taken = f" and {besides} are shared or reserved" if besides else ""
+            raise Refusal(
+                Reason.OVER_BUDGET,
+                detail=f"{nbytes} bytes wanted; {len(pinned)} pinned graphs hold {held} bytes{taken}, the budget is "
+                f"max_graphs={self.max_graphs}, max_bytes={self.max_bytes}",
+            )
+        count, total = len(others), sum(entry.nbytes for _, entry in others) + besides + nbytes
+        found: list[tuple[Hashable, Entry[G]]] = []
+        if count < graphs and self._fits(total):
+            return found
+        for key, entry in sorted((item for item in others if not item[1].pinned), key=lambda item: self.rank(*item)):
+            found.append((key, entry))
+            count -= 1
+            total -= entry.nbytes
+            if count < graphs and self._fits(total):
+                break
+        return found
+
+    def make_room(
+        self,
+        nbytes: int = 0,
+        *,
+        instead_of: Hashable = None,
+        keep: Reservation | None = None,
+        given: Reservation | None = None,
+    ) -> None:
         """Evict until one more graph of ``nbytes`` bytes fits.
 
         Args:
             nbytes: What the graph owns.
             instead_of: A key whose graph goes in any case.
+            keep: A reservation that begins when the room is found.
+            given: One that ends then.
 
         Raises:
             Refusal: With :attr:`Reason.OVER_BUDGET`, if it cannot; then nothing was evicted.
         """
         with self._lock:
-            others = [(key, entry) for key, entry in self.entries.items() if key != instead_of]
-            pinned = [entry for _, entry in others if entry.pinned]
-            held = sum(entry.nbytes for entry in pinned)
-            if len(pinned) >= self.max_graphs or not self._fits(held + nbytes):
-                raise Refusal(
-                    Reason.OVER_BUDGET,
-                    detail=f"{nbytes} bytes wanted; {len(pinned)} pinned graphs hold {held} bytes, the budget is "
-                    f"max_graphs={self.max_graphs}, max_bytes={self.max_bytes}",
-                )
-            self.evict(instead_of)
-            oldest_first = sorted((item for item in others if not item[1].pinned), key=lambda item: item[1].used)
-            for key, _ in oldest_first:
-                if len(self.entries) < self.max_graphs and self._fits(self.nbytes + nbytes):
-                    return
-                self.evict(key)
+            if given in self._reserved:
+                self._reserved.remove(given)
+            leaving = self.victims(nbytes, instead_of=instead_of)
+            if instead_of in self.entries:
+                leaving.insert(0, (instead_of, self.entries[instead_of]))
+            self._take(leaving)
+            if keep is not None:
+                self._reserved.append(keep)
+        self._close(leaving)
 
-    def put(self, key: Hashable, graph: G, *, pinned: bool = False) -> Entry[G]:
+    def reserve(self, nbytes: int, *, instead_of: Hashable = None) -> Reservation:
+        """Make room for a graph that is still to be captured, and keep it: the peak stays in the budget too.
+
+        Args:
+            nbytes: What the graph will own, as far as one knows.
+            instead_of: A key whose graph goes in any case.
+
+        Returns:
+            The room, for :meth:`put` or until its ``release()``.
+
+        Raises:
+            Refusal: As :meth:`make_room`.
+
+        Example:
+            >>> class Graph:
+            ...     nbytes = 8
+            ...     def close(self, *, wait=True): print("closed")
+            >>> cache = GraphCache(max_graphs=9, max_bytes=10)
+            >>> entry = cache.put("a", Graph())
+            >>> with cache.reserve(8) as room:
+            ...     entry = cache.put("b", Graph(), reservation=room)
+            closed
+        """
+        reservation = Reservation(nbytes, self._release)
+        try:
+            self.make_room(nbytes, instead_of=instead_of, keep=reservation)
+        except BaseException:
+            reservation.release()
+            raise
+        return reservation
+
+    def put(self, key: Hashable, graph: G, *, pinned: bool = False, reservation: Reservation | None = None) -> Entry[G]:
         """Store a graph, evicting first what must go; a graph already stored under ``key`` is replaced.
+
+        Args:
+            key: What finds it.
+            graph: What to store; the cache closes it one day.
+            pinned: Whether it stays whatever comes.
+            reservation: Room that was kept for it, which ends here; the graph may be larger.
 
         Raises:
             Refusal: If there is no room to be made. The graph was closed, the cache is unchanged.
         """
-        with self._lock:
-            try:
-                self.make_room(graph.nbytes, instead_of=key)
-            except BaseException:
-                graph.close()
-                raise
-            entry = self.entries[key] = Entry(graph, pinned=pinned)
-            return entry
+        try:
+            with self._lock:
+                if reservation in self._reserved:
+                    self._reserved.remove(reservation)
+                leaving = self.victims(graph.nbytes, instead_of=key)
+                if key in self.entries:
+                    leaving.insert(0, (key, self.entries[key]))
+                self._take(leaving)
+                # At once: what is told of those that leave may call the module again.
+                entry = self.entries[key] = Entry(graph, pinned=pinned)
+        except BaseException:
+            graph.close()
+            raise
+        try:
+            self._close(leaving)
+        except BaseException:
+            with self._lock:
+                if self.entries.get(key) is entry:
+                    del self.entries[key]
+            graph.close()
+            raise
+        return entry
 
-    def evict(self, key: Hashable, *, wait: bool = False) -> bool:
+    def evict(self, key: Hashable, *, only: Entry[G] | None = None, wait: bool = False) -> bool:
         """Drop and close one graph; whether there was one.
 
         Args:
-            key: Its key.
+            key: Of the graph.
+            only: Leave alone what else is stored under ``key`` by now, and what was pinned meanwhile.
             wait: As in :meth:`Owner.close`.
         """
         with self._lock:
-            entry = self.entries.pop(key, None)
-            if entry is None:
+            entry = self.entries.get(key)
+            if entry is None or (only is not None and (entry is not only or entry.pinned)):
                 return False
-            try:
-                if self._on_evict is not None:
-                    self._on_evict(key, entry)
-            finally:
-                entry.graph.close(wait=wait)
-            return True
+            self._take([(key, entry)])
+        self._close([(key, entry)], wait=wait)
+        return True
 
     def clear(self, *, wait: bool = True) -> None:
         """Drop and close every graph, pinned ones too, even if closing one of them raises.
@@ -161,9 +262,32 @@ class GraphCache(Generic[G]):
         Args:
             wait: As in :meth:`Owner.close`.
         """
-        with self._lock, ExitStack() as each:
-            for key in list(self.entries):
+        with ExitStack() as each:
+            for key in reversed(list(self.entries)):
                 each.callback(self.evict, key, wait=wait)
+
+    def _take(self, items: list[tuple[Hashable, Entry[G]]]) -> None:
+        for key, entry in items:
+            del self.entries[key]
+            self._leaving += entry.nbytes
+
+    def _close(self, items: list[tuple[Hashable, Entry[G]]], *, wait: bool = False) -> None:
+        """Close what was taken, in order, all of it even if one raises."""
+        with ExitStack() as each:
+            for key, entry in reversed(items):
+                each.callback(self._left, entry)
+                each.callback(entry.graph.close, wait=wait)
+                if self._on_evict is not None:
+                    each.callback(self._on_evict, key, entry)
+
+    def _left(self, entry: Entry[G]) -> None:
+        with self._lock:
+            self._leaving -= entry.nbytes
+
+    def _release(self, reservation: Reservation) -> None:
+        with self._lock:
+            if reservation in self._reserved:
+                self._reserved.remove(reservation)
 
     def _fits(self, nbytes: int) -> bool:
         return self.max_bytes is None or nbytes <= self.max_bytes
