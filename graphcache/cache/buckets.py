@@ -119,8 +119,6 @@ class Buckets:
         for key, value in inputs.items():
             if type(value) is Mask:
                 self._add_mask(key, value)
-        if len(self.masks) == len(inputs):
-            raise ConfigError("buckets: there are only masks; expected the sizes of at least one axis")
         self.outputs = None if outputs is None else self._output_axes(outputs)
 
     @classmethod

@@ -50,7 +50,7 @@ def dependence(
         One sentence, which names the axis and the output.
 
     Raises:
-        ConfigError: If an argument has not the axis that has buckets.
+        ConfigError: If an argument has not the axis that has buckets, or cannot hold the fill.
         Exception: Whatever the module raises for the exact call.
     """
     found = padder.sizes(args, kwargs)

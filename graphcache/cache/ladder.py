@@ -160,8 +160,6 @@ def _next(sums: _Sums, price: int, before: list[int]) -> tuple[list[int], array[
         costs.append(size * weight[index] - work[index] + price * size + height - slope * size)
         cut.append(place)
         line = (before[index] + work[index], weight[index], index)
-        if line[1] == lines[-1][1] and line[0] >= lines[-1][0]:
-            continue
         while len(lines) > 1 and _is_above(lines[-2], lines[-1], line):
             lines.pop()
         lines.append(line)

@@ -141,14 +141,14 @@ class Padder:
         new_args, new_kwargs = list(args), dict(kwargs)
         device = None
         for key, place in self._places.items():
-            value, is_mask = place.of(args, kwargs), key in self.buckets.masks
+            value = place.of(args, kwargs)
             if value is not None:
                 device = value.device if device is None else device
-                place.put(self._padded(fit, key, value, None if is_mask else margin), new_args, new_kwargs)
+                place.put(self._padded(fit, key, value, margin), new_args, new_kwargs)
         for key, mask in self.buckets.masks.items():
             if self._places[key].of(args, kwargs) is None:
                 real = torch.ones([fit.real[symbol] for symbol in mask.axes], dtype=mask.dtype, device=device)
-                self._places[key].put(self._padded(fit, key, real, None), new_args, new_kwargs)
+                self._places[key].put(self._padded(fit, key, real, margin), new_args, new_kwargs)
         return tuple(new_args), new_kwargs
 
     def crop(self, fit: Fit, answer: Any) -> Any:
@@ -200,13 +200,13 @@ class Padder:
                 continue
             shape[position] = fit.padded[axis.symbol]
             own = 0 if axis.fill is None else axis.fill
-            fill = fills[position] = own if margin is None else margin(value, axis)
+            fill = fills[position] = own if margin is None or axis.is_mask else margin(value, axis)
             if not holds(value.dtype, fill):
                 raise ConfigError(
                     f"buckets[{key!r}][{axis.axis}].fill={shown(fill)}: {value.dtype} has no such value; expected one "
                     f"that the argument can hold"
                 )
-        return padded(value, shape, dict(sorted(fills.items()))) if fills else value
+        return padded(value, shape, fills) if fills else value
 
 
 def is_size(value: Any) -> bool:

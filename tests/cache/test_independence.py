@@ -154,6 +154,25 @@ def test_a_declared_fill_is_tried_with_values_on_both_sides_of_it():
     assert tried(lambda x: x.sum(0), x, inputs=zero, outputs={}) is None
 
 
+def test_declared_and_other_fills_on_one_axis():
+    def module(x: Tensor, y: Tensor) -> Any:
+        return x.amax(0), y * 2
+
+    inputs = {"x": {0: Axis([8], fill=float("-inf"), name="rows")}, "y": {0: Axis([8], name="rows")}}
+    assert tried(module, X, X, inputs=inputs, outputs={1: {0: "rows"}}) is None
+    swapped = {"x": inputs["y"], "y": inputs["x"]}
+    assert tried(module, X, X, inputs=swapped, outputs={1: {0: "rows"}}) is not None
+
+
+def test_a_fill_that_the_argument_cannot_hold_is_refused():
+    with pytest.raises(ConfigError, match=r"^buckets\['x'\]\[0\].fill=-inf: torch.int64 has no such value"):
+        tried(one, torch.ones(3).long(), inputs={"x": {0: Axis([8], fill=float("-inf"), name="rows")}})
+
+
+def test_integers_without_elements_are_tried_too():
+    assert tried(lambda x: x * 2, torch.zeros(3, 0, dtype=torch.int64)) is None
+
+
 def attention(x: Tensor, mask: Tensor | None = None) -> Tensor:
     scores = x @ x.transpose(-1, -2)
     if mask is not None:
@@ -196,6 +215,18 @@ def test_a_mask_that_says_the_same_as_none_is_part_of_the_promise():
     assert "output 0 differs" in text
 
 
+def test_masks_are_never_moved():
+    seen = set()
+
+    def module(x: Tensor, mask: Tensor) -> Tensor:
+        seen.update(mask.unique().tolist())
+        return (x * mask[:, None]).sum(0)
+
+    inputs = {"x": {0: Axis([8], fill=0, name="rows")}, "mask": Mask(["rows"])}
+    assert tried(module, X, mask=torch.ones(5), inputs=inputs, outputs={}) is None
+    assert seen == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("run", "outputs", "message"),
     [
@@ -203,6 +234,7 @@ def test_a_mask_that_says_the_same_as_none_is_part_of_the_promise():
         (lambda x: x, {}, r"output 0 has the shape \[8, 5\] in place of \[5, 5\]"),
         (lambda x: (x, len(x)), None, r"the answer contains 8 in place of 5"),
         (lambda x: list(x), {}, r"the answer has another structure"),
+        (lambda x: x if len(x) == 5 else 7, {}, r"the answer contains 7 in place of tensor"),
         (lambda x: x + torch.ones(5, 5), None, r"the padded call raised RuntimeError: .*size of tensor a \(8\)"),
     ],
 )

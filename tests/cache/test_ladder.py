@@ -126,6 +126,12 @@ def test_the_knee_is_where_the_next_bucket_saves_less_than_the_threshold(thresho
     assert at == len(savings) or savings[at] < threshold * rungs[0].work or savings[at] == 0
 
 
+def test_a_saving_of_just_the_threshold_is_enough():
+    rungs = ladder({1: 2, 3: 2}, 2)
+    assert (rungs[0].cost - rungs[1].cost, rungs[0].work) == (4, 8)
+    assert [knee(rungs, threshold).sizes for threshold in (0.5, 0.5001)] == [(1, 3), (3,)]
+
+
 def test_the_knee_of_equal_rungs_is_the_first():
     assert knee(ladder({8: 1, 9: 0}, 2), 0).sizes == (8, 9)
     assert knee(ladder({8: 0, 9: 1}, 2), 0).sizes == (9,)

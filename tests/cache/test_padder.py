@@ -143,6 +143,15 @@ def test_margins_hold_what_was_declared():
     assert x.tolist() == [[0, 0, float("-inf")], [0, 0, float("-inf")], [-1, -1, float("-inf")]]
 
 
+def test_other_margins_than_declared_leave_masks_as_they_are():
+    padder = padder_of(masked, MASKED)
+    fit = Fit({"batch": 1, "length": 1}, {"batch": 2, "length": 1})
+    for given_mask in ({}, {"mask": torch.ones(1, 1, dtype=torch.bool)}):
+        (x,), kwargs = padder.pad(fit, (torch.zeros(1, 1, 1),), given_mask, margin=lambda value, axis: 7)
+        assert x.flatten().tolist() == [0, 7]
+        assert kwargs["mask"].tolist() == [[True], [False]]
+
+
 def test_a_later_axis_named_first_fills_the_same_corner():
     first, second = {"sizes": [2], "fill": 5}, {"sizes": [2], "fill": 7}
     for axes in ({0: first, 1: second}, {1: second, 0: first}):

@@ -58,8 +58,9 @@ def test_the_dimensions_lie_in_memory_as_they_did(order, shape, axis):
         (torch.ones(1, 3, 4, 4).contiguous(memory_format=torch.channels_last), (48, 1, 12, 3)),
         (torch.ones(8, 4)[::2, ::2], (2, 1)),
         (torch.ones(2, 5).t()[:, :1], (1, 1)),
+        (torch.ones(6).as_strided((1, 2, 3), (1, 1, 2)), (6, 1, 2)),
     ],
-    ids=["expanded rows", "expanded columns", "channels last", "gaps", "one column"],
+    ids=["expanded rows", "expanded columns", "channels last", "gaps", "one column", "one row"],
 )
 def test_strides_that_say_nothing_give_the_usual_order(tensor, stride):
     larger = padded(tensor, (tensor.shape[0] + 1, *tensor.shape[1:]), {0: 0})
