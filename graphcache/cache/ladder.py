@@ -12,8 +12,12 @@ The minimum is over straight lines in s_j, whose slopes -W_i fall as i grows and
 lower envelope is a queue, and k buckets of n sizes cost O(k n) in place of O(k n^2) (the "convex hull trick"). All of
 it is whole numbers of Python, which neither round nor overflow.
 
-The same costs fulfil the quadrangle inequality, for which the best cost is convex in the number of runs: each further
-bucket saves at most what the one before has saved. So :func:`knee` may stop at the first that saves too little.
+For i <= i' <= j <= j' the costs fulfil the quadrangle inequality,
+
+    cost(i, j'] + cost(i', j] - cost(i, j] - cost(i', j'] = (s_j' - s_j) (W_i' - W_i) >= 0,
+
+for which the best cost is convex in the number of runs: each further bucket saves at most what the one before has
+saved. So :func:`knee` may stop at the first that saves too little.
 """
 
 from __future__ import annotations

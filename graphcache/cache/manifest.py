@@ -96,8 +96,10 @@ class Manifest:
         Raises:
             ConfigError: If they are of different environments, naming what differs.
         """
-        for name, text in _differences(self.environment, other.environment):
-            raise ConfigError(f"environment[{name!r}] is {text} in the other; expected manifests of one environment")
+        for name, left, right in _differences(self.environment, other.environment):
+            raise ConfigError(
+                f"environment[{name!r}]: {left} here, {right} in the other; expected manifests of one environment"
+            )
         return Manifest(self.environment, (*self.entries, *other.entries), (*self.problems, *other.problems))
 
     def save(self, path: Path) -> int:
@@ -146,8 +148,8 @@ class Manifest:
         except Damaged as damaged:
             return cls(expect or {}, (), [ManifestProblem(name, damaged.field, damaged.text)])
         problems = [
-            ManifestProblem(name, f"environment[{field!r}]", text)
-            for field, text in _differences(found.environment, found.environment if expect is None else expect)
+            ManifestProblem(name, f"environment[{field!r}]", f"{there}, but here it is {here}")
+            for field, there, here in _differences(found.environment, found.environment if expect is None else expect)
         ]
         if problems:
             return cls(expect or {}, (), problems)
@@ -177,12 +179,12 @@ def _head(body: Any) -> Manifest:
         raise Damaged("environment", str(error)) from error
 
 
-def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Name by name, in words, in what two environments differ."""
-    for name in sorted({*there, *here}):
-        if there.get(name) != here.get(name):
-            left, right = (shown(each[name]) if name in each else "not given" for each in (there, here))
-            yield name, f"{left}, but here it is {right}"
+def _differences(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Name by name, in what two environments differ, and what each of them has."""
+    for name in sorted({*one, *other}):
+        if one.get(name) != other.get(name):
+            left, right = (shown(each[name]) if name in each else "not given" for each in (one, other))
+            yield name, left, right
 
 
 def _check_environment(name: str, environment: object) -> None:

@@ -73,7 +73,7 @@ def test_merging_is_as_if_all_had_been_recorded_in_one_place(left, right):
 
 
 def test_manifests_of_two_environments_are_not_merged():
-    with pytest.raises(ConfigError, match=r"^environment\['driver'\] is '580.1', but here it is '570.2' in the other"):
+    with pytest.raises(ConfigError, match=r"^environment\['driver'\]: '580.1' here, '570.2' in the other"):
         Manifest(HERE).merge(Manifest(HERE | {"driver": "570.2"}))
 
 
