@@ -1,0 +1,226 @@
+"""The arguments of a call padded to their buckets, and the answer cropped to what the call asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphcache.cache.buckets import Buckets, InputAxis, Number
+from graphcache.cache.padding import cropped, holds, padded
+from graphcache.cache.places import place_of
+from graphcache.errors import ConfigError, shown
+
+Margin = Callable[[Tensor, InputAxis], Number]
+"""What the margin of an input holds on one of its axes."""
+Change = Callable[[Tensor, Mapping[int, InputAxis]], Tensor]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The sizes of a call and the buckets they go to, by the names of the axes. Good for every call of these sizes.
+
+    Args:
+        real: Sizes of the call.
+        padded: Their buckets.
+    """
+
+    real: Mapping[str, int]
+    padded: Mapping[str, int]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every size is a bucket already."""
+        return self.real == self.padded
+
+
+class Padder:
+    """Pads the calls of one module.
+
+    Arguments are looked for at the top level only: the axes of a tensor inside a list or a dictionary have no buckets.
+
+    Args:
+        buckets: Which axes have which buckets.
+        signature: Of the module's ``forward``, so that a name and a position can stand for the same argument.
+
+    Raises:
+        ConfigError: Naming the field, if there is no such argument, or one is named twice.
+
+    Example:
+        >>> import inspect
+        >>> def forward(x, scale=1.0): return x * scale
+        >>> padder = Padder(Buckets({"x": {0: [4, 8]}}, outputs={0: {0: "x[0]"}}), inspect.signature(forward))
+        >>> fit = padder.fit((torch.ones(3),), {})
+        >>> args, kwargs = padder.pad(fit, (torch.ones(3),), {})
+        >>> args
+        (tensor([1., 1., 1., 0.]),)
+        >>> padder.crop(fit, forward(*args, **kwargs))
+        tensor([1., 1., 1.])
+    """
+
+    def __init__(self, buckets: Buckets, signature: Signature) -> None:
+        self.buckets = buckets
+        self._signature = signature
+        self._places = {key: place_of(key, signature, f"buckets[{key!r}]") for key in buckets.inputs}
+        for key, place in self._places.items():
+            if (other := next(each for each in self._places if self._places[each] == place)) != key:
+                raise ConfigError(f"buckets[{key!r}] is the argument of buckets[{other!r}]; expected it once")
+            if key in buckets.masks and place.name is None:
+                raise ConfigError(f"buckets[{key!r}]: a mask that cannot be passed by its name; expected one that can")
+
+    def with_outputs(self, outputs: Mapping[int, Mapping[int, str]]) -> Padder:
+        """The same, cropping these axes of the answer.
+
+        Raises:
+            ConfigError: Naming the field.
+        """
+        return Padder(self.buckets.with_outputs(outputs), self._signature)
+
+    def fit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit | str:
+        """What a call is padded to, or in words why it cannot be padded.
+
+        Raises:
+            ConfigError: If an argument has not the axis that has buckets.
+        """
+        sizes = self.sizes(args, kwargs)
+        if isinstance(sizes, str):
+            return sizes
+        buckets: dict[str, int] = {}
+        for symbol, size in sizes.items():
+            bucket = self.buckets.up(symbol, size)
+            if bucket is None:
+                return f"{symbol} is {size}, more than its largest bucket, {self.buckets.sizes[symbol][-1]}"
+            buckets[symbol] = bucket
+        return Fit(sizes, buckets)
+
+    def sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int] | str:
+        """The sizes of a call by the names of its axes, or in words why it has none.
+
+        An argument that is absent or ``None`` is passed over.
+
+        Raises:
+            ConfigError: If an argument has not the axis that has buckets.
+        """
+        found: dict[str, int] = {}
+        for key, place in self._places.items():
+            value = place.of(args, kwargs)
+            if value is None:
+                continue
+            if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested or value.layout is not torch.strided:
+                return f"{key!r} is of type {type(value).__name__}; only a plain tensor can be padded"
+            if key in self.buckets.masks and value.dim() != len(self.buckets.inputs[key]):
+                return f"the mask {key!r} has {value.dim()} dimensions; {len(self.buckets.inputs[key])} are named"
+            for position, axis in self._axes(key, value):
+                size = value.shape[position]
+                if found.setdefault(axis.symbol, size) != size:
+                    return f"{axis.symbol} is {found[axis.symbol]}, but {size} on axis {position} of {key!r}"
+        if not found:
+            return "there is no argument that has buckets"
+        missing = [symbol for mask in self.buckets.masks.values() for symbol in mask.axes if symbol not in found]
+        return f"no argument of the call shows {missing[0]}, which a mask needs" if missing else found
+
+    def pad(self, fit: Fit, args: Sequence[Any], kwargs: Mapping[str, Any], *, margin: Margin | None = None) -> Call:
+        """The arguments in their buckets; what needs no padding is handed on as it is.
+
+        Args:
+            fit: What :meth:`fit` gave for arguments of these shapes.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            margin: What margins hold in place of their own fill values; those of masks stay false.
+
+        Raises:
+            ConfigError: For a fill value that an input's dtype has not.
+        """
+        new_args, new_kwargs = list(args), dict(kwargs)
+        device = None
+        for key, place in self._places.items():
+            value = place.of(args, kwargs)
+            if value is not None:
+                device = value.device if device is None else device
+                place.put(self._padded(fit, key, value, margin), new_args, new_kwargs)
+        for key, mask in self.buckets.masks.items():
+            if self._places[key].of(args, kwargs) is None:
+                real = torch.ones([fit.real[symbol] for symbol in mask.axes], dtype=mask.dtype, device=device)
+                self._places[key].put(self._padded(fit, key, real, margin), new_args, new_kwargs)
+        return tuple(new_args), new_kwargs
+
+    def crop(self, fit: Fit, answer: Any) -> Any:
+        """What a call of the real sizes would have answered.
+
+        Args:
+            fit: What the call was padded by.
+            answer: A tensor, or tuples, lists and dictionaries of tensors and other values, which stay as they are. A
+                cropped tensor may share its memory (:func:`~graphcache.cache.padding.cropped`).
+
+        Raises:
+            ConfigError: If it is not said which axes to crop, or the answer has not the axes or sizes that were said.
+        """
+        if self.buckets.outputs is None:
+            raise ConfigError("outputs: it is not said which axes to crop; expected Buckets(..., outputs=...)")
+        leaves, structure = pytree.tree_flatten(answer, is_leaf=is_size)
+        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for place, axes in self.buckets.outputs.items():
+            if place >= len(tensors):
+                raise ConfigError(f"outputs[{place}]: the answer has {len(tensors)} tensors; expected the place of one")
+            tensor = leaves[tensors[place]]
+            for axis, symbol in axes.items():
+                _check_output(fit, f"outputs[{place}][{axis}]", tensor, axis, symbol)
+            leaves[tensors[place]] = cropped(tensor, {axis: fit.real[symbol] for axis, symbol in axes.items()})
+        return pytree.tree_unflatten(leaves, structure)
+
+    def exchange(self, change: Change, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The arguments with another tensor for each that is given and has buckets, masks among them.
+
+        Args:
+            change: From a tensor, and its axes that have buckets, counted from the front.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+        """
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for key, place in self._places.items():
+            if (value := place.of(args, kwargs)) is not None:
+                place.put(change(value, dict(self._axes(key, value))), new_args, new_kwargs)
+        return tuple(new_args), new_kwargs
+
+    def _axes(self, key: str | int, value: Tensor) -> list[tuple[int, InputAxis]]:
+        return list(zip(self.buckets.places(key, value.dim()), self.buckets.inputs[key], strict=True))
+
+    def _padded(self, fit: Fit, key: str | int, value: Tensor, margin: Margin | None) -> Tensor:
+        shape = list(value.shape)
+        fills: dict[int, Number] = {}
+        for position, axis in self._axes(key, value):
+            if fit.padded[axis.symbol] == shape[position]:
+                continue
+            shape[position] = fit.padded[axis.symbol]
+            own = 0 if axis.fill is None else axis.fill
+            fill = fills[position] = own if margin is None or axis.is_mask else margin(value, axis)
+            if not holds(value.dtype, fill):
+                raise ConfigError(
+                    f"buckets[{key!r}][{axis.axis}].fill={shown(fill)}: {value.dtype} has no such value; expected one "
+                    f"that the argument can hold"
+                )
+        return padded(value, shape, fills) if fills else value
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a ``torch.Size``, which pytree would take apart and give back as a tuple."""
+    return isinstance(value, torch.Size)
+
+
+def _check_output(fit: Fit, where: str, tensor: Tensor, axis: int, symbol: str) -> None:
+    if not -tensor.dim() <= axis < tensor.dim():
+        raise ConfigError(f"{where}: the output has {tensor.dim()} dimensions; expected an axis that it has")
+    if symbol not in fit.real:
+        raise ConfigError(f"{where}: no argument of this call shows {symbol}; expected one that does")
+    if tensor.shape[axis] != fit.padded[symbol]:
+        raise ConfigError(
+            f"{where}: the output has size {tensor.shape[axis]} there; expected that of {symbol}, which is "
+            f"{fit.padded[symbol]}, padded from {fit.real[symbol]}"
+        )

@@ -1,0 +1,88 @@
+"""One tensor at the start of a larger one, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graphcache.cache.buckets import Number
+
+
+def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) -> Tensor:
+    """A tensor at the start of a larger one: one allocation, every element written once.
+
+    The dimensions lie in memory in the order they have in ``tensor``, without gaps. Where the margins of two axes meet,
+    the later axis has its fill.
+
+    Args:
+        tensor: Strided, of any dtype, on any device.
+        shape: As many sizes, none of them smaller.
+        fills: Axis, counted from the front -> what its margin holds; every axis that grows must be there.
+
+    Example:
+        >>> padded(torch.ones(2, 2), (3, 4), {0: 5, 1: 0})
+        tensor([[1., 1., 0., 0.],
+                [1., 1., 0., 0.],
+                [5., 5., 0., 0.]])
+    """
+    if tensor.is_contiguous():
+        larger = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
+    else:
+        larger = torch.empty_permuted(tuple(shape), _order(tensor), dtype=tensor.dtype, device=tensor.device)
+    real = [slice(0, size) for size in tensor.shape]
+    larger[tuple(real)].copy_(tensor)
+    for axis, fill in fills.items():
+        before = [slice(0, size) for size in shape[:axis]]
+        margin = slice(tensor.shape[axis], shape[axis])
+        larger[(*before, margin, *real[axis + 1 :])].fill_(fill)
+    return larger
+
+
+def cropped(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
+    """The start of a tensor: the same memory where that is without gaps, a copy otherwise.
+
+    Args:
+        tensor: Strided, of any dtype, on any device.
+        sizes: Axis -> its size, at most what it is.
+
+    Example:
+        >>> cropped(torch.arange(6).reshape(2, 3), {1: 2})
+        tensor([[0, 1],
+                [3, 4]])
+    """
+    result = tensor
+    for axis, size in sizes.items():
+        result = result.narrow(axis, 0, size)
+    # A caller may ask for a view() of what eager execution would have answered.
+    return result.clone() if is_dense(tensor) and not is_dense(result) else result
+
+
+def holds(dtype: torch.dtype, number: Number) -> bool:
+    """Whether a dtype has a number, roundings aside.
+
+    Example:
+        >>> holds(torch.uint8, -1), holds(torch.int32, 0.5), holds(torch.float16, 1e9), holds(torch.float16, -1e999)
+        (False, False, False, True)
+    """
+    if dtype.is_complex or number == 0:
+        return True
+    if dtype.is_floating_point:
+        return number != number or abs(number) == float("inf") or abs(number) <= torch.finfo(dtype).max
+    if dtype is torch.bool:
+        return number == 1
+    info = torch.iinfo(dtype)
+    return info.min <= number <= info.max and number == int(number)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill their memory without gaps and overlaps, in whatever order."""
+    return tensor.numel() == 0 or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The axes from the outermost in memory to the innermost; those of size 1, whose strides say nothing, outermost."""
+    # Torch's own rule for strides of 0 and for gaps, without memory.
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return sorted(range(tensor.dim()), key=lambda axis: (tensor.shape[axis] > 1, -strides[axis]))
