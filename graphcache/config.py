@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Strategy = Literal["auto", "whole_graph", "per_submodule"]
+Capture = Literal["first", "worthwhile", "prepared"]
 InputOutput = Literal["bind", "copy"]
 Outputs = Literal["own", "view"]
 Contexts = Literal["private", "shared"]
@@ -32,7 +33,12 @@ class GraphConfig:
             ``include``) one by one and runs the rest eagerly, ``"auto"`` tries the first and falls back to the second.
         include: Names of submodules, as ``named_modules()`` gives them, that ``"per_submodule"`` captures. Empty means
             every engine in the module.
-        max_graphs: How many graphs are kept, at least 1; the least recently used goes first.
+        capture: ``"first"`` captures every signature at its first call. ``"worthwhile"`` captures one when its eager
+            calls have lost about as much time as a capture takes, keeps the graphs that save most, and drops a graph
+            that is no faster than eager execution: whatever the traffic, all of it takes hardly longer than without
+            graphs. ``"prepared"`` captures only what ``prepare`` was given.
+        max_graphs: How many graphs are kept, at least 1; the least recently used goes first, with
+            ``capture="worthwhile"`` the one that saved least lately.
         max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.
         verify: Compare every new graph with eager execution, on the caller's inputs and on others, before it is used.
         io: ``"bind"`` points an engine's kernels at the caller's tensors, so that nothing is copied, wherever all
@@ -61,6 +67,7 @@ class GraphConfig:
 
     strategy: Strategy = "auto"
     include: tuple[str, ...] = ()
+    capture: Capture = "first"
     max_graphs: int = 32
     max_bytes: int | None = None
     verify: bool = True
@@ -109,6 +116,7 @@ class GraphConfig:
 
 _LITERALS: dict[str, tuple[str, ...]] = {
     "strategy": get_args(Strategy),
+    "capture": get_args(Capture),
     "io": get_args(InputOutput),
     "outputs": get_args(Outputs),
     "contexts": get_args(Contexts),

@@ -148,7 +148,7 @@ class Arbiter:
         try:
             while claim.victims:
                 cache, key, entry = claim.victims[0]
-                cache.evict(key, only=entry)
+                cache.evict(key, only=entry, wait=True)
                 with self._lock:
                     claim.victims = claim.victims[1:]
         finally:

@@ -103,6 +103,7 @@ class CachedModule(StandIn):
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
+            misses.admission.evicted(key, entry)
             ledger.evicted(Evicted(key, entry.hits))
 
         cache: GraphCache[Recorded] = GraphCache(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from graphcache.cache.admission import Admission
+from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.signature import Signature
@@ -23,6 +25,7 @@ from graphcache.modules.freshness import Freshness
 from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.room import Room
 from graphcache.modules.strategy import Routes
 from graphcache.modules.views import Views
 
@@ -67,6 +70,8 @@ class Misses:
         self._routes = Routes(parts)
         self._freshness = freshness
         self._blocks = Blocks()
+        self.admission = Admission(cache, config.capture)
+        """Decides what is captured; hears of evictions from whoever holds the cache."""
         self._off = disabled_by_environment()
         self.lock = threading.RLock()
         """Held while a call is captured, and by whoever drops graphs."""
@@ -116,11 +121,15 @@ class Misses:
             entry = self._cache.entries.get(signature)
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
-            if cause is None:
+            cold = self.admission.ask(signature) if cause is None else None
+            if cause is None and cold is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
                     self._tell(cause)
                 return answer
+        if cold is not None:
+            return self._cold(cold, signature, args, kwargs)
+        assert cause is not None
         return self._eagerly(cause, args, kwargs)
 
     def undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,28 +191,68 @@ class Misses:
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Cause | None]:
         start = time.perf_counter()
-        answer, outcome = self.recorder.attempt(args, kwargs, inputs)
+        with Room(self._cache, self._arbiter(inputs)) as room:
+            answer, outcome = self.recorder.attempt(
+                args, kwargs, inputs, begin=lambda: room.take(self.admission.expected_nbytes(signature), signature)
+            )
+            if isinstance(outcome, Recorded):
+                if self._config.outputs == "view":
+                    outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
+                try:
+                    room.settle(outcome.nbytes)
+                    entry = self._cache.put(signature, outcome, reservation=room.own)
+                except Refusal as refusal:
+                    outcome.close()
+                    outcome = refusal.cause
+                except Exception as error:
+                    # Closing an evicted graph failed. This call has its answer all the same.
+                    outcome = refusal_of(error, self._ledger.name).cause
+        seconds = time.perf_counter() - start
         if isinstance(outcome, Recorded):
-            if self._config.outputs == "view":
-                outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
-            try:
-                entry = self._cache.put(signature, outcome)
-            except Refusal as refusal:
-                outcome = refusal.cause
-            except Exception as error:
-                # Closing an evicted graph failed. This call has its answer all the same.
-                outcome.close()
-                outcome = refusal_of(error, self._ledger.name).cause
-            else:
-                seconds = time.perf_counter() - start
-                self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
-                return answer, None
+            self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
+            if self.admission.captured(signature, seconds, replay=self._replay_seconds(outcome, inputs)) is not None:
+                self._cache.evict(signature)
+            return answer, None
+        self.admission.failed(signature, seconds)
         self._blocks.block(signature, outcome)
         return answer, outcome
 
+    def _replay_seconds(self, recorded: Recorded, inputs: Sequence[Tensor]) -> float | None:
+        """What a replay takes the host, which is what an eager call is measured by too."""
+        if self.admission.policy != "worthwhile":
+            return None
+        hosts = self._engine.host_inputs if self._engine is not None else ()
+        given = [value for index, value in enumerate(inputs) if index not in hosts]
+        taken = []
+        for _ in range(_SAMPLES):
+            start = time.perf_counter()
+            recorded.replay(given)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    def _cold(self, cause: Cause, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call that may be captured some day; parts of it are left alone until then."""
+        self.check_open()
+        self._tell(cause)
+        start = time.perf_counter()
+        with graphs_off():
+            answer = self.run(*args, **kwargs)
+        self.admission.ran(signature, time.perf_counter() - start)
+        return answer
+
+    def _arbiter(self, inputs: Sequence[Tensor]) -> Arbiter:
+        """Whoever bounds what all modules of the call's device own together."""
+        if self._engine is not None:
+            device = self._engine.device
+        else:
+            device = next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
+        found = arbiter(device)
+        found.register(self._cache)
+        return found
+
     def _tell(self, cause: Cause) -> None:
         self._ledger.ran_eagerly(cause)
-        if self._config.on_failure == "raise" and cause.reason not in _ALWAYS_EAGER:
+        if self._config.on_failure == "raise" and cause.reason not in _NO_FAILURES:
             raise CaptureError(f"{self._ledger.name}: {cause}")
 
     def _eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,3 +278,5 @@ class Misses:
 
 
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
+_NO_FAILURES = _ALWAYS_EAGER | {Reason.COLD, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED}
+_SAMPLES = 3

@@ -45,11 +45,21 @@ class Recorded:
         self.graph.close(wait=wait)
 
 
+def nothing() -> None:
+    """Begins without asking for anything."""
+
+
 class Recorder(Protocol):
     """Makes graphs of one module's calls."""
 
     def attempt(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], *, alone: bool = False
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+        *,
+        alone: bool = False,
+        begin: Callable[[], object] = nothing,
     ) -> tuple[Any, Recorded | Cause]:
         """Answer a call, and capture it if that can be done.
 
@@ -58,6 +68,8 @@ class Recorder(Protocol):
             kwargs: Its keyword arguments.
             inputs: The tensors among them, as the signature orders them.
             alone: Share no memory with other graphs, so that static outputs stay until this graph's next launch.
+            begin: Called when the arguments are known to be right, before anything is allocated for the graph; it may
+                raise a :class:`~graphcache.errors.Refusal`.
 
         Returns:
             The eager answer, and either the graph or why there is none.

@@ -24,7 +24,7 @@ from graphcache.graphs.pointers import CannotBind, find_copies, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import Recorded, refill
+from graphcache.modules.record import Recorded, nothing, refill
 
 
 class EngineRecorder:
@@ -41,7 +41,13 @@ class EngineRecorder:
         self._context: Context | None = None
 
     def attempt(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], *, alone: bool = False
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+        *,
+        alone: bool = False,
+        begin: Callable[[], object] = nothing,
     ) -> tuple[Any, Recorded | Cause]:
         module = self._module
         given, profile = module.checked(module.bind(args, kwargs))
@@ -50,6 +56,7 @@ class EngineRecorder:
         answer: list[Tensor] = []
         outcome: Recorded | Cause
         try:
+            begin()
             with capturing(module.lane), torch.inference_mode(False), torch.no_grad():
                 graph = self._capture([value.detach() for value in given], profile, answer)
                 outcome = Recorded(graph, self._build, whole=True, bare=len(module.engine.outputs) == 1)

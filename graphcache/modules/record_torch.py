@@ -22,7 +22,7 @@ from graphcache.graphs.operations import HostReads
 from graphcache.graphs.verify import RELATIVE, difference, perturb, tolerance_of, verify
 from graphcache.modules.answers import Answer
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import Recorded, refill
+from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.recording import Session
 from graphcache.modules.state import Dependencies, Watch
 
@@ -46,7 +46,13 @@ class TorchRecorder:
         self._lanes: dict[int, Lane] = {}
 
     def attempt(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor], *, alone: bool = False
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+        *,
+        alone: bool = False,
+        begin: Callable[[], object] = nothing,
     ) -> tuple[Any, Recorded | Cause]:
         dependencies = Dependencies(self._module)
         watch = Watch(inputs, dependencies)
@@ -55,6 +61,7 @@ class TorchRecorder:
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 watch.check()
+                begin()
                 return value, self._record(args, kwargs, inputs, value, dependencies.tensors(), alone)
         except Refusal as refusal:
             return value, refusal.cause

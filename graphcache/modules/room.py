@@ -1,0 +1,63 @@
+"""Room for a graph before it is captured, in its module's budget and in that of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import ExitStack
+from typing import Any
+
+from graphcache.cache.arbiter import Arbiter
+from graphcache.cache.lru import GraphCache
+from graphcache.cache.reservation import Reservation
+
+
+class Room:
+    """Reservations for one capture, given back at the end of a ``with`` block.
+
+    Where bytes are bounded, graphs go before another is captured, so that the peak stays in the budget. Where only
+    their number is, they go when it is there: a capture that fails costs no graph then.
+
+    Args:
+        cache: Where the graph will go.
+        arbiter: Of its device.
+    """
+
+    def __init__(self, cache: GraphCache[Any], arbiter: Arbiter) -> None:
+        self._cache = cache
+        self._arbiter = arbiter
+        self._held = ExitStack()
+        self._shared: Reservation | None = None
+        self.own: Reservation | None = None
+        """What was reserved in the cache itself, if anything."""
+
+    def take(self, nbytes: int, key: Hashable) -> None:
+        """Make room, as far as one knows what the graph will own.
+
+        Args:
+            nbytes: That estimate.
+            key: What the graph will be stored under.
+
+        Raises:
+            Refusal: With ``OVER_BUDGET``, if there is none to be made.
+        """
+        if self._cache.max_bytes is not None:
+            self.own = self._held.enter_context(self._cache.reserve(nbytes, instead_of=key))
+        if self._arbiter.max_bytes is not None:
+            self._shared = self._held.enter_context(self._arbiter.reserve(nbytes))
+
+    def settle(self, nbytes: int) -> None:
+        """Reserve what the graph really owns, now that it is there.
+
+        Raises:
+            Refusal: With ``OVER_BUDGET``, if the process has no room for it.
+        """
+        if self._arbiter.max_bytes is not None:
+            if self._shared is not None:
+                self._shared.release()
+            self._shared = self._held.enter_context(self._arbiter.reserve(nbytes))
+
+    def __enter__(self) -> Room:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._held.close()
