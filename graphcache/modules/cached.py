@@ -310,10 +310,14 @@ class CachedModule(StandIn):
             wait: Wait for the last replays, so that all memory is given back. Otherwise what they use goes when they
                 have finished, at the latest with the next capture.
         """
+        # What is captured beside the calls uses the module too.
+        wait = wait or self.config.capture_in == "background"
         with self._misses.lock:
             self._misses.clear(wait=wait)
             for part in self.parts.values():
                 part.clear(wait=wait)
+        if wait:
+            self._misses.finish()
 
     def close(self) -> None:
         """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""
@@ -322,6 +326,7 @@ class CachedModule(StandIn):
             self._misses.clear()
             for part in self.parts.values():
                 part.close()
+        self._misses.finish()
 
     def __enter__(self) -> CachedModule:
         return self
