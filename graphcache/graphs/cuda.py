@@ -81,7 +81,8 @@ class CudaGraph:
         self._keep = keep
         self._release = release
         self._context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
-        buffers = [slot.buffer for slot in (*inputs, *outputs)]
+        # The outputs of the next call lie ready beside them.
+        buffers = [slot.buffer for slot in (*inputs, *outputs, *outputs)]
         self._nbytes = nbytes_of(buffers) + pool_bytes + self._nodes * NODE_BYTES
 
     @property

@@ -51,7 +51,6 @@ class Answer:
 
     def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:
         leaves, self._tree = pytree.tree_flatten(value, is_leaf=_is_size)
-        self._inputs = inputs
         kept = {_storage(tensor) for tensor in lasting}
         owners = {_storage(tensor): index for index, tensor in reversed(list(enumerate(inputs)))}
         self.tensors: list[Tensor] = []
@@ -98,6 +97,10 @@ class Answer:
     def is_whole(self) -> bool:
         """Whether its leaves are the tensors that the call made, each once and in their order."""
         return self._places == list(range(len(self.tensors)))
+
+    def let_go(self) -> None:
+        """Drop the tensors; what :meth:`builder` made needs none of them."""
+        self.tensors = []
 
     def builder(self) -> Callable[[list[Tensor], Sequence[Tensor]], Any]:
         """A function of fresh outputs and of the caller's inputs that gives the whole answer."""

@@ -1173,6 +1173,15 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     # Streams that earlier tests were given belong to another driver.
     own_stream, initialise = functools.cache(lane.own_stream.__wrapped__), cuda.CudaGraph.__init__
 
+    lanes: list[weakref.ref[lane.Lane]] = []
+    make_lane = lane.Lane.__init__
+
+    def remember_lane(self: lane.Lane, index: int) -> None:
+        make_lane(self, index)
+        lanes.append(weakref.ref(self))
+
+    patch.setattr(lane.Lane, "__init__", remember_lane)
+
     def remember(self: cuda.CudaGraph, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
         made.append(weakref.ref(self))
@@ -1198,6 +1207,11 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         for reference in made:
             if (graph := reference()) is not None:
                 graph.close()
+        for each in lanes:
+            if (left := each()) is not None:
+                # Its event is of this driver, and a number to the next one.
+                left._event = None
+                left._releases.clear()
 
 
 class Affine:
