@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -192,11 +191,17 @@ class Modes:
 modes: ContextVar[Modes] = ContextVar("graphcache_modes", default=Modes())  # noqa: B039 - Modes is frozen
 
 
-@contextmanager
-def graphs_off() -> Iterator[None]:
+_OFF = {safe: Modes(graphs="off", multi_device_safe=safe) for safe in (False, True)}
+
+
+class graphs_off:
     """Inside, wrapped modules of this context run eagerly: they are part of a call that is being captured."""
-    token = modes.set(replace(modes.get(), graphs="off"))
-    try:
-        yield
-    finally:
-        modes.reset(token)
+
+    # No generator, and nothing made anew: each eager call of a signature that is still cold goes through it.
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> None:
+        self._token = modes.set(_OFF[modes.get().multi_device_safe])
+
+    def __exit__(self, *exc: object) -> None:
+        modes.reset(self._token)

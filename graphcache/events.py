@@ -69,6 +69,7 @@ class Ledger:
     retired_hits: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
     _told: set[Cause] = field(default_factory=set)
+    _last: Cause | None = None
 
     def captured(self, event: Captured) -> None:
         """Count a capture."""
@@ -86,13 +87,16 @@ class Ledger:
     def ran_eagerly(self, cause: Cause) -> None:
         """Count an eager call; the first of each cause is logged, as a warning unless it was asked for."""
         self.eager[cause.reason] += 1
-        if cause not in self._told:
+        # Mostly the very cause of the call before.
+        if cause is not self._last and cause not in self._told:
             if len(self._told) >= _MAX_TOLD:
                 self._told.clear()
             self._told.add(cause)
             level = logging.INFO if cause.reason.value in _EXPECTED else logging.WARNING
             log.log(level, "%s ran eagerly: %s (Said once; later calls are counted.)", self.name, cause)
-        self._publish(RanEagerly(cause))
+        self._last = cause
+        if self.subscribers:
+            self._publish(RanEagerly(cause))
 
     def _publish(self, event: Event) -> None:
         for subscriber in tuple(self.subscribers):
