@@ -127,16 +127,20 @@ class Books:
 
     def charge(self, key: Hashable, seconds: float) -> Record:
         """Book what a capture took, whatever came of it; the signature owes nothing afterwards."""
-        self.settle()
-        self.spent += seconds
-        self._lately_spent += seconds
-        self.credit -= seconds
+        self.pay(seconds)
         self.captures += 1
         if key in self.kept:
             self.let_go(key)
         record = self.find(key)
         record.begin()
         return record
+
+    def pay(self, seconds: float) -> None:
+        """Book time that was spent for graphs."""
+        self.settle()
+        self.spent += seconds
+        self._lately_spent += seconds
+        self.credit -= seconds
 
     def keep(self, key: Hashable, record: Record, entry: Entry[Any], seconds: float) -> None:
         """Book a graph that is in the cache."""

@@ -48,7 +48,8 @@ class Padder:
 
     Args:
         buckets: Which axes have which buckets.
-        signature: Of the module's ``forward``, so that a name and a position can stand for the same argument.
+        signature: Of the module's ``forward``, so that a name and a position can stand for the same argument; or the
+            names of the arguments.
 
     Raises:
         ConfigError: Naming the field, if there is no such argument, or one is named twice.
@@ -65,7 +66,7 @@ class Padder:
         tensor([1., 1., 1.])
     """
 
-    def __init__(self, buckets: Buckets, signature: Signature) -> None:
+    def __init__(self, buckets: Buckets, signature: Signature | Sequence[str]) -> None:
         self.buckets = buckets
         self._signature = signature
         self._places = {key: place_of(key, signature, f"buckets[{key!r}]") for key in buckets.inputs}

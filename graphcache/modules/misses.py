@@ -62,7 +62,7 @@ class Misses:
         parts: Mapping[str, CachedModule],
         freshness: Freshness,
     ) -> None:
-        self._module = module
+        self.module = module
         self._engine = module if isinstance(module, EngineModule) else None
         self._config = config
         self._ledger = ledger
@@ -78,6 +78,8 @@ class Misses:
         self.cuda = self._engine is not None
         """Whether calls concern a CUDA device."""
         self.closed = False
+        self.generation = 0
+        """Goes up when everything that was found out about the module is forgotten."""
         self.runs(run)
 
     def runs(self, run: Callable[..., Any]) -> None:
@@ -108,16 +110,14 @@ class Misses:
         """
         self.check_open()
         if (reason := self.forbidden()) is not None:
-            return self._eagerly(Cause(reason), args, kwargs)
+            return self.eagerly(Cause(reason), args, kwargs)
         if self._config.strategy == "per_submodule":
             with self._routes.active():
                 return self.run(*args, **kwargs)
         with self.lock:
             grad = signature[0] is not False
-            if self._freshness.is_stale(grad):
-                self.clear()
-                self._freshness.look_again()
-            cause = self._needs_grad(inputs) or self._blocks.cause(signature)
+            self.refresh(grad)
+            cause = self.needs_grad(inputs) or self.blocked(signature)
             entry = self._cache.entries.get(signature)
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
@@ -125,12 +125,12 @@ class Misses:
             if cause is None and cold is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
-                    self._tell(cause)
+                    self.tell(cause)
                 return answer
         if cold is not None:
-            return self._cold(cold, signature, args, kwargs)
+            return self.timed(cold, signature, args, kwargs)
         assert cause is not None
-        return self._eagerly(cause, args, kwargs)
+        return self.eagerly(cause, args, kwargs)
 
     def undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call whose arguments no signature describes.
@@ -143,7 +143,7 @@ class Misses:
             # The whole was never to be captured, and the parts may be called with something else.
             with self._routes.active():
                 return self.run(*args, **kwargs)
-        return self._eagerly(cause if reason is None else Cause(reason), args, kwargs)
+        return self.eagerly(cause if reason is None else Cause(reason), args, kwargs)
 
     def alone(self, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
         """A graph of a call that shares no memory with others and is in no cache.
@@ -153,7 +153,7 @@ class Misses:
             Exception: Whatever the module raises for these arguments.
         """
         reason = self.forbidden()
-        cause = Cause(reason) if reason is not None else self._needs_grad(inputs)
+        cause = Cause(reason) if reason is not None else self.needs_grad(inputs)
         if cause is None:
             with self.lock:
                 _, outcome = self.recorder.attempt(args, kwargs, inputs, alone=True)
@@ -178,14 +178,25 @@ class Misses:
             wait: Wait for the last replays.
         """
         with self.lock:
+            self.generation += 1
             self._cache.clear(wait=wait)
             self._blocks.clear()
             self.recorder.release()
 
+    def refresh(self, grad: bool) -> None:
+        """Drop every graph if they are no longer right. The lock is held."""
+        if self._freshness.is_stale(grad):
+            self.clear()
+            self._freshness.look_again()
+
+    def blocked(self, signature: Signature) -> Cause | None:
+        """Why a signature is not to be captured this time, from what came of it before. The lock is held."""
+        return self._blocks.cause(signature)
+
     def _recorder(self) -> Recorder:
         if self._engine is not None:
             return EngineRecorder(self._engine, self._config)
-        return TorchRecorder(self._module, self.run, self._ledger.name, verified=self._config.verify)
+        return TorchRecorder(self.module, self.run, self._ledger.name, verified=self._config.verify)
 
     def _capture(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,10 +241,10 @@ class Misses:
             taken.append(time.perf_counter() - start)
         return min(taken)
 
-    def _cold(self, cause: Cause, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call that may be captured some day; parts of it are left alone until then."""
+    def timed(self, cause: Cause, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call whose signature may be captured some day; parts of it are left alone until then."""
         self.check_open()
-        self._tell(cause)
+        self.tell(cause)
         start = time.perf_counter()
         with graphs_off():
             answer = self.run(*args, **kwargs)
@@ -250,14 +261,20 @@ class Misses:
         found.register(self._cache)
         return found
 
-    def _tell(self, cause: Cause) -> None:
+    def tell(self, cause: Cause) -> None:
+        """Count an eager call.
+
+        Raises:
+            CaptureError: With ``on_failure="raise"``, unless it was asked for.
+        """
         self._ledger.ran_eagerly(cause)
         if self._config.on_failure == "raise" and cause.reason not in _NO_FAILURES:
             raise CaptureError(f"{self._ledger.name}: {cause}")
 
-    def _eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call that is not to be captured; parts of it may be."""
         self.check_open()
-        self._tell(cause)
+        self.tell(cause)
         if cause.reason in _ALWAYS_EAGER:
             return self.run(*args, **kwargs)
         if self._engine is not None:
@@ -267,7 +284,8 @@ class Misses:
         with self._routes.active():
             return self.run(*args, **kwargs)
 
-    def _needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
+    def needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
+        """Why the call's modes forbid a graph, if they do."""
         if not torch.is_grad_enabled():
             return None
         if any(tensor.requires_grad for tensor in inputs):

@@ -1,0 +1,281 @@
+"""Calls that lie between buckets: padded to the next one, answered by its graph, cropped.
+
+A call comes here when no graph of its own signature has answered it, so that a hit costs the same with buckets and
+without. What fills its bucket already, fits none, or must not be padded, goes on as if there were no buckets.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from graphcache.cache.buckets import Buckets
+from graphcache.cache.estimates import Estimate
+from graphcache.cache.lru import Entry
+from graphcache.cache.padder import Fit, Padder
+from graphcache.cache.seen import Seen
+from graphcache.cache.signature import Signature, describe
+from graphcache.errors import Cause, ConfigError, InputError, Reason
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.engine_buckets import engine_buckets
+from graphcache.modules.misses import STALE, Hit, Misses
+from graphcache.modules.record import Recorded
+from graphcache.modules.trials import Trials
+
+UNPADDED: Any = object()
+"""Stands for the answer of a call that is not padded."""
+
+_MOST_PLANS = 4096
+_PATIENCE = 16
+"""With ``capture="worthwhile"``, calls that go to a bucket before it is tried whether they may: trying takes some 10 to
+40 eager calls."""
+_MEASURING = Cause(Reason.COLD, detail="to measure what padding it would save")
+
+
+class _Plan:
+    """What is done with the calls of one signature; ``fit`` is ``None`` where they are not padded."""
+
+    __slots__ = ("calls", "cause", "eager", "fit", "look", "padding", "pays")
+
+    def __init__(self, fit: Fit | None, cause: Cause | None = None) -> None:
+        self.fit = fit
+        self.cause = cause
+        """To be said once."""
+        self.calls = self.look = 0
+        self.pays = True
+        self.eager, self.padding = Estimate(), Estimate()
+
+
+class Bucketed:
+    """Pads the calls of one module to its buckets.
+
+    Args:
+        buckets: The option.
+        misses: Captures and runs what is padded.
+        entries: The graphs that are there.
+        seen: Is told whose hits stand for calls of other sizes.
+
+    Raises:
+        ConfigError: Naming the field, for buckets that the module cannot have.
+    """
+
+    def __init__(self, buckets: Any, misses: Misses, entries: Mapping[Any, Entry[Recorded]], seen: Seen) -> None:
+        checked = Buckets.of(buckets)
+        self._engine = misses.module if isinstance(misses.module, EngineModule) else None
+        if self._engine is not None:
+            checked = engine_buckets(checked, self._engine)
+        self._misses = misses
+        self._entries = entries
+        self._seen = seen
+        self._padder = Padder(checked, arguments_of(misses.module))
+        self._trials = Trials(misses, self._padder)
+        self._plans: OrderedDict[Signature, _Plan] = OrderedDict()
+        self._wanted: dict[Signature, int] = {}
+        self._generation = misses.generation
+        self._host_values = len(self._engine.host_inputs) if self._engine is not None else 0
+        self._measures = misses.admission.policy == "worthwhile"
+        self.padded = 0
+        """Hits of calls that were padded."""
+
+    def answer(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], hit: Hit
+    ) -> Any:
+        """Answer a call through its bucket, or ``UNPADDED``. Its arguments stay as they are.
+
+        Args:
+            signature: Of the call.
+            inputs: The tensors among its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            hit: Replays a graph.
+
+        Raises:
+            Exception: As :meth:`~graphcache.modules.misses.Misses.answer`.
+        """
+        misses = self._misses
+        if misses.closed or misses.forbidden() is not None:
+            return UNPADDED
+        plan = self._plan(signature, args, kwargs)
+        if plan.fit is not None:
+            answer = self._replayed(plan, signature, args, kwargs, hit)
+            if answer is not STALE:
+                return answer
+        with misses.lock:
+            if misses.needs_grad(inputs) is not None:
+                return UNPADDED
+            # What is stale may have been found out of a module that was another one.
+            misses.refresh(signature[0] is not False)
+            plan = self._plan(signature, args, kwargs)
+            if plan.fit is None:
+                if plan.cause is None:
+                    return UNPADDED
+                cause, plan.cause = plan.cause, None
+                return misses.eagerly(cause, args, kwargs)
+            target, given, call = self._padded(plan.fit, signature, args, kwargs)
+            if misses.blocked(target) is not None or self._trials.refused(target) is not None:
+                return UNPADDED
+            cold = self._cold(target)
+            if cold is None:
+                return self._made(plan.fit, target, given, call, inputs, args, kwargs, hit)
+        if cold.reason is not Reason.COLD:
+            return UNPADDED
+        return self._timed(plan, cold, target, args, kwargs)
+
+    def _replayed(
+        self, plan: _Plan, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], hit: Hit
+    ) -> Any:
+        """The answer of the bucket's graph; ``STALE`` if there is none, ``UNPADDED`` if it is no faster."""
+        assert plan.fit is not None
+        start = time.perf_counter() if self._measures else 0.0
+        target, given, _ = self._padded(plan.fit, signature, args, kwargs)
+        padder, entry = self._trials.found(target), self._entries.get(target)
+        if padder is None or entry is None:
+            return STALE
+        if not self._measures:
+            answer = hit(entry, given, target[0] is not False)
+            if answer is STALE:
+                return STALE
+            answer = padder.crop(plan.fit, answer)
+        else:
+            plan.calls += 1
+            if plan.eager.count < 2 and 1 < plan.calls < 4:
+                return self._timed(plan, _MEASURING, target, args, kwargs)
+            if not self._pays(plan, target, signature):
+                return UNPADDED
+            before = time.perf_counter()
+            answer = hit(entry, given, target[0] is not False)
+            if answer is STALE:
+                return STALE
+            after = time.perf_counter()
+            answer = padder.crop(plan.fit, answer)
+            plan.padding.add(before - start + time.perf_counter() - after)
+        self._seen.lend(target)
+        self.padded += 1
+        return answer
+
+    def _made(
+        self,
+        fit: Fit,
+        target: Signature,
+        given: Sequence[Tensor],
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hit: Hit,
+    ) -> Any:
+        """The answer of a call that captures its bucket, after it was tried whether that may be padded to."""
+        padder, exact = self._trials.found(target), UNPADDED
+        if padder is None:
+            start = time.perf_counter()
+            exact, outcome = self._trials.attempt(target, fit, inputs, args, kwargs)
+            self._misses.admission.charge(time.perf_counter() - start)
+            if isinstance(outcome, Cause):
+                self._misses.tell(outcome)
+                return exact
+            padder = outcome
+        # A call of the padded sizes that was none, so that hits of such calls are known by their sizes.
+        self._seen.note(target, *call)
+        self._seen.lend(target)
+        answer = padder.crop(fit, self._misses.answer(target, given, *call, self._counted(hit, target)))
+        return answer if exact is UNPADDED else exact
+
+    def _counted(self, hit: Hit, target: Signature) -> Callable[[Entry[Recorded], Sequence[Tensor], bool], Any]:
+        def counted(entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
+            answer = hit(entry, inputs, grad)
+            if answer is not STALE:
+                self._seen.lend(target)
+                self.padded += 1
+            return answer
+
+        return counted
+
+    def _cold(self, target: Signature) -> Cause | None:
+        """Why the bucket is not to be captured or tried now."""
+        if target not in self._entries:
+            return self._misses.admission.ask(target)
+        if not self._measures or self._trials.found(target) is not None:
+            return None
+        # A graph that calls of this very size have paid for.
+        self._wanted[target] = self._wanted.get(target, 0) + 1
+        return Cause(Reason.COLD) if self._wanted[target] < _PATIENCE else None
+
+    def _timed(
+        self, plan: _Plan, cause: Cause, target: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call as it is; its bucket is owed what it took."""
+        start = time.perf_counter()
+        answer = self._misses.timed(cause, target, args, kwargs)
+        plan.eager.add(time.perf_counter() - start)
+        return answer
+
+    def _pays(self, plan: _Plan, target: Signature, signature: Signature) -> bool:
+        """Whether a replay and the padding take less than the call as it is, from time to time looked at anew."""
+        if plan.calls >= plan.look:
+            plan.look = 2 * plan.calls + 4
+            known = self._misses.admission.known()
+            bucket, own = known.get(target), known.get(signature)
+            replay = None if bucket is None else bucket.replay
+            eager = own.eager if own is not None else None
+            if plan.eager.count:
+                eager = plan.eager.value
+            elif eager is None and bucket is not None:
+                eager = bucket.eager
+            plan.pays = replay is None or eager is None or replay + plan.padding.value < eager
+        return plan.pays
+
+    def _padded(
+        self, fit: Fit, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Signature, Sequence[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]:
+        call = self._padder.pad(fit, args, kwargs)
+        target, given = describe(*call)
+        if self._host_values:
+            target = (*target, *signature[-self._host_values :])
+        return target, given, call
+
+    def _plan(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
+        if self._generation != self._misses.generation:
+            with self._misses.lock:
+                self._generation = self._misses.generation
+                self._plans.clear()
+                self._wanted.clear()
+                self._trials.clear()
+        plan = self._plans.get(signature)
+        if plan is None:
+            plan = self._new_plan(args, kwargs)
+            with self._misses.lock:
+                self._plans[signature] = plan
+                if len(self._plans) > _MOST_PLANS:
+                    self._plans.popitem(last=False)
+        return plan
+
+    def _new_plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
+        if self._engine is not None:
+            # What it would refuse as it is, it refuses.
+            self._engine.checked(self._engine.bind(args, kwargs))
+        try:
+            fit = self._padder.fit(args, kwargs)
+            if isinstance(fit, str) or fit.is_exact or 0 in fit.real.values():
+                return _Plan(None)
+            padded, _ = self._padder.pad(fit, args, kwargs)
+            if self._engine is not None:
+                self._engine.checked(padded)
+        except (ConfigError, InputError) as error:
+            return _Plan(None, Cause(Reason.PADDING, detail=str(error)))
+        return _Plan(fit)
+
+
+def arguments_of(module: Any) -> inspect.Signature | Sequence[str]:
+    """What a module's arguments are called, as far as it can be told."""
+    if isinstance(module, EngineModule):
+        return module.input_binding_names
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        # Compiled code, which does not say.
+        return inspect.signature(lambda *args, **kwargs: None)
