@@ -170,20 +170,29 @@ class Bucketed:
         hit: Hit,
     ) -> Any:
         """The answer of a call that captures its bucket, after it was tried whether that may be padded to."""
-        padder, exact = self._trials.found(target), UNPADDED
-        if padder is None:
-            start = time.perf_counter()
-            exact, outcome = self._trials.attempt(target, fit, inputs, args, kwargs)
-            self._misses.admission.charge(time.perf_counter() - start)
+        padder = self._trials.found(target)
+        if padder is not None:
+            return padder.crop(fit, self._captured(target, given, call, hit))
+        start = time.perf_counter()
+        exact, outcome = self._trials.attempt(target, fit, inputs, args, kwargs)
+        seconds = time.perf_counter() - start
+        try:
             if isinstance(outcome, Cause):
                 self._misses.tell(outcome)
-                return exact
-            padder = outcome
+            else:
+                self._captured(target, given, call, hit)
+        finally:
+            # Not before: the capture was admitted without it.
+            self._misses.admission.charge(seconds)
+        return exact
+
+    def _captured(
+        self, target: Signature, given: Sequence[Tensor], call: tuple[tuple[Any, ...], dict[str, Any]], hit: Hit
+    ) -> Any:
         # A call of the padded sizes that was none, so that hits of such calls are known by their sizes.
         self._seen.note(target, *call)
         self._seen.lend(target)
-        answer = padder.crop(fit, self._misses.answer(target, given, *call, self._counted(hit, target)))
-        return answer if exact is UNPADDED else exact
+        return self._misses.answer(target, given, *call, self._counted(hit, target), admitted=True)
 
     def _counted(self, hit: Hit, target: Signature) -> Callable[[Entry[Recorded], Sequence[Tensor], bool], Any]:
         def counted(entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:

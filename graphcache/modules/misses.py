@@ -92,7 +92,14 @@ class Misses:
         return Reason.DISABLED if self._off else forbidden(cuda=self.cuda)
 
     def answer(
-        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], hit: Hit
+        self,
+        signature: Signature,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hit: Hit,
+        *,
+        admitted: bool = False,
     ) -> Any:
         """Answer a call that no graph has answered.
 
@@ -102,6 +109,7 @@ class Misses:
             args: Its positional arguments.
             kwargs: Its keyword arguments.
             hit: What to do if another thread has captured it meanwhile.
+            admitted: Whether it was admitted already, so that it is captured if it can be.
 
         Raises:
             CaptureError: If the call cannot be captured and ``on_failure="raise"``.
@@ -121,7 +129,7 @@ class Misses:
             entry = self._cache.entries.get(signature)
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
-            cold = self.admission.ask(signature) if cause is None else None
+            cold = self.admission.ask(signature, preparing=admitted) if cause is None else None
             if cause is None and cold is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
