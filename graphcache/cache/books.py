@@ -127,20 +127,16 @@ class Books:
 
     def charge(self, key: Hashable, seconds: float) -> Record:
         """Book what a capture took, whatever came of it; the signature owes nothing afterwards."""
-        self.pay(seconds)
+        self.settle()
+        self.spent += seconds
+        self._lately_spent += seconds
+        self.credit -= seconds
         self.captures += 1
         if key in self.kept:
             self.let_go(key)
         record = self.find(key)
         record.begin()
         return record
-
-    def pay(self, seconds: float) -> None:
-        """Book time that was spent for graphs."""
-        self.settle()
-        self.spent += seconds
-        self._lately_spent += seconds
-        self.credit -= seconds
 
     def keep(self, key: Hashable, record: Record, entry: Entry[Any], seconds: float) -> None:
         """Book a graph that is in the cache."""
@@ -164,6 +160,13 @@ class Books:
     def raise_price(self, record: Record, times: float) -> None:
         """Change what a signature has to owe, never to less than a capture costs."""
         record.factor = min(max(record.factor * times, 1.0), _LARGEST_FACTOR)
+
+    def pay(self, seconds: float) -> None:
+        """Book time that was spent for graphs, and not on a capture."""
+        self.settle()
+        self.spent += seconds
+        self._lately_spent += seconds
+        self.credit -= seconds
 
     def replayed(self, record: Record, seconds: float) -> bool:
         """Book what a replay took; whether replays are no faster than eager calls, where both were measured."""
