@@ -165,7 +165,9 @@ class Padder:
         """
         if self.buckets.outputs is None:
             raise ConfigError("outputs: it is not said which axes to crop; expected Buckets(..., outputs=...)")
-        leaves, structure = pytree.tree_flatten(answer, is_leaf=is_size)
+        # Taking a single tensor apart and putting it together takes longer than cropping it.
+        bare = type(answer) is Tensor
+        leaves, structure = ([answer], None) if bare else pytree.tree_flatten(answer, is_leaf=is_size)
         tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for place, axes in self.buckets.outputs.items():
             if place >= len(tensors):
@@ -174,7 +176,7 @@ class Padder:
             for axis, symbol in axes.items():
                 _check_output(fit, f"outputs[{place}][{axis}]", tensor, axis, symbol)
             leaves[tensors[place]] = cropped(tensor, {axis: fit.real[symbol] for axis, symbol in axes.items()})
-        return pytree.tree_unflatten(leaves, structure)
+        return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
 
     def exchange(self, change: Change, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The arguments with another tensor for each that is given and has buckets, masks among them.
