@@ -13,6 +13,7 @@ from graphcache.errors import ConfigError, shown
 
 Strategy = Literal["auto", "whole_graph", "per_submodule"]
 Capture = Literal["first", "worthwhile", "prepared"]
+CaptureIn = Literal["foreground", "background"]
 InputOutput = Literal["bind", "copy"]
 Outputs = Literal["own", "view"]
 Contexts = Literal["private", "shared"]
@@ -40,6 +41,9 @@ class GraphConfig:
             calls have lost about as much time as a capture takes, keeps the graphs that save most, and drops a graph
             that is no faster than eager execution: whatever the traffic, all of it takes hardly longer than without
             graphs. ``"prepared"`` captures only what ``prepare`` was given.
+        capture_in: ``"foreground"`` captures within the call. ``"background"`` answers eagerly, with the reason
+            ``pending``, and captures on copies of its tensors in a thread beside it; such a graph has scratch memory
+            of its own.
         max_graphs: How many graphs are kept, at least 1; the least recently used goes first, with
             ``capture="worthwhile"`` the one that saved least lately.
         max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.
@@ -74,6 +78,7 @@ class GraphConfig:
     strategy: Strategy = "auto"
     include: tuple[str, ...] = ()
     capture: Capture = "first"
+    capture_in: CaptureIn = "foreground"
     max_graphs: int = 32
     max_bytes: int | None = None
     # A mapping has no hash.
@@ -112,6 +117,11 @@ class GraphConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more")
+        if self.contexts == "shared" and self.capture_in == "background":
+            raise ConfigError(
+                "contexts='shared' does not go with capture_in='background', where a context would be captured while "
+                "another graph of it is made; leave contexts='private'"
+            )
         if not isinstance(self.verify, bool):
             raise ConfigError(f"verify={shown(self.verify)}: expected True or False")
 
@@ -132,6 +142,7 @@ class GraphConfig:
 _LITERALS: dict[str, tuple[str, ...]] = {
     "strategy": get_args(Strategy),
     "capture": get_args(Capture),
+    "capture_in": get_args(CaptureIn),
     "io": get_args(InputOutput),
     "outputs": get_args(Outputs),
     "contexts": get_args(Contexts),

@@ -242,6 +242,11 @@ class Reason(enum.Enum):
         "the signature has not been called often enough, as yet, for a graph to pay for its capture",
         "leave it as it is, prepare the signature, or use capture='first'",
     )
+    PENDING = (
+        "pending",
+        "a graph of the signature is being captured beside the calls, or waits for it",
+        "leave it as it is, or use capture_in='foreground'",
+    )
     NOT_WORTH_IT = (
         "not_worth_it",
         "a graph of the signature was no faster than eager execution, so it was dropped",

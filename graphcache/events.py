@@ -102,5 +102,5 @@ class Ledger:
                 log.exception("%s: a subscriber failed on %s; the call goes on", self.name, type(event).__name__)
 
 
-_EXPECTED = frozenset({"disabled", "tracing", "outer_capture"})
+_EXPECTED = frozenset({"disabled", "tracing", "outer_capture", "cold", "pending", "not_worth_it", "not_prepared"})
 _MAX_TOLD = 256

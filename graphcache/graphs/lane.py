@@ -167,9 +167,9 @@ class Lane:
 
     def __del__(self) -> None:
         # What was put off must not stay behind with nobody to run it, unless the process is going down anyway.
-        if getattr(self, "_releases", None) and not sys.is_finalizing():
-            with suppress(CudaError):
-                self.reap(wait=True)
+        if (getattr(self, "_releases", None) or getattr(self, "_event", None)) and not sys.is_finalizing():
+            with suppress(Exception):
+                self.close()
 
     def _forget(self) -> None:
         self.stream, self.handle = -1, None

@@ -7,6 +7,7 @@ without. What fills its bucket already, fits none, or must not be padded, goes o
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,14 @@ from torch import Tensor
 from graphcache.cache.buckets import Buckets
 from graphcache.cache.estimates import Estimate
 from graphcache.cache.lru import Entry
-from graphcache.cache.padder import Fit, Padder
+from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.seen import Seen
 from graphcache.cache.signature import Signature, describe
 from graphcache.errors import Cause, ConfigError, InputError, Reason
+from graphcache.events import log
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets
+from graphcache.modules.later import Later
 from graphcache.modules.misses import STALE, Hit, Misses
 from graphcache.modules.record import Recorded
 from graphcache.modules.trials import Trials
@@ -34,6 +37,7 @@ _MOST_PLANS = 4096
 _PATIENCE = 16
 """With ``capture="worthwhile"``, calls that go to a bucket before it is tried whether they may: trying takes some 10 to
 40 eager calls."""
+_WAITING, _PENDING = Cause(Reason.COLD), Cause(Reason.PENDING)
 _MEASURING = Cause(Reason.COLD, detail="to measure what padding it would save")
 
 
@@ -59,12 +63,15 @@ class Bucketed:
         misses: Captures and runs what is padded.
         entries: The graphs that are there.
         seen: Is told whose hits stand for calls of other sizes.
+        beside: Whether captures and trials are done beside the calls.
 
     Raises:
         ConfigError: Naming the field, for buckets that the module cannot have.
     """
 
-    def __init__(self, buckets: Any, misses: Misses, entries: Mapping[Any, Entry[Recorded]], seen: Seen) -> None:
+    def __init__(
+        self, buckets: Any, misses: Misses, entries: Mapping[Any, Entry[Recorded]], seen: Seen, *, beside: bool = False
+    ) -> None:
         checked = Buckets.of(buckets)
         self._engine = misses.module if isinstance(misses.module, EngineModule) else None
         if self._engine is not None:
@@ -76,9 +83,14 @@ class Bucketed:
         self._trials = Trials(misses, self._padder)
         self._plans: OrderedDict[Signature, _Plan] = OrderedDict()
         self._wanted: dict[Signature, int] = {}
+        # Buckets that are tried beside the calls, and refusals that no call has heard of.
+        self._trying: set[Signature] = set()
+        self._untold: dict[Signature, Cause] = {}
         self._generation = misses.generation
+        self._lock = threading.Lock()
         self._host_values = len(self._engine.host_inputs) if self._engine is not None else 0
         self._measures = misses.admission.policy == "worthwhile"
+        self._beside = beside
         self.padded = 0
         """Hits of calls that were padded."""
 
@@ -97,7 +109,7 @@ class Bucketed:
         Raises:
             Exception: As :meth:`~graphcache.modules.misses.Misses.answer`.
         """
-        misses = self._misses
+        misses, cold = self._misses, None
         if misses.closed or misses.forbidden() is not None:
             return UNPADDED
         plan = self._plan(signature, args, kwargs)
@@ -111,20 +123,20 @@ class Bucketed:
             # What is stale may have been found out of a module that was another one.
             misses.refresh(signature[0] is not False)
             plan = self._plan(signature, args, kwargs)
-            if plan.fit is None:
-                if plan.cause is None:
-                    return UNPADDED
-                cause, plan.cause = plan.cause, None
-                return misses.eagerly(cause, args, kwargs)
-            target, given, call = self._padded(plan.fit, signature, args, kwargs)
-            if misses.blocked(target) is not None or self._trials.refused(target) is not None:
-                return UNPADDED
-            cold = self._cold(target)
-            if cold is None:
-                return self._made(plan.fit, target, given, call, inputs, args, kwargs, hit)
-        if cold.reason is not Reason.COLD:
-            return UNPADDED
-        return self._timed(plan, cold, target, args, kwargs)
+            cause, plan.cause = plan.cause, None
+            if plan.fit is not None:
+                target, given, call = self._padded(plan.fit, signature, args, kwargs)
+                if misses.blocked(target) is not None or self._trials.refused(target) is not None:
+                    cause = self._untold.pop(target, None)
+                else:
+                    cold = self._cold(plan.fit, signature, target, given, call, inputs, args, kwargs)
+                    if cold is None:
+                        return self._made(plan.fit, target, given, call, inputs, args, kwargs, hit)
+                    if cold.reason not in (Reason.COLD, Reason.PENDING):
+                        return UNPADDED
+        if cause is not None:
+            return misses.eagerly(cause, args, kwargs)
+        return UNPADDED if cold is None else self._timed(plan, cold, target, args, kwargs)
 
     def _replayed(
         self, plan: _Plan, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], hit: Hit
@@ -163,7 +175,7 @@ class Bucketed:
         fit: Fit,
         target: Signature,
         given: Sequence[Tensor],
-        call: tuple[tuple[Any, ...], dict[str, Any]],
+        call: Call,
         inputs: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -186,9 +198,7 @@ class Bucketed:
             self._misses.admission.charge(seconds)
         return exact
 
-    def _captured(
-        self, target: Signature, given: Sequence[Tensor], call: tuple[tuple[Any, ...], dict[str, Any]], hit: Hit
-    ) -> Any:
+    def _captured(self, target: Signature, given: Sequence[Tensor], call: Call, hit: Hit) -> Any:
         # A call of the padded sizes that was none, so that hits of such calls are known by their sizes.
         self._seen.note(target, *call)
         self._seen.lend(target)
@@ -204,15 +214,62 @@ class Bucketed:
 
         return counted
 
-    def _cold(self, target: Signature) -> Cause | None:
-        """Why the bucket is not to be captured or tried now."""
+    def _cold(
+        self,
+        fit: Fit,
+        signature: Signature,
+        target: Signature,
+        given: Sequence[Tensor],
+        call: Call,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Cause | None:
+        """Why the bucket is not to be captured or tried within this call."""
+        misses = self._misses
         if target not in self._entries:
-            return self._misses.admission.ask(target)
-        if not self._measures or self._trials.found(target) is not None:
+            return misses.cold_cause(target, given, *call)
+        if self._trials.found(target) is not None:
             return None
-        # A graph that calls of this very size have paid for.
-        self._wanted[target] = self._wanted.get(target, 0) + 1
-        return Cause(Reason.COLD) if self._wanted[target] < _PATIENCE else None
+        if self._measures:
+            # A graph that calls of this very size have paid for.
+            self._wanted[target] = self._wanted.get(target, 0) + 1
+            if self._wanted[target] < _PATIENCE:
+                return _WAITING
+        if not self._beside:
+            return None
+        if target in self._trying:
+            return _PENDING
+        self._trying.add(target)
+        cause = misses.beside(
+            lambda later: self._tried_beside(later, fit, target),
+            signature,
+            inputs,
+            args,
+            kwargs,
+            dropped=lambda: self._trying.discard(target),
+        )
+        if cause is None:
+            self._trying.discard(target)
+        return cause
+
+    def _tried_beside(self, later: Later, fit: Fit, target: Signature) -> None:
+        """Find out whether a call that was answered may be padded; the worker's job."""
+        try:
+            if later.cancelled:
+                return
+            later.thread = threading.current_thread()
+            start = time.perf_counter()
+            _, outcome = later.run(lambda: self._trials.attempt(target, fit, later.inputs, later.args, later.kwargs))
+            if isinstance(outcome, Cause):
+                self._untold[target] = outcome
+            self._misses.admission.charge(time.perf_counter() - start)
+        except Exception as error:
+            # The module refuses such arguments; whoever gives them again will see it.
+            log.debug("a call was not tried with padding: %s", error)
+        finally:
+            self._trying.discard(target)
+            self._misses.drop(later)
 
     def _timed(
         self, plan: _Plan, cause: Cause, target: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -240,7 +297,7 @@ class Bucketed:
 
     def _padded(
         self, fit: Fit, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Signature, Sequence[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]:
+    ) -> tuple[Signature, Sequence[Tensor], Call]:
         call = self._padder.pad(fit, args, kwargs)
         target, given = describe(*call)
         if self._host_values:
@@ -249,15 +306,16 @@ class Bucketed:
 
     def _plan(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
         if self._generation != self._misses.generation:
-            with self._misses.lock:
+            with self._lock:
                 self._generation = self._misses.generation
                 self._plans.clear()
                 self._wanted.clear()
+                self._untold.clear()
                 self._trials.clear()
         plan = self._plans.get(signature)
         if plan is None:
             plan = self._new_plan(args, kwargs)
-            with self._misses.lock:
+            with self._lock:
                 self._plans[signature] = plan
                 if len(self._plans) > _MOST_PLANS:
                     self._plans.popitem(last=False)

@@ -122,7 +122,10 @@ class CachedModule(StandIn):
         }
         freshness = Freshness(module, self, checks_weights=config.weights == "checked")
         misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
-        bucketed = None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen)
+        beside = config.capture_in == "background"
+        bucketed = (
+            None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen, beside=beside)
+        )
         # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
             config=config,
@@ -356,10 +359,14 @@ class CachedModule(StandIn):
             wait: Wait for the last replays, so that all memory is given back. Otherwise what they use goes when they
                 have finished, at the latest with the next capture.
         """
+        # What is captured beside the calls uses the module too.
+        wait = wait or self.config.capture_in == "background"
         with self._misses.lock:
             self._misses.clear(wait=wait)
             for part in self.parts.values():
                 part.clear(wait=wait)
+        if wait:
+            self._misses.finish()
 
     def close(self) -> None:
         """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""
@@ -368,6 +375,7 @@ class CachedModule(StandIn):
             self._misses.clear()
             for part in self.parts.values():
                 part.close()
+        self._misses.finish()
 
     def __enter__(self) -> CachedModule:
         return self

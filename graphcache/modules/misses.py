@@ -19,9 +19,11 @@ from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Captured, Ledger
 from graphcache.graphs.capture import refusal_of
+from graphcache.modules.background import nothing, worker_of
 from graphcache.modules.conditions import forbidden
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
+from graphcache.modules.later import Later
 from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
@@ -80,6 +82,8 @@ class Misses:
         self.closed = False
         self.generation = 0
         """Goes up when everything that was found out about the module is forgotten."""
+        self._pending: dict[Signature, Later] = {}
+        """What is captured beside the calls, or waits for it."""
         self.runs(run)
 
     def runs(self, run: Callable[..., Any]) -> None:
@@ -129,7 +133,8 @@ class Misses:
             entry = self._cache.entries.get(signature)
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
-            cold = self.admission.ask(signature, preparing=admitted) if cause is None else None
+            wanted = cause is None and not admitted
+            cold = self.cold_cause(signature, inputs, args, kwargs) if wanted else None
             if cause is None and cold is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
@@ -187,6 +192,8 @@ class Misses:
         """
         with self.lock:
             self.generation += 1
+            for later in self._pending.values():
+                later.cancelled = True
             self._cache.clear(wait=wait)
             self._blocks.clear()
             self.recorder.release()
@@ -206,35 +213,145 @@ class Misses:
             return EngineRecorder(self._engine, self._config)
         return TorchRecorder(self.module, self.run, self._ledger.name, verified=self._config.verify)
 
+    def cold_cause(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Cause | None:
+        """Why a call runs eagerly although it could be captured; ``None`` if it is to be captured now.
+
+        What is to be captured beside the calls is on its way then. The lock is held.
+        """
+        if signature in self._pending:
+            return _PENDING
+        if (cause := self.admission.ask(signature)) is not None or self._config.capture_in == "foreground":
+            return cause
+        return self.beside(self._capture_beside, signature, inputs, args, kwargs)
+
+    def beside(
+        self,
+        job: Callable[[Later], object],
+        signature: Signature,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        dropped: Callable[[], object] = nothing,
+    ) -> Cause | None:
+        """Do something with copies of a call beside the calls, after which the job calls :meth:`drop`.
+
+        Args:
+            job: What is done.
+            signature: Of the call.
+            inputs: The tensors among its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            dropped: Called instead of the job if it is not done.
+
+        Returns:
+            Why the call runs eagerly meanwhile; ``None`` if no copies of it can be made, and nothing will be done.
+        """
+
+        def drop() -> None:
+            self.drop(later)
+            dropped()
+
+        later = Later(signature, inputs, args, kwargs)
+        if not later.is_alike:
+            return None
+        self._pending[signature] = later
+        if not worker_of(self._device(inputs)).submit(lambda: job(later), drop):
+            drop()
+        return _PENDING
+
+    def drop(self, later: Later) -> None:
+        """Note that nothing more is done with a call beside the calls."""
+        self._pending.pop(later.signature, None)
+        later.done.set()
+
+    def _capture_beside(self, later: Later) -> None:
+        """Capture a call that was answered eagerly; the worker's job."""
+        signature = later.signature
+        outcome: Recorded | Cause
+        try:
+            if later.cancelled:
+                return
+            later.thread = threading.current_thread()
+            start = time.perf_counter()
+            recorder = self.recorder
+            with self._room(later.inputs) as room:
+                try:
+                    _, outcome = later.run(
+                        lambda: recorder.attempt(
+                            later.args,
+                            later.kwargs,
+                            later.inputs,
+                            apart=True,
+                            begin=lambda: self._take(room, signature),
+                        )
+                    )
+                except Exception as error:
+                    # The module refuses such arguments; whoever gives them again will see it.
+                    outcome = refusal_of(error, self._ledger.name).cause
+                seconds = time.perf_counter() - start
+                while not self.lock.acquire(timeout=_PATIENCE):
+                    # Whoever cancels may hold the lock until this ends.
+                    if later.cancelled:
+                        _close(outcome)
+                        return
+                try:
+                    if later.cancelled or self.closed or self._freshness.is_stale(signature[0] is not False):
+                        _close(outcome)
+                    else:
+                        self._finish(signature, outcome, later.inputs, seconds, room)
+                finally:
+                    self.lock.release()
+        finally:
+            self.drop(later)
+
     def _capture(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Cause | None]:
         start = time.perf_counter()
-        with Room(self._cache, self._arbiter(inputs)) as room:
-            answer, outcome = self.recorder.attempt(
-                args, kwargs, inputs, begin=lambda: room.take(self.admission.expected_nbytes(signature), signature)
-            )
-            if isinstance(outcome, Recorded):
-                if self._config.outputs == "view":
-                    outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
-                try:
-                    room.settle(outcome.nbytes)
-                    entry = self._cache.put(signature, outcome, reservation=room.own)
-                except Refusal as refusal:
-                    outcome.close()
-                    outcome = refusal.cause
-                except Exception as error:
-                    # Closing an evicted graph failed. This call has its answer all the same.
-                    outcome = refusal_of(error, self._ledger.name).cause
-        seconds = time.perf_counter() - start
+        with self._room(inputs) as room:
+            answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
+            return answer, self._finish(signature, outcome, inputs, time.perf_counter() - start, room)
+
+    def _finish(
+        self, signature: Signature, outcome: Recorded | Cause, inputs: Sequence[Tensor], seconds: float, room: Room
+    ) -> Cause | None:
+        """Keep a graph, or remember why there is none, which is returned."""
+        if isinstance(outcome, Recorded):
+            if self._config.outputs == "view":
+                outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
+            try:
+                room.settle(outcome.nbytes)
+                entry = self._cache.put(signature, outcome, reservation=room.own)
+            except Refusal as refusal:
+                outcome.close()
+                outcome = refusal.cause
+            except Exception as error:
+                # Closing an evicted graph failed. This call has its answer all the same.
+                outcome = refusal_of(error, self._ledger.name).cause
         if isinstance(outcome, Recorded):
             self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
             if self.admission.captured(signature, seconds, replay=self._replay_seconds(outcome, inputs)) is not None:
                 self._cache.evict(signature)
-            return answer, None
+            return None
         self.admission.failed(signature, seconds)
         self._blocks.block(signature, outcome)
-        return answer, outcome
+        return outcome
+
+    def _room(self, inputs: Sequence[Tensor]) -> Room:
+        return Room(self._cache, self._arbiter(inputs))
+
+    def _take(self, room: Room, signature: Signature) -> None:
+        room.take(self.admission.expected_nbytes(signature), signature)
+
+    def finish(self) -> None:
+        """Wait until nothing that was cancelled is captured beside the calls any more."""
+        for later in list(self._pending.values()):
+            # A subscriber may ask for it from within.
+            if later.cancelled and later.thread is not threading.current_thread():
+                later.done.wait()
 
     def _replay_seconds(self, recorded: Recorded, inputs: Sequence[Tensor]) -> float | None:
         """What a replay takes the host, which is what an eager call is measured by too."""
@@ -261,13 +378,14 @@ class Misses:
 
     def _arbiter(self, inputs: Sequence[Tensor]) -> Arbiter:
         """Whoever bounds what all modules of the call's device own together."""
-        if self._engine is not None:
-            device = self._engine.device
-        else:
-            device = next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
-        found = arbiter(device)
+        found = arbiter(self._device(inputs))
         found.register(self._cache)
         return found
+
+    def _device(self, inputs: Sequence[Tensor]) -> torch.device:
+        if self._engine is not None:
+            return self._engine.device
+        return next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call.
@@ -303,6 +421,19 @@ class Misses:
         return None
 
 
+def _close(outcome: Recorded | Cause) -> None:
+    if isinstance(outcome, Recorded):
+        outcome.close()
+
+
+_PATIENCE = 0.05
+"""Seconds between two looks at whether a capture beside the calls was cancelled."""
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
-_NO_FAILURES = _ALWAYS_EAGER | {Reason.COLD, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED}
+_NO_FAILURES = _ALWAYS_EAGER | {
+    Reason.COLD,
+    Reason.PENDING,
+    Reason.NOT_WORTH_IT,
+    Reason.NOT_PREPARED,
+}
+_PENDING = Cause(Reason.PENDING)
 _SAMPLES = 3

@@ -59,6 +59,7 @@ class Recorder(Protocol):
         inputs: Sequence[Tensor],
         *,
         alone: bool = False,
+        apart: bool = False,
         begin: Callable[[], object] = nothing,
     ) -> tuple[Any, Recorded | Cause]:
         """Answer a call, and capture it if that can be done.
@@ -68,6 +69,7 @@ class Recorder(Protocol):
             kwargs: Its keyword arguments.
             inputs: The tensors among them, as the signature orders them.
             alone: Share no memory with other graphs, so that static outputs stay until this graph's next launch.
+            apart: Share no scratch memory either, so that nobody waits for this capture, nor for this graph's launches.
             begin: Called when the arguments are known to be right, before anything is allocated for the graph; it may
                 raise a :class:`~graphcache.errors.Refusal`.
 

@@ -19,7 +19,7 @@ from graphcache.graphs.buffers import is_plain_copy
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.lane import own_stream
+from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.pointers import CannotBind, find_copies, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
@@ -47,6 +47,7 @@ class EngineRecorder:
         inputs: Sequence[Tensor],
         *,
         alone: bool = False,
+        apart: bool = False,
         begin: Callable[[], object] = nothing,
     ) -> tuple[Any, Recorded | Cause]:
         module = self._module
@@ -57,8 +58,9 @@ class EngineRecorder:
         outcome: Recorded | Cause
         try:
             begin()
-            with capturing(module.lane), torch.inference_mode(False), torch.no_grad():
-                graph = self._capture([value.detach() for value in given], profile, answer)
+            lane = Lane(module.device.index) if apart else module.lane
+            with capturing(lane), torch.inference_mode(False), torch.no_grad():
+                graph = self._capture([value.detach() for value in given], profile, answer, lane)
                 outcome = Recorded(graph, self._build, whole=True, bare=len(module.engine.outputs) == 1)
         except Refusal as refusal:
             outcome = refusal.cause
@@ -82,10 +84,10 @@ class EngineRecorder:
         with graphs_off():
             return self._module(*args, **kwargs)
 
-    def _capture(self, given: Sequence[Tensor], profile: int, answer: list[Tensor]) -> Graph:
+    def _capture(self, given: Sequence[Tensor], profile: int, answer: list[Tensor], lane: Lane) -> Graph:
         module = self._module
         stream = own_stream(module.device.index, "capture").cuda_stream
-        context = self._new_context()
+        context = self._new_context(lane)
         static = [torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value) for value in given]
         context.set_inputs(static, profile, stream)
         outputs = []
@@ -118,7 +120,7 @@ class EngineRecorder:
                     Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {error:.3g} between two runs"
                 )
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
-        io = _EngineIO(module, context, profile, static, plain, outputs, full_edges=self._config.edges == "full")
+        io = _EngineIO(module, context, profile, static, plain, outputs, lane, full_edges=self._config.edges == "full")
 
         def verified(graph: CudaGraph) -> CudaGraph:
             if self._config.verify:
@@ -145,15 +147,13 @@ class EngineRecorder:
     def _device_only(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [value for index, value in enumerate(values) if index not in self._module.host_inputs]
 
-    def _new_context(self) -> Context:
+    def _new_context(self, lane: Lane) -> Context:
+        scratch = lane.scratch(self._module.engine.scratch_bytes)
         if self._config.contexts == "private":
-            return self._module.contexts.take(self._scratch())
+            return self._module.contexts.take(scratch)
         if self._context is None:
-            self._context = self._module.contexts.take(self._scratch())
+            self._context = self._module.contexts.take(scratch)
         return self._context
-
-    def _scratch(self) -> Tensor:
-        return self._module.lane.scratch(self._module.engine.scratch_bytes)
 
     @staticmethod
     def _build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
@@ -171,10 +171,12 @@ class _EngineIO:
         static: Sequence[Tensor],
         plain: Sequence[bool],
         outputs: Sequence[Tensor],
+        lane: Lane,
         *,
         full_edges: bool,
     ) -> None:
         self._module = module
+        self._lane = lane
         self._full_edges = full_edges
         self._context = context
         self._profile = profile
@@ -238,7 +240,7 @@ class _EngineIO:
 
     def _capture(self, enqueue: Callable[[int], bool]) -> Any:
         with self._module.engine.said() as said:
-            captured = capture_enqueue(enqueue, self._module.lane, self._module.name, lambda: words(said))
+            captured = capture_enqueue(enqueue, self._lane, self._module.name, lambda: words(said))
         with ExitStack() as undo:
             undo.callback(driver.call, "cuGraphDestroy", captured)
             if self._full_edges:
@@ -261,9 +263,11 @@ class _EngineIO:
             captured,
             inputs=slots[:count],
             outputs=slots[count:],
-            lane=self._module.lane,
+            lane=self._lane,
             keep=(self._context, self._all_inputs),
             release=lambda: self._release(captured),
+            # Scratch memory of the module's own lane serves all of its graphs.
+            pool_bytes=0 if self._lane is self._module.lane else self._module.engine.scratch_bytes,
         )
 
     def _release(self, captured: Any) -> None:

@@ -52,6 +52,7 @@ class TorchRecorder:
         inputs: Sequence[Tensor],
         *,
         alone: bool = False,
+        apart: bool = False,
         begin: Callable[[], object] = nothing,
     ) -> tuple[Any, Recorded | Cause]:
         dependencies = Dependencies(self._module)
@@ -62,7 +63,7 @@ class TorchRecorder:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 watch.check()
                 begin()
-                return value, self._record(args, kwargs, inputs, value, dependencies.tensors(), alone)
+                return value, self._record(args, kwargs, inputs, value, dependencies.tensors(), alone or apart)
         except Refusal as refusal:
             return value, refusal.cause
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -41,21 +42,25 @@ class Trials:
     def __init__(self, misses: Misses, padder: Padder) -> None:
         self._misses = misses
         self._padder = padder
-        self._found: OrderedDict[Signature, Padder] = OrderedDict()
+        # By the generation of the module too: a trial beside the calls may end when the module is another one.
+        self._found: OrderedDict[tuple[int, Signature], Padder] = OrderedDict()
         self._blocks = Blocks(_MOST)
+        self._lock = threading.Lock()
 
     def found(self, target: Signature) -> Padder | None:
         """What crops the answers of a bucket that may be padded to; ``None`` if that is not known."""
-        return self._found.get(target)
+        return self._found.get((self._misses.generation, target))
 
     def refused(self, target: Signature) -> Cause | None:
         """Why a bucket is not to be tried this time."""
-        return self._blocks.cause(target)
+        with self._lock:
+            return self._blocks.cause((self._misses.generation, target))
 
     def clear(self) -> None:
         """Forget everything."""
-        self._found.clear()
-        self._blocks.clear()
+        with self._lock:
+            self._found.clear()
+            self._blocks.clear()
 
     def attempt(
         self,
@@ -82,7 +87,7 @@ class Trials:
         Raises:
             Exception: Whatever the module raises for these arguments.
         """
-        module = self._misses.module
+        module, key = self._misses.module, (self._misses.generation, target)
         watch = None if isinstance(module, EngineModule) else Watch(inputs, Dependencies(module))
         with ExitStack() as during:
             during.enter_context(graphs_off())
@@ -95,19 +100,23 @@ class Trials:
             with graphs_off(), torch.no_grad():
                 found = self._tried(fit, args, kwargs)
         except Refusal as refusal:
-            self._blocks.block(target, refusal.cause)
-            return answer, refusal.cause
+            return answer, self._block(key, refusal.cause)
         except Exception as error:
             cause = refusal_of(error, "").cause
             if cause.reason is Reason.CAPTURE_FAILED:
                 text = str(error) if isinstance(error, GraphCacheError) else f"{type(error).__name__}: {error}"
                 cause = Cause(Reason.PADDING, detail=f"a call of other sizes raised {shown(text)}")
-            self._blocks.block(target, cause)
-            return answer, cause
-        self._found[target] = found
-        if len(self._found) > _MOST:
-            self._found.popitem(last=False)
+            return answer, self._block(key, cause)
+        with self._lock:
+            self._found[key] = found
+            if len(self._found) > _MOST:
+                self._found.popitem(last=False)
         return answer, found
+
+    def _block(self, key: tuple[int, Signature], cause: Cause) -> Cause:
+        with self._lock:
+            self._blocks.block(key, cause)
+        return cause
 
     def _tried(self, fit: Fit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Padder:
         padder, run = self._padder, self._misses.run

@@ -983,12 +983,31 @@ def _readable(address: int | None, nbytes: int) -> bool:
         os.close(sink)
 
 
+class Event:
+    """``torch.cuda.Event``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.handle: Any = None
+
+    def record(self, stream: Stream) -> None:
+        self.handle = self._driver.cuEventCreate(0)[1]
+        self._driver.cuEventRecord(self.handle, stream.cuda_stream)
+
+    def __del__(self) -> None:
+        if self.handle is not None:
+            self._driver.cuEventDestroy(self.handle)
+
+
 class Stream:
     """Stands in for ``torch.cuda.Stream``."""
 
     def __init__(self, driver: Driver, handle: int) -> None:
         self._driver = driver
         self.cuda_stream = handle
+
+    def wait_event(self, event: Event) -> None:
+        self._driver.cuStreamWaitEvent(self.cuda_stream, event.handle, 0)
 
     def wait_stream(self, other: Stream) -> None:
         code, event = self._driver.cuEventCreate(0)
@@ -1099,6 +1118,7 @@ class Torch:
             set_device=lambda index: setattr(self, "current_index", index),
             is_initialized=lambda: True,
             is_available=lambda: True,
+            Event=lambda: Event(driver),
             ExternalStream=lambda handle, device: Stream(driver, handle),
             graph_pool_handle=self.pools.handle,
             memory_snapshot=self.pools.segments,

@@ -1,0 +1,79 @@
+"""A call that is captured after it was answered, in another thread, on copies of its tensors."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache.cache.signature import Signature, describe, substitute
+from graphcache.graphs.lane import own_stream
+
+
+class Later:
+    """One call, as it was when it was made: values, context variables, torch's modes, and what its stream had done.
+
+    Args:
+        signature: Of the call.
+        inputs: The tensors among its arguments; they are copied, on the current stream.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.signature = signature
+        self.inputs = [value.detach().clone() for value in inputs]
+        self.args, self.kwargs = substitute(args, kwargs, self.inputs)
+        own, _ = describe(self.args, self.kwargs)
+        # Values of host shape tensors follow in the call's.
+        self.is_alike = own == signature[: len(own)]
+        """Whether the copies lie as the tensors do. Otherwise a graph of them would not be one of the call."""
+        self.cancelled = False
+        self.thread: threading.Thread | None = None
+        """Which captures it, once one does."""
+        self.done = threading.Event()
+        self._context = contextvars.copy_context()
+        self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), _autocast()
+        self._index = next((value.device.index for value in self.inputs if value.is_cuda), None)
+        self._copied: Any = None
+        if self._index is not None:
+            with torch.cuda.device(self._index):
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._copied.record(torch.cuda.current_stream())
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Call ``function`` in this thread as if it were the call's own, on a stream of the background's."""
+        return self._context.run(self._run, function)
+
+    def _run(self, function: Callable[[], Any]) -> Any:
+        inference, grad, autocast = self._modes
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, enabled, dtype in autocast:
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
+            if self._index is not None:
+                stack.enter_context(_beside(self._index, self._copied))
+            return function()
+
+
+@contextmanager
+def _beside(index: int, copied: Any) -> Iterator[None]:
+    stream = own_stream(index, "background")
+    with torch.cuda.device(index), torch.cuda.stream(stream):
+        stream.wait_event(copied)
+        yield
+        # What was copied belongs to the caller's stream, which does not know of this one.
+        stream.synchronize()
+
+
+def _autocast() -> list[tuple[str, bool, torch.dtype]]:
+    kinds = ["cpu", "cuda"] if torch.cuda.is_initialized() else ["cpu"]  # type: ignore[no-untyped-call]
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]

@@ -1,0 +1,355 @@
+"""Captures beside the calls: calls go on, answers stay right, and what is closed or changed meanwhile is not used."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import graphcache
+from graphcache import Reason
+from graphcache.errors import ClosedError, ConfigError
+from graphcache.modules import background, later
+from graphcache.modules.background import Worker
+from tests.graphs.fake_driver import Torch, installed
+from tests.helpers import Fn, in_threads, mlp, same
+from tests.modules.test_engine_module import MODULES, load, prepare, rows
+
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    for worker in list(background._workers.values()):
+        worker.stop()
+
+
+def settled(fast: Any) -> Any:
+    """The module, when nothing is captured beside its calls any more."""
+    for pending in list(fast._misses._pending.values()):
+        assert pending.done.wait(60)
+    return fast
+
+
+class Gate:
+    """Stops the recorder of a module until it is opened."""
+
+    def __init__(self, fast: Any) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        attempt = fast._misses.recorder.attempt
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            self.reached.set()
+            assert self.open.wait(60)
+            return attempt(*args, **kwargs)
+
+        fast._misses.recorder.attempt = slow
+
+
+# ---- the worker
+
+
+def test_jobs_in_order_and_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    worker, seen, done = Worker("test"), [], threading.Event()
+
+    def fails() -> None:
+        raise ValueError("mine")
+
+    for job in (lambda: seen.append(1), fails, lambda: seen.append(2), done.set):
+        assert worker.submit(job)
+    assert done.wait(60)
+    assert seen == [1, 2]
+    assert "a job of test failed" in caplog.text
+    worker.stop()
+    worker.stop()
+
+
+def test_only_so_many_wait() -> None:
+    worker, begun, go, seen = Worker("test", most=2), threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        begun.set()
+        assert go.wait(60)
+
+    assert worker.submit(first)
+    assert begun.wait(60)
+    assert [worker.submit(lambda number=number: seen.append(number)) for number in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    go.set()
+    done = threading.Event()
+    while not worker.submit(done.set):
+        pass
+    assert done.wait(60)
+    assert seen == [0, 1]
+    worker.stop()
+
+
+def test_stopping_drops_what_waits_and_waits_for_what_runs() -> None:
+    worker, begun, go, seen = Worker("test"), threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        begun.set()
+        assert go.wait(60)
+        seen.append("first")
+
+    worker.submit(first)
+    worker.submit(lambda: seen.append("never"))
+    assert begun.wait(60)
+    threading.Timer(0, go.set).start()
+    worker.stop()
+    assert seen == ["first"]
+    done = threading.Event()
+    worker.submit(done.set)
+    assert done.wait(60), "it starts again"
+    worker.stop()
+
+
+def test_a_job_keeps_nothing_alive_when_it_is_done() -> None:
+    worker, done = Worker("test"), threading.Event()
+    tensor = torch.ones(3)
+    seen = weakref.ref(tensor)
+    worker.submit(lambda tensor=tensor: done.set())
+    assert done.wait(60)
+    del tensor
+    worker.stop()
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_worker_for_each_device_and_process() -> None:
+    assert background.worker_of("cpu") is background.worker_of(torch.device("cpu"))
+    assert background.worker_of("cpu") is not background.worker_of("cuda:0")
+
+
+# ---- modules on the host
+
+
+def beside(module: nn.Module, **options: Any) -> Any:
+    return graphcache.wrap(module, capture_in="background", **options)
+
+
+def test_calls_are_answered_while_a_graph_is_made() -> None:
+    fast = beside(mlp())
+    gate = Gate(fast)
+    for _ in range(5):
+        assert same(fast(X), fast.module(X))
+    assert gate.reached.wait(60)
+    assert fast.cache_info().eager == {Reason.PENDING: 5}
+    gate.open.set()
+    settled(fast)
+    assert same(fast(X), fast.module(X))
+    info = fast.cache_info()
+    assert (info.captures, info.hits, info.eager) == (1, 1, {Reason.PENDING: 5})
+
+
+def test_values_that_change_after_the_call_are_no_part_of_it() -> None:
+    fast = beside(mlp())
+    gate = Gate(fast)
+    x = X.clone()
+    fast(x)
+    assert gate.reached.wait(60)
+    x.fill_(float("nan"))
+    gate.open.set()
+    settled(fast)
+    assert (fast.cache_info().captures, fast.cache_info().graphs) == (1, 1)
+    assert same(fast(X), fast.module(X))
+
+
+def test_a_capture_that_fails_is_a_reason_and_is_not_repeated() -> None:
+    fast = beside(Fn(lambda _, x: x * float(x.sum())))
+    for _ in range(4):
+        assert same(settled(fast)(X), fast.module(X))
+    info = fast.cache_info()
+    assert info.captures == 0
+    assert info.eager == {Reason.PENDING: 1, Reason.HOST_READ: 3}
+
+
+def test_a_module_that_raises_raises_for_the_caller_alone() -> None:
+    def refuses(_: nn.Module, x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("not here")
+        return x + 1
+
+    fast = beside(Fn(refuses))
+    assert same(fast(X), X + 1)
+    settled(fast)
+    assert same(fast(X), X + 1)
+    assert set(fast.cache_info().eager) == {Reason.PENDING, Reason.CAPTURE_FAILED}
+
+
+@pytest.mark.parametrize("how", ["clear", "close", "replace a weight"])
+def test_what_changes_meanwhile_is_not_used(how: str) -> None:
+    module = mlp()
+    fast = beside(module)
+    gate = Gate(fast)
+    fast(X)
+    assert gate.reached.wait(60)
+    opened = threading.Timer(0, gate.open.set)
+    if how == "clear":
+        opened.start()
+        fast.clear()
+    elif how == "close":
+        opened.start()
+        fast.close()
+        with pytest.raises(ClosedError):
+            fast(X)
+    else:
+        module[0].weight = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+        opened.start()
+    settled(fast)
+    assert fast.cache_info().graphs == 0
+    if how != "close":
+        for _ in range(3):
+            assert same(settled(fast)(X), module(X))
+        assert fast.cache_info().hits == 2
+    opened.join()
+
+
+def test_a_subscriber_may_clear_from_within() -> None:
+    fast = beside(mlp())
+    heard: list[object] = []
+
+    def hears(event: object) -> None:
+        heard.append(event)
+        if type(event).__name__ == "Captured":
+            fast.clear()
+
+    fast.subscribe(hears)
+    fast(X)
+    settled(fast)
+    assert same(fast(X), fast.module(X))
+    assert "Captured" in {type(event).__name__ for event in heard}
+
+
+@pytest.mark.parametrize("layout", ["expanded", "strided", "twice", "nested"])
+def test_what_a_copy_does_not_show_is_captured_at_once_or_alike(layout: str) -> None:
+    args: tuple[Any, ...]
+    args = {
+        "expanded": (torch.ones(1, 4).expand(3, 4), X[:1]),
+        "strided": (torch.arange(16.0).reshape(4, 4)[:, ::2], torch.ones(4, 1)),
+        "twice": (X, X),
+        "nested": (X, {"bias": [X + 1]}),
+    }[layout]
+    module = Fn(lambda _, x, y: x * 2 + (y["bias"][0] if isinstance(y, dict) else y))
+    fast = beside(module)
+    for _ in range(4):
+        assert same(settled(fast)(*args), module(*args))
+    info = fast.cache_info()
+    assert (info.captures, info.hits + sum(info.eager.values())) == (1, 4 - (not info.eager))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_in_the_modes_of_the_call(mode: Callable[[], Any]) -> None:
+    fast = beside(mlp())
+    with mode():
+        for _ in range(3):
+            assert same(settled(fast)(X), fast.module(X))
+        assert fast.cache_info().hits == 2
+    for _ in range(3):
+        assert same(settled(fast)(X), fast.module(X))
+    assert (fast.cache_info().captures, fast.cache_info().hits) == (2, 4)
+
+
+def test_threads() -> None:
+    fast = beside(mlp(), max_graphs=3)
+
+    def work(index: int) -> None:
+        for step in range(40):
+            x = torch.full((1 + (index + step) % 5, 4), float(step))
+            assert same(fast(x), fast.module(x))
+
+    in_threads(work)
+    settled(fast)
+    info = fast.cache_info()
+    assert info.graphs <= 3
+    assert info.hits + sum(info.eager.values()) == 160
+
+
+def test_only_what_is_worth_it_is_captured_beside() -> None:
+    fast = beside(mlp(), capture="worthwhile")
+    for size in range(1, 30):
+        fast(torch.ones(size, 4))
+    assert not fast._misses._pending
+    assert fast.cache_info().eager == {Reason.COLD: 29}
+
+
+def test_shared_contexts_do_not_go_with_it() -> None:
+    with pytest.raises(ConfigError, match=r"^contexts='shared' does not go with capture_in='background'"):
+        beside(mlp(), contexts="shared")
+
+
+# ---- engines
+
+
+@given(steps=st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["call", "call", "settle", "epoch", "clear"]))))
+def test_engines(steps: list[tuple[int, str]]) -> None:
+    """Whatever happens between a call and its capture; the stand-ins see every race and everything freed early."""
+    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, later, patch=patch) as fake, torch.no_grad():
+        prepare(fake, patch)
+        module = load("affine")
+        fast = beside(module, max_graphs=2)
+        with fake.on(fake.new_stream()):
+            for size, what in steps:
+                x = rows(fake, size)
+                assert torch.equal(fast(x), x * 3 + 1)
+                if what == "settle":
+                    settled(fast)
+                elif what == "epoch":
+                    module.epoch += 1
+                elif what == "clear":
+                    fast.clear()
+            settled(fast)
+        background._stop_all()
+        assert fast.cache_info().graphs <= 2
+        fast.close()
+        module.close()
+        gc.collect()
+        assert fake.driver.leaked() == {}
+
+
+def test_graphs_have_scratch_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays of two of them need not wait for each other, nor for eager calls."""
+    with installed(*MODULES, later, patch=monkeypatch) as fake, torch.no_grad():
+        prepare(fake, monkeypatch)
+        module = load("affine")
+        fast = beside(module)
+        with fake.on(fake.new_stream()):
+            for size in (2, 3):
+                for _ in range(2):
+                    settled(fast)(rows(fake, size))
+            settled(fast)
+        lanes = {id(entry.graph.graph.lane) for entry in fast._entries.values()}
+        assert len(lanes) == 2
+        assert id(module.lane) not in lanes
+        own = next(iter(fast._entries.values())).nbytes
+        foreground = graphcache.wrap(load("affine"))
+        foreground(rows(fake, 2))
+        assert own == next(iter(foreground._entries.values())).nbytes + module.engine.scratch_bytes
+        refitted = load("refittable")
+        other = beside(refitted)
+        x = fake.driver.heap.tensor([[1.0, 2.0]])
+        with fake.on(fake.new_stream()):
+            for _ in range(3):
+                settled(other)(x)
+            refitted.refit({"shift": torch.tensor([10.0, 20.0])}, wait=False)
+            assert other(x).tolist() == [[12.0, 26.0]]
+            assert settled(other)(x).tolist() == [[12.0, 26.0]]
+            assert other(x).tolist() == [[12.0, 26.0]]
+        for each in (fast, other, foreground):
+            each.close()
+        assert isinstance(fake, Torch)
