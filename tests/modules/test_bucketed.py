@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
 from graphcache.errors import CaptureError, ClosedError, ConfigError
 from graphcache.graphs.verify import difference
+from graphcache.modules import background
 from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, same, strides
 from tests.modules.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
+from tests.modules.test_background import settled
 
 ROWS = {0: [2, 4, 8]}
 
@@ -485,6 +489,82 @@ def test_only_prepared_buckets_are_used() -> None:
     for _ in range(3):
         assert close(fast(x), fast.module(x))
     assert outcomes(fast) == (0, 0, {Reason.NOT_PREPARED: 3})
+
+
+# ---- beside the calls
+
+
+@pytest.fixture
+def beside() -> Iterator[None]:
+    yield
+    for worker in list(background._workers.values()):
+        worker.stop()
+
+
+def test_beside_the_calls_buckets_are_captured_and_tried(beside: None) -> None:
+    threads = set()
+
+    def run(_: Any, x: Tensor) -> Tensor:
+        if len(x) != 3:
+            threads.add(threading.current_thread())
+        return x * 2
+
+    fast = graphcache.wrap(Fn(run), buckets={0: {0: [4]}}, capture_in="background")
+    for step in range(3):
+        x = torch.full((3, 2), float(step))
+        assert same(fast(x), x * 2)
+        settled(fast)
+    assert outcomes(fast) == (1, 1, {Reason.PENDING: 2}), "one until it was captured, one until it was tried"
+    assert fast.cache_info().padded == 1
+    assert threading.current_thread() not in threads, "no call waited for others"
+    fast.clear()
+    assert not fast._bucketed._trying
+    x = torch.ones(3, 2)
+    assert same(fast(x), x * 2)
+    settled(fast)
+    fast.close()
+
+
+def test_beside_the_calls_a_refusal_is_heard_of_once(beside: None) -> None:
+    fast = graphcache.wrap(Fn(lambda _, x: x.softmax(0)), buckets={0: {0: [4]}}, capture_in="background")
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        x = torch.randn(3, 2, generator=draw)
+        assert close(fast(x), x.softmax(0))
+        settled(fast)
+    info = fast.cache_info()
+    assert info.eager == {Reason.PENDING: 3, Reason.PADDING: 1}
+    assert (info.padded, info.hits) == (0, 2)
+    fast.close()
+
+
+def test_a_trial_that_ends_when_the_module_is_another_one_counts_for_nothing(beside: None) -> None:
+    trying, go = threading.Event(), threading.Event()
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        if self.training and len(x) == 3 and threading.current_thread() is not threading.main_thread():
+            trying.set()
+            assert go.wait(60)
+        return x * 2 if self.training else x - x.mean(0)
+
+    module = Fn(run)
+    fast = graphcache.wrap(module, buckets={0: {0: [4]}}, capture_in="background")
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(2))
+    fast(x)
+    settled(fast)
+    fast(x)
+    assert trying.wait(60)
+    module.eval()
+    waiting = list(fast._misses._pending.values())
+    assert close(fast(x), x - x.mean(0)), "it is not asked before the trial has ended"
+    go.set()
+    assert all(each.done.wait(60) for each in waiting)
+    for _ in range(6):
+        assert close(fast(x), x - x.mean(0))
+        settled(fast)
+    assert fast.cache_info().padded == 0
+    assert fast.cache_info().eager[Reason.PADDING] == 1
+    fast.close()
 
 
 # ---- advice
