@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from graphcache.cache.buckets import Buckets
-from graphcache.cache.estimates import Estimate
 from graphcache.cache.lru import Entry
 from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.seen import Seen
@@ -27,6 +26,7 @@ from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.modules.later import Later
 from graphcache.modules.misses import STALE, Hit, Misses
+from graphcache.modules.plan import Plan
 from graphcache.modules.record import Recorded
 from graphcache.modules.trials import Trials
 
@@ -39,20 +39,6 @@ _PATIENCE = 16
 40 eager calls."""
 _WAITING, _PENDING = Cause(Reason.COLD), Cause(Reason.PENDING)
 _MEASURING = Cause(Reason.COLD, detail="to measure what padding it would save")
-
-
-class _Plan:
-    """What is done with the calls of one signature; ``fit`` is ``None`` where they are not padded."""
-
-    __slots__ = ("calls", "cause", "eager", "fit", "look", "padding", "pays")
-
-    def __init__(self, fit: Fit | None, cause: Cause | None = None) -> None:
-        self.fit = fit
-        self.cause = cause
-        """To be said once."""
-        self.calls = self.look = 0
-        self.pays = True
-        self.eager, self.padding = Estimate(), Estimate()
 
 
 class Bucketed:
@@ -81,7 +67,7 @@ class Bucketed:
         self._seen = seen
         self._padder = Padder(checked, arguments_of(misses.module))
         self._trials = Trials(misses, self._padder)
-        self._plans: OrderedDict[Signature, _Plan] = OrderedDict()
+        self._plans: OrderedDict[Signature, Plan] = OrderedDict()
         self._wanted: dict[Signature, int] = {}
         # Buckets that are tried beside the calls, and refusals that no call has heard of.
         self._trying: set[Signature] = set()
@@ -113,25 +99,32 @@ class Bucketed:
         if misses.closed or misses.forbidden() is not None:
             return UNPADDED
         plan = self._plan(signature, args, kwargs)
-        if plan.fit is not None:
-            answer = self._replayed(plan, signature, args, kwargs, hit)
+        fit = plan.fit
+        if fit is not None:
+            answer = self._replayed(plan, fit, signature, args, kwargs, hit)
             if answer is not STALE:
                 return answer
+        elif plan.cause is None:
+            return UNPADDED
         with misses.lock:
             if misses.needs_grad(inputs) is not None:
                 return UNPADDED
             # What is stale may have been found out of a module that was another one.
             misses.refresh(signature[0] is not False)
             plan = self._plan(signature, args, kwargs)
-            cause, plan.cause = plan.cause, None
-            if plan.fit is not None:
-                target, given, call = self._padded(plan.fit, signature, args, kwargs)
-                if misses.blocked(target) is not None or self._trials.refused(target) is not None:
+            fit, cause, plan.cause = plan.fit, plan.cause, None
+            if fit is not None:
+                target, given, call = self._padded(fit, signature, args, kwargs)
+                refused = self._trials.refused(target)
+                if refused is not None and refused.reason is Reason.PADDING:
+                    # For good; no further call has to be padded to find that out.
+                    plan.fit = None
+                if refused is not None or misses.blocked(target) is not None:
                     cause = self._untold.pop(target, None)
                 else:
-                    cold = self._cold(plan.fit, signature, target, given, call, inputs, args, kwargs)
+                    cold = self._cold(fit, signature, target, given, call, inputs, args, kwargs)
                     if cold is None:
-                        return self._made(plan.fit, target, given, call, inputs, args, kwargs, hit)
+                        return self._made(fit, target, given, call, inputs, args, kwargs, hit)
                     if cold.reason not in (Reason.COLD, Reason.PENDING):
                         return UNPADDED
         if cause is not None:
@@ -139,12 +132,20 @@ class Bucketed:
         return UNPADDED if cold is None else self._timed(plan, cold, target, args, kwargs)
 
     def _replayed(
-        self, plan: _Plan, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], hit: Hit
+        self,
+        plan: Plan,
+        fit: Fit,
+        signature: Signature,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hit: Hit,
     ) -> Any:
         """The answer of the bucket's graph; ``STALE`` if there is none, ``UNPADDED`` if it is no faster."""
-        assert plan.fit is not None
+        if plan.is_settled:
+            plan.calls += 1
+            return UNPADDED
         start = time.perf_counter() if self._measures else 0.0
-        target, given, _ = self._padded(plan.fit, signature, args, kwargs)
+        target, given, _ = self._padded(fit, signature, args, kwargs)
         padder, entry = self._trials.found(target), self._entries.get(target)
         if padder is None or entry is None:
             return STALE
@@ -152,19 +153,19 @@ class Bucketed:
             answer = hit(entry, given, target[0] is not False)
             if answer is STALE:
                 return STALE
-            answer = padder.crop(plan.fit, answer)
+            answer = padder.crop(fit, answer)
         else:
             plan.calls += 1
-            if plan.eager.count < 2 and 1 < plan.calls < 4:
+            if plan.is_to_measure:
                 return self._timed(plan, _MEASURING, target, args, kwargs)
-            if not self._pays(plan, target, signature):
+            if not plan.pays(self._misses.admission, target, signature):
                 return UNPADDED
             before = time.perf_counter()
             answer = hit(entry, given, target[0] is not False)
             if answer is STALE:
                 return STALE
             after = time.perf_counter()
-            answer = padder.crop(plan.fit, answer)
+            answer = padder.crop(fit, answer)
             plan.padding.add(before - start + time.perf_counter() - after)
         self._seen.lend(target)
         self.padded += 1
@@ -271,29 +272,12 @@ class Bucketed:
             self._trying.discard(target)
             self._misses.drop(later)
 
-    def _timed(
-        self, plan: _Plan, cause: Cause, target: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _timed(self, plan: Plan, cause: Cause, target: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call as it is; its bucket is owed what it took."""
         start = time.perf_counter()
         answer = self._misses.timed(cause, target, args, kwargs)
         plan.eager.add(time.perf_counter() - start)
         return answer
-
-    def _pays(self, plan: _Plan, target: Signature, signature: Signature) -> bool:
-        """Whether a replay and the padding take less than the call as it is, from time to time looked at anew."""
-        if plan.calls >= plan.look:
-            plan.look = 2 * plan.calls + 4
-            known = self._misses.admission.known()
-            bucket, own = known.get(target), known.get(signature)
-            replay = None if bucket is None else bucket.replay
-            eager = own.eager if own is not None else None
-            if plan.eager.count:
-                eager = plan.eager.value
-            elif eager is None and bucket is not None:
-                eager = bucket.eager
-            plan.pays = replay is None or eager is None or replay + plan.padding.value < eager
-        return plan.pays
 
     def _padded(
         self, fit: Fit, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -304,7 +288,7 @@ class Bucketed:
             target = (*target, *signature[-self._host_values :])
         return target, given, call
 
-    def _plan(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
+    def _plan(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         if self._generation != self._misses.generation:
             with self._lock:
                 self._generation = self._misses.generation
@@ -321,20 +305,20 @@ class Bucketed:
                     self._plans.popitem(last=False)
         return plan
 
-    def _new_plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
+    def _new_plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         if self._engine is not None:
             # What it would refuse as it is, it refuses.
             self._engine.checked(self._engine.bind(args, kwargs))
         try:
             fit = self._padder.fit(args, kwargs)
             if isinstance(fit, str) or fit.is_exact or 0 in fit.real.values():
-                return _Plan(None)
+                return Plan(None)
             padded, _ = self._padder.pad(fit, args, kwargs)
             if self._engine is not None:
                 self._engine.checked(padded)
         except (ConfigError, InputError) as error:
-            return _Plan(None, Cause(Reason.PADDING, detail=str(error)))
-        return _Plan(fit)
+            return Plan(None, Cause(Reason.PADDING, detail=str(error)))
+        return Plan(fit)
 
 
 def arguments_of(module: Any) -> inspect.Signature | Sequence[str]:
