@@ -104,8 +104,6 @@ class Bucketed:
             answer = self._replayed(plan, fit, signature, args, kwargs, hit)
             if answer is not STALE:
                 return answer
-        elif plan.cause is None:
-            return UNPADDED
         with misses.lock:
             if misses.needs_grad(inputs) is not None:
                 return UNPADDED
