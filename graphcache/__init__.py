@@ -1,6 +1,10 @@
 """Run TensorRT engines and PyTorch modules at the cost of one CUDA graph launch, for every shape they keep seeing."""
 
 from graphcache import runtime as runtime
+from graphcache.cache.advisor import Advice as Advice
+from graphcache.cache.buckets import Axis as Axis
+from graphcache.cache.buckets import Buckets as Buckets
+from graphcache.cache.buckets import Mask as Mask
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
 from graphcache.engines.library import load_plugin_library as load_plugin_library

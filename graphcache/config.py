@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from graphcache.errors import ConfigError, shown
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Strategy = Literal["auto", "whole_graph", "per_submodule"]
 Capture = Literal["first", "worthwhile", "prepared"]
@@ -22,6 +19,12 @@ Contexts = Literal["private", "shared"]
 Edges = Literal["captured", "full"]
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
+
+
+class Buckets(Protocol):
+    """:class:`graphcache.Buckets`, as it is seen from below."""
+
+    sizes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,9 @@ class GraphConfig:
         max_graphs: How many graphs are kept, at least 1; the least recently used goes first, with
             ``capture="worthwhile"`` the one that saved least lately.
         max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.
+        buckets: Argument -> axis -> sizes, such as ``{"x": {0: [1, 8, 64]}}``; or a :class:`graphcache.Buckets`. A call
+            whose sizes lie between them is padded to the next ones, which have a graph, and its answer cropped. Whether
+            the module bears it is tried first. ``None`` pads nothing. Parts of a module are never padded.
         verify: Compare every new graph with eager execution, on the caller's inputs and on others, before it is used.
         io: ``"bind"`` points an engine's kernels at the caller's tensors, so that nothing is copied, wherever all
             places are found where they hold an address, and verification agrees. Whatever is not bound is copied.
@@ -74,6 +80,8 @@ class GraphConfig:
     capture_in: CaptureIn = "foreground"
     max_graphs: int = 32
     max_bytes: int | None = None
+    # A mapping has no hash.
+    buckets: Buckets | Mapping[Any, Any] | None = field(default=None, hash=False)
     verify: bool = True
     io: InputOutput = "bind"
     outputs: Outputs = "own"
@@ -89,6 +97,13 @@ class GraphConfig:
                 raise ConfigError(
                     f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}"
                 )
+        if self.buckets is not None:
+            for name, value in (("outputs", "view"), ("strategy", "per_submodule")):
+                if getattr(self, name) == value:
+                    raise ConfigError(
+                        f"buckets with {name}={value!r}: answers are cropped of the whole module's own; expected "
+                        f"another {name}, or no buckets"
+                    )
         listed = isinstance(self.include, Sequence) and not isinstance(self.include, str)
         if not listed or not all(isinstance(name, str) for name in self.include):
             raise ConfigError(

@@ -257,6 +257,11 @@ class Reason(enum.Enum):
         "only prepared signatures are captured, and this is none of them",
         "give its shapes to prepare(), or use capture='worthwhile'",
     )
+    PADDING = (
+        "padding",
+        "an axis that was declared independent is not, so the call was not padded to its bucket",
+        "declare a fill or a mask that makes it so, or outputs; or leave the axis without buckets",
+    )
     OVER_BUDGET = (
         "over_budget",
         "the graph would not fit the cache's budget",

@@ -214,6 +214,16 @@ class Admission:
             record.cause = COLD
             self._books.raise_price(record, 2.0)
 
+    def charge(self, seconds: float) -> None:
+        """Note time that was spent for graphs, beside what captures took.
+
+        Raises:
+            ConfigError: If ``seconds`` cannot be a time.
+        """
+        seconds = checked_seconds(seconds, "seconds")
+        with self._lock:
+            self._books.pay(seconds)
+
     def evicted(self, key: Hashable, entry: Entry[Any]) -> None:
         """Note that a graph has left the cache; for its ``on_evict``."""
         with self._lock:

@@ -161,6 +161,13 @@ class Books:
         """Change what a signature has to owe, never to less than a capture costs."""
         record.factor = min(max(record.factor * times, 1.0), _LARGEST_FACTOR)
 
+    def pay(self, seconds: float) -> None:
+        """Book time that was spent for graphs, and not on a capture."""
+        self.settle()
+        self.spent += seconds
+        self._lately_spent += seconds
+        self.credit -= seconds
+
     def replayed(self, record: Record, seconds: float) -> bool:
         """Book what a replay took; whether replays are no faster than eager calls, where both were measured."""
         record.replay.add(seconds)

@@ -31,7 +31,8 @@ LARGEST = 2**31 - 1
 """The largest bucket: what a dimension may be for kernels that count in 32 bits."""
 MOST_SIZES = 1024
 """Buckets of one axis; each may become a graph."""
-_POWERS = tuple(2**power for power in range(31))
+POWERS_OF_TWO = tuple(2**power for power in range(31))
+"""What ``"powers_of_two"`` stands for; the object itself, where that was said."""
 _MOST_AXES = 64
 
 
@@ -141,6 +142,13 @@ class Buckets:
         other.outputs = self._output_axes(outputs)
         return other
 
+    def with_sizes(self, sizes: Mapping[str, tuple[int, ...]]) -> Buckets:
+        """The same axes with these buckets, ascending, for some of their names."""
+        other = object.__new__(Buckets)
+        other.sizes, other.inputs, other.masks = {**self.sizes, **sizes}, self.inputs, self.masks
+        other.outputs = self.outputs
+        return other
+
     def up(self, symbol: str, size: int) -> int | None:
         """The smallest bucket that holds a size; ``None`` where none does. An empty axis goes to the smallest.
 
@@ -247,7 +255,7 @@ def _is_number(fill: object) -> bool:
 def _sizes(where: str, given: object) -> tuple[int, ...]:
     """Buckets in order, each once: neither the order nor a repetition can mean anything else."""
     if type(given) is str and given == "powers_of_two":
-        return _POWERS
+        return POWERS_OF_TWO
     if type(given) not in (list, tuple, range):
         raise ConfigError(f"{where}={shown(given)}: expected a list of sizes, or 'powers_of_two'")
     assert isinstance(given, (list, tuple, range))

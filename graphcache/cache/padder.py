@@ -48,7 +48,8 @@ class Padder:
 
     Args:
         buckets: Which axes have which buckets.
-        signature: Of the module's ``forward``, so that a name and a position can stand for the same argument.
+        signature: Of the module's ``forward``, so that a name and a position can stand for the same argument; or the
+            names of the arguments.
 
     Raises:
         ConfigError: Naming the field, if there is no such argument, or one is named twice.
@@ -65,7 +66,7 @@ class Padder:
         tensor([1., 1., 1.])
     """
 
-    def __init__(self, buckets: Buckets, signature: Signature) -> None:
+    def __init__(self, buckets: Buckets, signature: Signature | Sequence[str]) -> None:
         self.buckets = buckets
         self._signature = signature
         self._places = {key: place_of(key, signature, f"buckets[{key!r}]") for key in buckets.inputs}
@@ -164,7 +165,9 @@ class Padder:
         """
         if self.buckets.outputs is None:
             raise ConfigError("outputs: it is not said which axes to crop; expected Buckets(..., outputs=...)")
-        leaves, structure = pytree.tree_flatten(answer, is_leaf=is_size)
+        # Taking a single tensor apart and putting it together takes longer than cropping it.
+        bare = type(answer) is Tensor
+        leaves, structure = ([answer], None) if bare else pytree.tree_flatten(answer, is_leaf=is_size)
         tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for place, axes in self.buckets.outputs.items():
             if place >= len(tensors):
@@ -173,7 +176,7 @@ class Padder:
             for axis, symbol in axes.items():
                 _check_output(fit, f"outputs[{place}][{axis}]", tensor, axis, symbol)
             leaves[tensors[place]] = cropped(tensor, {axis: fit.real[symbol] for axis, symbol in axes.items()})
-        return pytree.tree_unflatten(leaves, structure)
+        return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
 
     def exchange(self, change: Change, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The arguments with another tensor for each that is given and has buckets, masks among them.

@@ -55,6 +55,8 @@ def cropped(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
     result = tensor
     for axis, size in sizes.items():
         result = result.narrow(axis, 0, size)
+    if result.is_contiguous():
+        return result
     # A caller may ask for a view() of what eager execution would have answered.
     return result.clone() if is_dense(tensor) and not is_dense(result) else result
 

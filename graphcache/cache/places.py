@@ -36,12 +36,12 @@ class Place:
             kwargs[self.name] = value
 
 
-def place_of(key: str | int, signature: Signature, where: str) -> Place:
+def place_of(key: str | int, signature: Signature | Sequence[str], where: str) -> Place:
     """The place of an argument.
 
     Args:
         key: Its name, or its position from 0 on.
-        signature: Of the function.
+        signature: Of the function; or the names of its arguments, which need not be identifiers.
         where: What gave the key, for the message.
 
     Raises:
@@ -52,8 +52,12 @@ def place_of(key: str | int, signature: Signature, where: str) -> Place:
         >>> place_of("y", inspect.signature(lambda x, y=0: x), "option")
         Place(index=1, name='y')
     """
-    ordered, named, more, open_ended = [], set(), False, False
-    for each in signature.parameters.values():
+    ordered: list[str] = []
+    named: set[str] = set()
+    more = open_ended = False
+    if not isinstance(signature, Signature):
+        ordered, named = list(signature), set(signature)
+    for each in signature.parameters.values() if isinstance(signature, Signature) else ():
         if each.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
             ordered.append(each.name)
         if each.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphcache.cache.advisor import Advice
 from graphcache.cache.lru import Entry, GraphCache, clock
+from graphcache.cache.places import place_of
+from graphcache.cache.seen import Seen, advise_axes
 from graphcache.cache.signature import Signature, describe, describe_layout
 from graphcache.config import GraphConfig, modes
-from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal
+from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal, shown
 from graphcache.events import Evicted, Ledger, Subscriber
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.single import Fire, Into
+from graphcache.modules.bucketed import UNPADDED, Bucketed, arguments_of
 from graphcache.modules.conditions import (
     current_device,
     dispatch_modes,
@@ -100,22 +104,28 @@ class CachedModule(StandIn):
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name)
         shortcuts: dict[Hashable, Shortcut] = {}
+        seen = Seen()
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
             misses.admission.evicted(key, entry)
+            seen.retire(key, entry.hits)
             ledger.evicted(Evicted(key, entry.hits))
 
         cache: GraphCache[Recorded] = GraphCache(
             max_graphs=config.max_graphs, max_bytes=config.max_bytes, on_evict=evicted
         )
-        parts_config = replace(config, strategy="whole_graph", outputs="own")
+        parts_config = replace(config, strategy="whole_graph", outputs="own", buckets=None)
         parts = {
             part_name: CachedModule(part, parts_config, name=part_name, run=part.forward)
             for part_name, part in find_parts(module, config).items()
         }
         freshness = Freshness(module, self, checks_weights=config.weights == "checked")
         misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
+        beside = config.capture_in == "background"
+        bucketed = (
+            None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen, beside=beside)
+        )
         # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
             config=config,
@@ -128,6 +138,8 @@ class CachedModule(StandIn):
             # By layout alone, for calls of plain tensors on a device; emptied whenever a graph goes.
             _shortcuts=shortcuts,
             _misses=misses,
+            _seen=seen,
+            _bucketed=bucketed,
             _is_stale=freshness.is_stale,
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
             _checks_early=True,
@@ -283,10 +295,47 @@ class CachedModule(StandIn):
             graphs=len(entries),
             nbytes=sum(entry.nbytes for entry in entries),
             capture_seconds=self.ledger.capture_seconds,
+            padded=0 if self._bucketed is None else self._bucketed.padded,
         )
         for part in self.parts.values():
             own += part.cache_info()
         return own
+
+    def advise_buckets(
+        self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0
+    ) -> Advice:
+        """Buckets for one argument that would have served its shapes with the least padding.
+
+        Args:
+            trace: Shapes with how often each was seen; ``None`` for those of the calls so far (of the last 4096
+                signatures).
+            most: How many buckets an axis may have, on every axis where the shapes differ; or axis -> how many.
+            argument: Its name or position; it is a tensor, and an argument of the call itself.
+
+        Returns:
+            The advice; ``option()`` gives what the ``buckets`` option takes for the argument.
+
+        Raises:
+            ConfigError: Naming the field, or if no shape of the argument was seen.
+
+        Example:
+            >>> fast = CachedModule(nn.ReLU())
+            >>> for rows in (1, 2, 7, 8, 8):
+            ...     _ = fast(torch.zeros(rows, 4))
+            >>> fast.advise_buckets(most=2).option()
+            {0: [2, 8]}
+        """
+        if trace is None:
+            if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
+                raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
+            place = place_of(argument, arguments_of(self.module), f"argument={argument!r}")
+            trace = self._seen.counts(place, {key: entry.hits for key, entry in list(self._entries.items())})
+            if not trace:
+                raise ConfigError(
+                    f"argument={argument!r}: {self.ledger.name} was not called with a tensor there; call it first, or "
+                    f"give a trace"
+                )
+        return advise_axes(trace, most)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call ``subscriber`` with every capture, eviction and eager call from now on, in the thread of the call.
@@ -454,6 +503,11 @@ class CachedModule(StandIn):
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._notice_device(inputs)
+        self._seen.note(signature, args, kwargs)
+        if self._bucketed is not None:
+            answer = self._bucketed.answer(signature, inputs, args, kwargs, self._hit)
+            if answer is not UNPADDED:
+                return answer
         return self._misses.answer(signature, inputs, args, kwargs, self._hit)
 
     def _notice_device(self, inputs: Sequence[Tensor]) -> None:

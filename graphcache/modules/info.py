@@ -19,6 +19,7 @@ class CacheInfo:
         graphs: Graphs held now.
         nbytes: Device memory that they own, in bytes; an estimate where the driver does not tell.
         capture_seconds: Time spent capturing, in seconds.
+        padded: Of the hits, those of calls that were padded to a bucket.
     """
 
     hits: int = 0
@@ -28,6 +29,7 @@ class CacheInfo:
     graphs: int = 0
     nbytes: int = 0
     capture_seconds: float = 0.0
+    padded: int = 0
 
     def __add__(self, other: CacheInfo) -> CacheInfo:
         eager = {
@@ -41,4 +43,5 @@ class CacheInfo:
             self.graphs + other.graphs,
             self.nbytes + other.nbytes,
             self.capture_seconds + other.capture_seconds,
+            self.padded + other.padded,
         )

@@ -19,7 +19,7 @@ from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Captured, Ledger
 from graphcache.graphs.capture import refusal_of
-from graphcache.modules.background import worker_of
+from graphcache.modules.background import nothing, worker_of
 from graphcache.modules.conditions import forbidden
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
@@ -64,7 +64,7 @@ class Misses:
         parts: Mapping[str, CachedModule],
         freshness: Freshness,
     ) -> None:
-        self._module = module
+        self.module = module
         self._engine = module if isinstance(module, EngineModule) else None
         self._config = config
         self._ledger = ledger
@@ -80,6 +80,8 @@ class Misses:
         self.cuda = self._engine is not None
         """Whether calls concern a CUDA device."""
         self.closed = False
+        self.generation = 0
+        """Goes up when everything that was found out about the module is forgotten."""
         self._pending: dict[Signature, Later] = {}
         """What is captured beside the calls, or waits for it."""
         self.runs(run)
@@ -94,7 +96,14 @@ class Misses:
         return Reason.DISABLED if self._off else forbidden(cuda=self.cuda)
 
     def answer(
-        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], hit: Hit
+        self,
+        signature: Signature,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hit: Hit,
+        *,
+        admitted: bool = False,
     ) -> Any:
         """Answer a call that no graph has answered.
 
@@ -104,6 +113,7 @@ class Misses:
             args: Its positional arguments.
             kwargs: Its keyword arguments.
             hit: What to do if another thread has captured it meanwhile.
+            admitted: Whether it was admitted already, so that it is captured if it can be.
 
         Raises:
             CaptureError: If the call cannot be captured and ``on_failure="raise"``.
@@ -112,29 +122,28 @@ class Misses:
         """
         self.check_open()
         if (reason := self.forbidden()) is not None:
-            return self._eagerly(Cause(reason), args, kwargs)
+            return self.eagerly(Cause(reason), args, kwargs)
         if self._config.strategy == "per_submodule":
             with self._routes.active():
                 return self.run(*args, **kwargs)
         with self.lock:
             grad = signature[0] is not False
-            if self._freshness.is_stale(grad):
-                self.clear()
-                self._freshness.look_again()
-            cause = self._needs_grad(inputs) or self._blocks.cause(signature)
+            self.refresh(grad)
+            cause = self.needs_grad(inputs) or self.blocked(signature)
             entry = self._cache.entries.get(signature)
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
-            cold = self._cold_cause(signature, inputs, args, kwargs) if cause is None else None
+            wanted = cause is None and not admitted
+            cold = self.cold_cause(signature, inputs, args, kwargs) if wanted else None
             if cause is None and cold is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
-                    self._tell(cause)
+                    self.tell(cause)
                 return answer
         if cold is not None:
-            return self._cold(cold, signature, args, kwargs)
+            return self.timed(cold, signature, args, kwargs)
         assert cause is not None
-        return self._eagerly(cause, args, kwargs)
+        return self.eagerly(cause, args, kwargs)
 
     def undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call whose arguments no signature describes.
@@ -147,7 +156,7 @@ class Misses:
             # The whole was never to be captured, and the parts may be called with something else.
             with self._routes.active():
                 return self.run(*args, **kwargs)
-        return self._eagerly(cause if reason is None else Cause(reason), args, kwargs)
+        return self.eagerly(cause if reason is None else Cause(reason), args, kwargs)
 
     def alone(self, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
         """A graph of a call that shares no memory with others and is in no cache.
@@ -157,7 +166,7 @@ class Misses:
             Exception: Whatever the module raises for these arguments.
         """
         reason = self.forbidden()
-        cause = Cause(reason) if reason is not None else self._needs_grad(inputs)
+        cause = Cause(reason) if reason is not None else self.needs_grad(inputs)
         if cause is None:
             with self.lock:
                 _, outcome = self.recorder.attempt(args, kwargs, inputs, alone=True)
@@ -182,34 +191,79 @@ class Misses:
             wait: Wait for the last replays.
         """
         with self.lock:
+            self.generation += 1
             for later in self._pending.values():
                 later.cancelled = True
             self._cache.clear(wait=wait)
             self._blocks.clear()
             self.recorder.release()
 
+    def refresh(self, grad: bool) -> None:
+        """Drop every graph if they are no longer right. The lock is held."""
+        if self._freshness.is_stale(grad):
+            self.clear()
+            self._freshness.look_again()
+
+    def blocked(self, signature: Signature) -> Cause | None:
+        """Why a signature is not to be captured this time, from what came of it before. The lock is held."""
+        return self._blocks.cause(signature)
+
     def _recorder(self) -> Recorder:
         if self._engine is not None:
             return EngineRecorder(self._engine, self._config)
-        return TorchRecorder(self._module, self.run, self._ledger.name, verified=self._config.verify)
+        return TorchRecorder(self.module, self.run, self._ledger.name, verified=self._config.verify)
 
-    def _cold_cause(
+    def cold_cause(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Cause | None:
-        """Why the call runs eagerly although it could be captured; ``None`` if it is to be captured now."""
+        """Why a call runs eagerly although it could be captured; ``None`` if it is to be captured now.
+
+        What is to be captured beside the calls is on its way then. The lock is held.
+        """
         if signature in self._pending:
             return _PENDING
         if (cause := self.admission.ask(signature)) is not None or self._config.capture_in == "foreground":
             return cause
+        return self.beside(self._capture_beside, signature, inputs, args, kwargs)
+
+    def beside(
+        self,
+        job: Callable[[Later], object],
+        signature: Signature,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        dropped: Callable[[], object] = nothing,
+    ) -> Cause | None:
+        """Do something with copies of a call beside the calls, after which the job calls :meth:`drop`.
+
+        Args:
+            job: What is done.
+            signature: Of the call.
+            inputs: The tensors among its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            dropped: Called instead of the job if it is not done.
+
+        Returns:
+            Why the call runs eagerly meanwhile; ``None`` if no copies of it can be made, and nothing will be done.
+        """
+
+        def drop() -> None:
+            self.drop(later)
+            dropped()
+
         later = Later(signature, inputs, args, kwargs)
         if not later.is_alike:
             return None
         self._pending[signature] = later
-        if not worker_of(self._device(inputs)).submit(lambda: self._capture_beside(later), lambda: self._drop(later)):
-            self._drop(later)
+        if not worker_of(self._device(inputs)).submit(lambda: job(later), drop):
+            drop()
         return _PENDING
 
-    def _drop(self, later: Later) -> None:
+    def drop(self, later: Later) -> None:
+        """Note that nothing more is done with a call beside the calls."""
         self._pending.pop(later.signature, None)
         later.done.set()
 
@@ -251,7 +305,7 @@ class Misses:
                 finally:
                     self.lock.release()
         finally:
-            self._drop(later)
+            self.drop(later)
 
     def _capture(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -312,10 +366,10 @@ class Misses:
             taken.append(time.perf_counter() - start)
         return min(taken)
 
-    def _cold(self, cause: Cause, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call that may be captured some day; parts of it are left alone until then."""
+    def timed(self, cause: Cause, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call whose signature may be captured some day; parts of it are left alone until then."""
         self.check_open()
-        self._tell(cause)
+        self.tell(cause)
         start = time.perf_counter()
         with graphs_off():
             answer = self.run(*args, **kwargs)
@@ -333,14 +387,20 @@ class Misses:
             return self._engine.device
         return next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
 
-    def _tell(self, cause: Cause) -> None:
+    def tell(self, cause: Cause) -> None:
+        """Count an eager call.
+
+        Raises:
+            CaptureError: With ``on_failure="raise"``, unless it was asked for.
+        """
         self._ledger.ran_eagerly(cause)
         if self._config.on_failure == "raise" and cause.reason not in _NO_FAILURES:
             raise CaptureError(f"{self._ledger.name}: {cause}")
 
-    def _eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def eagerly(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call that is not to be captured; parts of it may be."""
         self.check_open()
-        self._tell(cause)
+        self.tell(cause)
         if cause.reason in _ALWAYS_EAGER:
             return self.run(*args, **kwargs)
         if self._engine is not None:
@@ -350,7 +410,8 @@ class Misses:
         with self._routes.active():
             return self.run(*args, **kwargs)
 
-    def _needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
+    def needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
+        """Why the call's modes forbid a graph, if they do."""
         if not torch.is_grad_enabled():
             return None
         if any(tensor.requires_grad for tensor in inputs):

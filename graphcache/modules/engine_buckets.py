@@ -1,0 +1,58 @@
+"""Buckets of an engine, held against its bindings and optimisation profiles when it is wrapped."""
+
+from __future__ import annotations
+
+from graphcache.cache.buckets import POWERS_OF_TWO, Buckets
+from graphcache.cache.places import place_of
+from graphcache.engines.bindings import Binding
+from graphcache.errors import ConfigError, shown
+from graphcache.modules.engine import EngineModule
+
+
+def engine_buckets(buckets: Buckets, module: EngineModule) -> Buckets:
+    """The buckets that the engine takes.
+
+    Args:
+        buckets: As declared. Sizes that were listed must lie inside a profile; of ``"powers_of_two"`` those are taken
+            that do.
+        module: The engine.
+
+    Raises:
+        ConfigError: Naming the field, for a size outside every profile, an axis or input that is not there, or an input
+            that is read on the host.
+    """
+    inputs = module.engine.inputs
+    sizes = dict(buckets.sizes)
+    for key in buckets.inputs:
+        place = place_of(key, module.input_binding_names, f"buckets[{key!r}]")
+        assert place.index is not None
+        binding = inputs[place.index]
+        if binding.on_host:
+            raise ConfigError(
+                f"buckets[{key!r}]: {module.name} reads {binding.name!r} on the host, and its values are sizes; "
+                f"expected an input on the device"
+            )
+        for axis, position in zip(buckets.inputs[key], buckets.places(key, len(binding.shape)), strict=True):
+            where = f"buckets[{key!r}][{axis.axis}]"
+            fitting = tuple(size for size in sizes[axis.symbol] if _fits(binding, position, size))
+            if buckets.sizes[axis.symbol] is not POWERS_OF_TWO and fitting != sizes[axis.symbol]:
+                wrong = next(size for size in sizes[axis.symbol] if size not in fitting)
+                raise ConfigError(
+                    f"{where}: the size {wrong}; expected one that a profile takes: {_ranges(binding, position)}"
+                )
+            if not fitting:
+                raise ConfigError(
+                    f"{where}={shown('powers_of_two')}: none of them is a size that a profile takes: "
+                    f"{_ranges(binding, position)}"
+                )
+            sizes[axis.symbol] = fitting
+    return buckets.with_sizes(sizes)
+
+
+def _fits(binding: Binding, axis: int, size: int) -> bool:
+    return any(low <= size <= high for low, high in (profile[axis] for profile in binding.ranges))
+
+
+def _ranges(binding: Binding, axis: int) -> str:
+    pairs = [profile[axis] for profile in binding.ranges]
+    return ", ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in pairs)

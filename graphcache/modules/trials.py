@@ -1,0 +1,156 @@
+"""Whether the calls that go to a bucket may be padded to it, tried at the first of them and remembered."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache.cache.blocks import Blocks
+from graphcache.cache.buckets import Buckets, InputAxis
+from graphcache.cache.independence import dependence, observed_outputs
+from graphcache.cache.padder import Call, Fit, Padder
+from graphcache.cache.padding import cropped
+from graphcache.cache.signature import Signature
+from graphcache.config import graphs_off
+from graphcache.errors import Cause, GraphCacheError, InputError, Reason, Refusal, shown
+from graphcache.graphs.capture import refusal_of
+from graphcache.graphs.verify import difference, tolerance_of
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.misses import Misses
+from graphcache.modules.state import Dependencies, Watch
+
+_MOST = 1024
+
+
+class Trials:
+    """What came of padding to each bucket, by the signature of the padded call.
+
+    Tried are the sizes of the first call that goes to the bucket, and the smallest ones that would, where modules do
+    what they do for no other size (a single row is broadcast).
+
+    Args:
+        misses: Whose module is called.
+        padder: Pads its calls.
+    """
+
+    def __init__(self, misses: Misses, padder: Padder) -> None:
+        self._misses = misses
+        self._padder = padder
+        # By the generation of the module too: a trial beside the calls may end when the module is another one.
+        self._found: OrderedDict[tuple[int, Signature], Padder] = OrderedDict()
+        self._blocks = Blocks(_MOST)
+        self._lock = threading.Lock()
+
+    def found(self, target: Signature) -> Padder | None:
+        """What crops the answers of a bucket that may be padded to; ``None`` if that is not known."""
+        return self._found.get((self._misses.generation, target))
+
+    def refused(self, target: Signature) -> Cause | None:
+        """Why a bucket is not to be tried this time."""
+        with self._lock:
+            return self._blocks.cause((self._misses.generation, target))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._found.clear()
+            self._blocks.clear()
+
+    def attempt(
+        self,
+        target: Signature,
+        fit: Fit,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Padder | Cause]:
+        """Answer a call eagerly, as it is, and find out whether it may be padded.
+
+        A module that changes itself, or draws random numbers, is called this once and no more.
+
+        Args:
+            target: Signature of the padded call.
+            fit: What it is padded to.
+            inputs: The tensors of the call as it is.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The answer, and either what crops padded ones, or why there must be none.
+
+        Raises:
+            Exception: Whatever the module raises for these arguments.
+        """
+        module, key = self._misses.module, (self._misses.generation, target)
+        watch = None if isinstance(module, EngineModule) else Watch(inputs, Dependencies(module))
+        with ExitStack() as during:
+            during.enter_context(graphs_off())
+            if watch is not None:
+                during.enter_context(watch)
+            answer = self._misses.run(*args, **kwargs)
+        try:
+            if watch is not None:
+                watch.check()
+            with graphs_off(), torch.no_grad():
+                found = self._tried(fit, args, kwargs)
+        except Refusal as refusal:
+            return answer, self._block(key, refusal.cause)
+        except Exception as error:
+            cause = refusal_of(error, "").cause
+            if cause.reason is Reason.CAPTURE_FAILED:
+                text = str(error) if isinstance(error, GraphCacheError) else f"{type(error).__name__}: {error}"
+                cause = Cause(Reason.PADDING, detail=f"a call of other sizes raised {shown(text)}")
+            return answer, self._block(key, cause)
+        with self._lock:
+            self._found[key] = found
+            if len(self._found) > _MOST:
+                self._found.popitem(last=False)
+        return answer, found
+
+    def _block(self, key: tuple[int, Signature], cause: Cause) -> Cause:
+        with self._lock:
+            self._blocks.block(key, cause)
+        return cause
+
+    def _tried(self, fit: Fit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Padder:
+        padder, run = self._padder, self._misses.run
+        if padder.buckets.outputs is None:
+            padder = padder.with_outputs(observed_outputs(run, args, kwargs, padder))
+        smallest = self._smallest(fit, args, kwargs)
+        for each in ((args, kwargs), *([] if smallest is None else [smallest])):
+            text = dependence(run, *each, padder, difference=difference, tolerance=tolerance_of)
+            if text is not None:
+                raise Refusal(Reason.PADDING, detail=text)
+        return padder
+
+    def _smallest(self, fit: Fit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The start of a call, of the smallest sizes that go to the same bucket; ``None`` if it has these itself."""
+        sizes = {name: _least(self._padder.buckets, name, fit.padded[name]) for name in fit.real}
+        if sizes == fit.real:
+            return None
+
+        def start(value: Tensor, axes: Any) -> Tensor:
+            named: dict[int, InputAxis] = dict(axes)
+            return cropped(value, {place: sizes[axis.symbol] for place, axis in named.items()}).clone()
+
+        call = self._padder.exchange(start, args, kwargs)
+        module = self._misses.module
+        if isinstance(module, EngineModule):
+            try:
+                module.checked(call[0])
+            except InputError:
+                # No profile takes it, so no call will have these sizes.
+                return None
+        return call
+
+
+def _least(buckets: Buckets, name: str, bucket: int) -> int:
+    sizes = buckets.sizes[name]
+    place = sizes.index(bucket)
+    return sizes[place - 1] + 1 if place else 1

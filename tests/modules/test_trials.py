@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphcache
+from graphcache.cache.buckets import Buckets
+from graphcache.cache.padder import Fit, Padder
+from graphcache.errors import Cause, Reason
+from graphcache.modules.trials import Trials
+from tests.helpers import Fn, frozen, same
+
+BUCKETS = Buckets({0: {0: [4, 8]}})
+
+
+def trials_of(module: nn.Module, buckets: Buckets = BUCKETS) -> tuple[Trials, Padder]:
+    padder = Padder(buckets, inspect.signature(module.forward))
+    return Trials(graphcache.wrap(module)._misses, padder), padder
+
+
+def tried(module: nn.Module, x: Tensor, key: Any = ("key",)) -> tuple[Trials, Any, Padder | Cause]:
+    trials, padder = trials_of(module)
+    fit = padder.fit((x,), {})
+    assert isinstance(fit, Fit)
+    return (trials, *trials.attempt(key, fit, [x], (x,), {}))
+
+
+def test_what_is_found_is_remembered_until_it_is_forgotten() -> None:
+    x = torch.randn(3, 2)
+    trials, answer, found = tried(frozen(nn.Linear(2, 5)), x)
+    assert answer.shape == (3, 5)
+    assert isinstance(found, Padder)
+    assert found.buckets.outputs == {0: {0: "0[0]"}}
+    assert trials.found(("key",)) is found
+    assert (trials.found(("other",)), trials.refused(("key",))) == (None, None)
+    trials.clear()
+    assert trials.found(("key",)) is None
+
+
+def test_a_refusal_is_remembered_for_good() -> None:
+    trials, answer, cause = tried(Fn(lambda _, x: x.softmax(0)), torch.ones(3))
+    assert same(answer, torch.full((3,), 1 / 3))
+    assert isinstance(cause, Cause)
+    assert cause.reason is Reason.PADDING
+    assert [trials.refused(("key",)) for _ in range(40)] == [cause] * 40
+    trials.clear()
+    assert trials.refused(("key",)) is None
+
+
+def test_what_may_pass_is_tried_again() -> None:
+    count = iter(range(99))
+
+    def run(self: Fn, x: Tensor) -> Tensor:
+        self.last = next(count)
+        return x + 1
+
+    trials, _, cause = tried(Fn(run, last=-1), torch.ones(3))
+    assert isinstance(cause, Cause)
+    assert cause.reason is Reason.MUTATES
+    assert next(count) == 1, "it ran once"
+    assert [trials.refused(("key",)) is None for _ in range(17)] == [*[False] * 16, True]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_smallest_sizes_are_tried_too(rows: int) -> None:
+    sizes = set()
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        sizes.add(len(x))
+        return x * 2
+
+    _, _, found = tried(Fn(run), torch.ones(rows, 2))
+    assert isinstance(found, Padder)
+    assert sizes == {1, rows, 4}
+    sizes.clear()
+    tried(Fn(run), torch.ones(7, 2))
+    assert sizes == {5, 7, 8}
+
+
+FAILING: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "other sizes raise": (lambda x: x.reshape(3, -1) + 0 if len(x) != 4 else x.reshape(3, -1), "a call of other sizes"),
+    "a product of sizes": (lambda x: x.repeat(2), "outputs[0][0]: from 6 to 8 when 0[0] is padded from 3 to 4"),
+    "as many outputs as rows": (lambda x: list(x), "outputs: 3 tensors, but 4 once 0[0] is padded"),
+    "its length as a number": (lambda x: (x + 1, len(x)), "the answer contains 4 in place of 3"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_why_is_said(name: str) -> None:
+    function, text = FAILING[name]
+    _, answer, cause = tried(Fn(lambda _, x: function(x)), torch.randn(3))
+    assert isinstance(cause, Cause)
+    assert cause.reason is Reason.PADDING
+    assert text in cause.detail
+    assert answer is not None
+
+
+def test_no_memory_is_no_verdict_on_the_axis() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        if len(x) == 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return x + 1
+
+    trials, answer, cause = tried(Fn(run), torch.ones(3))
+    assert same(answer, torch.full((3,), 2.0))
+    assert isinstance(cause, Cause)
+    assert cause.reason is Reason.OUT_OF_MEMORY
+    assert [trials.refused(("key",)) is None for _ in range(17)][-1]
+
+
+def test_what_the_call_itself_raises_is_raised_and_nothing_remembered() -> None:
+    trials, padder = trials_of(frozen(nn.Linear(2, 5)))
+    x = torch.ones(3, 7)
+    fit = padder.fit((x,), {})
+    assert isinstance(fit, Fit)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        trials.attempt(("key",), fit, [x], (x,), {})
+    assert (trials.found(("key",)), trials.refused(("key",))) == (None, None)
+
+
+def test_modes_are_as_they_were() -> None:
+    seen = []
+    run = Fn(lambda _, x: (seen.append((torch.is_grad_enabled(), graphcache.config.modes.get().off)), x + 1)[1])
+    before = torch.is_grad_enabled(), graphcache.config.modes.get()
+    tried(run, torch.ones(3))
+    assert (torch.is_grad_enabled(), graphcache.config.modes.get()) == before
+    assert seen[0] == (before[0], True), "parts of the call are no calls of their own"
+    assert set(seen[1:]) == {(False, True)}
