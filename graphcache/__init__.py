@@ -1,6 +1,8 @@
 """Run TensorRT engines and PyTorch modules at the cost of one CUDA graph launch, for every shape they keep seeing."""
 
 from graphcache import runtime as runtime
+from graphcache.cache.arbiter import set_process_budget as set_process_budget
+from graphcache.cache.manifest import Manifest as Manifest
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
 from graphcache.engines.library import load_plugin_library as load_plugin_library
@@ -11,7 +13,8 @@ from graphcache.modules.cached import CachedModule as CachedModule
 from graphcache.modules.cached import wrap as wrap
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.engine import load as load
+from graphcache.modules.examples import Call as Call
 from graphcache.modules.info import CacheInfo as CacheInfo
+from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
-
-__version__ = "0.1.0"
+from graphcache.version import __version__ as __version__

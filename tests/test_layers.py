@@ -14,6 +14,7 @@ RANKS = {
     "errors": 0,
     "config": 0,
     "events": 0,
+    "version": 0,
     "cache": 1,
     "graphs": 1,
     "engines": 1,

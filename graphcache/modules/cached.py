@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache, clock
+from graphcache.cache.manifest import Manifest
 from graphcache.cache.signature import Signature, describe, describe_layout
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal
-from graphcache.events import Evicted, Ledger, Subscriber
+from graphcache.events import Evicted, Ledger, Subscriber, log
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.single import Fire, Into
 from graphcache.modules.conditions import (
@@ -37,6 +39,7 @@ from graphcache.modules.freshness import Freshness
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.into import copy_into, targets_of
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.prepare import Prepared, prepare, remembered
 from graphcache.modules.record import Recorded
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
@@ -267,6 +270,66 @@ class CachedModule(StandIn):
             copy_into(out, self(*args, **kwargs), self.ledger.name)
         return out
 
+    def prepare(
+        self, *calls: Any, pin: bool = False, deadline: float | None = None, progress: bool | None = None
+    ) -> Prepared:
+        """Capture calls before serving: all of them run eagerly once, then all are captured.
+
+        A signature holds the grad mode and autocast: prepare under those that will serve. (A manifest brings its own.)
+        Calls that are given are prepared largest first, so that what graphs share grows once; those of a manifest
+        hottest first, as far as budgets reach. A graph that is prepared makes room for none of the others. It is one
+        of the cache's, and may be evicted later, unless it is pinned.
+
+        Args:
+            calls: Tuples of positional arguments, single tensors, :class:`graphcache.Call`, manifests, or their paths.
+                For an engine also shapes: of its only input, or for each input, in a sequence or by name; the values
+                are made up. For a host shape tensor these are its values.
+            pin: Keep these graphs whatever comes.
+            deadline: Seconds after which no further capture begins; half of them at most go to the eager calls.
+            progress: Draw a bar on stderr where that is a terminal; ``None`` means ``True``.
+
+        Returns:
+            How many signatures have a graph now, what it took, and what was refused, left out or ignored. A manifest
+            that is damaged or of another environment is ignored, which is logged once. A line is logged at INFO.
+
+        Raises:
+            ConfigError: For what is no call, or a bad option.
+            ClosedError: After :meth:`close`.
+            Exception: Whatever the module raises for a call that was given. Nothing was captured then.
+
+        Example:
+            >>> fast = CachedModule(nn.ReLU(), GraphConfig(capture="prepared"))
+            >>> fast.prepare((torch.zeros(2),), (torch.zeros(3),)).signatures
+            2
+            >>> _ = fast(torch.ones(3))
+            >>> fast.cache_info().hits
+            1
+        """
+        return prepare(self, calls, pin=pin, deadline=deadline, progress=progress)
+
+    def save_manifest(self, path: str | os.PathLike[str]) -> Manifest:
+        """Write what was captured, and what was often called without a graph, for :meth:`prepare` of a later process.
+
+        It holds shapes, constants, how often they came and what they cost, not the values of tensors; and the module's
+        fingerprint, device, driver and versions. The file is written in one step: a reader sees the old one or the new
+        one, whoever else writes.
+
+        Args:
+            path: Of the file, in a directory that exists.
+
+        Returns:
+            What was written. Calls that cannot be told in text are left out, which is logged at INFO.
+
+        Raises:
+            OSError: If it cannot be written; what was there stays.
+            ConfigError: For a path that is none.
+        """
+        manifest, untold = remembered(self)
+        left_out = untold + manifest.save(path)
+        if left_out:
+            log.info("%s: %d calls were left out of the manifest", self.ledger.name, left_out)
+        return manifest
+
     def cache_info(self) -> CacheInfo:
         """The account so far, of this module and of the parts that it captured one by one.
 
@@ -275,6 +338,7 @@ class CachedModule(StandIn):
             0
         """
         entries = list(self._entries.values())
+        account, arbiter = self._misses.admission.account(), self._misses.arbiter
         own = CacheInfo(
             hits=self.ledger.retired_hits + sum(entry.hits for entry in entries),
             captures=self.ledger.captures,
@@ -283,6 +347,10 @@ class CachedModule(StandIn):
             graphs=len(entries),
             nbytes=sum(entry.nbytes for entry in entries),
             capture_seconds=self.ledger.capture_seconds,
+            eager_seconds=account.eager_seconds,
+            saved_seconds=account.saved_seconds,
+            budget=self.config.max_bytes,
+            process_nbytes=arbiter.nbytes if arbiter is not None else 0,
         )
         for part in self.parts.values():
             own += part.cache_info()

@@ -1,0 +1,311 @@
+"""Graphs before serving: every call runs eagerly first, then all are captured."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphcache.cache.manifest import Manifest, ManifestProblem, differences
+from graphcache.cache.served import ManifestEntry, plan
+from graphcache.cache.signature import Signature, describe
+from graphcache.cache.spec import example_of
+from graphcache.config import graphs_off
+from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, shown
+from graphcache.events import Event, RanEagerly, log
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.examples import Example, example, varied
+from graphcache.modules.fingerprint import device_of, environment
+from graphcache.modules.preparing import Preparation, prepared_together, preparing
+from graphcache.modules.progress import bar
+from graphcache.modules.remembered import made_again
+from graphcache.modules.views import is_plain, plain
+
+if TYPE_CHECKING:
+    from graphcache.modules.cached import CachedModule
+
+
+class Refused(NamedTuple):
+    """A call that has no graph after all: its tensors, and why."""
+
+    call: str
+    cause: Cause
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a preparation gave.
+
+    Args:
+        signatures: How many signatures have a graph now, of the module and of its parts.
+        seconds: What it took, in seconds.
+        nbytes: Memory that these graphs own, in bytes.
+        refused: Calls without a graph, with the causes.
+        left_out: Calls that were not tried, for lack of time or of room in the budget.
+        problems: What was wrong with a manifest, and was ignored.
+
+    Example:
+        >>> print(Prepared(32, 1.25, 12_300_000, left_out=2))
+        32 signatures prepared in 1.25 s, 12.3 MB; 2 left out
+    """
+
+    signatures: int
+    seconds: float
+    nbytes: int
+    refused: tuple[Refused, ...] = ()
+    left_out: int = 0
+    problems: tuple[ManifestProblem, ...] = ()
+
+    def __str__(self) -> str:
+        found = [f"{self.signatures} signatures prepared in {self.seconds:.2f} s, {self.nbytes / 1e6:.1f} MB"]
+        if self.refused:
+            causes = Counter(each.cause.reason.value for each in self.refused)
+            found.append("refused: " + ", ".join(f"{count} {name}" for name, count in sorted(causes.items())))
+        if self.left_out:
+            found.append(f"{self.left_out} left out")
+        if self.problems:
+            found.append(f"{len(self.problems)} problems of manifests")
+        return "; ".join(found)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call to prepare, of the whole or of a part."""
+
+    target: CachedModule
+    call: Example
+    modes: Callable[[], AbstractContextManager[object]] = nullcontext
+    entry: ManifestEntry | None = None
+    where: tuple[str, str] = ("", "")
+
+
+def prepare(
+    fast: CachedModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
+) -> Prepared:
+    """What :meth:`CachedModule.prepare` does."""
+    start = time.monotonic()
+    _check_options(given, pin, deadline, progress)
+    fast._misses.check_open()
+    work = _Work(fast, deadline, start)
+    manifests = [each for each in given if isinstance(each, (str, os.PathLike, Manifest))]
+    calls = [example(each, fast.module) for each in given if not isinstance(each, (str, os.PathLike, Manifest))]
+    jobs = [_Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
+    for manifest in manifests:
+        jobs += work.of_manifest(manifest)
+    preparation = Preparation(pin=pin)
+    with bar(f"Preparing {fast.ledger.name}", 2 * len(jobs), progress) as step:
+        warm = work.warm(jobs, step)
+        with prepared_together(preparation):
+            work.capture(warm, preparation, step)
+    done = Prepared(
+        len(preparation),
+        time.monotonic() - start,
+        preparation.nbytes,
+        tuple(work.refused),
+        work.left_out,
+        tuple(work.problems),
+    )
+    if done.problems:
+        log.warning(
+            "%s: of a manifest was ignored: %s", fast.ledger.name, "; ".join(str(each) for each in done.problems)
+        )
+    log.info("%s: %s", fast.ledger.name, done)
+    return done
+
+
+class _Work:
+    """The two phases, and what is noted on the way."""
+
+    def __init__(self, fast: CachedModule, deadline: float | None, start: float) -> None:
+        self._fast = fast
+        self._deadline = math.inf if deadline is None else start + deadline
+        # What is warm and never captured was in vain.
+        self._half = math.inf if deadline is None else start + deadline / 2
+        self._seconds = deadline
+        self.refused: list[Refused] = []
+        self.problems: list[ManifestProblem] = []
+        self.left_out = 0
+
+    def of_manifest(self, given: Any) -> list[_Job]:
+        """The calls of a manifest that may be captured within the budgets, hottest first."""
+        here = environment(self._fast.module)
+        manifest = Manifest.load(given, expect=here) if not isinstance(given, Manifest) else given
+        path = "the manifest" if isinstance(given, Manifest) else os.fspath(given)
+        self.problems += manifest.problems
+        if foreign := [
+            ManifestProblem(path, f"environment[{name!r}]", f"{there}, but here it is {found}")
+            for name, there, found in differences(manifest.environment, here)
+        ]:
+            self.problems += foreign
+            return []
+        targets = {"": self._fast, **self._fast.parts}
+        by_part: dict[str, list[ManifestEntry]] = {}
+        for index, entry in enumerate(manifest.entries):
+            if entry.part in targets:
+                by_part.setdefault(entry.part, []).append(entry)
+            else:
+                text = f"{shown(entry.part)} is no part that is captured here"
+                self.problems.append(ManifestProblem(path, f"entries[{index}].part", text))
+        jobs = []
+        for part, entries in by_part.items():
+            target, config = targets[part], self._fast.config
+            chosen = list(plan(entries, config.max_graphs, config.max_bytes, self._seconds))
+            self.left_out += len(entries) - len(chosen)
+            for entry in chosen:
+                where = (path, f"call of {shown(part)}" if part else "call")
+                jobs.append(_Job(target, _example(entry, target), entry.spec.modes, entry, where))
+        return sorted(jobs, key=lambda job: -job.entry.hits if job.entry is not None else 0)
+
+    def warm(self, jobs: Sequence[_Job], step: Callable[[], None]) -> list[tuple[_Job, Signature]]:
+        """Run every call eagerly, once for each signature; those that ran, in the same order."""
+        found: dict[tuple[int, Signature], tuple[_Job, Signature]] = {}
+        for job in jobs:
+            step()
+            if time.monotonic() > self._half:
+                self.left_out += 1
+                continue
+            try:
+                with job.modes():
+                    signature = self._run(job, found)
+            except ClosedError:
+                raise
+            except Refusal as refusal:
+                self.refused.append(Refused(job.call.label, refusal.cause))
+                continue
+            except Exception as error:
+                # A call that was given is the caller's to mend, and nothing was captured yet.
+                if job.entry is None:
+                    raise
+                text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                self.problems.append(ManifestProblem(*job.where, text))
+                continue
+            found.setdefault((id(job.target), signature), (job, signature))
+        for target in {id(job.target): job.target for job, _ in found.values()}.values():
+            if target._misses.cuda:
+                # What went wrong on the device shows here, with nothing captured.
+                torch.cuda.current_stream(device_of(target.module)).synchronize()
+        return list(found.values())
+
+    def capture(
+        self, warm: Sequence[tuple[_Job, Signature]], preparation: Preparation, step: Callable[[], None]
+    ) -> None:
+        """Capture what ran, and note what cannot be captured."""
+        label = ""
+
+        def hear(event: Event) -> None:
+            # Other threads may be serving meanwhile.
+            if isinstance(event, RanEagerly) and preparing.get() is preparation:
+                self.refused.append(Refused(label, event.cause))
+
+        with ExitStack() as stack:
+            for part in self._fast.parts.values():
+                stack.callback(part.subscribe(hear))
+            for job, signature in warm:
+                step()
+                if time.monotonic() > self._deadline:
+                    self.left_out += 1
+                    continue
+                label = job.call.label
+                misses = job.target._misses
+                if (learnt := _measured(job.entry)) is not None and signature not in job.target._entries:
+                    misses.admission.learn(signature, **learnt)
+                with job.modes():
+                    args, kwargs, _, inputs = described(job.target, *job.call.make())
+                    try:
+                        with on_device(job.target, inputs):
+                            cause = misses.prepare(signature, inputs, args, kwargs)
+                    except CaptureError:
+                        # Of a part, with on_failure="raise"; it was heard.
+                        continue
+                if cause is not None:
+                    self.refused.append(Refused(label, cause))
+
+    def _run(self, job: _Job, found: dict[tuple[int, Signature], Any]) -> Signature:
+        args, kwargs, signature, inputs = described(job.target, *job.call.make())
+        if (id(job.target), signature) not in found and signature not in job.target._entries:
+            job.target._notice_device(inputs)
+            with on_device(job.target, inputs), graphs_off():
+                job.target._misses.run(*args, **kwargs)
+        return signature
+
+
+def described(
+    fast: CachedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Signature, Sequence[Tensor]]:
+    """A call as :meth:`CachedModule.forward` sees it: its arguments, its signature, and the tensors in it.
+
+    Raises:
+        Refusal: If no signature describes it.
+        InputCountError: If an engine takes no such arguments.
+    """
+    if not is_plain(args, kwargs):
+        args, kwargs = plain(args), plain(kwargs)
+    if fast._engine is not None:
+        args, kwargs = fast._for_engine(fast._engine, args, kwargs)
+    signature, inputs = describe(args, kwargs)
+    if fast._host_inputs:
+        signature = (*signature, *fast._host_values(args))
+    return args, kwargs, signature, inputs
+
+
+def on_device(fast: CachedModule, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Inside, the device of a call is the current one."""
+    index = fast._device_index(inputs) if fast._misses.cuda else None
+    return nullcontext() if index is None else torch.cuda.device(index)
+
+
+def _example(entry: ManifestEntry, target: CachedModule) -> Example:
+    module = target.module
+    device = device_of(module)
+
+    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = example_of(entry.spec, device)
+        if isinstance(module, EngineModule):
+            args = made_again(module, args)
+        varied(args, kwargs)
+        return args, kwargs
+
+    return Example(f"{entry.spec.text[:200]}", entry.spec.nbytes, make)
+
+
+def _measured(entry: ManifestEntry | None) -> dict[str, float] | None:
+    if entry is None:
+        return None
+    times = {"eager": entry.eager_seconds, "replay": entry.replay_seconds, "capture": entry.capture_seconds}
+    known = {name: seconds for name, seconds in times.items() if seconds is not None}
+    return known if len(known) == len(times) else None
+
+
+def _check_options(given: Sequence[Any], pin: object, deadline: object, progress: object) -> None:
+    if not given:
+        raise ConfigError("prepare() was given nothing; expected calls, shapes, a manifest or its path")
+    if not isinstance(pin, bool):
+        raise ConfigError(f"pin={shown(pin)}: expected True or False")
+    if progress is not None and not isinstance(progress, bool):
+        raise ConfigError(f"progress={shown(progress)}: expected True, False or None")
+    number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
+    if deadline is not None and not (number and 0 < deadline < 1e9):  # type: ignore[operator]
+        raise ConfigError(f"deadline={shown(deadline)}: expected seconds, above 0 and below 1e9, or None")
+
+
+def remembered(fast: CachedModule) -> tuple[Manifest, int]:
+    """What a module and its parts have served, as a manifest, and how many calls cannot be told in text."""
+    entries, untold = [], 0
+    for part, each in _each(fast):
+        served, left = each._misses.remembered.served(each._misses.admission.known(), part)
+        entries += served
+        untold += left
+    return Manifest(environment(fast.module), entries), untold
+
+
+def _each(fast: CachedModule) -> Iterator[tuple[str, CachedModule]]:
+    yield "", fast
+    yield from fast.parts.items()
