@@ -96,10 +96,8 @@ class Admission:
         >>> cache = GraphCache(max_graphs=8)
         >>> admission = Admission(cache)
         >>> admission.learn("8x64", eager=180e-6, replay=50e-6, capture=5e-3)
-        >>> calls = 0
         >>> while admission.ask("8x64") is not None:
-        ...     admission.ran("8x64", 180e-6)
-        ...     calls += 1
+        ...     calls = admission.ran("8x64", 180e-6)
         >>> calls  # lose as much as a capture takes
         39
         >>> entry = cache.put("8x64", Graph())

@@ -75,7 +75,7 @@ class Books:
     Example:
         >>> books = Books({}, remembered=2)
         >>> for key in "abca":
-        ...     books.ran(key, 0.001)
+        ...     _ = books.ran(key, 0.001)
         >>> list(books.seen)
         ['c', 'a']
     """

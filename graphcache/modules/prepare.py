@@ -72,7 +72,7 @@ class Prepared:
         if self.left_out:
             found.append(f"{self.left_out} left out")
         if self.problems:
-            found.append(f"{len(self.problems)} problems of manifests")
+            found.append(f"ignored of manifests: {len(self.problems)}")
         return "; ".join(found)
 
 
