@@ -39,9 +39,10 @@ from graphcache.modules.freshness import Freshness
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.into import copy_into, targets_of
 from graphcache.modules.misses import STALE, Misses
-from graphcache.modules.prepare import Prepared, prepare, remembered
+from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.record import Recorded
 from graphcache.modules.recorded_calls import TraceRecording
+from graphcache.modules.served_calls import served
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
 from graphcache.modules.strategy import find_parts
@@ -325,7 +326,7 @@ class CachedModule(StandIn):
             OSError: If it cannot be written; what was there stays.
             ConfigError: For a path that is none.
         """
-        manifest, untold = remembered(self)
+        manifest, untold = served(self)
         left_out = untold + manifest.save(path)
         if left_out:
             log.info("%s: %d calls were left out of the manifest", self.ledger.name, left_out)

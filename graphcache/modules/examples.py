@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -168,7 +169,8 @@ def _checked(engine: EngineModule, binding: Binding, value: Any) -> tuple[int, .
         raise InputRankError(f"{label} was given {shape}, {len(shape)} {what}; the engine takes {wanted}")
     fits = (all(low <= size <= high for size, (low, high) in zip(shape, each, strict=False)) for each in binding.ranges)
     if not any(fits):
-        seen = torch.tensor(shape) if binding.on_host else torch.empty(0).new_empty(shape, device="meta")
+        # Not even on the meta device is there a tensor of any size.
+        seen: Any = torch.tensor(shape) if binding.on_host else SimpleNamespace(shape=shape)
         raise out_of_range(engine.name, binding, seen, range(len(binding.ranges)))
     return shape
 

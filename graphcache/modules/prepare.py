@@ -6,28 +6,24 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from graphcache.cache.manifest import Manifest, ManifestProblem, differences
-from graphcache.cache.served import ManifestEntry, plan
-from graphcache.cache.signature import Signature, describe
-from graphcache.cache.spec import example_of
+from graphcache.cache.manifest import Manifest, ManifestProblem
+from graphcache.cache.signature import Signature
 from graphcache.config import graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, shown
 from graphcache.events import Event, RanEagerly, log
-from graphcache.modules.engine import EngineModule
-from graphcache.modules.examples import Example, example, varied
-from graphcache.modules.fingerprint import device_of, environment
+from graphcache.modules.described import described, on_device
+from graphcache.modules.examples import example
+from graphcache.modules.fingerprint import device_of
 from graphcache.modules.preparing import Preparation, prepared_together, preparing
 from graphcache.modules.progress import bar
-from graphcache.modules.remembered import made_again
-from graphcache.modules.views import is_plain, plain
+from graphcache.modules.served_calls import Job, choose
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule
@@ -76,17 +72,6 @@ class Prepared:
         return "; ".join(found)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One call to prepare, of the whole or of a part."""
-
-    target: CachedModule
-    call: Example
-    modes: Callable[[], AbstractContextManager[object]] = nullcontext
-    entry: ManifestEntry | None = None
-    where: tuple[str, str] = ("", "")
-
-
 def prepare(
     fast: CachedModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
 ) -> Prepared:
@@ -97,9 +82,12 @@ def prepare(
     work = _Work(fast, deadline, start)
     manifests = [each for each in given if isinstance(each, (str, os.PathLike, Manifest))]
     calls = [example(each, fast.module) for each in given if not isinstance(each, (str, os.PathLike, Manifest))]
-    jobs = [_Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
+    jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
     for manifest in manifests:
-        jobs += work.of_manifest(manifest)
+        chosen = choose(fast, manifest, deadline)
+        jobs += chosen.jobs
+        work.left_out += chosen.left_out
+        work.problems += chosen.problems
     preparation = Preparation(pin=pin)
     with bar(f"Preparing {fast.ledger.name}", 2 * len(jobs), progress) as step:
         warm = work.warm(jobs, step)
@@ -129,44 +117,13 @@ class _Work:
         self._deadline = math.inf if deadline is None else start + deadline
         # What is warm and never captured was in vain.
         self._half = math.inf if deadline is None else start + deadline / 2
-        self._seconds = deadline
         self.refused: list[Refused] = []
         self.problems: list[ManifestProblem] = []
         self.left_out = 0
 
-    def of_manifest(self, given: Any) -> list[_Job]:
-        """The calls of a manifest that may be captured within the budgets, hottest first."""
-        here = environment(self._fast.module)
-        manifest = Manifest.load(given, expect=here) if not isinstance(given, Manifest) else given
-        path = "the manifest" if isinstance(given, Manifest) else os.fspath(given)
-        self.problems += manifest.problems
-        if foreign := [
-            ManifestProblem(path, f"environment[{name!r}]", f"{there}, but here it is {found}")
-            for name, there, found in differences(manifest.environment, here)
-        ]:
-            self.problems += foreign
-            return []
-        targets = {"": self._fast, **self._fast.parts}
-        by_part: dict[str, list[ManifestEntry]] = {}
-        for index, entry in enumerate(manifest.entries):
-            if entry.part in targets:
-                by_part.setdefault(entry.part, []).append(entry)
-            else:
-                text = f"{shown(entry.part)} is no part that is captured here"
-                self.problems.append(ManifestProblem(path, f"entries[{index}].part", text))
-        jobs = []
-        for part, entries in by_part.items():
-            target, config = targets[part], self._fast.config
-            chosen = list(plan(entries, config.max_graphs, config.max_bytes, self._seconds))
-            self.left_out += len(entries) - len(chosen)
-            for entry in chosen:
-                where = (path, f"call of {shown(part)}" if part else "call")
-                jobs.append(_Job(target, _example(entry, target), entry.spec.modes, entry, where))
-        return sorted(jobs, key=lambda job: -job.entry.hits if job.entry is not None else 0)
-
-    def warm(self, jobs: Sequence[_Job], step: Callable[[], None]) -> list[tuple[_Job, Signature]]:
+    def warm(self, jobs: Sequence[Job], step: Callable[[], None]) -> list[tuple[Job, Signature]]:
         """Run every call eagerly, once for each signature; those that ran, in the same order."""
-        found: dict[tuple[int, Signature], tuple[_Job, Signature]] = {}
+        found: dict[tuple[int, Signature], tuple[Job, Signature]] = {}
         for job in jobs:
             step()
             if time.monotonic() > self._half:
@@ -185,7 +142,7 @@ class _Work:
                 if job.entry is None:
                     raise
                 text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                self.problems.append(ManifestProblem(*job.where, text))
+                self.problems.append(ManifestProblem(job.path, "call", text))
                 continue
             found.setdefault((id(job.target), signature), (job, signature))
         for target in {id(job.target): job.target for job, _ in found.values()}.values():
@@ -195,7 +152,7 @@ class _Work:
         return list(found.values())
 
     def capture(
-        self, warm: Sequence[tuple[_Job, Signature]], preparation: Preparation, step: Callable[[], None]
+        self, warm: Sequence[tuple[Job, Signature]], preparation: Preparation, step: Callable[[], None]
     ) -> None:
         """Capture what ran, and note what cannot be captured."""
         label = ""
@@ -215,7 +172,7 @@ class _Work:
                     continue
                 label = job.call.label
                 misses = job.target._misses
-                if (learnt := _measured(job.entry)) is not None and signature not in job.target._entries:
+                if (learnt := job.measured) is not None and signature not in job.target._entries:
                     misses.admission.learn(signature, **learnt)
                 with job.modes():
                     args, kwargs, _, inputs = described(job.target, *job.call.make())
@@ -228,60 +185,13 @@ class _Work:
                 if cause is not None:
                     self.refused.append(Refused(label, cause))
 
-    def _run(self, job: _Job, found: dict[tuple[int, Signature], Any]) -> Signature:
+    def _run(self, job: Job, found: dict[tuple[int, Signature], Any]) -> Signature:
         args, kwargs, signature, inputs = described(job.target, *job.call.make())
         if (id(job.target), signature) not in found and signature not in job.target._entries:
             job.target._notice_device(inputs)
             with on_device(job.target, inputs), graphs_off():
                 job.target._misses.run(*args, **kwargs)
         return signature
-
-
-def described(
-    fast: CachedModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], Signature, Sequence[Tensor]]:
-    """A call as :meth:`CachedModule.forward` sees it: its arguments, its signature, and the tensors in it.
-
-    Raises:
-        Refusal: If no signature describes it.
-        InputCountError: If an engine takes no such arguments.
-    """
-    if not is_plain(args, kwargs):
-        args, kwargs = plain(args), plain(kwargs)
-    if fast._engine is not None:
-        args, kwargs = fast._for_engine(fast._engine, args, kwargs)
-    signature, inputs = describe(args, kwargs)
-    if fast._host_inputs:
-        signature = (*signature, *fast._host_values(args))
-    return args, kwargs, signature, inputs
-
-
-def on_device(fast: CachedModule, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Inside, the device of a call is the current one."""
-    index = fast._device_index(inputs) if fast._misses.cuda else None
-    return nullcontext() if index is None else torch.cuda.device(index)
-
-
-def _example(entry: ManifestEntry, target: CachedModule) -> Example:
-    module = target.module
-    device = device_of(module)
-
-    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = example_of(entry.spec, device)
-        if isinstance(module, EngineModule):
-            args = made_again(module, args)
-        varied(args, kwargs)
-        return args, kwargs
-
-    return Example(f"{entry.spec.text[:200]}", entry.spec.nbytes, make)
-
-
-def _measured(entry: ManifestEntry | None) -> dict[str, float] | None:
-    if entry is None:
-        return None
-    times = {"eager": entry.eager_seconds, "replay": entry.replay_seconds, "capture": entry.capture_seconds}
-    known = {name: seconds for name, seconds in times.items() if seconds is not None}
-    return known if len(known) == len(times) else None
 
 
 def _check_options(given: Sequence[Any], pin: object, deadline: object, progress: object) -> None:
@@ -294,18 +204,3 @@ def _check_options(given: Sequence[Any], pin: object, deadline: object, progress
     number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
     if deadline is not None and not (number and 0 < deadline < 1e9):  # type: ignore[operator]
         raise ConfigError(f"deadline={shown(deadline)}: expected seconds, above 0 and below 1e9, or None")
-
-
-def remembered(fast: CachedModule) -> tuple[Manifest, int]:
-    """What a module and its parts have served, as a manifest, and how many calls cannot be told in text."""
-    entries, untold = [], 0
-    for part, each in _each(fast):
-        served, left = each._misses.remembered.served(each._misses.admission.known(), part)
-        entries += served
-        untold += left
-    return Manifest(environment(fast.module), entries), untold
-
-
-def _each(fast: CachedModule) -> Iterator[tuple[str, CachedModule]]:
-    yield "", fast
-    yield from fast.parts.items()

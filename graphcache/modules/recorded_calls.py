@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from graphcache.cache.trace import Input, TraceWriter
 from graphcache.errors import GraphCacheError, Refusal
 from graphcache.modules.conditions import is_compiling
-from graphcache.modules.prepare import described
+from graphcache.modules.described import described
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule
