@@ -204,9 +204,11 @@ def _check_environment(name: str, environment: object) -> None:
 
 
 def _path(path: object) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"path={shown(path)}: expected the path of a file")
-    text = os.fspath(path)
+    try:
+        text: object = os.fspath(path)  # type: ignore[call-overload]
+        os.fsencode(text)  # type: ignore[arg-type]
+    except Exception as error:
+        raise ConfigError(f"path={shown(path)}: expected the path of a file") from error
     if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError(f"path={shown(path)}: expected the path of a file")
     return text

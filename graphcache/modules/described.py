@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.signature import Signature, describe
+from graphcache.errors import Refusal
 from graphcache.modules.views import is_plain, plain
 
 if TYPE_CHECKING:
@@ -24,12 +25,16 @@ def described(
     Raises:
         Refusal: If no signature describes it.
         InputCountError: If an engine takes no such arguments.
+        StaleOutputError: If an argument is an output that a later replay has overwritten.
     """
-    if not is_plain(args, kwargs):
-        args, kwargs = plain(args), plain(kwargs)
     if fast._engine is not None:
         args, kwargs = fast._for_engine(fast._engine, args, kwargs)
-    signature, inputs = describe(args, kwargs)
+    try:
+        signature, inputs = describe(args, kwargs)
+    except Refusal:
+        if is_plain(args, kwargs):
+            raise
+        return described(fast, plain(args), plain(kwargs))
     if fast._host_inputs:
         signature = (*signature, *fast._host_values(args))
     return args, kwargs, signature, inputs

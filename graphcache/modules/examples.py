@@ -77,22 +77,35 @@ def example(given: Any, module: nn.Module) -> Example:
         >>> example((torch.zeros(2, 3), 5), nn.Identity()).label
         'float32[2, 3]'
     """
-    if isinstance(given, Call):
+    if is_a(given, Call):
         return _of_arguments(tuple(given.args), dict(given.kwargs))
-    if isinstance(given, Tensor):
+    if is_a(given, Tensor):
         return _of_arguments((given,), {})
     if isinstance(module, EngineModule):
-        if isinstance(given, Mapping):
+        if is_a(given, Mapping):
             return _of_shapes(module, given)
-        if isinstance(given, (tuple, list)):
+        if is_a(given, tuple, list):
             return _of_shapes(module, _by_name(module, given))
-    elif isinstance(given, tuple):
+    elif is_a(given, tuple):
         return _of_arguments(given, {})
     raise ConfigError(
         f"{shown(given)} is no call of {type(module).__name__}; expected a tuple of its arguments, "
         f"graphcache.Call(args, kwargs), a manifest or its path"
         + (", or shapes of its inputs" if isinstance(module, EngineModule) else "; shapes alone are for engines")
     )
+
+
+def is_a(value: object, *kinds: type) -> bool:
+    """``isinstance`` of anything, also of what cannot be asked.
+
+    Example:
+        >>> is_a("m.json", str, int)
+        True
+    """
+    try:
+        return isinstance(value, kinds)
+    except Exception:
+        return False
 
 
 def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,7 +122,11 @@ def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    tensors = list(_tensors((args, kwargs)))
+    try:
+        tensors = [each for each in _tensors((args, kwargs)) if each.layout is torch.strided]
+    except Exception:
+        # A container that contains itself, say; no signature will describe it.
+        tensors = []
     label = ", ".join(f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in tensors)
     nbytes = sum(each.numel() * each.dtype.itemsize for each in tensors)
     return Example(label or "no tensors", nbytes, lambda: (args, kwargs))

@@ -233,10 +233,9 @@ class Misses:
         if self._freshness.is_stale(signature[0] is not False):
             self.clear()
             self._freshness.look_again()
-        entry = self._cache.entries.get(signature)
-        if entry is not None:
+        if signature in self._cache.entries:
             if (preparation := preparing.get()) is not None:
-                preparation.keep(entry)
+                preparation.keep(self._cache.entries, signature)
             return None
         if (cause := self._needs_grad(inputs) or self._blocks.cause(signature)) is not None:
             return cause
@@ -279,8 +278,7 @@ class Misses:
             if preparation is None:
                 self._notice_thrash(signature)
                 return answer, None
-            if slower is None:
-                preparation.keep(entry)
+            preparation.keep(self._cache.entries, signature)
             return answer, slower
         self.admission.failed(signature, seconds, preparing=preparation is not None)
         self._blocks.block(signature, outcome)

@@ -19,7 +19,7 @@ from graphcache.config import graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, shown
 from graphcache.events import Event, RanEagerly, log
 from graphcache.modules.described import described, on_device
-from graphcache.modules.examples import example
+from graphcache.modules.examples import example, is_a
 from graphcache.modules.fingerprint import device_of
 from graphcache.modules.preparing import Preparation, prepared_together, preparing
 from graphcache.modules.progress import bar
@@ -80,8 +80,8 @@ def prepare(
     _check_options(given, pin, deadline, progress)
     fast._misses.check_open()
     work = _Work(fast, deadline, start)
-    manifests = [each for each in given if isinstance(each, (str, os.PathLike, Manifest))]
-    calls = [example(each, fast.module) for each in given if not isinstance(each, (str, os.PathLike, Manifest))]
+    manifests = [each for each in given if is_a(each, str, os.PathLike, Manifest)]
+    calls = [example(each, fast.module) for each in given if not is_a(each, str, os.PathLike, Manifest)]
     jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
     for manifest in manifests:
         chosen = choose(fast, manifest, deadline)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,36 +16,47 @@ class Preparation:
     Example:
         >>> class Graph:
         ...     nbytes = 8
-        >>> entry = Entry(Graph())
+        >>> entries = {"8x64": Entry(Graph())}
         >>> with prepared_together(Preparation()) as preparation:
-        ...     preparation.keep(entry)
-        ...     entry.pinned
+        ...     preparation.keep(entries, "8x64")
+        ...     entries["8x64"].pinned
         True
-        >>> entry.pinned
-        False
+        >>> entries["8x64"].pinned, len(preparation)
+        (False, 1)
     """
 
     def __init__(self, *, pin: bool = False) -> None:
         self._pin = pin
-        self._pinned: dict[Entry[Any], bool] = {}
+        self._kept: dict[Entry[Any], tuple[Mapping[Hashable, Entry[Any]], Hashable, bool]] = {}
 
     @property
     def nbytes(self) -> int:
         """Memory that the graphs own, in bytes."""
-        return sum(entry.nbytes for entry in self._pinned)
+        return sum(entry.nbytes for entry in self._there())
 
     def __len__(self) -> int:
-        return len(self._pinned)
+        return len(self._there())
 
-    def keep(self, entry: Entry[Any]) -> None:
-        """Let nothing evict a graph from now on."""
-        self._pinned.setdefault(entry, entry.pinned)
-        entry.pinned = True
+    def keep(self, entries: Mapping[Hashable, Entry[Any]], key: Hashable) -> None:
+        """Let nothing evict a graph from now on, if it is there.
+
+        Args:
+            entries: The cache's.
+            key: Of the graph.
+        """
+        entry = entries.get(key)
+        if entry is not None:
+            self._kept.setdefault(entry, (entries, key, entry.pinned))
+            entry.pinned = True
 
     def end(self) -> None:
         """Pin the graphs for good if that was asked for, otherwise leave them as they were."""
-        for entry, before in self._pinned.items():
+        for entry, (_, _, before) in self._kept.items():
             entry.pinned = self._pin or before
+
+    def _there(self) -> list[Entry[Any]]:
+        # One that was pinned may have been dropped all the same, with all the others.
+        return [entry for entry, (entries, key, _) in self._kept.items() if entries.get(key) is entry]
 
 
 preparing: ContextVar[Preparation | None] = ContextVar("graphcache_preparing", default=None)

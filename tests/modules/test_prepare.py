@@ -236,6 +236,21 @@ def test_a_deadline_leaves_the_rest_out(monkeypatch: pytest.MonkeyPatch) -> None
     assert "; 5 left out" in str(done)
 
 
+def test_only_graphs_that_are_there_are_counted() -> None:
+    fast = graphcache.wrap(mlp(), verify=False)
+    attempt = fast._misses.recorder.attempt
+
+    def changed_after(*args: Any, **options: Any) -> Any:
+        found = attempt(*args, **options)
+        fast.module[0].weight = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+        return found
+
+    fast._misses.recorder.attempt = changed_after
+    done = fast.prepare(*xs(1, 2, 3))
+    assert (done.signatures, fast.cache_info().graphs) == (1, 1)
+    assert done.nbytes == fast.cache_info().nbytes
+
+
 def test_other_threads_are_served_meanwhile() -> None:
     fast = graphcache.wrap(mlp())
     module = fast.module
