@@ -138,11 +138,7 @@ class _Work:
                 self.refused.append(Refused(job.call.label, refusal.cause))
                 continue
             except Exception as error:
-                # A call that was given is the caller's to mend, and nothing was captured yet.
-                if job.entry is None:
-                    raise
-                text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                self.problems.append(ManifestProblem(job.path, "call", text))
+                self._noted(job, error)
                 continue
             found.setdefault((id(job.target), signature), (job, signature))
         for target in {id(job.target): job.target for job, _ in found.values()}.values():
@@ -174,14 +170,19 @@ class _Work:
                 misses = job.target._misses
                 if (learnt := job.measured) is not None and signature not in job.target._entries:
                     misses.admission.learn(signature, **learnt)
-                with job.modes():
-                    args, kwargs, _, inputs = described(job.target, *job.call.make())
-                    try:
+                try:
+                    with job.modes():
+                        args, kwargs, _, inputs = described(job.target, *job.call.make())
                         with on_device(job.target, inputs):
                             cause = misses.prepare(signature, inputs, args, kwargs)
-                    except CaptureError:
-                        # Of a part, with on_failure="raise"; it was heard.
-                        continue
+                except CaptureError:
+                    # Of a part, with on_failure="raise"; it was heard.
+                    continue
+                except ClosedError:
+                    raise
+                except Exception as error:
+                    self._noted(job, error)
+                    continue
                 if cause is not None:
                     self.refused.append(Refused(label, cause))
 
@@ -189,9 +190,19 @@ class _Work:
         args, kwargs, signature, inputs = described(job.target, *job.call.make())
         if (id(job.target), signature) not in found and signature not in job.target._entries:
             job.target._notice_device(inputs)
+            if (reason := job.target._misses.forbidden()) is not None:
+                # Of the caller's capture, say, this would become a part.
+                raise Refusal(reason)
             with on_device(job.target, inputs), graphs_off():
                 job.target._misses.run(*args, **kwargs)
         return signature
+
+    def _noted(self, job: Job, error: Exception) -> None:
+        """Note what a call of a manifest raised; one that was given is the caller's to mend."""
+        if job.entry is None:
+            raise error
+        text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        self.problems.append(ManifestProblem(job.path, "call", text))
 
 
 def _check_options(given: Sequence[Any], pin: object, deadline: object, progress: object) -> None:

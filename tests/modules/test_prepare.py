@@ -529,6 +529,36 @@ def test_a_call_of_a_manifest_that_the_module_refuses_is_listed_and_the_others_g
     assert "RuntimeError: mat1 and mat2 shapes cannot be multiplied" in problem.text
 
 
+def test_what_a_call_raises_while_it_is_captured_ends_a_manifest_s_call_alone(tmp_path: Path) -> None:
+    served(tmp_path / "m.json", range(1, 4))
+    fast = graphcache.wrap(mlp())
+    attempt, made = fast._misses.recorder.attempt, []
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        made.append(args)
+        if len(made) == 2:
+            raise MemoryError("no\nroom")
+        return attempt(*args, **options)
+
+    fast._misses.recorder.attempt = second_fails
+    done = fast.prepare(tmp_path / "m.json")
+    assert (done.signatures, len(done.problems)) == (2, 1)
+    assert done.problems[0].text.endswith("MemoryError: no room")
+    del made[:]
+    with pytest.raises(MemoryError), torch.inference_mode():
+        fast.prepare(*xs(8, 7))
+    assert fast.cache_info().graphs == 3
+    assert not any(entry.pinned for entry in fast._entries.values())
+
+
+def test_nothing_runs_into_a_capture_of_the_caller_s(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = graphcache.wrap(load("scaled"))
+    monkeypatch.setattr(misses, "forbidden", lambda **_: Reason.OUTER_CAPTURE)
+    monkeypatch.setattr(fast._misses, "run", lambda *_: pytest.fail("it ran"))
+    done = fast.prepare((3,))
+    assert (done.signatures, [each.cause.reason for each in done.refused]) == (0, [Reason.OUTER_CAPTURE])
+
+
 def test_what_was_measured_before_need_not_be_measured_again(tmp_path: Path) -> None:
     fast = graphcache.wrap(mlp(), capture="worthwhile")
     entry = ManifestEntry(
