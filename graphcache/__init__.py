@@ -2,9 +2,11 @@
 
 from graphcache import runtime as runtime
 from graphcache.cache.advisor import Advice as Advice
+from graphcache.cache.arbiter import set_process_budget as set_process_budget
 from graphcache.cache.buckets import Axis as Axis
 from graphcache.cache.buckets import Buckets as Buckets
 from graphcache.cache.buckets import Mask as Mask
+from graphcache.cache.manifest import Manifest as Manifest
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
 from graphcache.engines.library import load_plugin_library as load_plugin_library
@@ -15,7 +17,8 @@ from graphcache.modules.cached import CachedModule as CachedModule
 from graphcache.modules.cached import wrap as wrap
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.engine import load as load
+from graphcache.modules.examples import Call as Call
 from graphcache.modules.info import CacheInfo as CacheInfo
+from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
-
-__version__ = "0.1.0"
+from graphcache.version import __version__ as __version__

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from graphcache.cache.arbiter import set_process_budget
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ConfigError, ModeConflictError, shown
 from graphcache.modules.cached import CachedModule
@@ -161,4 +162,5 @@ __all__ = [
     "get_whole_cudagraphs_mode",
     "set_cudagraphs_mode",
     "set_multi_device_safe_mode",
+    "set_process_budget",
 ]

@@ -812,6 +812,47 @@ def test_any_options_make_a_module_that_works_or_a_config_error(options):
         assert same(fast(X), fast.module(X))
 
 
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_odd_argument_is_prepared_or_refused_with_a_cause_and_answered_as_before(name):
+    fast = graphcache.wrap(Fn(USES["ignored"]), capture="prepared")
+    make = ARGUMENTS[name]
+    with torch.no_grad():
+        done = fast.prepare((X, make()), graphcache.Call((X,), {"odd": make()}), (X,))
+        assert done.signatures + len(done.refused) == 3
+        as_eager(fast, lambda: ((X, make()), {}))
+        assert replays(fast, X)
+    assert len(str(done)) < 200
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_is_no_call_is_not_prepared(name):
+    fast = graphcache.wrap(Fn(lambda _, *args: 1))
+    value = ARGUMENTS[name]()
+    error, said, done = outcome(fast.prepare, (value,))
+    assert len(said) < 600
+    if error is None:
+        assert isinstance(value, (Tensor, tuple, str))
+        assert done.signatures + len(done.refused) + len(done.problems) == 1
+    else:
+        assert error is ConfigError
+        assert fast.cache_info().captures == 0
+
+
+@pytest.mark.parametrize("option", ["pin", "deadline", "progress"])
+def test_an_odd_option_of_prepare_is_taken_or_a_config_error(option):
+    fast = graphcache.wrap(mlp())
+    assert not untyped(ODD, lambda value: fast.prepare(X, **{option: value}) and 1, ConfigError)
+
+
+def test_an_odd_path_of_a_manifest_or_a_trace_is_a_typed_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fast = graphcache.wrap(mlp())
+    assert not untyped(ODD, lambda value: fast.save_manifest(value) and 1, ConfigError, OSError)
+    assert not untyped(
+        ODD, lambda value: fast.record_trace(value).close(), graphcache.errors.TraceError, holds=lambda *_: True
+    )
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_what_is_no_module_is_not_wrapped(name):
     value = ODD[name]()

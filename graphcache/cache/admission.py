@@ -96,10 +96,8 @@ class Admission:
         >>> cache = GraphCache(max_graphs=8)
         >>> admission = Admission(cache)
         >>> admission.learn("8x64", eager=180e-6, replay=50e-6, capture=5e-3)
-        >>> calls = 0
         >>> while admission.ask("8x64") is not None:
-        ...     admission.ran("8x64", 180e-6)
-        ...     calls += 1
+        ...     calls = admission.ran("8x64", 180e-6)
         >>> calls  # lose as much as a capture takes
         39
         >>> entry = cache.put("8x64", Graph())
@@ -152,23 +150,29 @@ class Admission:
             self._crowded += record.cause is _CROWDED
             return record.cause
 
-    def ran(self, key: Hashable, seconds: float) -> None:
+    def ran(self, key: Hashable, seconds: float) -> int:
         """Note an eager call, and what it took.
+
+        Returns:
+            How many eager calls of the signature are remembered since it last had a graph, this one included.
 
         Raises:
             ConfigError: If ``seconds`` cannot be a time.
         """
         seconds = checked_seconds(seconds, "seconds")
         with self._lock:
-            self._books.ran(key, seconds)
+            return self._books.ran(key, seconds)
 
-    def captured(self, key: Hashable, seconds: float, *, replay: float | None = None) -> Cause | None:
+    def captured(
+        self, key: Hashable, seconds: float, *, replay: float | None = None, preparing: bool = False
+    ) -> Cause | None:
         """Note that a graph is in the cache, and what capturing it took.
 
         Args:
             key: Its signature.
             seconds: What the capture added to the call.
             replay: What a replay takes, typically; ``None`` if that was not measured.
+            preparing: Whether no call waited for it; then serving does not have to earn it.
 
         Returns:
             ``None``, or why the caller should evict the graph: it is no faster than eager execution.
@@ -179,7 +183,7 @@ class Admission:
         seconds = checked_seconds(seconds, "seconds")
         replay = None if replay is None else checked_seconds(replay, "replay")
         with self._lock:
-            record = self._books.charge(key, seconds)
+            record = self._books.charge(key, seconds, free=preparing)
             record.cause = COLD
             entry = self._cache.entries.get(key)
             if entry is None:
@@ -202,15 +206,20 @@ class Admission:
             record = self._books.kept.get(key)
             return None if record is None else self._replayed(record, seconds)
 
-    def failed(self, key: Hashable, seconds: float) -> None:
+    def failed(self, key: Hashable, seconds: float, *, preparing: bool = False) -> None:
         """Note that a capture was tried and gave no graph; the price of the next one doubles.
+
+        Args:
+            key: Its signature.
+            seconds: What the attempt added to the call.
+            preparing: As for :meth:`captured`.
 
         Raises:
             ConfigError: If ``seconds`` cannot be a time.
         """
         seconds = checked_seconds(seconds, "seconds")
         with self._lock:
-            record = self._books.charge(key, seconds)
+            record = self._books.charge(key, seconds, free=preparing)
             record.cause = COLD
             self._books.raise_price(record, 2.0)
 

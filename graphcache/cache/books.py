@@ -75,7 +75,7 @@ class Books:
     Example:
         >>> books = Books({}, remembered=2)
         >>> for key in "abca":
-        ...     books.ran(key, 0.001)
+        ...     _ = books.ran(key, 0.001)
         >>> list(books.seen)
         ['c', 'a']
     """
@@ -109,8 +109,8 @@ class Books:
                 record = self._remember(key, Record(self.now))
         return record
 
-    def ran(self, key: Hashable, seconds: float) -> None:
-        """Book an eager call."""
+    def ran(self, key: Hashable, seconds: float) -> int:
+        """Book an eager call; how many the signature owes now."""
         record = self.find(key)
         record.eager.add(seconds)
         record.calls += 1
@@ -124,14 +124,19 @@ class Books:
             self._measure_half_life()
         self._cool(record)
         record.heat += 1.0
+        return record.owed
 
-    def charge(self, key: Hashable, seconds: float) -> Record:
-        """Book what a capture took, whatever came of it; the signature owes nothing afterwards."""
+    def charge(self, key: Hashable, seconds: float, *, free: bool = False) -> Record:
+        """Book what a capture took, whatever came of it; the signature owes nothing afterwards.
+
+        A ``free`` one costs no credit, and makes no other capture dearer.
+        """
         self.settle()
         self.spent += seconds
-        self._lately_spent += seconds
-        self.credit -= seconds
-        self.captures += 1
+        if not free:
+            self._lately_spent += seconds
+            self.credit -= seconds
+            self.captures += 1
         if key in self.kept:
             self.let_go(key)
         record = self.find(key)

@@ -96,7 +96,7 @@ class Manifest:
         Raises:
             ConfigError: If they are of different environments, naming what differs.
         """
-        for name, left, right in _differences(self.environment, other.environment):
+        for name, left, right in differences(self.environment, other.environment):
             raise ConfigError(
                 f"environment[{name!r}]: {left} here, {right} in the other; expected manifests of one environment"
             )
@@ -149,7 +149,7 @@ class Manifest:
             return cls(expect or {}, (), [ManifestProblem(name, damaged.field, damaged.text)])
         problems = [
             ManifestProblem(name, f"environment[{field!r}]", f"{there}, but here it is {here}")
-            for field, there, here in _differences(found.environment, found.environment if expect is None else expect)
+            for field, there, here in differences(found.environment, found.environment if expect is None else expect)
         ]
         if problems:
             return cls(expect or {}, (), problems)
@@ -179,8 +179,13 @@ def _head(body: Any) -> Manifest:
         raise Damaged("environment", str(error)) from error
 
 
-def _differences(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Name by name, in what two environments differ, and what each of them has."""
+def differences(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Name by name, in what two environments differ, and what each of them has.
+
+    Example:
+        >>> list(differences({"torch": "2.6"}, {"torch": "2.7"}))
+        [('torch', "'2.6'", "'2.7'")]
+    """
     for name in sorted({*one, *other}):
         if one.get(name) != other.get(name):
             left, right = (shown(each[name]) if name in each else "not given" for each in (one, other))
@@ -199,9 +204,11 @@ def _check_environment(name: str, environment: object) -> None:
 
 
 def _path(path: object) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"path={shown(path)}: expected the path of a file")
-    text = os.fspath(path)
+    try:
+        text: object = os.fspath(path)  # type: ignore[call-overload]
+        os.fsencode(text)  # type: ignore[arg-type]
+    except Exception as error:
+        raise ConfigError(f"path={shown(path)}: expected the path of a file") from error
     if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError(f"path={shown(path)}: expected the path of a file")
     return text

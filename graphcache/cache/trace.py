@@ -101,7 +101,8 @@ class TraceWriter:
             self._file = open(os.fspath(path), "xb")  # noqa: SIM115 - closed by close()
         except FileExistsError:
             raise TraceError(f"{shown(path)} exists; a trace never writes over a file: choose another name") from None
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:
+            # Anything may be given for a path.
             raise TraceError(f"{shown(path)} cannot be written: {error}; choose a path that can") from error
         self._write({"format": FORMAT, "version": VERSION, "module": str(module)})
 

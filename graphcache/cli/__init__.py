@@ -1,4 +1,4 @@
-"""The command line: ``graphcache demo``, ``build``, ``run`` and ``doctor``.
+"""The command line: ``graphcache demo``, ``build``, ``run``, ``prepare`` and ``doctor``.
 
 Exit codes: 0 if all went well, 1 if something was wrong with what was given or what is installed (one line on stderr,
 no traceback), 2 for a usage error, 3 if an answer differed from eager execution.
@@ -16,6 +16,7 @@ from graphcache.cli.build import build
 from graphcache.cli.demo import demo
 from graphcache.cli.doctor import doctor
 from graphcache.cli.output import one_line
+from graphcache.cli.prepare import prepare
 from graphcache.cli.run import run
 from graphcache.errors import GraphCacheError
 
@@ -45,4 +46,5 @@ def main(verbose: int) -> None:
 main.add_command(demo)
 main.add_command(build)
 main.add_command(run)
+main.add_command(prepare)
 main.add_command(doctor)

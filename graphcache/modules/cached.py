@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from graphcache.cache.advisor import Advice
 from graphcache.cache.lru import Entry, GraphCache, clock
+from graphcache.cache.manifest import Manifest
 from graphcache.cache.places import place_of
 from graphcache.cache.seen import Seen, advise_axes
 from graphcache.cache.signature import Signature, describe, describe_layout
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal, shown
-from graphcache.events import Evicted, Ledger, Subscriber
+from graphcache.events import Evicted, Ledger, Subscriber, log
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.single import Fire, Into
 from graphcache.modules.bucketed import UNPADDED, Bucketed, arguments_of
@@ -41,7 +43,10 @@ from graphcache.modules.freshness import Freshness
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.into import copy_into, targets_of
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.record import Recorded
+from graphcache.modules.recorded_calls import TraceRecording
+from graphcache.modules.served_calls import served
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
 from graphcache.modules.strategy import find_parts
@@ -279,6 +284,66 @@ class CachedModule(StandIn):
             copy_into(out, self(*args, **kwargs), self.ledger.name)
         return out
 
+    def prepare(
+        self, *calls: Any, pin: bool = False, deadline: float | None = None, progress: bool | None = None
+    ) -> Prepared:
+        """Capture calls before serving: all of them run eagerly once, then all are captured.
+
+        A signature holds the grad mode and autocast: prepare under those that will serve. (A manifest brings its own.)
+        Calls that are given are prepared largest first, so that what graphs share grows once; those of a manifest
+        hottest first, as far as budgets reach. A graph that is prepared makes room for none of the others. It is one
+        of the cache's, and may be evicted later, unless it is pinned.
+
+        Args:
+            calls: Tuples of positional arguments, single tensors, :class:`graphcache.Call`, manifests, or their paths.
+                For an engine also shapes: of its only input, or for each input, in a sequence or by name; the values
+                are made up. For a host shape tensor these are its values.
+            pin: Keep these graphs whatever comes.
+            deadline: Seconds after which no further capture begins; half of them at most go to the eager calls.
+            progress: Draw a bar on stderr where that is a terminal; ``None`` means ``True``.
+
+        Returns:
+            How many signatures have a graph now, what it took, and what was refused, left out or ignored. A manifest
+            that is damaged or of another environment is ignored, which is logged once. A line is logged at INFO.
+
+        Raises:
+            ConfigError: For what is no call, or a bad option.
+            ClosedError: After :meth:`close`.
+            Exception: Whatever the module raises for a call that was given. Nothing was captured then.
+
+        Example:
+            >>> fast = CachedModule(nn.ReLU(), GraphConfig(capture="prepared"))
+            >>> fast.prepare((torch.zeros(2),), (torch.zeros(3),)).signatures
+            2
+            >>> _ = fast(torch.ones(3))
+            >>> fast.cache_info().hits
+            1
+        """
+        return prepare(self, calls, pin=pin, deadline=deadline, progress=progress)
+
+    def save_manifest(self, path: str | os.PathLike[str]) -> Manifest:
+        """Write what was captured, and what was often called without a graph, for :meth:`prepare` of a later process.
+
+        It holds shapes, constants, how often they came and what they cost, not the values of tensors; and the module's
+        fingerprint, device, driver and versions. The file is written in one step: a reader sees the old one or the new
+        one, whoever else writes.
+
+        Args:
+            path: Of the file, in a directory that exists.
+
+        Returns:
+            What was written. Calls that cannot be told in text are left out, which is logged at INFO.
+
+        Raises:
+            OSError: If it cannot be written; what was there stays.
+            ConfigError: For a path that is none.
+        """
+        manifest, untold = served(self)
+        left_out = untold + manifest.save(path)
+        if left_out:
+            log.info("%s: %d calls were left out of the manifest", self.ledger.name, left_out)
+        return manifest
+
     def cache_info(self) -> CacheInfo:
         """The account so far, of this module and of the parts that it captured one by one.
 
@@ -287,6 +352,7 @@ class CachedModule(StandIn):
             0
         """
         entries = list(self._entries.values())
+        account, arbiter = self._misses.admission.account(), self._misses.arbiter
         own = CacheInfo(
             hits=self.ledger.retired_hits + sum(entry.hits for entry in entries),
             captures=self.ledger.captures,
@@ -296,6 +362,10 @@ class CachedModule(StandIn):
             nbytes=sum(entry.nbytes for entry in entries),
             capture_seconds=self.ledger.capture_seconds,
             padded=0 if self._bucketed is None else self._bucketed.padded,
+            eager_seconds=account.eager_seconds,
+            saved_seconds=account.saved_seconds,
+            budget=self.config.max_bytes,
+            process_nbytes=arbiter.nbytes if arbiter is not None else 0,
         )
         for part in self.parts.values():
             own += part.cache_info()
@@ -336,6 +406,35 @@ class CachedModule(StandIn):
                     f"give a trace"
                 )
         return advise_axes(trace, most)
+
+    def record_trace(self, path: str | os.PathLike[str], *, max_calls: int = 10_000_000) -> TraceRecording:
+        """Record the signature of every call from now on, hits included, for ``python -m bench.policy --recorded``.
+
+        Calls take some 30 µs longer while they are recorded, and nothing more afterwards. Values of tensors are
+        not recorded.
+
+        Args:
+            path: Of the file, which must not exist.
+            max_calls: How many calls are recorded at most, 12 bytes each; the others are left out.
+
+        Returns:
+            A context manager that ends it, as its ``close()`` does.
+
+        Raises:
+            TraceError: If the file exists or cannot be made.
+            ConfigError: If ``max_calls`` is not a whole number, 1 or more.
+
+        Example:
+            >>> import tempfile
+            >>> from graphcache.cache.trace import read_trace
+            >>> fast = CachedModule(nn.ReLU())
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     with fast.record_trace(f"{folder}/calls.jsonl"):
+            ...         _ = [fast(torch.zeros(size)) for size in (2, 3, 2)]
+            ...     read_trace(f"{folder}/calls.jsonl").calls
+            [0, 1, 0]
+        """
+        return TraceRecording(self, path, max_calls=max_calls)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call ``subscriber`` with every capture, eviction and eager call from now on, in the thread of the call.

@@ -20,6 +20,11 @@ class CacheInfo:
         nbytes: Device memory that they own, in bytes; an estimate where the driver does not tell.
         capture_seconds: Time spent capturing, in seconds.
         padded: Of the hits, those of calls that were padded to a bucket.
+        eager_seconds: What eager execution of all calls that were measured would have taken, in seconds; they are with
+            ``capture="worthwhile"``.
+        saved_seconds: What replays have saved of that.
+        budget: Bytes that the graphs may own, ``None`` for no bound.
+        process_nbytes: Bytes that the graphs of all modules of the process on this device own; 0 before a capture.
     """
 
     hits: int = 0
@@ -30,6 +35,10 @@ class CacheInfo:
     nbytes: int = 0
     capture_seconds: float = 0.0
     padded: int = 0
+    eager_seconds: float = 0.0
+    saved_seconds: float = 0.0
+    budget: int | None = 0
+    process_nbytes: int = 0
 
     def __add__(self, other: CacheInfo) -> CacheInfo:
         eager = {
@@ -44,4 +53,9 @@ class CacheInfo:
             self.nbytes + other.nbytes,
             self.capture_seconds + other.capture_seconds,
             self.padded + other.padded,
+            self.eager_seconds + other.eager_seconds,
+            self.saved_seconds + other.saved_seconds,
+            None if self.budget is None or other.budget is None else self.budget + other.budget,
+            # Both are parts of the same.
+            max(self.process_nbytes, other.process_nbytes),
         )

@@ -15,18 +15,21 @@ from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.signature import Signature
+from graphcache.cache.thrash import Thrash
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
-from graphcache.events import Captured, Ledger
+from graphcache.events import Captured, Ledger, log
 from graphcache.graphs.capture import refusal_of
 from graphcache.modules.background import nothing, worker_of
 from graphcache.modules.conditions import forbidden
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.later import Later
+from graphcache.modules.preparing import Preparation, preparing
 from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.remembered import OFTEN, Remembered
 from graphcache.modules.room import Room
 from graphcache.modules.strategy import Routes
 from graphcache.modules.views import Views
@@ -74,6 +77,11 @@ class Misses:
         self._blocks = Blocks()
         self.admission = Admission(cache, config.capture)
         """Decides what is captured; hears of evictions from whoever holds the cache."""
+        self.remembered = Remembered(cache.entries, self._engine)
+        """What calls were like, for a manifest."""
+        self.arbiter: Arbiter | None = None
+        """Of the device of the last capture."""
+        self._thrash = Thrash()
         self._off = disabled_by_environment()
         self.lock = threading.RLock()
         """Held while a call is captured, and by whoever drops graphs."""
@@ -133,7 +141,7 @@ class Misses:
             entry = self._cache.entries.get(signature)
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
-            wanted = cause is None and not admitted
+            wanted = cause is None and not admitted and preparing.get() is None
             cold = self.cold_cause(signature, inputs, args, kwargs) if wanted else None
             if cause is None and cold is None:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
@@ -144,6 +152,37 @@ class Misses:
             return self.timed(cold, signature, args, kwargs)
         assert cause is not None
         return self.eagerly(cause, args, kwargs)
+
+    def prepare(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Cause | None:
+        """Capture a call that nobody waits for, or where the whole cannot be captured, the parts that it calls.
+
+        Args:
+            signature: Of the call.
+            inputs: The tensors among its arguments, as the signature orders them.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            Why the whole has no graph; ``None`` if it has one, or was not to have one.
+
+        Raises:
+            CaptureError: If a part cannot be captured and ``on_failure="raise"``.
+            ClosedError: If the module was closed.
+            Exception: Whatever the module raises for these arguments.
+        """
+        self.check_open()
+        if (reason := self.forbidden()) is not None:
+            return Cause(reason)
+        cause = None
+        if self._config.strategy != "per_submodule":
+            with self.lock:
+                cause = self._prepare(signature, inputs, args, kwargs)
+        if self._routes and (cause is not None or self._config.strategy == "per_submodule"):
+            with self._routes.active():
+                self.run(*args, **kwargs)
+        return cause
 
     def undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call whose arguments no signature describes.
@@ -195,6 +234,7 @@ class Misses:
             for later in self._pending.values():
                 later.cancelled = True
             self._cache.clear(wait=wait)
+            self._thrash.forget()
             self._blocks.clear()
             self.recorder.release()
 
@@ -301,22 +341,49 @@ class Misses:
                     if later.cancelled or self.closed or self._freshness.is_stale(signature[0] is not False):
                         _close(outcome)
                     else:
-                        self._finish(signature, outcome, later.inputs, seconds, room)
+                        call = later.args, later.kwargs
+                        self._finish(signature, outcome, later.inputs, call, seconds, room, None)
                 finally:
                     self.lock.release()
         finally:
             self.drop(later)
 
+    def _prepare(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Cause | None:
+        self.refresh(signature[0] is not False)
+        if signature in self._cache.entries:
+            if (preparation := preparing.get()) is not None:
+                preparation.keep(self._cache.entries, signature)
+            return None
+        if (cause := self.needs_grad(inputs) or self.blocked(signature)) is not None:
+            return cause
+        try:
+            # Before anything is captured in vain, and without a block: there may be room when it is called.
+            self._cache.victims(self.admission.expected_nbytes(signature))
+        except Refusal as refusal:
+            return refusal.cause
+        return self._capture(signature, inputs, args, kwargs)[1]
+
     def _capture(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Cause | None]:
+        preparation = preparing.get()
         start = time.perf_counter()
         with self._room(inputs) as room:
             answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
-            return answer, self._finish(signature, outcome, inputs, time.perf_counter() - start, room)
+            seconds = time.perf_counter() - start
+            return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
 
     def _finish(
-        self, signature: Signature, outcome: Recorded | Cause, inputs: Sequence[Tensor], seconds: float, room: Room
+        self,
+        signature: Signature,
+        outcome: Recorded | Cause,
+        inputs: Sequence[Tensor],
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        seconds: float,
+        room: Room,
+        preparation: Preparation | None,
     ) -> Cause | None:
         """Keep a graph, or remember why there is none, which is returned."""
         if isinstance(outcome, Recorded):
@@ -333,10 +400,17 @@ class Misses:
                 outcome = refusal_of(error, self._ledger.name).cause
         if isinstance(outcome, Recorded):
             self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
-            if self.admission.captured(signature, seconds, replay=self._replay_seconds(outcome, inputs)) is not None:
+            self.remembered.note(signature, *call)
+            replay = self._replay_seconds(outcome, inputs)
+            slower = self.admission.captured(signature, seconds, replay=replay, preparing=preparation is not None)
+            if slower is not None:
                 self._cache.evict(signature)
-            return None
-        self.admission.failed(signature, seconds)
+            if preparation is None:
+                self._notice_thrash(signature)
+                return None
+            preparation.keep(self._cache.entries, signature)
+            return slower
+        self.admission.failed(signature, seconds, preparing=preparation is not None)
         self._blocks.block(signature, outcome)
         return outcome
 
@@ -373,12 +447,13 @@ class Misses:
         start = time.perf_counter()
         with graphs_off():
             answer = self.run(*args, **kwargs)
-        self.admission.ran(signature, time.perf_counter() - start)
+        if self.admission.ran(signature, time.perf_counter() - start) == OFTEN:
+            self.remembered.note(signature, args, kwargs)
         return answer
 
     def _arbiter(self, inputs: Sequence[Tensor]) -> Arbiter:
         """Whoever bounds what all modules of the call's device own together."""
-        found = arbiter(self._device(inputs))
+        found = self.arbiter = arbiter(self._device(inputs))
         found.register(self._cache)
         return found
 
@@ -386,6 +461,11 @@ class Misses:
         if self._engine is not None:
             return self._engine.device
         return next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
+
+    def _notice_thrash(self, signature: Signature) -> None:
+        hits = self._ledger.retired_hits + sum(entry.hits for entry in list(self._cache.entries.values()))
+        if (seen := self._thrash.captured(signature, hits)) is not None:
+            log.warning("%s: %s", self._ledger.name, seen.advice(self._cache, self._config.capture))
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call.

@@ -72,6 +72,9 @@ class Routes:
         self._calls = 0
         self._lock = threading.Lock()
 
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, in this context, the parts use their graphs."""

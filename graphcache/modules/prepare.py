@@ -1,0 +1,217 @@
+"""Graphs before serving: every call runs eagerly first, then all are captured."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from graphcache.cache.manifest import Manifest, ManifestProblem
+from graphcache.cache.signature import Signature
+from graphcache.config import graphs_off
+from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, shown
+from graphcache.events import Event, RanEagerly, log
+from graphcache.modules.described import described, on_device
+from graphcache.modules.examples import example, is_a
+from graphcache.modules.fingerprint import device_of
+from graphcache.modules.preparing import Preparation, prepared_together, preparing
+from graphcache.modules.progress import bar
+from graphcache.modules.served_calls import Job, choose
+
+if TYPE_CHECKING:
+    from graphcache.modules.cached import CachedModule
+
+
+class Refused(NamedTuple):
+    """A call that has no graph after all: its tensors, and why."""
+
+    call: str
+    cause: Cause
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a preparation gave.
+
+    Args:
+        signatures: How many signatures have a graph now, of the module and of its parts.
+        seconds: What it took, in seconds.
+        nbytes: Memory that these graphs own, in bytes.
+        refused: Calls without a graph, with the causes.
+        left_out: Calls that were not tried, for lack of time or of room in the budget.
+        problems: What was wrong with a manifest, and was ignored.
+
+    Example:
+        >>> print(Prepared(32, 1.25, 12_300_000, left_out=2))
+        32 signatures prepared in 1.25 s, 12.3 MB; 2 left out
+    """
+
+    signatures: int
+    seconds: float
+    nbytes: int
+    refused: tuple[Refused, ...] = ()
+    left_out: int = 0
+    problems: tuple[ManifestProblem, ...] = ()
+
+    def __str__(self) -> str:
+        found = [f"{self.signatures} signatures prepared in {self.seconds:.2f} s, {self.nbytes / 1e6:.1f} MB"]
+        if self.refused:
+            causes = Counter(each.cause.reason.value for each in self.refused)
+            found.append("refused: " + ", ".join(f"{count} {name}" for name, count in sorted(causes.items())))
+        if self.left_out:
+            found.append(f"{self.left_out} left out")
+        if self.problems:
+            found.append(f"ignored of manifests: {len(self.problems)}")
+        return "; ".join(found)
+
+
+def prepare(
+    fast: CachedModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
+) -> Prepared:
+    """What :meth:`CachedModule.prepare` does."""
+    start = time.monotonic()
+    _check_options(given, pin, deadline, progress)
+    fast._misses.check_open()
+    work = _Work(fast, deadline, start)
+    manifests = [each for each in given if is_a(each, str, os.PathLike, Manifest)]
+    calls = [example(each, fast.module) for each in given if not is_a(each, str, os.PathLike, Manifest)]
+    jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
+    for manifest in manifests:
+        chosen = choose(fast, manifest, deadline)
+        jobs += chosen.jobs
+        work.left_out += chosen.left_out
+        work.problems += chosen.problems
+    preparation = Preparation(pin=pin)
+    with bar(f"Preparing {fast.ledger.name}", 2 * len(jobs), progress) as step:
+        warm = work.warm(jobs, step)
+        with prepared_together(preparation):
+            work.capture(warm, preparation, step)
+    done = Prepared(
+        len(preparation),
+        time.monotonic() - start,
+        preparation.nbytes,
+        tuple(work.refused),
+        work.left_out,
+        tuple(work.problems),
+    )
+    if done.problems:
+        log.warning(
+            "%s: of a manifest was ignored: %s", fast.ledger.name, "; ".join(str(each) for each in done.problems)
+        )
+    log.info("%s: %s", fast.ledger.name, done)
+    return done
+
+
+class _Work:
+    """The two phases, and what is noted on the way."""
+
+    def __init__(self, fast: CachedModule, deadline: float | None, start: float) -> None:
+        self._fast = fast
+        self._deadline = math.inf if deadline is None else start + deadline
+        # What is warm and never captured was in vain.
+        self._half = math.inf if deadline is None else start + deadline / 2
+        self.refused: list[Refused] = []
+        self.problems: list[ManifestProblem] = []
+        self.left_out = 0
+
+    def warm(self, jobs: Sequence[Job], step: Callable[[], None]) -> list[tuple[Job, Signature]]:
+        """Run every call eagerly, once for each signature; those that ran, in the same order."""
+        found: dict[tuple[int, Signature], tuple[Job, Signature]] = {}
+        for job in jobs:
+            step()
+            if time.monotonic() > self._half:
+                self.left_out += 1
+                continue
+            try:
+                with job.modes():
+                    signature = self._run(job, found)
+            except ClosedError:
+                raise
+            except Refusal as refusal:
+                self.refused.append(Refused(job.call.label, refusal.cause))
+                continue
+            except Exception as error:
+                self._noted(job, error)
+                continue
+            found.setdefault((id(job.target), signature), (job, signature))
+        for target in {id(job.target): job.target for job, _ in found.values()}.values():
+            if target._misses.cuda:
+                # What went wrong on the device shows here, with nothing captured.
+                torch.cuda.current_stream(device_of(target.module)).synchronize()
+        return list(found.values())
+
+    def capture(
+        self, warm: Sequence[tuple[Job, Signature]], preparation: Preparation, step: Callable[[], None]
+    ) -> None:
+        """Capture what ran, and note what cannot be captured."""
+        label = ""
+
+        def hear(event: Event) -> None:
+            # Other threads may be serving meanwhile.
+            if isinstance(event, RanEagerly) and preparing.get() is preparation:
+                self.refused.append(Refused(label, event.cause))
+
+        with ExitStack() as stack:
+            for part in self._fast.parts.values():
+                stack.callback(part.subscribe(hear))
+            for job, signature in warm:
+                step()
+                if time.monotonic() > self._deadline:
+                    self.left_out += 1
+                    continue
+                label = job.call.label
+                misses = job.target._misses
+                if (learnt := job.measured) is not None and signature not in job.target._entries:
+                    misses.admission.learn(signature, **learnt)
+                try:
+                    with job.modes():
+                        args, kwargs, _, inputs = described(job.target, *job.call.make())
+                        with on_device(job.target, inputs):
+                            cause = misses.prepare(signature, inputs, args, kwargs)
+                except CaptureError:
+                    # Of a part, with on_failure="raise"; it was heard.
+                    continue
+                except ClosedError:
+                    raise
+                except Exception as error:
+                    self._noted(job, error)
+                    continue
+                if cause is not None:
+                    self.refused.append(Refused(label, cause))
+
+    def _run(self, job: Job, found: dict[tuple[int, Signature], Any]) -> Signature:
+        args, kwargs, signature, inputs = described(job.target, *job.call.make())
+        if (id(job.target), signature) not in found and signature not in job.target._entries:
+            job.target._notice_device(inputs)
+            if (reason := job.target._misses.forbidden()) is not None:
+                # Of the caller's capture, say, this would become a part.
+                raise Refusal(reason)
+            with on_device(job.target, inputs), graphs_off():
+                job.target._misses.run(*args, **kwargs)
+        return signature
+
+    def _noted(self, job: Job, error: Exception) -> None:
+        """Note what a call of a manifest raised; one that was given is the caller's to mend."""
+        if job.entry is None:
+            raise error
+        text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        self.problems.append(ManifestProblem(job.path, "call", text))
+
+
+def _check_options(given: Sequence[Any], pin: object, deadline: object, progress: object) -> None:
+    if not given:
+        raise ConfigError("prepare() was given nothing; expected calls, shapes, a manifest or its path")
+    if not isinstance(pin, bool):
+        raise ConfigError(f"pin={shown(pin)}: expected True or False")
+    if progress is not None and not isinstance(progress, bool):
+        raise ConfigError(f"progress={shown(progress)}: expected True, False or None")
+    number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
+    if deadline is not None and not (number and 0 < deadline < 1e9):  # type: ignore[operator]
+        raise ConfigError(f"deadline={shown(deadline)}: expected seconds, above 0 and below 1e9, or None")
