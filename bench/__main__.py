@@ -1,12 +1,13 @@
-"""Every system side by side, in one process and one run: ``python -m bench --engines DIR``.
+"""Every system side by side, in one run: ``python -m bench --engines DIR``.
 
 graphcache in each of its modes, the raw launch of graphs captured by hand, TensorRT with and without its own graphs,
 Torch-TensorRT's two runtimes, the graph caches of inference-models and aitune; and for the torch networks that the
 engines were made of, graphcache, ``make_graphed_callables`` and ``torch.compile(mode="reduce-overhead")``.
 
 Each system takes turns with the raw launch, call by call, over the same sequence of shapes. Its answers are held
-against torch's on the CPU before and after it is timed. What cannot run is listed with the reason. Results are written
-after each engine, so that a run that is killed keeps what it had.
+against torch's on the CPU before and after it is timed. What cannot run is listed with the reason. If one of them loses
+the device, the rest is measured by further processes. Results are written to one file after each row, so that a run
+that is killed keeps what it had; ``--table FILE`` prints them as Markdown.
 
 Exit codes: 0 all went well; 1 graphcache or the floor answered wrongly, raised, or missed while it was timed; 2 usage;
 3 with ``--gate``, a limit of :mod:`bench.limits` was not met.
@@ -22,12 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import limits, peers, record, store, suite
+from bench import limits, measure, peers, processes, readme, record, row, store, suite, tables
+from bench.lost import LostDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from bench.lost import Apart
 
 SEED = 0
+SHAPES = (1, 8, 32, 128)
+"""How many shapes take turns, unless something else is asked for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.systems or () if name not in peers.SYSTEMS]:
         parser.error(f"unknown systems: {', '.join(unknown)}; there are {', '.join(peers.SYSTEMS)}")
-    if min(options.shapes) < 1 or options.calls < 1:
+    if min(options.shapes or SHAPES) < 1 or options.calls < 1:
         parser.error("--shapes and --calls take whole numbers, 1 or more")
+    if options.table is not None:
+        payload = readme.read(options.table)
+        print("\n".join(readme.lines(payload, options.table, options.only, options.shapes, options.systems)))
+        return 0
+    if options.engines is None:
+        parser.error("give --engines DIR to measure, or --table FILE to show what was measured")
     there = sorted(file.stem for file in options.engines.glob("*.json"))
     names = options.only or [name for name in there if name != "silero"]
     if not names:
@@ -46,14 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = _environment()
     plan = suite.Plan(
         bundles=[store.load(options.engines, name) for name in names],
-        shapes=options.shapes,
+        shapes=options.shapes or SHAPES,
         systems={name: peers.SYSTEMS[name] for name in options.systems or peers.SYSTEMS},
         device=device,
         calls=options.calls,
         seconds=options.seconds,
         seed=SEED,
     )
-    settings = {"calls": options.calls, "pool": suite.POOL, "default_stream": options.default_stream}
+    settings = {
+        "shapes": list(plan.shapes),
+        "systems": list(plan.systems),
+        "calls": options.calls,
+        "seconds": options.seconds,
+        "max_seconds": options.max_seconds,
+        "pool": row.POOL,
+        "default_stream": options.default_stream,
+    }
     return run(plan, environment, settings, options)
 
 
@@ -64,7 +84,8 @@ def run(plan: suite.Plan, environment: dict[str, Any], settings: dict[str, Any],
         plan: What to measure.
         environment: What figures depend on.
         settings: Recorded with them.
-        options: ``out``, ``name``, ``gate``, ``max_seconds`` and ``default_stream``, as on the command line.
+        options: As on the command line: ``out``, ``name``, ``gate``, ``max_seconds`` and ``default_stream``; should the
+            device be lost, ``engines`` too.
 
     Returns:
         The exit code.
@@ -86,7 +107,8 @@ def run(plan: suite.Plan, environment: dict[str, Any], settings: dict[str, Any],
     def write(results: list[dict[str, Any]], *, complete: bool = False) -> Path:
         return record.write(options.name, payload(results, complete=complete), options.out)
 
-    going = suite.Suite(plan, suite.Deadline(options.max_seconds), write)
+    lost = LostDevice(lambda: measure.device_lost(plan.device), _apart(plan, options))
+    going = suite.Suite(plan, suite.Deadline(options.max_seconds), write, lost=lost)
     try:
         with record.stream_scope(options.default_stream), torch.inference_mode():
             results = going.run()
@@ -94,7 +116,7 @@ def run(plan: suite.Plan, environment: dict[str, Any], settings: dict[str, Any],
         print(f"interrupted; what was measured is in {write(going.results)}")
         raise
     file = write(results, complete=True)
-    suite.table(results)
+    tables.show(results)
     wrong, short = suite.failures(results), limits.shortfalls(results)
     for text in wrong:
         print(f"FAILED: {text}")
@@ -104,14 +126,27 @@ def run(plan: suite.Plan, environment: dict[str, Any], settings: dict[str, Any],
     return 1 if wrong else 3 if options.gate and short else 0
 
 
+def _apart(plan: suite.Plan, options: argparse.Namespace) -> Apart:
+    def apart(bundle: store.Bundle, count: int, names: Sequence[str], seconds: float | None) -> Mapping[str, Any]:
+        arguments = ["--engines", str(options.engines), "--only", bundle.name, "--shapes", str(count)]
+        arguments += ["--systems", *names, "--calls", str(plan.calls), "--seconds", str(plan.seconds)]
+        arguments += [] if seconds is None else ["--max-seconds", str(seconds)]
+        arguments += ["--default-stream"] if options.default_stream else []
+        results: list[Mapping[str, Any]] = processes.again("bench", arguments, "suite")["results"]
+        if not results:
+            raise processes.NothingRecordedError("a process of its own was interrupted")
+        return results[0]
+
+    return apart
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="engines to measure; default: all there, but silero")
+    parser.add_argument("--engines", type=Path, metavar="DIR", help="made by python -m bench.models")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print this JSON as Markdown")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="engines; default: all there, but silero")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help=f"of {', '.join(peers.SYSTEMS)}; default: all")
-    parser.add_argument(
-        "--shapes", type=int, nargs="+", default=[1, 8, 32, 128], metavar="N", help="how many take turns (1 8 32 128)"
-    )
+    parser.add_argument("--shapes", type=int, nargs="+", metavar="N", help="how many take turns (1 8 32 128)")
     parser.add_argument("--calls", type=int, default=1000, metavar="N", help="timed calls of a system (default 1000)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="about how long those may take (default 5)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,7 @@ def measure(peer: Peer, work: Work, floor: Sequence[Callable[[], object]] | None
         Figures; or a ``reason`` in their place, with ``failed`` unless the system is just not here. Whatever it raises
         is a reason.
     """
-    what: dict[str, Any] = {"kind": peer.kind, "rival": peer.rival, "exact": peer.exact}
+    what = about(peer)
     try:
         # What packages print when they are loaded is no part of the table.
         with redirect_stdout(sys.stderr):
@@ -97,6 +97,11 @@ def measure(peer: Peer, work: Work, floor: Sequence[Callable[[], object]] | None
     if floor is not None or "reason" in what:
         what |= close(peer)
     return what
+
+
+def about(peer: Peer) -> dict[str, Any]:
+    """What is recorded of a system whether or not it could be measured."""
+    return {"kind": peer.kind, "rival": peer.rival, "also": list(peer.also), "exact": peer.exact}
 
 
 def close(peer: Peer) -> dict[str, str]:
@@ -178,6 +183,20 @@ def settle(
         if used() - busy < _QUIET_SHARE * (clock() - start):
             return True
     return False
+
+
+def device_lost(device: torch.device) -> bool:
+    """Whether the device serves this process no longer.
+
+    After an illegal access every further call fails, until the process has ended. Other errors are reported once.
+    """
+    if device.type != "cuda":
+        return False
+    for _ in range(2):
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+            return False
+    return True
 
 
 def at_rest(device: torch.device) -> tuple[int, int] | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 class Recorded:
@@ -73,8 +74,21 @@ class Launchable:
     close: Callable[[], object]
 
 
-def driver_graph(call: Recorded) -> Launchable:
+class Enqueues(Protocol):
+    """What can be captured: work that was enqueued before, with the same shapes."""
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """Where to, any but the legacy stream."""
+
+    def enqueue(self) -> None:
+        """Enqueue it once more."""
+
+
+def driver_graph(call: Enqueues) -> Launchable:
     """Capture a call with the CUDA driver, to be launched by ``cuGraphLaunch`` on the stream that is current now.
+
+    It is launched once, and waited for.
 
     Raises:
         RuntimeError: If a driver call fails.
@@ -94,6 +108,26 @@ def driver_graph(call: Recorded) -> Launchable:
         _check(driver.cuGraphDestroy(graph))
 
 
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """Captures inside allocate the workspaces of cuBLAS in their own memory pools, where nobody can take them away.
+
+    PyTorch keeps a workspace per stream (32 MiB on an H100), and a capture writes down the address of the one that it
+    finds. A warm-up leaves one in the pool of all tensors. It is given back as soon as anybody calls
+    ``torch._C._cuda_clearCublasWorkspaces``, which clears those of every stream: graphcache does so before and after it
+    captures a torch module, and so does ``torch.compile(mode="reduce-overhead")``. The graph's kernels then write into
+    memory of others, or, after ``torch.cuda.empty_cache()``, into none: ``CUDA_ERROR_ILLEGAL_ADDRESS``, from which a
+    process does not recover. That is a fault of those who clear what is not theirs, graphcache among them; a floor that
+    takes turns with them has to stand it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        # The next capture on this stream, of which PyTorch has 32, must not find what belongs to this one.
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class RecordedModule:
     """A torch module's call with buffers of its own, captured by PyTorch and launched by the driver.
 
@@ -111,9 +145,13 @@ class RecordedModule:
             for _ in range(3):
                 module(*self.inputs)
         self.stream.synchronize()
-        # Kept for its memory, and so that what is instantiated here is the graph as it was captured.
+        # Kept for its memory, which is its own until this object is gone, and so that what is instantiated here is the
+        # graph as it was captured.
         self._captured = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(self._captured, stream=self.stream, capture_error_mode="thread_local"):
+        with (
+            own_workspaces(),
+            torch.cuda.graph(self._captured, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             self.outputs = [module(*self.inputs)]
 
     def graph(self) -> Launchable:

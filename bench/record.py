@@ -231,28 +231,45 @@ def write(name: str, payload: Mapping[str, Any], out_dir: Path | None = None) ->
     return file
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table, through rich if it is there; floats with one decimal place from 10 up, three below."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int = 140) -> None:
+    """Print a table, through rich if it is there; floats with no, one or three decimals: from 1000, from 10, below.
+
+    Args:
+        title: Above it.
+        columns: Headings, of several lines if they have line ends in them.
+        rows: One cell for each column. Columns with numbers in them are set to the right.
+        width: What a log has room for; a terminal is as wide as it is.
+    """
     texts = [[_cell(value) for value in row] for row in rows]
+    right = [any(isinstance(row[index], int | float) for row in rows) for index in range(len(columns))]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(len(row[index]) for row in [list(columns), *texts]) for index in range(len(columns))]
+        heads = [head.split("\n") for head in columns]
+        depth = max(map(len, heads), default=0)
+        head_rows = [[head[line] if line < len(head) else "" for head in heads] for line in range(depth)]
+        widths = [max(len(row[index]) for row in [*head_rows, *texts]) for index in range(len(columns))]
         print(title)
-        for row in [list(columns), *texts]:
-            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        for row in [*head_rows, *texts]:
+            cells = [
+                text.rjust(width_) if numbers else text.ljust(width_)
+                for text, width_, numbers in zip(row, widths, right, strict=True)
+            ]
+            print("  ".join(cells).rstrip())
         return
-    made = Table(*columns, title=title)
+    made = Table(title=title, title_justify="left")
+    for column, numbers in zip(columns, right, strict=True):
+        made.add_column(column, justify="right" if numbers else "left")
     for row in texts:
         made.add_row(*row)
     # A log is no terminal and has no width; 80 columns would fold every row.
-    Console(width=None if sys.stdout.isatty() else 140).print(made)
+    Console(width=None if sys.stdout.isatty() else width).print(made)
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+        return f"{value:.{0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3}f}"
     return str(value)
 
 

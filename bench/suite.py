@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from bench import calls as calls_of
-from bench import limits, measure, peers, record
+from bench import measure, peers
+from bench.lost import LostDevice
+from bench.row import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from bench import store
-
-POOL = 8
-"""Calls of each size, each with tensors of its own."""
 
 
 class Deadline:
@@ -38,6 +36,10 @@ class Deadline:
     def passed(self) -> bool:
         """Whether it is over."""
         return self.seconds is not None and self.elapsed() >= self.seconds
+
+    def left(self) -> float | None:
+        """Seconds until then, negative if it is over; ``None`` for never."""
+        return None if self.seconds is None else self.seconds - self.elapsed()
 
     def elapsed(self) -> float:
         """Seconds since it was set."""
@@ -75,6 +77,7 @@ class Suite:
         deadline: When to stop.
         write: Called with the results so far after each row of engines, shapes and kind of system.
         floors: What makes the floor of a kind.
+        lost: Who measures what is left when a system has cost this process its device; ``None`` for nobody.
     """
 
     def __init__(
@@ -83,12 +86,14 @@ class Suite:
         deadline: Deadline,
         write: Callable[[list[dict[str, Any]]], object],
         floors: Mapping[str, Callable[[], peers.Peer]] | None = None,
+        lost: LostDevice | None = None,
     ) -> None:
         self.plan = plan
         self.deadline = deadline
         self.results: list[dict[str, Any]] = []
         self._write = write
         self._floors = floors or {kind: peers.SYSTEMS[name] for kind, name in peers.FLOORS.items()}
+        self._lost = lost or LostDevice(lambda: measure.device_lost(plan.device))
 
     def run(self) -> list[dict[str, Any]]:
         """Measure everything, engines before torch networks, and return the results."""
@@ -97,13 +102,7 @@ class Suite:
             names = [name for name, of in kinds.items() if of == kind]
             for bundle, sizes in self._rows() if names else ():
                 result = self._result(bundle, sizes)
-                try:
-                    self._measure(bundle, sizes, kind, names, result)
-                except Exception as error:
-                    # After some errors a device serves a process no longer; what was measured before is worth keeping.
-                    for name in names:
-                        about = {**_about(self.plan.systems[name]()), "reason": measure.first_line(error)}
-                        result["systems"].setdefault(name, {**about, "failed": True})
+                Row(self.plan, self.deadline, self._lost, self._floors[kind], bundle, sizes, result).measure(names)
                 self._write(self.results)
         return self.results
 
@@ -120,66 +119,11 @@ class Suite:
         self.results.append(made)
         return made
 
-    def _measure(
-        self, bundle: store.Bundle, sizes: list[int], kind: str, names: Sequence[str], result: dict[str, Any]
-    ) -> None:
-        plan, systems = self.plan, result["systems"]
-        floor = self._floors[kind]()
-        wanted = [name for name in names if name != floor.name]
-        if self.deadline.passed():
-            for name in (floor.name, *wanted):
-                systems[name] = self._left_out(plan.systems.get(name, self._floors[kind])())
-                self._say(result, name)
-            return
-        pool = calls_of.pool(bundle, sizes, POOL, plan.device)
-        work = measure.Work(bundle, sizes, pool, plan.device, plan.calls, plan.seconds, plan.seed)
-        result.setdefault("buffer_bytes_per_shape", buffer_bytes(work))
-        systems[floor.name] = measure.measure(floor, work)
-        self._say(result, floor.name)
-        if "reason" in systems[floor.name]:
-            for name in wanted:
-                peer = plan.systems[name]()
-                systems[name] = {**_about(peer), "reason": f"there is no {floor.name} to take turns with"}
-                self._say(result, name)
-            return
-        if nodes := getattr(floor, "nodes", None):
-            systems[floor.name]["nodes"] = nodes
-            allowed = result["buffer_bytes_per_shape"] + limits.NODE_BYTES * sum(nodes) // len(nodes)
-            systems[floor.name]["allowed_bytes_per_shape"] = allowed
-        try:
-            for name in wanted:
-                peer = plan.systems[name]()
-                if self.deadline.passed():
-                    systems[name] = self._left_out(peer)
-                else:
-                    launches = [floor.timed(call.inputs) for call in pool]
-                    systems[name] = measure.measure(peer, work, [launch for launch in launches if launch is not None])
-                self._say(result, name)
-        finally:
-            systems[floor.name] |= measure.close(floor)
-
-    def _left_out(self, peer: peers.Peer) -> dict[str, Any]:
-        reason = f"left out, since {self.deadline.seconds:g} s were over"
-        return {**_about(peer), "reason": reason, "left_out": True}
-
-    def _say(self, result: dict[str, Any], name: str) -> None:
-        figures = result["systems"][name]
-        where = f"[{self.deadline.elapsed():6.1f} s] {result['engine']}, {len(result['sizes'])} shapes, {name}"
-        print(f"{where}: {summary(figures)}", file=sys.stderr, flush=True)
-
-
-def summary(figures: Mapping[str, Any]) -> str:
-    """What was found of one system, in a line."""
-    if "reason" in figures:
-        return str(figures["reason"])
-    total, cpu = figures["total_us"]["p50"], figures["cpu_burst_us"]["p50"]
-    return f"{total} µs, {figures['total_over_raw']} of raw, {cpu} µs of CPU"
-
 
 def failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """What went wrong with graphcache or a floor: wrong answers, exceptions, and anything but hits while timed.
 
-    A peer that fails is no failure of a run.
+    A peer that fails is no failure of a run, and what a system that failed could not give back is no second one.
     """
     found = []
     for result in results:
@@ -189,6 +133,7 @@ def failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
                 continue
             if figures.get("failed"):
                 found.append(f"{where}: {figures['reason']}")
+                continue
             if figures.get("misses_while_timed"):
                 found.append(f"{where}: {figures['misses_while_timed']} of the timed calls were no hits")
             if "closing" in figures:
@@ -205,56 +150,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def buffer_bytes(work: measure.Work) -> int:
-    """Bytes that a shape's inputs and outputs take, on average over the shapes."""
-    calls = [work.first(size) for size in work.sizes]
-    return sum(tensor.nbytes for call in calls for tensor in (*call.inputs, call.answer)) // len(calls)
-
-
-def table(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print a row for each system that was measured, then the reasons of those that were not."""
-    columns = ["engine", "shapes", "system", "p50 µs", "p90", "p99", "iqr", "over raw", "CPU µs"]
-    columns += ["first ms", "steady ms", "KiB per shape"]
-    record.table("call + synchronise", columns, [row for result in results for row in rows(result)])
-    for line in reasons(results):
-        print(line)
-
-
-def reasons(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why systems were not measured, each reason once with the rows that it is for."""
-    where: dict[tuple[str, str], list[str]] = {}
-    for result in results:
-        for name, figures in result["systems"].items():
-            if "reason" in figures:
-                row = f"{result['engine']} x {len(result['sizes'])}"
-                where.setdefault((name, figures["reason"]), []).append(row)
-    return [f"not measured: {name} ({', '.join(rows)}): {reason}" for (name, reason), rows in where.items()]
-
-
-def rows(result: Mapping[str, Any]) -> list[list[object]]:
-    """The rows of one engine and number of shapes; memory per shape is empty where it is not known."""
-    made: list[list[object]] = []
-    for name, figures in result["systems"].items():
-        if "reason" in figures:
-            continue
-        steady, memory = figures["steady_seconds"], figures["memory_per_shape"]
-        made.append(
-            [
-                result["engine"],
-                len(result["sizes"]),
-                name,
-                *(figures["total_us"][key] for key in ("p50", "p90", "p99", "iqr")),
-                figures["total_over_raw"],
-                figures["cpu_burst_us"]["p50"],
-                figures["first_answer_seconds"] * 1000,
-                "never" if steady is None else steady * 1000,
-                "" if memory is None else memory["device_bytes"] / 1024,
-            ]
-        )
-    return made
-
-
-def _about(peer: peers.Peer) -> dict[str, Any]:
-    return {"kind": peer.kind, "rival": peer.rival, "exact": peer.exact}

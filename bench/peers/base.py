@@ -26,6 +26,8 @@ class Peer(ABC):
     """What it runs: the engine, or the torch network."""
     rival: str | None = None
     """The mode of graphcache that promises the caller as much, and must be ahead; ``None`` for graphcache itself."""
+    also: tuple[str, ...] = ()
+    """Further modes of graphcache that it is shown next to; being behind those counts for nothing."""
     exact: bool = False
     """Whether a wrong answer is a failure of the suite, rather than something to report of a peer."""
     burst: int = 20

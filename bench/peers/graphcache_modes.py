@@ -60,7 +60,7 @@ class Fresh(Peer):
 
 
 class Into(Fresh):
-    """``forward_into`` with the same inputs and outputs as last time: a caller that re-uses its buffers."""
+    """``forward_into`` for a caller that keeps its buffers: one set of inputs and outputs for each shape."""
 
     def __init__(self, name: str = "graphcache-into", **options: Any) -> None:
         super().__init__(name, **options)

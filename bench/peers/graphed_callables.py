@@ -31,6 +31,10 @@ class GraphedCallables(Peer):
     def load(self, bundle: store.Bundle, device: torch.device, sizes: Sequence[int]) -> Callable[..., Tensor]:
         module = self._module = networks.on_device(bundle.name, device)
         graphed = self._graphed
+        # All its captures are on one stream and use the workspace of cuBLAS that the first one allocates in its own
+        # memory; one of an earlier measurement would lie in memory that was given back.
+        if device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
 
         # A function, since a module would have its forward replaced by the graph of its last shape.
         def forward(*inputs: Tensor) -> Tensor:

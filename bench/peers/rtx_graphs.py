@@ -32,6 +32,8 @@ class RtxGraphs(Peer):
     def __init__(self, *, copied: bool = False) -> None:
         self.name = "rtx-graphs-copy" if copied else "rtx-graphs"
         self.rival = "graphcache" if copied else "graphcache-into"
+        # Buffers that stay, and a call that does nothing but launch, are what a session is.
+        self.also = () if copied else ("graphcache-session",)
         self._copied = copied
         self._engine: PlainEngine | None = None
         self._stream = 0

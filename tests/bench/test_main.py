@@ -13,6 +13,7 @@ from tests.bench.fakes import CPU, Fake, bundle, right
 
 def options(tmp_path, **given):
     known = {"out": tmp_path / "out", "name": "suite", "gate": False, "max_seconds": None, "default_stream": False}
+    known["engines"] = tmp_path
     return argparse.Namespace(**{**known, **given})
 
 
@@ -93,6 +94,13 @@ def test_an_interrupted_run_says_where_its_results_are(tmp_path, floors, capsys)
     assert "total_us" in payload["results"][0]["systems"]["raw"]
 
 
+def test_something_must_be_measured_or_shown(capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main([])
+    assert left.value.code == 2
+    assert "give --engines DIR to measure, or --table FILE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -100,6 +108,7 @@ def test_an_interrupted_run_says_where_its_results_are(tmp_path, floors, capsys)
         (["--shapes", "0"], "whole numbers, 1 or more"),
         (["--calls", "0"], "whole numbers, 1 or more"),
         ([], "no engines in"),
+        (["--table", "x.json", "--systems", "no-such"], "unknown systems: no-such"),
     ],
 )
 def test_usage(tmp_path, capsys, arguments, said):
@@ -107,6 +116,63 @@ def test_usage(tmp_path, capsys, arguments, said):
         command.main(["--engines", str(tmp_path / "empty"), *arguments])
     assert left.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_a_lost_device_leaves_is_measured_with_the_same_settings_in_another_process(
+    tmp_path, floors, monkeypatch, capsys
+):
+    asked = []
+
+    def again(module, arguments, name):
+        asked.append((module, arguments, name))
+        about = {"kind": "engine", "rival": None, "exact": True, "reason": "not today"}
+        return {"results": [{"systems": {"graphcache-copy": about}}]}
+
+    def loses(x):
+        monkeypatch.setattr(command.measure, "device_lost", lambda device: True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(command.processes, "again", again)
+    given = {"default_stream": True, "max_seconds": 1000.0}
+    code, payload = run(tmp_path, given, graphcache=exact(loses), graphcache_copy=exact())
+    assert code == 1
+    assert [each["systems"]["graphcache-copy"]["reason"] for each in payload["results"]] == ["not today"] * 2
+    (module, arguments, name), _ = asked
+    assert (module, name) == ("bench", "suite")
+    options_ = command._parser().parse_args(arguments)
+    assert (options_.engines, options_.only, options_.shapes) == (tmp_path, ["net"], [1])
+    assert (options_.systems, options_.calls, options_.seconds) == (["graphcache-copy"], 50, 5.0)
+    assert options_.default_stream
+    assert 0 < options_.max_seconds < 1000
+    assert asked[1][1][asked[1][1].index("--systems") + 1 :][:2] == ["graphcache", "graphcache-copy"]
+
+
+def test_another_process_that_was_interrupted_recorded_nothing(tmp_path, floors, monkeypatch):
+    def loses(x):
+        monkeypatch.setattr(command.measure, "device_lost", lambda device: True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(command.processes, "again", lambda *rest: {"results": []})
+    _, payload = run(tmp_path, graphcache=exact(loses), graphcache_copy=exact())
+    reason = payload["results"][0]["systems"]["graphcache-copy"]["reason"]
+    assert reason == "a process of its own was interrupted"
+
+
+def test_one_file_holds_a_whole_run(tmp_path, floors):
+    run(tmp_path, graphcache=exact())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["suite.json"]
+
+
+def test_a_table_is_printed_of_what_was_recorded(tmp_path, floors, capsys):
+    run(tmp_path, graphcache=exact())
+    capsys.readouterr()
+    file = tmp_path / "out" / "suite.json"
+    assert command.main(["--table", str(file), "--shapes", "2", "--systems", "graphcache"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"[suite.json]({file})" in lines[0]
+    assert lines[2].startswith("| System | net, 2 shapes in turn |")
+    assert lines[4].startswith("| `graphcache` | ")
+    assert len(lines) == 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where there is no GPU")
@@ -134,5 +200,4 @@ def test_results_name_the_tensorrt_that_was_loaded(monkeypatch):
 
 def test_there_is_an_engine_for_every_number_of_shapes_that_is_asked_for_by_default():
     assert "vit" in models.MODELS
-    most = max(command._parser().parse_args(["--engines", "x"]).shapes)
-    assert models.POLICY_BATCH[2] - models.POLICY_BATCH[0] + 1 >= most
+    assert models.POLICY_BATCH[2] - models.POLICY_BATCH[0] + 1 >= max(command.SHAPES)

@@ -34,6 +34,16 @@ def test_peers_are_compared_with_a_mode_of_graphcache_of_their_kind(name):
         rival = peers.SYSTEMS[peer.rival]()
         assert rival.name.startswith("graphcache")
         assert rival.kind == peer.kind
+    for mode in peer.also:
+        other = peers.SYSTEMS[mode]()
+        assert other.name.startswith("graphcache")
+        assert (other.kind, mode == peer.rival) == (peer.kind, False)
+
+
+def test_tensorrt_rtxs_graphs_are_compared_with_both_ways_to_keep_buffers():
+    peer = peers.SYSTEMS["rtx-graphs"]()
+    assert (peer.rival, peer.also) == ("graphcache-into", ("graphcache-session",))
+    assert [name for name in peers.SYSTEMS if peers.SYSTEMS[name]().also] == ["rtx-graphs"]
 
 
 @pytest.mark.parametrize("kind", peers.FLOORS)

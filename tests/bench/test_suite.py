@@ -3,6 +3,7 @@ import json
 import pytest
 
 from bench import record, suite
+from bench import row as module
 from tests.bench.fakes import CPU, Clock, Fake, bundle, figures, raising, right
 
 
@@ -163,14 +164,14 @@ def test_a_floor_that_cannot_be_closed_ends_no_run(nets):
 
 
 def test_a_row_that_cannot_begin_is_listed_and_the_others_are_measured(nets, monkeypatch):
-    pool = suite.calls_of.pool
+    pool = module.calls_of.pool
 
     def lost(bundle, *rest):
         if bundle.name == "one":
             raise RuntimeError("the device is lost")
         return pool(bundle, *rest)
 
-    monkeypatch.setattr(suite.calls_of, "pool", lost)
+    monkeypatch.setattr(module.calls_of, "pool", lost)
     run = Run(nets, fast={"exact": True})
     one, two = run.suite.run()
     assert one["systems"]["fast"]["reason"] == "RuntimeError: the device is lost"
@@ -191,32 +192,6 @@ def test_progress_goes_to_stderr_as_it_happens(nets, capsys):
 
 def row(**systems):
     return {"engine": "mlp8", "sizes": [1, 2], "systems": {n.replace("_", "-"): f for n, f in systems.items()}}
-
-
-def test_rows_hold_what_is_known():
-    memory = {"device_bytes": 2048, "torch_bytes": 1}
-    (one, two) = suite.rows(
-        row(a=figures(12.5, 3.0, memory_per_shape=memory), gone={"reason": "x"}, b=figures(9.0, steady_seconds=None))
-    )
-    assert one == ["mlp8", 2, "a", 12.5, 12.5, 12.5, 0.0, 1.25, 3.0, 1.0, 2.0, 2.0]
-    assert two == ["mlp8", 2, "b", 9.0, 9.0, 9.0, 0.0, 0.9, 1.0, 1.0, "never", ""]
-
-
-def test_each_reason_is_said_once_with_all_its_rows():
-    absent = {"reason": "not installed: aitune"}
-    found = [row(aitune=absent, raw=figures(10)), row(aitune=absent), row(aitune={"reason": "RuntimeError: other"})]
-    assert suite.reasons(found) == [
-        "not measured: aitune (mlp8 x 2, mlp8 x 2): not installed: aitune",
-        "not measured: aitune (mlp8 x 2): RuntimeError: other",
-    ]
-
-
-def test_the_table_ends_with_what_is_not_in_it(capsys):
-    suite.table([row(raw=figures(10.0), aitune={"reason": "not installed: aitune"})])
-    out, _ = capsys.readouterr()
-    assert "raw" in out
-    assert "over raw" in out
-    assert out.splitlines()[-1] == "not measured: aitune (mlp8 x 2): not installed: aitune"
 
 
 def test_only_graphcache_and_the_floor_fail_a_run():
