@@ -21,6 +21,8 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test starts from the same seed and environment, and leaves the modes and torch's own switches alone."""
     for name in ("GRAPHCACHE_DISABLE", "GRAPHCACHE_MAX_GRAPHS", "GRAPHCACHE_MAX_BYTES"):
         monkeypatch.delenv(name, raising=False)
+    # What somebody compiled on this machine is no part of the tests, which compile their own.
+    monkeypatch.setenv("GRAPHCACHE_NATIVE", "0")
     torch.manual_seed(0)
     yield
     left = modes.get()

@@ -16,7 +16,6 @@ from graphcache.config import GraphConfig, modes
 from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger, Subscriber
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.single import Fire, Into
 from graphcache.modules.conditions import (
     current_device,
     dispatch_modes,
@@ -39,12 +38,10 @@ from graphcache.modules.into import copy_into, targets_of
 from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.record import Recorded
 from graphcache.modules.session import Session
+from graphcache.modules.shortcuts import Shortcut, Shortcuts
 from graphcache.modules.standin import StandIn
 from graphcache.modules.strategy import find_parts
 from graphcache.modules.views import is_plain, plain
-
-Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
-"""An entry, shorter ways to replay it, its device's index, and the epoch of the engine that it was captured of."""
 
 
 class CachedModule(StandIn):
@@ -99,7 +96,8 @@ class CachedModule(StandIn):
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name)
-        shortcuts: dict[Hashable, Shortcut] = {}
+        freshness = Freshness(module, self, checks_weights=config.weights == "checked")
+        shortcuts = Shortcuts(engine, freshness.is_stale)
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
@@ -113,7 +111,6 @@ class CachedModule(StandIn):
             part_name: CachedModule(part, parts_config, name=part_name, run=part.forward)
             for part_name, part in find_parts(module, config).items()
         }
-        freshness = Freshness(module, self, checks_weights=config.weights == "checked")
         misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
         # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
@@ -126,6 +123,9 @@ class CachedModule(StandIn):
             _entries=cache.entries,
             # By layout alone, for calls of plain tensors on a device; emptied whenever a graph goes.
             _shortcuts=shortcuts,
+            # The same, compiled; None until a graph is known there.
+            _compiled_call=None,
+            _compiled_into=None,
             _misses=misses,
             _is_stale=freshness.is_stale,
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
@@ -185,6 +185,8 @@ class CachedModule(StandIn):
             return super().__call__(*args, **kwargs)
         if kwargs or is_compiling():
             return self.forward(*args, **kwargs)
+        if self._compiled_call is not None and (answer := self._compiled_call(args)) is not None:
+            return answer
         # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
         # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
         # Everything else finds its way in forward().
@@ -342,7 +344,9 @@ class CachedModule(StandIn):
         if isinstance(graph, CudaGraph):
             fire, into = entry.graph.single or (None, None)
             epoch = self._engine.epoch if self._engine is not None else None
-            self._shortcuts[describe_layout(args)] = entry, fire, into, graph.index, epoch
+            self._shortcuts.remember(describe_layout(args), args, (entry, fire, into, graph.index, epoch))
+            if (table := self._shortcuts.table()) is not None:
+                self.__dict__.update(_compiled_call=table.call, _compiled_into=table.into)
 
     def _shortcut(self, args: tuple[Any, ...]) -> Shortcut | None:
         try:
@@ -373,6 +377,8 @@ class CachedModule(StandIn):
         """Whether a graph has written the answer into ``out``, as ``__call__`` finds it."""
         if kwargs or is_compiling() or self._has_hooks():
             return False
+        if self._compiled_into is not None and self._compiled_into(out, args):
+            return True
         shortcut = self._shortcut(args)
         if shortcut is None or modes.get().off or dispatch_modes() or transforms() is not None:
             return False
