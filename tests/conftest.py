@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from graphcache.config import Modes, modes
+from graphcache.errors import CompileError
+from graphcache.graphs import native
+from graphcache.graphs.native.build import build, compiler
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
@@ -31,3 +35,15 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The compiled library, made once; what uses it is skipped only where there is no C++ compiler."""
+    try:
+        compiler()
+    except CompileError as why:
+        pytest.skip(str(why))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return native.load(build())

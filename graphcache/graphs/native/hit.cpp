@@ -202,11 +202,11 @@ struct Record {
   Words target;  // The layout of the only output.
 
   PyObject* hold(PyObject* object) {
-    if (object == nullptr || object == Py_None) return nullptr;
-    Py_INCREF(object);
-    held.emplace_back(object);
+    held.emplace_back(Py_NewRef(object));
     return object;
   }
+
+  PyObject* hold_unless_none(PyObject* object) { return object == Py_None ? nullptr : hold(object); }
 };
 
 PyObject* make(const Maker& maker) {
@@ -569,10 +569,11 @@ PyObject* table_put(Table* self, PyObject* given) {
   record->release = record->hold(release.get());
   record->executable = record->hold(executable);
   record->index = record->hold(index);
-  record->engine = record->hold(engine);
-  record->epoch = record->hold(epoch);
-  record->is_stale = record->hold(is_stale);
-  record->build = record->hold(build);
+  if (engine != Py_None && epoch == Py_None) return PyErr_Format(PyExc_TypeError, "an engine without an epoch");
+  record->engine = record->hold_unless_none(engine);
+  record->epoch = record->hold_unless_none(epoch);
+  record->is_stale = record->hold_unless_none(is_stale);
+  record->build = record->hold_unless_none(build);
   record->handle = pointer_of(handle);
   if (PyErr_Occurred()) return nullptr;
   if (!read_places(state, *record, inputs, record->inputs) || !read_places(state, *record, outputs, record->outputs))
@@ -580,7 +581,7 @@ PyObject* table_put(Table* self, PyObject* given) {
   record->makers.resize(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; ++i) {
     Maker& maker = record->makers[static_cast<size_t>(i)];
-    maker.callable = record->hold(PyTuple_GET_ITEM(makers, i));
+    maker.callable = record->hold_unless_none(PyTuple_GET_ITEM(makers, i));
     if (maker.callable == nullptr && !make_as(PyTuple_GET_ITEM(buffers, i), maker)) Py_RETURN_FALSE;
   }
   c10::TensorImpl* target = plain(PyTuple_GET_ITEM(buffers, 0));
