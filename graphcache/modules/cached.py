@@ -185,7 +185,7 @@ class CachedModule(StandIn):
             return super().__call__(*args, **kwargs)
         if kwargs or is_compiling():
             return self.forward(*args, **kwargs)
-        if self._compiled_call is not None and (answer := self._compiled_call(args)) is not None:
+        if (compiled := self._compiled_call) is not None and (answer := compiled(args)) is not None:
             return answer
         # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
         # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
@@ -264,6 +264,9 @@ class CachedModule(StandIn):
             >>> fast.forward_into(y, torch.tensor([-1.0, 3.0]))
             tensor([0., 3.])
         """
+        compiled = self._compiled_into
+        if compiled is not None and not (kwargs or is_compiling() or self._has_hooks()) and compiled(out, args):
+            return out
         if not self._shortly_into(out, args, kwargs) and not self._straight_into(out, args, kwargs):
             copy_into(out, self(*args, **kwargs), self.ledger.name)
         return out
@@ -377,8 +380,6 @@ class CachedModule(StandIn):
         """Whether a graph has written the answer into ``out``, as ``__call__`` finds it."""
         if kwargs or is_compiling() or self._has_hooks():
             return False
-        if self._compiled_into is not None and self._compiled_into(out, args):
-            return True
         shortcut = self._shortcut(args)
         if shortcut is None or modes.get().off or dispatch_modes() or transforms() is not None:
             return False
