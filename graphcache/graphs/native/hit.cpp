@@ -513,10 +513,16 @@ PyObject* table_into(Table* self, PyObject* const* given, Py_ssize_t count) {
 
 void* pointer_of(PyObject* number) { return PyLong_AsVoidPtr(number); }
 
+bool is_tuple(PyObject* object) {
+  if (PyTuple_Check(object)) return true;
+  PyErr_Format(PyExc_TypeError, "expected a tuple, got %R", Py_TYPE(object));
+  return false;
+}
+
 // (slot, mask, nbytes, ((kernel, node, params, context, word, offset), ...))
 bool read_place(State& state, Record& record, PyObject* given, Place& place) {
   PyObject *slot, *pointers;
-  if (!PyArg_ParseTuple(given, "OKKO!:place", &slot, &place.mask, &place.nbytes, &PyTuple_Type, &pointers)) return false;
+  if (!is_tuple(given) || !PyArg_ParseTuple(given, "OKKO!:place", &slot, &place.mask, &place.nbytes, &PyTuple_Type, &pointers)) return false;
   if (!state.address.is_of(slot) || PyTuple_GET_SIZE(pointers) == 0) {
     PyErr_SetString(PyExc_TypeError, "expected a Slot with pointers");
     return false;
@@ -526,7 +532,8 @@ bool read_place(State& state, Record& record, PyObject* given, Place& place) {
     int kernel;
     PyObject *node, *params, *context, *word;
     long long offset;
-    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(pointers, i), "pOOOOL:pointer", &kernel, &node, &params, &context, &word,
+    if (!is_tuple(PyTuple_GET_ITEM(pointers, i)) ||
+        !PyArg_ParseTuple(PyTuple_GET_ITEM(pointers, i), "pOOOOL:pointer", &kernel, &node, &params, &context, &word,
                           &offset))
       return false;
     place.pointers.push_back({kernel != 0, pointer_of(node), pointer_of(params), pointer_of(context),
