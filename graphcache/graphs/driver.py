@@ -46,12 +46,12 @@ def addresses(*names: str) -> tuple[int, ...]:
     """Where driver functions lie, as the C interface of CUDA 12 declares them, for compiled code.
 
     Raises:
-        CudaError: If the driver has one of them not.
+        CudaError: if the driver lacks one of them.
     """
     found = []
     for name in names:
         # 12.0 is where CUDA_KERNEL_NODE_PARAMS became what it is; 1 leaves out the per-thread default stream.
-        flags = binding().CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM
+        flags = int(binding().CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM)
         address, _ = call("cuGetProcAddress", name.encode(), 12000, flags)
         if not int(address):
             raise CudaError(f"the driver has no function {name}; graphcache needs one for CUDA 12.0 or later")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphcache.cache.lru import Entry, clock
+from graphcache.cache.lru import Entry, ticks
 from graphcache.config import Modes, modes
 from graphcache.errors import CudaError
 from graphcache.graphs import driver, native
@@ -24,7 +24,12 @@ log = logging.getLogger("graphcache")
 Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
 """An entry, shorter ways to replay it, its device's index, and the epoch of the engine that it was captured of."""
 
-_FUNCTIONS = ("cuGraphLaunch", "cuGraphExecKernelNodeSetParams", "cuGraphExecMemcpyNodeSetParams", "cuStreamIsCapturing")
+_FUNCTIONS = (
+    "cuGraphLaunch",
+    "cuGraphExecKernelNodeSetParams",
+    "cuGraphExecMemcpyNodeSetParams",
+    "cuStreamIsCapturing",
+)
 
 
 class Shortcuts(dict[Hashable, Shortcut]):
@@ -111,7 +116,7 @@ def new_table() -> Any:
     return library.Table(
         (CudaGraph, Lane, Slot, Entry, Modes),
         modes,
-        clock.__self__,
+        ticks,
         raw_stream,
         current_device if several_devices() else None,
         driver.failure_of,

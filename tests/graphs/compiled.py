@@ -49,9 +49,7 @@ class Functions:
 
     def _set_copy(self, executable: int, node: int, params: int, context: int) -> int:
         given = _struct(CUDA_MEMCPY3D, params)
-        return self._answer(
-            self._driver.cuGraphExecMemcpyNodeSetParams, executable, node, given, CUcontext(context)
-        )
+        return self._answer(self._driver.cuGraphExecMemcpyNodeSetParams, executable, node, given, CUcontext(context))
 
     def _is_capturing(self, stream: int, status: Any) -> int:
         status[0] = int(self._driver.streams[stream].capture is not None)

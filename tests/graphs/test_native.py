@@ -74,12 +74,12 @@ def test_the_library_agrees_with_python(compiled: Any) -> None:
     ("lie", "about"),
     [
         ({"layout": lambda args: None}, "the layout of a torch.float32 tensor"),
-        ({"layout": lambda args: (len(args),)}, "the layout of a"),
+        ({"layout": lambda args: (torch.is_inference_mode_enabled(), len(args))}, "the layout of a"),
         ({"address": lambda x: x.data_ptr() + 1}, "the address of a tensor"),
-        ({"empty_like": torch.zeros_like, "is_quiet": lambda: True}, "gradients"),
+        ({"is_quiet": lambda: True}, "gradients"),
         ({"empty_like": lambda x: None}, "new memory like a"),
         ({"empty_like": lambda x: x}, "new memory like a"),
-        ({"empty_like": torch.empty_like, "is_quiet": lambda: False}, "a context in which nothing is special"),
+        ({"is_quiet": lambda: False}, "a context in which nothing is special"),
     ],
 )
 def test_a_library_that_lies_is_found_out(compiled: Any, lie: dict[str, Any], about: str) -> None:
@@ -181,9 +181,7 @@ def spoil(library: Path, how: str) -> None:
         ("writable by others", "may be written by others"),
     ],
 )
-def test_what_is_not_in_order_is_not_used(
-    library: Path, caplog: pytest.LogCaptureFixture, how: str, said: str
-) -> None:
+def test_what_is_not_in_order_is_not_used(library: Path, caplog: pytest.LogCaptureFixture, how: str, said: str) -> None:
     spoil(library, how)
     assert said in silently(caplog)
 

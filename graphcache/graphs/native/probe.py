@@ -14,7 +14,7 @@ class _Subclass(Tensor):
     pass
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
@@ -41,7 +41,8 @@ def _plain(device: str) -> list[Tensor]:
 
 
 def _devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_initialized() else ["cpu"]
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return ["cpu", "cuda"] if in_use else ["cpu"]
 
 
 def _layouts(library: Any) -> Iterator[str]:

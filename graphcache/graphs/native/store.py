@@ -60,7 +60,7 @@ def find() -> Path:
     try:
         told = json.loads(text)
         name, digest = told["file"], told["sha256"]
-        path = note.parent / name
+        path: Path = note.parent / name
         if path.parent != note.parent:
             raise NotUsable(f"{note} names {name}, which is elsewhere")
         for each in (note.parent, note, path):
