@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -46,11 +47,15 @@ class Shortcuts(dict[Hashable, Shortcut]):
         self._is_stale = is_stale
         self._table: Any = None
         self._asked = False
+        self._making = threading.Lock()
 
     def table(self) -> Any:
         """The compiled table; ``None`` where there is no library. Asked for once, when a graph is first remembered."""
         if not self._asked:
-            self._table, self._asked = new_table(), True
+            with self._making:
+                if not self._asked:
+                    self._table = new_table()
+                    self._asked = True
         return self._table
 
     def remember(self, layout: Hashable, args: tuple[Any, ...], shortcut: Shortcut) -> None:

@@ -397,10 +397,12 @@ Outcome finish(State& state, const Record& record) {
     const int is = stale ? PyObject_IsTrue(stale.get()) : -1;
     if (is != 0) return is < 0 ? Outcome::failed : Outcome::left_alone;
   }
-  PyObject* hits = state.hits.in(record.entry);
   Ref more(PyLong_FromUnsignedLongLong(state.hits.number(record.entry) + 1));
   Ref now(PyIter_Next(state.counter.get()));
-  if (!more || !now || hits == nullptr) return Outcome::failed;
+  if (!more || !now) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "the counter of uses has ended");
+    return Outcome::failed;
+  }
   state.hits.put(record.entry, more.release());
   state.used.put(record.entry, now.release());
   return Outcome::done;
