@@ -46,7 +46,7 @@ def addresses(*names: str) -> tuple[int, ...]:
     """Where driver functions lie, as the C interface of CUDA 12 declares them, for compiled code.
 
     Raises:
-        CudaError: if the driver lacks one of them.
+        CudaError: If the driver lacks one of them.
     """
     found = []
     for name in names:

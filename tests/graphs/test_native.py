@@ -212,6 +212,7 @@ def test_of_another_torch_or_source(library: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     other = tmp_path / "hit.cpp"
     other.write_bytes(store.SOURCE.read_bytes() + b"\n")
+    shutil.copy(store.SOURCE.with_name("build.py"), tmp_path)
     monkeypatch.setattr(store, "SOURCE", other)
     assert key() != before
 

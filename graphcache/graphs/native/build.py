@@ -45,17 +45,19 @@ def command(target: Path) -> list[str]:
     Raises:
         CompileError: If there is no compiler.
     """
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    headers = [*include_paths(), sysconfig.get_paths()["include"]]
+    # As torch.utils.cpp_extension has them, which would ask for setuptools.
+    torch_is_in = Path(torch.__file__).parent
+    include = torch_is_in / "include"
+    headers = [include, include / "torch" / "csrc" / "api" / "include", sysconfig.get_paths()["include"]]
     return [
         *compiler(),
         *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(part for path in headers for part in ("-isystem", path)),
+        *(part for path in headers for part in ("-isystem", str(path))),
         *(str(store.SOURCE), "-o", str(target)),
-        *(f"-L{path}" for path in library_paths()),
-        *("-ltorch_python", "-ltorch_cpu", "-lc10"),
+        *(f"-L{torch_is_in / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"),
+        # What is missing is said when it is loaded, as an ImportError, and not by the death of a process later on.
+        "-Wl,-z,now",
     ]
 
 
