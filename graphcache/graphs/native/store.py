@@ -32,7 +32,7 @@ def folder() -> Path:
 
 
 def key() -> str:
-    """What a library has to agree with: the source and how it is compiled, torch, Python, the C++ ABI and the machine; 16 hex digits."""
+    """What a library has to agree with: the source, how it is compiled, torch, Python, the machine; 16 hex digits."""
     parts = (
         *(hashlib.sha256(path.read_bytes()).hexdigest() for path in (SOURCE, SOURCE.with_name("build.py"))),
         torch.__version__,
