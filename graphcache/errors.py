@@ -24,6 +24,7 @@
     ├── TraceError (ValueError)               a trace file is damaged, or is none
     ├── NoGpuError (RuntimeError)
     ├── CudaError (RuntimeError)              a driver call failed
+    ├── CompileError (RuntimeError)           the optional accelerator cannot be compiled
     └── TensorRTNotFoundError (ModuleNotFoundError)
 
 Every message says what happened, what was seen, what would have been right, and what to do next.
@@ -121,6 +122,10 @@ class NoGpuError(GraphCacheError, RuntimeError):
 
 class CudaError(GraphCacheError, RuntimeError):
     """A CUDA driver call failed; the message names the call and the driver's own code."""
+
+
+class CompileError(GraphCacheError, RuntimeError):
+    """The optional accelerator cannot be compiled, or was and is not sound; hits are answered in Python."""
 
 
 class TensorRTNotFoundError(GraphCacheError, ModuleNotFoundError):

@@ -25,7 +25,8 @@ class Owner(Protocol):
 
 G = TypeVar("G", bound=Owner)
 
-clock = itertools.count(1).__next__
+ticks = itertools.count(1)
+clock = ticks.__next__
 
 
 class Entry(Generic[G]):

@@ -1,4 +1,4 @@
-"""The command line: ``graphcache demo``, ``build``, ``run``, ``prepare`` and ``doctor``.
+"""The command line: ``graphcache demo``, ``build``, ``run``, ``prepare``, ``doctor`` and ``compile``.
 
 Exit codes: 0 if all went well, 1 if something was wrong with what was given or what is installed (one line on stderr,
 no traceback), 2 for a usage error, 3 if an answer differed from eager execution.
@@ -13,6 +13,7 @@ import click
 
 import graphcache
 from graphcache.cli.build import build
+from graphcache.cli.compile import compile_
 from graphcache.cli.demo import demo
 from graphcache.cli.doctor import doctor
 from graphcache.cli.output import one_line
@@ -48,3 +49,4 @@ main.add_command(build)
 main.add_command(run)
 main.add_command(prepare)
 main.add_command(doctor)
+main.add_command(compile_)

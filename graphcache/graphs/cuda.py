@@ -49,6 +49,9 @@ class CudaGraph:
         Refusal: If the graph has no nodes. ``release`` was called then, as it is when instantiating fails.
     """
 
+    # What the compiled short way reads and writes too stands at a fixed place.
+    __slots__ = ("__dict__", "__weakref__", "executable", "ready", "ready_inference", "ready_stream")
+
     def __init__(
         self,
         captured: Any,

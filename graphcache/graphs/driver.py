@@ -42,6 +42,23 @@ def call(name: str, *args: Any) -> Any:
     return None if not results else results[0] if len(results) == 1 else tuple(results)
 
 
+def addresses(*names: str) -> tuple[int, ...]:
+    """Where driver functions lie, as the C interface of CUDA 12 declares them, for compiled code.
+
+    Raises:
+        CudaError: If the driver lacks one of them.
+    """
+    found = []
+    for name in names:
+        # 12.0 is where CUDA_KERNEL_NODE_PARAMS became what it is; 1 leaves out the per-thread default stream.
+        flags = int(binding().CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM)
+        address, _ = call("cuGetProcAddress", name.encode(), 12000, flags)
+        if not int(address):
+            raise CudaError(f"the driver has no function {name}; graphcache needs one for CUDA 12.0 or later")
+        found.append(int(address))
+    return tuple(found)
+
+
 def is_capturing(stream: int) -> bool:
     """Whether a stream is being captured by anyone; ``stream`` is a raw handle, 0 for the legacy default stream."""
     driver = binding()
@@ -182,6 +199,19 @@ def failure(name: str, code: Any) -> CudaError:
         code: A ``CUresult``.
     """
     return CudaError(f"{name} failed with {code.name} ({int(code)}){_hint(code.name)}")
+
+
+def failure_of(name: str, code: int) -> CudaError:
+    """What to raise when a driver function that compiled code has called answered with a number.
+
+    Args:
+        name: The function's.
+        code: Anything but 0.
+    """
+    try:
+        return failure(name, binding().CUresult(code))
+    except ValueError:
+        return CudaError(f"{name} failed with code {code}, which this cuda-python does not know")
 
 
 def _hint(name: str) -> str:

@@ -32,6 +32,9 @@ class Lane:
         index: The CUDA device.
     """
 
+    # What the compiled short way reads too stands at a fixed place.
+    __slots__ = ("__dict__", "__weakref__", "stream")
+
     def __init__(self, index: int) -> None:
         self.index = index
         self.lock = threading.RLock()

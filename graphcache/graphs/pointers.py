@@ -55,6 +55,18 @@ class Pointer:
         self.arguments = arguments
         self.keep = keep
 
+    @property
+    def raw(self) -> tuple[bool, int, int, int, int, int]:
+        """The same for compiled code.
+
+        Returns:
+            Whether the node is a kernel, the node, the address of its parameters, the context (0 for kernels), the
+            address of ``word``, and ``offset``. The addresses hold for as long as this object lives.
+        """
+        node, params, *context = self.arguments
+        raw_context = int(context[0]) if context else 0
+        return not context, int(node), params.getPtr(), raw_context, ctypes.addressof(self.word), self.offset
+
     def set(self, executable: Any, address: int) -> None:
         """Point the node at another address, from the next launch on.
 

@@ -44,7 +44,7 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
     executable, lane, mask = graph.executable, graph.lane, source.mask | target.mask
     point_in, point_out = partial(in_setter, executable, *in_arguments), partial(out_setter, executable, *out_arguments)
     launch, lock = graph.launcher, lane.lock
-    empty = _allocator(target.buffer)
+    empty = allocator(target.buffer)
     buffer = target.buffer
     wanted = Tensor, buffer.dtype, buffer.shape, buffer.stride(), buffer.device
     size, room = nbytes_of([source.buffer]), nbytes_of([buffer])
@@ -126,7 +126,7 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
     return fire, into
 
 
-def _allocator(buffer: Tensor) -> Callable[[], Tensor]:
+def allocator(buffer: Tensor) -> Callable[[], Tensor]:
     """Allocates tensors like one on a device, from torch's caching allocator, for the current stream."""
     direct = _direct_allocator()
     if direct is None or torch.cuda.device_count() != 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphcache.graphs import driver
+from graphcache.graphs.buffers import nbytes_of
 from graphcache.graphs.pointers import Pointer
 
 ALIGNMENT = 256
@@ -66,6 +67,11 @@ class Slot:
         if self._setter is None:
             return None
         return self._setter, self._word, self._offset, self._arguments
+
+    @property
+    def raw(self) -> tuple[Slot, int, int, tuple[tuple[bool, int, int, int, int, int], ...]]:
+        """For compiled code: this object, ``mask``, the size of the buffer in bytes, and the pointers."""
+        return self, self.mask, nbytes_of([self.buffer]), tuple([pointer.raw for pointer in self.pointers])
 
     def take(self, executable: Any, tensor: Tensor) -> None:
         """Use an input's values at the next launch, in place or through the static buffer."""

@@ -21,7 +21,6 @@ from graphcache.config import GraphConfig, modes
 from graphcache.errors import CaptureError, ClosedError, ConfigError, Refusal, shown
 from graphcache.events import Evicted, Ledger, Subscriber, log
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.single import Fire, Into
 from graphcache.modules.bucketed import UNPADDED, Bucketed, arguments_of
 from graphcache.modules.conditions import (
     current_device,
@@ -48,12 +47,10 @@ from graphcache.modules.record import Recorded
 from graphcache.modules.recorded_calls import TraceRecording
 from graphcache.modules.served_calls import served
 from graphcache.modules.session import Session
+from graphcache.modules.shortcuts import Shortcut, Shortcuts
 from graphcache.modules.standin import StandIn
 from graphcache.modules.strategy import find_parts
 from graphcache.modules.views import is_plain, plain
-
-Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
-"""An entry, shorter ways to replay it, its device's index, and the epoch of the engine that it was captured of."""
 
 
 class CachedModule(StandIn):
@@ -108,7 +105,8 @@ class CachedModule(StandIn):
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name)
-        shortcuts: dict[Hashable, Shortcut] = {}
+        freshness = Freshness(module, self, checks_weights=config.weights == "checked")
+        shortcuts = Shortcuts(engine, freshness.is_stale)
         seen = Seen()
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
@@ -125,7 +123,6 @@ class CachedModule(StandIn):
             part_name: CachedModule(part, parts_config, name=part_name, run=part.forward)
             for part_name, part in find_parts(module, config).items()
         }
-        freshness = Freshness(module, self, checks_weights=config.weights == "checked")
         misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
         beside = config.capture_in == "background"
         bucketed = (
@@ -142,6 +139,9 @@ class CachedModule(StandIn):
             _entries=cache.entries,
             # By layout alone, for calls of plain tensors on a device; emptied whenever a graph goes.
             _shortcuts=shortcuts,
+            # The same, compiled; None until a graph is known there.
+            _compiled_call=None,
+            _compiled_into=None,
             _misses=misses,
             _seen=seen,
             _bucketed=bucketed,
@@ -203,6 +203,8 @@ class CachedModule(StandIn):
             return super().__call__(*args, **kwargs)
         if kwargs or is_compiling():
             return self.forward(*args, **kwargs)
+        if (compiled := self._compiled_call) is not None and (answer := compiled(args)) is not None:
+            return answer
         # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
         # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
         # Everything else finds its way in forward().
@@ -280,6 +282,9 @@ class CachedModule(StandIn):
             >>> fast.forward_into(y, torch.tensor([-1.0, 3.0]))
             tensor([0., 3.])
         """
+        compiled = self._compiled_into
+        if compiled is not None and not (kwargs or is_compiling() or self._has_hooks()) and compiled(out, args):
+            return out
         if not self._shortly_into(out, args, kwargs) and not self._straight_into(out, args, kwargs):
             copy_into(out, self(*args, **kwargs), self.ledger.name)
         return out
@@ -496,7 +501,9 @@ class CachedModule(StandIn):
         if isinstance(graph, CudaGraph):
             fire, into = entry.graph.single or (None, None)
             epoch = self._engine.epoch if self._engine is not None else None
-            self._shortcuts[describe_layout(args)] = entry, fire, into, graph.index, epoch
+            self._shortcuts.remember(describe_layout(args), args, (entry, fire, into, graph.index, epoch))
+            if (table := self._shortcuts.table()) is not None:
+                self.__dict__.update(_compiled_call=table.call, _compiled_into=table.into)
 
     def _shortcut(self, args: tuple[Any, ...]) -> Shortcut | None:
         try:

@@ -29,7 +29,7 @@ class Recorded:
         bare: Whether the answer is the graph's only output itself.
     """
 
-    __slots__ = ("build", "graph", "nbytes", "replay", "single", "whole")
+    __slots__ = ("bare", "build", "graph", "nbytes", "replay", "single", "whole")
 
     def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
@@ -38,6 +38,7 @@ class Recorded:
         self.replay: Callable[..., list[Tensor]] = graph.replay
         self.build = build
         self.whole = whole
+        self.bare = bare
         self.nbytes = graph.nbytes
 
     def close(self, *, wait: bool = True) -> None:

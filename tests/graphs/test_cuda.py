@@ -22,6 +22,7 @@ from graphcache.graphs.cuda import NODE_BYTES, CudaGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.single import single
 from graphcache.graphs.slots import Slot
+from tests.graphs import compiled as compiled_way
 from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Affine, Stream, Torch, address, installed, pointer
 from tests.helpers import in_threads
@@ -65,6 +66,7 @@ def test_answers(fake: Torch, graph: CudaGraph) -> None:
         assert x.tolist() == given_to(fake, start).tolist(), "inputs are not changed"
 
 
+@pytest.mark.parametrize("way", ["python", "compiled"])
 @given(
     st.sampled_from(KINDS),
     st.lists(
@@ -77,14 +79,20 @@ def test_answers(fake: Torch, graph: CudaGraph) -> None:
         max_size=12,
     ),
 )
-def test_any_inputs_on_any_streams(kind: str, steps: list[tuple[str, int, str]]) -> None:
+def test_any_inputs_on_any_streams(
+    way: str, request: pytest.FixtureRequest, kind: str, steps: list[tuple[str, int, str]]
+) -> None:
     """Every answer is right, stays intact, belongs to the caller, and nothing races or is read after it was freed."""
-    with installed() as fake:
+    with pytest.MonkeyPatch.context() as patch, installed(patch=patch) as fake:
         made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), kind)()
         streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
         same = given_to(fake, 100)
         kept: list[tuple[Tensor, Tensor]] = []
         fire, into = single(made) or (lambda x, stream: None, lambda x, out, stream: False)
+        functions = None
+        if way == "compiled":
+            functions = compiled_way.use(request.getfixturevalue("compiled"), fake, patch)
+            fire, into, _ = compiled_way.single(made, same)
         out: list[Tensor] | None = None
         for number, (how, stream, to) in enumerate(steps):
             x = same if how in ("same", "changed") else given_to(fake, number, offset=36 * (how == "unaligned"))
@@ -109,6 +117,7 @@ def test_any_inputs_on_any_streams(kind: str, steps: list[tuple[str, int, str]])
             kept.append((answer[0], x * 3 + 1))
         assert all(torch.equal(answer, wanted) for answer, wanted in kept)
         made.close()
+        assert functions is None or functions.raised == []
         assert fake.driver.leaked() in ({}, {"events": 1})
 
 

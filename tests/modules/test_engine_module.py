@@ -44,6 +44,7 @@ from graphcache.modules import engine as room
 from graphcache.modules.record_torch import TorchRecorder
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
+from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Stream, Torch, Violation, address, installed, pointer
 from tests.helpers import in_threads, outcomes, reason
 
@@ -60,10 +61,16 @@ def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     return fake
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+@pytest.fixture(params=["python", "compiled"])
+def fake(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Torch]:
     with installed(*MODULES, patch=monkeypatch) as fake:
-        yield prepare(fake, monkeypatch)
+        prepare(fake, monkeypatch)
+        if request.param == "compiled":
+            functions = compiled_way.use(request.getfixturevalue("compiled"), fake, monkeypatch)
+            yield fake
+            assert functions.raised == []
+        else:
+            yield fake
 
 
 def load(network: str, **options: Any) -> EngineModule:
@@ -410,12 +417,18 @@ def test_profiles(fake: Torch) -> None:
 # ---- the short way
 
 
+@pytest.mark.parametrize("way", ["python", "compiled"])
 @pytest.mark.parametrize("io", ["bind", "copy"])
 @given(steps=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from(SHORT)), max_size=14))
-def test_any_sequence_on_the_short_ways(io: str, steps: list[tuple[int, int, str]]) -> None:
+def test_any_sequence_on_the_short_ways(
+    way: str, io: str, request: pytest.FixtureRequest, steps: list[tuple[int, int, str]]
+) -> None:
     """Fresh answers and answers into the caller's memory, in any order: each is right, and those of before stay."""
     with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake, torch.no_grad():
         prepare(fake, patch)
+        functions = None
+        if way == "compiled":
+            functions = compiled_way.use(request.getfixturevalue("compiled"), fake, patch)
         module = load("affine")
         fast = graphcache.wrap(module, io=io, max_graphs=2)
         inputs = [rows(fake, 2), rows(fake, 2, 9), rows(fake, 3)]
@@ -443,6 +456,7 @@ def test_any_sequence_on_the_short_ways(io: str, steps: list[tuple[int, int, str
         fast.close()
         module.close()
         assert fake.driver.leaked() == {}
+        assert functions is None or functions.raised == []
 
 
 def test_answering_into_the_same_memory_again_is_the_launch_alone(fake: Torch) -> None:

@@ -1,0 +1,80 @@
+"""The short way of a hit in C++: optional, compiled on request, used only if it agrees with Python.
+
+``graphcache compile`` (or ``python -m graphcache.graphs.native``) compiles ``hit.cpp`` against the torch that is
+installed. Nothing is ever compiled at an import or a call. Where there is no library, or it is for another torch,
+Python or source, or was changed, or disagrees with Python about some tensors, everything runs on the Python way, which
+is complete and the reference; one debug message says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from typing import Any
+
+from graphcache.errors import ConfigError, shown
+from graphcache.graphs.native.probe import disagreement
+from graphcache.graphs.native.store import NotUsable, find
+
+log = logging.getLogger("graphcache")
+
+MODULE = "_graphcache_hit"
+
+
+def loaded() -> Any:
+    """The compiled library, loaded at the first use; ``None`` where there is none, or ``GRAPHCACHE_NATIVE=0``.
+
+    Example:
+        >>> loaded() is None or callable(loaded().Table)
+        True
+    """
+    return _loaded() if wanted() else None
+
+
+def wanted() -> bool:
+    """Whether ``GRAPHCACHE_NATIVE`` allows the library; it does unless it is ``0`` or ``false``.
+
+    Raises:
+        ConfigError: For anything but ``0``, ``1``, ``true``, ``false`` or nothing.
+    """
+    text = os.environ.get("GRAPHCACHE_NATIVE", "").strip().lower()
+    if text in ("", "1", "true"):
+        return True
+    if text in ("0", "false"):
+        return False
+    raise ConfigError(f"GRAPHCACHE_NATIVE={shown(text)}: expected 1, true, 0, false or nothing")
+
+
+def load(path: Path) -> Any:
+    """The module in a library file, which must have been checked: what is no library of ours may do anything.
+
+    Raises:
+        ImportError: If it cannot be loaded.
+    """
+    loader = ExtensionFileLoader(MODULE, str(path))
+    spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@cache
+def _loaded() -> Any:
+    try:
+        path = find()
+        library = load(path)
+        difference = disagreement(library)
+    except NotUsable as why:
+        log.debug("hits are answered in Python: %s", why)
+    except Exception as error:
+        log.debug("hits are answered in Python: the compiled library raised %s: %s", type(error).__name__, error)
+    else:
+        if difference is None:
+            return library
+        log.debug("hits are answered in Python: %s disagrees with it about %s", path, difference)
+    return None

@@ -1,0 +1,756 @@
+// The short way of a hit, compiled: what graphcache/graphs/single.py and CachedModule.__call__ do in Python.
+//
+// There is one source of truth, the Python objects. Where a graph points, which outputs are ready, on which stream a
+// lane ran last: all of it stands in __slots__ of Slot, CudaGraph, Lane and Entry, and is read and written here at the
+// offsets that their member descriptors name. So the general way, in Python, may run between any two calls.
+//
+// A Table holds records by the layout of the inputs. call() and into() either answer, or raise what the Python way
+// raises, or return None / False with nothing changed; whoever called then takes the Python way. What decides is asked
+// before the launch. The exception is the callable that looks at a module's parameters (is_stale), which is called
+// while the device works; then the launch was in vain, as on the Python way.
+//
+// The GIL is held throughout, but for cuGraphLaunch, which blocks while the launch queue is full. The lane's lock is
+// held from the first look at the graph to the last change of it.
+//
+// CUDA's headers and libraries are not needed: the addresses of four driver functions come from Python.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#ifdef Py_GIL_DISABLED
+#error "not for free-threaded Python: the GIL guards what is read and written here"
+#endif
+
+#include <ATen/EmptyTensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+// ATen/functorch/DynamicLayer.h wants a header that torch does not ship. Whether the stack is empty needs no more.
+namespace at::functorch {
+struct DynamicLayer;
+TORCH_API const std::vector<DynamicLayer>& getDynamicLayerStack();
+}  // namespace at::functorch
+
+namespace {
+
+using Ref = THPObjectPtr;
+using Words = c10::SmallVector<uint64_t, 64>;
+
+constexpr Py_ssize_t most_inputs = 8;
+constexpr uint64_t unknown = ~uint64_t{0};
+
+// The driver's functions, by what the C interface of CUDA 12 says of them; a CUresult is an int.
+using Launch = int (*)(void* executable, void* stream);
+using SetKernel = int (*)(void* executable, void* node, const void* params);
+using SetCopy = int (*)(void* executable, void* node, const void* params, void* context);
+using IsCapturing = int (*)(void* stream, int* status);
+
+// ---- attributes of Python objects
+
+// An attribute that stands in __slots__ of a class.
+struct Field {
+  PyTypeObject* type = nullptr;  // Borrowed: the table holds its classes.
+  Py_ssize_t offset = 0;
+
+  bool find(PyObject* cls, const char* name) {
+    Ref descriptor(PyObject_GetAttrString(cls, name));
+    if (!descriptor) return false;
+    if (!PyType_Check(cls) || !Py_IS_TYPE(descriptor.get(), &PyMemberDescr_Type)) {
+      PyErr_Format(PyExc_TypeError, "%R has no slot %s", cls, name);
+      return false;
+    }
+    const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(descriptor.get())->d_member;
+    if (member->type != T_OBJECT_EX || (member->flags & READONLY)) {
+      PyErr_Format(PyExc_TypeError, "%s of %R is no plain slot", name, cls);
+      return false;
+    }
+    type = PyDescr_TYPE(descriptor.get());
+    offset = member->offset;
+    return true;
+  }
+
+  bool is_of(PyObject* object) const { return PyObject_TypeCheck(object, type); }
+
+  PyObject*& in(PyObject* object) const {
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+  }
+
+  // Takes over the reference to the value.
+  void put(PyObject* object, PyObject* value) const {
+    PyObject*& place = in(object);
+    PyObject* before = place;
+    place = value;
+    Py_XDECREF(before);
+  }
+
+  // A whole number as it stands there: -1, and whatever is none, are no address and no stream.
+  uint64_t number(PyObject* object) const {
+    PyObject* value = in(object);
+    if (value == nullptr || !PyLong_CheckExact(value)) return unknown;
+    const uint64_t found = PyLong_AsUnsignedLongLongMask(value);
+    if (found == unknown) PyErr_Clear();
+    return found;
+  }
+};
+
+// ---- tensors
+
+// No gradients, no autocast, no modes, no transforms, no tracing.
+bool nothing_special() {
+  return !c10::GradMode::is_enabled() &&
+      c10::impl::tls_local_dispatch_key_set().excluded_.has_all(c10::autocast_dispatch_keyset) &&
+      c10::impl::TorchDispatchModeTLS::stack_len() == 0 && at::functorch::getDynamicLayerStack().empty() &&
+      !torch::jit::tracer::isTracing();
+}
+
+// The tensor in an object that is a torch.Tensor itself, plain and dense, on a GPU or on the CPU; otherwise null. Its
+// dispatch keys say it all: any layout but strided, pending conjugation or negation, a subclass, a wrapper of a
+// transform or a fake have a key more.
+c10::TensorImpl* plain(PyObject* object) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != THPVariableClass) return nullptr;
+  c10::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
+  const auto keys =
+      tensor->key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
+  constexpr c10::DispatchKeySet cuda(c10::DispatchKey::CUDA), cpu(c10::DispatchKey::CPU);
+  return (keys == cuda || keys == cpu) && tensor->has_storage() ? tensor : nullptr;
+}
+
+void describe_one(const c10::TensorImpl& tensor, Words& words) {
+  const auto device = tensor.device();
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  words.push_back(static_cast<uint64_t>(tensor.dtype().toScalarType()) | static_cast<uint64_t>(device.type()) << 8 |
+                  static_cast<uint64_t>(static_cast<uint8_t>(device.index())) << 16 | uint64_t{sizes.size()} << 32);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    words.push_back(static_cast<uint64_t>(sizes[i]));
+    words.push_back(static_cast<uint64_t>(strides[i]));
+  }
+}
+
+// What describe_layout() in cache/signature.py says, as numbers; false for what it says nothing of.
+bool describe(PyObject* args, c10::TensorImpl** tensors, Words& words) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(args);
+  if (count < 1 || count > most_inputs) return false;
+  words.push_back(static_cast<uint64_t>(count) << 1 | static_cast<uint64_t>(c10::InferenceMode::is_enabled()));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* item = PyTuple_GET_ITEM(args, i);
+    for (Py_ssize_t j = 0; j < i; ++j)
+      if (PyTuple_GET_ITEM(args, j) == item) return false;
+    if ((tensors[i] = plain(item)) == nullptr) return false;
+    describe_one(*tensors[i], words);
+  }
+  return true;
+}
+
+uint64_t hash_of(const Words& words) {
+  uint64_t hash = 0;
+  for (const uint64_t word : words) {
+    hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
+uint64_t address_of(c10::TensorImpl* tensor) { return reinterpret_cast<uint64_t>(tensor->mutable_data()); }
+
+// ---- what is known of a graph
+
+// A place in the graph where an address stands, as pointers.py found it.
+struct Pointer {
+  bool kernel;
+  void *node, *params, *context;
+  uint64_t* word;
+  uint64_t offset;
+};
+
+// An input or output.
+struct Place {
+  PyObject* slot;  // Held by the record; holds the memory behind the pointers.
+  uint64_t mask;
+  uint64_t nbytes;
+  std::vector<Pointer> pointers;
+};
+
+// How to allocate an output: by a callable, or from the allocator that the static buffer came from.
+struct Maker {
+  PyObject* callable = nullptr;  // Held by the record.
+  c10::Allocator* allocator = nullptr;
+  c10::ScalarType dtype = c10::ScalarType::Undefined;
+  c10::SmallVector<int64_t, 8> sizes, strides;
+  c10::DispatchKeySet keys;
+};
+
+struct Record {
+  Words words;
+  std::vector<Ref> held;  // Everything borrowed below.
+  PyObject *entry, *graph, *lane, *acquire, *release, *executable, *index;
+  PyObject *engine, *epoch, *is_stale, *build;  // Null where there is none.
+  void* handle;
+  std::vector<Place> inputs, outputs;
+  std::vector<Maker> makers;
+  Words target;  // The layout of the only output.
+
+  PyObject* hold(PyObject* object) {
+    held.emplace_back(Py_NewRef(object));
+    return object;
+  }
+
+  PyObject* hold_unless_none(PyObject* object) { return object == Py_None ? nullptr : hold(object); }
+};
+
+PyObject* make(const Maker& maker) {
+  HANDLE_TH_ERRORS
+  if (maker.callable != nullptr) return PyObject_CallNoArgs(maker.callable);
+  return THPVariable_Wrap(
+      at::detail::empty_strided_generic(maker.sizes, maker.strides, maker.allocator, maker.keys, maker.dtype));
+  END_HANDLE_TH_ERRORS
+}
+
+// Fails if the object is no plain tensor of a caching allocator.
+bool make_as(PyObject* buffer, Maker& maker) {
+  c10::TensorImpl* tensor = plain(buffer);
+  if (tensor == nullptr || (maker.allocator = tensor->unsafe_storage().allocator()) == nullptr) return false;
+  maker.dtype = tensor->dtype().toScalarType();
+  maker.sizes = tensor->sizes();
+  maker.strides = tensor->strides();
+  maker.keys = c10::DispatchKeySet(tensor->is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
+  return true;
+}
+
+// ---- the table
+
+struct State {
+  Ref classes, modes, counter, raw_stream, current_device, fail, quiet, not_blocking, minus_one, epoch_name;
+  Field executable, ready, ready_stream, ready_inference, stream, address, hits, used, off;
+  Launch launch;
+  SetKernel set_kernel;
+  SetCopy set_copy;
+  IsCapturing is_capturing;
+  std::unordered_multimap<uint64_t, std::shared_ptr<Record>> records;
+};
+
+struct Table {
+  PyObject_HEAD
+  State* state;
+};
+
+// A lane's lock, taken without waiting and given back at the end, whatever exception is on its way.
+class Held {
+ public:
+  Held(State& state, const Record& record) : release_(record.release) {
+    Ref taken(PyObject_Call(record.acquire, state.not_blocking.get(), nullptr));
+    failed_ = !taken;
+    held_ = taken.get() == Py_True;
+  }
+  ~Held() { give_back(); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+  void give_back() {
+    if (!held_) return;
+    held_ = false;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    Ref done(PyObject_CallNoArgs(release_));
+    if (!done) PyErr_WriteUnraisable(release_);
+    PyErr_Restore(type, value, traceback);
+  }
+  bool failed() const { return failed_; }
+  explicit operator bool() const { return held_; }
+
+ private:
+  PyObject* release_;
+  bool held_ = false, failed_ = false;
+};
+
+enum class Outcome { done, left_alone, failed };
+
+Outcome raise_failure(State& state, const char* name, int code) {
+  Ref error(PyObject_CallFunction(state.fail.get(), "si", name, code));
+  if (error) PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.get())), error.get());
+  return Outcome::failed;
+}
+
+// Point at another address from the next launch on: 0, or what the driver answered, or -1 with an exception set. The
+// slot's address is -1 until the driver has taken the new one.
+int point(State& state, const Record& record, const Place& place, uint64_t address, const char** name) {
+  PyObject* value = PyLong_FromUnsignedLongLong(address);
+  if (value == nullptr) return -1;
+  Ref kept(value);
+  state.address.put(place.slot, Py_NewRef(state.minus_one.get()));
+  for (const Pointer& pointer : place.pointers) {
+    *pointer.word = address + pointer.offset;
+    const int code = pointer.kernel
+        ? state.set_kernel(record.handle, pointer.node, pointer.params)
+        : state.set_copy(record.handle, pointer.node, pointer.params, pointer.context);
+    if (code != 0) {
+      *name = pointer.kernel ? "cuGraphExecKernelNodeSetParams" : "cuGraphExecMemcpyNodeSetParams";
+      return code;
+    }
+  }
+  state.address.put(place.slot, kept.release());
+  return 0;
+}
+
+Outcome point_inputs(State& state, const Record& record, const uint64_t* addresses) {
+  for (size_t i = 0; i < record.inputs.size(); ++i) {
+    if (state.address.number(record.inputs[i].slot) == addresses[i]) continue;
+    const char* name = nullptr;
+    if (const int code = point(state, record, record.inputs[i], addresses[i], &name); code != 0)
+      return code < 0 ? Outcome::failed : raise_failure(state, name, code);
+  }
+  return Outcome::done;
+}
+
+Outcome launch(State& state, const Record& record, uint64_t stream) {
+  int code;
+  Py_BEGIN_ALLOW_THREADS
+  code = state.launch(record.handle, reinterpret_cast<void*>(stream));
+  Py_END_ALLOW_THREADS
+  return code == 0 ? Outcome::done : raise_failure(state, "cuGraphLaunch", code);
+}
+
+// The outputs of the next call, and the graph pointed at them. This call has its answer: no memory and no driver that
+// agrees are the next one's to say.
+Outcome prepare_next(State& state, const Record& record) {
+  const size_t count = record.outputs.size();
+  Ref fresh(PyList_New(static_cast<Py_ssize_t>(count)));
+  if (!fresh) return Outcome::failed;
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* made = make(record.makers[i]);
+    if (made == nullptr) {
+      if (!PyErr_ExceptionMatches(state.quiet.get())) return Outcome::failed;
+      PyErr_Clear();
+      return Outcome::done;
+    }
+    PyList_SET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i), made);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    c10::TensorImpl* tensor = plain(PyList_GET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i)));
+    const uint64_t address = tensor == nullptr ? 0 : address_of(tensor);
+    if ((address & record.outputs[i].mask) != 0 || address == 0) return Outcome::done;
+    const char* name = nullptr;
+    const int code = point(state, record, record.outputs[i], address, &name);
+    if (code != 0) return code < 0 ? Outcome::failed : Outcome::done;
+  }
+  state.ready.put(record.graph, fresh.release());
+  return Outcome::done;
+}
+
+// Whether the call may go on: what the caller's context forbids, asked without touching anything.
+Outcome may_launch(State& state, const Record& record, uint64_t* stream) {
+  PyObject* found = nullptr;
+  if (PyContextVar_Get(state.modes.get(), nullptr, &found) < 0) return Outcome::failed;
+  Ref modes(found);
+  if (!modes || !state.off.is_of(modes.get()) || state.off.in(modes.get()) != Py_False) return Outcome::left_alone;
+  Ref number(PyObject_CallOneArg(state.raw_stream.get(), record.index));
+  if (!number) return Outcome::failed;
+  *stream = PyLong_AsUnsignedLongLong(number.get());
+  if (PyErr_Occurred()) return Outcome::failed;
+  // The legacy default stream: whose it is has to be asked, in Python.
+  if (*stream == 0) return Outcome::left_alone;
+  if (state.current_device) {
+    Ref device(PyObject_CallNoArgs(state.current_device.get()));
+    if (!device) return Outcome::failed;
+    const int same = PyObject_RichCompareBool(device.get(), record.index, Py_EQ);
+    if (same <= 0) return same < 0 ? Outcome::failed : Outcome::left_alone;
+  }
+  int status = 0;
+  const bool idle = state.is_capturing(reinterpret_cast<void*>(*stream), &status) == 0 && status == 0;
+  return idle ? Outcome::done : Outcome::left_alone;
+}
+
+// With the lane's lock: whether the graph is there, of this epoch, and ran last on this stream.
+Outcome is_current(State& state, const Record& record, uint64_t stream) {
+  if (state.executable.in(record.graph) != record.executable) return Outcome::left_alone;
+  if (state.stream.number(record.lane) != stream) return Outcome::left_alone;
+  if (record.engine == nullptr) return Outcome::done;
+  Ref epoch(PyObject_GetAttr(record.engine, state.epoch_name.get()));
+  if (!epoch) return Outcome::failed;
+  const int same = PyObject_RichCompareBool(epoch.get(), record.epoch, Py_EQ);
+  return same < 0 ? Outcome::failed : same == 0 ? Outcome::left_alone : Outcome::done;
+}
+
+bool are_usable(const Record& record, c10::TensorImpl* const* tensors, uint64_t* addresses) {
+  for (size_t i = 0; i < record.inputs.size(); ++i) {
+    addresses[i] = address_of(tensors[i]);
+    if (addresses[i] == 0 || (addresses[i] & record.inputs[i].mask) != 0) return false;
+  }
+  return true;
+}
+
+// After the launch, without the lock: whether the parameters are where they were, and then that this was a hit.
+Outcome finish(State& state, const Record& record) {
+  if (record.is_stale != nullptr) {
+    Ref stale(PyObject_CallOneArg(record.is_stale, Py_False));
+    const int is = stale ? PyObject_IsTrue(stale.get()) : -1;
+    if (is != 0) return is < 0 ? Outcome::failed : Outcome::left_alone;
+  }
+  Ref more(PyLong_FromUnsignedLongLong(state.hits.number(record.entry) + 1));
+  Ref now(PyIter_Next(state.counter.get()));
+  if (!more || !now) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "the counter of uses has ended");
+    return Outcome::failed;
+  }
+  state.hits.put(record.entry, more.release());
+  state.used.put(record.entry, now.release());
+  return Outcome::done;
+}
+
+std::shared_ptr<Record> find(State& state, const Words& words) {
+  const auto [first, last] = state.records.equal_range(hash_of(words));
+  for (auto each = first; each != last; ++each)
+    if (each->second->words == words) return each->second;
+  return nullptr;
+}
+
+Outcome answer(State& state, PyObject* args, Ref& result) {
+  if (!PyTuple_CheckExact(args) || !nothing_special()) return Outcome::left_alone;
+  c10::TensorImpl* tensors[most_inputs];
+  Words words;
+  if (!describe(args, tensors, words)) return Outcome::left_alone;
+  // A reference of its own: whoever clears the table meanwhile takes nothing from under this call.
+  const std::shared_ptr<Record> record = find(state, words);
+  if (!record) return Outcome::left_alone;
+  uint64_t stream = 0, addresses[most_inputs];
+  if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
+  if (!are_usable(*record, tensors, addresses)) return Outcome::left_alone;
+  Ref outputs;
+  {
+    Held lock(state, *record);
+    if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
+    if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
+    PyObject* ready = state.ready.in(record->graph);
+    PyObject* inference = c10::InferenceMode::is_enabled() ? Py_True : Py_False;
+    if (ready == nullptr || !PyList_CheckExact(ready) ||
+        PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs.size()) ||
+        state.ready_stream.number(record->graph) != stream || state.ready_inference.in(record->graph) != inference)
+      return Outcome::left_alone;
+    outputs = Py_NewRef(ready);
+    if (const auto pointed = point_inputs(state, *record, addresses); pointed != Outcome::done) return pointed;
+    if (const auto launched = launch(state, *record, stream); launched != Outcome::done) return launched;
+    // What remains is done while the device works.
+    state.ready.put(record->graph, Py_NewRef(Py_None));
+    if (const auto prepared = prepare_next(state, *record); prepared != Outcome::done) return prepared;
+  }
+  if (record->build == nullptr) {
+    result = Py_NewRef(PyList_GET_ITEM(outputs.get(), 0));
+  } else {
+    result = PyObject_CallFunctionObjArgs(record->build, outputs.get(), args, nullptr);
+    if (!result) return Outcome::failed;
+  }
+  return finish(state, *record);
+}
+
+// Whether a graph may write its only output into a tensor: it lies as the graph's own does, and apart from what is read.
+bool fits(const Record& record, c10::TensorImpl* out, const uint64_t* addresses, uint64_t* written) {
+  Words words;
+  describe_one(*out, words);
+  if (words != record.target || out->requires_grad()) return false;
+  const Place& place = record.outputs[0];
+  *written = address_of(out);
+  if (*written == 0 || (*written & place.mask) != 0) return false;
+  for (size_t i = 0; i < record.inputs.size(); ++i)
+    if (addresses[i] < *written + place.nbytes && *written < addresses[i] + record.inputs[i].nbytes) return false;
+  return true;
+}
+
+Outcome answer_into(State& state, PyObject* out, PyObject* args) {
+  if (!PyTuple_CheckExact(args) || !nothing_special()) return Outcome::left_alone;
+  c10::TensorImpl *tensors[most_inputs], *target = plain(out);
+  Words words;
+  if (target == nullptr || !describe(args, tensors, words)) return Outcome::left_alone;
+  const std::shared_ptr<Record> record = find(state, words);
+  if (!record || record->build != nullptr || record->outputs.size() != 1) return Outcome::left_alone;
+  uint64_t stream = 0, addresses[most_inputs], written = 0;
+  if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
+  if (!are_usable(*record, tensors, addresses) || !fits(*record, target, addresses, &written))
+    return Outcome::left_alone;
+  {
+    Held lock(state, *record);
+    if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
+    if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
+    if (const auto pointed = point_inputs(state, *record, addresses); pointed != Outcome::done) return pointed;
+    if (state.address.number(record->outputs[0].slot) != written) {
+      state.ready.put(record->graph, Py_NewRef(Py_None));
+      const char* name = nullptr;
+      const int code = point(state, *record, record->outputs[0], written, &name);
+      if (code != 0) return code < 0 ? Outcome::failed : raise_failure(state, name, code);
+    }
+    if (const auto launched = launch(state, *record, stream); launched != Outcome::done) return launched;
+  }
+  return finish(state, *record);
+}
+
+// ---- methods
+
+PyObject* table_call(Table* self, PyObject* args) {
+  HANDLE_TH_ERRORS
+  Ref result;
+  const auto outcome = answer(*self->state, args, result);
+  if (outcome == Outcome::failed) return nullptr;
+  return outcome == Outcome::done ? result.release() : Py_NewRef(Py_None);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* table_into(Table* self, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "into() takes 2 arguments, %zd were given", count);
+  const auto outcome = answer_into(*self->state, given[0], given[1]);
+  if (outcome == Outcome::failed) return nullptr;
+  return PyBool_FromLong(outcome == Outcome::done);
+  END_HANDLE_TH_ERRORS
+}
+
+void* pointer_of(PyObject* number) { return PyLong_AsVoidPtr(number); }
+
+bool is_tuple(PyObject* object) {
+  if (PyTuple_Check(object)) return true;
+  PyErr_Format(PyExc_TypeError, "expected a tuple, got %R", Py_TYPE(object));
+  return false;
+}
+
+// (slot, mask, nbytes, ((kernel, node, params, context, word, offset), ...))
+bool read_place(State& state, Record& record, PyObject* given, Place& place) {
+  PyObject *slot, *pointers;
+  if (!is_tuple(given) || !PyArg_ParseTuple(given, "OKKO!:place", &slot, &place.mask, &place.nbytes, &PyTuple_Type, &pointers)) return false;
+  if (!state.address.is_of(slot) || PyTuple_GET_SIZE(pointers) == 0) {
+    PyErr_SetString(PyExc_TypeError, "expected a Slot with pointers");
+    return false;
+  }
+  place.slot = record.hold(slot);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pointers); ++i) {
+    int kernel;
+    PyObject *node, *params, *context, *word;
+    long long offset;
+    if (!is_tuple(PyTuple_GET_ITEM(pointers, i)) ||
+        !PyArg_ParseTuple(PyTuple_GET_ITEM(pointers, i), "pOOOOL:pointer", &kernel, &node, &params, &context, &word,
+                          &offset))
+      return false;
+    place.pointers.push_back({kernel != 0, pointer_of(node), pointer_of(params), pointer_of(context),
+                              static_cast<uint64_t*>(pointer_of(word)), static_cast<uint64_t>(offset)});
+    if (PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+bool read_places(State& state, Record& record, PyObject* given, std::vector<Place>& places) {
+  places.resize(static_cast<size_t>(PyTuple_GET_SIZE(given)));
+  for (size_t i = 0; i < places.size(); ++i)
+    if (!read_place(state, record, PyTuple_GET_ITEM(given, static_cast<Py_ssize_t>(i)), places[i])) return false;
+  return true;
+}
+
+PyObject* table_put(Table* self, PyObject* given) {
+  HANDLE_TH_ERRORS
+  State& state = *self->state;
+  PyObject *args, *entry, *graph, *lane, *lock, *executable, *handle, *index, *engine, *epoch, *is_stale, *build;
+  PyObject *inputs, *outputs, *buffers, *makers;
+  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOO!O!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
+                        &executable, &handle, &index, &engine, &epoch, &is_stale, &build, &PyTuple_Type, &inputs,
+                        &PyTuple_Type, &outputs, &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
+    return nullptr;
+  if (!state.hits.is_of(entry) || !state.executable.is_of(graph) || !state.stream.is_of(lane))
+    return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a Lane");
+  auto record = std::make_shared<Record>();
+  c10::TensorImpl* tensors[most_inputs];
+  const Py_ssize_t count = PyTuple_GET_SIZE(outputs);
+  if (!describe(args, tensors, record->words) || PyTuple_GET_SIZE(inputs) != PyTuple_GET_SIZE(args) || count < 1 ||
+      PyTuple_GET_SIZE(buffers) != count || PyTuple_GET_SIZE(makers) != count)
+    Py_RETURN_FALSE;
+  Ref acquire(PyObject_GetAttrString(lock, "acquire")), release(PyObject_GetAttrString(lock, "release"));
+  if (!acquire || !release) return nullptr;
+  record->entry = record->hold(entry);
+  record->graph = record->hold(graph);
+  record->lane = record->hold(lane);
+  record->acquire = record->hold(acquire.get());
+  record->release = record->hold(release.get());
+  record->executable = record->hold(executable);
+  record->index = record->hold(index);
+  if (engine != Py_None && epoch == Py_None) return PyErr_Format(PyExc_TypeError, "an engine without an epoch");
+  record->engine = record->hold_unless_none(engine);
+  record->epoch = record->hold_unless_none(epoch);
+  record->is_stale = record->hold_unless_none(is_stale);
+  record->build = record->hold_unless_none(build);
+  record->handle = pointer_of(handle);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read_places(state, *record, inputs, record->inputs) || !read_places(state, *record, outputs, record->outputs))
+    return nullptr;
+  record->makers.resize(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Maker& maker = record->makers[static_cast<size_t>(i)];
+    maker.callable = record->hold_unless_none(PyTuple_GET_ITEM(makers, i));
+    if (maker.callable == nullptr && !make_as(PyTuple_GET_ITEM(buffers, i), maker)) Py_RETURN_FALSE;
+  }
+  c10::TensorImpl* target = plain(PyTuple_GET_ITEM(buffers, 0));
+  if (target == nullptr) Py_RETURN_FALSE;
+  describe_one(*target, record->target);
+  const auto [first, last] = state.records.equal_range(hash_of(record->words));
+  for (auto each = first; each != last; ++each)
+    if (each->second->words == record->words) {
+      std::swap(each->second, record);  // What was there goes at the end: that may run any code.
+      Py_RETURN_TRUE;
+    }
+  state.records.emplace(hash_of(record->words), record);
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+int table_clear(Table* self) {
+  if (self->state != nullptr) {
+    decltype(State::records) gone;
+    gone.swap(self->state->records);
+  }
+  return 0;
+}
+
+PyObject* table_clear_method(Table* self, PyObject*) {
+  table_clear(self);
+  Py_RETURN_NONE;
+}
+
+PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
+  HANDLE_TH_ERRORS
+  if (names != nullptr && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
+  PyObject *graph, *lane, *slot, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *fail, *quiet;
+  unsigned long long launch, set_kernel, set_copy, is_capturing;
+  if (!PyArg_ParseTuple(given, "(OOOOO)OOOOOO(KKKK):Table", &graph, &lane, &slot, &entry, &modes_class, &modes, &counter,
+                        &raw_stream, &device, &fail, &quiet, &launch, &set_kernel, &set_copy, &is_capturing))
+    return nullptr;
+  auto state = std::make_unique<State>();
+  if (!state->executable.find(graph, "executable") || !state->ready.find(graph, "ready") ||
+      !state->ready_stream.find(graph, "ready_stream") || !state->ready_inference.find(graph, "ready_inference") ||
+      !state->stream.find(lane, "stream") || !state->address.find(slot, "address") ||
+      !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off"))
+    return nullptr;
+  if (!PyContextVar_CheckExact(modes) || !PyIter_Check(counter) || launch == 0 || set_kernel == 0 || set_copy == 0 ||
+      is_capturing == 0)
+    return PyErr_Format(PyExc_TypeError, "expected a context variable, an iterator and four addresses");
+  state->classes = Py_NewRef(PyTuple_GET_ITEM(given, 0));
+  state->modes = Py_NewRef(modes);
+  state->counter = Py_NewRef(counter);
+  state->raw_stream = Py_NewRef(raw_stream);
+  if (device != Py_None) state->current_device = Py_NewRef(device);
+  state->fail = Py_NewRef(fail);
+  state->quiet = Py_NewRef(quiet);
+  state->not_blocking = Py_BuildValue("(O)", Py_False);
+  state->minus_one = PyLong_FromLong(-1);
+  state->epoch_name = PyUnicode_InternFromString("epoch");
+  if (!state->not_blocking || !state->minus_one || !state->epoch_name) return nullptr;
+  state->launch = reinterpret_cast<Launch>(launch);
+  state->set_kernel = reinterpret_cast<SetKernel>(set_kernel);
+  state->set_copy = reinterpret_cast<SetCopy>(set_copy);
+  state->is_capturing = reinterpret_cast<IsCapturing>(is_capturing);
+  auto* made = reinterpret_cast<Table*>(type->tp_alloc(type, 0));
+  if (made != nullptr) made->state = state.release();
+  return reinterpret_cast<PyObject*>(made);
+  END_HANDLE_TH_ERRORS
+}
+
+int table_traverse(Table* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (self->state == nullptr) return 0;
+  State& state = *self->state;
+  for (Ref* ref : {&state.classes, &state.modes, &state.counter, &state.raw_stream, &state.current_device,
+                         &state.fail, &state.quiet})
+    Py_VISIT(ref->get());
+  for (const auto& each : state.records)
+    // One that a call is using too is that call's as well, which the collector must not see as nobody's.
+    if (each.second.use_count() == 1)
+      for (Ref& ref : each.second->held) Py_VISIT(ref.get());
+  return 0;
+}
+
+void table_dealloc(Table* self) {
+  PyObject_GC_UnTrack(self);
+  table_clear(self);
+  delete self->state;
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyObject* table_length(Table* self, PyObject*) { return PyLong_FromSize_t(self->state->records.size()); }
+
+PyMethodDef table_methods[] = {
+    {"call", reinterpret_cast<PyCFunction>(table_call), METH_O, "The answer to a tuple of arguments, or None."},
+    {"into", reinterpret_cast<PyCFunction>(table_into), METH_FASTCALL, "Whether out was written, of out and args."},
+    {"put", reinterpret_cast<PyCFunction>(table_put), METH_VARARGS, "Remember a graph; whether there is a way for it."},
+    {"clear", reinterpret_cast<PyCFunction>(table_clear_method), METH_NOARGS, "Forget every graph."},
+    {"count", reinterpret_cast<PyCFunction>(table_length), METH_NOARGS, "How many graphs are known."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyType_Slot table_slots[] = {{Py_tp_new, reinterpret_cast<void*>(table_new)},
+                             {Py_tp_dealloc, reinterpret_cast<void*>(table_dealloc)},
+                             {Py_tp_traverse, reinterpret_cast<void*>(table_traverse)},
+                             {Py_tp_clear, reinterpret_cast<void*>(table_clear)},
+                             {Py_tp_methods, table_methods},
+                             {0, nullptr}};
+
+PyType_Spec table_spec = {"_graphcache_hit.Table", sizeof(Table), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+                          table_slots};
+
+// ---- for the probe: the same questions, answered by themselves
+
+PyObject* module_is_quiet(PyObject*, PyObject*) { return PyBool_FromLong(nothing_special()); }
+
+PyObject* module_layout(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  c10::TensorImpl* tensors[most_inputs];
+  Words words;
+  if (!PyTuple_CheckExact(args) || !describe(args, tensors, words)) Py_RETURN_NONE;
+  Ref made(PyTuple_New(static_cast<Py_ssize_t>(words.size())));
+  if (!made) return nullptr;
+  for (size_t i = 0; i < words.size(); ++i) {
+    PyObject* word = PyLong_FromUnsignedLongLong(words[i]);
+    if (word == nullptr) return nullptr;
+    PyTuple_SET_ITEM(made.get(), static_cast<Py_ssize_t>(i), word);
+  }
+  return made.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* module_address(PyObject*, PyObject* object) {
+  HANDLE_TH_ERRORS
+  c10::TensorImpl* tensor = plain(object);
+  if (tensor == nullptr) Py_RETURN_NONE;
+  return PyLong_FromUnsignedLongLong(address_of(tensor));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* module_empty_like(PyObject*, PyObject* object) {
+  HANDLE_TH_ERRORS
+  Maker maker;
+  if (!make_as(object, maker)) Py_RETURN_NONE;
+  return make(maker);
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef module_methods[] = {
+    {"is_quiet", module_is_quiet, METH_NOARGS, "No gradients, autocast, modes, transforms or tracing here."},
+    {"layout", module_layout, METH_O, "What tells a tuple of plain tensors from others; None for anything else."},
+    {"address", module_address, METH_O, "Where a plain tensor's data lies; None for anything else."},
+    {"empty_like", module_empty_like, METH_O, "A new tensor like a plain one, from its allocator; None if it has none."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_graphcache_hit", nullptr, -1, module_methods};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__graphcache_hit() {
+  Ref module(PyModule_Create(&module_def));
+  Ref type(PyType_FromSpec(&table_spec));
+  if (!module || !type || PyModule_AddObjectRef(module.get(), "Table", type.get()) < 0) return nullptr;
+  return module.release();
+}

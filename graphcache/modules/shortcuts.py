@@ -1,0 +1,130 @@
+"""Short ways to the graphs of one module, by the layout of a call's tensors: in Python, and compiled where it is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from graphcache.cache.lru import Entry, ticks
+from graphcache.config import Modes, modes
+from graphcache.errors import CudaError
+from graphcache.graphs import driver, native
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.lane import Lane
+from graphcache.graphs.single import Fire, Into, allocator
+from graphcache.graphs.slots import Slot
+from graphcache.modules.conditions import current_device, raw_stream, several_devices
+from graphcache.modules.record import Recorded
+
+log = logging.getLogger("graphcache")
+
+Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
+"""An entry, shorter ways to replay it, its device's index, and the epoch of the engine that it was captured of."""
+
+_FUNCTIONS = (
+    "cuGraphLaunch",
+    "cuGraphExecKernelNodeSetParams",
+    "cuGraphExecMemcpyNodeSetParams",
+    "cuStreamIsCapturing",
+)
+
+
+class Shortcuts(dict[Hashable, Shortcut]):
+    """A dictionary of shortcuts, and the same graphs in a table of the compiled library, if there is one.
+
+    Args:
+        engine: The engine whose ``epoch`` says whether its graphs still hold; ``None`` for any other module.
+        is_stale: What says it of any other module.
+    """
+
+    def __init__(self, engine: Any, is_stale: Callable[[bool], bool]) -> None:
+        super().__init__()
+        self._engine = engine
+        self._is_stale = is_stale
+        self._table: Any = None
+        self._asked = False
+        self._making = threading.Lock()
+
+    def table(self) -> Any:
+        """The compiled table; ``None`` where there is no library. Asked for once, when a graph is first remembered."""
+        if not self._asked:
+            with self._making:
+                if not self._asked:
+                    self._table = new_table()
+                    self._asked = True
+        return self._table
+
+    def remember(self, layout: Hashable, args: tuple[Any, ...], shortcut: Shortcut) -> None:
+        """Answer calls of a layout in a shorter way from now on.
+
+        Args:
+            layout: Of the arguments.
+            args: The arguments of such a call, all of them plain tensors.
+            shortcut: The way.
+        """
+        if self.get(layout) == shortcut:
+            return
+        self[layout] = shortcut
+        if (table := self.table()) is not None:
+            self._put(table, args, shortcut)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        super().clear()
+        if self._table is not None:
+            self._table.clear()
+
+    def _put(self, table: Any, args: tuple[Any, ...], shortcut: Shortcut) -> None:
+        entry, _, _, index, epoch = shortcut
+        recorded, graph = entry.graph, entry.graph.graph
+        assert isinstance(graph, CudaGraph)
+        # One look at what another thread may take away by closing the graph.
+        executable, inputs, outputs = graph.executable, graph.inputs, graph.outputs
+        pointed = all(slot.pointers for slot in (*inputs, *outputs))
+        if executable is None or not outputs or not pointed or recorded.replay != graph.replay:
+            return
+        table.put(
+            args,
+            entry,
+            graph,
+            graph.lane,
+            graph.lane.lock,
+            executable,
+            int(executable),
+            index,
+            self._engine,
+            epoch,
+            None if self._engine is not None else self._is_stale,
+            None if recorded.bare else recorded.build,
+            tuple([slot.raw for slot in inputs]),
+            tuple([slot.raw for slot in outputs]),
+            tuple([slot.buffer for slot in outputs]),
+            # A device's memory comes from where the buffer's came from.
+            tuple([None if slot.buffer.is_cuda else allocator(slot.buffer) for slot in outputs]),
+        )
+
+
+def new_table() -> Any:
+    """An empty table of the compiled library; ``None`` if there is no library, or no driver for it."""
+    library = native.loaded()
+    if library is None:
+        return None
+    try:
+        functions = driver.addresses(*_FUNCTIONS)
+    except CudaError as error:
+        log.debug("hits are answered in Python: %s", error)
+        return None
+    return library.Table(
+        (CudaGraph, Lane, Slot, Entry, Modes),
+        modes,
+        ticks,
+        raw_stream,
+        current_device if several_devices() else None,
+        driver.failure_of,
+        (torch.cuda.OutOfMemoryError, CudaError),
+        functions,
+    )

@@ -1,0 +1,104 @@
+"""The compiled library over the stand-in for the driver: its functions as C functions, and what has to be put where."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphcache.cache.lru import Entry
+from graphcache.cache.signature import describe_layout
+from graphcache.graphs import driver as room
+from graphcache.graphs import native
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.modules import shortcuts
+from graphcache.modules.record import Recorded
+from tests.graphs.fake_driver import CUDA_KERNEL_NODE_PARAMS, CUDA_MEMCPY3D, CUcontext, Driver, Torch
+
+_u64, _int = ctypes.c_uint64, ctypes.c_int
+
+
+class Functions:
+    """Four functions of the stand-in at addresses that C code can call.
+
+    What one of them raises cannot pass through C: it is kept in ``raised``, and the answer is an unknown error.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.raised: list[BaseException] = []
+        self._kept = [
+            ctypes.CFUNCTYPE(_int, _u64, _u64)(self._launch),
+            ctypes.CFUNCTYPE(_int, _u64, _u64, _u64)(self._set_kernel),
+            ctypes.CFUNCTYPE(_int, _u64, _u64, _u64, _u64)(self._set_copy),
+            ctypes.CFUNCTYPE(_int, _u64, ctypes.POINTER(_int))(self._is_capturing),
+        ]
+        self.addresses = tuple(ctypes.cast(function, ctypes.c_void_p).value for function in self._kept)
+
+    def _launch(self, executable: int, stream: int) -> int:
+        return self._answer(self._driver.cuGraphLaunch, executable, stream)
+
+    def _set_kernel(self, executable: int, node: int, params: int) -> int:
+        given = _struct(CUDA_KERNEL_NODE_PARAMS, params)
+        return self._answer(self._driver.cuGraphExecKernelNodeSetParams, executable, node, given)
+
+    def _set_copy(self, executable: int, node: int, params: int, context: int) -> int:
+        given = _struct(CUDA_MEMCPY3D, params)
+        return self._answer(self._driver.cuGraphExecMemcpyNodeSetParams, executable, node, given, CUcontext(context))
+
+    def _is_capturing(self, stream: int, status: Any) -> int:
+        status[0] = int(self._driver.streams[stream].capture is not None)
+        return 0
+
+    def _answer(self, function: Callable[..., Any], *args: Any) -> int:
+        try:
+            return int(function(*args)[0])
+        except BaseException as error:
+            self.raised.append(error)
+            return 999
+
+
+def _struct(kind: Any, address: int) -> Any:
+    made = kind.__new__(kind)
+    object.__setattr__(made, "_raw", kind._raw_class.from_address(address))
+    return made
+
+
+def use(library: Any, fake: Torch, patch: pytest.MonkeyPatch) -> Functions:
+    """Let wrapped modules use the library, over a stand-in that is installed."""
+    functions = Functions(fake.driver)
+    patch.setattr(native, "loaded", lambda: library)
+    patch.setattr(room, "addresses", lambda *names: functions.addresses)
+    patch.setattr(shortcuts, "raw_stream", fake.raw_stream)
+    return functions
+
+
+def single(graph: CudaGraph, *layouts: Tensor) -> tuple[Callable[..., Any], Callable[..., bool], Any]:
+    """What :func:`graphcache.graphs.single.single` gives, compiled, for tensors like some; and the entry it counts in.
+
+    The stream is the current one, which the tests give too.
+    """
+    ways = shortcuts.Shortcuts(None, lambda grad: False)
+    entry: Entry[Recorded] = Entry(Recorded(graph, lambda outputs, _: outputs[0], whole=True, bare=True))
+    for inference in (False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            for x in layouts:
+                ways.remember(describe_layout((x,)), (x,), (entry, None, None, graph.index, None))
+    table = ways.table()
+    assert table is not None
+
+    def fire(x: Tensor, stream: int) -> Any:
+        with torch.no_grad():
+            return table.call((x,))
+
+    def into(x: Tensor, out: Tensor, stream: int) -> bool:
+        with torch.no_grad():
+            written: bool = table.into(out, (x,))
+            return written
+
+    return fire, into, SimpleNamespace(entry=entry, table=table)

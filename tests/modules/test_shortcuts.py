@@ -1,0 +1,553 @@
+"""The compiled short way of a hit: used where it may be, silent where it may not, and counted like the other one."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import sys
+import threading
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import graphcache
+from graphcache import CachedModule
+from graphcache.config import Modes, modes
+from graphcache.errors import CudaError
+from graphcache.graphs import driver, native
+from graphcache.modules import cached, shortcuts
+from tests.graphs import compiled as compiled_way
+from tests.graphs.fake_driver import Torch, installed
+from tests.helpers import in_threads
+from tests.modules.test_engine_module import MODULES, load, numbers, prepare, rows
+
+KERNEL = "cuGraphExecKernelNodeSetParams"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, compiled: Any) -> Iterator[Torch]:
+    with installed(*MODULES, patch=monkeypatch) as fake:
+        prepare(fake, monkeypatch)
+        functions = compiled_way.use(compiled, fake, monkeypatch)
+        yield fake
+        assert functions.raised == []
+
+
+class Warm:
+    """A wrapped engine that has answered some inputs before, and its compiled way."""
+
+    def __init__(self, fake: Torch, network: str = "affine", **options: Any) -> None:
+        self.fake = fake
+        self.stream = fake.new_stream()
+        self.module = load(network)
+        self.fast: CachedModule = graphcache.wrap(self.module, **options)
+
+    def up(self, *args: Tensor) -> Warm:
+        with torch.no_grad(), self.fake.on(self.stream):
+            for _ in range(4):
+                self.fast(*args)
+        return self
+
+    def call(self, *args: Any) -> Any:
+        return self.fast._compiled_call(args)
+
+    def into(self, out: Any, *args: Any) -> Any:
+        return self.fast._compiled_into(out, args)
+
+    def state(self) -> Any:
+        """All that the two ways have in common."""
+        entries = list(self.fast._entries.values())
+        graphs = [entry.graph.graph for entry in entries]
+        addresses = [[slot.address for slot in (*graph.inputs, *graph.outputs)] for graph in graphs]
+        outputs = [(graph.ready, graph.ready_stream, graph.ready_inference, graph.lane.stream) for graph in graphs]
+        return [(entry.hits, entry.used) for entry in entries], addresses, outputs
+
+
+@pytest.fixture
+def warm(fake: Torch) -> Warm:
+    return Warm(fake).up(rows(fake, 2))
+
+
+# ---- where it is used
+
+
+def test_hits_are_answered_by_it(fake: Torch, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the Python way was taken")
+
+    monkeypatch.setattr(cached, "raw_stream", refuse)
+    monkeypatch.setattr(CachedModule, "forward", refuse)
+    hits = warm.fast.cache_info().hits
+    kept = []
+    with torch.no_grad(), fake.on(warm.stream):
+        for start in range(5):
+            x = rows(fake, 2, start)
+            kept.append((warm.fast(x), x * 3 + 1))
+        out = fake.driver.heap.tensor(x * 0)
+        assert warm.fast.forward_into(out, x) is out
+    assert torch.equal(out, x * 3 + 1)
+    assert all(torch.equal(*each) for each in kept)
+    assert warm.fast.cache_info().hits == hits + 6
+
+
+def test_the_driver_is_asked_for_what_the_python_way_asks_for(fake: Torch, warm: Warm) -> None:
+    x, out = rows(fake, 2, 5), rows(fake, 2)
+    calls = fake.driver.calls
+    with torch.no_grad(), fake.on(warm.stream):
+        calls.clear()
+        warm.call(x)
+        assert calls == [KERNEL, "cuGraphLaunch", KERNEL]
+        calls.clear()
+        warm.call(x)
+        assert calls == ["cuGraphLaunch", KERNEL]
+        warm.into(out, x)
+        calls.clear()
+        warm.into(out, x)
+        assert calls == ["cuGraphLaunch"]
+
+
+@pytest.mark.parametrize("io", ["bind", "copy"])
+def test_several_inputs_and_outputs(fake: Torch, io: str) -> None:
+    pair, scalar = Warm(fake, "pair", io=io), Warm(fake, "scalar", io=io)
+    heap = fake.driver.heap
+    pair.up(heap.tensor([[1.0, 2.0]]), heap.tensor([[3.0, 4.0]]))
+    scalar.up(numbers(fake, 1, 2), heap.tensor(2.0))
+    kept = []
+    with torch.no_grad():
+        for start in range(4):
+            a, b, s = heap.tensor([[start, 2.0]]), heap.tensor([[3.0, start]]), heap.tensor(start + 0.5)
+            with fake.on(pair.stream):
+                answer = pair.call(a, b)
+            assert type(answer) is tuple
+            kept += [(answer[0], a + b), (answer[1], a * b)]
+            with fake.on(scalar.stream):
+                x, out = numbers(fake, start, 9), numbers(fake, 0, 0)
+                kept.append((scalar.call(x, s), x * s))
+                assert scalar.into(out, x, s)
+                assert torch.equal(out, x * s)
+                assert not scalar.into(x, x, s)
+                assert not scalar.into(s, x, s)
+                assert scalar.call(x, s) is None, "no outputs are ready after that"
+                kept.append((scalar.fast(x, s), x * s))
+        assert pair.into((a, b), a, b) is False
+        assert pair.call(a, a) is None
+        assert pair.call(a) is None
+    assert all(torch.equal(*each) for each in kept)
+
+
+def test_hits_and_uses_are_counted_as_on_the_python_way(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the cache knows which graph is cold."""
+    seen = []
+    for way in ("compiled", "python"):
+        if way == "python":
+            monkeypatch.setattr(native, "loaded", lambda: None)
+        warm = Warm(fake, max_graphs=3)
+        inputs = [rows(fake, count) for count in (1, 2, 3, 4)]
+        for x in inputs[:3]:
+            warm.up(x)
+        with torch.no_grad(), fake.on(warm.stream):
+            for which in (0, 1, 2, 1, 0, 0, 2):
+                warm.fast(inputs[which])
+            order = [entry.used for entry in warm.fast._entries.values()]
+            hits = [entry.hits for entry in warm.fast._entries.values()]
+            warm.fast(inputs[3])
+        assert (warm.fast._compiled_call is not None) is (way == "compiled")
+        seen.append((sorted(range(3), key=order.__getitem__), hits, [key[4] for key in warm.fast._entries]))
+    assert seen[0] == seen[1]
+    assert torch.Size([2, 4]) not in seen[0][2], "the least recently used one has gone"
+
+
+def test_modules_of_torch_are_asked_whether_they_changed(fake: Torch) -> None:
+    """Of an engine the epoch is looked at; of anything else the parameters, by Python, after the launch."""
+    asked = []
+    warm = Warm(fake).up(rows(fake, 2))
+    entry = next(iter(warm.fast._entries.values()))
+    ways = shortcuts.Shortcuts(None, lambda grad: asked.append(grad) or len(asked) == 2)
+    x = rows(fake, 2)
+    with torch.no_grad(), fake.on(warm.stream):
+        ways.remember("layout", (x,), (entry, None, None, None, None))
+        hits = entry.hits
+        assert torch.equal(ways.table().call((x,)), x * 3 + 1)
+        assert ways.table().call((x,)) is None
+        assert torch.equal(ways.table().call((x,)), x * 3 + 1)
+    assert asked == [False, False, False]
+    assert entry.hits == hits + 2
+
+
+# ---- where it is not
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    pass
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "gradients": torch.enable_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast of another device": lambda: torch.autocast("cuda", torch.bfloat16),
+    "dispatch mode": Mode,
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_contexts_in_which_nothing_is_done(fake: Torch, warm: Warm, name: str) -> None:
+    x, out, before = rows(fake, 2), rows(fake, 2), warm.state()
+    fake.driver.calls.clear()
+    if name == "autocast of another device":
+        context: AbstractContextManager[Any] = nullcontext()
+        torch.set_autocast_enabled("cuda", True)
+    else:
+        context = CONTEXTS[name]()
+    try:
+        with torch.no_grad(), fake.on(warm.stream), context:
+            assert warm.call(x) is None
+            assert warm.into(out, x) is False
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert fake.driver.calls == []
+    assert warm.state() == before
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_modes_transforms_tracing_and_captures(fake: Torch, warm: Warm) -> None:
+    x, out, before = rows(fake, 2), rows(fake, 2), warm.state()
+    seen: list[bool] = []
+
+    def look(value: Tensor) -> Tensor:
+        seen.append(warm.call(x) is None and warm.into(out, x) is False and warm.call(value) is None)
+        return value
+
+    def off() -> None:
+        modes.set(Modes(graphs="off"))
+        look(x)
+
+    with torch.no_grad(), fake.on(warm.stream):
+        contextvars.copy_context().run(off)
+        torch.func.vmap(look)(x)
+        torch.jit.trace(look, x, check_trace=False)
+        fake.driver.calls.clear()
+        fake.driver.cuStreamBeginCapture(warm.stream.cuda_stream, 1)
+        look(x)
+        fake.driver.cuStreamEndCapture(warm.stream.cuda_stream)
+    for stream in (fake.new_stream(), type(warm.stream)(fake.driver, 0)):
+        with torch.no_grad(), fake.on(stream):
+            look(x)
+    assert seen == [True] * len(seen)
+    assert len(seen) == 6
+    assert "cuGraphLaunch" not in fake.driver.calls
+    assert warm.state() == before
+
+
+def odd(fake: Torch) -> list[Any]:
+    x = rows(fake, 2)
+    return [
+        *(None, 1, "x", [x], (x,), {}, object(), Tensor, torch.float32, torch.device("cpu")),
+        *(nn.Parameter(x), x.as_subclass(Subclass), x.to_sparse(), x.to("meta"), x.double(), x.t(), x[:1], x[0]),
+        *(torch._neg_view(x), x.to(torch.complex64).conj(), fake.driver.heap.empty(2, 4, offset=4), x[..., :0]),
+        *(torch._efficientzerotensor((2, 4)), torch.nested.nested_tensor([x[0]])),
+        torch.quantize_per_tensor(x, 1, 0, torch.qint8),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantiz.*")
+def test_arguments_that_are_left_alone(fake: Torch, warm: Warm) -> None:
+    x = rows(fake, 2)
+    fake.driver.calls.clear()
+    with torch.no_grad(), fake.on(warm.stream):
+        for bad in odd(fake):
+            assert warm.call(bad) is None
+            assert warm.call(x, bad) is None
+            assert warm.into(bad, x) is False
+            assert warm.into(x, bad) is False
+            assert warm.fast._compiled_call(bad) is None or type(bad) is tuple
+            assert warm.fast._compiled_into(rows(fake, 2), bad) is False or type(bad) is tuple
+        assert warm.call() is None
+        assert warm.call(*(rows(fake, 2) for _ in range(9))) is None
+        assert warm.into(x.clone().requires_grad_(), x) is False
+        assert warm.into(x, x) is False
+    assert fake.driver.calls.count("cuGraphLaunch") == 2, "of the tuples, which are calls"
+    with pytest.raises(TypeError):
+        warm.fast._compiled_into(x)
+    with pytest.raises(TypeError):
+        warm.fast._compiled_into(x, (x,), 3)
+
+
+def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: Warm) -> None:
+    x, out = rows(fake, 2), rows(fake, 2)
+    lock, taken, done = warm.module.lane.lock, threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    before = warm.state()
+    with torch.no_grad(), fake.on(warm.stream):
+        try:
+            assert warm.call(x) is None
+            assert warm.into(out, x) is False
+        finally:
+            done.set()
+            holder.join()
+        assert warm.state() == before
+        with lock:
+            assert torch.equal(warm.call(x), x * 3 + 1), "its own thread's lock is no hindrance"
+        warm.module.epoch += 1
+        before = warm.state()
+        assert warm.call(x) is None
+        assert warm.into(out, x) is False
+        assert warm.state() == before
+        warm.module.epoch -= 1
+        assert warm.call(x) is not None
+        entry = next(iter(warm.fast._entries.values()))
+        entry.graph.close()
+        assert warm.call(x) is None
+        assert warm.into(out, x) is False
+        assert torch.equal(warm.fast(x), x * 3 + 1)
+
+
+def test_views_and_staged_graphs_have_no_compiled_way(fake: Torch) -> None:
+    view = Warm(fake, outputs="view").up(rows(fake, 2))
+    assert view.fast._shortcuts.table().count() == 0
+    strided = rows(fake, 4)[::2]
+    staged = Warm(fake).up(strided)
+    assert staged.fast._shortcuts.table().count() == 0
+    with torch.no_grad(), fake.on(staged.stream):
+        assert torch.equal(staged.fast(strided), strided * 3 + 1)
+
+
+def test_without_a_library_or_a_driver_for_it(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_function(*names: str) -> Any:
+        raise CudaError(f"the driver has no function {names[0]}")
+
+    monkeypatch.setattr(driver, "addresses", no_function)
+    warm = Warm(fake).up(rows(fake, 2))
+    assert warm.fast._compiled_call is None
+    monkeypatch.setattr(native, "loaded", lambda: None)
+    assert Warm(fake).up(rows(fake, 2)).fast._compiled_call is None
+
+
+# ---- what goes wrong
+
+
+@given(
+    io=st.sampled_from(["bind", "copy"]),
+    name=st.sampled_from(["set", "cuGraphLaunch"]),
+    after=st.integers(0, 5),
+    steps=st.lists(st.sampled_from(["call", "into", "other into"]), min_size=3, max_size=6),
+)
+def test_wherever_the_driver_fails_both_ways_say_and_answer_the_same(
+    compiled: Any, io: str, name: str, after: int, steps: list[str]
+) -> None:
+    seen = []
+    for way in ("python", "compiled"):
+        with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake, torch.no_grad():
+            prepare(fake, patch)
+            if way == "compiled":
+                compiled_way.use(compiled, fake, patch)
+            warm = Warm(fake, io=io).up(rows(fake, 2))
+            outs = {"into": rows(fake, 2), "other into": rows(fake, 2)}
+            setter = f"cuGraphExec{'Kernel' if io == 'bind' else 'Memcpy'}NodeSetParams"
+            fake.driver.fail(setter if name == "set" else name, "OUT_OF_MEMORY", after=after)
+            fake.driver.calls.clear()
+            said: list[Any] = []
+            with fake.on(warm.stream):
+                for number, step in enumerate(steps):
+                    x = rows(fake, 2, number)
+                    try:
+                        answer = warm.fast(x) if step == "call" else warm.fast.forward_into(outs[step], x)
+                        said.append(torch.equal(answer, x * 3 + 1))
+                    except CudaError as error:
+                        said.append(str(error))
+            seen.append((said, fake.driver.calls.copy(), warm.fast.cache_info().hits))
+            warm.fast.close()
+            warm.module.close()
+    assert seen[0] == seen[1]
+    assert False not in seen[0][0]
+
+
+def test_no_memory_for_the_next_answer(fake: Torch, warm: Warm) -> None:
+    x = rows(fake, 2)
+    with torch.no_grad(), fake.on(warm.stream):
+        fake.driver.heap.refuse_after = 0
+        kept = [warm.call(x)]
+        assert warm.call(x) is None
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            warm.fast(x)
+        fake.driver.heap.refuse_after = None
+        kept += [warm.fast(x), warm.call(x)]
+    assert all(torch.equal(answer, x * 3 + 1) for answer in kept)
+
+
+def test_what_the_callables_raise_is_raised(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(index: Any) -> int:
+        raise KeyError("no stream")
+
+    monkeypatch.setattr(shortcuts, "raw_stream", broken)
+    x = rows(fake, 2)
+    warm = Warm(fake)
+    with pytest.raises(KeyError, match="no stream"):
+        warm.up(x)
+    monkeypatch.setattr(shortcuts, "raw_stream", lambda index: "seven")
+    with pytest.raises(TypeError):
+        Warm(fake).up(x)
+
+
+def test_forgetting_in_the_middle_of_a_call(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocating may run any code, such as finalizers; the call goes on with what it has found."""
+    warm = Warm(fake)
+
+    def allocator(buffer: Tensor) -> Callable[[], Tensor]:
+        def allocate() -> Tensor:
+            warm.fast._shortcuts.clear()
+            gc.collect()
+            return fake.empty_like(buffer)
+
+        return allocate
+
+    monkeypatch.setattr(shortcuts, "allocator", allocator)
+    x = rows(fake, 2)
+    warm.up(x)
+    with torch.no_grad(), fake.on(warm.stream):
+        for _ in range(4):
+            warm.fast.forward(x)
+            assert torch.equal(warm.call(x), x * 3 + 1)
+            assert warm.call(x) is None
+
+
+@pytest.mark.parametrize(
+    "args", [(), (1,), ((), 1, 2, 3, 4, 5, 6), tuple(range(12)), ((int,) * 5, *range(6), (1, 2, 3, 4))]
+)
+def test_a_table_of_anything_else_is_refused(compiled: Any, args: tuple[Any, ...]) -> None:
+    with pytest.raises((TypeError, AttributeError)):
+        compiled.Table(*args)
+    with pytest.raises(TypeError):
+        compiled.Table(x=1)
+
+
+def test_putting_anything_else_is_refused(fake: Torch, warm: Warm) -> None:
+    table, x = warm.fast._shortcuts.table(), rows(fake, 2)
+    good: list[Any] = []
+    ways = shortcuts.Shortcuts(warm.module, lambda grad: False)
+    patch: Any = type("Table", (), {"put": lambda self, *args: good.extend(args)})()
+    ways._put(patch, (x,), next(iter(warm.fast._shortcuts.values())))
+    with torch.no_grad():
+        assert table.put(*good) is True
+        for place in range(len(good)):
+            for bad in (None, 1, "x", (), (None,), ((),), [x], x, 2**70, -1, object()):
+                try:
+                    table.put(*good[:place], bad, *good[place + 1 :])
+                except (TypeError, ValueError, OverflowError, AttributeError):
+                    continue
+        with pytest.raises(TypeError):
+            table.put(*good[:-1])
+    table.clear()
+    assert table.count() == 0
+
+
+# ---- threads and memory
+
+
+def test_threads(fake: Torch) -> None:
+    warm = Warm(fake).up(rows(fake, 2))
+    streams = [fake.new_stream() for _ in range(3)]
+
+    def work(index: int) -> None:
+        with torch.no_grad(), fake.on(warm.stream if index < 2 else streams[index]):
+            for step in range(20):
+                x = rows(fake, 2, 100 * index + step)
+                assert torch.equal(warm.fast(x), x * 3 + 1)
+                out = rows(fake, 2)
+                assert torch.equal(warm.fast.forward_into(out, x), x * 3 + 1)
+
+    in_threads(work, 3)
+    assert warm.fast.cache_info().hits == 3 + 3 * 40
+
+
+def test_nothing_is_kept_of_a_call(fake: Torch, warm: Warm) -> None:
+    x, out = rows(fake, 2), rows(fake, 2)
+    entry = next(iter(warm.fast._entries.values()))
+    graph = entry.graph.graph
+    objects = [x, out, None, True, entry, graph, graph.lane, warm.module, *graph.inputs, *graph.outputs]
+
+    def forget() -> None:
+        """What the stand-in itself writes down of every call."""
+        fake.driver.calls.clear()
+        for block in fake.driver.heap.blocks.values():
+            block.accesses.clear()
+        gc.collect()
+
+    def hits(count: int) -> None:
+        for _ in range(count):
+            warm.call(x)
+            warm.into(out, x)
+            warm.fast(x)
+
+    def refuse(count: int) -> None:
+        for _ in range(count):
+            warm.call(x, None)
+            warm.into(None, x)
+            warm.call(out[0])
+
+    def held() -> int:
+        """Bytes of what C code has allocated for the lines of this file, and not given back."""
+        forget()
+        mine = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, __file__)])
+        return sum(each.size for each in mine.statistics("filename"))
+
+    with torch.no_grad(), fake.on(warm.stream):
+        for work in (hits, refuse):
+            work(20)
+            forget()
+            before = [sys.getrefcount(each) for each in objects]
+            blocks = len(fake.driver.heap.blocks)
+            tracemalloc.start()
+            work(20)
+            start = held()
+            work(300)
+            end = held()
+            tracemalloc.stop()
+            after = [sys.getrefcount(each) for each in objects]
+            assert [now - then for now, then in zip(after, before, strict=True) if abs(now - then) > 5] == []
+            assert len(fake.driver.heap.blocks) <= blocks + 1
+            assert end - start < 300 * 16, "the smallest object has 16 bytes"
+
+
+def test_it_goes_with_its_module(fake: Torch) -> None:
+    warm = Warm(fake).up(rows(fake, 2))
+    entry = next(iter(warm.fast._entries.values()))
+    gone, graph = weakref.ref(warm.fast), weakref.ref(entry.graph.graph)
+    table = warm.fast._shortcuts.table()
+    assert table.count() == 1
+    del entry
+    warm.fast.clear()
+    assert table.count() == 0
+    assert graph() is None, "nothing is left that only a collection would find"
+    warm.up(rows(fake, 2))
+    del warm.fast
+    assert gone() is None
+    holder = Warm(fake).up(rows(fake, 2))
+    holder.module.__dict__["itself"] = holder.fast
+    gone = weakref.ref(holder.fast)
+    del holder
+    gc.collect()
+    assert gone() is None, "a circle through the table is found"
