@@ -446,6 +446,11 @@ def _api(results: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
+_handles = itertools.count(0x1010, 0x10)
+"""Of all drivers together: what an earlier test left to the garbage collector must not be taken for what a later one
+made."""
+
+
 class Driver:
     """The functions of ``cuda.bindings.driver``; every object that was made is accounted for."""
 
@@ -491,7 +496,6 @@ class Driver:
         self.executables: dict[int, _Executable] = {}
         self._nodes: dict[int, tuple[int, _Node]] = {}
         self._functions: dict[int, _Function] = {}
-        self._last = 0x1000
         self._context = CUcontext(0x77)
         self._faults: dict[str, list[str | None]] = {}
 
@@ -872,8 +876,7 @@ class Driver:
         block.accesses = kept if entry in kept else [*kept, entry]
 
     def _new(self) -> int:
-        self._last += 0x10
-        return self._last
+        return next(_handles)
 
     def _inject(self, name: str) -> None:
         planned = self._faults.get(name)
