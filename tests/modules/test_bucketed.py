@@ -166,9 +166,8 @@ def test_several_sizes_share_a_graph_and_the_account_says_so() -> None:
         assert close(fast(x), fast.module(x))
     info = fast.cache_info()
     assert (info.captures, info.graphs, info.hits, info.padded, info.eager) == (3, 3, 6, 3, {})
-    assert fast.cache_info() + fast.cache_info() == graphcache.CacheInfo(
-        12, 6, 0, {}, 6, 2 * info.nbytes, 2 * info.capture_seconds, 6
-    )
+    both = info + info
+    assert (both.captures, both.graphs, both.hits, both.padded, both.nbytes) == (6, 6, 12, 6, 2 * info.nbytes)
 
 
 def test_what_is_larger_than_every_bucket_or_empty_goes_the_normal_way() -> None:
