@@ -120,7 +120,7 @@ class _Network:
         return height
 
     def _shortest(self, height: list[float]) -> list[int]:
-        """Dijkstra over what room is left. Raises ``height``; gives the edge that leads to each node."""
+        """Dijkstra over what room is left, as far as the end: the edge that leads to each node. Raises ``height``."""
         edges, to, room, cost = self._edges, self._to, self._room, self._cost
         distance = [_FAR] * len(edges)
         way = [-1] * len(edges)

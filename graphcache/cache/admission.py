@@ -3,13 +3,14 @@
 Each signature is a rent-or-buy problem: eager calls are rent, a capture buys. Buying when the rent paid equals the
 price costs at most twice what an oracle would have paid (ski rental). Around that:
 
-- The price is what a capture takes. It falls, to an eighth at most, while captures have lately paid for themselves
-  several times over, and doubles for a signature whose graph had to go before it had paid.
+- The price is what a capture takes. It falls, to an eighth at most, where a capture promises to pay for itself several
+  times over: as often as captures lately did, times how much hotter the signature is than graphs are on average. It
+  doubles for a signature whose graph had to go before it had paid.
 - A graph goes only for a signature that is clearly hotter: one that has lately lost, by running eagerly, twice what
   the graph has saved. Lately means a half-life of six times what capturing the whole cache takes.
-- An account of the module bounds it all. Captures are charged to it; what replays save is credited, and so are 4 % of
+- An account of the module bounds it all. Captures are charged to it; what replays save is credited, and so are 3 % of
   the time that eager execution would have taken. Nothing is captured while it is overdrawn. So the total is never more
-  than 1.04 times always-eager plus one capture, whatever the traffic and whenever one looks. What can be saved up is
+  than 1.03 times always-eager plus one capture, whatever the traffic and whenever one looks. What can be saved up is
   limited to capturing the whole cache once, so that a good year does not pay for a bad hour.
 
 Ski rental alone is bounded against the oracle, not against always-eager: on signatures that are never called again
@@ -32,8 +33,9 @@ from graphcache.errors import Cause, ConfigError, Reason, Refusal, shown
 Policy = Literal["first", "worthwhile", "prepared"]
 
 _HOTTER = 2.0
+_TRUST = 3.0
 _LEAST_PRICE = 0.125
-_LOOKS = 12
+_LOOKS = 16
 
 _OVERDRAWN = Cause(Reason.COLD, detail="the captures so far have yet to pay for themselves")
 _CROWDED = Cause(Reason.COLD, detail="the budget is full of graphs that are about as hot")
@@ -297,7 +299,8 @@ class Admission:
             record.look = 2.0 * record.owed + 16.0
             return _NOT_WORTH_IT if record.replay.count else COLD
         calls = books.capture_seconds(record) / saving
-        due = calls * record.factor * max(books.discount(), _LEAST_PRICE)
+        price = 1.0 / max(_TRUST * books.promise(record), 1.0)
+        due = calls * record.factor * max(price, _LEAST_PRICE)
         if record.owed < due:
             record.look = record.owed + min(max(calls / _LOOKS, 1.0), math.ceil(due - record.owed))
             return COLD

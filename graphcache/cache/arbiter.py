@@ -4,10 +4,12 @@ Each module's cache has a budget of its own, and knows nothing of the others. Wh
 whoever is about to capture reserves, and the coldest graphs of any cache go first.
 
 Locks. An arbiter's lock is held only to look and to count: under it no cache is changed, no graph closed, no other
-lock taken and no foreign code called. Evictions happen after it was given back, one by one, each under the lock of its
-cache alone, and what a cache tells its ``on_evict`` it tells without a lock. So whatever locks the caller of
-:meth:`Arbiter.reserve` holds, it never waits for somebody who waits for it, unless closing a graph waits for a lock of
-that kind: a capture has to reserve before it takes a lock that ``close()`` of another module's graph needs.
+lock taken and no foreign code called. Evictions come after it was given back, one by one; a cache's lock is held while
+the graph is taken out of it, and given back before its ``on_evict`` is told and the graph closed. So no thread ever
+waits for one of these locks while it holds another, whatever else it holds: a module's own lock, say, under which it
+captures. Two modules that evict from each other can wait for each other only through what ``on_evict`` or ``close()``
+waits for: that must not be a lock that somebody holds while reserving. (A capture reserves before it takes the lock of
+the device's lane, which closing a graph needs.)
 """
 
 from __future__ import annotations

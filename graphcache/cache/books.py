@@ -16,7 +16,7 @@ from graphcache.cache.lru import Entry
 from graphcache.errors import Cause, Reason
 
 COLD = Cause(Reason.COLD)
-OVERHEAD = 0.04
+OVERHEAD = 0.03
 """What of the time of eager execution may be spent on captures that never pay."""
 _HALF_LIFE = 6.0
 _PRIOR_CAPTURE = 50.0
@@ -117,9 +117,11 @@ class Books:
         record.owed += 1
         if record.eager.count > 1:
             self._eager.add(record.eager.value)
-        self.now += min(seconds, LARGEST * self._eager.value) if self._eager.count else seconds
+        # Stalls and first calls buy nothing, and cool nothing down.
+        elapsed = min(seconds, LARGEST * self._eager.value) if self._eager.count else seconds
+        self.now += elapsed
         self.eager += seconds
-        self.credit += OVERHEAD * seconds
+        self.credit += OVERHEAD * elapsed
         if not self._capture.count:
             self._measure_half_life()
         self._cool(record)
@@ -253,11 +255,16 @@ class Books:
         known = 1.0 - math.exp2((record.born - self.now) / self._half_life)
         return heat / max(known, 1e-6) * max(self.saving(record), 0.0)
 
-    def discount(self) -> float:
-        """What captures took, lately, over what replays saved; 1 before two captures."""
-        if self.captures < 2 or self._lately_saved <= 0.0:
-            return 1.0
-        return min(self._lately_spent / self._lately_saved, 1.0)
+    def promise(self, record: Record) -> float:
+        """How many times a capture of the signature may be expected to pay for itself.
+
+        As often as captures lately did, times how much hotter it is than graphs are on average; 0 before two captures.
+        """
+        worth = self.worth(record)
+        if self.captures < 2 or not self.kept or self._lately_spent <= 0.0 or worth <= 0.0:
+            return 0.0
+        mean = sum(map(self.worth, self.kept.values())) / len(self.kept)
+        return self._lately_saved / self._lately_spent * (worth / mean if mean > 0.0 else math.inf)
 
     def _remember(self, key: Hashable, record: Record) -> Record:
         self.seen[key] = record

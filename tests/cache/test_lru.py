@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from graphcache.cache.lru import GraphCache, clock
 from graphcache.errors import Reason, Refusal
+from tests.helpers import in_threads
 
 
 class Memory:
@@ -164,6 +165,154 @@ def test_a_graph_is_closed_once_however_many_threads_evict_it():
     for thread in threads:
         thread.join()
     assert {graph.closed for graph in graphs} == {1}
+
+
+def test_what_has_the_lowest_rank_goes_first():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=3)
+    for key in "abc":
+        cache.put(key, Memory())
+    cache.rank = lambda key, entry: {"a": 2.0, "b": 0.0, "c": 1.0}.get(key, 9.0)
+    cache.put("d", Memory())
+    cache.put("e", Memory())
+    assert list(cache) == ["a", "d", "e"]
+
+
+def test_victims_are_named_coldest_first_and_nothing_goes():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=4, max_bytes=10)
+    for key in "abc":
+        cache.put(key, Memory(3))
+    use(cache, "a")
+    assert [key for key, _ in cache.victims(1)] == []
+    assert [key for key, _ in cache.victims(5)] == ["b", "c"]
+    assert [key for key, _ in cache.victims(5, instead_of="b")] == ["c"]
+    assert list(cache) == ["a", "b", "c"]
+    with pytest.raises(Refusal, match="11 bytes wanted"):
+        cache.victims(11)
+
+
+@pytest.mark.parametrize("nbytes", range(12))
+def test_room_is_made_by_evicting_the_victims(nbytes):
+    cache: GraphCache[Memory] = GraphCache(max_graphs=4, max_bytes=11)
+    for key in "abcd":
+        cache.put(key, Memory(2))
+    use(cache, "b")
+    expected = [key for key, _ in cache.victims(nbytes)]
+    cache.make_room(nbytes)
+    assert [key for key in "acdb" if key not in cache] == expected
+
+
+def test_what_is_reserved_is_free_before_the_graph_is_there_and_nobody_else_gets_it():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2, max_bytes=10)
+    for key in "ab":
+        cache.put(key, Memory(4))
+    with cache.reserve(6) as room:
+        assert list(cache) == ["b"]
+        with pytest.raises(Refusal, match=r"5 bytes wanted.* 6 are shared or reserved"):
+            cache.make_room(5)
+        cache.put("c", Memory(6), reservation=room)
+    assert (list(cache), cache.nbytes) == (["b", "c"], 10)
+
+
+def test_a_reservation_counts_as_a_graph():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2)
+    cache.put("a", Memory())
+    with cache.reserve(0):
+        assert list(cache) == ["a"]
+        cache.put("b", Memory())
+        assert list(cache) == ["b"]
+        with cache.reserve(0), pytest.raises(Refusal):
+            cache.put("c", Memory())
+    cache.put("c", Memory())
+    assert list(cache) == ["c"]
+
+
+def test_a_graph_may_be_larger_than_what_was_reserved_for_it():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=3, max_bytes=10)
+    cache.put("a", Memory(6))
+    cache.put("b", Memory(10), reservation=cache.reserve(2))
+    assert (list(cache), cache.nbytes) == (["b"], 10)
+
+
+def test_a_capture_that_was_given_up_leaves_the_room_to_others():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, max_bytes=10)
+    room = cache.reserve(10)
+    room.release()
+    room.release()
+    cache.put("a", Memory(10))
+    assert list(cache) == ["a"]
+
+
+def test_a_reservation_that_cannot_be_had_changes_nothing():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2, max_bytes=10)
+    cache.put("a", Memory(6), pinned=True)
+    with pytest.raises(Refusal):
+        cache.reserve(5)
+    cache.put("b", Memory(4))
+    assert list(cache) == ["a", "b"]
+
+
+def test_a_reservation_ends_though_a_victim_cannot_be_closed():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=lambda key, entry: 1 / 0)
+    cache.put("a", Memory())
+    with pytest.raises(ZeroDivisionError):
+        cache.reserve(1)
+    cache.put("b", Memory())
+    assert (list(cache), cache.nbytes) == (["b"], 1)
+
+
+def test_what_the_graphs_share_counts_and_is_not_evicted():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=10)
+    cache.shared = 4
+    cache.put("a", Memory(6))
+    assert cache.nbytes == 10
+    cache.put("b", Memory(3))
+    assert (list(cache), cache.nbytes) == (["b"], 7)
+    with pytest.raises(Refusal, match="4 are shared or reserved"):
+        cache.put("c", Memory(7))
+
+
+def test_only_the_entry_that_was_meant_is_evicted_and_not_if_it_was_pinned_meanwhile():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2)
+    old = cache.put("a", Memory())
+    new = cache.put("a", Memory())
+    assert not cache.evict("a", only=old)
+    new.pinned = True
+    assert not cache.evict("a", only=new)
+    new.pinned = False
+    assert cache.evict("a", only=new)
+    assert old.graph.closed == new.graph.closed == 1
+
+
+def test_graphs_are_closed_without_the_lock_and_count_until_then():
+    seen = []
+
+    class Slow(Memory):
+        def close(self) -> None:
+            def another() -> None:
+                seen.append((cache.nbytes, cache.evict("other")))
+
+            thread = threading.Thread(target=another)
+            thread.start()
+            # With the lock held, this would never end.
+            thread.join(timeout=60)
+            super().close()
+
+    cache: GraphCache[Memory] = GraphCache(max_graphs=2)
+    cache.put("slow", Slow(5))
+    cache.put("other", Memory(2))
+    cache.put("new", Memory(1))
+    assert seen == [(7, True)]
+    assert (list(cache), cache.nbytes) == (["new"], 1)
+
+
+def test_graphs_that_are_stored_under_one_key_at_once_are_closed_but_for_one():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1)
+    graphs = [[Memory() for _ in range(200)] for _ in range(4)]
+    in_threads(lambda index: [cache.put("a", graph) for graph in graphs[index]], 4)
+    everything = [graph for each in graphs for graph in each]
+    assert [graph for graph in everything if not graph.closed] == [cache.entries["a"].graph]
+    assert {graph.closed for graph in everything} == {0, 1}
+    assert cache.nbytes == 1
 
 
 class AgainstAModel(RuleBasedStateMachine):

@@ -1,0 +1,618 @@
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from graphcache.cache.admission import Admission
+from graphcache.cache.books import OVERHEAD
+from graphcache.cache.lru import Entry, GraphCache, clock, recency
+from graphcache.errors import ConfigError, Reason
+from tests.helpers import in_threads
+
+EAGER, REPLAY, CAPTURE = 180e-6, 50e-6, 5e-3
+"""Of a network of 16 kernels."""
+Times = tuple[float, float, float]
+USUAL: Times = (EAGER, REPLAY, CAPTURE)
+
+
+class Graph:
+    def __init__(self, nbytes: int = 1) -> None:
+        self.nbytes = nbytes
+
+    def close(self) -> None:
+        pass
+
+
+class Served:
+    """A module behind a cache, served as the engine serves it, with what everything took.
+
+    Args:
+        times: From a signature to what eager call, replay and capture take; always the same three if it is a tuple.
+    """
+
+    def __init__(
+        self, times: Times | Callable[[Hashable], Times] = USUAL, slots: int = 4, nbytes: int = 1, **options: Any
+    ) -> None:
+        self.times = (lambda key: times) if isinstance(times, tuple) else times
+        self.cache: GraphCache[Graph] = GraphCache(
+            max_graphs=slots, max_bytes=options.pop("max_bytes", None), on_evict=self.evicted
+        )
+        self.admission = Admission(self.cache, **options)
+        self.nbytes = nbytes
+        self.eager = self.total = self.dearest = 0.0
+        self.captures: list[Hashable] = []
+        self.evictions: list[Hashable] = []
+        self.causes: list[Reason | None] = []
+
+    def evicted(self, key: Hashable, entry: Entry[Graph]) -> None:
+        self.evictions.append(key)
+        self.admission.evicted(key, entry)
+
+    def call(self, key: Hashable) -> bool:
+        """One call; whether it was captured."""
+        eager, replay, capture = self.times(key)
+        self.eager += eager
+        entry = self.cache.entries.get(key)
+        if entry is not None:
+            entry.hits += 1
+            entry.used = clock()
+            self.total += replay
+            return False
+        cause = self.admission.ask(key)
+        self.causes.append(cause and cause.reason)
+        self.total += eager
+        self.admission.ran(key, eager)
+        if cause is not None:
+            return False
+        self.total += capture
+        self.dearest = max(self.dearest, capture)
+        self.captures.append(key)
+        self.cache.put(key, Graph(self.nbytes))
+        if self.admission.captured(key, capture, replay=replay) is not None:
+            self.cache.evict(key)
+        return True
+
+    def until_captured(self, key: Hashable, most: int = 100_000) -> int:
+        """Call until there is a graph; how many calls that took."""
+        return next(count for count in range(1, most) if self.call(key))
+
+
+def taught(times: Times = USUAL, keys: str = "a", **options: Any) -> Served:
+    """One that knows what calls take from the beginning."""
+    served = Served(times, **options)
+    for key in keys:
+        served.admission.learn(key, eager=times[0], replay=times[1], capture=times[2])
+    return served
+
+
+# ---- bounds
+
+
+def oracle(count: int, times: Times) -> float:
+    """The least that so many calls of one signature could have taken."""
+    eager, replay, capture = times
+    return min(count * eager, eager + capture + (count - 1) * replay)
+
+
+time = st.floats(1e-5, 1e-2)
+
+
+@given(time, time, st.floats(0, 1.0), st.integers(1, 400))
+def test_one_signature_takes_at_most_twice_what_an_oracle_would(eager, replay, capture, count):
+    times = (eager, replay, capture)
+    served = taught(times)
+    for _ in range(count):
+        served.call("a")
+    assert served.total <= 2 * oracle(count, times) + eager + 1e-9
+
+
+signatures = st.integers(0, 7)
+costs = st.tuples(st.floats(1e-5, 1e-3), st.floats(0.05, 1.3), st.floats(1e-4, 0.1))
+
+
+@settings(max_examples=60)
+@given(st.lists(costs, min_size=8, max_size=8), st.lists(st.tuples(signatures, st.integers(1, 300)), max_size=60))
+def test_it_never_takes_more_than_a_little_over_always_eager_and_one_capture(drawn, runs):
+    times = [(eager, eager * share, capture) for eager, share, capture in drawn]
+    served = Served(lambda key: times[key], slots=3)
+    for key, length in runs:
+        for _ in range(length):
+            served.call(key)
+            # At every moment, not only at the end.
+            assert served.total <= (1 + OVERHEAD) * served.eager + served.dearest + 1e-9
+
+
+@pytest.mark.parametrize("capture", [1e-4, 5e-3, 0.1])
+def test_not_even_if_every_signature_is_gone_as_soon_as_it_is_captured(capture):
+    served = Served((EAGER, REPLAY, capture))
+    signature = 0
+    for _ in range(50_000):
+        signature += served.call(signature)
+    assert signature > 1, "nothing was captured, so nothing was shown"
+    assert served.total <= (1 + OVERHEAD) * served.eager + capture
+
+
+def test_a_good_year_does_not_pay_for_a_bad_hour():
+    served = Served(slots=4)
+    for _ in range(2_000_000):
+        served.call("favourite")
+    assert served.total < 0.3 * served.eager
+    total, eager, signature = served.total, served.eager, 0
+    for _ in range(20_000):
+        signature += served.call(signature)
+    saved_up = (4 + 1) * CAPTURE
+    assert served.total - total <= (1 + OVERHEAD) * (served.eager - eager) + saved_up + CAPTURE
+
+
+# ---- when
+
+
+def test_a_signature_is_captured_when_it_has_lost_what_a_capture_takes():
+    served = taught()
+    assert served.until_captured("a") == math.ceil(CAPTURE / (EAGER - REPLAY)) + 1
+
+
+def test_one_call_is_never_enough():
+    served = taught((1.0, 0.0, 1e-9))
+    assert not served.call("a")
+
+
+@given(st.lists(st.floats(1e-4, 1e-1), min_size=2, max_size=6, unique=True))
+def test_the_dearer_the_capture_the_later(captures):
+    waits = [taught((EAGER, REPLAY, capture)).until_captured("a") for capture in sorted(captures)]
+    assert waits == sorted(waits)
+
+
+@given(st.lists(st.floats(0.05, 0.95), min_size=2, max_size=6, unique=True))
+def test_the_more_a_replay_saves_the_sooner(shares):
+    waits = [taught((EAGER, EAGER * share, CAPTURE)).until_captured("a") for share in sorted(shares)]
+    assert waits == sorted(waits)
+
+
+def test_before_anything_was_measured_a_capture_is_taken_for_fifty_eager_calls():
+    # Of which a replay is taken to save seven tenths.
+    assert Served().until_captured("a") == math.ceil(50 / 0.7) + 1
+
+
+def test_a_slow_first_call_makes_no_difference():
+    usual, slow = Served(), Served()
+    usual.admission.ran("a", EAGER)
+    slow.admission.ran("a", 10_000 * EAGER)
+    assert usual.until_captured("a") == slow.until_captured("a")
+
+
+def test_signatures_that_were_not_measured_are_judged_by_those_that_were():
+    served = Served()
+    for _ in range(1000):
+        served.call("a")
+    # The next is cheaper too: captures have paid for themselves, though not yet twice.
+    assert served.until_captured("b") == math.ceil(CAPTURE / (EAGER - REPLAY)) + 1
+
+
+def test_captures_that_pay_for_themselves_make_the_next_ones_cheaper_to_an_eighth():
+    served = Served(slots=8)
+    for key in "abc":
+        served.until_captured(key)
+        for _ in range(5000):
+            served.call(key)
+    assert served.until_captured("d") <= math.ceil(CAPTURE / (EAGER - REPLAY) / 8) + 2
+
+
+def test_while_captures_have_not_paid_nothing_is_captured_and_the_cause_says_so():
+    served = taught(keys="ab")
+    served.until_captured("a")
+    for _ in range(100):
+        served.call("b")
+    assert served.captures == ["a"]
+    assert "have yet to pay" in str(served.admission.ask("b"))
+    for _ in range(100):
+        served.call("a")
+    assert served.until_captured("b") <= 100
+
+
+# ---- which
+
+
+def test_a_loop_over_more_signatures_than_fit_keeps_the_graphs_it_has():
+    served = Served(slots=16)
+    for index in range(40_000):
+        served.call(index % 24)
+    assert (len(served.captures), served.evictions) == (16, [])
+    assert served.admission.account().crowded > 10_000
+
+
+def test_a_signature_clearly_hotter_takes_the_place_of_the_coldest():
+    served = Served(slots=2)
+    for key in "ab":
+        served.until_captured(key)
+        for _ in range(500):
+            served.call(key)
+    for index in range(4000):
+        served.call("a" if index % 2 else "c")
+        if index % 20 == 0:
+            served.call("b")
+    assert served.evictions == ["b"]
+    assert set(served.cache) == {"a", "c"}
+
+
+@given(st.integers(1, 3))
+@settings(max_examples=10)
+def test_what_stays_hot_is_captured_however_hot_the_others_were(slots):
+    served = Served(slots=slots)
+    for key in range(slots):
+        served.until_captured(key)
+    for index in range(300_000):
+        served.call(index % slots)
+    # They are never called again, and so cool down.
+    assert served.until_captured("new") < 3000
+
+
+def test_a_hot_signature_is_captured_in_the_midst_of_others_that_are_called_once():
+    served = Served(slots=4, remembered=64)
+    fresh = 0
+    while "hot" not in served.cache:
+        assert fresh < 20_000
+        for _ in range(9):
+            served.call(("once", fresh))
+            fresh += 1
+        served.call("hot")
+    assert set(served.captures) == {"hot"}
+
+
+def test_for_room_in_bytes_the_worth_of_a_byte_counts():
+    served = Served(slots=9, max_bytes=100)
+    served.nbytes = 80
+    served.until_captured("large")
+    for _ in range(1000):
+        served.call("large")
+    served.nbytes = 10
+    served.until_captured("small")
+    for _ in range(1000):
+        served.call("small")
+    large, small = (served.admission.worth(key, served.cache.entries[key]) for key in ("large", "small"))
+    assert small > 4 * large
+
+
+def test_a_graph_that_does_not_fit_is_refused_for_that_reason():
+    served = Served(max_bytes=10)
+    served.nbytes = 10
+    served.until_captured("a")
+    served.cache.entries["a"].pinned = True
+    for _ in range(2000):
+        served.call("a")
+        served.call("b")
+    assert served.admission.ask("b").reason is Reason.OVER_BUDGET
+    assert served.captures == ["a"]
+
+
+def test_it_says_how_large_a_graph_will_be():
+    served = Served(nbytes=100)
+    assert served.admission.expected_nbytes("a") == 0
+    served.until_captured("a")
+    assert (served.admission.expected_nbytes("a"), served.admission.expected_nbytes("b")) == (100, 100)
+
+
+# ---- after a graph is gone
+
+
+def test_after_an_eviction_before_it_paid_the_price_doubles_each_time():
+    served = taught()
+    waits = []
+    for _ in range(4):
+        # Another signature's hits pay for what is tried here.
+        served.admission._books.credit = 1.0
+        served.admission._books._lately_saved = 0.0
+        waits.append(served.until_captured("a") - 1)
+        served.cache.evict("a")
+    price = CAPTURE / (EAGER - REPLAY)
+    assert waits == [math.ceil(times * price) for times in (1, 2, 4, 8)]
+
+
+def test_a_graph_that_has_paid_may_come_back_at_the_same_price():
+    served = taught()
+    first = served.until_captured("a")
+    for _ in range(50):
+        served.call("a")
+    served.cache.evict("a")
+    assert served.until_captured("a") <= first
+
+
+def test_a_capture_that_failed_is_paid_for_and_doubles_the_price():
+    served = taught()
+    while served.admission.ask("a") is not None:
+        served.admission.ran("a", EAGER)
+    served.admission.failed("a", CAPTURE)
+    assert served.admission.account().capture_seconds == CAPTURE
+    assert served.until_captured("a") > 2 * CAPTURE / (EAGER - REPLAY)
+
+
+def test_a_graph_that_is_no_faster_is_dropped_and_not_tried_again():
+    served = Served((EAGER, EAGER, CAPTURE))
+    for _ in range(5000):
+        served.call("a")
+    assert (served.captures, served.evictions, len(served.cache)) == (["a"], ["a"], 0)
+    assert served.causes[-1] is Reason.NOT_WORTH_IT
+
+
+def test_it_is_tried_again_when_eager_calls_have_become_slower():
+    served = Served((EAGER, EAGER, CAPTURE))
+    for _ in range(500):
+        served.call("a")
+    served.times = lambda key: (10 * EAGER, EAGER, CAPTURE)
+    for _ in range(5000):
+        served.call("a")
+    assert "a" in served.cache
+
+
+def test_replays_that_become_slow_are_noticed_where_they_are_sampled():
+    served = Served()
+    served.until_captured("a")
+    assert served.admission.replayed("a", REPLAY) is None
+    found = [served.admission.replayed("a", 3 * EAGER) for _ in range(40)][-1]
+    assert found.reason is Reason.NOT_WORTH_IT
+    assert served.admission.replayed("unknown", 1.0) is None
+
+
+def test_one_eager_call_is_not_enough_to_call_a_graph_slow():
+    served = Served()
+    served.admission.ran("a", EAGER)
+    served.cache.put("a", Graph())
+    assert served.admission.captured("a", CAPTURE, replay=2 * EAGER) is None
+
+
+# ---- the other policies
+
+
+def test_first_captures_at_once_and_keeps_what_is_slow():
+    served = Served((EAGER, 2 * EAGER, CAPTURE), policy="first")
+    for key in "abcdef":
+        assert served.call(key)
+        assert not served.call(key)
+    assert served.cache.rank is recency
+    assert list(served.cache) == list("cdef")
+
+
+def test_prepared_captures_what_is_prepared_and_nothing_else():
+    served = Served(policy="prepared")
+    for _ in range(1000):
+        served.call("a")
+    assert (served.captures, set(served.causes)) == ([], {Reason.NOT_PREPARED})
+    assert served.admission.ask("a", preparing=True) is None
+
+
+def test_what_is_prepared_is_captured_whatever_the_account_says():
+    served = taught(keys="ab")
+    served.until_captured("a")
+    assert served.admission.ask("b", preparing=True) is None
+
+
+# ---- the books
+
+
+def test_the_account_adds_up():
+    served = Served()
+    served.until_captured("a")
+    for _ in range(1000):
+        served.call("a")
+    account = served.admission.account()
+    assert account.eager_seconds == pytest.approx(served.eager)
+    assert account.eager_seconds - account.saved_seconds + account.capture_seconds == pytest.approx(served.total)
+
+
+def test_hits_of_a_graph_count_when_it_is_evicted_too():
+    served = Served()
+    served.until_captured("a")
+    for _ in range(1000):
+        served.call("a")
+    served.cache.evict("a")
+    assert served.admission.account().saved_seconds == pytest.approx(1000 * (EAGER - REPLAY))
+
+
+def test_what_is_known_of_a_signature():
+    served = Served()
+    calls = served.until_captured("a")
+    for _ in range(10):
+        served.call("a")
+    served.admission.ran("b", 1.0)
+    known = served.admission.known()
+    assert known["a"] == (calls + 10, 10, pytest.approx(EAGER), pytest.approx(REPLAY), pytest.approx(CAPTURE))
+    assert known["b"] == (1, 0, 1.0, None, None)
+
+
+@given(st.lists(st.integers(0, 500), max_size=300), st.integers(1, 8))
+def test_books_are_bounded_and_the_last_signature_is_always_known(keys, remembered):
+    served = Served(slots=2, remembered=remembered)
+    for key in keys:
+        served.call(key)
+        assert key in served.admission.known()
+        assert len(served.admission) <= remembered + 2
+
+
+def test_what_was_forgotten_begins_anew():
+    served = taught()
+    for _ in range(30):
+        served.call("a")
+    served.admission.forget()
+    assert len(served.admission) == 0
+    assert served.until_captured("a") > 30
+
+
+def test_a_graph_that_left_without_a_word_is_noticed():
+    served = Served()
+    served.until_captured("a")
+    del served.cache.entries["a"]
+    assert served.admission.account().saved_seconds == 0.0
+    assert served.until_captured("a") > 1
+
+
+def test_a_graph_that_was_evicted_before_it_was_booked_is_paid_for_all_the_same():
+    admission = Admission(GraphCache(max_graphs=1))
+    assert admission.captured("a", 0.5, replay=0.1) is None
+    assert admission.account().capture_seconds == 0.5
+
+
+def test_an_eager_call_of_a_signature_that_has_a_graph_is_counted():
+    served = Served()
+    served.until_captured("a")
+    before = served.admission.known()["a"].calls
+    served.admission.ran("a", EAGER)
+    assert served.admission.known()["a"].calls == before + 1
+    assert "a" in served.cache
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf, "1", None, True])
+def test_times_that_cannot_be_are_refused_and_change_nothing(seconds):
+    served = Served()
+    served.until_captured("a")
+    before = (served.admission.account(), served.admission.known())
+    good = {"eager": 1.0, "replay": 1.0, "capture": 1.0}
+    for attempt in (
+        lambda: served.admission.ran("a", seconds),
+        lambda: served.admission.captured("a", seconds),
+        lambda: served.admission.failed("a", seconds),
+        lambda: served.admission.replayed("a", seconds),
+        *(lambda name=name: served.admission.learn("a", **{**good, name: seconds}) for name in good),
+    ):
+        with pytest.raises(ConfigError, match="expected a time in seconds"):
+            attempt()
+    assert (served.admission.account(), served.admission.known()) == before
+
+
+@pytest.mark.parametrize("policy", ["always", "", None, 1, ["first"]])
+def test_a_policy_there_is_not_is_refused(policy):
+    with pytest.raises(ConfigError, match=r"capture=.* is not an option; expected one of 'first', 'worthwhile'"):
+        Admission(GraphCache(max_graphs=1), policy)
+
+
+@pytest.mark.parametrize("remembered", [0, -1, 1.5, True, None, "9"])
+def test_a_bound_that_is_none_is_refused(remembered):
+    with pytest.raises(ConfigError, match="remembered="):
+        Admission(GraphCache(max_graphs=1), remembered=remembered)
+
+
+def test_times_that_are_all_zero_do_no_harm():
+    served = Served((0.0, 0.0, 0.0))
+    for index in range(2000):
+        served.call(index % 7)
+    assert served.admission.account().eager_seconds == 0.0
+
+
+def test_threads_may_all_use_it():
+    served = Served(slots=2)
+    calls = 3000
+
+    def work(index: int) -> None:
+        for count in range(calls):
+            key = (index + count) % 5
+            if served.admission.ask(key) is None:
+                served.cache.put(key, Graph())
+                served.admission.captured(key, CAPTURE, replay=REPLAY)
+            served.admission.ran(key, EAGER)
+            served.admission.account()
+
+    in_threads(work, 4)
+    assert sum(known.calls for known in served.admission.known().values()) == 4 * calls
+    assert len(served.cache) <= 2
+
+
+def test_it_may_be_called_with_the_lock_of_the_cache_held_while_others_ask():
+    served = Served(slots=1)
+    done = threading.Event()
+
+    def ask() -> None:
+        for _ in range(2000):
+            served.call("a")
+        done.set()
+
+    thread = threading.Thread(target=ask)
+    with served.cache._lock:
+        # Only a put has to wait; it comes after the last question.
+        thread.start()
+        served.admission.account()
+        served.admission.ask("a")
+    thread.join()
+    assert done.is_set()
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever is called in whatever order, books stay bounded and finite, and agree with the cache."""
+
+    keys = st.integers(0, 6)
+    seconds = st.sampled_from([0.0, 1e-6, 2e-4, 5e-3, 3.0, 1e9])
+
+    @initialize(slots=st.integers(1, 3), policy=st.sampled_from(["first", "worthwhile", "prepared"]))
+    def start(self, slots, policy):
+        self.served = Served(slots=slots, policy=policy, remembered=4)
+
+    @rule(key=keys, preparing=st.booleans())
+    def ask(self, key, preparing):
+        cause = self.served.admission.ask(key, preparing=preparing)
+        assert cause is None or cause.reason in (
+            Reason.COLD,
+            Reason.NOT_WORTH_IT,
+            Reason.NOT_PREPARED,
+            Reason.OVER_BUDGET,
+        )
+
+    @rule(key=keys, seconds=seconds, count=st.sampled_from([1, 2, 40]))
+    def ran(self, key, seconds, count):
+        for _ in range(count):
+            self.served.admission.ran(key, seconds)
+
+    @rule(key=keys, seconds=seconds, replay=st.none() | seconds, stored=st.booleans())
+    def captured(self, key, seconds, replay, stored):
+        if stored:
+            self.served.cache.put(key, Graph())
+        self.served.admission.captured(key, seconds, replay=replay)
+
+    @rule(key=keys, seconds=seconds)
+    def failed(self, key, seconds):
+        self.served.admission.failed(key, seconds)
+
+    @rule(key=keys, seconds=seconds)
+    def replayed(self, key, seconds):
+        self.served.admission.replayed(key, seconds)
+
+    @rule(key=keys, eager=seconds, replay=seconds, capture=seconds)
+    def learn(self, key, eager, replay, capture):
+        self.served.admission.learn(key, eager=eager, replay=replay, capture=capture)
+
+    @rule(key=keys, hits=st.sampled_from([1, 1000, -1]))
+    def hit(self, key, hits):
+        if key in self.served.cache.entries:
+            self.served.cache.entries[key].hits += hits
+
+    @rule(key=keys)
+    def evict(self, key):
+        self.served.cache.evict(key)
+
+    @rule()
+    def forget(self):
+        self.served.admission.forget()
+
+    @invariant()
+    def books_are_in_order(self):
+        if not hasattr(self, "served"):
+            return
+        admission, cache = self.served.admission, self.served.cache
+        account = admission.account()
+        assert all(math.isfinite(figure) for figure in (*vars_of(account), admission._books.credit))
+        assert len(admission) <= 4 + len(cache)
+        assert set(admission._books.kept) <= set(cache.entries)
+        assert not set(admission._books.kept) & set(admission._books.seen)
+        assert all(math.isfinite(admission.worth(key, entry)) for key, entry in cache.entries.items())
+
+
+def vars_of(account: Any) -> list[float]:
+    return [getattr(account, name) for name in account.__slots__]
+
+
+def test_any_order_of_calls_leaves_the_books_in_order():
+    run_state_machine_as_test(AnyOrder, settings=settings(max_examples=120, stateful_step_count=40))

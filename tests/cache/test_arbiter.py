@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from graphcache.cache import arbiter as arbiters
+from graphcache.cache.arbiter import VARIABLE, Arbiter, arbiter, checked_budget, set_process_budget
+from graphcache.cache.lru import GraphCache, clock
+from graphcache.errors import ConfigError, Reason, Refusal
+from tests.helpers import in_threads
+
+
+class Memory:
+    """Owns bytes of a meter from its making to its end."""
+
+    def __init__(self, nbytes: int, meter: Meter | None = None) -> None:
+        self.nbytes = nbytes
+        self.closed = 0
+        self._meter = meter or Meter()
+        self._meter.add(nbytes)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._meter.add(-self.nbytes)
+        self.closed += 1
+
+
+class Meter:
+    """What is allocated, and the most that ever was."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.now += nbytes
+            self.peak = max(self.peak, self.now)
+
+
+@pytest.fixture(autouse=True)
+def own_arbiters(monkeypatch):
+    """No arbiter and no budget of another test's."""
+    monkeypatch.setattr(arbiters, "_arbiters", {})
+    monkeypatch.setattr(arbiters, "_default", [])
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def caches(judge: Arbiter, count: int = 2, **options) -> list[GraphCache[Memory]]:
+    found: list[GraphCache[Memory]] = [GraphCache(max_graphs=9, **options) for _ in range(count)]
+    for cache in found:
+        judge.register(cache)
+    return found
+
+
+# ---- room
+
+
+def test_the_coldest_graph_of_any_cache_goes_first():
+    judge = Arbiter(30)
+    one, other = caches(judge)
+    for cache, key in ((one, "a"), (other, "b"), (one, "c")):
+        cache.put(key, Memory(10))
+    one.entries["a"].used = clock()
+    with judge.reserve(10):
+        assert (list(one), list(other)) == (["a", "c"], [])
+    with judge.reserve(20):
+        assert (list(one), list(other)) == (["a"], [])
+
+
+def test_as_few_as_will_do_go():
+    judge = Arbiter(10)
+    one, other = caches(judge)
+    for index in range(5):
+        (one if index % 2 else other).put(index, Memory(2))
+    with judge.reserve(3):
+        assert sorted([*one, *other]) == [2, 3, 4]
+
+
+def test_without_a_budget_nothing_goes():
+    judge = Arbiter()
+    (cache,) = caches(judge, 1)
+    cache.put("a", Memory(10**15))
+    with judge.reserve(10**15):
+        assert judge.nbytes == 2 * 10**15
+    assert list(cache) == ["a"]
+
+
+def test_pinned_graphs_and_what_is_shared_stay():
+    judge = Arbiter(30)
+    one, other = caches(judge)
+    one.put("a", Memory(10), pinned=True)
+    other.put("b", Memory(10))
+    other.shared = 5
+    with judge.reserve(15):
+        assert (list(one), list(other)) == (["a"], [])
+    with pytest.raises(Refusal, match=r"16 bytes wanted; 15 bytes of all modules are pinned, shared or reserved"):
+        judge.reserve(16)
+
+
+def test_what_cannot_fit_is_refused_and_nothing_goes():
+    judge = Arbiter(30)
+    (cache,) = caches(judge, 1)
+    cache.put("a", Memory(10))
+    with pytest.raises(Refusal, match="budget of the process is 30 bytes") as refused:
+        judge.reserve(31)
+    assert refused.value.cause.reason is Reason.OVER_BUDGET
+    assert (list(cache), judge.nbytes) == (["a"], 10)
+
+
+def test_what_is_reserved_is_not_reserved_twice():
+    judge = Arbiter(30)
+    with judge.reserve(20) as room:
+        with pytest.raises(Refusal, match="20 bytes of all modules"):
+            judge.reserve(11)
+        room.release()
+        judge.reserve(30).release()
+    assert judge.nbytes == 0
+
+
+def test_a_cache_that_is_registered_twice_is_counted_once():
+    judge = Arbiter(30)
+    (cache,) = caches(judge, 1)
+    judge.register(cache)
+    cache.put("a", Memory(10))
+    assert judge.nbytes == 10
+
+
+def test_a_cache_that_is_collected_is_gone():
+    judge = Arbiter(30)
+    one, other = caches(judge)
+    one.put("a", Memory(20))
+    gone = weakref.ref(one)
+    del one
+    gc.collect()
+    assert gone() is None
+    assert judge.nbytes == 0
+    with judge.reserve(30):
+        pass
+    judge.register(other)
+    assert len(judge._caches) == 1
+
+
+def test_a_graph_that_cannot_be_closed_ends_the_reservation():
+    judge = Arbiter(30)
+    (cache,) = caches(judge, 1, on_evict=lambda key, entry: 1 / 0)
+    cache.put("a", Memory(20))
+    with pytest.raises(ZeroDivisionError):
+        judge.reserve(30)
+    assert (list(cache), judge.nbytes) == ([], 0)
+
+
+def test_a_graph_that_was_replaced_meanwhile_is_left_alone():
+    judge = Arbiter(30)
+    replaced = []
+
+    def told(key, entry):
+        if key == "a":
+            replaced.append(cache.put("b", Memory(5)))
+
+    (cache,) = caches(judge, 1, on_evict=told)
+    cache.put("a", Memory(10))
+    cache.put("b", Memory(10))
+    with judge.reserve(25):
+        assert [cache.entries["b"]] == replaced
+
+
+# ---- changing the budget
+
+
+def test_a_smaller_budget_is_kept_at_once():
+    judge = Arbiter(100)
+    one, other = caches(judge)
+    for index in range(10):
+        (one if index % 2 else other).put(index, Memory(10))
+    judge.set_budget(35)
+    assert sorted([*one, *other]) == [7, 8, 9]
+    assert (judge.max_bytes, judge.nbytes) == (35, 30)
+
+
+def test_a_budget_smaller_than_what_is_pinned_leaves_that_and_refuses_more():
+    judge = Arbiter(100)
+    (cache,) = caches(judge, 1)
+    cache.put("a", Memory(10), pinned=True)
+    cache.put("b", Memory(10))
+    judge.set_budget(5)
+    assert list(cache) == ["a"]
+    with pytest.raises(Refusal):
+        judge.reserve(0)
+    judge.set_budget(None)
+    judge.reserve(10**9).release()
+
+
+# ---- the process
+
+
+def test_there_is_one_arbiter_for_each_device():
+    assert arbiter("cuda:0") is arbiter(torch.device("cuda", 0))
+    assert arbiter("cuda:0") is not arbiter("cuda:1")
+    assert arbiter(torch.device("cpu")) is arbiter("cpu")
+
+
+def test_a_process_budget_holds_for_devices_used_later_too():
+    before = arbiter("cuda:0")
+    set_process_budget(100)
+    assert (before.max_bytes, arbiter("cuda:1").max_bytes) == (100, 100)
+    set_process_budget(50, device="cuda:1")
+    assert (before.max_bytes, arbiter("cuda:1").max_bytes) == (100, 50)
+    set_process_budget(None)
+    assert (before.max_bytes, arbiter("cuda:1").max_bytes, arbiter("cuda:2").max_bytes) == (None, None, None)
+
+
+def test_the_environment_sets_it_unless_something_else_was_said(monkeypatch):
+    monkeypatch.setenv(VARIABLE, " 1000 ")
+    assert arbiter("cuda:0").max_bytes == 1000
+    set_process_budget(None)
+    assert (arbiter("cuda:0").max_bytes, arbiter("cuda:1").max_bytes) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "1e9", "9" * 31])
+def test_an_environment_that_means_nothing_is_refused(monkeypatch, text):
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(ConfigError, match=r"GRAPHCACHE_PROCESS_MAX_BYTES=.*expected a whole number of bytes"):
+        arbiter("cuda:0")
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "1", [], 10.0**30])
+def test_a_budget_that_means_nothing_is_refused_and_nothing_changes(budget):
+    judge = Arbiter(7)
+    for attempt in (
+        lambda: Arbiter(budget),
+        lambda: judge.set_budget(budget),
+        lambda: set_process_budget(budget),
+        lambda: set_process_budget(budget, device="cuda:0"),
+        lambda: checked_budget(budget, "max_bytes"),
+    ):
+        with pytest.raises(ConfigError, match=r"max_bytes=.*expected a whole number of bytes, 1 or more, or None"):
+            attempt()
+    assert (judge.max_bytes, arbiter("cuda:0").max_bytes) == (7, None)
+
+
+@pytest.mark.parametrize("device", ["", "cuda", "cuda:", "cuda:-1", "cuda:x", 0, None, [], object(), "cuda:0 "])
+def test_what_is_no_device_is_refused(device):
+    with pytest.raises(ConfigError, match="expected 'cpu' or a device with its index"):
+        arbiter(device)
+
+
+@pytest.mark.parametrize("nbytes", [-1, 1.5, True, None, "1"])
+def test_what_is_no_number_of_bytes_is_refused(nbytes):
+    with pytest.raises(ConfigError, match="nbytes="):
+        Arbiter(7).reserve(nbytes)
+
+
+# ---- threads
+
+
+@settings(max_examples=15)
+@given(st.integers(20, 60), st.integers(0, 1000))
+def test_with_every_graph_reserved_the_budget_holds_at_every_moment(budget, seed):
+    judge, meter = Arbiter(budget), Meter()
+    every = caches(judge, 3)
+    refused: list[int] = []
+
+    def work(index: int) -> None:
+        for count in range(150):
+            number = seed + index * 7919 + count * 104729
+            nbytes = 1 + number % 13
+            cache = every[number % 3]
+            try:
+                with judge.reserve(nbytes):
+                    # Allocated while reserved, and in the cache before the reservation ends.
+                    cache.put(number % 5, Memory(nbytes, meter))
+            except Refusal:
+                refused.append(1)
+
+    in_threads(work, 4)
+    assert meter.peak <= budget
+    assert judge.nbytes == meter.now == sum(cache.nbytes for cache in every)
+    assert len(refused) < 4 * 150
+
+
+def test_modules_that_evict_from_each_other_do_not_wait_for_each_other():
+    judge = Arbiter(10)
+    every = caches(judge, 3)
+    locks = [threading.RLock() for _ in every]
+
+    def told(index: int):
+        def tell(key, entry):
+            # As a listener may: it calls the module that lost a graph, which takes that module's lock.
+            with locks[index]:
+                assert every[index].nbytes >= 0
+
+        return tell
+
+    for index, cache in enumerate(every):
+        cache._on_evict = told(index)
+
+    def work(index: int) -> None:
+        for count in range(300):
+            with locks[index]:
+                pass
+            try:
+                with judge.reserve(4), locks[index]:
+                    every[index].put(count % 4, Memory(4))
+            except Refusal:
+                pass
+
+    finished = threading.Thread(target=in_threads, args=(work, 3), daemon=True)
+    finished.start()
+    finished.join(timeout=120)
+    assert not finished.is_alive(), "the threads wait for each other"
+
+
+def test_reserving_with_a_module_s_lock_held_waits_for_no_other_module():
+    judge = Arbiter(8)
+    every = caches(judge, 2)
+    locks = [threading.RLock(), threading.RLock()]
+
+    def work(index: int) -> None:
+        for count in range(500):
+            # As a module that captures: its own lock first.
+            with locks[index]:
+                try:
+                    with judge.reserve(4):
+                        every[index].put(count % 3, Memory(4))
+                except Refusal:
+                    pass
+
+    finished = threading.Thread(target=in_threads, args=(work, 2), daemon=True)
+    finished.start()
+    finished.join(timeout=120)
+    assert not finished.is_alive(), "the threads wait for each other"
+
+
+class AgainstAList(RuleBasedStateMachine):
+    """An arbiter over two caches against a list of (cache, key, bytes, pinned), oldest use first."""
+
+    @initialize(budget=st.none() | st.integers(1, 20))
+    def start(self, budget):
+        self.judge = Arbiter(budget)
+        self.caches = caches(self.judge)
+        self.limit = float("inf") if budget is None else budget
+        self.model: list[tuple[int, int, int, bool]] = []
+        self.rooms = []
+
+    def held(self) -> int:
+        return sum(nbytes for _, _, nbytes, _ in self.model) + sum(room.nbytes for room in self.rooms)
+
+    def shrink(self, nbytes: int) -> None:
+        for item in [item for item in self.model if not item[3]]:
+            if self.held() + nbytes <= self.limit:
+                return
+            self.model.remove(item)
+
+    @rule(which=st.integers(0, 1), key=st.integers(0, 3), nbytes=st.integers(0, 8), pinned=st.booleans())
+    def capture(self, which, key, nbytes, pinned):
+        stuck = sum(size for _, _, size, pin in self.model if pin) + sum(room.nbytes for room in self.rooms)
+        if stuck + nbytes > self.limit:
+            with pytest.raises(Refusal):
+                self.judge.reserve(nbytes)
+            return
+        with self.judge.reserve(nbytes):
+            self.shrink(nbytes)
+            self.caches[which].put(key, Memory(nbytes), pinned=pinned)
+        self.model = [item for item in self.model if item[:2] != (which, key)] + [(which, key, nbytes, pinned)]
+
+    @rule(nbytes=st.integers(0, 8))
+    def hold(self, nbytes):
+        try:
+            room = self.judge.reserve(nbytes)
+        except Refusal:
+            return
+        self.shrink(nbytes)
+        self.rooms.append(room)
+
+    @rule()
+    def give_up(self):
+        if self.rooms:
+            self.rooms.pop().release()
+
+    @rule(data=st.data())
+    def use(self, data):
+        if self.model:
+            item = data.draw(st.sampled_from(self.model))
+            self.caches[item[0]].entries[item[1]].used = clock()
+            self.model.remove(item)
+            self.model.append(item)
+
+    @rule(budget=st.none() | st.integers(1, 20))
+    def set_budget(self, budget):
+        self.judge.set_budget(budget)
+        self.limit = float("inf") if budget is None else budget
+        self.shrink(0)
+
+    @invariant()
+    def holds_what_the_list_holds(self):
+        if hasattr(self, "model"):
+            held = [(which, key) for which, cache in enumerate(self.caches) for key in cache]
+            assert sorted(held) == sorted(item[:2] for item in self.model)
+            assert self.judge.nbytes == self.held()
+
+
+def test_the_arbiter_does_what_a_list_would_do():
+    run_state_machine_as_test(AgainstAList, settings=settings(max_examples=100, stateful_step_count=30))
