@@ -202,6 +202,8 @@ def own_stream(index: int, purpose: str) -> torch.cuda.ExternalStream:
     """
     with torch.cuda.device(index):
         torch.cuda.current_stream()
-        return torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
-            int(driver.new_stream()), device=index
-        )
+        # A thread that has not used CUDA yet has no context to make a stream in.
+        with driver.on_device(index):
+            return torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
+                int(driver.new_stream()), device=index
+            )

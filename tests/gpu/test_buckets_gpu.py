@@ -116,7 +116,8 @@ def test_two_inputs_of_two_axes(load):
         for got, wanted in zip(fast(a, b), (a + b, a * b), strict=True):
             assert torch.equal(got, wanted)
             assert got.is_contiguous()
-    assert fast.cache_info().eager == {}
+    # Calls of no rows have no work for a graph.
+    assert set(fast.cache_info().eager) <= {Reason.EMPTY_GRAPH}
     assert fast.cache_info().padded > 20
 
 
