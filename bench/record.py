@@ -193,6 +193,7 @@ def environment(seed: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda_bindings": _version("cuda-bindings"),
         "tensorrt": _tensorrt(),
+        "compiled_hits": _compiled(),
         "processor": _processor(),
     }
     if torch.cuda.is_available():
@@ -286,6 +287,13 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _compiled() -> bool:
+    """Whether graphcache's hits go through its compiled library."""
+    from graphcache.graphs import native
+
+    return native.loaded() is not None
 
 
 def _tensorrt() -> str | None:
