@@ -191,10 +191,7 @@ class CachedModule(StandIn):
         answer = self._hit(entry, inputs, signature[0] is not False)
         if answer is STALE:
             return self._miss(signature, inputs, args, kwargs)
-        # Flat calls alone: three parts for the state and four for each tensor, with nothing pending and none repeated.
-        flat = not kwargs and len(signature) == 3 + 4 * len(args)
-        if flat and signature[0] is False and signature[2] is None:
-            self._remember(args, entry)
+        self._remember(signature, args, kwargs, entry)
         return answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -496,9 +493,14 @@ class CachedModule(StandIn):
     def extra_repr(self) -> str:
         return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
 
-    def _remember(self, args: tuple[Any, ...], entry: Entry[Recorded]) -> None:
+    def _remember(
+        self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry[Recorded]
+    ) -> None:
+        """Find the graph of such calls by their layout from now on."""
         graph = entry.graph.graph
-        if isinstance(graph, CudaGraph):
+        # Flat calls alone: three parts for the state and four for each tensor, with nothing pending and none repeated.
+        flat = not kwargs and len(signature) == 3 + 4 * len(args) and signature[0] is False and signature[2] is None
+        if flat and isinstance(graph, CudaGraph):
             fire, into = entry.graph.single or (None, None)
             epoch = self._engine.epoch if self._engine is not None else None
             self._shortcuts.remember(describe_layout(args), args, (entry, fire, into, graph.index, epoch))
@@ -583,6 +585,7 @@ class CachedModule(StandIn):
             return False
         entry.hits += 1
         entry.used = clock()
+        self._remember(signature, args, kwargs, entry)
         return True
 
     def _has_hooks(self) -> bool:

@@ -26,7 +26,7 @@ class Graph:
     def __init__(self, nbytes: int = 1) -> None:
         self.nbytes = nbytes
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         pass
 
 

@@ -26,7 +26,7 @@ class Memory:
         self._meter = meter or Meter()
         self._meter.add(nbytes)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         if not self.closed:
             self._meter.add(-self.nbytes)
         self.closed += 1

@@ -464,7 +464,9 @@ def test_answering_into_the_same_memory_again_is_the_launch_alone(fake: Torch) -
     x = rows(fake, 2)
     out = fake.driver.heap.tensor(x * 0)
     with torch.no_grad(), fake.on(fake.new_stream()):
-        for _ in range(3):
+        fast(x)
+        # The second answer into it finds what the first one remembered; no other call is needed.
+        for _ in range(2):
             fast.forward_into(out, x)
         fake.driver.calls.clear()
         x += 1
