@@ -19,7 +19,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 @pytest.fixture(autouse=True)
 def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test starts from the same seed and environment, and leaves the modes and torch's own switches alone."""
-    for name in ("GRAPHCACHE_DISABLE", "GRAPHCACHE_MAX_GRAPHS", "GRAPHCACHE_MAX_BYTES"):
+    variables = ("DISABLE", "MAX_GRAPHS", "MAX_BYTES", "PROCESS_MAX_BYTES")
+    for name in (f"GRAPHCACHE_{each}" for each in variables):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     yield
