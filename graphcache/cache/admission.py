@@ -3,15 +3,16 @@
 Each signature is a rent-or-buy problem: eager calls are rent, a capture buys. Buying when the rent paid equals the
 price costs at most twice what an oracle would have paid (ski rental). Around that:
 
-- The price is what a capture takes. It falls, to an eighth at most, where a capture promises to pay for itself several
-  times over: as often as captures lately did, times how much hotter the signature is than graphs are on average. It
-  doubles for a signature whose graph had to go before it had paid.
+- The price is what a capture takes. It falls, to an eighth at most, where a capture promises to pay for itself: as
+  often as captures lately did, times how much hotter the signature is than graphs are on average. With a promise of
+  once it is a third. It doubles for a signature whose graph had to go before it had paid.
 - A graph goes only for a signature that is clearly hotter: one that has lately lost, by running eagerly, twice what
   the graph has saved. Lately means a half-life of six times what capturing the whole cache takes.
 - An account of the module bounds it all. Captures are charged to it; what replays save is credited, and so are 3 % of
   the time that eager execution would have taken. Nothing is captured while it is overdrawn. So the total is never more
-  than 1.03 times always-eager plus one capture, whatever the traffic and whenever one looks. What can be saved up is
-  limited to capturing the whole cache once, so that a good year does not pay for a bad hour.
+  than 1.03 times always-eager plus one capture, whatever the traffic and whenever one looks, as far as times are what
+  they were measured to be. What can be saved up is limited to capturing the whole cache once, so that a good year does
+  not pay for a bad hour.
 
 Ski rental alone is bounded against the oracle, not against always-eager: on signatures that are never called again
 once they are captured it takes nearly twice as long. The constants were chosen with ``python -m bench.policy``.
@@ -295,7 +296,10 @@ class Admission:
             return _OVERDRAWN
         if worth < _HOTTER * self._coldest:
             return _CROWDED
+        # So far by what was known the last time; now for certain.
         books.settle()
+        if books.credit < 0.0:
+            return _OVERDRAWN
         try:
             self._coldest = self._worth_of_victims(books.expected_nbytes(record))
         except Refusal as refusal:
