@@ -23,7 +23,7 @@ from typing import Any
 
 from bench import record
 from bench.optimum import Times, optimum
-from bench.simulate import always_eager, graphcache, least_recently_used
+from bench.simulate import FIRST_CALL, always_eager, graphcache, least_recently_used
 from bench.traces import SYNTHETIC, Traffic
 from graphcache.cache.trace import read_trace
 from graphcache.errors import TraceError
@@ -74,14 +74,15 @@ def measured_models() -> dict[str, Model]:
     models.append(
         alike("minilm", Times(_p50(times["eager"]), _p50(times["hit"]), each), "minilm-h100.json, p50 and mean capture")
     )
-    for capture, which in ((0.05, "contexts share a runtime cache"), (0.4, "private contexts")):
+    for capture, which in (
+        (0.05, "contexts share a runtime cache"),
+        (0.4, "private contexts"),
+        (1.5, "private contexts, with the first enqueue of a new shape"),
+    ):
         source = f"MobileNetV3-small, one run on an H200, TensorRT-RTX 1.5.0.114, driver 580.159; capture: {which}"
         models.append(alike(f"mobilenet {capture:g} s", Times(540e-6, 264e-6, capture), source))
-    models.append(
-        Model(
-            "mixed", _mixed, 50e-3 / 130e-6, "drawn: eager 130 to 550 us, replay 0.1 to 1.1 of it, capture 5 to 50 ms"
-        )
-    )
+    drawn = "drawn: eager 130 to 550 us, replay 0.1 to 1.1 of it, capture 5 to 50 ms"
+    models.append(Model("mixed", _mixed, 27.5e-3 / 340e-6, drawn))
     return {model.name: model for model in models}
 
 
@@ -180,7 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     payload = {
         "benchmark": "policy",
         "environment": record.environment(options.seed),
-        "settings": {"calls": options.calls, "slots": options.slots, "noise": options.noise},
+        "settings": {
+            "calls": options.calls,
+            "slots": options.slots,
+            "noise": options.noise,
+            "first_call_times": FIRST_CALL if options.noise else 1.0,
+        },
         "limits": {"over_eager": OVER_EAGER, "over_optimum": OVER_OPTIMUM},
         "models": {
             model.name: {**(model.times(0)._asdict() if model.name != "mixed" else {}), "source": model.source}

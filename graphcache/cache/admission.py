@@ -3,15 +3,16 @@
 Each signature is a rent-or-buy problem: eager calls are rent, a capture buys. Buying when the rent paid equals the
 price costs at most twice what an oracle would have paid (ski rental). Around that:
 
-- The price is what a capture takes. It falls, to an eighth at most, where a capture promises to pay for itself several
-  times over: as often as captures lately did, times how much hotter the signature is than graphs are on average. It
-  doubles for a signature whose graph had to go before it had paid.
+- The price is what a capture takes. It falls, to an eighth at most, where a capture promises to pay for itself: as
+  often as captures lately did, times how much hotter the signature is than graphs are on average. With a promise of
+  once it is a third. It doubles for a signature whose graph had to go before it had paid.
 - A graph goes only for a signature that is clearly hotter: one that has lately lost, by running eagerly, twice what
   the graph has saved. Lately means a half-life of six times what capturing the whole cache takes.
 - An account of the module bounds it all. Captures are charged to it; what replays save is credited, and so are 3 % of
   the time that eager execution would have taken. Nothing is captured while it is overdrawn. So the total is never more
-  than 1.03 times always-eager plus one capture, whatever the traffic and whenever one looks. What can be saved up is
-  limited to capturing the whole cache once, so that a good year does not pay for a bad hour.
+  than 1.03 times always-eager plus one capture, whatever the traffic and whenever one looks, as far as times are what
+  they were measured to be. What can be saved up is limited to capturing the whole cache once, so that a good year does
+  not pay for a bad hour.
 
 Ski rental alone is bounded against the oracle, not against always-eager: on signatures that are never called again
 once they are captured it takes nearly twice as long. The constants were chosen with ``python -m bench.policy``.
@@ -27,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from graphcache.cache.books import COLD, Books, Record
 from graphcache.cache.estimates import checked_seconds
-from graphcache.cache.lru import Entry, GraphCache
+from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.errors import Cause, ConfigError, Reason, Refusal, shown
 
 Policy = Literal["first", "worthwhile", "prepared"]
@@ -117,6 +118,9 @@ class Admission:
         self._cache = cache
         self._books = Books(cache.entries, remembered)
         self._crowded = 0
+        # As of when it last looked around: the worth of graphs, of those that would go for another, and the time.
+        self._usual = self._coldest = 0.0
+        self._judged = self._looked_at = 0
         self._lock = threading.Lock()
         if policy == "worthwhile":
             cache.rank = self.worth
@@ -291,28 +295,56 @@ class Admission:
             self._books.seen.clear()
 
     def _judge(self, record: Record) -> Cause | None:
-        """Look at a signature thoroughly, and say when to look again."""
+        """Look at a signature, and say when to look again."""
         books = self._books
-        books.settle()
+        self._look_around()
         saving = books.saving(record)
         if saving <= 0.0:
             record.look = 2.0 * record.owed + 16.0
             return _NOT_WORTH_IT if record.replay.count else COLD
         calls = books.capture_seconds(record) / saving
-        price = 1.0 / max(_TRUST * books.promise(record), 1.0)
-        due = calls * record.factor * max(price, _LEAST_PRICE)
+        worth = books.worth(record)
+        promise = _TRUST * books.lately_returned() * worth
+        price = 1.0 if promise <= self._usual else max(self._usual / promise, _LEAST_PRICE)
+        due = calls * record.factor * price
         if record.owed < due:
             record.look = record.owed + min(max(calls / _LOOKS, 1.0), math.ceil(due - record.owed))
             return COLD
         record.look = record.owed + max(calls / _LOOKS, 4.0)
         if books.credit < 0.0:
             return _OVERDRAWN
+        if worth < _HOTTER * self._coldest:
+            return _CROWDED
+        # So far by what was known the last time; now for certain.
+        books.settle()
+        if books.credit < 0.0:
+            return _OVERDRAWN
         try:
-            victims = self._cache.victims(books.expected_nbytes(record))
+            self._coldest = self._worth_of_victims(books.expected_nbytes(record))
         except Refusal as refusal:
             return refusal.cause
-        saved = sum(books.worth(books.kept[key]) for key, _ in victims if key in books.kept)
-        return _CROWDED if victims and books.worth(record) < _HOTTER * saved else None
+        return _CROWDED if books.worth(record) < _HOTTER * self._coldest else None
+
+    def _look_around(self) -> None:
+        """See how hot the graphs are, unless too little has happened since the last time to pay for that."""
+        self._judged += 1
+        graphs = len(self._books.kept)
+        ticks = clock()
+        if self._judged * 4 < graphs or self._judged + ticks - self._looked_at < 2 * graphs + 16:
+            return
+        self._judged, self._looked_at = 0, ticks
+        self._books.settle()
+        worths = [self._books.worth(record) for record in self._books.kept.values()]
+        self._usual = sum(worths) / len(worths) if worths else 0.0
+        try:
+            self._coldest = self._worth_of_victims(self._books.expected_nbytes(None))
+        except Refusal:
+            # Every graph is pinned, say; whoever asks for room is told.
+            self._coldest = 0.0
+
+    def _worth_of_victims(self, nbytes: int) -> float:
+        kept = self._books.kept
+        return sum(self._books.worth(kept[key]) for key, _ in self._cache.victims(nbytes) if key in kept)
 
     def _replayed(self, record: Record, seconds: float) -> Cause | None:
         slower = self._books.replayed(record, seconds)

@@ -21,6 +21,8 @@ import weakref
 from collections.abc import Hashable
 from typing import Any
 
+import torch
+
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.reservation import Reservation
 from graphcache.errors import ConfigError, Reason, Refusal, shown
@@ -267,7 +269,7 @@ def checked_budget(max_bytes: object, what: str) -> int | None:
 
 
 def _name_of(device: object) -> str:
-    name = device if isinstance(device, str) else str(device) if type(device).__name__ == "device" else ""
+    name = str(device) if isinstance(device, (str, torch.device)) else ""
     if not _DEVICE.fullmatch(name):
         raise ConfigError(f"device={shown(device)}: expected 'cpu' or a device with its index, such as 'cuda:0'")
     return name

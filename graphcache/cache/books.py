@@ -255,16 +255,11 @@ class Books:
         known = 1.0 - math.exp2((record.born - self.now) / self._half_life)
         return heat / max(known, 1e-6) * max(self.saving(record), 0.0)
 
-    def promise(self, record: Record) -> float:
-        """How many times a capture of the signature may be expected to pay for itself.
-
-        As often as captures lately did, times how much hotter it is than graphs are on average; 0 before two captures.
-        """
-        worth = self.worth(record)
-        if self.captures < 2 or not self.kept or self._lately_spent <= 0.0 or worth <= 0.0:
+    def lately_returned(self) -> float:
+        """How many times captures have lately paid for themselves; 0 before two captures."""
+        if self.captures < 2 or self._lately_spent <= 0.0:
             return 0.0
-        mean = sum(map(self.worth, self.kept.values())) / len(self.kept)
-        return self._lately_saved / self._lately_spent * (worth / mean if mean > 0.0 else math.inf)
+        return max(self._lately_saved, 0.0) / self._lately_spent
 
     def _remember(self, key: Hashable, record: Record) -> Record:
         self.seen[key] = record

@@ -47,6 +47,10 @@ class Entry(Generic[G]):
         self.used = clock()
 
 
+_PATIENCE = (None,) * 4
+"""How often room is made anew that another thread, or a listener told of an eviction, has taken; then it is kept."""
+
+
 def recency(key: Hashable, entry: Entry[Any]) -> float:
     """When an entry was last used: the rank that makes the least recently used the coldest."""
     return entry.used
@@ -200,7 +204,12 @@ class GraphCache(Generic[G]):
         """
         reservation = Reservation(nbytes, self._release)
         try:
-            self.make_room(nbytes, instead_of=instead_of, keep=reservation)
+            for keep in (*_PATIENCE, reservation):
+                self.make_room(nbytes, instead_of=instead_of, keep=keep)
+                with self._lock:
+                    if keep is None and self._has_room(nbytes, instead_of):
+                        self._reserved.append(reservation)
+                        break
         except BaseException:
             reservation.release()
             raise
@@ -266,6 +275,9 @@ class GraphCache(Generic[G]):
         with ExitStack() as each:
             for key in reversed(list(self.entries)):
                 each.callback(self.evict, key, wait=wait)
+
+    def _has_room(self, nbytes: int, instead_of: Hashable) -> bool:
+        return instead_of not in self.entries and not self.victims(nbytes)
 
     def _take(self, items: list[tuple[Hashable, Entry[G]]]) -> None:
         for key, entry in items:

@@ -172,6 +172,28 @@ def test_a_graph_that_was_replaced_meanwhile_is_left_alone():
         assert [cache.entries["b"]] == replaced
 
 
+@pytest.mark.parametrize("wanted", [1, 5, 6])
+def test_what_is_still_leaving_for_one_is_not_promised_to_another(wanted):
+    judge = Arbiter(10)
+    asked = []
+
+    def told(key, entry):
+        if key == "a":
+            # Here 2 and 8 bytes are still allocated, and 3 are to come.
+            with pytest.raises(Refusal):
+                judge.reserve(wanted)
+            asked.append(judge.nbytes)
+
+    (cache,) = caches(judge, 1, on_evict=told)
+    cache.put("a", Memory(2))
+    cache.put("b", Memory(8))
+    with judge.reserve(3):
+        assert asked
+        assert asked[0] >= 10
+        assert judge.nbytes == 3
+        judge.reserve(7).release()
+
+
 # ---- changing the budget
 
 

@@ -306,6 +306,41 @@ def test_graphs_are_closed_without_the_lock_and_count_until_then():
     assert (list(cache), cache.nbytes) == (["new"], 1)
 
 
+@pytest.mark.parametrize("reserving", [False, True])
+def test_a_listener_may_store_a_graph_while_another_is_stored(reserving):
+    graphs = {key: Memory() for key in "abx"}
+    told: list[str] = []
+
+    def tell(key, entry):
+        told.append(key)
+        if key == "a":
+            cache.put("x", graphs["x"])
+
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=tell)
+    cache.put("a", graphs["a"])
+    cache.put("b", graphs["b"], reservation=cache.reserve(1) if reserving else None)
+    assert (list(cache), told) == (["b"], ["a", "x"])
+    assert {key: graph.closed for key, graph in graphs.items()} == {"a": 1, "b": 0, "x": 1}
+
+
+@pytest.mark.parametrize("reserving", [False, True])
+def test_a_listener_that_always_stores_another_is_refused_in_the_end(reserving):
+    graphs = [Memory()]
+
+    def tell(key, entry):
+        graphs.append(Memory())
+        cache.put(len(graphs), graphs[-1])
+
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=tell)
+    cache.put("a", graphs[0])
+    new = Memory()
+    with pytest.raises(Refusal):
+        cache.put("b", new, reservation=cache.reserve(1) if reserving else None)
+    assert (len(cache), len(graphs)) == (0, 6)
+    assert [graph.closed for graph in graphs] == [1] * 6
+    assert (new.closed, cache.nbytes, cache._reserved) == (not reserving, 0, [])
+
+
 def test_graphs_that_are_stored_under_one_key_at_once_are_closed_but_for_one():
     cache: GraphCache[Memory] = GraphCache(max_graphs=1)
     graphs = [[Memory() for _ in range(200)] for _ in range(4)]
