@@ -227,27 +227,23 @@ class GraphCache(Generic[G]):
         Raises:
             Refusal: If there is no room to be made. The graph was closed, the cache is unchanged.
         """
+        room = Reservation(graph.nbytes, self._release)
         try:
-            with self._lock:
-                if reservation in self._reserved:
-                    self._reserved.remove(reservation)
-                leaving = self.victims(graph.nbytes, instead_of=key)
-                if key in self.entries:
-                    leaving.insert(0, (key, self.entries[key]))
-                self._take(leaving)
-                # At once: what is told of those that leave may call the module again.
-                entry = self.entries[key] = Entry(graph, pinned=pinned)
+            for keep in (*_PATIENCE, room):
+                self.make_room(graph.nbytes, instead_of=key, keep=keep, given=reservation)
+                with self._lock:
+                    if keep is None and not self._has_room(graph.nbytes, key):
+                        continue
+                    room.release()
+                    leaving = [(key, self.entries[key])] if key in self.entries else []
+                    self._take(leaving)
+                    entry = self.entries[key] = Entry(graph, pinned=pinned)
+                    break
         except BaseException:
+            room.release()
             graph.close()
             raise
-        try:
-            self._close(leaving)
-        except BaseException:
-            with self._lock:
-                if self.entries.get(key) is entry:
-                    del self.entries[key]
-            graph.close()
-            raise
+        self._close(leaving)
         return entry
 
     def evict(self, key: Hashable, *, only: Entry[G] | None = None, wait: bool = False) -> bool:
