@@ -131,7 +131,11 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
             there.enter_context(torch.cuda.stream(own_stream(0, "capture")))
             garbage = [torch.full((x.numel(),), float("nan"), device="cuda") for x in inputs * 32]
             if kind == "torch":
-                there.enter_context(fast._misses.recorder._lanes[0].pool().allocating())
+                # In the lane's order, as any capture is: what was free when a capture ended, its own temporaries too,
+                # is free for the next one, whose work follows all launches.
+                lane = fast._misses.recorder._lanes[0]
+                lane.enter(own_stream(0, "capture").cuda_stream)
+                there.enter_context(lane.pool().allocating())
             garbage += [torch.full((x.numel(),), float("nan"), device="cuda") for x in inputs * 32]
             garbage += [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(32)]
         torch.cuda.synchronize()
