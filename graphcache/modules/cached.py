@@ -145,6 +145,7 @@ class CachedModule(StandIn):
             _misses=misses,
             _seen=seen,
             _bucketed=bucketed,
+            _freshness=freshness,
             _is_stale=freshness.is_stale,
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
             _checks_early=True,
@@ -502,7 +503,8 @@ class CachedModule(StandIn):
         flat = not kwargs and len(signature) == 3 + 4 * len(args) and signature[0] is False and signature[2] is None
         if flat and isinstance(graph, CudaGraph):
             fire, into = entry.graph.single or (None, None)
-            epoch = self._engine.epoch if self._engine is not None else None
+            # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
+            epoch = self._freshness.epoch if self._engine is not None else None
             self._shortcuts.remember(describe_layout(args), args, (entry, fire, into, graph.index, epoch))
             if (table := self._shortcuts.table()) is not None:
                 self.__dict__.update(_compiled_call=table.call, _compiled_into=table.into)

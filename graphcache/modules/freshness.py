@@ -28,10 +28,10 @@ class Freshness:
         "_dependencies",
         "_engine",
         "_engines",
-        "_epoch",
         "_fingerprint",
         "_module",
         "_user",
+        "epoch",
     )
 
     def __init__(self, module: nn.Module, user: object, *, checks_weights: bool) -> None:
@@ -49,7 +49,8 @@ class Freshness:
         for engine in self._engines:
             engine.users.add(self._user())
         self._fingerprint = self._dependencies.fingerprint()
-        self._epoch = sum([engine.epoch for engine in self._engines])
+        self.epoch = sum([engine.epoch for engine in self._engines])
+        """Of the engines inside, together, when the graphs that are kept now were captured."""
 
     def is_stale(self, grad: bool) -> bool:
         """Whether no graph may be used any more.
@@ -58,8 +59,8 @@ class Freshness:
             grad: Whether the call records gradients, which a parameter may have begun to want.
         """
         if self._engine is not None:
-            return bool(self._engine.epoch != self._epoch)
-        if self._engines and sum([engine.epoch for engine in self._engines]) != self._epoch:
+            return bool(self._engine.epoch != self.epoch)
+        if self._engines and sum([engine.epoch for engine in self._engines]) != self.epoch:
             return True
         if self._checks_weights and self._dependencies.fingerprint() != self._fingerprint:
             return True

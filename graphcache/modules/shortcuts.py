@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from graphcache.cache.lru import Entry, ticks
 from graphcache.config import Modes, modes
 from graphcache.errors import CudaError
+from graphcache.events import log
 from graphcache.graphs import driver, native
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane
@@ -19,8 +19,6 @@ from graphcache.graphs.single import Fire, Into, allocator
 from graphcache.graphs.slots import Slot
 from graphcache.modules.conditions import current_device, raw_stream, several_devices
 from graphcache.modules.record import Recorded
-
-log = logging.getLogger("graphcache")
 
 Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
 """An entry, shorter ways to replay it, its device's index, and the epoch of the engine that it was captured of."""

@@ -459,6 +459,30 @@ def test_any_sequence_on_the_short_ways(
         assert functions is None or functions.raised == []
 
 
+@pytest.mark.parametrize("into", [False, True])
+def test_what_is_remembered_after_a_change_is_of_before_it(fake: Torch, into: bool) -> None:
+    """As if another thread had changed the engine between a replay and the moment when its graph is remembered."""
+    module = load("affine")
+    fast = graphcache.wrap(module)
+    x = rows(fake, 2)
+    out = fake.driver.heap.tensor(x * 0)
+    call = (lambda: fast.forward_into(out, x)) if into else (lambda: fast(x))
+    remember = fast._remember
+
+    def changed_meanwhile(*args: Any) -> None:
+        del fast.__dict__["_remember"]
+        module.epoch += 1
+        remember(*args)
+
+    with torch.no_grad(), fake.on(fake.new_stream()):
+        fast(x)
+        fast.__dict__["_remember"] = changed_meanwhile
+        assert torch.equal(call(), x * 3 + 1)
+        assert "_remember" not in fast.__dict__
+        assert torch.equal(call(), x * 3 + 1)
+    assert fast.cache_info().captures == 2, "the graph of before is not used again"
+
+
 def test_answering_into_the_same_memory_again_is_the_launch_alone(fake: Torch) -> None:
     fast = graphcache.wrap(load("affine"))
     x = rows(fake, 2)
