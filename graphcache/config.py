@@ -38,8 +38,8 @@ class GraphConfig:
             every engine in the module.
         capture: ``"first"`` captures every signature at its first call. ``"worthwhile"`` captures one when its eager
             calls have lost about as much time as a capture takes, keeps the graphs that save most, and drops a graph
-            that is no faster than eager execution: whatever the traffic, all of it takes hardly longer than without
-            graphs. ``"prepared"`` captures only what ``prepare`` was given.
+            that is no faster than eager execution; an account bounds what captures may take of the whole time.
+            ``"prepared"`` captures only what ``prepare`` was given.
         capture_in: ``"foreground"`` captures within the call. ``"background"`` answers eagerly, with the reason
             ``pending``, and captures on copies of its tensors in a thread beside it; such a graph has scratch memory
             of its own.
