@@ -75,6 +75,47 @@ def test_an_exit_in_the_middle_of_a_call() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("then", ["close", "clear", "call"])
+def test_a_fork_waits_for_no_capture_of_the_process_before(then: str) -> None:
+    """What was being captured beside the calls when the process was forked is captured by nobody in the fork."""
+    ended = run(
+        f"""
+        import os, signal, threading, warnings
+        torch.set_num_threads(1)
+        # Python 3.12 warns of a fork beside threads, which is what is tried here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = net()
+        fast = graphcache.wrap(module, capture_in="background")
+        attempt, reached, go = fast._misses.recorder.attempt, threading.Event(), threading.Event()
+
+        def slow(*args, **kwargs):
+            reached.set()
+            go.wait(60)
+            return attempt(*args, **kwargs)
+
+        fast._misses.recorder.attempt = slow
+        fast(x)
+        assert reached.wait(60)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            fast._misses.recorder.attempt = attempt
+            if "{then}" == "call":
+                right = torch.equal(fast(x), module(x))
+                (later,) = fast._misses._pending.values()
+                right = right and later.done.wait(30) and torch.equal(fast(x), module(x))
+                os._exit(0 if right and fast.cache_info().hits == 1 else 1)
+            fast.{then if then != "call" else "clear"}()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        go.set()
+        assert os.waitstatus_to_exitcode(status) == 0, status
+        """
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_has_host_graphs_of_its_own() -> None:
     ended = run(
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,7 @@ class Later:
         self.is_alike = own == signature[: len(own)]
         """Whether the copies lie as the tensors do. Otherwise a graph of them would not be one of the call."""
         self.cancelled = False
+        self._process = os.getpid()
         self.thread: threading.Thread | None = None
         """Which captures it, once one does."""
         self.done = threading.Event()
@@ -47,6 +49,11 @@ class Later:
             with torch.cuda.device(self._index):
                 self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._copied.record(torch.cuda.current_stream())
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this is a fork of the process that would have captured it: no thread of that one is here."""
+        return self._process != os.getpid()
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Call ``function`` in this thread as if it were the call's own, on a stream of the background's."""

@@ -260,7 +260,7 @@ class Misses:
 
         What is to be captured beside the calls is on its way then. The lock is held.
         """
-        if signature in self._pending:
+        if (later := self._pending.get(signature)) is not None and not later.is_lost:
             return _PENDING
         if (cause := self.admission.ask(signature)) is not None or self._config.capture_in == "foreground":
             return cause
@@ -424,7 +424,7 @@ class Misses:
         """Wait until nothing that was cancelled is captured beside the calls any more."""
         for later in list(self._pending.values()):
             # A subscriber may ask for it from within.
-            if later.cancelled and later.thread is not threading.current_thread():
+            if later.cancelled and not later.is_lost and later.thread is not threading.current_thread():
                 later.done.wait()
 
     def _replay_seconds(self, recorded: Recorded, inputs: Sequence[Tensor]) -> float | None:
