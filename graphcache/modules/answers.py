@@ -98,6 +98,10 @@ class Answer:
         """Whether its leaves are the tensors that the call made, each once and in their order."""
         return self._places == list(range(len(self.tensors)))
 
+    def let_go(self) -> None:
+        """Drop the tensors; what :meth:`builder` made needs none of them."""
+        self.tensors = []
+
     def builder(self) -> Callable[[list[Tensor], Sequence[Tensor]], Any]:
         """A function of fresh outputs and of the caller's inputs that gives the whole answer."""
         places, tree = self._places, self._tree

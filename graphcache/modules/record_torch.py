@@ -154,6 +154,7 @@ class TorchRecorder:
                 graph.close()
                 raise
             session.in_order = True
+        call.let_go()
         return graph
 
     def _verify(
@@ -234,6 +235,11 @@ class _Call:
                 raise Refusal(
                     Reason.NONDETERMINISTIC, detail=f"output {index} differed by {error:.3g} (relative) when run {when}"
                 )
+
+    def let_go(self) -> None:
+        """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""
+        self._args, self._kwargs, self.inputs = (), {}, []
+        self.answer.let_go()
 
     def kept(self) -> list[Tensor]:
         """The weights as they are now: while these live, no other tensor can take their address."""
