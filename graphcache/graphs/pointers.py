@@ -41,7 +41,8 @@ class Pointer:
     Args:
         word: The address in this object's own copy of the node's parameters; node-owned memory is never written.
         offset: What is added to a tensor's address.
-        setter: The driver's function for this kind of node.
+        setter: The driver's function for this kind of node; it takes all parameters of the node, so that what ``word``
+            of each other pointer into it says counts too.
         arguments: What it is called with after the executable.
         keep: The memory behind ``word``.
     """
@@ -66,17 +67,6 @@ class Pointer:
         node, params, *context = self.arguments
         raw_context = int(context[0]) if context else 0
         return not context, int(node), params.getPtr(), raw_context, ctypes.addressof(self.word), self.offset
-
-    def set(self, executable: Any, address: int) -> None:
-        """Point the node at another address, from the next launch on.
-
-        Raises:
-            CudaError: If the driver refuses.
-        """
-        self.word.value = address + self.offset
-        code = self.setter(executable, *self.arguments)[0]
-        if code:
-            raise driver.failure(self.setter.__name__, code)
 
 
 @dataclass(frozen=True, slots=True)
