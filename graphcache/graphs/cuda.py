@@ -13,7 +13,7 @@ from torch import Tensor
 from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of, poison
-from graphcache.graphs.executables import Executables
+from graphcache.graphs.executables import LATE, Executables
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.slots import ALIGNMENT, Slot
 
@@ -218,6 +218,9 @@ class CudaGraph:
     def _prepare_next(self, executables: Executables, stream: int) -> None:
         """The outputs of the next call, while the device works."""
         self.ready = None
+        if executables.table[LATE]:
+            executables.launched()
+            return
         try:
             ready = [_empty_like(slot.buffer) for slot in self.outputs]
             executables.launched(self._addresses(ready))

@@ -33,14 +33,18 @@ a graph that is hardly used, or always with the same tensors."""
 _LOOKS_EVERY = 16
 """Where addresses do not come again, they are looked for once in so many launches."""
 
+_TRIES_EVERY = 1024
+"""Where addresses do not come again, outputs are allocated late for a while, once in so many launches."""
+
 UNKNOWN = 2**64 - 1
 """No address: of a slot that nobody has pointed yet, or where the driver refused half way."""
 
 # The head of the table: how many executables there are, which one is expected to be launched next, which was launched
 # last, where the search for one to point elsewhere begins; how many launches in a row had to point one elsewhere, and
 # how often one was at all. Then how many executables there may be, how often one was pointed elsewhere before there is
-# one more, and after how many such launches in a row outputs are pointed at ahead.
-COUNT, EXPECTED, LAST, HAND, STREAK, PATCHES, MOST_OF_THEM, GROWS, PATIENCE, HEAD = range(10)
+# one more, and after how many such launches in a row outputs are pointed at ahead; and whether outputs are allocated
+# just before a launch (1), or after the one before (0).
+COUNT, EXPECTED, LAST, HAND, STREAK, PATCHES, MOST_OF_THEM, GROWS, PATIENCE, LATE, HEAD = range(11)
 # A row: the handle, which executable came after this one the last time, and an address for each slot.
 HANDLE, NEXT, ADDRESSES = range(3)
 
@@ -50,6 +54,10 @@ class Executables:
 
     ``table`` says where each of them points. It is read and written by compiled code too, and by whoever holds the lock
     of the graph's lane; nobody else may.
+
+    Outputs that are allocated ahead, while the device works, cost no time. But with several graphs in turn, what lies
+    ready for one of them is in the others' way: the allocator hands out other addresses each time. Where addresses do
+    not come again, it is tried whether they do if outputs are allocated just before the launch.
 
     Args:
         captured: The ``CUgraph``, which must outlive this object.
@@ -100,7 +108,11 @@ class Executables:
             if table[COUNT] < table[MOST_OF_THEM] and table[PATCHES] >= table[GROWS]:
                 index = self._add(index)
             self._point(index, wanted)
-            table[STREAK] = streak + 1
+            table[STREAK] = streak = streak + 1
+            if 1 < table[COUNT] == table[MOST_OF_THEM]:
+                turn = streak % _TRIES_EVERY
+                if turn == table[PATIENCE] or turn == 2 * table[PATIENCE]:
+                    table[LATE] = int(turn == table[PATIENCE])
         else:
             table[STREAK] = 0
         if index != table[EXPECTED]:

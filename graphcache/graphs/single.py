@@ -12,7 +12,7 @@ from torch import Tensor
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of
-from graphcache.graphs.executables import ADDRESSES, EXPECTED, HEAD, LAST, NEXT, STREAK
+from graphcache.graphs.executables import ADDRESSES, EXPECTED, HEAD, LAST, LATE, NEXT, STREAK
 
 if TYPE_CHECKING:
     from graphcache.graphs.cuda import CudaGraph
@@ -55,17 +55,19 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
 
     def fire(x: Tensor, stream: int) -> Tensor | None:
         with lock:
-            answer = graph.ready
-            if (
-                answer is None
-                or not stream
-                or lane.stream != stream
-                or graph.ready_stream != stream
-                or graph.ready_inference is not _is_inference_mode()
-            ):
+            if not stream or lane.stream != stream:
                 return None
-            read, written = x.data_ptr(), answer[0].data_ptr()
-            if read & mask or not read:
+            ready, late = graph.ready, table[LATE]
+            if ready is not None:
+                if graph.ready_stream != stream or graph.ready_inference is not _is_inference_mode():
+                    return None
+                (answer,) = ready
+            elif late and graph.executables is not None:
+                answer = empty()
+            else:
+                return None
+            read, written = x.data_ptr(), answer.data_ptr()
+            if (read | written) & mask or not read or not written:
                 return None
             index = table[EXPECTED]
             start = HEAD + index * width
@@ -80,11 +82,14 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
                 raise driver.failure("cuGraphLaunch", code)
             # What remains is done while the device works.
             graph.ready = None
+            if late:
+                launched()
+                return answer
             try:
                 fresh = empty()
                 written = fresh.data_ptr()
                 if written & mask or not written:
-                    return answer[0]
+                    return answer
                 index = table[EXPECTED]
                 following = table[HEAD + index * width + NEXT]
                 if table[HEAD + following * width + WRITTEN] == written:
@@ -95,7 +100,7 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
             except (torch.cuda.OutOfMemoryError, CudaError):
                 # This call has its answer; the next one will say what is wrong, if it still is.
                 pass
-            return answer[0]
+            return answer
 
     def into(x: Tensor, out: Tensor, stream: int) -> bool:
         if (type(out), out.dtype, out.shape, out.stride(), out.device) != wanted or out.requires_grad:

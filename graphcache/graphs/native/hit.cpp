@@ -49,7 +49,7 @@ using Ref = THPObjectPtr;
 using Words = c10::SmallVector<uint64_t, 64>;
 
 constexpr Py_ssize_t most_inputs = 8, most_outputs = 8, most_places = most_inputs + most_outputs;
-constexpr uint64_t unknown = ~uint64_t{0}, looks_every = 16;
+constexpr uint64_t unknown = ~uint64_t{0}, looks_every = 16, tries_every = 1024;
 
 // The driver's functions, by what the C interface of CUDA 12 says of them; a CUresult is an int.
 using Launch = int (*)(void* executable, void* stream);
@@ -183,7 +183,7 @@ struct Place {
 };
 
 // The head of the table of executables, and what stands in one of its rows.
-enum Head : size_t { count_of, expected, last, hand, streak, patches, most_of_them, grows, patience, head };
+enum Head : size_t { count_of, expected, last, hand, streak, patches, most_of_them, grows, patience, late, head };
 enum Row : size_t { handle_of, next_of, addresses_of };
 
 // How to allocate an output: by a callable, or from the allocator that the static buffer came from.
@@ -348,7 +348,9 @@ Outcome aim(State& state, const Record& record, const uint64_t* wanted) {
   if (least != 0) {
     if (!full && table[patches] >= table[grows]) return Outcome::left_alone;
     if (const auto pointed = point(state, record, index, wanted); pointed != Outcome::done) return pointed;
-    ++table[streak];
+    const uint64_t turn = ++table[streak] % tries_every;
+    if (full && table[count_of] > 1 && (turn == table[patience] || turn == 2 * table[patience]))
+      table[late] = turn == table[patience];
   } else {
     table[streak] = 0;
   }
@@ -396,27 +398,35 @@ Outcome launch(State& state, const Record& record, uint64_t stream) {
   return code == 0 ? Outcome::done : raise_failure(state, "cuGraphLaunch", code);
 }
 
-// The outputs of the next call. This call has its answer: no memory and no driver that agrees are the next one's to say.
-Outcome prepare_next(State& state, const Record& record) {
+// New outputs, and where they lie: done, with none where the allocator aligns to less than is needed, or failed.
+Outcome make_outputs(const Record& record, Ref& made, uint64_t* addresses) {
   const size_t count = record.outputs();
-  uint64_t addresses[most_places];
   Ref fresh(PyList_New(static_cast<Py_ssize_t>(count)));
   if (!fresh) return Outcome::failed;
-  const auto put_off = [&state] {
-    if (!PyErr_ExceptionMatches(state.quiet.get())) return Outcome::failed;
-    PyErr_Clear();
-    return Outcome::done;
-  };
   for (size_t i = 0; i < count; ++i) {
-    PyObject* made = make(record.makers[i]);
-    if (made == nullptr) return put_off();
-    PyList_SET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i), made);
-    c10::TensorImpl* tensor = plain(made);
+    PyObject* each = make(record.makers[i]);
+    if (each == nullptr) return Outcome::failed;
+    PyList_SET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i), each);
+    c10::TensorImpl* tensor = plain(each);
     addresses[i] = tensor == nullptr ? 0 : address_of(tensor);
     if (addresses[i] == 0 || (addresses[i] & record.places[record.inputs + i].mask) != 0) return Outcome::done;
   }
-  if (launched(state, record, addresses) != Outcome::done) return put_off();
-  state.ready.put(record.graph, fresh.release());
+  made = std::move(fresh);
+  return Outcome::done;
+}
+
+// The outputs of the next call. This call has its answer: no memory and no driver that agrees are the next one's to say.
+Outcome prepare_next(State& state, const Record& record) {
+  uint64_t addresses[most_places];
+  Ref fresh;
+  if (record.table[late] != 0) return launched(state, record, nullptr);
+  if (make_outputs(record, fresh, addresses) != Outcome::done ||
+      (fresh && launched(state, record, addresses) != Outcome::done)) {
+    if (!PyErr_ExceptionMatches(state.quiet.get())) return Outcome::failed;
+    PyErr_Clear();
+    return Outcome::done;
+  }
+  if (fresh) state.ready.put(record.graph, fresh.release());
   return Outcome::done;
 }
 
@@ -505,16 +515,22 @@ Outcome answer(State& state, PyObject* args, Ref& result) {
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
     PyObject* ready = state.ready.in(record->graph);
     PyObject* inference = c10::InferenceMode::is_enabled() ? Py_True : Py_False;
-    if (ready == nullptr || !PyList_CheckExact(ready) ||
-        PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs()) ||
-        state.ready_stream.number(record->graph) != stream || state.ready_inference.in(record->graph) != inference)
+    if (ready == Py_None && record->table[late] != 0) {
+      if (make_outputs(*record, outputs, addresses + record->inputs) != Outcome::done) return Outcome::failed;
+      if (!outputs) return Outcome::left_alone;
+    } else if (ready == nullptr || !PyList_CheckExact(ready) ||
+               PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs()) ||
+               state.ready_stream.number(record->graph) != stream ||
+               state.ready_inference.in(record->graph) != inference) {
       return Outcome::left_alone;
-    for (size_t i = 0; i < record->outputs(); ++i) {
-      c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
-      if (tensor == nullptr) return Outcome::left_alone;
-      addresses[record->inputs + i] = address_of(tensor);
+    } else {
+      for (size_t i = 0; i < record->outputs(); ++i) {
+        c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
+        if (tensor == nullptr) return Outcome::left_alone;
+        addresses[record->inputs + i] = address_of(tensor);
+      }
+      outputs = Py_NewRef(ready);
     }
-    outputs = Py_NewRef(ready);
     if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
     if (const auto begun = launch(state, *record, stream); begun != Outcome::done) return begun;
     // What remains is done while the device works.
