@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from graphcache.errors import CudaError
 from graphcache.graphs import cuda, driver
+from graphcache.graphs import single as single_room
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.executables import (
     ADDRESSES,
@@ -181,7 +183,7 @@ def test_a_graph_that_is_hardly_used_has_one(fake: Torch) -> None:
 def test_a_large_graph_has_one(fake: Torch, count: int, most: int) -> None:
     nodes = Nodes(fake, count)
     for step in range(200):
-        nodes.launch([1024 * (step % 4 + 1), 512, 512])
+        nodes.launch([1024 * (step % (MOST + 1) + 1), 512, 512])
     assert len(nodes.all.handles) == most
     assert nodes.all.nbytes == most * (EXECUTABLE_BYTES + count * NODE_BYTES)
 
@@ -236,7 +238,7 @@ def test_a_loop_ends_with_nothing_but_launches(
 ) -> None:
     made: CudaGraph = Affine(fake, 6, Lane(0)).bound()
     ring, turn = Ring(fake, made.outputs[0].buffer, outputs), itertools.count()
-    for module in (cuda, __import__("graphcache.graphs.single", fromlist=["single"])):
+    for module in (cuda, single_room):
         monkeypatch.setattr(module, "_empty_like", ring)
     stream = fake.new_stream()
     fire, _ = single(made) or pytest.fail("there is a short way")
@@ -312,3 +314,52 @@ def _without_handles(made: CudaGraph) -> list[int]:
     table, width = made.executables.table.tolist(), made.executables.width
     rows = [table[start + 1 : start + width] for start in range(HEAD, len(table), width)]
     return [table[:HEAD], *rows]  # type: ignore[list-item]
+
+
+class Blocks:
+    """An allocator of equal blocks: the lowest one that nobody holds, as torch's does."""
+
+    def __init__(self, fake: Torch, like: Tensor, count: int) -> None:
+        self.blocks = [fake.empty_like(like) for _ in range(count)]
+        self.free = list(range(count))
+
+    def __call__(self, _: Tensor) -> Tensor:
+        self.free.sort()
+        number = self.free.pop(0)
+        made = self.blocks[number][:]
+        weakref.finalize(made, self.free.append, number)
+        return made
+
+
+@pytest.mark.parametrize("way", ["replay", "fire", "compiled"])
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_several_graphs_in_turn_end_with_nothing_but_launches(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, compiled: Any, way: str, count: int
+) -> None:
+    """What lies ready for one graph is in the others' way: each would get other memory every time."""
+    lane = Lane(0)
+    made: list[CudaGraph] = [Affine(fake, 6, lane).bound() for _ in range(count)]
+    blocks = Blocks(fake, made[0].outputs[0].buffer, 2 * count + 2)
+    for module in (cuda, single_room):
+        monkeypatch.setattr(module, "_empty_like", blocks)
+    monkeypatch.setattr(Slot, "fresh", lambda slot: blocks(slot.buffer))
+    inputs = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(2)]
+    functions = compiled_way.use(compiled, fake, monkeypatch)
+    stream = fake.new_stream()
+    with fake.on(stream), torch.no_grad():
+        for each in made:
+            each.replay([inputs[0]])
+        short = [(compiled_way.single(each, inputs[0]) if way == "compiled" else single(each)) for each in made]
+
+        def call(index: int, x: Tensor) -> bool:
+            found = None if way == "replay" else short[index][0](x, stream.cuda_stream)  # type: ignore[index]
+            answer = made[index].replay([x])[0] if found is None else found
+            return torch.equal(answer, x * 3 + 1)
+
+        for turn in range(400):
+            assert all(call(index, inputs[turn % 2]) for index in range(count))
+        fake.driver.calls.clear()
+        for turn in range(6):
+            assert all(call(index, inputs[turn % 2]) for index in range(count))
+    assert fake.driver.calls == ["cuGraphLaunch"] * 6 * count
+    assert functions.raised == []
