@@ -196,6 +196,30 @@ def test_an_ambiguous_address_is_refused(fake: Torch) -> None:
         find_pointers(*graphs, list(halves[0]), list(halves[1]))
 
 
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=6))
+def test_tensors_that_were_allocated_one_after_the_other_are_told_apart(sizes: list[int]) -> None:
+    """As torch does: the end of each is the beginning of the next, here and elsewhere."""
+    with installed() as fake, pytest.MonkeyPatch.context() as patch:
+        memory = fake.driver.heap.empty(4096)
+        begin = itertools.accumulate(itertools.repeat(64))
+
+        def carve(like: Tensor) -> Tensor:
+            pieces = [next(begin) for _ in range(like.numel() // 64)]
+            return memory[pieces[0] :][: like.numel()]
+
+        patch.setattr(fake, "empty_like", carve)
+        ours = [carve(torch.empty(64 * size)) for size in sizes]
+        others = pointers.elsewhere(ours)
+        assert len({other.data_ptr() - one.data_ptr() for one, other in zip(ours, others, strict=True)}) == len(ours)
+        kernel = fake.driver.kernel([8] * len(sizes), nothing)
+        graphs = [
+            capture(fake, lambda given, stream: fake.driver.launch(kernel, [*map(pointer, given)], stream), tensors)
+            for tensors in (ours, others)
+        ]
+        found = find_pointers(*graphs, ours, others)
+        assert [[place.offset for place in places] for places in found] == [[0]] * len(sizes)
+
+
 def test_several_nodes_with_one_input_and_copies_among_them(fake: Torch) -> None:
     kernel = fake.driver.kernel([8, 8], nothing)
     scratch = fresh(fake, 1)[0]
