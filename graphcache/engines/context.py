@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from graphcache.engines.allocator import GrowingOutputs
 from graphcache.engines.engine import keeping_the_current_device
+from graphcache.engines.gate import enqueues
 from graphcache.engines.library import words
 from graphcache.errors import EngineExecutionError
 
 if TYPE_CHECKING:
     from graphcache.engines.engine import Engine
+
+is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing if torch.version.cuda else bool
 
 ALIGNMENT = 256
 """TensorRT's documented alignment of bindings, in bytes (``IExecutionContext::setTensorAddress``)."""
@@ -130,8 +133,13 @@ class Context:
                     self._address(binding.name, value, said)
 
     def enqueue(self, stream: int) -> bool:
-        """Enqueue the engine on a stream (a raw handle); ``False`` if TensorRT refused. Does not wait."""
-        return bool(self._context.execute_async_v3(stream))
+        """Enqueue the engine on a stream (a raw handle); ``False`` if TensorRT refused.
+
+        It does not wait for the device, but for a moment for other threads, if one of them enqueues into a capture.
+        """
+        # A capture is on the current stream: nobody else hands out a stream to capture into.
+        with enqueues.alone() if is_capturing() else enqueues.among_others():
+            return bool(self._context.execute_async_v3(stream))
 
     def grown_output(self, name: str) -> Tensor:
         """What the growing allocator holds for an output after an enqueue: a fresh copy, of the shape of this run.

@@ -6,6 +6,7 @@ import contextvars
 import gc
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     patch.setattr(fake_tensorrt, "device", fake.driver)
     for each in (cached, into):
         patch.setattr(each, "raw_stream", fake.raw_stream)
-    for each in (cached, into, conditions):
+    for each in (cached, into, conditions, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)
     return fake
 
@@ -750,6 +751,39 @@ def test_an_answer_that_is_fed_back_is_not_read_while_it_is_written(fake: Torch,
 
 
 # ---- contexts
+
+
+def test_an_enqueue_into_a_capture_meets_no_other(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX crashes otherwise, even where they are of two engines."""
+    inside: list[bool] = []
+    met: list[list[bool]] = []
+    enqueue = IExecutionContext.execute_async_v3
+    lock = threading.Lock()
+
+    def watched(self: IExecutionContext, stream: int) -> bool:
+        captured = fake.driver.streams[stream].capture is not None
+        with lock:
+            inside.append(captured)
+            met.append(list(inside))
+        try:
+            return enqueue(self, stream)
+        finally:
+            with lock:
+                inside.remove(captured)
+
+    monkeypatch.setattr(IExecutionContext, "execute_async_v3", watched)
+    modules = [load("affine") for _ in range(4)]
+    wrapped = [graphcache.wrap(module, max_graphs=1) if index % 2 else module for index, module in enumerate(modules)]
+
+    def work(index: int) -> None:
+        with fake.on(fake.new_stream()):
+            for turn in range(30):
+                x = rows(fake, 1 + turn % 3, turn)
+                assert torch.equal(wrapped[index](x), x * 3 + 1)
+
+    in_threads(work, 4)
+    assert any(True in found for found in met)
+    assert all(found == [True] for found in met if True in found)
 
 
 def made_contexts(module: EngineModule) -> int:
