@@ -165,12 +165,12 @@ class Reason(enum.Enum):
     DATA_DEPENDENT = (
         "data_dependent",
         "the shape of a result depends on the values of the inputs",
-        "move the operation out of the module, or graph the parts around it (strategy='per_submodule')",
+        "move the operation out of the module; strategy='auto' captures what is around it",
     )
     HOST_READ = (
         "host_read",
         "the host reads a value that the device computes",
-        "keep the value on the device, or graph the parts around it (strategy='per_submodule')",
+        "keep the value on the device; strategy='auto' captures what is around it",
     )
     NOT_CAPTURABLE = (
         "not_capturable",

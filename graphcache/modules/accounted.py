@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -22,6 +23,7 @@ from graphcache.modules.bucketed import Bucketed, arguments_of
 from graphcache.modules.described import described
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.misses import Misses
+from graphcache.modules.parts import Parts
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.record import Recorded
 from graphcache.modules.recorded_calls import TraceRecording
@@ -42,7 +44,7 @@ class Accounted(StandIn):
 
     config: GraphConfig
     ledger: Ledger
-    parts: dict[str, CachedModule]
+    _parts: Parts
     _entries: Mapping[Hashable, Entry[Recorded]]
     _misses: Misses
     _seen: Seen
@@ -50,6 +52,19 @@ class Accounted(StandIn):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
+
+    @property
+    def parts(self) -> dict[str, CachedModule]:
+        """The submodules that are captured one by one, and those taken apart on the way to them, by name.
+
+        With ``strategy="auto"`` they are found when the whole is refused.
+
+        Example:
+            >>> from graphcache import wrap
+            >>> list(wrap(nn.Sequential(nn.ReLU()), strategy="per_submodule", include=["0"]).parts)
+            ['0']
+        """
+        return self._parts.named()
 
     def session(self, *args: Any, **kwargs: Any) -> Session:
         """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.
@@ -160,8 +175,10 @@ class Accounted(StandIn):
             budget=self.config.max_bytes,
             process_nbytes=arbiter.nbytes if arbiter is not None else 0,
         )
-        for part in self.parts.values():
-            own += part.cache_info()
+        for part in self._parts.all():
+            found = part.cache_info()
+            # What was found in it is a part of a call that has been counted.
+            own += replace(found, eager={}) if part.ledger.quiet else found
         return own
 
     def advise_buckets(
@@ -257,7 +274,7 @@ class Accounted(StandIn):
         wait = wait or self.config.capture_in == "background"
         with self._misses.lock:
             self._misses.clear(wait=wait)
-            for part in self.parts.values():
+            for part in self._parts.all():
                 part.clear(wait=wait)
         if wait:
             self._misses.finish()
@@ -267,7 +284,7 @@ class Accounted(StandIn):
         with self._misses.lock:
             self._misses.closed = True
             self._misses.clear()
-            for part in self.parts.values():
+            for part in self._parts.all():
                 part.close()
         self._misses.finish()
 
