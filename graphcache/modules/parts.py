@@ -123,6 +123,19 @@ class Parts:
         for part in gone:
             part.close()
 
+    def reach(self, name: str) -> None:
+        """Find the parts on the way to one of them, if there is such a one.
+
+        Args:
+            name: Of a submodule; any other text does nothing.
+        """
+        if name not in dict(self._module.named_modules()) or not name:
+            return
+        self.find()
+        for own, part in self._here.items():
+            if name.startswith(f"{own}."):
+                part._parts.reach(name[len(own) + 1 :])
+
     def look_again(self) -> None:
         """Find the parts anew when they are needed next: the module has changed."""
         self._found = False
