@@ -19,6 +19,7 @@ Contexts = Literal["private", "shared"]
 Edges = Literal["captured", "full"]
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
+Specialization = Literal["lazy", "eager", "none"]
 
 
 class Buckets(Protocol):

@@ -242,6 +242,11 @@ class Reason(enum.Enum):
         "the engine streams weights from host memory at every call, which no graph can hold",
         "set_device_memory_budget to what get_streamable_device_memory_budget gives",
     )
+    PROFILING = (
+        "profiling",
+        "the engine reports the time of every layer, which a replay would not",
+        "call disable_profiling()",
+    )
     COLD = (
         "cold",
         "the signature has not been called often enough, as yet, for a graph to pay for its capture",

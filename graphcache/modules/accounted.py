@@ -66,6 +66,11 @@ class Accounted(StandIn):
         """
         return self._parts.named()
 
+    @property
+    def captures_whole(self) -> bool:
+        """Whether calls are to be captured as a whole, rather than by parts from the start."""
+        return self._parts.whole
+
     def session(self, *args: Any, **kwargs: Any) -> Session:
         """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.
 

@@ -441,3 +441,37 @@ def test_any_name_of_a_part_is_answered(name):
     fast._parts.reach(name)
     assert set(fast.parts) <= {"body", "more.0", "more.1", "head", "head.score", "head.nms", "head.box"}
     assert same(fast(X), fast.module(X))
+
+
+# ---- what PyTorch does around a call
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude": ["head.nms"]}, {"strategy": "per_submodule", "include": ["body"]}])
+def test_tracers_see_the_module_and_no_graphs(options):
+    module = frozen(Detector(nn.ReLU()))
+    fast = graphcache.wrap(module, **options)
+    fast(X)
+    before = outcomes(fast)
+    exported = torch.export.export(fast, (X,))
+    assert torch.equal(exported.module()(X + 1), module(X + 1))
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X + 1), module(X + 1))
+    assert outcomes(fast) == before
+    assert not any("forward" in each.__dict__ for each in module.modules())
+    assert same(fast(X), module(X))
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["i", "n", "a"]
+)
+def test_parts_answer_in_the_modes_of_the_call(detector, mode):
+    fast = graphcache.wrap(detector)
+    for _ in range(4):
+        fast(X)
+    with mode():
+        for _ in range(5):
+            answer = fast(X)
+            assert same(answer, detector(X))
+            assert answer.is_inference() == torch.is_inference_mode_enabled()
+    assert same(fast(X), detector(X))
+    assert len(fast.parts["body"]._entries) == 2
