@@ -19,6 +19,7 @@ from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.engine import load as load
 from graphcache.modules.examples import Call as Call
 from graphcache.modules.info import CacheInfo as CacheInfo
+from graphcache.modules.observers import Observer as Observer
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.version import __version__ as __version__

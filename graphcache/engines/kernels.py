@@ -26,8 +26,9 @@ class RuntimeCache:
         ConfigError: For a path that is none.
 
     Example:
+        >>> import io
         >>> cache = RuntimeCache()
-        >>> cache.has_cache(), cache.save_to_stream(open(os.devnull, "wb"))
+        >>> cache.has_cache(), cache.save_to_stream(io.BytesIO())
         (False, 0)
     """
 

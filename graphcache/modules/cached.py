@@ -36,6 +36,7 @@ from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.into import copy_into, has_hooks, shortly_into, straight_into
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.observers import Observers
 from graphcache.modules.parts import Parts
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts
@@ -58,6 +59,7 @@ class CachedModule(Accounted):
         name: What messages call it; the class's name if empty.
         run: What a call of this object calls; the module itself if ``None``.
         within: The name of the module that it was found in as a part, if it was found.
+        observers: Those of the module that it is a part of.
 
     Raises:
         ConfigError: If ``module`` is not a module, is wrapped already, or has nothing for the strategy to capture.
@@ -80,6 +82,7 @@ class CachedModule(Accounted):
         name: str = "",
         run: Callable[..., Any] | None = None,
         within: str = "",
+        observers: Observers | None = None,
     ) -> None:
         if isinstance(module, CachedModule):
             raise ConfigError(f"{module.ledger.name} is wrapped already; use it as it is, or wrap its .module")
@@ -110,10 +113,12 @@ class CachedModule(Accounted):
             max_graphs=config.max_graphs, max_bytes=config.max_bytes, on_evict=evicted
         )
 
+        everybody = Observers() if observers is None else observers
+
         def part(name: str, child: nn.Module, options: GraphConfig) -> CachedModule:
             full = f"{own_name}.{name}" if within else name
             found_in = own_name if options.strategy == "auto" else ""
-            return CachedModule(child, options, name=full, run=child.forward, within=found_in)
+            return CachedModule(child, options, name=full, run=child.forward, within=found_in, observers=everybody)
 
         parts = Parts(module, config, part)
         misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
@@ -126,6 +131,7 @@ class CachedModule(Accounted):
             config=config,
             ledger=ledger,
             _parts=parts,
+            _observers=everybody,
             _engine=engine,
             _host_inputs=engine.host_inputs if engine is not None else (),
             _cache=cache,
@@ -143,6 +149,7 @@ class CachedModule(Accounted):
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
             _checks_early=True,
         )
+        everybody.join(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call: replay its graph, or capture one, or run eagerly and say why.

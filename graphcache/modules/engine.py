@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
@@ -110,13 +110,15 @@ class EngineModule(EngineControls):
         # Contexts that a capture of the caller's has recorded; that graph may be replayed as long as this module lives.
         self._recorded_elsewhere: list[Context] = []
 
-    def set_optimization_profile(self, profile: int | None) -> None:
-        """Use one optimisation profile for every call, or (``None``) whichever fits, the current one first.
+    def set_optimization_profile(self, profile: int | Literal["auto"] | None) -> None:
+        """Use one optimisation profile for every call, or (``None``, ``"auto"``) whichever fits, the current one first.
 
         Raises:
             ConfigError: If the engine has no such profile.
         """
-        if profile is not None and not 0 <= profile < self.engine.profiles:
+        if profile == "auto":
+            profile = None
+        if profile is not None and (type(profile) is not int or not 0 <= profile < self.engine.profiles):
             raise ConfigError(f"{self.name} has optimisation profiles 0 to {self.engine.profiles - 1}, not {profile}")
         self.epoch += self._profile != profile
         self._profile = profile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from graphcache.config import Specialization
 from graphcache.engines.kernels import RuntimeCache
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, shown
 from graphcache.graphs import driver
+from graphcache.modules.observers import GraphsAlone, Observer, Observers, check
 
 if TYPE_CHECKING:
     from graphcache.engines.context import Context
@@ -28,6 +29,7 @@ class EngineControls(nn.Module):
     _ahead: OutputsAhead | None = None
     _runtime: tuple[Specialization | None, RuntimeCache | None] = (None, None)
     _unowned = False
+    _observers: Observers | None = None
 
     def enable_profiling(self, profiler: Any = None) -> None:
         """Let TensorRT report the time of every layer of every call; calls run eagerly meanwhile, and wait.
@@ -59,6 +61,31 @@ class EngineControls(nn.Module):
     def profiling_enabled(self) -> bool:
         """Whether TensorRT reports the time of every layer."""
         return self._profiler is not None
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell an observer of the engine's eager runs, and of its own graphs under ``set_cudagraphs_mode(True)``.
+
+        Of graphs of a wrapped module, that module tells: :meth:`CachedModule.observe`.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            ConfigError: For what has no ``before`` and ``after``.
+        """
+        check(observer)
+        engine = self._open()
+        with engine.lane.lock:
+            if self._observers is None:
+                self._observers = Observers()
+                self._observers.join(engine)
+        ends = self._observers.add(observer), engine._through_cache().observe(GraphsAlone(observer))
+
+        def end() -> None:
+            for each in ends:
+                each()
+
+        return end
 
     def get_layer_info(self) -> str:
         """What TensorRT tells of the engine's layers, as JSON."""
