@@ -19,6 +19,7 @@ Contexts = Literal["private", "shared"]
 Edges = Literal["captured", "full"]
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
+Runtime = Literal["graphcache", "torch_tensorrt"]
 Specialization = Literal["lazy", "eager", "none"]
 
 
@@ -67,6 +68,8 @@ class GraphConfig:
         weights: ``"checked"`` looks at the place and layout of every parameter and buffer at each hit, so that replaced
             weights are never missed (about 0.3 µs each; on CUDA while the device works). ``"frozen"`` is the caller's
             promise that they stay where they are. Engines have no parameters and pay nothing.
+        runtime: Who runs the engines in a module that Torch-TensorRT compiled: ``"graphcache"``, for as long as it is
+            wrapped, or ``"torch_tensorrt"``, inside a graph of the whole. ``None`` is the first where it can be.
         on_failure: ``"eager"`` answers eagerly whatever cannot be captured and says why; ``"raise"`` raises
             :class:`~graphcache.errors.CaptureError` instead.
 
@@ -93,11 +96,14 @@ class GraphConfig:
     contexts: Contexts = "private"
     edges: Edges = "captured"
     weights: Weights = "checked"
+    runtime: Runtime | None = None
     on_failure: OnFailure = "eager"
 
     def __post_init__(self) -> None:
         for name, allowed in _LITERALS.items():
             value = getattr(self, name)
+            if value is None and name == "runtime":
+                continue
             if not isinstance(value, str) or value not in allowed:
                 raise ConfigError(
                     f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}"
@@ -164,6 +170,7 @@ _LITERALS: dict[str, tuple[str, ...]] = {
     "contexts": get_args(Contexts),
     "edges": get_args(Edges),
     "weights": get_args(Weights),
+    "runtime": get_args(Runtime),
     "on_failure": get_args(OnFailure),
 }
 

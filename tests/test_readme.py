@@ -50,6 +50,8 @@ def kind_of(hint):
         return ", ".join(f'`"{value}"`' for value in get_args(hint))
     if hint == tuple[str, ...]:
         return "names"
+    if any(get_origin(each) is Literal for each in get_args(hint)):
+        return " or ".join(map(kind_of, get_args(hint)))
     return " or ".join(f"`{getattr(each, '__name__', each)}`" for each in get_args(hint) or [hint]).replace(
         "`NoneType`", "`None`"
     )

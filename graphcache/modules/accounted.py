@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -50,10 +51,12 @@ class Accounted(StandIn):
     _entries: Mapping[Hashable, Entry[Recorded]]
     _misses: Misses
     _seen: Seen
+    _ends: list[Callable[[], object]]
     _bucketed: Bucketed | None
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
+        self.__dict__["_ends"] = []
 
     @property
     def parts(self) -> dict[str, CachedModule]:
@@ -308,6 +311,13 @@ class Accounted(StandIn):
             for part in self._parts.all():
                 part.close()
         self._misses.finish()
+        for end in self._ends:
+            end()
+
+    def ends_with(self, function: Callable[[], object]) -> None:
+        """Call a function after :meth:`close`, or when nobody holds this module any more."""
+        # Once, whichever comes first.
+        self._ends.append(weakref.finalize(self, function))
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ from graphcache.errors import Reason, Refusal
 from graphcache.graphs.operations import flatten, storage_of, written
 from graphcache.graphs.verify import difference
 from graphcache.modules.culprit import path_here
+from graphcache.modules.foreign import is_foreign
 from graphcache.modules.routes import Route
 
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -31,7 +32,7 @@ class Dependencies:
         self.module = module
         named = list(module.named_modules())
         self._modules = [each for _, each in named]
-        self._watched = [(name, each) for name, each in named if not getattr(each, "keeps_its_own_state", False)]
+        self._watched = [(name, each) for name, each in named if not _keeps_its_own_state(each)]
         self._children = [m._modules for m in self._modules]
         self._tables = [table for m in self._modules for table in (m._parameters, m._buffers)]
         self._hooks = [table for m in self._modules for table in (m._forward_hooks, m._forward_pre_hooks)]
@@ -141,6 +142,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._seen is None:
             self._seen = reason, where
             self.path = path_here(self._dependencies.module)
+
+
+def _keeps_its_own_state(module: nn.Module) -> bool:
+    """Whether what a call changes in a module (contexts, buffers) is no state that a replay would leave out."""
+    return getattr(module, "keeps_its_own_state", False) or is_foreign(module)
 
 
 def _place(tensor: Tensor) -> Hashable:

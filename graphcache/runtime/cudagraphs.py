@@ -11,9 +11,10 @@ from torch import nn
 
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ConfigError, ModeConflictError
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached import CachedModule, wrapped
 from graphcache.modules.engine import EngineModule
-from graphcache.runtime.engines import check_bool, engines_of
+from graphcache.modules.foreign import is_foreign
+from graphcache.runtime.engines import check_bool
 from graphcache.runtime.settings import RuntimeSettings
 
 
@@ -53,16 +54,16 @@ def enable_cudagraphs(
     if isinstance(compiled_module, CachedModule) and options:
         name = compiled_module.ledger.name
         raise ConfigError(f"{name} is wrapped already, so options have no effect; give them to wrap()")
-    if strict and (names := [name for name, engine in engines_of(compiled_module) if engine.uses_output_allocator]):
+    if strict and (names := _allocating(compiled_module)):
         raise ModeConflictError(
             f"CUDA graphs and a dynamic output allocator are incompatible, and {', '.join(names)} uses one; leave "
             f"strict=False to run it eagerly, or switch the allocator off"
         )
-    wrapped = isinstance(compiled_module, CachedModule)
+    is_wrapped = isinstance(compiled_module, CachedModule)
     fast = (
         compiled_module
         if isinstance(compiled_module, CachedModule)
-        else CachedModule(compiled_module, GraphConfig.of(options))
+        else wrapped(compiled_module, GraphConfig.of(options))
     )
     whole = not isinstance(fast.module, EngineModule) and fast.captures_whole
     token = modes.set(replace(modes.get(), graphs="whole_graph" if whole else "subgraph"))
@@ -70,5 +71,18 @@ def enable_cudagraphs(
         yield fast
     finally:
         modes.reset(token)
-        if not wrapped:
+        if not is_wrapped:
             fast.close()
+
+
+def _allocating(module: nn.Module) -> list[str]:
+    """Names of engines whose outputs TensorRT allocates, in modules of Torch-TensorRT too."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
+    inner = module.module if isinstance(module, CachedModule) else module
+    return [
+        name or type(each).__name__
+        for name, each in inner.named_modules()
+        if (isinstance(each, EngineModule) and each.uses_output_allocator)
+        or (is_foreign(each) and getattr(each, "requires_output_allocator", False))
+    ]

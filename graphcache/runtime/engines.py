@@ -9,13 +9,14 @@ from torch import nn
 from graphcache.errors import ConfigError, shown
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.foreign import is_foreign
 
 
 def engines_of(module: nn.Module) -> list[tuple[str, EngineModule]]:
     """The engines of a module, wrapped or not, at any depth, each once, with names for messages.
 
     Raises:
-        ConfigError: For what is no module.
+        ConfigError: For what is no module, or one with engines of Torch-TensorRT that nobody has adopted.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
@@ -25,6 +26,11 @@ def engines_of(module: nn.Module) -> list[tuple[str, EngineModule]]:
         engine = each.module if isinstance(each, CachedModule) else each
         if isinstance(engine, EngineModule):
             found.setdefault(engine, name or engine.name)
+        elif is_foreign(engine):
+            raise ConfigError(
+                f"{name or type(engine).__name__} is Torch-TensorRT's and nobody has adopted its engine; give the "
+                f"module that graphcache.wrap or enable_cudagraphs returns, or use torch_tensorrt.runtime"
+            )
     return [(name, engine) for engine, name in found.items()]
 
 
