@@ -163,6 +163,8 @@ def test_inside_a_capture_of_the_callers_everything_enqueues_into_it(whole: Torc
             return self.second(between), between
 
     fast = graphcache.wrap(Shows(), **options)
+    # Tensors of the stand-in say that they lie on the CPU.
+    fast._misses.cuda = True
     stream, x = whole.new_stream(), values(whole, 4, 0)
     handle = driver.binding().CUstream(stream.cuda_stream)
     with whole.on(stream):
