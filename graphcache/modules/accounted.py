@@ -185,10 +185,12 @@ class Accounted(StandIn):
             budget=self.config.max_bytes,
             process_nbytes=arbiter.nbytes if arbiter is not None else 0,
         )
-        for part in self._parts.all():
+        for part in self._parts.active():
             found = part.cache_info()
             # What was found in it is a part of a call that has been counted.
             own += replace(found, eager={}) if part.ledger.quiet else found
+        if (past := self._parts.past) is not None:
+            own += replace(past, eager={})
         return own
 
     def advise_buckets(
@@ -298,7 +300,7 @@ class Accounted(StandIn):
         wait = wait or self.config.capture_in == "background"
         with self._misses.lock:
             self._misses.clear(wait=wait)
-            for part in self._parts.all():
+            for part in self._parts.active():
                 part.clear(wait=wait)
         if wait:
             self._misses.finish()
@@ -308,7 +310,7 @@ class Accounted(StandIn):
         with self._misses.lock:
             self._misses.closed = True
             self._misses.clear()
-            for part in self._parts.all():
+            for part in self._parts.active():
                 part.close()
         self._misses.finish()
         for end in self._ends:

@@ -325,6 +325,7 @@ class EngineModule(EngineControls):
 
     def _drop_contexts(self) -> None:
         self._context = None
+        self.forget_outputs()
         self.contexts.clear()
 
     def extra_repr(self) -> str:

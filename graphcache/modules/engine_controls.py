@@ -108,6 +108,11 @@ class EngineControls(nn.Module):
         """Whether the outputs of the next eager call are made at the end of each one."""
         return self._ahead is not None
 
+    def forget_outputs(self) -> None:
+        """Give back outputs that were made ahead; the next call makes its own."""
+        if self._ahead is not None:
+            self._ahead = OutputsAhead()
+
     def set_output_tensors_as_unowned(self, enabled: bool) -> None:
         """Kept for :meth:`are_output_tensors_unowned`. Whatever is set, outputs are the caller's."""
         self._unowned = _bool("enabled", enabled)

@@ -12,6 +12,7 @@ from torch import nn
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Reason
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.info import CacheInfo
 from graphcache.modules.strategy import candidates, find_excluded, find_parts
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Parts:
         self._own = replace(config, include=(), exclude=(), outputs="own", buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
         self._here = {name: make(name, part, fixed) for name, part in named.items()}
-        self._former: list[CachedModule] = []
+        self.past: CacheInfo | None = None
+        """The account of parts that stand in the module no more."""
         self._active = tuple(self._here.values())
         self._found = False
         self.whole = isinstance(module, EngineModule) or (config.strategy != "per_submodule" and not self.excluded)
@@ -81,10 +83,6 @@ class Parts:
     def active(self) -> tuple[CachedModule, ...]:
         """The parts that stand in the module now, without parts of parts."""
         return self._active
-
-    def all(self) -> tuple[CachedModule, ...]:
-        """Those, and former ones: their account stays."""
-        return (*self._active, *self._former)
 
     def named(self) -> dict[str, CachedModule]:
         """The parts, and parts of parts, by their names within the module."""
@@ -100,9 +98,13 @@ class Parts:
         Returns:
             Whether there are any.
         """
-        if cause.reason in _DIVISIBLE:
+        if cause.reason in _DIVISIBLE or (cause.reason is Reason.GRAD and self._has_engines()):
             self.find()
         return bool(self._active)
+
+    def _has_engines(self) -> bool:
+        # They record no gradients in any case; of a model in training that has none, nothing would be captured.
+        return self._finds and any(isinstance(each, EngineModule) for each in self._module.modules())
 
     def find(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
@@ -119,9 +121,12 @@ class Parts:
                 here[name] = known
             gone = [part for name, part in self._here.items() if here.get(name) is not part]
             self._here, self._active, self._found = here, tuple(here.values()), True
-            self._former += gone
         for part in gone:
-            part.close()
+            # Not closed: a call in another thread may be on its way through it.
+            part.clear(wait=False)
+            account = replace(part.cache_info(), graphs=0, nbytes=0, budget=0)
+            with self._lock:
+                self.past = account if self.past is None else self.past + account
 
     def reach(self, name: str) -> None:
         """Find the parts on the way to one of them, if there is such a one.

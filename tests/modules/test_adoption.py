@@ -157,6 +157,14 @@ def test_numbers_that_a_compiled_module_passes_for_sizes(fake: Torch) -> None:
         assert torch.equal(engine(x, torch.tensor([5])), x[:5].relu())
 
 
+def test_numbers_in_the_place_of_tensors_on_the_device(fake: Torch) -> None:
+    model = theirs.TorchTensorRTModule("scalar")
+    with graphcache.wrap(model) as fast:
+        x = fake.driver.heap.tensor([1.0, 2.0])
+        for factor in (3.0, 4.0, 3.0, 2, 3.0):
+            assert torch.equal(fast(x, factor), x * factor)
+
+
 def test_hooks_and_the_training_flag_are_theirs(fake: Torch, kind: Any) -> None:
     model, seen = theirs.compiled(kind("affine"), kind("affine"), Between()), []
     model._run_on_acc_0.register_forward_hook(lambda *_: seen.append("after"))

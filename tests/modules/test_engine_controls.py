@@ -101,6 +101,16 @@ def test_outputs_made_ahead_are_the_callers_and_never_the_same_twice(fake: Torch
     assert torch.equal(engine(x, x)[0], x * 2)
 
 
+def test_outputs_made_ahead_go_with_the_engine(fake: Torch) -> None:
+    engine = load("affine")
+    engine.set_pre_allocated_outputs(True)
+    engine(rows(fake, 2))
+    assert engine._ahead is not None
+    assert engine._ahead._made
+    engine.close()
+    assert engine._ahead._made == []
+
+
 def test_outputs_made_ahead_for_one_stream_serve_no_other(fake: Torch) -> None:
     engine = load("affine")
     engine.set_pre_allocated_outputs(True)

@@ -153,6 +153,26 @@ def test_excluded_from_the_start_nothing_is_tried_in_vain(whole: Torch) -> None:
     assert outcomes(fast.parts["body"]) == (2, 1, {})
 
 
+def test_engines_keep_their_graphs_where_the_rest_needs_gradients(whole: Torch) -> None:
+    class Trains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = load("scaled")
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) * self.scale
+
+    fast = graphcache.wrap(Trains())
+    for _ in range(3):
+        x = values(whole, 4, 0)
+        answer = fast(x)
+        assert torch.equal(answer, x * 2)
+        answer.sum().backward()
+    assert fast.cache_info().eager == {Reason.GRAD: 3}
+    assert outcomes(fast.parts["body"]) == (2, 1, {})
+
+
 @pytest.mark.parametrize("options", [{}, {"strategy": "per_submodule"}, {"exclude": ["second"]}])
 def test_inside_a_capture_of_the_callers_everything_enqueues_into_it(whole: Torch, options: dict[str, Any]) -> None:
     class Shows(Pair):

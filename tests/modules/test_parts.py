@@ -250,6 +250,28 @@ def test_a_child_that_is_exchanged_is_found_and_the_account_stays(detector):
     assert after.hits > before.hits
     assert after.captures > before.captures
     assert after.graphs == 5
+    for _ in range(20):
+        detector.body = mlp()
+        for _ in range(3):
+            fast(X)
+    assert fast.cache_info().captures > after.captures
+    assert len(fast.parts) == 7
+
+
+def test_children_that_are_exchanged_while_threads_call_fail_nobody(detector):
+    fast = graphcache.wrap(detector)
+    for _ in range(4):
+        fast(X)
+    bodies = [detector.body, copy.deepcopy(detector.body)]
+
+    def work(index: int) -> None:
+        for step in range(25):
+            if index == 0:
+                detector.body = bodies[step % 2]
+            else:
+                assert same(fast(X), detector(X))
+
+    in_threads(work, 4)
 
 
 def test_clearing_and_closing_reach_what_was_found(detector):
