@@ -11,9 +11,10 @@ from torch import nn
 
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ConfigError, ModeConflictError
-from graphcache.modules.cached import CachedModule, wrapped
+from graphcache.modules.cached import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.foreign import is_foreign
+from graphcache.modules.wrapping import wrapped
 from graphcache.runtime.engines import check_bool
 from graphcache.runtime.settings import RuntimeSettings
 

@@ -97,11 +97,15 @@ def test_switched_off_a_wrapped_module_is_off_with_its_parts(fake):
 
 
 def test_modes_are_back_after_exceptions_however_they_nest(fake):
-    with pytest.raises(KeyError), enable_cudagraphs(Deep()):
-        with set_multi_device_safe_mode(True) as safe, enable_cudagraphs(Deep(), strategy="per_submodule"):
-            assert (get_cudagraphs_mode(), get_whole_cudagraphs_mode()) == (True, False)
-            assert safe.old_mode is False
-            raise KeyError
+    with (
+        pytest.raises(KeyError),
+        enable_cudagraphs(Deep()),
+        set_multi_device_safe_mode(True) as safe,
+        enable_cudagraphs(Deep(), strategy="per_submodule"),
+    ):
+        assert (get_cudagraphs_mode(), get_whole_cudagraphs_mode()) == (True, False)
+        assert safe.old_mode is False
+        raise KeyError
     assert modes.get() == Modes()
 
 
