@@ -27,7 +27,7 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
         EngineError: With ``runtime="graphcache"``, for an engine of Torch-TensorRT that cannot be run here.
 
     Example:
-        >>> import graphcache
+        >>> import torch, graphcache
         >>> fast = graphcache.wrap(nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
         >>> fast(torch.zeros(1, 4)).shape
         torch.Size([1, 2])
