@@ -48,7 +48,7 @@ class AdoptedEngine(EngineModule):
             _forward_pre_hooks_with_kwargs=original._forward_pre_hooks_with_kwargs,
         )
         self.training = original.training
-        if found.settings is not None and getattr(found.settings, "enable_weight_streaming", False):
+        if self.engine.streamable_bytes and getattr(found.settings, "enable_weight_streaming", False):
             # As that one does when it is made.
             self.set_device_memory_budget(min(self.get_automatic_device_memory_budget(), self.engine.streamable_bytes))
 

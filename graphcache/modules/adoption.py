@@ -43,6 +43,11 @@ class Adoption:
             return
         with _lock:
             if runtime == "torch_tensorrt":
+                if any(isinstance(each, AdoptedEngine) for each in module.modules()):
+                    raise ConfigError(
+                        f"runtime='torch_tensorrt': engines in {type(module).__name__} are adopted by another wrapped "
+                        f"module; close that one first"
+                    )
                 if not any(is_foreign(each) for each in module.modules()):
                     raise ConfigError(
                         f"runtime='torch_tensorrt': there is no module of Torch-TensorRT in {type(module).__name__}; "
@@ -106,13 +111,16 @@ class Adoption:
 
 def _adopted(module: nn.Module, name: str, must: bool) -> AdoptedEngine | None:
     found = described(module)
+    count = torch.cuda.device_count()
+    if not isinstance(found, str) and found.device is not None and found.device >= count > 0:
+        found = f"its device is cuda:{found.device}, and there are {count} here"
     if isinstance(found, str):
         if must:
             raise ConfigError(f"runtime='graphcache': {name} cannot be adopted: {found}; leave runtime=None")
         log.info("%s is left to Torch-TensorRT: %s", name, found)
         return None
     try:
-        with nullcontext() if found.device is None else torch.cuda.device(found.device):
+        with nullcontext() if found.device is None or not count else torch.cuda.device(found.device):
             return AdoptedEngine(module, found)
     except GraphCacheError as error:
         if must:

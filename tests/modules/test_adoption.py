@@ -44,6 +44,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
     with installed(*MODULES, engine_controls, adopted, adoption, patch=monkeypatch) as fake:
+        monkeypatch.setattr(fake.cuda, "device_count", lambda: 1, raising=False)
         yield prepare(fake, monkeypatch)
 
 
@@ -295,6 +296,34 @@ def test_without_their_modules_their_runtime_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^runtime='torch_tensorrt': there is no module of Torch-TensorRT in ReLU"):
         graphcache.wrap(nn.ReLU(), runtime="torch_tensorrt")
     assert graphcache.wrap(nn.ReLU(), runtime="graphcache").module
+
+
+def test_their_runtime_while_somebody_has_adopted_the_engines(fake: Torch) -> None:
+    model = theirs.compiled(theirs.TorchTensorRTModule("affine"), theirs.TorchTensorRTModule("affine"))
+    with graphcache.wrap(model, strategy="per_submodule"):
+        with pytest.raises(ConfigError, match="engines in GraphModule are adopted by another wrapped module"):
+            graphcache.wrap(model, runtime="torch_tensorrt")
+        assert isinstance(model._run_on_acc_0, AdoptedEngine)
+    graphcache.wrap(model, runtime="torch_tensorrt").close()
+
+
+def test_a_device_that_is_not_here(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
+    model = theirs.compiled(theirs.TorchTensorRTModule("affine"), theirs.TorchTensorRTModule("affine"))
+    model._run_on_acc_2.settings.device.gpu_id = 7
+    with caplog.at_level(logging.INFO), graphcache.wrap(model):
+        assert is_foreign(model._run_on_acc_2)
+    assert "_run_on_acc_2 is left to Torch-TensorRT: its device is cuda:7, and there are 1 here" in caplog.text
+    with pytest.raises(ConfigError, match="_run_on_acc_2 cannot be adopted: its device is cuda:7"):
+        graphcache.wrap(model, runtime="graphcache")
+
+
+def test_an_engine_that_streams_weights_begins_with_the_automatic_budget(fake: Torch) -> None:
+    model = nn.Sequential(theirs.TorchTensorRTModule("streaming"), theirs.TorchTensorRTModule("affine"))
+    for each in model:
+        each.settings.enable_weight_streaming = True
+    with graphcache.wrap(model, strategy="per_submodule"):
+        assert model[0].get_device_memory_budget() == model[0].get_automatic_device_memory_budget() == 2048
+        assert model[1].get_device_memory_budget() == 0
 
 
 def test_strictly_an_output_allocator_is_refused(fake: Torch) -> None:
