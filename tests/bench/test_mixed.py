@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -18,13 +19,15 @@ CPU = torch.device("cpu")
 
 
 class Tokens(nn.Module):
-    """As an encoder: every token has a vector."""
+    """As an encoder: every token has a vector. Bindings come in an order of their own."""
+
+    input_binding_names = ("attention_mask", "input_ids")
 
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(50, 8)
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, attention_mask, input_ids):
         return self.table(input_ids).tanh() * attention_mask[..., None]
 
 
@@ -132,8 +135,13 @@ def test_a_wrong_system_is_found(models):
         assert failure.startswith("net, wrong: 48 of 48 answers were wrong, by ")
         assert found["found by itself"]["largest_relative_error"] == 0.0
         result, failures = mixed.measured(model, 4)
-    assert result["times"] == {}
-    assert len(failures) == 1
+        assert result["times"] == {}
+        assert len(failures) == 1
+        theirs_alone = replace(model, peers=("wrong",))
+        result, failures = mixed.measured(theirs_alone, 4)
+    assert failures == []
+    assert result["checked"]["wrong"]["wrong"].startswith("48 of 48 answers were wrong")
+    assert "wrong" in result["times"]
 
 
 def test_a_system_without_a_hit_is_found():
