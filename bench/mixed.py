@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench import calls, networks, record, store, vad
+from bench import calls, measure, networks, record, store, vad
 
 SEED = 0
 SHAPES = 12
@@ -247,9 +247,15 @@ def check(model: Mixed, passes: int = 4) -> tuple[dict[str, Any], list[str]]:
     failures: list[str] = []
     for name, make in model.systems():
         wanted = [_flat(model.module(*args)) for args in model.calls]
-        with make() as function:
-            kept = [[_flat(function(*args)) for args in model.calls] for _ in range(passes)]
-            account = _account(function)
+        try:
+            with make() as function:
+                kept = [[_flat(function(*args)) for args in model.calls] for _ in range(passes)]
+                account = _account(function)
+        except Exception as error:
+            if name not in model.peers:
+                raise
+            found[name] = {"failed": measure.first_line(error)}
+            continue
         # Compared only now: what was returned first must have survived every later replay.
         errors = [
             record.relative_error(left, right)
@@ -269,7 +275,7 @@ def check(model: Mixed, passes: int = 4) -> tuple[dict[str, Any], list[str]]:
     return found, failures
 
 
-def timed(model: Mixed, rounds: int) -> dict[str, record.Samples]:
+def timed(model: Mixed, rounds: int, without: Collection[str] = ()) -> dict[str, record.Samples]:
     """Time every system and eager execution, all shapes taking turns.
 
     Systems take turns with each other, too, unless some of them exchange engines or set modes of the process: those
@@ -278,8 +284,10 @@ def timed(model: Mixed, rounds: int) -> dict[str, record.Samples]:
     Args:
         model: What is called.
         rounds: Timed calls of each.
+        without: Systems to leave out.
     """
     made = {"eager": lambda: nullcontext(model.module), **dict(model.systems())}
+    made = {name: make for name, make in made.items() if name not in without}
     groups = [made] if not model.others else [{name: make} for name, make in made.items()]
     samples: dict[str, record.Samples] = {}
     for group in groups:
@@ -339,8 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measured(model: Mixed, rounds: int) -> tuple[dict[str, Any], list[str]]:
     """Check a model; time it if it is right."""
     found, failures = check(model)
-    times = {} if failures else {name: samples.summary() for name, samples in timed(model, rounds).items()}
-    return {"checked": found, "times": times}, failures
+    if failures:
+        return {"checked": found, "times": {}}, failures
+    samples = timed(model, rounds, [name for name, each in found.items() if "failed" in each])
+    return {"checked": found, "times": {name: each.summary() for name, each in samples.items()}}, failures
 
 
 def _version(distribution: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
 
@@ -142,6 +143,21 @@ def test_a_wrong_system_is_found(models):
     assert failures == []
     assert result["checked"]["wrong"]["wrong"].startswith("48 of 48 answers were wrong")
     assert "wrong" in result["times"]
+
+
+def test_a_peer_that_fails_is_left_out(models):
+    def fails(*_):
+        raise RuntimeError("not here\nat all")
+
+    right = models["sentences"]
+    model = mixed.Mixed("net", right.module, right.calls, right.include, others={"peer": lambda: nullcontext(fails)})
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="not here"):
+            mixed.check(model)
+        result, failures = mixed.measured(replace(model, peers=("peer",)), 4)
+    assert failures == []
+    assert result["checked"]["peer"] == {"failed": "RuntimeError: not here"}
+    assert "peer" not in result["times"]
 
 
 def test_a_system_without_a_hit_is_found():
