@@ -223,7 +223,7 @@ def compiled(device: torch.device) -> Mixed | None:
             "torch_tensorrt, whole graph": lambda: torch_tensorrt.runtime.enable_cudagraphs(module),
             "its runtime in a whole graph": lambda: _left(module),
         },
-        peers=("torch_tensorrt, whole graph",),
+        peers=("torch_tensorrt, whole graph", "its runtime in a whole graph"),
     )
 
 
@@ -270,7 +270,7 @@ def check(model: Mixed, passes: int = 4) -> tuple[dict[str, Any], list[str]]:
             found[name]["wrong"] = text
             if name not in model.peers:
                 failures.append(f"{model.name}, {name}: {text}")
-        if account and not account["hits"]:
+        if account and not account["hits"] and name not in model.peers:
             failures.append(f"{model.name}, {name}: nothing was answered by a graph: {account['eager']}")
     return found, failures
 
