@@ -117,7 +117,7 @@ class GraphConfig:
                     )
         for name, example in (("include", "encoder"), ("exclude", "head.nms")):
             value = getattr(self, name)
-            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
             if not listed or not all(isinstance(each, str) for each in value):
                 raise ConfigError(
                     f"{name}={shown(value)}: expected a sequence of submodule names, such as [{example!r}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -105,11 +106,20 @@ def test_calls_that_stay_cold_are_eager(capture: str) -> None:
 
 
 def test_captures_beside_the_calls_are_told_by_their_thread() -> None:
-    fast, notes = graphcache.wrap(mlp(), capture_in="background"), Notes()
+    class Waits(Notes):
+        """Says when a capture has been told in full, which is after it is there."""
+
+        heard = threading.Event()
+
+        def after(self, kind: str, module: str, seconds: float, done: bool) -> None:
+            super().after(kind, module, seconds, done)
+            if kind == "capture":
+                self.heard.set()
+
+    fast, notes = graphcache.wrap(mlp(), capture_in="background"), Waits()
     fast.observe(notes)
     fast(X)
-    for later in list(fast._misses._pending.values()):
-        assert later.done.wait(60)
+    assert notes.heard.wait(60)
     fast(X)
     assert sorted(notes.seen, key=str) == sorted(
         pairs(("eager", "Sequential", True), ("capture", "Sequential", True), ("replay", "Sequential", True)), key=str
