@@ -98,6 +98,7 @@ class Misses(CapturesBeside):
         if not self._parts.whole:
             with self._routes.active():
                 return self.run(*args, **kwargs)
+        refused = False
         with self.lock:
             grad = signature[0] is not False
             self.refresh(grad)
@@ -111,9 +112,12 @@ class Misses(CapturesBeside):
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
                     self.tell(cause)
-                    if preparing.get() is not None:
-                        self._run_parts(cause, args, kwargs)
-                return answer
+                if cause is None or preparing.get() is None:
+                    return answer
+                refused = True
+        if refused:
+            self._run_parts(cause, args, kwargs)
+            return answer
         if cold is not None:
             return self.timed(cold, signature, args, kwargs)
         assert cause is not None
