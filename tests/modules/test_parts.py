@@ -301,6 +301,21 @@ def test_preparing_once_prepares_what_can_be_on_every_level(detector):
     assert fast.cache_info().hits == before.hits + 5
 
 
+def test_preparing_while_threads_call(detector):
+    fast = graphcache.wrap(detector)
+
+    def work(index: int) -> None:
+        for step in range(10):
+            x = torch.linspace(-index, 1, 4 * (2 + step % 3)).reshape(-1, 4)
+            if index == 0:
+                fast.prepare((x,), progress=False)
+            else:
+                assert same(fast(x), detector(x))
+
+    in_threads(work, 4)
+    assert not any("forward" in each.__dict__ for each in detector.modules())
+
+
 def test_a_manifest_of_parts_finds_them_in_another_process(detector, tmp_path):
     with graphcache.wrap(detector) as fast:
         for _ in range(5):
