@@ -34,6 +34,8 @@ LONGEST = 256
 POLICY_BATCH = (1, 1, 128)
 """Smallest, usual and largest batch of ``policy``: as many sizes as any benchmark alternates over."""
 
+_BY_NAME = ("minilm_tokens", "mobilenet")
+_NOT_ALL = f"default: all but {' and '.join(_BY_NAME)}"
 _ONNX_TOLERANCE = 1e-4
 _LEAST_DIFFERENCE = 0.05
 _OPSET = 18
@@ -83,7 +85,22 @@ def vit() -> Model:
 
 
 def minilm() -> Model:
-    """The MiniLM-L6 sentence encoder on the 200 sentences, pooled and normalised inside the engine.
+    """The MiniLM-L6 sentence encoder on the 200 sentences, pooled and normalised inside the engine."""
+    return _minilm("minilm", "sentence_embedding", lambda encoder: encoder, lambda answer, _: answer)
+
+
+def minilm_tokens() -> Model:
+    """The same encoder, pooled and normalised outside of the engine."""
+    return _minilm("minilm_tokens", "tokens", networks.TokenEncoder, networks.pooled)
+
+
+def _minilm(
+    name: str,
+    output: str,
+    inside: Callable[[networks.SentenceEncoder], nn.Module],
+    outside: Callable[[Tensor, Tensor], Tensor],
+) -> Model:
+    """An encoder on the 200 sentences.
 
     The references come from the weights as published, the engine from weights rounded to TF32 (see
     :func:`bench.networks.round_to_tf32`).
@@ -106,13 +123,14 @@ def minilm() -> Model:
     networks.round_to_tf32(encoder)
     example = torch.stack([torch.arange(1000, 1009), torch.arange(2000, 2009)])
     onnx = export(
-        encoder,
+        inside(encoder).eval(),
         {"input_ids": example, "attention_mask": torch.ones_like(example)},
-        "sentence_embedding",
+        output,
         {"batch": (1, 32), "length": (2, LONGEST)},
     )
     feeds = [{"input_ids": each.numpy(), "attention_mask": np.ones_like(each.numpy())} for each in ids]
-    exported = torch.cat(_onnxruntime(onnx, feeds))
+    found = _onnxruntime(onnx, feeds)
+    exported = torch.cat([outside(each, torch.ones_like(own)) for each, own in zip(found, ids, strict=True)])
     arrays = {
         "ids": torch.cat(ids, dim=1)[0].numpy(),
         "lengths": np.array([each.shape[1] for each in ids]),
@@ -121,6 +139,7 @@ def minilm() -> Model:
     distance = [record.relative_error(a, b) for a, b in zip(exported, answers, strict=True)]
     facts = {
         "kind": "sentences",
+        "output": output,
         "sentences_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "onnxruntime_relative_error": max(distance),
         "onnxruntime_cosine": float((exported * answers).sum(1).min()),
@@ -130,9 +149,9 @@ def minilm() -> Model:
     # The ONNX must be torch's answer for the rounded weights to the last bits, not just near the published ones.
     with torch.no_grad():
         rounded = torch.cat([encoder(each, torch.ones_like(each)) for each in ids])
-    _check_onnx("minilm", record.relative_error(exported, rounded))
+    _check_onnx(name, record.relative_error(exported, rounded))
     shape = ((1, 2), (1, 24), (32, LONGEST))
-    return Model("minilm", onnx, {"input_ids": shape, "attention_mask": shape}, arrays, facts)
+    return Model(name, onnx, {"input_ids": shape, "attention_mask": shape}, arrays, facts)
 
 
 def silero() -> Model:
@@ -171,6 +190,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "mlp8": mlp8,
     "policy": policy,
     "minilm": minilm,
+    "minilm_tokens": minilm_tokens,
     "silero": silero,
     "mobilenet": mobilenet,
     "vit": vit,
@@ -223,14 +243,14 @@ def least_difference(answers: Tensor) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build engines into a folder and report what they are."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default: all but mobilenet")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; {_NOT_ALL}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for engines, inputs and answers")
     parser.add_argument("--xz", action="store_true", help="write NAME.engine.xz instead of NAME.engine, to travel")
     parser.add_argument("--onnx", action="store_true", help="also write NAME.onnx")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(MODELS):
         parser.error(f"unknown models: {', '.join(sorted(unknown))}")
-    names = options.names or [name for name in MODELS if name != "mobilenet"]
+    names = options.names or [name for name in MODELS if name not in _BY_NAME]
     rows = [_build(MODELS[name](), options.out, options.xz, options.onnx) for name in names]
     record.table("engines", ["model", "engine MiB", "built in s", "all files MiB", "onnxruntime error"], rows)
     return 0

@@ -213,14 +213,40 @@ class SentenceEncoder(nn.Module):
         Returns:
             ``(batch, 384)``, each row of length 1.
         """
+        return pooled(self.tokens(input_ids, attention_mask), attention_mask)
+
+    def tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What is known of every token in its place, ``(batch, length, 384)``."""
         mask = attention_mask.to(self.segment.dtype)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.norm(self.word(input_ids) + self.position(places) + self.segment)
         bias = ((1 - mask) * -10000.0)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, bias)
-        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return mean / mean.norm(dim=-1, keepdim=True)
+        return x
+
+
+def pooled(tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean of the tokens that are no padding, brought to length 1."""
+    mask = attention_mask.to(tokens.dtype)
+    mean = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return mean / mean.norm(dim=-1, keepdim=True)
+
+
+class TokenEncoder(nn.Module):
+    """The MiniLM-L6 encoder without pooling.
+
+    Args:
+        encoder: With it.
+    """
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Token ids and mask to ``(batch, length, 384)``."""
+        return self.encoder.tokens(input_ids, attention_mask)
 
 
 class _EncoderLayer(nn.Module):

@@ -62,7 +62,8 @@ class Bundle:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the engine's outputs."""
-        return ("sentence_embedding",) if self.facts["kind"] == "sentences" else ("y",)
+        default = "sentence_embedding" if self.facts["kind"] == "sentences" else "y"
+        return (str(self.facts.get("output", default)),)
 
     def usual(self) -> int:
         """The size that the engine was tuned for."""

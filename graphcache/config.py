@@ -19,6 +19,8 @@ Contexts = Literal["private", "shared"]
 Edges = Literal["captured", "full"]
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
+Runtime = Literal["graphcache", "torch_tensorrt"]
+Specialization = Literal["lazy", "eager", "none"]
 
 
 class Buckets(Protocol):
@@ -33,9 +35,12 @@ class GraphConfig:
 
     Args:
         strategy: ``"whole_graph"`` captures the module as one graph, ``"per_submodule"`` captures its engines (or
-            ``include``) one by one and runs the rest eagerly, ``"auto"`` tries the first and falls back to the second.
-        include: Names of submodules, as ``named_modules()`` gives them, that ``"per_submodule"`` captures. Empty means
-            every engine in the module.
+            ``include``) one by one and runs the rest eagerly. ``"auto"`` tries the first; where something forbids it,
+            it captures the largest submodules around that. It remembers by signature which of the two it is.
+        include: Names of submodules, as ``named_modules()`` gives them, that are captured where the whole is not. Empty
+            means every engine in the module with ``"per_submodule"``, and whatever it finds with ``"auto"``.
+        exclude: Names of submodules, or patterns of them such as ``"*.nms"``, that no graph is to hold. The whole has
+            none then, the largest submodules without them have.
         capture: ``"first"`` captures every signature at its first call. ``"worthwhile"`` captures one when its eager
             calls have lost about as much time as a capture takes, keeps the graphs that save most, and drops a graph
             that is no faster than eager execution; an account bounds what captures may take of the whole time.
@@ -63,6 +68,8 @@ class GraphConfig:
         weights: ``"checked"`` looks at the place and layout of every parameter and buffer at each hit, so that replaced
             weights are never missed (about 0.3 µs each; on CUDA while the device works). ``"frozen"`` is the caller's
             promise that they stay where they are. Engines have no parameters and pay nothing.
+        runtime: Who runs the engines in a module that Torch-TensorRT compiled: ``"graphcache"``, for as long as it is
+            wrapped, or ``"torch_tensorrt"``, inside a graph of the whole. ``None`` is the first where it can be.
         on_failure: ``"eager"`` answers eagerly whatever cannot be captured and says why; ``"raise"`` raises
             :class:`~graphcache.errors.CaptureError` instead.
 
@@ -76,6 +83,7 @@ class GraphConfig:
 
     strategy: Strategy = "auto"
     include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     capture: Capture = "first"
     capture_in: CaptureIn = "foreground"
     max_graphs: int = 32
@@ -88,11 +96,14 @@ class GraphConfig:
     contexts: Contexts = "private"
     edges: Edges = "captured"
     weights: Weights = "checked"
+    runtime: Runtime | None = None
     on_failure: OnFailure = "eager"
 
     def __post_init__(self) -> None:
         for name, allowed in _LITERALS.items():
             value = getattr(self, name)
+            if value is None and name == "runtime":
+                continue
             if not isinstance(value, str) or value not in allowed:
                 raise ConfigError(
                     f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}"
@@ -104,12 +115,24 @@ class GraphConfig:
                         f"buckets with {name}={value!r}: answers are cropped of the whole module's own; expected "
                         f"another {name}, or no buckets"
                     )
-        listed = isinstance(self.include, Sequence) and not isinstance(self.include, str)
-        if not listed or not all(isinstance(name, str) for name in self.include):
+        for name, example in (("include", "encoder"), ("exclude", "head.nms")):
+            value = getattr(self, name)
+            listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+            if not listed or not all(isinstance(each, str) for each in value):
+                raise ConfigError(
+                    f"{name}={shown(value)}: expected a sequence of submodule names, such as [{example!r}]"
+                )
+            object.__setattr__(self, name, tuple(value))
+        if self.exclude and self.strategy == "whole_graph":
             raise ConfigError(
-                f"include={shown(self.include)}: expected a sequence of submodule names, such as ['encoder']"
+                "strategy='whole_graph' with exclude: a graph of the whole holds all of it; expected strategy='auto' "
+                "or 'per_submodule', or no exclude"
             )
-        object.__setattr__(self, "include", tuple(self.include))
+        if self.exclude and self.buckets is not None:
+            raise ConfigError(
+                "buckets with exclude: answers are cropped of the whole module's own, which has no graph; expected one "
+                "of the two"
+            )
         for name in ("max_graphs", "max_bytes"):
             value = getattr(self, name)
             if value is None and name == "max_bytes":
@@ -147,6 +170,7 @@ _LITERALS: dict[str, tuple[str, ...]] = {
     "contexts": get_args(Contexts),
     "edges": get_args(Edges),
     "weights": get_args(Weights),
+    "runtime": get_args(Runtime),
     "on_failure": get_args(OnFailure),
 }
 

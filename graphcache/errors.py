@@ -165,12 +165,12 @@ class Reason(enum.Enum):
     DATA_DEPENDENT = (
         "data_dependent",
         "the shape of a result depends on the values of the inputs",
-        "move the operation out of the module, or graph the parts around it (strategy='per_submodule')",
+        "move the operation out of the module; strategy='auto' captures what is around it",
     )
     HOST_READ = (
         "host_read",
         "the host reads a value that the device computes",
-        "keep the value on the device, or graph the parts around it (strategy='per_submodule')",
+        "keep the value on the device; strategy='auto' captures what is around it",
     )
     NOT_CAPTURABLE = (
         "not_capturable",
@@ -241,6 +241,11 @@ class Reason(enum.Enum):
         "weight_streaming",
         "the engine streams weights from host memory at every call, which no graph can hold",
         "set_device_memory_budget to what get_streamable_device_memory_budget gives",
+    )
+    PROFILING = (
+        "profiling",
+        "the engine reports the time of every layer, which a replay would not",
+        "call disable_profiling()",
     )
     COLD = (
         "cold",

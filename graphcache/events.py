@@ -59,9 +59,11 @@ class Ledger:
 
     Args:
         name: The module's name, for messages.
+        quiet: Whether eager calls are no news, since whoever this is a part of has told of them.
     """
 
     name: str
+    quiet: bool = field(default=False, kw_only=True)
     captures: int = 0
     evictions: int = 0
     capture_seconds: float = 0.0
@@ -92,7 +94,7 @@ class Ledger:
             if len(self._told) >= _MAX_TOLD:
                 self._told.clear()
             self._told.add(cause)
-            level = logging.INFO if cause.reason.value in _EXPECTED else logging.WARNING
+            level = logging.INFO if self.quiet or cause.reason.value in _EXPECTED else logging.WARNING
             log.log(level, "%s ran eagerly: %s (Said once; later calls are counted.)", self.name, cause)
         self._last = cause
         if self.subscribers:

@@ -29,7 +29,7 @@ from graphcache import CachedModule
 from graphcache.cache import lru, signature
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
-from graphcache.modules import answers, cached, conditions, record_torch, state, strategy
+from graphcache.modules import answers, cached, conditions, record_torch, routes, state
 from tests.helpers import Fn, frozen, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -750,7 +750,7 @@ CURES: dict[str, Cure] = {
     ),
     # what a graph would freeze
     "reads past the dispatcher are noticed": Cure(
-        replace(record_torch, "HostReads", _NoReads),
+        replace(record_torch, "_Reads", _NoReads),
         _a_path_is_frozen(lambda x: x.tolist()[0][0]),
         RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[tolist]",
     ),
@@ -868,7 +868,7 @@ CURES: dict[str, Cure] = {
     ),
     # parts
     "at rest a part is what it was": Cure(
-        replace(strategy.Routes, "_remove", nothing),
+        replace(routes.Routes, "_remove", nothing),
         _a_part_is_left_patched,
         STRATEGY + "test_at_rest_the_parts_are_what_they_were_even_after_an_exception",
     ),

@@ -50,6 +50,8 @@ def kind_of(hint):
         return ", ".join(f'`"{value}"`' for value in get_args(hint))
     if hint == tuple[str, ...]:
         return "names"
+    if any(get_origin(each) is Literal for each in get_args(hint)):
+        return " or ".join(map(kind_of, get_args(hint)))
     return " or ".join(f"`{getattr(each, '__name__', each)}`" for each in get_args(hint) or [hint]).replace(
         "`NoneType`", "`None`"
     )
@@ -183,6 +185,25 @@ def test_links_lead_somewhere():
             assert target[1:] in anchors
         elif not target.startswith("https://"):
             assert (ROOT / target).exists(), f"{target} does not exist"
+
+
+def shown_by(text):
+    """The tests that a text names, each with its file."""
+    return re.findall(r"\[`(test_\w+)`\]\(([\w/.]+)\)", text)
+
+
+def test_the_tests_that_show_what_the_guides_promise_are_there():
+    named = shown_by(section("guides"))
+    assert len(named) >= 20
+    for name, file in named:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+    rows = [row for row in section("guides").splitlines()[2:] if not row.startswith("| **")]
+    assert [row for row in rows if not shown_by(row)] == [row for row in rows if "| No:" in row]
+
+
+def test_a_test_that_is_not_there_would_be_found():
+    assert shown_by("| a | [`test_nothing`](tests/test_readme.py) |") == [("test_nothing", "tests/test_readme.py")]
 
 
 def test_there_is_room_for_benchmarks():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,6 +69,15 @@ class Context:
         if scratch is not self._scratch and self.engine.scratch_bytes:
             self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         self._scratch = scratch
+
+    def report_to(self, profiler: Any) -> None:
+        """Let TensorRT report the time of every layer to an ``IProfiler``, which makes each enqueue wait.
+
+        Args:
+            profiler: Kept alive with the context.
+        """
+        self._profiler = profiler
+        self._context.profiler = profiler
 
     @property
     def profile(self) -> int:

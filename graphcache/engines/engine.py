@@ -13,6 +13,7 @@ import torch
 
 from graphcache.engines.bindings import Binding, read_bindings
 from graphcache.engines.header import check_header
+from graphcache.engines.kernels import RuntimeCache
 from graphcache.engines.library import Library, library, require_gpu, words
 from graphcache.errors import (
     ConfigError,
@@ -82,6 +83,24 @@ class Engine:
         self.aliases = any(self._aliased(binding.name) for binding in self.outputs)
         self._config: Any = None
         self._kernels: Any = None
+        self._specialization: str | None = None
+        self._shared_kernels: RuntimeCache | None = None
+
+    def configure(self, specialization: str | None, kernels: RuntimeCache | None) -> None:
+        """How TensorRT-RTX compiles for contexts that are made from now on; other flavours compile nothing then.
+
+        Args:
+            specialization: ``"lazy"``, ``"eager"`` or ``"none"``; ``None`` for what :meth:`new_context` says.
+            kernels: Where compiled kernels go; ``None`` for a cache of this engine's own.
+        """
+        with self._lock:
+            self._specialization, self._shared_kernels = specialization, kernels
+            self._config = self._kernels = None
+
+    def layers(self) -> str:
+        """What TensorRT tells of the engine's layers, as JSON; how much is decided when an engine is built."""
+        form = self.trt.LayerInformationFormat.JSON
+        return str(self._engine.create_engine_inspector().get_engine_information(form))
 
     def said(self) -> AbstractContextManager[list[str]]:
         """Collects what TensorRT logs as errors in this thread, for messages."""
@@ -108,11 +127,14 @@ class Engine:
                 if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
                     strategies = trt.DynamicShapesKernelSpecializationStrategy
                     # 1.4.0.76 with EAGER: every shape but a context's first was answered wrongly.
-                    self._config.dynamic_shapes_kernel_specialization_strategy = (
-                        strategies.NONE if self.library.version.startswith("1.4.") else strategies.EAGER
-                    )
+                    usual = "none" if self.library.version.startswith("1.4.") else "eager"
+                    chosen = getattr(strategies, (self._specialization or usual).upper())
+                    self._config.dynamic_shapes_kernel_specialization_strategy = chosen
                     # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line but one).
-                    self._kernels = self._config.create_runtime_cache()
+                    shared = self._shared_kernels
+                    self._kernels = (
+                        self._config.create_runtime_cache() if shared is None else shared.made_for(self._config)
+                    )
                     self._config.set_runtime_cache(self._kernels)
             context = self._engine.create_execution_context(self._config)
         if context is None:

@@ -99,13 +99,17 @@ class CapturesBeside(Captures):
         self._pending.pop(later.signature, None)
         later.done.set()
 
-    def _capture_beside(self, later: Later) -> None:
-        """Capture a call that was answered eagerly; the worker's job."""
+    def _capture_beside(self, later: Later) -> bool:
+        """Capture a call that was answered eagerly; the worker's job.
+
+        Returns:
+            Whether there is a graph of it now.
+        """
         signature = later.signature
         outcome: Recorded | Cause
         try:
             if later.cancelled:
-                return
+                return False
             later.thread = threading.current_thread()
             start = time.perf_counter()
             recorder = self.recorder
@@ -128,13 +132,13 @@ class CapturesBeside(Captures):
                     # Whoever cancels may hold the lock until this ends.
                     if later.cancelled:
                         _close(outcome)
-                        return
+                        return False
                 try:
                     if later.cancelled or self.closed or self._freshness.is_stale(signature[0] is not False):
                         _close(outcome)
-                    else:
-                        call = later.args, later.kwargs
-                        self._finish(signature, outcome, later.inputs, call, seconds, room, None)
+                        return False
+                    call = later.args, later.kwargs
+                    return self._finish(signature, outcome, later.inputs, call, seconds, room, None) is None
                 finally:
                     self.lock.release()
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +36,10 @@ from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.into import copy_into, has_hooks, shortly_into, straight_into
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.observers import Observers
+from graphcache.modules.parts import Parts
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts
-from graphcache.modules.strategy import find_parts
 from graphcache.modules.views import is_plain, plain
 
 
@@ -58,6 +58,8 @@ class CachedModule(Accounted):
         config: Options; see :class:`~graphcache.config.GraphConfig`.
         name: What messages call it; the class's name if empty.
         run: What a call of this object calls; the module itself if ``None``.
+        within: The name of the module that it was found in as a part, if it was found.
+        observers: Those of the module that it is a part of.
 
     Raises:
         ConfigError: If ``module`` is not a module, is wrapped already, or has nothing for the strategy to capture.
@@ -79,6 +81,8 @@ class CachedModule(Accounted):
         *,
         name: str = "",
         run: Callable[..., Any] | None = None,
+        within: str = "",
+        observers: Observers | None = None,
     ) -> None:
         if isinstance(module, CachedModule):
             raise ConfigError(f"{module.ledger.name} is wrapped already; use it as it is, or wrap its .module")
@@ -94,7 +98,7 @@ class CachedModule(Accounted):
             given_name = ""
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
-        ledger = Ledger(own_name)
+        ledger = Ledger(own_name, quiet=bool(within))
         freshness = Freshness(module, self, checks_weights=config.weights == "checked")
         shortcuts = Shortcuts(engine, freshness.is_stale)
         seen = Seen()
@@ -108,11 +112,15 @@ class CachedModule(Accounted):
         cache: GraphCache[Recorded] = GraphCache(
             max_graphs=config.max_graphs, max_bytes=config.max_bytes, on_evict=evicted
         )
-        parts_config = replace(config, strategy="whole_graph", outputs="own", buckets=None)
-        parts = {
-            part_name: CachedModule(part, parts_config, name=part_name, run=part.forward)
-            for part_name, part in find_parts(module, config).items()
-        }
+
+        everybody = Observers() if observers is None else observers
+
+        def part(name: str, child: nn.Module, options: GraphConfig) -> CachedModule:
+            full = f"{own_name}.{name}" if within else name
+            found_in = own_name if options.strategy == "auto" else ""
+            return CachedModule(child, options, name=full, run=child.forward, within=found_in, observers=everybody)
+
+        parts = Parts(module, config, part)
         misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
         beside = config.capture_in == "background"
         bucketed = (
@@ -122,7 +130,8 @@ class CachedModule(Accounted):
         self.__dict__.update(
             config=config,
             ledger=ledger,
-            parts=parts,
+            _parts=parts,
+            _observers=everybody,
             _engine=engine,
             _host_inputs=engine.host_inputs if engine is not None else (),
             _cache=cache,
@@ -140,6 +149,7 @@ class CachedModule(Accounted):
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
             _checks_early=True,
         )
+        everybody.join(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer a call: replay its graph, or capture one, or run eagerly and say why.
@@ -343,25 +353,3 @@ class CachedModule(Accounted):
     def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
         given = [args[index] for index in self._host_inputs if index < len(args)]
         return [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
-
-
-def wrap(module: nn.Module, **options: Any) -> CachedModule:
-    """Put a module behind a cache of CUDA graphs.
-
-    Args:
-        module: An engine from :func:`graphcache.load`, or any ``nn.Module``, on CUDA or on the CPU.
-        **options: See :class:`~graphcache.config.GraphConfig`.
-
-    Returns:
-        A module that is called like the one given, which itself is left as it was.
-
-    Raises:
-        ConfigError: For an unknown option, a bad value, or a module that is wrapped already.
-
-    Example:
-        >>> import graphcache
-        >>> fast = graphcache.wrap(nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
-        >>> fast(torch.zeros(1, 4)).shape
-        torch.Size([1, 2])
-    """
-    return CachedModule(module, GraphConfig.of(options))

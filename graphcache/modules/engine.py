@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
@@ -31,9 +31,10 @@ from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.operations import unwatched
 from graphcache.modules import recording
+from graphcache.modules.engine_controls import EngineControls, report_to
 
 
-class EngineModule(nn.Module):
+class EngineModule(EngineControls):
     """A TensorRT engine that is called like a module: tensors in, tensors out.
 
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
@@ -109,13 +110,15 @@ class EngineModule(nn.Module):
         # Contexts that a capture of the caller's has recorded; that graph may be replayed as long as this module lives.
         self._recorded_elsewhere: list[Context] = []
 
-    def set_optimization_profile(self, profile: int | None) -> None:
-        """Use one optimisation profile for every call, or (``None``) whichever fits, the current one first.
+    def set_optimization_profile(self, profile: int | Literal["auto"] | None) -> None:
+        """Use one optimisation profile for every call, or (``None``, ``"auto"``) whichever fits, the current one first.
 
         Raises:
             ConfigError: If the engine has no such profile.
         """
-        if profile is not None and not 0 <= profile < self.engine.profiles:
+        if profile == "auto":
+            profile = None
+        if profile is not None and (type(profile) is not int or not 0 <= profile < self.engine.profiles):
             raise ConfigError(f"{self.name} has optimisation profiles 0 to {self.engine.profiles - 1}, not {profile}")
         self.epoch += self._profile != profile
         self._profile = profile
@@ -223,6 +226,8 @@ class EngineModule(nn.Module):
         """Why no call of this engine can be captured as things stand, without trying; ``None`` if nothing is known."""
         if self.uses_output_allocator:
             return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
+        if (profiled := self.forbids_profiled()) is not None:
+            return profiled
         if self.engine.streamable_bytes and self.engine.weight_budget < self.engine.streamable_bytes:
             return Cause(Reason.WEIGHT_STREAMING, self.name)
         for binding in self.engine.outputs:
@@ -320,6 +325,7 @@ class EngineModule(nn.Module):
 
     def _drop_contexts(self) -> None:
         self._context = None
+        self.forget_outputs()
         self.contexts.clear()
 
     def extra_repr(self) -> str:
@@ -343,6 +349,7 @@ class EngineModule(nn.Module):
                 # Its own scratch memory: a capture of the caller's may take this context over.
                 scratch = torch.empty(self.engine.scratch_bytes, dtype=torch.uint8, device=self.device)
                 context = self._context = Context(self.engine, scratch)
+                report_to(self, context)
             caller = torch.cuda.current_stream()
             if driver.is_capturing(caller.cuda_stream):
                 self._context = None
@@ -377,7 +384,9 @@ class EngineModule(nn.Module):
 
     def _enqueue(self, context: Context, inputs: Sequence[Tensor], profile: int, stream: int) -> list[Tensor]:
         context.set_inputs(inputs, profile, stream)
-        outputs = self.new_outputs(context, allocator=self.uses_output_allocator)
+        allocator = self.uses_output_allocator
+        ahead = self._ahead.take(context.output_shapes(), stream) if self._ahead is not None and not allocator else None
+        outputs = ahead or self.new_outputs(context, allocator=allocator)
         context.set_outputs(outputs)
         with self.engine.said() as said:
             if not context.enqueue(stream):
@@ -390,6 +399,8 @@ class EngineModule(nn.Module):
             for binding, value in zip(self.engine.outputs, outputs, strict=True)
         ]
         context.let_go()
+        if self._ahead is not None:
+            self._ahead.make(answer, stream)
         return answer
 
     def _record(self, session: recording.Session, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:

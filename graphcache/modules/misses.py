@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,11 @@ from graphcache.events import Ledger
 from graphcache.modules.beside import CapturesBeside
 from graphcache.modules.conditions import forbidden
 from graphcache.modules.freshness import Freshness
+from graphcache.modules.parts import Parts
 from graphcache.modules.preparing import preparing
 from graphcache.modules.record import Recorded
 from graphcache.modules.remembered import OFTEN
-from graphcache.modules.strategy import Routes
-
-if TYPE_CHECKING:
-    from graphcache.modules.cached import CachedModule
+from graphcache.modules.routes import Routes
 
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
@@ -41,7 +39,7 @@ class Misses(CapturesBeside):
         config: Options.
         ledger: Hears of captures and eager calls.
         cache: Where graphs go.
-        parts: The parts that are captured one by one where the whole is not.
+        parts: What is captured one by one where the whole is not.
         freshness: Tells when the graphs are no longer right.
     """
 
@@ -52,12 +50,18 @@ class Misses(CapturesBeside):
         config: GraphConfig,
         ledger: Ledger,
         cache: GraphCache[Recorded],
-        parts: Mapping[str, CachedModule],
+        parts: Parts,
         freshness: Freshness,
     ) -> None:
         super().__init__(module, run, config, ledger, cache, freshness)
-        self._routes = Routes(parts)
+        self._parts = parts
+        self._routes = Routes(parts.active)
         self._off = disabled_by_environment()
+
+    def clear(self, *, wait: bool = True) -> None:
+        with self.lock:
+            super().clear(wait=wait)
+            self._parts.look_again()
 
     def forbidden(self) -> Reason | None:
         """What forbids graphs at this moment, whatever the arguments."""
@@ -91,9 +95,10 @@ class Misses(CapturesBeside):
         self.check_open()
         if (reason := self.forbidden()) is not None:
             return self.eagerly(Cause(reason), args, kwargs)
-        if self._config.strategy == "per_submodule":
+        if not self._parts.whole:
             with self._routes.active():
                 return self.run(*args, **kwargs)
+        refused = False
         with self.lock:
             grad = signature[0] is not False
             self.refresh(grad)
@@ -107,7 +112,12 @@ class Misses(CapturesBeside):
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
                     self.tell(cause)
-                return answer
+                if cause is None or preparing.get() is None:
+                    return answer
+                refused = True
+        if refused:
+            self._run_parts(cause, args, kwargs)
+            return answer
         if cold is not None:
             return self.timed(cold, signature, args, kwargs)
         assert cause is not None
@@ -136,12 +146,11 @@ class Misses(CapturesBeside):
         if (reason := self.forbidden()) is not None:
             return Cause(reason)
         cause = None
-        if self._config.strategy != "per_submodule":
+        if self._parts.whole:
             with self.lock:
                 cause = self._prepare(signature, inputs, args, kwargs)
-        if self._routes and (cause is not None or self._config.strategy == "per_submodule"):
-            with self._routes.active():
-                self.run(*args, **kwargs)
+        if cause is not None or not self._parts.whole:
+            self._run_parts(cause, args, kwargs)
         return cause
 
     def undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,7 +160,7 @@ class Misses(CapturesBeside):
             Exception: As :meth:`answer`.
         """
         reason = self.forbidden()
-        if reason is None and self._config.strategy == "per_submodule" and not self.closed:
+        if reason is None and not self._parts.whole and not self.closed:
             # The whole was never to be captured, and the parts may be called with something else.
             with self._routes.active():
                 return self.run(*args, **kwargs)
@@ -165,6 +174,9 @@ class Misses(CapturesBeside):
             Exception: Whatever the module raises for these arguments.
         """
         reason = self.forbidden()
+        if reason is None and self._parts.excluded:
+            text = ", ".join(self._parts.excluded)
+            raise CaptureError(f"{self._ledger.name}: {text} is excluded, so that there is no graph of the whole")
         cause = Cause(reason) if reason is not None else self.needs_grad(inputs)
         if cause is None:
             with self.lock:
@@ -182,6 +194,14 @@ class Misses(CapturesBeside):
         """
         if self.closed:
             raise ClosedError(f"{self._ledger.name} was closed; wrap its .module again")
+
+    def _run_parts(self, cause: Cause | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run a call once more for the sake of the parts that it calls, if there are any."""
+        if cause is not None:
+            self._parts.divide(cause)
+        if self._routes:
+            with self._routes.active():
+                self.run(*args, **kwargs)
 
     def _prepare(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -231,6 +251,7 @@ class Misses(CapturesBeside):
             # In subgraph mode the engine would come back here.
             with graphs_off():
                 return self.run(*args, **kwargs)
+        self._parts.divide(cause)
         with self._routes.active():
             return self.run(*args, **kwargs)
 

@@ -21,6 +21,7 @@ from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.verify import RELATIVE, difference, perturb, tolerance_of, verify
 from graphcache.modules.answers import Answer
+from graphcache.modules.culprit import at, located, path_here
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.recording import Session
@@ -66,9 +67,10 @@ class TorchRecorder:
                 begin()
                 return value, self._record(args, kwargs, inputs, value, dependencies.tensors(), alone or apart)
         except Refusal as refusal:
-            return value, refusal.cause
+            cause = at(refusal.cause, watch.path, self._name)
+            return value, located(cause, refusal, self._module, self._name)
         except Exception as error:
-            return value, refusal_of(error, self._name).cause
+            return value, located(refusal_of(error, self._name).cause, error, self._module, self._name)
 
     def _record(
         self,
@@ -107,10 +109,10 @@ class TorchRecorder:
     def _on_host(self, call: _Call) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
         expected = call.eager(static, "a second time", call.answer.tensors)
-        with HostReads(static) as reads:
+        with _Reads(static, self._module) as reads:
             call.call(static)
         if found := reads.read or reads.asked:
-            raise Refusal(Reason.HOST_READ, found)
+            raise reads.refusal(found, self._name)
         others = perturb(static)
         graph = HostGraph.record(lambda: call.run(static).tensors, static, self._host_lock)
         expected_others = call.on_others(static, others)
@@ -141,10 +143,10 @@ class TorchRecorder:
             expected = [tensor.clone() for tensor in run(static)]
             call.compare(expected, call.answer.tensors, "a second time")
             # A read of device memory invalidates the capture by itself.
-            with engines_recorded(), HostReads(static) as reads:
+            with engines_recorded(), _Reads(static, self._module) as reads:
                 call.call(static)
             if reads.asked:
-                raise Refusal(Reason.HOST_READ, reads.asked)
+                raise reads.refusal(reads.asked, self._name)
             graph = record_torch(
                 lambda: run(static),
                 inputs=static,
@@ -261,6 +263,33 @@ class _Call:
     def kept(self) -> list[Tensor]:
         """The weights as they are now: while these live, no other tensor can take their address."""
         return [tensor.detach() for tensor in self._state]
+
+
+class _Reads(HostReads):
+    """Notices what the host learns, and where.
+
+    Args:
+        inputs: As for :class:`~graphcache.graphs.operations.HostReads`.
+        module: Whose submodules are told apart.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], module: nn.Module) -> None:
+        super().__init__(inputs)
+        self._module = module
+        self._path: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs)
+        if self._path is None and (self.read or self.asked):
+            self._path = path_here(self._module)
+        return found
+
+    def refusal(self, what: str, name: str) -> Refusal:
+        """What says of a module called ``name`` that the host learnt something."""
+        cause = at(Cause(Reason.HOST_READ, what), self._path or "", name)
+        return Refusal(cause.reason, cause.where, cause.detail)
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -92,6 +92,9 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     else:
         manifest, path = Manifest.load(given, expect=here), str(os.fspath(given))
     problems = list(manifest.problems)
+    for part in {entry.part for entry in manifest.entries}:
+        # What was found in another process because the whole was refused there.
+        fast._parts.reach(part)
     targets = _targets(fast)
     by_part: dict[str, list[ManifestEntry]] = {}
     for index, entry in enumerate(manifest.entries):

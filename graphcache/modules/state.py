@@ -12,8 +12,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
-from graphcache.graphs.operations import flatten, storage_of, written
+from graphcache.graphs.operations import _unwatched, flatten, storage_of, written
 from graphcache.graphs.verify import difference
+from graphcache.modules.culprit import path_here
+from graphcache.modules.foreign import is_foreign
+from graphcache.modules.routes import Route
 
 _PLAIN = (bool, int, float, complex, str, bytes)
 
@@ -26,7 +29,10 @@ class Dependencies:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
+        self.module = module
+        named = list(module.named_modules())
+        self._modules = [each for _, each in named]
+        self._watched = [(name, each) for name, each in named if not _keeps_its_own_state(each)]
         self._children = [m._modules for m in self._modules]
         self._tables = [table for m in self._modules for table in (m._parameters, m._buffers)]
         self._hooks = [table for m in self._modules for table in (m._forward_hooks, m._forward_pre_hooks)]
@@ -59,10 +65,14 @@ class Dependencies:
         found += [m.training for m in self._modules]
         return found
 
-    def attributes(self) -> list[dict[str, Any]]:
-        """The attributes and tables of every submodule, as they are now."""
-        watched = [m for m in self._modules if not getattr(m, "keeps_its_own_state", False)]
-        return [{**m.__dict__, **m._parameters, **m._buffers, **m._modules} for m in watched]
+    def attributes(self) -> list[tuple[str, dict[str, Any]]]:
+        """The attributes and tables of every submodule, as they are now, with its name."""
+        found = [(name, {**m.__dict__, **m._parameters, **m._buffers, **m._modules}) for name, m in self._watched]
+        for _, each in found:
+            # Laid by a call in another thread, for as long as that lasts.
+            if isinstance(route := each.get("forward"), Route):
+                each.update(route.own or {"forward": None})
+        return found
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -85,6 +95,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Writes through numpy pass by the dispatcher and by version counters. Buffers are what is written so.
         self._buffers = [(tensor, tensor.clone()) for tensor in dependencies.buffers() if tensor.device.type == "cpu"]
         self._seen: tuple[Reason, str] | None = None
+        self.path = ""
+        """The submodule that was at work when something was noticed."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,13 +132,22 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Refusal(*self._seen)
         if any(difference(tensor, before) != 0.0 for tensor, before in self._buffers):
             raise Refusal(Reason.MUTATES, "a buffer")
-        for before, after in zip(self._before, self._dependencies.attributes(), strict=True):
+        for (path, before), (_, after) in zip(self._before, self._dependencies.attributes(), strict=True):
             for name in before.keys() | after.keys():
                 if not _same(before.get(name), after.get(name)):
+                    self.path = path
                     raise Refusal(Reason.MUTATES, f"attribute {name!r}")
 
     def _note(self, reason: Reason, where: str) -> None:
-        self._seen = self._seen or (reason, where)
+        # What an engine does with memory of its own is no change that a replay would leave out.
+        if self._seen is None and not _unwatched.get():
+            self._seen = reason, where
+            self.path = path_here(self._dependencies.module)
+
+
+def _keeps_its_own_state(module: nn.Module) -> bool:
+    """Whether what a call changes in a module (contexts, buffers) is no state that a replay would leave out."""
+    return getattr(module, "keeps_its_own_state", False) or is_foreign(module)
 
 
 def _place(tensor: Tensor) -> Hashable:

@@ -1,124 +1,128 @@
-"""Which submodules are captured one by one, and how their calls find their graphs while the rest runs eagerly."""
+"""Which submodules may be captured one by one where the whole is not."""
 
 from __future__ import annotations
 
 import difflib
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from graphcache.config import GraphConfig
 from graphcache.errors import ConfigError
 from graphcache.modules.engine import EngineModule
-
-if TYPE_CHECKING:
-    from graphcache.modules.cached import CachedModule
+from graphcache.modules.standin import StandIn
 
 
 def find_parts(module: nn.Module, config: GraphConfig) -> dict[str, nn.Module]:
-    """The submodules that are captured one by one when the module as a whole is not, by name.
+    """The submodules that an option names, or ``"per_submodule"`` implies, by name; ``{}`` where they are to be found.
 
     Args:
         module: The wrapped module.
-        config: ``include`` names them; without it they are the engines. ``strategy="whole_graph"`` has none.
+        config: ``include`` names them; without it ``"per_submodule"`` takes the engines. ``strategy="whole_graph"`` has
+            none, ``"auto"`` finds them by itself.
 
     Raises:
-        ConfigError: For a name that is not a submodule's, a part inside another part, or ``"per_submodule"`` with
-            nothing to capture.
+        ConfigError: For a name that is not a submodule's, a part inside another part or that is excluded, or
+            ``"per_submodule"`` with nothing to capture.
     """
     if config.strategy == "whole_graph" or isinstance(module, EngineModule):
         return {}
-    names = dict(module.named_modules())
-    names.pop("", None)
+    names = _submodules(module)
     for name in config.include:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=3) or list(names)[:8]
-            raise ConfigError(
-                f"include names {name!r}, which is no submodule; did you mean {', '.join(near)}?"
-                if near
-                else f"include names {name!r}, but there are no submodules"
-            )
-    chosen = {name: names[name] for name in config.include} or {
-        name: part for name, part in names.items() if isinstance(part, EngineModule)
-    }
+            raise ConfigError(f"include names {name!r}{_near(name, names)}")
+    chosen = {name: names[name] for name in config.include}
+    excluded = find_excluded(module, config)
     for name in chosen:
         if outer := next((other for other in chosen if name.startswith(f"{other}.")), None):
             raise ConfigError(f"include names both {outer!r} and {name!r}, which is inside it; name one of them")
-    if config.strategy == "per_submodule" and not chosen:
+        if clash := next((other for other in excluded if _shares(name, other)), None):
+            raise ConfigError(
+                f"include names {name!r} and exclude matches {clash!r}, of which one is inside the other; name one of "
+                f"them"
+            )
+    if config.strategy == "auto":
+        return chosen
+    if not chosen:
+        engines = {name: part for name, part in names.items() if isinstance(part, EngineModule)}
+        chosen = {name: part for name, part in engines.items() if not any(_shares(name, each) for each in excluded)}
+    if not chosen:
+        what = "contains no engine that is not excluded" if excluded else "contains no engine"
         raise ConfigError(
-            f"strategy='per_submodule': {type(module).__name__} contains no engine; name the submodules to capture, "
-            f"such as include={list(names)[:2]}"
+            f"strategy='per_submodule': {type(module).__name__} {what}; name the submodules to capture, such as "
+            f"include={list(names)[:2]}"
         )
     return chosen
 
 
-class Routes:
-    """While active, calls of the parts go through their graphs; outside, and in other threads, nothing has changed.
-
-    A part keeps its place, its name and its hooks: only the ``forward`` that its ``__call__`` finds is another one, for
-    as long as a call of the whole is under way. At rest the module is exactly what it was.
+def find_excluded(module: nn.Module, config: GraphConfig) -> tuple[str, ...]:
+    """The names of submodules that ``exclude`` keeps out of graphs; those inside them are kept out with them.
 
     Args:
-        parts: The wrapped parts, by name.
+        module: The wrapped module.
+        config: ``exclude`` holds names, or patterns of them as :mod:`fnmatch` has them.
+
+    Raises:
+        ConfigError: For a pattern that matches nothing, naming what is near, or patterns that leave nothing.
     """
-
-    def __init__(self, parts: Mapping[str, CachedModule]) -> None:
-        self._parts = tuple(parts.values())
-        self._own: list[dict[str, Any]] = []
-        self._calls = 0
-        self._lock = threading.Lock()
-
-    def __bool__(self) -> bool:
-        return bool(self._parts)
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, in this context, the parts use their graphs."""
-        if not self._parts:
-            yield
-            return
-        with self._lock:
-            self._calls += 1
-            if self._calls == 1:
-                self._install()
-        token = _active.set(self)
-        try:
-            yield
-        finally:
-            _active.reset(token)
-            with self._lock:
-                self._calls -= 1
-                if not self._calls:
-                    self._remove()
-
-    def _install(self) -> None:
-        # Whatever the user has put in the place of a part's forward is what the part runs, and is put back afterwards.
-        self._own = [{k: v for k, v in part.module.__dict__.items() if k == "forward"} for part in self._parts]
-        for part in self._parts:
-            part.module.__dict__["forward"] = self._route(part, part.module.forward)
-
-    def _remove(self) -> None:
-        for part, own in zip(self._parts, self._own, strict=True):
-            part.module.__dict__.pop("forward", None)
-            part.module.__dict__.update(own)
-
-    def _route(self, part: CachedModule, original: Callable[..., Any]) -> Callable[..., Any]:
-        part.runs(original)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if _active.get() is not self:
-                return original(*args, **kwargs)
-            token = _active.set(None)
-            try:
-                return part.forward(*args, **kwargs)
-            finally:
-                _active.reset(token)
-
-        return forward
+    if not config.exclude:
+        return ()
+    names = _submodules(module)
+    found: dict[str, None] = {}
+    for pattern in config.exclude:
+        matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matched:
+            raise ConfigError(f"exclude names {pattern!r}{_near(pattern, names)}")
+        found.update(dict.fromkeys(matched))
+    excluded = tuple(name for name in found if not any(name.startswith(f"{other}.") for other in found))
+    if config.strategy == "auto" and not any(True for _ in candidates(module, excluded)):
+        raise ConfigError(
+            f"exclude={list(config.exclude)} leaves nothing of {type(module).__name__} that could be captured; exclude "
+            f"less, or call the module itself"
+        )
+    return excluded
 
 
-_active: ContextVar[Routes | None] = ContextVar("graphcache_routes", default=None)
+def candidates(module: nn.Module, excluded: Collection[str] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The largest submodules that are called by themselves, are not wrapped already, and hold nothing excluded.
+
+    Args:
+        module: Whose submodules; itself it is none of them.
+        excluded: Names of submodules.
+
+    Yields:
+        Each with its name; one that stands in several places once.
+    """
+    seen: set[int] = set()
+    yield from _candidates(module, "", excluded, seen)
+
+
+def _candidates(
+    module: nn.Module, prefix: str, excluded: Collection[str], seen: set[int]
+) -> Iterator[tuple[str, nn.Module]]:
+    for key, child in module.named_children():
+        name = f"{prefix}{key}"
+        if id(child) in seen or isinstance(child, StandIn) or name in excluded:
+            continue
+        seen.add(id(child))
+        # A list of modules is never called, and what holds something excluded is not captured as a whole.
+        if type(child).forward is nn.Module.forward or any(each.startswith(f"{name}.") for each in excluded):
+            yield from _candidates(child, f"{name}.", excluded, seen)
+        else:
+            yield name, child
+
+
+def _submodules(module: nn.Module) -> dict[str, nn.Module]:
+    names = dict(module.named_modules())
+    names.pop("", None)
+    return names
+
+
+def _shares(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
+
+
+def _near(name: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3) or list(names)[:8]
+    return f", which is no submodule; did you mean {', '.join(near)}?" if near else ", but there are no submodules"

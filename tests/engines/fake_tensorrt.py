@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import struct
 import sys
 import weakref
@@ -335,7 +336,48 @@ class IOutputAllocator:
 
 
 class IRuntimeCache:
-    """What TensorRT-RTX compiled at run time."""
+    """What TensorRT-RTX compiled at run time: here, the names of the engines that contexts were made of."""
+
+    def __init__(self) -> None:
+        self._compiled: list[str] = []
+
+    def serialize(self) -> memoryview:
+        return memoryview("\n".join([__version__, *self._compiled]).encode())
+
+    def deserialize(self, blob: Any) -> bool:
+        version, *compiled = bytes(memoryview(blob)).decode(errors="replace").split("\n")
+        if version != __version__:
+            return False
+        self._compiled += [name for name in compiled if name not in self._compiled]
+        return True
+
+
+class LayerInformationFormat(enum.IntEnum):
+    ONELINE = 0
+    JSON = 1
+
+
+class IProfiler:
+    def __init__(self) -> None:
+        self._constructed = True
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        raise NotImplementedError
+
+
+class Profiler(IProfiler):
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        print(f"{layer_name}: {ms}ms")
+
+
+class EngineInspector:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._engine = engine
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        if format is not LayerInformationFormat.JSON:
+            raise TypeError("get_engine_information(): incompatible function arguments")
+        return json.dumps({"Layers": [self._engine.name], "Bindings": list(self._engine._io)})
 
 
 class IRuntimeConfig:
@@ -480,6 +522,9 @@ class ICudaEngine:
             raise RuntimeError(f"{profile_index} is not an input shape binding")
         return [list(each) for each in io.ranges[name]] if io.ranges else []
 
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector(self)
+
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self._network.aliased.get(name)
 
@@ -494,7 +539,11 @@ class ICudaEngine:
         if self._network.name == "no context":
             self._logger.log(ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 8 bytes.)")
             return None
-        return IExecutionContext(self, runtime_config.get_execution_context_allocation_strategy())
+        if runtime_config._cache is not None:
+            runtime_config._cache().deserialize(f"{__version__}\n{self.name}".encode())
+        context = IExecutionContext(self, runtime_config.get_execution_context_allocation_strategy())
+        context._kernels = runtime_config._kernels
+        return context
 
     def _known(self, name: str) -> IO:
         if not isinstance(name, str):
@@ -565,10 +614,22 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._allocators: dict[str, Any] = {}
         self._scratch: tuple[int, int] | None = None
+        self._profiler: IProfiler | None = None
+        self._kernels = _LAZY
         # Whether the next enqueue must still prepare what a capture cannot hold.
         self._dirty = True
         self._table = device.heap.empty(1, dtype=torch.int64) if self._network.hides and device is not None else None
         self.made.add(self)
+
+    @property
+    def profiler(self) -> IProfiler | None:
+        return self._profiler
+
+    @profiler.setter
+    def profiler(self, value: IProfiler) -> None:
+        if not isinstance(value, IProfiler) or not hasattr(value, "_constructed"):
+            raise TypeError("(): incompatible function arguments")
+        self._profiler = value
 
     @property
     def active_optimization_profile(self) -> int:
@@ -683,8 +744,13 @@ class IExecutionContext:
         if capture is not None and self._dirty:
             capture.valid = False
             return self._no("the first enqueue after a change of shapes allocates: operation not permitted")
+        if capture is not None and self._profiler is not None:
+            raise Violation("a profiler reports nothing of a capture")
         self._dirty = False
-        return self._run(stream_handle, shapes)
+        ran = self._run(stream_handle, shapes)
+        if self._profiler is not None:
+            self._profiler.report_layer_time(self._network.name or "layer", 0.5)
+        return ran
 
     # ---- inside
 

@@ -122,7 +122,7 @@ def test_an_uncapturable_engine_between_capturable_ones(load):
         x = torch.randn(n, SIZE, device="cuda")
         assert torch.allclose(fast(x), model(x), rtol=1e-4, atol=1e-6)
     info = fast.cache_info()
-    assert info.eager == {Reason.NOT_CAPTURABLE: 10}, "the whole six times, the part inside four times"
+    assert info.eager == {Reason.NOT_CAPTURABLE: 6}, "the whole; what was found in it is a part of that"
     assert info.hits == 2
 
 

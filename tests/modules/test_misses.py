@@ -14,8 +14,10 @@ from graphcache.cache.signature import describe
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason
 from graphcache.events import Ledger
+from graphcache.modules.cached import CachedModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.parts import Parts
 from graphcache.modules.record import Recorded
 
 
@@ -29,7 +31,8 @@ class Slow:
         self.hits = 0
         freshness = Freshness(module, self, checks_weights=True)
         config = GraphConfig(**options)
-        self.misses = Misses(module, module, config, self.ledger, self.cache, {}, freshness)
+        parts = Parts(module, config, lambda name, part, options: CachedModule(part, options, name=name))
+        self.misses = Misses(module, module, config, self.ledger, self.cache, parts, freshness)
 
     def hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
         self.hits += 1

@@ -1,0 +1,93 @@
+"""Which submodule was at work when something happened, read from Python's own stack.
+
+A stack is read only when a capture is refused: submodules are not told apart while they run, so that this costs
+nothing, and hooks, which would change what the modules are, are not needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from types import FrameType
+
+from torch import nn
+
+from graphcache.errors import Cause
+
+
+def path_here(module: nn.Module) -> str:
+    """The name of the innermost submodule whose method is running now; empty for the module itself, or for none.
+
+    Args:
+        module: Whose submodules are looked for.
+
+    Example:
+        >>> class Asks(nn.Module):
+        ...     def forward(self):
+        ...         return path_here(whole)
+        >>> whole = nn.ModuleDict({"head": nn.Sequential(Asks())})
+        >>> whole["head"][0]()
+        'head.0'
+    """
+    return _innermost(module, _outwards(sys._getframe(1)))
+
+
+def located(cause: Cause, error: BaseException, module: nn.Module, name: str) -> Cause:
+    """The same cause with the submodule in which an exception was raised.
+
+    Args:
+        cause: What is known of it.
+        error: The exception, or one that was raised while it was handled.
+        module: Whose submodules are looked for.
+        name: What the cause calls the module itself.
+    """
+    path, seen = "", set()
+    raised: BaseException | None = error
+    while not path and raised is not None and id(raised) not in seen:
+        seen.add(id(raised))
+        path = _innermost(module, _inwards(raised))
+        raised = raised.__cause__ or raised.__context__
+    return at(cause, path, name)
+
+
+def at(cause: Cause, path: str, name: str) -> Cause:
+    """The same cause with a submodule before what it says of the place.
+
+    Example:
+        >>> from graphcache.errors import Reason
+        >>> at(Cause(Reason.HOST_READ, "Tensor.tolist"), "head.nms", "net").where
+        'head.nms: Tensor.tolist'
+    """
+    if not path or cause.where == path:
+        return cause
+    return replace(cause, where=path if cause.where in ("", name) else f"{path}: {cause.where}")
+
+
+def _innermost(module: nn.Module, frames: Iterable[FrameType]) -> str:
+    """The name of the first submodule among what methods were called on."""
+    names: dict[int, str] | None = None
+    for frame in frames:
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module):
+            if names is None:
+                names = {id(each): name for name, each in module.named_modules()}
+            if id(owner) in names:
+                return names[id(owner)]
+    return ""
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _inwards(error: BaseException) -> Iterator[FrameType]:
+    """The frames that an exception has left, innermost first."""
+    found, traceback = [], error.__traceback__
+    while traceback is not None:
+        found.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    return reversed(found)

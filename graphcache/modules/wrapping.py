@@ -1,0 +1,56 @@
+"""From a module and options to a wrapped module, and back when it is closed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graphcache.config import GraphConfig
+from graphcache.modules.adoption import Adoption
+from graphcache.modules.cached import CachedModule
+
+
+def wrap(module: nn.Module, **options: Any) -> CachedModule:
+    """Put a module behind a cache of CUDA graphs.
+
+    Args:
+        module: An engine from :func:`graphcache.load`, or any ``nn.Module``, on CUDA or on the CPU. Engines in a module
+            that Torch-TensorRT compiled are adopted until this one is closed, see ``runtime``.
+        **options: See :class:`~graphcache.config.GraphConfig`.
+
+    Returns:
+        A module that is called like the one given, which itself is left as it was.
+
+    Raises:
+        ConfigError: For an unknown option, a bad value, or a module that is wrapped already.
+        EngineError: With ``runtime="graphcache"``, for an engine of Torch-TensorRT that cannot be run here.
+
+    Example:
+        >>> import torch, graphcache
+        >>> fast = graphcache.wrap(nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
+        >>> fast(torch.zeros(1, 4)).shape
+        torch.Size([1, 2])
+    """
+    return wrapped(module, GraphConfig.of(options))
+
+
+def wrapped(module: nn.Module, config: GraphConfig) -> CachedModule:
+    """A module behind a cache, with engines of Torch-TensorRT adopted until it is closed.
+
+    Args:
+        module: As for :func:`wrap`.
+        config: Options.
+
+    Raises:
+        ConfigError: As :func:`wrap`.
+    """
+    adoption = Adoption(module, config.runtime)
+    try:
+        fast = CachedModule(adoption.module, config)
+    except BaseException:
+        adoption.end()
+        raise
+    if adoption:
+        fast.ends_with(adoption.end)
+    return fast

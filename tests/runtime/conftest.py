@@ -1,0 +1,32 @@
+"""Engines over the stand-ins, alone and deep inside of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+from graphcache import EngineModule
+from graphcache.modules import engine_controls
+from tests.graphs.fake_driver import Torch, installed
+from tests.modules.test_engine_module import MODULES, load, prepare
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+    with installed(*MODULES, engine_controls, patch=monkeypatch) as fake:
+        yield prepare(fake, monkeypatch)
+
+
+@pytest.fixture
+def nested(fake: Torch) -> Callable[..., tuple[nn.Module, list[EngineModule]]]:
+    """A module with engines two levels down, one of them in two places, and the engines."""
+
+    def make(*networks: str) -> tuple[nn.Module, list[Any]]:
+        engines = [load(network) for network in networks]
+        inner = nn.ModuleList(engines)
+        return nn.Sequential(nn.ModuleDict({"deep": inner, "again": engines[0]}), nn.Identity()), engines
+
+    return make
