@@ -157,6 +157,18 @@ class Engine:
         # Streaming needs scratch memory of its own.
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
 
+    def serialized(self) -> bytes:
+        """The engine as a file would hold it now, with the weights that it was refitted with.
+
+        Raises:
+            EngineError: If TensorRT refuses.
+        """
+        with self.said() as said:
+            made = self._engine.serialize()
+        if made is None:
+            raise EngineError(f"{self.name}: TensorRT does not serialise it: {words(said)}. Keep the file it came from")
+        return bytes(made)
+
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""
         with keeping_the_current_device():

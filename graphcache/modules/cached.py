@@ -42,6 +42,7 @@ from graphcache.modules.freshness import Freshness
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.into import copy_into, targets_of
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.portable import Portable
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.record import Recorded
 from graphcache.modules.recorded_calls import TraceRecording
@@ -53,7 +54,7 @@ from graphcache.modules.strategy import find_parts
 from graphcache.modules.views import is_plain, plain
 
 
-class CachedModule(StandIn):
+class CachedModule(Portable, StandIn):
     """A module that replays a CUDA graph (on the CPU: a host graph) for every signature it has seen.
 
     It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every

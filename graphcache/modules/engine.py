@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
@@ -31,9 +31,11 @@ from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.operations import unwatched
 from graphcache.modules import recording
+from graphcache.modules.engine_carried import CarriedEngine
+from graphcache.modules.engine_state import tensor_of
 
 
-class EngineModule(nn.Module):
+class EngineModule(CarriedEngine):
     """A TensorRT engine that is called like a module: tensors in, tensors out.
 
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
@@ -44,8 +46,11 @@ class EngineModule(nn.Module):
     reading it waits for the stream. Outputs are fresh tensors of the caller's; they never require gradients. Calls from
     several threads follow one another.
 
+    Its ``state_dict`` holds the engine. A copy, or what a pickle makes of it in another process, is a module of its own
+    with the engine deserialised anew; a deep copy shares the bytes.
+
     Args:
-        serialized_engine: The engine file's bytes.
+        serialized_engine: The engine file's bytes; ``None`` for a module that is empty until ``load_state_dict``.
         input_binding_names: Inputs in the order of a call; ``None`` for the engine's own order.
         output_binding_names: Outputs in the order of the answer; ``None`` for the engine's own order.
         name: What messages call it.
@@ -69,7 +74,7 @@ class EngineModule(nn.Module):
 
     def __init__(
         self,
-        serialized_engine: bytes,
+        serialized_engine: bytes | None = None,
         input_binding_names: Sequence[str] | None = None,
         output_binding_names: Sequence[str] | None = None,
         *,
@@ -79,27 +84,29 @@ class EngineModule(nn.Module):
         requires_output_allocator: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
-            kind = type(serialized_engine).__name__
-            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
-        self.serialized_engine = bytes(serialized_engine)
-        self.engine = Engine(
-            self.serialized_engine, inputs=input_binding_names, outputs=output_binding_names, name=name
-        )
-        self.name = self.engine.name
+        self.name = name
         self.settings = settings
         self.weight_name_map = weight_name_map
         self.requires_output_allocator = requires_output_allocator
-        self.input_binding_names = [binding.name for binding in self.engine.inputs]
-        self.output_binding_names = [binding.name for binding in self.engine.outputs]
-        self.device = self.engine.device
-        self.lane = Lane(self.device.index)
-        self.host_inputs = tuple(index for index, binding in enumerate(self.engine.inputs) if binding.on_host)
-        self.contexts = ContextPool(self.engine)
-        """Contexts for graphs; what runs eagerly has one of its own."""
-        self._context: Context | None = None
+        self.input_binding_names = list(input_binding_names or ())
+        self.output_binding_names = list(output_binding_names or ())
+        self.output_shapes = ""
+        self._bytes = tensor_of(b"")
         self._profile: int | None = None
         self._use_output_allocator = False
+        self._begin()
+        if serialized_engine is None:
+            return
+        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
+            kind = type(serialized_engine).__name__
+            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
+        data = bytes(serialized_engine)
+        self._attach(Engine(data, inputs=input_binding_names, outputs=output_binding_names, name=name))
+        self._bytes = tensor_of(data)
+
+    def _begin(self) -> None:
+        """Everything of this process, which no copy has."""
+        self._context: Context | None = None
         # Wrapped modules that may hold graphs, and so contexts, of this engine.
         self.users: WeakSet[Any] = WeakSet()
         # Goes up whenever a captured graph of this engine would no longer do what a call does.
@@ -108,6 +115,20 @@ class EngineModule(nn.Module):
         self._making_cache = threading.Lock()
         # Contexts that a capture of the caller's has recorded; that graph may be replayed as long as this module lives.
         self._recorded_elsewhere: list[Context] = []
+        self._refitted = False
+
+    def _attach(self, engine: Engine) -> None:
+        self.engine = engine
+        self.name = engine.name
+        self.input_binding_names = [binding.name for binding in engine.inputs]
+        self.output_binding_names = [binding.name for binding in engine.outputs]
+        self.host_inputs = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
+        self.contexts = ContextPool(engine)
+        """Contexts for graphs; what runs eagerly has one of its own."""
+        self._refitted = False
+        if "lane" not in self.__dict__:
+            self.device = engine.device
+            self.lane = Lane(self.device.index)
 
     def set_optimization_profile(self, profile: int | None) -> None:
         """Use one optimisation profile for every call, or (``None``) whichever fits, the current one first.
@@ -115,8 +136,7 @@ class EngineModule(nn.Module):
         Raises:
             ConfigError: If the engine has no such profile.
         """
-        if profile is not None and not 0 <= profile < self.engine.profiles:
-            raise ConfigError(f"{self.name} has optimisation profiles 0 to {self.engine.profiles - 1}, not {profile}")
+        self.check_profile(profile, self.engine)
         self.epoch += self._profile != profile
         self._profile = profile
 
@@ -212,6 +232,7 @@ class EngineModule(nn.Module):
                 self.lane.wait()
             # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
             self.epoch += 1
+            self._refitted = True
             self.lane.enter(stream.cuda_stream)
             refit(self.engine, mapped, stream.cuda_stream)
             if wait:
@@ -308,6 +329,8 @@ class EngineModule(nn.Module):
 
     def close(self) -> None:
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
+        if "engine" not in self.__dict__:
+            return
         with self.lane.lock:
             if self._cached is not None:
                 self._cached.close()
@@ -323,6 +346,8 @@ class EngineModule(nn.Module):
         self.contexts.clear()
 
     def extra_repr(self) -> str:
+        if "engine" not in self.__dict__:
+            return "empty"
         inputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.inputs)
         outputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.outputs)
         return f"{self.name}, ({inputs}) -> ({outputs})"

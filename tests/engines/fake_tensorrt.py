@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import struct
 import sys
 import weakref
@@ -382,7 +383,8 @@ class Runtime:
             message = f"IRuntime::deserializeCudaEngine: Error Code 1: {wrong[1]}"
             self._logger.log(ILogger.ERROR, message)
             return None
-        return ICudaEngine(NETWORKS[bytes(serialized_engine)[64:].rstrip(b"\0").decode()], self._logger)
+        name, weights = _body(serialized_engine)
+        return ICudaEngine(NETWORKS[name], self._logger, weights)
 
     def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
         wrong = _fault(buffer)
@@ -398,22 +400,33 @@ def _fault(data: bytes) -> tuple[EngineInvalidityDiagnostics, str] | None:
         return EngineInvalidityDiagnostics.MALFORMED_ENGINE, what
     if ".".join(map(str, _HEADER.unpack_from(data)[4:])) != __version__:
         return EngineInvalidityDiagnostics.VERSION_MISMATCH, "Serialization (Version tag does not match.)"
-    if bytes(data[64:]).rstrip(b"\0").decode(errors="replace") not in NETWORKS:
+    if _body(data)[0] not in NETWORKS:
         return EngineInvalidityDiagnostics.CUDA_ERROR, "Cuda Runtime (operation not supported)"
     return None
 
 
+def _body(data: bytes) -> tuple[str, dict[str, list[float]]]:
+    """The network's name, and the weights that it was refitted with."""
+    name, _, weights = bytes(data)[64:].rstrip(b"\0").decode(errors="replace").partition(" {")
+    return name, json.loads(f"{{{weights}") if weights else {}
+
+
 class ICudaEngine:
-    def __init__(self, network: Network, logger: ILogger) -> None:
+    def __init__(self, network: Network, logger: ILogger, weights: dict[str, list[float]] | None = None) -> None:
         self._network = network
         self._logger = logger
         self._io = {each.name: each for each in network.io}
         self._budget = network.streamable
-        self._weights = {name: torch.tensor(value) for name, value in network.weights.items()}
+        self._weights = {name: torch.tensor(value) for name, value in {**network.weights, **(weights or {})}.items()}
 
     @property
     def name(self) -> str:
         return self._network.name
+
+    def serialize(self) -> bytes | None:
+        known = next(name for name, network in NETWORKS.items() if network is self._network)
+        weights = {name: value.tolist() for name, value in self._weights.items()}
+        return serialize(f"{known} {json.dumps(weights)}" if weights else known)
 
     @property
     def num_io_tensors(self) -> int:
