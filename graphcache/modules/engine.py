@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.compiler import assume_constant_result, is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
@@ -17,11 +20,13 @@ from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import words
 from graphcache.engines.pool import ContextPool
+from graphcache.engines.probe import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import (
     Cause,
     ClosedError,
     ConfigError,
+    EngineError,
     EngineExecutionError,
     EngineFormatError,
     InputCountError,
@@ -33,6 +38,7 @@ from graphcache.graphs.operations import unwatched
 from graphcache.modules import recording
 from graphcache.modules.engine_carried import CarriedEngine
 from graphcache.modules.engine_state import tensor_of
+from graphcache.modules.operator import alive, call_engine, describe_call
 
 
 class EngineModule(CarriedEngine):
@@ -116,6 +122,9 @@ class EngineModule(CarriedEngine):
         # Contexts that a capture of the caller's has recorded; that graph may be replayed as long as this module lives.
         self._recorded_elsewhere: list[Context] = []
         self._refitted = False
+        self.identity = secrets.token_hex(16)
+        """By which programs that were traced in this process find the module."""
+        alive[self.identity] = self
 
     def _attach(self, engine: Engine) -> None:
         self.engine = engine
@@ -319,6 +328,8 @@ class EngineModule(CarriedEngine):
             InputError: One of its kinds, for inputs that the engine cannot take; nothing ran.
             EngineExecutionError: If TensorRT refuses to run.
         """
+        if is_compiling():
+            return self._traced(args, kwargs)
         session = recording.current.get()
         if session is None and modes.get().graphs == "subgraph":
             return self._through_cache()(*args, **kwargs)
@@ -326,6 +337,26 @@ class EngineModule(CarriedEngine):
             inputs, profile = self.checked(self.bind(args, kwargs))
             outputs = self._record(session, inputs, profile) if session is not None else self._run(inputs, profile)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What a tracer sees of a call: one operation, and whatever stands before and after it."""
+        inputs = self.bind(args, kwargs)
+        # First, as it sees to it that the bytes are up to date.
+        call = self._described()
+        outputs = call_engine(inputs, self._bytes, call)
+        return outputs[0] if len(self.output_binding_names) == 1 else tuple(outputs)
+
+    @assume_constant_result  # type: ignore[untyped-decorator]
+    def _described(self) -> str:
+        if self.engine.aliases:
+            raise EngineError(
+                f"{self.name} updates an input in place, which a traced program cannot say; call it outside of what is "
+                f"exported or compiled"
+            )
+        with _disable_current_modes(), torch.cuda.device(self.device):
+            if not self.output_shapes:
+                self.output_shapes = output_shapes(self.engine).text
+            return describe_call(self)
 
     def close(self) -> None:
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""

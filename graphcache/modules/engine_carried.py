@@ -22,6 +22,7 @@ _OF_THIS_PROCESS = _WITH_AN_ENGINE | {
     "_making_cache",
     "_recorded_elsewhere",
     "_refitted",
+    "identity",
 }
 
 
@@ -63,6 +64,10 @@ class CarriedEngine(nn.Module):
                 self._bytes = tensor_of(self.engine.serialized())
                 self._refitted = False
         return self._bytes
+
+    def lies_at(self, place: tuple[int, int]) -> bool:
+        """Whether an address and a number of bytes are those of this module's bytes: the same memory, not a copy."""
+        return place == (self._bytes.data_ptr(), self._bytes.numel())
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict()`` holds of this module: the bytes as a tensor (not a copy), names and options."""
