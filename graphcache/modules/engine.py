@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphcache.config import modes
@@ -346,7 +346,6 @@ class EngineModule(CarriedEngine):
         outputs = call_engine(inputs, self._bytes, call)
         return outputs[0] if len(self.output_binding_names) == 1 else tuple(outputs)
 
-    @assume_constant_result  # type: ignore[untyped-decorator]
     def _described(self) -> str:
         if self.engine.aliases:
             raise EngineError(
@@ -357,6 +356,9 @@ class EngineModule(CarriedEngine):
             if not self.output_shapes:
                 self.output_shapes = output_shapes(self.engine).text
             return describe_call(self)
+
+    # What torch.compiler.assume_constant_result sets; calling that would import torch's compiler, which takes a second.
+    _described._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from tests.graphs.fake_driver import Torch
 from tests.standins import Mixed, engines, in_a_new_process
 
 X = torch.arange(8.0).reshape(2, 4) - 3
+FROM_TORCH = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+"""What torch's own compiler warns itself of."""
 ROWS = {"x": {0: Dim("rows", min=1, max=4)}}
 
 
@@ -147,7 +150,7 @@ def test_what_does_not_fit_is_found_while_tracing(fake: Torch) -> None:
     ):
         with pytest.raises(kind, match=message):
             exported(module, x, dynamic=None)
-    text = operator.describe_call(module)
+    text = described(module)
     with pytest.raises(InputCountError, match="net takes 1 inputs"), torch._subclasses.FakeTensorMode() as mode:
         given_tensors = [mode.from_tensor(torch.ones(2, 4)) for _ in range(2)]
         call_engine(given_tensors, mode.from_tensor(module.engine_tensor()), text)
@@ -156,6 +159,7 @@ def test_what_does_not_fit_is_found_while_tracing(fake: Torch) -> None:
 # ---- compile
 
 
+@FROM_TORCH
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compile_does_not_break_at_the_engine(fake: Torch, backend: str) -> None:
     if backend == "inductor":
@@ -186,13 +190,12 @@ def test_another_engine_in_the_module_of_a_compiled_program(fake: Torch) -> None
         fast(torch.tensor([[1.0, 2.0]]))
 
 
+@FROM_TORCH
 def test_aot_inductor(fake: Torch, tmp_path: Path) -> None:
     compiler_or_skip()
     program = exported(mixed(), X)
-    with pytest.warns(FutureWarning) if torch.__version__ >= "2.13" else nothing():
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     code = """
-import warnings
 run = torch._inductor.aoti_load_package(arguments[0])
 print(run(torch.arange(8.0).reshape(2, 4) - 3).tolist(), run(torch.ones(3, 4)).tolist())
 """
@@ -208,6 +211,7 @@ def test_a_program_runs_the_module_that_was_traced_while_it_lives(fake: Torch) -
     program(X)
     assert operator._loaded == {}
     del module
+    gc.collect()
     assert torch.allclose(program(X), wanted(X))
     assert len(operator._loaded) == 1
     assert unload_engines() == 1
