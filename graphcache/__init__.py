@@ -16,9 +16,10 @@ from graphcache.errors import Reason as Reason
 from graphcache.modules.cached import CachedModule as CachedModule
 from graphcache.modules.cached import wrap as wrap
 from graphcache.modules.engine import EngineModule as EngineModule
-from graphcache.modules.engine import load as load
 from graphcache.modules.examples import Call as Call
 from graphcache.modules.info import CacheInfo as CacheInfo
+from graphcache.modules.loading import load as load
+from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.version import __version__ as __version__

@@ -22,6 +22,7 @@
     ├── StaleOutputError (RuntimeError)       an output that a later replay wrote over, outputs="view"
     ├── ClosedError (RuntimeError)
     ├── TraceError (ValueError)               a trace file is damaged, or is none
+    ├── PackageError (ValueError)             a package file is damaged, or is none
     ├── NoGpuError (RuntimeError)
     ├── CudaError (RuntimeError)              a driver call failed
     ├── CompileError (RuntimeError)           the optional accelerator cannot be compiled
@@ -114,6 +115,10 @@ class ClosedError(GraphCacheError, RuntimeError):
 
 class TraceError(GraphCacheError, ValueError):
     """A file is no trace of calls, or a damaged one; the message names the line and the field."""
+
+
+class PackageError(GraphCacheError, ValueError):
+    """A file is no package of graphcache, or a damaged one; the message names the part and how to make it again."""
 
 
 class NoGpuError(GraphCacheError, RuntimeError):

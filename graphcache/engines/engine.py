@@ -125,6 +125,18 @@ class Engine:
         return bool(find(output)) if find is not None else False
 
     @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability of the GPUs that the engine runs on; ``None`` if it is not bound to one.
+
+        An engine of the full TensorRT runs on GPUs of the one it was built for, unless it was built to be compatible
+        with others. One of TensorRT-RTX holds no kernels for a GPU: they are compiled where it runs.
+        """
+        level = getattr(self._engine, "hardware_compatibility_level", None)
+        if self.library.flavour == "tensorrt_rtx" or (level is not None and int(level) != 0):
+            return None
+        return torch.cuda.get_device_capability(self.device)
+
+    @property
     def weight_budget(self) -> int:
         """Device memory in bytes for weights that may be streamed; all of them without weight streaming."""
         return int(self._engine.weight_streaming_budget_v2) if self.streamable_bytes else 0

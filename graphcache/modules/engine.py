@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -39,6 +38,7 @@ from graphcache.modules import recording
 from graphcache.modules.engine_carried import CarriedEngine
 from graphcache.modules.engine_state import tensor_of
 from graphcache.modules.operator import alive, call_engine, describe_call
+from graphcache.modules.packaging import Source
 
 
 class EngineModule(CarriedEngine):
@@ -97,6 +97,9 @@ class EngineModule(CarriedEngine):
         self.input_binding_names = list(input_binding_names or ())
         self.output_binding_names = list(output_binding_names or ())
         self.output_shapes = ""
+        """How shapes of outputs follow from those of inputs, for tracers; found when it is first needed."""
+        self.source: Source | None = None
+        """What the engine was built from, for packages; see :meth:`save`."""
         self._bytes = tensor_of(b"")
         self._profile: int | None = None
         self._use_output_allocator = False
@@ -464,37 +467,3 @@ class EngineModule(CarriedEngine):
             if not context.enqueue(stream):
                 raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
         return [output for output in outputs if output is not None]
-
-
-def load(source: str | Path | bytes, *, name: str = "") -> EngineModule:
-    """An engine from a file or from bytes.
-
-    Args:
-        source: A path, or the bytes themselves.
-        name: What messages call it; the file's name if empty.
-
-    Raises:
-        EngineFormatError: If there is no such file, or it holds no engine (an ONNX model goes through
-            :func:`graphcache.build` first).
-        EngineVersionError: If another TensorRT built it.
-        NoGpuError: If there is no CUDA device.
-        TensorRTNotFoundError: If no flavour of TensorRT is installed.
-
-    Example::
-
-        engine = graphcache.load("model.engine")
-    """
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        try:
-            data = path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise EngineFormatError(
-                f"{path} cannot be read ({getattr(error, 'strerror', '') or error}); expected a TensorRT engine file"
-            ) from error
-        if path.suffix == ".onnx":
-            raise EngineFormatError(
-                f"{path} is an ONNX model; make an engine of it first: graphcache.build({str(path)!r})"
-            )
-        return EngineModule(data, name=name or path.stem)
-    return EngineModule(source, name=name)

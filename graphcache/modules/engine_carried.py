@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from graphcache.engines.engine import Engine
 from graphcache.errors import ClosedError, ConfigError, EngineError
 from graphcache.modules.engine_state import EngineState, bytes_of, tensor_of
+from graphcache.modules.packaging import Source, save
 
 _WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
 _OF_THIS_PROCESS = _WITH_AN_ENGINE | {
@@ -37,6 +40,7 @@ class CarriedEngine(nn.Module):
     engine: Engine
     _bytes: Tensor
     _refitted: bool
+    source: Source | None
     _profile: int | None
 
     def __getattr__(self, name: str) -> Any:
@@ -111,6 +115,30 @@ class CarriedEngine(nn.Module):
         """
         if profile is not None and not 0 <= profile < engine.profiles:
             raise ConfigError(f"{self.name} has optimisation profiles 0 to {engine.profiles - 1}, not {profile}")
+
+    def save(self, path: str | os.PathLike[str], *, onnx: Any = None, build: Mapping[str, Any] | None = None) -> None:
+        """Write the engine as a package, for :func:`graphcache.load` of another process or machine.
+
+        The file holds the engine's bytes, its names and options, and what it was built by and for. It is written in one
+        step. It holds no code and nothing is pickled.
+
+        Args:
+            path: Of the file, in a directory that exists; ``.gcache`` is the usual ending.
+            onnx: The model that the engine was built from, as a path or as bytes, so that
+                ``load(..., rebuild="if_needed")`` can build it again for another TensorRT or GPU. A module that was
+                loaded from a package with a model keeps it.
+            build: Keyword arguments of :func:`graphcache.build` for that: ``shapes``, ``weight_streaming``,
+                ``refittable``, ``workspace``.
+
+        Raises:
+            ConfigError: If the file cannot be written, or for a bad option.
+            EngineError: If the engine was refitted, and TensorRT cannot serialise it again.
+
+        Example::
+
+            engine.save("policy.gcache", onnx="policy.onnx", build={"shapes": {"x": ((1, 48), (8, 48), (64, 48))}})
+        """
+        save(self, path, onnx=onnx, build=build)
 
     def _is(self, told: EngineState) -> bool:
         names = tuple(self.input_binding_names), tuple(self.output_binding_names)
