@@ -14,14 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import EngineModule
+from graphcache.cache import spec
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
-from graphcache.modules import cached, conditions, engine_carried, record_engine
+from graphcache.modules import cached, conditions, engine_carried, examples, prepare, record_engine
 from graphcache.modules import engine as room
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
-MODULES = (allocator, context, engine, library, probe, verify, room, engine_carried, record_engine)
+MODULES = (
+    allocator,
+    context,
+    engine,
+    library,
+    probe,
+    verify,
+    room,
+    engine_carried,
+    record_engine,
+    examples,
+    prepare,
+    spec,
+)
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,6 +54,8 @@ def engines(patch: pytest.MonkeyPatch, *, streams: bool = True) -> Iterator[Torc
         patch.setattr(cached, "raw_stream", fake.raw_stream)
         for each in (cached, conditions):
             patch.setattr(each, "is_capturing", fake.is_capturing)
+        # What prepare() makes up has to lie where engines read.
+        patch.setattr(fake, "zeros", lambda shape, dtype, device: fake.empty(shape, dtype=dtype).zero_(), raising=False)
         yield fake
 
 

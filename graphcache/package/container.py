@@ -150,7 +150,7 @@ class Container:
         # First, as zipfile takes some 20 times the memory that a directory has.
         self._check_end()
         try:
-            self._archive = _guarded(lambda: zipfile.ZipFile(self._file))
+            self._archive: zipfile.ZipFile = _guarded(lambda: zipfile.ZipFile(self._file))
         except _Unreadable as error:
             raise self._damaged(str(error)) from error
         found: dict[str, zipfile.ZipInfo] = {}
