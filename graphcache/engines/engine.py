@@ -13,6 +13,7 @@ import torch
 
 from graphcache.engines.bindings import Binding, read_bindings
 from graphcache.engines.header import check_header
+from graphcache.engines.kernels import KeptKernels
 from graphcache.engines.library import Library, library, require_gpu, words
 from graphcache.errors import (
     ConfigError,
@@ -35,6 +36,8 @@ class Engine:
         outputs: Likewise for the outputs.
         name: What messages call it; the engine's own name if empty.
         tensorrt: The flavour of TensorRT, see :func:`graphcache.engines.library.library`.
+        keep_kernels: Whether kernels that are compiled at run time are kept in this user's cache folder, and taken from
+            there; they are written when the engine is closed or the process ends.
 
     Raises:
         EngineFormatError: If the bytes are not an engine, or not all of one.
@@ -53,6 +56,7 @@ class Engine:
         outputs: Sequence[str] | None = None,
         name: str = "",
         tensorrt: str | None = None,
+        keep_kernels: bool = False,
     ) -> None:
         self.library = library(tensorrt)
         self.trt: Any = self.library.module
@@ -82,6 +86,7 @@ class Engine:
         self.aliases = any(self._aliased(binding.name) for binding in self.outputs)
         self._config: Any = None
         self._kernels: Any = None
+        self._kept = KeptKernels(serialized, self.library, self.name) if keep_kernels else None
 
     def said(self) -> AbstractContextManager[list[str]]:
         """Collects what TensorRT logs as errors in this thread, for messages."""
@@ -113,6 +118,8 @@ class Engine:
                     )
                     # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line but one).
                     self._kernels = self._config.create_runtime_cache()
+                    if self._kept is not None:
+                        self._kept.fill(self._kernels)
                     self._config.set_runtime_cache(self._kernels)
             context = self._engine.create_execution_context(self._config)
         if context is None:
@@ -123,6 +130,14 @@ class Engine:
         # A key-value cache that is updated in place; TensorRT-RTX and TensorRT 11 can tell.
         find = getattr(self._engine, "get_aliased_input_tensor", None)
         return bool(find(output)) if find is not None else False
+
+    def save_kernels(self) -> bool:
+        """Write the kernels that were compiled since, if they are kept.
+
+        Returns:
+            Whether there was something new.
+        """
+        return self._kept is not None and self._kept.save()
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -183,6 +198,8 @@ class Engine:
 
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""
+        if self._kept is not None:
+            self._kept.close()
         with keeping_the_current_device():
             self._config = self._kernels = self._engine = self._runtime = None
 

@@ -63,6 +63,9 @@ class EngineModule(CarriedEngine):
         settings: Kept as an attribute for code that reads it, as Torch-TensorRT's modules do; not looked at.
         weight_name_map: Kept as an attribute, for refitting.
         requires_output_allocator: Whether some output's shape depends on the data, so that TensorRT allocates it.
+        keep_kernels: Keep the kernels that TensorRT-RTX compiles for new shapes in this user's cache folder, so that
+            later processes take them from there. They are written when the module is closed, by :meth:`save_kernels`,
+            or when the process ends.
 
     Raises:
         EngineError: One of its kinds, for bytes that are no engine of this machine.
@@ -88,12 +91,14 @@ class EngineModule(CarriedEngine):
         settings: Any = None,
         weight_name_map: Any = None,
         requires_output_allocator: bool = False,
+        keep_kernels: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
         self.settings = settings
         self.weight_name_map = weight_name_map
         self.requires_output_allocator = requires_output_allocator
+        self.keep_kernels = keep_kernels
         self.input_binding_names = list(input_binding_names or ())
         self.output_binding_names = list(output_binding_names or ())
         self.output_shapes = ""
@@ -110,7 +115,7 @@ class EngineModule(CarriedEngine):
             kind = type(serialized_engine).__name__
             raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
         data = bytes(serialized_engine)
-        self._attach(Engine(data, inputs=input_binding_names, outputs=output_binding_names, name=name))
+        self._attach(self.deserialised(data, input_binding_names, output_binding_names, name))
         self._bytes = tensor_of(data)
 
     def _begin(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,6 +41,7 @@ class CarriedEngine(nn.Module):
     _bytes: Tensor
     _refitted: bool
     source: Source | None
+    keep_kernels: bool
     _profile: int | None
 
     def __getattr__(self, name: str) -> Any:
@@ -68,6 +69,24 @@ class CarriedEngine(nn.Module):
                 self._bytes = tensor_of(self.engine.serialized())
                 self._refitted = False
         return self._bytes
+
+    def deserialised(
+        self, data: bytes, inputs: Sequence[str] | None, outputs: Sequence[str] | None, name: str
+    ) -> Engine:
+        """An engine of this module's options on the current device.
+
+        Raises:
+            EngineError: As :class:`~graphcache.engines.engine.Engine`.
+        """
+        return Engine(data, inputs=inputs, outputs=outputs, name=name, keep_kernels=self.keep_kernels)
+
+    def save_kernels(self) -> bool:
+        """Write the kernels that were compiled since, where ``keep_kernels`` is on, for processes that start meanwhile.
+
+        Returns:
+            Whether there was something new.
+        """
+        return self.engine.save_kernels()
 
     def lies_at(self, place: tuple[int, int]) -> bool:
         """Whether an address and a number of bytes are those of this module's bytes: the same memory, not a copy."""
@@ -99,7 +118,7 @@ class CarriedEngine(nn.Module):
             self.check_profile(told.profile, self.engine)
         else:
             with on_index(self.__dict__.get("device")):
-                engine = Engine(bytes_of(told.engine), inputs=told.inputs, outputs=told.outputs, name=told.name)
+                engine = self.deserialised(bytes_of(told.engine), told.inputs, told.outputs, told.name)
             self.check_profile(told.profile, engine)
             self._exchange(engine)
             self._bytes = told.engine
@@ -184,14 +203,8 @@ class CarriedEngine(nn.Module):
         self._begin()
         if self._bytes.numel():
             with on_index(device):
-                self._attach(
-                    Engine(
-                        bytes_of(self._bytes),
-                        inputs=self.input_binding_names,
-                        outputs=self.output_binding_names,
-                        name=self.name,
-                    )
-                )
+                data, names = bytes_of(self._bytes), (self.input_binding_names, self.output_binding_names)
+                self._attach(self.deserialised(data, *names, self.name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo[id(self)] = type(self).__new__(type(self))

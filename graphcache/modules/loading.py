@@ -37,6 +37,7 @@ def load(
     into: nn.Module | None = None,
     rebuild: Rebuild = "never",
     prepare: bool = False,
+    keep_kernels: bool = False,
 ) -> Any:
     """A module from an engine file, from its bytes, or from a package that ``save`` wrote.
 
@@ -55,6 +56,7 @@ def load(
             if there is one. ``"never"`` refuses it.
         prepare: Capture what the package's manifest lists, before returning. Costs that were measured on another
             device, driver or version are not used; the calls are.
+        keep_kernels: As :class:`EngineModule` takes it. A model given as ``into`` brings its own.
 
     Returns:
         An :class:`EngineModule`, or the model given as ``into``; behind a :class:`CachedModule` with its options if it
@@ -80,10 +82,10 @@ def load(
     if into is not None and not isinstance(into, nn.Module):
         raise ConfigError(f"into={shown(into)}: expected an nn.Module with an EngineModule() for each engine")
     if not isinstance(source, (str, os.PathLike)):
-        return EngineModule(source, name=name)
+        return EngineModule(source, name=name, keep_kernels=keep_kernels)
     path = Path(source)
     if _is_package(path):
-        return _Loading(path, name, into, rebuild).module(prepare)
+        return _Loading(path, name, into, rebuild, keep_kernels).module(prepare)
     for option, given in (("into", into is not None), ("prepare", prepare)):
         if given:
             raise ConfigError(f"{option} is for packages, and {path} is none; save one with module.save('m.gcache')")
@@ -95,7 +97,7 @@ def load(
         ) from error
     if path.suffix == ".onnx":
         raise EngineFormatError(f"{path} is an ONNX model; make an engine of it first: graphcache.build({str(path)!r})")
-    return EngineModule(data, name=name or path.stem)
+    return EngineModule(data, name=name or path.stem, keep_kernels=keep_kernels)
 
 
 def _is_package(path: Path) -> bool:
@@ -124,11 +126,12 @@ class _Checked:
 class _Loading:
     """One package on its way to a module: everything is read and checked before anything is made."""
 
-    def __init__(self, path: Path, name: str, into: nn.Module | None, rebuild: Rebuild) -> None:
+    def __init__(self, path: Path, name: str, into: nn.Module | None, rebuild: Rebuild, keep_kernels: bool) -> None:
         self._path = path
         self._name = name
         self._into = into
         self._rebuild = rebuild
+        self._keep_kernels = keep_kernels
 
     def module(self, prepare: bool) -> Any:
         with Container(self._path) as container:
@@ -205,7 +208,7 @@ class _Loading:
                 raise EngineVersionError(
                     f"{label} {unfit}. The package holds its ONNX model: load it with rebuild='if_needed'"
                 )
-            data = build(source.onnx, **source.options)
+            data = build(source.onnx, **source.options, cache=True)
             packaged = replace(packaged, output_shapes="")
         return _Checked(packaged, data, source)
 
@@ -226,7 +229,9 @@ class _Loading:
     def _made(self, header: Header, engines: list[_Checked], weights: Mapping[str, Tensor]) -> nn.Module:
         if header.kind == "engine":
             (only,) = engines
-            module = self._into if isinstance(self._into, EngineModule) else EngineModule()
+            module = (
+                self._into if isinstance(self._into, EngineModule) else EngineModule(keep_kernels=self._keep_kernels)
+            )
             module.set_extra_state(_state(only, self._name))
             module.source = only.source
             return module

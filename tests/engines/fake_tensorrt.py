@@ -336,7 +336,24 @@ class IOutputAllocator:
 
 
 class IRuntimeCache:
-    """What TensorRT-RTX compiled at run time."""
+    """What TensorRT-RTX compiled at run time: one kernel for each engine and set of shapes."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> bytes | None:
+        return json.dumps(sorted(self.kernels)).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            self.kernels.update(json.loads(bytes(blob)))
+        except ValueError:
+            return False
+        return True
+
+    def reset(self) -> bool:
+        self.kernels.clear()
+        return True
 
 
 class IRuntimeConfig:
@@ -507,7 +524,8 @@ class ICudaEngine:
         if self._network.name == "no context":
             self._logger.log(ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 8 bytes.)")
             return None
-        return IExecutionContext(self, runtime_config.get_execution_context_allocation_strategy())
+        cache = runtime_config._cache() if runtime_config._cache is not None else None
+        return IExecutionContext(self, runtime_config.get_execution_context_allocation_strategy(), cache)
 
     def _known(self, name: str) -> IO:
         if not isinstance(name, str):
@@ -565,8 +583,13 @@ class Refitter:
 
 class IExecutionContext:
     made: ClassVar[weakref.WeakSet[IExecutionContext]] = weakref.WeakSet()
+    compiled: ClassVar[list[str]] = []
+    """Kernels that were in no runtime cache."""
 
-    def __init__(self, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy) -> None:
+    def __init__(
+        self, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy, cache: IRuntimeCache | None = None
+    ) -> None:
+        self._kernels = cache if cache is not None else IRuntimeCache()
         self.engine = engine
         self._network = engine._network
         self._io = engine._io
@@ -724,6 +747,10 @@ class IExecutionContext:
 
     def _run(self, stream: int, shapes: dict[str, Shape]) -> bool:
         network = self._network
+        kernel = f"{network.name} {sorted(self._shapes.items())}"
+        if kernel not in self._kernels.kernels:
+            self._kernels.kernels.add(kernel)
+            self.compiled.append(kernel)
         inputs = {each.name: (self._shapes[each.name], each) for each in network.io if each.is_input}
         host = {
             name: _load(self._addresses[name], shape, TORCH[io.dtype])

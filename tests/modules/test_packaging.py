@@ -300,7 +300,7 @@ def test_an_engine_is_built_again_where_it_has_to_be(
 
     monkeypatch.setattr(loading, "build", build)
     module = graphcache.load(tmp_path / "m.gcache", rebuild="if_needed")
-    assert built == [(b"model", {"shapes": {"x": [1, 4]}})]
+    assert built == [(b"model", {"shapes": {"x": [1, 4]}, "cache": True})]
     x = rows(fake, 2)
     assert torch.equal(module(x), x * 3 + 1)
     module.save(tmp_path / "n.gcache")
