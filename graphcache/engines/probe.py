@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graphcache.engines.bindings import Binding
-from graphcache.engines.engine import Engine
+from graphcache.engines.engine import Engine, keeping_the_current_device
 from graphcache.engines.expressions import Dim, OutputShapes, Size, fit
 
 _MOST_VALUES = 40
@@ -33,16 +33,8 @@ def output_shapes(engine: Engine) -> OutputShapes:
     Raises:
         EngineExecutionError: If TensorRT makes no context.
     """
-    context = engine.new_context()
-    points: list[dict[Dim, int]] = []
-    found: list[list[tuple[int, ...]]] = []
-    with engine.said():
-        for profile in range(engine.profiles):
-            asked = _Asked(engine, context, profile)
-            for point in _points(asked):
-                if (shapes := asked.shapes(point)) is not None:
-                    points.append(point)
-                    found.append(shapes)
+    with keeping_the_current_device(), engine.said():
+        points, found = _observed(engine)
     return OutputShapes(
         tuple(
             tuple(
@@ -52,6 +44,20 @@ def output_shapes(engine: Engine) -> OutputShapes:
             for index, binding in enumerate(engine.outputs)
         )
     )
+
+
+def _observed(engine: Engine) -> tuple[list[dict[Dim, int]], list[list[tuple[int, ...]]]]:
+    """Points, and the shapes of the outputs there."""
+    context = engine.new_context()
+    points: list[dict[Dim, int]] = []
+    found: list[list[tuple[int, ...]]] = []
+    for profile in range(engine.profiles):
+        asked = _Asked(engine, context, profile)
+        for point in _points(asked):
+            if (shapes := asked.shapes(point)) is not None:
+                points.append(point)
+                found.append(shapes)
+    return points, found
 
 
 def _rule(points: Sequence[dict[Dim, int]], sizes: Sequence[int]) -> Size | None:
