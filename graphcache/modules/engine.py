@@ -250,6 +250,8 @@ class EngineModule(CarriedEngine):
             # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
             self.epoch += 1
             self._refitted = True
+            # That model has other weights.
+            self.source = None
             self.lane.enter(stream.cuda_stream)
             refit(self.engine, mapped, stream.cuda_stream)
             if wait:

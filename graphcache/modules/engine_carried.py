@@ -93,7 +93,10 @@ class CarriedEngine(nn.Module):
         return place == (self._bytes.data_ptr(), self._bytes.numel())
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict()`` holds of this module: the bytes as a tensor (not a copy), names and options."""
+        """What ``state_dict()`` holds of this module: the bytes as a tensor (not a copy), names and options.
+
+        A weight streaming budget is no part of it, as it depends on the device.
+        """
         return EngineState(
             self.engine_tensor(),
             tuple(self.input_binding_names),
@@ -121,7 +124,7 @@ class CarriedEngine(nn.Module):
                 engine = self.deserialised(bytes_of(told.engine), told.inputs, told.outputs, told.name)
             self.check_profile(told.profile, engine)
             self._exchange(engine)
-            self._bytes = told.engine
+            self._bytes, self.source = told.engine, None
         self.name, self.output_shapes = told.name, told.output_shapes
         self.requires_output_allocator, self._profile = told.requires_output_allocator, told.profile
         self.epoch += 1
@@ -145,7 +148,7 @@ class CarriedEngine(nn.Module):
             path: Of the file, in a directory that exists; ``.gcache`` is the usual ending.
             onnx: The model that the engine was built from, as a path or as bytes, so that
                 ``load(..., rebuild="if_needed")`` can build it again for another TensorRT or GPU. A module that was
-                loaded from a package with a model keeps it.
+                loaded from a package with a model keeps it, until it is refitted.
             build: Keyword arguments of :func:`graphcache.build` for that: ``shapes``, ``weight_streaming``,
                 ``refittable``, ``workspace``.
 

@@ -81,6 +81,8 @@ def load(
         raise ConfigError(f"rebuild={shown(rebuild)}: expected one of {', '.join(map(repr, get_args(Rebuild)))}")
     if into is not None and not isinstance(into, nn.Module):
         raise ConfigError(f"into={shown(into)}: expected an nn.Module with an EngineModule() for each engine")
+    if source is None:
+        raise EngineFormatError("expected the path of a file or the bytes of an engine, got None")
     if not isinstance(source, (str, os.PathLike)):
         return EngineModule(source, name=name, keep_kernels=keep_kernels)
     path = Path(source)

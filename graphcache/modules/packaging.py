@@ -173,7 +173,7 @@ def _engine(index: int, name: str, module: CarriedEngine, parts: dict[str, bytes
         flavour=engine.library.flavour,
         tensorrt=engine.library.version,
         capability=None if capability is None else list(capability),
-        device=torch.cuda.get_device_name(module.device) if torch.cuda.is_available() else "",
+        device=torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "",
         onnx=None if source is None else model,
         build={} if source is None else dict(source.options),
     )

@@ -19,6 +19,7 @@ from graphcache import EngineModule
 from graphcache.engines.probe import output_shapes
 from graphcache.errors import EngineVersionError, PackageError
 from graphcache.modules.operator import call_engine, unload_engines
+from tests.gpu.test_refit_gpu import outside_support
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -171,6 +172,20 @@ def test_an_engine_takes_the_place_of_another_with_graphs_of_it(load):
     assert torch.equal(fast(x), wanted)
     assert torch.equal(fast(x), wanted)
     assert not torch.equal(before, wanted)
+
+
+def test_weights_that_were_refitted_are_saved():
+    if outside_support():
+        pytest.skip("this TensorRT builds no engine that takes new weights here")
+    model, shapes = networks.mlp8()
+    module = graphcache.load(graphcache.build(model, shapes=shapes, refittable=True))
+    x = rows(4)
+    before = module(x)
+    module.refit({"w7": networks._weights(8)[7].flip(0).contiguous()})
+    wanted = module(x)
+    assert not close(wanted, before)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert close(again(x), wanted)
 
 
 # ---- export and compile

@@ -156,6 +156,14 @@ def test_what_does_not_fit_is_found_while_tracing(fake: Torch) -> None:
         call_engine(given_tensors, mode.from_tensor(module.engine_tensor()), text)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_wrapped_module_is_exported_as_the_module_that_it_wraps(fake: Torch, strict: bool) -> None:
+    for module in (mixed(), EngineModule(serialize("affine"))):
+        program = exported(graphcache.wrap(module), X, strict=strict)
+        assert sum(node.target is call_engine for node in program.graph.nodes) == 1
+        assert torch.equal(program.module()(X), module(X))
+
+
 # ---- compile
 
 
@@ -168,6 +176,8 @@ def test_compile_does_not_break_at_the_engine(fake: Torch, backend: str) -> None
     for count in (2, 3, 4):
         x = torch.randn(count, 4)
         assert torch.allclose(fast(x), wanted(x))
+    again = torch.compile(graphcache.wrap(mixed()), fullgraph=True, backend="eager")
+    assert torch.allclose(again(X), wanted(X))
 
 
 def test_new_weights_show_in_a_compiled_program(fake: Torch) -> None:

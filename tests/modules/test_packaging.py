@@ -151,6 +151,22 @@ def test_a_module_that_was_loaded_is_saved_again_with_its_model(fake: Torch, tmp
     assert (tmp_path / "a.gcache").read_bytes() == (tmp_path / "b.gcache").read_bytes()
 
 
+def test_a_model_of_other_weights_is_not_kept(fake: Torch, tmp_path: Path) -> None:
+    module = EngineModule(serialize("refittable"))
+    module.save(tmp_path / "a.gcache", onnx=b"model")
+    module = graphcache.load(tmp_path / "a.gcache")
+    x = fake.driver.heap.tensor([[1.0, 2.0]])
+    before = module(x)
+    module.refit({"shift": torch.tensor([5.0, 5.0])})
+    module.save(tmp_path / "b.gcache")
+    again = graphcache.load(tmp_path / "b.gcache")
+    assert again.source is None
+    assert torch.equal(again(x), before + 4)
+    again.source = Source(b"model", {})
+    again.load_state_dict(affine().state_dict())
+    assert again.source is None
+
+
 # ---- models
 
 
@@ -313,6 +329,7 @@ def test_without_a_gpu_the_package_is_checked_all_the_same(
 ) -> None:
     affine().save(tmp_path / "m.gcache")
     monkeypatch.setattr(library, "torch", torch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NoGpuError, match="running net needs a CUDA device"):
         graphcache.load(tmp_path / "m.gcache")
     repacked(tmp_path / "m.gcache", lambda header, parts: parts.update({"engines/0.engine": b"no"}), seal=False)
@@ -473,6 +490,8 @@ def test_bad_options_of_load(fake: Torch, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             graphcache.load(tmp_path / "net.engine", **options)  # type: ignore[arg-type]
+    with pytest.raises(EngineFormatError, match="expected the path of a file or the bytes of an engine, got None"):
+        graphcache.load(None)  # type: ignore[arg-type]
     with pytest.raises(PackageError, match="cannot be read"):
         graphcache.load(tmp_path / "missing.gcache")
     (tmp_path / "unnamed").write_bytes(STORED.read_bytes())
