@@ -159,9 +159,10 @@ def test_what_does_not_fit_is_found_while_tracing(fake: Torch) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_wrapped_module_is_exported_as_the_module_that_it_wraps(fake: Torch, strict: bool) -> None:
     for module in (mixed(), EngineModule(serialize("affine"))):
-        program = exported(graphcache.wrap(module), X, strict=strict)
+        program = exported(graphcache.wrap(module), X, strict=strict, dynamic={"args": (ROWS["x"],)})
         assert sum(node.target is call_engine for node in program.graph.nodes) == 1
-        assert torch.equal(program.module()(X), module(X))
+        for x in (X, torch.ones(3, 4)):
+            assert torch.equal(program.module()(x), module(x))
 
 
 # ---- compile
