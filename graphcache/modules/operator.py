@@ -174,15 +174,19 @@ def execute_engine(inputs: list[Tensor], engine: Tensor, call: str) -> list[Tens
 
 def traced_engines(module: nn.Module) -> list[EngineModule]:
     """The modules of this process whose engines a traced program runs, which it holds as constants."""
-    if not alive:
+    engines = list(alive.values())
+    if not engines:
         return []
+    own = {id(each) for each in engines}
+    # An engine's module refers to its bytes itself, which its deep copies share.
     places = {
         (tensor.data_ptr(), tensor.numel())
         for each in module.modules()
+        if id(each) not in own
         for tensor in (*each.__dict__.values(), *each._buffers.values())
         if type(tensor) is Tensor and tensor.dtype is torch.uint8 and tensor.device.type == "cpu"
     }
-    return [each for each in list(alive.values()) if any(each.lies_at(place) for place in places)]
+    return [each for each in engines if any(each.lies_at(place) for place in places)]
 
 
 def unload_engines() -> int:

@@ -21,6 +21,7 @@ from graphcache import CachedModule, EngineModule
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, EngineVersionError
 from graphcache.modules import engine_carried
 from graphcache.modules.engine_state import bytes_of, tensor_of
+from graphcache.modules.operator import traced_engines
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
@@ -261,6 +262,18 @@ def test_a_deep_copy_shares_the_bytes(fake: Torch) -> None:
     again = copy.deepcopy(module)
     assert again.engine.engine_tensor() is module.engine.engine_tensor()
     assert again.scale is not module.scale
+
+
+def test_what_happens_to_a_module_does_not_show_in_a_copy_that_shares_its_bytes(fake: Torch) -> None:
+    module = load_engine("affine")
+    module.set_optimization_profile(0)
+    again = copy.deepcopy(module)
+    assert traced_engines(again) == []
+    fast, x = graphcache.wrap(again), rows(fake, 2)
+    for _ in range(3):
+        assert torch.equal(fast(x), x * 3 + 1)
+        module.set_optimization_profile(None if module.profile_choice == 0 else 0)
+    assert outcomes(fast) == (2, 1, {})
 
 
 @pytest.mark.parametrize("duplicate", COPIES)
