@@ -58,6 +58,7 @@ class Engine:
         tensorrt: str | None = None,
         keep_kernels: bool = False,
     ) -> None:
+        self._kept: KeptKernels | None = None
         self.library = library(tensorrt)
         self.trt: Any = self.library.module
         if not isinstance(name, str):
@@ -86,7 +87,8 @@ class Engine:
         self.aliases = any(self._aliased(binding.name) for binding in self.outputs)
         self._config: Any = None
         self._kernels: Any = None
-        self._kept = KeptKernels(serialized, self.library, self.name) if keep_kernels else None
+        if keep_kernels:
+            self._kept = KeptKernels(serialized, self.library, self.name)
 
     def said(self) -> AbstractContextManager[list[str]]:
         """Collects what TensorRT logs as errors in this thread, for messages."""

@@ -583,7 +583,7 @@ class Refitter:
 
 class IExecutionContext:
     made: ClassVar[weakref.WeakSet[IExecutionContext]] = weakref.WeakSet()
-    compiled: ClassVar[list[str]] = []
+    _compiled: ClassVar[list[str]] = []
     """Kernels that were in no runtime cache."""
 
     def __init__(
@@ -750,7 +750,7 @@ class IExecutionContext:
         kernel = f"{network.name} {sorted(self._shapes.items())}"
         if kernel not in self._kernels.kernels:
             self._kernels.kernels.add(kernel)
-            self.compiled.append(kernel)
+            self._compiled.append(kernel)
         inputs = {each.name: (self._shapes[each.name], each) for each in network.io if each.is_input}
         host = {
             name: _load(self._addresses[name], shape, TORCH[io.dtype])

@@ -22,7 +22,7 @@ from tests.standins import engines, in_a_new_process
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Torch]:
     monkeypatch.setenv("GRAPHCACHE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(IExecutionContext, "compiled", [])
+    monkeypatch.setattr(IExecutionContext, "_compiled", [])
     with engines(monkeypatch) as fake:
         yield fake
 
@@ -30,11 +30,11 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Torch]:
 def run(fake: Torch, *counts: int, keep: bool = True) -> list[str]:
     """What a module compiles for some numbers of rows."""
     module = EngineModule(serialize("affine"), keep_kernels=keep)
-    before = len(IExecutionContext.compiled)
+    before = len(IExecutionContext._compiled)
     for count in counts:
         module(rows(fake, count))
     module.close()
-    return IExecutionContext.compiled[before:]
+    return IExecutionContext._compiled[before:]
 
 
 def test_what_one_module_compiled_the_next_one_has(fake: Torch) -> None:
@@ -57,7 +57,7 @@ from tests.engines.fake_tensorrt import IExecutionContext, serialize
 module = graphcache.load(serialize("affine"), keep_kernels=True)
 for count in (2, 3):
     module(torch.ones(count, 4))
-print(len(IExecutionContext.compiled))
+print(len(IExecutionContext._compiled))
 """
     assert in_a_new_process(code) == "1\n"
     # It was never closed: the end of the process has kept what was new.
@@ -131,7 +131,7 @@ def test_a_tensorrt_without_a_runtime_cache(fake: Torch, monkeypatch: pytest.Mon
 def test_packages_and_copies(fake: Torch, tmp_path: Path) -> None:
     run(fake, 2)
     EngineModule(serialize("affine")).save(tmp_path / "m.gcache")
-    before = len(IExecutionContext.compiled)
+    before = len(IExecutionContext._compiled)
     module = graphcache.load(tmp_path / "m.gcache", keep_kernels=True)
     module(rows(fake, 2))
-    assert IExecutionContext.compiled[before:] == []
+    assert IExecutionContext._compiled[before:] == []
