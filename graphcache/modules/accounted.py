@@ -1,0 +1,291 @@
+"""What a wrapped module offers beside its calls: its account, its preparation, its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from torch import nn
+
+from graphcache.cache.advisor import Advice
+from graphcache.cache.lru import Entry
+from graphcache.cache.manifest import Manifest
+from graphcache.cache.places import place_of
+from graphcache.cache.seen import Seen, advise_axes
+from graphcache.config import GraphConfig
+from graphcache.errors import CaptureError, ConfigError, Refusal, shown
+from graphcache.events import Ledger, Subscriber, log
+from graphcache.modules.bucketed import Bucketed, arguments_of
+from graphcache.modules.described import described
+from graphcache.modules.info import CacheInfo
+from graphcache.modules.misses import Misses
+from graphcache.modules.prepare import Prepared, prepare
+from graphcache.modules.record import Recorded
+from graphcache.modules.recorded_calls import TraceRecording
+from graphcache.modules.served_calls import served
+from graphcache.modules.session import Session
+from graphcache.modules.standin import StandIn
+
+if TYPE_CHECKING:
+    from graphcache.modules.cached import CachedModule
+
+
+class Accounted(StandIn):
+    """All of :class:`~graphcache.modules.cached.CachedModule` that is not the way of a call; it is nothing by itself.
+
+    Args:
+        module: The wrapped module.
+    """
+
+    config: GraphConfig
+    ledger: Ledger
+    parts: dict[str, CachedModule]
+    _entries: Mapping[Hashable, Entry[Recorded]]
+    _misses: Misses
+    _seen: Seen
+    _bucketed: Bucketed | None
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+
+    def session(self, *args: Any, **kwargs: Any) -> Session:
+        """A graph of this signature with its buffers in the caller's hands; it is not part of the cache.
+
+        Args:
+            args: Arguments of a call, whose values the static inputs begin with.
+            kwargs: Likewise.
+
+        Raises:
+            CaptureError: If the call cannot be captured, with the cause.
+            Exception: Whatever the module raises for these arguments.
+        """
+        self._misses.check_open()
+        fast = self._whole
+        try:
+            args, kwargs, _, inputs = described(fast, args, kwargs)
+        except Refusal as refusal:
+            raise CaptureError(f"{self.ledger.name}: {refusal.cause}") from refusal
+        fast._notice_device(inputs)
+        session = Session(self._misses.alone(inputs, args, kwargs))
+        with torch.no_grad():
+            for static, tensor in zip(session.inputs, fast._device_only(inputs), strict=True):
+                static.copy_(tensor)
+        return session
+
+    def prepare(
+        self, *calls: Any, pin: bool = False, deadline: float | None = None, progress: bool | None = None
+    ) -> Prepared:
+        """Capture calls before serving: all of them run eagerly once, then all are captured.
+
+        A signature holds the grad mode and autocast: prepare under those that will serve. (A manifest brings its own.)
+        Calls that are given are prepared largest first, so that what graphs share grows once; those of a manifest
+        hottest first, as far as budgets reach. A graph that is prepared makes room for none of the others. It is one
+        of the cache's, and may be evicted later, unless it is pinned.
+
+        Args:
+            calls: Tuples of positional arguments, single tensors, :class:`graphcache.Call`, manifests, or their paths.
+                For an engine also shapes: of its only input, or for each input, in a sequence or by name; the values
+                are made up. For a host shape tensor these are its values.
+            pin: Keep these graphs whatever comes.
+            deadline: Seconds after which no further capture begins; half of them at most go to the eager calls.
+            progress: Draw a bar on stderr where that is a terminal; ``None`` means ``True``.
+
+        Returns:
+            How many signatures have a graph now, what it took, and what was refused, left out or ignored. A manifest
+            that is damaged or of another environment is ignored, which is logged once. A line is logged at INFO.
+
+        Raises:
+            ConfigError: For what is no call, or a bad option.
+            ClosedError: After :meth:`close`.
+            Exception: Whatever the module raises for a call that was given. Nothing was captured then.
+
+        Example:
+            >>> from graphcache import CachedModule, GraphConfig
+            >>> fast = CachedModule(nn.ReLU(), GraphConfig(capture="prepared"))
+            >>> fast.prepare((torch.zeros(2),), (torch.zeros(3),)).signatures
+            2
+            >>> _ = fast(torch.ones(3))
+            >>> fast.cache_info().hits
+            1
+        """
+        return prepare(self._whole, calls, pin=pin, deadline=deadline, progress=progress)
+
+    def save_manifest(self, path: str | os.PathLike[str]) -> Manifest:
+        """Write what was captured, and what was often called without a graph, for :meth:`prepare` of a later process.
+
+        It holds shapes, constants, how often they came and what they cost, not the values of tensors; and the module's
+        fingerprint, device, driver and versions. The file is written in one step: a reader sees the old one or the new
+        one, whoever else writes.
+
+        Args:
+            path: Of the file, in a directory that exists.
+
+        Returns:
+            What was written. Calls that cannot be told in text are left out, which is logged at INFO.
+
+        Raises:
+            OSError: If it cannot be written; what was there stays.
+            ConfigError: For a path that is none.
+        """
+        manifest, untold = served(self._whole)
+        left_out = untold + manifest.save(path)
+        if left_out:
+            log.info("%s: %d calls were left out of the manifest", self.ledger.name, left_out)
+        return manifest
+
+    def cache_info(self) -> CacheInfo:
+        """The account so far, of this module and of the parts that it captured one by one.
+
+        Example:
+            >>> from graphcache import CachedModule
+            >>> CachedModule(nn.ReLU()).cache_info().graphs
+            0
+        """
+        entries = list(self._entries.values())
+        account, arbiter = self._misses.admission.account(), self._misses.arbiter
+        own = CacheInfo(
+            hits=self.ledger.retired_hits + sum(entry.hits for entry in entries),
+            captures=self.ledger.captures,
+            evictions=self.ledger.evictions,
+            eager=dict(self.ledger.eager),
+            graphs=len(entries),
+            nbytes=sum(entry.nbytes for entry in entries),
+            capture_seconds=self.ledger.capture_seconds,
+            padded=0 if self._bucketed is None else self._bucketed.padded,
+            eager_seconds=account.eager_seconds,
+            saved_seconds=account.saved_seconds,
+            budget=self.config.max_bytes,
+            process_nbytes=arbiter.nbytes if arbiter is not None else 0,
+        )
+        for part in self.parts.values():
+            own += part.cache_info()
+        return own
+
+    def advise_buckets(
+        self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0
+    ) -> Advice:
+        """Buckets for one argument that would have served its shapes with the least padding.
+
+        Args:
+            trace: Shapes with how often each was seen; ``None`` for those of the calls so far (of the last 4096
+                signatures).
+            most: How many buckets an axis may have, on every axis where the shapes differ; or axis -> how many.
+            argument: Its name or position; it is a tensor, and an argument of the call itself.
+
+        Returns:
+            The advice; ``option()`` gives what the ``buckets`` option takes for the argument.
+
+        Raises:
+            ConfigError: Naming the field, or if no shape of the argument was seen.
+
+        Example:
+            >>> from graphcache import CachedModule
+            >>> fast = CachedModule(nn.ReLU())
+            >>> for rows in (1, 2, 7, 8, 8):
+            ...     _ = fast(torch.zeros(rows, 4))
+            >>> fast.advise_buckets(most=2).option()
+            {0: [2, 8]}
+        """
+        if trace is None:
+            if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
+                raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
+            place = place_of(argument, arguments_of(self.module), f"argument={argument!r}")
+            trace = self._seen.counts(place, {key: entry.hits for key, entry in list(self._entries.items())})
+            if not trace:
+                raise ConfigError(
+                    f"argument={argument!r}: {self.ledger.name} was not called with a tensor there; call it first, or "
+                    f"give a trace"
+                )
+        return advise_axes(trace, most)
+
+    def record_trace(self, path: str | os.PathLike[str], *, max_calls: int = 10_000_000) -> TraceRecording:
+        """Record the signature of every call from now on, hits included, for ``python -m bench.policy --recorded``.
+
+        Calls take some 30 µs longer while they are recorded, and nothing more afterwards. Values of tensors are
+        not recorded.
+
+        Args:
+            path: Of the file, which must not exist.
+            max_calls: How many calls are recorded at most, 12 bytes each; the others are left out.
+
+        Returns:
+            A context manager that ends it, as its ``close()`` does.
+
+        Raises:
+            TraceError: If the file exists or cannot be made.
+            ConfigError: If ``max_calls`` is not a whole number, 1 or more.
+
+        Example:
+            >>> import tempfile
+            >>> from graphcache.cache.trace import read_trace
+            >>> from graphcache import CachedModule
+            >>> fast = CachedModule(nn.ReLU())
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     with fast.record_trace(f"{folder}/calls.jsonl"):
+            ...         _ = [fast(torch.zeros(size)) for size in (2, 3, 2)]
+            ...     read_trace(f"{folder}/calls.jsonl").calls
+            [0, 1, 0]
+        """
+        return TraceRecording(self._whole, path, max_calls=max_calls)
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call ``subscriber`` with every capture, eviction and eager call from now on, in the thread of the call.
+
+        Returns:
+            A function that ends it.
+        """
+        subscribers = self.ledger.subscribers
+        subscribers.append(subscriber)
+
+        def end() -> None:
+            with suppress(ValueError):
+                subscribers.remove(subscriber)
+
+        return end
+
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph, and forget what could not be captured; the next call of each signature captures anew.
+
+        Args:
+            wait: Wait for the last replays, so that all memory is given back. Otherwise what they use goes when they
+                have finished, at the latest with the next capture.
+        """
+        # What is captured beside the calls uses the module too.
+        wait = wait or self.config.capture_in == "background"
+        with self._misses.lock:
+            self._misses.clear(wait=wait)
+            for part in self.parts.values():
+                part.clear(wait=wait)
+        if wait:
+            self._misses.finish()
+
+    def close(self) -> None:
+        """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""
+        with self._misses.lock:
+            self._misses.closed = True
+            self._misses.clear()
+            for part in self.parts.values():
+                part.close()
+        self._misses.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def runs(self, function: Callable[..., Any]) -> None:
+        """Call ``function`` instead of the module from now on; graphs of another one are dropped."""
+        if function != self._misses.run:
+            self.clear()
+            self._misses.runs(function)
+
+    def extra_repr(self) -> str:
+        return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
+
+    @property
+    def _whole(self) -> CachedModule:
+        return cast("CachedModule", self)

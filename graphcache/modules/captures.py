@@ -1,0 +1,195 @@
+"""Captures of one module, each kept in its cache or remembered as one that cannot be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.cache.admission import Admission
+from graphcache.cache.arbiter import Arbiter, arbiter
+from graphcache.cache.blocks import Blocks
+from graphcache.cache.lru import GraphCache
+from graphcache.cache.signature import Signature
+from graphcache.cache.thrash import Thrash
+from graphcache.config import GraphConfig
+from graphcache.errors import Cause, Refusal
+from graphcache.events import Captured, Ledger, log
+from graphcache.graphs.capture import refusal_of
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.freshness import Freshness
+from graphcache.modules.preparing import Preparation, preparing
+from graphcache.modules.record import Recorded, Recorder
+from graphcache.modules.record_engine import EngineRecorder
+from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.remembered import Remembered
+from graphcache.modules.room import Room
+from graphcache.modules.views import Views
+
+_SAMPLES = 3
+
+
+class Captures:
+    """Captures calls of one module, one at a time, and keeps what came of it.
+
+    Args:
+        module: The wrapped module.
+        run: What a call calls; ``module`` itself or its ``forward``.
+        config: Options.
+        ledger: Hears of captures and eager calls.
+        cache: Where graphs go.
+        freshness: Tells when the graphs are no longer right.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        config: GraphConfig,
+        ledger: Ledger,
+        cache: GraphCache[Recorded],
+        freshness: Freshness,
+    ) -> None:
+        self.module = module
+        self._engine = module if isinstance(module, EngineModule) else None
+        self._config = config
+        self._ledger = ledger
+        self._cache = cache
+        self._freshness = freshness
+        self._blocks = Blocks()
+        self.admission = Admission(cache, config.capture)
+        """Decides what is captured; hears of evictions from whoever holds the cache."""
+        self.remembered = Remembered(cache.entries, self._engine)
+        """What calls were like, for a manifest."""
+        self.arbiter: Arbiter | None = None
+        """Of the device of the last capture."""
+        self._thrash = Thrash()
+        self.lock = threading.RLock()
+        """Held while a call is captured, and by whoever drops graphs."""
+        self.cuda = self._engine is not None
+        """Whether calls concern a CUDA device."""
+        self.closed = False
+        self.generation = 0
+        """Goes up when everything that was found out about the module is forgotten."""
+        self.runs(run)
+
+    def runs(self, run: Callable[..., Any]) -> None:
+        """Call ``run`` from now on; what was captured of another one must have been dropped."""
+        self.run = run
+        self.recorder = self._recorder()
+
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph, and forget what could not be captured.
+
+        Args:
+            wait: Wait for the last replays.
+        """
+        with self.lock:
+            self.generation += 1
+            self._cache.clear(wait=wait)
+            self._thrash.forget()
+            self._blocks.clear()
+            self.recorder.release()
+
+    def refresh(self, grad: bool) -> None:
+        """Drop every graph if they are no longer right. The lock is held."""
+        if self._freshness.is_stale(grad):
+            self.clear()
+            self._freshness.look_again()
+
+    def blocked(self, signature: Signature) -> Cause | None:
+        """Why a signature is not to be captured this time, from what came of it before. The lock is held."""
+        return self._blocks.cause(signature)
+
+    def _capture(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Cause | None]:
+        preparation = preparing.get()
+        start = time.perf_counter()
+        with self._room(inputs) as room:
+            answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
+            seconds = time.perf_counter() - start
+            return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
+
+    def _recorder(self) -> Recorder:
+        if self._engine is not None:
+            return EngineRecorder(self._engine, self._config)
+        return TorchRecorder(self.module, self.run, self._ledger.name, verified=self._config.verify)
+
+    def _finish(
+        self,
+        signature: Signature,
+        outcome: Recorded | Cause,
+        inputs: Sequence[Tensor],
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        seconds: float,
+        room: Room,
+        preparation: Preparation | None,
+    ) -> Cause | None:
+        """Keep a graph, or remember why there is none, which is returned."""
+        if isinstance(outcome, Recorded):
+            if self._config.outputs == "view":
+                outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
+            try:
+                room.settle(outcome.nbytes)
+                entry = self._cache.put(signature, outcome, reservation=room.own)
+            except Refusal as refusal:
+                outcome.close()
+                outcome = refusal.cause
+            except Exception as error:
+                # Closing an evicted graph failed. This call has its answer all the same.
+                outcome = refusal_of(error, self._ledger.name).cause
+        if isinstance(outcome, Recorded):
+            self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
+            self.remembered.note(signature, *call)
+            replay = self._replay_seconds(outcome, inputs)
+            slower = self.admission.captured(signature, seconds, replay=replay, preparing=preparation is not None)
+            if slower is not None:
+                self._cache.evict(signature)
+            if preparation is None:
+                self._notice_thrash(signature)
+                return None
+            preparation.keep(self._cache.entries, signature)
+            return slower
+        self.admission.failed(signature, seconds, preparing=preparation is not None)
+        self._blocks.block(signature, outcome)
+        return outcome
+
+    def _room(self, inputs: Sequence[Tensor]) -> Room:
+        return Room(self._cache, self._arbiter(inputs))
+
+    def _take(self, room: Room, signature: Signature) -> None:
+        room.take(self.admission.expected_nbytes(signature), signature)
+
+    def _replay_seconds(self, recorded: Recorded, inputs: Sequence[Tensor]) -> float | None:
+        """What a replay takes the host, which is what an eager call is measured by too."""
+        if self.admission.policy != "worthwhile":
+            return None
+        hosts = self._engine.host_inputs if self._engine is not None else ()
+        given = [value for index, value in enumerate(inputs) if index not in hosts]
+        taken = []
+        for _ in range(_SAMPLES):
+            start = time.perf_counter()
+            recorded.replay(given)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    def _arbiter(self, inputs: Sequence[Tensor]) -> Arbiter:
+        """Whoever bounds what all modules of the call's device own together."""
+        found = self.arbiter = arbiter(self._device(inputs))
+        found.register(self._cache)
+        return found
+
+    def _device(self, inputs: Sequence[Tensor]) -> torch.device:
+        if self._engine is not None:
+            return self._engine.device
+        return next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
+
+    def _notice_thrash(self, signature: Signature) -> None:
+        hits = self._ledger.retired_hits + sum(entry.hits for entry in list(self._cache.entries.values()))
+        if (seen := self._thrash.captured(signature, hits)) is not None:
+            log.warning("%s: %s", self._ledger.name, seen.advice(self._cache, self._config.capture))
