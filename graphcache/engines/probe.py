@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from graphcache.engines.expressions import Dim, OutputShapes, Size, fit
 _MOST_VALUES = 40
 """Of one axis: consecutive ones, so that a stride shows."""
 _MOST_TOGETHER = 24
+_MOST_PARTNERS = 4
 _CODES = {torch.int32: "i", torch.int64: "q"}
 Ranges = dict[Dim, tuple[int, int]]
 
@@ -24,8 +26,8 @@ def output_shapes(engine: Engine) -> OutputShapes:
     """How the shapes of an engine's outputs follow from those of its inputs, within its profiles.
 
     It makes an execution context and sets shapes on it; nothing runs. Axes that TensorRT refuses to change alone are
-    changed with those of the same range. Host shape tensors take values at random, so that a size that depends on
-    them is found to be unknown.
+    changed together with others of the same range; that one of them may also be 1, and is broadcast, is not part of
+    the rule. Host shape tensors take values at random, so that a size that depends on them is found to be unknown.
 
     Args:
         engine: On the current device.
@@ -114,7 +116,7 @@ def _points(asked: _Asked) -> Iterator[dict[Dim, int]]:
     high = {dim: bounds[1] for dim, bounds in asked.ranges.items()}
     yield low
     yield high
-    groups = _groups(asked, low)
+    groups = _groups(asked, high)
     for group in groups:
         first, last = asked.ranges[group[0]]
         for value in _values(first, last):
@@ -133,10 +135,30 @@ def _values(first: int, last: int) -> list[int]:
     return sorted({*near, (first + last) // 2})
 
 
-def _groups(asked: _Asked, low: dict[Dim, int]) -> list[list[Dim]]:
-    """Axes that change together."""
-    open_axes = [dim for dim, (first, last) in asked.ranges.items() if first < last]
-    tied = [dim for dim in open_axes if asked.shapes(low | {dim: low[dim] + 1}) is None]
-    groups = [[dim] for dim in open_axes if dim not in tied]
-    bounds = dict.fromkeys(asked.ranges[dim] for dim in tied)
-    return groups + [[dim for dim in tied if asked.ranges[dim] == each] for each in bounds]
+def _groups(asked: _Asked, high: dict[Dim, int]) -> list[list[Dim]]:
+    """Axes that change together: the fewest that TensorRT lets change without the others."""
+    left = [dim for dim, (first, last) in asked.ranges.items() if first < last]
+    groups = []
+    while left:
+        first, *others = left
+        alike = [dim for dim in others if asked.ranges[dim] == asked.ranges[first]]
+        found = [first, *alike]
+        for chosen in _subsets(alike):
+            if _may_change(asked, high, [first, *chosen]):
+                found = [first, *chosen]
+                break
+        groups.append(found)
+        left = [dim for dim in left if dim not in found]
+    return groups
+
+
+def _subsets(dims: Sequence[Dim]) -> Iterator[tuple[Dim, ...]]:
+    for count in range(min(len(dims), _MOST_PARTNERS) + 1):
+        yield from combinations(dims, count)
+
+
+def _may_change(asked: _Asked, high: dict[Dim, int], group: Sequence[Dim]) -> bool:
+    """Whether some axes may have another size than at the corner; 1 is no other size, as it may be broadcast."""
+    first, last = asked.ranges[group[0]]
+    values = {value for value in (last - 1, (first + last) // 2) if max(first, 2) <= value < last}
+    return not values or any(asked.shapes(high | dict.fromkeys(group, value)) is not None for value in sorted(values))

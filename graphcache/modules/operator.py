@@ -141,9 +141,9 @@ _loading = threading.Lock()
 def execute_engine(inputs: list[Tensor], engine: Tensor, call: str) -> list[Tensor]:
     """Run an engine.
 
-    In the process that traced the program this is the module that was traced, as long as it lives and the program
-    refers to its bytes: new weights show, as those of any module do. Elsewhere the engine is deserialised at its first
-    call, once for each device, and stays until :func:`unload_engines`.
+    In the process that traced the program this is the module that was traced, until it is closed, and as long as the
+    program refers to its bytes: new weights show, as those of any module do. Elsewhere the engine is deserialised at
+    its first call, once for each device, and stays until :func:`unload_engines`.
 
     Raises:
         EngineFormatError: If the bytes are not those that were exported.
@@ -205,7 +205,7 @@ def unload_engines() -> int:
 
 def _module_of(told: Call, engine: Tensor, inputs: Sequence[Tensor]) -> EngineModule:
     module = alive.get(told.identity)
-    if module is not None and module.lies_at((engine.data_ptr(), engine.numel())):
+    if module is not None and module.lies_at((engine.data_ptr(), engine.numel())) and not module.engine.closed:
         return module
     device = next((value.device for value in inputs if value.is_cuda), None)
     key = (told.sha256, device, *told.inputs, None, *told.outputs, told.requires_output_allocator, told.profile)

@@ -71,6 +71,34 @@ def test_rules_beyond_what_was_asked(
     assert found == rule({"x": shape})
 
 
+def broadcast(one: int, other: int) -> int:
+    if one != other and 1 not in (one, other):
+        raise ValueError(f"{one} and {other} do not go together")
+    return other if one == 1 else one
+
+
+def joined(names: str, high: int = 32) -> Network:
+    """Inputs with two axes each, of the same range, that are broadcast against each other."""
+
+    def shapes(given: dict[str, Any], _: Any) -> dict[str, tuple[int, ...]]:
+        found = given[names[0]]
+        for name in names[1:]:
+            found = tuple(map(broadcast, found, given[name]))
+        return {"y": found}
+
+    ranges = (((1, 1), (2, 2), (high, high)),)
+    io = [IO(name, True, (-1, -1), ranges=ranges) for name in names]
+    return Network((*io, IO("y", False, (-1, -1))), shapes, lambda given: {"y": given[names[0]]})
+
+
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_inputs_that_are_added_have_the_same_sizes(fake: Torch, monkeypatch: pytest.MonkeyPatch, names: str) -> None:
+    monkeypatch.setitem(NETWORKS, "made", joined(names))
+    found = output_shapes(Engine(serialize("made")))
+    assert found.outputs == ((ROWS, Size(((1, ((0, 1),)),))),)
+    assert found.of([(700, 9)] * len(names)) == [(700, 9)]
+
+
 def test_a_rule_that_is_none_of_them(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, "made", of(lambda given: (given["x"][0] ** 2,), ((1,), (64,))))
     assert output_shapes(Engine(serialize("made"))).outputs == ((None,),)

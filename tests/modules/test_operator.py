@@ -230,6 +230,14 @@ def test_a_program_runs_the_module_that_was_traced_while_it_lives(fake: Torch) -
     assert torch.allclose(program(X), wanted(X))
 
 
+def test_a_module_that_was_closed_leaves_the_program_its_bytes(fake: Torch) -> None:
+    module = mixed()
+    program = exported(module, X).module()
+    module.engine.close()
+    assert torch.allclose(program(X), wanted(X))
+    assert len(operator._loaded) == 1
+
+
 def test_a_copy_with_other_weights_is_not_taken_for_the_module(fake: Torch, tmp_path: Path) -> None:
     module = EngineModule(serialize("refittable"))
     x = torch.tensor([[1.0, 2.0]])
