@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
+import graphcache
 from graphcache.errors import ConfigError, EngineBuildError
 from graphcache.modules.onnx_export import Exported, export, open_sizes, resized
 from tests.helpers import Fn, mlp, tensors
@@ -71,6 +72,13 @@ def test_fixed_sizes() -> None:
 def test_the_same_module_gives_the_same_bytes() -> None:
     module, x = mlp(), torch.randn(2, 4)
     assert exported(module, x).onnx == exported(module, x).onnx
+
+
+def test_tensorrt_builds_what_was_exported() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    n = Dim("n", min=1, max=16)
+    made = exported(Pair(), torch.ones(2, 3), torch.ones(2, 3), dynamic={"a": {0: n}, "b": {0: n}})
+    assert graphcache.build(made.onnx, shapes=made.shapes)[:4] == b"vtrt"
 
 
 def test_any_number_of_arguments() -> None:
