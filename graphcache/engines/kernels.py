@@ -15,6 +15,7 @@ from graphcache.engines.store import Store, user_store
 from graphcache.events import log
 
 KIND = "kernels"
+_PATIENCE_SECONDS = 5.0
 
 
 class KeptKernels:
@@ -37,7 +38,8 @@ class KeptKernels:
         parts = (hashlib.sha256(serialized).hexdigest(), found.flavour, found.version, _device())
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         self._note = {"name": name, found.flavour: found.version, "device": _device()}
-        self._loaded = b""
+        # Of what was kept last.
+        self._digest = b""
         self._cache: Any = None
         _keeping.add(self)
 
@@ -54,7 +56,7 @@ class KeptKernels:
         if found is None:
             return
         if cache.deserialize(found):
-            self._loaded = found
+            self._digest = hashlib.sha256(found).digest()
         else:
             log.warning(
                 "TensorRT refused the kernels that were kept for %s; they are compiled again", self._note["name"]
@@ -70,17 +72,19 @@ class KeptKernels:
             return False
         made = self._cache.serialize()
         data = b"" if made is None else bytes(made)
-        if not data or data == self._loaded:
+        digest = hashlib.sha256(data).digest()
+        if not data or digest == self._digest:
             return False
         try:
-            with self._store.lock(self.key):
+            # A process that ends does not wait for another one's build, which may hold the same lock.
+            with self._store.lock(self.key, timeout=_PATIENCE_SECONDS):
                 kept = self._store.get(KIND, self.key)
                 if kept is None or len(kept) <= len(data):
                     self._store.put(KIND, self.key, data, self._note)
         except OSError as error:
             log.warning("kernels cannot be kept: %s", error)
             return False
-        self._loaded = data
+        self._digest = digest
         return True
 
     def close(self) -> None:

@@ -170,11 +170,15 @@ class Store:
         return removed, nbytes
 
     @contextmanager
-    def lock(self, key: str) -> Iterator[None]:
+    def lock(self, key: str, timeout: float | None = None) -> Iterator[None]:
         """Inside, nobody else holds the lock of this key. There are 256 of them, so others may wait too.
 
+        Args:
+            key: Of the entry.
+            timeout: How long to wait for it, in seconds; ``None`` for as long as it takes.
+
         Raises:
-            OSError: If the folder cannot be written.
+            OSError: If the folder cannot be written, or the time has passed.
         """
         from filelock import FileLock
 
@@ -182,7 +186,7 @@ class Store:
         locks.mkdir(parents=True, exist_ok=True)
         # Never removed: whoever removes a lock that another one waits for makes two of it.
         number = hashlib.sha256(key.encode()).hexdigest()[:2]
-        with FileLock(str(locks / f"{number}.lock"), thread_local=False):
+        with FileLock(str(locks / f"{number}.lock"), -1 if timeout is None else timeout, thread_local=False):
             yield
 
     def _path(self, kind: str, key: str) -> Path:

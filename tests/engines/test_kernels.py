@@ -119,6 +119,18 @@ def test_a_folder_that_cannot_be_used_is_no_error(
     assert "kernels cannot be" in caplog.text
 
 
+def test_nobody_waits_long_for_a_lock_that_another_holds(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "_PATIENCE_SECONDS", 0.05)
+    module = EngineModule(serialize("affine"), keep_kernels=True)
+    module(rows(fake, 2))
+    with user_store().lock(module.engine._kept.key):  # type: ignore[union-attr]
+        assert not module.save_kernels()
+    assert "kernels cannot be kept" in caplog.text
+    assert module.save_kernels()
+
+
 def test_a_tensorrt_without_a_runtime_cache(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(fake_tensorrt, "DynamicShapesKernelSpecializationStrategy")
     assert len(run(fake, 2)) == 1
