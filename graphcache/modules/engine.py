@@ -249,11 +249,10 @@ class EngineModule(CarriedEngine):
                 self.lane.wait()
             # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
             self.epoch += 1
-            self._refitted = True
-            # That model has other weights.
-            self.source = None
             self.lane.enter(stream.cuda_stream)
             refit(self.engine, mapped, stream.cuda_stream)
+            # The bytes and the model that it was built from have other weights.
+            self._refitted, self.source = True, None
             if wait:
                 stream.synchronize()
             elif not direct:

@@ -21,6 +21,7 @@ from graphcache import CachedModule, EngineModule, GraphConfig, Mask
 from graphcache.engines import library
 from graphcache.errors import (
     ConfigError,
+    EngineError,
     EngineFormatError,
     EngineVersionError,
     GraphCacheError,
@@ -156,7 +157,11 @@ def test_a_model_of_other_weights_is_not_kept(fake: Torch, tmp_path: Path) -> No
     module.save(tmp_path / "a.gcache", onnx=b"model")
     module = graphcache.load(tmp_path / "a.gcache")
     x = fake.driver.heap.tensor([[1.0, 2.0]])
-    before = module(x)
+    before, tensor = module(x), module.engine_tensor()
+    with pytest.raises(EngineError, match="has no weights 'nothing'"):
+        module.refit({"nothing": torch.tensor([5.0, 5.0])})
+    assert module.engine_tensor() is tensor
+    assert module.source is not None
     module.refit({"shift": torch.tensor([5.0, 5.0])})
     module.save(tmp_path / "b.gcache")
     again = graphcache.load(tmp_path / "b.gcache")
