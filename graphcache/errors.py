@@ -317,6 +317,19 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def is_a(value: object, *kinds: type) -> bool:
+    """``isinstance`` of anything, also of what cannot be asked.
+
+    Example:
+        >>> is_a("m.json", str, int)
+        True
+    """
+    try:
+        return isinstance(value, kinds)
+    except Exception:
+        return False
+
+
 class Refusal(Exception):
     """Raised inside a capture to say why it cannot be; never reaches the user."""
 

@@ -105,7 +105,7 @@ def build(
     """
     if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
         raise ConfigError(f"workspace={workspace!r}: expected a number of bytes, 1 or more, or None")
-    if not isinstance(cache, bool):
+    if type(cache) is not bool:
         raise ConfigError(f"cache={shown(cache)}: expected True or False")
     found = find(library)
     if not hasattr(found.module, "Builder"):

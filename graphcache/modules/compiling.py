@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import require_gpu
-from graphcache.errors import ConfigError, EngineBuildError, shown
+from graphcache.errors import ConfigError, EngineBuildError, is_a, shown
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.onnx_export import export, open_sizes, resized
@@ -71,16 +71,18 @@ def compile(
         fast = graphcache.compile(policy, torch.randn(8, 48, device="cuda"), dynamic={"x": {0: (1, 64)}})
         y = fast(torch.randn(3, 48, device="cuda"))
     """
-    if not isinstance(module, nn.Module) or isinstance(module, (CachedModule, EngineModule)):
+    if not is_a(module, nn.Module) or is_a(module, CachedModule, EngineModule):
         raise ConfigError(f"cannot compile {shown(module)}: expected an nn.Module of PyTorch that is not wrapped")
     if any(each.training for each in module.modules()):
         raise ConfigError(f"{type(module).__name__} is in training mode; call module.eval() first")
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(inputs, Sequence) or not inputs or not all(isinstance(each, Tensor) for each in inputs):
+    inputs: Any = (example_inputs,) if is_a(example_inputs, Tensor) else example_inputs
+    if not is_a(inputs, tuple, list) or not inputs or not all(is_a(each, Tensor) for each in inputs):
         raise ConfigError(f"example_inputs={shown(example_inputs)}: expected a tensor, or a sequence of tensors")
     bound = TOLERANCE if tolerance is None else tolerance
-    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < 1:
+    if type(bound) not in (int, float) or not 0 <= bound < 1:
         raise ConfigError(f"tolerance={shown(tolerance)}: expected a part of the norm, from 0 to below 1")
+    if type(name) is not str:
+        raise ConfigError(f"name={shown(name)}: expected text")
     config = GraphConfig.of(options)
     dims = open_sizes(module, inputs, dynamic)
     label = name or type(module).__name__

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.errors import EngineFormatError, shown
+from graphcache.errors import EngineFormatError, is_a, shown
 
 _VERSION = 1
 
@@ -49,20 +49,22 @@ class EngineState:
         Raises:
             EngineFormatError: Naming the field that is missing or not what it should be.
         """
-        if not isinstance(state, Mapping):
+        if not is_a(state, Mapping):
             raise EngineFormatError(
                 f"the state of {label} is of type {type(state).__name__}; expected the dictionary that state_dict() of "
                 f"an EngineModule holds"
             )
-        if state.get("version") != _VERSION:
+        version = state.get("version")
+        if type(version) is not int or version != _VERSION:
             raise EngineFormatError(
-                f"the state of {label} has version {shown(state.get('version'))}, and this graphcache reads "
-                f"{_VERSION}; save it again with this release, or install the release that saved it"
+                f"the state of {label} has version {shown(version)}, and this graphcache reads {_VERSION}; save it "
+                f"again with this release, or install the release that saved it"
             )
         engine = state.get("engine")
-        if not isinstance(engine, Tensor) or engine.dtype is not torch.uint8 or engine.dim() != 1 or not engine.numel():
-            seen = f"{engine.dtype} {list(engine.shape)}" if isinstance(engine, Tensor) else shown(engine)
-            raise EngineFormatError(f"the state of {label}: engine is {seen}; expected the bytes as a uint8 tensor")
+        if not _holds_bytes(engine):
+            raise EngineFormatError(
+                f"the state of {label}: engine is {_described(engine)}; expected the bytes as a uint8 tensor"
+            )
         for field, right in _RIGHT.items():
             if field not in state or not right(state[field]):
                 seen = shown(state[field]) if field in state else "missing"
@@ -109,19 +111,35 @@ def tensor_of(data: bytes) -> Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
+def _holds_bytes(value: Any) -> bool:
+    try:
+        dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+        return dense and value.dtype is torch.uint8 and value.dim() == 1 and value.numel() > 0
+    except Exception:
+        # A parameter without a shape, or an object that cannot be asked.
+        return False
+
+
+def _described(value: Any) -> str:
+    try:
+        return f"{value.dtype} {list(value.shape)}"
+    except Exception:
+        return shown(value)
+
+
 def _texts(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    return is_a(value, list, tuple) and all(is_a(each, str) for each in value)  # type: ignore[attr-defined]
 
 
 def _whole_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    return value is None or (type(value) is int and 0 <= value < 2**31)
 
 
 _RIGHT: dict[str, Callable[[object], bool]] = {
     "inputs": _texts,
     "outputs": _texts,
-    "name": lambda value: isinstance(value, str),
-    "requires_output_allocator": lambda value: isinstance(value, bool),
+    "name": lambda value: type(value) is str,
+    "requires_output_allocator": lambda value: type(value) is bool,
     "profile": _whole_or_none,
-    "output_shapes": lambda value: isinstance(value, str),
+    "output_shapes": lambda value: type(value) is str,
 }

@@ -15,7 +15,7 @@ from graphcache.cache.manifest import Manifest, differences
 from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import library
-from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, shown
+from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, is_a, shown
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_state import EngineState, tensor_of
@@ -77,15 +77,23 @@ def load(
         engine = graphcache.load("model.engine")
         fast = graphcache.load("policy.gcache", prepare=True)
     """
-    if rebuild not in get_args(Rebuild):
+    if type(rebuild) is not str or rebuild not in get_args(Rebuild):
         raise ConfigError(f"rebuild={shown(rebuild)}: expected one of {', '.join(map(repr, get_args(Rebuild)))}")
-    if into is not None and not isinstance(into, nn.Module):
+    if into is not None and not is_a(into, nn.Module):
         raise ConfigError(f"into={shown(into)}: expected an nn.Module with an EngineModule() for each engine")
+    if type(name) is not str:
+        raise ConfigError(f"name={shown(name)}: expected text")
+    for option, value in (("prepare", prepare), ("keep_kernels", keep_kernels)):
+        if type(value) is not bool:
+            raise ConfigError(f"{option}={shown(value)}: expected True or False")
     if source is None:
         raise EngineFormatError("expected the path of a file or the bytes of an engine, got None")
-    if not isinstance(source, (str, os.PathLike)):
+    if not is_a(source, str, os.PathLike):
         return EngineModule(source, name=name, keep_kernels=keep_kernels)
-    path = Path(source)
+    try:
+        path = Path(source)
+    except Exception as error:
+        raise EngineFormatError(f"{shown(source)} is no path: {shown(error)}; expected that of a file") from error
     if _is_package(path):
         return _Loading(path, name, into, rebuild, keep_kernels).module(prepare)
     for option, given in (("into", into is not None), ("prepare", prepare)):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.errors import ConfigError, EngineBuildError, shown
+from graphcache.errors import ConfigError, EngineBuildError, is_a, shown
 
 Sizes = dict[int, tuple[int, int]]
 """Axis -> its smallest and largest size."""
@@ -47,7 +47,7 @@ def open_sizes(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any) -> lis
     """
     if dynamic is None:
         return [{} for _ in inputs]
-    if not isinstance(dynamic, Mapping):
+    if not is_a(dynamic, Mapping):
         raise ConfigError(
             f"dynamic={shown(dynamic)}: expected inputs with their open axes, such as {{'x': {{0: (1, 64)}}}}"
         )
@@ -55,14 +55,14 @@ def open_sizes(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any) -> lis
     found: list[dict[int, Any]] = [{} for _ in inputs]
     for key, axes in dynamic.items():
         where = f"dynamic[{shown(key)}]"
-        position = names.index(key) if key in names else key
-        if not isinstance(position, int) or isinstance(key, bool) or not 0 <= position < len(inputs):
+        position = names.index(key) if type(key) is str and key in names else key
+        if type(position) is not int or not 0 <= position < len(inputs):
             raise ConfigError(f"{where}: there is no such input; expected one of {', '.join(names)}, or a position")
-        if not isinstance(axes, Mapping):
+        if not is_a(axes, Mapping):
             raise ConfigError(f"{where}={shown(axes)}: expected axes with their sizes, such as {{0: (1, 64)}}")
         for axis, sizes in axes.items():
             rank = inputs[position].dim()
-            if not isinstance(axis, int) or isinstance(axis, bool) or not -rank <= axis < rank:
+            if type(axis) is not int or not -rank <= axis < rank:
                 raise ConfigError(f"{where}[{shown(axis)}]: the input has {rank} axes")
             place = axis % rank
             size = inputs[position].shape[place]
@@ -171,12 +171,11 @@ def _shapes(module: nn.Module, dims: Sequence[Mapping[int, Any]]) -> Any:
 
 def _dim(where: str, name: str, sizes: Any) -> tuple[int, int, Any]:
     """The smallest and the largest size, and the ``Dim``, unless there is only one size."""
-    if isinstance(sizes, type(torch.export.Dim("n", min=1, max=2))):
+    if is_a(sizes, type(torch.export.Dim("n", min=1, max=2))):
         if not sizes.max < 2**31:
             raise ConfigError(f"{where}={shown(sizes)}: an engine is built for a largest size; give the Dim a max")
         return max(sizes.min, 1), sizes.max, sizes
-    whole = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) == 2
-    if not whole or any(not isinstance(size, int) or isinstance(size, bool) for size in sizes):
+    if not is_a(sizes, tuple, list) or len(sizes) != 2 or any(type(size) is not int for size in sizes):
         raise ConfigError(f"{where}={shown(sizes)}: expected (smallest, largest), or a torch.export.Dim")
     low, high = sizes
     if not 1 <= low <= high < 2**31:

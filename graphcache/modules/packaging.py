@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.config import GraphConfig
-from graphcache.errors import ConfigError, shown
+from graphcache.errors import ConfigError, is_a, shown
 from graphcache.modules.engine_state import bytes_of
 from graphcache.package.container import HEADER, sha256, write_parts
 from graphcache.package.header import Header, PackagedEngine
@@ -49,13 +49,13 @@ class Source:
         Raises:
             ConfigError: For what is no ONNX model or no option.
         """
-        if isinstance(onnx, (str, os.PathLike)):
+        if is_a(onnx, str, os.PathLike):
             try:
                 onnx = Path(onnx).read_bytes()
-            except (OSError, ValueError) as error:
-                why = getattr(error, "strerror", None) or str(error)
+            except Exception as error:
+                why = getattr(error, "strerror", None) or shown(error)
                 raise ConfigError(f"onnx={shown(onnx)} cannot be read: {why}; expected the path of a model") from error
-        if not isinstance(onnx, (bytes, bytearray)) or not onnx:
+        if not is_a(onnx, bytes, bytearray) or not onnx:
             raise ConfigError(f"onnx={shown(onnx)}: expected the path of an ONNX model, or its bytes")
         if b"\x0a\x08location\x12" in onnx:
             raise ConfigError(
@@ -63,13 +63,13 @@ class Source:
                 "(onnx.save(..., save_as_external_data=False)), or leave it out"
             )
         options = {} if options is None else options
-        if not isinstance(options, Mapping) or any(name not in BUILD_OPTIONS for name in options):
+        if not is_a(options, Mapping) or any(type(name) is not str or name not in BUILD_OPTIONS for name in options):
             raise ConfigError(
                 f"build={shown(options)}: expected keyword arguments of graphcache.build, of {', '.join(BUILD_OPTIONS)}"
             )
         try:
             return cls(bytes(onnx), json.loads(json.dumps(dict(options), allow_nan=False)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"build={shown(options)}: expected what JSON can hold: {error}") from error
 
 
@@ -113,9 +113,9 @@ def save(
         parts={name: {"nbytes": len(data), "sha256": sha256(data)} for name, data in parts.items()},
     )
     try:
-        write_parts(path, {HEADER: header.data, **parts})
-    except (OSError, TypeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        write_parts(os.fspath(path), {HEADER: header.data, **parts})
+    except Exception as error:
+        why = getattr(error, "strerror", None) or shown(error)
         raise ConfigError(f"path={shown(path)} cannot be written: {why}; what was there is as it was") from error
 
 
