@@ -14,11 +14,13 @@ from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
 from graphcache.modules.cached import CachedModule as CachedModule
+from graphcache.modules.compiling import compile as compile
 from graphcache.modules.engine import EngineModule as EngineModule
-from graphcache.modules.engine import load as load
 from graphcache.modules.examples import Call as Call
 from graphcache.modules.info import CacheInfo as CacheInfo
+from graphcache.modules.loading import load as load
 from graphcache.modules.observers import Observer as Observer
+from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap

@@ -22,6 +22,7 @@
     ├── StaleOutputError (RuntimeError)       an output that a later replay wrote over, outputs="view"
     ├── ClosedError (RuntimeError)
     ├── TraceError (ValueError)               a trace file is damaged, or is none
+    ├── PackageError (ValueError)             a package file is damaged, or is none
     ├── NoGpuError (RuntimeError)
     ├── CudaError (RuntimeError)              a driver call failed
     ├── CompileError (RuntimeError)           the optional accelerator cannot be compiled
@@ -114,6 +115,10 @@ class ClosedError(GraphCacheError, RuntimeError):
 
 class TraceError(GraphCacheError, ValueError):
     """A file is no trace of calls, or a damaged one; the message names the line and the field."""
+
+
+class PackageError(GraphCacheError, ValueError):
+    """A file is no package of graphcache, or a damaged one; the message names the part and how to make it again."""
 
 
 class NoGpuError(GraphCacheError, RuntimeError):
@@ -315,6 +320,19 @@ def shown(value: object) -> str:
     except Exception as error:
         text = f"an object of type {type(value).__name__} (whose repr raises {type(error).__name__})"
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def is_a(value: object, *kinds: type) -> bool:
+    """``isinstance`` of anything, also of what cannot be asked.
+
+    Example:
+        >>> is_a("m.json", str, int)
+        True
+    """
+    try:
+        return isinstance(value, kinds)
+    except Exception:
+        return False
 
 
 class Refusal(Exception):

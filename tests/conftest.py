@@ -24,7 +24,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 @pytest.fixture(autouse=True)
 def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test starts from the same seed and environment, and leaves the modes and torch's own switches alone."""
-    for name in ("DISABLE", "MAX_GRAPHS", "MAX_BYTES", "PROCESS_MAX_BYTES"):
+    for name in ("DISABLE", "MAX_GRAPHS", "MAX_BYTES", "PROCESS_MAX_BYTES", "CACHE_DIR", "CACHE_MAX_BYTES"):
         monkeypatch.delenv(f"GRAPHCACHE_{name}", raising=False)
     # What somebody compiled on this machine is no part of the tests, which compile their own.
     monkeypatch.setenv("GRAPHCACHE_NATIVE", "0")

@@ -1110,9 +1110,9 @@ ODD_SOURCES: dict[str, Callable[[], Any]] = {
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("take", [graphcache.load, EngineModule], ids=lambda take: take.__name__)
 def test_an_odd_source_is_a_typed_error(take):
-    assert not untyped(
-        ODD_SOURCES, take, EngineFormatError, holds=lambda error, said, _: error is not None and bool(said)
-    )
+    # None makes a module that is empty until it is loaded.
+    sources = {name: make for name, make in ODD_SOURCES.items() if take is graphcache.load or name != "None"}
+    assert not untyped(sources, take, EngineFormatError, holds=lambda error, said, _: error is not None and bool(said))
 
 
 @pytest.mark.usefixtures("stand_in")

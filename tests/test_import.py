@@ -28,6 +28,8 @@ FORBIDDEN = (
     "prometheus_client",
     "nvtx",
     "graphcache.cli",
+    "torch._dynamo",
+    "safetensors",
 )
 
 

@@ -15,7 +15,9 @@ RANKS = {
     "config": 0,
     "events": 0,
     "version": 0,
+    "files": 0,
     "cache": 1,
+    "package": 1,
     "graphs": 1,
     "engines": 1,
     "modules": 2,
@@ -35,6 +37,8 @@ OWNERS = {
     "click": "cli",
     "rich": "cli",
     "ray": "serving",
+    "safetensors": "package",
+    "filelock": "engines",
 }
 """The only room that imports a library."""
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphcache.cache.sealed import MOST_BYTES, Damaged, Path, read_sealed, write_sealed
+from graphcache.cache.sealed import MOST_BYTES, Damaged, Path, read_sealed, sealed, unsealed, write_sealed
 from graphcache.cache.served import ManifestEntry, heat, together
 from graphcache.cache.spec import Spec
 from graphcache.cache.tree import TreeError
@@ -115,6 +115,16 @@ class Manifest:
             OSError: If it cannot be written; what was there stays.
             ConfigError: For a path that is none.
         """
+        body, left_out = self._body()
+        write_sealed(_path(path), _KIND, VERSION, body)
+        return left_out
+
+    @property
+    def data(self) -> bytes:
+        """What :meth:`save` writes."""
+        return sealed(_KIND, VERSION, self._body()[0])
+
+    def _body(self) -> tuple[dict[str, Any], int]:
         kept: list[dict[str, Any]] = []
         left = MOST_BYTES - 1024 - len(json.dumps(self.environment))
         for entry in self.entries[:_MOST_ENTRIES]:
@@ -122,8 +132,7 @@ class Manifest:
             if left < 0:
                 break
             kept.append(entry.tree)
-        write_sealed(_path(path), _KIND, VERSION, {"environment": self.environment, "entries": kept})
-        return len(self.entries) - len(kept)
+        return {"environment": self.environment, "entries": kept}, len(self.entries) - len(kept)
 
     @classmethod
     def load(cls, path: Path, *, expect: Mapping[str, str] | None = None) -> Manifest:
@@ -139,11 +148,19 @@ class Manifest:
         Raises:
             ConfigError: For a path or an environment that is none.
         """
-        name = _path(path)
+        return cls._read(_path(path), expect, read_sealed)
+
+    @classmethod
+    def of_data(cls, data: bytes, name: str) -> Manifest:
+        """From :attr:`data`, of any environment; ``name`` is what problems call it."""
+        return cls._read(name, None, lambda _, kind, version: unsealed(data, kind, version))
+
+    @classmethod
+    def _read(cls, name: str, expect: Mapping[str, str] | None, read: Callable[[str, str, int], Any]) -> Manifest:
         if expect is not None:
             _check_environment("expect", expect)
         try:
-            body = read_sealed(name, _KIND, VERSION)
+            body = read(name, _KIND, VERSION)
             found = _head(body)
         except Damaged as damaged:
             return cls(expect or {}, (), [ManifestProblem(name, damaged.field, damaged.text)])

@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import stat
-from contextlib import suppress
 from typing import Any
 
 from graphcache.errors import shown
+from graphcache.files import open_regular, replacing
 
 MOST_BYTES = 4 * 2**20
 """Of a file, which bounds the memory (some 30 times as much) and the time (seconds) that reading takes."""
@@ -48,34 +46,23 @@ def write_sealed(path: Path, kind: str, version: int, body: Any) -> None:
         OSError: If it cannot be written; the file that was there is as it was.
         ValueError: If the body is no JSON, or larger than what is read.
     """
+    data = sealed(kind, version, body)
+    with replacing(path) as file:
+        file.write(data)
+
+
+def sealed(kind: str, version: int, body: Any) -> bytes:
+    """What such a file holds.
+
+    Raises:
+        ValueError: If the body is no JSON, or larger than what is read.
+    """
     content = _canonical(body)
     head = _canonical({"format": kind, "version": version, "digest": _digest(kind, version, content)})
     data = f'{head[:-1]},"body":{content}}}\n'.encode("ascii")
     if len(data) > MOST_BYTES:
         raise ValueError(f"{len(data)} bytes; expected at most {MOST_BYTES}, which is what is read")
-    target = os.path.realpath(path)
-    directory = os.path.dirname(target)
-    temporary = os.path.join(directory, f".graphcache-{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    # Not tempfile, whose files nobody else may read.
-    descriptor = os.open(temporary, flags, 0o666)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    # The name is durable once the directory is; some systems open no directories.
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return data
 
 
 def read_sealed(path: Path, kind: str, version: int) -> Any:
@@ -90,15 +77,32 @@ def read_sealed(path: Path, kind: str, version: int) -> Any:
         Damaged: If there is no such file, or it is not as :func:`write_sealed` wrote it.
     """
     try:
-        text = _bytes_of(path).decode("ascii")
+        data = _bytes_of(path)
+    except OSError as error:
+        raise Damaged("", error.strerror or type(error).__name__) from error
+    except ValueError as error:
+        raise _not_as_written(error) from error
+    return unsealed(data, kind, version)
+
+
+def unsealed(data: bytes, kind: str, version: int) -> Any:
+    """The body of what :func:`sealed` gave.
+
+    Raises:
+        Damaged: If that is not what it gave.
+    """
+    try:
+        text = data.decode("ascii")
         document = json.loads(
             text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_whole, parse_float=_real
         )
         return _body(document, kind, version)
-    except OSError as error:
-        raise Damaged("", error.strerror or type(error).__name__) from error
     except (ValueError, RecursionError, MemoryError) as error:
-        raise Damaged("", f"not as it was written: {type(error).__name__}: {str(error)[:200]}") from error
+        raise _not_as_written(error) from error
+
+
+def _not_as_written(error: BaseException) -> Damaged:
+    return Damaged("", f"not as it was written: {type(error).__name__}: {str(error)[:200]}")
 
 
 def _body(document: Any, kind: str, version: int) -> Any:
@@ -114,13 +118,7 @@ def _body(document: Any, kind: str, version: int) -> Any:
 
 
 def _bytes_of(path: Path) -> bytes:
-    # A pipe without a writer would be waited for.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    descriptor = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError("no regular file")
-    with open(descriptor, "rb") as file:
+    with open_regular(path) as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES} bytes")

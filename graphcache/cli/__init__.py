@@ -1,4 +1,5 @@
-"""The command line: ``graphcache demo``, ``build``, ``run``, ``prepare``, ``doctor`` and ``compile``.
+"""The command line: ``graphcache demo``, ``build``, ``run``, ``prepare``, ``doctor``, ``compile`` and
+``cache``.
 
 Exit codes: 0 if all went well, 1 if something was wrong with what was given or what is installed (one line on stderr,
 no traceback), 2 for a usage error, 3 if an answer differed from eager execution.
@@ -13,6 +14,7 @@ import click
 
 import graphcache
 from graphcache.cli.build import build
+from graphcache.cli.cache import cache
 from graphcache.cli.compile import compile_
 from graphcache.cli.demo import demo
 from graphcache.cli.doctor import doctor
@@ -50,3 +52,4 @@ main.add_command(run)
 main.add_command(prepare)
 main.add_command(doctor)
 main.add_command(compile_)
+main.add_command(cache)

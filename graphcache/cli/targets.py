@@ -107,7 +107,7 @@ def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
     """Load what was typed.
 
     Args:
-        text: The path of an engine or of an ONNX file, or ``module:factory`` or ``file.py:factory``.
+        text: The path of an engine, a package of one or an ONNX file, or ``module:factory`` or ``file.py:factory``.
         shapes: What will be run; an ONNX model is built for that.
         device: Where a module goes; ``None`` leaves it where its factory put it.
 
@@ -134,7 +134,9 @@ def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
                 f"or file.py:function"
             )
         require_gpu(f"running {text}")
-        module = graphcache.load(path)
+        loaded = graphcache.load(path)
+        # A package may hold a wrapped engine; here the options are those of the command line.
+        module = loaded.module if isinstance(loaded, graphcache.CachedModule) else loaded
     return Target(text, module, module.device)
 
 

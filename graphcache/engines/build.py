@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphcache.engines.build_key import NotKeyed, build_key
 from graphcache.engines.library import Library, require_gpu, words
 from graphcache.engines.library import library as find
-from graphcache.errors import ConfigError, EngineBuildError
+from graphcache.engines.store import user_store
+from graphcache.errors import ConfigError, EngineBuildError, shown
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]
@@ -61,6 +63,7 @@ def build(
     workspace: int | None = None,
     library: str | None = None,
     progress: Progress | None = None,
+    cache: bool = False,
 ) -> bytes:
     """Builds a TensorRT engine from an ONNX model.
 
@@ -80,7 +83,10 @@ def build(
         workspace: Bound of the scratch memory that layers may use, in bytes; ``None`` is TensorRT's default.
         library: Which TensorRT, as in :func:`graphcache.engines.library.library`.
         progress: Called as ``progress(phase, done, steps)`` while TensorRT builds. Phases nest. An exception that it
-            raises cancels the build and is raised from here.
+            raises cancels the build and is raised from here. Of an engine that was kept nothing is reported.
+        cache: Keep the engine in this user's cache folder, and take it from there if the same model was built before
+            with the same options by the same TensorRT for the same device. Processes that build the same one at once
+            build it once. See ``graphcache cache``.
 
     Returns:
         The engine, to be written to a file or loaded.
@@ -88,7 +94,7 @@ def build(
     Raises:
         EngineBuildError: If the model cannot be read, parsed or built, or the shapes do not fit it.
         NoGpuError: If the full TensorRT is to build without a GPU.
-        ConfigError: For a bad ``workspace`` or an unknown ``library``.
+        ConfigError: For a bad ``workspace`` or ``cache``, or an unknown ``library``.
         TensorRTNotFoundError: If no TensorRT can be imported.
 
     Example:
@@ -99,15 +105,49 @@ def build(
     """
     if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
         raise ConfigError(f"workspace={workspace!r}: expected a number of bytes, 1 or more, or None")
+    if type(cache) is not bool:
+        raise ConfigError(f"cache={shown(cache)}: expected True or False")
     found = find(library)
-    trt: Any = found.module
-    if not hasattr(trt, "Builder"):
+    if not hasattr(found.module, "Builder"):
         raise EngineBuildError(
             f"{found.flavour} {found.version} runs engines but cannot build them; pass library='tensorrt_rtx', which "
             "needs no GPU to build, or library='tensorrt'"
         )
     if found.flavour == "tensorrt":
         require_gpu("building an engine with the full TensorRT")
+    options = {
+        "shapes": shapes,
+        "weight_streaming": weight_streaming,
+        "refittable": refittable,
+        "workspace": workspace,
+    }
+
+    def make() -> bytes:
+        return _build(found, onnx, progress, **options)  # type: ignore[arg-type]
+
+    if not cache:
+        return make()
+    if not isinstance(onnx, str | os.PathLike):
+        onnx = _serialized(onnx)
+    try:
+        key = build_key(found, onnx, options)
+    except NotKeyed:
+        return make()
+    name = os.path.basename(onnx) if isinstance(onnx, str | os.PathLike) else ""
+    return user_store().get_or_make("engine", key, make, {"name": str(name), found.flavour: found.version})
+
+
+def _build(
+    found: Library,
+    onnx: Any,
+    progress: Progress | None,
+    *,
+    shapes: Mapping[str, ShapeSpec] | None,
+    weight_streaming: bool,
+    refittable: bool | Sequence[str],
+    workspace: int | None,
+) -> bytes:
+    trt: Any = found.module
     with found.logger.collect() as errors:
         if hasattr(trt, "init_libnvinfer_plugins"):
             trt.init_libnvinfer_plugins(found.logger, "")

@@ -13,6 +13,7 @@ import torch
 
 from graphcache.engines.bindings import Binding, read_bindings
 from graphcache.engines.header import check_header
+from graphcache.engines.kept_kernels import KeptKernels
 from graphcache.engines.kernels import RuntimeCache
 from graphcache.engines.library import Library, library, require_gpu, words
 from graphcache.errors import (
@@ -36,6 +37,8 @@ class Engine:
         outputs: Likewise for the outputs.
         name: What messages call it; the engine's own name if empty.
         tensorrt: The flavour of TensorRT, see :func:`graphcache.engines.library.library`.
+        keep_kernels: Whether kernels that are compiled at run time are kept in this user's cache folder, and taken from
+            there; they are written when the engine is closed or the process ends.
 
     Raises:
         EngineFormatError: If the bytes are not an engine, or not all of one.
@@ -54,7 +57,9 @@ class Engine:
         outputs: Sequence[str] | None = None,
         name: str = "",
         tensorrt: str | None = None,
+        keep_kernels: bool = False,
     ) -> None:
+        self._kept: KeptKernels | None = None
         self.library = library(tensorrt)
         self.trt: Any = self.library.module
         if not isinstance(name, str):
@@ -85,6 +90,8 @@ class Engine:
         self._kernels: Any = None
         self._specialization: str | None = None
         self._shared_kernels: RuntimeCache | None = None
+        if keep_kernels:
+            self._kept = KeptKernels(serialized, self.library, self.name)
 
     def configure(self, specialization: str | None, kernels: RuntimeCache | None) -> None:
         """How TensorRT-RTX compiles for contexts that are made from now on; other flavours compile nothing then.
@@ -132,9 +139,12 @@ class Engine:
                     self._config.dynamic_shapes_kernel_specialization_strategy = chosen
                     # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line but one).
                     shared = self._shared_kernels
-                    self._kernels = (
-                        self._config.create_runtime_cache() if shared is None else shared.made_for(self._config)
-                    )
+                    if shared is not None:
+                        self._kernels = shared.made_for(self._config)
+                    else:
+                        self._kernels = self._config.create_runtime_cache()
+                        if self._kept is not None:
+                            self._kept.fill(self._kernels)
                     self._config.set_runtime_cache(self._kernels)
             context = self._engine.create_execution_context(self._config)
         if context is None:
@@ -145,6 +155,26 @@ class Engine:
         # A key-value cache that is updated in place; TensorRT-RTX and TensorRT 11 can tell.
         find = getattr(self._engine, "get_aliased_input_tensor", None)
         return bool(find(output)) if find is not None else False
+
+    def save_kernels(self) -> bool:
+        """Write the kernels that were compiled since, if they are kept.
+
+        Returns:
+            Whether there was something new.
+        """
+        return self._kept is not None and self._kept.save()
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability of the GPUs that the engine runs on; ``None`` if it is not bound to one.
+
+        An engine of the full TensorRT runs on GPUs of the one it was built for, unless it was built to be compatible
+        with others. One of TensorRT-RTX holds no kernels for a GPU: they are compiled where it runs.
+        """
+        level = getattr(self._engine, "hardware_compatibility_level", None)
+        if self.library.flavour == "tensorrt_rtx" or (level is not None and int(level) != 0):
+            return None
+        return torch.cuda.get_device_capability(self.device)
 
     @property
     def weight_budget(self) -> int:
@@ -179,8 +209,22 @@ class Engine:
         # Streaming needs scratch memory of its own.
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
 
+    def serialized(self) -> bytes:
+        """The engine as a file would hold it now, with the weights that it was refitted with.
+
+        Raises:
+            EngineError: If TensorRT refuses.
+        """
+        with self.said() as said:
+            made = self._engine.serialize()
+        if made is None:
+            raise EngineError(f"{self.name}: TensorRT does not serialise it: {words(said)}. Keep the file it came from")
+        return bytes(made)
+
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""
+        if self._kept is not None:
+            self._kept.close()
         with keeping_the_current_device():
             self._config = self._kernels = self._engine = self._runtime = None
 

@@ -252,6 +252,12 @@ def load_plugin_library(path: str | os.PathLike[str], name: str | None = None) -
             _plugins.add((found.flavour, file))
 
 
+def loaded_plugins(flavour: str) -> list[str]:
+    """The plugin libraries that were loaded for a flavour here, sorted."""
+    with _lock:
+        return sorted(str(path) for each, path in _plugins if each == flavour)
+
+
 def _load_plugins(found: Library, file: Path) -> None:
     trt: Any = found.module
     if hasattr(trt, "init_libnvinfer_plugins"):

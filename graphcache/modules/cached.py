@@ -38,12 +38,13 @@ from graphcache.modules.into import copy_into, has_hooks, shortly_into, straight
 from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.observers import Observers
 from graphcache.modules.parts import Parts
+from graphcache.modules.portable import Portable
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts
 from graphcache.modules.views import is_plain, plain
 
 
-class CachedModule(Accounted):
+class CachedModule(Portable, Accounted):
     """A module that replays a CUDA graph (on the CPU: a host graph) for every signature it has seen.
 
     It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every

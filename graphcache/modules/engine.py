@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
@@ -17,11 +19,13 @@ from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import words
 from graphcache.engines.pool import ContextPool
+from graphcache.engines.probe import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import (
     Cause,
     ClosedError,
     ConfigError,
+    EngineError,
     EngineExecutionError,
     EngineFormatError,
     InputCountError,
@@ -31,10 +35,14 @@ from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.operations import unwatched
 from graphcache.modules import recording
+from graphcache.modules.engine_carried import CarriedEngine
 from graphcache.modules.engine_controls import EngineControls, report_to
+from graphcache.modules.engine_state import tensor_of
+from graphcache.modules.operator import alive, call_engine, describe_call
+from graphcache.modules.packaging import Source
 
 
-class EngineModule(EngineControls):
+class EngineModule(CarriedEngine, EngineControls):
     """A TensorRT engine that is called like a module: tensors in, tensors out.
 
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
@@ -45,14 +53,20 @@ class EngineModule(EngineControls):
     reading it waits for the stream. Outputs are fresh tensors of the caller's; they never require gradients. Calls from
     several threads follow one another.
 
+    Its ``state_dict`` holds the engine. A copy, or what a pickle makes of it in another process, is a module of its own
+    with the engine deserialised anew; a deep copy shares the bytes.
+
     Args:
-        serialized_engine: The engine file's bytes.
+        serialized_engine: The engine file's bytes; ``None`` for a module that is empty until ``load_state_dict``.
         input_binding_names: Inputs in the order of a call; ``None`` for the engine's own order.
         output_binding_names: Outputs in the order of the answer; ``None`` for the engine's own order.
         name: What messages call it.
         settings: Kept as an attribute for code that reads it, as Torch-TensorRT's modules do; not looked at.
         weight_name_map: Kept as an attribute, for refitting.
         requires_output_allocator: Whether some output's shape depends on the data, so that TensorRT allocates it.
+        keep_kernels: Keep the kernels that TensorRT-RTX compiles for new shapes in this user's cache folder, so that
+            later processes take them from there. They are written when the module is closed, by :meth:`save_kernels`,
+            or when the process ends.
 
     Raises:
         EngineError: One of its kinds, for bytes that are no engine of this machine.
@@ -70,7 +84,7 @@ class EngineModule(EngineControls):
 
     def __init__(
         self,
-        serialized_engine: bytes,
+        serialized_engine: bytes | None = None,
         input_binding_names: Sequence[str] | None = None,
         output_binding_names: Sequence[str] | None = None,
         *,
@@ -78,29 +92,36 @@ class EngineModule(EngineControls):
         settings: Any = None,
         weight_name_map: Any = None,
         requires_output_allocator: bool = False,
+        keep_kernels: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
-            kind = type(serialized_engine).__name__
-            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
-        self.serialized_engine = bytes(serialized_engine)
-        self.engine = Engine(
-            self.serialized_engine, inputs=input_binding_names, outputs=output_binding_names, name=name
-        )
-        self.name = self.engine.name
+        self.name = name
         self.settings = settings
         self.weight_name_map = weight_name_map
         self.requires_output_allocator = requires_output_allocator
-        self.input_binding_names = [binding.name for binding in self.engine.inputs]
-        self.output_binding_names = [binding.name for binding in self.engine.outputs]
-        self.device = self.engine.device
-        self.lane = Lane(self.device.index)
-        self.host_inputs = tuple(index for index, binding in enumerate(self.engine.inputs) if binding.on_host)
-        self.contexts = ContextPool(self.engine)
-        """Contexts for graphs; what runs eagerly has one of its own."""
-        self._context: Context | None = None
+        self.keep_kernels = keep_kernels
+        self.input_binding_names = list(input_binding_names or ())
+        self.output_binding_names = list(output_binding_names or ())
+        self.output_shapes = ""
+        """How shapes of outputs follow from those of inputs, for tracers; found when it is first needed."""
+        self.source: Source | None = None
+        """What the engine was built from, for packages; see :meth:`save`."""
+        self._bytes = tensor_of(b"")
         self._profile: int | None = None
         self._use_output_allocator = False
+        self._begin()
+        if serialized_engine is None:
+            return
+        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
+            kind = type(serialized_engine).__name__
+            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
+        data = bytes(serialized_engine)
+        self._attach(self.deserialised(data, input_binding_names, output_binding_names, name))
+        self._bytes = tensor_of(data)
+
+    def _begin(self) -> None:
+        """Everything of this process, which no copy has."""
+        self._context: Context | None = None
         # Wrapped modules that may hold graphs, and so contexts, of this engine.
         self.users: WeakSet[Any] = WeakSet()
         # Goes up whenever a captured graph of this engine would no longer do what a call does.
@@ -109,6 +130,23 @@ class EngineModule(EngineControls):
         self._making_cache = threading.Lock()
         # Contexts that a capture of the caller's has recorded; that graph may be replayed as long as this module lives.
         self._recorded_elsewhere: list[Context] = []
+        self._refitted = False
+        self.identity = secrets.token_hex(16)
+        """By which programs that were traced in this process find the module."""
+        alive[self.identity] = self
+
+    def _attach(self, engine: Engine) -> None:
+        self.engine = engine
+        self.name = engine.name
+        self.input_binding_names = [binding.name for binding in engine.inputs]
+        self.output_binding_names = [binding.name for binding in engine.outputs]
+        self.host_inputs = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
+        self.contexts = ContextPool(engine)
+        """Contexts for graphs; what runs eagerly has one of its own."""
+        self._refitted = False
+        if "lane" not in self.__dict__:
+            self.device = engine.device
+            self.lane = Lane(self.device.index)
 
     def set_optimization_profile(self, profile: int | Literal["auto"] | None) -> None:
         """Use one optimisation profile for every call, or (``None``, ``"auto"``) whichever fits, the current one first.
@@ -118,8 +156,7 @@ class EngineModule(EngineControls):
         """
         if profile == "auto":
             profile = None
-        if profile is not None and (type(profile) is not int or not 0 <= profile < self.engine.profiles):
-            raise ConfigError(f"{self.name} has optimisation profiles 0 to {self.engine.profiles - 1}, not {profile}")
+        self.check_profile(profile, self.engine)
         self.epoch += self._profile != profile
         self._profile = profile
 
@@ -217,6 +254,8 @@ class EngineModule(EngineControls):
             self.epoch += 1
             self.lane.enter(stream.cuda_stream)
             refit(self.engine, mapped, stream.cuda_stream)
+            # The bytes and the model that it was built from have other weights.
+            self._refitted, self.source = True, None
             if wait:
                 stream.synchronize()
             elif not direct:
@@ -303,6 +342,8 @@ class EngineModule(EngineControls):
             InputError: One of its kinds, for inputs that the engine cannot take; nothing ran.
             EngineExecutionError: If TensorRT refuses to run.
         """
+        if is_compiling():
+            return self._traced(args, kwargs)
         session = recording.current.get()
         if session is None and modes.get().graphs == "subgraph":
             return self._through_cache()(*args, **kwargs)
@@ -311,8 +352,32 @@ class EngineModule(EngineControls):
             outputs = self._record(session, inputs, profile) if session is not None else self._run(inputs, profile)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What a tracer sees of a call: one operation, and whatever stands before and after it."""
+        inputs = self.bind(args, kwargs)
+        # First, as it sees to it that the bytes are up to date.
+        call = self._described()
+        outputs = call_engine(inputs, self._bytes, call)
+        return outputs[0] if len(self.output_binding_names) == 1 else tuple(outputs)
+
+    def _described(self) -> str:
+        if self.engine.aliases:
+            raise EngineError(
+                f"{self.name} updates an input in place, which a traced program cannot say; call it outside of what is "
+                f"exported or compiled"
+            )
+        with _disable_current_modes(), torch.cuda.device(self.device):
+            if not self.output_shapes:
+                self.output_shapes = output_shapes(self.engine).text
+            return describe_call(self)
+
+    # What torch.compiler.assume_constant_result sets; calling that would import torch's compiler, which takes a second.
+    _described._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def close(self) -> None:
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
+        if "engine" not in self.__dict__:
+            return
         with self.lane.lock:
             if self._cached is not None:
                 self._cached.close()
@@ -329,6 +394,8 @@ class EngineModule(EngineControls):
         self.contexts.clear()
 
     def extra_repr(self) -> str:
+        if "engine" not in self.__dict__:
+            return "empty"
         inputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.inputs)
         outputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.outputs)
         return f"{self.name}, ({inputs}) -> ({outputs})"
@@ -417,37 +484,3 @@ class EngineModule(EngineControls):
             if not context.enqueue(stream):
                 raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
         return [output for output in outputs if output is not None]
-
-
-def load(source: str | Path | bytes, *, name: str = "") -> EngineModule:
-    """An engine from a file or from bytes.
-
-    Args:
-        source: A path, or the bytes themselves.
-        name: What messages call it; the file's name if empty.
-
-    Raises:
-        EngineFormatError: If there is no such file, or it holds no engine (an ONNX model goes through
-            :func:`graphcache.build` first).
-        EngineVersionError: If another TensorRT built it.
-        NoGpuError: If there is no CUDA device.
-        TensorRTNotFoundError: If no flavour of TensorRT is installed.
-
-    Example::
-
-        engine = graphcache.load("model.engine")
-    """
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        try:
-            data = path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise EngineFormatError(
-                f"{path} cannot be read ({getattr(error, 'strerror', '') or error}); expected a TensorRT engine file"
-            ) from error
-        if path.suffix == ".onnx":
-            raise EngineFormatError(
-                f"{path} is an ONNX model; make an engine of it first: graphcache.build({str(path)!r})"
-            )
-        return EngineModule(data, name=name or path.stem)
-    return EngineModule(source, name=name)

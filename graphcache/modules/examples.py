@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphcache.engines.bindings import Binding, out_of_range
-from graphcache.errors import ConfigError, InputCountError, InputRankError, shown
+from graphcache.errors import ConfigError, InputCountError, InputRankError, is_a, shown
 from graphcache.graphs.buffers import is_dense
 from graphcache.modules.engine import EngineModule
 
@@ -93,19 +93,6 @@ def example(given: Any, module: nn.Module) -> Example:
         f"graphcache.Call(args, kwargs), a manifest or its path"
         + (", or shapes of its inputs" if isinstance(module, EngineModule) else "; shapes alone are for engines")
     )
-
-
-def is_a(value: object, *kinds: type) -> bool:
-    """``isinstance`` of anything, also of what cannot be asked.
-
-    Example:
-        >>> is_a("m.json", str, int)
-        True
-    """
-    try:
-        return isinstance(value, kinds)
-    except Exception:
-        return False
 
 
 def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

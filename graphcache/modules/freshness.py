@@ -7,6 +7,7 @@ import weakref
 from torch import nn
 
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.operator import traced_engines
 from graphcache.modules.state import Dependencies
 
 
@@ -46,6 +47,7 @@ class Freshness:
         """Remember what is the case now, for graphs that are captured from now on."""
         self._dependencies = Dependencies(self._module)
         self._engines = [each for each in self._module.modules() if isinstance(each, EngineModule)]
+        self._engines += [each for each in traced_engines(self._module) if each not in self._engines]
         for engine in self._engines:
             engine.users.add(self._user())
         self._fingerprint = self._dependencies.fingerprint()

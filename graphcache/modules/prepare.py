@@ -16,10 +16,10 @@ import torch
 from graphcache.cache.manifest import Manifest, ManifestProblem
 from graphcache.cache.signature import Signature
 from graphcache.config import graphs_off
-from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, shown
+from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
 from graphcache.modules.described import described, on_device
-from graphcache.modules.examples import example, is_a
+from graphcache.modules.examples import example
 from graphcache.modules.fingerprint import device_of
 from graphcache.modules.preparing import Preparation, prepared_together, preparing
 from graphcache.modules.progress import bar

@@ -336,19 +336,32 @@ class IOutputAllocator:
 
 
 class IRuntimeCache:
-    """What TensorRT-RTX compiled at run time: here, the names of the engines that contexts were made of."""
+    """What TensorRT-RTX compiled at run time: one kernel for each engine and set of shapes.
+
+    Beside them the names of the engines that contexts were made of.
+    """
 
     def __init__(self) -> None:
         self._compiled: list[str] = []
+        self.kernels: set[str] = set()
 
     def serialize(self) -> memoryview:
-        return memoryview("\n".join([__version__, *self._compiled]).encode())
+        return memoryview(json.dumps([__version__, self._compiled, sorted(self.kernels)]).encode())
 
     def deserialize(self, blob: Any) -> bool:
-        version, *compiled = bytes(memoryview(blob)).decode(errors="replace").split("\n")
+        try:
+            version, compiled, kernels = json.loads(bytes(memoryview(blob)))
+        except ValueError:
+            return False
         if version != __version__:
             return False
         self._compiled += [name for name in compiled if name not in self._compiled]
+        self.kernels.update(kernels)
+        return True
+
+    def reset(self) -> bool:
+        self._compiled.clear()
+        self.kernels.clear()
         return True
 
 
@@ -424,7 +437,8 @@ class Runtime:
             message = f"IRuntime::deserializeCudaEngine: Error Code 1: {wrong[1]}"
             self._logger.log(ILogger.ERROR, message)
             return None
-        return ICudaEngine(NETWORKS[bytes(serialized_engine)[64:].rstrip(b"\0").decode()], self._logger)
+        name, weights = _body(serialized_engine)
+        return ICudaEngine(NETWORKS[name], self._logger, weights)
 
     def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
         wrong = _fault(buffer)
@@ -440,22 +454,33 @@ def _fault(data: bytes) -> tuple[EngineInvalidityDiagnostics, str] | None:
         return EngineInvalidityDiagnostics.MALFORMED_ENGINE, what
     if ".".join(map(str, _HEADER.unpack_from(data)[4:])) != __version__:
         return EngineInvalidityDiagnostics.VERSION_MISMATCH, "Serialization (Version tag does not match.)"
-    if bytes(data[64:]).rstrip(b"\0").decode(errors="replace") not in NETWORKS:
+    if _body(data)[0] not in NETWORKS:
         return EngineInvalidityDiagnostics.CUDA_ERROR, "Cuda Runtime (operation not supported)"
     return None
 
 
+def _body(data: bytes) -> tuple[str, dict[str, list[float]]]:
+    """The network's name, and the weights that it was refitted with."""
+    name, _, weights = bytes(data)[64:].rstrip(b"\0").decode(errors="replace").partition(" {")
+    return name, json.loads(f"{{{weights}") if weights else {}
+
+
 class ICudaEngine:
-    def __init__(self, network: Network, logger: ILogger) -> None:
+    def __init__(self, network: Network, logger: ILogger, weights: dict[str, list[float]] | None = None) -> None:
         self._network = network
         self._logger = logger
         self._io = {each.name: each for each in network.io}
         self._budget = network.streamable
-        self._weights = {name: torch.tensor(value) for name, value in network.weights.items()}
+        self._weights = {name: torch.tensor(value) for name, value in {**network.weights, **(weights or {})}.items()}
 
     @property
     def name(self) -> str:
         return self._network.name
+
+    def serialize(self) -> bytes | None:
+        known = next(name for name, network in NETWORKS.items() if network is self._network)
+        weights = {name: value.tolist() for name, value in self._weights.items()}
+        return serialize(f"{known} {json.dumps(weights)}" if weights else known)
 
     @property
     def num_io_tensors(self) -> int:
@@ -539,10 +564,11 @@ class ICudaEngine:
         if self._network.name == "no context":
             self._logger.log(ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 8 bytes.)")
             return None
-        if runtime_config._cache is not None:
-            runtime_config._cache().deserialize(f"{__version__}\n{self.name}".encode())
-        context = IExecutionContext(self, runtime_config.get_execution_context_allocation_strategy())
-        context._kernels = runtime_config._kernels
+        cache = runtime_config._cache() if runtime_config._cache is not None else None
+        if cache is not None and self.name not in cache._compiled:
+            cache._compiled.append(self.name)
+        context = IExecutionContext(self, runtime_config.get_execution_context_allocation_strategy(), cache)
+        context._specialization = runtime_config._kernels
         return context
 
     def _known(self, name: str) -> IO:
@@ -601,8 +627,13 @@ class Refitter:
 
 class IExecutionContext:
     made: ClassVar[weakref.WeakSet[IExecutionContext]] = weakref.WeakSet()
+    _compiled: ClassVar[list[str]] = []
+    """Kernels that were in no runtime cache."""
 
-    def __init__(self, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy) -> None:
+    def __init__(
+        self, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy, cache: IRuntimeCache | None = None
+    ) -> None:
+        self._kernels = cache if cache is not None else IRuntimeCache()
         self.engine = engine
         self._network = engine._network
         self._io = engine._io
@@ -615,7 +646,7 @@ class IExecutionContext:
         self._allocators: dict[str, Any] = {}
         self._scratch: tuple[int, int] | None = None
         self._profiler: IProfiler | None = None
-        self._kernels = _LAZY
+        self._specialization = _LAZY
         # Whether the next enqueue must still prepare what a capture cannot hold.
         self._dirty = True
         self._table = device.heap.empty(1, dtype=torch.int64) if self._network.hides and device is not None else None
@@ -777,6 +808,10 @@ class IExecutionContext:
 
     def _run(self, stream: int, shapes: dict[str, Shape]) -> bool:
         network = self._network
+        kernel = f"{network.name} {sorted(self._shapes.items())}"
+        if kernel not in self._kernels.kernels:
+            self._kernels.kernels.add(kernel)
+            self._compiled.append(kernel)
         inputs = {each.name: (self._shapes[each.name], each) for each in network.io if each.is_input}
         host = {
             name: _load(self._addresses[name], shape, TORCH[io.dtype])

@@ -1118,6 +1118,7 @@ class Torch:
             stream=self.on,
             device=lambda index: nullcontext(),
             current_device=lambda: self.current_index,
+            device_count=lambda: 1,
             set_device=lambda index: setattr(self, "current_index", index),
             is_initialized=lambda: True,
             is_available=lambda: True,

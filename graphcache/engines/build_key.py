@@ -1,0 +1,100 @@
+"""What a built engine depends on, as one digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphcache.engines.library import Library, loaded_plugins
+
+_VERSION = 1
+# A protobuf message of external data in an ONNX tensor: the key "location", then a value of less than 16384 bytes.
+_EXTERNAL = re.compile(rb"\x0a\x08location\x12([\x00-\x7f]|[\x80-\xff][\x00-\x7f])")
+
+
+class NotKeyed(Exception):
+    """Something that a digest cannot be made of; whoever builds will say what is wrong with it."""
+
+
+def build_key(found: Library, onnx: str | os.PathLike[str] | bytes, options: Mapping[str, Any]) -> str:
+    """A digest of the model, its external weights, the options, TensorRT and its plugins, and the device.
+
+    Args:
+        found: Which TensorRT builds.
+        onnx: The path of the model, or its bytes.
+        options: All options that change what is built.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        NotKeyed: If a file cannot be read, or an option is none.
+    """
+    made = hashlib.sha256()
+
+    def add(what: bytes) -> None:
+        made.update(len(what).to_bytes(8, "little"))
+        made.update(what)
+
+    try:
+        data = onnx if isinstance(onnx, bytes) else Path(onnx).read_bytes()
+        add(hashlib.sha256(data).digest())
+        if not isinstance(onnx, bytes):
+            for name in external_files(data):
+                add(name.encode("utf-8", "surrogateescape"))
+                add(_digest(Path(onnx).parent / name))
+        plain = {name: _plain(value) for name, value in options.items()}
+        plugins = [[path, _digest(Path(path)).hex()] for path in loaded_plugins(found.flavour)]
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise NotKeyed(str(error)) from error
+    told = [_VERSION, found.flavour, found.version, plain, plugins, _device()]
+    add(json.dumps(told, sort_keys=True).encode())
+    return made.hexdigest()
+
+
+def external_files(data: bytes) -> list[str]:
+    """The names of files that an ONNX model keeps weights in, as its tensors give them.
+
+    It looks for the bytes of such an entry rather than reading the model, for which the ``onnx`` package would have to
+    be there; at worst it finds a name that is none.
+
+    Example:
+        >>> external_files(b"..\\n\\x08location\\x12\\x09model.bin..")
+        ['model.bin']
+    """
+    names = []
+    for match in _EXTERNAL.finditer(data):
+        size = match[1]
+        length = size[0] if len(size) == 1 else (size[0] & 0x7F) | size[1] << 7
+        names.append(data[match.end() : match.end() + length].decode("utf-8", "surrogateescape"))
+    return list(dict.fromkeys(names))
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _device() -> list[Any]:
+    """What kernels are chosen for: without a GPU, none."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(), list(torch.cuda.get_device_capability())]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(each) for each in value]
+    return operator.index(value)
