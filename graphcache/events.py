@@ -8,8 +8,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 if TYPE_CHECKING:
     from graphcache.errors import Cause, Reason
@@ -51,6 +54,8 @@ class RanEagerly:
 
 Event = Captured | Evicted | RanEagerly
 Subscriber = Callable[[Event], None]
+Tracer = Callable[[str], AbstractContextManager[object]]
+"""Makes a context manager from the name of what goes on inside it, such as ``"capture policy"``."""
 
 
 @dataclass
@@ -68,6 +73,7 @@ class Ledger:
     eager: Counter[Reason] = field(default_factory=Counter)
     retired_hits: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
+    tracers: list[Tracer] = field(default_factory=list)
     _told: set[Cause] = field(default_factory=set)
     _last: Cause | None = None
 
@@ -98,6 +104,19 @@ class Ledger:
         if self.subscribers:
             self._publish(RanEagerly(cause))
 
+    def span(self, what: Literal["capture", "eager"]) -> AbstractContextManager[object]:
+        """Something that takes a while, for whoever traces; PyTorch's profiler does while it runs. No hit comes here."""
+        profiled = torch.autograd._profiler_enabled()
+        if not profiled and not self.tracers:
+            return _NOTHING
+        label = f"{what} {self.name}"
+        with ExitStack() as entered:
+            if profiled:
+                entered.enter_context(torch.profiler.record_function(f"graphcache: {label}"))
+            for tracer in tuple(self.tracers):
+                entered.enter_context(tracer(label))
+            return entered.pop_all()
+
     def _publish(self, event: Event) -> None:
         for subscriber in tuple(self.subscribers):
             try:
@@ -106,5 +125,6 @@ class Ledger:
                 log.exception("%s: a subscriber failed on %s; the call goes on", self.name, type(event).__name__)
 
 
+_NOTHING = nullcontext()
 _EXPECTED = frozenset({"disabled", "tracing", "outer_capture", "cold", "pending", "not_worth_it", "not_prepared"})
 _MAX_TOLD = 256

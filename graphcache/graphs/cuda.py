@@ -71,6 +71,7 @@ class CudaGraph:
                 raise Refusal(Reason.EMPTY_GRAPH)
             self.executable = driver.instantiate(captured, own_stream(lane.index, "capture").cuda_stream)
             undo.pop_all()
+        self.captured: Any = captured
         self.launcher = driver.binding().cuGraphLaunch
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)

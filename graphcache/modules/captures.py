@@ -111,7 +111,7 @@ class Captures:
     ) -> tuple[Any, Cause | None]:
         preparation = preparing.get()
         start = time.perf_counter()
-        with self._room(inputs) as room:
+        with self._ledger.span("capture"), self._room(inputs) as room:
             answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
             seconds = time.perf_counter() - start
             return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
