@@ -66,7 +66,11 @@ def members():
     """Every public method and property of the public classes, as far as they are graphcache's own."""
     for name, value in public():
         if inspect.isclass(value):
-            for member, found in vars(value).items():
+            own = {}
+            for base in reversed(value.__mro__):
+                if base.__module__.startswith("graphcache"):
+                    own.update(vars(base))
+            for member, found in own.items():
                 if not member.startswith("_") and (inspect.isfunction(found) or isinstance(found, property)):
                     yield f"{name}.{member}", found
 

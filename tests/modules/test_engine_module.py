@@ -39,7 +39,7 @@ from graphcache.errors import (
     TensorRTNotFoundError,
 )
 from graphcache.graphs import buffers, driver, verify
-from graphcache.modules import cached, conditions, record_engine
+from graphcache.modules import cached, conditions, into, record_engine
 from graphcache.modules import engine as room
 from graphcache.modules.record_torch import TorchRecorder
 from tests.engines import fake_tensorrt
@@ -55,8 +55,9 @@ MODULES = (allocator, context, engine, library, verify, room, record_engine)
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     fake_tensorrt.use(patch)
     patch.setattr(fake_tensorrt, "device", fake.driver)
-    patch.setattr(cached, "raw_stream", fake.raw_stream)
-    for each in (cached, conditions):
+    for each in (cached, into):
+        patch.setattr(each, "raw_stream", fake.raw_stream)
+    for each in (cached, into, conditions):
         patch.setattr(each, "is_capturing", fake.is_capturing)
     return fake
 

@@ -22,7 +22,7 @@ from graphcache.cache.arbiter import set_process_budget
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import spec_of
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
-from graphcache.modules import described, examples, fingerprint, misses, remembered
+from graphcache.modules import captures, described, examples, fingerprint, misses, remembered
 from graphcache.modules import prepare as room
 from graphcache.modules.preparing import preparing
 from tests.graphs.fake_driver import Torch, installed
@@ -625,4 +625,4 @@ def test_graphs_that_fit_or_are_dropped_on_purpose_do_not(caplog: pytest.LogCapt
         small.prepare(*xs(3, 4))
     assert small.cache_info().captures == 80
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
-    assert misses.log.name == "graphcache"
+    assert captures.log.name == "graphcache"
