@@ -1,7 +1,7 @@
 """For whoever wants to know why there is no graph, and for tests that hold a module to its graphs.
 
 ``explain`` says what becomes of calls, :func:`find_capture_breaks` which lines forbid a graph, :func:`counters` and
-:func:`assert_max_captures` are for tests.
+:func:`assert_max_captures` are for tests, :func:`dump_dot` draws a graph.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from graphcache.observe.breaks import Break as Break
 from graphcache.observe.breaks import find_capture_breaks as find_capture_breaks
 from graphcache.observe.counters import Counters as Counters
 from graphcache.observe.counters import assert_max_captures as assert_max_captures
+from graphcache.observe.drawing import dump_dot as dump_dot
 
-__all__ = ["Break", "Counters", "assert_max_captures", "counters", "explain", "find_capture_breaks"]
+__all__ = ["Break", "Counters", "assert_max_captures", "counters", "dump_dot", "explain", "find_capture_breaks"]
 
 
 def counters(module: CachedModule) -> Counters:

@@ -105,8 +105,8 @@ class Ledger:
             self._publish(RanEagerly(cause))
 
     def span(self, what: Literal["capture", "eager"]) -> AbstractContextManager[object]:
-        """Something that takes a while, for whoever traces; PyTorch's profiler does while it runs. No hit comes here."""
-        profiled = torch.autograd._profiler_enabled()
+        """What takes a while, for whoever traces it; PyTorch's profiler does while it runs. No hit comes here."""
+        profiled = torch._C._autograd._profiler_enabled()
         if not profiled and not self.tracers:
             return _NOTHING
         label = f"{what} {self.name}"

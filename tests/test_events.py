@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 import pytest
 
@@ -82,3 +83,41 @@ def test_a_subscriber_may_leave_while_it_is_told(ledger):
     ledger.evicted(Evicted("a", 1))
     ledger.evicted(Evicted("b", 1))
     assert seen == [Evicted("a", 1), Evicted("a", 1), Evicted("b", 1)]
+
+
+def test_spans_cost_nothing_without_a_tracer_and_nest_with_several():
+    ledger = Ledger("module")
+    assert ledger.span("eager") is ledger.span("capture")
+    seen = []
+
+    @contextmanager
+    def tracer(label):
+        seen.append(label)
+        yield
+        seen.append("end")
+
+    ledger.tracers += [tracer, tracer]
+    with ledger.span("capture"):
+        seen.append("inside")
+    assert seen == ["capture module", "capture module", "inside", "end", "end"]
+
+
+def test_a_tracer_that_fails_closes_those_before_it():
+    ledger, seen = Ledger("module"), []
+
+    @contextmanager
+    def tracer(label):
+        try:
+            yield
+        finally:
+            seen.append("end")
+
+    @contextmanager
+    def fails(label):
+        raise KeyError(label)
+        yield
+
+    ledger.tracers += [tracer, fails]
+    with pytest.raises(KeyError):
+        ledger.span("eager")
+    assert seen == ["end"]
