@@ -136,7 +136,7 @@ def run(
     \b
     Examples:
       graphcache run nets.py:mlp --shapes input:8x16
-      graphcache run nets.py:mlp --shapes input:[1,16] --shapes input:[8,16] --json
+      graphcache run nets.py:mlp --shapes input:[1,16] --shapes input:[8,16]
       graphcache run nets.py:mlp --shapes input:8x16 --duration 0.1 \\
           --percentile 90,95,99 --export-times result.json
       graphcache run model.engine --shapes x:1x8:4x8:8x8

@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -19,26 +19,24 @@ _MOST_ROWS = 16
 _STYLES = {"hit": "green", "capture": "blue", "eager": "yellow"}
 
 
-def view(fast: CachedModule) -> Table:
+def view(fast: CachedModule) -> Group:
     """The cache as a table: its account above, a row for each signature."""
     explanation = fast.explain()
     info = explanation.account
-    made = Table(
-        title=f"{explanation.module}: {info.hits} hits, {info.captures} captures, {info.evictions} evictions, "
-        f"{sum(info.eager.values())} eager; {info.graphs} of {fast.config.max_graphs} graphs, {info.nbytes} bytes",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
+    title = (
+        f"{explanation.module}: {info.hits} hits, {info.captures} captures, {info.evictions} evictions, "
+        f"{sum(info.eager.values())} eager; {info.graphs} of {fast.config.max_graphs} graphs, {info.nbytes} bytes"
     )
-    for name, justify in (("signature", "left"), ("next call", "left"), ("hits", "right"), ("bytes", "right")):
-        made.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name != "signature")
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column("signature", overflow="fold")
+    made.add_column("next call", no_wrap=True)
+    for name in ("hits", "bytes"):
+        made.add_column(name, justify="right", no_wrap=True)
     for each in explanation.calls[:_MOST_ROWS]:
         made.add_row(Text(each.call), _next(each), str(each.hits), str(each.nbytes) if each.nbytes else "")
     if len(explanation.calls) > _MOST_ROWS:
         made.add_row(f"and {len(explanation.calls) - _MOST_ROWS} more", "", "", "")
-    return made
+    return Group(Text(title, style="bold"), made)
 
 
 def _next(each: Explained) -> Text:

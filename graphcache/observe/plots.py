@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ EAGER, GRAPH, CAPTURE = "#b45309", "#0f766e", "#4338ca"
 _REFUSED = "#9ca3af"
 _MOST_ROWS = 24
 _WIDTH = 7.2
+_LEAST = 1e-3
+"""Microseconds; a logarithm has no place for nothing."""
 
 _STYLE = {
     "font.family": "sans-serif",
@@ -27,6 +30,7 @@ _STYLE = {
     "xtick.color": "#4b5563",
     "ytick.color": "#4b5563",
     "svg.fonttype": "path",
+    "text.parse_math": False,
     "svg.hashsalt": "graphcache",
 }
 
@@ -45,7 +49,9 @@ def plots(result: Result) -> dict[str, str]:
     # Figures alone, without pyplot: no backend is chosen, nothing of the caller's is changed.
     figures = optional("matplotlib.figure", purpose)
     found = {}
-    with optional("matplotlib", purpose).rc_context(_STYLE):
+    with optional("matplotlib", purpose).rc_context(_STYLE), warnings.catch_warnings():
+        # A label in a script that the font lacks is drawn as boxes; the table below has it as it is.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
         for name, make in makers.items():
             figure = make(figures, result)
             if figure is not None:
@@ -61,8 +67,8 @@ def _latencies(figures: Any, result: Result) -> Any:
     figure = figures.Figure(figsize=(_WIDTH, 2.9), layout="constrained")
     axes = figure.add_subplot()
     for label, color, times in (
-        ("eagerly", EAGER, sorted(call.eager_us for call in hits)),
-        ("through graphs", GRAPH, sorted(call.us for call in hits)),
+        ("eagerly", EAGER, sorted(max(call.eager_us, _LEAST) for call in hits)),
+        ("through graphs", GRAPH, sorted(max(call.us, _LEAST) for call in hits)),
     ):
         shares = [(index + 1) / len(times) for index in range(len(times))]
         axes.step([times[0], *times], [0.0, *shares], where="post", color=color, label=label, linewidth=1.6)
@@ -166,7 +172,8 @@ def _sums(times: Sequence[float], size: float) -> list[float]:
 
 
 def _rows(axes: Any, labels: Sequence[str]) -> None:
-    axes.set_yticks(range(len(labels)), [label if len(label) <= 40 else f"{label[:39]}…" for label in labels])
+    shown = ("".join(each if each.isprintable() else " " for each in label) for label in labels)
+    axes.set_yticks(range(len(labels)), [label if len(label) <= 40 else f"{label[:39]}…" for label in shown])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.spines["left"].set_visible(False)
