@@ -22,6 +22,8 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     kind = get_completion_class(shell)
     assert kind is not None
-    made = kind(ctx.find_root().command, {}, "graphcache", "_GRAPHCACHE_COMPLETE")
+    name = "graphcache"
+    # The variable by which click is asked for completions; none of graphcache's own.
+    made = kind(ctx.find_root().command, {}, name, f"_{name.upper()}_COMPLETE")
     # Not source(), which runs bash to learn its version.
     click.echo(made.source_template % made.source_vars())

@@ -51,7 +51,8 @@ def examine(target: str, shapes: Sequence[Specs], device: str | None, *, as_json
     else:
         _print(target, list(breaks.values()))
     if breaks:
-        raise ComparisonFailed(f"{len(breaks)} operations of {target} forbid a graph of the whole")
+        what = "one operation" if len(breaks) == 1 else f"{len(breaks)} operations"
+        raise ComparisonFailed(f"{what} of {target} forbid{'s' * (len(breaks) == 1)} a graph of the whole")
 
 
 def _tree(each: Break) -> dict[str, Any]:

@@ -16,6 +16,8 @@ EAGER, GRAPH, CAPTURE = "#b45309", "#0f766e", "#4338ca"
 _REFUSED = "#9ca3af"
 _MOST_ROWS = 24
 _WIDTH = 7.2
+_DRAWN = 0.98
+"""The share of calls that is drawn: a stall of a few milliseconds would leave no room for the others."""
 _LEAST = 1e-3
 """Microseconds; a logarithm has no place for nothing."""
 
@@ -74,6 +76,10 @@ def _latencies(figures: Any, result: Result) -> Any:
         axes.step([times[0], *times], [0.0, *shares], where="post", color=color, label=label, linewidth=1.6)
         axes.plot([times[len(times) // 2]], [0.5], "o", color=color, markersize=4)
     axes.set_xscale("log")
+    slowest = max(
+        sorted(way)[int(_DRAWN * (len(hits) - 1))] for way in zip(*((c.us, c.eager_us) for c in hits), strict=True)
+    )
+    axes.set_xlim(right=max(slowest, _LEAST) * 1.25)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.set_xlabel("µs")

@@ -12,7 +12,10 @@ from graphcache.observe.plots import plots
 from graphcache.observe.result import Measured, Result
 
 _HEADINGS = {
-    "latencies": ("Latency of hits", "The share of calls that took at most so long; the dots are the medians."),
+    "latencies": (
+        "Latency of hits",
+        "The share of calls that took at most so long; the dots are the medians. The slowest may lie beyond the edge.",
+    ),
     "cumulative": ("Time so far", "Captures included, in the order of the calls."),
     "outcomes": ("What became of the calls", "By inputs, those called most first."),
     "memory": ("Memory of the graphs", "What each owned at the end of the run."),
