@@ -4,7 +4,8 @@ Every system runs the same sequence of shapes in one process, call by call in tu
 
 - ``raw``: ``cuGraphLaunch`` of graphs captured by hand from the same engine; nothing is put in or taken out;
 - ``torch``: ``torch.cuda.CUDAGraph.replay()`` of such graphs;
-- ``hit_bind``, ``hit_copy``: the wrapped module on other input tensors at every call, handing out fresh outputs;
+- ``hit_bind``, ``hit_copy``: the wrapped module on 8 input tensors of each shape in turn, handing out fresh outputs;
+- ``fresh``: the wrapped module on inputs that were allocated anew before each call, handing out fresh outputs;
 - ``same_inputs``: the wrapped module on the same input tensor of each shape every time, handing out fresh outputs;
 - ``session``: ``CachedModule.session(...).run()``, static buffers in the caller's hands;
 - ``eager``: the bare engine module on the same tensors.
@@ -119,6 +120,7 @@ def _measure(
     systems["eager"] = calls_of.in_turn([partial(engine, *call.inputs) for call in pool])
     for name, module in wrapped.items():
         systems[name] = calls_of.in_turn([partial(module, *call.inputs) for call in pool])
+    systems["fresh"] = calls_of.Anew(fast, pool)
     systems["same_inputs"] = calls_of.in_turn([partial(fast, *_first(pool, size).inputs) for size in sizes])
     systems["session"] = calls_of.in_turn([sessions[size].run for size in sizes])
     # Each system takes turns with the raw launch alone, so that none pays for what another leaves in the caches.
@@ -126,7 +128,9 @@ def _measure(
     for name, system in systems.items():
         pair = record.interleave({"raw": systems["raw"], name: system}, calls, warmup=2 * len(pool), seed=SEED)
         samples[name], floors[name] = pair[name], record.summarise(pair["raw"].total)["p50"]
-    cpu = record.bursts(systems, rounds=max(10, calls // 20))
+    # Allocating is no part of a call, so that calls on fresh inputs cannot follow one another without a pause.
+    bursts = {name: system for name, system in systems.items() if name != "fresh"}
+    cpu = {"fresh": samples["fresh"].summary()["cpu_us"], **record.bursts(bursts, rounds=max(10, calls // 20))}
     for name, module in wrapped.items():
         after = module.cache_info()
         if after.captures != before[name].captures or after.eager != before[name].eager or after.evictions:

@@ -76,7 +76,8 @@ def interleave(
     Clocks, caches and neighbours change during a run; interleaved, they change for all systems alike.
 
     Args:
-        systems: Name to a function that makes one call and may return before the device has finished.
+        systems: Name to a function that makes one call and may return before the device has finished. What it has to
+            do before, untimed, is its attribute ``ready``, if it has one.
         calls: Rounds that count.
         warmup: Rounds before, which don't.
         seed: Of the order.
@@ -92,6 +93,9 @@ def interleave(
     for round_ in range(warmup + calls):
         shuffle(order)
         for name, call in order:
+            if (ready := getattr(call, "ready", None)) is not None:
+                ready()
+                wait()
             start = perf_counter_ns()
             call()
             returned = perf_counter_ns()

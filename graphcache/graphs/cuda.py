@@ -13,12 +13,9 @@ from torch import Tensor
 from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of, poison
+from graphcache.graphs.executables import LATE, Executables
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.slots import ALIGNMENT, Slot
-
-NODE_BYTES = 10 * 1024
-"""What a node of an instantiated graph takes on the device, estimated. The driver has no call that tells; NVIDIA's own
-graph cache (CCCL, cudax/stf) budgets the same."""
 
 _empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
@@ -29,9 +26,10 @@ class CudaGraph:
     """An instantiated CUDA graph; see :class:`~graphcache.graphs.graph.Graph` for the contract.
 
     Each input and output is a :class:`~graphcache.graphs.slots.Slot`. One with pointers costs a comparison of
-    addresses, and about 1 µs when the caller's tensor is another one than last time. One without is copied.
+    addresses, and some µs when none of the graph's :class:`~graphcache.graphs.executables.Executables` is pointed at
+    the caller's tensor. One without is copied.
 
-    The outputs of the next call are allocated, and the graph pointed at them, after the launch: while the device works.
+    The outputs of the next call are allocated after the launch: while the device works.
 
     :func:`~graphcache.graphs.single.single` replays it too, by its public attributes, which only a holder of the lane's
     lock may change.
@@ -50,7 +48,7 @@ class CudaGraph:
     """
 
     # What the compiled short way reads and writes too stands at a fixed place.
-    __slots__ = ("__dict__", "__weakref__", "executable", "ready", "ready_inference", "ready_stream")
+    __slots__ = ("__dict__", "__weakref__", "executables", "ready", "ready_inference", "ready_stream")
 
     def __init__(
         self,
@@ -63,19 +61,19 @@ class CudaGraph:
         release: Callable[[], object],
         pool_bytes: int = 0,
     ) -> None:
-        self.executable: Any = None
+        self.executables: Executables | None = None
         with ExitStack() as undo:
             undo.callback(release)
             self._nodes = driver.node_count(captured)
             if self._nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
-            self.executable = driver.instantiate(captured, own_stream(lane.index, "capture").cuda_stream)
+            stream = own_stream(lane.index, "capture").cuda_stream
+            self.executables = Executables(captured, inputs, outputs, stream)
             undo.pop_all()
         self.captured: Any = captured
         self.launcher = driver.binding().cuGraphLaunch
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._only = outputs[0] if len(outputs) == 1 and outputs[0].pointers else None
         self._copied = [index for index, slot in enumerate(outputs) if not slot.pointers]
         self.ready: list[Tensor] | None = None
         self.ready_stream = -1
@@ -87,7 +85,9 @@ class CudaGraph:
         self._context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
         # The outputs of the next call lie ready beside them.
         buffers = [slot.buffer for slot in (*inputs, *outputs, *outputs)]
-        self._nbytes = nbytes_of(buffers) + pool_bytes + self._nodes * NODE_BYTES
+        self._nbytes = nbytes_of(buffers) + pool_bytes + self.executables.nbytes
+        # What the static buffers are launched with.
+        self._pinned: Any = None
 
     @property
     def nodes(self) -> int:
@@ -114,14 +114,12 @@ class CudaGraph:
                 return self.replay(inputs, out)
         lane = self.lane
         with lane.lock:
-            executable = self.executable
-            if executable is None:
+            executables = self.executables
+            if executables is None:
                 raise ClosedError("the graph was closed; call the module again to capture a new one")
             if lane.stream != stream:
                 lane.enter(stream)
-            for slot, tensor in zip(self.inputs, inputs):  # noqa: B905 - strict costs 0.1 µs; the signature fixes both
-                if tensor.data_ptr() != slot.address:
-                    slot.take(executable, tensor)
+            wanted = [slot.take(tensor) for slot, tensor in zip(self.inputs, inputs)]  # noqa: B905 - the signature
             answer = self.ready
             if (
                 out is not None
@@ -129,14 +127,17 @@ class CudaGraph:
                 or self.ready_stream != stream
                 or self.ready_inference is not _is_inference_mode()
             ):
-                answer = self._point_outputs(executable, out)
-            code = self.launcher(executable, lane.handle)[0]
+                answer = [slot.fresh() for slot in self.outputs] if out is None else out
+            wanted += self._addresses(answer)
+            code = self.launcher(executables.aim(wanted), lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
+            for index in self._copied:
+                answer[index].copy_(self.outputs[index].buffer)
             if out is None:
-                self._finish(executable, stream, answer)
+                self._prepare_next(executables, stream)
             else:
-                self._copy_out(answer)
+                executables.launched()
         return answer
 
     def accepts(self, out: Sequence[Tensor]) -> bool:
@@ -148,11 +149,9 @@ class CudaGraph:
 
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
         with self.lane.lock:
-            if self.executable is None:
+            if self.executables is None:
                 raise ClosedError("the graph was closed; make a new session")
-            for slot in (*self.inputs, *self.outputs):
-                slot.point(self.executable, slot.buffer.data_ptr())
-            self.ready = None
+            self._pinned = self.executables.aim([slot.address for slot in (*self.inputs, *self.outputs)])
             return [slot.buffer for slot in self.inputs], [slot.buffer for slot in self.outputs]
 
     def launch(self) -> None:
@@ -170,9 +169,9 @@ class CudaGraph:
                         f"{lane.stream:#x}, which a capture cannot wait for; run it on one stream, or after the capture"
                     )
                 lane.enter(stream)
-            if self.executable is None:
+            if self.executables is None:
                 raise ClosedError("the graph was closed; make a new session")
-            code = self.launcher(self.executable, lane.handle)[0]
+            code = self.launcher(self._pinned, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
 
@@ -184,16 +183,16 @@ class CudaGraph:
 
     def close(self, *, wait: bool = True) -> None:
         with self.lane.lock:
-            executable, self.executable = self.executable, None
-            if executable is None:
+            executables, self.executables = self.executables, None
+            if executables is None:
                 return
             held = [self.inputs, self.outputs, self._keep, self.ready]
             release, self._release = self._release, _nothing
-            self.inputs, self.outputs, self.ready, self._keep, self._only = (), (), None, None, None
+            self.inputs, self.outputs, self.ready, self._keep, self._pinned = (), (), None, None, None
 
             def destroy() -> None:
                 try:
-                    driver.call("cuGraphExecDestroy", executable)
+                    executables.close()
                 finally:
                     held.clear()
                     release()
@@ -201,40 +200,31 @@ class CudaGraph:
             self.lane.release(destroy, wait=wait)
 
     def __del__(self) -> None:
-        # Nobody closed it: the executable must not stay behind, unless the process is going down anyway.
-        if getattr(self, "executable", None) is not None and not sys.is_finalizing():
+        # Nobody closed it: the executables must not stay behind, unless the process is going down anyway.
+        if getattr(self, "executables", None) is not None and not sys.is_finalizing():
             # On a lost device nothing can be given back, and there is nobody to tell.
             with suppress(CudaError):
                 self.close(wait=False)
 
-    def _point_outputs(self, executable: Any, out: list[Tensor] | None) -> list[Tensor]:
-        answer = [slot.fresh() for slot in self.outputs] if out is None else out
-        self.ready = None
+    def _addresses(self, answer: Sequence[Tensor]) -> list[int]:
+        """Where the next launch writes, of tensors for the outputs; 0 for those that are copied afterwards."""
+        addresses = []
         for slot, tensor in zip(self.outputs, answer, strict=True):
-            moved = slot.pointers and tensor.data_ptr() != slot.address
-            if moved and not slot.point(executable, tensor.data_ptr()):
-                raise CudaError(f"an output at {tensor.data_ptr():#x} is not aligned to {ALIGNMENT} bytes")
-        return answer
+            address = tensor.data_ptr() if slot.pointers else 0
+            if address & slot.mask or (slot.pointers and not address):
+                raise CudaError(f"an output at {address:#x} is not aligned to {slot.mask + 1} bytes")
+            addresses.append(address)
+        return addresses
 
-    def _copy_out(self, answer: list[Tensor]) -> None:
+    def _prepare_next(self, executables: Executables, stream: int) -> None:
+        """The outputs of the next call, while the device works."""
         self.ready = None
-        for index in self._copied:
-            answer[index].copy_(self.outputs[index].buffer)
-
-    def _finish(self, executable: Any, stream: int, answer: list[Tensor]) -> None:
-        """What remains after a launch, while the device works: copies out, and the outputs of the next call."""
-        self._copy_out(answer)
+        if executables.table[LATE]:
+            executables.launched()
+            return
         try:
-            if self._only is not None:
-                tensor = _empty_like(self._only.buffer)
-                if not self._only.point(executable, tensor.data_ptr()):
-                    return
-                ready = [tensor]
-            else:
-                ready = [_empty_like(slot.buffer) for slot in self.outputs]
-                for slot, tensor in zip(self.outputs, ready, strict=True):
-                    if slot.pointers and not slot.point(executable, tensor.data_ptr()):
-                        return
+            ready = [_empty_like(slot.buffer) for slot in self.outputs]
+            executables.launched(self._addresses(ready))
         except (torch.cuda.OutOfMemoryError, CudaError):
             # This call has its answer; the next one will say what is wrong, if it still is.
             return

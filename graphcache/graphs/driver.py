@@ -176,10 +176,18 @@ def make_edges_full(graph: Any) -> int:
     return len(replaced)
 
 
-def instantiate(graph: Any, stream: Any) -> Any:
-    """An executable graph, uploaded on ``stream`` so that the first launch costs no more than the others."""
+def instantiate(graph: Any, stream: Any = None) -> Any:
+    """An executable graph.
+
+    Args:
+        graph: A ``CUgraph``.
+        stream: Where to upload it, so that the first launch costs no more than the others; the host waits for that.
+            Without a stream, the first launch uploads it.
+    """
     driver = binding()
     params = driver.CUDA_GRAPH_INSTANTIATE_PARAMS()
+    if stream is None:
+        return call("cuGraphInstantiateWithParams", graph, params)
     params.flags = int(driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
     params.hUploadStream = stream
     executable = call("cuGraphInstantiateWithParams", graph, params)

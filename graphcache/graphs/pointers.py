@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graphcache.graphs import driver
@@ -41,7 +42,8 @@ class Pointer:
     Args:
         word: The address in this object's own copy of the node's parameters; node-owned memory is never written.
         offset: What is added to a tensor's address.
-        setter: The driver's function for this kind of node.
+        setter: The driver's function for this kind of node; it takes all parameters of the node, so that what ``word``
+            of each other pointer into it says counts too.
         arguments: What it is called with after the executable.
         keep: The memory behind ``word``.
     """
@@ -67,22 +69,34 @@ class Pointer:
         raw_context = int(context[0]) if context else 0
         return not context, int(node), params.getPtr(), raw_context, ctypes.addressof(self.word), self.offset
 
-    def set(self, executable: Any, address: int) -> None:
-        """Point the node at another address, from the next launch on.
-
-        Raises:
-            CudaError: If the driver refuses.
-        """
-        self.word.value = address + self.offset
-        code = self.setter(executable, *self.arguments)[0]
-        if code:
-            raise driver.failure(self.setter.__name__, code)
-
 
 @dataclass(frozen=True, slots=True)
 class _Node:
     handle: Any
     kind: Any
+
+
+def elsewhere(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors like some, for a second capture: no two of them as far away from those given.
+
+    An allocator often hands out one tensor after the other, so that the end of an input is the beginning of an output.
+    Had both moved by the same distance, nobody could tell which of them a kernel was given.
+
+    Args:
+        tensors: On the device, in memory of their own each.
+    """
+    found: list[Tensor] = []
+    moves: set[int] = set()
+    # What lies at a distance that is taken stays allocated until the end, so that the next one lies elsewhere.
+    kept: list[Tensor] = []
+    for tensor in tensors:
+        other = torch.empty_like(tensor)
+        while (move := other.data_ptr() - tensor.data_ptr()) in moves:
+            kept.append(other)
+            other = torch.empty_like(tensor)
+        moves.add(move)
+        found.append(other)
+    return found
 
 
 def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[list[Pointer]]:
@@ -93,7 +107,7 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
             long as the pointers.
         second: One captured with ``others``.
         tensors: Inputs and outputs of the first, in memory of their own each.
-        others: Those of the second, alive at the same time.
+        others: Those of the second, alive at the same time; best of :func:`elsewhere`.
 
     Returns:
         For each tensor the places where its address stands.

@@ -12,6 +12,7 @@ from torch import Tensor
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of
+from graphcache.graphs.executables import ADDRESSES, EXPECTED, HEAD, LAST, LATE, NEXT, STREAK
 
 if TYPE_CHECKING:
     from graphcache.graphs.cuda import CudaGraph
@@ -21,6 +22,8 @@ Fire = Callable[[Tensor, int], Tensor | None]
 
 Into = Callable[[Tensor, Tensor, int], bool]
 """Replays a graph from a tensor into another, on a stream (a raw handle); whether it did, or left it alone."""
+
+READ, WRITTEN = ADDRESSES, ADDRESSES + 1
 
 _is_inference_mode = torch.is_inference_mode_enabled
 _empty_like: Callable[[Tensor], Tensor] = torch.empty_like
@@ -34,15 +37,16 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
     overlaps the input nowhere.
 
     Returns:
-        ``None`` if the graph has not exactly one input and one output, pointed at in one place each.
+        ``None`` if the graph has not exactly one input and one output, both pointed at.
     """
-    places = [slot.place for slot in (*graph.inputs, *graph.outputs)]
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or None in places:
+    executables = graph.executables
+    if executables is None or len(graph.inputs) != 1 or len(graph.outputs) != 1:
         return None
     source, target = graph.inputs[0], graph.outputs[0]
-    (in_setter, in_word, in_offset, in_arguments), (out_setter, out_word, out_offset, out_arguments) = places  # type: ignore[misc]
-    executable, lane, mask = graph.executable, graph.lane, source.mask | target.mask
-    point_in, point_out = partial(in_setter, executable, *in_arguments), partial(out_setter, executable, *out_arguments)
+    if not (source.pointers and target.pointers):
+        return None
+    aim, launched, handles, table = executables.aim, executables.launched, executables.handles, executables.table
+    width, lane, mask = executables.width, graph.lane, source.mask | target.mask
     launch, lock = graph.launcher, lane.lock
     empty = allocator(target.buffer)
     buffer = target.buffer
@@ -51,47 +55,52 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
 
     def fire(x: Tensor, stream: int) -> Tensor | None:
         with lock:
-            answer = graph.ready
-            if (
-                answer is None
-                or not stream
-                or lane.stream != stream
-                or graph.ready_stream != stream
-                or graph.ready_inference is not _is_inference_mode()
-            ):
+            if not stream or lane.stream != stream:
                 return None
-            address = x.data_ptr()
-            if address != source.address:
-                if address & mask or not address:
+            ready, late = graph.ready, table[LATE]
+            if ready is not None:
+                if graph.ready_stream != stream or graph.ready_inference is not _is_inference_mode():
                     return None
-                # Not what the graph has, until the driver has taken it.
-                source.address = -1
-                in_word.value = address + in_offset
-                code = point_in()[0]
-                if code:
-                    raise driver.failure(in_setter.__name__, code)
-                source.address = address
+                (answer,) = ready
+            elif late and graph.executables is not None:
+                answer = empty()
+            else:
+                return None
+            read, written = x.data_ptr(), answer.data_ptr()
+            if (read | written) & mask or not read or not written:
+                return None
+            index = table[EXPECTED]
+            start = HEAD + index * width
+            if table[start + READ] == read and table[start + WRITTEN] == written:
+                executable = handles[index]
+                if table[STREAK]:
+                    table[STREAK] = 0
+            else:
+                executable = aim((read, written))
             code = launch(executable, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
             # What remains is done while the device works.
             graph.ready = None
+            if late:
+                launched()
+                return answer
             try:
                 fresh = empty()
-                address = fresh.data_ptr()
-                if address & mask or not address:
-                    return answer[0]
-                target.address = -1
-                out_word.value = address + out_offset
-                code = point_out()[0]
-                if code:
-                    raise driver.failure(out_setter.__name__, code)
-                target.address = address
+                written = fresh.data_ptr()
+                if written & mask or not written:
+                    return answer
+                index = table[EXPECTED]
+                following = table[HEAD + index * width + NEXT]
+                if table[HEAD + following * width + WRITTEN] == written:
+                    table[LAST], table[EXPECTED] = index, following
+                else:
+                    launched([written])
                 graph.ready = [fresh]
             except (torch.cuda.OutOfMemoryError, CudaError):
                 # This call has its answer; the next one will say what is wrong, if it still is.
                 pass
-            return answer[0]
+            return answer
 
     def into(x: Tensor, out: Tensor, stream: int) -> bool:
         if (type(out), out.dtype, out.shape, out.stride(), out.device) != wanted or out.requires_grad:
@@ -102,25 +111,20 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
         if out.is_neg() or out.is_conj():
             return False
         with lock:
-            if not stream or lane.stream != stream or graph.executable is None:
+            if not stream or lane.stream != stream or graph.executables is None:
                 return False
-            if read != source.address:
-                source.address = -1
-                in_word.value = read + in_offset
-                code = point_in()[0]
-                if code:
-                    raise driver.failure(in_setter.__name__, code)
-                source.address = read
-            if written != target.address:
-                graph.ready, target.address = None, -1
-                out_word.value = written + out_offset
-                code = point_out()[0]
-                if code:
-                    raise driver.failure(out_setter.__name__, code)
-                target.address = written
+            index = table[EXPECTED]
+            start = HEAD + index * width
+            if table[start + READ] == read and table[start + WRITTEN] == written:
+                executable = handles[index]
+                if table[STREAK]:
+                    table[STREAK] = 0
+            else:
+                executable = aim((read, written))
             code = launch(executable, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
+            launched()
             return True
 
     return fire, into

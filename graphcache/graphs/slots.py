@@ -1,14 +1,12 @@
-"""The inputs and outputs of an instantiated graph, each pointed at the caller's tensor or copied."""
+"""The inputs and outputs of a captured graph, each pointed at the caller's tensor or copied."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of
 from graphcache.graphs.pointers import Pointer
 
@@ -25,59 +23,38 @@ class Slot:
         alignment: What the caller's address must be divisible by to be used as it is; 1 where a node copies from it.
     """
 
-    __slots__ = ("_arguments", "_offset", "_setter", "_word", "address", "buffer", "mask", "pointers")
+    __slots__ = ("buffer", "mask", "pointers")
 
     def __init__(self, buffer: Tensor, pointers: Sequence[Pointer], alignment: int) -> None:
         self.buffer = buffer
         self.pointers = tuple(pointers)
         self.mask = alignment - 1
-        self.address = -1
-        """Where the graph reads or writes; -1 if that is not known, or if the tensor is copied."""
-        # Of a single pointer, the usual case: two calls and a loop less at every hit.
-        one = self.pointers[0] if len(self.pointers) == 1 else None
-        self._setter: Any = one.setter if one is not None else None
-        self._word: Any = one.word if one is not None else None
-        self._offset = one.offset if one is not None else 0
-        self._arguments: Sequence[Any] = one.arguments if one is not None else ()
 
-    def point(self, executable: Any, address: int) -> bool:
-        """Use another address from the next launch on; ``False`` if it cannot be, so that nothing changed.
+    def fits(self, address: int) -> bool:
+        """Whether the graph can be pointed there."""
+        return bool(self.pointers and address and not address & self.mask)
 
-        Raises:
-            CudaError: If the driver refuses. The slot knows then that it does not know where it points.
+    def take(self, tensor: Tensor) -> int:
+        """Use an input's values at the next launch: where they are, or through the static buffer.
+
+        Returns:
+            The address to point the graph at; 0 if it cannot be pointed anywhere.
         """
-        if address & self.mask or not address or not self.pointers:
-            return False
-        # Not what the graph has, until the driver has taken it.
-        self.address = -1
-        if self._setter is not None:
-            self._word.value = address + self._offset
-            code = self._setter(executable, *self._arguments)[0]
-            if code:
-                raise driver.failure(self._setter.__name__, code)
-        else:
-            for pointer in self.pointers:
-                pointer.set(executable, address)
-        self.address = address
-        return True
+        address = tensor.data_ptr()
+        if self.fits(address):
+            return address
+        self.buffer.copy_(tensor)
+        return self.address
 
     @property
-    def place(self) -> tuple[Any, Any, int, Sequence[Any]] | None:
-        """Of the only pointer: the driver's function, the word, the offset and the arguments; otherwise ``None``."""
-        if self._setter is None:
-            return None
-        return self._setter, self._word, self._offset, self._arguments
+    def address(self) -> int:
+        """Of the static buffer; 0 if the graph cannot be pointed anywhere."""
+        return self.buffer.data_ptr() if self.pointers else 0
 
     @property
-    def raw(self) -> tuple[Slot, int, int, tuple[tuple[bool, int, int, int, int, int], ...]]:
-        """For compiled code: this object, ``mask``, the size of the buffer in bytes, and the pointers."""
-        return self, self.mask, nbytes_of([self.buffer]), tuple([pointer.raw for pointer in self.pointers])
-
-    def take(self, executable: Any, tensor: Tensor) -> None:
-        """Use an input's values at the next launch, in place or through the static buffer."""
-        if not self.point(executable, tensor.data_ptr()):
-            self.buffer.copy_(tensor)
-            self.point(executable, self.buffer.data_ptr())
+    def raw(self) -> tuple[int, int, tuple[tuple[bool, int, int, int, int, int], ...]]:
+        """For compiled code: ``mask``, the size of the buffer in bytes, and the pointers."""
+        return self.mask, nbytes_of([self.buffer]), tuple([pointer.raw for pointer in self.pointers])
 
     def fresh(self) -> Tensor:
         """A new tensor of the same shape, strides and dtype."""

@@ -20,7 +20,7 @@ from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of, wi
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane, own_stream
-from graphcache.graphs.pointers import CannotBind, find_copies, find_pointers
+from graphcache.graphs.pointers import CannotBind, elsewhere, find_copies, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
 from graphcache.modules.engine import EngineModule
@@ -204,7 +204,7 @@ class _EngineIO:
                 raise CannotBind("an input or output is empty")
             if self._module.engine.aliases:
                 raise CannotBind("an output shares the memory of an input")
-            others = [torch.empty_like(tensor) for tensor in ours]
+            others = elsewhere(ours)
             with ExitStack() as after:
                 self._point_context_at(others)
                 after.callback(self._point_context_at, ours)

@@ -16,7 +16,6 @@ from graphcache.graphs import driver, native
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.single import Fire, Into, allocator
-from graphcache.graphs.slots import Slot
 from graphcache.modules.conditions import current_device, raw_stream, several_devices
 from graphcache.modules.record import Recorded
 
@@ -81,9 +80,9 @@ class Shortcuts(dict[Hashable, Shortcut]):
         recorded, graph = entry.graph, entry.graph.graph
         assert isinstance(graph, CudaGraph)
         # One look at what another thread may take away by closing the graph.
-        executable, inputs, outputs = graph.executable, graph.inputs, graph.outputs
-        pointed = all(slot.pointers for slot in (*inputs, *outputs))
-        if executable is None or not outputs or not pointed or recorded.replay != graph.replay:
+        executables, outputs, slots = graph.executables, graph.outputs, (*graph.inputs, *graph.outputs)
+        pointed = all(slot.pointers for slot in slots)
+        if executables is None or not outputs or not pointed or recorded.replay != graph.replay:
             return
         table.put(
             args,
@@ -91,15 +90,15 @@ class Shortcuts(dict[Hashable, Shortcut]):
             graph,
             graph.lane,
             graph.lane.lock,
-            executable,
-            int(executable),
+            executables,
+            executables.table,
             index,
             self._engine,
             epoch,
             None if self._engine is not None else self._is_stale,
             None if recorded.bare else recorded.build,
-            tuple([slot.raw for slot in inputs]),
-            tuple([slot.raw for slot in outputs]),
+            slots,
+            tuple([slot.raw for slot in slots]),
             tuple([slot.buffer for slot in outputs]),
             # A device's memory comes from where the buffer's came from.
             tuple([None if slot.buffer.is_cuda else allocator(slot.buffer) for slot in outputs]),
@@ -117,7 +116,7 @@ def new_table() -> Any:
         log.debug("hits are answered in Python: %s", error)
         return None
     return library.Table(
-        (CudaGraph, Lane, Slot, Entry, Modes),
+        (CudaGraph, Lane, Entry, Modes),
         modes,
         ticks,
         raw_stream,

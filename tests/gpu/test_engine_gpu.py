@@ -521,3 +521,14 @@ def test_full_edges_give_the_same_answers(load):
         x = torch.randn(n, networks.SIZE, device="cuda")
         assert close(fast(x), networks.mlp8_reference(x))
     assert fast.cache_info().hits == 2
+
+
+def test_a_bound_graph_copies_nothing(load):
+    """Torch allocates the static buffers one after the other; that must not make their addresses ambiguous."""
+    nodes = {}
+    for io in ("bind", "copy"):
+        fast = graphcache.wrap(load("mlp8"), io=io)
+        for rows in (1, 2, 8, 32, 64):
+            fast(torch.randn(rows, networks.SIZE, device="cuda"))
+        nodes[io] = [entry.graph.graph.nodes for entry in fast._entries.values()]
+    assert [copied - bound for bound, copied in zip(nodes["bind"], nodes["copy"], strict=True)] == [2] * 5

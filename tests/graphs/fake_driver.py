@@ -1192,7 +1192,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "binding", lambda: fake.driver)
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (capture, cuda, lane, pool, slots, *others):
+    for module in (capture, cuda, lane, pointers, pool, slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "own_stream"):
             patch.setattr(module, "own_stream", own_stream)

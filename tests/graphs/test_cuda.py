@@ -18,7 +18,8 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import cuda, driver
-from graphcache.graphs.cuda import NODE_BYTES, CudaGraph
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.executables import EXECUTABLE_BYTES, MOST, NODE_BYTES
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.single import single
 from graphcache.graphs.slots import Slot
@@ -409,9 +410,9 @@ def test_wherever_the_driver_fails_an_answer_is_right_or_an_error(kind: str, ran
 
 
 def test_a_kernel_that_fails_is_a_cuda_error(fake: Torch, bound: CudaGraph) -> None:
-    (static,), _ = bound.pin()
-    del static
-    bound.outputs[0].point(bound.executable, given_to(fake).data_ptr())
+    bound.pin()
+    assert bound.executables is not None
+    bound.executables.aim([bound.inputs[0].address, given_to(fake).data_ptr()])
     with pytest.raises(CudaError, match="cuGraphLaunch failed with CUDA_ERROR_ILLEGAL_ADDRESS"):
         bound.launch()
 
@@ -482,7 +483,7 @@ def test_accounts_for_memory(fake: Torch) -> None:
     work = Affine(fake, SIZE, Lane(0))
     made = work.bound()
     assert made.nodes == 2
-    assert made.nbytes == 2 * 4 * SIZE + 2 * NODE_BYTES
+    assert made.nbytes == 2 * 4 * SIZE + MOST * (EXECUTABLE_BYTES + 2 * NODE_BYTES)
     assert made.copies == 0
     captured = work.capture()
     whole = fake.driver.heap.empty(2 * SIZE)
@@ -496,7 +497,7 @@ def test_accounts_for_memory(fake: Torch) -> None:
         release=lambda: driver.call("cuGraphDestroy", captured),
         pool_bytes=1000,
     )
-    assert shared.nbytes == 2 * 4 * SIZE + 1000 + 2 * NODE_BYTES, "one storage counts once"
+    assert shared.nbytes == 2 * 4 * SIZE + 1000 + EXECUTABLE_BYTES + 2 * NODE_BYTES, "one storage counts once"
     assert shared.copies == 2
 
 

@@ -1,8 +1,9 @@
 // The short way of a hit, compiled: what graphcache/graphs/single.py and CachedModule.__call__ do in Python.
 //
-// There is one source of truth, the Python objects. Where a graph points, which outputs are ready, on which stream a
-// lane ran last: all of it stands in __slots__ of Slot, CudaGraph, Lane and Entry, and is read and written here at the
-// offsets that their member descriptors name. So the general way, in Python, may run between any two calls.
+// There is one source of truth, the Python objects. Which outputs are ready, on which stream a lane ran last: all of it
+// stands in __slots__ of CudaGraph, Lane and Entry, and is read and written here at the offsets that their member
+// descriptors name; where a graph's executables point stands in the table of executables.py. So the general way, in
+// Python, may run between any two calls.
 //
 // A Table holds records by the layout of the inputs. call() and into() either answer, or raise what the Python way
 // raises, or return None / False with nothing changed; whoever called then takes the Python way. What decides is asked
@@ -47,8 +48,8 @@ namespace {
 using Ref = THPObjectPtr;
 using Words = c10::SmallVector<uint64_t, 64>;
 
-constexpr Py_ssize_t most_inputs = 8;
-constexpr uint64_t unknown = ~uint64_t{0};
+constexpr Py_ssize_t most_inputs = 8, most_outputs = 8, most_places = most_inputs + most_outputs;
+constexpr uint64_t unknown = ~uint64_t{0}, looks_every = 16, tries_every = 1024;
 
 // The driver's functions, by what the C interface of CUDA 12 says of them; a CUresult is an int.
 using Launch = int (*)(void* executable, void* stream);
@@ -174,13 +175,16 @@ struct Pointer {
   uint64_t offset;
 };
 
-// An input or output.
+// An input or output. The graph's inputs and outputs, held by the record, hold the memory behind the pointers.
 struct Place {
-  PyObject* slot;  // Held by the record; holds the memory behind the pointers.
   uint64_t mask;
   uint64_t nbytes;
   std::vector<Pointer> pointers;
 };
+
+// The head of the table of executables, and what stands in one of its rows.
+enum Head : size_t { count_of, expected, last, hand, streak, patches, most_of_them, grows, patience, late, head };
+enum Row : size_t { handle_of, next_of, addresses_of };
 
 // How to allocate an output: by a callable, or from the allocator that the static buffer came from.
 struct Maker {
@@ -194,10 +198,11 @@ struct Maker {
 struct Record {
   Words words;
   std::vector<Ref> held;  // Everything borrowed below.
-  PyObject *entry, *graph, *lane, *acquire, *release, *executable, *index;
+  PyObject *entry, *graph, *lane, *acquire, *release, *executables, *index;
   PyObject *engine, *epoch, *is_stale, *build;  // Null where there is none.
-  void* handle;
-  std::vector<Place> inputs, outputs;
+  uint64_t* table;  // Of the executables; executables.py says what stands where.
+  std::vector<Place> places;  // Inputs, then outputs.
+  size_t inputs;
   std::vector<Maker> makers;
   Words target;  // The layout of the only output.
 
@@ -207,6 +212,10 @@ struct Record {
   }
 
   PyObject* hold_unless_none(PyObject* object) { return object == Py_None ? nullptr : hold(object); }
+
+  size_t outputs() const { return places.size() - inputs; }
+  uint64_t* row(uint64_t index) const { return table + head + index * (addresses_of + places.size()); }
+  uint64_t* addresses(uint64_t index) const { return row(index) + addresses_of; }
 };
 
 PyObject* make(const Maker& maker) {
@@ -231,8 +240,8 @@ bool make_as(PyObject* buffer, Maker& maker) {
 // ---- the table
 
 struct State {
-  Ref classes, modes, counter, raw_stream, current_device, fail, quiet, not_blocking, minus_one, epoch_name;
-  Field executable, ready, ready_stream, ready_inference, stream, address, hits, used, off;
+  Ref classes, modes, counter, raw_stream, current_device, fail, quiet, not_blocking, epoch_name;
+  Field executables, ready, ready_stream, ready_inference, stream, hits, used, off;
   Launch launch;
   SetKernel set_kernel;
   SetCopy set_copy;
@@ -282,69 +291,142 @@ Outcome raise_failure(State& state, const char* name, int code) {
   return Outcome::failed;
 }
 
-// Point at another address from the next launch on: 0, or what the driver answered, or -1 with an exception set. The
-// slot's address is -1 until the driver has taken the new one.
-int point(State& state, const Record& record, const Place& place, uint64_t address, const char** name) {
-  PyObject* value = PyLong_FromUnsignedLongLong(address);
-  if (value == nullptr) return -1;
-  Ref kept(value);
-  state.address.put(place.slot, Py_NewRef(state.minus_one.get()));
-  for (const Pointer& pointer : place.pointers) {
-    *pointer.word = address + pointer.offset;
-    const int code = pointer.kernel
-        ? state.set_kernel(record.handle, pointer.node, pointer.params)
-        : state.set_copy(record.handle, pointer.node, pointer.params, pointer.context);
-    if (code != 0) {
-      *name = pointer.kernel ? "cuGraphExecKernelNodeSetParams" : "cuGraphExecMemcpyNodeSetParams";
-      return code;
-    }
-  }
-  state.address.put(place.slot, kept.release());
-  return 0;
+// ---- which executable, and where it points: as executables.py does it
+
+size_t differences(const Record& record, uint64_t index, const uint64_t* wanted) {
+  const uint64_t* found = record.addresses(index);
+  size_t count = 0;
+  for (size_t i = 0; i < record.places.size(); ++i) count += found[i] != wanted[i];
+  return count;
 }
 
-Outcome point_inputs(State& state, const Record& record, const uint64_t* addresses) {
-  for (size_t i = 0; i < record.inputs.size(); ++i) {
-    if (state.address.number(record.inputs[i].slot) == addresses[i]) continue;
-    const char* name = nullptr;
-    if (const int code = point(state, record, record.inputs[i], addresses[i], &name); code != 0)
-      return code < 0 ? Outcome::failed : raise_failure(state, name, code);
+// Point an executable elsewhere. The driver takes a node's parameters as a whole, and several tensors may stand in one.
+Outcome point(State& state, const Record& record, uint64_t index, const uint64_t* wanted) {
+  uint64_t* found = record.addresses(index);
+  void* executable = reinterpret_cast<void*>(record.row(index)[handle_of]);
+  bool changed[most_places];
+  for (size_t i = 0; i < record.places.size(); ++i) {
+    for (const Pointer& pointer : record.places[i].pointers) *pointer.word = wanted[i] + pointer.offset;
+    if ((changed[i] = found[i] != wanted[i])) found[i] = unknown;
   }
+  for (size_t i = 0; i < record.places.size(); ++i) {
+    if (!changed[i]) continue;
+    for (const Pointer& pointer : record.places[i].pointers) {
+      const int code = pointer.kernel ? state.set_kernel(executable, pointer.node, pointer.params)
+                                      : state.set_copy(executable, pointer.node, pointer.params, pointer.context);
+      if (code != 0)
+        return raise_failure(
+            state, pointer.kernel ? "cuGraphExecKernelNodeSetParams" : "cuGraphExecMemcpyNodeSetParams", code);
+    }
+    found[i] = wanted[i];
+  }
+  record.table[hand] = (index + 1) % record.table[count_of];
+  ++record.table[patches];
+  return Outcome::done;
+}
+
+// Expect, for the next launch, the executable that is pointed where it is wanted, or is now. One more executable is made
+// in Python.
+Outcome aim(State& state, const Record& record, const uint64_t* wanted) {
+  uint64_t* table = record.table;
+  uint64_t index = table[expected];
+  if (differences(record, index, wanted) == 0) {
+    table[streak] = 0;
+    return Outcome::done;
+  }
+  size_t least = ~size_t{0};
+  const bool full = table[count_of] == table[most_of_them], searches = table[streak] < table[patience];
+  if (searches || !full || table[streak] % looks_every == 0)
+    for (uint64_t each = 0; each < table[count_of] && least != 0; ++each)
+      if (differences(record, each, wanted) == 0) least = 0, index = each;
+  if (searches)
+    for (uint64_t step = 0; step < table[count_of]; ++step) {
+      const uint64_t each = (table[hand] + step) % table[count_of];
+      const size_t differs = differences(record, each, wanted);
+      if (differs < least) least = differs, index = each;
+    }
+  if (least != 0) {
+    if (!full && table[patches] >= table[grows]) return Outcome::left_alone;
+    if (const auto pointed = point(state, record, index, wanted); pointed != Outcome::done) return pointed;
+    const uint64_t turn = ++table[streak] % tries_every;
+    if (full && table[count_of] > 1 && (turn == table[patience] || turn == 2 * table[patience]))
+      table[late] = turn == table[patience];
+  } else {
+    table[streak] = 0;
+  }
+  if (index != table[expected]) {
+    record.row(table[last])[next_of] = index;
+    table[expected] = index;
+  }
+  return Outcome::done;
+}
+
+// The expected executable was launched: expect the one that came after it the last time. Where addresses do not come
+// again, or as long as there is but one, it is pointed at the next outputs (null if they are not known) now.
+Outcome launched(State& state, const Record& record, const uint64_t* outputs) {
+  uint64_t* table = record.table;
+  table[last] = table[expected];
+  const uint64_t following = record.row(table[last])[next_of];
+  table[expected] = following;
+  if (outputs == nullptr) return Outcome::done;
+  uint64_t wanted[most_places];
+  std::copy_n(record.addresses(following), record.inputs, wanted);
+  std::copy_n(outputs, record.outputs(), wanted + record.inputs);
+  if (differences(record, following, wanted) == 0) return Outcome::done;
+  const bool full = table[count_of] == table[most_of_them];
+  if (full ? table[streak] >= table[patience] : table[patches] < table[grows]) {
+    const uint64_t index = table[hand];
+    std::copy_n(record.addresses(index), record.inputs, wanted);
+    if (const auto pointed = point(state, record, index, wanted); pointed != Outcome::done) return pointed;
+    table[expected] = index;
+    return Outcome::done;
+  }
+  for (uint64_t each = 0; each < table[count_of]; ++each)
+    if (differences(record, each, wanted) == 0) {
+      table[expected] = each;
+      break;
+    }
   return Outcome::done;
 }
 
 Outcome launch(State& state, const Record& record, uint64_t stream) {
   int code;
+  void* executable = reinterpret_cast<void*>(record.row(record.table[expected])[handle_of]);
   Py_BEGIN_ALLOW_THREADS
-  code = state.launch(record.handle, reinterpret_cast<void*>(stream));
+  code = state.launch(executable, reinterpret_cast<void*>(stream));
   Py_END_ALLOW_THREADS
   return code == 0 ? Outcome::done : raise_failure(state, "cuGraphLaunch", code);
 }
 
-// The outputs of the next call, and the graph pointed at them. This call has its answer: no memory and no driver that
-// agrees are the next one's to say.
-Outcome prepare_next(State& state, const Record& record) {
-  const size_t count = record.outputs.size();
+// New outputs, and where they lie: done, with none where the allocator aligns to less than is needed, or failed.
+Outcome make_outputs(const Record& record, Ref& made, uint64_t* addresses) {
+  const size_t count = record.outputs();
   Ref fresh(PyList_New(static_cast<Py_ssize_t>(count)));
   if (!fresh) return Outcome::failed;
   for (size_t i = 0; i < count; ++i) {
-    PyObject* made = make(record.makers[i]);
-    if (made == nullptr) {
-      if (!PyErr_ExceptionMatches(state.quiet.get())) return Outcome::failed;
-      PyErr_Clear();
-      return Outcome::done;
-    }
-    PyList_SET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i), made);
+    PyObject* each = make(record.makers[i]);
+    if (each == nullptr) return Outcome::failed;
+    PyList_SET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i), each);
+    c10::TensorImpl* tensor = plain(each);
+    addresses[i] = tensor == nullptr ? 0 : address_of(tensor);
+    if (addresses[i] == 0 || (addresses[i] & record.places[record.inputs + i].mask) != 0) return Outcome::done;
   }
-  for (size_t i = 0; i < count; ++i) {
-    c10::TensorImpl* tensor = plain(PyList_GET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i)));
-    const uint64_t address = tensor == nullptr ? 0 : address_of(tensor);
-    if ((address & record.outputs[i].mask) != 0 || address == 0) return Outcome::done;
-    const char* name = nullptr;
-    const int code = point(state, record, record.outputs[i], address, &name);
-    if (code != 0) return code < 0 ? Outcome::failed : Outcome::done;
+  made = std::move(fresh);
+  return Outcome::done;
+}
+
+// The outputs of the next call. This call has its answer: no memory and no driver that agrees are the next one's to say.
+Outcome prepare_next(State& state, const Record& record) {
+  uint64_t addresses[most_places];
+  Ref fresh;
+  if (record.table[late] != 0) return launched(state, record, nullptr);
+  if (make_outputs(record, fresh, addresses) != Outcome::done ||
+      (fresh && launched(state, record, addresses) != Outcome::done)) {
+    if (!PyErr_ExceptionMatches(state.quiet.get())) return Outcome::failed;
+    PyErr_Clear();
+    return Outcome::done;
   }
-  state.ready.put(record.graph, fresh.release());
+  if (fresh) state.ready.put(record.graph, fresh.release());
   return Outcome::done;
 }
 
@@ -373,7 +455,7 @@ Outcome may_launch(State& state, const Record& record, uint64_t* stream) {
 
 // With the lane's lock: whether the graph is there, of this epoch, and ran last on this stream.
 Outcome is_current(State& state, const Record& record, uint64_t stream) {
-  if (state.executable.in(record.graph) != record.executable) return Outcome::left_alone;
+  if (state.executables.in(record.graph) != record.executables) return Outcome::left_alone;
   if (state.stream.number(record.lane) != stream) return Outcome::left_alone;
   if (record.engine == nullptr) return Outcome::done;
   Ref epoch(PyObject_GetAttr(record.engine, state.epoch_name.get()));
@@ -383,9 +465,9 @@ Outcome is_current(State& state, const Record& record, uint64_t stream) {
 }
 
 bool are_usable(const Record& record, c10::TensorImpl* const* tensors, uint64_t* addresses) {
-  for (size_t i = 0; i < record.inputs.size(); ++i) {
+  for (size_t i = 0; i < record.inputs; ++i) {
     addresses[i] = address_of(tensors[i]);
-    if (addresses[i] == 0 || (addresses[i] & record.inputs[i].mask) != 0) return false;
+    if (addresses[i] == 0 || (addresses[i] & record.places[i].mask) != 0) return false;
   }
   return true;
 }
@@ -423,7 +505,7 @@ Outcome answer(State& state, PyObject* args, Ref& result) {
   // A reference of its own: whoever clears the table meanwhile takes nothing from under this call.
   const std::shared_ptr<Record> record = find(state, words);
   if (!record) return Outcome::left_alone;
-  uint64_t stream = 0, addresses[most_inputs];
+  uint64_t stream = 0, addresses[most_places];
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
   if (!are_usable(*record, tensors, addresses)) return Outcome::left_alone;
   Ref outputs;
@@ -433,13 +515,24 @@ Outcome answer(State& state, PyObject* args, Ref& result) {
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
     PyObject* ready = state.ready.in(record->graph);
     PyObject* inference = c10::InferenceMode::is_enabled() ? Py_True : Py_False;
-    if (ready == nullptr || !PyList_CheckExact(ready) ||
-        PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs.size()) ||
-        state.ready_stream.number(record->graph) != stream || state.ready_inference.in(record->graph) != inference)
+    if (ready == Py_None && record->table[late] != 0) {
+      if (make_outputs(*record, outputs, addresses + record->inputs) != Outcome::done) return Outcome::failed;
+      if (!outputs) return Outcome::left_alone;
+    } else if (ready == nullptr || !PyList_CheckExact(ready) ||
+               PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs()) ||
+               state.ready_stream.number(record->graph) != stream ||
+               state.ready_inference.in(record->graph) != inference) {
       return Outcome::left_alone;
-    outputs = Py_NewRef(ready);
-    if (const auto pointed = point_inputs(state, *record, addresses); pointed != Outcome::done) return pointed;
-    if (const auto launched = launch(state, *record, stream); launched != Outcome::done) return launched;
+    } else {
+      for (size_t i = 0; i < record->outputs(); ++i) {
+        c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
+        if (tensor == nullptr) return Outcome::left_alone;
+        addresses[record->inputs + i] = address_of(tensor);
+      }
+      outputs = Py_NewRef(ready);
+    }
+    if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
+    if (const auto begun = launch(state, *record, stream); begun != Outcome::done) return begun;
     // What remains is done while the device works.
     state.ready.put(record->graph, Py_NewRef(Py_None));
     if (const auto prepared = prepare_next(state, *record); prepared != Outcome::done) return prepared;
@@ -458,11 +551,11 @@ bool fits(const Record& record, c10::TensorImpl* out, const uint64_t* addresses,
   Words words;
   describe_one(*out, words);
   if (words != record.target || out->requires_grad()) return false;
-  const Place& place = record.outputs[0];
+  const Place& place = record.places[record.inputs];
   *written = address_of(out);
   if (*written == 0 || (*written & place.mask) != 0) return false;
-  for (size_t i = 0; i < record.inputs.size(); ++i)
-    if (addresses[i] < *written + place.nbytes && *written < addresses[i] + record.inputs[i].nbytes) return false;
+  for (size_t i = 0; i < record.inputs; ++i)
+    if (addresses[i] < *written + place.nbytes && *written < addresses[i] + record.places[i].nbytes) return false;
   return true;
 }
 
@@ -472,8 +565,8 @@ Outcome answer_into(State& state, PyObject* out, PyObject* args) {
   Words words;
   if (target == nullptr || !describe(args, tensors, words)) return Outcome::left_alone;
   const std::shared_ptr<Record> record = find(state, words);
-  if (!record || record->build != nullptr || record->outputs.size() != 1) return Outcome::left_alone;
-  uint64_t stream = 0, addresses[most_inputs], written = 0;
+  if (!record || record->build != nullptr || record->outputs() != 1) return Outcome::left_alone;
+  uint64_t stream = 0, addresses[most_places], written = 0;
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
   if (!are_usable(*record, tensors, addresses) || !fits(*record, target, addresses, &written))
     return Outcome::left_alone;
@@ -481,14 +574,10 @@ Outcome answer_into(State& state, PyObject* out, PyObject* args) {
     Held lock(state, *record);
     if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
-    if (const auto pointed = point_inputs(state, *record, addresses); pointed != Outcome::done) return pointed;
-    if (state.address.number(record->outputs[0].slot) != written) {
-      state.ready.put(record->graph, Py_NewRef(Py_None));
-      const char* name = nullptr;
-      const int code = point(state, *record, record->outputs[0], written, &name);
-      if (code != 0) return code < 0 ? Outcome::failed : raise_failure(state, name, code);
-    }
-    if (const auto launched = launch(state, *record, stream); launched != Outcome::done) return launched;
+    addresses[record->inputs] = written;
+    if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
+    if (const auto begun = launch(state, *record, stream); begun != Outcome::done) return begun;
+    if (const auto noted = launched(state, *record, nullptr); noted != Outcome::done) return noted;
   }
   return finish(state, *record);
 }
@@ -521,15 +610,16 @@ bool is_tuple(PyObject* object) {
   return false;
 }
 
-// (slot, mask, nbytes, ((kernel, node, params, context, word, offset), ...))
-bool read_place(State& state, Record& record, PyObject* given, Place& place) {
-  PyObject *slot, *pointers;
-  if (!is_tuple(given) || !PyArg_ParseTuple(given, "OKKO!:place", &slot, &place.mask, &place.nbytes, &PyTuple_Type, &pointers)) return false;
-  if (!state.address.is_of(slot) || PyTuple_GET_SIZE(pointers) == 0) {
-    PyErr_SetString(PyExc_TypeError, "expected a Slot with pointers");
+// (mask, nbytes, ((kernel, node, params, context, word, offset), ...))
+bool read_place(PyObject* given, Place& place) {
+  PyObject* pointers;
+  if (!is_tuple(given) ||
+      !PyArg_ParseTuple(given, "KKO!:place", &place.mask, &place.nbytes, &PyTuple_Type, &pointers))
+    return false;
+  if (PyTuple_GET_SIZE(pointers) == 0) {
+    PyErr_SetString(PyExc_TypeError, "expected pointers");
     return false;
   }
-  place.slot = record.hold(slot);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pointers); ++i) {
     int kernel;
     PyObject *node, *params, *context, *word;
@@ -545,29 +635,36 @@ bool read_place(State& state, Record& record, PyObject* given, Place& place) {
   return true;
 }
 
-bool read_places(State& state, Record& record, PyObject* given, std::vector<Place>& places) {
-  places.resize(static_cast<size_t>(PyTuple_GET_SIZE(given)));
-  for (size_t i = 0; i < places.size(); ++i)
-    if (!read_place(state, record, PyTuple_GET_ITEM(given, static_cast<Py_ssize_t>(i)), places[i])) return false;
-  return true;
+// The table of the executables: an array of 64-bit numbers, as long as its head and rows say.
+bool read_table(PyObject* given, Record& record) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(given, &view, PyBUF_CONTIG) < 0) return false;
+  const auto length = static_cast<size_t>(view.len) / sizeof(uint64_t);
+  record.table = static_cast<uint64_t*>(view.buf);
+  const bool fits = view.itemsize == sizeof(uint64_t) && length >= head &&
+      record.table[count_of] >= 1 && record.table[count_of] <= record.table[most_of_them] &&
+      record.table[most_of_them] <= (length - head) / (addresses_of + record.places.size());
+  PyBuffer_Release(&view);
+  if (!fits) PyErr_SetString(PyExc_TypeError, "that is no table of executables");
+  return fits;
 }
 
 PyObject* table_put(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
-  PyObject *args, *entry, *graph, *lane, *lock, *executable, *handle, *index, *engine, *epoch, *is_stale, *build;
-  PyObject *inputs, *outputs, *buffers, *makers;
-  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOO!O!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
-                        &executable, &handle, &index, &engine, &epoch, &is_stale, &build, &PyTuple_Type, &inputs,
-                        &PyTuple_Type, &outputs, &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
+  PyObject *args, *entry, *graph, *lane, *lock, *executables, *table, *index, *engine, *epoch, *is_stale, *build, *slots;
+  PyObject *places, *buffers, *makers;
+  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOOO!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
+                        &executables, &table, &index, &engine, &epoch, &is_stale, &build, &slots, &PyTuple_Type, &places,
+                        &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
     return nullptr;
-  if (!state.hits.is_of(entry) || !state.executable.is_of(graph) || !state.stream.is_of(lane))
+  if (!state.hits.is_of(entry) || !state.executables.is_of(graph) || !state.stream.is_of(lane))
     return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a Lane");
   auto record = std::make_shared<Record>();
   c10::TensorImpl* tensors[most_inputs];
-  const Py_ssize_t count = PyTuple_GET_SIZE(outputs);
-  if (!describe(args, tensors, record->words) || PyTuple_GET_SIZE(inputs) != PyTuple_GET_SIZE(args) || count < 1 ||
-      PyTuple_GET_SIZE(buffers) != count || PyTuple_GET_SIZE(makers) != count)
+  const Py_ssize_t count = PyTuple_GET_SIZE(buffers);
+  if (!describe(args, tensors, record->words) || count < 1 || count > most_outputs ||
+      PyTuple_GET_SIZE(places) != PyTuple_GET_SIZE(args) + count || PyTuple_GET_SIZE(makers) != count)
     Py_RETURN_FALSE;
   Ref acquire(PyObject_GetAttrString(lock, "acquire")), release(PyObject_GetAttrString(lock, "release"));
   if (!acquire || !release) return nullptr;
@@ -576,17 +673,20 @@ PyObject* table_put(Table* self, PyObject* given) {
   record->lane = record->hold(lane);
   record->acquire = record->hold(acquire.get());
   record->release = record->hold(release.get());
-  record->executable = record->hold(executable);
+  record->executables = record->hold(executables);
+  record->hold(table);
+  record->hold(slots);
   record->index = record->hold(index);
   if (engine != Py_None && epoch == Py_None) return PyErr_Format(PyExc_TypeError, "an engine without an epoch");
   record->engine = record->hold_unless_none(engine);
   record->epoch = record->hold_unless_none(epoch);
   record->is_stale = record->hold_unless_none(is_stale);
   record->build = record->hold_unless_none(build);
-  record->handle = pointer_of(handle);
-  if (PyErr_Occurred()) return nullptr;
-  if (!read_places(state, *record, inputs, record->inputs) || !read_places(state, *record, outputs, record->outputs))
-    return nullptr;
+  record->inputs = static_cast<size_t>(PyTuple_GET_SIZE(args));
+  record->places.resize(static_cast<size_t>(PyTuple_GET_SIZE(places)));
+  for (size_t i = 0; i < record->places.size(); ++i)
+    if (!read_place(PyTuple_GET_ITEM(places, static_cast<Py_ssize_t>(i)), record->places[i])) return nullptr;
+  if (!read_table(table, *record)) return nullptr;
   record->makers.resize(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; ++i) {
     Maker& maker = record->makers[static_cast<size_t>(i)];
@@ -623,15 +723,15 @@ PyObject* table_clear_method(Table* self, PyObject*) {
 PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   HANDLE_TH_ERRORS
   if (names != nullptr && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
-  PyObject *graph, *lane, *slot, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *fail, *quiet;
+  PyObject *graph, *lane, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *fail, *quiet;
   unsigned long long launch, set_kernel, set_copy, is_capturing;
-  if (!PyArg_ParseTuple(given, "(OOOOO)OOOOOO(KKKK):Table", &graph, &lane, &slot, &entry, &modes_class, &modes, &counter,
+  if (!PyArg_ParseTuple(given, "(OOOO)OOOOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
                         &raw_stream, &device, &fail, &quiet, &launch, &set_kernel, &set_copy, &is_capturing))
     return nullptr;
   auto state = std::make_unique<State>();
-  if (!state->executable.find(graph, "executable") || !state->ready.find(graph, "ready") ||
+  if (!state->executables.find(graph, "executables") || !state->ready.find(graph, "ready") ||
       !state->ready_stream.find(graph, "ready_stream") || !state->ready_inference.find(graph, "ready_inference") ||
-      !state->stream.find(lane, "stream") || !state->address.find(slot, "address") ||
+      !state->stream.find(lane, "stream") ||
       !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off"))
     return nullptr;
   if (!PyContextVar_CheckExact(modes) || !PyIter_Check(counter) || launch == 0 || set_kernel == 0 || set_copy == 0 ||
@@ -645,9 +745,8 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   state->fail = Py_NewRef(fail);
   state->quiet = Py_NewRef(quiet);
   state->not_blocking = Py_BuildValue("(O)", Py_False);
-  state->minus_one = PyLong_FromLong(-1);
   state->epoch_name = PyUnicode_InternFromString("epoch");
-  if (!state->not_blocking || !state->minus_one || !state->epoch_name) return nullptr;
+  if (!state->not_blocking || !state->epoch_name) return nullptr;
   state->launch = reinterpret_cast<Launch>(launch);
   state->set_kernel = reinterpret_cast<SetKernel>(set_kernel);
   state->set_copy = reinterpret_cast<SetCopy>(set_copy);
