@@ -35,7 +35,7 @@ def dot_of(graph: Any) -> str:
 
 def _told_by_the_driver(graph: CudaGraph) -> str:
     with graph.lane.lock:
-        if graph.executable is None:
+        if graph.executables is None:
             raise ClosedError("the graph was closed; call the module again to capture a new one")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "graph.dot"
