@@ -102,7 +102,7 @@ def bench(
     with (
         graphcache.wrap(found.module, max_bytes=max_bytes, **options) as fast,
         torch.no_grad(),
-        progress("Running") as show,
+        progress("" if watch else "Running") as show,
         Watch(fast, enabled=watch) as seen,
     ):
         causes = Causes(fast, *fast.parts.values())

@@ -155,7 +155,7 @@ def run(
     with (
         graphcache.wrap(found.module, **options) as fast,
         torch.no_grad(),
-        progress("Running") as show,
+        progress("" if watch else "Running") as show,
         Watch(fast, enabled=watch) as seen,
     ):
         causes = Causes(fast, *fast.parts.values())

@@ -7,7 +7,7 @@ saying where lies on the host then, as it would with CUDA, and moving from one t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -356,7 +356,7 @@ def _name_of(func: Any, name: str) -> str:
 
 
 @contextmanager
-def _inside(name: str) -> Any:
+def _inside(name: str) -> Iterator[None]:
     """Inside, operations are called by this name, unless they are by another one already."""
     if not name or _called.get():
         yield
@@ -369,7 +369,7 @@ def _inside(name: str) -> Any:
 
 
 @contextmanager
-def _unheard() -> Any:
+def _unheard() -> Iterator[None]:
     """Inside, nothing is noted: it has been."""
     token = _quiet.set(True)
     try:

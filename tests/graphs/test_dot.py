@@ -38,14 +38,12 @@ def test_a_closed_graph_is_not_asked_for(fast):
 
 
 def test_a_driver_that_refuses_leaves_nothing_behind(fast, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
     def fail(name, *args):
         raise CudaError(f"{name} failed")
 
-    monkeypatch.setattr(driver, "call", fail)
     [entry] = fast._entries.values()
-    with pytest.raises(CudaError, match="cuGraphDebugDotPrint failed"):
+    with monkeypatch.context() as patch, pytest.raises(CudaError, match="cuGraphDebugDotPrint failed"):
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        patch.setattr(driver, "call", fail)
         dot_of(entry.graph.graph)
-    monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
