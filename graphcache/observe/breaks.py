@@ -108,10 +108,11 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
     try:
         _, inputs = describe(args, kwargs)
-        args, kwargs = substitute(args, kwargs, [_copy(tensor) for tensor in inputs])
+        inputs = [_copy(tensor) for tensor in inputs]
+        args, kwargs = substitute(args, kwargs, inputs)
     except Refusal:
         # Something that cannot be copied; then the call is made with what was given.
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = _tensors((args, kwargs))
     doctor = _Doctor(module, inputs, sys._getframe())
     before = doctor.attributes()
     devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
@@ -131,6 +132,7 @@ class _Doctor:
         # References, so that no storage is freed and its identity used again.
         self._host: dict[int, Tensor] = {}
         self._made: dict[int, Tensor] = {}
+        self._given = {storage_of(tensor): tensor for tensor in (*inputs, *state)}
         self._module = module
         self._places = Places(module)
         self._frame = frame
@@ -160,8 +162,15 @@ class _Doctor:
                 self._add(Reason.MUTATES, f"attribute {key!r}", place, "a replay would leave it as it is", _STATE)
 
     def is_host(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies on the host, or would with CUDA."""
-        return storage_of(tensor) in self._host if self.on_cpu else tensor.device.type == "cpu"
+        """Whether a tensor lies on the host, or would with CUDA.
+
+        What is neither of the call, nor registered, nor made by an operation stays there: ``module.cuda()`` does not
+        move it.
+        """
+        if not self.on_cpu:
+            return tensor.device.type == "cpu"
+        key = storage_of(tensor)
+        return key in self._host or (key not in self._made and key not in self._given)
 
     def is_foreign(self, tensor: Tensor) -> bool:
         """Whether a tensor's memory was there before the call."""
@@ -240,8 +249,9 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.copy_.default:
             if on_host and not (given[1:] and given[1].is_pinned() if not doctor.on_cpu else False):
                 doctor.note(Reason.HOST_READ, str(func), _COPY, "a copy between pageable host memory and the device")
-        elif on_host and (any(tensor.dim() for tensor in on_host) or func in _INDEXING):
-            doctor.note(Reason.HOST_READ, str(func), _ON_DEVICE, "a tensor that was allocated on the host takes part")
+        elif any(tensor.dim() for tensor in on_host):
+            # One without dimensions is read where it lies, and is no more than a number.
+            doctor.note(Reason.HOST_READ, str(func), _ON_DEVICE, "a tensor that lies on the host takes part")
 
     def _moved(self, given: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         for old, new in zip(given, results, strict=False):
@@ -274,6 +284,8 @@ class _Functions(TorchFunctionMode):
             if first is not None and name in ("__getitem__", "__setitem__") and _has_list(args[1]):
                 detail = "indices in a Python list are copied from the host"
                 doctor.note(Reason.HOST_READ, f"Tensor.{name}", _COPY, detail)
+                with _unheard():
+                    return func(*args, **kwargs)
             if name == "new_tensor" and len(args) > 1 and not isinstance(args[1], Tensor):
                 doctor.note(
                     Reason.HOST_READ, f"Tensor.{name}", _COPY, "its values are copied from pageable host memory"
@@ -380,7 +392,6 @@ def _unheard() -> Iterator[None]:
 
 _called: ContextVar[str] = ContextVar("graphcache_called", default="")
 _quiet: ContextVar[bool] = ContextVar("graphcache_quiet", default=False)
-_INDEXING = (torch.ops.aten.index.Tensor, *_PUTS)
 _STATE = "keep the state outside the module, or in a tensor that is passed and returned"
 
 

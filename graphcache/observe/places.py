@@ -83,7 +83,7 @@ def assignment(module: nn.Module, attribute: str, name: str) -> Place:
         name: Path of the module.
     """
     kind = type(module)
-    pattern = re.compile(rf"\bself\.{re.escape(attribute)}\b\s*(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)")
+    pattern = re.compile(rf"\b\w+\.{re.escape(attribute)}\b\s*(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)")
     try:
         file = inspect.getsourcefile(kind) or ""
         lines, first = inspect.getsourcelines(kind)

@@ -43,8 +43,10 @@ class More(nn.Module):
         super().__init__()
         self.head = Head()
         self.register_buffer("seen", torch.zeros(4))
+        self.table = torch.ones(4)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x * self.table  # break: host_read
         if x.sum() > 0:  # break: host_read
             x = x + 1
         self.seen += x.mean(0)  # break: mutates
