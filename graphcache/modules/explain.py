@@ -15,7 +15,7 @@ from torch import Tensor
 from graphcache.cache.admission import Known
 from graphcache.cache.wording import Words, differences, distance, words_of
 from graphcache.config import graphs_off
-from graphcache.errors import Cause, ConfigError, Reason, Refusal
+from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.modules.bucketed import arguments_of
 from graphcache.modules.described import described, on_device
 from graphcache.modules.info import CacheInfo
@@ -276,9 +276,13 @@ def _measured(
     given = fast._device_only(inputs)
     wait: Callable[[], object] = torch.cuda.synchronize if fast._misses.cuda else _nothing
     # A graph was verified: its call changes nothing, so it may be made again.
-    with on_device(fast, inputs), graphs_off():
-        eager = _typical(lambda: fast._misses.run(*args, **kwargs), wait)
-        replay = _typical(lambda: entry.graph.replay(given), wait)
+    try:
+        with on_device(fast, inputs), graphs_off():
+            eager = _typical(lambda: fast._misses.run(*args, **kwargs), wait)
+            replay = _typical(lambda: entry.graph.replay(given), wait)
+    except ClosedError:
+        # Evicted by another thread meanwhile.
+        return costs
     return replace(costs, eager=eager, replay=replay)
 
 
