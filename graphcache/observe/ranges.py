@@ -1,7 +1,7 @@
 """Named ranges in Nsight Systems: captures and eager calls, and hits where they are asked for.
 
 The ranges lie in the domain ``graphcache`` of the package ``nvtx``, or where that is not installed but CUDA is, in
-PyTorch's own. Without a profiler a range costs some 0.3 µs; without :func:`nvtx_ranges` nothing.
+PyTorch's own. Without :func:`nvtx_ranges` they cost nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
 
     Args:
         module: A wrapped module.
-        hits: Draw one around every call of the module as well. Calls take some 3 µs longer then: with a hook, they go a
-            longer way.
+        hits: Draw one around every call of the module as well. Calls take some microseconds longer then: with a hook,
+            they go a longer way.
 
     Returns:
         What ends it.
