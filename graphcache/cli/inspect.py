@@ -147,7 +147,9 @@ def _capturable(found: Target, shapes: Sequence[Specs]) -> dict[str, Any]:
     with graphcache.wrap(found.module) as fast, torch.no_grad():
         for point in points(shapes):
             call = found.call(point, generator)
-            why += [one_line(str(each)) for each in find_capture_breaks(found.module, *call.args, **call.kwargs)]
+            if not isinstance(found.module, graphcache.EngineModule):
+                # An engine has no lines, and reads on the host what is part of its signature.
+                why += [one_line(str(each)) for each in find_capture_breaks(found.module, *call.args, **call.kwargs)]
             try:
                 args, kwargs, signature, inputs = described(fast, call.args, call.kwargs)
             except Refusal as refusal:
