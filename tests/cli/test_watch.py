@@ -3,6 +3,7 @@
 import io
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,14 +53,14 @@ def test_on_a_terminal_it_is_drawn_between_calls(fast, monkeypatch):
     monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", stream)
     clock = iter(range(1, 100))
-    monkeypatch.setattr(watch.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     threads = threading.active_count()
     with Watch(fast, enabled=True) as seen:
         assert threading.active_count() == threads
         seen.update()
         drawn = len(stream.getvalue())
         assert "data_dependent" in stream.getvalue()
-        monkeypatch.setattr(watch.time, "monotonic", lambda: 0.0)
+        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: 0.0))
         seen.update()
         assert len(stream.getvalue()) == drawn, "not before a fifth of a second has passed"
     assert len(stream.getvalue()) > drawn
