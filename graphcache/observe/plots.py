@@ -82,6 +82,7 @@ def _latencies(figures: Any, result: Result) -> Any:
     axes.set_xlim(right=max(slowest, _LEAST) * 1.25)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.tick_params(axis="x", which="both", length=3, pad=4)
     axes.set_xlabel("µs")
     axes.set_ylabel("share of calls")
     axes.set_ylim(0, 1.02)
