@@ -60,6 +60,25 @@ def is_plain_copy(tensor: Tensor, buffer: Tensor) -> bool:
     return tensor.stride() == buffer.stride() and not tensor.is_conj() and not tensor.is_neg()
 
 
+def hollow_like(tensor: Tensor) -> Tensor:
+    """A tensor that looks like a dense one, on the same device, and has no memory: to allocate others by.
+
+    Reading or writing it is an error, and on a device an access to address 0.
+    """
+    with torch.inference_mode(False):
+        made = tensor.new_empty_strided(tensor.shape, tensor.stride())
+        made.untyped_storage().resize_(0)
+        return made
+
+
+def extent_of(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last one."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
     """Bytes that the storages of these tensors hold, each storage once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

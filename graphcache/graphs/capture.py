@@ -96,6 +96,7 @@ def record_torch(
     keep: object,
     release: Callable[[], object],
     where: str,
+    shared: bool = False,
 ) -> CudaGraph:
     """Capture PyTorch operations, and engines between them; what they allocate comes from the lane's memory pool.
 
@@ -116,6 +117,7 @@ def record_torch(
         keep: What the body refers to beyond its own closure.
         release: Called once the graph is gone.
         where: The module's name.
+        shared: Whether other graphs use the lane's memory pool too, so that no graph is charged for it.
 
     Raises:
         Refusal: If the body did something that cannot be captured.
@@ -123,7 +125,6 @@ def record_torch(
     sources, targets = [torch.empty_like(each) for each in inputs], [torch.empty_like(each) for each in expected]
     whole = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
     pool = lane.pool()
-    before = pool.nbytes
     outputs: list[Tensor] = []
 
     def enqueue(stream: int) -> bool:
@@ -139,7 +140,7 @@ def record_torch(
     # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this lane or another,
     # and lose when this lane is closed (pytorch/pytorch#193402). So each capture starts and ends without, and finds
     # its workspace in the pool of its own lane, where it stays.
-    torch._C._cuda_clearCublasWorkspaces()
+    forget_workspaces()
     try:
         with torch.inference_mode(False), torch.no_grad(), _quiet_collector(), pool.allocating():
             captured = capture_enqueue(enqueue, lane, where)
@@ -148,7 +149,7 @@ def record_torch(
     except Exception as error:
         raise refusal_of(error, where) from error
     finally:
-        torch._C._cuda_clearCublasWorkspaces()
+        forget_workspaces()
 
     def destroy() -> None:
         driver.call("cuGraphDestroy", captured)
@@ -164,7 +165,6 @@ def record_torch(
             raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
         pointers = [next(found) if copied else [] for _, copied in pairs]
         slots = [Slot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
-        pool_bytes = max(0, pool.nbytes - before)
         undo.pop_all()
     return CudaGraph(
         captured,
@@ -173,7 +173,7 @@ def record_torch(
         lane=lane,
         keep=(keep, body, pool),
         release=destroy,
-        pool_bytes=pool_bytes,
+        pool_bytes=0 if shared else pool.nbytes,
     )
 
 
@@ -185,6 +185,11 @@ def _copy_node(target: Tensor, source: Tensor, stream: int) -> None:
     nbytes = target.numel() * target.element_size()
     if nbytes:
         driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
+
+
+def forget_workspaces() -> None:
+    """Give back the memory that cuBLAS works in; the next product on a stream takes it again (32 MiB on an H100)."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def refusal_of(error: Exception, where: str) -> Refusal:

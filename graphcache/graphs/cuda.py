@@ -41,7 +41,7 @@ class CudaGraph:
         lane: Orders this graph's launches with everything that shares memory with it.
         keep: Whatever the captured kernels refer to: contexts, scratch memory, memory pools, weights.
         release: Gives that back; called once, after the last launch has finished.
-        pool_bytes: By how much the capture made its memory pool grow.
+        pool_bytes: What of the lane's memory this graph alone uses.
 
     Raises:
         Refusal: If the graph has no nodes. ``release`` was called then, as it is when instantiating fails.
@@ -83,9 +83,8 @@ class CudaGraph:
         self._keep = keep
         self._release = release
         self._context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
-        # The outputs of the next call lie ready beside them.
-        buffers = [slot.buffer for slot in (*inputs, *outputs, *outputs)]
-        self._nbytes = nbytes_of(buffers) + pool_bytes + self.executables.nbytes
+        self._pool_bytes = pool_bytes
+        self._nbytes = self._account()
         # What the static buffers are launched with.
         self._pinned: Any = None
 
@@ -101,6 +100,12 @@ class CudaGraph:
     def copies(self) -> int:
         """How many inputs and outputs are copied by an operation of their own at every replay."""
         return sum(not slot.pointers for slot in (*self.inputs, *self.outputs))
+
+    def _account(self) -> int:
+        assert self.executables is not None
+        # The outputs of the next call lie ready beside the buffers.
+        buffers = nbytes_of([slot.buffer for slot in (*self.inputs, *self.outputs)])
+        return buffers + sum(slot.nbytes for slot in self.outputs) + self._pool_bytes + self.executables.nbytes
 
     def _is_elsewhere(self) -> bool:
         """Whether the legacy default stream is another device's here, or nobody's (in a thread that used no CUDA)."""
@@ -174,6 +179,17 @@ class CudaGraph:
             code = self.launcher(self._pinned, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
+
+    def let_go(self) -> None:
+        """Give up the memory of outputs that copy nodes hand out: other graphs of the lane may use it in between.
+
+        It is not for a graph whose static outputs are shown, and ends what :meth:`poison` and :meth:`pin` are good for.
+        """
+        with self.lane.lock:
+            for slot in self.outputs:
+                if slot.pointers:
+                    slot.let_go()
+            self._nbytes = self._account()
 
     def poison(self) -> None:
         with self.lane.lock:

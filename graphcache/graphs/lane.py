@@ -94,6 +94,11 @@ class Lane:
             self._pool = MemoryPool(self.index)
         return self._pool
 
+    @property
+    def pool_nbytes(self) -> int:
+        """What the pool has taken from the device, in bytes."""
+        return 0 if self._pool is None else self._pool.nbytes
+
     def release(self, action: Callable[[], None], *, wait: bool = True) -> None:
         """Run ``action``, which gives memory back, once the last launch of the lane has finished.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.buffers import nbytes_of
 from graphcache.graphs.executables import ADDRESSES, EXPECTED, HEAD, LAST, LATE, NEXT, STREAK
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
     empty = allocator(target.buffer)
     buffer = target.buffer
     wanted = Tensor, buffer.dtype, buffer.shape, buffer.stride(), buffer.device
-    size, room = nbytes_of([source.buffer]), nbytes_of([buffer])
+    size, room = source.nbytes, target.nbytes
 
     def fire(x: Tensor, stream: int) -> Tensor | None:
         with lock:

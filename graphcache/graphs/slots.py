@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graphcache.graphs.buffers import nbytes_of
+from graphcache.graphs.buffers import extent_of, hollow_like
 from graphcache.graphs.pointers import Pointer
 
 ALIGNMENT = 256
@@ -23,12 +23,13 @@ class Slot:
         alignment: What the caller's address must be divisible by to be used as it is; 1 where a node copies from it.
     """
 
-    __slots__ = ("buffer", "mask", "pointers")
+    __slots__ = ("buffer", "mask", "nbytes", "pointers")
 
     def __init__(self, buffer: Tensor, pointers: Sequence[Pointer], alignment: int) -> None:
         self.buffer = buffer
         self.pointers = tuple(pointers)
         self.mask = alignment - 1
+        self.nbytes = extent_of(buffer)
 
     def fits(self, address: int) -> bool:
         """Whether the graph can be pointed there."""
@@ -46,6 +47,10 @@ class Slot:
         self.buffer.copy_(tensor)
         return self.address
 
+    def let_go(self) -> None:
+        """Give up the buffer's memory and keep its looks, where nothing reads it but the graph that writes it."""
+        self.buffer = hollow_like(self.buffer)
+
     @property
     def address(self) -> int:
         """Of the static buffer; 0 if the graph cannot be pointed anywhere."""
@@ -54,7 +59,7 @@ class Slot:
     @property
     def raw(self) -> tuple[int, int, tuple[tuple[bool, int, int, int, int, int], ...]]:
         """For compiled code: ``mask``, the size of the buffer in bytes, and the pointers."""
-        return self.mask, nbytes_of([self.buffer]), tuple([pointer.raw for pointer in self.pointers])
+        return self.mask, self.nbytes, tuple([pointer.raw for pointer in self.pointers])
 
     def fresh(self) -> Tensor:
         """A new tensor of the same shape, strides and dtype."""

@@ -153,7 +153,7 @@ class Accounted(StandIn):
             evictions=self.ledger.evictions,
             eager=dict(self.ledger.eager),
             graphs=len(entries),
-            nbytes=sum(entry.nbytes for entry in entries),
+            nbytes=self._cache.nbytes,
             capture_seconds=self.ledger.capture_seconds,
             padded=0 if self._bucketed is None else self._bucketed.padded,
             eager_seconds=account.eager_seconds,

@@ -95,6 +95,7 @@ class Captures:
             self._thrash.forget()
             self.blocks.clear()
             self.recorder.release()
+            self._cache.shared = 0
 
     def refresh(self, grad: bool) -> None:
         """Drop every graph if they are no longer right. The lock is held."""
@@ -136,6 +137,7 @@ class Captures:
             if self._config.outputs == "view":
                 outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
             try:
+                self._cache.shared = self.recorder.shared_nbytes
                 room.settle(outcome.nbytes)
                 entry = self._cache.put(signature, outcome, reservation=room.own)
             except Refusal as refusal:
@@ -164,7 +166,7 @@ class Captures:
         return Room(self._cache, self._arbiter(inputs))
 
     def _take(self, room: Room, signature: Signature) -> None:
-        room.take(self.admission.expected_nbytes(signature), signature)
+        room.take(self.admission.expected_nbytes(signature) + self.recorder.passing_nbytes, signature)
 
     def _replay_seconds(self, recorded: Recorded, inputs: Sequence[Tensor]) -> float | None:
         """What a replay takes the host, which is what an eager call is measured by too."""

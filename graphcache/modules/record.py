@@ -81,6 +81,14 @@ class Recorder(Protocol):
     def release(self) -> None:
         """Give back what the graphs shared; they were closed before."""
 
+    @property
+    def shared_nbytes(self) -> int:
+        """Memory in bytes that the graphs use together, so that no eviction gives it back."""
+
+    @property
+    def passing_nbytes(self) -> int:
+        """What captures took beyond what stayed, in bytes: the most so far."""
+
 
 def refill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into static buffers of the same shapes."""

@@ -15,7 +15,7 @@ from graphcache.engines.library import words
 from graphcache.errors import Cause, EngineExecutionError, Reason, Refusal
 from graphcache.events import log
 from graphcache.graphs import driver
-from graphcache.graphs.buffers import is_plain_copy
+from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
@@ -39,6 +39,7 @@ class EngineRecorder:
         self._module = module
         self._config = config
         self._context: Context | None = None
+        self._passing = 0
 
     def attempt(
         self,
@@ -76,6 +77,15 @@ class EngineRecorder:
                 tensor.record_stream(stream)
         return self._build([tensor.clone() for tensor in answer], inputs), outcome
 
+    @property
+    def shared_nbytes(self) -> int:
+        # Scratch memory is the engine's, which needs it without graphs too.
+        return 0
+
+    @property
+    def passing_nbytes(self) -> int:
+        return self._passing
+
     def release(self) -> None:
         self._context = None
 
@@ -112,6 +122,8 @@ class EngineRecorder:
         expected_others = run(others) if self._config.verify else []
         again = run(given)
         torch.cuda.current_stream().synchronize()
+        # Of all this only the static inputs and outputs stay.
+        self._passing = max(self._passing, nbytes_of([*expected, *others, *expected_others, *again]))
         answer += expected
         for index, (left, right) in enumerate(zip(again, expected, strict=True)):
             error = difference(left, right)

@@ -14,7 +14,7 @@ from graphcache.cache.signature import substitute
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, static_copy
-from graphcache.graphs.capture import capturing, record_torch, refusal_of
+from graphcache.graphs.capture import capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
@@ -44,6 +44,7 @@ class TorchRecorder:
         self._verified = verified
         self._host_lock = threading.RLock()
         self._lanes: dict[int, Lane] = {}
+        self._passing = 0
 
     def attempt(
         self,
@@ -89,6 +90,14 @@ class TorchRecorder:
         return Recorded(
             graph, answer.builder(), whole=answer.is_whole, bare=answer.is_whole and isinstance(value, Tensor)
         )
+
+    @property
+    def shared_nbytes(self) -> int:
+        return sum(lane.pool_nbytes for lane in self._lanes.values())
+
+    @property
+    def passing_nbytes(self) -> int:
+        return self._passing
 
     def release(self) -> None:
         for lane in self._lanes.values():
@@ -145,16 +154,24 @@ class TorchRecorder:
                 keep=call.kept(),
                 release=session.close,
                 where=self._name,
+                shared=not alone,
             )
             try:
                 refill(static, others)
                 expected_others = [tensor.clone() for tensor in run(static)]
+                most = torch.cuda.memory_allocated(index)
                 self._verify(graph, call.inputs, expected, others, expected_others)
             except BaseException:
                 graph.close()
                 raise
             session.in_order = True
-        call.let_go()
+            if not alone:
+                graph.let_go()
+            del others, expected, expected_others
+            call.let_go()
+            # What eager execution on this stream needed, and is not going to run here again before the next capture.
+            forget_workspaces()
+            self._passing = max(self._passing, most - torch.cuda.memory_allocated(index))
         return graph
 
     def _verify(

@@ -303,7 +303,7 @@ class Module:
     def lane_stream(self) -> int:
         return capture.own_stream(0, "capture").cuda_stream
 
-    def record(self, direct: Sequence[bool] = (True, True), transposed: bool = True) -> CudaGraph:
+    def record(self, direct: Sequence[bool] = (True, True), transposed: bool = True, shared: bool = False) -> CudaGraph:
         second = torch.empty(2, 2).t() if transposed else torch.empty(2, 2)
         return record_torch(
             self,
@@ -314,6 +314,7 @@ class Module:
             keep=None,
             release=self.release,
             where="net",
+            shared=shared,
         )
 
 
@@ -504,14 +505,39 @@ def test_who_waits_for_the_graph_to_go_is_told_once(fake: Torch) -> None:
     assert sound(fake)
 
 
-def test_the_growth_of_the_pool_is_accounted_for(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_charged_for_a_pool_of_its_own_alone(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module(fake)
     mine, other = ({"total_size": 1000, "segment_pool_id": lane.pool().id} for lane in (module.lane, Lane(0)))
-    small, large = [mine, other], [mine, {**mine, "total_size": 500}, other, other]
-    sizes = iter([small, small, small, large, large, small])
-    monkeypatch.setattr(fake.cuda, "memory_snapshot", lambda: next(sizes))
-    plain, grown, shrunk = (module.record().nbytes for _ in range(3))
-    assert (grown, shrunk) == (plain + 500, plain)
+    monkeypatch.setattr(fake.cuda, "memory_snapshot", lambda: [mine, {**mine, "total_size": 500}, other, other])
+    own, shared = (module.record(shared=shared).nbytes for shared in (False, True))
+    assert own == shared + 1500
+    assert module.lane.pool_nbytes == 1500
+    assert Lane(0).pool_nbytes == 0
+
+
+def test_memory_of_outputs_is_given_up_where_nothing_shows_them(fake: Torch) -> None:
+    module = Module(fake)
+    graph = module.record(shared=True)
+    before, looks = graph.nbytes, [(slot.buffer.shape, slot.buffer.stride()) for slot in graph.outputs]
+    buffers = [weakref.ref(slot.buffer) for slot in graph.outputs]
+    graph.let_go()
+    assert [buffer() for buffer in buffers] == [None, None]
+    assert graph.nbytes == before - sum(slot.nbytes for slot in graph.outputs)
+    assert [(slot.buffer.shape, slot.buffer.stride()) for slot in graph.outputs] == looks
+    for start in range(3):
+        x, y = (fake.driver.heap.tensor([start + 0.5 + index] * 4).reshape(2, 2) for index in range(2))
+        total, turned = graph.replay([x, y])
+        assert torch.equal(total, 2 * x + y)
+        assert torch.equal(turned, x.t())
+    graph.close()
+
+
+def test_memory_of_outputs_that_are_copied_by_an_operation_is_kept(fake: Torch) -> None:
+    graph = Module(fake).record(transposed=False, shared=True)
+    _, copied = graph.outputs
+    buffer = copied.buffer
+    graph.let_go()
+    assert copied.buffer is buffer
 
 
 # ---- capturing

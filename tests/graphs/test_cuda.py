@@ -483,7 +483,7 @@ def test_accounts_for_memory(fake: Torch) -> None:
     work = Affine(fake, SIZE, Lane(0))
     made = work.bound()
     assert made.nodes == 2
-    assert made.nbytes == 2 * 4 * SIZE + MOST * (EXECUTABLE_BYTES + 2 * NODE_BYTES)
+    assert made.nbytes == 3 * 4 * SIZE + MOST * (EXECUTABLE_BYTES + 2 * NODE_BYTES)
     assert made.copies == 0
     captured = work.capture()
     whole = fake.driver.heap.empty(2 * SIZE)
@@ -497,7 +497,8 @@ def test_accounts_for_memory(fake: Torch) -> None:
         release=lambda: driver.call("cuGraphDestroy", captured),
         pool_bytes=1000,
     )
-    assert shared.nbytes == 2 * 4 * SIZE + 1000 + EXECUTABLE_BYTES + 2 * NODE_BYTES, "one storage counts once"
+    # One storage counts once, and the next outputs beside it.
+    assert shared.nbytes == 3 * 4 * SIZE + 1000 + EXECUTABLE_BYTES + 2 * NODE_BYTES
     assert shared.copies == 2
 
 
