@@ -6,6 +6,7 @@ A hit costs its graph one integer addition; it raises an event only while somebo
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -74,6 +75,7 @@ class Ledger:
     retired_hits: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
     tracers: list[Tracer] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _told: set[Cause] = field(default_factory=set)
     _last: Cause | None = None
 
@@ -92,7 +94,9 @@ class Ledger:
 
     def ran_eagerly(self, cause: Cause) -> None:
         """Count an eager call; the first of each cause is logged, as a warning unless it was asked for."""
-        self.eager[cause.reason] += 1
+        # A reason's hash is a function in Python, in which another thread may take its turn.
+        with self._lock:
+            self.eager[cause.reason] += 1
         # Mostly the very cause of the call before.
         if cause is not self._last and cause not in self._told:
             if len(self._told) >= _MAX_TOLD:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import contextmanager
 
 import pytest
 
 from graphcache.errors import Cause, Reason
 from graphcache.events import Captured, Evicted, Ledger, RanEagerly
+from tests.helpers import in_threads
 
 
 @pytest.fixture
@@ -121,3 +123,14 @@ def test_a_tracer_that_fails_closes_those_before_it():
     with pytest.raises(KeyError):
         ledger.span("eager")
     assert seen == ["end"]
+
+
+def test_no_eager_call_of_many_threads_is_lost():
+    ledger, before = Ledger("module"), sys.getswitchinterval()
+    cause = Cause(Reason.COLD)
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(lambda index: [ledger.ran_eagerly(cause) for _ in range(20_000)])
+    finally:
+        sys.setswitchinterval(before)
+    assert ledger.eager == {Reason.COLD: 80_000}
