@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -13,6 +15,17 @@ from graphcache.events import log
 
 MOST = 32
 """How many captures may wait. What does not fit is asked for again by a later call."""
+
+CALLS_BETWEEN = 512
+"""How many calls are answered between two captures. A capture is in the way of some four calls beside it (H100, MLP),
+which are to be fewer than one in a hundred."""
+
+_TIMES_AS_LONG = 10.0
+_LONGEST = 0.5
+"""Where calls are rare: a rest is ten times as long as the capture before it, and at most so many seconds."""
+
+_LOOKS_EVERY = 0.005
+"""Seconds."""
 
 Job = Callable[[], object]
 
@@ -22,7 +35,8 @@ def nothing() -> None:
 
 
 class Worker:
-    """A thread that does one job after another. It starts with the first one, and ends with the process.
+    """A thread that does one job after another, with a rest between them. It starts with the first one, and ends with
+    the process.
 
     Args:
         name: Of the thread.
@@ -39,16 +53,19 @@ class Worker:
 
     def __init__(self, name: str, most: int = MOST) -> None:
         self._name = name
-        self._jobs: queue.Queue[tuple[Job, Job] | None] = queue.Queue(most)
+        self._jobs: queue.Queue[tuple[Job, Job, Callable[[], int]] | None] = queue.Queue(most)
+        self._hurry = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Job, dropped: Job = nothing) -> bool:
+    def submit(self, job: Job, dropped: Job = nothing, answered: Callable[[], int] | None = None) -> bool:
         """Do a job later.
 
         Args:
             job: The job.
             dropped: Called instead of it, if the worker is stopped before.
+            answered: How many calls were answered so far, beside which the job is done. The next job waits for
+                :data:`CALLS_BETWEEN` of them, or a while.
 
         Returns:
             ``False`` if too many wait already; then neither will be called.
@@ -59,7 +76,7 @@ class Worker:
                 self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 self._thread.start()
             try:
-                self._jobs.put_nowait((job, dropped))
+                self._jobs.put_nowait((job, dropped, answered or _many))
             except queue.Full:
                 return False
             return True
@@ -74,17 +91,34 @@ class Worker:
                 while (waiting := self._jobs.get_nowait()) is not None:
                     waiting[1]()
             self._jobs.put(None)
+            self._hurry.set()
             if thread is not threading.current_thread():
                 thread.join()
 
     def _work(self) -> None:
+        self._hurry.clear()
         while (next_one := self._jobs.get()) is not None:
+            answered, start = next_one[2], time.perf_counter()
             try:
                 next_one[0]()
             except Exception:
                 log.exception("a job of %s failed", self._name)
             # It holds tensors, which must not wait for the next one.
             del next_one
+            self._rest(answered, time.perf_counter() - start)
+            del answered
+
+    def _rest(self, answered: Callable[[], int], seconds: float) -> None:
+        """Let calls go on undisturbed, so that few of them meet a capture; not while somebody waits for the end."""
+        until = time.perf_counter() + min(_TIMES_AS_LONG * seconds, _LONGEST)
+        enough = answered() + CALLS_BETWEEN
+        while answered() < enough and time.perf_counter() < until and not self._hurry.wait(_LOOKS_EVERY):
+            pass
+
+
+def _many() -> int:
+    """For jobs that nobody's calls are beside: each time more than enough."""
+    return next(_counter)
 
 
 def worker_of(device: object) -> Worker:
@@ -101,6 +135,7 @@ def _stop_all() -> None:
         worker.stop()
 
 
+_counter = itertools.count(step=CALLS_BETWEEN)
 _lock = threading.Lock()
 _workers: dict[str, Worker] = {}
 # Before the interpreter takes anything down: a capture that is cut off would take the process with it.

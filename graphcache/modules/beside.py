@@ -85,9 +85,14 @@ class CapturesBeside(Captures):
         if not later.is_alike:
             return None
         self._pending[signature] = later
-        if not worker_of(self._device(inputs)).submit(lambda: job(later), drop):
+        if not worker_of(self._device(inputs)).submit(lambda: job(later), drop, self._answered):
             drop()
         return _PENDING
+
+    def _answered(self) -> int:
+        """How many calls were answered so far."""
+        hits = sum(entry.hits for entry in list(self._cache.entries.values()))
+        return self._ledger.retired_hits + hits + sum(self._ledger.eager.copy().values())
 
     def drop(self, later: Later) -> None:
         """Note that nothing more is done with a call beside the calls."""

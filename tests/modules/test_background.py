@@ -19,7 +19,7 @@ import graphcache
 from graphcache import Reason
 from graphcache.errors import ClosedError, ConfigError
 from graphcache.modules import background, later
-from graphcache.modules.background import Worker
+from graphcache.modules.background import CALLS_BETWEEN, Worker
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, in_threads, mlp, same
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
@@ -112,6 +112,53 @@ def test_stopping_drops_what_waits_and_waits_for_what_runs() -> None:
     assert begun.wait(60)
     worker.stop()
     assert seen == ["first"]
+    done = threading.Event()
+    worker.submit(done.set)
+    assert done.wait(60), "it starts again"
+    worker.stop()
+
+
+def test_the_next_job_waits_for_calls_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_LONGEST", 60.0)
+    monkeypatch.setattr(background, "_TIMES_AS_LONG", 1e9)
+    worker, calls, looked, seen = Worker("test"), [0], threading.Event(), []
+    after: list[int] = []
+
+    def answered() -> int:
+        looked.set()
+        return calls[0]
+
+    first, second = threading.Event(), threading.Event()
+    worker.submit(lambda: (seen.append("first"), first.set()), answered=answered)
+    worker.submit(lambda: (seen.append("second"), after.append(calls[0]), second.set()))
+    assert first.wait(60)
+    assert looked.wait(60)
+    calls[0] = CALLS_BETWEEN - 1
+    looked.clear()
+    assert looked.wait(60), "it goes on looking"
+    assert seen == ["first"]
+    calls[0] += CALLS_BETWEEN
+    assert second.wait(60)
+    assert after == [calls[0]]
+    worker.stop()
+
+
+def test_a_rest_ends_where_calls_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_LONGEST", 0.01)
+    worker, done = Worker("test"), threading.Event()
+    worker.submit(lambda: None, answered=lambda: 0)
+    worker.submit(done.set)
+    assert done.wait(60)
+    worker.stop()
+
+
+def test_stopping_waits_for_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_LONGEST", 600.0)
+    monkeypatch.setattr(background, "_TIMES_AS_LONG", 1e9)
+    worker, resting = Worker("test"), threading.Event()
+    worker.submit(lambda: None, answered=lambda: resting.set() or 0)
+    assert resting.wait(60)
+    worker.stop()
     done = threading.Event()
     worker.submit(done.set)
     assert done.wait(60), "it starts again"
