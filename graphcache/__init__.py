@@ -1,5 +1,7 @@
 """Run TensorRT engines and PyTorch modules at the cost of one CUDA graph launch, for every shape they keep seeing."""
 
+from graphcache import debug as debug
+from graphcache import observe as observe
 from graphcache import runtime as runtime
 from graphcache.cache.advisor import Advice as Advice
 from graphcache.cache.arbiter import set_process_budget as set_process_budget
@@ -17,6 +19,8 @@ from graphcache.modules.cached import CachedModule as CachedModule
 from graphcache.modules.compiling import compile as compile
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.examples import Call as Call
+from graphcache.modules.explain import Explanation as Explanation
+from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
 from graphcache.modules.loading import load as load
 from graphcache.modules.observers import Observer as Observer

@@ -26,7 +26,9 @@
     ├── NoGpuError (RuntimeError)
     ├── CudaError (RuntimeError)              a driver call failed
     ├── CompileError (RuntimeError)           the optional accelerator cannot be compiled
-    └── TensorRTNotFoundError (ModuleNotFoundError)
+    ├── TensorRTNotFoundError (ModuleNotFoundError)
+    ├── ExtraNotFoundError (ModuleNotFoundError)  an optional package is not installed
+    └── ResultError (ValueError)              a file is no result of a run, or a damaged one
 
 Every message says what happened, what was seen, what would have been right, and what to do next.
 """
@@ -135,6 +137,14 @@ class CompileError(GraphCacheError, RuntimeError):
 
 class TensorRTNotFoundError(GraphCacheError, ModuleNotFoundError):
     """No flavour of TensorRT can be imported."""
+
+
+class ExtraNotFoundError(GraphCacheError, ModuleNotFoundError):
+    """An optional package is not installed; the message names the extra that installs it."""
+
+
+class ResultError(GraphCacheError, ValueError):
+    """A file is no result of ``graphcache bench`` or ``run``, or a damaged one; the message names the field."""
 
 
 class Reason(enum.Enum):

@@ -6,10 +6,14 @@ A hit costs its graph one integer addition; it raises an event only while somebo
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 if TYPE_CHECKING:
     from graphcache.errors import Cause, Reason
@@ -51,6 +55,8 @@ class RanEagerly:
 
 Event = Captured | Evicted | RanEagerly
 Subscriber = Callable[[Event], None]
+Tracer = Callable[[str], AbstractContextManager[object]]
+"""Makes a context manager from the name of what goes on inside it, such as ``"capture policy"``."""
 
 
 @dataclass
@@ -70,6 +76,8 @@ class Ledger:
     eager: Counter[Reason] = field(default_factory=Counter)
     retired_hits: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
+    tracers: list[Tracer] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _told: set[Cause] = field(default_factory=set)
     _last: Cause | None = None
 
@@ -88,7 +96,9 @@ class Ledger:
 
     def ran_eagerly(self, cause: Cause) -> None:
         """Count an eager call; the first of each cause is logged, as a warning unless it was asked for."""
-        self.eager[cause.reason] += 1
+        # A reason's hash is a function in Python, in which another thread may take its turn.
+        with self._lock:
+            self.eager[cause.reason] += 1
         # Mostly the very cause of the call before.
         if cause is not self._last and cause not in self._told:
             if len(self._told) >= _MAX_TOLD:
@@ -100,6 +110,19 @@ class Ledger:
         if self.subscribers:
             self._publish(RanEagerly(cause))
 
+    def span(self, what: Literal["capture", "eager"]) -> AbstractContextManager[object]:
+        """What takes a while, for whoever traces it; PyTorch's profiler does while it runs. No hit comes here."""
+        profiled = torch._C._autograd._profiler_enabled()
+        if not profiled and not self.tracers:
+            return _NOTHING
+        label = f"{what} {self.name}"
+        with ExitStack() as entered:
+            if profiled:
+                entered.enter_context(torch.profiler.record_function(f"graphcache: {label}"))
+            for tracer in tuple(self.tracers):
+                entered.enter_context(tracer(label))
+            return entered.pop_all()
+
     def _publish(self, event: Event) -> None:
         for subscriber in tuple(self.subscribers):
             try:
@@ -108,5 +131,6 @@ class Ledger:
                 log.exception("%s: a subscriber failed on %s; the call goes on", self.name, type(event).__name__)
 
 
+_NOTHING = nullcontext()
 _EXPECTED = frozenset({"disabled", "tracing", "outer_capture", "cold", "pending", "not_worth_it", "not_prepared"})
 _MAX_TOLD = 256

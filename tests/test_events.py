@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import logging
+import sys
+from contextlib import contextmanager
 
 import pytest
 
 from graphcache.errors import Cause, Reason
 from graphcache.events import Captured, Evicted, Ledger, RanEagerly
+from tests.helpers import in_threads
 
 
 @pytest.fixture
@@ -82,3 +85,52 @@ def test_a_subscriber_may_leave_while_it_is_told(ledger):
     ledger.evicted(Evicted("a", 1))
     ledger.evicted(Evicted("b", 1))
     assert seen == [Evicted("a", 1), Evicted("a", 1), Evicted("b", 1)]
+
+
+def test_spans_cost_nothing_without_a_tracer_and_nest_with_several():
+    ledger = Ledger("module")
+    assert ledger.span("eager") is ledger.span("capture")
+    seen = []
+
+    @contextmanager
+    def tracer(label):
+        seen.append(label)
+        yield
+        seen.append("end")
+
+    ledger.tracers += [tracer, tracer]
+    with ledger.span("capture"):
+        seen.append("inside")
+    assert seen == ["capture module", "capture module", "inside", "end", "end"]
+
+
+def test_a_tracer_that_fails_closes_those_before_it():
+    ledger, seen = Ledger("module"), []
+
+    @contextmanager
+    def tracer(label):
+        try:
+            yield
+        finally:
+            seen.append("end")
+
+    @contextmanager
+    def fails(label):
+        raise KeyError(label)
+        yield
+
+    ledger.tracers += [tracer, fails]
+    with pytest.raises(KeyError):
+        ledger.span("eager")
+    assert seen == ["end"]
+
+
+def test_no_eager_call_of_many_threads_is_lost():
+    ledger, before = Ledger("module"), sys.getswitchinterval()
+    cause = Cause(Reason.COLD)
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(lambda index: [ledger.ran_eagerly(cause) for _ in range(20_000)])
+    finally:
+        sys.setswitchinterval(before)
+    assert ledger.eager == {Reason.COLD: 80_000}

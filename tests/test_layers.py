@@ -22,10 +22,12 @@ RANKS = {
     "engines": 1,
     "modules": 2,
     "runtime": 3,
-    "": 4,
-    "cli": 5,
-    "serving": 5,
-    "__main__": 6,
+    "observe": 4,
+    "debug": 5,
+    "": 6,
+    "cli": 7,
+    "serving": 7,
+    "__main__": 8,
 }
 """``""`` is the package itself, which gathers the public names."""
 
@@ -39,6 +41,9 @@ OWNERS = {
     "ray": "serving",
     "safetensors": "package",
     "filelock": "engines",
+    "matplotlib": "observe",
+    "nvtx": "observe",
+    "prometheus_client": "observe",
 }
 """The only room that imports a library."""
 
@@ -114,7 +119,7 @@ def test_a_room_imports_only_rooms_below(path):
 
 def test_every_room_has_been_looked_at():
     seen = {room_of(module_of(path)) for path in FILES}
-    assert {"cache", "graphs", "engines", "modules", "runtime", "cli", ""} <= seen
+    assert {"cache", "graphs", "engines", "modules", "runtime", "observe", "debug", "cli", ""} <= seen
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,10 @@ def test_every_room_has_been_looked_at():
         ("graphcache.modules.cached", "from graphcache import runtime", "imports graphcache.runtime"),
         ("graphcache.modules.cached", "from .. import runtime", "imports graphcache.runtime"),
         ("graphcache.modules.cached", "import graphcache", "imports graphcache, which is not below modules"),
+        ("graphcache.modules.cached", "from graphcache.observe import metrics", "which is not below modules"),
+        ("graphcache.observe.metrics", "from graphcache.cli import output", "which is not below observe"),
+        ("graphcache.observe.metrics", "from graphcache import debug", "which is not below observe"),
+        ("graphcache.cli.bench", "import matplotlib", "which is for observe only"),
         ("graphcache.runtime", "import graphcache.cli.demo", "imports graphcache.cli.demo"),
         ("graphcache.serving.app", "from graphcache.cli import main", "imports graphcache.cli"),
         ("graphcache.errors", "from graphcache.cache import lru", "which is not below errors"),
@@ -151,6 +160,8 @@ def test_what_breaks_the_order_is_found(module, source, message):
         ("graphcache.modules.cached", "from graphcache.graphs import host\nfrom . import engine"),
         ("graphcache.cli.demo", "import graphcache\nfrom graphcache import Reason\nimport rich.table"),
         ("graphcache.engines.library", "import tensorrt"),
+        ("graphcache.observe.metrics", "import prometheus_client\nfrom graphcache import runtime"),
+        ("graphcache.debug", "from graphcache.observe import breaks"),
         ("graphcache.graphs.driver", "from cuda.bindings import driver"),
     ],
 )

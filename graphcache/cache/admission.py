@@ -156,6 +156,16 @@ class Admission:
             self._crowded += record.cause is _CROWDED
             return record.cause
 
+    def outlook(self, key: Hashable) -> Cause | None:
+        """What :meth:`ask` would say as things stand, without noting that it was asked."""
+        if self.policy == "first":
+            return None
+        if self.policy == "prepared":
+            return _NOT_PREPARED
+        with self._lock:
+            record = self._books.seen.get(key)
+            return COLD if record is None else record.cause
+
     def ran(self, key: Hashable, seconds: float) -> int:
         """Note an eager call, and what it took.
 

@@ -68,6 +68,18 @@ class Blocks:
         self._found.move_to_end(key)
         return cause
 
+    def look(self, key: Hashable) -> tuple[Cause, int | None] | None:
+        """What is known of a signature, without counting a call of it.
+
+        Returns:
+            Why it has no graph, and after how many calls another capture is tried, ``None`` for never; or ``None`` if
+            nothing is known.
+        """
+        found, cause = self._found.get(key), self._causes.get(key)
+        if found is None or cause is None:
+            return None
+        return cause, found[0] if cause.reason in _TRANSIENT else None
+
     def clear(self) -> None:
         """Forget everything."""
         self._found.clear()

@@ -1,8 +1,8 @@
-"""The command line: ``graphcache demo``, ``build``, ``run``, ``prepare``, ``doctor``, ``compile`` and
-``cache``.
+"""The command line, in the words of trtexec and Polygraphy.
 
 Exit codes: 0 if all went well, 1 if something was wrong with what was given or what is installed (one line on stderr,
-no traceback), 2 for a usage error, 3 if an answer differed from eager execution.
+no traceback), 2 for a usage error, 3 if a comparison failed: an answer differed, or a module cannot be captured.
+Results go to stdout, progress to stderr. ``NO_COLOR`` is honoured.
 """
 
 from __future__ import annotations
@@ -13,18 +13,27 @@ from typing import Any
 import click
 
 import graphcache
+from graphcache.cli.bench import bench
 from graphcache.cli.build import build
 from graphcache.cli.cache import cache
 from graphcache.cli.compile import compile_
+from graphcache.cli.completion import completion
 from graphcache.cli.demo import demo
 from graphcache.cli.doctor import doctor
+from graphcache.cli.env import env
+from graphcache.cli.inspect import inspect
 from graphcache.cli.output import one_line
 from graphcache.cli.prepare import prepare
+from graphcache.cli.report import report
 from graphcache.cli.run import run
 from graphcache.errors import GraphCacheError
 
 
 class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        # In the order in which a newcomer meets them.
+        return list(self.commands)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -46,10 +55,5 @@ def main(verbose: int) -> None:
         log.addHandler(logging.NullHandler())
 
 
-main.add_command(demo)
-main.add_command(build)
-main.add_command(run)
-main.add_command(prepare)
-main.add_command(doctor)
-main.add_command(compile_)
-main.add_command(cache)
+for command in (demo, build, inspect, run, bench, prepare, report, doctor, env, cache, compile_, completion):
+    main.add_command(command)

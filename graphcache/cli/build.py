@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import click
 
 import graphcache
-from graphcache.cli.options import ShapesCommand, ShapesType, Specs, ranges
-from graphcache.cli.output import described, print_json, progress, stdout, tensorrt_version
+from graphcache.cli.options import ShapesCommand, ShapesType, Specs, json_option, ranges
+from graphcache.cli.output import described, print_json, progress, stdout, tensorrt_version, writing
 
 _ENGINE_MAGICS = (b"vtrt", b"ftrt")
 
 
-@click.command(cls=ShapesCommand)
+@click.command(cls=ShapesCommand, short_help="Build a TensorRT engine from an ONNX model.")
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; MODEL.engine if left out.")
 @click.option(
@@ -30,11 +26,17 @@ _ENGINE_MAGICS = (b"vtrt", b"ftrt")
     help="Shapes to build for, such as x:1x64:8x64:64x64 (smallest, usual, largest) or x:[8,64]. "
     "Given several times, each is an optimisation profile of its own.",
 )
-@click.option("--min-shapes", "--minShapes", "--trt-min-shapes", "low", type=ShapesType(), multiple=True)
-@click.option("--opt-shapes", "--optShapes", "--trt-opt-shapes", "usual", type=ShapesType(), multiple=True)
-@click.option("--max-shapes", "--maxShapes", "--trt-max-shapes", "high", type=ShapesType(), multiple=True)
+@click.option(
+    "--min-shapes", "--minShapes", "--trt-min-shapes", "low", type=ShapesType(), multiple=True, help="Smallest shapes."
+)
+@click.option(
+    "--opt-shapes", "--optShapes", "--trt-opt-shapes", "usual", type=ShapesType(), multiple=True, help="Usual shapes."
+)
+@click.option(
+    "--max-shapes", "--maxShapes", "--trt-max-shapes", "high", type=ShapesType(), multiple=True, help="Largest shapes."
+)
 @click.option("--tensorrt", help="Which TensorRT: tensorrt, tensorrt_rtx or tensorrt_lean.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def build(
     model: Path,
     output: Path | None,
@@ -49,12 +51,18 @@ def build(
 
     Shapes are written as for trtexec (x:8x64,y:8) or as for Polygraphy (x:[8,64] y:[8]). Inputs of fixed shape may be
     left out.
+
+    \b
+    Examples:
+      graphcache build model.onnx --shapes x:1x8:4x8:8x8 -o model.engine
+      graphcache build model.onnx --min-shapes x:1x8 --opt-shapes x:4x8 \\
+          --max-shapes x:8x8
     """
     wanted = ranges(shapes, low, usual, high)
     target = output or model.with_suffix(".engine")
     check_onnx(model)
     start = time.perf_counter()
-    with _replacing(target) as file, progress(f"Building {target}") as show:
+    with writing(target, "--output") as file, progress(f"Building {target}") as show:
         engine = graphcache.build(
             model,
             shapes=wanted or None,
@@ -90,33 +98,3 @@ def check_onnx(model: Path) -> None:
         raise click.ClickException(
             f"{model} is a TensorRT engine already; expected an ONNX model. To run it: graphcache run {model}"
         )
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``target`` once the block has ended well; else nothing is left of it."""
-    if target.is_dir():
-        raise click.ClickException(f"{target} is a directory; choose another --output")
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise click.ClickException(f"{target} cannot be written ({error.strerror}); choose another --output") from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        try:
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(target)
-        except OSError as error:
-            raise click.ClickException(
-                f"{target} cannot be written ({error.strerror}); choose another --output"
-            ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,6 +16,7 @@ from torch import nn
 import graphcache
 from graphcache import CacheInfo, Reason
 from graphcache.cli.network import BATCHES, OBSERVATION, Confident, Policy, observations
+from graphcache.cli.options import json_option, seed_option
 from graphcache.cli.output import (
     Causes,
     ComparisonFailed,
@@ -47,17 +48,22 @@ class _Tally:
     why: dict[Reason, str] = field(default_factory=dict)
 
 
-@click.command()
+@click.command(short_help="See it work: mixed shapes through a small network.")
 @click.option("--calls", type=click.IntRange(min=1), default=300, show_default=True, help="How many calls to make.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and traffic.")
+@seed_option
 @click.option("--max-graphs", type=click.IntRange(min=1), help="How many graphs to keep; as many as by default.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def demo(calls: int, seed: int, max_graphs: int | None, as_json: bool) -> None:
     """Send mixed shapes through a small network and compare every answer with eager execution.
 
     With a GPU and TensorRT the network is an engine, built on the spot; with a GPU alone a PyTorch module on CUDA
     graphs; without a GPU the same module on host graphs. One call in ten keeps only some rows of the answer, which no
     graph can do, so that its reason shows. Exits with 3 if any answer differs.
+
+    \b
+    Examples:
+      graphcache demo
+      graphcache demo --calls 50 --max-graphs 4 --json
     """
     options = {} if max_graphs is None else {"max_graphs": max_graphs}
     with progress("Preparing the network") as show, torch.no_grad():

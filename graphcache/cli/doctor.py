@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -20,21 +20,17 @@ from rich.text import Text
 import graphcache
 from graphcache import Reason
 from graphcache.cli.canary import canary
+from graphcache.cli.examine import examine
+from graphcache.cli.machine import driver_version
+from graphcache.cli.options import ShapesCommand, ShapesType, Specs, device_option, json_option
 from graphcache.cli.output import ComparisonFailed, one_line, print_json, progress, stdout, table
 from graphcache.cli.targets import told
 from graphcache.engines.library import Flavour, library, require_gpu
 from graphcache.errors import CudaError, GraphCacheError, NoGpuError, TensorRTNotFoundError
 from graphcache.graphs import driver
+from graphcache.observe.extras import EXTRAS as EXTRAS
 
 Verdict = Literal["ok", "warning", "failed", "not here"]
-
-EXTRAS = {
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "plots": ("matplotlib",),
-    "metrics": ("prometheus_client",),
-    "ray": ("ray",),
-}
-"""The modules of each extra. Those that install TensorRT have a check of their own."""
 
 _STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "not here": "dim"}
 
@@ -56,14 +52,36 @@ class Finding:
     differences: int = 0
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json: bool) -> None:
+@click.command(cls=ShapesCommand, short_help="Check the installation, or find what forbids graphs in a module.")
+@click.argument("target", required=False, metavar="[MODULE:FACTORY]")
+@click.option(
+    "--shapes",
+    "--input-shapes",
+    type=ShapesType(),
+    multiple=True,
+    help="Shapes of one call of the module, as for run.",
+)
+@device_option
+@json_option
+def doctor(target: str | None, shapes: Sequence[Specs], device: str | None, as_json: bool) -> None:
     """Check what is installed, and whether graphs still answer right when others are evicted beside them.
 
-    Exits with 1 if a check failed, and with 3 if an answer of a graph was wrong. What is not here and what calls for
-    caution fail nothing.
+    With a module, find every operation in it that forbids a graph, with its line, by one eager call; a laptop without a
+    GPU will do.
+
+    Exits with 1 if a check failed, and with 3 if an answer of a graph was wrong or something forbids a graph. What is
+    not here and what calls for caution fail nothing.
+
+    \b
+    Examples:
+      graphcache doctor
+      graphcache doctor nets.py:mlp --shapes input:8x16
     """
+    if target is not None:
+        examine(target, shapes, device, as_json=as_json)
+        return
+    if shapes or device:
+        raise click.UsageError("--shapes and --device are for a module; name it as package.module:function.")
     checks: dict[str, Callable[[], Finding]] = {
         "versions": check_versions,
         "CUDA devices": check_devices,
@@ -115,6 +133,8 @@ def check_devices() -> Finding:
         serves = f"the driver serves CUDA up to {version // 1000}.{version % 1000 // 10}"
     except CudaError:
         serves = "the driver's version cannot be asked for without cuda-python"
+    if (version_here := driver_version()) is not None:
+        serves = f"driver {version_here}, {serves}"
     devices = "; ".join(f"{name}, compute capability {major}.{minor}" for name, (major, minor) in _devices())
     return Finding("ok", f"{devices}; {serves}")
 

@@ -11,6 +11,29 @@ from graphcache.cli.shapes import Shape, ShapeSyntaxError, Spec, looks_like, par
 
 Specs = tuple[Spec, ...]
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where a module goes; where it is if left out."
+)
+strategy_option = click.option(
+    "--strategy",
+    type=click.Choice(["auto", "whole_graph", "per_submodule"]),
+    default="auto",
+    show_default=True,
+    help="What is captured: the whole, or parts of it.",
+)
+include_option = click.option(
+    "--include", multiple=True, metavar="NAME", help="A submodule to capture on its own; may be repeated."
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    metavar="NUMBER",
+    default=0,
+    show_default=True,
+    help="Of what is random.",
+)
+
 
 class ShapesType(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
     """The type of an option that takes shapes."""
@@ -27,6 +50,26 @@ class ShapesType(click.ParamType):  # type: ignore[type-arg]  # not generic befo
             return parse(str(value))
         except ShapeSyntaxError as error:
             self.fail(str(error), param, ctx)
+
+
+class PercentilesType(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
+    """The type of an option that takes percentiles, such as ``90,95,99.9``."""
+
+    name = "percentiles"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        found = []
+        for word in str(value).split(","):
+            try:
+                share = float(word)
+            except ValueError:
+                share = -1.0
+            if not 0 < share <= 100:
+                self.fail(f"{word.strip()!r} is no percentile; expected numbers above 0 and up to 100", param, ctx)
+            found.append(share)
+        return tuple(found)
 
 
 class ShapesCommand(click.Command):

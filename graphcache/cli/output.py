@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import click
 import torch
@@ -61,6 +64,63 @@ def progress(message: str) -> Iterator[Callable[[str], None]]:
         yield show
     finally:
         show("")
+
+
+@contextmanager
+def writing(target: Path, option: str) -> Iterator[IO[bytes]]:
+    """A file that takes the place of ``target`` once the block has ended well; else nothing is left of it.
+
+    Args:
+        target: Where it goes.
+        option: The option that named it, for messages.
+
+    Raises:
+        click.ClickException: If it cannot be written there.
+    """
+    if target.is_dir():
+        raise click.ClickException(f"{target} is a directory; choose another {option}")
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise unwritable(target, option, error) from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        try:
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(target)
+        except OSError as error:
+            raise unwritable(target, option, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(target: Path | None, option: str) -> None:
+    """Refuse a place that cannot be written before anything is measured for it; nothing is written.
+
+    Raises:
+        click.ClickException: If there is a directory of that name, or no directory for it, or it may not be written.
+    """
+    if target is None:
+        return
+    if target.is_dir():
+        raise click.ClickException(f"{target} is a directory; choose another {option}")
+    if not target.parent.is_dir():
+        raise click.ClickException(f"{target} cannot be written (No such directory); choose another {option}")
+    if not os.access(target.parent, os.W_OK):
+        raise click.ClickException(f"{target} cannot be written (Permission denied); choose another {option}")
+
+
+def unwritable(target: Path, option: str, error: OSError) -> click.ClickException:
+    """What to raise when a file cannot be written."""
+    return click.ClickException(f"{target} cannot be written ({error.strerror}); choose another {option}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -12,13 +12,22 @@ import torch
 
 import graphcache
 from graphcache import Prepared
-from graphcache.cli.options import ShapesCommand, ShapesType, Specs, points
+from graphcache.cli.options import (
+    ShapesCommand,
+    ShapesType,
+    Specs,
+    device_option,
+    include_option,
+    json_option,
+    points,
+    strategy_option,
+)
 from graphcache.cli.output import described, environment, one_line, print_json, progress, stdout
 from graphcache.cli.targets import Target, resolve, told
 from graphcache.errors import GraphCacheError
 
 
-@click.command(cls=ShapesCommand)
+@click.command(cls=ShapesCommand, short_help="Capture calls as a server would, and keep a manifest.")
 @click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
 @click.option(
     "--shapes",
@@ -45,12 +54,10 @@ from graphcache.errors import GraphCacheError
     show_default=True,
     help="What calls will be made under; a graph answers one of them alone.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where a module goes; where it is if left out.")
-@click.option(
-    "--strategy", type=click.Choice(["auto", "whole_graph", "per_submodule"]), default="auto", show_default=True
-)
-@click.option("--include", multiple=True, metavar="NAME", help="A submodule to capture on its own; may be repeated.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@device_option
+@strategy_option
+@include_option
+@json_option
 def prepare(
     target: str,
     shapes: Sequence[Specs],
@@ -68,6 +75,12 @@ def prepare(
 
     With --shapes, these calls are captured and written to the manifest. Without, those of the manifest are captured,
     which shows whether it holds here. Exits with 1 if anything was refused or ignored.
+
+    \b
+    Examples:
+      graphcache prepare nets.py:mlp --shapes input:1x16 --shapes input:8x16 \\
+          --manifest mlp.json
+      graphcache prepare nets.py:mlp --manifest mlp.json --deadline 30
     """
     if not shapes and manifest is None:
         raise click.UsageError("Nothing to prepare: give --shapes, or --manifest with a file that was written before.")

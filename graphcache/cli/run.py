@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 import torch
 
 import graphcache
-from graphcache import CachedModule, Reason
-from graphcache.cli.options import ShapesCommand, ShapesType, Specs, points
+from graphcache.cli import tensors
+from graphcache.cli.measuring import Turns, measure, nbytes_of
+from graphcache.cli.options import (
+    PercentilesType,
+    ShapesCommand,
+    ShapesType,
+    Specs,
+    device_option,
+    include_option,
+    json_option,
+    points,
+    seed_option,
+    strategy_option,
+)
 from graphcache.cli.output import (
     Causes,
     ComparisonFailed,
-    cells,
+    check_writable,
     described,
     environment,
     print_json,
     progress,
     stdout,
     table,
+    unwritable,
 )
-from graphcache.cli.targets import Call, Target, resolve, told
-from graphcache.cli.timing import Latency, difference, timed
-from graphcache.errors import GraphCacheError
+from graphcache.cli.reference import OnnxRuntime
+from graphcache.cli.targets import Target, resolve
+from graphcache.cli.timing import spread
+from graphcache.cli.verdict import Verdict, verdict
+from graphcache.cli.watch import Watch
+from graphcache.observe.result import Inputs, Result
 
 
-@dataclass(frozen=True)
-class _Row:
-    """What one set of inputs gave."""
-
-    label: str
-    eager: Latency | None
-    graph: Latency | None
-    first: int
-    reasons: dict[Reason, str]
-    differences: int
-    worst: str
-
-
-@click.command(cls=ShapesCommand)
+@click.command(cls=ShapesCommand, short_help="Run an engine or a module, eagerly and through graphs.")
 @click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
 @click.option(
     "--shapes",
@@ -52,22 +54,73 @@ class _Row:
     help="Shapes of one set of inputs, such as x:8x64,y:8 or x:[8,64] y:[8]; x:1x64:8x64:64x64 runs all three. "
     "Give it again for another set. Inputs of modules take a dtype: tokens:[1,16]:int64.",
 )
-@click.option("--iterations", type=click.IntRange(min=1), default=200, show_default=True, help="Calls to measure.")
+@click.option(
+    "--load-inputs",
+    "--loadInputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take one set of inputs from a safetensors file, by name.",
+)
+@click.option(
+    "--save-outputs",
+    "--saveOutputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the last answers to a safetensors file.",
+)
+@click.option("--iterations", type=click.IntRange(min=1), default=200, show_default=True, help="Calls, at least.")
+@click.option(
+    "--duration",
+    type=click.FloatRange(min=0, max=3600),
+    default=0.0,
+    metavar="SECONDS",
+    help="Measure so long, at least.",
+)
 @click.option(
     "--warm-up", "--warmUp", type=click.IntRange(min=0), default=10, show_default=True, help="Calls made beforehand."
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where a module goes; where it is if left out.")
 @click.option(
-    "--strategy", type=click.Choice(["auto", "whole_graph", "per_submodule"]), default="auto", show_default=True
+    "--percentile",
+    type=PercentilesType(),
+    default="50,90,99",
+    show_default=True,
+    metavar="P,...",
+    help="Percentiles to tell, beside the median.",
 )
-@click.option("--include", multiple=True, metavar="NAME", help="A submodule to capture on its own; may be repeated.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the inputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--compare",
+    type=click.Choice(["eager", "onnxruntime"]),
+    default="eager",
+    show_default=True,
+    help="What answers are held against, on top of eager execution.",
+)
+@click.option("--onnx", type=click.Path(path_type=Path), metavar="FILE", help="The model for --compare onnxruntime.")
+@click.option(
+    "--export-times",
+    "--exportTimes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write every measured call as JSON, for graphcache report.",
+)
+@click.option("--watch", is_flag=True, help="Show the cache on stderr while it runs.")
+@device_option
+@strategy_option
+@include_option
+@seed_option
+@json_option
 def run(
     target: str,
     shapes: Sequence[Specs],
+    load_inputs: Path | None,
+    save_outputs: Path | None,
     iterations: int,
+    duration: float,
     warm_up: int,
+    percentile: tuple[float, ...],
+    compare: Literal["eager", "onnxruntime"],
+    onnx: Path | None,
+    export_times: Path | None,
+    watch: bool,
     device: str | None,
     strategy: str,
     include: Sequence[str],
@@ -77,21 +130,62 @@ def run(
     """Run an engine, an ONNX model or a module on random inputs, eagerly and through its graphs.
 
     A factory is a function without parameters that returns an nn.Module: package.module:function or file.py:function.
-    Every answer of a graph is compared with the eager one; exits with 3 if any differs.
+    Every answer of a graph is compared with the eager one; exits with 3 if any differs. The last line says whether
+    calls are bound by launching, where graphs help, or by computing, where they do not.
+
+    \b
+    Examples:
+      graphcache run nets.py:mlp --shapes input:8x16
+      graphcache run nets.py:mlp --shapes input:[1,16] --shapes input:[8,16]
+      graphcache run nets.py:mlp --shapes input:8x16 --duration 0.1 \\
+          --percentile 90,95,99 --export-times result.json
+      graphcache run model.engine --shapes x:1x8:4x8:8x8
     """
+    if load_inputs is not None and shapes:
+        raise click.UsageError("--load-inputs gives the inputs; leave --shapes out.")
+    for path, option in ((save_outputs, "--save-outputs"), (export_times, "--export-times")):
+        check_writable(path, option)
+    reference = _reference(target, compare, onnx)
+    loaded = _loaded(load_inputs)
     found = resolve(target, shapes, device)
     generator = torch.Generator().manual_seed(seed)
-    calls = [found.call(point, generator) for point in points(shapes) or [{}]]
-    rows = []
+    calls = [found.given(loaded)] if loaded else [found.call(point, generator) for point in points(shapes) or [{}]]
     options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "max_graphs": max(32, len(calls))}
-    with graphcache.wrap(found.module, **options) as fast, torch.no_grad(), progress("Running") as show:
+    rows: list[Turns] = []
+    with (
+        graphcache.wrap(found.module, **options) as fast,
+        torch.no_grad(),
+        progress("" if watch else "Running") as show,
+        Watch(fast, enabled=watch) as seen,
+    ):
         causes = Causes(fast, *fast.parts.values())
         for call in calls:
-            show(f"Running {call.label}")
-            rows.append(_measure(found, fast, causes, call, iterations, warm_up))
+            if not watch:
+                show(f"Running {call.label}")
+            rows.append(
+                measure(
+                    found,
+                    fast,
+                    call,
+                    iterations=iterations,
+                    duration=duration,
+                    warm_up=warm_up,
+                    show=seen.update,
+                )
+            )
+        held = tuple(Inputs(row.call.label, nbytes_of(fast, row.call)) for row in rows)
+    reasons = {name: causes.explain(_REASONS[name]) for row in rows for name in row.reasons}
+    differences = [(row, wrong) for row in rows for wrong in row.wrong]
+    against = {row.call.label: reference.difference(row.call, row.answer) for row in rows} if reference else {}
     tensorrt = any(isinstance(part, graphcache.EngineModule) for part in found.module.modules())
     versions = environment(found.device, tensorrt=tensorrt)
-    differences = sum(row.differences for row in rows)
+    if save_outputs is not None:
+        names = [binding.name for binding in getattr(getattr(found.module, "engine", None), "outputs", ())]
+        _save(save_outputs, rows, names)
+    if export_times is not None:
+        measured = [each.measured(index) for index, row in enumerate(rows) for each in (row.first, *row.turns)]
+        _export(export_times, Result(target, versions, held, tuple(measured), reasons))
+    told = [_told(row, percentile, found, reasons) for row in rows]
     if as_json:
         print_json(
             {
@@ -100,82 +194,121 @@ def run(
                 "iterations": iterations,
                 "warm_up": warm_up,
                 "seed": seed,
-                "differences": differences,
-                "shapes": [_as_json(row) for row in rows],
+                "differences": len(differences),
+                "compared_with": compare,
+                "differs": [f"{label}: {why}" for label, why in against.items() if why],
+                "shapes": told,
             }
         )
     else:
-        _print(target, versions, rows, iterations)
+        _print(target, versions, rows, told, percentile, compare)
     if differences:
-        worst = next(row for row in rows if row.differences)
+        row, wrong = differences[0]
         raise ComparisonFailed(
-            f"{differences} answers of graphs differ from eager execution. The first, {worst.label}: {worst.worst}"
+            f"{len(differences)} answers of graphs differ from eager execution. The first, {row.call.label}: {wrong}"
         )
+    if wrong_here := [f"{label}: {why}" for label, why in against.items() if why]:
+        raise ComparisonFailed(f"answers differ from onnxruntime. The first, {wrong_here[0]}")
 
 
-def _measure(found: Target, fast: CachedModule, causes: Causes, call: Call, iterations: int, warm_up: int) -> _Row:
-    eagerly = functools.partial(found.module, *call.args, **call.kwargs)
-    through = functools.partial(fast, *call.args, **call.kwargs)
+def _reference(target: str, compare: str, onnx: Path | None) -> OnnxRuntime | None:
+    if compare == "eager":
+        if onnx is not None:
+            raise click.UsageError("--onnx is the model for --compare onnxruntime; give that too.")
+        return None
+    if onnx is None and not target.endswith(".onnx"):
+        raise click.UsageError("--compare onnxruntime needs the model: give it with --onnx.")
+    return OnnxRuntime(onnx or Path(target))
+
+
+def _loaded(path: Path | None) -> dict[str, torch.Tensor]:
+    return {} if path is None else tensors.load_inputs(path)
+
+
+def _save(path: Path, rows: Sequence[Turns], names: list[str]) -> None:
+    tensors.save_outputs(path, {row.call.label: row.answer for row in rows}, names)
+
+
+def _export(path: Path, result: Result) -> None:
     try:
-        _, first = timed(through, found.device)
-        for _ in range(warm_up):
-            eagerly()
-            through()
-        before = fast.cache_info()
-        eager, graph, worst, differences = [], [], "", 0
-        for _ in range(iterations):
-            expected, nanoseconds = timed(eagerly, found.device)
-            eager.append(nanoseconds)
-            hits = fast.cache_info().hits
-            answer, nanoseconds = timed(through, found.device)
-            graph.append(nanoseconds)
-            if fast.cache_info().hits > hits and (seen := difference(answer, expected)) is not None:
-                worst = worst or seen
-                differences += 1
-    except GraphCacheError:
-        raise
-    except Exception as error:
-        raise click.ClickException(
-            f"{found.name} refused {call.label or 'a call without inputs'}: {told(error)}"
-        ) from error
-    after = fast.cache_info()
-    reasons = [reason for reason, count in after.eager.items() if count > before.eager.get(reason, 0)]
-    replayed = after.hits > before.hits
-    return _Row(
-        call.label,
-        Latency.of(eager),
-        Latency.of(graph) if replayed else None,
-        first,
-        {reason: causes.explain(reason) for reason in reasons},
-        differences,
-        worst,
+        result.save(path)
+    except OSError as error:
+        raise unwritable(path, "--export-times", error) from error
+
+
+def _told(row: Turns, percentiles: Sequence[float], found: Target, reasons: dict[str, str]) -> dict[str, Any]:
+    eager = spread([each.eager for each in row.turns], percentiles)
+    graph = spread([each.graph for each in row.turns], percentiles)
+    enqueue = spread([each.enqueue for each in row.turns], percentiles)
+    assert eager is not None
+    assert graph is not None
+    assert enqueue is not None
+    replayed = any(each.replayed for each in row.turns)
+    judged: Verdict = verdict(
+        eager=eager["p50"],
+        enqueue=enqueue["p50"],
+        graph=graph["p50"] if replayed else None,
+        on_cuda=found.device.type == "cuda",
     )
-
-
-def _as_json(row: _Row) -> dict[str, Any]:
     return {
-        "inputs": row.label,
-        "eager": asdict(row.eager) if row.eager else None,
-        "graph": asdict(row.graph) if row.graph else None,
-        "first_call_us": round(row.first / 1000, 1),
-        "reasons": {reason.value: why for reason, why in row.reasons.items()},
-        "differences": row.differences,
+        "inputs": row.call.label,
+        "eager": eager,
+        "enqueue": enqueue,
+        "graph": graph if replayed else None,
+        "calls_per_second": {
+            "eager": _rate(eager["mean"]),
+            "graph": _rate(graph["mean"]) if replayed else None,
+        },
+        "first_call_us": round(row.first.graph / 1000, 1),
+        "reasons": {name: reasons[name] for name in row.reasons},
+        "differences": len(row.wrong),
+        "verdict": {"kind": judged.kind, "text": judged.text},
     }
 
 
-def _print(target: str, versions: dict[str, str], rows: Sequence[_Row], iterations: int) -> None:
+def _rate(mean: float) -> float:
+    return round(1e6 / mean, 1) if mean else 0.0
+
+
+def _print(
+    target: str,
+    versions: dict[str, str],
+    rows: Sequence[Turns],
+    told: Sequence[dict[str, Any]],
+    percentiles: Sequence[float],
+    compare: str,
+) -> None:
     console = stdout()
     console.print(described(versions), soft_wrap=True)
-    console.print(f"{target}: {iterations} calls per set of inputs; µs, eager | through graphs", soft_wrap=True)
+    counts = sorted({len(row.turns) for row in rows})
+    calls = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    console.print(f"{target}: {calls} calls per set of inputs; µs, eager | through graphs", soft_wrap=True)
     console.print()
-    shown = table("inputs", "p50", "p90", "p99", "| p50", "p90", "p99", "first call")
-    for row in rows:
-        p50, p90, p99 = cells(row.graph)
-        shown.add_row(row.label or "(none)", *cells(row.eager), f"| {p50}", p90, p99, f"{row.first / 1000:.1f}")
+    names = [f"p{share:g}" for share in dict.fromkeys([50.0, *percentiles])]
+    shown = table("inputs", *names, f"| {names[0]}", *names[1:], "first call")
+    for each in told:
+        eager, graph = each["eager"], each["graph"] or {}
+        cells = [f"{graph[name]:.1f}" if graph else "-" for name in names]
+        shown.add_row(
+            each["inputs"] or "(none)",
+            *(f"{eager[name]:.1f}" for name in names),
+            f"| {cells[0]}",
+            *cells[1:],
+            f"{each['first_call_us']:.1f}",
+        )
     console.print(shown)
     console.print()
-    for why in dict.fromkeys(why for row in rows for why in row.reasons.values()):
+    for why in dict.fromkeys(why for each in told for why in each["reasons"].values()):
         console.print(f"Ran eagerly, {why}", soft_wrap=True)
-    replayed = sum(row.graph is not None for row in rows)
-    if replayed and not any(row.differences for row in rows):
-        console.print("Every answer of a graph equals eager execution.")
+    if any(each["graph"] for each in told) and not any(each["differences"] for each in told):
+        also = " and onnxruntime" if compare == "onnxruntime" else ""
+        console.print(f"Every answer of a graph equals eager execution{also}.")
+    verdicts = {each["inputs"]: f"{each['verdict']['kind']}: {each['verdict']['text']}" for each in told}
+    if len(set(verdicts.values())) == 1:
+        console.print(f"Verdict: {next(iter(verdicts.values()))}.", soft_wrap=True)
+    else:
+        for inputs, text in verdicts.items():
+            console.print(f"Verdict, {inputs}: {text}.", soft_wrap=True)
+
+
+_REASONS = {reason.value: reason for reason in graphcache.Reason}

@@ -8,7 +8,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,11 +33,13 @@ class Call:
         label: What was asked for, such as ``"x:8x64"``.
         args: Positional arguments.
         kwargs: Keyword arguments.
+        inputs: The tensors by the names of the inputs.
     """
 
     label: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,34 @@ class Target:
         """
         if isinstance(self.module, graphcache.EngineModule):
             return self._engine_call(self.module, point, generator)
-        label = " ".join(f"{name}:{written(spec.shapes[0])}" for name, spec in point.items())
-        inputs = {name: _random(spec.shapes[0], _dtype(spec), generator, self.device) for name, spec in point.items()}
+        return self._bound(
+            {name: _random(spec.shapes[0], _dtype(spec), generator, self.device) for name, spec in point.items()}
+        )
+
+    def given(self, inputs: Mapping[str, Tensor]) -> Call:
+        """A call with tensors that were given.
+
+        Args:
+            inputs: By the names of the inputs; they are moved to the device.
+
+        Raises:
+            click.ClickException: If the module takes no such inputs.
+        """
+        if not isinstance(self.module, graphcache.EngineModule):
+            return self._bound({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        bindings = {binding.name: binding for binding in self.module.engine.inputs}
+        if set(inputs) != set(bindings):
+            raise click.ClickException(
+                f"{self.name} has the inputs {', '.join(bindings)}; given are {', '.join(inputs)}"
+            )
+        moved = {
+            name: inputs[name] if binding.on_host else inputs[name].to(self.device)
+            for name, binding in bindings.items()
+        }
+        return Call(_label(moved), tuple(moved.values()), {}, moved)
+
+    def _bound(self, inputs: dict[str, Tensor]) -> Call:
+        label = _label(inputs)
         try:
             bound = inspect.signature(self.module.forward).bind(**inputs)
         except TypeError as error:
@@ -75,7 +103,7 @@ class Target:
             raise click.ClickException(
                 f"{self.name} cannot be called with {label}: {error}; the parameters of its forward are {parameters}"
             ) from error
-        return Call(label, bound.args, bound.kwargs)
+        return Call(label, bound.args, bound.kwargs, inputs)
 
     def _engine_call(
         self, module: graphcache.EngineModule, point: Mapping[str, Spec], generator: torch.Generator
@@ -100,7 +128,7 @@ class Target:
                 inputs[name] = _random(shape, binding.dtype, generator, self.device)
         shown = {name: point[name].shapes[0] if name in point else bindings[name].shape for name in bindings}
         label = " ".join(f"{name}:{written(shape)}" for name, shape in shown.items())
-        return Call(label, tuple(inputs.values()), {})
+        return Call(label, tuple(inputs.values()), {}, inputs)
 
 
 def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
@@ -115,8 +143,8 @@ def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
         click.ClickException: If it is none of these.
         GraphCacheError: If the engine cannot be built or loaded here.
     """
-    source, colon, attribute = text.rpartition(":")
-    if colon and attribute.replace(".", "").isidentifier() and not Path(text).exists():
+    if is_factory(text):
+        source, _, attribute = text.rpartition(":")
         return _from_factory(text, source, attribute, device)
     path = Path(text)
     if device == "cpu":
@@ -138,6 +166,17 @@ def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
         # A package may hold a wrapped engine; here the options are those of the command line.
         module = loaded.module if isinstance(loaded, graphcache.CachedModule) else loaded
     return Target(text, module, module.device)
+
+
+def is_factory(text: str) -> bool:
+    """Whether ``module:factory`` was typed, and not the path of a file.
+
+    Example:
+        >>> is_factory("nets.py:mlp"), is_factory("model.onnx")
+        (True, False)
+    """
+    _, colon, attribute = text.rpartition(":")
+    return bool(colon) and attribute.replace(".", "").isidentifier() and not Path(text).exists()
 
 
 def _from_factory(text: str, source: str, attribute: str, device: str | None) -> Target:
@@ -190,6 +229,10 @@ def told(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {one_line(error)}{where}"
+
+
+def _label(inputs: Mapping[str, Tensor]) -> str:
+    return " ".join(f"{name}:{written(tuple(tensor.shape))}" for name, tensor in inputs.items())
 
 
 def _dtype(spec: Spec) -> torch.dtype:

@@ -48,6 +48,28 @@ class Latency:
         return cls(len(ordered), p50, p90, p99)
 
 
+def spread(nanoseconds: Sequence[int], percentiles: Sequence[float] = (50, 90, 99)) -> dict[str, float] | None:
+    """How times lie, in microseconds; ``None`` of none.
+
+    Args:
+        nanoseconds: The times.
+        percentiles: Which to tell, each above 0 and at most 100; the median is told in any case.
+
+    Example:
+        >>> spread([3000, 1000, 2000], [99.9])
+        {'calls': 3, 'min': 1.0, 'mean': 2.0, 'max': 3.0, 'p50': 2.0, 'p99.9': 3.0}
+    """
+    if not nanoseconds:
+        return None
+    ordered = sorted(nanoseconds)
+    found: dict[str, float] = {"calls": len(ordered)}
+    for name, value in (("min", ordered[0]), ("mean", sum(ordered) / len(ordered)), ("max", ordered[-1])):
+        found[name] = round(value / 1000, 1)
+    for share in dict.fromkeys([50, *percentiles]):
+        found[f"p{share:g}"] = round(ordered[math.ceil(share / 100 * len(ordered)) - 1] / 1000, 1)
+    return found
+
+
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
     """Make a call and wait until the device has finished.
 
@@ -58,12 +80,19 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
     Returns:
         The answer, and how long it took in nanoseconds.
     """
+    answer, nanoseconds, _ = timed_apart(call, device)
+    return answer, nanoseconds
+
+
+def timed_apart(call: Callable[[], Any], device: torch.device) -> tuple[Any, int, int]:
+    """The same, with what it took the host to enqueue the call as the last."""
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
     wait()
     start = time.perf_counter_ns()
     answer = call()
+    enqueued = time.perf_counter_ns()
     wait()
-    return answer, time.perf_counter_ns() - start
+    return answer, time.perf_counter_ns() - start, enqueued - start
 
 
 def difference(got: Any, expected: Any) -> str | None:

@@ -70,6 +70,7 @@ class CudaGraph:
             stream = own_stream(lane.index, "capture").cuda_stream
             self.executables = Executables(captured, inputs, outputs, stream)
             undo.pop_all()
+        self.captured: Any = captured
         self.launcher = driver.binding().cuGraphLaunch
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)

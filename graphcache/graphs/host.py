@@ -92,6 +92,14 @@ class HostGraph:
             for target, tensor in zip(self._pinned, self._run(), strict=True):
                 target.copy_(tensor)
 
+    def steps(self) -> tuple[list[Any], list[Tensor]]:
+        """The recorded operations and the static inputs, to be looked at."""
+        return list(self._steps), self._open_inputs()
+
+    def output_slots(self) -> list[int]:
+        """Where the outputs stand among what the operations make."""
+        return list(self._outputs)
+
     def _open_inputs(self) -> list[Tensor]:
         if self._inputs is None:
             raise ClosedError("the graph was closed; call the module again to capture a new one")

@@ -22,6 +22,7 @@ from graphcache.errors import CaptureError, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Subscriber, log
 from graphcache.modules.bucketed import Bucketed, arguments_of
 from graphcache.modules.described import described
+from graphcache.modules.explain import Explanation, explain
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.misses import Misses
 from graphcache.modules.observers import Observer, Observers
@@ -192,6 +193,28 @@ class Accounted(StandIn):
         if (past := self._parts.past) is not None:
             own += replace(past, eager={})
         return own
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Say what becomes of such a call, or without arguments of all calls so far; see :func:`graphcache.explain`.
+
+        Args:
+            args: Arguments of a call, which is not made.
+            kwargs: Likewise.
+
+        Raises:
+            ClosedError: After :meth:`close`.
+            Exception: Whatever an engine says of arguments that it does not take.
+
+        Example:
+            >>> from graphcache import CachedModule
+            >>> fast = CachedModule(nn.ReLU())
+            >>> _ = fast(torch.zeros(2, 3))
+            >>> print(fast.explain())
+            ReLU: 0 hits, 1 captures, 0 eager calls; 1 graphs, 24 bytes
+              input: float32[2, 3], grad mode on: replays (0 so far)
+                capture ...
+        """
+        return explain(self._whole, *args, **kwargs)
 
     def advise_buckets(
         self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0

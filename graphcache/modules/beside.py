@@ -113,7 +113,7 @@ class CapturesBeside(Captures):
             later.thread = threading.current_thread()
             start = time.perf_counter()
             recorder = self.recorder
-            with self._room(later.inputs) as room:
+            with self._ledger.span("capture"), self._room(later.inputs) as room:
                 try:
                     _, outcome = later.run(
                         lambda: recorder.attempt(

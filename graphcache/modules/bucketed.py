@@ -129,6 +129,14 @@ class Bucketed:
             return misses.eagerly(cause, args, kwargs)
         return UNPADDED if cold is None else self._timed(plan, cold, target, args, kwargs)
 
+    def target(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature | None:
+        """The signature to which a call is padded, ``None`` if it is not, or if that was refused. It is not made."""
+        fit = self._plan(signature, args, kwargs).fit
+        if fit is None:
+            return None
+        target, _, _ = self._padded(fit, signature, args, kwargs)
+        return None if self._trials.is_refused(target) else target
+
     def _replayed(
         self,
         plan: Plan,

@@ -34,6 +34,7 @@ from graphcache.modules.conditions import (
 )
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
+from graphcache.modules.growth import tell_growth
 from graphcache.modules.into import copy_into, has_hooks, shortly_into, straight_into
 from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.observers import Observers
@@ -333,7 +334,8 @@ class CachedModule(Portable, Accounted):
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._notice_device(inputs)
-        self._seen.note(signature, args, kwargs)
+        if (growth := self._seen.note(signature, args, kwargs)) is not None:
+            tell_growth(self._whole, growth)
         if self._bucketed is not None:
             answer = self._bucketed.answer(signature, inputs, args, kwargs, self._hit)
             if answer is not UNPADDED:

@@ -60,7 +60,8 @@ class Captures:
         self._ledger = ledger
         self._cache = cache
         self._freshness = freshness
-        self._blocks = Blocks()
+        self.blocks = Blocks()
+        """What could not be captured."""
         self.admission = Admission(cache, config.capture)
         """Decides what is captured; hears of evictions from whoever holds the cache."""
         self.remembered = Remembered(cache.entries, self._engine)
@@ -92,7 +93,7 @@ class Captures:
             self.generation += 1
             self._cache.clear(wait=wait)
             self._thrash.forget()
-            self._blocks.clear()
+            self.blocks.clear()
             self.recorder.release()
             self._cache.shared = 0
 
@@ -104,14 +105,14 @@ class Captures:
 
     def blocked(self, signature: Signature) -> Cause | None:
         """Why a signature is not to be captured this time, from what came of it before. The lock is held."""
-        return self._blocks.cause(signature)
+        return self.blocks.cause(signature)
 
     def _capture(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Cause | None]:
         preparation = preparing.get()
         start = time.perf_counter()
-        with self._room(inputs) as room:
+        with self._ledger.span("capture"), self._room(inputs) as room:
             answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
             seconds = time.perf_counter() - start
             return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
@@ -158,7 +159,7 @@ class Captures:
             preparation.keep(self._cache.entries, signature)
             return slower
         self.admission.failed(signature, seconds, preparing=preparation is not None)
-        self._blocks.block(signature, outcome)
+        self.blocks.block(signature, outcome)
         return outcome
 
     def _room(self, inputs: Sequence[Tensor]) -> Room:

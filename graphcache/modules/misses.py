@@ -225,7 +225,7 @@ class Misses(CapturesBeside):
         self.check_open()
         self.tell(cause)
         start = time.perf_counter()
-        with graphs_off():
+        with self._ledger.span("eager"), graphs_off():
             answer = self.run(*args, **kwargs)
         if self.admission.ran(signature, time.perf_counter() - start) == OFTEN:
             self.remembered.note(signature, args, kwargs)
@@ -247,12 +247,10 @@ class Misses(CapturesBeside):
         self.tell(cause)
         if cause.reason in _ALWAYS_EAGER:
             return self.run(*args, **kwargs)
-        if self._engine is not None:
-            # In subgraph mode the engine would come back here.
-            with graphs_off():
-                return self.run(*args, **kwargs)
-        self._parts.divide(cause)
-        with self._routes.active():
+        if self._engine is None:
+            self._parts.divide(cause)
+        # In subgraph mode an engine would come back here.
+        with self._ledger.span("eager"), graphs_off() if self._engine is not None else self._routes.active():
             return self.run(*args, **kwargs)
 
     def needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:

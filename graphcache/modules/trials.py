@@ -56,6 +56,12 @@ class Trials:
         with self._lock:
             return self._blocks.cause((self._misses.generation, target))
 
+    def is_refused(self, target: Signature) -> bool:
+        """Whether that is so, without counting a call."""
+        with self._lock:
+            known = self._blocks.look((self._misses.generation, target))
+        return known is not None and known[1] != 0
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:

@@ -633,3 +633,21 @@ def vars_of(account: Any) -> list[float]:
 
 def test_any_order_of_calls_leaves_the_books_in_order():
     run_state_machine_as_test(AnyOrder, settings=settings(max_examples=120, stateful_step_count=40))
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("first", None), ("prepared", Reason.NOT_PREPARED)])
+def test_the_outlook_of_a_policy(policy, reason):
+    outlook = Admission(GraphCache(max_graphs=2), policy).outlook("key")
+    assert (outlook and outlook.reason) is reason
+
+
+def test_the_outlook_is_the_answer_and_changes_nothing():
+    asked, looked = (Admission(GraphCache(max_graphs=2)) for _ in range(2))
+    for admission in (asked, looked):
+        admission.learn("key", eager=1e-3, replay=1e-4, capture=1.0)
+    for _ in range(20):
+        assert looked.outlook("key").reason is Reason.COLD
+        assert (asked.ask("key") is None) == (looked.ask("key") is None)
+        for admission in (asked, looked):
+            admission.ran("key", 1e-3)
+    assert asked.known() == looked.known()

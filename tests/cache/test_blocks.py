@@ -93,3 +93,15 @@ def test_memory_is_bounded_and_the_last_key_is_always_known(blocked):
         blocks.block(key, Cause(reason))
         assert len(blocks) == len(blocks._causes) <= 3
         assert blocks.cause(key) == Cause(reason)
+
+
+def test_looking_counts_no_call():
+    blocks = Blocks()
+    assert blocks.look("key") is None
+    blocks.block("key", Cause(Reason.CAPTURE_FAILED))
+    for _ in range(40):
+        assert blocks.look("key") == (Cause(Reason.CAPTURE_FAILED), 16)
+    blocks.cause("key")
+    assert blocks.look("key") == (Cause(Reason.CAPTURE_FAILED), 15)
+    blocks.block("for good", Cause(Reason.HOST_READ))
+    assert blocks.look("for good") == (Cause(Reason.HOST_READ), None)

@@ -95,3 +95,19 @@ def test_odd_traces_are_named(trace: Any, most: int) -> None:
 def test_odd_numbers_are_named(most: Any) -> None:
     with pytest.raises(ConfigError, match=r"^most"):
         advise_axes({(1,): 1}, most)
+
+
+def test_calls_of_a_signature_with_the_hits_of_its_graph():
+    seen = Seen()
+    x = torch.zeros(2)
+    for _ in range(3):
+        seen.note("a", (x,), {})
+    seen.lend("a")
+    assert seen.keys() == ["a"]
+    assert (seen.calls("a"), seen.calls("a", 5), seen.calls("b"), seen.calls("b", 5)) == (2, 7, 0, 5)
+
+
+def test_an_axis_that_keeps_growing_is_told_of_once():
+    seen = Seen()
+    found = [seen.note(size, (torch.zeros(1, size),), {}) for size in (*range(20), *range(20))]
+    assert [index for index, growth in enumerate(found) if growth] == [7]

@@ -1,14 +1,28 @@
 """What goes where: results to stdout, progress to stderr and only where somebody watches."""
 
+import io
 import sys
 
+import click
 import pytest
 import torch
+from rich.text import Text
 from torch import nn
 
 import graphcache
 from graphcache import Cause, Reason
-from graphcache.cli.output import Causes, cells, described, environment, one_line, progress, table
+from graphcache.cli.output import (
+    Causes,
+    cells,
+    check_writable,
+    described,
+    environment,
+    one_line,
+    progress,
+    stdout,
+    table,
+    writing,
+)
 from graphcache.cli.timing import Latency
 
 
@@ -53,3 +67,42 @@ def test_the_device_and_the_versions_are_told():
     found = environment(torch.device("cpu"))
     assert list(found) == ["device", "graphcache", "torch", "python"]
     assert found["device"].startswith("CPU, ")
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_colours_only_where_they_are_wanted(monkeypatch, colours):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    stdout().print(Text("seen", style="red"))
+    assert ("\x1b[31m" in stream.getvalue()) == colours
+    assert "seen" in stream.getvalue()
+
+
+def test_a_file_takes_its_place_in_one_step_or_not_at_all(tmp_path):
+    target = tmp_path / "result"
+    target.write_bytes(b"old")
+    with pytest.raises(KeyError), writing(target, "--output") as file:
+        file.write(b"half")
+        raise KeyError
+    assert target.read_bytes() == b"old"
+    with writing(target, "--output") as file:
+        file.write(b"new")
+        assert target.read_bytes() == b"old"
+    assert target.read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("place", [".", "nowhere/file"])
+def test_a_place_that_cannot_be_written(tmp_path, place):
+    with pytest.raises(click.ClickException, match=r"; choose another --output"):
+        check_writable(tmp_path / place, "--output")
+    with pytest.raises(click.ClickException, match=r"; choose another --output"), writing(tmp_path / place, "--output"):
+        pytest.fail("it was opened")
+    check_writable(None, "--output")
+    check_writable(tmp_path / "file", "--output")
+    assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -90,6 +91,10 @@ class CUgraphNodeType(enum.IntEnum):
 
 class CUgraphInstantiate_flags(enum.IntEnum):
     CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD = 2
+
+
+class CUgraphDebugDot_flags(enum.IntEnum):
+    CU_GRAPH_DEBUG_DOT_FLAGS_VERBOSE = 1
 
 
 class CUmemorytype(enum.IntEnum):
@@ -461,6 +466,7 @@ class Driver:
     CUevent_flags = CUevent_flags
     CUgraphNodeType = CUgraphNodeType
     CUgraphInstantiate_flags = CUgraphInstantiate_flags
+    CUgraphDebugDot_flags = CUgraphDebugDot_flags
     CUmemorytype = CUmemorytype
     CUgraphDependencyType = CUgraphDependencyType
     CUgraphEdgeData = CUgraphEdgeData
@@ -730,6 +736,12 @@ class Driver:
         graph = self._get(self.graphs, hGraph, CUgraph)
         handles = [CUgraphNode(handle) for handle in graph.handles]
         return ([], len(handles)) if numNodes == 0 else (handles[:numNodes], min(numNodes, len(handles)))
+
+    @_api(0)
+    def cuGraphDebugDotPrint(self, hGraph: Any, path: bytes, flags: int) -> None:
+        graph = self._get(self.graphs, hGraph, CUgraph)
+        nodes = "".join(f'"graph_0_node_{index}"[label="KERNEL"];\n' for index, _ in enumerate(graph.handles))
+        Path(os.fsdecode(path)).write_text(f"digraph dot {{\n{nodes}}}\n")
 
     @_api(4)
     def cuGraphGetEdges(self, hGraph: Any, numEdges: int) -> Any:

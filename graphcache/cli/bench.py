@@ -1,0 +1,191 @@
+"""``graphcache bench``: mixed traffic over several shapes, eager against graphs, captures included."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import graphcache
+from graphcache.cli.measuring import Turn, nbytes_of, refused, turn
+from graphcache.cli.options import (
+    ShapesCommand,
+    ShapesType,
+    Specs,
+    device_option,
+    include_option,
+    json_option,
+    points,
+    seed_option,
+    strategy_option,
+)
+from graphcache.cli.output import (
+    Causes,
+    ComparisonFailed,
+    check_writable,
+    environment,
+    print_json,
+    progress,
+    stdout,
+    unwritable,
+)
+from graphcache.cli.summary import summary_of, tabulated
+from graphcache.cli.targets import Target, resolve
+from graphcache.cli.timing import spread
+from graphcache.cli.verdict import Verdict, verdict
+from graphcache.cli.watch import Watch
+from graphcache.observe.result import Inputs, Result
+
+
+@click.command(cls=ShapesCommand, short_help="Measure mixed traffic, captures included.")
+@click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
+@click.option(
+    "--shapes",
+    "--input-shapes",
+    type=ShapesType(),
+    multiple=True,
+    required=True,
+    help="Shapes of one set of inputs, as for run. Give it again for another set; those named first come most often.",
+)
+@click.option("--calls", type=click.IntRange(min=1), default=500, show_default=True, help="How many calls to make.")
+@click.option(
+    "--capture", type=click.Choice(["first", "worthwhile"]), default="first", show_default=True, help="The policy."
+)
+@click.option("--max-graphs", type=click.IntRange(min=1), help="How many graphs are kept, at most.")
+@click.option("--max-bytes", type=click.IntRange(min=1), help="Bytes that all graphs may own together.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the result, for graphcache report."
+)
+@click.option("--watch", is_flag=True, help="Show the cache on stderr while it runs.")
+@device_option
+@strategy_option
+@include_option
+@seed_option
+@json_option
+def bench(
+    target: str,
+    shapes: Sequence[Specs],
+    calls: int,
+    capture: str,
+    max_graphs: int | None,
+    max_bytes: int | None,
+    output: Path | None,
+    watch: bool,
+    device: str | None,
+    strategy: str,
+    include: Sequence[str],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Make calls of several shapes in random order, each eagerly and through graphs, from the very first one on.
+
+    The n-th shape comes with a weight of 1/n. Every answer of a graph is compared with the eager one; exits with 3 if
+    any differs.
+
+    \b
+    Examples:
+      graphcache bench nets.py:mlp --shapes input:1x16:4x16:8x16 --calls 100
+      graphcache bench nets.py:mlp --shapes input:1x16 --shapes input:4x16 \\
+          --calls 100 -o result.json
+      graphcache bench nets.py:mlp --shapes input:8x16 --capture worthwhile --json
+    """
+    check_writable(output, "--output")
+    found = resolve(target, shapes, device)
+    generator = torch.Generator().manual_seed(seed)
+    made = [found.call(point, generator) for point in points(shapes)]
+    options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "capture": capture}
+    options |= {"max_graphs": max_graphs} if max_graphs is not None else {}
+    with (
+        graphcache.wrap(found.module, max_bytes=max_bytes, **options) as fast,
+        torch.no_grad(),
+        progress("" if watch else "Running") as show,
+        Watch(fast, enabled=watch) as seen,
+    ):
+        causes = Causes(fast, *fast.parts.values())
+        traffic = []
+        for index, number in enumerate(_traffic(len(made), calls, seed)):
+            if not watch and index % 64 == 0:
+                show(f"Call {index + 1} of {calls}")
+            with refused(found, made[number]):
+                traffic.append((number, turn(found, fast, made[number], graph_first=index % 2 == 0)[0]))
+            seen.update()
+        held = tuple(Inputs(call.label, nbytes_of(fast, call)) for call in made)
+    names = dict.fromkeys(each.outcome for _, each in traffic if each.outcome not in ("hit", "capture"))
+    tensorrt = any(isinstance(part, graphcache.EngineModule) for part in found.module.modules())
+    result = Result(
+        target,
+        environment(found.device, tensorrt=tensorrt),
+        held,
+        tuple(each.measured(number) for number, each in traffic),
+        {name: causes.explain(_REASONS[name]) for name in names},
+    )
+    if output is not None:
+        try:
+            result.save(output)
+        except OSError as error:
+            raise unwritable(output, "--output", error) from error
+    judged = _judged(found, [each for _, each in traffic])
+    wrong = [(made[number], each.wrong) for number, each in traffic if each.wrong]
+    _tell(result, judged, len(wrong), seed, output, as_json=as_json)
+    if wrong:
+        call, why = wrong[0]
+        raise ComparisonFailed(
+            f"{len(wrong)} of {calls} answers differ from eager execution. The first, {call.label}: {why}"
+        )
+
+
+def _traffic(shapes: int, calls: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(shapes), [1 / rank for rank in range(1, shapes + 1)], k=calls)
+
+
+def _judged(found: Target, turns: Sequence[Turn]) -> Verdict:
+    hits = [each for each in turns if each.replayed]
+    eager, enqueue, graph = (
+        spread(times)
+        for times in (
+            [each.eager for each in hits or turns],
+            [each.enqueue for each in hits or turns],
+            [each.graph for each in hits],
+        )
+    )
+    assert eager is not None
+    assert enqueue is not None
+    return verdict(
+        eager=eager["p50"],
+        enqueue=enqueue["p50"],
+        graph=graph["p50"] if graph else None,
+        on_cuda=found.device.type == "cuda",
+    )
+
+
+def _tell(result: Result, judged: Verdict, wrong: int, seed: int, output: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                **result.environment,
+                "target": result.target,
+                "calls": len(result.calls),
+                "seed": seed,
+                "differences": wrong,
+                "break_even": result.break_even(),
+                "inputs": summary_of(result),
+                "reasons": dict(result.reasons),
+                "verdict": {"kind": judged.kind, "text": judged.text},
+                "output": str(output) if output is not None else None,
+            }
+        )
+        return
+    console = stdout()
+    tabulated(result, console)
+    if not wrong:
+        console.print("Every answer of a graph equals eager execution.")
+    console.print(f"Verdict: {judged}.", soft_wrap=True)
+    if output is not None:
+        console.print(f"Written to {output}; graphcache report {output} --html report.html", soft_wrap=True)
+
+
+_REASONS = {reason.value: reason for reason in graphcache.Reason}

@@ -1,0 +1,169 @@
+"""Calls measured in turns, eagerly and through graphs, every answer held against the eager one."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from graphcache import CachedModule, CacheInfo, Reason
+from graphcache.cli.targets import Call, Target, told
+from graphcache.cli.timing import difference, timed, timed_apart
+from graphcache.errors import GraphCacheError, Refusal
+from graphcache.modules.described import described
+from graphcache.observe.result import Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One call in both ways; times in nanoseconds.
+
+    Args:
+        eager: Without graphs.
+        enqueue: What of that it took the host to enqueue it.
+        graph: Through graphs.
+        outcome: ``"hit"``, ``"capture"``, or the reason why it ran eagerly.
+        replayed: Whether a graph took part, of the whole or of a part.
+        wrong: How the answer differed; empty if it did not.
+    """
+
+    eager: int
+    enqueue: int
+    graph: int
+    outcome: str
+    replayed: bool
+    wrong: str
+
+    def measured(self, inputs: int) -> Measured:
+        """The same for a result."""
+        return Measured(inputs, self.outcome, self.graph / 1000, self.eager / 1000)
+
+
+@dataclass
+class Turns:
+    """What the calls of one set of inputs gave.
+
+    Args:
+        call: The call.
+        first: What the first one through graphs took, in nanoseconds, and its outcome.
+        turns: Those that were measured.
+        answer: The last one's.
+    """
+
+    call: Call
+    first: Turn
+    turns: list[Turn] = field(default_factory=list)
+    answer: Any = None
+
+    @property
+    def wrong(self) -> list[str]:
+        """How answers differed."""
+        return [turn.wrong for turn in (self.first, *self.turns) if turn.wrong]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why measured calls ran eagerly."""
+        return list(dict.fromkeys(turn.outcome for turn in self.turns if turn.outcome not in ("hit", "capture")))
+
+
+def turn(found: Target, fast: CachedModule, call: Call, *, graph_first: bool = False) -> tuple[Turn, Any]:
+    """Make a call in both ways.
+
+    Args:
+        found: What runs.
+        fast: The same, wrapped.
+        call: The call.
+        graph_first: Which way comes first.
+
+    Returns:
+        What it gave, and the answer through graphs.
+    """
+    eagerly = functools.partial(found.module, *call.args, **call.kwargs)
+    through = functools.partial(fast, *call.args, **call.kwargs)
+    if not graph_first:
+        expected, eager, enqueue = timed_apart(eagerly, found.device)
+    before = fast.cache_info()
+    answer, graph = timed(through, found.device)
+    after = fast.cache_info()
+    if graph_first:
+        expected, eager, enqueue = timed_apart(eagerly, found.device)
+    replayed = after.hits > before.hits
+    wrong = (difference(answer, expected) or "") if replayed else ""
+    return Turn(eager, enqueue, graph, outcome(before, after), replayed, wrong), answer
+
+
+def measure(
+    found: Target,
+    fast: CachedModule,
+    call: Call,
+    *,
+    iterations: int,
+    duration: float,
+    warm_up: int,
+    show: Callable[[], object],
+) -> Turns:
+    """Make one call again and again.
+
+    Args:
+        found: What runs.
+        fast: The same, wrapped.
+        call: The call.
+        iterations: How often at least it is measured.
+        duration: For how many seconds at least.
+        warm_up: How often it is made beforehand.
+        show: Called between calls.
+
+    Raises:
+        click.ClickException: If the module raises.
+        GraphCacheError: As it comes.
+    """
+    with refused(found, call):
+        first, answer = turn(found, fast, call, graph_first=True)
+        gathered = Turns(call, first, answer=answer)
+        for _ in range(warm_up):
+            turn(found, fast, call)
+            show()
+        end = time.monotonic() + duration
+        while len(gathered.turns) < iterations or time.monotonic() < end:
+            each, gathered.answer = turn(found, fast, call)
+            gathered.turns.append(each)
+            show()
+    return gathered
+
+
+@contextmanager
+def refused(found: Target, call: Call) -> Iterator[None]:
+    """Inside, what the module raises becomes one line."""
+    try:
+        yield
+    except (GraphCacheError, click.ClickException):
+        raise
+    except Exception as error:
+        raise click.ClickException(
+            f"{found.name} refused {call.label or 'a call without inputs'}: {told(error)}"
+        ) from error
+
+
+def outcome(before: CacheInfo, after: CacheInfo) -> str:
+    """What became of the one call between two accounts. Parts may have had hits of their own in an eager one."""
+    for reason, count in after.eager.items():
+        if count > before.eager.get(reason, 0):
+            return str(reason.value)
+    if after.captures > before.captures:
+        return "capture"
+    return "hit" if after.hits > before.hits else str(Reason.DISABLED.value)
+
+
+def nbytes_of(fast: CachedModule, call: Call) -> int:
+    """What the graph of a call owns, in bytes; 0 if there is none."""
+    try:
+        _, _, signature, _ = described(fast, call.args, call.kwargs)
+    except Refusal:
+        return 0
+    entry = fast._entries.get(signature)
+    return 0 if entry is None else entry.nbytes

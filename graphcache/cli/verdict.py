@@ -1,0 +1,62 @@
+"""One line that says whether graphs help: are the calls bound by launching, or by computing?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["launch-bound", "compute-bound", "no launches", "no graph"]
+
+LAUNCH_BOUND = 0.8
+"""The share of an eager call that the host takes to enqueue it, from which it is bound by launching. trtexec draws the
+line at the same share of the device's own time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was measured, and what it means.
+
+    Args:
+        kind: In a word.
+        text: In a sentence.
+    """
+
+    kind: Kind
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+def verdict(*, eager: float, enqueue: float, graph: float | None, on_cuda: bool) -> Verdict:
+    """Judge the medians of one set of inputs, in microseconds.
+
+    Args:
+        eager: An eager call, until the device has finished.
+        enqueue: Until the host had enqueued it.
+        graph: The same call through its graph; ``None`` if it has none.
+        on_cuda: Whether it runs on CUDA.
+
+    Example:
+        >>> print(verdict(eager=250.0, enqueue=240.0, graph=47.0, on_cuda=True))
+        launch-bound: the host takes 240 of 250 µs to enqueue a call; graphs help by about 5.3 times
+    """
+    if not on_cuda:
+        return Verdict("no launches", "on the CPU a graph has nothing to save; what it saves shows on CUDA")
+    share = enqueue / eager if eager > 0 else 0.0
+    took = f"the host takes {enqueue:.3g} of {eager:.3g} µs to enqueue a call"
+    times = eager / graph if graph else None
+    if share >= LAUNCH_BOUND:
+        if times is None:
+            return Verdict("launch-bound", f"{took}; graphs would help, but there is none of this call")
+        return Verdict("launch-bound", f"{took}; graphs help by about {times:.1f} times")
+    if times is None:
+        return Verdict("no graph", f"{took}, so that graphs would help by {_most(share)} at most")
+    if times >= 1.2:
+        return Verdict("compute-bound", f"{took}, the rest is the device's; graphs help by {times:.1f} times even so")
+    return Verdict("compute-bound", f"{took}, the rest is the device's; graphs do not help ({times:.2f} times)")
+
+
+def _most(share: float) -> str:
+    """By how much graphs could help at the very most, if nothing of the host's share were left."""
+    return f"{1 / max(1 - share, 0.05):.1f} times"

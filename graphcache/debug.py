@@ -1,0 +1,36 @@
+"""For whoever wants to know why there is no graph, and for tests that hold a module to its graphs.
+
+``explain`` says what becomes of calls, :func:`find_capture_breaks` which lines forbid a graph, :func:`counters` and
+:func:`assert_max_captures` are for tests, :func:`dump_dot` draws a graph.
+"""
+
+from __future__ import annotations
+
+from graphcache.modules.cached import CachedModule
+from graphcache.modules.explain import explain as explain
+from graphcache.observe.breaks import Break as Break
+from graphcache.observe.breaks import find_capture_breaks as find_capture_breaks
+from graphcache.observe.counters import Counters as Counters
+from graphcache.observe.counters import assert_max_captures as assert_max_captures
+from graphcache.observe.drawing import dump_dot as dump_dot
+
+__all__ = ["Break", "Counters", "assert_max_captures", "counters", "dump_dot", "explain", "find_capture_breaks"]
+
+
+def counters(module: CachedModule) -> Counters:
+    """The counters of a wrapped module, to be read, or held to what a test expects.
+
+    Args:
+        module: A wrapped module.
+
+    Raises:
+        ConfigError: If it is none.
+
+    Example:
+        >>> import torch, graphcache
+        >>> fast = graphcache.wrap(torch.nn.ReLU())
+        >>> with counters(fast).expect(captures=1, hits=2):
+        ...     for _ in range(3):
+        ...         _ = fast(torch.zeros(3))
+    """
+    return Counters(module)

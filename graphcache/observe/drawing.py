@@ -1,0 +1,66 @@
+"""The graphs of a module as files for Graphviz."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from graphcache.errors import ConfigError, Refusal
+from graphcache.graphs.dot import dot_of
+from graphcache.modules.cached import CachedModule
+from graphcache.modules.described import described
+from graphcache.observe.counters import checked
+
+
+def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Path:
+    """Write the graph that answers a call as a file of Graphviz (``dot -Tsvg``).
+
+    On CUDA the driver writes it, with every kernel, its parameters and addresses; on the CPU it shows the recorded
+    operations. The call is not made.
+
+    Args:
+        module: A wrapped module.
+        path: Of the file, which is written over.
+        args: Arguments of a call that has a graph. Without any the graph that was used last is taken.
+        kwargs: Likewise.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: If ``module`` is not wrapped, or has no graph for the call.
+        CudaError: If the driver fails.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, graphcache
+        >>> fast = graphcache.wrap(torch.nn.ReLU())
+        >>> _ = fast(torch.zeros(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(dump_dot(fast, f"{folder}/relu.dot", torch.zeros(2)).read_text())
+        digraph host_graph {
+          node [shape=box, fontname=monospace];
+          input0 [label="input 0: float32[2]", style=rounded];
+          step0 [label="aten.relu.default"];
+          input0 -> step0;
+          output0 [label="output 0", style=rounded];
+          step0 -> output0;
+        }
+        <BLANKLINE>
+    """
+    entries = checked(module)._entries
+    if args or kwargs:
+        try:
+            _, _, signature, _ = described(module, args, kwargs)
+        except Refusal as refusal:
+            raise ConfigError(f"{module.ledger.name} has no graph for this call: {refusal.cause}") from refusal
+        entry = entries.get(signature)
+    else:
+        entry = max(list(entries.values()), key=lambda each: each.used, default=None)
+    if entry is None:
+        which = "for this call; explain() tells why" if args or kwargs else "yet; call it, or prepare() it"
+        raise ConfigError(f"{module.ledger.name} has no graph {which}")
+    target = Path(path)
+    target.write_text(dot_of(entry.graph.graph), encoding="utf-8")
+    return target

@@ -1,0 +1,166 @@
+"""The doctor names every line that forbids a graph, and no other."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import graphcache
+from graphcache import Reason, debug
+from graphcache.errors import ConfigError
+from graphcache.observe.breaks import find_capture_breaks
+from tests.helpers import Fn, frozen, mlp, outcomes
+from tests.observe import broken
+
+
+def marked(kind):
+    """Line and reason of each line that is marked as a break."""
+    lines, first = inspect.getsourcelines(kind)
+    found = [(first + index, re.search(r"# break: (\w+)", line)) for index, line in enumerate(lines)]
+    return {(line, mark[1]) for line, mark in found if mark}
+
+
+def named(found):
+    return {(each.place.line, each.reason.value) for each in found}
+
+
+def test_seven_breaks_with_their_lines():
+    assert len(marked(broken.Seven)) == 7
+    found = find_capture_breaks(broken.Seven(), torch.randn(6, 4))
+    assert named(found) == marked(broken.Seven)
+    assert len(found) == 7
+    assert {each.place.file for each in found} == {broken.__file__}
+    assert [each.operation for each in found] == [
+        "Tensor.item",
+        "Tensor.nonzero",
+        "Tensor.__getitem__",
+        "Tensor.cpu",
+        "torch.tensor",
+        "Tensor.__getitem__",
+        "torch.dropout",
+    ]
+    assert [each.place.module for each in found] == [*[""] * 6, "head.1"]
+    assert found[0].place.code == "scale = x.abs().max().item()  # break: host_read"
+
+
+def test_more_breaks_and_nothing_else():
+    found = find_capture_breaks(broken.More(), torch.randn(6, 4))
+    assert named(found) == marked(broken.More) | marked(broken.Head)
+    [often] = [each for each in found if each.times > 1]
+    assert (often.times, often.place.code) == (3, "x.max().item()  # break: host_read")
+    assert {each.place.module for each in found if each.reason is Reason.RANDOM} == {"", "head.dropout"}
+    assert {each.place.module for each in found if each.operation == "attribute 'calls'"} == {"head"}
+
+
+def test_what_can_be_captured_has_no_breaks():
+    for module in (mlp(), nn.ReLU(), frozen(nn.Sequential(nn.Linear(4, 4), nn.Dropout()))):
+        assert find_capture_breaks(module, torch.randn(3, 4)) == []
+        fast = graphcache.wrap(module)
+        with torch.no_grad():
+            fast(torch.randn(3, 4))
+        assert fast.cache_info().captures == 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LayerNorm(4), nn.Conv1d(3, 2, 2), nn.GRU(4, 2), nn.MultiheadAttention(4, 2), nn.TransformerEncoderLayer(4, 2)],
+)
+def test_layers_of_torch_have_no_breaks(layer):
+    x = torch.randn(2, 3, 4)
+    args = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)
+    with torch.no_grad():
+        assert find_capture_breaks(frozen(layer), *args) == []
+
+
+def test_a_break_is_told_in_words():
+    [found] = find_capture_breaks(Fn(lambda m, x: x * x.sum().item()), torch.ones(3))
+    assert re.match(r".*test_breaks\.py:\d+: Tensor\.item: host_read, the host reads a value", str(found))
+    assert "\n    [found] = find_capture_breaks(" in str(found)
+    assert str(found).endswith(f"To change that: {found.remedy}.")
+
+
+def test_every_reason_of_a_real_refusal_is_found_beforehand():
+    bodies = {
+        Reason.HOST_READ: [lambda m, x: x * x.sum().item(), lambda m, x: x + len(x.tolist())],
+        Reason.DATA_DEPENDENT: [lambda m, x: x[x > 0], lambda m, x: x + torch.nonzero(x).numel()],
+        Reason.RANDOM: [lambda m, x: x + torch.rand_like(x), lambda m, x: nn.functional.dropout(x, 0.5)],
+        Reason.MUTATES: [lambda m, x: x.add_(1), lambda m, x: x + m.state.add_(1)],
+    }
+    for reason, functions in bodies.items():
+        for function in functions:
+            module = Fn(function)
+            module.register_buffer("state", torch.zeros(3))
+            assert {each.reason for each in find_capture_breaks(module, torch.ones(3))} == {reason}
+            fast = graphcache.wrap(module)
+            fast(torch.ones(3))
+            assert outcomes(fast) == (0, 0, {reason: 1})
+
+
+def test_the_call_leaves_the_tensors_and_the_generator_alone():
+    module = Fn(lambda m, x: x.add_(torch.rand(3)))
+    x, before = torch.ones(3), torch.get_rng_state()
+    assert [each.reason for each in find_capture_breaks(module, x)] == [
+        Reason.RANDOM,
+        Reason.MUTATES,
+        Reason.HOST_READ,
+    ]
+    assert torch.equal(x, torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_wrapped_module_is_looked_into_without_its_graphs():
+    fast = graphcache.wrap(Fn(lambda m, x: x * x.sum().item()))
+    assert len(find_capture_breaks(fast, torch.ones(3))) == 1
+    assert outcomes(fast) == (0, 0, {})
+
+
+def test_keyword_arguments_and_what_cannot_be_copied():
+    module = Fn(lambda m, x, *, scale, other: x * scale.item())
+    assert len(find_capture_breaks(module, torch.ones(3), scale=torch.tensor(2.0), other=object())) == 1
+
+
+def test_what_the_module_raises_goes_through():
+    with pytest.raises(ZeroDivisionError):
+        find_capture_breaks(Fn(lambda m, x: x.sum().item() and 1 / 0), torch.ones(3))
+    assert find_capture_breaks(nn.ReLU(), torch.ones(3)) == []
+
+
+def test_code_without_source_has_a_line_of_its_own():
+    space = {"nn": nn}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        self.n = 1\n        return x.sum().item()", space)
+    read, state = find_capture_breaks(space["Made"](), torch.ones(3))
+    assert (read.place.file, read.place.line, read.place.code) == ("<string>", 4, "")
+    assert (state.operation, state.place.line) == ("attribute 'n'", 0)
+    assert "(no source)" in str(state)
+
+
+@pytest.mark.parametrize("what", [None, 3, torch.zeros(1), nn.ReLU])
+def test_what_is_no_module_is_refused(what):
+    with pytest.raises(ConfigError, match=r"expected an nn\.Module, got"):
+        debug.find_capture_breaks(what)
+
+
+@given(st.lists(st.sampled_from(["item", "mask", "cpu", "list", "relu", "add"]), max_size=6))
+def test_each_break_is_found_wherever_it_stands(steps):
+    def forward(m, x):
+        for step in steps:
+            if step == "item":
+                x = x * x.sum().item()
+            elif step == "mask":
+                x = x + x[x > 0].sum()
+            elif step == "cpu":
+                x = x + x.cpu().numel()
+            elif step == "list":
+                x = x + len(x.tolist())
+            else:
+                x = x.relu() if step == "relu" else x + 1
+        return x
+
+    found = find_capture_breaks(Fn(forward), torch.ones(3))
+    expected = {name: steps.count(name) for name in ("item", "mask", "cpu", "list") if name in steps}
+    names = {"Tensor.item": "item", "Tensor.__getitem__": "mask", "Tensor.cpu": "cpu", "Tensor.tolist": "list"}
+    assert {names[each.operation]: each.times for each in found} == expected
