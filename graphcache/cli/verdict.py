@@ -11,6 +11,10 @@ LAUNCH_BOUND = 0.8
 """The share of an eager call that the host takes to enqueue it, from which it is bound by launching. trtexec draws the
 line at the same share of the device's own time."""
 
+HELPS = 1.2
+"""From how many times as fast on a call was bound by launching, whatever the host's share was measured to be: with few
+kernels the device waits between them too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -46,14 +50,12 @@ def verdict(*, eager: float, enqueue: float, graph: float | None, on_cuda: bool)
     share = enqueue / eager if eager > 0 else 0.0
     took = f"the host takes {enqueue:.3g} of {eager:.3g} µs to enqueue a call"
     times = eager / graph if graph else None
-    if share >= LAUNCH_BOUND:
-        if times is None:
-            return Verdict("launch-bound", f"{took}; graphs would help, but there is none of this call")
-        return Verdict("launch-bound", f"{took}; graphs help by about {times:.1f} times")
     if times is None:
+        if share >= LAUNCH_BOUND:
+            return Verdict("launch-bound", f"{took}; graphs would help, but there is none of this call")
         return Verdict("no graph", f"{took}, so that graphs would help by {_most(share)} at most")
-    if times >= 1.2:
-        return Verdict("compute-bound", f"{took}, the rest is the device's; graphs help by {times:.1f} times even so")
+    if share >= LAUNCH_BOUND or times >= HELPS:
+        return Verdict("launch-bound", f"{took}; graphs help by about {times:.1f} times")
     return Verdict("compute-bound", f"{took}, the rest is the device's; graphs do not help ({times:.2f} times)")
 
 

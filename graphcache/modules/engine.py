@@ -413,6 +413,12 @@ class EngineModule(CarriedEngine, EngineControls):
         with self.lane.lock:
             context = self._context
             if context is None:
+                if driver.is_capturing(torch.cuda.current_stream().cuda_stream):
+                    raise EngineExecutionError(
+                        f"{self.name}: the current stream is being captured, and the engine has never run eagerly here, "
+                        f"so that it has nothing that could be captured; before the capture, call it once with these "
+                        f"shapes under set_cudagraphs_mode(False)"
+                    )
                 # Its own scratch memory: a capture of the caller's may take this context over.
                 scratch = torch.empty(self.engine.scratch_bytes, dtype=torch.uint8, device=self.device)
                 context = self._context = Context(self.engine, scratch)

@@ -47,7 +47,7 @@ def fresh(code, *arguments, **environment):
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *filter(None, sys.path)))), **environment},
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

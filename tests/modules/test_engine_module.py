@@ -903,6 +903,22 @@ def test_a_capture_of_the_callers(fake: Torch) -> None:
     assert recorded is not module._context
 
 
+def test_a_capture_of_the_callers_before_any_eager_call_is_refused_and_not_spoilt(fake: Torch) -> None:
+    """A context cannot be made within a capture, and one that was always replayed has none."""
+    fast = graphcache.wrap(load("affine"))
+    stream, x = fake.new_stream(), rows(fake, 2)
+    handle = driver.binding().CUstream(stream.cuda_stream)
+    with fake.on(stream):
+        fast(x)
+        driver.begin_capture(handle)
+        with pytest.raises(
+            EngineExecutionError, match=r"^affine: the current stream is being captured.*set_cudagraphs"
+        ):
+            fast(x)
+        assert driver.end_capture(handle) is not None
+        assert torch.equal(fast(x), x * 3 + 1)
+
+
 def test_a_session_does_not_spoil_a_capture_that_it_cannot_join(fake: Torch) -> None:
     fast = graphcache.wrap(load("affine"))
     here, there = fake.new_stream(), fake.new_stream()
