@@ -415,7 +415,7 @@ class EngineModule(CarriedEngine, EngineControls):
             if context is None:
                 if driver.is_capturing(torch.cuda.current_stream().cuda_stream):
                     raise EngineExecutionError(
-                        f"{self.name}: the current stream is being captured, and the engine has never run eagerly here, "
+                        f"{self.name}: the current stream is being captured, and the engine has never run eagerly, "
                         f"so that it has nothing that could be captured; before the capture, call it once with these "
                         f"shapes under set_cudagraphs_mode(False)"
                     )
