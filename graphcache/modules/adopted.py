@@ -26,6 +26,7 @@ class AdoptedEngine(EngineModule):
     """
 
     original: nn.Module
+    takes_numbers = True
 
     def __init__(self, original: nn.Module, found: Foreign) -> None:
         super().__init__(

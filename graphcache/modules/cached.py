@@ -136,6 +136,8 @@ class CachedModule(Portable, Accounted):
             _observers=everybody,
             _engine=engine,
             _host_inputs=engine.host_inputs if engine is not None else (),
+            # Whether the arguments of a call are not simply the engine's inputs.
+            _binds=engine is not None and (bool(engine.host_inputs) or engine.takes_numbers),
             _cache=cache,
             _entries=cache.entries,
             # By layout alone, for calls of plain tensors on a device; emptied whenever a graph goes.
@@ -171,7 +173,7 @@ class CachedModule(Portable, Accounted):
         if is_compiling():
             # Nothing of what follows belongs into a compiled program.
             return self._misses.run(*args, **kwargs)
-        if self._engine is not None and (kwargs or self._host_inputs or modes.get().multi_device_safe):
+        if self._engine is not None and (kwargs or self._binds or modes.get().multi_device_safe):
             args, kwargs = self._for_engine(self._engine, args, kwargs)
         try:
             signature, inputs = describe(args, kwargs)
@@ -298,7 +300,7 @@ class CachedModule(Portable, Accounted):
     def _for_engine(
         self, engine: EngineModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs or self._host_inputs:
+        if kwargs or self._binds:
             args, kwargs = tuple(engine.bind(args, kwargs)), {}
         return (tuple(engine.moved(args)) if modes.get().multi_device_safe else args), kwargs
 

@@ -82,6 +82,9 @@ class EngineModule(CarriedEngine, EngineControls):
     keeps_its_own_state = True
     """What a call changes here (contexts, buffers) is no state that a replay would leave out."""
 
+    takes_numbers = False
+    """Whether numbers may stand for tensors among the arguments; :meth:`bind` makes tensors of them."""
+
     def __init__(
         self,
         serialized_engine: bytes | None = None,

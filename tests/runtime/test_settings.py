@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from typing import Any
 
@@ -134,6 +135,13 @@ def test_one_setting_for_good(nested):
 # ---- compiled kernels
 
 
+def engines_in(kernels: bytes) -> list[str]:
+    """Whose kernels the stand-in wrote."""
+    version, engines, _ = json.loads(kernels)
+    assert version == fake_tensorrt.__version__
+    return list(engines)
+
+
 def test_kernels_are_saved_and_found_again(fake, tmp_path):
     path = tmp_path / "folder" / "kernels.bin"
     engines = [load("affine"), load("scaled")]
@@ -141,7 +149,7 @@ def test_kernels_are_saved_and_found_again(fake, tmp_path):
         assert isinstance(cache, RuntimeCache)
         engines[0](rows(fake, 2))
         assert cache.has_cache()
-    assert path.read_bytes() == b"1.5.0.114\nAffine"
+    assert engines_in(path.read_bytes()) == ["Affine"]
     assert [each.name for each in path.parent.iterdir()] == ["kernels.bin"]
     with runtime_cache(load("affine"), str(path)) as cache:
         assert not cache.has_cache()
@@ -159,7 +167,7 @@ def test_by_setting_too(fake, tmp_path):
     engine = load("affine")
     with runtime_config(engine, runtime_cache=tmp_path / "kernels.bin"):
         engine(rows(fake, 2))
-    assert (tmp_path / "kernels.bin").read_bytes() == b"1.5.0.114\nAffine"
+    assert engines_in((tmp_path / "kernels.bin").read_bytes()) == ["Affine"]
     assert choices([engine]) == [(None, None)]
 
 
@@ -167,7 +175,7 @@ def test_a_stream_is_read_once_and_written_once(fake):
     engine, stream = load("affine"), io.BytesIO()
     with runtime_cache(engine, stream):
         engine(rows(fake, 2))
-    assert stream.getvalue() == b"1.5.0.114\nAffine"
+    assert engines_in(stream.getvalue()) == ["Affine"]
     assert not stream.closed
     stream.seek(0)
     with runtime_cache(engine, stream, autosave=False) as cache:
@@ -182,7 +190,7 @@ def test_kernels_of_another_version_are_refused_and_said_so(fake, tmp_path, capl
     with runtime_cache(engine, path):
         engine(rows(fake, 2))
     assert f"18 bytes of compiled kernels in {path} were refused by TensorRT" in caplog.text
-    assert path.read_bytes() == b"1.5.0.114\nAffine"
+    assert engines_in(path.read_bytes()) == ["Affine"]
 
 
 def test_without_any_kernels_the_file_stays_as_it_was(fake, tmp_path):
@@ -233,8 +241,10 @@ def test_a_cache_by_hand(fake, tmp_path):
     load_and_run(fake, cache)
     cache.save()
     cache.save(tmp_path / "b.bin")
-    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes() == b"1.5.0.114\nAffine"
+    kept = (tmp_path / "a.bin").read_bytes()
+    assert (tmp_path / "b.bin").read_bytes() == kept
+    assert engines_in(kept) == ["Affine"]
     cache.load(tmp_path / "b.bin")
-    assert cache.save_to_stream(io.BytesIO()) == len(b"1.5.0.114\nAffine")
+    assert cache.save_to_stream(io.BytesIO()) == len(kept)
     assert fake_tensorrt.__version__ == "1.5.0.114"
     assert graphcache.runtime.RuntimeCache is RuntimeCache
