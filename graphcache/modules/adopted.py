@@ -65,7 +65,7 @@ class AdoptedEngine(EngineModule):
             if isinstance(value, (bool, int, float)):
                 device = torch.device("cpu") if binding.on_host else self.device
                 shape = [1] * len(binding.shape)
-                given[index] = torch.full(shape, value, dtype=binding.dtype, device=device)
+                given[index] = torch.empty(shape, dtype=binding.dtype, device=device).fill_(value)
         return given
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
