@@ -324,7 +324,8 @@ def test_threads() -> None:
     settled(fast)
     info = fast.cache_info()
     assert info.graphs <= 3
-    assert info.hits + sum(info.eager.values()) == 160
+    # A hit is not counted if another thread evicts its graph before it ends.
+    assert 160 - info.evictions <= info.hits + sum(info.eager.values()) <= 160
 
 
 def test_only_what_is_worth_it_is_captured_beside() -> None:
