@@ -281,7 +281,10 @@ def _grown(points: Sequence[dict[str, int]]) -> list[str]:
 
 
 def _beyond_budget(points: Sequence[dict[str, int]]) -> list[str]:
-    limits = {"cached_graphs": MAX_GRAPHS, "graph_objects": MAX_GRAPHS, "graphs": MAX_GRAPHS, "executables": MAX_GRAPHS}
+    from graphcache.graphs.executables import MOST
+
+    limits = {"cached_graphs": MAX_GRAPHS, "graph_objects": MAX_GRAPHS, "graphs": MAX_GRAPHS}
+    limits["executables"] = MOST * MAX_GRAPHS
     # One context per graph, one for the graph that is captured before another is evicted, and the bare engine's.
     limits |= {"context_objects": MAX_GRAPHS + 2, "engine_contexts": MAX_GRAPHS + 2, "events": 2, "streams": 2}
     return [

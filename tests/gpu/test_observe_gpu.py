@@ -137,7 +137,7 @@ def test_observing_adds_nothing_to_a_hit():
 def test_the_profiler_of_torch_may_watch_a_capture():
     with torch.no_grad(), graphcache.wrap(deep()) as fast:
         x = torch.randn(8, 64, device="cuda")
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             fast(x)
             fast(x)
             torch.cuda.synchronize()

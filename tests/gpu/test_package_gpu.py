@@ -248,26 +248,10 @@ def test_compiled_without_a_break(load, backend):
 
 
 @FROM_TORCH
-def test_aot_inductor_in_a_new_process(load, tmp_path):
-    pytest.importorskip("triton")
-    model, x = mixed(load("mlp8")), rows(8)
-    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: Dim("n", min=1, max=64)}})
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    torch.save([(each, model(each)) for each in (x, rows(3))], tmp_path / "answers.pt")
-    code = """
-run = torch._inductor.aoti_load_package(arguments[0])
-for x, wanted in torch.load(arguments[1], weights_only=True):
-    answer = run(x)
-    assert (answer - wanted).norm() <= 5e-3 * wanted.norm()
-"""
-    fresh(code, path, tmp_path / "answers.pt")
-
-
-@FROM_TORCH
 def test_a_program_whose_module_is_gone_brings_its_engine(engine_bytes):
     module = graphcache.load(engine_bytes("mlp8"))
     x = rows(4)
-    program = torch.export.export(module, (x,), dynamic_shapes=({0: Dim("n", min=1, max=64)},)).module()
+    program = torch.export.export(module, (x,)).module()
     wanted = program(x)
     module.close()
     del module

@@ -324,6 +324,9 @@ def test_an_empty_module_is_copied_empty(fake: Torch) -> None:
 
 
 def test_nothing_of_the_first_is_left_behind_by_copies(fake: Torch) -> None:
+    gc.collect()
+    # Whatever an earlier test has left is none of this one's.
+    before = set(IExecutionContext.made)
     module = load_engine("affine")
     again = copy.deepcopy(module)
     again(rows(fake, 1))
@@ -331,7 +334,7 @@ def test_nothing_of_the_first_is_left_behind_by_copies(fake: Torch) -> None:
     del again
     gc.collect()
     module.close()
-    assert not list(IExecutionContext.made)
+    assert set(IExecutionContext.made) <= before
     assert fake.driver.leaked() == {}
 
 
