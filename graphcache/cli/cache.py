@@ -29,9 +29,10 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # not generic before cl
 
 @click.group()
 def cache() -> None:
-    """Engines and kernels that were kept for later processes, in this user's cache folder.
+    """List or prune the engines and kernels that were kept.
 
-    GRAPHCACHE_CACHE_DIR sets the folder, GRAPHCACHE_CACHE_MAX_BYTES what it may hold (10 GiB if it is not set).
+    They lie in this user's cache folder. GRAPHCACHE_CACHE_DIR sets it, GRAPHCACHE_CACHE_MAX_BYTES what it may hold
+    (10 GiB if it is not set).
     """
 
 

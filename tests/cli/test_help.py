@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from graphcache.cli import main
 from graphcache.cli.network import Policy
 from graphcache.cli.onnx import Node, serialize
+from tests.engines import fake_tensorrt
 
 COMMANDS = sorted(name for name, command in main.commands.items() if not isinstance(command, click.Group))
 MISSING = re.compile(r"needs a CUDA device|no flavour of TensorRT|TensorRT|pip install|C\+\+ compiler")
@@ -48,7 +49,7 @@ def test_every_option_is_described(name):
             assert param.help, param.opts
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sorted(main.commands))
 def test_short_help_is_not_cut(name):
     listed = CliRunner().invoke(main, ["--help"], terminal_width=80).stdout
     [line] = [line for line in listed.splitlines() if line.startswith(f"  {name} ")]
@@ -76,6 +77,9 @@ def test_examples_run(cli, folder, example):
     (folder / "model.onnx").write_bytes(serialize(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 2]}))
     if "model.engine" in example:
         cli("build", "model.onnx", "--shapes", "x:1x8:4x8:8x8")
+        if not (folder / "model.engine").exists():
+            # Nothing here builds engines; what looks like one is enough to be told what is missing.
+            (folder / "model.engine").write_bytes(fake_tensorrt.serialize("affine"))
     if " report " in example:
         assert cli("bench", "nets.py:mlp", "--shapes", "input:1x16", "--calls", "9", "-o", "result.json").exit_code == 0
     if "--manifest mlp.json" in example and "--shapes" not in example:

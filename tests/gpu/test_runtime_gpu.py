@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 import graphcache
@@ -13,7 +14,11 @@ from graphcache.runtime import (
     runtime_config,
     set_dynamic_shapes_kernel_strategy,
 )
-from tests.gpu.networks import SIZE, mlp8_reference
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+networks = pytest.importorskip("tests.gpu.networks")
+SIZE, mlp8_reference = networks.SIZE, networks.mlp8_reference
 
 
 def right(y, x):
