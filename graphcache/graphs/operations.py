@@ -39,7 +39,7 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _unwatched.get():
+        if is_unwatched.get():
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _READS:
@@ -54,14 +54,14 @@ class HostReads(TorchFunctionMode):
 @contextmanager
 def unwatched() -> Iterator[None]:
     """Inside, :class:`HostReads` notices nothing: for code of this package that a watched module calls."""
-    token = _unwatched.set(True)
+    token = is_unwatched.set(True)
     try:
         yield
     finally:
-        _unwatched.reset(token)
+        is_unwatched.reset(token)
 
 
-_unwatched: ContextVar[bool] = ContextVar("graphcache_unwatched", default=False)
+is_unwatched: ContextVar[bool] = ContextVar("graphcache_unwatched", default=False)
 
 
 def refuse_by_tag(func: Any, args: Sequence[Any]) -> None:

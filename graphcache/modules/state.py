@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
-from graphcache.graphs.operations import _unwatched, flatten, storage_of, written
+from graphcache.graphs.operations import flatten, is_unwatched, storage_of, written
 from graphcache.graphs.verify import difference
 from graphcache.modules.culprit import path_here
 from graphcache.modules.foreign import is_foreign
@@ -140,7 +140,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, reason: Reason, where: str) -> None:
         # What an engine does with memory of its own is no change that a replay would leave out.
-        if self._seen is None and not _unwatched.get():
+        if self._seen is None and not is_unwatched.get():
             self._seen = reason, where
             self.path = path_here(self._dependencies.module)
 

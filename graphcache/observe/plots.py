@@ -80,15 +80,24 @@ def _latencies(figures: Any, result: Result) -> Any:
         sorted(way)[int(_DRAWN * (len(hits) - 1))] for way in zip(*((c.us, c.eager_us) for c in hits), strict=True)
     )
     axes.set_xlim(right=max(slowest, _LEAST) * 1.25)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.xaxis.set_major_formatter(lambda value, _: _time(value))
+    least, most = axes.get_xlim()
+    # Over more than two powers of ten there is no room for more labels.
+    between = "25" if most < 100 * least else ""
+    axes.xaxis.set_minor_formatter(lambda value, _: _time(value) if f"{value:e}"[0] in between else "")
     axes.tick_params(axis="x", which="both", length=3, pad=4)
-    axes.set_xlabel("µs")
     axes.set_ylabel("share of calls")
     axes.set_ylim(0, 1.02)
     axes.grid(True, which="major", color="#e5e7eb", linewidth=0.6)
     axes.legend(frameon=False, loc="lower right")
     return figure
+
+
+def _time(microseconds: float) -> str:
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{microseconds / size:g} {unit}"
+    return f"{microseconds:g} µs"
 
 
 def _outcomes(figures: Any, result: Result) -> Any:
