@@ -311,17 +311,17 @@ class TestRTX:
         with pytest.raises(EngineBuildError) as caught:
             build(model)
         text = str(caught.value)
-        assert (
-            f"rejected the ONNX model of {model.ByteSize()} bytes: node 'the_foobar' (FooBar): Op type FooBar" in text
-        )
+        assert f"rejected the ONNX model of {model.ByteSize()} bytes: node 'the_foobar' (FooBar): " in text
         assert "load plugins that implement them" in text
 
     def test_a_layer_without_an_implementation(self, caplog: pytest.LogCaptureFixture) -> None:
         model = self.model(self.node("NonZero", "x", to="y"), inputs={"x": [2, 3]}, outputs={"y": ["int64", 2, "k"]})
         with pytest.raises(EngineBuildError) as caught:
             build(model)
-        assert "the_nonzero has no runners that implement it" in str(caught.value)
-        assert str(caught.value).endswith("keep it out of the engine and run it in PyTorch.")
+        text = str(caught.value)
+        # The builder refuses it (1.4, 1.5), or the parser already, as an operator of an unknown plugin (1.7).
+        assert "the_nonzero has no runners that implement it" in text or "node 'the_nonzero' (NonZero): " in text
+        assert "run it in PyTorch" in text or "Take these operators out of the model" in text
         assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
     def test_too_little_workspace(self) -> None:
