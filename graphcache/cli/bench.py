@@ -14,14 +14,15 @@ import graphcache
 from graphcache.cli.measuring import Turn, nbytes_of, refused, turn
 from graphcache.cli.options import (
     ShapesCommand,
-    ShapesType,
     Specs,
     device_option,
     include_option,
     json_option,
     points,
     seed_option,
+    shapes_option,
     strategy_option,
+    target_argument,
 )
 from graphcache.cli.output import (
     Causes,
@@ -42,14 +43,10 @@ from graphcache.observe.result import Inputs, Result
 
 
 @click.command(cls=ShapesCommand, short_help="Measure mixed traffic, captures included.")
-@click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
-@click.option(
-    "--shapes",
-    "--input-shapes",
-    type=ShapesType(),
-    multiple=True,
+@target_argument
+@shapes_option(
+    "Shapes of one set of inputs, as for run. Give it again for another set; those named first come most often.",
     required=True,
-    help="Shapes of one set of inputs, as for run. Give it again for another set; those named first come most often.",
 )
 @click.option("--calls", type=click.IntRange(min=1), default=500, show_default=True, help="How many calls to make.")
 @click.option(

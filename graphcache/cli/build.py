@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 import graphcache
-from graphcache.cli.options import ShapesCommand, ShapesType, Specs, json_option, ranges
+from graphcache.cli.options import ShapesCommand, ShapesType, Specs, json_option, ranges, shapes_option
 from graphcache.cli.output import described, print_json, progress, stdout, tensorrt_version, writing
 
 _ENGINE_MAGICS = (b"vtrt", b"ftrt")
@@ -18,12 +18,8 @@ _ENGINE_MAGICS = (b"vtrt", b"ftrt")
 @click.command(cls=ShapesCommand, short_help="Build a TensorRT engine from an ONNX model.")
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; MODEL.engine if left out.")
-@click.option(
-    "--shapes",
-    "--input-shapes",
-    type=ShapesType(),
-    multiple=True,
-    help="Shapes to build for, such as x:1x64:8x64:64x64 (smallest, usual, largest) or x:[8,64]. "
+@shapes_option(
+    "Shapes to build for, such as x:1x64:8x64:64x64 (smallest, usual, largest) or x:[8,64]. "
     "Given several times, each is an optimisation profile of its own.",
 )
 @click.option(

@@ -22,7 +22,7 @@ from graphcache import Reason
 from graphcache.cli.canary import canary
 from graphcache.cli.examine import examine
 from graphcache.cli.machine import driver_version
-from graphcache.cli.options import ShapesCommand, ShapesType, Specs, device_option, json_option
+from graphcache.cli.options import ShapesCommand, Specs, device_option, json_option, shapes_option
 from graphcache.cli.output import ComparisonFailed, one_line, print_json, progress, stdout, table
 from graphcache.cli.targets import told
 from graphcache.engines.library import Flavour, library, require_gpu
@@ -54,12 +54,8 @@ class Finding:
 
 @click.command(cls=ShapesCommand, short_help="Check the installation, or find what forbids graphs in a module.")
 @click.argument("target", required=False, metavar="[MODULE:FACTORY]")
-@click.option(
-    "--shapes",
-    "--input-shapes",
-    type=ShapesType(),
-    multiple=True,
-    help="Shapes of one call of the module, as for run.",
+@shapes_option(
+    "Shapes of one call of the module, as for run.",
 )
 @device_option
 @json_option

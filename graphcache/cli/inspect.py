@@ -13,7 +13,15 @@ from torch import nn
 import graphcache
 from graphcache.cli.build import check_onnx
 from graphcache.cli.modelled import onnx_facts
-from graphcache.cli.options import ShapesCommand, ShapesType, Specs, device_option, json_option, points
+from graphcache.cli.options import (
+    ShapesCommand,
+    Specs,
+    device_option,
+    json_option,
+    points,
+    shapes_option,
+    target_argument,
+)
 from graphcache.cli.output import one_line, print_json, stdout, table
 from graphcache.cli.targets import Target, is_factory, resolve
 from graphcache.engines.header import read_header
@@ -25,13 +33,9 @@ from graphcache.observe.breaks import find_capture_breaks
 
 
 @click.command(cls=ShapesCommand, short_help="Tell inputs, outputs, layers, memory, and what forbids graphs.")
-@click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
-@click.option(
-    "--shapes",
-    "--input-shapes",
-    type=ShapesType(),
-    multiple=True,
-    help="Shapes of one set of inputs, as for run: whether such a call can be captured is tried.",
+@target_argument
+@shapes_option(
+    "Shapes of one set of inputs, as for run: whether such a call can be captured is tried.",
 )
 @click.option("--layers", is_flag=True, help="List every layer.")
 @device_option

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import click
@@ -12,6 +12,7 @@ from graphcache.cli.shapes import Shape, ShapeSyntaxError, Spec, looks_like, par
 Specs = tuple[Spec, ...]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+target_argument = click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
 device_option = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Where a module goes; where it is if left out."
 )
@@ -78,6 +79,16 @@ class ShapesCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         flags = [flag for param in self.params if isinstance(param.type, ShapesType) for flag in param.opts]
         return super().parse_args(ctx, join_words(args, flags))
+
+
+def shapes_option(help: str, *, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option by which every command takes shapes.
+
+    Args:
+        help: What the shapes are for.
+        required: Whether the command needs some.
+    """
+    return click.option("--shapes", "--input-shapes", type=ShapesType(), multiple=True, required=required, help=help)
 
 
 def join_words(args: Sequence[str], flags: Collection[str]) -> list[str]:

@@ -14,13 +14,14 @@ import graphcache
 from graphcache import Prepared
 from graphcache.cli.options import (
     ShapesCommand,
-    ShapesType,
     Specs,
     device_option,
     include_option,
     json_option,
     points,
+    shapes_option,
     strategy_option,
+    target_argument,
 )
 from graphcache.cli.output import described, environment, one_line, print_json, progress, stdout
 from graphcache.cli.targets import Target, resolve, told
@@ -28,13 +29,9 @@ from graphcache.errors import GraphCacheError
 
 
 @click.command(cls=ShapesCommand, short_help="Capture calls as a server would, and keep a manifest.")
-@click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
-@click.option(
-    "--shapes",
-    "--input-shapes",
-    type=ShapesType(),
-    multiple=True,
-    help="Shapes of one call, as for run. Give it again for another one. Without it, MANIFEST is read and prepared.",
+@target_argument
+@shapes_option(
+    "Shapes of one call, as for run. Give it again for another one. Without it, MANIFEST is read and prepared.",
 )
 @click.option(
     "--manifest",

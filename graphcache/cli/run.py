@@ -15,14 +15,15 @@ from graphcache.cli.measuring import Turns, measure, nbytes_of
 from graphcache.cli.options import (
     PercentilesType,
     ShapesCommand,
-    ShapesType,
     Specs,
     device_option,
     include_option,
     json_option,
     points,
     seed_option,
+    shapes_option,
     strategy_option,
+    target_argument,
 )
 from graphcache.cli.output import (
     Causes,
@@ -45,13 +46,9 @@ from graphcache.observe.result import Inputs, Result
 
 
 @click.command(cls=ShapesCommand, short_help="Run an engine or a module, eagerly and through graphs.")
-@click.argument("target", metavar="ENGINE|MODEL.onnx|MODULE:FACTORY")
-@click.option(
-    "--shapes",
-    "--input-shapes",
-    type=ShapesType(),
-    multiple=True,
-    help="Shapes of one set of inputs, such as x:8x64,y:8 or x:[8,64] y:[8]; x:1x64:8x64:64x64 runs all three. "
+@target_argument
+@shapes_option(
+    "Shapes of one set of inputs, such as x:8x64,y:8 or x:[8,64] y:[8]; x:1x64:8x64:64x64 runs all three. "
     "Give it again for another set. Inputs of modules take a dtype: tokens:[1,16]:int64.",
 )
 @click.option(

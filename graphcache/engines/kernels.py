@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 from graphcache.errors import ConfigError, shown
 from graphcache.events import log
+from graphcache.files import replacing
 
 
 class RuntimeCache:
@@ -92,17 +93,11 @@ class RuntimeCache:
         target = self.path if path is None else os.fspath(path)
         if not target or self._cache is None:
             return
-        folder = Path(target).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{Path(target).name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                written = self.save_to_stream(stream)
-            if written:
-                os.replace(temporary, target)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        data = io.BytesIO()
+        if self.save_to_stream(data):
+            with replacing(target) as file:
+                file.write(data.getbuffer())
 
     def _take_in(self) -> None:
         data, self._pending = self._pending, b""

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from graphcache.files import user_cache
+
 SOURCE = Path(__file__).with_name("hit.cpp")
 
 
@@ -26,9 +28,8 @@ class NotUsable(Exception):
 
 
 def folder() -> Path:
-    """The folder of this user's libraries: ``graphcache/native`` in ``XDG_CACHE_HOME``, or in ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "graphcache" / "native"
+    """The folder of this user's libraries: ``native`` in :func:`~graphcache.files.user_cache`."""
+    return user_cache() / "native"
 
 
 def key() -> str:
