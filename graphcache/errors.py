@@ -28,7 +28,10 @@
     ├── CompileError (RuntimeError)           the optional accelerator cannot be compiled
     ├── TensorRTNotFoundError (ModuleNotFoundError)
     ├── ExtraNotFoundError (ModuleNotFoundError)  an optional package is not installed
-    └── ResultError (ValueError)              a file is no result of a run, or a damaged one
+    ├── ResultError (ValueError)              a file is no result of a run, or a damaged one
+    └── ServingError (RuntimeError)           what a server cannot answer
+        ├── UnknownModelError (LookupError)   no such model, or no such version of it
+        └── UnavailableError                  not now; it says when to ask again
 
 Every message says what happened, what was seen, what would have been right, and what to do next.
 """
@@ -145,6 +148,31 @@ class ExtraNotFoundError(GraphCacheError, ModuleNotFoundError):
 
 class ResultError(GraphCacheError, ValueError):
     """A file is no result of ``graphcache bench`` or ``run``, or a damaged one; the message names the field."""
+
+
+class ServingError(GraphCacheError, RuntimeError):
+    """A server, or a repository of models, cannot do what it was asked for."""
+
+
+class UnknownModelError(ServingError, LookupError):
+    """No model of that name is served, or no such version of it; the message names those that are."""
+
+
+class UnavailableError(ServingError):
+    """A model cannot answer now: it is being prepared, is reloaded, or has too many requests waiting."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        """Keep when asking again makes sense.
+
+        Args:
+            message: What happened.
+            retry_after: In seconds.
+        """
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[UnavailableError], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after)
 
 
 class Reason(enum.Enum):

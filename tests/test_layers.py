@@ -25,9 +25,9 @@ RANKS = {
     "observe": 4,
     "debug": 5,
     "": 6,
-    "cli": 7,
     "serving": 7,
-    "__main__": 8,
+    "cli": 8,
+    "__main__": 9,
 }
 """``""`` is the package itself, which gathers the public names."""
 
