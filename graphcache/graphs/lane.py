@@ -169,9 +169,13 @@ class Lane:
                     )
                 driver.call("cuStreamSynchronize", self.handle)
 
-    def close(self) -> None:
-        """Wait for the last launch and give back event and scratch memory; the lane can be used again."""
-        self.release(self._forget)
+    def close(self, *, wait: bool = True) -> None:
+        """Give back event and scratch memory once the last launch has finished; the lane can be used again.
+
+        Args:
+            wait: As in :meth:`release`.
+        """
+        self.release(self._forget, wait=wait)
 
     def __del__(self) -> None:
         # What was put off must not stay behind with nobody to run it, unless the process is going down anyway.

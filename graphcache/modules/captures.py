@@ -94,7 +94,7 @@ class Captures:
             self._cache.clear(wait=wait)
             self._thrash.forget()
             self.blocks.clear()
-            self.recorder.release()
+            self.recorder.release(wait=wait)
             self._cache.shared = 0
 
     def refresh(self, grad: bool) -> None:

@@ -78,8 +78,12 @@ class Recorder(Protocol):
             The eager answer, and either the graph or why there is none.
         """
 
-    def release(self) -> None:
-        """Give back what the graphs shared; they were closed before."""
+    def release(self, *, wait: bool = True) -> None:
+        """Give back what the graphs shared; they were closed before.
+
+        Args:
+            wait: Wait for the last replays, so that what closing put off is given back too.
+        """
 
     @property
     def shared_nbytes(self) -> int:

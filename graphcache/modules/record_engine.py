@@ -86,8 +86,9 @@ class EngineRecorder:
     def passing_nbytes(self) -> int:
         return self._passing
 
-    def release(self) -> None:
+    def release(self, *, wait: bool = True) -> None:
         self._context = None
+        self._module.lane.reap(wait=wait)
 
     def _eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # In subgraph mode the engine would go through its cache, and come back here.

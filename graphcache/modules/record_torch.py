@@ -101,9 +101,9 @@ class TorchRecorder:
     def passing_nbytes(self) -> int:
         return self._passing
 
-    def release(self) -> None:
+    def release(self, *, wait: bool = True) -> None:
         for lane in self._lanes.values():
-            lane.close()
+            lane.close(wait=wait)
         self._lanes.clear()
 
     def _on_host(self, call: _Call) -> Graph:

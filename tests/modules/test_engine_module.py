@@ -656,6 +656,23 @@ def test_an_eviction_waits_for_no_replay_and_frees_nothing_early(fake: Torch) ->
     assert not fake.driver.executables
 
 
+def test_clearing_gives_back_what_was_put_off_before_even_where_no_graph_is_left(fake: Torch) -> None:
+    """Fails if clearing an empty cache leaves alone what waited for a replay."""
+    fast = graphcache.wrap(load("affine"))
+    x, stream = rows(fake, 2), fake.new_stream()
+    with torch.no_grad(), fake.on(stream):
+        for _ in range(2):
+            fast(x)
+        fake.driver.busy.add(stream.cuda_stream)
+        fast.clear(wait=False)
+        assert (fast.cache_info().graphs, len(fake.driver.executables)) == (0, 1)
+        fast.clear(wait=False)
+        assert len(fake.driver.executables) == 1
+        fast.clear()
+        assert not fake.driver.executables
+    fast.close()
+
+
 def test_a_refit_that_is_refused_leaves_a_working_module(fake: Torch) -> None:
     module = load("refittable")
     fast = graphcache.wrap(module)
