@@ -179,6 +179,20 @@ class Admission:
         with self._lock:
             return self._books.ran(key, seconds)
 
+    def ran_again(self, key: Hashable, count: int) -> None:
+        """Note eager calls of a signature that were neither asked for nor measured; see :meth:`unasked`."""
+        with self._lock:
+            record = self._books.ran_again(key, count)
+            self._crowded += count * (record.cause is _CROWDED)
+
+    def unasked(self, key: Hashable) -> float:
+        """How many eager calls of a signature may follow before :meth:`ask` could say anything else."""
+        if self.policy == "prepared":
+            return math.inf
+        with self._lock:
+            record = self._books.seen.get(key)
+            return 0 if record is None else max(record.look - record.owed, 0)
+
     def captured(
         self, key: Hashable, seconds: float, *, replay: float | None = None, preparing: bool = False
     ) -> Cause | None:

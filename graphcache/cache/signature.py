@@ -109,6 +109,19 @@ def describe_layout(args: tuple[Any, ...]) -> Hashable:
         return None
 
 
+def is_flat(signature: Signature, args: tuple[Any, ...]) -> bool:
+    """Whether a signature says of positional tensors, without gradients, no more than their layout does.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> with torch.no_grad():
+        ...     [is_flat(describe(args, {})[0], args) for args in ((x,), (x, x), (x, 1))]
+        [True, False, False]
+    """
+    # Three parts for the state and four for each tensor, with nothing pending and none repeated.
+    return len(signature) == 3 + 4 * len(args) and signature[0] is False and signature[2] is None
+
+
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
     """The same arguments with other tensors in the places where :func:`describe` found tensors.
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.seen import Seen
-from graphcache.cache.signature import Signature, describe, describe_layout
-from graphcache.config import GraphConfig, modes
-from graphcache.errors import ClosedError, ConfigError, Refusal
+from graphcache.cache.signature import Signature, describe, describe_layout, is_flat
+from graphcache.config import GraphConfig, graphs_off, modes
+from graphcache.errors import Cause, ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.accounted import Accounted
 from graphcache.modules.bucketed import UNPADDED, Bucketed
+from graphcache.modules.cold import ColdCalls
 from graphcache.modules.conditions import (
     current_device,
     dispatch_modes,
@@ -40,6 +41,7 @@ from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.observers import Observers
 from graphcache.modules.parts import Parts
 from graphcache.modules.portable import Portable
+from graphcache.modules.preparing import preparing
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts
 from graphcache.modules.views import is_plain, plain
@@ -115,6 +117,11 @@ class CachedModule(Portable, Accounted):
             max_graphs=config.max_graphs, max_bytes=config.max_bytes, on_evict=evicted
         )
 
+        def told_again(signature: Signature, cause: Cause, count: int) -> None:
+            ledger.ran_eagerly_again(cause, count)
+            misses.admission.ran_again(signature, count)
+            seen.again(signature, count)
+
         everybody = Observers() if observers is None else observers
 
         def part(name: str, child: nn.Module, options: GraphConfig) -> CachedModule:
@@ -125,6 +132,10 @@ class CachedModule(Portable, Accounted):
         parts = Parts(module, config, part)
         misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
         beside = config.capture_in == "background"
+        # Of what an engine binds itself, or a bucket might answer, every call is looked at.
+        binds = engine is not None and (bool(engine.host_inputs) or engine.takes_numbers)
+        if config.capture != "first" and config.buckets is None and not binds:
+            misses.cold = ColdCalls(told_again)
         bucketed = (
             None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen, beside=beside)
         )
@@ -137,7 +148,7 @@ class CachedModule(Portable, Accounted):
             _engine=engine,
             _host_inputs=engine.host_inputs if engine is not None else (),
             # Whether the arguments of a call are not simply the engine's inputs.
-            _binds=engine is not None and (bool(engine.host_inputs) or engine.takes_numbers),
+            _binds=binds,
             _cache=cache,
             _entries=cache.entries,
             # By layout alone, for calls of plain tensors on a device; emptied whenever a graph goes.
@@ -146,6 +157,7 @@ class CachedModule(Portable, Accounted):
             _compiled_call=None,
             _compiled_into=None,
             _misses=misses,
+            _cold=misses.cold,
             _seen=seen,
             _bucketed=bucketed,
             _freshness=freshness,
@@ -212,7 +224,7 @@ class CachedModule(Portable, Accounted):
         # Everything else finds its way in forward().
         shortcut = self._shortcut(args)
         if shortcut is None:
-            return self.forward(*args)
+            return self.forward(*args) if self._cold is None else self._coldly(args, self._cold)
         entry, fire, _, index, epoch = shortcut
         if modes.get().off or dispatch_modes() or transforms() is not None:
             return self.forward(*args)
@@ -269,9 +281,7 @@ class CachedModule(Portable, Accounted):
     ) -> None:
         """Find the graph of such calls by their layout from now on."""
         graph = entry.graph.graph
-        # Flat calls alone: three parts for the state and four for each tensor, with nothing pending and none repeated.
-        flat = not kwargs and len(signature) == 3 + 4 * len(args) and signature[0] is False and signature[2] is None
-        if flat and isinstance(graph, CudaGraph):
+        if not kwargs and isinstance(graph, CudaGraph) and is_flat(signature, args):
             fire, into = entry.graph.single or (None, None)
             # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
             epoch = self._freshness.epoch if self._engine is not None else None
@@ -291,6 +301,23 @@ class CachedModule(Portable, Accounted):
         except Exception:
             # Several arguments, or something that is no tensor.
             return self._shortcuts.get(describe_layout(args)) if len(args) > 1 else None
+
+    def _coldly(self, args: tuple[Any, ...], cold: ColdCalls) -> Any:
+        """Answer a call that has no graph, without a look if nothing has changed since the last one."""
+        layout = describe_layout(args)
+        leave = cold.get(layout)
+        if leave is None or is_grad_enabled() or is_any_autocast_enabled():
+            return self.forward(*args)
+        misses = self._misses
+        if misses.closed or misses.forbidden() is not None or preparing.get() is not None or self.ledger.is_watched():
+            return self.forward(*args)
+        if leave.index is not None and several_devices() and leave.index != current_device():
+            return self.forward(*args)
+        if next(leave.calls, None) is None:
+            cold.end(layout)
+            return self.forward(*args)
+        with graphs_off():
+            return misses.run(*args)
 
     def _device_only(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._host_inputs:

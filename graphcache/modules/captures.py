@@ -20,6 +20,7 @@ from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
 from graphcache.events import Captured, Ledger, log
 from graphcache.graphs.capture import refusal_of
+from graphcache.modules.cold import ColdCalls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.preparing import Preparation, preparing
@@ -68,6 +69,8 @@ class Captures:
         """What calls were like, for a manifest."""
         self.arbiter: Arbiter | None = None
         """Of the device of the last capture."""
+        self.cold: ColdCalls | None = None
+        """What need not be asked about for a while; ``None`` where every call has to be looked at."""
         self._thrash = Thrash()
         self.lock = threading.RLock()
         """Held while a call is captured, and by whoever drops graphs."""
@@ -92,6 +95,7 @@ class Captures:
         with self.lock:
             self.generation += 1
             self._cache.clear(wait=wait)
+            self._look_at_all()
             self._thrash.forget()
             self.blocks.clear()
             self.recorder.release(wait=wait)
@@ -117,6 +121,15 @@ class Captures:
             seconds = time.perf_counter() - start
             return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
 
+    def settle(self) -> None:
+        """Bring the accounts up to the calls that were made without a look."""
+        if self.cold is not None:
+            self.cold.settle()
+
+    def _look_at_all(self) -> None:
+        if self.cold is not None:
+            self.cold.clear()
+
     def _recorder(self) -> Recorder:
         if self._engine is not None:
             return EngineRecorder(self._engine, self._config)
@@ -140,6 +153,7 @@ class Captures:
                 self._cache.shared = self.recorder.shared_nbytes
                 room.settle(outcome.nbytes)
                 entry = self._cache.put(signature, outcome, reservation=room.own)
+                self._look_at_all()
             except Refusal as refusal:
                 outcome.close()
                 outcome = refusal.cause

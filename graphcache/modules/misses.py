@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
-from graphcache.cache.signature import Signature
+from graphcache.cache.signature import Signature, describe_layout, is_flat
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.modules.beside import CapturesBeside
+from graphcache.modules.cold import MOST, Leave
 from graphcache.modules.conditions import forbidden
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.parts import Parts
@@ -227,9 +228,20 @@ class Misses(CapturesBeside):
         start = time.perf_counter()
         with self._ledger.span("eager"), graphs_off():
             answer = self.run(*args, **kwargs)
-        if self.admission.ran(signature, time.perf_counter() - start) == OFTEN:
+        calls = self.admission.ran(signature, time.perf_counter() - start)
+        if calls == OFTEN:
             self.remembered.note(signature, args, kwargs)
+        elif calls > OFTEN and self.cold is not None and not kwargs and is_flat(signature, args):
+            self._leave(signature, cause, args)
         return answer
+
+    def _leave(self, signature: Signature, cause: Cause, args: tuple[Any, ...]) -> None:
+        """Make the next calls of this kind without a look, as far as it could say nothing else."""
+        count = int(min(self.admission.unasked(signature), MOST))
+        layout = describe_layout(args) if count > 1 else None
+        if layout is not None and self.cold is not None:
+            index = self._device(args).index if self.cuda else None
+            self.cold.grant(layout, Leave(signature, cause, index, count))
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call.
