@@ -7,10 +7,11 @@ price costs at most twice what an oracle would have paid (ski rental). Around th
   often as captures lately did, times how much hotter the signature is than graphs are on average. With a promise of
   once it is a third. It doubles for a signature whose graph had to go before it had paid.
 - A graph goes only for a signature that is clearly hotter: one that has lately lost, by running eagerly, twice what
-  the graph has saved. Lately means a half-life of six times what capturing the whole cache takes.
-- An account of the module bounds it all. Captures are charged to it; what replays save is credited, and so are 3 % of
+  the graph has saved. Lately means a half-life of six times what capturing the whole cache takes. A graph that has been
+  silent for many times as long as it used to be is worth less at once.
+- An account of the module bounds it all. Captures are charged to it; what replays save is credited, and so are 2 % of
   the time that eager execution would have taken. Nothing is captured while it is overdrawn. So the total is never more
-  than 1.03 times always-eager plus one capture, whatever the traffic and whenever one looks, as far as times are what
+  than 1.02 times always-eager plus one capture, whatever the traffic and whenever one looks, as far as times are what
   they were measured to be. What can be saved up is limited to capturing the whole cache once, so that a good year does
   not pay for a bad hour.
 

@@ -16,9 +16,12 @@ from graphcache.cache.lru import Entry
 from graphcache.errors import Cause, Reason
 
 COLD = Cause(Reason.COLD)
-OVERHEAD = 0.03
+OVERHEAD = 0.02
 """What of the time of eager execution may be spent on captures that never pay."""
 _HALF_LIFE = 6.0
+_SILENT, _SILENT_SHARE, _SILENT_POWER = 6.0, 0.5, 1.2
+"""How many calls in a row a graph has to have missed, at its usual rate, to be worth less than it was: 6 (by chance one in
+400 does), and as many as save half a capture, which it takes to have it back. Then how fast it falls."""
 _PRIOR_CAPTURE = 50.0
 _PRIOR_SHARE = 0.3
 _LARGEST_SHARE = 0.9
@@ -30,7 +33,8 @@ class Record:
 
     ``owed`` counts its eager calls since it last had a graph, ``settled`` the hits of its graph that are booked,
     ``look`` the number of owed calls at which to judge it anew; until then ``cause`` is the answer. ``heat`` counts
-    recent calls, as of the time ``at``. ``factor`` is how many times the cost of a capture it has to owe.
+    recent calls, as of the time ``at``; ``last`` is when one was booked. ``factor`` is how many times the cost of a
+    capture it has to owe.
     """
 
     __slots__ = (
@@ -44,6 +48,7 @@ class Record:
         "factor",
         "heat",
         "hits",
+        "last",
         "look",
         "nbytes",
         "owed",
@@ -57,7 +62,7 @@ class Record:
         self.cause = COLD
         self.factor = 1.0
         self.heat = self.earned = 0.0
-        self.at = self.born = now
+        self.at = self.born = self.last = now
         self.begin()
 
     def begin(self) -> None:
@@ -126,6 +131,7 @@ class Books:
             self._measure_half_life()
         self._cool(record)
         record.heat += 1.0
+        record.last = self.now
         return record.owed
 
     def ran_again(self, key: Hashable, count: int) -> Record:
@@ -139,6 +145,7 @@ class Books:
         self.credit += OVERHEAD * seconds
         self._cool(record)
         record.heat += count
+        record.last = self.now
         return record
 
     def charge(self, key: Hashable, seconds: float, *, free: bool = False) -> Record:
@@ -237,6 +244,7 @@ class Books:
             # As if they had come evenly: when they did was not written down.
             self._cool(record)
             record.heat += hits * mean
+            record.last = self.now
         self._settled_at = self.now
         self.saved += saved
         self._lately_saved = self._lately_saved * left + saved * mean
@@ -266,7 +274,16 @@ class Books:
         """
         heat = record.heat * math.exp2((record.at - self.now) / self._half_life) + max(unsettled, 0)
         known = 1.0 - math.exp2((record.born - self.now) / self._half_life)
-        return heat / max(known, 1e-6) * max(self.saving(record), 0.0)
+        heat /= max(known, 1e-6)
+        saving = max(self.saving(record), 0.0)
+        if not unsettled and saving:
+            # Silent for many times as long as it used to be: what is hot has changed. The half-life alone takes its time.
+            usual = record.heat / max(known, 1e-6) * math.log(2.0) / self._half_life
+            missed = usual * (self.now - record.last)
+            many = max(_SILENT, _SILENT_SHARE * self.capture_seconds(record) / saving)
+            if missed > many:
+                heat *= (many / missed) ** _SILENT_POWER
+        return heat * saving
 
     def lately_returned(self) -> float:
         """How many times captures have lately paid for themselves; 0 before two captures."""
