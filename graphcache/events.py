@@ -115,10 +115,6 @@ class Ledger:
         with self._lock:
             self.eager[cause.reason] += count
 
-    def is_watched(self) -> bool:
-        """Whether anybody wants to hear of each call, or to trace it."""
-        return bool(self.subscribers or self.tracers) or torch._C._autograd._profiler_enabled()
-
     def span(self, what: Literal["capture", "eager"]) -> AbstractContextManager[object]:
         """What takes a while, for whoever traces it; PyTorch's profiler does while it runs. No hit comes here."""
         profiled = torch._C._autograd._profiler_enabled()

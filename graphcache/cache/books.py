@@ -20,8 +20,8 @@ OVERHEAD = 0.02
 """What of the time of eager execution may be spent on captures that never pay."""
 _HALF_LIFE = 6.0
 _SILENT, _SILENT_SHARE, _SILENT_POWER = 6.0, 0.5, 1.2
-"""How many calls in a row a graph has to have missed, at its usual rate, to be worth less than it was: 6 (by chance one in
-400 does), and as many as save half a capture, which it takes to have it back. Then how fast it falls."""
+"""How many calls in a row a graph has to have missed, at its usual rate, to be worth less than it was: 6 (by chance one
+in 400 does), and as many as save half a capture, which it takes to have it back. Then how fast it falls."""
 _PRIOR_CAPTURE = 50.0
 _PRIOR_SHARE = 0.3
 _LARGEST_SHARE = 0.9
@@ -277,7 +277,7 @@ class Books:
         heat /= max(known, 1e-6)
         saving = max(self.saving(record), 0.0)
         if not unsettled and saving:
-            # Silent for many times as long as it used to be: what is hot has changed. The half-life alone takes its time.
+            # Silent for many times as long as it used to be: what is hot has changed. The half-life takes its time.
             usual = record.heat / max(known, 1e-6) * math.log(2.0) / self._half_life
             missed = usual * (self.now - record.last)
             many = max(_SILENT, _SILENT_SHARE * self.capture_seconds(record) / saving)

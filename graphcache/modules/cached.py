@@ -17,7 +17,7 @@ from graphcache.events import Evicted, Ledger
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.accounted import Accounted
 from graphcache.modules.bucketed import UNPADDED, Bucketed
-from graphcache.modules.cold import ColdCalls
+from graphcache.modules.cold import ColdCalls, Leave
 from graphcache.modules.conditions import (
     current_device,
     dispatch_modes,
@@ -28,6 +28,7 @@ from graphcache.modules.conditions import (
     is_compiling,
     is_grad_enabled,
     is_inference,
+    is_profiled,
     is_tracing,
     raw_stream,
     several_devices,
@@ -135,7 +136,7 @@ class CachedModule(Portable, Accounted):
         # Of what an engine binds itself, or a bucket might answer, every call is looked at.
         binds = engine is not None and (bool(engine.host_inputs) or engine.takes_numbers)
         if config.capture != "first" and config.buckets is None and not binds:
-            misses.cold = ColdCalls(told_again)
+            misses.cold = ColdCalls(shortcuts, told_again)
         bucketed = (
             None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen, beside=beside)
         )
@@ -224,8 +225,10 @@ class CachedModule(Portable, Accounted):
         # Everything else finds its way in forward().
         shortcut = self._shortcut(args)
         if shortcut is None:
-            return self.forward(*args) if self._cold is None else self._coldly(args, self._cold)
+            return self.forward(*args)
         entry, fire, _, index, epoch = shortcut
+        if entry is None:
+            return self._coldly(args, fire)
         if modes.get().off or dispatch_modes() or transforms() is not None:
             return self.forward(*args)
         stream = raw_stream(index)
@@ -302,20 +305,25 @@ class CachedModule(Portable, Accounted):
             # Several arguments, or something that is no tensor.
             return self._shortcuts.get(describe_layout(args)) if len(args) > 1 else None
 
-    def _coldly(self, args: tuple[Any, ...], cold: ColdCalls) -> Any:
-        """Answer a call that has no graph, without a look if nothing has changed since the last one."""
-        layout = describe_layout(args)
-        leave = cold.get(layout)
-        if leave is None or is_grad_enabled() or is_any_autocast_enabled():
+    def _coldly(self, args: tuple[Any, ...], leave: Leave) -> Any:
+        """Answer a call eagerly without a look, unless something has changed since the last one.
+
+        It is not asked what the call is traced or captured into: the answer is the same, and so is all but the reason
+        that would be counted.
+        """
+        mode, misses, engine, ledger = modes.get(), self._misses, self._engine, self.ledger
+        if mode.graphs is not None or is_grad_enabled() or is_any_autocast_enabled() or preparing.get() is not None:
             return self.forward(*args)
-        misses = self._misses
-        if misses.closed or misses.forbidden() is not None or preparing.get() is not None or self.ledger.is_watched():
+        if misses.closed or ledger.subscribers or ledger.tracers or is_profiled():
             return self.forward(*args)
         if leave.index is not None and several_devices() and leave.index != current_device():
             return self.forward(*args)
         if next(leave.calls, None) is None:
-            cold.end(layout)
+            self._cold.end(leave)
             return self.forward(*args)
+        if engine is not None:
+            # No mode says that it uses graphs of its own. What calling it adds is hooks.
+            return engine(*args) if has_hooks(engine) else engine.forward(*args)
         with graphs_off():
             return misses.run(*args)
 

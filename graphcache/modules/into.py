@@ -105,6 +105,7 @@ def shortly_into(fast: CachedModule, out: Any, args: tuple[Any, ...], kwargs: di
         return False
     if into is None or type(out) is not Tensor or not into(args[0], out, stream) or not fast._holds(epoch, args):
         return False
+    assert entry is not None
     entry.hits += 1
     entry.used = clock()
     return True

@@ -231,7 +231,7 @@ class Misses(CapturesBeside):
         calls = self.admission.ran(signature, time.perf_counter() - start)
         if calls == OFTEN:
             self.remembered.note(signature, args, kwargs)
-        elif calls > OFTEN and self.cold is not None and not kwargs and is_flat(signature, args):
+        elif calls > OFTEN and self.cold is not None and not (kwargs or self.closed) and is_flat(signature, args):
             self._leave(signature, cause, args)
         return answer
 
@@ -241,7 +241,7 @@ class Misses(CapturesBeside):
         layout = describe_layout(args) if count > 1 else None
         if layout is not None and self.cold is not None:
             index = self._device(args).index if self.cuda else None
-            self.cold.grant(layout, Leave(signature, cause, index, count))
+            self.cold.grant(Leave(layout, signature, cause, index, count))
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call.

@@ -15,12 +15,13 @@ from graphcache.events import log
 from graphcache.graphs import driver, native
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane
-from graphcache.graphs.single import Fire, Into, allocator
+from graphcache.graphs.single import Into, allocator
 from graphcache.modules.conditions import current_device, raw_stream, several_devices
 from graphcache.modules.record import Recorded
 
-Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
-"""An entry, shorter ways to replay it, its device's index, and the epoch of the engine that it was captured of."""
+Shortcut = tuple[Entry[Recorded] | None, Any, Into | None, int, int | None]
+"""An entry, shorter ways to replay it (a :class:`~graphcache.graphs.single.Fire`, or none; where there is no entry, a
+:class:`~graphcache.modules.cold.Leave`), its device's index, and the epoch of the engine that it was captured of."""
 
 _FUNCTIONS = (
     "cuGraphLaunch",
@@ -77,6 +78,7 @@ class Shortcuts(dict[Hashable, Shortcut]):
 
     def _put(self, table: Any, args: tuple[Any, ...], shortcut: Shortcut) -> None:
         entry, _, _, index, epoch = shortcut
+        assert entry is not None
         recorded, graph = entry.graph, entry.graph.graph
         assert isinstance(graph, CudaGraph)
         # One look at what another thread may take away by closing the graph.

@@ -16,6 +16,7 @@ from graphcache.cache.books import COLD
 from graphcache.errors import CaptureError, ClosedError, Reason
 from graphcache.modules.cold import MOST, ColdCalls, Leave
 from graphcache.modules.remembered import OFTEN
+from graphcache.modules.shortcuts import Shortcuts
 
 
 class Double(nn.Module):
@@ -38,19 +39,24 @@ def looks(fast, monkeypatch):
 # ---- the accounts of leaves
 
 
-@given(st.lists(st.sampled_from([*"abc", "settle", "end", "clear"]), max_size=60), st.integers(1, 5))
+@given(st.lists(st.sampled_from([*"abc", "settle", "end", "clear", "forget"]), max_size=60), st.integers(1, 5))
 def test_every_call_with_a_leave_is_told_once(steps, count):
     told, made = Counter(), Counter()
-    cold = ColdCalls(lambda signature, cause, n: told.update({signature: n}))
+    shortcuts = Shortcuts(None, bool)
+    cold = ColdCalls(shortcuts, lambda signature, cause, n: told.update({signature: n}))
     for step in steps:
         if step in ("settle", "clear"):
             getattr(cold, step)()
+        elif step == "forget":
+            shortcuts.clear()
         elif step == "end":
-            cold.end("a")
+            if "a" in shortcuts:
+                cold.end(shortcuts["a"][1])
+                assert "a" not in shortcuts
         else:
-            leave = cold.get(step)
+            leave = shortcuts[step][1] if step in shortcuts else None
             if leave is None or next(leave.calls, None) is None:
-                cold.grant(step, Leave((step,), COLD, None, count))
+                cold.grant(Leave(step, (step,), COLD, None, count))
             else:
                 made[(step,)] += 1
     cold.settle()
@@ -60,20 +66,33 @@ def test_every_call_with_a_leave_is_told_once(steps, count):
 
 def test_the_leaves_are_bounded_and_none_is_lost():
     told = Counter()
-    cold = ColdCalls(lambda signature, cause, n: told.update([n]))
+    shortcuts = Shortcuts(None, bool)
+    cold = ColdCalls(shortcuts, lambda signature, cause, n: told.update([n]))
     for layout in range(5000):
-        cold.grant(layout, leave := Leave((layout,), COLD, None, 2))
+        cold.grant(leave := Leave(layout, (layout,), COLD, None, 2))
         next(leave.calls)
-    assert len(cold._leaves) <= 1024
+    assert len(cold) == len(shortcuts) <= 1024
     cold.clear()
     assert told == {1: 5000}
-    assert cold.get(4999) is None
+    assert not shortcuts
+
+
+def test_the_end_of_a_leave_leaves_what_came_after_it_alone():
+    shortcuts = Shortcuts(None, bool)
+    cold = ColdCalls(shortcuts, lambda *_: None)
+    cold.grant(old := Leave("a", ("a",), COLD, None, 2))
+    cold.grant(new := Leave("a", ("a",), COLD, None, 2))
+    cold.end(old)
+    assert shortcuts["a"][1] is new
+    shortcuts["a"] = graph = (object(), None, None, 0, None)
+    cold.end(new)
+    assert shortcuts["a"] is graph
 
 
 def test_threads_take_each_call_of_a_leave_once():
     told = []
-    cold = ColdCalls(lambda signature, cause, n: told.append(n))
-    cold.grant("a", leave := Leave(("a",), COLD, None, 40_000))
+    cold = ColdCalls(Shortcuts(None, bool), lambda signature, cause, n: told.append(n))
+    cold.grant(leave := Leave("a", ("a",), COLD, None, 40_000))
     taken = [0] * 4
 
     def take(index):
@@ -87,7 +106,7 @@ def test_threads_take_each_call_of_a_leave_once():
         thread.start()
     for thread in threads:
         thread.join()
-    cold.end("a")
+    cold.end(leave)
     assert sum(told) == sum(taken) == 40_000
 
 
@@ -116,7 +135,7 @@ def test_a_capture_comes_no_later_than_with_a_look_at_each_call():
     for looked_at in (True, False):
         fast = graphcache.wrap(Double(), capture="worthwhile")
         if looked_at:
-            fast.__dict__["_cold"] = fast._misses.cold = None
+            fast._misses.cold = None
         x = torch.randn(4)
         admission = fast._misses.admission
         ran = admission.ran
@@ -152,13 +171,12 @@ def test_no_leave_outlives_what_it_was_granted_for(way):
     with torch.no_grad():
         for _ in range(20):
             fast(x)
-        assert fast._cold.get is not None
-        assert len(fast._cold._leaves) == 1
+        assert len(fast._cold) == len(fast._shortcuts) == 1
         if way == "prepare":
             fast.prepare((torch.randn(6),))
         else:
             getattr(fast, way)()
-        assert not fast._cold._leaves
+        assert not fast._cold
         if way == "close":
             with pytest.raises(ClosedError):
                 fast(x)
