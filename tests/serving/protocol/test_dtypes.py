@@ -13,7 +13,10 @@ def test_every_datatype_of_the_protocol_but_text():
     assert sizes == {
         "BOOL": 1,
         **{f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)},
-        **{"FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8},
+        "FP16": 2,
+        "BF16": 2,
+        "FP32": 4,
+        "FP64": 8,
     }
 
 
@@ -38,5 +41,5 @@ def test_anything_else_is_refused(datatype):
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, "complex64", "relu", "nothing", "", None])
 def test_dtypes_that_the_protocol_lacks(dtype):
-    with pytest.raises(ServingError, match="the protocol has no datatype for .*: cast it inside the model"):
+    with pytest.raises(ServingError, match=r"the protocol has no datatype for .*: cast it inside the model"):
         datatype_of(dtype)
