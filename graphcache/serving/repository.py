@@ -149,7 +149,7 @@ def changes(before: Scan, after: Scan) -> Changes:
     """What to load and what to give up between two scans.
 
     A version whose file or whose model's ``config.json`` changed is in both. A model that has a problem now is not
-    removed: what was loaded of it goes on until the folder is right again.
+    removed: what was loaded of it goes on until the folder is right again, and ``before`` is then what was loaded.
 
     Example:
         >>> changes(Scan(), Scan())

@@ -114,8 +114,10 @@ def test_configurations_that_are_wrong_name_the_file_and_the_field(folder, confi
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-        lambda inner: st.lists(inner, max_size=2)
-        | st.dictionaries(st.sampled_from(["options", "buckets", "prepare", "x", "0", "sizes"]), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(st.sampled_from(["options", "buckets", "prepare", "x", "0", "sizes"]), inner, max_size=3)
+        ),
         max_leaves=6,
     )
 )
@@ -178,14 +180,17 @@ def test_links_inside_the_folder_and_to_nowhere(folder, tmp_path):
     (folder / "gone.engine").symlink_to("nothing")
     found = scan(folder)
     assert found.models["linked"].newest.number == 1
-    assert {name: "leads nowhere" in str(each) for name, each in found.problems.items()} == {"round": True, "gone": True}
+    assert {name: "leads nowhere" in str(each) for name, each in found.problems.items()} == {
+        "round": True,
+        "gone": True,
+    }
     (tmp_path / "all").symlink_to(folder)
     assert list(scan(tmp_path / "all").models) == list(found.models)
 
 
 @pytest.mark.parametrize("path", ["nothing", "models/detector.gcache", "a\0b"])
 def test_what_is_no_folder(folder, path):
-    with pytest.raises(ServingError, match="cannot be read: .*; expected a folder of models"):
+    with pytest.raises(ServingError, match=r"cannot be read: .*; expected a folder of models"):
         scan(folder.parent / path)
 
 
