@@ -48,9 +48,11 @@ class TritonPythonModel:
         self._module: CachedModule = loaded if isinstance(loaded, CachedModule) else wrap(loaded)
         self._device = device_of(self._module.module)
         manifest = getattr(self._module, "manifest", None)
-        # A signature holds the grad mode.
-        with torch.inference_mode():
-            self._module.prepare(*([] if manifest is None else [manifest]), *own["prepare"])
+        calls = [*([] if manifest is None else [manifest]), *own["prepare"]]
+        if calls:
+            # A signature holds the grad mode.
+            with torch.inference_mode():
+                self._module.prepare(*calls)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests, each by itself: one that is wrong leaves the others as they are.
