@@ -130,7 +130,10 @@ class _Server:
         return await self._inference.answer(*_named(request), request.headers, request.receive)
 
     async def scrape(self, request: Any) -> Answer:
-        text = self._inference.metrics.text() + (b"" if self._metrics is None else self._metrics())
+        try:
+            text = self._inference.metrics.text() + (b"" if self._metrics is None else self._metrics())
+        except ExtraNotFoundError as error:
+            raise RequestError(str(error), 501) from error
         return Answer(200, text, {"Content-Type": _TEXT})
 
 

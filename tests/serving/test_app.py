@@ -308,6 +308,13 @@ def test_other_metrics_that_fail_are_an_error_of_the_server(caplog):
         assert ask(make_app(Ready(), metrics=lambda: 1 / 0), "GET", "/metrics").status == 500
 
 
+def test_metrics_without_their_package_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    found = ask(make_app(Ready()), "GET", "/metrics")
+    assert found.status == 501
+    assert found.error.endswith('pip install "graphcache[metrics]"')
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
