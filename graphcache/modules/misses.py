@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -237,7 +238,7 @@ class Misses(CapturesBeside):
 
     def _leave(self, signature: Signature, cause: Cause, args: tuple[Any, ...]) -> None:
         """Make the next calls of this kind without a look, as far as it could say nothing else."""
-        count = int(min(self.admission.unasked(signature), MOST))
+        count = min(math.ceil(min(self.admission.unasked(signature), MOST)), MOST)
         layout = describe_layout(args) if count > 1 else None
         if layout is not None and self.cold is not None:
             index = self._device(args).index if self.cuda else None
