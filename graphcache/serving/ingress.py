@@ -1,0 +1,98 @@
+"""The front of an application: a protocol over HTTP, and behind it the handles of the models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graphcache.errors import ConfigError
+from graphcache.observe.extras import optional
+from graphcache.serving.ray_backend import RayBackend
+
+ADMIN = ("reload", "stats")
+"""Methods of replicas that may be called from outside, over a handle."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the application's protocol is made with.
+
+    Args:
+        token: What clients must bring.
+        limits: Of requests; ``None`` is the default ones.
+        asgi: What makes the ASGI application of a backend; ``None`` is the Open Inference Protocol.
+    """
+
+    token: str | None = None
+    limits: Any = None
+    asgi: Callable[[Any], Any] | None = None
+
+
+class Ingress:
+    """Speaks HTTP, and hands tensors to replicas.
+
+    Args:
+        handles: Name of a model -> the handle of its deployment.
+        settled: What the protocol is made with.
+    """
+
+    def __init__(self, handles: Mapping[str, Any], settled: Settled) -> None:
+        self.backend = RayBackend(handles)
+        self.app = _application(self.backend, settled)
+
+    async def admin(self, name: str, method: str, *args: Any) -> list[Any]:
+        """Call a method of every replica of a model.
+
+        Raises:
+            ConfigError: If it is none of those that may be called.
+        """
+        if method not in ADMIN:
+            raise ConfigError(f"{method!r} is no method for this; expected one of {', '.join(ADMIN)}")
+        return await self.backend.broadcast(name, method, *args)
+
+    async def describe(self, name: str) -> Any:
+        """What a model takes and gives."""
+        return await self.backend.describe(name)
+
+    async def infer(self, name: str, packed: Any) -> Any:
+        """Answer a request that comes over a handle, and not over HTTP."""
+        from graphcache.serving.transport import pack, unpack
+
+        return pack(await self.backend.infer(name, None, unpack(packed)))
+
+    async def own_stats(self) -> dict[str, Any]:
+        """Counters of the front."""
+        backend = self.backend
+        return {"retried": backend.retried, "under_way": backend.under_way, "seconds": backend.seconds}
+
+    async def drained(self) -> bool:
+        """Whether nothing waits for an answer."""
+        return self.backend.under_way == 0
+
+
+async def forward(scope: Any, receive: Any, send: Any) -> None:
+    """The ASGI application of whichever replica of the front this is."""
+    if scope["type"] == "lifespan":
+        await _lifespan(receive, send)
+        return
+    front = optional("ray.serve", "serving on Ray").get_replica_context().servable_object
+    await front.app(scope, receive, send)
+
+
+def _application(backend: RayBackend, settled: Settled) -> Any:
+    if settled.asgi is not None:
+        return settled.asgi(backend)
+    from graphcache.serving.app import Limits, make_app
+
+    return make_app(backend, limits=settled.limits or Limits(), token=settled.token)
+
+
+async def _lifespan(receive: Any, send: Any) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+        await asyncio.sleep(0)

@@ -1,0 +1,136 @@
+"""Models behind Ray's deployment handles, as a protocol sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from graphcache.errors import InputError, ServingError, UnavailableError, UnknownModelError
+from graphcache.observe.extras import optional
+from graphcache.serving.backend import ModelSpec
+from graphcache.serving.batching import Batcher, written_kind
+from graphcache.serving.replica import Described
+from graphcache.serving.transport import pack, told, unpack
+
+
+class RayBackend:
+    """Routes requests to the replicas that hold their kind. Which one that is, Ray decides.
+
+    A replica that dies takes its requests with it. Inference changes nothing, so they are asked again, of another one.
+
+    Args:
+        handles: Name of a model -> the handle of its deployment.
+        retries: How often a request is asked again when its replica died.
+        timeout_s: Seconds after which a request is given up.
+    """
+
+    def __init__(self, handles: Mapping[str, Any], *, retries: int = 3, timeout_s: float = 60.0) -> None:
+        self._handles = dict(handles)
+        self._retries = retries
+        self._timeout = timeout_s
+        self._known: dict[str, tuple[Described, Batcher]] = {}
+        errors, served = optional("ray.exceptions", "serving on Ray"), optional("ray.serve.exceptions", "serving on Ray")
+        self._died = (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError, errors.NodeDiedError)
+        self._busy = served.BackPressureError
+        self._away = served.DeploymentUnavailableError
+        self._raised = errors.RayError
+        self.retried = 0
+        """Requests that were asked again."""
+        self.under_way = 0
+        """Requests that have no answer as yet."""
+        self.seconds = 0.0
+        """Spent in requests, those of several at once added up."""
+
+    def names(self) -> Sequence[str]:
+        """The models that are served."""
+        return tuple(self._handles)
+
+    async def is_ready(self, name: str, version: str | None = None) -> bool:
+        """Whether a replica of it answers now."""
+        try:
+            await self.describe(name, version)
+        except UnavailableError:
+            return False
+        return True
+
+    async def describe(self, name: str, version: str | None = None) -> ModelSpec:
+        """What a model takes and gives, asked of one of its replicas."""
+        spec = (await self._described(name)).spec
+        self._check_version(name, version, spec)
+        return spec
+
+    async def infer(self, name: str, version: str | None, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Run a model once, on a replica that holds the kind of these inputs if there is one."""
+        start = time.monotonic()
+        self.under_way += 1
+        try:
+            _, batcher = await self._batcher(name)
+            if version is not None:
+                self._check_version(name, version, (await self._described(name)).spec)
+            kind = written_kind(batcher.request(inputs).kind)
+            handle = self._handles[name].options(multiplexed_model_id=kind)
+            return unpack(await self._asked(name, handle.infer, pack(inputs)))
+        finally:
+            self.under_way -= 1
+            self.seconds += time.monotonic() - start
+
+    async def broadcast(self, name: str, method: str, *args: Any) -> list[Any]:
+        """Call a method of every replica of a model.
+
+        Raises:
+            GraphCacheError: What one of them raised.
+        """
+        try:
+            found: list[Any] = await self._handle(name).broadcast(method, *args).results_async()
+        except Exception as error:
+            raise told(error) from error
+        finally:
+            self._known.pop(name, None)
+        return found
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            raise UnknownModelError(f"no model {name!r} is served; there are {', '.join(self._handles) or 'none'}")
+        return self._handles[name]
+
+    async def _batcher(self, name: str) -> tuple[Described, Batcher]:
+        self._handle(name)
+        if name not in self._known:
+            found = await self._described(name)
+            self._known[name] = (found, Batcher(found.buckets, [each.name for each in found.spec.inputs]))
+        return self._known[name]
+
+    async def _described(self, name: str) -> Described:
+        found: Described = await self._asked(name, self._handle(name).describe)
+        return found
+
+    async def _asked(self, name: str, method: Any, *args: Any) -> Any:
+        """Call one replica, and another one if it dies."""
+        deadline = time.monotonic() + self._timeout
+        attempt = 0
+        while True:
+            try:
+                return await asyncio.wait_for(method.remote(*args), deadline - time.monotonic())
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"{name} has not answered within {self._timeout:g} s, where requests are given up"
+                ) from error
+            except self._busy as error:
+                raise UnavailableError(f"{name} has too many requests waiting; ask again later") from error
+            except self._away as error:
+                raise UnavailableError(f"{name} has no replica that could answer; ask again later", 5.0) from error
+            except self._died as error:
+                attempt += 1
+                if attempt > self._retries:
+                    raise UnavailableError(f"{attempt} replicas of {name} died over this request") from error
+                self.retried += 1
+            except self._raised as error:
+                raise told(error) from error
+
+    def _check_version(self, name: str, version: str | None, spec: ModelSpec) -> None:
+        if version is not None and version not in spec.versions:
+            raise UnknownModelError(f"{name} has no version {version!r}; it has {', '.join(spec.versions)}")
