@@ -1,0 +1,86 @@
+"""What a server and a model say of themselves, and whether a request fits the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphcache.errors import shown
+from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.protocol.dtypes import datatype_of
+from graphcache.serving.protocol.problems import RequestError
+from graphcache.serving.protocol.request import InferenceRequest
+from graphcache.version import __version__
+
+
+def server_metadata() -> dict[str, Any]:
+    """The answer to ``GET /v2``.
+
+    Example:
+        >>> server_metadata()["extensions"]
+        ['binary_tensor_data']
+    """
+    return {"name": "graphcache", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+
+def model_metadata(spec: ModelSpec) -> dict[str, Any]:
+    """The answer to ``GET /v2/models/NAME``.
+
+    Raises:
+        ServingError: If a tensor has a dtype that the protocol does not have.
+
+    Example:
+        >>> spec = ModelSpec("m", ("1",), (TensorSpec("x", "float32", (-1, 4)),), (), "tensorrt")
+        >>> model_metadata(spec)["inputs"]
+        [{'name': 'x', 'datatype': 'FP32', 'shape': [-1, 4]}]
+    """
+    return {
+        "name": spec.name,
+        "versions": list(spec.versions),
+        "platform": spec.platform,
+        "inputs": [_tensor(each) for each in spec.inputs],
+        "outputs": [_tensor(each) for each in spec.outputs],
+    }
+
+
+def check_request(spec: ModelSpec, request: InferenceRequest) -> None:
+    """Hold a request against the model, before the model is bothered.
+
+    Sizes that the model leaves open are not looked at.
+
+    Raises:
+        RequestError: For an input or an output that the model does not have, an input that is missing, or one of
+            another datatype or shape.
+    """
+    for name in request.outputs or ():
+        if name not in [each.name for each in spec.outputs]:
+            raise RequestError(f"{spec.name} has no output {shown(name)}; its outputs are {_names(spec.outputs)}")
+    inputs = {each.name: each for each in spec.inputs}
+    for name in request.inputs:
+        if name not in inputs:
+            raise RequestError(f"{spec.name} has no input {shown(name)}; its inputs are {_names(spec.inputs)}")
+    for name, expected in inputs.items():
+        tensor = request.inputs.get(name)
+        if tensor is None:
+            raise RequestError(f"input {name!r} is missing; the inputs of {spec.name} are {_names(spec.inputs)}")
+        datatype, shape = datatype_of(tensor.dtype), tuple(tensor.shape)
+        if datatype != datatype_of(expected.dtype):
+            raise RequestError(
+                f"input {name!r} of {spec.name} has the datatype {datatype}; expected {datatype_of(expected.dtype)}"
+            )
+        fits = len(shape) == len(expected.shape) and all(
+            wanted in (-1, size) for size, wanted in zip(shape, expected.shape, strict=True)
+        )
+        if not fits:
+            raise RequestError(
+                f"input {name!r} of {spec.name} has the shape {list(shape)}; expected {list(expected.shape)}, where -1 "
+                f"is any size"
+            )
+
+
+def _names(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(each.name for each in specs) or "none"
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": list(spec.shape)}
