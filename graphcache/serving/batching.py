@@ -11,7 +11,6 @@ All of this is pure: what runs a batch is given, and may be an engine, a module 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +33,9 @@ from graphcache.errors import (
     ServingError,
     shown,
 )
+from graphcache.serving.kinds import Kind
 
 Tensors = Mapping[str, Tensor]
-Kind = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-"""What requests must share to go together: name, dtype and padded sizes but for the rows, of each tensor."""
 Run = Callable[[dict[str, Tensor]], Tensors]
 
 
@@ -179,10 +177,6 @@ class Batcher:
                 done.append(batch)
             batch.append(place)
         return [Batch(self, tuple(places), [requests[place] for place in places]) for places in done]
-
-    def example(self, kind: Kind, rows: int) -> dict[str, Tensor]:
-        """Zeros for one request of a kind."""
-        return {name: torch.zeros((rows, *shape), dtype=dtype) for name, dtype, shape in kind}
 
     def _kind(self, inputs: Tensors, fit: Fit) -> Kind:
         found = []
@@ -331,35 +325,6 @@ def row_buckets(sizes: Any, inputs: Sequence[str | int]) -> Buckets:
     """
     axis = Axis(sizes, name="rows")
     return Buckets({name: {0: axis} for name in inputs})
-
-
-def written_kind(kind: Kind) -> str:
-    """A kind as text, the same in every process; :func:`read_kind` reads it.
-
-    Example:
-        >>> written_kind((("x", torch.float32, (64,)),))
-        '[["x","float32",[64]]]'
-    """
-    each = [[name, str(dtype).removeprefix("torch."), list(shape)] for name, dtype, shape in kind]
-    return json.dumps(each, separators=(",", ":"))
-
-
-def read_kind(text: str) -> Kind:
-    """A kind from its text.
-
-    Raises:
-        ServingError: If it is none.
-    """
-    try:
-        found = []
-        for name, dtype, shape in json.loads(text):
-            real = getattr(torch, dtype)
-            if type(name) is not str or type(real) is not torch.dtype or not all(type(size) is int for size in shape):
-                raise ValueError(text)
-            found.append((name, real, tuple(shape)))
-        return tuple(found)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ServingError(f"{shown(text)} is no kind of requests; expected what written_kind() gives") from error
 
 
 def _answered(batcher: Batcher, run: Run, batch: Batch, counts: Counts) -> list[Any]:

@@ -9,9 +9,11 @@ import torch
 
 from graphcache.errors import ConfigError, ServingError, shown
 from graphcache.observe.extras import optional
-from graphcache.serving.ingress import Ingress, Settled, forward
+from graphcache.serving.ingress import Forward, Ingress, Settled
 from graphcache.serving.replica import replica_class
-from graphcache.serving.runner import MOST_KINDS, MOST_ROWS, Settings
+from graphcache.serving.limits import Limits
+from graphcache.serving.settings import MOST_KINDS, MOST_ROWS, Settings
+from graphcache.serving.transport import told
 
 APPLICATION = "graphcache"
 """Of the application, where nobody named it."""
@@ -35,7 +37,7 @@ def deployment(
     graceful_shutdown_timeout_s: float = 20.0,
     ray_actor_options: Mapping[str, Any] | None = None,
     token: str | None = None,
-    limits: Any = None,
+    limits: Limits | None = None,
     asgi: Any = None,
 ) -> Any:
     """An application for ``serve.run``, or for a Serve config file: replicas of a model, and the protocol before them.
@@ -45,7 +47,7 @@ def deployment(
 
     Args:
         model: An engine file, a package, or a function that makes a module, itself or as ``"package.module:function"``.
-            Files are read where the replicas run. A mapping from names to such, or to :class:`Settings`, serves several.
+            Files are read where the replicas run. A mapping from names to such, or to ``Settings``, serves several.
         name: Under which it is served; the file's or the function's if empty.
         into: For a package of a model: what makes the model.
         config: Options of :class:`graphcache.GraphConfig`, but ``buckets``; ``capture`` is ``"prepared"`` if not given.
@@ -119,10 +121,13 @@ def deployment(
         )
         handles[each.name] = replicas.bind(each)
     front = serve.deployment(
-        serve.ingress(forward)(Ingress),
+        serve.ingress(Forward())(Ingress),
         name="ingress",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0, **({"runtime_env": options["runtime_env"]} if "runtime_env" in options else {})},
+        ray_actor_options={
+            "num_cpus": 0,
+            **({"runtime_env": options["runtime_env"]} if "runtime_env" in options else {}),
+        },
         max_ongoing_requests=4096,
         graceful_shutdown_timeout_s=graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
@@ -149,8 +154,6 @@ def reload(name: str, source: Any = None, *, application: str = APPLICATION, tim
         GraphCacheError: What was wrong with the new one; the replica that says so goes on with the old one.
         ServingError: If there is no such application.
     """
-    from graphcache.serving.transport import told
-
     serve = optional("ray.serve", "serving on Ray")
     try:
         found: list[int] = (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from graphcache.errors import ConfigError
 from graphcache.observe.extras import optional
+from graphcache.serving.app import make_app
+from graphcache.serving.limits import Limits
 from graphcache.serving.ray_backend import RayBackend
+from graphcache.serving.transport import pack, unpack
 
 ADMIN = ("reload", "stats")
 """Methods of replicas that may be called from outside, over a handle."""
@@ -26,7 +28,7 @@ class Settled:
     """
 
     token: str | None = None
-    limits: Any = None
+    limits: Limits | None = None
     asgi: Callable[[Any], Any] | None = None
 
 
@@ -40,7 +42,7 @@ class Ingress:
 
     def __init__(self, handles: Mapping[str, Any], settled: Settled) -> None:
         self.backend = RayBackend(handles)
-        self.app = _application(self.backend, settled)
+        self.protocol = _application(self.backend, settled)
 
     async def admin(self, name: str, method: str, *args: Any) -> list[Any]:
         """Call a method of every replica of a model.
@@ -58,8 +60,6 @@ class Ingress:
 
     async def infer(self, name: str, packed: Any) -> Any:
         """Answer a request that comes over a handle, and not over HTTP."""
-        from graphcache.serving.transport import pack, unpack
-
         return pack(await self.backend.infer(name, None, unpack(packed)))
 
     async def own_stats(self) -> dict[str, Any]:
@@ -72,27 +72,25 @@ class Ingress:
         return self.backend.under_way == 0
 
 
-async def forward(scope: Any, receive: Any, send: Any) -> None:
-    """The ASGI application of whichever replica of the front this is."""
-    if scope["type"] == "lifespan":
-        await _lifespan(receive, send)
-        return
-    front = optional("ray.serve", "serving on Ray").get_replica_context().servable_object
-    await front.app(scope, receive, send)
+class Forward:
+    """The ASGI application of whichever replica of the front this is: no function, which Ray would call for one."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        front = optional("ray.serve", "serving on Ray").get_replica_context().servable_object
+        await front.protocol(scope, receive, send)
 
 
 def _application(backend: RayBackend, settled: Settled) -> Any:
     if settled.asgi is not None:
         return settled.asgi(backend)
-    from graphcache.serving.app import Limits, make_app
-
-    return make_app(backend, limits=settled.limits or Limits(), token=settled.token)
+    return make_app(backend, limits=settled.limits, token=settled.token)
 
 
 async def _lifespan(receive: Any, send: Any) -> None:
-    while True:
+    message = {"type": ""}
+    while message["type"] != "lifespan.shutdown":
         message = await receive()
         await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
-        await asyncio.sleep(0)

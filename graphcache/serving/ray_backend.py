@@ -5,16 +5,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from graphcache.errors import InputError, ServingError, UnavailableError, UnknownModelError
+from graphcache.errors import UnavailableError, UnknownModelError
 from graphcache.observe.extras import optional
 from graphcache.serving.backend import ModelSpec
-from graphcache.serving.batching import Batcher, written_kind
+from graphcache.serving.batching import Batcher
+from graphcache.serving.kinds import written_kind
 from graphcache.serving.replica import Described
 from graphcache.serving.transport import pack, told, unpack
+
+
+_FRESH_S = 2.0
+"""How long an ingress goes on with what a replica said of its model; a reload that it made itself it knows of."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a replica said of its model, and when."""
+
+    spec: ModelSpec
+    batcher: Batcher
+    since: float
 
 
 class RayBackend:
@@ -32,8 +47,11 @@ class RayBackend:
         self._handles = dict(handles)
         self._retries = retries
         self._timeout = timeout_s
-        self._known: dict[str, tuple[Described, Batcher]] = {}
-        errors, served = optional("ray.exceptions", "serving on Ray"), optional("ray.serve.exceptions", "serving on Ray")
+        self._known: dict[str, _Known] = {}
+        errors, served = (
+            optional("ray.exceptions", "serving on Ray"),
+            optional("ray.serve.exceptions", "serving on Ray"),
+        )
         self._died = (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError, errors.NodeDiedError)
         self._busy = served.BackPressureError
         self._away = served.DeploymentUnavailableError
@@ -59,19 +77,20 @@ class RayBackend:
 
     async def describe(self, name: str, version: str | None = None) -> ModelSpec:
         """What a model takes and gives, asked of one of its replicas."""
-        spec = (await self._described(name)).spec
-        self._check_version(name, version, spec)
-        return spec
+        known = await self._asked_lately(name)
+        if version is not None and version not in known.spec.versions:
+            known = await self._asked_now(name)
+            if version not in known.spec.versions:
+                raise UnknownModelError(f"{name} has no version {version!r}; it has {', '.join(known.spec.versions)}")
+        return known.spec
 
     async def infer(self, name: str, version: str | None, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run a model once, on a replica that holds the kind of these inputs if there is one."""
         start = time.monotonic()
         self.under_way += 1
         try:
-            _, batcher = await self._batcher(name)
-            if version is not None:
-                self._check_version(name, version, (await self._described(name)).spec)
-            kind = written_kind(batcher.request(inputs).kind)
+            await self.describe(name, version)
+            kind = written_kind(self._known[name].batcher.request(inputs).kind)
             handle = self._handles[name].options(multiplexed_model_id=kind)
             return unpack(await self._asked(name, handle.infer, pack(inputs)))
         finally:
@@ -97,16 +116,19 @@ class RayBackend:
             raise UnknownModelError(f"no model {name!r} is served; there are {', '.join(self._handles) or 'none'}")
         return self._handles[name]
 
-    async def _batcher(self, name: str) -> tuple[Described, Batcher]:
-        self._handle(name)
-        if name not in self._known:
-            found = await self._described(name)
-            self._known[name] = (found, Batcher(found.buckets, [each.name for each in found.spec.inputs]))
-        return self._known[name]
+    async def _asked_lately(self, name: str) -> _Known:
+        known = self._known.get(name)
+        if known is None or time.monotonic() - known.since > _FRESH_S:
+            known = await self._asked_now(name)
+        return known
 
-    async def _described(self, name: str) -> Described:
+    async def _asked_now(self, name: str) -> _Known:
         found: Described = await self._asked(name, self._handle(name).describe)
-        return found
+        # A mask that is made where it is left out is no input of the spec.
+        names = dict.fromkeys([each.name for each in found.spec.inputs] + list(found.buckets.masks))
+        batcher = Batcher(found.buckets, list(names))
+        known = self._known[name] = _Known(found.spec, batcher, time.monotonic())
+        return known
 
     async def _asked(self, name: str, method: Any, *args: Any) -> Any:
         """Call one replica, and another one if it dies."""
@@ -130,7 +152,3 @@ class RayBackend:
                 self.retried += 1
             except self._raised as error:
                 raise told(error) from error
-
-    def _check_version(self, name: str, version: str | None, spec: ModelSpec) -> None:
-        if version is not None and version not in spec.versions:
-            raise UnknownModelError(f"{name} has no version {version!r}; it has {', '.join(spec.versions)}")

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.buckets import Buckets
-from graphcache.errors import ConfigError, UnavailableError, shown
+from graphcache.errors import ConfigError, CudaError, UnavailableError, shown
 from graphcache.events import log
 from graphcache.observe.extras import optional
 from graphcache.serving.backend import ModelSpec
-from graphcache.serving.batching import read_kind
-from graphcache.serving.runner import Runner, Settings
+from graphcache.serving.kinds import read_kind
+from graphcache.serving.runner import Runner
+from graphcache.serving.settings import Settings
 from graphcache.serving.transport import Packed, pack, unpack
 
 
@@ -64,6 +65,9 @@ class Replica:
         self._lane = ThreadPoolExecutor(1, "graphcache-batches")
         self._beside = ThreadPoolExecutor(1, "graphcache-reload")
         self._reloading = threading.Lock()
+        if (limit := getattr(type(self).answer_all, "set_max_batch_size", None)) is not None:
+            # What goes together is known here, where the model is.
+            limit(self._runner.batcher.largest)
 
     async def infer(self, packed: Packed) -> Packed:
         """Answer one request, together with others that are here.
@@ -79,9 +83,7 @@ class Replica:
             before = kind in self._routed.kinds
             self._routed.hits += before
             self._routed.misses += not before
-            if await self.hold(kind) is None:
-                # Captures again what the least recently used kinds had to leave room for.
-                raise UnavailableError(f"{self._runner.name} cannot hold {kind}")
+            await self.hold(kind)
         answer = await self.answer_all(inputs)
         if isinstance(answer, Exception):
             raise answer
@@ -172,7 +174,7 @@ class Replica:
         # Which version answers is decided here, once for all of a batch.
         answers = self._runner.answer(requests)
         for answer in answers:
-            if isinstance(answer, _LOST) and "CUDA" in str(answer):
+            if isinstance(answer, Exception) and loses_device(answer):
                 self._broken = f"the device is lost: {' '.join(str(answer).split())[:500]}"
         return answers
 
@@ -248,4 +250,16 @@ def _one_thread_each() -> None:
         torch.set_num_threads(int(given))
 
 
-_LOST = (RuntimeError,)
+def loses_device(error: Exception) -> bool:
+    """Whether no call of this process can be answered after an error of the device's; lack of memory passes.
+
+    Example:
+        >>> loses_device(RuntimeError("CUDA error: device-side assert triggered")), loses_device(RuntimeError("shape"))
+        (True, False)
+    """
+    if isinstance(error, CudaError):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not isinstance(error, _NO_ROOM)
+
+
+_NO_ROOM = torch.cuda.OutOfMemoryError

@@ -1,7 +1,8 @@
 """Tensors and errors on their way between Ray's processes.
 
 Ray moves NumPy arrays without copying them into a pickle, and a view takes no more than it shows; a tensor would take
-all the memory it is a view of. What NumPy has no type for (bfloat16, the float8 types) travels as integers of its width.
+all the memory it is a view of. What NumPy has no type for (bfloat16, the float8 types) travels as
+integers of its width.
 """
 
 from __future__ import annotations
