@@ -10,8 +10,8 @@ import torch
 from graphcache.errors import ConfigError, ServingError, shown
 from graphcache.observe.extras import optional
 from graphcache.serving.ingress import Forward, Ingress, Settled
-from graphcache.serving.replica import replica_class
 from graphcache.serving.limits import Limits
+from graphcache.serving.replica import replica_class
 from graphcache.serving.settings import MOST_KINDS, MOST_ROWS, Settings
 from graphcache.serving.transport import told
 

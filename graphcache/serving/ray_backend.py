@@ -18,7 +18,6 @@ from graphcache.serving.kinds import written_kind
 from graphcache.serving.replica import Described
 from graphcache.serving.transport import pack, told, unpack
 
-
 _FRESH_S = 2.0
 """How long an ingress goes on with what a replica said of its model; a reload that it made itself it knows of."""
 

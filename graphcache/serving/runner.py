@@ -24,8 +24,8 @@ from graphcache.modules.info import CacheInfo
 from graphcache.modules.wrapping import wrapped
 from graphcache.serving.backend import ModelSpec
 from graphcache.serving.batching import Batcher, Counts, Request, Tensors, answer_all, row_buckets
-from graphcache.serving.kinds import Kind
 from graphcache.serving.examples import given_example, input_names, specs_of, usual_examples
+from graphcache.serving.kinds import Kind
 from graphcache.serving.settings import Settings
 from graphcache.serving.sources import module_of
 from graphcache.serving.trying import refusal, valued
