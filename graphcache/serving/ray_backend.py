@@ -18,6 +18,7 @@ from graphcache.serving.kinds import written_kind
 from graphcache.serving.replica import Described
 from graphcache.serving.transport import pack, told, unpack
 
+_MOST_ROUTES = 1024
 _FRESH_S = 2.0
 """How long an ingress goes on with what a replica said of its model; a reload that it made itself it knows of."""
 
@@ -42,11 +43,12 @@ class RayBackend:
         timeout_s: Seconds after which a request is given up.
     """
 
-    def __init__(self, handles: Mapping[str, Any], *, retries: int = 3, timeout_s: float = 60.0) -> None:
+    def __init__(self, handles: Mapping[str, Any], *, retries: int = 5, timeout_s: float = 60.0) -> None:
         self._handles = dict(handles)
         self._retries = retries
         self._timeout = timeout_s
         self._known: dict[str, _Known] = {}
+        self._routes: dict[tuple[str, str], Any] = {}
         errors, served = (
             optional("ray.exceptions", "serving on Ray"),
             optional("ray.serve.exceptions", "serving on Ray"),
@@ -90,8 +92,7 @@ class RayBackend:
         try:
             await self.describe(name, version)
             kind = written_kind(self._known[name].batcher.request(inputs).kind)
-            handle = self._handles[name].options(multiplexed_model_id=kind)
-            return unpack(await self._asked(name, handle.infer, pack(inputs)))
+            return unpack(await self._asked(name, self._route(name, kind), pack(inputs)))
         finally:
             self.under_way -= 1
             self.seconds += time.monotonic() - start
@@ -114,6 +115,15 @@ class RayBackend:
         if name not in self._handles:
             raise UnknownModelError(f"no model {name!r} is served; there are {', '.join(self._handles) or 'none'}")
         return self._handles[name]
+
+    def _route(self, name: str, kind: str) -> Any:
+        """The method of whichever replica holds a kind; what Ray makes for it is made once."""
+        route = self._routes.get((name, kind))
+        if route is None:
+            if len(self._routes) >= _MOST_ROUTES:
+                self._routes.clear()
+            route = self._routes[name, kind] = self._handles[name].options(multiplexed_model_id=kind).infer
+        return route
 
     async def _asked_lately(self, name: str) -> _Known:
         known = self._known.get(name)
@@ -149,5 +159,7 @@ class RayBackend:
                 if attempt > self._retries:
                     raise UnavailableError(f"{attempt} replicas of {name} died over this request") from error
                 self.retried += 1
+                # Not at once: it takes the router a moment to hear of a death.
+                await asyncio.sleep(0.02 * 2**attempt)
             except self._raised as error:
                 raise told(error) from error
