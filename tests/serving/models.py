@@ -14,7 +14,9 @@ from graphcache.serving.protocol.dtypes import DTYPES
 from tests.helpers import frozen
 
 
-def spec(name: str, inputs: dict[str, tuple], outputs: dict[str, tuple], versions: tuple[str, ...] = ("1",)) -> ModelSpec:
+def spec(
+    name: str, inputs: dict[str, tuple], outputs: dict[str, tuple], versions: tuple[str, ...] = ("1",)
+) -> ModelSpec:
     """From ``{"x": ("float32", (-1, 4))}``."""
     made = [tuple(TensorSpec(each, *given) for each, given in side.items()) for side in (inputs, outputs)]
     return ModelSpec(name, versions, *made, "pytorch")

@@ -31,7 +31,8 @@ def received(messages, headers=None, first=0, **limits):
 
 def pieces(*bodies):
     return [
-        {"type": "http.request", "body": body, "more_body": index < len(bodies) - 1} for index, body in enumerate(bodies)
+        {"type": "http.request", "body": body, "more_body": index < len(bodies) - 1}
+        for index, body in enumerate(bodies)
     ]
 
 

@@ -14,7 +14,9 @@ def test_as_many_as_the_limits_say_are_inside():
         for count in range(5):
             assert gate.waiting == count
             inside.enter_context(gate.admitted())
-        with pytest.raises(UnavailableError, match=r"5 requests .* \(max_concurrency=2, max_queue=3\); ask again") as no:
+        with pytest.raises(
+            UnavailableError, match=r"5 requests .* \(max_concurrency=2, max_queue=3\); ask again"
+        ) as no:
             inside.enter_context(gate.admitted())
         assert no.value.retry_after == 1
         assert gate.waiting == 5

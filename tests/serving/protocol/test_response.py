@@ -35,7 +35,9 @@ def test_a_response_reads_as_a_request_would(outputs, data):
         sent = outputs[name]
         assert (tensor.shape, tensor.dtype) == (sent.shape, sent.dtype)
         assert torch.equal(bits(tensor), bits(sent)) or bool(sent.isnan().any())
-    assert (response.header_length is None) == (not any(wanted.values() if wanted is not None else [binary] * len(outputs)))
+    assert (response.header_length is None) == (
+        not any(wanted.values() if wanted is not None else [binary] * len(outputs))
+    )
 
 
 def test_the_body_shares_nothing_with_the_tensors():
