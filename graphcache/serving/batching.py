@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.buckets import Axis, Buckets
+from graphcache.cache.buckets import Buckets
 from graphcache.cache.padder import Fit, Padder
 from graphcache.cache.padding import cropped
 from graphcache.errors import (
@@ -94,7 +94,7 @@ class Batcher:
         ConfigError: Naming the field, if there is no such argument, or inputs have no rows, or rows of different names.
 
     Example:
-        >>> batcher = Batcher(row_buckets([1, 4, 8], ["x"]), ["x"])
+        >>> batcher = Batcher(Buckets({"x": {0: [1, 4, 8]}}), ["x"])
         >>> requests = [batcher.request({"x": torch.full((rows, 2), float(rows))}) for rows in (1, 2)]
         >>> [batch] = batcher.batches(requests)
         >>> batch.rows, batch.size, list(batch.inputs()["x"].shape)
@@ -311,20 +311,6 @@ def answer_all(
             answers[places[place]] = found
     counts.failed += sum(isinstance(each, Exception) for each in answers)
     return answers
-
-
-def row_buckets(sizes: Any, inputs: Sequence[str | int]) -> Buckets:
-    """Buckets of the rows alone.
-
-    Args:
-        sizes: As for :class:`~graphcache.Axis`.
-        inputs: Every input.
-
-    Raises:
-        ConfigError: Naming the field.
-    """
-    axis = Axis(sizes, name="rows")
-    return Buckets({name: {0: axis} for name in inputs})
 
 
 def _answered(batcher: Batcher, run: Run, batch: Batch, counts: Counts) -> list[Any]:

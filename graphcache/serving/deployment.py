@@ -24,8 +24,10 @@ def deployment(
     *,
     name: str = "",
     into: Any = None,
+    device: str | None = None,
     config: Mapping[str, Any] | None = None,
     buckets: Any = None,
+    rows: Any = None,
     prepare: Sequence[Mapping[str, Any]] = (),
     max_batch_size: int = MOST_ROWS,
     batch_wait_timeout_s: float = 0.002,
@@ -50,9 +52,11 @@ def deployment(
             Files are read where the replicas run. A mapping from names to such, or to ``Settings``, serves several.
         name: Under which it is served; the file's or the function's if empty.
         into: For a package of a model: what makes the model.
+        device: Where a module that a function makes goes; ``None`` leaves it there.
         config: Options of :class:`graphcache.GraphConfig`, but ``buckets``; ``capture`` is ``"prepared"`` if not given.
-        buckets: Sizes of the rows, such as ``[1, 8, 32]``, or sizes of other axes too, as the ``buckets`` option has
-            them. ``None``: powers of two.
+        buckets: Sizes of the rows, such as ``[1, 8, 32]``; or sizes by input and axis, as the ``buckets`` option has
+            them. Where they do not name axis 0, it has the sizes of ``rows``.
+        rows: Sizes of the rows, where ``buckets`` do not give them; ``None`` means powers of two.
         prepare: Requests whose sizes of the rows are captured at the start; needed for a module, which does not say
             what it takes.
         max_batch_size: Rows that are put together at most.
@@ -92,7 +96,9 @@ def deployment(
             source,
             name=name,
             into=into,
+            device=device,
             buckets=buckets,
+            rows=rows,
             prepare=tuple(prepare),
             config=dict(config or {}),
             max_batch_size=max_batch_size,
@@ -118,6 +124,8 @@ def deployment(
             graceful_shutdown_timeout_s=graceful_shutdown_timeout_s,
             graceful_shutdown_wait_loop_s=0.1,
             health_check_period_s=2,
+            # What a model is missing, it will be missing again.
+            max_constructor_retry_count=1,
         )
         handles[each.name] = replicas.bind(each)
     front = serve.deployment(

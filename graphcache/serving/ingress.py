@@ -9,6 +9,7 @@ from typing import Any
 from graphcache.errors import ConfigError
 from graphcache.observe.extras import optional
 from graphcache.serving.app import make_app
+from graphcache.serving.backend import ModelSpec
 from graphcache.serving.limits import Limits
 from graphcache.serving.ray_backend import RayBackend
 from graphcache.serving.transport import pack, unpack
@@ -54,9 +55,9 @@ class Ingress:
             raise ConfigError(f"{method!r} is no method for this; expected one of {', '.join(ADMIN)}")
         return await self.backend.broadcast(name, method, *args)
 
-    async def describe(self, name: str) -> Any:
-        """What a model takes and gives."""
-        return await self.backend.describe(name)
+    async def specs(self) -> list[ModelSpec]:
+        """What all models take and give."""
+        return [await self.backend.describe(name) for name in self.backend.names()]
 
     async def infer(self, name: str, packed: Any) -> Any:
         """Answer a request that comes over a handle, and not over HTTP."""
@@ -67,9 +68,9 @@ class Ingress:
         backend = self.backend
         return {"retried": backend.retried, "under_way": backend.under_way, "seconds": backend.seconds}
 
-    async def drained(self) -> bool:
-        """Whether nothing waits for an answer."""
-        return self.backend.under_way == 0
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse what comes from now on, and wait for what is under way; how many were given up."""
+        return await self.backend.drain(timeout_s)
 
 
 class Forward:

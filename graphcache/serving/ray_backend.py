@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class RayBackend:
         self._busy = served.BackPressureError
         self._away = served.DeploymentUnavailableError
         self._raised = errors.RayError
+        self._closing = False
+        self._idle = asyncio.Event()
         self.retried = 0
         """Requests that were asked again."""
         self.under_way = 0
@@ -87,6 +90,8 @@ class RayBackend:
 
     async def infer(self, name: str, version: str | None, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run a model once, on a replica that holds the kind of these inputs if there is one."""
+        if self._closing:
+            raise UnavailableError(f"{name} is being shut down; ask another server", 5.0)
         start = time.monotonic()
         self.under_way += 1
         try:
@@ -96,6 +101,20 @@ class RayBackend:
         finally:
             self.under_way -= 1
             self.seconds += time.monotonic() - start
+            if self._closing and not self.under_way:
+                self._idle.set()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse what comes from now on, and wait for what is under way.
+
+        Returns:
+            How many requests have no answer after all.
+        """
+        self._closing = True
+        if self.under_way:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self.under_way
 
     async def broadcast(self, name: str, method: str, *args: Any) -> list[Any]:
         """Call a method of every replica of a model.

@@ -23,9 +23,10 @@ from graphcache.modules.examples import Call
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.wrapping import wrapped
 from graphcache.serving.backend import ModelSpec
-from graphcache.serving.batching import Batcher, Counts, Request, Tensors, answer_all, row_buckets
+from graphcache.serving.batching import Batcher, Counts, Request, Tensors, answer_all
 from graphcache.serving.examples import given_example, input_names, specs_of, usual_examples
 from graphcache.serving.kinds import Kind
+from graphcache.serving.rows import with_rows
 from graphcache.serving.settings import Settings
 from graphcache.serving.sources import module_of
 from graphcache.serving.trying import refusal, valued
@@ -229,10 +230,13 @@ class Runner:
 
     def _buckets(self, settings: Settings, saved: GraphConfig | None, arguments: Any) -> Buckets:
         given = settings.buckets
-        if given is None:
-            given = "powers_of_two" if saved is None or saved.buckets is None else saved.buckets
+        if given is None and saved is not None:
+            given = saved.buckets
+        rows = "powers_of_two" if settings.rows is None else settings.rows
         if isinstance(given, (list, tuple, range, str)):
-            given = row_buckets(given, input_names(self.name, arguments))
+            given, rows = None, given
+        if not isinstance(given, Buckets):
+            given = with_rows(given or {}, rows, input_names(self.name, arguments))
         buckets = Buckets.of(given)
         if self._engine is not None:
             buckets = engine_buckets(buckets, self._engine)

@@ -25,8 +25,9 @@ class Settings:
         name: Under which it is served; that of the source if empty.
         into: For a package of a model: what makes the model.
         device: Where a module that a function made goes; ``None`` leaves it there.
-        buckets: Sizes of the rows, such as ``[1, 8, 32]``; or as the ``buckets`` option has them, with axis 0 of every
-            input. ``None`` means powers of two.
+        buckets: Sizes of the rows, such as ``[1, 8, 32]``; or sizes by input and axis, as the ``buckets`` option has
+            them. Where they do not name axis 0, it has the sizes of ``rows``.
+        rows: Sizes of the rows, where ``buckets`` do not give them; ``None`` means powers of two.
         prepare: Requests, one for each kind to capture before serving: from each input to a tensor, or to a shape (of
             a module's input, float32). How many rows they have does not matter: every size of the rows is captured.
         config: Options of :class:`~graphcache.GraphConfig`, but ``buckets``.
@@ -46,6 +47,7 @@ class Settings:
     into: Any = None
     device: str | None = None
     buckets: Any = None
+    rows: Any = None
     prepare: tuple[Mapping[str, Any], ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     max_batch_size: int = MOST_ROWS
