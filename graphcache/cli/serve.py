@@ -152,11 +152,12 @@ def serve(
     )
     check_configured(token)
     with (
-        _asked_to_stop() as stop,
+        _Stop() as stop,
         _quiet(),
         progress(f"Starting Ray for {target}") as show,
         ray_here(host=host, port=port, num_cpus=share * replicas + 1),
     ):
+        stop.listen()
         show(f"Preparing {target}")
         # Only now, since Ray reads its variables when it is imported.
         application = deployment(
@@ -237,20 +238,38 @@ def _tensors(specs: Sequence[Any]) -> str:
     return ",".join(f"{name}:{size}" for name, size in sizes.items())
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, from the start: Ray has handlers of its own."""
-    stop = threading.Event()
-    names = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {name: signal.signal(name, lambda *_: stop.set()) for name in names}
-    try:
-        yield stop
-    finally:
-        for name, handler in before.items():
+class _Stop:
+    """Hears SIGINT and SIGTERM: before the server is ready they end it, afterwards they ask it to end."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._ready = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        self.listen()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, handler in self._before.items():
             signal.signal(name, handler)
+
+    def listen(self) -> None:
+        """Again after Ray has started, whose own handler of SIGTERM ends the process with a trace."""
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(name, self._hear)
+                self._before.setdefault(name, before)
+
+    def wait(self) -> None:
+        """Until one of them comes."""
+        self._ready = True
+        self._asked.wait()
+
+    def _hear(self, *_: object) -> None:
+        if not self._ready:
+            raise KeyboardInterrupt
+        self._asked.set()
 
 
 @contextmanager

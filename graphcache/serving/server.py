@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -50,7 +51,9 @@ def ray_here(
     """
     _check_free(host, port)
     with ExitStack() as stack:
-        for name, value in _ENVIRONMENT.items():
+        # Replicas listen to one another on all addresses, whatever Ray is told, so they must know who asks.
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        for name, value in {**_ENVIRONMENT, **secret}.items():
             stack.callback(_restore, name, os.environ.get(name))
             os.environ[name] = value
         ray, serve = optional("ray", "serving on Ray"), optional("ray.serve", "serving on Ray")

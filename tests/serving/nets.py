@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graphcache import Axis
-
 WIDTH = 8
 LENGTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Eight buckets of the second axis of :class:`Sums`."""
@@ -72,7 +70,3 @@ def second() -> nn.Module:
 
 def broken() -> nn.Module:
     raise OSError("no such weights")
-
-
-def sums_buckets() -> dict[str, dict[int, Axis]]:
-    return {"x": {0: Axis([1, 4, 8], name="rows"), 1: Axis(LENGTHS, fill=0, name="length")}}

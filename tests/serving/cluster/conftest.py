@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,55 +14,54 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("ray")
+from graphcache import Axis
+
+# Not imported: Ray reads variables then, which are set where it is started.
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("the extra ray is not installed", allow_module_level=True)
+pytest.importorskip("tritonclient.http.aio")
 
 ROOT = Path(__file__).parents[3]
 DEADLINE_S = 60.0
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Any]:
-    """Serve with two models, and the port of its front."""
-    # Before Ray is imported, which reads it then.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-    from ray import serve
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
+
+def path() -> str:
+    """Where other processes find what is tested, and these tests."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[int]:
+    """Serve with two applications, and the port on which it listens."""
     from graphcache.serving.deployment import deployment
     from graphcache.serving.limits import Limits
+    from graphcache.serving.server import ray_here, run
     from graphcache.serving.settings import Settings
     from tests.serving import nets
 
-    # No longer name: the path of a socket has at most 107 characters.
-    folder = tempfile.mkdtemp(prefix="gc-ray-", dir="/tmp")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {"PYTHONPATH": path, "RAY_SERVE_LOG_TO_STDERR": "0", "GRAPHCACHE_NATIVE": "0"}
-    try:
-        ray.init(
-            num_cpus=8,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.2",
-            _temp_dir=folder,
-            object_store_memory=128 * 2**20,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": variables},
-        )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"}, logging_config=QUIET)
-        checked = Settings(
-            nets.first, name="checked", buckets=[1, 2, 4, 8], prepare=({"x": torch.zeros(1, nets.WIDTH)},)
-        )
-        # Room for half of the eight buckets in each replica: they all fit only where each has its own.
-        sums = Settings(
-            nets.Sums, name="sums", buckets=nets.sums_buckets(), prepare=({"x": torch.zeros(1, 4)},), max_kinds=4
-        )
-        half = Settings(nets.Half, name="half", buckets=[1, 4], prepare=({"x": torch.zeros(1, 3).bfloat16()},))
-        lookup = Settings(
-            nets.Lookup, name="lookup", buckets=[1, 4, 8], prepare=({"ids": torch.zeros(1, 1, dtype=torch.int64)},)
-        )
+    checked = Settings(nets.first, name="checked", rows=[1, 2, 4, 8], prepare=({"x": torch.zeros(1, nets.WIDTH)},))
+    # Room for half of the eight buckets in each replica: they all fit only where each has its own.
+    sums = Settings(
+        nets.Sums,
+        name="sums",
+        rows=[1, 4, 8],
+        buckets={"x": {1: Axis(nets.LENGTHS, fill=0)}},
+        prepare=({"x": torch.zeros(1, 4)},),
+        max_kinds=4,
+    )
+    half = Settings(nets.Half, name="half", rows=[1, 4], prepare=({"x": torch.zeros(1, 3).bfloat16()},))
+    lookup = Settings(
+        nets.Lookup, name="lookup", rows=[1, 4, 8], prepare=({"ids": torch.zeros(1, 1, dtype=torch.int64)},)
+    )
+    port = free_port()
+    with ray_here(port=port, num_cpus=8, env={"PYTHONPATH": path(), "GRAPHCACHE_NATIVE": "0"}):
         application = deployment(
             {each.name: each for each in (checked, sums)},
             num_replicas=2,
@@ -72,23 +70,16 @@ def cluster() -> Iterator[Any]:
             batch_wait_timeout_s=0.02,
             limits=Limits(max_request_bytes=2**16, body_seconds=1.0),
         )
-        serve.run(application, name="graphcache", route_prefix="/", logging_config=QUIET)
+        run(application)
         small = deployment({each.name: each for each in (half, lookup)}, num_gpus=0, batch_wait_timeout_s=0.05)
-        serve.run(small, name="small", route_prefix="/small", logging_config=QUIET)
+        run(small, name="small", route_prefix="/small")
         yield port
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
 @pytest.fixture
-def ask(cluster: int) -> Iterator[Callable[..., Any]]:
+def ask(cluster: int) -> Callable[..., Any]:
     """Makes many requests over HTTP, some at once, with Triton's own client."""
-    yield lambda requests, **options: asyncio.run(asked(cluster, requests, **options))
+    return lambda requests, **options: asyncio.run(asked(cluster, requests, **options))
 
 
 async def asked(

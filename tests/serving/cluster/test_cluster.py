@@ -1,4 +1,4 @@
-"""Two replicas on this machine: batches, routing, load and faults, each counted. Over HTTP, with Triton's own client."""
+"""Two replicas on this machine: batches, routing, load and faults, each counted. Over HTTP, by Triton's own client."""
 
 from __future__ import annotations
 
@@ -218,9 +218,10 @@ def test_bad_requests_fail_alone(ask, cluster):
     bad = [torch.zeros(1, nets.WIDTH + 1), torch.zeros(9, nets.WIDTH), torch.zeros(0, nets.WIDTH)]
     given = [x for index, each in enumerate(good) for x in ([each, bad[index % 3]] if index % 2 else [each])]
     found = ask(given)
-    is_bad = [any(x is other for other in bad) for x in given]
-    assert wrong([x for x, no in zip(given, is_bad) if not no], [f for f, no in zip(found, is_bad) if not no]) == {}
-    refused = [answer for (answer, _), no in zip(found, is_bad, strict=True) if no]
+    right = [(x, each) for x, each in zip(given, found, strict=True) if not any(x is other for other in bad)]
+    assert len(right) == 60
+    assert wrong([x for x, _ in right], [each for _, each in right]) == {}
+    refused = [answer for x, (answer, _) in zip(given, found, strict=True) if any(x is other for other in bad)]
     assert len(refused) == 30
     assert all(isinstance(each, Exception) and each.status() == "400" for each in refused), Counter(map(repr, refused))
     # They were refused before any of them reached a batch.
