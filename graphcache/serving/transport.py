@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +53,7 @@ def unpack(packed: Packed) -> dict[str, Tensor]:
     tensors = {}
     for name, (dtype, array) in packed.items():
         real = getattr(torch, dtype)
-        tensor = torch.from_numpy(np.array(array, copy=True, order="C"))
+        tensor = torch.from_numpy(array.copy(order="C"))
         tensors[name] = tensor if tensor.dtype is real else tensor.view(real)
     return tensors
 
