@@ -55,7 +55,10 @@ def run(seen):
 OUTPUTS = {"outputs": {0: {0: "rows", 1: "length"}, 1: {0: "rows"}, 2: {0: "rows"}}}
 
 kinds = st.tuples(
-    st.integers(1, 8), st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16, torch.int32]), st.integers(1, 2)
+    st.integers(1, 8),
+    st.integers(1, 9),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int32]),
+    st.integers(1, 2),
 )
 
 
@@ -136,7 +139,9 @@ def test_a_bad_request_fails_alone(drawn, draw):
 
 def test_masks_are_made_for_each_request_and_say_what_is_real():
     axes = {0: Axis([4], name="rows"), 1: Axis([6], name="length")}
-    maker = Batcher(Buckets({"ids": axes, "mask": Mask(["rows", "length"])}), inspect.signature(lambda ids, mask=None: 0))
+    maker = Batcher(
+        Buckets({"ids": axes, "mask": Mask(["rows", "length"])}), inspect.signature(lambda ids, mask=None: 0)
+    )
     own = torch.tensor([[True, False, True, True]])
     requests = [{"ids": torch.ones(2, 3)}, {"ids": torch.ones(1, 4), "mask": own}]
     [batch] = maker.batches([maker.request(each) for each in requests])

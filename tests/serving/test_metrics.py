@@ -76,7 +76,7 @@ def test_names_that_are_not_served_make_one_series_together(metrics):
 
 def test_what_runs_and_waits_is_read_when_it_is_asked_for():
     gate = Gate(Limits())
-    metrics = ServerMetrics(lambda: [], gate)
+    metrics = ServerMetrics(list, gate)
     with gate.admitted():
         assert scraped(metrics)[("graphcache_requests_waiting",)] == 1
     assert scraped(metrics)[("graphcache_requests_waiting",)] == 0

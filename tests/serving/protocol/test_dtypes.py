@@ -13,7 +13,10 @@ def test_every_datatype_of_the_protocol_but_text():
     assert sizes == {
         "BOOL": 1,
         **{f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)},
-        **{"FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8},
+        "FP16": 2,
+        "BF16": 2,
+        "FP32": 4,
+        "FP64": 8,
     }
 
 
