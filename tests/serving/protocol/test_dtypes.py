@@ -41,5 +41,5 @@ def test_anything_else_is_refused(datatype):
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, "complex64", "relu", "nothing", "", None])
 def test_dtypes_that_the_protocol_lacks(dtype):
-    with pytest.raises(ServingError, match="the protocol has no datatype for .*: cast it inside the model"):
+    with pytest.raises(ServingError, match=r"the protocol has no datatype for .*: cast it inside the model"):
         datatype_of(dtype)
