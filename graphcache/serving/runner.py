@@ -211,7 +211,8 @@ class Runner:
         return self._called(self.fast, inputs)
 
     def _called(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        answer = module(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        # Always in one order, that of kinds, since a signature has one.
+        answer = module(**{name: inputs[name].to(self.device) for name in sorted(inputs)})
         return {name: tensor.cpu() for name, tensor in self._outputs(answer)}
 
     def _outputs(self, answer: Any) -> Iterator[tuple[str, Tensor]]:

@@ -85,6 +85,19 @@ def test_what_it_says_of_itself(make):
     )
 
 
+def test_inputs_may_come_in_any_order(make):
+    class Minus(nn.Module):
+        def forward(self, b, a):
+            return a - b
+
+    runner = make(Minus, rows=[1, 2], prepare=({"b": (1, 3), "a": (1, 3)},))
+    a, b = torch.full((1, 3), 5.0), torch.full((1, 3), 2.0)
+    for request in ({"a": a, "b": b}, {"b": b, "a": a}):
+        assert runner.answer([request])[0]["output_0"].tolist() == [[3.0, 3.0, 3.0]]
+    assert (runner.info().hits, runner.info().eager) == (2, {})
+    assert [each.name for each in runner.spec.inputs] == ["b", "a"]
+
+
 def test_rows_that_depend_on_one_another_are_never_put_together(make, caplog):
     runner = make(nets.Running, rows=[1, 4], prepare=({"x": (1, 3)},))
     assert "output 'output_0' of a request depends on the requests beside it" in caplog.text
