@@ -22,6 +22,8 @@ FORBIDDEN = (
     "click",
     "rich",
     "ray",
+    "starlette",
+    "graphcache.serving",
     "onnx",
     "onnxruntime",
     "matplotlib",

@@ -39,6 +39,7 @@ OWNERS = {
     "click": "cli",
     "rich": "cli",
     "ray": "serving",
+    "starlette": "serving",
     "safetensors": "package",
     "filelock": "engines",
     "matplotlib": "observe",

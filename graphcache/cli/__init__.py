@@ -21,6 +21,7 @@ from graphcache.cli.completion import completion
 from graphcache.cli.demo import demo
 from graphcache.cli.doctor import doctor
 from graphcache.cli.env import env
+from graphcache.cli.export import export
 from graphcache.cli.inspect import inspect
 from graphcache.cli.output import one_line
 from graphcache.cli.prepare import prepare
@@ -56,5 +57,8 @@ def main(verbose: int) -> None:
         log.addHandler(logging.NullHandler())
 
 
-for command in (demo, build, inspect, run, bench, prepare, serve, report, doctor, env, cache, compile_, completion):
+for command in (
+    *(demo, build, inspect, run, bench, prepare, serve, report),
+    *(doctor, env, cache, export, compile_, completion),
+):
     main.add_command(command)

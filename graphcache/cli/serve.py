@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from graphcache.engines.library import require_gpu
 from graphcache.serving.auth import check_configured
 from graphcache.serving.deployment import deployment
 from graphcache.serving.server import Ready, drain, ray_here, run
-from graphcache.serving.settings import Settings
+from graphcache.serving.settings import Settings, from_folder
 
 
 class BucketType(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
@@ -53,7 +54,7 @@ class BucketType(click.ParamType):  # type: ignore[type-arg]  # not generic befo
 
 
 @click.command(cls=ShapesCommand, short_help="Serve a model over HTTP.")
-@click.argument("target", metavar="ENGINE|PACKAGE|MODULE:FACTORY")
+@click.argument("target", metavar="ENGINE|PACKAGE|FOLDER|MODULE:FACTORY")
 @click.option(
     "--module", metavar="MODULE:FACTORY", help="What makes the model that a package of a model is loaded into."
 )
@@ -123,6 +124,9 @@ def serve(
 ) -> None:
     """Serve an engine, a package or a module over HTTP, in the Open Inference Protocol (KServe, Triton's clients).
 
+    A folder holds several models: FOLDER/NAME/VERSION/model.engine or .gcache, with FOLDER/NAME/config.json for their
+    options, buckets and what to prepare. The newest version of each is served.
+
     Ray runs in here, for this machine alone. Graphs are captured before the first request; a line on stdout says when.
     SIGINT and SIGTERM end it once what is under way is answered. Needs the extra ray.
 
@@ -132,39 +136,46 @@ def serve(
       graphcache serve nets.py:mlp --prepare input:1x16
     """
     if not is_factory(target):
-        if not Path(target).is_file():
+        if not Path(target).exists():
             raise click.ClickException(
-                f"there is no file {target}; expected an engine, a package, or a factory as package.module:function or "
-                f"file.py:function"
+                f"there is no file {target}; expected an engine, a package, a folder of them, or a factory as "
+                f"package.module:function or file.py:function"
             )
         require_gpu(f"serving {target}")
-    cpus = os.cpu_count() or 1
-    share = max(1, cpus // replicas)
-    settings = Settings(
-        _absolute(target),
-        name=name,
-        into=None if module is None else _absolute(module),
-        device=device,
-        buckets=_axes(buckets),
-        rows=next((sizes for axes, sizes, _ in buckets if not axes), None),
-        prepare=tuple(_request(point) for point in points(prepare)),
-        max_batch_size=max_batch_size,
-    )
+    if not is_factory(target) and Path(target).is_dir():
+        if name or module or buckets or prepare:
+            raise click.UsageError("A folder has --name, --module, --bucket and --prepare in its config.json files.")
+        models = from_folder(target, {"max_batch_size": max_batch_size})
+    else:
+        settings = Settings(
+            _absolute(target),
+            name=name,
+            into=None if module is None else _absolute(module),
+            buckets=_axes(buckets),
+            rows=next((sizes for axes, sizes, _ in buckets if not axes), None),
+            prepare=tuple(_request(point) for point in points(prepare)),
+            max_batch_size=max_batch_size,
+            device=device,
+        )
+        models = {settings.name: settings}
+    processes = replicas * len(models)
+    cpus = max(1, (os.cpu_count() or 1) // processes)
     check_configured(token)
     with (
         _Stop() as stop,
         _quiet(),
         progress(f"Starting Ray for {target}") as show,
-        ray_here(host=host, port=port, num_cpus=share * replicas + 1),
+        ray_here(host=host, port=port, num_cpus=cpus * processes + 1),
     ):
         stop.listen()
         show(f"Preparing {target}")
         # Only now, since Ray reads its variables when it is imported.
         application = deployment(
-            {settings.name: settings},
+            models,
             batch_wait_timeout_s=batch_wait,
             num_replicas=replicas,
-            num_cpus=share,
+            num_cpus=cpus,
+            num_gpus=_gpus(processes),
             token=token,
         )
         ready = run(application)
@@ -175,6 +186,17 @@ def serve(
         left = drain(timeout_s=drain_s)
     if left:
         raise click.ClickException(f"{left} requests had no answer after {drain_s:g} s")
+
+
+def _gpus(processes: int) -> float:
+    """For each: one, or the share of one where there are fewer; Ray would wait for more of them without end.
+
+    Example:
+        >>> _gpus(3) in (0, 1 / 3, 1 / 2, 1)
+        True
+    """
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return 1 / math.ceil(processes / devices) if devices else 0
 
 
 def _absolute(target: str) -> str:

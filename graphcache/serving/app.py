@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from graphcache.errors import ConfigError, ExtraNotFoundError, UnknownModelError, shown
@@ -98,7 +99,11 @@ class _Server:
         return told({"live": True})
 
     async def ready(self, request: Any) -> Answer:
-        ready = all([await self._backend.is_ready(name) for name in self._backend.names()])
+        ready = True
+        for name in self._backend.names():
+            # One that went between the two questions is nothing to wait for.
+            with suppress(UnknownModelError):
+                ready = await self._backend.is_ready(name) and ready
         return told({"ready": ready}, 200 if ready else 400)
 
     async def metadata(self, request: Any) -> Answer:
@@ -107,14 +112,11 @@ class _Server:
     async def index(self, request: Any) -> Answer:
         found = []
         for name in self._backend.names():
-            try:
+            with suppress(UnknownModelError):
                 for version in (await self._backend.describe(name)).versions:
                     ready = await self._backend.is_ready(name, version)
                     state = "READY" if ready else "UNAVAILABLE"
                     found.append({"name": name, "version": version, "state": state, "reason": ""})
-            except UnknownModelError:
-                # It went between the two questions.
-                continue
         return told(found)
 
     async def model(self, request: Any) -> Answer:

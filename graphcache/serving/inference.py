@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -83,11 +84,19 @@ class _Request:
         with self._gate.admitted():
             self._receive = receive
             length = read_header_length(headers.get(_HEADER_LENGTH.lower()))
-            spec = await self._backend.describe(self._name, self._version)
+            spec = await self._described()
             request = read_request(await read_body(receive, headers, self._limits, length or 0), length)
             check_request(spec, request)
             outputs = await self._in_time(request)
             return await self._written(spec, outputs, request, headers.get("accept-encoding"))
+
+    async def _described(self) -> ModelSpec:
+        seconds = self._limits.request_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._backend.describe(self._name, self._version)
+        except TimeoutError as error:
+            raise UnavailableError(f"{self._name} did not tell within {seconds:g} s what it takes") from error
 
     async def _in_time(self, request: InferenceRequest) -> Mapping[str, Tensor]:
         seconds = self._limits.request_seconds
@@ -125,11 +134,13 @@ class _Request:
         gone = asyncio.ensure_future(self._receive()) if self._gate.full else None
         try:
             async with self._gate.turn():
-                if gone is not None and gone.done():
+                if gone is not None and _has_left(gone):
                     raise ClientGone
                 yield
         finally:
             if gone is not None:
+                # Or the loop would complain that nobody asked how it ended.
+                gone.add_done_callback(lambda task: task.cancelled() or task.exception())
                 gone.cancel()
 
     async def _written(
@@ -153,3 +164,10 @@ class _Request:
         spent = (("queue", self.queued), ("model", self.model_seconds), ("total", seconds))
         timing = ", ".join(f"{what};dur={1e3 * each:.3f}" for what, each in spent)
         return Answer(answer.status, answer.body, {**answer.headers, "Server-Timing": timing})
+
+
+def _has_left(coming: asyncio.Future[MutableMapping[str, Any]]) -> bool:
+    """Whether the next message is there, and is that of somebody who left."""
+    if not coming.done():
+        return False
+    return coming.exception() is not None or coming.result().get("type") == "http.disconnect"

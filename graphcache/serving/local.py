@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -113,7 +113,15 @@ class LocalBackend:
         model = self._model(name, version)
         if not model.ready:
             raise UnavailableError(f"{name} is being prepared; ask again later")
-        return await asyncio.wrap_future(model.submitted(lambda: model.run(inputs)))
+        submitted = model.submitted(lambda: model.run(inputs))
+        try:
+            return await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if submitted.cancelled() and not (task and task.cancelling()):
+                # By close(), and not by whoever waits here.
+                raise UnavailableError(f"{name} was shut down before the request had its turn") from None
+            raise
 
     def close(self) -> None:
         """Wait for what is running, refuse what comes; the modules stay as they are."""
@@ -146,7 +154,7 @@ class _Model:
         self.ready = False
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"graphcache-{name}")
 
-    def submitted(self, work: Callable[[], _T]) -> Any:
+    def submitted(self, work: Callable[[], _T]) -> Future[_T]:
         try:
             return self.thread.submit(work)
         except RuntimeError as error:

@@ -58,7 +58,7 @@ class Replica:
         start = time.monotonic()
         self._settings = settings
         self._runner = Runner(settings)
-        self._version = 1
+        self._version = settings.version
         self._seconds = time.monotonic() - start
         self._routed = _Routed()
         self._broken = ""

@@ -69,7 +69,7 @@ class Scan:
 
     Args:
         models: By name. One with a problem is not among them.
-        problems: What is wrong with others, by their names in the folder.
+        problems: What is wrong with others, by name.
     """
 
     models: Mapping[str, Model] = field(default_factory=dict)
@@ -139,9 +139,9 @@ class Repository:
                 if model is not None:
                     models[model.name] = model
             except ServingError as error:
-                problems[entry.name] = error
+                problems[_name(entry)] = error
             except OSError as error:
-                problems[entry.name] = ServingError(f"{entry} cannot be read: {_why(error)}")
+                problems[_name(entry)] = ServingError(f"{entry} cannot be read: {_why(error)}")
         return Scan(models, problems)
 
 
@@ -149,20 +149,19 @@ def changes(before: Scan, after: Scan) -> Changes:
     """What to load and what to give up between two scans.
 
     A version whose file or whose model's ``config.json`` changed is in both. A model that has a problem now is not
-    removed: what was loaded of it goes on until the folder is right again.
+    removed: what was loaded of it goes on until the folder is right again, and ``before`` is then what was loaded.
 
     Example:
         >>> changes(Scan(), Scan())
         Changes(added=(), removed=())
     """
     old, new = dict(_versions(before)), dict(_versions(after))
-    kept = {name for name in after.problems} | {Path(name).stem for name in after.problems}
     return Changes(
         tuple(each for each, state in new.items() if old.get(each) != state),
         tuple(
             each
             for each, state in old.items()
-            if new.get(each) != state and (each in new or each[0] not in kept or each[0] in after.models)
+            if new.get(each) != state and (each[0] in after.models or each[0] not in after.problems)
         ),
     )
 
@@ -175,7 +174,7 @@ def _versions(scan: Scan) -> Iterator[tuple[tuple[str, int], object]]:
 
 def _model(entry: Path, root: Path) -> Model | None:
     if entry.is_dir():
-        name = _checked(entry.name, entry)
+        name = _checked(entry)
         _inside(entry, root)
         config, versions = ModelConfig(), []
         for each in _visible(entry):
@@ -188,7 +187,7 @@ def _model(entry: Path, root: Path) -> Model | None:
         return Model(name, tuple(sorted(versions, key=lambda version: version.number)), config)
     if entry.suffix not in SUFFIXES:
         return None
-    return Model(_checked(entry.stem, entry), (_file(1, entry, root),), ModelConfig())
+    return Model(_checked(entry), (_file(1, entry, root),), ModelConfig())
 
 
 def _version(number: int, folder: Path, root: Path) -> ModelVersion:
@@ -223,7 +222,13 @@ def _inside(path: Path, root: Path) -> Path:
     return real
 
 
-def _checked(name: str, entry: Path) -> str:
+def _name(entry: Path) -> str:
+    """Of the model that an entry of the folder is."""
+    return entry.stem if entry.suffix in SUFFIXES and not entry.is_dir() else entry.name
+
+
+def _checked(entry: Path) -> str:
+    name = _name(entry)
     if not NAME.fullmatch(name):
         raise ServingError(
             f"{shown(str(entry))}: {shown(name)} is no name of a model; expected up to 128 letters, digits, '.', '_' "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from graphcache.config import GraphConfig
-from graphcache.errors import ConfigError, shown
+from graphcache.errors import ConfigError, ServingError, shown
+from graphcache.serving.repository import Repository
 from graphcache.serving.sources import named
 
 MOST_ROWS = 32
@@ -33,6 +35,7 @@ class Settings:
         config: Options of :class:`~graphcache.GraphConfig`, but ``buckets``.
         max_batch_size: Rows that are put together at most.
         max_kinds: Kinds of requests whose graphs one process keeps.
+        version: Under which it is served at first; each reload has the next one.
 
     Raises:
         ConfigError: Naming the option.
@@ -52,9 +55,10 @@ class Settings:
     config: Mapping[str, Any] = field(default_factory=dict)
     max_batch_size: int = MOST_ROWS
     max_kinds: int = MOST_KINDS
+    version: int = 1
 
     def __post_init__(self) -> None:
-        for option in ("max_batch_size", "max_kinds"):
+        for option in ("max_batch_size", "max_kinds", "version"):
             value = getattr(self, option)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{option}={shown(value)}: expected a whole number, 1 or more")
@@ -70,3 +74,39 @@ class Settings:
         GraphConfig.of(self.config)
         object.__setattr__(self, "prepare", tuple(self.prepare))
         object.__setattr__(self, "name", self.name or named(self.source))
+
+
+def from_folder(folder: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Settings]:
+    """The newest version of every model in a folder, by name.
+
+    Args:
+        folder: As :class:`~graphcache.serving.repository.Repository` has it.
+        options: Of all of them, such as ``{"max_batch_size": 8}``.
+
+    Raises:
+        ServingError: If it holds no models, or one that is wrong.
+        ConfigError: For options that mean nothing.
+
+    Example:
+        >>> from_folder("/nowhere", {})
+        Traceback (most recent call last):
+        graphcache.errors.ServingError: /nowhere cannot be read: No such file or directory; expected a folder of models
+    """
+    scan = Repository(folder).scan()
+    for problem in scan.problems.values():
+        raise problem
+    if not scan.models:
+        raise ServingError(f"{folder} holds no models; expected NAME/1/model.engine or NAME.gcache in it")
+    found = {}
+    for name, model in scan.models.items():
+        config = dict(model.config.options)
+        found[name] = Settings(
+            str(model.newest.path),
+            name=name,
+            buckets=config.pop("buckets", None),
+            prepare=model.config.prepare,
+            config=config,
+            version=model.newest.number,
+            **options,
+        )
+    return found

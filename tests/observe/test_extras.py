@@ -46,4 +46,4 @@ def test_each_extra_is_one_of_the_project():
 
 def test_the_tests_are_installed_with_what_they_need():
     [combined] = [each for each in OPTIONAL["test"] if each.startswith("graphcache[")]
-    assert combined == "graphcache[metrics,nvtx,plots,tensors]"
+    assert combined == "graphcache[metrics,nvtx,plots,ray,tensors]"

@@ -59,7 +59,7 @@ def test_too_large_by_its_own_account_is_not_even_received():
 
 @pytest.mark.parametrize("length", ["-1", "1.5", "", "ten", "²"])
 def test_lengths_that_are_none(length):
-    with pytest.raises(RequestError, match="Content-Length: .*; expected a whole number"):
+    with pytest.raises(RequestError, match=r"Content-Length: .*; expected a whole number"):
         received([], {"content-length": length})
 
 

@@ -189,6 +189,31 @@ def test_after_the_end():
         found.prepare()
 
 
+def test_what_waits_at_the_end_is_refused_and_what_runs_is_answered():
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(module, x):
+        begun.set()
+        assert go.wait(20)
+        return x
+
+    async def run(found):
+        first = asyncio.ensure_future(found.infer("one", None, {"x": X}))
+        assert await asyncio.to_thread(begun.wait, 20)
+        second = asyncio.ensure_future(found.infer("one", None, {"x": X}))
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(asyncio.to_thread(found.close))
+        with pytest.raises(UnavailableError, match="one was shut down before the request had its turn"):
+            await second
+        go.set()
+        await closing
+        return await first
+
+    found = backend(Fn(slow))
+    found.prepare()
+    assert asyncio.run(run(found))["y"].tolist() == [-1, 2]
+
+
 def test_an_engine_describes_itself(monkeypatch):
     with engines(monkeypatch, streams=False):
         engine = graphcache.EngineModule(fake_tensorrt.serialize("affine"), name="affine")

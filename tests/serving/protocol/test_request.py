@@ -144,7 +144,7 @@ def test_the_header_length():
     assert read_header_length(None) is None
     assert read_header_length("0") == 0
     for text in ("", "-1", "1.0", " 1", "0x1", "²", "9" * 30, "one"):
-        with pytest.raises(RequestError, match="Inference-Header-Content-Length: .*; expected a whole number"):
+        with pytest.raises(RequestError, match=r"Inference-Header-Content-Length: .*; expected a whole number"):
             read_header_length(text)
     with pytest.raises(RequestError, match="Inference-Header-Content-Length is 99, but the body has 2 bytes"):
         read_request(b"{}", 99)
@@ -190,7 +190,7 @@ def test_whatever_is_read_is_a_request_or_a_typed_error(tree, binary, length):
     try:
         found = read_request(body, length)
     except RequestError as error:
-        assert 400 <= error.status < 500
+        assert error.status == 400  # noqa: PT017 - either outcome is right
     else:
         assert all(isinstance(each, torch.Tensor) for each in found.inputs.values())
 

@@ -57,5 +57,5 @@ def test_the_identity_is_repeated_and_what_is_no_number_is_named_as_python_does(
 def test_an_output_that_is_not_there_or_that_nobody_could_read():
     with pytest.raises(ServingError, match="m gave no output 'z'; it gave y"):
         write_response("m", "1", {"y": torch.zeros(1)}, asked({"z": True}))
-    with pytest.raises(ServingError, match="the protocol has no datatype for torch.complex64"):
+    with pytest.raises(ServingError, match=r"the protocol has no datatype for torch\.complex64"):
         write_response("m", "1", {"y": torch.zeros(1, dtype=torch.complex64)}, asked())

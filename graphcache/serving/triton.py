@@ -1,0 +1,190 @@
+"""A folder for the Python backend of a Triton server that is there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graphcache.errors import ServingError, shown
+from graphcache.modules.cached import CachedModule
+from graphcache.modules.loading import load
+from graphcache.package.container import Container
+from graphcache.package.header import HeaderError, read_header
+from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.local import spec_of
+from graphcache.serving.protocol.dtypes import datatype_of
+from graphcache.serving.repository import NAME
+from graphcache.serving.triton_backend import PARAMETER
+from graphcache.version import __version__
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_MODEL = '''"""Written by graphcache {version}: Triton's Python backend looks for the class here."""
+
+from graphcache.serving.triton_backend import TritonPythonModel as TritonPythonModel
+'''
+
+
+def describe_file(path: Path, name: str) -> ModelSpec:
+    """What a model in a file takes and gives.
+
+    A package of one engine says so itself; an engine has to be loaded, which needs its GPU.
+
+    Args:
+        path: Of an engine or a package.
+        name: Under which it is to be served.
+
+    Raises:
+        ServingError: If it is a package of a larger model, which needs code that Triton does not have.
+        GraphCacheError: If it cannot be read or loaded.
+    """
+    if path.suffix != ".gcache":
+        engine = load(path)
+        return spec_of(name, engine.module if isinstance(engine, CachedModule) else engine)
+    with Container(path) as container:
+        try:
+            header = read_header(container.header())
+        except HeaderError as error:
+            raise ServingError(f"{path}: {error}; save the package again") from error
+    if header.kind != "engine":
+        raise ServingError(
+            f"{path} holds a model of {len(header.engines)} engines and weights, which is loaded into code of yours; "
+            f"expected a package of one engine"
+        )
+    [engine_] = header.engines
+    bindings = {each["name"]: each for each in engine_.bindings}
+    sides = [
+        tuple(TensorSpec(each, bindings[each]["dtype"], tuple(bindings[each]["shape"])) for each in names)
+        for names in (engine_.inputs, engine_.outputs)
+    ]
+    return ModelSpec(name, ("1",), sides[0], sides[1], "tensorrt")
+
+
+def config_pbtxt(spec: ModelSpec, file: str, prepare: Sequence[Shapes] = ()) -> str:
+    """The configuration that Triton wants of a model.
+
+    Batches are the first axis of the shapes, and not Triton's: ``max_batch_size`` is 0, so its dynamic batching stays
+    off.
+
+    Args:
+        spec: Of the model.
+        file: The engine's or package's name in the folder of the version.
+        prepare: Shapes of inputs to capture before Triton calls the model ready.
+
+    Raises:
+        ServingError: For a dtype that Triton does not have.
+
+    Example:
+        >>> spec = ModelSpec("m", ("1",), (TensorSpec("x", "float32", (-1, 4)),), (), "tensorrt")
+        >>> print(config_pbtxt(spec, "model.engine").splitlines()[4])
+          { name: "x" data_type: TYPE_FP32 dims: [ -1, 4 ] }
+    """
+    own = json.dumps({"file": file, "prepare": [{name: list(each[name]) for name in each} for each in prepare]})
+    parts = [f"name: {_quoted(spec.name)}", 'backend: "python"', "max_batch_size: 0"]
+    for what, tensors in (("input", spec.inputs), ("output", spec.outputs)):
+        parts += [f"{what} [", ",\n".join(map(_tensor, tensors)), "]"] if tensors else []
+    parts += [
+        "instance_group [ { kind: KIND_GPU count: 1 } ]",
+        f"parameters {{ key: {_quoted(PARAMETER)} value: {{ string_value: {_quoted(own)} }} }}",
+        "# Inputs stay on the GPU where they lie there.",
+        'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value: { string_value: "no" } }',
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def export(path: Path, folder: Path, *, prepare: Sequence[Shapes] = ()) -> ModelSpec:
+    """Write a folder for Triton's model repository, in one step.
+
+    Args:
+        path: Of an engine or a package of one.
+        folder: To make, in a folder that exists; its name becomes the model's.
+        prepare: Shapes of inputs to capture before the model is ready.
+
+    Returns:
+        What the model takes and gives.
+
+    Raises:
+        ServingError: If the folder is there already or cannot be written, its name is none for a model, or the shapes
+            are not those of the inputs.
+        GraphCacheError: If the model cannot be read, or the engine cannot be loaded here.
+    """
+    name = folder.resolve().name
+    if not NAME.fullmatch(name):
+        raise ServingError(
+            f"{folder}: {shown(name)} is no name of a model; expected letters, digits, '.', '_' and '-', the first of "
+            f"them a letter or a digit"
+        )
+    if os.path.lexists(folder):
+        raise ServingError(f"{folder} is there already; choose another folder, or remove it")
+    spec = describe_file(path, name)
+    for shapes in prepare:
+        _check(shapes, spec)
+    file = f"model{path.suffix if path.suffix == '.gcache' else '.engine'}"
+    contents = {"config.pbtxt": config_pbtxt(spec, file, prepare), "1/model.py": _MODEL.format(version=__version__)}
+    try:
+        _write(folder, contents, path, f"1/{file}")
+    except OSError as error:
+        raise ServingError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
+    return spec
+
+
+def _write(folder: Path, contents: Mapping[str, str], source: Path, target: str) -> None:
+    # Triton may be watching the folder above: its names are taken whole.
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".graphcache-"))
+    try:
+        (made / "1").mkdir()
+        for name, text in contents.items():
+            (made / name).write_text(text, encoding="utf-8")
+        shutil.copyfile(source, made / target)
+        made.chmod(0o755)
+        os.rename(made, folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _check(shapes: Shapes, spec: ModelSpec) -> None:
+    inputs = {each.name: each.shape for each in spec.inputs}
+    if unknown := [name for name in shapes if name not in inputs]:
+        raise ServingError(f"shapes name {unknown[0]!r}, which is no input; the inputs are {', '.join(inputs)}")
+    for name, expected in inputs.items():
+        if name not in shapes and -1 in expected:
+            raise ServingError(f"shapes leave out the input {name!r}, whose sizes are open; give it too")
+        given = shapes.get(name, expected)
+        fits = len(given) == len(expected)
+        if not fits or any(wanted not in (-1, size) for size, wanted in zip(given, expected, strict=True)):
+            raise ServingError(
+                f"the shape {list(given)} of {name!r} does not fit {list(expected)}, where -1 is any size"
+            )
+
+
+def _tensor(spec: TensorSpec) -> str:
+    head = f"  {{ name: {_quoted(spec.name)} data_type: TYPE_{datatype_of(spec.dtype)}"
+    # Triton has no tensors without dimensions but by reshaping.
+    if not spec.shape:
+        return f"{head} dims: [ 1 ] reshape: {{ shape: [ ] }} }}"
+    return f"{head} dims: [ {', '.join(map(str, spec.shape))} ] }}"
+
+
+def _quoted(text: str) -> str:
+    """A string in the text form of protocol buffers."""
+    plain = (chr(each) if 32 <= each < 127 and each not in b'"\\' else f"\\{each:03o}" for each in text.encode())
+    return f'"{"".join(plain)}"'
+
+
+def facts(spec: ModelSpec) -> dict[str, Any]:
+    """Names, datatypes and shapes, for whoever prints them.
+
+    Example:
+        >>> facts(ModelSpec("m", ("1",), (TensorSpec("x", "int8", (2,)),), (), "tensorrt"))["inputs"]
+        [{'name': 'x', 'dtype': 'int8', 'shape': [2]}]
+    """
+    return {
+        side: [{"name": each.name, "dtype": each.dtype, "shape": list(each.shape)} for each in tensors]
+        for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs))
+    }
