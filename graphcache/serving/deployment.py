@@ -9,6 +9,7 @@ import torch
 
 from graphcache.errors import ConfigError, ServingError, shown
 from graphcache.observe.extras import optional
+from graphcache.serving.auth import check_configured
 from graphcache.serving.ingress import Forward, Ingress, Settled
 from graphcache.serving.limits import Limits
 from graphcache.serving.replica import replica_class
@@ -84,6 +85,7 @@ def deployment(
         serve.run(deployment("policy.engine", buckets=[1, 8, 32], num_replicas=4), route_prefix="/")
     """
     serve = optional("ray.serve", "serving on Ray")
+    check_configured(token)
     if type(num_replicas) is not int or num_replicas < 1:
         raise ConfigError(f"num_replicas={shown(num_replicas)}: expected a whole number, 1 or more")
     if not isinstance(batch_wait_timeout_s, (int, float)) or not 0 <= batch_wait_timeout_s < 60:

@@ -65,9 +65,7 @@ class Replica:
         self._lane = ThreadPoolExecutor(1, "graphcache-batches")
         self._beside = ThreadPoolExecutor(1, "graphcache-reload")
         self._reloading = threading.Lock()
-        if (limit := getattr(type(self).answer_all, "set_max_batch_size", None)) is not None:
-            # What goes together is known here, where the model is.
-            limit(self._runner.batcher.largest)
+        self._gather_up_to(self._runner.batcher.largest)
 
     async def infer(self, packed: Packed) -> Packed:
         """Answer one request, together with others that are here.
@@ -170,6 +168,11 @@ class Replica:
         if self._broken:
             raise UnavailableError(self._broken)
 
+    def _gather_up_to(self, rows: int) -> None:
+        """Tell ``serve.batch`` what goes together, which is known where the model is."""
+        if (limit := getattr(type(self).answer_all, "set_max_batch_size", None)) is not None:
+            limit(rows)
+
     def _answer(self, requests: list[dict[str, Tensor]]) -> list[Any]:
         # Which version answers is decided here, once for all of a batch.
         answers = self._runner.answer(requests)
@@ -186,6 +189,8 @@ class Replica:
             old, new = self._runner, Runner(settings)
             for kind in list(old.held):
                 new.hold(kind)
+            # No less than before, since requests of the old size may be waiting.
+            self._gather_up_to(max(old.batcher.largest, new.batcher.largest))
             self._settings, self._runner = settings, new
             self._version += 1
             # Behind the batches that may have taken the old one.
