@@ -37,7 +37,7 @@ def path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[int]:
     """Serve with two applications, and the port on which it listens."""
     from graphcache.serving.deployment import deployment

@@ -145,7 +145,7 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["nothing.engine"], 1, "there is no file nothing.engine; expected an engine, a package, or a factory"),
+        (["nothing.engine"], 1, "there is no file nothing.engine; expected an engine, a package, a folder of"),
         (["n.py:f", "--bucket", "x:1"], 2, "'x:1' are no sizes; expected such as 1,8,32"),
         (["n.py:f", "--bucket", "1", "--bucket", "2"], 2, "gives the sizes of the rows twice"),
         (["n.py:f", "--bucket", "x:1=4", "--bucket", "x:1=8"], 2, "names axis 1 of 'x' twice"),
