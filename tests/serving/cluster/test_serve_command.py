@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from graphcache.cli import main
 from tests.cli import nets
 from tests.serving.cluster.conftest import free_port, path
 
+grpc = pytest.importorskip("grpc")
 HERE = {"PYTHONPATH": path(), "GRAPHCACHE_NATIVE": "0"}
 
 
@@ -65,6 +66,25 @@ def session_of(pid: int) -> list[int]:
     return found
 
 
+def open_ports(pids: list[int]) -> set[int]:
+    """Ports on which some processes listen on other addresses than the loopback."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    # In the order of the host's bytes: 127.0.0.1, and the same as IPv6 has it, and ::1.
+    loopback = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == "0A" and fields[9] in inodes and address not in loopback:
+                found.add(int(port, 16))
+    return found
+
+
 def asked(port: int, x: torch.Tensor, token: str = "") -> tuple[int, Any]:
     connection = HTTPConnection("127.0.0.1", port, timeout=60)
     body = {"inputs": [{"name": "input", "shape": list(x.shape), "datatype": "FP32", "data": x.flatten().tolist()}]}
@@ -89,6 +109,11 @@ def test_it_serves_until_it_is_told_to_stop_and_loses_nothing_then(tmp_path, cap
             line or process.communicate()[1]
         )
         assert asked(port, torch.zeros(1, 16))[0] == 401
+        # Replicas alone listen to more than the loopback, and to nobody without this server's secret.
+        for other in open_ports(session_of(process.pid)):
+            with grpc.insecure_channel(f"127.0.0.1:{other}") as channel, pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=60)
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         outcomes: Counter[str] = Counter()
         enough, lock = threading.Event(), threading.Lock()
 
