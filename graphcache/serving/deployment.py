@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphcache.errors import ConfigError, ServingError, shown
+from graphcache.errors import ConfigError, GraphCacheError, ServingError, shown
 from graphcache.observe.extras import optional
 from graphcache.serving.auth import check_configured
 from graphcache.serving.ingress import Forward, Ingress, Settled
@@ -164,13 +164,7 @@ def reload(name: str, source: Any = None, *, application: str = APPLICATION, tim
         GraphCacheError: What was wrong with the new one; the replica that says so goes on with the old one.
         ServingError: If there is no such application.
     """
-    serve = optional("ray.serve", "serving on Ray")
-    try:
-        found: list[int] = (
-            serve.get_app_handle(application).admin.remote(name, "reload", source).result(timeout_s=timeout_s)
-        )
-    except Exception as error:
-        raise told(error) from error
+    found: list[int] = _asked(application, timeout_s, name, "reload", source)
     return found
 
 
@@ -180,9 +174,27 @@ def stats(name: str, *, application: str = APPLICATION, timeout_s: float = 60.0)
     Raises:
         ServingError: If there is no such application or model.
     """
-    serve = optional("ray.serve", "serving on Ray")
-    handle = serve.get_app_handle(application)
-    found: list[dict[str, Any]] = handle.admin.remote(name, "stats").result(timeout_s=timeout_s)
-    if not found:
-        raise ServingError(f"{name} has no replica that answers")
+    found: list[dict[str, Any]] = _asked(application, timeout_s, name, "stats")
     return found
+
+
+def front(application: str) -> Any:
+    """The handle of a running application's front.
+
+    Raises:
+        ServingError: If there is no such application.
+    """
+    try:
+        return optional("ray.serve", "serving on Ray").get_app_handle(application)
+    except GraphCacheError:
+        raise
+    except Exception as error:
+        raise ServingError(f"Ray Serve runs no application {application!r} here ({error}); deploy it first") from error
+
+
+def _asked(application: str, timeout_s: float, *args: Any) -> Any:
+    handle = front(application)
+    try:
+        return handle.admin.remote(*args).result(timeout_s=timeout_s)
+    except Exception as error:
+        raise told(error) from error

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -50,10 +50,8 @@ class RayBackend:
         self._timeout = timeout_s
         self._known: dict[str, _Known] = {}
         self._routes: dict[tuple[str, str], Any] = {}
-        errors, served = (
-            optional("ray.exceptions", "serving on Ray"),
-            optional("ray.serve.exceptions", "serving on Ray"),
-        )
+        errors = optional("ray.exceptions", "serving on Ray")
+        served = optional("ray.serve.exceptions", "serving on Ray")
         self._died = (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError, errors.NodeDiedError)
         self._busy = served.BackPressureError
         self._away = served.DeploymentUnavailableError
@@ -81,12 +79,7 @@ class RayBackend:
 
     async def describe(self, name: str, version: str | None = None) -> ModelSpec:
         """What a model takes and gives, asked of one of its replicas."""
-        known = await self._asked_lately(name)
-        if version is not None and version not in known.spec.versions:
-            known = await self._asked_now(name)
-            if version not in known.spec.versions:
-                raise UnknownModelError(f"{name} has no version {version!r}; it has {', '.join(known.spec.versions)}")
-        return known.spec
+        return (await self._known_of(name, version)).spec
 
     async def infer(self, name: str, version: str | None, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run a model once, on a replica that holds the kind of these inputs if there is one."""
@@ -95,8 +88,8 @@ class RayBackend:
         start = time.monotonic()
         self.under_way += 1
         try:
-            await self.describe(name, version)
-            kind = written_kind(self._known[name].batcher.request(inputs).kind)
+            known = await self._known_of(name, version)
+            kind = written_kind(known.batcher.request(inputs).kind)
             return unpack(await self._asked(name, self._route(name, kind), pack(inputs)))
         finally:
             self.under_way -= 1
@@ -144,10 +137,16 @@ class RayBackend:
             route = self._routes[name, kind] = self._handles[name].options(multiplexed_model_id=kind).infer
         return route
 
-    async def _asked_lately(self, name: str) -> _Known:
+    async def _known_of(self, name: str, version: str | None) -> _Known:
         known = self._known.get(name)
-        if known is None or time.monotonic() - known.since > _FRESH_S:
+        if known is not None and time.monotonic() - known.since > _FRESH_S:
+            # Whoever comes meanwhile goes on with what was known.
+            self._known[name] = replace(known, since=time.monotonic())
+            known = None
+        if known is None or (version is not None and version not in known.spec.versions):
             known = await self._asked_now(name)
+        if version is not None and version not in known.spec.versions:
+            raise UnknownModelError(f"{name} has no version {version!r}; it has {', '.join(known.spec.versions)}")
         return known
 
     async def _asked_now(self, name: str) -> _Known:

@@ -19,7 +19,7 @@ from graphcache.errors import ConfigError, CudaError, UnavailableError, shown
 from graphcache.events import log
 from graphcache.observe.extras import optional
 from graphcache.serving.backend import ModelSpec
-from graphcache.serving.kinds import read_kind
+from graphcache.serving.kinds import Kind, read_kind
 from graphcache.serving.runner import Runner
 from graphcache.serving.settings import Settings
 from graphcache.serving.transport import Packed, pack, unpack
@@ -31,7 +31,6 @@ class Described:
 
     spec: ModelSpec
     buckets: Buckets
-    seconds: float
 
 
 @dataclass
@@ -61,6 +60,7 @@ class Replica:
         self._version = settings.version
         self._seconds = time.monotonic() - start
         self._routed = _Routed()
+        self._configured: dict[str, Any] | None = None
         self._broken = ""
         self._lane = ThreadPoolExecutor(1, "graphcache-batches")
         self._beside = ThreadPoolExecutor(1, "graphcache-reload")
@@ -90,8 +90,7 @@ class Replica:
     async def hold(self, kind: str) -> Any:
         """Capture all sizes of a kind of requests; what ``serve.multiplexed`` calls for one that is not held."""
         wanted = read_kind(kind)
-        runner = self._runner
-        await asyncio.get_running_loop().run_in_executor(self._lane, runner.hold, wanted)
+        await asyncio.get_running_loop().run_in_executor(self._lane, self._hold, wanted)
         self._routed.kinds.add(kind)
         return _Held(kind, self._routed.kinds)
 
@@ -102,7 +101,7 @@ class Replica:
     async def describe(self) -> Described:
         """What the model takes and gives, and how its requests are put together."""
         spec = replace(self._runner.spec, versions=(str(self._version),))
-        return Described(spec, self._runner.batcher.buckets, self._seconds)
+        return Described(spec, self._runner.batcher.buckets)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica since its model was loaded."""
@@ -112,6 +111,7 @@ class Replica:
             "replica": _replica_id(),
             "pid": os.getpid(),
             "version": self._version,
+            "prepare_seconds": self._seconds,
             "requests": counts.requests,
             "failed": counts.failed,
             "apart": counts.apart,
@@ -153,9 +153,11 @@ class Replica:
         if not isinstance(user_config, Mapping) or not set(user_config) <= {"source", "version"}:
             raise ConfigError(f"user_config={shown(user_config)}: expected 'source', and maybe 'version'")
         wanted = dict(user_config)
-        if wanted != getattr(self, "_configured", {}) and (
-            hasattr(self, "_configured") or wanted.get("source", self._settings.source) != self._settings.source
-        ):
+        # The first one comes with the replica, which has just been made.
+        same = wanted == self._configured or (
+            self._configured is None and wanted.get("source", self._settings.source) == self._settings.source
+        )
+        if not same:
             await self.reload(wanted.get("source"))
         self._configured = wanted
 
@@ -177,9 +179,20 @@ class Replica:
         # Which version answers is decided here, once for all of a batch.
         answers = self._runner.answer(requests)
         for answer in answers:
-            if isinstance(answer, Exception) and loses_device(answer):
-                self._broken = f"the device is lost: {' '.join(str(answer).split())[:500]}"
+            if isinstance(answer, Exception):
+                self._note(answer)
         return answers
+
+    def _hold(self, kind: Kind) -> None:
+        try:
+            self._runner.hold(kind)
+        except Exception as error:
+            self._note(error)
+            raise
+
+    def _note(self, error: Exception) -> None:
+        if loses_device(error):
+            self._broken = f"the device is lost: {' '.join(str(error).split())[:500]}"
 
     def _reload(self, source: Any) -> int:
         if not self._reloading.acquire(blocking=False):
@@ -187,8 +200,12 @@ class Replica:
         try:
             settings = self._settings if source is None else replace(self._settings, source=source)
             old, new = self._runner, Runner(settings)
-            for kind in list(old.held):
-                new.hold(kind)
+            try:
+                for kind in list(old.held):
+                    new.hold(kind)
+            except BaseException:
+                new.close()
+                raise
             # No less than before, since requests of the old size may be waiting.
             self._gather_up_to(max(old.batcher.largest, new.batcher.largest))
             self._settings, self._runner = settings, new
@@ -264,7 +281,6 @@ def loses_device(error: Exception) -> bool:
     """
     if isinstance(error, CudaError):
         return True
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not isinstance(error, _NO_ROOM)
-
-
-_NO_ROOM = torch.cuda.OutOfMemoryError
+    return (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+    )

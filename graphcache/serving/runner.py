@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,11 @@ class Runner:
         """Kinds that were tried -> why their requests are run one by one; empty for those that are put together."""
         self._lock = threading.Lock()
         self._closed = False
+        self._stream = None
+        if self.device.type == "cuda":
+            # Of its own: what runs on the legacy stream waits for all others, and they for it.
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         buckets = self.batcher.buckets
         examples = [given_example(each, self._engine, buckets) for each in settings.prepare]
         examples = examples or usual_examples(self.name, self._engine, self.batcher, settings.max_kinds)
@@ -83,7 +89,7 @@ class Runner:
         try:
             for request in requests:
                 self.hold(request.kind)
-            with torch.inference_mode():
+            with self._serving():
                 answers = [self._called(self.module, self.batcher.batches([each])[0].inputs()) for each in requests]
         except BaseException:
             self.close()
@@ -101,7 +107,7 @@ class Runner:
             ClosedError: After :meth:`close`.
             Exception: Whatever the module raises for them.
         """
-        with self._lock, torch.inference_mode():
+        with self._lock, self._serving():
             self._check_open()
             return self._held(kind)
 
@@ -124,7 +130,7 @@ class Runner:
         Raises:
             ClosedError: After :meth:`close`.
         """
-        with self._lock, torch.inference_mode():
+        with self._lock, self._serving():
             self._check_open()
             start = time.perf_counter()
             answers = answer_all(self.batcher, self._run, requests, self.counts, alone=self._alone)
@@ -143,6 +149,13 @@ class Runner:
                 self.fast.close()
                 if self._engine is not None:
                     self._engine.close()
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """The modes and the stream under which everything is prepared and answered: a graph is of one of them."""
+        # Nothing happens for a stream that is None.
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            yield
 
     def _check_open(self) -> None:
         if self._closed:

@@ -16,7 +16,7 @@ from typing import Any
 
 from graphcache.errors import ServingError
 from graphcache.observe.extras import optional
-from graphcache.serving.deployment import APPLICATION
+from graphcache.serving.deployment import APPLICATION, front
 from graphcache.serving.transport import told
 
 OBJECT_STORE = 128 * 2**20
@@ -132,8 +132,9 @@ def drain(name: str = APPLICATION, *, timeout_s: float = 20.0) -> int:
         ServingError: If there is no such application.
     """
     serve = optional("ray.serve", "serving on Ray")
+    handle = front(name)
     try:
-        left: int = serve.get_app_handle(name).drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
+        left: int = handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
     except Exception as error:
         raise told(error) from error
     # Its replicas end after what they are sending, and the proxy after what it passes on.

@@ -49,7 +49,7 @@ class Handle:
         async def call():
             self.described += 1
             spec = ModelSpec("net", (self.version,), SPEC.inputs, (), "pytorch")
-            return Described(spec, with_rows({"x": {1: [4, 8]}}, [1, 4], ["x"]), 0.0)
+            return Described(spec, with_rows({"x": {1: [4, 8]}}, [1, 4], ["x"]))
 
         return Method(call)
 
