@@ -67,7 +67,7 @@ def cluster() -> Iterator[int]:
             num_replicas=2,
             num_gpus=0,
             # So long that there are always some in a replica.
-            batch_wait_timeout_s=0.02,
+            batch_wait_timeout_s=0.03,
             limits=Limits(max_request_bytes=2**16, body_seconds=1.0),
         )
         run(application)

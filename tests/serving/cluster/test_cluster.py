@@ -160,25 +160,33 @@ def test_eight_buckets_stay_where_they_are(ask, capsys):
 def test_a_killed_replica_loses_no_request(ask, capsys):
     retried, deaths, answered = front()["retried"], 0, 0
 
+    def kill() -> int:
+        # After a question that takes as long as it takes: right after an answer, a replica has just given all it had.
+        victim: int = stats()[0]["pid"]
+        os.kill(victim, signal.SIGKILL)
+        return victim
+
     # Until one died over requests that it had taken; those that it had not, Ray gives to another one by itself.
-    while (again := front()["retried"] - retried) == 0:
-        assert deaths < 5, "no replica had a request when it was killed"
-        victim = stats()[0]["pid"]
-        deaths += 1
+    with ThreadPoolExecutor(1) as beside:
+        while (again := front()["retried"] - retried) == 0:
+            assert deaths < 8, "no replica had a request when it was killed"
+            deaths += 1
+            killing: list[Any] = []
 
-        def kill(done: int, victim: int = victim) -> None:
-            if done == 100:
-                os.kill(victim, signal.SIGKILL)
+            def meanwhile(done: int, killing: list[Any] = killing) -> None:
+                if done == 50:
+                    killing.append(beside.submit(kill))
 
-        given = requests(400, start=3000, seed=deaths)
-        assert wrong(given, ask(given, meanwhile=kill)) == {}
-        answered += len(given)
+            given = requests(300, start=3000, seed=deaths)
+            assert wrong(given, ask(given, meanwhile=meanwhile)) == {}
+            answered += len(given)
+            victim = killing[0].result(60)
 
-        def back(victim: int = victim) -> bool:
-            found = {one["pid"] for one in stats()}
-            return len(found) == 2 and victim not in found
+            def back(victim: int = victim) -> bool:
+                found = {one["pid"] for one in stats()}
+                return len(found) == 2 and victim not in found
 
-        until(back, "Ray has replaced the replica")
+            until(back, "Ray has replaced the replica")
     with capsys.disabled():
         print(f"\n{deaths} replicas killed under load: {answered} answers, {again} requests were asked again")
 
@@ -291,6 +299,23 @@ def test_errors_keep_their_types_and_a_bad_value_fails_alone():
     after = stats("lookup", "small")[0]
     assert after["failed"] - before["failed"] == 1
     assert after["apart"] > before["apart"], "the bad one was in nobody's batch"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_model_that_cannot_be_made_is_told_by_what_it_raised():
+    from ray import serve
+
+    from graphcache.serving.deployment import deployment
+    from graphcache.serving.server import drain, run
+
+    application = deployment(nets.broken, num_gpus=0, num_cpus=0, prepare=[{"x": (1, 4)}])
+    with pytest.raises(
+        ServingError, match=r"^ServingError: .* raised OSError: no such weights; expected an nn\.Module"
+    ):
+        run(application, name="broken", route_prefix="/broken")
+    serve.delete("broken")
+    with pytest.raises(ServingError, match="Ray Serve runs no application 'broken' here"):
+        drain("broken")
 
 
 def posted(port: int, body: bytes, *, path: str = "/v2/models/checked/infer") -> tuple[int, bytes]:

@@ -157,16 +157,6 @@ def test_it_serves_until_it_is_told_to_stop_and_loses_nothing_then(tmp_path, cap
     assert session_of(process.pid) == []
 
 
-def test_what_is_wrong_is_told_in_one_line(tmp_path):
-    (tmp_path / "nets.py").write_text("def broken():\n    raise OSError('no such weights')\n")
-    port = free_port()
-    with serving(tmp_path, "nets.py:broken", "--prepare", "x:1x4", "--port", str(port)) as process:
-        out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (1, "")
-    assert err.count("\n") == 1
-    assert "broken' raised OSError: no such weights; expected an nn.Module" in err
-
-
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
