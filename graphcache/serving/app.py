@@ -14,7 +14,7 @@ from graphcache.serving.backend import Backend
 from graphcache.serving.body import Receive
 from graphcache.serving.inference import Inference
 from graphcache.serving.limits import Limits
-from graphcache.serving.protocol.metadata import model_metadata, server_metadata
+from graphcache.serving.protocol.metadata import model_config, model_metadata, server_metadata
 from graphcache.serving.protocol.problems import RequestError
 
 ASGIApp = Callable[
@@ -71,13 +71,18 @@ def make_app(
             ("/v2/health/ready", "GET", server.ready, False),
             ("/v2", "GET", server.metadata, True),
             ("/v2/repository/index", "POST", server.index, True),
-            (model, "GET", server.model, True),
-            (model + "/versions/{version}", "GET", server.model, True),
-            (model + "/ready", "GET", server.model_ready, True),
-            (model + "/versions/{version}/ready", "GET", server.model_ready, True),
-            (model + "/infer", "POST", server.infer, True),
-            (model + "/versions/{version}/infer", "POST", server.infer, True),
             ("/metrics", "GET", server.scrape, True),
+            *(
+                (prefix + path, method, handler, True)
+                for prefix in (model, model + "/versions/{version}")
+                for path, method, handler in (
+                    ("", "GET", server.model),
+                    ("/ready", "GET", server.model_ready),
+                    ("/config", "GET", server.config),
+                    ("/stats", "GET", server.statistics),
+                    ("/infer", "POST", server.infer),
+                )
+            ),
         )
     ]
     app = applications.Starlette(routes=routes, exception_handlers={exceptions.HTTPException: _no_route})
@@ -126,11 +131,23 @@ class _Server:
         ready = await self._backend.is_ready(*_named(request))
         return told({"name": _named(request)[0], "ready": ready}, 200 if ready else 400)
 
+    async def config(self, request: Any) -> Answer:
+        return told(model_config(await self._backend.describe(*_named(request))))
+
+    async def statistics(self, request: Any) -> Answer:
+        name, version = _named(request)
+        newest = (await self._backend.describe(name, version)).versions[-1]
+        found = {"name": name, "version": version or newest, **self._inference.metrics.statistics(name)}
+        return told({"model_stats": [found]})
+
     async def infer(self, request: Any) -> Answer:
         return await self._inference.answer(*_named(request), request.headers, request.receive)
 
     async def scrape(self, request: Any) -> Answer:
-        text = self._inference.metrics.text() + (b"" if self._metrics is None else self._metrics())
+        try:
+            text = self._inference.metrics.text() + (b"" if self._metrics is None else self._metrics())
+        except ExtraNotFoundError as error:
+            raise RequestError(str(error), 501) from error
         return Answer(200, text, {"Content-Type": _TEXT})
 
 

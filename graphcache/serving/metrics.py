@@ -28,6 +28,7 @@ class _Account:
     queued: float = 0.0
     answered: int = 0
     answered_seconds: float = 0.0
+    answered_queued: float = 0.0
     model_seconds: float = 0.0
 
 
@@ -72,6 +73,7 @@ class ServerMetrics:
             if outcome == "ok":
                 account.answered += 1
                 account.answered_seconds += seconds
+                account.answered_queued += queued
                 account.model_seconds += model_seconds
 
     def model_share(self, model: str) -> float | None:
@@ -81,6 +83,34 @@ class ServerMetrics:
             if account is None or not account.answered_seconds:
                 return None
             return account.model_seconds / account.answered_seconds
+
+    def statistics(self, model: str) -> dict[str, Any]:
+        """The same counts as Triton's extension for statistics has them, with times in nanoseconds.
+
+        What is neither waiting nor in the model is left for its readers to subtract: the times of its ``compute_input``
+        and ``compute_output`` are 0. Versions of a model are counted together.
+
+        Example:
+            >>> from graphcache.serving.limits import Limits
+            >>> ServerMetrics(lambda: [], Gate(Limits())).statistics("policy")["inference_count"]
+            0
+        """
+        with self._lock:
+            account = self._accounts.get(model, _Account())
+            count = account.answered
+            failed = sum(account.outcomes.values()) - count
+            times = {
+                "success": (count, account.answered_seconds),
+                "fail": (failed, account.seconds - account.answered_seconds),
+                "queue": (count, account.answered_queued),
+                "compute_input": (count, 0.0),
+                "compute_infer": (count, account.model_seconds),
+                "compute_output": (count, 0.0),
+            }
+        stats = {
+            name: {"count": number, "ns": max(0, round(1e9 * seconds))} for name, (number, seconds) in times.items()
+        }
+        return {"inference_count": count, "execution_count": count, "inference_stats": stats, "batch_stats": []}
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it.

@@ -57,12 +57,14 @@ def describe_file(path: Path, name: str) -> ModelSpec:
             f"expected a package of one engine"
         )
     [engine_] = header.engines
-    bindings = {each["name"]: each for each in engine_.bindings}
-    sides = [
-        tuple(TensorSpec(each, bindings[each]["dtype"], tuple(bindings[each]["shape"])) for each in names)
-        for names in (engine_.inputs, engine_.outputs)
-    ]
-    return ModelSpec(name, ("1",), sides[0], sides[1], "tensorrt")
+    try:
+        bindings = {
+            each["name"]: TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in engine_.bindings
+        }
+        inputs, outputs = (tuple(bindings[name] for name in names) for names in (engine_.inputs, engine_.outputs))
+    except (KeyError, TypeError) as error:
+        raise ServingError(f"{path} does not tell all bindings of its engine ({error}); save it again") from error
+    return ModelSpec(name, ("1",), inputs, outputs, "tensorrt")
 
 
 def config_pbtxt(spec: ModelSpec, file: str, prepare: Sequence[Shapes] = ()) -> str:

@@ -86,6 +86,8 @@ def test_binary_data_and_compression():
         ("GET", "/v2/models/other", 404, "there is no model 'other' of version None; the models are held"),
         ("GET", "/v2/models/held/versions/9", 404, "there is no model 'held' of version 9"),
         ("GET", "/v2/models/other/ready", 404, "there is no model 'other'"),
+        ("GET", "/v2/models/other/config", 404, "there is no model 'other'"),
+        ("GET", "/v2/models/other/versions/1/stats", 404, "there is no model 'other'"),
         ("POST", "/v2/models/other/infer", 404, "there is no model 'other'"),
         ("GET", "/v2/nothing", 404, "GET /v2/nothing: Not Found"),
         ("GET", "/v2/models/held/", 404, "GET /v2/models/held/: Not Found"),
@@ -271,7 +273,8 @@ def test_whatever_is_sent_the_answer_is_one_of_the_protocol(pieces, headers, pac
 def test_the_token_is_wanted_for_all_but_health():
     app = make_app(Ready(), token="a.token")
     paths = [("GET", "/v2"), ("GET", "/v2/models/held"), ("POST", INFER), ("GET", "/metrics")]
-    paths += [("GET", "/v2/models/held/ready"), ("POST", "/v2/repository/index")]
+    paths += [("GET", f"/v2/models/held/{what}") for what in ("ready", "config", "stats")]
+    paths += [("GET", "/v2/models/held/versions/1/stats"), ("POST", "/v2/repository/index")]
     for method, path in paths:
         for headers in ({}, {"Authorization": "Bearer other"}):
             found = ask(app, method, path, BODY if method == "POST" else b"", headers)
@@ -306,6 +309,13 @@ def test_other_metrics_that_fail_are_an_error_of_the_server(caplog):
     pytest.importorskip("prometheus_client")
     with caplog.at_level(logging.CRITICAL, "graphcache"):
         assert ask(make_app(Ready(), metrics=lambda: 1 / 0), "GET", "/metrics").status == 500
+
+
+def test_metrics_without_their_package_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    found = ask(make_app(Ready()), "GET", "/metrics")
+    assert found.status == 501
+    assert found.error.endswith('pip install "graphcache[metrics]"')
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,23 @@ def test_the_share_of_the_model_is_of_what_was_answered(metrics):
     assert metrics.model_share("a") == 0.75
 
 
+def test_the_same_in_the_words_of_triton(metrics):
+    for _ in range(2):
+        metrics.count("a", "ok", seconds=0.5, queued=0.125, model_seconds=0.25)
+    metrics.count("a", "timeout", seconds=2.0, queued=1.0, model_seconds=0.5)
+    found = metrics.statistics("a")
+    assert (found["inference_count"], found["execution_count"], found["batch_stats"]) == (2, 2, [])
+    assert {name: (each["count"], each["ns"]) for name, each in found["inference_stats"].items()} == {
+        "success": (2, 10**9),
+        "fail": (1, 2 * 10**9),
+        "queue": (2, 250_000_000),
+        "compute_input": (2, 0),
+        "compute_infer": (2, 500_000_000),
+        "compute_output": (2, 0),
+    }
+    assert metrics.statistics("b")["inference_stats"]["success"] == {"count": 0, "ns": 0}
+
+
 def test_names_that_are_not_served_make_one_series_together(metrics):
     for index in range(50):
         metrics.count(f"model{index}", "refused", seconds=0.1, queued=0.0, model_seconds=0.0)

@@ -16,6 +16,7 @@ from graphcache.serving.backend import ModelSpec, TensorSpec
 from graphcache.serving.triton import config_pbtxt, describe_file, export
 from tests.engines.fake_tensorrt import serialize
 from tests.modules.test_engine_module import numbers, rows
+from tests.modules.test_packaging import repacked
 from tests.serving.fake_triton import DTYPES, Server
 from tests.serving.models import spec
 from tests.standins import Mixed, engines
@@ -197,3 +198,22 @@ def test_files_that_are_no_model(fake, tmp_path):
     (tmp_path / "empty.engine").write_bytes(b"")
     with pytest.raises(GraphCacheError):
         describe_file(tmp_path / "empty.engine", "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header["engines"][0].update(bindings=[]), r"does not tell all bindings of its engine \('x'\)"),
+        (
+            lambda header: header["engines"][0]["bindings"][0].update(shape=3),
+            "does not tell all bindings of its engine",
+        ),
+        (lambda header: header.update(version=99), "save the package again"),
+    ],
+)
+def test_packages_that_do_not_tell_what_they_are(fake, tmp_path, change, message):
+    path = tmp_path / "m.gcache"
+    EngineModule(serialize("affine")).save(path)
+    repacked(path, lambda header, parts: change(header))
+    with pytest.raises(ServingError, match=message):
+        describe_file(path, "m")

@@ -65,7 +65,7 @@ def test_health_and_metadata(client):
     assert client.get_server_metadata(headers=auth()) == {
         "name": "graphcache",
         "version": graphcache.__version__,
-        "extensions": ["binary_tensor_data"],
+        "extensions": ["binary_tensor_data", "model_configuration", "statistics"],
     }
     assert client.get_model_metadata("policy", headers=auth()) == {
         "name": "policy",
@@ -78,6 +78,26 @@ def test_health_and_metadata(client):
         ],
     }
     assert [each["name"] for each in client.get_model_repository_index(headers=auth())] == ["policy", "echo"]
+
+
+def test_what_a_load_generator_asks_for(client):
+    assert client.get_model_config("policy", headers=auth()) == {
+        "name": "policy",
+        "platform": "pytorch",
+        "max_batch_size": 0,
+        "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 4]}],
+        "output": [
+            {"name": "action", "data_type": "TYPE_FP32", "dims": [-1, 2]},
+            {"name": "best", "data_type": "TYPE_INT64", "dims": [-1]},
+        ],
+    }
+    [before] = client.get_inference_statistics("policy", headers=auth())["model_stats"]
+    for _ in range(3):
+        client.infer("policy", [given("x", np.zeros((2, 4), np.float32), "FP32")], headers=auth())
+    [after] = client.get_inference_statistics("policy", "1", headers=auth())["model_stats"]
+    assert after["inference_count"] - before["inference_count"] == 3
+    stats = after["inference_stats"]
+    assert 0 < stats["compute_infer"]["ns"] < stats["success"]["ns"]
 
 
 @pytest.mark.parametrize("binary", [True, False])

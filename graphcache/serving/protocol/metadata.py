@@ -12,15 +12,18 @@ from graphcache.serving.protocol.problems import RequestError
 from graphcache.serving.protocol.request import InferenceRequest
 from graphcache.version import __version__
 
+_EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
+"""Of Triton (https://github.com/triton-inference-server/server/tree/main/docs/protocol)."""
+
 
 def server_metadata() -> dict[str, Any]:
     """The answer to ``GET /v2``.
 
     Example:
         >>> server_metadata()["extensions"]
-        ['binary_tensor_data']
+        ['binary_tensor_data', 'model_configuration', 'statistics']
     """
-    return {"name": "graphcache", "version": __version__, "extensions": ["binary_tensor_data"]}
+    return {"name": "graphcache", "version": __version__, "extensions": list(_EXTENSIONS)}
 
 
 def model_metadata(spec: ModelSpec) -> dict[str, Any]:
@@ -41,6 +44,29 @@ def model_metadata(spec: ModelSpec) -> dict[str, Any]:
         "inputs": [_tensor(each) for each in spec.inputs],
         "outputs": [_tensor(each) for each in spec.outputs],
     }
+
+
+def model_config(spec: ModelSpec) -> dict[str, Any]:
+    """The answer to ``GET /v2/models/NAME/config``, which Triton's load generator asks for.
+
+    Batches are the first axis of the shapes, and not the protocol's: ``max_batch_size`` is 0.
+
+    Raises:
+        ServingError: If a tensor has a dtype that the protocol does not have.
+
+    Example:
+        >>> spec = ModelSpec("m", ("1",), (TensorSpec("x", "float32", (-1, 4)),), (), "tensorrt")
+        >>> model_config(spec)["input"]
+        [{'name': 'x', 'data_type': 'TYPE_FP32', 'dims': [-1, 4]}]
+    """
+    sides = {
+        side: [
+            {"name": each.name, "data_type": f"TYPE_{datatype_of(each.dtype)}", "dims": list(each.shape)}
+            for each in tensors
+        ]
+        for side, tensors in (("input", spec.inputs), ("output", spec.outputs))
+    }
+    return {"name": spec.name, "platform": spec.platform, "max_batch_size": 0, **sides}
 
 
 def check_request(spec: ModelSpec, request: InferenceRequest) -> None:
