@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphcache.errors import ServingError
+from graphcache.events import log
 from graphcache.observe.extras import optional
 from graphcache.serving.deployment import APPLICATION, front
 from graphcache.serving.transport import told
@@ -28,6 +30,7 @@ _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
+_imported_with: dict[str, str] = {}
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
@@ -37,7 +40,8 @@ def ray_here(
 ) -> Iterator[None]:
     """Ray and Serve on this machine, until the block ends. Nothing of it is left then, neither processes nor files.
 
-    Usage statistics are off, and so is the dashboard. What Ray's processes say to each other stays on the loopback.
+    Usage statistics are off, and so is the dashboard. Ray's own ports are on the loopback, or want a secret of this
+    process; where Ray was imported before, neither can be had, which is logged.
 
     Args:
         host: The address on which Serve listens.
@@ -51,9 +55,7 @@ def ray_here(
     """
     _check_free(host, port)
     with ExitStack() as stack:
-        # Replicas listen to one another on all addresses, whatever Ray is told, so they must know who asks.
-        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        for name, value in {**_ENVIRONMENT, **secret}.items():
+        for name, value in {**_ENVIRONMENT, **_secret()}.items():
             stack.callback(_restore, name, os.environ.get(name))
             os.environ[name] = value
         ray, serve = optional("ray", "serving on Ray"), optional("ray.serve", "serving on Ray")
@@ -78,7 +80,7 @@ def ray_here(
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"}, logging_config=_QUIET)
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_QUIET)
         yield
 
 
@@ -151,6 +153,21 @@ def _failure(serve: Any, name: str) -> str:
         if raised:
             return raised[-1].removeprefix("graphcache.errors.")
     return ""
+
+
+def _secret() -> dict[str, str]:
+    """What Ray's processes prove to each other that they belong together: replicas listen on all addresses.
+
+    Ray reads it when it is imported, so there is one for a process, and none where somebody else imported Ray before.
+    """
+    if "ray" not in sys.modules:
+        _imported_with.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    elif not _imported_with:
+        log.warning(
+            "Ray was imported before it was started here, so its own ports listen on all addresses and take whoever "
+            "comes; start it in a process that has not imported it, as graphcache serve does"
+        )
+    return _imported_with
 
 
 def _check_free(host: str, port: int) -> None:

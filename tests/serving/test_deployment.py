@@ -19,7 +19,7 @@ from graphcache.serving.deployment import deployment
 from graphcache.serving.settings import Settings, from_folder
 from tests.serving import nets
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
 
 

@@ -17,7 +17,7 @@ from graphcache.serving.transport import pack, unpack
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("the extra ray is not installed", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
 
 SPEC = ModelSpec("net", ("1",), (TensorSpec("x", "float32", (-1, -1)),), (), "pytorch")
 

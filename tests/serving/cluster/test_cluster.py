@@ -19,13 +19,8 @@ from graphcache.errors import InputDtypeError, ProfileRangeError, ServingError, 
 from tests.serving import nets
 from tests.serving.cluster.conftest import until
 
-pytestmark = [
-    # Of Ray's own, at its import and its end.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+# Of Ray's own, at its import.
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
 
 
 def requests(count: int, *, start: int = 0, seed: int = 0) -> list[torch.Tensor]:
@@ -252,6 +247,7 @@ def test_a_slow_client_holds_nobody_up(ask, cluster):
         assert not answer or b" 408 " in answer.splitlines()[0], answer
 
 
+@pytest.mark.usefixtures("cluster")
 def test_bfloat16_goes_there_and_back():
     from ray import serve
 
