@@ -34,6 +34,7 @@ def deployment(
     batch_wait_timeout_s: float = 0.002,
     max_kinds: int = MOST_KINDS,
     num_replicas: int = 1,
+    num_fronts: int = 1,
     num_gpus: float | None = None,
     num_cpus: float = 1,
     max_queued_requests: int = 1024,
@@ -63,14 +64,15 @@ def deployment(
         max_batch_size: Rows that are put together at most.
         batch_wait_timeout_s: How long the first request of a batch waits for others, in seconds.
         max_kinds: Kinds of requests (sizes but for the rows) whose graphs one replica keeps.
-        num_replicas: How many.
+        num_replicas: How many of them.
+        num_fronts: How many processes speak HTTP before them; one passes on some hundred requests in a second.
         num_gpus: For each replica; ``None`` is 1 where this process sees a GPU, else 0.
         num_cpus: For each replica, as Ray counts them.
         max_queued_requests: Beyond these, requests are refused until there is room.
         graceful_shutdown_timeout_s: Seconds that a replica has to answer what it took.
         ray_actor_options: More of them for the replicas, such as ``{"runtime_env": {...}}``.
         token: What clients must bring; see :func:`graphcache.serving.app.make_app`.
-        limits: Of requests; likewise.
+        limits: Of requests; ``None`` takes in as many at once as the replicas have use for.
         asgi: What makes the ASGI application of a backend; ``None`` is that of the Open Inference Protocol.
 
     Raises:
@@ -86,8 +88,9 @@ def deployment(
     """
     serve = optional("ray.serve", "serving on Ray")
     check_configured(token)
-    if type(num_replicas) is not int or num_replicas < 1:
-        raise ConfigError(f"num_replicas={shown(num_replicas)}: expected a whole number, 1 or more")
+    for option, value in (("num_replicas", num_replicas), ("num_fronts", num_fronts)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{option}={shown(value)}: expected a whole number, 1 or more")
     if not isinstance(batch_wait_timeout_s, (int, float)) or not 0 <= batch_wait_timeout_s < 60:
         raise ConfigError(f"batch_wait_timeout_s={shown(batch_wait_timeout_s)}: expected seconds from 0 to 60")
 
@@ -133,7 +136,7 @@ def deployment(
     front = serve.deployment(
         serve.ingress(Forward())(Ingress),
         name="ingress",
-        num_replicas=1,
+        num_replicas=num_fronts,
         ray_actor_options={
             "num_cpus": 0,
             **({"runtime_env": options["runtime_env"]} if "runtime_env" in options else {}),
@@ -142,6 +145,9 @@ def deployment(
         graceful_shutdown_timeout_s=graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
     )
+    # As many at once as fill every replica's next batch while one runs.
+    at_once = 2 * num_replicas * sum(each.max_batch_size for each in served)
+    limits = limits or Limits(max_concurrency=max(Limits().max_concurrency, at_once))
     return front.bind(handles, Settled(token=token, limits=limits, asgi=asgi))
 
 

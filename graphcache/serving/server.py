@@ -136,7 +136,7 @@ def drain(name: str = APPLICATION, *, timeout_s: float = 20.0) -> int:
     serve = optional("ray.serve", "serving on Ray")
     handle = front(name)
     try:
-        left: int = handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
+        left: int = sum(handle.broadcast("drain", timeout_s).results(timeout_s=timeout_s + 10))
     except Exception as error:
         raise told(error) from error
     # Its replicas end after what they are sending, and the proxy after what it passes on.
