@@ -27,6 +27,7 @@ from graphcache.cli.output import one_line
 from graphcache.cli.prepare import prepare
 from graphcache.cli.report import report
 from graphcache.cli.run import run
+from graphcache.cli.serve import serve
 from graphcache.errors import GraphCacheError
 
 
@@ -56,5 +57,8 @@ def main(verbose: int) -> None:
         log.addHandler(logging.NullHandler())
 
 
-for command in (demo, build, inspect, run, bench, prepare, report, doctor, env, cache, export, compile_, completion):
+for command in (
+    *(demo, build, inspect, run, bench, prepare, serve, report),
+    *(doctor, env, cache, export, compile_, completion),
+):
     main.add_command(command)

@@ -62,7 +62,10 @@ def test_results_come_as_json_too(name):
     assert "--json" in {flag for param in main.commands[name].params for flag in param.opts}
 
 
-EXAMPLES = [pytest.param(each, id=each[:60]) for name in COMMANDS if name != "compile" for each in examples(name)]
+EXAMPLES = [
+    pytest.param(each, id=each[:60]) for name in COMMANDS if name not in ("compile", "serve") for each in examples(name)
+]
+"""Without those that need a compiler, or never end; tests/serving/cluster runs the latter."""
 
 
 def test_every_command_has_examples():
