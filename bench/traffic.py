@@ -28,7 +28,6 @@ from bench.optimum import Times, optimum
 
 SEED = 0
 SLOTS = 16
-SHAPES = 60
 MEMORY_BUDGET = 256 * 2**20
 SHARE = 1.05
 """What ``capture="worthwhile"`` may take of always-eager, and memory of its budget."""
@@ -40,7 +39,7 @@ SYSTEMS: dict[str, dict[str, Any] | None] = {
     "always eager": None,
     "worthwhile": {"capture": "worthwhile", "max_graphs": SLOTS},
     "every miss": {"capture": "first", "max_graphs": SLOTS},
-    "every shape held": {"capture": "prepared", "max_graphs": SHAPES},
+    "every shape held": {"capture": "prepared", "max_graphs": 1000},
 }
 """Options of ``wrap``; the last one has more room than the others, and shows what replays take."""
 PARTS = ("traces", "memory", "background")
@@ -51,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
-    parser.add_argument("--engine", default="mlp8", help="which of them (default mlp8)")
-    parser.add_argument("--calls", type=int, default=20000, help="of each trace (default 20000)")
+    parser.add_argument("--engine", default="policy", help="which of them (default policy)")
+    parser.add_argument("--calls", type=int, default=24000, help="of each trace (default 24000)")
     parser.add_argument("--captures", type=int, default=1000, help="under the budget in bytes (default 1000)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     options = parser.parse_args(arguments)
@@ -86,16 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def on_traces(bundle: store.Bundle, device: torch.device, calls: int) -> dict[str, Any]:
     """Always eager, every miss captured, what is worth it, and every shape held, on three traces."""
+    cases = {size: bundle.cases(size, 1)[0] for size in bundle.sizes()}
     chosen = [
-        traces.zipf(1.0, calls, shapes=SHAPES, seed=SEED),
-        traces.phases(calls, count=4, shapes=SHAPES // 4, seed=SEED),
-        traces.loop(calls, shapes=48),
+        traces.zipf(1.0, calls, shapes=len(cases), seed=SEED),
+        traces.phases(calls, count=3, shapes=len(cases) // 3, seed=SEED),
+        traces.loop(calls, shapes=3 * SLOTS),
     ]
-    cases = {size: bundle.cases(size, 1)[0] for size in range(1, SHAPES + 1)}
     inputs = {size: tuple(value.to(device) for value in case.inputs) for size, case in cases.items()}
     rows, results, failures = [], [], []
     for traffic in chosen:
-        sizes = [1 + signature % SHAPES for signature in traffic.calls]
+        # Sizes of inputs in any order, so that what is hot is not what is small.
+        sizes = [list(cases)[signature] for signature in traffic.calls]
         walks = {name: _Walk(bundle, options, inputs, cases) for name, options in SYSTEMS.items()}
         # Slice by slice in turn, so that a host that slows down does so for all of them.
         for begin in range(0, len(sizes), SLICE):
@@ -145,7 +145,7 @@ class _Walk:
         with graphcache.config.graphs_off():
             for values in (*inputs.values(), *inputs.values()):
                 self._engine(*values)
-        if options is not None and options["max_graphs"] >= SHAPES:
+        if options is not None and options["max_graphs"] >= len(inputs):
             self._module.prepare(*inputs.values(), progress=False)
         self._taken: list[int] = []
         self._wrong = 0
