@@ -5,14 +5,15 @@
 
 import ast
 import contextvars
-import importlib
 import inspect
+import pkgutil
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
 import graphcache
 from graphcache import GraphConfig, Reason
@@ -114,7 +115,7 @@ def test_the_two_commands_are_there_to_the_letter():
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 3
     assert len(GPU_SNIPPETS) >= 1
-    assert {found["info"] for found in FENCE.finditer(TEXT)} == {"python", "python gpu", "sh", "text"}
+    assert {found["info"] for found in FENCE.finditer(TEXT)} == {"python", "python gpu", "sh", "text", "yaml"}
 
 
 @pytest.mark.parametrize("source", SNIPPETS)
@@ -122,6 +123,17 @@ def test_snippets_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = compile(source, "README.md", "exec")
     contextvars.copy_context().run(exec, code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("source", [found["body"] for found in FENCE.finditer(TEXT) if found["info"] == "yaml"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_configurations_of_a_cluster_are_what_ray_takes(source):
+    schema = pytest.importorskip("ray.serve.schema")
+    given = yaml.safe_load(source)
+    taken = schema.ServeDeploySchema.model_validate(given)
+    assert (
+        taken.applications[0].deployments[0].num_replicas == given["applications"][0]["deployments"][0]["num_replicas"]
+    )
 
 
 @pytest.mark.parametrize("source", GPU_SNIPPETS)
@@ -143,12 +155,8 @@ def names_in(source):
 
 
 def resolve(name):
-    """What a dotted name stands for."""
-    first, *rest = name.split(".")
-    found = importlib.import_module(first)
-    for part in rest:
-        found = getattr(found, part)
-    return found
+    """What a dotted name stands for; modules on the way are imported."""
+    return pkgutil.resolve_name(name)
 
 
 def test_a_name_that_does_not_exist_would_be_found():
