@@ -2,9 +2,10 @@
 
 - ``traces``: three traces over one engine, with room for fewer graphs than shapes, for real and in turn: always eager,
   a graph for every miss with the least recently used out (``capture="first"``), and ``capture="worthwhile"``. The
-  offline optimum beside them is computed from what eager calls, replays and captures took on average in this run; what
-  replays take is seen where every shape is held. Every shape has run twice before. A trace should take ten times what
-  capturing a full cache takes: 5 % over always-eager mean nothing where a single capture takes more than that.
+  offline optimum beside them is computed from what eager calls and replays of each shape, and captures, took on average
+  in this run; what replays take is seen where every shape is held. Every shape has run twice before. A trace should
+  take ten times what capturing a full cache takes: 5 % over always-eager mean nothing where a single capture takes more
+  than that.
 - ``memory``: 1000 captures of a torch module under a budget of 256 MiB; what the allocator and the device say.
 - ``background``: the latency of calls while 32 shapes are captured beside them, or within them, against eager calls.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
-    parser.add_argument("--engine", default="policy", help="which of them (default policy)")
+    parser.add_argument("--engine", default="mlp8", help="which of them (default mlp8)")
     parser.add_argument("--calls", type=int, default=24000, help="of each trace (default 24000)")
     parser.add_argument("--captures", type=int, default=1000, help="under the budget in bytes (default 1000)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
@@ -110,7 +112,7 @@ def on_traces(bundle: store.Bundle, device: torch.device, calls: int) -> dict[st
             if system["wrong"]
         ]
         costs = _costs(systems)
-        best = optimum(sizes, dict.fromkeys(cases, costs), SLOTS)
+        best = optimum(sizes, costs, SLOTS)
         for name, system in systems.items():
             system["over_eager"] = round(system["per_call_us"] / systems["always eager"]["per_call_us"], 4)
             system["over_optimum"] = round(system["per_call_us"] * len(sizes) / 1e6 / best, 4)
@@ -121,7 +123,8 @@ def on_traces(bundle: store.Bundle, device: torch.device, calls: int) -> dict[st
             failures.append(f"{traffic.name}: worthwhile took {ours['over_eager']} times always-eager")
         if traffic.favourites and ours["over_optimum"] > OVER_OPTIMUM:
             failures.append(f"{traffic.name}: worthwhile took {ours['over_optimum']} times the optimum")
-        results.append({"trace": traffic.name, "optimum_seconds": best, "costs": costs._asdict(), "systems": systems})
+        told = {size: each._asdict() for size, each in costs.items()}
+        results.append({"trace": traffic.name, "optimum_seconds": best, "costs": told, "systems": systems})
     record.table("traces", ["trace", "system", "µs per call", "over eager", "over optimum", "captures", "hits"], rows)
     return {"results": results, "failures": failures}
 
@@ -148,6 +151,7 @@ class _Walk:
         if options is not None and options["max_graphs"] >= len(inputs):
             self._module.prepare(*inputs.values(), progress=False)
         self._taken: list[int] = []
+        self._sizes: list[int] = []
         self._wrong = 0
         self.seconds = 0.0
 
@@ -160,6 +164,7 @@ class _Walk:
             answer = self._module(*self._inputs[size])
             wait()
             self._taken.append(time.perf_counter_ns() - start)
+            self._sizes.append(size)
             if len(self._taken) % 50 == 1:
                 self._wrong += not record.relative_error(answer, self._cases[size].answer) < store.TOLERANCE
         self.seconds = sum(self._taken) / 1e9
@@ -171,6 +176,7 @@ class _Walk:
             "seconds": self.seconds,
             "per_call_us": round(self.seconds / len(self._taken) * 1e6, 2),
             "call_us": record.summarise(self._taken),
+            "mean_seconds": self._means(),
             "wrong": self._wrong,
             "captures": 0,
             "hits": 0,
@@ -183,6 +189,12 @@ class _Walk:
             self._module.close()
         self._engine.close()
         return found
+
+    def _means(self) -> dict[int, float]:
+        sums: Counter[int] = Counter()
+        for size, nanoseconds in zip(self._sizes, self._taken, strict=True):
+            sums[size] += nanoseconds
+        return {size: sums[size] / count / 1e9 for size, count in Counter(self._sizes).items()}
 
 
 def under_a_budget(device: torch.device, captures: int) -> dict[str, Any]:
@@ -279,11 +291,15 @@ def beside_captures(bundle: store.Bundle, device: torch.device, shapes: int = 32
     return {"systems": systems, "p99_over_eager": ratio, "failures": failures}
 
 
-def _costs(systems: dict[str, Any]) -> Times:
-    """What calls took in this run on average: eagerly, replayed, and captured, as often as it was worth it."""
+def _costs(systems: dict[str, Any]) -> dict[int, Times]:
+    """What calls of each size took in this run on average: eagerly, replayed; and captures of any size.
+
+    An eager call of a size that is rare takes longer than one of a size that comes again and again.
+    """
     ours = systems["worthwhile"]
-    eager, replay = (systems[name]["seconds"] / systems[name]["calls"] for name in ("always eager", "every shape held"))
-    return Times(eager, replay, ours["capture_seconds"] / max(ours["captures"], 1))
+    eager, replay = (systems[name]["mean_seconds"] for name in ("always eager", "every shape held"))
+    capture = ours["capture_seconds"] / max(ours["captures"], 1)
+    return {size: Times(eager[size], replay[size], capture) for size in eager}
 
 
 def _at_rest() -> int:

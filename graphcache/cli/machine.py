@@ -27,7 +27,10 @@ VARIABLES = (
     "GRAPHCACHE_TENSORRT",
     "GRAPHCACHE_CACHE_DIR",
     "GRAPHCACHE_CACHE_MAX_BYTES",
+    "GRAPHCACHE_SERVE_TOKEN",
 )
+_SECRET = frozenset({"GRAPHCACHE_SERVE_TOKEN"})
+"""Told as set, and no more: what this prints ends in reports of problems."""
 
 
 def machine() -> dict[str, Any]:
@@ -57,7 +60,9 @@ def machine() -> dict[str, Any]:
             name: {module: version_of(_DISTRIBUTIONS.get(module, module)) for module in modules}
             for name, modules in EXTRAS.items()
         },
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {
+            name: "(set)" if name in _SECRET else os.environ[name] for name in VARIABLES if name in os.environ
+        },
     }
 
 

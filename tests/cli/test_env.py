@@ -36,6 +36,14 @@ def test_every_variable_that_is_read_is_told():
     assert read == set(machine.VARIABLES)
 
 
+def test_a_secret_is_not_told(monkeypatch):
+    monkeypatch.setenv("GRAPHCACHE_SERVE_TOKEN", "the.secret")
+    for options in ([], ["--json"]):
+        text = CliRunner().invoke(main, ["env", *options]).stdout
+        assert "the.secret" not in text
+        assert "GRAPHCACHE_SERVE_TOKEN" in text
+
+
 def test_the_driver_is_read_where_the_kernel_tells_it(monkeypatch):
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\nGCC version: 12.2.0\n"
     monkeypatch.setattr(Path, "read_text", lambda self, **options: text)
