@@ -80,7 +80,8 @@ def library(name: str | None = None) -> Library:
             if flavour in _found:
                 return _found[flavour]
             try:
-                _found[flavour] = _import(flavour)
+                found = _import(flavour)
+                _found[flavour] = _found.setdefault(found.flavour, found)
             except Exception as error:  # a wheel whose shared libraries are missing raises OSError or RuntimeError
                 said.append(f"{flavour}: {_one_line(str(error)) or type(error).__name__}")
             else:
@@ -112,7 +113,10 @@ def _import(flavour: Flavour) -> Library:
     if not hasattr(module, "ILogger"):  # any folder called tensorrt on sys.path imports as an empty namespace package
         places = list(getattr(module, "__path__", ())) or [getattr(module, "__file__", None)]
         raise ImportError(f"{places[0]} was imported, but it is not TensorRT (it has no ILogger)")
-    return Library(module, flavour, str(module.__version__), _logger(module))
+    # Torch-TensorRT for RTX puts tensorrt_rtx in the place of tensorrt, and engines are the one's, not the other's.
+    name = getattr(module, "__name__", flavour)
+    true = next((each for each in _FLAVOURS if each == name), flavour)
+    return Library(module, true, str(module.__version__), _logger(module))
 
 
 class _Open(threading.local):

@@ -93,6 +93,17 @@ def test_takes_the_first_of_the_order_that_can_be_imported(monkeypatch: pytest.M
     assert found.logger.constructed
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_one_flavour_under_the_name_of_another_is_what_it_is(monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """Torch-TensorRT for RTX does that when it is imported, before or after an engine was loaded."""
+    module = install(monkeypatch, "tensorrt_rtx")
+    found = library() if before else None
+    install(monkeypatch, "tensorrt", module)
+    assert library().flavour == "tensorrt_rtx"
+    assert library() is library("tensorrt") is library("rtx")
+    assert found is None or library() is found
+
+
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "rtx", "tensorrt-rtx", " RTX "])
 def test_argument_chooses_and_has_short_names(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for flavour in FLAVOURS:

@@ -10,6 +10,9 @@ from graphcache.modules.foreign import is_foreign
 
 torch_tensorrt = pytest.importorskip("torch_tensorrt")
 
+# Of its own settings, which nobody here chose.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
 SIZE = 64
 SHAPES = (2, 7, 1, 16, 5, 3, 12, 9, 4, 8, 6, 11)
 
