@@ -24,10 +24,10 @@ from graphcache.cli.examine import examine
 from graphcache.cli.machine import driver_version
 from graphcache.cli.options import ShapesCommand, Specs, device_option, json_option, shapes_option
 from graphcache.cli.output import ComparisonFailed, one_line, print_json, progress, stdout, table
-from graphcache.cli.targets import told
 from graphcache.engines.library import Flavour, library, require_gpu
 from graphcache.errors import CudaError, GraphCacheError, NoGpuError, TensorRTNotFoundError
 from graphcache.graphs import driver
+from graphcache.modules.factories import raised
 from graphcache.observe.extras import EXTRAS as EXTRAS
 
 Verdict = Literal["ok", "warning", "failed", "not here"]
@@ -189,7 +189,7 @@ def check_extra(name: str) -> Finding:
             if isinstance(error, ModuleNotFoundError) and error.name == module:
                 missing.append(module)
             else:
-                broken.append(f"{module} cannot be imported: {told(error)}")
+                broken.append(f"{module} cannot be imported: {raised(error)}")
         else:
             here.append(f"{module} {_version(module)}".rstrip())
     seen = "; ".join([*here, *broken, *(f"no {module}" for module in missing)])
@@ -232,7 +232,7 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
     except GraphCacheError as error:
         return Finding("failed", one_line(error))
     except Exception as error:
-        return Finding("failed", told(error))
+        return Finding("failed", raised(error))
 
 
 def _devices() -> list[tuple[str, tuple[int, int]]]:

@@ -23,12 +23,13 @@ from graphcache.cli.options import (
     target_argument,
 )
 from graphcache.cli.output import one_line, print_json, stdout, table
-from graphcache.cli.targets import Target, is_factory, resolve
+from graphcache.cli.targets import Target, resolve
 from graphcache.engines.header import read_header
 from graphcache.engines.layers import layers_of
 from graphcache.errors import NoGpuError, Refusal
 from graphcache.graphs.buffers import nbytes_of
 from graphcache.modules.described import described
+from graphcache.modules.factories import is_factory
 from graphcache.observe.breaks import find_capture_breaks
 
 

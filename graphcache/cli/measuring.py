@@ -12,10 +12,11 @@ from typing import Any
 import click
 
 from graphcache import CachedModule, CacheInfo, Reason
-from graphcache.cli.targets import Call, Target, told
+from graphcache.cli.targets import Call, Target
 from graphcache.cli.timing import difference, timed, timed_apart
 from graphcache.errors import GraphCacheError, Refusal
 from graphcache.modules.described import described
+from graphcache.modules.factories import raised
 from graphcache.observe.result import Measured
 
 
@@ -145,7 +146,7 @@ def refused(found: Target, call: Call) -> Iterator[None]:
         raise
     except Exception as error:
         raise click.ClickException(
-            f"{found.name} refused {call.label or 'a call without inputs'}: {told(error)}"
+            f"{found.name} refused {call.label or 'a call without inputs'}: {raised(error)}"
         ) from error
 
 

@@ -24,8 +24,9 @@ from graphcache.cli.options import (
     target_argument,
 )
 from graphcache.cli.output import described, environment, one_line, print_json, progress, stdout
-from graphcache.cli.targets import Target, resolve, told
+from graphcache.cli.targets import Target, resolve
 from graphcache.errors import GraphCacheError
+from graphcache.modules.factories import raised
 
 
 @click.command(cls=ShapesCommand, short_help="Capture calls as a server would, and keep a manifest.")
@@ -94,7 +95,7 @@ def prepare(
         except GraphCacheError:
             raise
         except Exception as error:
-            raise click.ClickException(f"{found.name} refused a call: {told(error)}") from error
+            raise click.ClickException(f"{found.name} refused a call: {raised(error)}") from error
         written = 0
         if shapes and manifest is not None:
             try:

@@ -20,8 +20,8 @@ from graphcache.cache.buckets import Axis
 from graphcache.cli.options import ShapesCommand, ShapesType, Specs, device_option, json_option, points
 from graphcache.cli.output import progress
 from graphcache.cli.shapes import Spec
-from graphcache.cli.targets import is_factory
 from graphcache.engines.library import require_gpu
+from graphcache.modules.factories import is_factory
 from graphcache.serving.auth import check_configured
 from graphcache.serving.deployment import deployment
 from graphcache.serving.server import Ready, drain, ray_here, run

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
@@ -20,9 +15,11 @@ from torch import Tensor, nn
 import graphcache
 from graphcache.cli.build import check_onnx
 from graphcache.cli.options import Specs, spanned
-from graphcache.cli.output import one_line, progress
+from graphcache.cli.output import progress
 from graphcache.cli.shapes import Shape, Spec, written
 from graphcache.engines.library import require_gpu
+from graphcache.errors import ConfigError
+from graphcache.modules.factories import is_factory, named_object, raised
 
 
 @dataclass(frozen=True)
@@ -144,8 +141,7 @@ def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
         GraphCacheError: If the engine cannot be built or loaded here.
     """
     if is_factory(text):
-        source, _, attribute = text.rpartition(":")
-        return _from_factory(text, source, attribute, device)
+        return _from_factory(text, device)
     path = Path(text)
     if device == "cpu":
         raise click.UsageError(f"{text} is no module:factory, and TensorRT engines run only on CUDA.")
@@ -168,30 +164,18 @@ def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
     return Target(text, module, module.device)
 
 
-def is_factory(text: str) -> bool:
-    """Whether ``module:factory`` was typed, and not the path of a file.
-
-    Example:
-        >>> is_factory("nets.py:mlp"), is_factory("model.onnx")
-        (True, False)
-    """
-    _, colon, attribute = text.rpartition(":")
-    return bool(colon) and attribute.replace(".", "").isidentifier() and not Path(text).exists()
-
-
-def _from_factory(text: str, source: str, attribute: str, device: str | None) -> Target:
-    found: Any = _import(source)
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            raise click.ClickException(f"{source} has no {attribute!r}; expected a function that returns an nn.Module")
-        found = getattr(found, name)
+def _from_factory(text: str, device: str | None) -> Target:
+    try:
+        found = named_object(text)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise click.ClickException(f"{text} is of type {type(found).__name__}; expected a function or an nn.Module")
         try:
             found = found()
         except Exception as error:
-            raise click.ClickException(f"{text} raised {told(error)}") from error
+            raise click.ClickException(f"{text} raised {raised(error)}") from error
     if not isinstance(found, nn.Module):
         raise click.ClickException(f"{text} gave an object of type {type(found).__name__}; expected an nn.Module")
     if device is not None:
@@ -201,34 +185,6 @@ def _from_factory(text: str, source: str, attribute: str, device: str | None) ->
     tensors: list[Tensor] = [*found.parameters(), *found.buffers()]
     where = tensors[0].device if tensors else torch.device(device or "cpu")
     return Target(text, found, where)
-
-
-def _import(source: str) -> ModuleType:
-    try:
-        if not source.endswith(".py"):
-            sys.path.insert(0, "")
-            try:
-                return importlib.import_module(source)
-            finally:
-                sys.path.remove("")
-        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-        if spec is None or spec.loader is None or not Path(source).is_file():
-            raise click.ClickException(f"there is no file {source}; expected the path of a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    except click.ClickException:
-        raise
-    except Exception as error:
-        raise click.ClickException(f"{source} cannot be imported: {told(error)}") from error
-
-
-def told(error: Exception) -> str:
-    """An exception of the user's code in one line: its type, what it says, and the line it comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {one_line(error)}{where}"
 
 
 def _label(inputs: Mapping[str, Tensor]) -> str:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from graphcache.config import GraphConfig
-from graphcache.errors import GraphCacheError, ServingError, is_a, shown
+from graphcache.errors import ConfigError, GraphCacheError, ServingError, is_a, shown
 from graphcache.modules.cached import CachedModule
+from graphcache.modules.factories import is_factory, named_object
 from graphcache.modules.loading import load
 
 Source = str | os.PathLike[str] | bytes | Callable[[], nn.Module]
-
-
-def is_factory(source: Any) -> bool:
-    """Whether text names a function that makes a module, and not a file.
-
-    Example:
-        >>> is_factory("nets.py:mlp"), is_factory("package.nets:mlp"), is_factory("model.engine")
-        (True, True, False)
-    """
-    if not isinstance(source, str):
-        return False
-    _, colon, attribute = source.rpartition(":")
-    return bool(colon) and attribute.replace(".", "").isidentifier() and not Path(source).exists()
 
 
 def module_of(source: Any, *, into: Any = None, device: str | None = None) -> tuple[nn.Module, GraphConfig | None]:
@@ -76,12 +60,10 @@ def named(source: Any) -> str:
 def _made(source: Any) -> nn.Module:
     what, found = shown(source), source
     if isinstance(source, str):
-        file, _, attribute = source.rpartition(":")
-        found = _imported(file)
-        for name in attribute.split("."):
-            if not hasattr(found, name):
-                raise ServingError(f"{file} has no {attribute!r}; expected a function that returns an nn.Module")
-            found = getattr(found, name)
+        try:
+            found = named_object(source)
+        except ConfigError as error:
+            raise ServingError(str(error)) from error
     if is_a(found, nn.Module):
         return found  # type: ignore[no-any-return]
     try:
@@ -93,24 +75,3 @@ def _made(source: Any) -> nn.Module:
     if not is_a(made, nn.Module):
         raise ServingError(f"{what} gave an object of type {type(made).__name__}; expected an nn.Module")
     return made  # type: ignore[no-any-return]
-
-
-def _imported(source: str) -> ModuleType:
-    try:
-        if not source.endswith(".py"):
-            sys.path.insert(0, "")
-            try:
-                return importlib.import_module(source)
-            finally:
-                sys.path.remove("")
-        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-        if spec is None or spec.loader is None or not Path(source).is_file():
-            raise ServingError(f"there is no file {source}; expected the path of a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    except ServingError:
-        raise
-    except Exception as error:
-        raise ServingError(f"{source} cannot be imported ({type(error).__name__}: {error})") from error

@@ -285,7 +285,7 @@ class Open(nn.Module):
         (nets.broken, {}, ServingError, "raised OSError: no such weights; expected an nn.Module"),
         (lambda: 5, {}, ServingError, "gave an object of type int; expected an nn.Module"),
         (5, {}, ServingError, "5 is no model; expected an engine, a package, or a function of a module"),
-        ("nowhere.nets:mlp", {}, ServingError, "nowhere.nets cannot be imported (ModuleNotFoundError"),
+        ("nowhere.nets:mlp", {}, ServingError, "nowhere.nets cannot be imported: ModuleNotFoundError"),
         ("nowhere.py:mlp", {}, ServingError, "there is no file nowhere.py"),
         ("tests.serving.nets:none", {}, ServingError, "tests.serving.nets has no 'none'; expected a function"),
     ],
