@@ -100,10 +100,12 @@ def shortly_into(fast: CachedModule, out: Any, args: tuple[Any, ...], kwargs: di
     if shortcut is None or modes.get().off or dispatch_modes() or transforms() is not None:
         return False
     entry, _, into, index, epoch = shortcut
+    if into is None or type(out) is not Tensor:
+        return False
     stream = raw_stream(index)
     if (stream and is_capturing()) or (several_devices() and index != current_device()):
         return False
-    if into is None or type(out) is not Tensor or not into(args[0], out, stream) or not fast._holds(epoch, args):
+    if not into(args[0], out, stream) or not fast._holds(epoch, args):
         return False
     assert entry is not None
     entry.hits += 1

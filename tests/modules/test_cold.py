@@ -237,6 +237,17 @@ def test_whoever_listens_hears_of_every_call():
     assert fast.cache_info().eager == {Reason.NOT_PREPARED: 60}
 
 
+def test_cold_answers_go_into_the_callers_tensors_too():
+    fast = prepared()
+    x, out = torch.randn(5), torch.empty(5)
+    with torch.no_grad():
+        for call in range(1, 41):
+            out.zero_()
+            assert fast.forward_into(out, x) is out
+            assert torch.equal(out, x * 2)
+            assert fast.cache_info().eager == {Reason.NOT_PREPARED: call}
+
+
 def test_a_hook_runs_at_every_call():
     fast = prepared()
     x, seen = torch.randn(5), []
