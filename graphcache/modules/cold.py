@@ -103,7 +103,8 @@ class ColdCalls:
             if (leave := self._leaves.pop(layout, None)) is not None:
                 shortcut = self._shortcuts.get(layout)
                 if shortcut is not None and shortcut[1] is leave:
-                    del self._shortcuts[layout]
+                    # Another thread may have dropped all of them since: an eviction does.
+                    self._shortcuts.pop(layout, None)
                 self._settle(leave)
 
     def _settle(self, leave: Leave) -> None:

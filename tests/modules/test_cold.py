@@ -89,6 +89,23 @@ def test_the_end_of_a_leave_leaves_what_came_after_it_alone():
     assert shortcuts["a"] is graph
 
 
+def test_an_eviction_in_the_middle_of_the_end_of_a_leave():
+    """Fails if what another thread drops in between is taken to be there."""
+
+    class Evicted(Shortcuts):
+        def get(self, key, default=None):
+            found = super().get(key, default)
+            self.clear()
+            return found
+
+    told = []
+    cold = ColdCalls(Evicted(None, bool), lambda signature, cause, n: told.append(n))
+    cold.grant(leave := Leave("a", ("a",), COLD, None, 2))
+    next(leave.calls)
+    cold.end(leave)
+    assert (told, len(cold)) == ([1], 0)
+
+
 def test_threads_take_each_call_of_a_leave_once():
     told = []
     cold = ColdCalls(Shortcuts(None, bool), lambda signature, cause, n: told.append(n))
