@@ -54,9 +54,11 @@ class BucketType(click.ParamType):  # type: ignore[type-arg]  # not generic befo
 
 
 @click.command(cls=ShapesCommand, short_help="Serve a model over HTTP.")
-@click.argument("target", metavar="ENGINE|PACKAGE|FOLDER|MODULE:FACTORY")
+@click.argument("target", metavar="[ENGINE|PACKAGE|FOLDER|MODULE:FACTORY]", required=False)
 @click.option(
-    "--module", metavar="MODULE:FACTORY", help="What makes the model that a package of a model is loaded into."
+    "--module",
+    metavar="MODULE:FACTORY",
+    help="What makes the module that is served; beside a package of a model, the model that it is loaded into.",
 )
 @click.option("--name", default="", help="What the model is called; as the file or the function if left out.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
@@ -107,7 +109,7 @@ class BucketType(click.ParamType):  # type: ignore[type-arg]  # not generic befo
 @device_option
 @json_option
 def serve(
-    target: str,
+    target: str | None,
     module: str | None,
     name: str,
     host: str,
@@ -134,7 +136,14 @@ def serve(
     Examples:
       graphcache serve model.engine --bucket 1,8,32 --replicas 4
       graphcache serve nets.py:mlp --prepare input:1x16
+      graphcache serve --module package.nets:mlp --prepare input:1x16
     """
+    if target is None:
+        if module is None:
+            raise click.UsageError("Missing what to serve: an engine, a package, a folder, or --module MODULE:FACTORY.")
+        if not is_factory(module):
+            raise click.UsageError(f"--module: {module!r} is no factory; such as package.module:function.")
+        target, module = module, None
     if not is_factory(target):
         if not Path(target).exists():
             raise click.ClickException(

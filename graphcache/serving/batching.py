@@ -106,7 +106,7 @@ class Batcher:
     def __init__(self, buckets: Buckets, arguments: inspect.Signature | Sequence[str]) -> None:
         self.buckets = buckets
         self._padder = Padder(buckets, arguments)
-        required, self.known = _names(arguments)
+        required, self.known = argument_names(arguments)
         self.required = tuple(name for name in required if name not in buckets.masks)
         self.symbol = _rows_symbol(buckets)
         self.sizes = buckets.sizes[self.symbol]
@@ -332,8 +332,18 @@ def _answered(batcher: Batcher, run: Run, batch: Batch, counts: Counts) -> list[
     return answers
 
 
-def _names(arguments: inspect.Signature | Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Arguments that a call needs, and all that it may have; ``None`` where that is open."""
+def argument_names(
+    arguments: inspect.Signature | Sequence[str],
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Arguments that a call needs, and all that it may have by name; ``None`` where that is open.
+
+    Args:
+        arguments: Of a module: the signature of its ``forward``, or the names of its inputs.
+
+    Example:
+        >>> argument_names(inspect.signature(lambda x, mask=None: x))
+        (('x',), ('x', 'mask'))
+    """
     if not isinstance(arguments, inspect.Signature):
         return tuple(arguments), tuple(arguments)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -13,7 +13,7 @@ from graphcache.serving.auth import check_configured
 from graphcache.serving.ingress import Forward, Ingress, Settled
 from graphcache.serving.limits import Limits
 from graphcache.serving.replica import replica_class
-from graphcache.serving.settings import MOST_KINDS, MOST_ROWS, Settings
+from graphcache.serving.settings import MOST_KINDS, MOST_ROWS, Settings, checked_wait
 from graphcache.serving.transport import told
 
 APPLICATION = "graphcache"
@@ -65,7 +65,7 @@ def deployment(
         batch_wait_timeout_s: How long the first request of a batch waits for others, in seconds.
         max_kinds: Kinds of requests (sizes but for the rows) whose graphs one replica keeps.
         num_replicas: How many of them.
-        num_fronts: How many processes speak HTTP before them; one passes on some hundred requests in a second.
+        num_fronts: How many processes speak HTTP before them; each bounds how many requests pass in a second.
         num_gpus: For each replica; ``None`` is 1 where this process sees a GPU, else 0.
         num_cpus: For each replica, as Ray counts them.
         max_queued_requests: Beyond these, requests are refused until there is room.
@@ -91,8 +91,7 @@ def deployment(
     for option, value in (("num_replicas", num_replicas), ("num_fronts", num_fronts)):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{option}={shown(value)}: expected a whole number, 1 or more")
-    if not isinstance(batch_wait_timeout_s, (int, float)) or not 0 <= batch_wait_timeout_s < 60:
-        raise ConfigError(f"batch_wait_timeout_s={shown(batch_wait_timeout_s)}: expected seconds from 0 to 60")
+    wait = checked_wait(batch_wait_timeout_s, "batch_wait_timeout_s")
 
     def settings(source: Any, name: str) -> Settings:
         if isinstance(source, Settings):
@@ -119,7 +118,7 @@ def deployment(
     handles = {}
     for each in served:
         replicas = serve.deployment(
-            replica_class(each, batch_wait_timeout_s),
+            replica_class(each, wait),
             name=each.name,
             num_replicas=num_replicas,
             ray_actor_options=options,

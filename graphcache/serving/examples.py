@@ -14,7 +14,7 @@ from graphcache.cache.buckets import Buckets
 from graphcache.errors import ConfigError, shown
 from graphcache.modules.engine import EngineModule
 from graphcache.serving.backend import TensorSpec
-from graphcache.serving.batching import Batcher, Tensors
+from graphcache.serving.batching import Batcher, Tensors, argument_names
 
 
 def given_example(given: Mapping[str, Any], engine: EngineModule | None, buckets: Buckets) -> dict[str, Tensor]:
@@ -92,17 +92,10 @@ def input_names(name: str, arguments: inspect.Signature | Sequence[str]) -> list
     Raises:
         ConfigError: If there are none.
     """
-    if not isinstance(arguments, inspect.Signature):
-        return list(arguments)
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = [
-        each.name
-        for each in arguments.parameters.values()
-        if each.default is inspect.Parameter.empty and each.kind in kinds
-    ]
+    found, _ = argument_names(arguments)
     if not found:
         raise ConfigError(f"{name}: forward{arguments} names no input; expected buckets={{'name': {{0: [1, 8]}}}}")
-    return found
+    return list(found)
 
 
 def specs_of(examples: Sequence[Tensors], axes: Mapping[str, Sequence[int]]) -> tuple[TensorSpec, ...]:

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.errors import ClosedError, ConfigError, shown
+from graphcache.errors import ClosedError
 from graphcache.events import log
 from graphcache.serving.batching import Request
 from graphcache.serving.kinds import Kind
 from graphcache.serving.runner import Runner
+from graphcache.serving.settings import checked_wait
 
 Answer = dict[str, Tensor]
 
@@ -45,11 +46,8 @@ class Gather:
     """
 
     def __init__(self, runner: Runner, *, wait_s: float = 0.002) -> None:
-        is_number = isinstance(wait_s, (int, float)) and not isinstance(wait_s, bool)
-        if not is_number or not 0 <= wait_s < 60:
-            raise ConfigError(f"wait_s={shown(wait_s)}: expected seconds, from 0 to 60")
+        self._wait = checked_wait(wait_s, "wait_s")
         self._runner = runner
-        self._wait = float(wait_s)
         self._came: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from graphcache.events import log
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.modules.examples import Call
+from graphcache.modules.fingerprint import device_of
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.wrapping import wrapped
 from graphcache.serving.backend import ModelSpec
@@ -63,7 +63,8 @@ class Runner:
         module, saved = module_of(settings.source, into=settings.into, device=settings.device)
         self._engine = module if isinstance(module, EngineModule) else None
         self.module = module if self._engine is not None else module.eval()
-        self.device = _device_of(module)
+        given = settings.device if self._engine is None else None
+        self.device = device_of(module) if given is None else torch.device(given)
         arguments: Any = inspect.signature(module.forward) if self._engine is None else self._engine.input_binding_names
         self.batcher = Batcher(self._buckets(settings, saved, arguments), arguments)
         self.counts = Counts()
@@ -271,10 +272,3 @@ class Runner:
         if "max_graphs" not in options:
             config = replace(config, max_graphs=max(config.max_graphs, self._most_kinds * len(self.batcher.sizes)))
         return config
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    if isinstance(module, EngineModule):
-        return module.device
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -76,6 +76,26 @@ class Settings:
         object.__setattr__(self, "name", self.name or named(self.source))
 
 
+def checked_wait(seconds: Any, option: str) -> float:
+    """How long the first request of a batch waits for others, in seconds.
+
+    Args:
+        seconds: What was given.
+        option: What it was given as.
+
+    Raises:
+        ConfigError: If it is no number from 0 to 60.
+
+    Example:
+        >>> checked_wait(0, "wait_s")
+        0.0
+    """
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not 0 <= seconds < 60:
+        raise ConfigError(f"{option}={shown(seconds)}: expected seconds from 0 to 60")
+    return float(seconds)
+
+
 def from_folder(folder: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Settings]:
     """The newest version of every model in a folder, by name.
 

@@ -45,6 +45,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
         ({"num_replicas": "2"}, "num_replicas='2': expected a whole number"),
         ({"num_fronts": 0}, "num_fronts=0: expected a whole number, 1 or more"),
         ({"batch_wait_timeout_s": -1}, "batch_wait_timeout_s=-1: expected seconds from 0 to 60"),
+        ({"batch_wait_timeout_s": True}, "batch_wait_timeout_s=True: expected seconds from 0 to 60"),
         ({"batch_wait_timeout_s": float("nan")}, "batch_wait_timeout_s=nan"),
         ({"max_batch_size": 0}, "max_batch_size=0"),
         ({"config": {"io": "magic"}}, "io='magic' is not an option"),

@@ -122,5 +122,5 @@ def test_after_its_end(runner):
 
 @pytest.mark.parametrize("wait_s", [-1, 60, float("nan"), "1", None, True])
 def test_a_wait_that_is_none(runner, wait_s):
-    with pytest.raises(ConfigError, match="expected seconds, from 0 to 60"):
+    with pytest.raises(ConfigError, match="expected seconds from 0 to 60"):
         Gather(runner, wait_s=wait_s)

@@ -33,6 +33,28 @@ def infer(found, name="one", version=None, **inputs):
     return asyncio.run(found.infer(name, version, inputs))
 
 
+class Slow(nn.Module):
+    """Gives back what it gets, once it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.sizes, self.threads = [], []
+
+    def forward(self, x):
+        self.sizes.append(x.numel())
+        self.threads.append(threading.current_thread())
+        self.begun.set()
+        assert self.go.wait(20)
+        return x
+
+    async def first_of(self, found, x=X):
+        """A request that it is answering."""
+        first = asyncio.ensure_future(found.infer("one", None, {"x": x}))
+        assert await asyncio.to_thread(self.begun.wait, 20)
+        return first
+
+
 def test_answers_are_those_of_the_module():
     module = policy()
     with LocalBackend({"policy": graphcache.wrap(module)}, specs={"policy": POLICY}) as found:
@@ -65,52 +87,38 @@ def test_a_model_whose_preparation_fails_is_not_ready():
 
 
 def test_the_loop_does_not_wait_for_a_model():
-    begun, go, threads = threading.Event(), threading.Event(), []
-
-    def slow(module, x):
-        threads.append(threading.current_thread())
-        begun.set()
-        assert go.wait(20)
-        return x
+    slow = Slow()
 
     async def run(found):
-        first = asyncio.ensure_future(found.infer("one", None, {"x": X}))
-        assert await asyncio.to_thread(begun.wait, 20)
+        first = await slow.first_of(found)
         other = await found.infer("two", None, {"x": X})
         assert not first.done()
-        go.set()
+        slow.go.set()
         return await first, other
 
     two = spec("two", {"x": ("float32", (-1,))}, {"y": ("float32", (-1,))})
-    with LocalBackend({"one": Fn(slow), "two": nn.ReLU()}, specs={"one": ONE, "two": two}) as found:
+    with LocalBackend({"one": slow, "two": nn.ReLU()}, specs={"one": ONE, "two": two}) as found:
         found.prepare()
         first, other = asyncio.run(run(found))
     assert (first["y"].tolist(), other["y"].tolist()) == ([-1, 2], [0, 2])
-    assert threads[0] is not threading.current_thread()
+    assert slow.threads[0] is not threading.current_thread()
 
 
 def test_what_was_given_up_before_it_began_is_not_run():
-    begun, go, seen = threading.Event(), threading.Event(), []
-
-    def slow(module, x):
-        seen.append(x.numel())
-        begun.set()
-        assert go.wait(20)
-        return x
+    slow = Slow()
 
     async def run(found):
-        first = asyncio.ensure_future(found.infer("one", None, {"x": torch.zeros(1)}))
-        assert await asyncio.to_thread(begun.wait, 20)
+        first = await slow.first_of(found, torch.zeros(1))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(found.infer("one", None, {"x": torch.zeros(2)}), 0.01)
-        go.set()
+        slow.go.set()
         await first
         await found.infer("one", None, {"x": torch.zeros(3)})
 
-    with backend(Fn(slow)) as found:
+    with backend(slow) as found:
         found.prepare()
         asyncio.run(run(found))
-    assert seen == [1, 3]
+    assert slow.sizes == [1, 3]
 
 
 @pytest.mark.parametrize("outputs", ["own", "view"])
@@ -190,26 +198,20 @@ def test_after_the_end():
 
 
 def test_what_waits_at_the_end_is_refused_and_what_runs_is_answered():
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(module, x):
-        begun.set()
-        assert go.wait(20)
-        return x
+    slow = Slow()
 
     async def run(found):
-        first = asyncio.ensure_future(found.infer("one", None, {"x": X}))
-        assert await asyncio.to_thread(begun.wait, 20)
+        first = await slow.first_of(found)
         second = asyncio.ensure_future(found.infer("one", None, {"x": X}))
         await asyncio.sleep(0)
         closing = asyncio.ensure_future(asyncio.to_thread(found.close))
         with pytest.raises(UnavailableError, match="one was shut down before the request had its turn"):
             await second
-        go.set()
+        slow.go.set()
         await closing
         return await first
 
-    found = backend(Fn(slow))
+    found = backend(slow)
     found.prepare()
     assert asyncio.run(run(found))["y"].tolist() == [-1, 2]
 

@@ -101,7 +101,8 @@ def asked(port: int, x: torch.Tensor, token: str = "") -> tuple[int, Any]:
 def test_it_serves_until_it_is_told_to_stop_and_loses_nothing_then(tmp_path, capsys):
     shutil.copy(nets.__file__, tmp_path / "nets.py")
     port, module = free_port(), nets.mlp()
-    options = ["nets.py:mlp", "--prepare", "input:1x16", "--bucket", "1,4", "--port", str(port), "--drain", "30"]
+    options = ["--module", "nets.py:mlp", "--prepare", "input:1x16", "--bucket", "1,4"]
+    options += ["--port", str(port), "--drain", "30"]
     with serving(tmp_path, *options, GRAPHCACHE_SERVE_TOKEN="a.token") as process:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -161,6 +162,9 @@ def test_it_serves_until_it_is_told_to_stop_and_loses_nothing_then(tmp_path, cap
     ("args", "code", "message"),
     [
         (["nothing.engine"], 1, "there is no file nothing.engine; expected an engine, a package, a folder of"),
+        ([], 2, "Missing what to serve: an engine, a package, a folder, or --module MODULE:FACTORY."),
+        (["--module", "nets"], 2, "--module: 'nets' is no factory; such as package.module:function."),
+        (["--module", "n.py:f", "--bucket", "1", "--bucket", "2"], 2, "gives the sizes of the rows twice"),
         (["n.py:f", "--bucket", "x:1"], 2, "'x:1' are no sizes; expected such as 1,8,32"),
         (["n.py:f", "--bucket", "1", "--bucket", "2"], 2, "gives the sizes of the rows twice"),
         (["n.py:f", "--bucket", "x:1=4", "--bucket", "x:1=8"], 2, "names axis 1 of 'x' twice"),
