@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", type=int, nargs="+", default=[1, 4, 8, 32], help="how many shapes alternate")
     parser.add_argument("--calls", type=int, default=1000, help="timed calls of each system (default 1000)")
     parser.add_argument("--io", nargs="+", default=["bind", "copy"], choices=("bind", "copy"), help="as in GraphConfig")
-    parser.add_argument("--contexts", choices=("private", "shared"), help="as in GraphConfig")
+    parser.add_argument("--contexts", choices=("auto", "private", "shared"), help="as in GraphConfig")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     parser.add_argument("--max-cpu-us", type=float, metavar="N", help="fail if a hit costs more CPU time")
     parser.add_argument("--max-ratio", type=float, metavar="N", help="fail if call + sync over raw is more")

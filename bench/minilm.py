@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     parser.add_argument("--passes", type=int, default=5, help="timed passes over all sentences (default 5)")
-    parser.add_argument("--contexts", choices=("private", "shared"), help="as in graphcache.GraphConfig")
+    parser.add_argument("--contexts", choices=("auto", "private", "shared"), help="as in graphcache.GraphConfig")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     options = parser.parse_args(arguments)
     device = record.require_cuda("bench.minilm")

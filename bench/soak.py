@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     parser.add_argument("--calls", type=int, default=200_000, help="how many (default 200000)")
     parser.add_argument("--io", default="bind", choices=("bind", "copy"), help="as in GraphConfig")
-    parser.add_argument("--contexts", default="private", choices=("private", "shared"), help="as in GraphConfig")
+    parser.add_argument("--contexts", default="auto", choices=("auto", "private", "shared"), help="as in GraphConfig")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     options = parser.parse_args(arguments)
     if options.calls < 1_000:

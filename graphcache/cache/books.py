@@ -19,9 +19,9 @@ COLD = Cause(Reason.COLD)
 OVERHEAD = 0.02
 """What of the time of eager execution may be spent on captures that never pay."""
 _HALF_LIFE = 6.0
-_SILENT, _SILENT_SHARE, _SILENT_POWER = 6.0, 0.5, 1.2
+_SILENT, _SILENT_SHARE, _SILENT_POWER = 6.0, 0.53, 1.2
 """How many calls in a row a graph has to have missed, at its usual rate, to be worth less than it was: 6 (by chance one
-in 400 does), and as many as save half a capture, which it takes to have it back. Then how fast it falls."""
+in 400 does), and as many as save half of what it takes to have it back. Then how fast it falls."""
 _PRIOR_CAPTURE = 50.0
 _PRIOR_SHARE = 0.3
 _LARGEST_SHARE = 0.9
@@ -96,9 +96,9 @@ class Books:
         self.captures = 0
         self._entries = entries
         self._remembered = remembered
-        # Over all signatures, for those that were not measured.
+        # Over all signatures, for those that were not measured. Of several captures, the first takes longest.
         self._eager, self._share = Mean(0.0), Mean(_PRIOR_SHARE)
-        self._capture, self._nbytes = Mean(0.0), Mean(0.0)
+        self._capture, self._nbytes = Estimate(), Mean(0.0)
         self._settled_at = 0.0
         self._half_life = 1e-9
         self._lately_saved = self._lately_spent = 0.0
@@ -280,7 +280,8 @@ class Books:
             # Silent for many times as long as it used to be: what is hot has changed. The half-life takes its time.
             usual = record.heat / max(known, 1e-6) * math.log(2.0) / self._half_life
             missed = usual * (self.now - record.last)
-            many = max(_SILENT, _SILENT_SHARE * self.capture_seconds(record) / saving)
+            again = min(self.capture_seconds(record), self._typical_capture())
+            many = max(_SILENT, _SILENT_SHARE * again / saving)
             if missed > many:
                 heat *= (many / missed) ** _SILENT_POWER
         return heat * saving

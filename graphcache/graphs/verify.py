@@ -56,6 +56,22 @@ def verify(
                 raise Refusal(Reason.MISMATCH, where, f"output {index} differed by {error:.3g} (relative) on {name}")
 
 
+def alike(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal but for what :func:`tolerance_of` accepts; where their bits are, it waits only once.
+
+    Example:
+        >>> alike([torch.zeros(2), torch.ones(2)], [torch.zeros(2), torch.ones(2)])
+        True
+        >>> alike([torch.zeros(2)], [torch.ones(2)])
+        False
+    """
+    pairs = list(zip(left, right, strict=True))
+    unequal = [torch.ne(_bits(a), _bits(b)).any() for a, b in pairs if a.shape == b.shape]
+    if len(unequal) == len(pairs) and not (unequal and bool(torch.stack(unequal).any())):
+        return True
+    return all(difference(a, b) <= tolerance_of(b) for a, b in pairs)
+
+
 def tolerance_of(tensor: Tensor, relative: float = RELATIVE) -> float:
     """The largest accepted difference for a tensor's dtype: ``relative``, or four steps of a coarser dtype.
 

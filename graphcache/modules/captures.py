@@ -118,8 +118,15 @@ class Captures:
         start = time.perf_counter()
         with self._ledger.span("capture"), self._room(inputs) as room:
             answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
+            self._drop_broken()
             seconds = time.perf_counter() - start
             return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
+
+    def _drop_broken(self) -> None:
+        broken = set(map(id, self.recorder.take_broken()))
+        if broken:
+            for key in [key for key, entry in self._cache.entries.items() if id(entry.graph.graph) in broken]:
+                self._cache.evict(key)
 
     def settle(self) -> None:
         """Bring the accounts up to the calls that were made without a look."""

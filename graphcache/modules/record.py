@@ -93,6 +93,9 @@ class Recorder(Protocol):
     def passing_nbytes(self) -> int:
         """What captures took beyond what stayed, in bytes: the most so far."""
 
+    def take_broken(self) -> list[Graph]:
+        """Graphs that this recorder has closed since it was asked the last time, as they were no longer right."""
+
 
 def refill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into static buffers of the same shapes."""

@@ -25,6 +25,7 @@ from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, nothing, refill
+from graphcache.modules.shared_contexts import SharedContexts
 
 
 class EngineRecorder:
@@ -38,7 +39,7 @@ class EngineRecorder:
     def __init__(self, module: EngineModule, config: GraphConfig) -> None:
         self._module = module
         self._config = config
-        self._context: Context | None = None
+        self._contexts = SharedContexts(module, config)
         self._passing = 0
 
     def attempt(
@@ -60,8 +61,16 @@ class EngineRecorder:
         try:
             begin()
             lane = Lane(module.device.index) if apart else module.lane
+            shares = self._contexts.shares and not (alone or apart)
             with capturing(lane), torch.inference_mode(False), torch.no_grad():
-                graph = self._capture([value.detach() for value in given], profile, answer, lane)
+                scratch = lane.scratch(module.engine.scratch_bytes)
+                own = [value.detach() for value in given]
+                if shares:
+                    with self._contexts.one(scratch, profile) as (context, keep):
+                        graph = self._capture(own, profile, answer, lane, context, shares)
+                        keep(graph)
+                else:
+                    graph = self._capture(own, profile, answer, lane, module.contexts.take(scratch), shares)
                 outcome = Recorded(graph, self._build, whole=True, bare=len(module.engine.outputs) == 1)
         except Refusal as refusal:
             outcome = refusal.cause
@@ -84,21 +93,32 @@ class EngineRecorder:
 
     @property
     def passing_nbytes(self) -> int:
-        return self._passing
+        return self._passing + self._contexts.passing_nbytes
+
+    def take_broken(self) -> list[Graph]:
+        broken: list[Graph] = list(self._contexts.broken)
+        self._contexts.broken.clear()
+        return broken
 
     def release(self, *, wait: bool = True) -> None:
-        self._context = None
-        self._module.lane.reap(wait=wait)
+        self._contexts.release(wait=wait)
 
     def _eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # In subgraph mode the engine would go through its cache, and come back here.
         with graphs_off():
             return self._module(*args, **kwargs)
 
-    def _capture(self, given: Sequence[Tensor], profile: int, answer: list[Tensor], lane: Lane) -> Graph:
+    def _capture(
+        self,
+        given: Sequence[Tensor],
+        profile: int,
+        answer: list[Tensor],
+        lane: Lane,
+        context: Context,
+        shared: bool,
+    ) -> CudaGraph:
         module = self._module
         stream = own_stream(module.device.index, "capture").cuda_stream
-        context = self._new_context(lane)
         static = [torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value) for value in given]
         context.set_inputs(static, profile, stream)
         outputs = []
@@ -143,7 +163,7 @@ class EngineRecorder:
                 except BaseException:
                     graph.close()
                     raise
-            io.returns_context = self._config.contexts == "private"
+            io.returns_context = not shared
             return graph
 
         if self._config.io == "bind":
@@ -159,14 +179,6 @@ class EngineRecorder:
 
     def _device_only(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [value for index, value in enumerate(values) if index not in self._module.host_inputs]
-
-    def _new_context(self, lane: Lane) -> Context:
-        scratch = lane.scratch(self._module.engine.scratch_bytes)
-        if self._config.contexts == "private":
-            return self._module.contexts.take(scratch)
-        if self._context is None:
-            self._context = self._module.contexts.take(scratch)
-        return self._context
 
     @staticmethod
     def _build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:

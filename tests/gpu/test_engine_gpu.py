@@ -2,6 +2,7 @@
 
 import contextvars
 import gc
+import random
 import weakref
 
 import pytest
@@ -91,12 +92,20 @@ def test_answers_stay_intact_after_later_calls(load):
         assert close(y, networks.mlp8_reference(x))
 
 
-def test_shared_context_is_verified_and_right(load):
-    fast = graphcache.wrap(load("mlp8"), contexts="shared")
-    for n in (1, 4, 2, 1, 4, 2):
+@pytest.mark.parametrize("io", ["bind", "copy"])
+def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, io):
+    engine = load("mlp8")
+    fast = graphcache.wrap(engine, contexts="shared", io=io, max_graphs=24)
+    draw = random.Random(0)
+    sizes = [draw.randint(1, 40) for _ in range(200)]
+    for n in sizes:
         x = torch.randn(n, networks.SIZE, device="cuda")
         assert close(fast(x), networks.mlp8_reference(x))
-    assert fast.cache_info().hits == 3
+    info = fast.cache_info()
+    assert info.captures > 24
+    assert info.hits == len(sizes) - info.captures
+    assert fast._misses.recorder._contexts.shares
+    assert len(engine.engine.contexts) <= 2
 
 
 def test_copying_gives_the_same(load):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.buffers import static_copy
-from graphcache.graphs.verify import RELATIVE, difference, perturb, verify
+from graphcache.graphs.verify import RELATIVE, alike, difference, perturb, verify
 from tests.helpers import same, tensors
 
 NAN, INF = math.nan, math.inf
@@ -145,3 +145,26 @@ def test_perturbed_values_differ(values):
 def test_indices_stay_indices():
     tensor = torch.tensor([5, 6, 7])
     assert sorted(perturb([tensor])[0].tolist()) == [5, 6, 7]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ([], [], True),
+        ([[1.0, NAN]], [[1.0, NAN]], True),
+        ([[1.0], [2.0]], [[1.0], [2.0005]], True),
+        ([[1.0], [2.0]], [[1.0], [2.5]], False),
+        ([[1.0, NAN]], [[1.0, 1.0]], False),
+        ([[1.0]], [[1.0, 1.0]], False),
+    ],
+)
+def test_alike(left, right, expected):
+    assert alike([torch.tensor(each) for each in left], [torch.tensor(each) for each in right]) is expected
+
+
+def test_alike_looks_at_integers_exactly():
+    assert alike([torch.tensor([1 << 40])], [torch.tensor([1 << 40])])
+    assert not alike([torch.tensor([(1 << 40) + 1])], [torch.tensor([1 << 40])])

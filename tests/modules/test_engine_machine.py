@@ -48,7 +48,7 @@ class Steps(RuleBasedStateMachine):
 
     @initialize(
         io=st.sampled_from(["bind", "copy"]),
-        contexts=st.sampled_from(["private", "shared"]),
+        contexts=st.sampled_from(["auto", "private"]),
         outputs=st.sampled_from(["own", "own", "view"]),
     )
     def start(self, io: str, contexts: str, outputs: str) -> None:

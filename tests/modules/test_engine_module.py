@@ -809,7 +809,7 @@ def made_contexts(module: EngineModule) -> int:
 
 def test_the_context_of_an_evicted_graph_serves_the_next_one(fake: Torch) -> None:
     module = load("affine")
-    fast = graphcache.wrap(module, max_graphs=2)
+    fast = graphcache.wrap(module, max_graphs=2, contexts="private")
     for count in (1, 2, 3):
         fast(rows(fake, count))
     before = made_contexts(module)
@@ -976,7 +976,7 @@ def test_there_and_back_again(fake: Torch) -> None:
         max_size=8,
     ),
     st.sampled_from(["bind", "copy"]),
-    st.sampled_from(["private", "shared"]),
+    st.sampled_from(["auto", "private", "shared"]),
     st.booleans(),
 )
 def test_any_calls(steps: list[tuple[int, str, int]], io: str, contexts: str, verified: bool) -> None:

@@ -1,0 +1,141 @@
+"""One execution context for several graphs, each of which has to answer as before whenever it was used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+from weakref import WeakSet
+
+from torch import Tensor
+
+from graphcache.config import GraphConfig
+from graphcache.engines.context import Context
+from graphcache.events import log
+from graphcache.graphs.buffers import nbytes_of, poison
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.verify import alike
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.record import refill
+
+MOST = 16
+"""Graphs of one context. Each capture there replays each of them twice, so that it grows by two replays for each."""
+_MEASURED = ("1.5.", "1.6.")
+"""Versions of TensorRT-RTX under which graphs of one context, in turn, were seen to answer rightly (H100, H200). Under
+1.4.0.76 with ``EAGER`` they did not."""
+
+
+class _Shared(NamedTuple):
+    context: Context
+    profile: int
+    graphs: WeakSet[CudaGraph]
+
+
+class SharedContexts:
+    """The execution contexts that the graphs of one wrapped engine share, and the proof that they may.
+
+    A new context takes 30 to 130 ms, the rest of a capture 4 to 20 (H100, mlp8 to MiniLM). NVIDIA documents one context
+    for each graph as safe, and its own servers keep many graphs of one. What may go wrong: memory that a context keeps
+    to itself depends on the shapes it was last used with, and a graph that was captured before reads it. So whoever
+    uses a context again replays its graphs before and after, on the same inputs. No other replay comes between, as the
+    lane is held. Unless all answer as before, they are closed, and nothing is shared any more.
+
+    Not for several threads at once: the engine's lane is held.
+
+    Args:
+        module: The engine.
+        config: Options of the wrapped module.
+    """
+
+    def __init__(self, module: EngineModule, config: GraphConfig) -> None:
+        self._module = module
+        self._views = config.outputs == "view"
+        self._open: list[_Shared] = []
+        self.shares = config.contexts == "shared" or (
+            config.contexts == "auto" and config.capture_in == "foreground" and _is_measured(module)
+        )
+        """Whether graphs share contexts."""
+        self.broken: list[CudaGraph] = []
+        """Graphs that were closed, and are to be taken out of their cache."""
+        self.passing_nbytes = 0
+        """What the answers of other graphs took while one was captured, in bytes: the most so far."""
+
+    @contextmanager
+    def one(self, scratch: Tensor, profile: int) -> Iterator[tuple[Context, Callable[[CudaGraph], object]]]:
+        """A context to capture with, and what to call with the graph that came of it.
+
+        Args:
+            scratch: As :class:`~graphcache.engines.context.Context` takes it.
+            profile: The optimisation profile that it will be used with: switching it is no change of shapes.
+        """
+        shared = self._with_room(scratch, profile)
+        graphs = _live(shared)
+        before = self._answers(graphs)
+        self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
+        with ExitStack() as undo:
+            undo.callback(self._check, graphs, before)
+            # After a failure nobody knows what state it is in; its graphs keep it.
+            undo.callback(self._open.remove, shared)
+            yield shared.context, shared.graphs.add
+            undo.pop_all()
+        self._check(graphs, before)
+
+    def release(self, *, wait: bool) -> None:
+        """Give back the contexts that no graph needs any more, once the last replay is over; let go of the others.
+
+        Args:
+            wait: Wait for that replay.
+        """
+        unused = [shared.context for shared in self._open if not _live(shared)]
+        self._open.clear()
+
+        def give_back() -> None:
+            for context in unused:
+                self._module.contexts.give_back(context)
+
+        self._module.lane.release(give_back, wait=wait)
+
+    def _with_room(self, scratch: Tensor, profile: int) -> _Shared:
+        for shared in self._open:
+            if shared.profile == profile and len(_live(shared)) < MOST:
+                shared.context.use_scratch(scratch)
+                return shared
+        found = _Shared(self._module.contexts.take(scratch), profile, WeakSet())
+        self._open.append(found)
+        return found
+
+    def _answers(self, graphs: Sequence[CudaGraph]) -> list[Tensor]:
+        """What the graphs answer on what lies in their static inputs; nothing of earlier answers can be left in it."""
+        found: list[Tensor] = []
+        for graph in graphs:
+            static, out = [slot.buffer for slot in graph.outputs], [slot.fresh() for slot in graph.outputs]
+            shown = [tensor.clone() for tensor in static] if self._views else []
+            poison([*static, *out])
+            found += graph.replay([slot.buffer for slot in graph.inputs], out)
+            refill(static[: len(shown)], shown)
+        return found
+
+    def _check(self, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
+        if alike(self._answers(graphs), before):
+            return
+        log.warning(
+            "%s: %d graphs answered differently once their execution context was used for another shape; they were "
+            "dropped, and each graph has a context of its own from now on",
+            self._module.name,
+            len(graphs),
+        )
+        self.shares = False
+        self._open.clear()
+        for graph in graphs:
+            graph.close(wait=False)
+        self.broken += graphs
+
+
+def _live(shared: _Shared) -> list[CudaGraph]:
+    return [graph for graph in shared.graphs if graph.executables is not None]
+
+
+def _is_measured(module: EngineModule) -> bool:
+    library = module.engine.library
+    # What an engine updates in place would be another one at each replay.
+    return library.flavour == "tensorrt_rtx" and library.version.startswith(_MEASURED) and not module.engine.aliases

@@ -1,0 +1,257 @@
+"""Graphs that share an execution context: how many, and that every one of them is looked at again, over stand-ins."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import graphcache
+from graphcache import CachedModule, EngineModule, Reason
+from graphcache.errors import Refusal
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.modules import record_engine, shared_contexts
+from tests.engines import fake_tensorrt
+from tests.engines.fake_tensorrt import IExecutionContext
+from tests.graphs.fake_driver import Torch, installed
+from tests.helpers import in_threads, outcomes
+from tests.modules.test_engine_module import MODULES, load, made_contexts, prepare, rows
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+    with installed(*MODULES, patch=monkeypatch) as fake:
+        yield prepare(fake, monkeypatch)
+
+
+def shares(fast: CachedModule) -> bool:
+    return bool(fast._misses.recorder._contexts.shares)
+
+
+def flat(fake: Torch, count: int, start: float = 0.0) -> Tensor:
+    return fake.driver.heap.tensor([start + each for each in range(count)])
+
+
+def captured(module: EngineModule, fake: Torch, *counts: int, **options: Any) -> CachedModule:
+    fast = graphcache.wrap(module, **options)
+    for count in counts:
+        x = rows(fake, count)
+        assert torch.equal(fast(x), x * 3 + 1)
+    return fast
+
+
+def test_sixteen_graphs_have_one_context(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_contexts, "MOST", 2)
+    module = load("affine")
+    fast = captured(module, fake, 1, 2, 3)
+    assert (fast.cache_info().graphs, made_contexts(module)) == (3, 2)
+    captured(module, fake, 1, 2, 3, contexts="private")
+    assert made_contexts(module) == 5
+
+
+def test_an_evicted_graph_makes_room_in_its_context(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_contexts, "MOST", 2)
+    module = load("affine")
+    fast = captured(module, fake, 1, 2, 3, max_graphs=2)
+    before = made_contexts(module)
+    for start, count in enumerate([4, 1, 2, 3, 1] * 4):
+        x = rows(fake, count, start)
+        assert torch.equal(fast(x), x * 3 + 1)
+        assert torch.equal(fast(x), x * 3 + 1)
+    assert made_contexts(module) == before
+
+
+def test_each_profile_has_its_own(fake: Torch) -> None:
+    """To switch the profile of a context is more than a change of shapes."""
+    module = load("affine")
+    captured(module, fake, 1, 8, 2, 9)
+    assert made_contexts(module) == 2
+
+
+def test_sessions_share_none(fake: Torch) -> None:
+    """A replay of the session's graph on other memory would end what it is good for."""
+    module = load("affine")
+    fast = captured(module, fake, 1)
+    with fast.session(rows(fake, 2)) as session:
+        for start, count in enumerate((3, 4, 1)):
+            x = rows(fake, count, start)
+            assert torch.equal(fast(x), x * 3 + 1)
+            session.inputs[0].copy_(rows(fake, 2, start))
+            session.run()
+            assert torch.equal(session.outputs, rows(fake, 2, start) * 3 + 1)
+        assert made_contexts(module) == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "expected"),
+    [
+        ("1.5.0.114", {}, True),
+        ("1.6.1.120", {}, True),
+        ("1.4.0.76", {}, False),
+        ("1.7.1.116", {}, False),
+        ("1.4.0.76", {"contexts": "shared"}, True),
+        ("1.5.0.114", {"contexts": "private"}, False),
+        ("1.5.0.114", {"capture_in": "background"}, False),
+    ],
+)
+def test_where_they_are_shared(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, version: str, options: dict[str, Any], expected: bool
+) -> None:
+    module = load("affine")
+    object.__setattr__(module.engine.library, "version", version)
+    assert shares(graphcache.wrap(module, **options)) is expected
+
+
+def test_the_full_tensorrt_and_engines_that_update_an_input_share_none(fake: Torch) -> None:
+    (updating,) = [name for name, each in fake_tensorrt.NETWORKS.items() if each.aliased]
+    assert not shares(graphcache.wrap(load(updating)))
+    module = load("affine")
+    object.__setattr__(module.engine.library, "flavour", "tensorrt")
+    assert not shares(graphcache.wrap(module))
+
+
+def test_a_graph_that_another_capture_breaks_is_never_used_again(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
+    """Its context keeps the address of the output in memory of its own, which the next capture overwrites."""
+    module = load("hidden")
+    fast = graphcache.wrap(module, contexts="shared")
+    first, second = flat(fake, 3), flat(fake, 5)
+    assert torch.equal(fast(first), first * 2)
+    assert torch.equal(fast(first), first * 2)
+    (kept,) = [entry.graph.graph for entry in fast._entries.values()]
+    with caplog.at_level(logging.WARNING, "graphcache"):
+        assert torch.equal(fast(second), second * 2)
+    assert kept.executables is None
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "hidden: 1 graphs answered differently once their execution context was used for another shape; they were "
+        "dropped, and each graph has a context of its own from now on"
+    )
+    assert not shares(fast)
+    info = fast.cache_info()
+    assert (info.graphs, info.captures, info.evictions) == (1, 2, 1)
+    for start in range(3):
+        for count in (3, 5, 7):
+            x = flat(fake, count, start)
+            assert torch.equal(fast(x), x * 2)
+    assert outcomes(fast) == (3 * 3 - 2 + 1, 4, {})
+
+
+def test_the_same_breakage_goes_unseen_without_the_second_look(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test before this one shows something."""
+    monkeypatch.setattr(shared_contexts, "alike", lambda *_: True)
+    fast = graphcache.wrap(load("hidden"), contexts="shared")
+    first, second = flat(fake, 3), flat(fake, 5)
+    fast(first)
+    fast(second)
+    assert not torch.equal(fast(first), first * 2)
+
+
+def test_a_capture_that_fails_is_the_last_of_its_context_and_the_others_are_looked_at(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("affine")
+    fast = captured(module, fake, 1, 2)
+    looked: list[int] = []
+
+    def wrong(*_: Any, **__: Any) -> None:
+        raise Refusal(Reason.MISMATCH)
+
+    def counted(self: shared_contexts.SharedContexts, graphs: list[CudaGraph]) -> list[Tensor]:
+        looked.append(len(graphs))
+        return answers(self, graphs)
+
+    answers = shared_contexts.SharedContexts._answers
+    with monkeypatch.context() as patch:
+        patch.setattr(record_engine, "verify", wrong)
+        patch.setattr(shared_contexts.SharedContexts, "_answers", counted)
+        x = rows(fake, 3)
+        assert torch.equal(fast(x), x * 3 + 1)
+    assert looked == [2, 2]
+    before = made_contexts(module)
+    for count in (1, 2, 4):
+        x = rows(fake, count, 7)
+        assert torch.equal(fast(x), x * 3 + 1)
+    assert made_contexts(module) == before + 1
+    assert fast.cache_info().eager == {Reason.MISMATCH: 1}
+
+
+def test_clearing_gives_unused_contexts_back_once_the_replays_are_over(fake: Torch) -> None:
+    module = load("affine")
+    fast = captured(module, fake, 1, 2, 3)
+    assert len(module.contexts) == 0
+    fast.clear()
+    assert len(module.contexts) == 1
+    captured(module, fake, 4)
+    assert (made_contexts(module), len(module.contexts)) == (1, 0)
+
+
+def test_nothing_is_kept_alive(fake: Torch) -> None:
+    module = load("affine")
+    fast = captured(module, fake, 1, 2, 3)
+    fast.close()
+    module.close()
+    gc.collect()
+    assert not [each for each in IExecutionContext.made if each.engine is module.engine._engine]
+    assert fake.driver.leaked() == {}
+
+
+def test_an_answer_that_is_shown_stays_while_another_shape_is_captured(fake: Torch) -> None:
+    for network, answer in (("affine", lambda x: x * 3 + 1), ("hidden", lambda x: x * 2)):
+        fast = graphcache.wrap(load(network), outputs="view", contexts="shared", io="copy")
+        make = rows if network == "affine" else flat
+        x = make(fake, 2)
+        fast(x)
+        y = fast(x)
+        fast(make(fake, 3))
+        assert torch.equal(y, answer(x))
+
+
+def test_what_looking_takes_is_in_the_account(fake: Torch) -> None:
+    fast = captured(load("affine"), fake, 1)
+    recorder = fast._misses.recorder
+    alone = recorder.passing_nbytes
+    x = rows(fake, 1)
+    captured_again = rows(fake, 2)
+    fast(x)
+    fast(captured_again)
+    assert recorder._contexts.passing_nbytes == 2 * x.nbytes
+    assert recorder.passing_nbytes >= alone + 2 * x.nbytes
+
+
+def test_threads_that_replay_while_others_capture(fake: Torch) -> None:
+    module = load("affine")
+    fast = graphcache.wrap(module, max_graphs=3)
+
+    def work(index: int) -> None:
+        with fake.on(fake.new_stream()), torch.no_grad():
+            for turn in range(20):
+                x = rows(fake, 1 + (index * turn) % 4, turn)
+                assert torch.equal(fast(x), x * 3 + 1)
+
+    in_threads(work, 4)
+    assert shares(fast)
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.booleans()), max_size=20), st.integers(1, 3), st.integers(1, 4))
+def test_any_sequence_of_shapes(calls: list[tuple[int, bool]], most: int, graphs: int) -> None:
+    calls = [(8 if 4 < count < 8 else count, cleared) for count, cleared in calls]
+    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
+        prepare(fake, patch)
+        patch.setattr(shared_contexts, "MOST", most)
+        module = load("affine")
+        fast = graphcache.wrap(module, max_graphs=graphs)
+        for start, (count, cleared) in enumerate(calls):
+            x = rows(fake, count, start)
+            assert torch.equal(fast(x), x * 3 + 1)
+            if cleared:
+                fast.clear()
+        # Each context but the last of either profile was full when the next one was made.
+        assert made_contexts(module) <= -(-graphs // most) + 2
+        assert fast.cache_info().eager == {}
