@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class Gate:
@@ -32,25 +32,34 @@ class Gate:
         self._waiting = 0
         self._alone: int | None = None
         self._held = threading.local()
+        self._entrance = _Among(self)
 
-    @contextmanager
-    def among_others(self) -> Iterator[None]:
+    def among_others(self) -> AbstractContextManager[None]:
         """Inside, nobody is alone but, at most, this very thread."""
+        return self._entrance
+
+    def enter(self) -> None:
+        """What entering :meth:`among_others` does: every eager call does, so that it is no generator's business."""
         depth = getattr(self._held, "depth", 0)
         with self._condition:
-            if self._alone != threading.get_ident():
-                # A thread that is inside already must not wait for one that waits for it.
-                while self._alone is not None or (self._waiting and not depth):
-                    self._condition.wait()
+            if self._alone is not None or self._waiting:
+                self._wait(depth)
             self._among += 1
-            self._held.depth = depth + 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._among -= 1
-                self._held.depth = depth
+        self._held.depth = depth + 1
+
+    def leave(self) -> None:
+        """What leaving it does."""
+        with self._condition:
+            self._among -= 1
+            if self._waiting:
                 self._condition.notify_all()
+        self._held.depth -= 1
+
+    def _wait(self, depth: int) -> None:
+        if self._alone != threading.get_ident():
+            # A thread that is inside already must not wait for one that waits for it.
+            while self._alone is not None or (self._waiting and not depth):
+                self._condition.wait()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -79,6 +88,19 @@ class Gate:
             with self._condition:
                 self._alone = None
                 self._condition.notify_all()
+
+
+class _Among:
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.leave()
 
 
 enqueues = Gate()

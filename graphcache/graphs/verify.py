@@ -57,7 +57,9 @@ def verify(
 
 
 def alike(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Whether tensors are equal but for what :func:`tolerance_of` accepts; where their bits are, it waits only once.
+    """Whether tensors of one device are equal but for what :func:`tolerance_of` accepts.
+
+    Where their bits are, it waits for the device only once.
 
     Example:
         >>> alike([torch.zeros(2), torch.ones(2)], [torch.zeros(2), torch.ones(2)])
@@ -66,9 +68,10 @@ def alike(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
         False
     """
     pairs = list(zip(left, right, strict=True))
-    unequal = [torch.ne(_bits(a), _bits(b)).any() for a, b in pairs if a.shape == b.shape]
-    if len(unequal) == len(pairs) and not (unequal and bool(torch.stack(unequal).any())):
-        return True
+    if pairs and all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs):
+        first, second = (torch.cat([_bits(tensor).view(torch.uint8) for tensor in each]) for each in (left, right))
+        if torch.equal(first, second):
+            return True
     return all(difference(a, b) <= tolerance_of(b) for a, b in pairs)
 
 
@@ -147,6 +150,10 @@ def difference(left: Tensor, right: Tensor) -> float:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        # Not view(-1), which keeps the stride of a single element.
+        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        return flat if tensor.dtype is torch.bool else flat.view(torch.uint8)
     dense = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     dense.copy_(tensor.detach().reshape(-1))
     return dense if tensor.dtype is torch.bool else dense.view(torch.uint8)

@@ -120,7 +120,6 @@ class CachedModule(Portable, Accounted):
 
         def told_again(signature: Signature, cause: Cause, count: int) -> None:
             ledger.ran_eagerly_again(cause, count)
-            misses.admission.ran_again(signature, count)
             seen.again(signature, count)
 
         everybody = Observers() if observers is None else observers
@@ -136,7 +135,7 @@ class CachedModule(Portable, Accounted):
         # Of what an engine binds itself, or a bucket might answer, every call is looked at.
         binds = engine is not None and (bool(engine.host_inputs) or engine.takes_numbers)
         if config.capture != "first" and config.buckets is None and not binds:
-            misses.cold = ColdCalls(shortcuts, told_again)
+            misses.cold = ColdCalls(shortcuts, told_again, misses.admission)
         bucketed = (
             None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen, beside=beside)
         )
@@ -318,8 +317,7 @@ class CachedModule(Portable, Accounted):
             return self.forward(*args)
         if leave.index is not None and several_devices() and leave.index != current_device():
             return self.forward(*args)
-        if next(leave.calls, None) is None:
-            self._cold.end(leave)
+        if next(leave.calls, None) is None and not self._cold.renew(leave):
             return self.forward(*args)
         if engine is not None:
             # No mode says that it uses graphs of its own. What calling it adds is hooks.

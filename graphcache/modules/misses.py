@@ -16,7 +16,7 @@ from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.modules.beside import CapturesBeside
-from graphcache.modules.cold import MOST, Leave
+from graphcache.modules.cold import MOST, RENEWALS, Leave
 from graphcache.modules.conditions import forbidden
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.parts import Parts
@@ -232,17 +232,21 @@ class Misses(CapturesBeside):
         calls = self.admission.ran(signature, time.perf_counter() - start)
         if calls == OFTEN:
             self.remembered.note(signature, args, kwargs)
-        elif calls > OFTEN and self.cold is not None and not (kwargs or self.closed) and is_flat(signature, args):
-            self._leave(signature, cause, args)
+        if self.cold is not None and not (kwargs or self.closed) and is_flat(signature, args):
+            self._leave(signature, cause, args, calls)
         return answer
 
-    def _leave(self, signature: Signature, cause: Cause, args: tuple[Any, ...]) -> None:
+    def _leave(self, signature: Signature, cause: Cause, args: tuple[Any, ...], calls: int) -> None:
         """Make the next calls of this kind without a look, as far as it could say nothing else."""
-        count = min(math.ceil(min(self.admission.unasked(signature), MOST)), MOST)
-        layout = describe_layout(args) if count > 1 else None
+        count = math.ceil(min(self.admission.unasked(signature), MOST))
+        renewals = RENEWALS
+        if calls < OFTEN:
+            # The one at which it is remembered is looked at.
+            count, renewals = min(count, OFTEN - calls - 1), 0
+        layout = describe_layout(args) if count > 0 or renewals else None
         if layout is not None and self.cold is not None:
             index = self._device(args).index if self.cuda else None
-            self.cold.grant(Leave(layout, signature, cause, index, count))
+            self.cold.grant(Leave(layout, signature, cause, index, count, renewals))
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call.
