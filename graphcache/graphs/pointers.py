@@ -126,11 +126,13 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
         for left, right in zip(tensors, others, strict=True)
     ]
     kinds = driver.binding().CUgraphNodeType
+    # Of each function once, not for longer: the handle may be another function's when its module is gone.
+    layouts: dict[int, list[int]] = {}
     for node, other in zip(nodes, other_nodes, strict=True):
         if node.kind != other.kind:
             raise CannotBind("two captures gave nodes of different kinds")
         if node.kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
-            _compare_kernels(node.handle, other.handle, moves, found)
+            _compare_kernels(node.handle, other.handle, moves, found, layouts)
         elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
             _compare_copies(node.handle, other.handle, moves, found)
         elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
@@ -181,7 +183,13 @@ def _nodes(graph: Any) -> list[_Node]:
     return [_Node(handle, driver.call("cuGraphNodeGetType", handle)) for handle in handles[:count]]
 
 
-def _compare_kernels(left: Any, right: Any, moves: Sequence[tuple[int, int, int]], found: list[list[Pointer]]) -> None:
+def _compare_kernels(
+    left: Any,
+    right: Any,
+    moves: Sequence[tuple[int, int, int]],
+    found: list[list[Pointer]],
+    layouts: dict[int, list[int]],
+) -> None:
     params, other = (driver.call("cuGraphKernelNodeGetParams", node) for node in (left, right))
     shape = ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes")
     same = int(params.func) == int(other.func) and int(params.kern) == int(other.kern)
@@ -189,20 +197,29 @@ def _compare_kernels(left: Any, right: Any, moves: Sequence[tuple[int, int, int]
         raise CannotBind("two captures launch different kernels")
     if not params.kernelParams or not other.kernelParams:
         raise CannotBind("a kernel takes its arguments as one packed buffer")
-    layout = list(_argument_sizes(params))
-    copies, pointers = _copy_arguments(params, layout), _argument_addresses(other, len(layout))
+    function = int(params.func) or int(params.kern)
+    layout = layouts.get(function)
+    if layout is None:
+        layout = layouts[function] = list(_argument_sizes(params))
+    mine, theirs = _arguments(params, layout), _arguments(other, layout)
+    if mine == theirs:
+        return
+    # Rounded up to words, so that every argument is aligned as the driver reads it.
+    copies = [
+        (ctypes.c_char * (-(-size // 8) * 8)).from_buffer_copy(value.ljust(-(-size // 8) * 8, b"\0"))
+        for value, size in zip(mine, layout, strict=True)
+    ]
     array = (ctypes.c_void_p * max(len(layout), 1))(*(ctypes.addressof(copy) for copy in copies))
     params.kernelParams = ctypes.addressof(array)
     setter = driver.binding().cuGraphExecKernelNodeSetParams
-    for copy, address, size in zip(copies, pointers, layout, strict=True):
-        theirs = ctypes.string_at(address, size)
-        if copy.raw[:size] == theirs:
+    for copy, before, after, size in zip(copies, mine, theirs, layout, strict=True):
+        if before == after:
             continue
         if size == _DESCRIPTOR_BYTES:
             raise CannotBind("a tensor-map descriptor holds an address")
         for start in range(0, size, 8):
-            mine_word, their_word = copy.raw[start : start + 8], theirs[start : start + 8]
-            if mine_word[: size - start] == their_word:
+            mine_word, their_word = before[start : start + 8], after[start : start + 8]
+            if mine_word == their_word:
                 continue
             if size - start < 8:
                 raise CannotBind("arguments differ in something that is no address")
@@ -280,17 +297,6 @@ def _argument_sizes(params: Any) -> Iterator[int]:
         yield int(size)
 
 
-def _argument_addresses(params: Any, count: int) -> list[int]:
-    array = (ctypes.c_void_p * count).from_address(params.kernelParams)
-    return [address or 0 for address in array]
-
-
-def _copy_arguments(params: Any, layout: Sequence[int]) -> list[Any]:
-    addresses = _argument_addresses(params, len(layout))
-    # Rounded up to words, so that every argument is aligned as the driver reads it.
-    return [
-        (ctypes.c_char * (-(-size // 8) * 8)).from_buffer_copy(
-            ctypes.string_at(address, size).ljust(-(-size // 8) * 8, b"\0")
-        )
-        for address, size in zip(addresses, layout, strict=True)
-    ]
+def _arguments(params: Any, layout: Sequence[int]) -> list[bytes]:
+    array = (ctypes.c_void_p * len(layout)).from_address(params.kernelParams)
+    return [ctypes.string_at(address or 0, size) for address, size in zip(array, layout, strict=True)]
