@@ -10,7 +10,6 @@ import importlib
 import logging
 import os
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,7 +19,8 @@ import torch
 from graphcache.errors import ConfigError, EngineError, NoGpuError, TensorRTNotFoundError, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
+    from contextlib import AbstractContextManager
     from types import ModuleType
 
 log = logging.getLogger("graphcache.tensorrt")
@@ -162,8 +162,7 @@ class MessageLog:
         if log.isEnabledFor(level):
             log.log(level, "%s", msg)
 
-    @contextmanager
-    def collect(self) -> Iterator[list[str]]:
+    def collect(self) -> AbstractContextManager[list[str]]:
         """The texts of the errors that TensorRT logs on this thread until the block is left, oldest first.
 
         Blocks may nest; each gets what arrives while it is open. A Ctrl-C that arrived inside TensorRT's call to the
@@ -172,18 +171,30 @@ class MessageLog:
         Raises:
             KeyboardInterrupt: See above.
         """
-        errors: list[str] = []
+        return _Collecting(self._open)
+
+
+class _Collecting:
+    """Every eager call goes through three of these, so that it is no generator's business."""
+
+    __slots__ = ("_errors", "_open")
+
+    def __init__(self, opened: _Open) -> None:
+        self._open = opened
+        self._errors: list[str] = []
+
+    def __enter__(self) -> list[str]:
         if not self._open.lists:
             self._open.interrupt = None
-        self._open.lists.append(errors)
-        try:
-            yield errors
-        finally:
-            # by identity: two lists with the same texts are equal
-            self._open.lists[:] = [other for other in self._open.lists if other is not errors]
-            interrupt, self._open.interrupt = self._open.interrupt, None
-            if interrupt is not None:
-                raise interrupt
+        self._open.lists.append(self._errors)
+        return self._errors
+
+    def __exit__(self, *_: object) -> None:
+        # by identity: two lists with the same texts are equal
+        self._open.lists[:] = [other for other in self._open.lists if other is not self._errors]
+        interrupt, self._open.interrupt = self._open.interrupt, None
+        if interrupt is not None:
+            raise interrupt
 
 
 def _logger(trt: Any) -> Any:
