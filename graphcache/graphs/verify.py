@@ -150,10 +150,6 @@ def difference(left: Tensor, right: Tensor) -> float:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        # Not view(-1), which keeps the stride of a single element.
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-        return flat if tensor.dtype is torch.bool else flat.view(torch.uint8)
     dense = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     dense.copy_(tensor.detach().reshape(-1))
     return dense if tensor.dtype is torch.bool else dense.view(torch.uint8)
