@@ -155,7 +155,7 @@ class Captures:
         """Keep a graph, or remember why there is none, which is returned."""
         if isinstance(outcome, Recorded):
             if self._config.outputs == "view":
-                outcome.replay, outcome.single = Views(outcome.graph, self._ledger.name).replay, None
+                outcome.show(Views(outcome.graph, self._ledger.name))
             try:
                 self._cache.shared = self.recorder.shared_nbytes
                 room.settle(outcome.nbytes)

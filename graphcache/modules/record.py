@@ -14,7 +14,8 @@ from torch import Tensor
 from graphcache.errors import Cause
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.single import single
+from graphcache.graphs.single import Fire, Into, single
+from graphcache.modules.views import Views
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 
@@ -33,13 +34,20 @@ class Recorded:
 
     def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
-        self.single = single(graph) if bare and isinstance(graph, CudaGraph) else None
+        self.single: tuple[Fire | None, Into | None] | None = None
         """Shorter ways from the only input to the answer than ``replay`` and ``build``, where there are any."""
+        if bare and isinstance(graph, CudaGraph):
+            self.single = single(graph)
         self.replay: Callable[..., list[Tensor]] = graph.replay
         self.build = build
         self.whole = whole
         self.bare = bare
         self.nbytes = graph.nbytes
+
+    def show(self, views: Views) -> None:
+        """Answer with the tensors that the graph writes from now on."""
+        self.replay = views.replay
+        self.single = (views.fire(), None) if self.single is not None else None
 
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import StaleOutputError
+from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import storage_of
+from graphcache.graphs.single import Fire, single
 from graphcache.modules.conditions import raw_stream
 
 _MOST_PLACES = 1_000
@@ -55,11 +57,36 @@ class Views:
                 # A loop that feeds an answer back: a graph may read its inputs after it began to write.
                 given = [each.clone() if storage_of(each) in self._places else each for each in inputs]
                 self._graph.replay(given, self._out)
-            for tensor in self._out:
-                if tensor.is_cuda and (stream := raw_stream(tensor.device.index)) not in self._streams:
-                    self._streams.add(stream)
-                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            if isinstance(self._graph, CudaGraph) and (stream := raw_stream(self._graph.index)) not in self._streams:
+                self._streams.add(stream)
+                for tensor in self._out:
+                    if tensor.is_cuda:
+                        tensor.record_stream(torch.cuda.current_stream(tensor.device))
             return [_view(tensor, self, self.replays) for tensor in self._out]
+
+    def fire(self) -> Fire | None:
+        """A shorter way to the same from one aligned input, on a stream where it was replayed before, if there is one.
+
+        It does nothing, and says ``None``, for what it leaves alone.
+        """
+        shorter = single(self._graph) if isinstance(self._graph, CudaGraph) else None
+        if shorter is None:
+            return None
+        _, into = shorter
+
+        def fire(x: Tensor, stream: int) -> Tensor | None:
+            with self._lock:
+                if self._out is None or stream not in self._streams:
+                    return None
+                (out,) = self._out
+                # Before the launch, as above; what overlaps the answer is left alone, and nothing is launched.
+                self.replays += 1
+                if not into(x, out, stream):
+                    self.replays -= 1
+                    return None
+                return _view(out, self, self.replays)
+
+        return fire
 
 
 class OutputView(Tensor):
