@@ -106,12 +106,13 @@ def _measure(
     sessions = {size: fast.session(*_first(pool, size).inputs) for size in sizes}
 
     def check(when: str) -> list[str]:
-        found = _wrong("eager", engine, pool)
+        wrong = partial(_wrong, pool=pool, tolerance=bundle.tolerance)
+        found = wrong("eager", engine)
         for name, module in wrapped.items():
-            found += _wrong(name, module, pool)
+            found += wrong(name, module)
         for name, launches in by_hand.items():
-            found += _wrong(name, _fed(recorded, launches), pool)
-        found += _wrong("session", _through_sessions(sessions), pool)
+            found += wrong(name, _fed(recorded, launches))
+        found += wrong("session", _through_sessions(sessions))
         return [f"{bundle.name}, {len(sizes)} shapes, {when}: {text}" for text in found]
 
     failures = check("before timing")
@@ -198,9 +199,9 @@ def _through_sessions(sessions: dict[int, Any]) -> Callable[..., Tensor]:
     return run
 
 
-def _wrong(name: str, function: Callable[..., Tensor], pool: Sequence[calls_of.Call]) -> list[str]:
+def _wrong(name: str, function: Callable[..., Tensor], pool: Sequence[calls_of.Call], tolerance: float) -> list[str]:
     errors = [record.relative_error(function(*call.inputs), call.answer) for call in pool]
-    bad = [(call.size, error) for call, error in zip(pool, errors, strict=True) if not error < store.TOLERANCE]
+    bad = [(call.size, error) for call, error in zip(pool, errors, strict=True) if not error < tolerance]
     return [f"{name}: {len(bad)} of {len(pool)} answers are wrong, such as size, error {bad[0]}"] if bad else []
 
 

@@ -240,7 +240,7 @@ def _measured(peer: Peer, work: Work, floor: Sequence[Callable[[], object]] | No
         steady = None if one is None or all_ is None else one + all_
     large = at_rest(work.device)
     before = _errors(function, work.pool)
-    _require_right(before, "before timing")
+    _require_right(before, work.bundle.tolerance, "before timing")
     if work.device.type == "cuda":
         settle()
 
@@ -253,7 +253,7 @@ def _measured(peer: Peer, work: Work, floor: Sequence[Callable[[], object]] | No
     cpu = record.bursts({"system": timed}, rounds=max(10, count // peer.burst), length=peer.burst)["system"]
     now = peer.misses()
     after = _errors(function, work.pool)
-    _require_right(after, "after timing")
+    _require_right(after, work.bundle.tolerance, "after timing")
     ours, raw = samples["system"].summary(), samples["raw" if floor is not None else "system"].summary()
     return {
         "load_seconds": round(loaded - start, 4),
@@ -274,8 +274,8 @@ def _errors(function: Callable[..., Tensor], pool: Sequence[calls_of.Call]) -> l
     return [record.relative_error(function(*call.inputs), call.answer) for call in pool]
 
 
-def _require_right(errors: Sequence[float], when: str) -> None:
-    if bad := [error for error in errors if not error < store.TOLERANCE]:
+def _require_right(errors: Sequence[float], tolerance: float, when: str) -> None:
+    if bad := [error for error in errors if not error < tolerance]:
         raise Wrong(f"{len(bad)} of {len(errors)} answers were wrong {when}, by up to {max(bad):.1e}")
 
 

@@ -15,7 +15,7 @@ import importlib.util
 import io
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,13 @@ def policy() -> Model:
 
 
 def mobilenet() -> Model:
-    """MobileNetV3-small with random weights."""
-    return _rowwise("mobilenet", networks.mobilenet(SEED), networks.images(8, SEED + 3).half(), (1, 1, 32))
+    """MobileNetV3-small with random weights.
+
+    What TF32 costs adds up over its layers: TensorRT's own eager answers lie 0.009 from those of torch. Those of
+    different images lie 0.6 apart, so that a stale one does not pass for all that.
+    """
+    made = _rowwise("mobilenet", networks.mobilenet(SEED), networks.images(8, SEED + 3).half(), (1, 1, 32))
+    return replace(made, facts={**made.facts, "tolerance": 0.02})
 
 
 def vit() -> Model:

@@ -60,6 +60,11 @@ class Bundle:
         return ("input_ids", "attention_mask") if self.facts["kind"] == "sentences" else ("x",)
 
     @property
+    def tolerance(self) -> float:
+        """Largest relative error of a right answer of this engine."""
+        return float(self.facts.get("tolerance", TOLERANCE))
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the engine's outputs."""
         default = "sentence_embedding" if self.facts["kind"] == "sentences" else "y"
