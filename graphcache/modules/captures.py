@@ -117,12 +117,15 @@ class Captures:
         preparation = preparing.get()
         start = time.perf_counter()
         with self._ledger.span("capture"), self._room(inputs) as room:
-            answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
-            self._drop_broken()
+            try:
+                answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
+            finally:
+                self._drop_broken()
             seconds = time.perf_counter() - start
             return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
 
     def _drop_broken(self) -> None:
+        """Take out what the recorder has closed: nobody would capture it again as long as it seems to be there."""
         broken = set(map(id, self.recorder.take_broken()))
         if broken:
             for key in [key for key, entry in self._cache.entries.items() if id(entry.graph.graph) in broken]:

@@ -16,7 +16,6 @@ from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.verify import alike
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import refill
 
 MOST = 17
 """Graphs of one context: 16, and one that is about to take the place of another. Each capture there replays all of them
@@ -50,7 +49,6 @@ class SharedContexts:
 
     def __init__(self, module: EngineModule, config: GraphConfig) -> None:
         self._module = module
-        self._views = config.outputs == "view"
         self._open: list[_Shared] = []
         self.shares = config.contexts == "shared" or (
             config.contexts == "auto" and config.capture_in == "foreground" and _is_measured(module)
@@ -110,10 +108,8 @@ class SharedContexts:
         found: list[Tensor] = []
         for graph in graphs:
             static, out = [slot.buffer for slot in graph.outputs], [slot.fresh() for slot in graph.outputs]
-            shown = [tensor.clone() for tensor in static] if self._views else []
             poison([*static, *out])
             found += graph.replay([slot.buffer for slot in graph.inputs], out)
-            refill(static[: len(shown)], shown)
         return found
 
     def _check(self, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
