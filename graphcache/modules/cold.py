@@ -144,12 +144,6 @@ class ColdCalls:
             self._end([leave.layout])
             return False
 
-    def end(self, leave: Leave) -> None:
-        """Look at the next call of its layout again."""
-        with self._lock:
-            if self._leaves.get(leave.layout) is leave:
-                self._end([leave.layout])
-
     def clear(self) -> None:
         """Look at every next call again."""
         with self._lock:

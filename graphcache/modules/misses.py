@@ -230,7 +230,8 @@ class Misses(CapturesBeside):
         with self._ledger.span("eager"), graphs_off():
             answer = self.run(*args, **kwargs)
         calls = self.admission.ran(signature, time.perf_counter() - start)
-        if calls == OFTEN:
+        if calls >= OFTEN:
+            # Not only then: threads that run beside each other may count past it.
             self.remembered.note(signature, args, kwargs)
         if self.cold is not None and not (kwargs or self.closed) and is_flat(signature, args):
             self._leave(signature, cause, args, calls)
@@ -238,8 +239,10 @@ class Misses(CapturesBeside):
 
     def _leave(self, signature: Signature, cause: Cause, args: tuple[Any, ...], calls: int) -> None:
         """Make the next calls of this kind without a look, as far as it could say nothing else."""
-        count = math.ceil(min(self.admission.unasked(signature), MOST))
-        renewals = RENEWALS
+        if calls < 2:
+            # The first takes longer than the others: what eager calls take is not known before two were measured.
+            return
+        count, renewals = math.ceil(min(self.admission.unasked(signature), MOST)), RENEWALS
         if calls < OFTEN:
             # The one at which it is remembered is looked at.
             count, renewals = min(count, OFTEN - calls - 1), 0

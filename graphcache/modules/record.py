@@ -46,8 +46,9 @@ class Recorded:
 
     def show(self, views: Views) -> None:
         """Answer with the tensors that the graph writes from now on."""
+        _, into = self.single or (None, None)
         self.replay = views.replay
-        self.single = (views.fire(), None) if self.single is not None else None
+        self.single = None if into is None else (views.fire(into), None)
 
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""

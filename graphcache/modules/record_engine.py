@@ -164,6 +164,10 @@ class EngineRecorder:
                     graph.close()
                     raise
             io.returns_context = not shared
+            if shared:
+                # What it is looked at with when its context is used again: verification has left NaN there, of which
+                # a graph that has become wrong makes the same.
+                refill(static, others)
             return graph
 
         if self._config.io == "bind":

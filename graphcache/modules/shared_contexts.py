@@ -72,12 +72,12 @@ class SharedContexts:
         before = self._answers(graphs)
         self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
         with ExitStack() as undo:
-            undo.callback(self._check, graphs, before)
+            undo.callback(self._check, shared, graphs, before)
             # After a failure nobody knows what state it is in; its graphs keep it.
             undo.callback(self._open.remove, shared)
             yield shared.context, shared.graphs.add
             undo.pop_all()
-        self._check(graphs, before)
+        self._check(shared, graphs, before)
 
     def release(self, *, wait: bool) -> None:
         """Give back the contexts that no graph needs any more, once the last replay is over; let go of the others.
@@ -112,16 +112,25 @@ class SharedContexts:
             found += graph.replay([slot.buffer for slot in graph.inputs], out)
         return found
 
-    def _check(self, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
-        if alike(self._answers(graphs), before):
+    def _check(self, shared: _Shared, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
+        try:
+            same = alike(self._answers(graphs), before)
+        except BaseException:
+            # Nobody knows whether they are still right. The new one is nobody's.
+            self._drop(_live(shared))
+            raise
+        if same:
             return
         log.warning(
-            "%s: %d graphs answered differently once their execution context was used for another shape; they were "
-            "dropped, and each graph has a context of its own from now on",
+            "%s: %d graph(s) answered differently once their execution context was used for another shape; they were "
+            "dropped, and each graph has a context of its own from now on, as with contexts='private'",
             self._module.name,
             len(graphs),
         )
         self.shares = False
+        self._drop(graphs)
+
+    def _drop(self, graphs: Sequence[CudaGraph]) -> None:
         self._open.clear()
         for graph in graphs:
             graph.close(wait=False)

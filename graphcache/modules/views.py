@@ -14,7 +14,7 @@ from graphcache.errors import StaleOutputError
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import storage_of
-from graphcache.graphs.single import Fire, single
+from graphcache.graphs.single import Fire, Into
 from graphcache.modules.conditions import raw_stream
 
 _MOST_PLACES = 1_000
@@ -64,15 +64,14 @@ class Views:
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))
             return [_view(tensor, self, self.replays) for tensor in self._out]
 
-    def fire(self) -> Fire | None:
-        """A shorter way to the same from one aligned input, on a stream where it was replayed before, if there is one.
+    def fire(self, into: Into) -> Fire:
+        """A shorter way to the same from one aligned input, on a stream where it was replayed before.
 
         It does nothing, and says ``None``, for what it leaves alone.
+
+        Args:
+            into: Replays the graph from a tensor into another.
         """
-        shorter = single(self._graph) if isinstance(self._graph, CudaGraph) else None
-        if shorter is None:
-            return None
-        _, into = shorter
 
         def fire(x: Tensor, stream: int) -> Tensor | None:
             with self._lock:

@@ -173,6 +173,7 @@ class Network:
         captures: Whether it can be enqueued into a capture.
         hides: Whether its kernel finds the address of output ``y`` in device memory, ``"instead"`` of in its
             arguments, or ``"as well"``, where it does not look at the argument.
+        keeps: Whether its kernel reads the shape that its context was used with last, from memory of the context's.
         aliased: By output, the input whose memory it shares.
         streamable: How many bytes of weights may be streamed.
         weights: What may be refitted; an enqueue freezes their values. Those that begin alike go together.
@@ -184,6 +185,7 @@ class Network:
     scratch: int = 0
     captures: bool = True
     hides: str = ""
+    keeps: bool = False
     name: str = ""
     aliased: dict[str, str] = field(default_factory=dict)
     streamable: int = 0
@@ -270,6 +272,12 @@ NETWORKS: dict[str, Network] = {
         lambda shapes, _: {"y": shapes["x"]},
         lambda given: {"y": given["x"] * 2},
         hides="as well",
+    ),
+    "keeping": Network(
+        (IO("x", True, (-1,), ranges=(_range((1,), (64,)),)), IO("y", False, (-1,))),
+        lambda shapes, _: {"y": shapes["x"]},
+        lambda given: {"y": given["x"] * (2 + given.get("kept", len(given["x"])) - len(given["x"]))},
+        keeps=True,
     ),
     "scaled": Network(
         (IO("x", True, (-1,), ranges=(_range((1,), (64,)),)), IO("y", False, (-1,))),
@@ -649,7 +657,8 @@ class IExecutionContext:
         self._specialization = _LAZY
         # Whether the next enqueue must still prepare what a capture cannot hold.
         self._dirty = True
-        self._table = device.heap.empty(1, dtype=torch.int64) if self._network.hides and device is not None else None
+        needed = device is not None and bool(self._network.hides or self._network.keeps)
+        self._table = device.heap.empty(1, dtype=torch.int64) if needed else None
         self.made.add(self)
 
     @property
@@ -700,7 +709,7 @@ class IExecutionContext:
         if not memory or (not io.host and memory % ALIGNMENT):
             return self._no(f"address {memory:#x} of {name} is not aligned to {ALIGNMENT} bytes")
         self._addresses[name] = memory
-        if self._table is not None and name == "y":
+        if self._table is not None and self._network.hides and name == "y":
             self._table[0] = memory
         return True
 
@@ -853,6 +862,8 @@ class IExecutionContext:
             recipe.run(_load, _store, list(addresses.values()))
         else:
             table = 0 if self._table is None else self._table.data_ptr()
+            if self._table is not None and network.keeps:
+                self._table[0] = self._shapes["x"][0]
             if network.hides == "instead":
                 addresses["y"] = table
             recipe.launch(device, [*addresses.values(), self._scratch[0] if self._scratch else 0, table], stream)
@@ -869,8 +880,10 @@ class _Recipe:
     tensors: tuple[tuple[str, torch.dtype, Shape, bool], ...]
     host: tuple[tuple[str, tuple[float, ...]], ...]
 
-    def run(self, load: Callable[..., Tensor], store: Callable[..., None], addresses: Sequence[int]) -> None:
-        given = {name: torch.tensor(value) for name, value in self.host}
+    def run(
+        self, load: Callable[..., Tensor], store: Callable[..., None], addresses: Sequence[int], **kept: Any
+    ) -> None:
+        given = {**{name: torch.tensor(value) for name, value in self.host}, **kept}
         for (name, dtype, shape, is_input), address in zip(self.tensors, addresses, strict=True):
             if is_input:
                 given[name] = load(address, shape, dtype)
@@ -893,7 +906,8 @@ class _Recipe:
             memory.write(scratch, b"s" * self.network.scratch)
         if self.network.hides:
             addresses[1] = int(memory.load(table, (1,), torch.int64))
-        self.run(memory.load, memory.store, addresses)
+        kept = {"kept": int(memory.load(table, (1,), torch.int64))} if self.network.keeps else {}
+        self.run(memory.load, memory.store, addresses, **kept)
 
 
 def _load(address: int, shape: Shape, dtype: torch.dtype) -> Tensor:

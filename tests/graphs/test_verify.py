@@ -147,9 +147,6 @@ def test_indices_stay_indices():
     assert sorted(perturb([tensor])[0].tolist()) == [5, 6, 7]
 
 
-NAN = float("nan")
-
-
 @pytest.mark.parametrize(
     ("left", "right", "expected"),
     [

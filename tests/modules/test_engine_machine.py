@@ -48,7 +48,7 @@ class Steps(RuleBasedStateMachine):
 
     @initialize(
         io=st.sampled_from(["bind", "copy"]),
-        contexts=st.sampled_from(["auto", "private"]),
+        contexts=st.sampled_from(["auto", "private", "shared"]),
         outputs=st.sampled_from(["own", "own", "view"]),
     )
     def start(self, io: str, contexts: str, outputs: str) -> None:

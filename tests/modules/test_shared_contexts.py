@@ -101,9 +101,7 @@ def test_sessions_share_none(fake: Torch) -> None:
         ("1.5.0.114", {"capture_in": "background"}, False),
     ],
 )
-def test_where_they_are_shared(
-    fake: Torch, monkeypatch: pytest.MonkeyPatch, version: str, options: dict[str, Any], expected: bool
-) -> None:
+def test_where_they_are_shared(fake: Torch, version: str, options: dict[str, Any], expected: bool) -> None:
     module = load("affine")
     object.__setattr__(module.engine.library, "version", version)
     assert shares(graphcache.wrap(module, **options)) is expected
@@ -117,9 +115,17 @@ def test_the_full_tensorrt_and_engines_that_update_an_input_share_none(fake: Tor
     assert not shares(graphcache.wrap(module))
 
 
-def test_a_graph_that_another_capture_breaks_is_never_used_again(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
-    """Its context keeps the address of the output in memory of its own, which the next capture overwrites."""
-    module = load("hidden")
+BROKEN = ["hidden", "keeping"]
+"""Their contexts keep something in memory of their own, which a capture overwrites: the address of the output, where
+graphs copy; the last shape, where they are pointed at the caller's tensors."""
+
+
+@pytest.mark.parametrize("network", BROKEN)
+def test_a_graph_that_another_capture_breaks_is_never_used_again(
+    fake: Torch, network: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails if a graph is looked at with inputs of which every graph makes the same, such as NaN."""
+    module = load(network)
     fast = graphcache.wrap(module, contexts="shared")
     first, second = flat(fake, 3), flat(fake, 5)
     assert torch.equal(fast(first), first * 2)
@@ -130,8 +136,8 @@ def test_a_graph_that_another_capture_breaks_is_never_used_again(fake: Torch, ca
     assert kept.executables is None
     (record,) = caplog.records
     assert record.getMessage() == (
-        "hidden: 1 graphs answered differently once their execution context was used for another shape; they were "
-        "dropped, and each graph has a context of its own from now on"
+        f"{network}: 1 graph(s) answered differently once their execution context was used for another shape; they "
+        "were dropped, and each graph has a context of its own from now on, as with contexts='private'"
     )
     assert not shares(fast)
     info = fast.cache_info()
@@ -143,14 +149,40 @@ def test_a_graph_that_another_capture_breaks_is_never_used_again(fake: Torch, ca
     assert outcomes(fast) == (3 * 3 - 2 + 1, 4, {})
 
 
-def test_the_same_breakage_goes_unseen_without_the_second_look(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("network", BROKEN)
+def test_the_same_breakage_goes_unseen_without_the_second_look(
+    fake: Torch, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that the test before this one shows something."""
     monkeypatch.setattr(shared_contexts, "alike", lambda *_: True)
-    fast = graphcache.wrap(load("hidden"), contexts="shared")
-    first, second = flat(fake, 3), flat(fake, 5)
+    fast = graphcache.wrap(load(network), contexts="shared")
+    first, second = flat(fake, 3, 1), flat(fake, 5)
     fast(first)
     fast(second)
     assert not torch.equal(fast(first), first * 2)
+
+
+def test_graphs_that_could_not_be_looked_at_are_not_used_again(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if they stay because looking at them ended with an exception."""
+    module = load("keeping")
+    fast = graphcache.wrap(module, contexts="shared")
+    first, second = flat(fake, 3, 1), flat(fake, 5)
+    fast(first)
+    assert torch.equal(fast(first), first * 2)
+    answers, looks = shared_contexts.SharedContexts._answers, iter(range(9))
+
+    def fails(self: shared_contexts.SharedContexts, graphs: list[CudaGraph]) -> list[Tensor]:
+        if next(looks) == 1:
+            raise torch.cuda.OutOfMemoryError("none left")
+        return answers(self, graphs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_contexts.SharedContexts, "_answers", fails)
+        assert torch.equal(fast(second), second * 2)
+    assert fast.cache_info().graphs == 0
+    assert fast.cache_info().eager == {Reason.OUT_OF_MEMORY: 1}
+    for x in (first, second, first, second):
+        assert torch.equal(fast(x), x * 2)
 
 
 def test_a_capture_that_fails_is_the_last_of_its_context_and_the_others_are_looked_at(
