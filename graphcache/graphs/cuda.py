@@ -86,7 +86,7 @@ class CudaGraph:
         self._pool_bytes = pool_bytes
         self._nbytes = self._account()
         # What the static buffers are launched with.
-        self._pinned: Any = None
+        self.pinned: Any = None
 
     @property
     def nodes(self) -> int:
@@ -156,7 +156,7 @@ class CudaGraph:
         with self.lane.lock:
             if self.executables is None:
                 raise ClosedError("the graph was closed; make a new session")
-            self._pinned = self.executables.aim([slot.address for slot in (*self.inputs, *self.outputs)])
+            self.pinned = self.executables.aim([slot.address for slot in (*self.inputs, *self.outputs)])
             return [slot.buffer for slot in self.inputs], [slot.buffer for slot in self.outputs]
 
     def launch(self) -> None:
@@ -176,7 +176,7 @@ class CudaGraph:
                 lane.enter(stream)
             if self.executables is None:
                 raise ClosedError("the graph was closed; make a new session")
-            code = self.launcher(self._pinned, lane.handle)[0]
+            code = self.launcher(self.pinned, lane.handle)[0]
             if code:
                 raise driver.failure("cuGraphLaunch", code)
 
@@ -204,7 +204,7 @@ class CudaGraph:
                 return
             held = [self.inputs, self.outputs, self._keep, self.ready]
             release, self._release = self._release, _nothing
-            self.inputs, self.outputs, self.ready, self._keep, self._pinned = (), (), None, None, None
+            self.inputs, self.outputs, self.ready, self._keep, self.pinned = (), (), None, None, None
 
             def destroy() -> None:
                 try:

@@ -44,7 +44,7 @@ from graphcache.modules.parts import Parts
 from graphcache.modules.portable import Portable
 from graphcache.modules.preparing import preparing
 from graphcache.modules.record import Recorded
-from graphcache.modules.shortcuts import Shortcut, Shortcuts
+from graphcache.modules.shortcuts import Shortcut, Shortcuts, open_to
 from graphcache.modules.views import is_plain, plain
 
 
@@ -154,8 +154,7 @@ class CachedModule(Portable, Accounted):
             # By layout alone, for calls of plain tensors on a device; emptied whenever a graph goes.
             _shortcuts=shortcuts,
             # The same, compiled; None until a graph is known there.
-            _compiled_call=None,
-            _compiled_into=None,
+            _table=None,
             _misses=misses,
             _cold=misses.cold,
             _seen=seen,
@@ -217,8 +216,6 @@ class CachedModule(Portable, Accounted):
             return super().__call__(*args, **kwargs)
         if kwargs or is_compiling():
             return self.forward(*args, **kwargs)
-        if (compiled := self._compiled_call) is not None and (answer := compiled(args)) is not None:
-            return answer
         # A short way to the graph of a call that hit before. Before the launch stands what makes it safe (memory is
         # read as it is laid out, nothing is launched into a capture); while the device works, what makes it right.
         # Everything else finds its way in forward().
@@ -271,9 +268,13 @@ class CachedModule(Portable, Accounted):
             >>> fast.forward_into(y, torch.tensor([-1.0, 3.0]))
             tensor([0., 3.])
         """
-        compiled = self._compiled_into
-        if compiled is not None and not (kwargs or is_compiling() or has_hooks(self)) and compiled(out, args):
+        table = self._table
+        if table is not None and not (kwargs or is_compiling() or has_hooks(self)) and table.into(out, args):
             return out
+        return self._into(out, *args, **kwargs)
+
+    def _into(self, out: Any, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`forward_into`, where the compiled short way left it alone."""
         if not shortly_into(self, out, args, kwargs) and not straight_into(self, out, args, kwargs):
             copy_into(out, self(*args, **kwargs), self.ledger.name)
         return out
@@ -289,7 +290,8 @@ class CachedModule(Portable, Accounted):
             epoch = self._freshness.epoch if self._engine is not None else None
             self._shortcuts.remember(describe_layout(args), args, (entry, fire, into, graph.index, epoch))
             if (table := self._shortcuts.table()) is not None:
-                self.__dict__.update(_compiled_call=table.call, _compiled_into=table.into)
+                open_to(CachedModule.__call__, CachedModule.forward_into)
+                self.__dict__.update(_table=table)
 
     def _shortcut(self, args: tuple[Any, ...]) -> Shortcut | None:
         try:

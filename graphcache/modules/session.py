@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graphcache.modules.record import Recorded
+from graphcache.modules.shortcuts import launcher
 
 
 class Session:
@@ -36,7 +37,7 @@ class Session:
         """The static inputs: the tensors of the call, depth first; host shape tensors, whose values are frozen, not."""
         self.outputs: Any = recorded.build(outputs, static)
         """What the module returns, over static outputs that every run overwrites."""
-        self.run: Callable[[], None] = recorded.graph.launch
+        self.run: Callable[[], None] = launcher(recorded.graph)
         """Launch on the current stream; does not wait."""
 
     def close(self) -> None:

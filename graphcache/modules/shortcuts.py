@@ -14,9 +14,16 @@ from graphcache.errors import CudaError
 from graphcache.events import log
 from graphcache.graphs import driver, native
 from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.single import Into, allocator
-from graphcache.modules.conditions import current_device, raw_stream, several_devices
+from graphcache.modules.conditions import (
+    current_device,
+    global_hooks,
+    global_pre_hooks,
+    raw_stream,
+    several_devices,
+)
 from graphcache.modules.record import Recorded
 
 Shortcut = tuple[Entry[Recorded] | None, Any, Into | None, int, int | None]
@@ -107,6 +114,37 @@ class Shortcuts(dict[Hashable, Shortcut]):
         )
 
 
+def open_to(call: Any, into: Any) -> None:
+    """Let calls of two methods of modules come to the compiled library before they come to Python.
+
+    It answers those whose module has a table in ``_table``, unless hooks are to be run or something is being compiled;
+    what it leaves alone runs the methods as they are written. What reads their code, such as ``torch.compile``, notices
+    nothing.
+
+    Args:
+        call: The function behind ``__call__``.
+        into: That behind ``forward_into``.
+    """
+    if (library := native.loaded()) is not None:
+        library.open(call, into, global_hooks, global_pre_hooks, vars(torch.compiler))
+
+
+def launcher(graph: Graph) -> Callable[[], None]:
+    """What launches a pinned graph on the current stream: :meth:`~graphcache.graphs.graph.Graph.launch`, or compiled.
+
+    Args:
+        graph: A graph that is pinned.
+    """
+    executables = graph.executables if isinstance(graph, CudaGraph) else None
+    if executables is None or (table := new_table()) is None:
+        return graph.launch
+    assert isinstance(graph, CudaGraph)
+    run: Callable[[], None] = table.run(
+        graph, graph.lane, graph.lane.lock, executables, graph.index, int(graph.pinned), graph.launch
+    )
+    return run
+
+
 def new_table() -> Any:
     """An empty table of the compiled library; ``None`` if there is no library, or no driver for it."""
     library = native.loaded()
@@ -122,6 +160,8 @@ def new_table() -> Any:
         modes,
         ticks,
         raw_stream,
+        # Torch knows its streams by numbers that can be compared without a call of Python's.
+        raw_stream is getattr(torch._C, "_cuda_getCurrentRawStream", None),
         current_device if several_devices() else None,
         driver.failure_of,
         (torch.cuda.OutOfMemoryError, CudaError),

@@ -58,10 +58,10 @@ class Warm:
         return self
 
     def call(self, *args: Any) -> Any:
-        return self.fast._compiled_call(args)
+        return self.fast._table.call(args)
 
     def into(self, out: Any, *args: Any) -> Any:
-        return self.fast._compiled_into(out, args)
+        return self.fast._table.into(out, args)
 
     def state(self) -> Any:
         """All that the two ways have in common."""
@@ -159,7 +159,7 @@ def test_hits_and_uses_are_counted_as_on_the_python_way(fake: Torch, monkeypatch
             order = [entry.used for entry in warm.fast._entries.values()]
             hits = [entry.hits for entry in warm.fast._entries.values()]
             warm.fast(inputs[3])
-        assert (warm.fast._compiled_call is not None) is (way == "compiled")
+        assert (warm.fast._table is not None) is (way == "compiled")
         seen.append((sorted(range(3), key=order.__getitem__), hits, [key[4] for key in warm.fast._entries]))
     assert seen[0] == seen[1]
     assert torch.Size([2, 4]) not in seen[0][2], "the least recently used one has gone"
@@ -274,17 +274,17 @@ def test_arguments_that_are_left_alone(fake: Torch, warm: Warm) -> None:
             assert warm.call(x, bad) is None
             assert warm.into(bad, x) is False
             assert warm.into(x, bad) is False
-            assert warm.fast._compiled_call(bad) is None or type(bad) is tuple
-            assert warm.fast._compiled_into(rows(fake, 2), bad) is False or type(bad) is tuple
+            assert warm.fast._table.call(bad) is None or type(bad) is tuple
+            assert warm.fast._table.into(rows(fake, 2), bad) is False or type(bad) is tuple
         assert warm.call() is None
         assert warm.call(*(rows(fake, 2) for _ in range(9))) is None
         assert warm.into(x.clone().requires_grad_(), x) is False
         assert warm.into(x, x) is False
     assert fake.driver.calls.count("cuGraphLaunch") == 2, "of the tuples, which are calls"
     with pytest.raises(TypeError):
-        warm.fast._compiled_into(x)
+        warm.fast._table.into(x)
     with pytest.raises(TypeError):
-        warm.fast._compiled_into(x, (x,), 3)
+        warm.fast._table.into(x, (x,), 3)
 
 
 def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: Warm) -> None:
@@ -340,9 +340,9 @@ def test_without_a_library_or_a_driver_for_it(fake: Torch, monkeypatch: pytest.M
 
     monkeypatch.setattr(driver, "addresses", no_function)
     warm = Warm(fake).up(rows(fake, 2))
-    assert warm.fast._compiled_call is None
+    assert warm.fast._table is None
     monkeypatch.setattr(native, "loaded", lambda: None)
-    assert Warm(fake).up(rows(fake, 2)).fast._compiled_call is None
+    assert Warm(fake).up(rows(fake, 2)).fast._table is None
 
 
 # ---- what goes wrong

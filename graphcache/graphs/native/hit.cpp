@@ -26,6 +26,7 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
@@ -33,6 +34,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <array>
 #include <memory>
 #include <unordered_map>
 #include <vector>
@@ -140,18 +142,20 @@ void describe_one(const c10::TensorImpl& tensor, Words& words) {
 }
 
 // What describe_layout() in cache/signature.py says, as numbers; false for what it says nothing of.
-bool describe(PyObject* args, c10::TensorImpl** tensors, Words& words) {
-  const Py_ssize_t count = PyTuple_GET_SIZE(args);
+bool describe(PyObject* const* args, Py_ssize_t count, c10::TensorImpl** tensors, Words& words) {
   if (count < 1 || count > most_inputs) return false;
   words.push_back(static_cast<uint64_t>(count) << 1 | static_cast<uint64_t>(c10::InferenceMode::is_enabled()));
   for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* item = PyTuple_GET_ITEM(args, i);
     for (Py_ssize_t j = 0; j < i; ++j)
-      if (PyTuple_GET_ITEM(args, j) == item) return false;
-    if ((tensors[i] = plain(item)) == nullptr) return false;
+      if (args[j] == args[i]) return false;
+    if ((tensors[i] = plain(args[i])) == nullptr) return false;
     describe_one(*tensors[i], words);
   }
   return true;
+}
+
+bool describe(PyObject* tuple, c10::TensorImpl** tensors, Words& words) {
+  return describe(PySequence_Fast_ITEMS(tuple), PyTuple_GET_SIZE(tuple), tensors, words);
 }
 
 uint64_t hash_of(const Words& words) {
@@ -199,6 +203,7 @@ struct Record {
   Words words;
   std::vector<Ref> held;  // Everything borrowed below.
   PyObject *entry, *graph, *lane, *acquire, *release, *executables, *index;
+  int device;
   PyObject *engine, *epoch, *is_stale, *build;  // Null where there is none.
   uint64_t* table;  // Of the executables; executables.py says what stands where.
   std::vector<Place> places;  // Inputs, then outputs.
@@ -242,6 +247,11 @@ bool make_as(PyObject* buffer, Maker& maker) {
 struct State {
   Ref classes, modes, counter, raw_stream, current_device, fail, quiet, not_blocking, epoch_name;
   Field executables, ready, ready_stream, ready_inference, stream, hits, used, off;
+  // What torch keeps of streams itself, null if raw_stream is to be asked, and the stream that it was asked for last.
+  const c10::impl::DeviceGuardImplInterface* streams = nullptr;
+  c10::StreamId known_id = 0;
+  int known_device = -1;
+  uint64_t known_stream = 0;
   Launch launch;
   SetKernel set_kernel;
   SetCopy set_copy;
@@ -257,8 +267,8 @@ struct Table {
 // A lane's lock, taken without waiting and given back at the end, whatever exception is on its way.
 class Held {
  public:
-  Held(State& state, const Record& record) : release_(record.release) {
-    Ref taken(PyObject_Call(record.acquire, state.not_blocking.get(), nullptr));
+  Held(State& state, PyObject* acquire, PyObject* release) : release_(release) {
+    Ref taken(PyObject_Call(acquire, state.not_blocking.get(), nullptr));
     failed_ = !taken;
     held_ = taken.get() == Py_True;
   }
@@ -389,13 +399,16 @@ Outcome launched(State& state, const Record& record, const uint64_t* outputs) {
   return Outcome::done;
 }
 
-Outcome launch(State& state, const Record& record, uint64_t stream) {
+Outcome launch(State& state, uint64_t executable, uint64_t stream) {
   int code;
-  void* executable = reinterpret_cast<void*>(record.row(record.table[expected])[handle_of]);
   Py_BEGIN_ALLOW_THREADS
-  code = state.launch(executable, reinterpret_cast<void*>(stream));
+  code = state.launch(reinterpret_cast<void*>(executable), reinterpret_cast<void*>(stream));
   Py_END_ALLOW_THREADS
   return code == 0 ? Outcome::done : raise_failure(state, "cuGraphLaunch", code);
+}
+
+Outcome launch(State& state, const Record& record, uint64_t stream) {
+  return launch(state, record.row(record.table[expected])[handle_of], stream);
 }
 
 // New outputs, and where they lie: done, with none where the allocator aligns to less than is needed, or failed.
@@ -430,16 +443,33 @@ Outcome prepare_next(State& state, const Record& record) {
   return Outcome::done;
 }
 
+// The current stream of a device, as a raw handle. To torch a stream is a number, which stands for one handle for good.
+Outcome current_stream(State& state, PyObject* index, int device, uint64_t* stream) {
+  c10::StreamId id = 0;
+  if (state.streams != nullptr && device >= 0) {
+    id = state.streams->getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))).id();
+    if (id == state.known_id && device == state.known_device) {
+      *stream = state.known_stream;
+      return Outcome::done;
+    }
+  }
+  Ref number(PyObject_CallOneArg(state.raw_stream.get(), index));
+  if (!number) return Outcome::failed;
+  *stream = PyLong_AsUnsignedLongLong(number.get());
+  if (PyErr_Occurred()) return Outcome::failed;
+  if (state.streams != nullptr && device >= 0)
+    state.known_id = id, state.known_device = device, state.known_stream = *stream;
+  return Outcome::done;
+}
+
 // Whether the call may go on: what the caller's context forbids, asked without touching anything.
 Outcome may_launch(State& state, const Record& record, uint64_t* stream) {
   PyObject* found = nullptr;
   if (PyContextVar_Get(state.modes.get(), nullptr, &found) < 0) return Outcome::failed;
   Ref modes(found);
   if (!modes || !state.off.is_of(modes.get()) || state.off.in(modes.get()) != Py_False) return Outcome::left_alone;
-  Ref number(PyObject_CallOneArg(state.raw_stream.get(), record.index));
-  if (!number) return Outcome::failed;
-  *stream = PyLong_AsUnsignedLongLong(number.get());
-  if (PyErr_Occurred()) return Outcome::failed;
+  if (const auto known = current_stream(state, record.index, record.device, stream); known != Outcome::done)
+    return known;
   // The legacy default stream: whose it is has to be asked, in Python.
   if (*stream == 0) return Outcome::left_alone;
   if (state.current_device) {
@@ -490,6 +520,13 @@ Outcome finish(State& state, const Record& record) {
   return Outcome::done;
 }
 
+PyObject* as_tuple(PyObject* const* items, Py_ssize_t count) {
+  PyObject* made = PyTuple_New(count);
+  if (made != nullptr)
+    for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SET_ITEM(made, i, Py_NewRef(items[i]));
+  return made;
+}
+
 std::shared_ptr<Record> find(State& state, const Words& words) {
   const auto [first, last] = state.records.equal_range(hash_of(words));
   for (auto each = first; each != last; ++each)
@@ -497,11 +534,12 @@ std::shared_ptr<Record> find(State& state, const Words& words) {
   return nullptr;
 }
 
-Outcome answer(State& state, PyObject* args, Ref& result) {
-  if (!PyTuple_CheckExact(args) || !nothing_special()) return Outcome::left_alone;
+// The answer to some arguments. They are a tuple too, or become one where the answer is built of them.
+Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* tuple, Ref& result) {
+  if (!nothing_special()) return Outcome::left_alone;
   c10::TensorImpl* tensors[most_inputs];
   Words words;
-  if (!describe(args, tensors, words)) return Outcome::left_alone;
+  if (!describe(args, count, tensors, words)) return Outcome::left_alone;
   // A reference of its own: whoever clears the table meanwhile takes nothing from under this call.
   const std::shared_ptr<Record> record = find(state, words);
   if (!record) return Outcome::left_alone;
@@ -510,7 +548,7 @@ Outcome answer(State& state, PyObject* args, Ref& result) {
   if (!are_usable(*record, tensors, addresses)) return Outcome::left_alone;
   Ref outputs;
   {
-    Held lock(state, *record);
+    Held lock(state, record->acquire, record->release);
     if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
     PyObject* ready = state.ready.in(record->graph);
@@ -540,7 +578,9 @@ Outcome answer(State& state, PyObject* args, Ref& result) {
   if (record->build == nullptr) {
     result = Py_NewRef(PyList_GET_ITEM(outputs.get(), 0));
   } else {
-    result = PyObject_CallFunctionObjArgs(record->build, outputs.get(), args, nullptr);
+    Ref made(tuple == nullptr ? as_tuple(args, count) : Py_NewRef(tuple));
+    if (!made) return Outcome::failed;
+    result = PyObject_CallFunctionObjArgs(record->build, outputs.get(), made.get(), nullptr);
     if (!result) return Outcome::failed;
   }
   return finish(state, *record);
@@ -559,11 +599,11 @@ bool fits(const Record& record, c10::TensorImpl* out, const uint64_t* addresses,
   return true;
 }
 
-Outcome answer_into(State& state, PyObject* out, PyObject* args) {
-  if (!PyTuple_CheckExact(args) || !nothing_special()) return Outcome::left_alone;
+Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize_t count) {
+  if (!nothing_special()) return Outcome::left_alone;
   c10::TensorImpl *tensors[most_inputs], *target = plain(out);
   Words words;
-  if (target == nullptr || !describe(args, tensors, words)) return Outcome::left_alone;
+  if (target == nullptr || !describe(args, count, tensors, words)) return Outcome::left_alone;
   const std::shared_ptr<Record> record = find(state, words);
   if (!record || record->build != nullptr || record->outputs() != 1) return Outcome::left_alone;
   uint64_t stream = 0, addresses[most_places], written = 0;
@@ -571,7 +611,7 @@ Outcome answer_into(State& state, PyObject* out, PyObject* args) {
   if (!are_usable(*record, tensors, addresses) || !fits(*record, target, addresses, &written))
     return Outcome::left_alone;
   {
-    Held lock(state, *record);
+    Held lock(state, record->acquire, record->release);
     if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
     addresses[record->inputs] = written;
@@ -587,7 +627,8 @@ Outcome answer_into(State& state, PyObject* out, PyObject* args) {
 PyObject* table_call(Table* self, PyObject* args) {
   HANDLE_TH_ERRORS
   Ref result;
-  const auto outcome = answer(*self->state, args, result);
+  if (!PyTuple_CheckExact(args)) Py_RETURN_NONE;
+  const auto outcome = answer(*self->state, PySequence_Fast_ITEMS(args), PyTuple_GET_SIZE(args), args, result);
   if (outcome == Outcome::failed) return nullptr;
   return outcome == Outcome::done ? result.release() : Py_NewRef(Py_None);
   END_HANDLE_TH_ERRORS
@@ -596,7 +637,9 @@ PyObject* table_call(Table* self, PyObject* args) {
 PyObject* table_into(Table* self, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2) return PyErr_Format(PyExc_TypeError, "into() takes 2 arguments, %zd were given", count);
-  const auto outcome = answer_into(*self->state, given[0], given[1]);
+  if (!PyTuple_CheckExact(given[1])) Py_RETURN_FALSE;
+  const auto outcome =
+      answer_into(*self->state, given[0], PySequence_Fast_ITEMS(given[1]), PyTuple_GET_SIZE(given[1]));
   if (outcome == Outcome::failed) return nullptr;
   return PyBool_FromLong(outcome == Outcome::done);
   END_HANDLE_TH_ERRORS
@@ -649,6 +692,13 @@ bool read_table(PyObject* given, Record& record) {
   return fits;
 }
 
+// A device's index, or -1 for what is none.
+int device_of(PyObject* index) {
+  const long found = PyLong_CheckExact(index) ? PyLong_AsLong(index) : -1;
+  if (found == -1) PyErr_Clear();
+  return found >= 0 && found < 128 ? static_cast<int>(found) : -1;
+}
+
 PyObject* table_put(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
@@ -677,6 +727,7 @@ PyObject* table_put(Table* self, PyObject* given) {
   record->hold(table);
   record->hold(slots);
   record->index = record->hold(index);
+  record->device = device_of(index);
   if (engine != Py_None && epoch == Py_None) return PyErr_Format(PyExc_TypeError, "an engine without an epoch");
   record->engine = record->hold_unless_none(engine);
   record->epoch = record->hold_unless_none(epoch);
@@ -724,9 +775,11 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   HANDLE_TH_ERRORS
   if (names != nullptr && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
   PyObject *graph, *lane, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *fail, *quiet;
+  int torchs_own;
   unsigned long long launch, set_kernel, set_copy, is_capturing;
-  if (!PyArg_ParseTuple(given, "(OOOO)OOOOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
-                        &raw_stream, &device, &fail, &quiet, &launch, &set_kernel, &set_copy, &is_capturing))
+  if (!PyArg_ParseTuple(given, "(OOOO)OOOpOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
+                        &raw_stream, &torchs_own, &device, &fail, &quiet, &launch, &set_kernel, &set_copy,
+                        &is_capturing))
     return nullptr;
   auto state = std::make_unique<State>();
   if (!state->executables.find(graph, "executables") || !state->ready.find(graph, "ready") ||
@@ -741,6 +794,8 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   state->modes = Py_NewRef(modes);
   state->counter = Py_NewRef(counter);
   state->raw_stream = Py_NewRef(raw_stream);
+  if (torchs_own && c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA))
+    state->streams = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA);
   if (device != Py_None) state->current_device = Py_NewRef(device);
   state->fail = Py_NewRef(fail);
   state->quiet = Py_NewRef(quiet);
@@ -780,6 +835,8 @@ void table_dealloc(Table* self) {
   Py_DECREF(type);
 }
 
+PyObject* table_run(Table* self, PyObject* given);
+
 PyObject* table_length(Table* self, PyObject*) { return PyLong_FromSize_t(self->state->records.size()); }
 
 PyMethodDef table_methods[] = {
@@ -787,6 +844,7 @@ PyMethodDef table_methods[] = {
     {"into", reinterpret_cast<PyCFunction>(table_into), METH_FASTCALL, "Whether out was written, of out and args."},
     {"put", reinterpret_cast<PyCFunction>(table_put), METH_VARARGS, "Remember a graph; whether there is a way for it."},
     {"clear", reinterpret_cast<PyCFunction>(table_clear_method), METH_NOARGS, "Forget every graph."},
+    {"run", reinterpret_cast<PyCFunction>(table_run), METH_VARARGS, "What launches a graph on its static buffers."},
     {"count", reinterpret_cast<PyCFunction>(table_length), METH_NOARGS, "How many graphs are known."},
     {nullptr, nullptr, 0, nullptr}};
 
@@ -799,6 +857,213 @@ PyType_Slot table_slots[] = {{Py_tp_new, reinterpret_cast<void*>(table_new)},
 
 PyType_Spec table_spec = {"_graphcache_hit.Table", sizeof(Table), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
                           table_slots};
+
+// ---- the way in
+
+// Two methods of CachedModule, __call__ and forward_into, are Python functions whose calls come here first. What reads
+// their code, such as torch.compile, finds it as it was written, and what is left alone here runs it. Python 3.11 enters
+// forward_into by itself where the caller is Python too, so its code asks the table again; _into does not.
+struct Doors {
+  vectorcallfunc call, into;
+  PyObject *hooks, *pre_hooks, *compiler;  // Kept for good, as everything here.
+  PyObject *table, *own_hooks, *own_pre_hooks, *compiling, *into_name;
+} doors;
+
+PyTypeObject* table_type;
+
+bool holds(PyObject* dict, PyObject* name) {
+  PyObject* found = PyDict_GetItemWithError(dict, name);
+  return found == nullptr || !PyDict_Check(found) || PyDict_GET_SIZE(found) != 0;
+}
+
+// The table of a module that has one, with no hooks to be run and nothing being compiled; otherwise null.
+PyObject* table_of(PyObject* module) {
+  if (PyDict_GET_SIZE(doors.hooks) != 0 || PyDict_GET_SIZE(doors.pre_hooks) != 0 ||
+      PyDict_GetItemWithError(doors.compiler, doors.compiling) != Py_False)
+    return nullptr;
+  Ref dict(PyObject_GenericGetDict(module, nullptr));
+  if (!dict) return nullptr;
+  PyObject* table = PyDict_GetItemWithError(dict.get(), doors.table);
+  if (table == nullptr || !Py_IS_TYPE(table, table_type) || holds(dict.get(), doors.own_hooks) ||
+      holds(dict.get(), doors.own_pre_hooks))
+    return nullptr;
+  return Py_NewRef(table);
+}
+
+bool are_plain(size_t given, PyObject* names, Py_ssize_t least) {
+  return PyVectorcall_NARGS(given) >= least && (names == nullptr || PyTuple_GET_SIZE(names) == 0);
+}
+
+PyObject* door_call(PyObject* function, PyObject* const* args, size_t given, PyObject* names) {
+  HANDLE_TH_ERRORS
+  Ref table(are_plain(given, names, 2) ? table_of(args[0]) : nullptr);
+  if (!table) {
+    PyErr_Clear();
+    return doors.call(function, args, given, names);
+  }
+  Ref result;
+  const auto outcome = answer(*reinterpret_cast<Table*>(table.get())->state, args + 1, PyVectorcall_NARGS(given) - 1,
+                              nullptr, result);
+  if (outcome == Outcome::left_alone) return doors.call(function, args, given, names);
+  return outcome == Outcome::done ? result.release() : nullptr;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* door_into(PyObject* function, PyObject* const* args, size_t given, PyObject* names) {
+  HANDLE_TH_ERRORS
+  Ref table(are_plain(given, names, 3) ? table_of(args[0]) : nullptr);
+  if (!table) {
+    PyErr_Clear();
+    return doors.into(function, args, given, names);
+  }
+  const auto outcome = answer_into(*reinterpret_cast<Table*>(table.get())->state, args[1], args + 2,
+                                   PyVectorcall_NARGS(given) - 2);
+  if (outcome == Outcome::left_alone)
+    return PyObject_VectorcallMethod(doors.into_name, args, static_cast<size_t>(PyVectorcall_NARGS(given)), nullptr);
+  return outcome == Outcome::done ? Py_NewRef(args[1]) : nullptr;
+  END_HANDLE_TH_ERRORS
+}
+
+void set_door(PyObject* function, vectorcallfunc door, vectorcallfunc* before) {
+  auto* made = reinterpret_cast<PyFunctionObject*>(function);
+  if (made->vectorcall == door) return;
+  *before = made->vectorcall;
+#if PY_VERSION_HEX >= 0x030C0000
+  // The interpreter has to look at it, where it would have gone into the function by itself.
+  PyFunction_SetVectorcall(made, door);
+#else
+  made->vectorcall = door;
+#endif
+}
+
+// (__call__, forward_into, global hooks, global pre-hooks, the dictionary of torch.compiler)
+PyObject* module_open(PyObject*, PyObject* given) {
+  PyObject *call, *into, *hooks, *pre_hooks, *compiler;
+  if (!PyArg_ParseTuple(given, "O!O!O!O!O!:open", &PyFunction_Type, &call, &PyFunction_Type, &into, &PyDict_Type,
+                        &hooks, &PyDict_Type, &pre_hooks, &PyDict_Type, &compiler))
+    return nullptr;
+  if (doors.table == nullptr) {
+    PyObject** const places[] = {&doors.own_hooks, &doors.own_pre_hooks, &doors.compiling, &doors.into_name,
+                                 &doors.table};
+    const char* const texts[] = {"_forward_hooks", "_forward_pre_hooks", "_is_compiling_flag", "_into", "_table"};
+    for (size_t i = 0; i < std::size(places); ++i)
+      if ((*places[i] = PyUnicode_InternFromString(texts[i])) == nullptr) return nullptr;
+  }
+  Py_XSETREF(doors.hooks, Py_NewRef(hooks));
+  Py_XSETREF(doors.pre_hooks, Py_NewRef(pre_hooks));
+  Py_XSETREF(doors.compiler, Py_NewRef(compiler));
+  set_door(call, door_call, &doors.call);
+  set_door(into, door_into, &doors.into);
+  Py_RETURN_NONE;
+}
+
+// ---- sessions
+
+// A graph of a session's own on its static buffers: Session.run.
+struct Run {
+  PyObject_HEAD
+  vectorcallfunc call;
+  State* state;  // Of the table.
+  uint64_t executable;
+  int device;
+  PyObject *table, *graph, *lane, *acquire, *release, *executables, *index, *otherwise;
+};
+
+std::array<PyObject**, 8> held_by(Run& run) {
+  return {&run.table, &run.graph, &run.lane, &run.acquire, &run.release, &run.executables, &run.index, &run.otherwise};
+}
+
+Outcome run_once(Run& run) {
+  State& state = *run.state;
+  uint64_t stream = 0;
+  if (const auto known = current_stream(state, run.index, run.device, &stream); known != Outcome::done) return known;
+  if (stream == 0) return Outcome::left_alone;
+  Held lock(state, run.acquire, run.release);
+  if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
+  if (state.executables.in(run.graph) != run.executables || state.stream.number(run.lane) != stream)
+    return Outcome::left_alone;
+  return launch(state, run.executable, stream);
+}
+
+PyObject* run_call(PyObject* self, PyObject* const*, size_t given, PyObject* names) {
+  HANDLE_TH_ERRORS
+  if (PyVectorcall_NARGS(given) != 0 || (names != nullptr && PyTuple_GET_SIZE(names) != 0))
+    return PyErr_Format(PyExc_TypeError, "run() takes no arguments");
+  Run& run = *reinterpret_cast<Run*>(self);
+  const auto outcome = run.graph == nullptr ? Outcome::left_alone : run_once(run);
+  if (outcome == Outcome::failed) return nullptr;
+  if (outcome == Outcome::done) Py_RETURN_NONE;
+  if (run.otherwise == nullptr) return PyErr_Format(PyExc_RuntimeError, "this session is gone");
+  Ref otherwise(Py_NewRef(run.otherwise));
+  return PyObject_CallNoArgs(otherwise.get());
+  END_HANDLE_TH_ERRORS
+}
+
+int run_traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  for (PyObject** each : held_by(*reinterpret_cast<Run*>(self))) Py_VISIT(*each);
+  return 0;
+}
+
+int run_clear(PyObject* self) {
+  for (PyObject** each : held_by(*reinterpret_cast<Run*>(self))) Py_CLEAR(*each);
+  return 0;
+}
+
+void run_dealloc(PyObject* self) {
+  PyObject_GC_UnTrack(self);
+  run_clear(self);
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMemberDef run_members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Run, call), READONLY, nullptr},
+                             {nullptr, 0, 0, 0, nullptr}};
+
+PyType_Slot run_slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(run_dealloc)},
+                           {Py_tp_traverse, reinterpret_cast<void*>(run_traverse)},
+                           {Py_tp_clear, reinterpret_cast<void*>(run_clear)},
+                           {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+                           {Py_tp_members, run_members},
+                           {0, nullptr}};
+
+PyType_Spec run_spec = {"_graphcache_hit.Run", sizeof(Run), 0,
+                        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
+                            Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                        run_slots};
+
+PyTypeObject* run_type;
+
+// (graph, lane, lock, executables, index, executable, otherwise)
+PyObject* table_run(Table* self, PyObject* given) {
+  HANDLE_TH_ERRORS
+  State& state = *self->state;
+  PyObject *graph, *lane, *lock, *executables, *index, *otherwise;
+  unsigned long long executable;
+  if (!PyArg_ParseTuple(given, "OOOOOKO:run", &graph, &lane, &lock, &executables, &index, &executable, &otherwise))
+    return nullptr;
+  if (!state.executables.is_of(graph) || !state.stream.is_of(lane))
+    return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a Lane");
+  Ref acquire(PyObject_GetAttrString(lock, "acquire")), release(PyObject_GetAttrString(lock, "release"));
+  if (!acquire || !release) return nullptr;
+  auto* made = reinterpret_cast<Run*>(run_type->tp_alloc(run_type, 0));
+  if (made == nullptr) return nullptr;
+  made->call = run_call;
+  made->state = &state;
+  made->executable = executable;
+  made->device = device_of(index);
+  made->table = Py_NewRef(reinterpret_cast<PyObject*>(self));
+  made->graph = Py_NewRef(graph);
+  made->lane = Py_NewRef(lane);
+  made->acquire = acquire.release();
+  made->release = release.release();
+  made->executables = Py_NewRef(executables);
+  made->index = Py_NewRef(index);
+  made->otherwise = Py_NewRef(otherwise);
+  return reinterpret_cast<PyObject*>(made);
+  END_HANDLE_TH_ERRORS
+}
 
 // ---- for the probe: the same questions, answered by themselves
 
@@ -837,6 +1102,7 @@ PyObject* module_empty_like(PyObject*, PyObject* object) {
 }
 
 PyMethodDef module_methods[] = {
+    {"open", module_open, METH_VARARGS, "Let calls of two Python functions come to the table of their module first."},
     {"is_quiet", module_is_quiet, METH_NOARGS, "No gradients, autocast, modes, transforms or tracing here."},
     {"layout", module_layout, METH_O, "What tells a tuple of plain tensors from others; None for anything else."},
     {"address", module_address, METH_O, "Where a plain tensor's data lies; None for anything else."},
@@ -850,6 +1116,9 @@ PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_graphcache_hit", nullptr, -1,
 PyMODINIT_FUNC PyInit__graphcache_hit() {
   Ref module(PyModule_Create(&module_def));
   Ref type(PyType_FromSpec(&table_spec));
-  if (!module || !type || PyModule_AddObjectRef(module.get(), "Table", type.get()) < 0) return nullptr;
+  Ref run(PyType_FromSpec(&run_spec));
+  if (!module || !type || !run || PyModule_AddObjectRef(module.get(), "Table", type.get()) < 0) return nullptr;
+  table_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type.get()));
+  run_type = reinterpret_cast<PyTypeObject*>(run.release());
   return module.release();
 }
