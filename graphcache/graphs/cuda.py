@@ -13,7 +13,7 @@ from torch import Tensor
 from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of, poison
-from graphcache.graphs.executables import LATE, Executables
+from graphcache.graphs.executables import Executables
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.slots import ALIGNMENT, Slot
 
@@ -68,7 +68,7 @@ class CudaGraph:
             if self._nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
             stream = own_stream(lane.index, "capture").cuda_stream
-            self.executables = Executables(captured, inputs, outputs, stream)
+            self.executables = Executables(captured, inputs, outputs, stream, lane)
             undo.pop_all()
         self.captured: Any = captured
         self.launcher = driver.binding().cuGraphLaunch
@@ -235,9 +235,6 @@ class CudaGraph:
     def _prepare_next(self, executables: Executables, stream: int) -> None:
         """The outputs of the next call, while the device works."""
         self.ready = None
-        if executables.table[LATE]:
-            executables.launched()
-            return
         try:
             ready = [_empty_like(slot.buffer) for slot in self.outputs]
             executables.launched(self._addresses(ready))

@@ -9,6 +9,7 @@ from typing import Any
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
+from graphcache.graphs.lane import Lane
 from graphcache.graphs.slots import Slot
 
 MOST = 8
@@ -17,7 +18,8 @@ input and drops an answer in each turn goes through three or four pairs of addre
 
 SMALL = 32
 """The largest graph, in nodes, that has more than one. Pointing an executable at another address delayed its next
-launch by 3.5 µs, launching another one in turn by 0.3 µs with 3 nodes but by 10 µs with 106 (H100, driver 580)."""
+launch by 0.7 µs on one host (H200) and by 3.5 on another (H100), launching another one in turn by 0.3 µs with 3 nodes
+but by 10 µs with 106 (driver 580)."""
 
 EXECUTABLE_BYTES = 96 * 1024
 """What an executable takes on the device besides its nodes. The driver has no call that tells: 80 to 128 KiB were seen
@@ -27,24 +29,22 @@ NODE_BYTES = 2 * 1024
 """What each node adds."""
 
 GROWS_AFTER = 32
-"""How often executables were pointed elsewhere before there is one more: not in the trials of a new graph, and not for
-a graph that is hardly used, or always with the same tensors."""
+"""How often an executable was pointed elsewhere, in a graph that was also launched the last time, before there is one
+more: not in the trials of a new graph, not for one that is hardly used or always with the same tensors, and not for
+graphs that take turns, each of which takes one from it. With 32 graphs of 3 nodes in turn, eight executables each took
+4.5 µs longer than the bare launch and one each 1.1; with one graph it was 0.7 and 1.5 (H200)."""
 
 _LOOKS_EVERY = 16
 """Where addresses do not come again, they are looked for once in so many launches."""
-
-_TRIES_EVERY = 1024
-"""Where addresses do not come again, outputs are allocated late for a while, once in so many launches."""
 
 UNKNOWN = 2**64 - 1
 """No address: of a slot that nobody has pointed yet, or where the driver refused half way."""
 
 # The head of the table: how many executables there are, which one is expected to be launched next, which was launched
 # last, where the search for one to point elsewhere begins; how many launches in a row had to point one elsewhere, and
-# how often one was at all. Then how many executables there may be, how often one was pointed elsewhere before there is
-# one more, and after how many such launches in a row outputs are pointed at ahead; and whether outputs are allocated
-# just before a launch (1), or after the one before (0).
-COUNT, EXPECTED, LAST, HAND, STREAK, PATCHES, MOST_OF_THEM, GROWS, PATIENCE, LATE, HEAD = range(11)
+# how many more of those followed a launch of this graph than did not. Then how many executables there may be, at which
+# of the last number there is one more, and after how many launches of the one before outputs are pointed at ahead.
+COUNT, EXPECTED, LAST, HAND, STREAK, ALONE, MOST_OF_THEM, GROWS, PATIENCE, HEAD = range(10)
 # A row: the handle, which executable came after this one the last time, and an address for each slot.
 HANDLE, NEXT, ADDRESSES = range(3)
 
@@ -55,25 +55,25 @@ class Executables:
     ``table`` says where each of them points. It is read and written by compiled code too, and by whoever holds the lock
     of the graph's lane; nobody else may.
 
-    Outputs that are allocated ahead, while the device works, cost no time. But with several graphs in turn, what lies
-    ready for one of them is in the others' way: the allocator hands out other addresses each time. Where addresses do
-    not come again, it is tried whether they do if outputs are allocated just before the launch.
-
     Args:
         captured: The ``CUgraph``, which must outlive this object.
         inputs: The slots of the inputs; the address of one without pointers counts as 0.
         outputs: Those of the outputs, likewise.
         stream: A raw handle; the first executable is uploaded there.
+        lane: Knows which graph was launched last.
 
     Raises:
         CudaError: If the driver refuses to instantiate.
     """
 
-    __slots__ = ("_captured", "_inputs", "_pointers", "handles", "nbytes", "table", "width")
+    __slots__ = ("_captured", "_inputs", "_lane", "_pointers", "handles", "nbytes", "table", "width")
 
-    def __init__(self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int) -> None:
+    def __init__(
+        self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int, lane: Lane
+    ) -> None:
         nodes = driver.node_count(captured)
         self._captured = captured
+        self._lane = lane
         self._inputs = len(inputs)
         self._pointers = [slot.pointers for slot in (*inputs, *outputs)]
         self.handles: list[Any] = []
@@ -105,14 +105,11 @@ class Executables:
             index = None
         if index is None:
             index = self._nearest(wanted) if streak < table[PATIENCE] else table[EXPECTED]
-            if table[COUNT] < table[MOST_OF_THEM] and table[PATCHES] >= table[GROWS]:
+            if table[COUNT] < table[MOST_OF_THEM] and table[ALONE] >= table[GROWS]:
                 index = self._add(index)
             self._point(index, wanted)
-            table[STREAK] = streak = streak + 1
-            if 1 < table[COUNT] == table[MOST_OF_THEM]:
-                turn = streak % _TRIES_EVERY
-                if turn == table[PATIENCE] or turn == 2 * table[PATIENCE]:
-                    table[LATE] = int(turn == table[PATIENCE])
+            table[STREAK] = streak + 1
+            self._count(self._lane.last is table)
         else:
             table[STREAK] = 0
         if index != table[EXPECTED]:
@@ -131,6 +128,7 @@ class Executables:
             CudaError: If the driver refuses that.
         """
         table, width = self.table, self.width
+        again, self._lane.last = self._lane.last is table, table
         last = table[EXPECTED]
         table[LAST] = last
         following = table[HEAD + last * width + NEXT]
@@ -142,11 +140,11 @@ class Executables:
         if table[own:end].tolist() == outputs:
             return
         full = table[COUNT] == table[MOST_OF_THEM]
-        ahead = table[STREAK] >= table[PATIENCE] if full else table[PATCHES] < table[GROWS]
-        if ahead:
+        if table[STREAK] >= table[PATIENCE] if full else table[COUNT] == 1 and table[ALONE] < table[GROWS]:
             index = table[HAND]
             start = HEAD + index * width + ADDRESSES
             self._point(index, [*table[start : start + self._inputs], *outputs])
+            self._count(again)
             table[EXPECTED] = index
             return
         found = self._find([*table[start:own], *outputs])
@@ -181,6 +179,13 @@ class Executables:
         self.table[MOST_OF_THEM], self.table[GROWS] = most, GROWS_AFTER
         # With all of them pointed elsewhere as often as this, addresses do not come again.
         self.table[PATIENCE] = 4 * (most - 1)
+
+    def _count(self, again: bool) -> None:
+        """Note that one was pointed elsewhere."""
+        if again:
+            self.table[ALONE] += 1
+        elif self.table[ALONE]:
+            self.table[ALONE] -= 1
 
     def _row(self, index: int) -> list[int]:
         start = HEAD + index * self.width
@@ -224,4 +229,3 @@ class Executables:
                 table[place] = address
             place += 1
         table[HAND] = (index + 1) % table[COUNT]
-        table[PATCHES] += 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graphcache.errors import CudaError
-from graphcache.graphs import driver
+from graphcache.graphs import driver, native
 from graphcache.graphs.pool import MemoryPool
 
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
@@ -33,12 +33,14 @@ class Lane:
     """
 
     # What the compiled short way reads too stands at a fixed place.
-    __slots__ = ("__dict__", "__weakref__", "stream")
+    __slots__ = ("__dict__", "__weakref__", "last", "stream")
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.lock = threading.RLock()
+        self.lock = native.new_lock()
         self.stream = -1
+        # Of the executables that were launched last, their table: what they are known by.
+        self.last: object = None
         self.handle: Any = None
         self._handles: dict[int, Any] = {}
         self._event: Any = None

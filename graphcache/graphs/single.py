@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.executables import ADDRESSES, EXPECTED, HEAD, LAST, LATE, NEXT, STREAK
+from graphcache.graphs.executables import ADDRESSES, EXPECTED, HEAD, LAST, NEXT, STREAK
 
 if TYPE_CHECKING:
     from graphcache.graphs.cuda import CudaGraph
@@ -56,15 +56,10 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
         with lock:
             if not stream or lane.stream != stream:
                 return None
-            ready, late = graph.ready, table[LATE]
-            if ready is not None:
-                if graph.ready_stream != stream or graph.ready_inference is not _is_inference_mode():
-                    return None
-                (answer,) = ready
-            elif late and graph.executables is not None:
-                answer = empty()
-            else:
+            ready = graph.ready
+            if ready is None or graph.ready_stream != stream or graph.ready_inference is not _is_inference_mode():
                 return None
+            (answer,) = ready
             read, written = x.data_ptr(), answer.data_ptr()
             if (read | written) & mask or not read or not written:
                 return None
@@ -81,9 +76,6 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
                 raise driver.failure("cuGraphLaunch", code)
             # What remains is done while the device works.
             graph.ready = None
-            if late:
-                launched()
-                return answer
             try:
                 fresh = empty()
                 written = fresh.data_ptr()
@@ -92,7 +84,7 @@ def single(graph: CudaGraph) -> tuple[Fire, Into] | None:
                 index = table[EXPECTED]
                 following = table[HEAD + index * width + NEXT]
                 if table[HEAD + following * width + WRITTEN] == written:
-                    table[LAST], table[EXPECTED] = index, following
+                    lane.last, table[LAST], table[EXPECTED] = table, index, following
                 else:
                     launched([written])
                 graph.ready = [fresh]

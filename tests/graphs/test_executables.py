@@ -63,7 +63,8 @@ class Nodes:
         found = find_pointers(*graphs, *tensors)
         slots = [Slot(tensor, places, ALIGNMENT) for tensor, places in zip(tensors[0], found, strict=True)]
         self.nodes = nodes
-        self.all = Executables(graphs[0], slots[:2], slots[2:], int(self.stream))
+        self.lane = Lane(0)
+        self.all = Executables(graphs[0], slots[:2], slots[2:], int(self.stream), self.lane)
         fake.driver.calls.clear()
 
     def launch(self, wanted: list[int]) -> None:
@@ -72,6 +73,11 @@ class Nodes:
         self.seen.clear()
         driver.call("cuGraphLaunch", handle, self.stream)
         assert self.seen == [wanted] * self.nodes
+
+    def run(self, wanted: list[int]) -> None:
+        """Launch, and be told of it."""
+        self.launch(wanted)
+        self.all.launched()
 
     def check(self) -> None:
         """What the table says is so; what it does not know is none of an address."""
@@ -172,18 +178,31 @@ def test_tensors_that_begin_to_come_again_are_noticed(fake: Torch, period: int) 
 
 def test_a_graph_that_is_hardly_used_has_one(fake: Torch) -> None:
     nodes = Nodes(fake)
-    for step in range(GROWS_AFTER):
-        nodes.launch([1024 * (step + 1), 512, 512])
+    # The first one followed nothing.
+    for step in range(GROWS_AFTER + 1):
+        nodes.run([1024 * (step + 1), 512, 512])
     assert len(nodes.all.handles) == 1
-    nodes.launch([512, 512, 1024])
+    nodes.run([512, 512, 1024])
     assert len(nodes.all.handles) == 2
+
+
+@pytest.mark.parametrize(("alone", "between", "most"), [(1, 1, 1), (2, 1, 1), (3, 5, MOST), (9, 1, MOST)])
+def test_a_graph_that_takes_turns_with_others_has_one(fake: Torch, alone: int, between: int, most: int) -> None:
+    nodes = Nodes(fake)
+    for step in range(600):
+        if step % (alone + between) >= alone:
+            nodes.lane.last = object()
+        else:
+            nodes.run([1024 * (step + 1), 512, 512])
+    # Of the launches in a row, the first one counts against it.
+    assert len(nodes.all.handles) == most
 
 
 @pytest.mark.parametrize(("count", "most"), [(SMALL, MOST), (SMALL + 1, 1)])
 def test_a_large_graph_has_one(fake: Torch, count: int, most: int) -> None:
     nodes = Nodes(fake, count)
     for step in range(200):
-        nodes.launch([1024 * (step % (MOST + 1) + 1), 512, 512])
+        nodes.run([1024 * (step % (MOST + 1) + 1), 512, 512])
     assert len(nodes.all.handles) == most
     assert nodes.all.nbytes == most * (EXECUTABLE_BYTES + count * NODE_BYTES)
 
@@ -191,7 +210,7 @@ def test_a_large_graph_has_one(fake: Torch, count: int, most: int) -> None:
 def test_nothing_to_point_at_nothing_to_vary(fake: Torch) -> None:
     captured = Affine(fake, 4, Lane(0)).capture()
     slots = [Slot(fake.driver.heap.empty(4), [], 1) for _ in range(2)]
-    alone = Executables(captured, slots[:1], slots[1:], 0)
+    alone = Executables(captured, slots[:1], slots[1:], 0, Lane(0))
     assert [alone.aim([0, 0]) for _ in range(100)] == alone.handles * 100
     alone.launched([0])
 
@@ -200,7 +219,7 @@ def test_no_room_for_another_executable(fake: Torch) -> None:
     nodes = Nodes(fake)
     fake.driver.fail("cuGraphInstantiateWithParams", "OUT_OF_MEMORY")
     for step in range(100):
-        nodes.launch([1024 * (step % 3 + 1), 512, 512])
+        nodes.run([1024 * (step % 3 + 1), 512, 512])
         nodes.check()
     assert len(nodes.all.handles) == 1, "it is not asked again"
 
@@ -208,7 +227,7 @@ def test_no_room_for_another_executable(fake: Torch) -> None:
 def test_close_destroys_all_of_them_even_if_the_driver_refuses_one(fake: Torch) -> None:
     nodes = Nodes(fake)
     for step in range(100):
-        nodes.launch([1024 * (step % 3 + 1), 512, 512])
+        nodes.run([1024 * (step % 3 + 1), 512, 512])
     assert len(fake.driver.executables) == 3
     driver.call("cuStreamSynchronize", nodes.stream)
     fake.driver.fail("cuGraphExecDestroy", after=1)
@@ -333,10 +352,10 @@ class Blocks:
 
 @pytest.mark.parametrize("way", ["replay", "fire", "compiled"])
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_several_graphs_in_turn_end_with_nothing_but_launches(
+def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     fake: Torch, monkeypatch: pytest.MonkeyPatch, compiled: Any, way: str, count: int
 ) -> None:
-    """What lies ready for one graph is in the others' way: each would get other memory every time."""
+    """What lies ready for one graph is in the others' way: each gets other memory every time, which costs no time."""
     lane = Lane(0)
     made: list[CudaGraph] = [Affine(fake, 6, lane).bound() for _ in range(count)]
     blocks = Blocks(fake, made[0].outputs[0].buffer, 2 * count + 2)
@@ -361,5 +380,6 @@ def test_several_graphs_in_turn_end_with_nothing_but_launches(
         fake.driver.calls.clear()
         for turn in range(6):
             assert all(call(index, inputs[turn % 2]) for index in range(count))
-    assert fake.driver.calls == ["cuGraphLaunch"] * 6 * count
+    assert len(fake.driver.executables) == count
+    assert fake.driver.calls == [SETTER, "cuGraphLaunch", SETTER] * 6 * count
     assert functions.raised == []

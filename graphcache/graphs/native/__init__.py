@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import threading
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -33,6 +34,18 @@ def loaded() -> Any:
         True
     """
     return _loaded() if wanted() else None
+
+
+def new_lock() -> Any:
+    """A lock that its owner may take again: the library's, which is free to take at no cost, or Python's.
+
+    Example:
+        >>> with new_lock() as taken:
+        ...     taken
+        True
+    """
+    library = loaded()
+    return threading.RLock() if library is None else library.Lock()
 
 
 def wanted() -> bool:

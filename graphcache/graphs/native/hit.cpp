@@ -37,6 +37,7 @@
 #include <array>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 // ATen/functorch/DynamicLayer.h wants a header that torch does not ship. Whether the stack is empty needs no more.
@@ -51,7 +52,7 @@ using Ref = THPObjectPtr;
 using Words = c10::SmallVector<uint64_t, 64>;
 
 constexpr Py_ssize_t most_inputs = 8, most_outputs = 8, most_places = most_inputs + most_outputs;
-constexpr uint64_t unknown = ~uint64_t{0}, looks_every = 16, tries_every = 1024;
+constexpr uint64_t unknown = ~uint64_t{0}, looks_every = 16;
 
 // The driver's functions, by what the C interface of CUDA 12 says of them; a CUresult is an int.
 using Launch = int (*)(void* executable, void* stream);
@@ -169,6 +170,108 @@ uint64_t hash_of(const Words& words) {
 
 uint64_t address_of(c10::TensorImpl* tensor) { return reinterpret_cast<uint64_t>(tensor->mutable_data()); }
 
+// ---- the lock of a lane
+
+// What threading.RLock is, but that whether it is free is a question of the GIL alone: without it nobody looks or writes.
+// Who has to wait sleeps at a gate, which is closed but for the moment in which somebody is let through.
+struct Lock {
+  PyObject_HEAD
+  unsigned long owner;
+  Py_ssize_t count, waiting;
+  bool called;
+  PyThread_type_lock gate;
+
+  bool take() {
+    const unsigned long me = PyThread_get_thread_ident();
+    if (count != 0 && owner != me) return false;
+    owner = me;
+    ++count;
+    return true;
+  }
+
+  void wait() {
+    while (!take()) {
+      ++waiting;
+      Py_BEGIN_ALLOW_THREADS
+      PyThread_acquire_lock(gate, WAIT_LOCK);
+      Py_END_ALLOW_THREADS
+      --waiting;
+      called = false;
+    }
+  }
+
+  bool give_back() {
+    if (count == 0 || owner != PyThread_get_thread_ident()) return false;
+    if (--count == 0 && waiting != 0 && !called) {
+      called = true;
+      PyThread_release_lock(gate);
+    }
+    return true;
+  }
+};
+
+PyTypeObject* lock_type;
+
+PyObject* lock_new(PyTypeObject* type, PyObject* given, PyObject* names) {
+  if (PyTuple_GET_SIZE(given) != 0 || (names != nullptr && PyDict_GET_SIZE(names) != 0))
+    return PyErr_Format(PyExc_TypeError, "Lock() takes no arguments");
+  auto* made = reinterpret_cast<Lock*>(type->tp_alloc(type, 0));
+  if (made == nullptr) return nullptr;
+  made->gate = PyThread_allocate_lock();
+  if (made->gate == nullptr) {
+    Py_DECREF(made);
+    return PyErr_NoMemory();
+  }
+  PyThread_acquire_lock(made->gate, NOWAIT_LOCK);
+  return reinterpret_cast<PyObject*>(made);
+}
+
+void lock_dealloc(PyObject* self) {
+  auto* lock = reinterpret_cast<Lock*>(self);
+  if (lock->gate != nullptr) {
+    PyThread_release_lock(lock->gate);
+    PyThread_free_lock(lock->gate);
+  }
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyObject* lock_acquire(PyObject* self, PyObject* given) {
+  int blocking = 1;
+  if (!PyArg_ParseTuple(given, "|p:acquire", &blocking)) return nullptr;
+  auto* lock = reinterpret_cast<Lock*>(self);
+  if (!blocking) return PyBool_FromLong(lock->take());
+  lock->wait();
+  Py_RETURN_TRUE;
+}
+
+PyObject* lock_enter(PyObject* self, PyObject*) {
+  reinterpret_cast<Lock*>(self)->wait();
+  Py_RETURN_TRUE;
+}
+
+PyObject* lock_release(PyObject* self, PyObject*) {
+  if (reinterpret_cast<Lock*>(self)->give_back()) Py_RETURN_NONE;
+  return PyErr_Format(PyExc_RuntimeError, "this thread does not hold the lock that it releases");
+}
+
+PyObject* lock_exit(PyObject* self, PyObject* const*, Py_ssize_t) { return lock_release(self, nullptr); }
+
+PyMethodDef lock_methods[] = {
+    {"acquire", lock_acquire, METH_VARARGS, "Take it; whether it was taken. Waits unless told not to."},
+    {"release", lock_release, METH_NOARGS, "Give it back, as often as it was taken."},
+    {"__enter__", lock_enter, METH_NOARGS, nullptr},
+    {"__exit__", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lock_exit)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyType_Slot lock_slots[] = {{Py_tp_new, reinterpret_cast<void*>(lock_new)},
+                            {Py_tp_dealloc, reinterpret_cast<void*>(lock_dealloc)},
+                            {Py_tp_methods, lock_methods},
+                            {0, nullptr}};
+
+PyType_Spec lock_spec = {"_graphcache_hit.Lock", sizeof(Lock), 0, Py_TPFLAGS_DEFAULT, lock_slots};
+
 // ---- what is known of a graph
 
 // A place in the graph where an address stands, as pointers.py found it.
@@ -187,7 +290,7 @@ struct Place {
 };
 
 // The head of the table of executables, and what stands in one of its rows.
-enum Head : size_t { count_of, expected, last, hand, streak, patches, most_of_them, grows, patience, late, head };
+enum Head : size_t { count_of, expected, last, hand, streak, alone, most_of_them, grows, patience, head };
 enum Row : size_t { handle_of, next_of, addresses_of };
 
 // How to allocate an output: by a callable, or from the allocator that the static buffer came from.
@@ -201,8 +304,10 @@ struct Maker {
 
 struct Record {
   Words words;
+  size_t users = 0;  // Guarded by the GIL, as everything here.
   std::vector<Ref> held;  // Everything borrowed below.
-  PyObject *entry, *graph, *lane, *acquire, *release, *executables, *index;
+  Lock* lock;
+  PyObject *entry, *graph, *lane, *executables, *executables_table, *index;
   int device;
   PyObject *engine, *epoch, *is_stale, *build;  // Null where there is none.
   uint64_t* table;  // Of the executables; executables.py says what stands where.
@@ -221,6 +326,28 @@ struct Record {
   size_t outputs() const { return places.size() - inputs; }
   uint64_t* row(uint64_t index) const { return table + head + index * (addresses_of + places.size()); }
   uint64_t* addresses(uint64_t index) const { return row(index) + addresses_of; }
+};
+
+// A record in use. One that is used by nobody else goes with it.
+class Using {
+ public:
+  explicit Using(Record* record = nullptr) : record_(record) {
+    if (record_ != nullptr) ++record_->users;
+  }
+  Using(Using&& other) noexcept : record_(std::exchange(other.record_, nullptr)) {}
+  Using& operator=(Using&& other) noexcept {
+    std::swap(record_, other.record_);
+    return *this;
+  }
+  ~Using() {
+    if (record_ != nullptr && --record_->users == 0) delete record_;
+  }
+  Record& operator*() const { return *record_; }
+  Record* operator->() const { return record_; }
+  explicit operator bool() const { return record_ != nullptr; }
+
+ private:
+  Record* record_;
 };
 
 PyObject* make(const Maker& maker) {
@@ -245,8 +372,8 @@ bool make_as(PyObject* buffer, Maker& maker) {
 // ---- the table
 
 struct State {
-  Ref classes, modes, counter, raw_stream, current_device, fail, quiet, not_blocking, epoch_name;
-  Field executables, ready, ready_stream, ready_inference, stream, hits, used, off;
+  Ref classes, modes, counter, raw_stream, current_device, fail, quiet, epoch_name;
+  Field executables, ready, ready_stream, ready_inference, stream, last, hits, used, off;
   // What torch keeps of streams itself, null if raw_stream is to be asked, and the stream that it was asked for last.
   const c10::impl::DeviceGuardImplInterface* streams = nullptr;
   c10::StreamId known_id = 0;
@@ -256,7 +383,7 @@ struct State {
   SetKernel set_kernel;
   SetCopy set_copy;
   IsCapturing is_capturing;
-  std::unordered_multimap<uint64_t, std::shared_ptr<Record>> records;
+  std::unordered_multimap<uint64_t, Using> records;
 };
 
 struct Table {
@@ -264,33 +391,20 @@ struct Table {
   State* state;
 };
 
-// A lane's lock, taken without waiting and given back at the end, whatever exception is on its way.
+// A lane's lock, taken without waiting and given back at the end.
 class Held {
  public:
-  Held(State& state, PyObject* acquire, PyObject* release) : release_(release) {
-    Ref taken(PyObject_Call(acquire, state.not_blocking.get(), nullptr));
-    failed_ = !taken;
-    held_ = taken.get() == Py_True;
+  explicit Held(Lock& lock) : lock_(lock), held_(lock.take()) {}
+  ~Held() {
+    if (held_) lock_.give_back();
   }
-  ~Held() { give_back(); }
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
-
-  void give_back() {
-    if (!held_) return;
-    held_ = false;
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    Ref done(PyObject_CallNoArgs(release_));
-    if (!done) PyErr_WriteUnraisable(release_);
-    PyErr_Restore(type, value, traceback);
-  }
-  bool failed() const { return failed_; }
   explicit operator bool() const { return held_; }
 
  private:
-  PyObject* release_;
-  bool held_ = false, failed_ = false;
+  Lock& lock_;
+  const bool held_;
 };
 
 enum class Outcome { done, left_alone, failed };
@@ -331,8 +445,15 @@ Outcome point(State& state, const Record& record, uint64_t index, const uint64_t
     found[i] = wanted[i];
   }
   record.table[hand] = (index + 1) % record.table[count_of];
-  ++record.table[patches];
   return Outcome::done;
+}
+
+// One was pointed elsewhere, in a graph that was launched before this launch too, or that takes turns with others.
+void count(const Record& record, bool again) {
+  if (again)
+    ++record.table[alone];
+  else if (record.table[alone] != 0)
+    --record.table[alone];
 }
 
 // Expect, for the next launch, the executable that is pointed where it is wanted, or is now. One more executable is made
@@ -356,11 +477,10 @@ Outcome aim(State& state, const Record& record, const uint64_t* wanted) {
       if (differs < least) least = differs, index = each;
     }
   if (least != 0) {
-    if (!full && table[patches] >= table[grows]) return Outcome::left_alone;
+    if (!full && table[alone] >= table[grows]) return Outcome::left_alone;
     if (const auto pointed = point(state, record, index, wanted); pointed != Outcome::done) return pointed;
-    const uint64_t turn = ++table[streak] % tries_every;
-    if (full && table[count_of] > 1 && (turn == table[patience] || turn == 2 * table[patience]))
-      table[late] = turn == table[patience];
+    ++table[streak];
+    count(record, state.last.in(record.lane) == record.executables_table);
   } else {
     table[streak] = 0;
   }
@@ -375,6 +495,8 @@ Outcome aim(State& state, const Record& record, const uint64_t* wanted) {
 // again, or as long as there is but one, it is pointed at the next outputs (null if they are not known) now.
 Outcome launched(State& state, const Record& record, const uint64_t* outputs) {
   uint64_t* table = record.table;
+  const bool again = state.last.in(record.lane) == record.executables_table;
+  if (!again) state.last.put(record.lane, Py_NewRef(record.executables_table));
   table[last] = table[expected];
   const uint64_t following = record.row(table[last])[next_of];
   table[expected] = following;
@@ -384,10 +506,11 @@ Outcome launched(State& state, const Record& record, const uint64_t* outputs) {
   std::copy_n(outputs, record.outputs(), wanted + record.inputs);
   if (differences(record, following, wanted) == 0) return Outcome::done;
   const bool full = table[count_of] == table[most_of_them];
-  if (full ? table[streak] >= table[patience] : table[patches] < table[grows]) {
+  if (full ? table[streak] >= table[patience] : table[count_of] == 1 && table[alone] < table[grows]) {
     const uint64_t index = table[hand];
     std::copy_n(record.addresses(index), record.inputs, wanted);
     if (const auto pointed = point(state, record, index, wanted); pointed != Outcome::done) return pointed;
+    count(record, again);
     table[expected] = index;
     return Outcome::done;
   }
@@ -432,7 +555,6 @@ Outcome make_outputs(const Record& record, Ref& made, uint64_t* addresses) {
 Outcome prepare_next(State& state, const Record& record) {
   uint64_t addresses[most_places];
   Ref fresh;
-  if (record.table[late] != 0) return launched(state, record, nullptr);
   if (make_outputs(record, fresh, addresses) != Outcome::done ||
       (fresh && launched(state, record, addresses) != Outcome::done)) {
     if (!PyErr_ExceptionMatches(state.quiet.get())) return Outcome::failed;
@@ -527,11 +649,12 @@ PyObject* as_tuple(PyObject* const* items, Py_ssize_t count) {
   return made;
 }
 
-std::shared_ptr<Record> find(State& state, const Words& words) {
+// A use of its own: whoever clears the table meanwhile takes nothing from under the call.
+Using find(State& state, const Words& words) {
   const auto [first, last] = state.records.equal_range(hash_of(words));
   for (auto each = first; each != last; ++each)
-    if (each->second->words == words) return each->second;
-  return nullptr;
+    if (each->second->words == words) return Using(&*each->second);
+  return Using();
 }
 
 // The answer to some arguments. They are a tuple too, or become one where the answer is built of them.
@@ -540,35 +663,28 @@ Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* 
   c10::TensorImpl* tensors[most_inputs];
   Words words;
   if (!describe(args, count, tensors, words)) return Outcome::left_alone;
-  // A reference of its own: whoever clears the table meanwhile takes nothing from under this call.
-  const std::shared_ptr<Record> record = find(state, words);
+  const Using record = find(state, words);
   if (!record) return Outcome::left_alone;
   uint64_t stream = 0, addresses[most_places];
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
   if (!are_usable(*record, tensors, addresses)) return Outcome::left_alone;
   Ref outputs;
   {
-    Held lock(state, record->acquire, record->release);
-    if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
+    Held lock(*record->lock);
+    if (!lock) return Outcome::left_alone;
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
     PyObject* ready = state.ready.in(record->graph);
     PyObject* inference = c10::InferenceMode::is_enabled() ? Py_True : Py_False;
-    if (ready == Py_None && record->table[late] != 0) {
-      if (make_outputs(*record, outputs, addresses + record->inputs) != Outcome::done) return Outcome::failed;
-      if (!outputs) return Outcome::left_alone;
-    } else if (ready == nullptr || !PyList_CheckExact(ready) ||
-               PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs()) ||
-               state.ready_stream.number(record->graph) != stream ||
-               state.ready_inference.in(record->graph) != inference) {
+    if (ready == nullptr || !PyList_CheckExact(ready) ||
+        PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs()) ||
+        state.ready_stream.number(record->graph) != stream || state.ready_inference.in(record->graph) != inference)
       return Outcome::left_alone;
-    } else {
-      for (size_t i = 0; i < record->outputs(); ++i) {
-        c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
-        if (tensor == nullptr) return Outcome::left_alone;
-        addresses[record->inputs + i] = address_of(tensor);
-      }
-      outputs = Py_NewRef(ready);
+    for (size_t i = 0; i < record->outputs(); ++i) {
+      c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
+      if (tensor == nullptr) return Outcome::left_alone;
+      addresses[record->inputs + i] = address_of(tensor);
     }
+    outputs = Py_NewRef(ready);
     if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
     if (const auto begun = launch(state, *record, stream); begun != Outcome::done) return begun;
     // What remains is done while the device works.
@@ -604,15 +720,15 @@ Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize
   c10::TensorImpl *tensors[most_inputs], *target = plain(out);
   Words words;
   if (target == nullptr || !describe(args, count, tensors, words)) return Outcome::left_alone;
-  const std::shared_ptr<Record> record = find(state, words);
+  const Using record = find(state, words);
   if (!record || record->build != nullptr || record->outputs() != 1) return Outcome::left_alone;
   uint64_t stream = 0, addresses[most_places], written = 0;
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
   if (!are_usable(*record, tensors, addresses) || !fits(*record, target, addresses, &written))
     return Outcome::left_alone;
   {
-    Held lock(state, record->acquire, record->release);
-    if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
+    Held lock(*record->lock);
+    if (!lock) return Outcome::left_alone;
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
     addresses[record->inputs] = written;
     if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
@@ -710,21 +826,20 @@ PyObject* table_put(Table* self, PyObject* given) {
     return nullptr;
   if (!state.hits.is_of(entry) || !state.executables.is_of(graph) || !state.stream.is_of(lane))
     return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a Lane");
-  auto record = std::make_shared<Record>();
+  // A lane that was made before there was a library has a lock of Python's.
+  if (!Py_IS_TYPE(lock, lock_type)) Py_RETURN_FALSE;
+  Using record(new Record);
   c10::TensorImpl* tensors[most_inputs];
   const Py_ssize_t count = PyTuple_GET_SIZE(buffers);
   if (!describe(args, tensors, record->words) || count < 1 || count > most_outputs ||
       PyTuple_GET_SIZE(places) != PyTuple_GET_SIZE(args) + count || PyTuple_GET_SIZE(makers) != count)
     Py_RETURN_FALSE;
-  Ref acquire(PyObject_GetAttrString(lock, "acquire")), release(PyObject_GetAttrString(lock, "release"));
-  if (!acquire || !release) return nullptr;
   record->entry = record->hold(entry);
   record->graph = record->hold(graph);
   record->lane = record->hold(lane);
-  record->acquire = record->hold(acquire.get());
-  record->release = record->hold(release.get());
+  record->lock = reinterpret_cast<Lock*>(record->hold(lock));
   record->executables = record->hold(executables);
-  record->hold(table);
+  record->executables_table = record->hold(table);
   record->hold(slots);
   record->index = record->hold(index);
   record->device = device_of(index);
@@ -750,10 +865,11 @@ PyObject* table_put(Table* self, PyObject* given) {
   const auto [first, last] = state.records.equal_range(hash_of(record->words));
   for (auto each = first; each != last; ++each)
     if (each->second->words == record->words) {
-      std::swap(each->second, record);  // What was there goes at the end: that may run any code.
+      each->second = std::move(record);  // What was there goes at the end: that may run any code.
       Py_RETURN_TRUE;
     }
-  state.records.emplace(hash_of(record->words), record);
+  const uint64_t hash = hash_of(record->words);
+  state.records.emplace(hash, std::move(record));
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -784,7 +900,7 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   auto state = std::make_unique<State>();
   if (!state->executables.find(graph, "executables") || !state->ready.find(graph, "ready") ||
       !state->ready_stream.find(graph, "ready_stream") || !state->ready_inference.find(graph, "ready_inference") ||
-      !state->stream.find(lane, "stream") ||
+      !state->stream.find(lane, "stream") || !state->last.find(lane, "last") ||
       !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off"))
     return nullptr;
   if (!PyContextVar_CheckExact(modes) || !PyIter_Check(counter) || launch == 0 || set_kernel == 0 || set_copy == 0 ||
@@ -799,9 +915,8 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   if (device != Py_None) state->current_device = Py_NewRef(device);
   state->fail = Py_NewRef(fail);
   state->quiet = Py_NewRef(quiet);
-  state->not_blocking = Py_BuildValue("(O)", Py_False);
   state->epoch_name = PyUnicode_InternFromString("epoch");
-  if (!state->not_blocking || !state->epoch_name) return nullptr;
+  if (!state->epoch_name) return nullptr;
   state->launch = reinterpret_cast<Launch>(launch);
   state->set_kernel = reinterpret_cast<SetKernel>(set_kernel);
   state->set_copy = reinterpret_cast<SetCopy>(set_copy);
@@ -821,7 +936,7 @@ int table_traverse(Table* self, visitproc visit, void* arg) {
     Py_VISIT(ref->get());
   for (const auto& each : state.records)
     // One that a call is using too is that call's as well, which the collector must not see as nobody's.
-    if (each.second.use_count() == 1)
+    if (each.second->users == 1)
       for (Ref& ref : each.second->held) Py_VISIT(ref.get());
   return 0;
 }
@@ -966,11 +1081,11 @@ struct Run {
   State* state;  // Of the table.
   uint64_t executable;
   int device;
-  PyObject *table, *graph, *lane, *acquire, *release, *executables, *index, *otherwise;
+  PyObject *table, *graph, *lane, *lock, *executables, *index, *otherwise;
 };
 
-std::array<PyObject**, 8> held_by(Run& run) {
-  return {&run.table, &run.graph, &run.lane, &run.acquire, &run.release, &run.executables, &run.index, &run.otherwise};
+std::array<PyObject**, 7> held_by(Run& run) {
+  return {&run.table, &run.graph, &run.lane, &run.lock, &run.executables, &run.index, &run.otherwise};
 }
 
 Outcome run_once(Run& run) {
@@ -978,8 +1093,8 @@ Outcome run_once(Run& run) {
   uint64_t stream = 0;
   if (const auto known = current_stream(state, run.index, run.device, &stream); known != Outcome::done) return known;
   if (stream == 0) return Outcome::left_alone;
-  Held lock(state, run.acquire, run.release);
-  if (!lock) return lock.failed() ? Outcome::failed : Outcome::left_alone;
+  Held lock(*reinterpret_cast<Lock*>(run.lock));
+  if (!lock) return Outcome::left_alone;
   if (state.executables.in(run.graph) != run.executables || state.stream.number(run.lane) != stream)
     return Outcome::left_alone;
   return launch(state, run.executable, stream);
@@ -1045,8 +1160,7 @@ PyObject* table_run(Table* self, PyObject* given) {
     return nullptr;
   if (!state.executables.is_of(graph) || !state.stream.is_of(lane))
     return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a Lane");
-  Ref acquire(PyObject_GetAttrString(lock, "acquire")), release(PyObject_GetAttrString(lock, "release"));
-  if (!acquire || !release) return nullptr;
+  if (!Py_IS_TYPE(lock, lock_type)) return Py_NewRef(otherwise);
   auto* made = reinterpret_cast<Run*>(run_type->tp_alloc(run_type, 0));
   if (made == nullptr) return nullptr;
   made->call = run_call;
@@ -1056,8 +1170,7 @@ PyObject* table_run(Table* self, PyObject* given) {
   made->table = Py_NewRef(reinterpret_cast<PyObject*>(self));
   made->graph = Py_NewRef(graph);
   made->lane = Py_NewRef(lane);
-  made->acquire = acquire.release();
-  made->release = release.release();
+  made->lock = Py_NewRef(lock);
   made->executables = Py_NewRef(executables);
   made->index = Py_NewRef(index);
   made->otherwise = Py_NewRef(otherwise);
@@ -1116,8 +1229,11 @@ PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_graphcache_hit", nullptr, -1,
 PyMODINIT_FUNC PyInit__graphcache_hit() {
   Ref module(PyModule_Create(&module_def));
   Ref type(PyType_FromSpec(&table_spec));
-  Ref run(PyType_FromSpec(&run_spec));
-  if (!module || !type || !run || PyModule_AddObjectRef(module.get(), "Table", type.get()) < 0) return nullptr;
+  Ref run(PyType_FromSpec(&run_spec)), lock(PyType_FromSpec(&lock_spec));
+  if (!module || !type || !run || !lock || PyModule_AddObjectRef(module.get(), "Table", type.get()) < 0 ||
+      PyModule_AddObjectRef(module.get(), "Lock", lock.get()) < 0)
+    return nullptr;
+  lock_type = reinterpret_cast<PyTypeObject*>(lock.release());
   table_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type.get()));
   run_type = reinterpret_cast<PyTypeObject*>(run.release());
   return module.release();
