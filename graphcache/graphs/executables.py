@@ -68,9 +68,7 @@ class Executables:
 
     __slots__ = ("_captured", "_inputs", "_lane", "_pointers", "handles", "nbytes", "table", "width")
 
-    def __init__(
-        self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int, lane: Lane
-    ) -> None:
+    def __init__(self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int, lane: Lane) -> None:
         nodes = driver.node_count(captured)
         self._captured = captured
         self._lane = lane

@@ -30,7 +30,7 @@ class Recorded:
         bare: Whether the answer is the graph's only output itself.
     """
 
-    __slots__ = ("bare", "build", "graph", "nbytes", "replay", "single", "whole")
+    __slots__ = ("bare", "build", "graph", "nbytes", "replay", "single", "views", "whole")
 
     def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
@@ -38,6 +38,8 @@ class Recorded:
         """Shorter ways from the only input to the answer than ``replay`` and ``build``, where there are any."""
         if bare and isinstance(graph, CudaGraph):
             self.single = single(graph)
+        self.views: Views | None = None
+        """Who shows the graph's own outputs, where those are the answer."""
         self.replay: Callable[..., list[Tensor]] = graph.replay
         self.build = build
         self.whole = whole
@@ -47,6 +49,7 @@ class Recorded:
     def show(self, views: Views) -> None:
         """Answer with the tensors that the graph writes from now on."""
         _, into = self.single or (None, None)
+        self.views = views
         self.replay = views.replay
         self.single = None if into is None else (views.fire(into), None)
 

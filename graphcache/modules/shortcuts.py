@@ -25,6 +25,7 @@ from graphcache.modules.conditions import (
     several_devices,
 )
 from graphcache.modules.record import Recorded
+from graphcache.modules.views import Views
 
 Shortcut = tuple[Entry[Recorded] | None, Any, Into | None, int, int | None]
 """An entry, shorter ways to replay it (a :class:`~graphcache.graphs.single.Fire`, or none; where there is no entry, a
@@ -91,8 +92,9 @@ class Shortcuts(dict[Hashable, Shortcut]):
         # One look at what another thread may take away by closing the graph.
         executables, outputs, slots = graph.executables, graph.outputs, (*graph.inputs, *graph.outputs)
         pointed = all(slot.pointers for slot in slots)
-        if executables is None or not outputs or not pointed or recorded.replay != graph.replay:
+        if executables is None or not outputs or not pointed:
             return
+        views = recorded.views
         table.put(
             args,
             entry,
@@ -107,6 +109,7 @@ class Shortcuts(dict[Hashable, Shortcut]):
             None if self._engine is not None else self._is_stale,
             None if recorded.bare else recorded.build,
             slots,
+            (None, None, None) if views is None else (views, views.lock, views.show),
             tuple([slot.raw for slot in slots]),
             tuple([slot.buffer for slot in outputs]),
             # A device's memory comes from where the buffer's came from.
@@ -156,7 +159,7 @@ def new_table() -> Any:
         log.debug("hits are answered in Python: %s", error)
         return None
     return library.Table(
-        (CudaGraph, Lane, Entry, Modes),
+        (CudaGraph, Lane, Entry, Modes, Views),
         modes,
         ticks,
         raw_stream,

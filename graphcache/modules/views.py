@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import StaleOutputError
+from graphcache.graphs import native
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import storage_of
@@ -28,13 +28,19 @@ class Views:
         name: Of the module, for messages.
     """
 
+    # What the compiled short way reads and writes too stands at a fixed place.
+    __slots__ = ("__dict__", "__weakref__", "replays", "shown", "stream")
+
     def __init__(self, graph: Graph, name: str) -> None:
         self._graph = graph
-        self._out: list[Tensor] | None = None
         self._places: set[int] = set()
         self._streams: set[int] = set()
-        self._lock = threading.Lock()
+        self.lock = native.new_lock()
         self.name = name
+        self.shown: list[Tensor] | None = None
+        """The tensors that the graph writes; ``None`` before the first replay."""
+        self.stream = -1
+        """The last stream that they are known to be used on."""
         self.replays = 0
 
     def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -46,23 +52,32 @@ class Views:
         Raises:
             ClosedError: If the graph was closed.
         """
-        with self._lock:
+        with self.lock:
             # Before the launch: nobody may read what is about to change.
             self.replays += 1
-            if self._out is None:
+            if self.shown is None:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._out = self._graph.replay(inputs)
-                self._places = {storage_of(tensor) for tensor in self._out}
+                    self.shown = self._graph.replay(inputs)
+                self._places = {storage_of(tensor) for tensor in self.shown}
             else:
                 # A loop that feeds an answer back: a graph may read its inputs after it began to write.
                 given = [each.clone() if storage_of(each) in self._places else each for each in inputs]
-                self._graph.replay(given, self._out)
-            if isinstance(self._graph, CudaGraph) and (stream := raw_stream(self._graph.index)) not in self._streams:
-                self._streams.add(stream)
-                for tensor in self._out:
-                    if tensor.is_cuda:
-                        tensor.record_stream(torch.cuda.current_stream(tensor.device))
-            return [_view(tensor, self, self.replays) for tensor in self._out]
+                self._graph.replay(given, self.shown)
+            if isinstance(self._graph, CudaGraph):
+                self._use_on(raw_stream(self._graph.index))
+            return self.show(self.replays)
+
+    def show(self, number: int) -> list[Tensor]:
+        """A new :class:`OutputView` of each output, good until the replay after the one of this number."""
+        return [_view(tensor, self, number) for tensor in self.shown or ()]
+
+    def _use_on(self, stream: int) -> None:
+        if stream not in self._streams:
+            self._streams.add(stream)
+            for tensor in self.shown or ():
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        self.stream = stream
 
     def fire(self, into: Into) -> Fire:
         """A shorter way to the same from one aligned input, on a stream where it was replayed before.
@@ -74,10 +89,10 @@ class Views:
         """
 
         def fire(x: Tensor, stream: int) -> Tensor | None:
-            with self._lock:
-                if self._out is None or stream not in self._streams:
+            with self.lock:
+                if self.shown is None or stream not in self._streams:
                     return None
-                (out,) = self._out
+                (out,) = self.shown
                 # Before the launch, as above; what overlaps the answer is left alone, and nothing is launched.
                 self.replays += 1
                 if not into(x, out, stream):

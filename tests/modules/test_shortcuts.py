@@ -324,9 +324,7 @@ def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: War
         assert torch.equal(warm.fast(x), x * 3 + 1)
 
 
-def test_views_and_staged_graphs_have_no_compiled_way(fake: Torch) -> None:
-    view = Warm(fake, outputs="view").up(rows(fake, 2))
-    assert view.fast._shortcuts.table().count() == 0
+def test_staged_graphs_have_no_compiled_way(fake: Torch) -> None:
     strided = rows(fake, 4)[::2]
     staged = Warm(fake).up(strided)
     assert staged.fast._shortcuts.table().count() == 0

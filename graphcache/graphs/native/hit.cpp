@@ -310,6 +310,9 @@ struct Record {
   PyObject *entry, *graph, *lane, *executables, *executables_table, *index;
   int device;
   PyObject *engine, *epoch, *is_stale, *build;  // Null where there is none.
+  // Who shows what the graph has written, its lock, and what makes what is shown; null where answers are fresh tensors.
+  PyObject *views, *show;
+  Lock* views_lock;
   uint64_t* table;  // Of the executables; executables.py says what stands where.
   std::vector<Place> places;  // Inputs, then outputs.
   size_t inputs;
@@ -373,7 +376,7 @@ bool make_as(PyObject* buffer, Maker& maker) {
 
 struct State {
   Ref classes, modes, counter, raw_stream, current_device, fail, quiet, epoch_name;
-  Field executables, ready, ready_stream, ready_inference, stream, last, hits, used, off;
+  Field executables, ready, ready_stream, ready_inference, stream, last, hits, used, off, shown, replays, shown_on;
   // What torch keeps of streams itself, null if raw_stream is to be asked, and the stream that it was asked for last.
   const c10::impl::DeviceGuardImplInterface* streams = nullptr;
   c10::StreamId known_id = 0;
@@ -610,9 +613,13 @@ Outcome is_current(State& state, const Record& record, uint64_t stream) {
   if (state.executables.in(record.graph) != record.executables) return Outcome::left_alone;
   if (state.stream.number(record.lane) != stream) return Outcome::left_alone;
   if (record.engine == nullptr) return Outcome::done;
-  Ref epoch(PyObject_GetAttr(record.engine, state.epoch_name.get()));
-  if (!epoch) return Outcome::failed;
-  const int same = PyObject_RichCompareBool(epoch.get(), record.epoch, Py_EQ);
+  // Where nn.Module would find it in the end.
+  Ref attributes(PyObject_GenericGetDict(record.engine, nullptr));
+  if (!attributes) return Outcome::failed;
+  PyObject* epoch = PyDict_GetItemWithError(attributes.get(), state.epoch_name.get());
+  if (epoch == nullptr) return PyErr_Occurred() ? Outcome::failed : Outcome::left_alone;
+  if (epoch == record.epoch) return Outcome::done;
+  const int same = PyObject_RichCompareBool(epoch, record.epoch, Py_EQ);
   return same < 0 ? Outcome::failed : same == 0 ? Outcome::left_alone : Outcome::done;
 }
 
@@ -653,8 +660,80 @@ PyObject* as_tuple(PyObject* const* items, Py_ssize_t count) {
 Using find(State& state, const Words& words) {
   const auto [first, last] = state.records.equal_range(hash_of(words));
   for (auto each = first; each != last; ++each)
-    if (each->second->words == words) return Using(&*each->second);
+    if (each->second->words == words) {
+      Record& found = *each->second;
+      // With many graphs in turn nothing of one is left in the caches: what is read next comes at once, not one by one.
+      __builtin_prefetch(found.table);
+      __builtin_prefetch(found.table + 8);
+      __builtin_prefetch(found.places.data());
+      __builtin_prefetch(&state.executables.in(found.graph));
+      __builtin_prefetch(&state.hits.in(found.entry));
+      return Using(&found);
+    }
   return Using();
+}
+
+bool overlaps(const Record& record, const uint64_t* addresses, size_t output) {
+  const uint64_t written = addresses[output], end = written + record.places[output].nbytes;
+  for (size_t i = 0; i < record.inputs; ++i)
+    if (addresses[i] < end && written < addresses[i] + record.places[i].nbytes) return true;
+  return false;
+}
+
+// A replay into the tensors that Views shows, as its replay() does it. No launch where an answer is fed back.
+Outcome answer_in_place(State& state, const Record& record, uint64_t stream, uint64_t* addresses, Ref& outputs) {
+  Ref number;
+  {
+    Held views(*record.views_lock), lock(*record.lock);
+    if (!views || !lock) return Outcome::left_alone;
+    if (const auto current = is_current(state, record, stream); current != Outcome::done) return current;
+    PyObject* shown = state.shown.in(record.views);
+    if (shown == nullptr || !PyList_CheckExact(shown) || state.shown_on.number(record.views) != stream ||
+        PyList_GET_SIZE(shown) != static_cast<Py_ssize_t>(record.outputs()))
+      return Outcome::left_alone;
+    for (size_t i = 0; i < record.outputs(); ++i) {
+      c10::TensorImpl* tensor = plain(PyList_GET_ITEM(shown, static_cast<Py_ssize_t>(i)));
+      if (tensor == nullptr) return Outcome::left_alone;
+      addresses[record.inputs + i] = address_of(tensor);
+      if (overlaps(record, addresses, record.inputs + i)) return Outcome::left_alone;
+    }
+    if (const auto aimed = aim(state, record, addresses); aimed != Outcome::done) return aimed;
+    number = PyLong_FromUnsignedLongLong(state.replays.number(record.views) + 1);
+    if (!number) return Outcome::failed;
+    // Before the launch: nobody may read what is about to change.
+    state.replays.put(record.views, Py_NewRef(number.get()));
+    if (const auto begun = launch(state, record, stream); begun != Outcome::done) return begun;
+    if (const auto noted = launched(state, record, nullptr); noted != Outcome::done) return noted;
+  }
+  outputs = PyObject_CallOneArg(record.show, number.get());
+  if (!outputs) return Outcome::failed;
+  if (PyList_CheckExact(outputs.get()) && PyList_GET_SIZE(outputs.get()) != 0) return Outcome::done;
+  PyErr_SetString(PyExc_TypeError, "expected a list of views");
+  return Outcome::failed;
+}
+
+// A replay into fresh tensors, made while the device worked on the replay before.
+Outcome answer_afresh(State& state, const Record& record, uint64_t stream, uint64_t* addresses, Ref& outputs) {
+  Held lock(*record.lock);
+  if (!lock) return Outcome::left_alone;
+  if (const auto current = is_current(state, record, stream); current != Outcome::done) return current;
+  PyObject* ready = state.ready.in(record.graph);
+  PyObject* inference = c10::InferenceMode::is_enabled() ? Py_True : Py_False;
+  if (ready == nullptr || !PyList_CheckExact(ready) ||
+      PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record.outputs()) ||
+      state.ready_stream.number(record.graph) != stream || state.ready_inference.in(record.graph) != inference)
+    return Outcome::left_alone;
+  for (size_t i = 0; i < record.outputs(); ++i) {
+    c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
+    if (tensor == nullptr) return Outcome::left_alone;
+    addresses[record.inputs + i] = address_of(tensor);
+  }
+  outputs = Py_NewRef(ready);
+  if (const auto aimed = aim(state, record, addresses); aimed != Outcome::done) return aimed;
+  if (const auto begun = launch(state, record, stream); begun != Outcome::done) return begun;
+  // What remains is done while the device works.
+  state.ready.put(record.graph, Py_NewRef(Py_None));
+  return prepare_next(state, record);
 }
 
 // The answer to some arguments. They are a tuple too, or become one where the answer is built of them.
@@ -669,28 +748,8 @@ Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* 
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
   if (!are_usable(*record, tensors, addresses)) return Outcome::left_alone;
   Ref outputs;
-  {
-    Held lock(*record->lock);
-    if (!lock) return Outcome::left_alone;
-    if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
-    PyObject* ready = state.ready.in(record->graph);
-    PyObject* inference = c10::InferenceMode::is_enabled() ? Py_True : Py_False;
-    if (ready == nullptr || !PyList_CheckExact(ready) ||
-        PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record->outputs()) ||
-        state.ready_stream.number(record->graph) != stream || state.ready_inference.in(record->graph) != inference)
-      return Outcome::left_alone;
-    for (size_t i = 0; i < record->outputs(); ++i) {
-      c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
-      if (tensor == nullptr) return Outcome::left_alone;
-      addresses[record->inputs + i] = address_of(tensor);
-    }
-    outputs = Py_NewRef(ready);
-    if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
-    if (const auto begun = launch(state, *record, stream); begun != Outcome::done) return begun;
-    // What remains is done while the device works.
-    state.ready.put(record->graph, Py_NewRef(Py_None));
-    if (const auto prepared = prepare_next(state, *record); prepared != Outcome::done) return prepared;
-  }
+  const auto answered = (record->views == nullptr ? answer_afresh : answer_in_place)(state, *record, stream, addresses, outputs);
+  if (answered != Outcome::done) return answered;
   if (record->build == nullptr) {
     result = Py_NewRef(PyList_GET_ITEM(outputs.get(), 0));
   } else {
@@ -703,16 +762,12 @@ Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* 
 }
 
 // Whether a graph may write its only output into a tensor: it lies as the graph's own does, and apart from what is read.
-bool fits(const Record& record, c10::TensorImpl* out, const uint64_t* addresses, uint64_t* written) {
+bool fits(const Record& record, c10::TensorImpl* out, uint64_t* addresses) {
   Words words;
   describe_one(*out, words);
   if (words != record.target || out->requires_grad()) return false;
-  const Place& place = record.places[record.inputs];
-  *written = address_of(out);
-  if (*written == 0 || (*written & place.mask) != 0) return false;
-  for (size_t i = 0; i < record.inputs; ++i)
-    if (addresses[i] < *written + place.nbytes && *written < addresses[i] + record.places[i].nbytes) return false;
-  return true;
+  const uint64_t written = addresses[record.inputs] = address_of(out);
+  return written != 0 && (written & record.places[record.inputs].mask) == 0 && !overlaps(record, addresses, record.inputs);
 }
 
 Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize_t count) {
@@ -722,15 +777,13 @@ Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize
   if (target == nullptr || !describe(args, count, tensors, words)) return Outcome::left_alone;
   const Using record = find(state, words);
   if (!record || record->build != nullptr || record->outputs() != 1) return Outcome::left_alone;
-  uint64_t stream = 0, addresses[most_places], written = 0;
+  uint64_t stream = 0, addresses[most_places];
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
-  if (!are_usable(*record, tensors, addresses) || !fits(*record, target, addresses, &written))
-    return Outcome::left_alone;
+  if (!are_usable(*record, tensors, addresses) || !fits(*record, target, addresses)) return Outcome::left_alone;
   {
     Held lock(*record->lock);
     if (!lock) return Outcome::left_alone;
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
-    addresses[record->inputs] = written;
     if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
     if (const auto begun = launch(state, *record, stream); begun != Outcome::done) return begun;
     if (const auto noted = launched(state, *record, nullptr); noted != Outcome::done) return noted;
@@ -819,15 +872,16 @@ PyObject* table_put(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
   PyObject *args, *entry, *graph, *lane, *lock, *executables, *table, *index, *engine, *epoch, *is_stale, *build, *slots;
-  PyObject *places, *buffers, *makers;
-  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOOO!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
-                        &executables, &table, &index, &engine, &epoch, &is_stale, &build, &slots, &PyTuple_Type, &places,
-                        &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
+  PyObject *views, *views_lock, *show, *places, *buffers, *makers;
+  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOO(OOO)O!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
+                        &executables, &table, &index, &engine, &epoch, &is_stale, &build, &slots, &views, &views_lock,
+                        &show, &PyTuple_Type, &places, &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
     return nullptr;
   if (!state.hits.is_of(entry) || !state.executables.is_of(graph) || !state.stream.is_of(lane))
     return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a Lane");
-  // A lane that was made before there was a library has a lock of Python's.
-  if (!Py_IS_TYPE(lock, lock_type)) Py_RETURN_FALSE;
+  if (views != Py_None && !state.shown.is_of(views)) return PyErr_Format(PyExc_TypeError, "expected Views");
+  // What was made before there was a library has a lock of Python's.
+  if (!Py_IS_TYPE(lock, lock_type) || (views != Py_None && !Py_IS_TYPE(views_lock, lock_type))) Py_RETURN_FALSE;
   Using record(new Record);
   c10::TensorImpl* tensors[most_inputs];
   const Py_ssize_t count = PyTuple_GET_SIZE(buffers);
@@ -848,6 +902,9 @@ PyObject* table_put(Table* self, PyObject* given) {
   record->epoch = record->hold_unless_none(epoch);
   record->is_stale = record->hold_unless_none(is_stale);
   record->build = record->hold_unless_none(build);
+  record->views = record->hold_unless_none(views);
+  record->show = record->hold_unless_none(show);
+  record->views_lock = reinterpret_cast<Lock*>(record->hold(views_lock));
   record->inputs = static_cast<size_t>(PyTuple_GET_SIZE(args));
   record->places.resize(static_cast<size_t>(PyTuple_GET_SIZE(places)));
   for (size_t i = 0; i < record->places.size(); ++i)
@@ -890,18 +947,20 @@ PyObject* table_clear_method(Table* self, PyObject*) {
 PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   HANDLE_TH_ERRORS
   if (names != nullptr && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
-  PyObject *graph, *lane, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *fail, *quiet;
+  PyObject *graph, *lane, *entry, *modes_class, *views, *modes, *counter, *raw_stream, *device, *fail, *quiet;
   int torchs_own;
   unsigned long long launch, set_kernel, set_copy, is_capturing;
-  if (!PyArg_ParseTuple(given, "(OOOO)OOOpOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
-                        &raw_stream, &torchs_own, &device, &fail, &quiet, &launch, &set_kernel, &set_copy,
+  if (!PyArg_ParseTuple(given, "(OOOOO)OOOpOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &views, &modes,
+                        &counter, &raw_stream, &torchs_own, &device, &fail, &quiet, &launch, &set_kernel, &set_copy,
                         &is_capturing))
     return nullptr;
   auto state = std::make_unique<State>();
   if (!state->executables.find(graph, "executables") || !state->ready.find(graph, "ready") ||
       !state->ready_stream.find(graph, "ready_stream") || !state->ready_inference.find(graph, "ready_inference") ||
       !state->stream.find(lane, "stream") || !state->last.find(lane, "last") ||
-      !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off"))
+      !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off") ||
+      !state->shown.find(views, "shown") || !state->replays.find(views, "replays") ||
+      !state->shown_on.find(views, "stream"))
     return nullptr;
   if (!PyContextVar_CheckExact(modes) || !PyIter_Check(counter) || launch == 0 || set_kernel == 0 || set_copy == 0 ||
       is_capturing == 0)

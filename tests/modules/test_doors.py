@@ -1,0 +1,341 @@
+"""Calls that come to the compiled library before they come to Python: which do, and what everybody else sees."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import graphcache
+from graphcache import CachedModule
+from graphcache.errors import ClosedError, CudaError
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.modules import shortcuts
+from graphcache.modules.cached import CachedModule as Class
+from tests.graphs import compiled as compiled_way
+from tests.graphs.fake_driver import Torch, installed
+from tests.helpers import Fn, in_threads
+from tests.modules.test_engine_module import MODULES, prepare, rows
+from tests.modules.test_shortcuts import Warm
+
+SETS = "cuGraphExecKernelNodeSetParams"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, compiled: Any) -> Iterator[Torch]:
+    with installed(*MODULES, patch=monkeypatch) as fake:
+        prepare(fake, monkeypatch)
+        functions = compiled_way.use(compiled, fake, monkeypatch)
+        yield fake
+        assert functions.raised == []
+
+
+@pytest.fixture
+def warm(fake: Torch) -> Warm:
+    return Warm(fake).up(rows(fake, 2))
+
+
+def entered(call: Any) -> set[str]:
+    """The functions of the wrapped module that Python enters."""
+    seen: set[str] = set()
+
+    def notice(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename == inspect.getfile(Class):
+            seen.add(frame.f_code.co_name)
+
+    sys.setprofile(notice)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+def test_a_hit_enters_no_function_of_python(fake: Torch, warm: Warm) -> None:
+    x, out = rows(fake, 2, 3), rows(fake, 2)
+    hits = warm.fast.cache_info().hits
+    with torch.no_grad(), fake.on(warm.stream):
+        answers: list[Tensor] = []
+        assert entered(lambda: answers.append(warm.fast(x))) == set()
+        # Python 3.11 enters a function that Python calls without asking for its vectorcall.
+        into = entered(lambda: list(map(warm.fast.forward_into, [out], [x])))
+        assert into == set()
+    assert torch.equal(answers[0], x * 3 + 1)
+    assert torch.equal(out, x * 3 + 1)
+    assert warm.fast.cache_info().hits == hits + 2
+
+
+def test_hooks_are_run(fake: Torch, warm: Warm) -> None:
+    x, out, seen = rows(fake, 2), rows(fake, 2), []
+    note = lambda *_: seen.append("one")  # noqa: E731
+    with torch.no_grad(), fake.on(warm.stream):
+        for add in (warm.fast.register_forward_hook, warm.fast.register_forward_pre_hook, register_module_forward_hook):
+            hook = add(note)
+            try:
+                assert torch.equal(warm.fast(x), x * 3 + 1)
+                assert torch.equal(warm.fast.forward_into(out, x), x * 3 + 1)
+            finally:
+                hook.remove()
+            assert entered(lambda: warm.fast(x)) == set()
+    assert len(seen) >= 6
+
+
+def test_names_and_what_is_missing_find_the_functions_as_they_were_written(fake: Torch, warm: Warm) -> None:
+    x, out = rows(fake, 2), rows(fake, 2)
+    with torch.no_grad(), fake.on(warm.stream):
+        assert torch.equal(warm.fast(x=x), x * 3 + 1)
+        assert torch.equal(warm.fast.forward_into(out, x=x), x * 3 + 1)
+        assert torch.equal(warm.fast.forward_into(x=x, out=out), x * 3 + 1)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'out'"):
+            warm.fast.forward_into()
+        with pytest.raises(graphcache.errors.InputError):
+            warm.fast()
+        with pytest.raises(graphcache.errors.InputError):
+            warm.fast.forward_into(out)
+        with pytest.raises(TypeError):
+            Class.__call__()  # type: ignore[call-arg]
+        with pytest.raises(AttributeError):
+            Class.__call__(object(), x)
+        with pytest.raises(AttributeError):
+            Class.forward_into(None, out, x)
+
+
+def test_what_is_left_alone_is_answered_by_python(fake: Torch, warm: Warm) -> None:
+    x, out = rows(fake, 2), rows(fake, 2)
+    with torch.enable_grad(), fake.on(warm.stream):
+        assert torch.equal(warm.fast(x), x * 3 + 1)
+        assert torch.equal(warm.fast.forward_into(out, x), x * 3 + 1)
+    with torch.no_grad(), fake.on(warm.stream):
+        odd = x.to(torch.float64)
+        with pytest.raises(graphcache.errors.InputDtypeError):
+            warm.fast(odd)
+
+
+def test_other_modules_are_answered_as_ever(fake: Torch, warm: Warm) -> None:
+    bare = graphcache.wrap(Fn(lambda _, x: x + 1))
+    x = torch.ones(3)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(bare(x), x + 1)
+    assert bare.cache_info().hits == 2
+    assert bare._table is None
+
+
+def test_a_subclass_with_a_call_of_its_own(fake: Torch, warm: Warm) -> None:
+    class Twice(CachedModule):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs) * 2
+
+    twice = Twice(warm.module)
+    x = rows(fake, 2)
+    with torch.no_grad(), fake.on(warm.stream):
+        for _ in range(4):
+            assert torch.equal(twice(x), (x * 3 + 1) * 2)
+    assert twice._table is not None
+
+
+def test_what_reads_the_code_finds_it(fake: Torch, warm: Warm) -> None:
+    assert inspect.signature(Class.forward_into) == inspect.signature(warm.fast.__class__.forward_into)
+    assert "modes.get().off" in inspect.getsource(Class.__call__)
+    assert Class.__call__.__code__.co_name == "__call__"
+
+
+def test_nothing_is_answered_here_while_something_is_compiled(
+    fake: Torch, warm: Warm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = rows(fake, 2)
+    with torch.no_grad(), fake.on(warm.stream):
+        assert entered(lambda: warm.fast(x)) == set()
+        monkeypatch.setattr(Class, "forward", lambda *_: "traced")
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+        assert warm.fast(x) == "traced"
+
+
+def test_a_compiled_program_traces_the_methods(fake: Torch, warm: Warm) -> None:
+    fast = graphcache.wrap(nn.Linear(4, 4).requires_grad_(False))
+    x = torch.ones(2, 4)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def program(x: Tensor) -> Tensor:
+        y: Tensor = fast(x)
+        return y + 1
+
+    with torch.no_grad():
+        assert torch.equal(program(x), fast.module(x) + 1)
+
+
+def test_a_copy_of_a_module_answers_too(fake: Torch, warm: Warm) -> None:
+    x, other = rows(fake, 2), copy.copy(warm.fast)
+    with torch.no_grad(), fake.on(warm.stream):
+        assert torch.equal(other(x), x * 3 + 1)
+
+
+def test_opening_takes_functions_and_dictionaries(compiled: Any) -> None:
+    with pytest.raises(TypeError):
+        compiled.open(len, len, {}, {}, {})
+    with pytest.raises(TypeError):
+        compiled.open(Class.__call__)
+
+
+# ---- sessions
+
+
+def session_of(warm: Warm, x: Tensor) -> Any:
+    with torch.no_grad(), warm.fake.on(warm.stream):
+        session = warm.fast.session(x)
+        # The first launch on a stream is Python's, which orders it after what ran before.
+        session.run()
+    assert type(session.run).__name__ == "Run"
+    return session
+
+
+def test_a_session_launches_and_does_nothing_else(fake: Torch, warm: Warm) -> None:
+    x = rows(fake, 2)
+    session = session_of(warm, x)
+    fake.driver.calls.clear()
+    with fake.on(warm.stream):
+        for start in range(3):
+            session.inputs[0].copy_(rows(fake, 2, start))
+            assert session.run() is None
+            assert torch.equal(session.outputs, rows(fake, 2, start) * 3 + 1)
+    assert fake.driver.calls == ["cuGraphLaunch"] * 3
+    with pytest.raises(TypeError, match="takes no arguments"):
+        session.run(1)
+    with pytest.raises(TypeError, match="takes no arguments"):
+        session.run(x=1)
+
+
+def test_a_session_on_another_stream_waits_for_the_one_before(fake: Torch, warm: Warm) -> None:
+    session = session_of(warm, rows(fake, 2))
+    fake.driver.calls.clear()
+    with fake.on(fake.new_stream()):
+        session.run()
+        session.run()
+    assert fake.driver.calls.count("cuStreamWaitEvent") == 1
+    with fake.on(type(warm.stream)(fake.driver, 0)):
+        session.run()
+    assert fake.driver.calls.count("cuGraphLaunch") == 3
+
+
+def test_a_session_that_was_closed_says_so(fake: Torch, warm: Warm) -> None:
+    session = session_of(warm, rows(fake, 2))
+    run = session.run
+    session.close()
+    with fake.on(warm.stream), pytest.raises(ClosedError, match="make a new session"):
+        run()
+
+
+def test_a_session_whose_launch_fails_says_so(fake: Torch, warm: Warm) -> None:
+    session = session_of(warm, rows(fake, 2))
+    fake.driver.fail("cuGraphLaunch", "OUT_OF_MEMORY")
+    with fake.on(warm.stream):
+        with pytest.raises(CudaError, match="cuGraphLaunch"):
+            session.run()
+        session.run()
+
+
+def test_a_session_among_threads(fake: Torch, warm: Warm) -> None:
+    session = session_of(warm, rows(fake, 2))
+    launches = fake.driver.calls.count("cuGraphLaunch")
+
+    def work(_: int) -> None:
+        with fake.on(warm.stream):
+            for _ in range(50):
+                session.run()
+
+    in_threads(work)
+    assert fake.driver.calls.count("cuGraphLaunch") == launches + 200
+
+
+def test_a_session_that_is_dropped_leaves_nothing(fake: Torch, warm: Warm) -> None:
+    session = session_of(warm, rows(fake, 2))
+    graph: CudaGraph = session._recorded.graph
+    gone = [weakref.ref(graph), weakref.ref(session)]
+    session.itself = session.run
+    session.close()
+    del session, graph
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
+def test_other_graphs_are_launched_by_python(fake: Torch, warm: Warm) -> None:
+    host = graphcache.wrap(Fn(lambda _, x: x + 1))
+    with torch.no_grad():
+        session = host.session(torch.ones(2))
+    assert shortcuts.launcher(session._recorded.graph) == session._recorded.graph.launch
+
+
+# ---- views
+
+
+def test_views_are_answered_without_python_and_know_when_they_are_old(fake: Torch) -> None:
+    warm = Warm(fake, outputs="view").up(rows(fake, 2))
+    x, other = rows(fake, 2, 3), rows(fake, 2, 7)
+    with torch.no_grad(), fake.on(warm.stream):
+        views: list[Tensor] = []
+        assert entered(lambda: views.append(warm.fast(x))) == set()
+        assert torch.equal(views[0], x * 3 + 1)
+        views.append(warm.fast(other))
+        with pytest.raises(graphcache.errors.StaleOutputError, match="1 later replay"):
+            views[0].sum()
+        assert torch.equal(views[1], other * 3 + 1)
+        # Fed back: copied first, by Python.
+        fed = warm.fast(views[1].as_subclass(Tensor))
+        assert torch.equal(fed, (other * 3 + 1) * 3 + 1)
+        out = rows(fake, 2)
+        assert warm.into(out, x)
+        assert torch.equal(fed, (other * 3 + 1) * 3 + 1), "nothing was written there"
+    with torch.no_grad(), fake.on(fake.new_stream()):
+        assert warm.call(x) is None
+        assert torch.equal(warm.fast(x), x * 3 + 1)
+        assert torch.equal(warm.call(other), other * 3 + 1)
+
+
+def test_views_of_several_outputs(fake: Torch) -> None:
+    warm, heap = Warm(fake, "pair", outputs="view"), fake.driver.heap
+    a, b = heap.tensor([[1.0, 2.0]]), heap.tensor([[3.0, 5.0]])
+    warm.up(a, b)
+    with torch.no_grad(), fake.on(warm.stream):
+        total, product = warm.call(a, b)
+        assert torch.equal(total, a + b)
+        assert torch.equal(product, a * b)
+        later = warm.call(b, a)
+        assert torch.equal(later[1], a * b)
+        with pytest.raises(graphcache.errors.StaleOutputError):
+            total.sum()
+
+
+@pytest.mark.parametrize("compiled_too", [True, False])
+def test_among_threads_a_view_shows_its_own_answer_or_is_refused(fake: Torch, compiled_too: bool) -> None:
+    warm = Warm(fake, outputs="view").up(rows(fake, 2))
+    views, seen = next(iter(warm.fast._entries.values())).graph.views, []
+    assert views is not None
+
+    def work(index: int) -> None:
+        with torch.no_grad(), fake.on(warm.stream):
+            for step in range(40):
+                x = rows(fake, 2, index * 100 + step)
+                if compiled_too and index % 2:
+                    shown = warm.call(x)
+                else:
+                    (shown,) = views.replay([x])
+                if shown is None:
+                    continue
+                with views.lock:
+                    # Nobody replays meanwhile.
+                    fresh = shown._number == views.replays
+                    if fresh:
+                        seen.append(torch.equal(shown, x * 3 + 1))
+
+    in_threads(work)
+    assert seen
+    assert all(seen)
