@@ -210,11 +210,15 @@ def test_of_another_torch_or_source(library: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(NotUsable):
         find()
     monkeypatch.undo()
-    other = tmp_path / "hit.cpp"
-    other.write_bytes(store.SOURCE.read_bytes() + b"\n")
-    shutil.copy(store.SOURCE.with_name("build.py"), tmp_path)
-    monkeypatch.setattr(store, "SOURCE", other)
-    assert key() != before
+    for changed in ("hit.cpp", "build.py", "answer.h"):
+        other = tmp_path / changed
+        shutil.copytree(store.SOURCE.parent, other)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "SOURCE", other / "hit.cpp")
+            assert key() == before
+            with open(other / changed, "ab") as file:
+                file.write(b"\n")
+            assert key() != before
 
 
 # ---- being made

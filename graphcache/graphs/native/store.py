@@ -35,7 +35,7 @@ def folder() -> Path:
 def key() -> str:
     """What a library has to agree with: the source, how it is compiled, torch, Python, the machine; 16 hex digits."""
     parts = (
-        *(hashlib.sha256(path.read_bytes()).hexdigest() for path in (SOURCE, SOURCE.with_name("build.py"))),
+        *(hashlib.sha256(path.read_bytes()).hexdigest() for path in _sources()),
         torch.__version__,
         str(torch.version.git_version),
         str(sysconfig.get_config_var("SOABI")),
@@ -43,6 +43,10 @@ def key() -> str:
         platform.machine(),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _sources() -> list[Path]:
+    return [SOURCE, SOURCE.with_name("build.py"), *sorted(SOURCE.parent.glob("*.h"))]
 
 
 def find() -> Path:
