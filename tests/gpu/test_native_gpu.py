@@ -18,7 +18,11 @@ SIZE = 64
 
 @pytest.fixture
 def wraps(compiled, monkeypatch):
-    """Wraps an engine or a module twice: for the Python way, and for the compiled one."""
+    """Wraps an engine or a module twice: for the Python way, and for the compiled one.
+
+    What is loaded from now on has the library's locks, which both ways can use.
+    """
+    monkeypatch.setattr(native, "loaded", lambda: compiled)
 
     def wrap(module, **options):
         made = {"python": graphcache.wrap(module, **options), "compiled": graphcache.wrap(module, **options)}
@@ -171,6 +175,39 @@ def test_streams_modes_captures_and_layouts_in_turn(wraps, load, stream):
         assert torch.equal(y, x + 1)
         warm(fast, x)
         assert answers_natively(fast, x)
+
+
+def test_sessions_and_views(wraps, load, stream):
+    module = load("mlp8")
+    both = wraps(module, outputs="view")
+    fast = both["compiled"]
+    inputs = [torch.randn(n, SIZE, device="cuda") for n in (1, 3, 8)]
+    with torch.no_grad():
+        for x in inputs:
+            warm(fast, x)
+            assert answers_natively(fast, x)
+        sessions = [fast.session(x) for x in inputs]
+        for step in range(60):
+            x, session = inputs[step % 3], sessions[step % 3]
+            x.normal_()
+            session.inputs[0].copy_(x)
+            session.run()
+            assert type(session.run).__name__ == "Run"
+            shown = fast(x)
+            assert torch.equal(shown, session.outputs)
+            wanted = module(x)
+            assert torch.allclose(shown, wanted, rtol=1e-2, atol=1e-3)
+            assert torch.equal(both["python"](x), session.outputs)
+        later = fast(inputs[0])
+        fast(inputs[0])
+        with pytest.raises(graphcache.errors.StaleOutputError):
+            later.sum()
+        # Fed back into the graph that wrote it: its values are copied first.
+        shown = fast(inputs[2])
+        wanted = shown.clone()
+        assert torch.equal(fast(shown), both["python"](wanted))
+        for session in sessions:
+            session.close()
 
 
 def test_threads(wraps, load, stream):
