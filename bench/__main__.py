@@ -6,7 +6,8 @@ engines were made of, graphcache, ``make_graphed_callables`` and ``torch.compile
 
 Each system takes turns with the raw launch, call by call, over the same sequence of shapes. Its answers are held
 against torch's on the CPU before and after it is timed. What cannot run is listed with the reason. If one of them loses
-the device, the rest is measured by further processes. Results are written to one file after each row, so that a run
+the device, the rest is measured by further processes; with ``--apart`` each row is, as TensorRT ends a process now and
+then that has made and dropped many contexts. Results are written to one file after each row, so that a run
 that is killed keeps what it had; ``--table FILE`` prints them as Markdown.
 
 Exit codes: 0 all went well; 1 graphcache or the floor answered wrongly, raised, or missed while it was timed; 2 usage;
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": options.seconds,
         "max_seconds": options.max_seconds,
         "pool": row.POOL,
+        "apart": options.apart,
         "default_stream": options.default_stream,
     }
     return run(plan, environment, settings, options)
@@ -84,8 +86,8 @@ def run(plan: suite.Plan, environment: dict[str, Any], settings: dict[str, Any],
         plan: What to measure.
         environment: What figures depend on.
         settings: Recorded with them.
-        options: As on the command line: ``out``, ``name``, ``gate``, ``max_seconds`` and ``default_stream``; should the
-            device be lost, ``engines`` too.
+        options: As on the command line: ``out``, ``name``, ``gate``, ``max_seconds``, ``apart`` and ``default_stream``;
+            should the device be lost, ``engines`` too.
 
     Returns:
         The exit code.
@@ -107,7 +109,7 @@ def run(plan: suite.Plan, environment: dict[str, Any], settings: dict[str, Any],
     def write(results: list[dict[str, Any]], *, complete: bool = False) -> Path:
         return record.write(options.name, payload(results, complete=complete), options.out)
 
-    lost = LostDevice(lambda: measure.device_lost(plan.device), _apart(plan, options))
+    lost = LostDevice(lambda: measure.device_lost(plan.device), _apart(plan, options), always=options.apart)
     going = suite.Suite(plan, suite.Deadline(options.max_seconds), write, lost=lost)
     try:
         with record.stream_scope(options.default_stream), torch.inference_mode():
@@ -155,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     parser.add_argument("--name", default="suite", help="of the JSON, without its ending (default suite)")
     parser.add_argument("--gate", action="store_true", help="exit with 3 if a limit of bench/limits.py is not met")
+    parser.add_argument("--apart", action="store_true", help="each engine and number of shapes in its own process")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     return parser
 

@@ -25,10 +25,12 @@ class LostDevice:
         apart: Measures systems in another process. It takes an engine, how many of its shapes, their names and how many
             seconds are left (``None`` for any number), returns what the suite records of such a row, and raises
             :class:`bench.processes.NothingRecordedError`. ``None`` if there can be no other process.
+        always: Let other processes measure everything from the start, so that one that dies takes one row with it.
     """
 
-    def __init__(self, lost: Callable[[], bool], apart: Apart | None = None) -> None:
-        self.known = False
+    def __init__(self, lost: Callable[[], bool], apart: Apart | None = None, *, always: bool = False) -> None:
+        self.known = always
+        self._always = always
         self.measured = 0
         """Systems of this process so far; the first of them finds the device as it will in any other."""
         self._lost = lost
@@ -59,7 +61,8 @@ class LostDevice:
         """
         if self._apart is None:
             return _unmeasured(names, "the device was lost before")
-        print(f"the device is lost to this process; measured by another: {', '.join(names)}", file=sys.stderr)
+        why = "" if self._always else "the device is lost to this process; "
+        print(f"{why}measured by another process: {', '.join(names)}", file=sys.stderr)
         try:
             return self._apart(bundle, count, names, seconds)
         except NothingRecordedError as error:

@@ -186,7 +186,7 @@ class Lane:
                 self.close()
 
     def _forget(self) -> None:
-        self.stream, self.handle = -1, None
+        self.stream, self.handle, self.last = -1, None, None
         self._handles.clear()
         self._scratch = self._pool = None
         if self._event is not None:

@@ -7,13 +7,13 @@ from tests.bench.fakes import CPU, Clock, Fake, bundle, figures, right
 class Machine:
     """A suite over fakes whose device can be lost, and the other processes that it asks."""
 
-    def __init__(self, folder, deadline=None, shapes=(1,), engines=("one",), alone=False):
+    def __init__(self, folder, deadline=None, shapes=(1,), engines=("one",), alone=False, always=False):
         self.lost, self.asked, self.loads = False, [], []
         self.crashes = set()
         self.systems = {}
         self.floors = {"engine": self.maker("raw", exact=True, rival=None)}
         self.bundles = [bundle(folder / name, name) for name in engines]
-        self.device = LostDevice(lambda: self.lost, None if alone else self.apart)
+        self.device = LostDevice(lambda: self.lost, None if alone else self.apart, always=always)
         self.plan = suite.Plan(self.bundles, shapes, self.systems, CPU, calls=50)
         self.suite = suite.Suite(
             self.plan, deadline or suite.Deadline(), lambda results: None, self.floors, self.device
@@ -45,6 +45,21 @@ class Machine:
 
     def loaded(self):
         return [entry.removeprefix("load ") for entry in self.loads if entry.startswith("load ")]
+
+
+def test_every_row_in_a_process_of_its_own_and_what_dies_takes_none_with_it(tmp_path, capsys):
+    machine = Machine(tmp_path, shapes=(1, 2), engines=("one", "two"), always=True)
+    machine.add("first", "bad", "third").crashes.add("bad")
+    results = machine.suite.run()
+    assert machine.loaded() == []
+    rows = [(result["engine"], len(result["sizes"])) for result in results]
+    assert rows == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
+    assert [asked[2] for asked in machine.asked] == [("first", "bad", "third"), ("first",), ("bad",), ("third",)] * 4
+    for result in results:
+        assert "signal 11" in result["systems"]["bad"]["reason"]
+        assert result["systems"]["third"]["total_us"]
+        assert result["buffer_bytes_per_shape"] == 7
+    assert "the device is lost" not in capsys.readouterr().err
 
 
 def test_what_follows_a_system_that_loses_the_device_is_measured_by_another_process(tmp_path):

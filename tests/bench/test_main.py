@@ -13,6 +13,7 @@ from tests.bench.fakes import CPU, Fake, bundle, right
 
 def options(tmp_path, **given):
     known = {"out": tmp_path / "out", "name": "suite", "gate": False, "max_seconds": None, "default_stream": False}
+    known["apart"] = False
     known["engines"] = tmp_path
     return argparse.Namespace(**{**known, **given})
 

@@ -1,9 +1,9 @@
 """The short way of a hit in C++: optional, compiled on request, used only if it agrees with Python.
 
 ``graphcache compile`` (or ``python -m graphcache.graphs.native``) compiles ``hit.cpp`` and what it includes against the
-torch that is installed. Nothing is ever compiled at an import or a call. Where there is no library, or it is for another torch,
-Python or source, or was changed, or disagrees with Python about some tensors, everything runs on the Python way, which
-is complete and the reference; one debug message says why.
+torch that is installed. Nothing is ever compiled at an import or a call. Where there is no library, or it is for
+another torch, Python or source, or was changed, or disagrees with Python about some tensors, everything runs on the
+Python way, which is complete and the reference; one debug message says why.
 """
 
 from __future__ import annotations
