@@ -7,8 +7,8 @@ engines were made of, graphcache, ``make_graphed_callables`` and ``torch.compile
 Each system takes turns with the raw launch, call by call, over the same sequence of shapes. Its answers are held
 against torch's on the CPU before and after it is timed. What cannot run is listed with the reason. If one of them loses
 the device, the rest is measured by further processes; with ``--apart`` each row is, as TensorRT ends a process now and
-then that has made and dropped many contexts. Results are written to one file after each row, so that a run
-that is killed keeps what it had; ``--table FILE`` prints them as Markdown.
+then that has made and dropped many contexts. Results are written to one file after each system, so that a run that is
+killed keeps what it had; ``--table FILE`` prints them as Markdown.
 
 Exit codes: 0 all went well; 1 graphcache or the floor answered wrongly, raised, or missed while it was timed; 2 usage;
 3 with ``--gate``, a limit of :mod:`bench.limits` was not met.

@@ -48,7 +48,9 @@ class LostDevice:
     def measure(
         self, bundle: store.Bundle, count: int, names: Sequence[str], seconds: float | None
     ) -> Mapping[str, Any]:
-        """Measure systems of one row elsewhere: all in one process or, if that records nothing, each in its own.
+        """Measure systems of one row elsewhere: all in one process; what it does not live to record, in another one.
+
+        If it records none of them, each is measured in its own.
 
         Args:
             bundle: The engine.
@@ -64,11 +66,20 @@ class LostDevice:
         why = "" if self._always else "the device is lost to this process; "
         print(f"{why}measured by another process: {', '.join(names)}", file=sys.stderr)
         try:
-            return self._apart(bundle, count, names, seconds)
+            row = self._apart(bundle, count, names, seconds)
         except NothingRecordedError as error:
-            if len(names) == 1:
-                return _unmeasured(names, str(error))
-        rows = [self.measure(bundle, count, [name], seconds) for name in names]
+            row, why = {"systems": {}}, str(error)
+        else:
+            why = "a process of its own ended before it had recorded this"
+        left = [name for name in names if name not in row["systems"]]
+        if not left:
+            return row
+        if len(left) < len(names):
+            rows = [row, self.measure(bundle, count, left, seconds)]
+        elif len(names) == 1:
+            return _unmeasured(names, why)
+        else:
+            rows = [self.measure(bundle, count, [name], seconds) for name in names]
         # Of what several processes recorded, such as the floor, the first counts.
         systems = {name: figures for row in reversed(rows) for name, figures in row["systems"].items()}
         return {**rows[0], "systems": systems}

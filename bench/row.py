@@ -31,6 +31,7 @@ class Row:
         bundle: The engine.
         sizes: Of the shapes.
         result: Where figures go, by name, under ``systems``.
+        noted: Called whenever something was put there.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Row:
         bundle: store.Bundle,
         sizes: Sequence[int],
         result: dict[str, Any],
+        noted: Callable[[], object],
     ) -> None:
         self._plan = plan
+        self._noted = noted
         self._deadline = deadline
         self._lost = lost
         self._floor = floor()
@@ -117,6 +120,7 @@ class Row:
         for name, figures in row["systems"].items():
             if "kind" in figures:
                 self._systems.setdefault(name, {**figures, "other_process": True})
+                self._noted()
             else:
                 self._missing([name], figures)
 
@@ -133,6 +137,7 @@ class Row:
         self._systems[name] = figures
         where = f"[{self._deadline.elapsed():6.1f} s] {self._result['engine']}, {len(self._sizes)} shapes, {name}"
         print(f"{where}: {summary(figures)}", file=sys.stderr, flush=True)
+        self._noted()
 
 
 def buffer_bytes(work: measure.Work) -> int:

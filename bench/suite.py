@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ class Suite:
     Args:
         plan: What to measure.
         deadline: When to stop.
-        write: Called with the results so far after each row of engines, shapes and kind of system.
+        write: Called with the results so far after each system.
         floors: What makes the floor of a kind.
         lost: Who measures what is left when a system has cost this process its device; ``None`` for nobody.
     """
@@ -101,9 +102,11 @@ class Suite:
         for kind in ("engine", "torch"):
             names = [name for name, of in kinds.items() if of == kind]
             for bundle, sizes in self._rows() if names else ():
-                result = self._result(bundle, sizes)
-                Row(self.plan, self.deadline, self._lost, self._floors[kind], bundle, sizes, result).measure(names)
-                self._write(self.results)
+                result, floor = self._result(bundle, sizes), self._floors[kind]
+                noted = partial(self._write, self.results)
+                Row(self.plan, self.deadline, self._lost, floor, bundle, sizes, result, noted).measure(names)
+                # The floor's figures, which are complete only now.
+                noted()
         return self.results
 
     def _rows(self) -> Iterator[tuple[store.Bundle, list[int]]]:

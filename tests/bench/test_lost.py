@@ -10,6 +10,8 @@ class Machine:
     def __init__(self, folder, deadline=None, shapes=(1,), engines=("one",), alone=False, always=False):
         self.lost, self.asked, self.loads = False, [], []
         self.crashes = set()
+        # Of those, whose process has written what it had measured before.
+        self.writes = False
         self.systems = {}
         self.floors = {"engine": self.maker("raw", exact=True, rival=None)}
         self.bundles = [bundle(folder / name, name) for name in engines]
@@ -38,6 +40,9 @@ class Machine:
 
     def apart(self, made, count, names, seconds):
         self.asked.append((made.name, count, tuple(names), seconds))
+        if self.crashes & set(names) and self.writes:
+            before = names[: min(names.index(name) for name in self.crashes & set(names))]
+            return {"systems": {name: figures(20.0, rival="graphcache") for name in before}}
         if self.crashes & set(names):
             raise NothingRecordedError("a process of its own was ended by signal 11 and recorded nothing")
         systems = {name: figures(20.0, rival="graphcache") for name in names}
@@ -60,6 +65,26 @@ def test_every_row_in_a_process_of_its_own_and_what_dies_takes_none_with_it(tmp_
         assert result["systems"]["third"]["total_us"]
         assert result["buffer_bytes_per_shape"] == 7
     assert "the device is lost" not in capsys.readouterr().err
+
+
+def test_what_a_process_recorded_before_it_died_counts(tmp_path):
+    machine = Machine(tmp_path, always=True)
+    machine.add("first", "second", "bad", "fourth").crashes.add("bad")
+    machine.writes = True
+    (result,) = machine.suite.run()
+    # The second process begins with the one that ends it, and records nothing.
+    asked = [("first", "second", "bad", "fourth"), ("bad", "fourth"), ("bad",), ("fourth",)]
+    assert [each[2] for each in machine.asked] == asked
+    assert "ended before it had recorded this" in result["systems"]["bad"]["reason"]
+    assert all(result["systems"][name]["total_us"] for name in ("first", "second", "fourth"))
+
+
+def test_what_was_measured_is_written_system_by_system(tmp_path):
+    machine, written = Machine(tmp_path), []
+    machine.add("first", "second")
+    write = lambda results: written.append([list(each["systems"]) for each in results])  # noqa: E731
+    suite.Suite(machine.plan, suite.Deadline(), write, machine.floors, machine.device).run()
+    assert [systems for (systems,) in written] == [["raw"], ["raw", "first"], *[["raw", "first", "second"]] * 2]
 
 
 def test_what_follows_a_system_that_loses_the_device_is_measured_by_another_process(tmp_path):

@@ -86,11 +86,13 @@ def test_a_kind_that_nobody_asked_for_needs_no_floor(nets):
     assert not any("raw-torch" in entry for entry in run.log)
 
 
-def test_results_are_written_after_each_row(nets):
+def test_results_are_written_after_each_system(nets):
     run = Run(nets, (1, 2), fast={}, torch_one={"kind": "torch"})
     run.suite.run()
-    assert [len(each) for each in run.written] == [1, 2, 3, 4, 4, 4, 4, 4]
-    assert run.written[0][0]["systems"]["fast"]["total_us"]["n"] == 50
+    # Of each row the floor, the system, and the floor's figures once more when it was closed.
+    assert [len(each) for each in run.written] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 15
+    assert list(run.written[0][0]["systems"]) == ["raw"]
+    assert run.written[1][0]["systems"]["fast"]["total_us"]["n"] == 50
 
 
 def test_an_interrupted_run_keeps_what_it_had(nets, tmp_path):
@@ -107,7 +109,8 @@ def test_an_interrupted_run_keeps_what_it_had(nets, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.suite.run()
     kept = json.loads((tmp_path / "kept.json").read_text())
-    assert [each["engine"] for each in kept["results"]] == ["one"]
+    found = [(each["engine"], list(each["systems"])) for each in kept["results"]]
+    assert found == [("one", ["raw", "fast", "last"]), ("two", ["raw", "fast"])]
     assert run.log.count("close raw") == run.log.count("load raw") == 2
 
 
@@ -177,7 +180,8 @@ def test_a_row_that_cannot_begin_is_listed_and_the_others_are_measured(nets, mon
     assert one["systems"]["fast"]["reason"] == "RuntimeError: the device is lost"
     assert suite.failures([one]) == ["one, 1 shapes, fast: RuntimeError: the device is lost"]
     assert "total_us" in two["systems"]["fast"]
-    assert len(run.written) == 2
+    # Two systems that cannot be measured, and two that can; each row once more at its end.
+    assert len(run.written) == 6
 
 
 def test_progress_goes_to_stderr_as_it_happens(nets, capsys):
