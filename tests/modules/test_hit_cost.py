@@ -21,13 +21,13 @@ from tests.helpers import Fn
 from tests.modules.test_engine_module import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
 
 MOST_ON_THE_HOST = 55
-"""For one plain tensor, and with a graph of one operation. 46 now."""
+"""For one plain tensor, and with a graph of one operation. 45 now."""
 
 MOST_ON_THE_SHORT_WAY = 20
-"""For an engine with one input and one output, bound, on tensors whose memory comes again. 19 now."""
+"""For an engine with one input and one output, bound, on tensors whose memory comes again. 20 now."""
 
 MOST_ON_OTHER_MEMORY = 32
-"""The same on memory that was never used before. 30 now, and in one call of 16 some more, which looks for it."""
+"""The same on memory that was never used before. 25 now, and in one call of 16 some more, which looks for it."""
 
 MOST_INTO_THE_SAME_MEMORY = 32
 """Answering into the same tensor from the same tensor. 28 now."""
