@@ -8,7 +8,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -87,6 +87,25 @@ def test_hooks_are_run(fake: Torch, warm: Warm) -> None:
                 hook.remove()
             assert entered(lambda: warm.fast(x)) == set()
     assert len(seen) >= 6
+
+
+def test_observers_hear_of_replays(fake: Torch, warm: Warm) -> None:
+    class Observer:
+        heard: ClassVar[list[str]] = []
+
+        def before(self, kind: str, module: str) -> None:
+            self.heard.append(kind)
+
+        def after(self, kind: str, module: str, seconds: float, done: bool) -> None:
+            self.heard.append(f"{kind} {done}")
+
+    x = rows(fake, 2)
+    with torch.no_grad(), fake.on(warm.stream):
+        end = warm.fast.observe(Observer())
+        assert torch.equal(warm.fast(x), x * 3 + 1)
+        end()
+        assert Observer.heard == ["replay", "replay True"]
+        assert entered(lambda: warm.fast(x)) == set()
 
 
 def test_names_and_what_is_missing_find_the_functions_as_they_were_written(fake: Torch, warm: Warm) -> None:
