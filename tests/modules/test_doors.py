@@ -60,7 +60,7 @@ def entered(call: Any) -> set[str]:
     return seen
 
 
-def test_a_hit_enters_no_function_of_python(fake: Torch, warm: Warm) -> None:
+def test_a_hit_enters_no_method_of_the_module(fake: Torch, warm: Warm) -> None:
     x, out = rows(fake, 2, 3), rows(fake, 2)
     hits = warm.fast.cache_info().hits
     with torch.no_grad(), fake.on(warm.stream):
