@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphcache.cli import main
 from graphcache.errors import CompileError, ConfigError, CudaError
@@ -66,8 +67,19 @@ def a_compiler(home: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
 
 def test_the_library_agrees_with_python(compiled: Any) -> None:
     assert disagreement(compiled) is None
-    with torch.inference_mode():
-        assert disagreement(compiled) is None, "whatever the context it is first used in"
+    said: list[str | None] = []
+
+    def ask(value: torch.Tensor) -> torch.Tensor:
+        said.append(disagreement(compiled))
+        return value
+
+    x = torch.ones(2)
+    contexts = [torch.inference_mode(), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), FakeTensorMode()]
+    for context in contexts:
+        with context:
+            ask(x)
+    torch.func.vmap(ask)(x)
+    assert said == [None] * 5, "whatever the context it is first used in"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ PyType_Slot lock_slots[] = {{Py_tp_new, reinterpret_cast<void*>(lock_new)},
 
 PyType_Spec lock_spec = {"_graphcache_hit.Lock", sizeof(Lock), 0, Py_TPFLAGS_DEFAULT, lock_slots};
 
-
 // A lane's lock, taken without waiting and given back at the end.
 class Held {
  public:

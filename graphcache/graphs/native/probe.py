@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,9 +23,15 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def disagreement(library: Any) -> str | None:
     """What a library and Python say differently; ``None`` if nothing was found.
 
-    Devices are looked at if CUDA is in use already.
+    Devices are looked at if CUDA is in use already. It is asked in a thread of its own: what the caller is within, such
+    as autocast or a dispatch mode, belongs to the caller's thread, and would be taken for a lie of the library's.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(_disagreement, library).result()
+
+
+def _disagreement(library: Any) -> str | None:
+    with torch.no_grad():
         for look in (_layouts, _refusals, _memory, _context):
             for what in look(library):
                 return what
