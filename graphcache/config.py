@@ -51,6 +51,9 @@ class GraphConfig:
         max_graphs: How many graphs are kept, at least 1; the least recently used goes first, with
             ``capture="worthwhile"`` the one that saved least lately.
         max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.
+        templates: How many captured graphs are kept, in memory of the host, when their executables and buffers were
+            evicted: such a signature comes back without a capture. It concerns engines whose graphs share execution
+            contexts (see ``contexts``) and are bound. 0 keeps none.
         buckets: Argument -> axis -> sizes, such as ``{"x": {0: [1, 8, 64]}}``; or a :class:`graphcache.Buckets`. A call
             whose sizes lie between them is padded to the next ones, which have a graph, and its answer cropped. Whether
             the module bears it is tried first. ``None`` pads nothing. Parts of a module are never padded.
@@ -90,6 +93,7 @@ class GraphConfig:
     capture_in: CaptureIn = "foreground"
     max_graphs: int = 32
     max_bytes: int | None = None
+    templates: int = 256
     # A mapping has no hash.
     buckets: Buckets | Mapping[Any, Any] | None = field(default=None, hash=False)
     verify: bool = True
@@ -141,6 +145,8 @@ class GraphConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more")
+        if isinstance(self.templates, bool) or not isinstance(self.templates, int) or self.templates < 0:
+            raise ConfigError(f"templates={shown(self.templates)}: expected a whole number, 0 or more")
         if self.contexts == "shared" and self.capture_in == "background":
             raise ConfigError(
                 "contexts='shared' does not go with capture_in='background', where a context would be captured while "

@@ -70,6 +70,11 @@ class Context:
             self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         self._scratch = scratch
 
+    @property
+    def scratch(self) -> Tensor | None:
+        """What the next enqueue works on."""
+        return self._scratch
+
     def report_to(self, profiler: Any) -> None:
         """Let TensorRT report the time of every layer to an ``IProfiler``, which makes each enqueue wait.
 

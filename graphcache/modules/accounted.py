@@ -186,6 +186,7 @@ class Accounted(StandIn):
             saved_seconds=account.saved_seconds,
             budget=self.config.max_bytes,
             process_nbytes=arbiter.nbytes if arbiter is not None else 0,
+            recalls=self.ledger.recalls,
         )
         for part in self._parts.active():
             found = part.cache_info()

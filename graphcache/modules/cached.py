@@ -110,6 +110,7 @@ class CachedModule(Portable, Accounted):
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
+            misses.leaves(key, entry.graph)
             misses.admission.evicted(key, entry)
             seen.retire(key, entry.hits)
             ledger.evicted(Evicted(key, entry.hits))

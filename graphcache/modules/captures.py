@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import GraphCache
 from graphcache.cache.signature import Signature
+from graphcache.cache.templates import Templates
 from graphcache.cache.thrash import Thrash
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
@@ -24,7 +25,7 @@ from graphcache.modules.cold import ColdCalls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.freshness import Freshness
 from graphcache.modules.preparing import Preparation, preparing
-from graphcache.modules.record import Recorded, Recorder
+from graphcache.modules.record import Kept, Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
 from graphcache.modules.remembered import Remembered
@@ -71,6 +72,8 @@ class Captures:
         """Of the device of the last capture."""
         self.cold: ColdCalls | None = None
         """What need not be asked about for a while; ``None`` where every call has to be looked at."""
+        self.templates: Templates[Kept] = Templates(config.templates, self.admission.forgot_template)
+        """What evicted graphs can be had back from."""
         self._thrash = Thrash()
         self.lock = threading.RLock()
         """Held while a call is captured, and by whoever drops graphs."""
@@ -95,6 +98,7 @@ class Captures:
         with self.lock:
             self.generation += 1
             self._cache.clear(wait=wait)
+            self.templates.clear()
             self._look_at_all()
             self._thrash.forget()
             self.blocks.clear()
@@ -117,12 +121,44 @@ class Captures:
         preparation = preparing.get()
         start = time.perf_counter()
         with self._ledger.span("capture"), self._room(inputs) as room:
+
+            def begin() -> None:
+                self._take(room, signature)
+
+            outcome: Recorded | Cause
             try:
-                answer, outcome = self.recorder.attempt(args, kwargs, inputs, begin=lambda: self._take(room, signature))
+                recalled = self._recall(signature, args, kwargs, begin)
+                answer, outcome = recalled or self.recorder.attempt(args, kwargs, inputs, begin=begin)
             finally:
                 self._drop_broken()
             seconds = time.perf_counter() - start
-            return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
+            call, again = (args, kwargs), recalled is not None
+            return answer, self._finish(signature, outcome, inputs, call, seconds, room, preparation, recalled=again)
+
+    def leaves(self, signature: Hashable, recorded: Recorded) -> None:
+        """Keep what a graph that is about to be closed can be had back from; for the cache's ``on_evict``."""
+        kept = self.recorder.keeps(recorded.graph) if self.templates.most else None
+        if kept is not None:
+            self.templates.put(signature, kept, recorded.generation)
+        elif self.templates.most:
+            self.admission.forgot_template(signature)
+
+    def _recall(
+        self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[], None]
+    ) -> tuple[Any, Recorded] | None:
+        """Answer a call by a graph that was evicted, if it can be had back; if not, it is to be captured."""
+        kept = self.templates.take(signature)
+        if kept is None:
+            return None
+        try:
+            return kept.recall(args, kwargs, begin=begin)
+        except Exception as error:
+            # Whatever it was, the capture that follows meets it too, or does without.
+            log.debug("%s: an evicted graph is captured anew: %s", self._ledger.name, error)
+            self.admission.forgot_template(signature)
+            return None
+        finally:
+            kept.close()
 
     def _drop_broken(self) -> None:
         """Take out what the recorder has closed: nobody would capture it again as long as it seems to be there."""
@@ -154,9 +190,12 @@ class Captures:
         seconds: float,
         room: Room,
         preparation: Preparation | None,
+        *,
+        recalled: bool = False,
     ) -> Cause | None:
         """Keep a graph, or remember why there is none, which is returned."""
         if isinstance(outcome, Recorded):
+            outcome.generation = self.templates.generation
             if self._config.outputs == "view":
                 outcome.show(Views(outcome.graph, self._ledger.name))
             try:
@@ -171,14 +210,19 @@ class Captures:
                 # Closing an evicted graph failed. This call has its answer all the same.
                 outcome = refusal_of(error, self._ledger.name).cause
         if isinstance(outcome, Recorded):
-            self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
+            self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes, recalled))
             self.remembered.note(signature, *call)
-            replay = self._replay_seconds(outcome, inputs)
-            slower = self.admission.captured(signature, seconds, replay=replay, preparing=preparation is not None)
+            replay = None if recalled else self._replay_seconds(outcome, inputs)
+            slower = self.admission.captured(
+                signature, seconds, replay=replay, preparing=preparation is not None, recalled=recalled
+            )
             if slower is not None:
                 self._cache.evict(signature)
+            if self.templates.most and getattr(outcome.graph, "template", None) is not None:
+                self.admission.has_template(signature)
             if preparation is None:
-                self._notice_thrash(signature)
+                if not recalled:
+                    self._notice_thrash(signature)
                 return None
             preparation.keep(self._cache.entries, signature)
             return slower

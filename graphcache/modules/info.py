@@ -25,6 +25,7 @@ class CacheInfo:
         saved_seconds: What replays have saved of that.
         budget: Bytes that the graphs may own, ``None`` for no bound.
         process_nbytes: Bytes that the graphs of all modules of the process on this device own; 0 before a capture.
+        recalls: Of the captures, those of graphs that had been evicted and were only instantiated anew.
     """
 
     hits: int = 0
@@ -39,6 +40,7 @@ class CacheInfo:
     saved_seconds: float = 0.0
     budget: int | None = 0
     process_nbytes: int = 0
+    recalls: int = 0
 
     def __add__(self, other: CacheInfo) -> CacheInfo:
         eager = {
@@ -58,4 +60,5 @@ class CacheInfo:
             None if self.budget is None or other.budget is None else self.budget + other.budget,
             # Both are parts of the same.
             max(self.process_nbytes, other.process_nbytes),
+            self.recalls + other.recalls,
         )

@@ -30,7 +30,7 @@ class Recorded:
         bare: Whether the answer is the graph's only output itself.
     """
 
-    __slots__ = ("bare", "build", "graph", "nbytes", "replay", "single", "views", "whole")
+    __slots__ = ("bare", "build", "generation", "graph", "nbytes", "replay", "single", "views", "whole")
 
     def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
@@ -45,6 +45,8 @@ class Recorded:
         self.whole = whole
         self.bare = bare
         self.nbytes = graph.nbytes
+        self.generation = -1
+        """That of the templates when it was captured."""
 
     def show(self, views: Views) -> None:
         """Answer with the tensors that the graph writes from now on."""
@@ -60,6 +62,18 @@ class Recorded:
 
 def nothing() -> None:
     """Begins without asking for anything."""
+
+
+class Kept(Protocol):
+    """What is left of an evicted graph; see :class:`~graphcache.modules.recall.Recallable`."""
+
+    def recall(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, begin: Callable[[], object] = nothing
+    ) -> tuple[Any, Recorded]:
+        """Answer a call of the graph's signature by the graph, which is one again."""
+
+    def close(self) -> None:
+        """Let go of it."""
 
 
 class Recorder(Protocol):
@@ -89,6 +103,9 @@ class Recorder(Protocol):
         Returns:
             The eager answer, and either the graph or why there is none.
         """
+
+    def keeps(self, graph: Graph) -> Kept | None:
+        """What a graph that is about to be closed can be had back from without a capture, if it can."""
 
     def release(self, *, wait: bool = True) -> None:
         """Give back what the graphs shared; they were closed before.

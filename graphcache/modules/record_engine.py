@@ -20,10 +20,12 @@ from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of, wi
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane, own_stream
-from graphcache.graphs.pointers import CannotBind, elsewhere, find_copies, find_pointers
+from graphcache.graphs.pointers import CannotBind, Pointer, elsewhere, find_copies, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.template import Template
 from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.recall import Recallable
 from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.shared_contexts import SharedContexts
 
@@ -100,6 +102,15 @@ class EngineRecorder:
         self._contexts.broken.clear()
         return broken
 
+    def keeps(self, graph: Graph) -> Recallable | None:
+        if not isinstance(graph, CudaGraph):
+            return None
+        with self._module.lane.lock:
+            template, shared = graph.template, self._contexts.of(graph)
+            if template is None or shared is None:
+                return None
+            return Recallable(self._module, template, self._contexts, shared, self._build)
+
     def release(self, *, wait: bool = True) -> None:
         self._contexts.release(wait=wait)
 
@@ -153,7 +164,8 @@ class EngineRecorder:
                     Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {error:.3g} between two runs"
                 )
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
-        io = _EngineIO(module, context, profile, static, plain, outputs, lane, full_edges=self._config.edges == "full")
+        full_edges = self._config.edges == "full"
+        io = _EngineIO(module, context, profile, static, plain, outputs, lane, full_edges=full_edges, shared=shared)
 
         def verified(graph: CudaGraph) -> CudaGraph:
             if self._config.verify:
@@ -203,10 +215,12 @@ class _EngineIO:
         lane: Lane,
         *,
         full_edges: bool,
+        shared: bool,
     ) -> None:
         self._module = module
         self._lane = lane
         self._full_edges = full_edges
+        self._shared = shared
         self._context = context
         self._profile = profile
         self.returns_context = False
@@ -241,6 +255,8 @@ class _EngineIO:
                 after.callback(driver.call, "cuGraphDestroy", second)
                 pointers = find_pointers(first, second, ours, others)
             undo.pop_all()
+        if self._shared:
+            return self._template(first, ours, pointers).graph(ours)
         places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
         return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
 
@@ -285,6 +301,13 @@ class _EngineIO:
         ]
         self._context.set_inputs(inputs, self._profile, stream)
         self._context.set_outputs(list(given))
+
+    def _template(self, captured: Any, tensors: Sequence[Tensor], pointers: Sequence[Sequence[Pointer]]) -> Template:
+        """Where the context outlives the graph anyway. A context of the graph's own would take memory for nothing."""
+        on_host = [self._all_inputs[index] for index in self._module.host_inputs]
+        keep = self._context, self._context.scratch, on_host
+        count = len(self._inputs)
+        return Template(captured, tensors, pointers, self._direct, inputs=count, lane=self._lane, keep=keep)
 
     def _graph(self, captured: Any, slots: Sequence[Slot]) -> CudaGraph:
         count = len(self._inputs)

@@ -31,7 +31,7 @@ class Room:
         """What was reserved in the cache itself, if anything."""
 
     def take(self, nbytes: int, key: Hashable) -> None:
-        """Make room, as far as one knows what the graph will own.
+        """Make room, as far as one knows what the graph will own; twice does nothing.
 
         Args:
             nbytes: That estimate.
@@ -40,9 +40,9 @@ class Room:
         Raises:
             Refusal: With ``OVER_BUDGET``, if there is none to be made.
         """
-        if self._cache.max_bytes is not None:
+        if self._cache.max_bytes is not None and self.own is None:
             self.own = self._held.enter_context(self._cache.reserve(nbytes, instead_of=key))
-        if self._arbiter.max_bytes is not None:
+        if self._arbiter.max_bytes is not None and self._shared is None:
             self._shared = self._held.enter_context(self._arbiter.reserve(nbytes))
 
     def settle(self, nbytes: int) -> None:

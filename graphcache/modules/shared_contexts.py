@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass, field
 from weakref import WeakSet
 
 from torch import Tensor
@@ -25,10 +25,23 @@ _MEASURED = ("1.5.", "1.6.")
 1.4.0.76 with ``EAGER`` they did not."""
 
 
-class _Shared(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Shared:
+    """A context that several graphs were captured with.
+
+    Args:
+        context: The context.
+        profile: The optimisation profile that it is used with.
+        graphs: Those that are there; whoever uses the context looks at all of them.
+        uses: How often it was used to capture, or to try.
+        trusted: Whether no graph was seen to answer otherwise than before.
+    """
+
     context: Context
     profile: int
-    graphs: WeakSet[CudaGraph]
+    graphs: WeakSet[CudaGraph] = field(default_factory=WeakSet)
+    uses: int = 0
+    trusted: bool = True
 
 
 class SharedContexts:
@@ -49,7 +62,7 @@ class SharedContexts:
 
     def __init__(self, module: EngineModule, config: GraphConfig) -> None:
         self._module = module
-        self._open: list[_Shared] = []
+        self._open: list[Shared] = []
         self.shares = config.contexts == "shared" or (
             config.contexts == "auto" and config.capture_in == "foreground" and _is_measured(module)
         )
@@ -71,6 +84,7 @@ class SharedContexts:
         graphs = _live(shared)
         before = self._answers(graphs)
         self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
+        shared.uses += 1
         with ExitStack() as undo:
             undo.callback(self._check, shared, graphs, before)
             # After a failure nobody knows what state it is in; its graphs keep it.
@@ -78,6 +92,21 @@ class SharedContexts:
             yield shared.context, shared.graphs.add
             undo.pop_all()
         self._check(shared, graphs, before)
+
+    def of(self, graph: CudaGraph) -> Shared | None:
+        """The context that a graph shares with others, if it does and none of them was seen to go wrong."""
+        return next((shared for shared in self._open if graph in shared.graphs), None)
+
+    def distrust(self, shared: Shared) -> None:
+        """Close the graphs of a context of which one was found to answer otherwise; nothing is shared any more."""
+        log.warning(
+            "%s: a graph that was evicted answers differently since its execution context was used for another shape; "
+            "the graphs of that context were dropped, and each graph has a context of its own from now on, as with "
+            "contexts='private'",
+            self._module.name,
+        )
+        self.shares = False
+        self._drop(shared, _live(shared))
 
     def release(self, *, wait: bool) -> None:
         """Give back the contexts that no graph needs any more, once the last replay is over; let go of the others.
@@ -94,12 +123,12 @@ class SharedContexts:
 
         self._module.lane.release(give_back, wait=wait)
 
-    def _with_room(self, scratch: Tensor, profile: int) -> _Shared:
+    def _with_room(self, scratch: Tensor, profile: int) -> Shared:
         for shared in self._open:
             if shared.profile == profile and len(_live(shared)) < MOST:
                 shared.context.use_scratch(scratch)
                 return shared
-        found = _Shared(self._module.contexts.take(scratch), profile, WeakSet())
+        found = Shared(self._module.contexts.take(scratch), profile)
         self._open.append(found)
         return found
 
@@ -112,12 +141,12 @@ class SharedContexts:
             found += graph.replay([slot.buffer for slot in graph.inputs], out)
         return found
 
-    def _check(self, shared: _Shared, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
+    def _check(self, shared: Shared, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
         try:
             same = alike(self._answers(graphs), before)
         except BaseException:
             # Nobody knows whether they are still right. The new one is nobody's.
-            self._drop(_live(shared))
+            self._drop(shared, _live(shared))
             raise
         if same:
             return
@@ -128,16 +157,17 @@ class SharedContexts:
             len(graphs),
         )
         self.shares = False
-        self._drop(graphs)
+        self._drop(shared, graphs)
 
-    def _drop(self, graphs: Sequence[CudaGraph]) -> None:
+    def _drop(self, shared: Shared, graphs: Sequence[CudaGraph]) -> None:
+        shared.trusted = False
         self._open.clear()
         for graph in graphs:
             graph.close(wait=False)
         self.broken += graphs
 
 
-def _live(shared: _Shared) -> list[CudaGraph]:
+def _live(shared: Shared) -> list[CudaGraph]:
     return [graph for graph in shared.graphs if graph.executables is not None]
 
 

@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import capture, cuda, lane, pointers, pool, single, slots
+from graphcache.graphs import capture, cuda, lane, pointers, pool, single, slots, template
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -825,18 +825,18 @@ class Driver:
                 raise Violation("an executable was destroyed before its last launch was waited for")
 
     @_api(0)
+    def cuGraphKernelNodeSetParams(self, hNode: Any, nodeParams: Any) -> None:
+        self._replace(hNode, self._kernel(self._node(hNode, CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL), nodeParams))
+
+    @_api(0)
+    def cuGraphMemcpyNodeSetParams(self, hNode: Any, nodeParams: Any) -> None:
+        node = self._node(hNode, CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY)
+        self._replace(hNode, _Node(node.kind, nodeParams.copy()))
+
+    @_api(0)
     def cuGraphExecKernelNodeSetParams(self, hGraphExec: Any, hNode: Any, nodeParams: Any) -> None:
         executable, node = self._patched(hGraphExec, hNode, CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL)
-        known = self._functions[int(nodeParams.func) or int(nodeParams.kern)]
-        if known is not self._functions[int(node.params.func) or int(node.params.kern)]:
-            raise _Failed("INVALID_VALUE")
-        if not _readable(nodeParams.kernelParams, 8 * len(known.sizes)):
-            raise Violation("the array of arguments is no memory")
-        addresses = (ctypes.c_void_p * max(len(known.sizes), 1)).from_address(nodeParams.kernelParams)
-        if not all(map(_readable, addresses, known.sizes)):
-            raise Violation("the array of arguments is shorter than the kernel's list of them")
-        copied = [ctypes.string_at(address or 0, size) for address, size in zip(addresses, known.sizes, strict=False)]
-        executable.nodes[int(hNode)] = _Node(node.kind, nodeParams.copy(), copied)
+        executable.nodes[int(hNode)] = self._kernel(node, nodeParams)
 
     @_api(0)
     def cuGraphExecMemcpyNodeSetParams(self, hGraphExec: Any, hNode: Any, copyParams: Any, ctx: Any) -> None:
@@ -926,6 +926,26 @@ class Driver:
         if graph != found.graph or found.nodes[int(handle)].kind != kind:
             raise _Failed("INVALID_VALUE")
         return found, found.nodes[int(handle)]
+
+    def _replace(self, handle: Any, node: _Node) -> None:
+        graph, before = self._nodes[int(handle)]
+        node.programmatic = before.programmatic
+        nodes = self.graphs[graph].nodes
+        nodes[nodes.index(before)] = node
+        self._nodes[int(handle)] = graph, node
+        before.forget()
+
+    def _kernel(self, node: _Node, nodeParams: Any) -> _Node:
+        known = self._functions[int(nodeParams.func) or int(nodeParams.kern)]
+        if known is not self._functions[int(node.params.func) or int(node.params.kern)]:
+            raise _Failed("INVALID_VALUE")
+        if not _readable(nodeParams.kernelParams, 8 * len(known.sizes)):
+            raise Violation("the array of arguments is no memory")
+        addresses = (ctypes.c_void_p * max(len(known.sizes), 1)).from_address(nodeParams.kernelParams)
+        if not all(map(_readable, addresses, known.sizes)):
+            raise Violation("the array of arguments is shorter than the kernel's list of them")
+        copied = [ctypes.string_at(address or 0, size) for address, size in zip(addresses, known.sizes, strict=False)]
+        return _Node(node.kind, nodeParams.copy(), copied)
 
     def _edges(self, starts: Any, ends: Any, data: Any, count: int) -> list[tuple[int, int, CUgraphDependencyType]]:
         if not len(starts) == len(ends) == count or (data is not None and len(data) != count):
@@ -1205,7 +1225,15 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "binding", lambda: fake.driver)
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (capture, cuda, lane, pointers, pool, slots, *others):
+    templates: list[weakref.ref[template.Template]] = []
+    make_template = template.Template.__init__
+
+    def remember_template(self: template.Template, *args: Any, **kwargs: Any) -> None:
+        make_template(self, *args, **kwargs)
+        templates.append(weakref.ref(self))
+
+    patch.setattr(template.Template, "__init__", remember_template)
+    for module in (capture, cuda, lane, pointers, pool, slots, template, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "own_stream"):
             patch.setattr(module, "own_stream", own_stream)
@@ -1223,6 +1251,9 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         for reference in made:
             if (graph := reference()) is not None:
                 graph.close()
+        for kept in templates:
+            if (found := kept()) is not None:
+                found._captured = None
         for each in lanes:
             if (left := each()) is not None:
                 # Its event is of this driver, and a number to the next one.

@@ -1,0 +1,217 @@
+"""What a call costs when there are more shapes than graphs: ``python -m bench.evictions --engines DIR [NAME ...]``.
+
+Shapes take turns, and there is room for a third of them, so that with the least recently used out first every call is a
+miss. Beside each other, pass by pass in turn:
+
+- ``eager``: the bare engine;
+- ``captured``: every miss is captured anew (``templates=0``);
+- ``recalled``: what was captured once is instantiated again (the default);
+- ``held``: there is room for all of them, so that every call is a hit.
+
+And where the time of a capture goes, and that of a recall. Answers are held against torch on the CPU before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench import calls as calls_of
+from bench import record, store
+
+SEED = 0
+PHASES = {
+    "execution context": ("graphcache.engines.engine.Engine.new_context",),
+    "eager runs and capture": ("graphcache.engines.context.Context.enqueue",),
+    "addresses": ("graphcache.modules.record_engine.find_pointers",),
+    "instantiate": ("graphcache.graphs.driver.instantiate",),
+    "verification": ("graphcache.modules.record_engine.verify", "graphcache.modules.recall.verify"),
+    "look at others of the context": ("graphcache.modules.shared_contexts.SharedContexts._answers",),
+    "move the template": ("graphcache.graphs.template.Template._move",),
+    "close what was evicted": ("graphcache.graphs.cuda.CudaGraph.close",),
+}
+"""What is timed while a graph is made, and the functions that do it; they do not call each other."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure engine by engine, print the tables, record everything."""
+    parser = argparse.ArgumentParser(prog="python -m bench.evictions", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=["mlp8", "policy"], metavar="NAME", help="default: mlp8 policy")
+    parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
+    parser.add_argument("--shapes", type=int, default=12, help="how many take turns (default 12)")
+    parser.add_argument("--passes", type=int, default=40, help="over all of them (default 40)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
+    options = parser.parse_args(arguments)
+    device = record.require_cuda("bench.evictions")
+    payload: dict[str, Any] = {
+        "benchmark": "evictions",
+        "environment": record.environment(SEED),
+        "engines": {},
+        "settings": {"shapes": options.shapes, "passes": options.passes},
+        "results": [],
+        "failures": [],
+    }
+    with record.stream_scope(default_stream=False), torch.inference_mode():
+        for name in options.names:
+            bundle = store.load(options.engines, name)
+            result, failures = measure(bundle, options.shapes, options.passes, device)
+            payload["engines"][name] = dict(bundle.facts)
+            payload["results"].append(result)
+            payload["failures"] += failures
+            file = record.write("evictions", payload, options.out)
+    _print(payload["results"])
+    for failure in payload["failures"]:
+        print(f"FAILED: {failure}")
+    print(f"written to {file}")
+    return 1 if payload["failures"] else 0
+
+
+def measure(bundle: store.Bundle, shapes: int, passes: int, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """The figures of one engine, and what went wrong."""
+    import graphcache
+
+    sizes = calls_of.spread(bundle, shapes)
+    room = max(len(sizes) // 3, 1)
+    engine = graphcache.load(bundle.engine)
+    pool = calls_of.pool(bundle, sizes, 1, device, engine.input_binding_names)
+    with graphcache.config.graphs_off():
+        for call in (*pool, *pool):
+            engine(*call.inputs)
+    systems: dict[str, Any] = {
+        "eager": engine,
+        "captured": graphcache.wrap(engine, max_graphs=room, templates=0),
+        "recalled": graphcache.wrap(engine, max_graphs=room),
+        "held": graphcache.wrap(engine, max_graphs=len(sizes)),
+    }
+    failures = _wrong(bundle, pool, systems, "before timing")
+    taken: dict[str, list[int]] = {name: [] for name in systems}
+    phases = {name: Counter[str]() for name in systems}
+    begun = {name: _captures(module) for name, module in systems.items()}
+    order = random.Random(SEED)
+    wait = torch.cuda.current_stream().synchronize
+    for _ in range(passes):
+        for name in order.sample(list(systems), len(systems)):
+            with timed(phases[name]):
+                for call in pool:
+                    wait()
+                    start = time.perf_counter_ns()
+                    systems[name](*call.inputs)
+                    wait()
+                    taken[name].append(time.perf_counter_ns() - start)
+    made = {name: _captures(module) - begun[name] for name, module in systems.items()}
+    calls = passes * len(pool)
+    if made != {"eager": 0, "captured": calls, "recalled": calls, "held": 0}:
+        failures.append(f"{bundle.name}: of {calls} calls so many were captured or recalled: {made}")
+    if systems["recalled"].cache_info().recalls < calls:
+        failures.append(f"{bundle.name}: {systems['recalled'].cache_info().recalls} recalls of {calls} calls")
+    failures += _wrong(bundle, pool, systems, "after timing")
+    result = {
+        "engine": bundle.name,
+        "sizes": sizes,
+        "room": room,
+        "systems": {name: {"total_us": record.summarise(each), "made": made[name]} for name, each in taken.items()},
+        "phases_us": {
+            name: {what: round(seconds / made[name] * 1e6, 1) for what, seconds in phases[name].items()}
+            for name in ("captured", "recalled")
+        },
+        "bytes": _bytes_of_templates(bundle, engine, device),
+    }
+    for module in (*list(systems.values())[1:], engine):
+        module.close()
+    return result, failures
+
+
+@contextmanager
+def timed(into: Counter[str]) -> Iterator[None]:
+    """Inside, add up what the phases of captures take, in seconds."""
+    with ExitStack() as patched:
+        for what, functions in PHASES.items():
+            for function in functions:
+                owner, attribute = function.rsplit(".", 1)
+                patched.enter_context(mock.patch(function, _timing(_found(owner, attribute), what, into)))
+        yield
+
+
+def _timing(function: Callable[..., Any], what: str, into: Counter[str]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            into[what] += time.perf_counter() - start
+
+    return run
+
+
+def _found(owner: str, attribute: str) -> Any:
+    """A function by the name that ``mock.patch`` takes."""
+    from pkgutil import resolve_name
+
+    return getattr(resolve_name(owner), attribute)
+
+
+def _captures(module: Any) -> int:
+    return module.cache_info().captures if hasattr(module, "cache_info") else 0
+
+
+def _wrong(bundle: store.Bundle, pool: Sequence[calls_of.Call], systems: dict[str, Any], when: str) -> list[str]:
+    found = []
+    for name, module in systems.items():
+        errors = [record.relative_error(module(*call.inputs), call.answer) for call in pool]
+        if bad := [error for error in errors if not error < bundle.tolerance]:
+            found.append(f"{bundle.name}, {when}: {len(bad)} of {len(pool)} answers of {name} were wrong")
+    return found
+
+
+def _bytes_of_templates(bundle: store.Bundle, engine: Any, device: torch.device) -> dict[str, float]:
+    """Memory of the device that each evicted graph leaves behind, beyond what a cache of one graph takes anyway."""
+    import graphcache
+
+    sizes = calls_of.spread(bundle, 64)
+    pool = calls_of.pool(bundle, sizes, 1, device, engine.input_binding_names)
+    used = {}
+    for templates in (0, len(sizes)):
+        with graphcache.wrap(engine, max_graphs=1, templates=templates) as fast:
+            before = _used()
+            for call in pool:
+                fast(*call.inputs)
+            used[templates] = _used() - before
+    return {"device_per_template": (used[len(sizes)] - used[0]) / max(len(sizes) - 1, 1)}
+
+
+def _used() -> int:
+    gc.collect()
+    torch.cuda.current_stream().synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _print(results: Sequence[dict[str, Any]]) -> None:
+    rows = []
+    for result in results:
+        for name, system in result["systems"].items():
+            figures = system["total_us"]
+            rows.append([result["engine"], name, *(round(figures[key], 1) for key in ("p50", "p90", "p99"))])
+    record.table("more shapes than graphs, µs for a call", ["engine", "system", "p50", "p90", "p99"], rows)
+    names = [*dict.fromkeys(what for result in results for each in result["phases_us"].values() for what in each)]
+    rows = [
+        [result["engine"], name, *(each.get(what, 0.0) for what in names)]
+        for result in results
+        for name, each in result["phases_us"].items()
+    ]
+    record.table("where the time goes, µs for a graph", ["engine", "system", *names], rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
