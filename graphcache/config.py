@@ -65,7 +65,7 @@ class GraphConfig:
             the graph writes, always the same ones; the next replay of that graph overwrites them, and using an answer
             later raises :class:`~graphcache.errors.StaleOutputError`. Parts of a module always own theirs.
         contexts: ``"private"`` gives each graph of an engine its own execution context, as NVIDIA documents it to be
-            safe. ``"shared"`` captures up to 17 with one, which takes a fraction of the time: whenever it is used
+            safe. ``"shared"`` captures up to 129 with one, which takes a fraction of the time: whenever it is used
             again, all of its graphs have to answer as before, or nothing is shared any more. ``"auto"`` shares where
             that was measured to be right (TensorRT-RTX 1.5 and 1.6), in the foreground.
         edges: ``"captured"`` keeps the dependencies of an engine's kernels as they were captured. ``"full"`` replaces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -108,7 +108,10 @@ class Template:
 
     def let_go(self) -> None:
         """Hold it no more; if nobody else does, it is destroyed when the last launch of the lane has finished."""
-        self._lane.release(self._released, wait=False)
+        if self._held > 1:
+            self._held -= 1
+        else:
+            self._lane.release(self._released, wait=False)
 
     def _move(self, tensors: Sequence[Tensor]) -> None:
         """Point the graph itself at other static buffers, as if it had been captured with them."""

@@ -127,7 +127,7 @@ class Captures:
 
             outcome: Recorded | Cause
             try:
-                recalled = self._recall(signature, args, kwargs, begin)
+                recalled = self._recall(signature, inputs, begin)
                 answer, outcome = recalled or self.recorder.attempt(args, kwargs, inputs, begin=begin)
             finally:
                 self._drop_broken()
@@ -144,14 +144,14 @@ class Captures:
             self.admission.forgot_template(signature)
 
     def _recall(
-        self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[], None]
+        self, signature: Signature, inputs: Sequence[Tensor], begin: Callable[[], None]
     ) -> tuple[Any, Recorded] | None:
         """Answer a call by a graph that was evicted, if it can be had back; if not, it is to be captured."""
         kept = self.templates.take(signature)
         if kept is None:
             return None
         try:
-            return kept.recall(args, kwargs, begin=begin)
+            return kept.recall(inputs, begin=begin)
         except Exception as error:
             # Whatever it was, the capture that follows meets it too, or does without.
             log.debug("%s: an evicted graph is captured anew: %s", self._ledger.name, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -126,3 +127,60 @@ def test_the_librarys_takes_no_arguments(compiled: Any) -> None:
 
 def test_lanes_have_it(make: Callable[[], Any]) -> None:
     assert type(Lane(0).lock) is type(make())
+
+
+class Stopped(Exception):
+    """What the handler of a signal raises."""
+
+
+def test_who_waits_hears_of_a_signal(make: Callable[[], Any]) -> None:
+    """As Ctrl-C is, in the main thread, while another one holds the lock."""
+    lock, held, over = make(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            # The first of them may come before anybody waits.
+            while not over.wait(0.01):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    holder = threading.Thread(target=hold)
+    try:
+        with pytest.raises(Stopped):
+            holder.start()
+            held.wait()
+            with lock:
+                pytest.fail("it was held by another thread")
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        over.set()
+        holder.join()
+        signal.signal(signal.SIGUSR1, before)
+    with lock:
+        assert elsewhere(lambda: lock.acquire(False)) is False
+    assert elsewhere(lambda: lock.acquire() and (lock.release() or True))
+
+
+def test_a_signal_whose_handler_returns_interrupts_nobody(make: Callable[[], Any]) -> None:
+    lock, held, heard = make(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            while not heard.wait(0.01):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.set())
+    holder = threading.Thread(target=hold)
+    try:
+        holder.start()
+        held.wait()
+        with lock:
+            assert heard.is_set()
+    finally:
+        holder.join()
+        signal.signal(signal.SIGUSR1, before)

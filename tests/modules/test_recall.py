@@ -128,6 +128,20 @@ def test_the_same_would_be_a_wrong_answer_without_the_look(fake: Torch, monkeypa
     assert not torch.equal(fast(first), first * 2)
 
 
+def test_one_that_came_back_is_looked_at_like_any_other(fake: Torch) -> None:
+    """Fails if nothing is put into its static inputs, of which a graph that has become wrong makes the same."""
+    fast = graphcache.wrap(load("keeping"), contexts="shared")
+    first, second = flat(fake, 3, 1), flat(fake, 5, 1)
+    fast(first)
+    fast._cache.evict(next(iter(fast._entries)))
+    assert torch.equal(fast(first), first * 2)
+    assert counts(fast)[:2] == (2, 1)
+    assert torch.equal(fast(second), second * 2)
+    assert not shares(fast)
+    for x in (first, second):
+        assert torch.equal(fast(x), x * 2)
+
+
 def test_others_of_a_context_that_went_wrong_are_not_had_back(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = graphcache.wrap(load("affine"), max_graphs=1)
     for count in (1, 2, 3):

@@ -22,15 +22,22 @@ struct Lock {
     return true;
   }
 
-  void wait() {
+  // False, with an exception, if the handler of a signal raised meanwhile. Should the gate have been opened for this
+  // thread just then, it stays open: whoever waits next passes it once in vain.
+  bool wait() {
     while (!take()) {
+      PyLockStatus status;
       ++waiting;
       Py_BEGIN_ALLOW_THREADS
-      PyThread_acquire_lock(gate, WAIT_LOCK);
+      status = PyThread_acquire_lock_timed(gate, -1, 1);
       Py_END_ALLOW_THREADS
       --waiting;
-      called = false;
+      if (status == PY_LOCK_ACQUIRED)
+        called = false;
+      else if (PyErr_CheckSignals() < 0)
+        return false;
     }
+    return true;
   }
 
   bool give_back() {
@@ -75,12 +82,12 @@ PyObject* lock_acquire(PyObject* self, PyObject* given) {
   if (!PyArg_ParseTuple(given, "|p:acquire", &blocking)) return nullptr;
   auto* lock = reinterpret_cast<Lock*>(self);
   if (!blocking) return PyBool_FromLong(lock->take());
-  lock->wait();
+  if (!lock->wait()) return nullptr;
   Py_RETURN_TRUE;
 }
 
 PyObject* lock_enter(PyObject* self, PyObject*) {
-  reinterpret_cast<Lock*>(self)->wait();
+  if (!reinterpret_cast<Lock*>(self)->wait()) return nullptr;
   Py_RETURN_TRUE;
 }
 
