@@ -3,11 +3,11 @@
 - ``traces``: three traces over one engine, with room for fewer graphs than shapes, for real and in turn: always eager,
   a graph for every miss with the least recently used out (``capture="first"``), and ``capture="worthwhile"``. The
   offline optimum beside them is computed from what eager calls and replays of each shape, and captures, took on average
-  in this run; what replays take is seen where every shape is held. It captures anew each time; beside it stands what
-  whoever knows the trace reaches where graphs come back as cheaply as they did here. Every shape has run twice before. A trace should
-  take ten times what capturing a full cache takes: 5 % over always-eager mean nothing where a single capture takes more
-  than that. The default is as long as a minute at 800 calls a second; over shorter ones, what it takes to learn what is
-  hot counts for more.
+  in this run; what replays take is seen where every shape is held. It captures anew each time. Beside it stands what
+  whoever knows the trace reaches where graphs come back as cheaply as they did here. Every shape has run twice before.
+  A trace should take ten times what capturing a full cache takes: 5 % over always-eager mean nothing where a single
+  capture takes more than that. The default is as long as a minute at 800 calls a second; over shorter ones, what it
+  takes to learn what is hot counts for more.
 - ``memory``: 1000 captures of a torch module under a budget of 256 MiB; what the allocator and the device say.
 - ``background``: the latency of calls while 32 shapes are captured beside them, or within them, against eager calls.
 

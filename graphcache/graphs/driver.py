@@ -112,6 +112,17 @@ def has_passed(event: Any) -> bool:
     return True
 
 
+def is_idle(stream: Any) -> bool:
+    """Whether everything on a stream, which is not being captured, has finished; the host does not wait."""
+    driver = binding()
+    (code,) = driver.cuStreamQuery(stream)
+    if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+        return False
+    if int(code) != 0:
+        raise failure("cuStreamQuery", code)
+    return True
+
+
 def order(event: Any, before: Any, after: Any) -> None:
     """What is on stream ``after`` from now on waits for what is on stream ``before`` by now; the host does not."""
     call("cuEventRecord", event, before)

@@ -55,9 +55,8 @@ def with_templates(calls: tuple[int, ...], times: dict[int, Times], slots: int, 
         price = min(recall, capture) if signature in known else capture
         without = [held - dropped for dropped in (frozenset(), *({each} for each in held))]
         ways = [rest(index + 1, kept, known) for kept in without]
-        for kept in without:
-            if len(kept) < slots:
-                ways.append(price + rest(index + 1, kept | {signature}, known | {signature}))
+        more = known | {signature}
+        ways += [price + rest(index + 1, kept | {signature}, more) for kept in without if len(kept) < slots]
         return eager + min(ways)
 
     return rest(0, frozenset(), frozenset())
@@ -75,7 +74,7 @@ def test_what_is_reached_with_recalls_lies_between(calls, times, slots, recall):
 
 def test_graphs_that_come_back_for_nothing_are_as_good_as_those_that_stay():
     table = {signature: Times(3.0, 1.0, 5.0) for signature in range(2)}
-    calls = [0, 0, 1, 1] * 50
+    calls = ([0] * 4 + [1] * 4) * 50
     assert with_recalls(calls, table, 1, recall=0.0) < optimum(calls, table, 1)
 
 

@@ -623,13 +623,15 @@ class Driver:
 
     @_api(0)
     def cuStreamSynchronize(self, hStream: Any) -> None:
+        self._wait(self._stream(hStream))
+
+    @_api(0)
+    def cuStreamQuery(self, hStream: Any) -> None:
         stream = self._stream(hStream)
-        if stream.capture is not None:
-            stream.capture.valid = False
-            raise _Failed("STREAM_CAPTURE_UNSUPPORTED")
-        for other, tick in stream.clock.items():
-            known = self.streams[other].known
-            known[other] = max(known.get(other, 0), tick)
+        # What a stream waits for keeps it as busy as what it runs itself.
+        if stream.capture is None and self.busy.intersection((stream.handle, *stream.clock)):
+            raise _Failed("NOT_READY")
+        self._wait(stream)
 
     @_api(1)
     def cuStreamIsCapturing(self, hStream: Any) -> Any:
@@ -926,6 +928,14 @@ class Driver:
         if graph != found.graph or found.nodes[int(handle)].kind != kind:
             raise _Failed("INVALID_VALUE")
         return found, found.nodes[int(handle)]
+
+    def _wait(self, stream: _Stream) -> None:
+        if stream.capture is not None:
+            stream.capture.valid = False
+            raise _Failed("STREAM_CAPTURE_UNSUPPORTED")
+        for other, tick in stream.clock.items():
+            known = self.streams[other].known
+            known[other] = max(known.get(other, 0), tick)
 
     def _replace(self, handle: Any, node: _Node) -> None:
         graph, before = self._nodes[int(handle)]

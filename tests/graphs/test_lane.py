@@ -259,6 +259,15 @@ def test_an_action_that_does_not_wait_runs_when_its_launch_has_finished(fake: To
     assert fake.driver.leaked() == {}
 
 
+def test_where_nothing_runs_no_event_is_made(fake: Torch) -> None:
+    owner = Lane(0)
+    owner.enter(fake.new_stream().cuda_stream)
+    seen: list[int] = []
+    owner.release(lambda: seen.append(1), wait=False)
+    assert seen == [1]
+    assert not [name for name in fake.driver.calls if name.startswith("cuEvent")]
+
+
 def test_what_is_not_finished_keeps_what_comes_after_it(fake: Torch) -> None:
     """The lane's launches follow one another, whichever stream they are on; so do its releases."""
     owner, streams = Lane(0), [fake.new_stream().cuda_stream for _ in range(2)]
@@ -314,15 +323,15 @@ def test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers(fake: To
     assert fake.driver.leaked() == {}
 
 
-@pytest.mark.parametrize("function", ["cuEventCreate", "cuEventRecord", "cuEventQuery"])
+@pytest.mark.parametrize("function", ["cuStreamQuery", "cuEventCreate", "cuEventRecord", "cuEventQuery"])
 def test_a_release_that_could_not_be_guarded_is_made_up_for(fake: Torch, function: str) -> None:
     owner = Lane(0)
     owner.enter(fake.new_stream().cuda_stream)
     seen: list[int] = []
+    fake.driver.busy.add(owner.stream)
     fake.driver.fail(function)
     with pytest.raises(CudaError, match=function):
         owner.release(lambda: seen.append(1), wait=False)
-    fake.driver.busy.add(owner.stream)
     owner.reap()
     assert seen == []
     fake.driver.busy.clear()
