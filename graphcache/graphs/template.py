@@ -24,7 +24,7 @@ class Template:
 
     It takes no memory of the device: its nodes are the host's, and its static buffers are made when it is instantiated.
     What its kernels refer to besides (an execution context, scratch memory) it keeps alive. NVIDIA calls the graph that
-    executables are made of a template; instantiating one again takes a hundredth of what capturing anew does.
+    executables are made of a template.
 
     Whoever holds it says so with :meth:`hold` and :meth:`let_go`; after the last one it is destroyed. All of it is for
     whoever holds the lane's lock.

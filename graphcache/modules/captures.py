@@ -147,11 +147,18 @@ class Captures:
         self, signature: Signature, inputs: Sequence[Tensor], begin: Callable[[], None]
     ) -> tuple[Any, Recorded] | None:
         """Answer a call by a graph that was evicted, if it can be had back; if not, it is to be captured."""
+        if signature not in self.templates:
+            return None
+        try:
+            begin()
+        except Refusal:
+            # Whoever captures is told the same. There may be room another time.
+            return None
         kept = self.templates.take(signature)
         if kept is None:
             return None
         try:
-            return kept.recall(inputs, begin=begin)
+            return kept.recall(inputs)
         except Exception as error:
             # Whatever it was, the capture that follows meets it too, or does without.
             log.debug("%s: an evicted graph is captured anew: %s", self._ledger.name, error)

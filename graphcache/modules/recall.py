@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from graphcache.graphs.template import Template
 from graphcache.graphs.verify import perturb, verify
 from graphcache.modules.conditions import several_devices
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import Build, Recorded, nothing
+from graphcache.modules.record import Build, Recorded
 from graphcache.modules.shared_contexts import Shared, SharedContexts
 
 
@@ -47,12 +47,11 @@ class Recallable:
         # Until now it was looked at whenever the context was used.
         self._uses = shared.uses
 
-    def recall(self, inputs: Sequence[Tensor], *, begin: Callable[[], object] = nothing) -> tuple[Any, Recorded]:
+    def recall(self, inputs: Sequence[Tensor]) -> tuple[Any, Recorded]:
         """Answer a call of the graph's signature by the graph, which is one again.
 
         Args:
             inputs: The tensors among the call's arguments, as the signature orders them.
-            begin: Called before anything is allocated; it may raise a :class:`~graphcache.errors.Refusal`.
 
         Raises:
             Refusal: If the graph answers otherwise than the engine. No context of these graphs is used again then.
@@ -60,7 +59,6 @@ class Recallable:
             torch.cuda.OutOfMemoryError: If there is no memory for static buffers.
         """
         module = self._module
-        begin()
         with module.lane.lock, _on(module.device), torch.no_grad():
             if not self._shared.trusted:
                 raise Refusal(Reason.MISMATCH, module.name, "other graphs of its context answered differently")

@@ -67,7 +67,7 @@ def nothing() -> None:
 class Kept(Protocol):
     """What is left of an evicted graph; see :class:`~graphcache.modules.recall.Recallable`."""
 
-    def recall(self, inputs: Sequence[Tensor], *, begin: Callable[[], object] = nothing) -> tuple[Any, Recorded]:
+    def recall(self, inputs: Sequence[Tensor]) -> tuple[Any, Recorded]:
         """Answer a call of the graph's signature by the graph, which is one again."""
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, Reason
+from graphcache.errors import Refusal
 from graphcache.events import Captured
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.recall import Recallable
@@ -274,6 +275,21 @@ def test_the_budget_in_bytes_holds(fake: Torch) -> None:
         assert info.budget is not None
         assert info.nbytes <= info.budget
     assert fast.cache_info().recalls == 12
+
+
+def test_what_finds_no_room_stays_for_another_time(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = graphcache.wrap(load("affine"), max_graphs=1)
+    for count in (1, 2):
+        right(fast, rows(fake, count))
+
+    def full(*_: object) -> None:
+        raise Refusal(Reason.OVER_BUDGET)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast._misses, "_take", full)
+        assert right(fast, rows(fake, 1))
+    assert fast.cache_info().eager == {Reason.OVER_BUDGET: 1}
+    assert len(fast._misses.templates) == 1
 
 
 @pytest.mark.parametrize("outputs", ["own", "view"])
