@@ -27,6 +27,13 @@ def test_a_literal_option_takes_only_its_literals_and_says_which(option, value):
         GraphConfig(**{option: value})
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, "8", True, None])
+def test_templates_are_a_whole_number(value):
+    with pytest.raises(ConfigError, match=r"^templates=.*: expected a whole number, 0 or more$"):
+        GraphConfig(templates=value)
+    assert GraphConfig(templates=0).templates == 0
+
+
 @pytest.mark.parametrize("option", ["max_graphs", "max_bytes"])
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "8"])
 def test_a_budget_is_a_whole_number_of_at_least_one(option, value):

@@ -145,3 +145,49 @@ def test_captures_have_returned_nothing_until_there_were_two():
     assert found.lately_returned() == 0.0
     kept(found, entries, "b")
     assert found.lately_returned() > 5.0
+
+
+RECALL = 3e-4
+
+
+def test_what_comes_back_without_a_capture_costs_what_that_takes():
+    found, entries = books()
+    kept(found, entries, "a")
+    record = found.kept["a"]
+    assert found.again_seconds(record) == found.capture_seconds(record) == CAPTURE
+    record.template = True
+    assert found.again_seconds(record) == pytest.approx(CAPTURE / 10), "before one was measured"
+    del entries["a"]
+    found.let_go("a")
+    found.keep("a", found.charge("a", RECALL), Entry(Graph()), RECALL, recalled=True)
+    assert found.again_seconds(record) == RECALL
+    assert found.capture_seconds(record) == CAPTURE, "which says nothing of what a capture takes"
+    record.template = False
+    assert found.again_seconds(record) == CAPTURE
+
+
+def test_a_recall_says_nothing_of_what_captures_take():
+    found, entries = books()
+    kept(found, entries, "a")
+    before = found.capture_seconds(found.find("never seen"))
+    for _ in range(20):
+        record = found.charge("a", RECALL)
+        record.template = True
+        found.keep("a", record, entries["a"], RECALL, recalled=True)
+    assert found.capture_seconds(found.find("never seen")) == before == CAPTURE
+    assert found.spent == pytest.approx(CAPTURE + 20 * RECALL)
+
+
+@pytest.mark.parametrize(("hits", "factor"), [(1, 2.0), (4, 1.0)])
+def test_a_graph_that_was_had_back_has_paid_when_it_saved_what_that_took(hits, factor):
+    """3 hits save more than it takes; a capture would want 39."""
+    found, entries = books()
+    kept(found, entries, "a")
+    record = found.charge("a", RECALL)
+    record.template, record.factor = True, 1.0
+    entries["a"] = Entry(Graph())
+    found.keep("a", record, entries["a"], RECALL, recalled=True)
+    entries["a"].hits += hits
+    found.settle()
+    found.let_go("a")
+    assert record.factor == factor
