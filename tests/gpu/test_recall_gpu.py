@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import graphcache
+from graphcache.cli.canary import overwrite
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -52,6 +53,22 @@ def test_it_holds_while_others_are_captured_on_the_same_context(load):
     assert info.captures - info.recalls == 40, "each was captured once"
     assert info.recalls > 100
     assert fast._misses.recorder._contexts.shares
+
+
+def test_what_its_buffers_gave_back_is_neither_read_nor_written(load):
+    """All memory that was freed is NaN when the graphs come back, and still is when they have answered."""
+    fast = graphcache.wrap(load("mlp8"), max_graphs=2, contexts="shared")
+    given = inputs()
+    wanted = {n: networks.mlp8_reference(x) for n, x in given.items()}
+    for x in given.values():
+        fast(x)
+    taken = overwrite(torch.device("cuda"))
+    for n, x in given.items():
+        assert close(fast(x), wanted[n])
+        # A view of the caller's that begins elsewhere goes through the graph's own buffer.
+        assert close(fast(torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)), wanted[n])
+    assert all(bool(block.isnan().all()) for block in taken)
+    assert fast.cache_info().recalls >= len(given)
 
 
 def test_it_takes_a_fraction_of_a_capture(load):

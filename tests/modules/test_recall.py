@@ -364,6 +364,19 @@ def test_evictions_of_shapes_that_come_back_so_are_no_thrashing(fake: Torch, cap
     assert not [record for record in caplog.records if "captured again" in record.getMessage()]
 
 
+def test_it_is_explained(fake: Torch) -> None:
+    fast = graphcache.wrap(load("affine"), max_graphs=1)
+    for count in (1, 2):
+        right(fast, rows(fake, count))
+    (found,) = fast.explain(rows(fake, 1)).calls
+    assert (found.outcome, found.note) == (
+        "capture",
+        "it had a graph, which was evicted and comes back without a capture",
+    )
+    assert right(fast, rows(fake, 1))
+    assert fast.cache_info().recalls == 1
+
+
 def test_observers_see_captures_and_replays_alike(fake: Torch) -> None:
     fast = graphcache.wrap(load("affine"), max_graphs=1)
     for start, count in enumerate((1, 2, 1, 2, 2)):
