@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SEED = 0
 SHAPES = (1, 8, 32, 128)
 """How many shapes take turns, unless something else is asked for."""
+PARTS = frozenset({"minilm_tokens", "silero"})
+"""Engines that are a part of a model, with the answers of all of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.engines is None:
         parser.error("give --engines DIR to measure, or --table FILE to show what was measured")
+    if parts := sorted(set(options.only or ()) & PARTS):
+        parser.error(
+            f"{', '.join(parts)}: what is stored as the answer is not the engine's, so that it cannot be judged here; "
+            "bench.mixed and bench.vad measure whole models"
+        )
     there = sorted(file.stem for file in options.engines.glob("*.json"))
-    names = options.only or [name for name in there if name != "silero"]
+    names = options.only or [name for name in there if name not in PARTS]
     if not names:
         parser.error(f"no engines in {options.engines}; make some with: python -m bench.models --out {options.engines}")
     device = record.require_cuda("bench")
@@ -146,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--engines", type=Path, metavar="DIR", help="made by python -m bench.models")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print this JSON as Markdown")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="engines; default: all there, but silero")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="engines; default: all there that are whole models")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help=f"of {', '.join(peers.SYSTEMS)}; default: all")
     parser.add_argument("--shapes", type=int, nargs="+", metavar="N", help="how many take turns (1 8 32 128)")
     parser.add_argument("--calls", type=int, default=1000, metavar="N", help="timed calls of a system (default 1000)")

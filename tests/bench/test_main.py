@@ -109,6 +109,7 @@ def test_something_must_be_measured_or_shown(capsys):
         (["--shapes", "0"], "whole numbers, 1 or more"),
         (["--calls", "0"], "whole numbers, 1 or more"),
         ([], "no engines in"),
+        (["--only", "mlp8", "silero", "minilm_tokens"], "minilm_tokens, silero: what is stored as the answer is not"),
         (["--table", "x.json", "--systems", "no-such"], "unknown systems: no-such"),
     ],
 )
