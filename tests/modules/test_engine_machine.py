@@ -50,8 +50,9 @@ class Steps(RuleBasedStateMachine):
         io=st.sampled_from(["bind", "copy"]),
         contexts=st.sampled_from(["auto", "private", "shared"]),
         outputs=st.sampled_from(["own", "own", "view"]),
+        templates=st.sampled_from([0, 2, 256]),
     )
-    def start(self, io: str, contexts: str, outputs: str) -> None:
+    def start(self, io: str, contexts: str, outputs: str, templates: int) -> None:
         self.undo = ExitStack()
         patch = self.undo.enter_context(pytest.MonkeyPatch.context())
         self.fake: Torch = self.undo.enter_context(installed(*MODULES, patch=patch))
@@ -61,6 +62,7 @@ class Steps(RuleBasedStateMachine):
         self.engine = load("refittable")
         self.scale, self.shift = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0])
         self.options: dict[str, Any] = {"io": io, "contexts": contexts, "outputs": outputs, "max_graphs": MOST}
+        self.options["templates"] = templates
         self.fast: CachedModule = graphcache.wrap(self.engine, **self.options)
         self.calls = 0
         self.held: list[tuple[Tensor, Tensor]] = []
@@ -248,7 +250,8 @@ class Steps(RuleBasedStateMachine):
 
     def retire(self) -> None:
         info = self.fast.cache_info()
-        Steps.total.update(hits=info.hits, captures=info.captures, failed=info.eager.get(Reason.CAPTURE_FAILED, 0))
+        Steps.total.update(hits=info.hits, captures=info.captures, recalls=info.recalls)
+        Steps.total["failed"] += info.eager.get(Reason.CAPTURE_FAILED, 0)
 
     def right(self, x: Tensor) -> Tensor:
         return (x * self.scale + self.shift).clone()
@@ -276,4 +279,4 @@ def test_thousands_of_steps_over_an_engine_that_is_refitted() -> None:
         ),
     )
     assert Steps.total["steps"] >= 4_000, Steps.total
-    assert min(Steps.total[name] for name in ("hits", "captures", "refits", "failed")) >= 50, Steps.total
+    assert min(Steps.total[name] for name in ("hits", "captures", "recalls", "refits", "failed")) >= 50, Steps.total
