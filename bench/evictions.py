@@ -17,7 +17,6 @@ import argparse
 import gc
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 
 from bench import calls as calls_of
 from bench import record, store
+from bench.host_memory import resident_bytes
 
 SEED = 0
 PHASES = {
@@ -95,7 +95,7 @@ def measure(bundle: store.Bundle, shapes: int, passes: int, device: torch.device
     }
     failures = _wrong(bundle, pool, systems, "before timing")
     taken: dict[str, list[int]] = {name: [] for name in systems}
-    phases = {name: Counter[str]() for name in systems}
+    phases: dict[str, dict[str, float]] = {name: {} for name in systems}
     begun = {name: _captures(module) for name, module in systems.items()}
     order = random.Random(SEED)
     wait = torch.cuda.current_stream().synchronize
@@ -132,7 +132,7 @@ def measure(bundle: store.Bundle, shapes: int, passes: int, device: torch.device
 
 
 @contextmanager
-def timed(into: Counter[str]) -> Iterator[None]:
+def timed(into: dict[str, float]) -> Iterator[None]:
     """Inside, add up what the phases of captures take, in seconds."""
     with ExitStack() as patched:
         for what, functions in PHASES.items():
@@ -142,13 +142,13 @@ def timed(into: Counter[str]) -> Iterator[None]:
         yield
 
 
-def _timing(function: Callable[..., Any], what: str, into: Counter[str]) -> Callable[..., Any]:
+def _timing(function: Callable[..., Any], what: str, into: dict[str, float]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            into[what] += time.perf_counter() - start
+            into[what] = into.get(what, 0.0) + time.perf_counter() - start
 
     return run
 
@@ -174,19 +174,24 @@ def _wrong(bundle: store.Bundle, pool: Sequence[calls_of.Call], systems: dict[st
 
 
 def _bytes_of_templates(bundle: store.Bundle, engine: Any, device: torch.device) -> dict[str, float]:
-    """Memory of the device that each evicted graph leaves behind, beyond what a cache of one graph takes anyway."""
+    """Memory that each evicted graph leaves behind, beyond what a cache of one graph takes without templates."""
     import graphcache
 
     sizes = calls_of.spread(bundle, 64)
     pool = calls_of.pool(bundle, sizes, 1, device, engine.input_binding_names)
-    used = {}
-    for templates in (0, len(sizes)):
+    used: list[tuple[int, int]] = []
+    # The first time for what TensorRT keeps of each shape, whoever calls.
+    for templates in (0, 0, len(sizes)):
         with graphcache.wrap(engine, max_graphs=1, templates=templates) as fast:
-            before = _used()
+            device_bytes, host_bytes = _used(), resident_bytes()
             for call in pool:
                 fast(*call.inputs)
-            used[templates] = _used() - before
-    return {"device_per_template": (used[len(sizes)] - used[0]) / max(len(sizes) - 1, 1)}
+            used.append((_used() - device_bytes, resident_bytes() - host_bytes))
+    (_, without, kept), each = used, max(len(sizes) - 1, 1)
+    return {
+        "device_per_template": (kept[0] - without[0]) / each,
+        "host_per_template": (kept[1] - without[1]) / each,
+    }
 
 
 def _used() -> int:
