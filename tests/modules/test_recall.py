@@ -377,11 +377,24 @@ def test_it_is_explained(fake: Torch) -> None:
     assert fast.cache_info().recalls == 1
 
 
-def test_observers_see_captures_and_replays_alike(fake: Torch) -> None:
-    fast = graphcache.wrap(load("affine"), max_graphs=1)
+def test_an_observer_hears_of_it_as_of_a_capture(fake: Torch) -> None:
+    class Hears:
+        def __init__(self) -> None:
+            self.heard: list[tuple[str, bool]] = []
+
+        def before(self, kind: str, module: str) -> None:
+            pass
+
+        def after(self, kind: str, module: str, seconds: float, done: bool) -> None:
+            self.heard.append((kind, done))
+
+    fast, hears = graphcache.wrap(load("affine"), max_graphs=1), Hears()
+    fast.observe(hears)
     for start, count in enumerate((1, 2, 1, 2, 2)):
         assert right(fast, rows(fake, count, start))
+    assert hears.heard == [("capture", True)] * 4 + [("replay", True)]
     assert outcomes(fast) == (1, 4, {})
+    assert fast.cache_info().recalls == 2
 
 
 def test_nothing_is_kept_alive(fake: Torch) -> None:
