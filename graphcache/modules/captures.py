@@ -74,7 +74,7 @@ class Captures:
         """What need not be asked about for a while; ``None`` where every call has to be looked at."""
         self.templates: Templates[Kept] = Templates(config.templates, self.admission.forgot_template)
         """What evicted graphs can be had back from."""
-        self._thrash = Thrash()
+        self._thrash = {recalls: Thrash(recalls=recalls) for recalls in (False, True)}
         self.lock = threading.RLock()
         """Held while a call is captured, and by whoever drops graphs."""
         self.cuda = self._engine is not None
@@ -100,7 +100,8 @@ class Captures:
             self._cache.clear(wait=wait)
             self.templates.clear()
             self._look_at_all()
-            self._thrash.forget()
+            for each in self._thrash.values():
+                each.forget()
             self.blocks.clear()
             self.recorder.release(wait=wait)
             self._cache.shared = 0
@@ -228,8 +229,7 @@ class Captures:
             if self.templates.most and getattr(outcome.graph, "template", None) is not None:
                 self.admission.has_template(signature)
             if preparation is None:
-                if not recalled:
-                    self._notice_thrash(signature)
+                self._notice_thrash(signature, recalled)
                 return None
             preparation.keep(self._cache.entries, signature)
             return slower
@@ -267,7 +267,7 @@ class Captures:
             return self._engine.device
         return next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
 
-    def _notice_thrash(self, signature: Signature) -> None:
+    def _notice_thrash(self, signature: Signature, recalled: bool) -> None:
         hits = self._ledger.retired_hits + sum(entry.hits for entry in list(self._cache.entries.values()))
-        if (seen := self._thrash.captured(signature, hits)) is not None:
+        if (seen := self._thrash[recalled].captured(signature, hits)) is not None:
             log.warning("%s: %s", self._ledger.name, seen.advice(self._cache, self._config.capture))
