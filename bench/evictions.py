@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
@@ -155,8 +156,6 @@ def _timing(function: Callable[..., Any], what: str, into: dict[str, float]) -> 
 
 def _found(owner: str, attribute: str) -> Any:
     """A function by the name that ``mock.patch`` takes."""
-    from pkgutil import resolve_name
-
     return getattr(resolve_name(owner), attribute)
 
 

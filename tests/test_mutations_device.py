@@ -77,9 +77,13 @@ CURES: dict[str, tuple[TakeOut, str]] = {
         replace(recall.Recallable, "_verify", nothing),
         RECALL + "test_one_that_another_capture_has_broken_is_found_out",
     ),
-    "graphs that came back are looked at with something": (
-        replace(shared_contexts.Shared, "fill", nothing),
+    "graphs that came back are looked at with what callers give": (
+        replace(recall, "refill", nothing),
         RECALL + "test_one_that_came_back_is_looked_at_like_any_other",
+    ),
+    "graphs that came back are looked at with more than zeros": (
+        replace(shared_contexts.Shared, "vary", nothing),
+        RECALL + "test_one_that_came_back_for_zeros_is_looked_at_with_something_else",
     ),
     "nothing of before a change is had back": (
         around(templates.Templates, "clear", lambda original, self: setattr(self, "generation", self.generation + 1)),

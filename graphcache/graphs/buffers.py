@@ -50,27 +50,6 @@ def poison(tensors: Sequence[Tensor], *, indices: int = -1) -> None:
                 tensor.fill_(float("nan") if tensor.is_floating_point() or tensor.is_complex() else indices)
 
 
-def fill(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors with values to try something with: floating ones between -1 and 1, integers and booleans 0.
-
-    Args:
-        tensors: Tensors without overlapping elements.
-
-    Example:
-        >>> x = torch.empty(3)
-        >>> fill([x])
-        >>> x
-        tensor([ 1.0000,  0.5403, -0.4161])
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        for tensor in tensors:
-            if tensor.is_floating_point() or tensor.is_complex():
-                values = torch.arange(tensor.numel(), dtype=torch.float32, device=tensor.device).cos()
-                tensor.copy_(values.reshape(tensor.shape))
-            else:
-                tensor.zero_()
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor's elements fill one block of memory, so that one plain copy moves them all."""
     return tensor.numel() > 0 and bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))

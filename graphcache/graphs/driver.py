@@ -103,23 +103,20 @@ def new_event() -> Any:
 
 def has_passed(event: Any) -> bool:
     """Whether everything that a recorded event stands behind has finished; the host does not wait."""
-    driver = binding()
-    (code,) = driver.cuEventQuery(event)
-    if code == driver.CUresult.CUDA_ERROR_NOT_READY:
-        return False
-    if int(code) != 0:
-        raise failure("cuEventQuery", code)
-    return True
+    return _is_ready("cuEventQuery", event)
 
 
 def is_idle(stream: Any) -> bool:
     """Whether everything on a stream, which is not being captured, has finished; the host does not wait."""
-    driver = binding()
-    (code,) = driver.cuStreamQuery(stream)
-    if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+    return _is_ready("cuStreamQuery", stream)
+
+
+def _is_ready(query: str, handle: Any) -> bool:
+    (code,) = getattr(binding(), query)(handle)
+    if code == binding().CUresult.CUDA_ERROR_NOT_READY:
         return False
     if int(code) != 0:
-        raise failure("cuStreamQuery", code)
+        raise failure(query, code)
     return True
 
 

@@ -26,8 +26,8 @@ class Template:
     What its kernels refer to besides (an execution context, scratch memory) it keeps alive. NVIDIA calls the graph that
     executables are made of a template.
 
-    Whoever holds it says so with :meth:`hold` and :meth:`let_go`; after the last one it is destroyed. All of it is for
-    whoever holds the lane's lock.
+    Whoever holds it says so with :meth:`hold` and :meth:`let_go`; after the last one it is destroyed. A graph holds it
+    until its own last launch has finished. All of it is for whoever holds the lane's lock.
 
     Args:
         captured: The ``CUgraph``, which is the template's from now on.
@@ -83,7 +83,7 @@ class Template:
             outputs=slots[self._inputs :],
             lane=self._lane,
             keep=self._keep,
-            release=self._released,
+            release=self.let_go,
             template=self,
             upload=upload,
         )
@@ -107,11 +107,10 @@ class Template:
         self._held += 1
 
     def let_go(self) -> None:
-        """Hold it no more; if nobody else does, it is destroyed when the last launch of the lane has finished."""
-        if self._held > 1:
-            self._held -= 1
-        else:
-            self._lane.release(self._released, wait=False)
+        """Hold it no more; if nobody else does, it is destroyed."""
+        self._held -= 1
+        if self._held == 0:
+            self._destroy()
 
     def _move(self, tensors: Sequence[Tensor]) -> None:
         """Point the graph itself at other static buffers, as if it had been captured with them."""
@@ -122,11 +121,6 @@ class Template:
                 nodes[int(pointer.arguments[0])] = pointer
         for pointer in nodes.values():
             pointer.point_template()
-
-    def _released(self) -> None:
-        self._held -= 1
-        if self._held == 0:
-            self._destroy()
 
     def _destroy(self) -> None:
         captured, self._captured = self._captured, None

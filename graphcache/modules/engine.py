@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -40,6 +40,8 @@ from graphcache.modules.engine_controls import EngineControls, report_to
 from graphcache.modules.engine_state import tensor_of
 from graphcache.modules.operator import alive, call_engine, describe_call
 from graphcache.modules.packaging import Source
+
+_T = TypeVar("_T")
 
 
 class EngineModule(CarriedEngine, EngineControls):
@@ -321,6 +323,10 @@ class EngineModule(CarriedEngine, EngineControls):
             if not binding.fits(value, self._profile):
                 raise out_of_range(self.name, binding, value, [self._profile])
         return inputs, self._profile
+
+    def device_only(self, values: Sequence[_T]) -> list[_T]:
+        """Of what belongs to each input, in their order, that of the inputs that TensorRT reads on the device."""
+        return [value for index, value in enumerate(values) if index not in self.host_inputs]
 
     def moved(self, inputs: Sequence[Any]) -> list[Any]:
         """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""

@@ -16,7 +16,7 @@ from graphcache.graphs.template import Template
 from graphcache.graphs.verify import perturb, verify
 from graphcache.modules.conditions import several_devices
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import Build, Recorded
+from graphcache.modules.record import Build, Recorded, refill
 from graphcache.modules.shared_contexts import Shared, SharedContexts
 
 
@@ -64,17 +64,20 @@ class Recallable:
                 raise Refusal(Reason.MISMATCH, module.name, "other graphs of its context answered differently")
             # Memory of graphs that were evicted is there for this one.
             module.lane.reap(wait=True)
+            module.lane.enter(torch.cuda.current_stream().cuda_stream)
             graph = self._template.again()
             try:
                 if self._shared.uses != self._uses:
                     self._verify(graph, inputs)
                 recorded = Recorded(graph, self._build, whole=True, bare=len(module.engine.outputs) == 1)
-                self._shared.add(graph, blank=True)
+                # What it is looked at with when its context is used again.
+                refill([slot.buffer for slot in graph.inputs], module.device_only(inputs))
+                self._shared.add(graph, given=True)
             except BaseException:
                 graph.close(wait=False)
                 raise
         try:
-            return self._build(recorded.replay(self._device_only(inputs)), inputs), recorded
+            return self._build(recorded.replay(module.device_only(inputs)), inputs), recorded
         except BaseException:
             recorded.close(wait=False)
             raise
@@ -88,12 +91,9 @@ class Recallable:
         module = self._module
         with torch.inference_mode(False):
             given = [value.detach() for value in inputs]
-            others = [
-                value if binding.on_host else other
-                for binding, value, other in zip(module.engine.inputs, given, perturb(given), strict=True)
-            ]
+            others = perturbed(module, given, given)
             expected, expected_others = self._eagerly(given), self._eagerly(others)
-            on_device = self._device_only(given), expected, self._device_only(others), expected_others
+            on_device = module.device_only(given), expected, module.device_only(others), expected_others
             try:
                 verify(graph, *on_device, where=module.name)
             except Refusal:
@@ -101,14 +101,20 @@ class Recallable:
                 raise
 
     def _eagerly(self, given: Sequence[Tensor]) -> list[Tensor]:
+        # Past hooks on the engine, which are no part of a graph of it.
         with graphs_off():
-            answer = self._module(*given)
+            answer = self._module.forward(*given)
         return [answer] if isinstance(answer, Tensor) else list(answer)
 
-    def _device_only(self, values: Sequence[Tensor]) -> list[Tensor]:
-        return [value for index, value in enumerate(values) if index not in self._module.host_inputs]
+
+def perturbed(module: EngineModule, given: Sequence[Tensor], static: Sequence[Tensor]) -> list[Tensor]:
+    """Other values for an engine's inputs, to verify with; those that are read on the host stay as they are given."""
+    return [
+        value if binding.on_host else other
+        for binding, value, other in zip(module.engine.inputs, given, perturb(static), strict=True)
+    ]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """A block in which a device is the current one; with a single device it is anyway, and to say so takes 15 µs."""
+    """A block in which a device is the current one, which a single device is anyway."""
     return torch.cuda.device(device) if several_devices() else nullcontext()

@@ -23,9 +23,9 @@ from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.pointers import CannotBind, Pointer, elsewhere, find_copies, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.template import Template
-from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
+from graphcache.graphs.verify import difference, tolerance_of, verify
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.recall import Recallable
+from graphcache.modules.recall import Recallable, perturbed
 from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.shared_contexts import SharedContexts
 
@@ -147,10 +147,7 @@ class EngineRecorder:
             return [output.clone() for output in outputs]
 
         expected = run(given)
-        others = [
-            value if binding.on_host else other
-            for binding, value, other in zip(module.engine.inputs, given, perturb(static), strict=True)
-        ]
+        others = perturbed(module, given, static)
         expected_others = run(others) if self._config.verify else []
         again = run(given)
         torch.cuda.current_stream().synchronize()
@@ -170,7 +167,7 @@ class EngineRecorder:
         def verified(graph: CudaGraph) -> CudaGraph:
             if self._config.verify:
                 try:
-                    on_device = (self._device_only(given), expected, self._device_only(others), expected_others)
+                    on_device = (module.device_only(given), expected, module.device_only(others), expected_others)
                     verify(graph, *on_device, where=module.name)
                 except BaseException:
                     graph.close()
@@ -192,9 +189,6 @@ class EngineRecorder:
                     raise
                 log.debug("%s copies its inputs and outputs: pointed at others, %s", module.name, refusal.cause.detail)
         return verified(io.copying())
-
-    def _device_only(self, values: Sequence[Tensor]) -> list[Tensor]:
-        return [value for index, value in enumerate(values) if index not in self._module.host_inputs]
 
     @staticmethod
     def _build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
@@ -226,11 +220,10 @@ class _EngineIO:
         self.returns_context = False
         """Whether another graph may have the context when this one is gone: not before it is known to be in order."""
         self._all_inputs = static
-        self._inputs = [value for index, value in enumerate(static) if index not in module.host_inputs]
+        self._inputs = module.device_only(static)
         self._outputs = outputs
         # What no plain copy moves is put into its static buffer by an operation of its own, before the launch.
-        on_device = [flag for index, flag in enumerate(plain) if index not in module.host_inputs]
-        self._direct = [*on_device, *(True for _ in outputs)]
+        self._direct = [*module.device_only(plain), *(True for _ in outputs)]
 
     def bound(self) -> CudaGraph:
         """A graph whose kernels are pointed at the caller's tensors.

@@ -12,14 +12,15 @@ from torch import Tensor
 from graphcache.config import GraphConfig
 from graphcache.engines.context import Context
 from graphcache.events import log
-from graphcache.graphs.buffers import fill, nbytes_of, poison
+from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.verify import alike
+from graphcache.graphs.verify import alike, perturb
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.record import refill
 
 MOST = 129
-"""Graphs of one context, where a cache may have more. Each capture there replays all of them twice: 45 µs each for a
-small network on an H200, where another context takes some 74 MB and 30 to 130 ms."""
+"""Graphs of one context, where a cache may have more. Each capture there replays all of them twice, some 40 µs each for
+a small network (evictions-h200.json), where another context takes 74 MB and 30 to 130 ms."""
 _MEASURED = ("1.5.", "1.6.")
 """Versions of TensorRT-RTX under which graphs of one context, in turn, were seen to answer rightly (H100, H200). Under
 1.4.0.76 with ``EAGER`` they did not."""
@@ -33,7 +34,7 @@ class Shared:
         context: The context.
         profile: The optimisation profile that it is used with.
         graphs: Those that are there; whoever uses the context looks at all of them.
-        blank: Of these, those whose static inputs hold nothing in particular.
+        given: Of these, those whose static inputs hold what a caller gave, which may be all zero.
         uses: How often it was used to capture, or to try.
         trusted: Whether no graph was seen to answer otherwise than before.
     """
@@ -41,30 +42,31 @@ class Shared:
     context: Context
     profile: int
     graphs: WeakSet[CudaGraph] = field(default_factory=WeakSet)
-    blank: WeakSet[CudaGraph] = field(default_factory=WeakSet)
+    given: WeakSet[CudaGraph] = field(default_factory=WeakSet)
     uses: int = 0
     trusted: bool = True
 
-    def add(self, graph: CudaGraph, *, blank: bool = False) -> None:
+    def add(self, graph: CudaGraph, *, given: bool = False) -> None:
         """Look at a graph from now on whenever the context is used.
 
         Args:
             graph: The graph.
-            blank: Whether its static inputs are to be filled before.
+            given: Whether its static inputs hold what a caller gave: other values are made of them before.
         """
         self.graphs.add(graph)
-        if blank:
-            self.blank.add(graph)
+        if given:
+            self.given.add(graph)
 
     def live(self) -> list[CudaGraph]:
         """The graphs that are open."""
         return [graph for graph in self.graphs if graph.executables is not None]
 
-    def fill(self) -> None:
-        """See to it that there is something in all static inputs to look at graphs with."""
-        for graph in list(self.blank):
-            fill([slot.buffer for slot in graph.inputs])
-        self.blank.clear()
+    def vary(self) -> None:
+        """See to it that all static inputs hold what verification would have tried, as after a capture."""
+        for graph in list(self.given):
+            buffers = [slot.buffer for slot in graph.inputs]
+            refill(buffers, perturb(buffers))
+        self.given.clear()
 
 
 class SharedContexts:
@@ -107,7 +109,7 @@ class SharedContexts:
         """
         shared = self._with_room(scratch, profile)
         graphs = shared.live()
-        shared.fill()
+        shared.vary()
         before = self._answers(graphs)
         self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
         shared.uses += 1

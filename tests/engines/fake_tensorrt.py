@@ -279,6 +279,15 @@ NETWORKS: dict[str, Network] = {
         lambda given: {"y": given["x"] * (2 + given.get("kept", len(given["x"])) - len(given["x"]))},
         keeps=True,
     ),
+    "keeping integers": Network(
+        (
+            IO("x", True, (-1,), DataType.INT64, ranges=(_range((1,), (64,)),)),
+            IO("y", False, (-1,), DataType.INT64),
+        ),
+        lambda shapes, _: {"y": shapes["x"]},
+        lambda given: {"y": given["x"] * (2 + given.get("kept", len(given["x"])) - len(given["x"]))},
+        keeps=True,
+    ),
     "scaled": Network(
         (IO("x", True, (-1,), ranges=(_range((1,), (64,)),)), IO("y", False, (-1,))),
         lambda shapes, _: {"y": shapes["x"]},

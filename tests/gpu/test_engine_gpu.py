@@ -108,7 +108,7 @@ def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, 
     assert fast._misses.recorder._contexts.shares
     assert len(engine.engine.contexts) <= 2, "one more for eager answers"
     for shared in fast._misses.recorder._contexts._open:
-        shared.fill()
+        shared.vary()
     graphs = [entry.graph.graph for entry in fast._entries.values()]
     # A look at NaN would be empty: a graph that has become wrong makes NaN of it as well.
     assert all(slot.buffer.isfinite().all() for graph in graphs for slot in graph.inputs)

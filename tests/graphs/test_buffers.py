@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from graphcache.graphs.buffers import fill, nbytes_of, poison, static_copy
+from graphcache.graphs.buffers import nbytes_of, poison, static_copy
 from tests.helpers import DTYPES, same, tensors
 
 EVERY_DTYPE = (*DTYPES, torch.int8, torch.int16, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint16)
@@ -76,28 +76,6 @@ def test_poison_leaves_no_right_answer_in_any_dtype(dtype):
         assert poisoned.isnan().all()
     else:
         assert not (poisoned == 0).any()
-
-
-@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
-def test_fill_puts_something_finite_into_any_dtype(dtype):
-    whole = torch.zeros(4, 4).to(dtype)
-    poison([whole])
-    buffer = whole[1:3, ::2]
-    fill([buffer])
-    values = buffer.to(torch.complex128) if dtype.is_complex else buffer.to(torch.float64)
-    assert values.abs().max() <= 1
-    if dtype.is_floating_point or dtype.is_complex:
-        assert values[0, 0] == 1
-        assert len(set(values.flatten().tolist())) > 1
-        assert whole.to(torch.complex128).isnan().sum() == 12
-    else:
-        assert not values.any()
-
-
-def test_fill_of_nothing_and_of_a_single_value():
-    buffers = [torch.empty(0), torch.empty(()), torch.empty(2, 0, 3)]
-    fill(buffers)
-    assert buffers[1] == 1
 
 
 def test_poisoned_indices_can_be_valid_ones():

@@ -48,9 +48,9 @@ class Steps(RuleBasedStateMachine):
 
     @initialize(
         io=st.sampled_from(["bind", "copy"]),
-        contexts=st.sampled_from(["auto", "private", "shared"]),
+        contexts=st.sampled_from(["auto", "shared", "private"]),
         outputs=st.sampled_from(["own", "own", "view"]),
-        templates=st.sampled_from([0, 2, 256]),
+        templates=st.sampled_from([256, 256, 2, 0]),
     )
     def start(self, io: str, contexts: str, outputs: str, templates: int) -> None:
         self.undo = ExitStack()
@@ -108,7 +108,7 @@ class Steps(RuleBasedStateMachine):
                         self.held.append((answer, wanted))
                 self.calls += 1
 
-    @rule(counts=st.lists(st.integers(1, 8), min_size=2, max_size=MOST + 2, unique=True), stream=st.integers(0, 1))
+    @rule(counts=st.lists(st.integers(1, 8), min_size=MOST + 1, max_size=MOST + 2, unique=True), stream=st.integers(0, 1))
     def take_turns(self, counts: list[int], stream: int) -> None:
         """More shapes than graphs, so that some take each other's places."""
         for count in (*counts, *counts):

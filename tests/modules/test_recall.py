@@ -129,10 +129,11 @@ def test_the_same_would_be_a_wrong_answer_without_the_look(fake: Torch, monkeypa
     assert not torch.equal(fast(first), first * 2)
 
 
-def test_one_that_came_back_is_looked_at_like_any_other(fake: Torch) -> None:
-    """Fails if nothing is put into its static inputs, of which a graph that has become wrong makes the same."""
-    fast = graphcache.wrap(load("keeping"), contexts="shared")
-    first, second = flat(fake, 3, 1), flat(fake, 5, 1)
+@pytest.mark.parametrize(("network", "dtype"), [("keeping", torch.float32), ("keeping integers", torch.int64)])
+def test_one_that_came_back_is_looked_at_like_any_other(fake: Torch, network: str, dtype: torch.dtype) -> None:
+    """Fails if nothing of the kind that callers give is in its static inputs: of zeros every graph makes the same."""
+    fast = graphcache.wrap(load(network), contexts="shared")
+    first, second = (fake.driver.heap.tensor(range(1, 1 + count), dtype=dtype) for count in (3, 5))
     fast(first)
     fast._cache.evict(next(iter(fast._entries)))
     assert torch.equal(fast(first), first * 2)
@@ -141,6 +142,29 @@ def test_one_that_came_back_is_looked_at_like_any_other(fake: Torch) -> None:
     assert not shares(fast)
     for x in (first, second):
         assert torch.equal(fast(x), x * 2)
+
+
+def test_one_that_came_back_for_zeros_is_looked_at_with_something_else(fake: Torch) -> None:
+    fast = graphcache.wrap(load("keeping"), contexts="shared")
+    first, second = flat(fake, 3, 1), flat(fake, 5, 1)
+    fast(first)
+    fast._cache.evict(next(iter(fast._entries)))
+    fast(fake.driver.heap.tensor([0.0, 0.0, 0.0]))
+    assert fast.cache_info().recalls == 1
+    fast(second)
+    assert not shares(fast)
+    assert torch.equal(fast(first), first * 2)
+
+
+def test_hooks_on_the_engine_are_no_part_of_what_a_graph_is_held_against(fake: Torch) -> None:
+    """They are none of a graph either. Here one is wrong whenever it is asked."""
+    module = load("affine")
+    fast = graphcache.wrap(module, max_graphs=1)
+    called: list[object] = []
+    module.register_forward_hook(lambda *given: called.append(given) or given[-1] * 2)
+    for count in (1, 2, 3, 1, 2):
+        assert right(fast, rows(fake, count))
+    assert (fast.cache_info().recalls, shares(fast), called) == (2, True, [])
 
 
 def test_others_of_a_context_that_went_wrong_are_not_had_back(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +405,7 @@ def test_it_is_explained(fake: Torch) -> None:
     (found,) = fast.explain(rows(fake, 1)).calls
     assert (found.outcome, found.note) == (
         "capture",
-        "it had a graph, which was evicted and comes back without a capture",
+        "it had a graph, which was evicted and can be had back without a capture",
     )
     assert right(fast, rows(fake, 1))
     assert fast.cache_info().recalls == 1
