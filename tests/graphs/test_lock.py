@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -133,54 +134,62 @@ class Stopped(Exception):
     """What the handler of a signal raises."""
 
 
-def test_who_waits_hears_of_a_signal(make: Callable[[], Any]) -> None:
-    """As Ctrl-C is, in the main thread, while another one holds the lock."""
-    lock, held, over = make(), threading.Event(), threading.Event()
+@contextmanager
+def held_and_signalled(lock: Any, handle: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Another thread holds a lock, and sends signals to this one until an event is set, at the latest at the end.
+
+    Args:
+        lock: The lock.
+        handle: What the first signal does in the main thread, once that has entered the block, given the event.
+    """
+    held, over, inside = threading.Event(), threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
             held.set()
-            # The first of them may come before anybody waits.
             while not over.wait(0.01):
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
-    def stop(*_: object) -> None:
-        raise Stopped
+    def hear(*_: object) -> None:
+        # Once: the end of this block must not be interrupted.
+        if inside.is_set():
+            inside.clear()
+            handle(over)
 
-    before = signal.signal(signal.SIGUSR1, stop)
+    before = signal.signal(signal.SIGUSR1, hear)
     holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
     try:
-        with pytest.raises(Stopped):
-            holder.start()
-            held.wait()
-            with lock:
-                pytest.fail("it was held by another thread")
+        inside.set()
+        yield
     finally:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        inside.clear()
         over.set()
         holder.join()
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_who_waits_hears_of_a_signal(make: Callable[[], Any]) -> None:
+    """As Ctrl-C is, in the main thread, while another one holds the lock."""
+    lock = make()
+
+    def stop(_: threading.Event) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped), held_and_signalled(lock, stop), lock:
+        pytest.fail("it was held by another thread")
     with lock:
         assert elsewhere(lambda: lock.acquire(False)) is False
     assert elsewhere(lambda: lock.acquire() and (lock.release() or True))
 
 
 def test_a_signal_whose_handler_returns_interrupts_nobody(make: Callable[[], Any]) -> None:
-    lock, held, heard = make(), threading.Event(), threading.Event()
+    lock, heard = make(), []
 
-    def hold() -> None:
-        with lock:
-            held.set()
-            while not heard.wait(0.01):
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+    def let_it_go(over: threading.Event) -> None:
+        heard.append(True)
+        over.set()
 
-    before = signal.signal(signal.SIGUSR1, lambda *_: heard.set())
-    holder = threading.Thread(target=hold)
-    try:
-        holder.start()
-        held.wait()
-        with lock:
-            assert heard.is_set()
-    finally:
-        holder.join()
-        signal.signal(signal.SIGUSR1, before)
+    with held_and_signalled(lock, let_it_go), lock:
+        assert heard == [True]

@@ -108,7 +108,9 @@ class Steps(RuleBasedStateMachine):
                         self.held.append((answer, wanted))
                 self.calls += 1
 
-    @rule(counts=st.lists(st.integers(1, 8), min_size=MOST + 1, max_size=MOST + 2, unique=True), stream=st.integers(0, 1))
+    @rule(
+        counts=st.lists(st.integers(1, 8), min_size=MOST + 1, max_size=MOST + 2, unique=True), stream=st.integers(0, 1)
+    )
     def take_turns(self, counts: list[int], stream: int) -> None:
         """More shapes than graphs, so that some take each other's places."""
         for count in (*counts, *counts):
