@@ -24,7 +24,7 @@ _SILENT, _SILENT_SHARE, _SILENT_POWER = 6.0, 0.53, 1.2
 in 400 does), and as many as save half of what it takes to have it back. Then how fast it falls."""
 _PRIOR_CAPTURE = 50.0
 _PRIOR_RECALL = 0.1
-"""What having a graph back takes of what a capture does, before it was measured (0.11 for mlp8, evictions-h200.json)."""
+"""What having a graph back takes of what a capture does, until it was measured: 0.11 for mlp8 (evictions-h200.json)."""
 _PRIOR_SHARE = 0.3
 _LARGEST_SHARE = 0.9
 _LARGEST_FACTOR = 2.0**20
