@@ -14,10 +14,12 @@ from torch import Tensor
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
+from graphcache.graphs.copies import copy_after, copy_before, find_copies
+from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Body
 from graphcache.graphs.lane import Lane, capture_lock, own_stream
-from graphcache.graphs.pointers import CannotBind, find_copies
+from graphcache.graphs.pointers import CannotBind
 from graphcache.graphs.slots import Slot
 
 
@@ -63,29 +65,6 @@ def capture_enqueue(enqueue: Callable[[int], bool], lane: Lane, where: str, said
     return captured
 
 
-def with_copies(
-    enqueue: Callable[[int], bool], pairs: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]
-) -> Callable[[int], bool]:
-    """The same work with copies before and after it, which become copy nodes of the graph.
-
-    Args:
-        enqueue: The work.
-        pairs: (to, from) of the copies before it; dense tensors of equal layout.
-        after: (to, from) of the copies after it.
-    """
-
-    def enqueue_all(stream: int) -> bool:
-        for target, source in pairs:
-            _copy_node(target, source, stream)
-        if not enqueue(stream):
-            return False
-        for target, source in after:
-            _copy_node(target, source, stream)
-        return True
-
-    return enqueue_all
-
-
 def record_torch(
     body: Body,
     *,
@@ -124,17 +103,15 @@ def record_torch(
     """
     sources, targets = [torch.empty_like(each) for each in inputs], [torch.empty_like(each) for each in expected]
     whole = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
-    pool = lane.pool()
+    pool, kernels = lane.pool(), copy_kernels(lane.index)
     outputs: list[Tensor] = []
 
     def enqueue(stream: int) -> bool:
-        for static, source, copied in zip(inputs, sources, whole, strict=True):
-            if copied:
-                _copy_node(static, source, stream)
+        given = zip(inputs, sources, whole, strict=True)
+        copy_before([(static, source) for static, source, copied in given if copied], stream, kernels)
         outputs.extend(body())
-        for output, target in zip(outputs, targets, strict=True):
-            if _copies_whole(output, target):
-                _copy_node(target, output, stream)
+        made = zip(targets, outputs, strict=True)
+        copy_after([(target, output) for target, output in made if _copies_whole(output, target)], stream, kernels)
         return True
 
     # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this lane or another,
@@ -160,7 +137,7 @@ def record_torch(
         pairs = list(zip(sources, whole, strict=True))
         pairs += [(target, _copies_whole(output, target)) for output, target in zip(outputs, targets, strict=True)]
         try:
-            found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied]))
+            found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied], kernels))
         except CannotBind as why:
             raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
         pointers = [next(found) if copied else [] for _, copied in pairs]
@@ -179,12 +156,6 @@ def record_torch(
 
 def _copies_whole(output: Tensor, target: Tensor) -> bool:
     return is_dense(output) and output.stride() == target.stride()
-
-
-def _copy_node(target: Tensor, source: Tensor, stream: int) -> None:
-    nbytes = target.numel() * target.element_size()
-    if nbytes:
-        driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
 
 
 def forget_workspaces() -> None:

@@ -218,14 +218,17 @@ class Executables:
             if table[place] != address:
                 table[place] = UNKNOWN
             place += 1
-        place = start
+        place, told = start, set()
         for pointers in self._pointers:
             address = wanted[place - start]
             if table[place] != address:
                 for pointer in pointers:
+                    if (node := int(pointer.arguments[0])) in told:
+                        continue
                     code = pointer.setter(handle, *pointer.arguments)[0]
                     if code:
                         raise driver.failure(pointer.setter.__name__, code)
+                    told.add(node)
                 table[place] = address
             place += 1
         table[HAND] = (index + 1) % table[COUNT]

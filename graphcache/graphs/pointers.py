@@ -22,7 +22,9 @@ from graphcache.graphs import driver
 MAX_NODES = 4096
 """Reading a node's arguments takes some 10 µs; a graph beyond this many is launched for milliseconds and can copy."""
 
-_COPY_ADDRESSES = ("srcDevice", "dstDevice")
+COPY_ADDRESSES = ("srcDevice", "dstDevice")
+"""Where a copy node's addresses stand."""
+
 _COPY_FIELDS = (
     *("WidthInBytes", "Height", "Depth", "srcPitch", "dstPitch", "srcMemoryType", "dstMemoryType"),
     *("srcXInBytes", "srcY", "srcZ", "dstXInBytes", "dstY", "dstZ"),
@@ -80,7 +82,9 @@ class Pointer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Node:
+class Node:
+    """A ``CUgraphNode`` and its ``CUgraphNodeType``."""
+
     handle: Any
     kind: Any
 
@@ -124,7 +128,7 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
     Raises:
         CannotBind: If the captures differ in anything else, or a tensor stands nowhere.
     """
-    nodes, other_nodes = _nodes(first), _nodes(second)
+    nodes, other_nodes = nodes_of(first), nodes_of(second)
     if len(nodes) != len(other_nodes):
         raise CannotBind(f"two captures gave {len(nodes)} and {len(other_nodes)} nodes")
     if len(nodes) > MAX_NODES:
@@ -159,37 +163,11 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
     return found
 
 
-def find_copies(graph: Any, tensors: Sequence[Tensor]) -> list[list[Pointer]]:
-    """The copy nodes that read or write exactly at the given tensors.
-
-    Args:
-        graph: A ``CUgraph`` in which each tensor is copied from or to as a whole.
-        tensors: What is copied.
-
-    Raises:
-        CannotBind: If one of them is not.
-    """
-    addresses = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
-    nbytes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    found: list[list[Pointer]] = [[] for _ in tensors]
-    for node in _nodes(graph):
-        if node.kind != driver.binding().CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY:
-            continue
-        params = driver.call("cuGraphMemcpyNodeGetParams", node.handle)
-        for field in _COPY_ADDRESSES:
-            index = addresses.get(int(getattr(params, field)))
-            if index is not None and _is_flat(params) and int(params.WidthInBytes) == nbytes[index]:
-                found[index].append(_copy_pointer(node.handle, params, field, 0))
-    for index, places in enumerate(found):
-        if len(places) != 1:
-            raise CannotBind(f"tensor {index} is copied by {len(places)} nodes instead of one")
-    return found
-
-
-def _nodes(graph: Any) -> list[_Node]:
+def nodes_of(graph: Any) -> list[Node]:
+    """The nodes of a ``CUgraph``, in the driver's order."""
     _, count = driver.call("cuGraphGetNodes", graph, 0)
     handles, _ = driver.call("cuGraphGetNodes", graph, count)
-    return [_Node(handle, driver.call("cuGraphNodeGetType", handle)) for handle in handles[:count]]
+    return [Node(handle, driver.call("cuGraphNodeGetType", handle)) for handle in handles[:count]]
 
 
 def _compare_kernels(
@@ -241,21 +219,29 @@ def _compare_copies(left: Any, right: Any, moves: Sequence[tuple[int, int, int]]
     params, other = (driver.call("cuGraphMemcpyNodeGetParams", node) for node in (left, right))
     if any(int(getattr(params, name)) != int(getattr(other, name)) for name in _COPY_FIELDS):
         raise CannotBind("two captures copy differently")
-    if not _is_flat(params) and any(int(getattr(params, f)) != int(getattr(other, f)) for f in _COPY_ADDRESSES):
+    if not is_flat(params) and any(int(getattr(params, f)) != int(getattr(other, f)) for f in COPY_ADDRESSES):
         raise CannotBind("a copy of several rows cannot be pointed elsewhere")
-    for field in _COPY_ADDRESSES:
+    for field in COPY_ADDRESSES:
         mine, theirs = int(getattr(params, field)), int(getattr(other, field))
         if mine != theirs:
             index, offset = _explain(mine, theirs, moves)
-            found[index].append(_copy_pointer(left, params, field, offset))
+            found[index].append(copy_pointer(left, params, field, offset))
 
 
-def _is_flat(params: Any) -> bool:
-    # All that cuGraphExecMemcpyNodeSetParams takes.
+def is_flat(params: Any) -> bool:
+    """Whether a copy is of one row: all that ``cuGraphExecMemcpyNodeSetParams`` takes."""
     return int(params.Height) <= 1 and int(params.Depth) <= 1
 
 
-def _copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
+def copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
+    """The place of an address in a copy node.
+
+    Args:
+        node: A ``CUgraphNode``.
+        params: Its parameters, a copy of the node's own.
+        field: One of :data:`COPY_ADDRESSES`.
+        offset: As for :class:`Pointer`.
+    """
     word = ctypes.c_uint64.from_address(params.getPtr() + _copy_field_offsets()[field])
     context = driver.call("cuCtxGetCurrent")
     return Pointer(word, offset, driver.binding().cuGraphExecMemcpyNodeSetParams, (node, params, context), params)
@@ -265,7 +251,7 @@ def _copy_field_offsets() -> dict[str, int]:
     """Where the device addresses stand in ``CUDA_MEMCPY3D``: found by a mark, as the binding hides its layout."""
     api = driver.binding()
     offsets = {}
-    for field in _COPY_ADDRESSES:
+    for field in COPY_ADDRESSES:
         probe = api.CUDA_MEMCPY3D()
         setattr(probe, field, api.CUdeviceptr(0x5A5A5A5A12345678))
         raw = ctypes.string_at(probe.getPtr(), 200)

@@ -16,11 +16,13 @@ from graphcache.errors import Cause, EngineExecutionError, Reason, Refusal
 from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
-from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of, with_copies
+from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
+from graphcache.graphs.copies import find_copies, with_copies
+from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane, own_stream
-from graphcache.graphs.pointers import CannotBind, Pointer, elsewhere, find_copies, find_pointers
+from graphcache.graphs.pointers import CannotBind, Pointer, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.template import Template
 from graphcache.graphs.verify import difference, tolerance_of, verify
@@ -254,7 +256,7 @@ class _EngineIO:
         return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
 
     def copying(self) -> CudaGraph:
-        """A graph that begins and ends with copy nodes, which are pointed at the caller's tensors.
+        """A graph that begins and ends with nodes that copy, which are pointed at the caller's tensors.
 
         Raises:
             Refusal: If the engine cannot be captured.
@@ -265,11 +267,13 @@ class _EngineIO:
         count = len(self._inputs)
         before = [(ours[i], others[i]) for i in range(count) if copied[i]]
         after = [(others[i], ours[i]) for i in range(count, len(ours)) if copied[i]]
+        moved = [other for other, each in zip(others, copied, strict=True) if each]
+        kernels = copy_kernels(self._lane.index)
         with ExitStack() as undo:
-            captured = self._capture(with_copies(self._context.enqueue, before, after))
+            captured = self._capture(with_copies(self._context.enqueue, before, after, kernels))
             undo.callback(driver.call, "cuGraphDestroy", captured)
             try:
-                found = iter(find_copies(captured, [other for other, each in zip(others, copied, strict=True) if each]))
+                found = iter(find_copies(captured, moved, kernels))
             except CannotBind as why:
                 raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
             undo.pop_all()

@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import capture, cuda, lane, pointers, pool, single, slots, template
+from graphcache.graphs import capture, copies, copy_kernel, cuda, lane, pointers, pool, single, slots, template
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -48,6 +48,7 @@ class CUresult(enum.IntEnum):
     CUDA_ERROR_ILLEGAL_STATE = 401
     CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_NOT_FOUND = 500
     CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
@@ -104,6 +105,10 @@ class CUmemorytype(enum.IntEnum):
     CU_MEMORYTYPE_UNIFIED = 4
 
 
+class CUlaunchAttributeID(enum.IntEnum):
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
 class CUgraphDependencyType(enum.IntEnum):
     CU_GRAPH_DEPENDENCY_TYPE_DEFAULT = 0
     CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC = 1
@@ -145,6 +150,9 @@ class CUfunction(_Handle): ...
 
 
 class CUkernel(_Handle): ...
+
+
+class CUmodule(_Handle): ...
 
 
 class CUcontext(_Handle): ...
@@ -244,6 +252,20 @@ class CUgraphEdgeData(_Struct):
 class CUDA_GRAPH_INSTANTIATE_PARAMS(_Struct):
     _raw_class = _layout(flags=ctypes.c_uint64, hUploadStream=_pointer, hErrNode_out=_pointer, result_out=_u32)
     _wrapped: ClassVar[dict[str, type[_Handle]]] = {"flags": cuuint64_t, "hUploadStream": CUstream}
+
+
+class CUlaunchAttribute:
+    def __init__(self) -> None:
+        self.id: CUlaunchAttributeID | None = None
+        self.value = SimpleNamespace()
+
+
+class CUlaunchConfig:
+    def __init__(self) -> None:
+        self.gridDimX = self.gridDimY = self.gridDimZ = self.blockDimX = self.blockDimY = self.blockDimZ = 0
+        self.sharedMemBytes = self.numAttrs = 0
+        self.hStream = CUstream(0)
+        self.attrs: list[CUlaunchAttribute] = []
 
 
 class _Failed(Exception):
@@ -351,6 +373,7 @@ class _Function:
     def __init__(self, sizes: Sequence[int], body: Callable[..., None]) -> None:
         self.sizes = tuple(sizes)
         self.body = body
+        self.waits = False
 
 
 class _Node:
@@ -469,6 +492,9 @@ class Driver:
     CUgraphDebugDot_flags = CUgraphDebugDot_flags
     CUmemorytype = CUmemorytype
     CUgraphDependencyType = CUgraphDependencyType
+    CUlaunchAttributeID = CUlaunchAttributeID
+    CUlaunchAttribute = CUlaunchAttribute
+    CUlaunchConfig = CUlaunchConfig
     CUgraphEdgeData = CUgraphEdgeData
     CUstream = CUstream
     CUevent = CUevent
@@ -502,6 +528,7 @@ class Driver:
         self.executables: dict[int, _Executable] = {}
         self._nodes: dict[int, tuple[int, _Node]] = {}
         self._functions: dict[int, _Function] = {}
+        self._modules: dict[int, str] = {}
         self._context = CUcontext(0x77)
         self._faults: dict[str, list[str | None]] = {}
 
@@ -732,6 +759,44 @@ class Driver:
         params.srcDevice, params.dstDevice = srcDevice, dstDevice
         params.WidthInBytes, params.Height, params.Depth = ByteCount, 1, 1
         self._enqueue(int(hStream), _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY, params))
+
+    @_api(1)
+    def cuModuleLoadData(self, image: bytes) -> Any:
+        if any(each.capture is not None for each in self.streams.values()):
+            raise Violation("code is loaded within a capture")
+        if not image.endswith(b"\0"):
+            raise Violation("the source has no end")
+        self._modules[module := self._new()] = image[:-1].decode()
+        return CUmodule(module)
+
+    @_api(1)
+    def cuModuleGetFunction(self, hmod: Any, name: bytes) -> Any:
+        source = self._get(self._modules, hmod, CUmodule)
+        start = source.find(f".entry {name.decode()}(.param .align 8 .b8 copies[192])")
+        if start < 0:
+            raise _Failed("NOT_FOUND")
+        waits = "griddepcontrol.wait;" in source[start : source.index("ret;", start)]
+        made = self.kernel([192], _copies)
+        self._functions[made].waits = waits
+        return CUfunction(made)
+
+    @_api(0)
+    def cuLaunchKernelEx(self, config: Any, f: Any, kernelParams: int, extra: int) -> None:
+        known = self._get(self._functions, f, CUfunction)
+        addresses = (ctypes.c_void_p * len(known.sizes)).from_address(kernelParams)
+        copied = [ctypes.string_at(address, size) for address, size in zip(addresses, known.sizes, strict=True)]
+        assert len(config.attrs) == config.numAttrs
+        early = bool(config.attrs)
+        for attribute in config.attrs:
+            assert attribute.id == CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            assert attribute.value.programmaticStreamSerializationAllowed == 1
+        if early and not known.waits:
+            raise Violation("a kernel that does not wait begins before what it reads is written")
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        block = config.blockDimX, config.blockDimY, config.blockDimZ
+        if not all((*grid, *block)) or grid[2] * block[1] * block[2] != 1:
+            raise _Failed("INVALID_VALUE")
+        self.launch(int(f), copied, int(config.hStream), grid=grid, block=block, programmatic=early)
 
     @_api(2)
     def cuGraphGetNodes(self, hGraph: Any, numNodes: int) -> Any:
@@ -1016,6 +1081,18 @@ class Driver:
             self._run(child, stream)
 
 
+def _copies(memory: Memory, copies: bytes) -> None:
+    """The kernel of copy nodes. Nobody says in which order it makes them."""
+    words = [int.from_bytes(copies[start : start + 8], "little") for start in range(0, len(copies), 8)]
+    read = [
+        (to, memory.read(source, nbytes))
+        for source, to, nbytes in zip(words[::3], words[1::3], words[2::3], strict=True)
+        if nbytes
+    ]
+    for to, data in reversed(read):
+        memory.write(to, data)
+
+
 def _readable(address: int | None, nbytes: int) -> bool:
     """Whether there is memory, without the crash if there is none: the kernel looks before it copies into a pipe."""
     if not nbytes or os.name != "posix":
@@ -1155,11 +1232,13 @@ class Torch:
             _cuda_releasePool=self.pools.release,
         )
         self.current_index = 0
+        self.capability = (9, 0)
         self.cuda = SimpleNamespace(
             current_stream=lambda device=None: Stream(driver, self.raw_stream(0)),
             stream=self.on,
             device=lambda index: nullcontext(),
             current_device=lambda: self.current_index,
+            get_device_capability=lambda index: self.capability,
             device_count=lambda: 1,
             set_device=lambda index: setattr(self, "current_index", index),
             is_initialized=lambda: True,
@@ -1234,6 +1313,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
 
     patch.setattr(room, "binding", lambda: fake.driver)
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
+    kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
     templates: list[weakref.ref[template.Template]] = []
     make_template = template.Template.__init__
@@ -1243,8 +1323,10 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         templates.append(weakref.ref(self))
 
     patch.setattr(template.Template, "__init__", remember_template)
-    for module in (capture, cuda, lane, pointers, pool, slots, template, *others):
+    for module in (capture, copy_kernel, cuda, lane, pointers, pool, slots, template, *others):
         patch.setattr(module, "torch", fake)
+        if hasattr(module, "copy_kernels"):
+            patch.setattr(module, "copy_kernels", kernels)
         if hasattr(module, "own_stream"):
             patch.setattr(module, "own_stream", own_stream)
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
@@ -1323,11 +1405,12 @@ class Affine:
         return self._graph(graph, [slots.Slot(self.x, found[0], ALIGNMENT)], [slots.Slot(self.y, found[1], ALIGNMENT)])
 
     def copying(self) -> cuda.CudaGraph:
-        """A graph that begins and ends with copy nodes."""
+        """A graph that begins and ends with nodes that copy."""
         source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
-        work = capture.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)])
+        kernels = copy_kernel.copy_kernels(self.lane.index)
+        work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
         graph = capture.capture_enqueue(work, self.lane, "affine")
-        found = pointers.find_copies(graph, [source, target])
+        found = copies.find_copies(graph, [source, target], kernels)
         return self._graph(graph, [slots.Slot(self.x, found[0], 1)], [slots.Slot(self.y, found[1], 1)])
 
     def staged(self) -> cuda.CudaGraph:

@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import capture, driver
-from graphcache.graphs.capture import capture_enqueue, capturing, record_torch, refusal_of, with_copies
+from graphcache.graphs.capture import capture_enqueue, capturing, record_torch, refusal_of
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane, capture_lock
 from tests.graphs.fake_driver import Affine, Memory, Torch, address, installed, pointer
@@ -218,55 +216,6 @@ def test_two_captures_on_two_devices_keep_the_collector_quiet_until_both_have_en
     assert during
 
 
-# ---- with_copies
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=3), st.lists(st.integers(0, 4), max_size=3))
-def test_copies_before_and_after(before: list[int], after: list[int]) -> None:
-    with installed() as fake:
-        heap, lane = fake.driver.heap, Lane(0)
-        ins = [(heap.tensor([-1.0] * size), heap.tensor(range(size))) for size in before]
-        outs = [(heap.tensor([-1.0] * size), heap.tensor([9.0] * size)) for size in after]
-        order: list[int] = []
-
-        def body(memory: Memory) -> None:
-            order.append(1)
-            for target, source in ins:
-                assert torch.equal(target, source), "the copies before it come first"
-            for target, _ in outs:
-                assert (target == -1).all(), "the copies after it come last"
-
-        kernel = fake.driver.kernel([], body)
-
-        def enqueue(stream: int) -> bool:
-            fake.driver.launch(kernel, [], stream)
-            return True
-
-        graph = capture_enqueue(with_copies(enqueue, ins, outs), lane, "")
-        assert driver.node_count(graph) == 1 + sum(size > 0 for size in before + after)
-        stream = driver.new_stream()
-        executable = driver.instantiate(graph, int(stream))
-        driver.call("cuGraphLaunch", executable, stream)
-        assert order == [1]
-        assert all(torch.equal(target, source) for target, source in ins + outs)
-
-
-def test_a_refusal_between_copies(fake: Torch, work: Affine) -> None:
-    work.accepts = False
-    x, y = fake.empty_like(work.x), fake.empty_like(work.y)
-    with pytest.raises(Refusal, match="not_capturable"):
-        capture_enqueue(with_copies(work.enqueue, [(work.x, x)], [(y, work.y)]), work.lane, "")
-    assert sound(fake)
-
-
-def test_a_copy_that_the_driver_refuses(fake: Torch, work: Affine) -> None:
-    fake.driver.fail("cuMemcpyDtoDAsync", "INVALID_VALUE")
-    pairs = [(work.x, fake.empty_like(work.x))]
-    with pytest.raises(CudaError, match="cuMemcpyDtoDAsync failed with CUDA_ERROR_INVALID_VALUE"):
-        capture_enqueue(with_copies(work.enqueue, pairs, []), work.lane, "")
-    assert sound(fake)
-
-
 # ---- record_torch
 
 
@@ -324,7 +273,7 @@ def test_torch_graphs_answer(fake: Torch, direct: tuple[bool, bool], transposed:
     module = Module(fake)
     graph = module.record(direct, transposed)
     assert graph.copies == direct.count(False) + (not transposed)
-    assert graph.nodes == 1 + direct.count(True) + 1 + transposed
+    assert graph.nodes == 1 + any(direct) + 1, "one copies all inputs, one all outputs"
     kept = []
     for step in range(4):
         x, y = (fake.driver.heap.tensor([step, 1, 2, 3], offset=4 * step).reshape(2, 2) for _ in range(2))
@@ -431,7 +380,7 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
 def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of two copies is the caller's cannot be told, so there is no graph."""
     module = Module(fake)
-    monkeypatch.setattr(capture, "_copy_node", lambda target, source, stream: None)
+    monkeypatch.setattr(capture, "copy_before", lambda pairs, stream, kernels: None)
     with pytest.raises(Refusal) as caught:
         module.record()
     cause = caught.value.cause
@@ -450,19 +399,22 @@ def test_a_body_that_does_nothing(fake: Torch) -> None:
 STEPS = [
     "cuStreamCreate",
     "cuStreamBeginCapture",
-    "cuMemcpyDtoDAsync",
     "cuGraphGetNodes",
     "cuGraphNodeGetType",
-    "cuGraphMemcpyNodeGetParams",
-    "cuCtxGetCurrent",
     "cuGraphInstantiateWithParams",
     "cuStreamSynchronize",
 ]
+COPIES = {
+    "driver": ["cuMemcpyDtoDAsync", "cuGraphMemcpyNodeGetParams", "cuCtxGetCurrent"],
+    "kernels": ["cuLaunchKernelEx", "cuGraphKernelNodeGetParams"],
+}
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-@pytest.mark.parametrize("name", STEPS)
-def test_whichever_step_fails_nothing_is_left(fake: Torch, name: str, after: int) -> None:
+@pytest.mark.parametrize(("copies", "name"), [(way, name) for way, names in COPIES.items() for name in STEPS + names])
+def test_whichever_step_fails_nothing_is_left(fake: Torch, copies: str, name: str, after: int) -> None:
+    if copies == "driver":
+        fake.driver.fail("cuModuleLoadData")
     counted = Module(fake)
     counted.record().close()
     counted.lane.close()
@@ -471,6 +423,8 @@ def test_whichever_step_fails_nothing_is_left(fake: Torch, name: str, after: int
         return
     with installed() as again:
         module = Module(again)
+        if copies == "driver":
+            again.driver.fail("cuModuleLoadData")
         again.driver.fail(name, after=after)
         with pytest.raises((CudaError, Refusal), match=f"{name} failed with CUDA_ERROR_UNKNOWN"):
             module.record()

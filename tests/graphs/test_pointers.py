@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.errors import CudaError
 from graphcache.graphs import driver, pointers
-from graphcache.graphs.pointers import CannotBind, find_copies, find_pointers
+from graphcache.graphs.pointers import CannotBind, find_pointers
 from tests.graphs import fake_driver
 from tests.graphs.fake_driver import CUDA_MEMCPY3D, CUmemorytype, Torch, installed, integer, pointer
 
@@ -462,44 +461,6 @@ def test_captures_of_other_tensors_than_said(fake: Torch) -> None:
         find_pointers(*graphs, ours, theirs)
 
 
-# ---- copy nodes
-
-
-def copies(fake: Torch, pairs: Sequence[tuple[int, int]]) -> Any:
-    stream = driver.new_stream()
-    driver.begin_capture(stream)
-    fake.driver.launch(fake.driver.kernel([], nothing), [], int(stream))
-    for target, source in pairs:
-        driver.call("cuMemcpyDtoDAsync", target, source, 4 * SIZE, stream)
-    return driver.end_capture(stream)
-
-
-def test_finds_the_copy_of_each_tensor(fake: Torch) -> None:
-    static, outside = fresh(fake, 2), fresh(fake, 2)
-    a, b = (tensor.data_ptr() for tensor in outside)
-    graph = copies(fake, [(static[0].data_ptr(), a), (b, static[1].data_ptr())])
-    found = find_copies(graph, outside)
-    assert [[place.offset for place in places] for places in found] == [[0], [0]]
-    stream = driver.new_stream()
-    executable = driver.instantiate(graph, int(stream))
-    given, taken = fake.driver.heap.tensor([3] * SIZE), fresh(fake, 1)[0]
-    static[1].fill_(4)
-    for (place,), tensor in zip(found, (given, taken), strict=True):
-        point(place, executable, tensor)
-    driver.call("cuGraphLaunch", executable, stream)
-    assert static[0].tolist() == [3] * SIZE
-    assert taken.tolist() == [4] * SIZE
-
-
-def test_a_tensor_copied_never_or_twice(fake: Torch) -> None:
-    static, outside = fresh(fake, 2), fresh(fake, 1)
-    to, source = static[0].data_ptr(), outside[0].data_ptr()
-    with pytest.raises(CannotBind, match="tensor 0 is copied by 0 nodes instead of one"):
-        find_copies(copies(fake, [(to, source + 4)]), outside)
-    with pytest.raises(CannotBind, match="tensor 0 is copied by 2 nodes instead of one"):
-        find_copies(copies(fake, [(to, source), (static[1].data_ptr(), source)]), outside)
-
-
 def test_fields_of_a_copy_are_found_by_a_mark(fake: Torch) -> None:
     offsets = pointers._copy_field_offsets()
     params = CUDA_MEMCPY3D()
@@ -515,14 +476,6 @@ def test_fields_of_the_real_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = pointers._copy_field_offsets()
     monkeypatch.setattr(driver, "binding", lambda: fake_driver.Driver)
     assert theirs == pointers._copy_field_offsets()
-
-
-def test_a_failing_call_is_a_cuda_error(fake: Torch) -> None:
-    graph = copies(fake, [(1024, 2048)])
-    for name in ("cuGraphGetNodes", "cuGraphNodeGetType", "cuGraphMemcpyNodeGetParams"):
-        fake.driver.fail(name)
-        with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_UNKNOWN"):
-            find_copies(graph, [torch.zeros(1)])
 
 
 @pytest.mark.parametrize("by_kern", [False, True])

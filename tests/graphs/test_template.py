@@ -14,10 +14,11 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.capture import capture_enqueue, with_copies
+from graphcache.graphs.capture import capture_enqueue
+from graphcache.graphs.copies import find_copies, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane
-from graphcache.graphs.pointers import find_copies, find_pointers
+from graphcache.graphs.pointers import find_pointers
 from graphcache.graphs.template import Template
 from tests.graphs.fake_driver import Affine, Torch, installed
 
@@ -99,8 +100,9 @@ def test_nodes_that_copy_are_moved_too(fake: Torch) -> None:
     lane = Lane(0)
     work = Affine(fake, SIZE, lane)
     source, target = fake.empty_like(work.x), fake.empty_like(work.y)
-    captured = capture_enqueue(with_copies(work.enqueue, [(work.x, source)], [(target, work.y)]), lane, "affine")
-    found = find_copies(captured, [source, target])
+    enqueue = with_copies(work.enqueue, [(work.x, source)], [(target, work.y)], None)
+    captured = capture_enqueue(enqueue, lane, "affine")
+    found = find_copies(captured, [source, target], None)
     template = Template(captured, [source, target], found, [True, True], inputs=1, lane=lane, keep=work)
     template.hold()
     before = [int(each.word.value) for places in found for each in places]

@@ -45,8 +45,10 @@ def test_the_modules_of_torch_are_captured_and_right(name):
     module = frozen(make())
     fast = graphcache.wrap(module)
     other = x.flip(0) if x.dtype is torch.int64 else x * -2 + 1
-    for given in (x, other, x):
-        assert same(fast(given), module(given))
+    # With gradients enabled torch runs an LSTM by other kernels than without, which round otherwise on some processors.
+    with torch.no_grad():
+        for given in (x, other, x):
+            assert same(fast(given), module(given))
     assert outcomes(fast) == (2, 1, {})
 
 

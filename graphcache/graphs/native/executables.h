@@ -25,14 +25,17 @@ Outcome point(State& state, const Record& record, uint64_t index, const uint64_t
     for (const Pointer& pointer : record.places[i].pointers) *pointer.word = wanted[i] + pointer.offset;
     if ((changed[i] = found[i] != wanted[i])) found[i] = unknown;
   }
+  c10::SmallVector<void*, 16> told;
   for (size_t i = 0; i < record.places.size(); ++i) {
     if (!changed[i]) continue;
     for (const Pointer& pointer : record.places[i].pointers) {
+      if (std::find(told.begin(), told.end(), pointer.node) != told.end()) continue;
       const int code = pointer.kernel ? state.set_kernel(executable, pointer.node, pointer.params)
                                       : state.set_copy(executable, pointer.node, pointer.params, pointer.context);
       if (code != 0)
         return raise_failure(
             state, pointer.kernel ? "cuGraphExecKernelNodeSetParams" : "cuGraphExecMemcpyNodeSetParams", code);
+      told.push_back(pointer.node);
     }
     found[i] = wanted[i];
   }

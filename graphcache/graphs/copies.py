@@ -1,0 +1,129 @@
+"""Copies of callers' tensors as nodes of a graph: enqueued into a capture, found in it to be pointed elsewhere."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from graphcache.graphs import driver
+from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, CopyKernel, CopyKernels
+from graphcache.graphs.pointers import COPY_ADDRESSES, CannotBind, Pointer, copy_pointer, is_flat, nodes_of
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""(to, from); dense tensors of equal layout."""
+
+
+def with_copies(
+    enqueue: Callable[[int], bool], before: Pairs, after: Pairs, kernels: CopyKernels | None
+) -> Callable[[int], bool]:
+    """The same work with copies before and after it, which become nodes of the graph.
+
+    Args:
+        enqueue: The work.
+        before: The copies before it.
+        after: The copies after it.
+        kernels: As for :func:`copy_before`.
+    """
+
+    def enqueue_all(stream: int) -> bool:
+        copy_before(before, stream, kernels)
+        if not enqueue(stream):
+            return False
+        copy_after(after, stream, kernels)
+        return True
+
+    return enqueue_all
+
+
+def copy_before(pairs: Pairs, stream: int, kernels: CopyKernels | None) -> None:
+    """Enqueue copies; nothing that comes behind them begins before they have ended.
+
+    Args:
+        pairs: What to copy; nothing of it overlaps.
+        stream: A raw handle.
+        kernels: What moves small tensors, up to eight at once; ``None`` for the driver's own copies.
+
+    Raises:
+        CudaError: If the driver refuses.
+    """
+    _copy(pairs, stream, None if kernels is None else kernels.before)
+
+
+def copy_after(pairs: Pairs, stream: int, kernels: CopyKernels | None) -> None:
+    """The same, of what the work before has written: where kernels can, they are launched while it still runs, and wait
+    for it by themselves.
+
+    Of the 2 µs that two copies take in a graph of three small kernels, that saves 0.2 to 0.6 (H200, driver 580).
+    """
+    _copy(pairs, stream, None if kernels is None else kernels.after)
+
+
+def find_copies(graph: Any, tensors: Sequence[Tensor], kernels: CopyKernels | None) -> list[list[Pointer]]:
+    """The nodes that copy exactly the given tensors.
+
+    Args:
+        graph: A ``CUgraph`` in which each tensor is copied from or to as a whole.
+        tensors: What is copied.
+        kernels: What the copies were enqueued with.
+
+    Raises:
+        CannotBind: If one of them is not.
+    """
+    indices = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    found: list[list[Pointer]] = [[] for _ in tensors]
+    kinds = driver.binding().CUgraphNodeType
+    for node in nodes_of(graph):
+        if node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
+            copies = _in_copy_node(node.handle)
+        elif node.kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL and kernels is not None:
+            copies = _in_kernel(node.handle, kernels)
+        else:
+            continue
+        for address, nbytes, pointer in copies:
+            index = indices.get(address)
+            if index is not None and nbytes == sizes[index]:
+                found[index].append(pointer)
+    for index, places in enumerate(found):
+        if len(places) != 1:
+            raise CannotBind(f"tensor {index} is copied by {len(places)} nodes instead of one")
+    return found
+
+
+def _copy(pairs: Pairs, stream: int, kernel: CopyKernel | None) -> None:
+    small: list[tuple[int, int, int]] = []
+    for target, source in pairs:
+        nbytes = target.numel() * target.element_size()
+        if kernel is not None and 0 < nbytes <= LARGEST:
+            small.append((target.data_ptr(), source.data_ptr(), nbytes))
+        elif nbytes:
+            driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
+    if kernel is not None:
+        for start in range(0, len(small), MOST):
+            kernel.launch(small[start : start + MOST], stream)
+
+
+def _in_copy_node(node: Any) -> Iterator[tuple[int, int, Pointer]]:
+    params = driver.call("cuGraphMemcpyNodeGetParams", node)
+    if is_flat(params):
+        for field in COPY_ADDRESSES:
+            yield int(getattr(params, field)), int(params.WidthInBytes), copy_pointer(node, params, field, 0)
+
+
+def _in_kernel(node: Any, kernels: CopyKernels) -> Iterator[tuple[int, int, Pointer]]:
+    params = driver.call("cuGraphKernelNodeGetParams", node)
+    if int(params.func) not in kernels:
+        return
+    theirs = (ctypes.c_void_p * 1).from_address(params.kernelParams)
+    copies = Copies.from_buffer_copy(ctypes.string_at(theirs[0] or 0, ctypes.sizeof(Copies)))
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(copies))
+    params.kernelParams = ctypes.addressof(arguments)
+    setter = driver.binding().cuGraphExecKernelNodeSetParams
+    for start in range(0, len(copies), 3):
+        nbytes = int(copies[start + 2])
+        for place in (start, start + 1) if nbytes else ():
+            word = ctypes.c_uint64.from_buffer(copies, 8 * place)
+            yield int(copies[place]), nbytes, Pointer(word, 0, setter, (node, params), (copies, arguments))

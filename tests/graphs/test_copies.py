@@ -1,0 +1,244 @@
+"""Copies in graphs, by nodes of the driver's and by kernels: found again, pointed elsewhere, in the right order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graphcache.errors import CudaError, Refusal
+from graphcache.graphs import copy_kernel, driver
+from graphcache.graphs.capture import capture_enqueue
+from graphcache.graphs.copies import copy_after, copy_before, find_copies, with_copies
+from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
+from graphcache.graphs.lane import Lane
+from graphcache.graphs.pointers import CannotBind, Pointer
+from tests.graphs.fake_driver import Affine, CUgraphNodeType, Memory, Torch, installed
+
+SIZE = 16
+WAYS = ["driver", "kernels", "older"]
+"""The driver's own copies, the kernels of compute capability 9.0, and those of devices before."""
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+    with installed(patch=monkeypatch) as fake:
+        yield fake
+
+
+@pytest.fixture(params=WAYS)
+def kernels(fake: Torch, request: pytest.FixtureRequest) -> CopyKernels | None:
+    return kernels_of(fake, request.param)
+
+
+def kernels_of(fake: Torch, way: str) -> CopyKernels | None:
+    if way == "driver":
+        return None
+    fake.capability = (9, 0) if way == "kernels" else (8, 9)
+    found = copy_kernel.copy_kernels(0)
+    assert found is not None
+    assert found.after.waits is (way == "kernels")
+    return found
+
+
+def fresh(fake: Torch, count: int) -> list[Tensor]:
+    return [fake.driver.heap.tensor(range(SIZE)) for _ in range(count)]
+
+
+def sound(fake: Torch) -> bool:
+    return not fake.driver.capturing() and fake.driver.leaked() == {}
+
+
+def captured(fake: Torch, pairs: Sequence[tuple[Tensor, Tensor]], kernels: CopyKernels | None) -> Any:
+    stream = driver.new_stream()
+    driver.begin_capture(stream)
+    fake.driver.launch(fake.driver.kernel([], lambda memory: None), [], int(stream))
+    copy_before(pairs, int(stream), kernels)
+    return driver.end_capture(stream)
+
+
+def run(graph: Any, patched: Sequence[tuple[Pointer, int]] = ()) -> None:
+    """Instantiate a graph, point it elsewhere, launch it once."""
+    stream = driver.new_stream()
+    executable = driver.instantiate(graph, int(stream))
+    for place, address in patched:
+        place.word.value = address + place.offset
+    for place, _ in patched:
+        driver.call(place.setter.__name__, executable, *place.arguments)
+    driver.call("cuGraphLaunch", executable, stream)
+
+
+# ---- enqueued
+
+
+@given(
+    st.sampled_from(WAYS),
+    st.lists(st.integers(0, 4), min_size=1, max_size=2 * MOST + 1),
+    st.lists(st.integers(0, 4), max_size=2 * MOST + 1),
+)
+def test_copies_before_and_after(way: str, before: list[int], after: list[int]) -> None:
+    with installed() as fake:
+        heap, lane, kernels = fake.driver.heap, Lane(0), kernels_of(fake, way)
+        ins = [(heap.tensor([-1.0] * size), heap.tensor(range(size))) for size in before]
+        outs = [(heap.tensor([-1.0] * size), heap.tensor([9.0] * size)) for size in after]
+        order: list[int] = []
+
+        def body(memory: Memory) -> None:
+            order.append(1)
+            for target, source in ins:
+                assert torch.equal(target, source), "the copies before it come first"
+            for target, _ in outs:
+                assert (target == -1).all(), "the copies after it come last"
+
+        kernel = fake.driver.kernel([], body)
+
+        def enqueue(stream: int) -> bool:
+            fake.driver.launch(kernel, [], stream)
+            return True
+
+        graph = capture_enqueue(with_copies(enqueue, ins, outs, kernels), lane, "")
+        real = [sum(size > 0 for size in sizes) for sizes in (before, after)]
+        nodes = [count if kernels is None else -(-count // MOST) for count in real]
+        assert driver.node_count(graph) == 1 + sum(nodes)
+        run(graph)
+        assert order == [1]
+        assert all(torch.equal(target, source) for target, source in ins + outs)
+
+
+def test_what_is_large_is_the_drivers_to_copy(fake: Torch) -> None:
+    kernels = kernels_of(fake, "kernels")
+    heap = fake.driver.heap
+    sizes = [LARGEST, LARGEST + 1, 1]
+    pairs = [(heap.empty(size, dtype=torch.uint8), heap.empty(size, dtype=torch.uint8).fill_(7)) for size in sizes]
+    graph = captured(fake, pairs, kernels)
+    handles, _ = driver.call("cuGraphGetNodes", graph, 9)
+    kinds = [driver.call("cuGraphNodeGetType", handle) for handle in handles]
+    assert kinds.count(CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY) == 1
+    assert len(kinds) == 3, "the one that is there before, the large one, and one for both small ones"
+    run(graph)
+    assert all((target == 7).all() for target, _ in pairs)
+
+
+@pytest.mark.parametrize(("way", "early"), [("kernels", 1), ("older", 0)])
+def test_only_what_waits_by_itself_is_launched_early(fake: Torch, way: str, early: int) -> None:
+    """Before the work nothing may be: the work behind it does not wait."""
+    kernels, work = kernels_of(fake, way), Affine(fake, SIZE, Lane(0))
+    x, y = fake.empty_like(work.x), fake.empty_like(work.y)
+    graph = capture_enqueue(with_copies(work.enqueue, [(work.x, x)], [(y, work.y)], kernels), work.lane, "")
+    _, ends, data, count = driver.call("cuGraphGetEdges", graph, 9)
+    found = [int(end) for end, each in zip(ends, data, strict=True) if int(each.type)]
+    assert (count, len(found)) == (3, early)
+    nodes, _ = driver.call("cuGraphGetNodes", graph, 9)
+    assert found == [int(nodes[-1])][:early]
+    assert driver.make_edges_full(graph) == early, "that option has the last word"
+
+
+def test_a_refusal_between_copies(fake: Torch, kernels: CopyKernels | None) -> None:
+    work = Affine(fake, SIZE, Lane(0))
+    work.accepts = False
+    x, y = fake.empty_like(work.x), fake.empty_like(work.y)
+    with pytest.raises(Refusal, match="not_capturable"):
+        capture_enqueue(with_copies(work.enqueue, [(work.x, x)], [(y, work.y)], kernels), work.lane, "")
+    assert sound(fake)
+
+
+def test_a_copy_that_the_driver_refuses(fake: Torch, kernels: CopyKernels | None) -> None:
+    work = Affine(fake, SIZE, Lane(0))
+    name = "cuMemcpyDtoDAsync" if kernels is None else "cuLaunchKernelEx"
+    fake.driver.fail(name, "INVALID_VALUE")
+    pairs = [(work.x, fake.empty_like(work.x))]
+    with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_INVALID_VALUE"):
+        capture_enqueue(with_copies(work.enqueue, pairs, [], kernels), work.lane, "")
+    assert sound(fake)
+
+
+# ---- found again
+
+
+@given(st.sampled_from(WAYS), st.integers(1, 2 * MOST + 1), st.data())
+def test_each_is_found_and_pointed_elsewhere_alone(way: str, count: int, data: st.DataObject) -> None:
+    with installed() as fake:
+        kernels, heap = kernels_of(fake, way), fake.driver.heap
+        outwards = [data.draw(st.booleans(), label=f"tensor {index} is written") for index in range(count)]
+        static, outside, others = (fresh(fake, count) for _ in range(3))
+        pairs = [
+            (theirs, ours) if out else (ours, theirs)
+            for ours, theirs, out in zip(static, outside, outwards, strict=True)
+        ]
+        graph = captured(fake, pairs, kernels)
+        found = find_copies(graph, outside, kernels)
+        assert [[place.offset for place in places] for places in found] == [[0]] * count
+        moved = data.draw(st.sets(st.integers(0, count - 1)), label="pointed elsewhere")
+        for index in range(count):
+            static[index].fill_(index)
+            outside[index].fill_(100 + index)
+            others[index].fill_(200 + index)
+        run(graph, [(place, others[index].data_ptr()) for index in sorted(moved) for place in found[index]])
+        for index, out in enumerate(outwards):
+            theirs = others[index] if index in moved else outside[index]
+            assert torch.equal(static[index], theirs), "what is told of one says nothing of another in the same node"
+            value = index if out else (200 if index in moved else 100) + index
+            assert static[index].tolist() == [value] * SIZE
+        assert heap.find(static[0].data_ptr(), 4 * SIZE) is not None
+        if kernels is not None:
+            assert len({int(place.arguments[0]) for (place,) in found}) == -(-count // MOST)
+
+
+def test_a_tensor_copied_never_or_twice(fake: Torch, kernels: CopyKernels | None) -> None:
+    static, outside = fresh(fake, 2), fresh(fake, 1)
+    behind = fake.driver.heap.tensor(range(SIZE + 1))
+    with pytest.raises(CannotBind, match="tensor 0 is copied by 0 nodes instead of one"):
+        find_copies(captured(fake, [(static[0], behind[1:])], kernels), [behind[:-1]], kernels)
+    with pytest.raises(CannotBind, match="tensor 0 is copied by 0 nodes instead of one"):
+        find_copies(captured(fake, [(static[0][1:], outside[0][1:])], kernels), [outside[0]], kernels)
+    with pytest.raises(CannotBind, match="tensor 0 is copied by 2 nodes instead of one"):
+        find_copies(captured(fake, [(target, outside[0]) for target in static], kernels), outside, kernels)
+
+
+def test_kernels_of_others_are_none_of_its(fake: Torch) -> None:
+    kernels = kernels_of(fake, "kernels")
+    static, outside = fresh(fake, 2)
+    alike = fake.driver.kernel([192], lambda memory, copies: None)
+    values = copy_kernel.Copies(outside.data_ptr(), static.data_ptr(), 4 * SIZE)
+    stream = driver.new_stream()
+    driver.begin_capture(stream)
+    fake.driver.launch(alike, [bytes(values)], int(stream))
+    with pytest.raises(CannotBind, match="tensor 0 is copied by 0 nodes"):
+        find_copies(driver.end_capture(stream), [outside], kernels)
+
+
+@pytest.mark.parametrize("name", ["cuGraphGetNodes", "cuGraphNodeGetType", "cuGraphMemcpyNodeGetParams"])
+def test_a_failing_call_is_a_cuda_error(fake: Torch, name: str) -> None:
+    static, outside = fresh(fake, 2)
+    graph = captured(fake, [(static, outside)], None)
+    fake.driver.fail(name)
+    with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_UNKNOWN"):
+        find_copies(graph, [outside], None)
+
+
+def test_a_graph_for_which_the_kernel_is_unknown_is_no_error(fake: Torch) -> None:
+    """Who gave no kernels finds none."""
+    static, outside = fresh(fake, 2)
+    graph = captured(fake, [(static, outside)], kernels_of(fake, "kernels"))
+    with pytest.raises(CannotBind):
+        find_copies(graph, [outside], None)
+
+
+def test_a_copy_that_is_late_sees_what_the_work_wrote(fake: Torch, kernels: CopyKernels | None) -> None:
+    source, target = fresh(fake, 2)
+
+    def write(memory: Memory) -> None:
+        source.fill_(5)
+
+    kernel = fake.driver.kernel([], write)
+    stream = driver.new_stream()
+    driver.begin_capture(stream)
+    fake.driver.launch(kernel, [], int(stream))
+    copy_after([(target, source)], int(stream), kernels)
+    run(driver.end_capture(stream))
+    assert target.tolist() == [5.0] * SIZE

@@ -1,0 +1,106 @@
+"""The kernel of copy nodes: its source, how it is loaded, and what it is launched with."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphcache.graphs import copy_kernel, driver
+from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, ptx
+from tests.graphs.fake_driver import Torch, installed
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+    with installed(patch=monkeypatch) as fake:
+        yield fake
+
+
+@pytest.mark.parametrize(("waits", "entries"), [(False, 1), (True, 2)])
+def test_every_label_and_register_of_the_source_is_there(waits: bool, entries: int) -> None:
+    """What an assembler would say, as far as it can be said without one."""
+    found = ptx(waits).split(".visible .entry ")[1:]
+    assert len(found) == entries
+    for entry in found:
+        body = entry[entry.index("{") :]
+        labels = re.findall(r"^(\w+):$", body, re.M)
+        assert set(re.findall(r"bra (\w+);", body)) <= set(labels)
+        assert len(set(labels)) == len(labels)
+        declared = set(re.findall(r"%\w+", " ".join(re.findall(r"\.reg .*;", body))))
+        special = {"%ctaid", "%ntid", "%tid", "%nctaid"}
+        assert set(re.findall(r"%\w+", body)) == declared | special
+        assert f"copies[{ctypes.sizeof(Copies)}]" in entry
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no assembler here")
+@pytest.mark.parametrize(("waits", "device"), [(False, "sm_75"), (False, "sm_89"), (True, "sm_90"), (True, "sm_100")])
+def test_it_can_be_assembled(tmp_path: Path, waits: bool, device: str) -> None:
+    (tmp_path / "copy.ptx").write_text(ptx(waits))
+    command = ["ptxas", f"-arch={device}", "-Werror", "-o", str(tmp_path / "copy.cubin"), str(tmp_path / "copy.ptx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_one_kernel_waits(fake: Torch) -> None:
+    first, after = ptx(True).split(".visible .entry ")[1:]
+    assert "griddepcontrol" not in first
+    assert after.index("griddepcontrol.wait;") < after.index("ld.global")
+    assert "griddepcontrol" not in ptx(False), "no device before 9.0 knows it"
+
+
+@pytest.mark.parametrize(("capability", "waits"), [((7, 5), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_what_a_device_gets(fake: Torch, capability: tuple[int, int], waits: bool) -> None:
+    fake.capability = capability
+    found = copy_kernel.copy_kernels(0)
+    assert found is not None
+    assert (found.before.waits, found.after.waits) == (False, waits)
+    assert (found.before is found.after) is not waits
+    assert int(found.before.function) in found
+    assert int(found.after.function) in found
+    assert -1 not in found
+    assert copy_kernel.copy_kernels(0) is found
+    assert fake.driver.calls.count("cuModuleLoadData") == 1
+
+
+@pytest.mark.parametrize("name", ["cuModuleLoadData", "cuModuleGetFunction"])
+def test_a_driver_that_does_not_take_them_is_asked_once(
+    fake: Torch, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.driver.fail(name, "INVALID_VALUE")
+    with caplog.at_level(logging.DEBUG, "graphcache"):
+        assert [copy_kernel.copy_kernels(0) for _ in range(3)] == [None] * 3
+    (record,) = caplog.records
+    assert f"copies are the driver's own on device 0: {name} failed" in record.getMessage()
+
+
+@given(st.lists(st.integers(1, LARGEST), min_size=1, max_size=MOST))
+def test_there_is_a_thread_for_every_four_bytes(sizes: list[int]) -> None:
+    with installed() as fake:
+        kernels = copy_kernel.copy_kernels(0)
+        assert kernels is not None
+        seen: list[tuple[tuple[int, ...], tuple[int, ...], bytes]] = []
+
+        def launch(
+            function: int, arguments: list[bytes], stream: int, *, grid: object, block: object, **_: object
+        ) -> None:
+            seen.append((grid, block, *arguments))  # type: ignore[arg-type]
+
+        fake.driver.launch = launch  # type: ignore[method-assign, assignment]
+        copies = [(16 * index, 1024 * index, nbytes) for index, nbytes in enumerate(sizes)]
+        kernels.before.launch(copies, int(driver.new_stream()))
+        [(grid, block, given_)] = seen
+        assert grid[1:] == (len(sizes), 1)
+        assert block[1:] == (1, 1)
+        assert 4 * grid[0] * block[0] >= max(sizes) > 4 * (grid[0] - 1) * block[0]
+        words = Copies.from_buffer_copy(given_)
+        assert [tuple(words[3 * i : 3 * i + 3]) for i in range(len(sizes))] == [(b, a, n) for a, b, n in copies]
+        assert not any(words[3 * len(sizes) :])
