@@ -14,7 +14,7 @@ from torch import Tensor
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
-from graphcache.graphs.copies import copy_after, copy_before, find_copies
+from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies
 from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Body
@@ -136,6 +136,7 @@ def record_torch(
         undo.callback(driver.call, "cuGraphDestroy", captured)
         pairs = list(zip(sources, whole, strict=True))
         pairs += [(target, _copies_whole(output, target)) for output, target in zip(outputs, targets, strict=True)]
+        order_copies(captured, kernels)
         try:
             found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied], kernels))
         except CannotBind as why:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
+from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, CopyKernel, CopyKernels
+from graphcache.graphs.edges import begin_early, edges_of, make_full
 from graphcache.graphs.pointers import COPY_ADDRESSES, CannotBind, Pointer, copy_pointer, is_flat, nodes_of
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -39,7 +43,7 @@ def with_copies(
 
 
 def copy_before(pairs: Pairs, stream: int, kernels: CopyKernels | None) -> None:
-    """Enqueue copies; nothing that comes behind them begins before they have ended.
+    """Enqueue copies into a capture; see :func:`order_copies`.
 
     Args:
         pairs: What to copy; nothing of it overlaps.
@@ -53,12 +57,38 @@ def copy_before(pairs: Pairs, stream: int, kernels: CopyKernels | None) -> None:
 
 
 def copy_after(pairs: Pairs, stream: int, kernels: CopyKernels | None) -> None:
-    """The same, of what the work before has written: where kernels can, they are launched while it still runs, and wait
-    for it by themselves.
-
-    Of the 2 µs that two copies take in a graph of three small kernels, that saves 0.2 to 0.6 (H200, driver 580).
-    """
+    """The same, of what the work before has written."""
     _copy(pairs, stream, None if kernels is None else kernels.after)
+
+
+def order_copies(graph: Any, kernels: CopyKernels | None, *, early: bool = True) -> None:
+    """See to it that copies run when they should, whatever the work between them was launched with.
+
+    Work whose first kernel is launched programmatically, as some of TensorRT's are, would begin beside a kernel that
+    copies its inputs, where it waits for the driver's own copies. Those kernels get full edges. A kernel that copies
+    what the last one has written waits by itself, where it can, and so is launched early: of the 2.4 µs that both
+    copies take in a graph of three small kernels, that saves 0.4 (H200, driver 580).
+
+    Args:
+        graph: A ``CUgraph``.
+        kernels: What the copies were enqueued with.
+        early: Whether anything may begin before what it waits for has ended.
+
+    Raises:
+        CudaError: If the driver refuses.
+    """
+    if kernels is None:
+        return
+    edges = edges_of(graph)
+    make_full(graph, [edge for edge in edges if edge.is_programmatic and _runs(edge.start, kernels.before)])
+    if not (early and kernels.after.waits):
+        return
+    starts, ends = {int(edge.start) for edge in edges}, Counter(int(edge.end) for edge in edges)
+    for edge in edges:
+        last = int(edge.end)
+        if last not in starts and ends[last] == 1 and _runs(edge.end, kernels.after) and _runs(edge.start):
+            with suppress(CudaError):
+                begin_early(graph, edge)
 
 
 def find_copies(graph: Any, tensors: Sequence[Tensor], kernels: CopyKernels | None) -> list[list[Pointer]]:
@@ -91,6 +121,14 @@ def find_copies(graph: Any, tensors: Sequence[Tensor], kernels: CopyKernels | No
         if len(places) != 1:
             raise CannotBind(f"tensor {index} is copied by {len(places)} nodes instead of one")
     return found
+
+
+def _runs(node: Any, kernel: CopyKernel | None = None) -> bool:
+    """Whether a node is a kernel's: of any, or of a given one."""
+    kinds = driver.binding().CUgraphNodeType
+    if driver.call("cuGraphNodeGetType", node) != kinds.CU_GRAPH_NODE_TYPE_KERNEL:
+        return False
+    return kernel is None or int(driver.call("cuGraphKernelNodeGetParams", node).func) == int(kernel.function)
 
 
 def _copy(pairs: Pairs, stream: int, kernel: CopyKernel | None) -> None:

@@ -124,7 +124,7 @@ class CopyKernel:
 
     Args:
         function: A ``CUfunction``.
-        waits: Whether it waits by itself for what comes before it, so that it may be launched earlier.
+        waits: Whether it waits by itself for what comes before it, so that it may begin earlier.
     """
 
     __slots__ = ("function", "waits")
@@ -143,27 +143,17 @@ class CopyKernel:
         Raises:
             CudaError: If the driver refuses.
         """
-        api = driver.binding()
         values = Copies()
         for index, (to, source, nbytes) in enumerate(copies):
             values[3 * index : 3 * index + 3] = [source, to, nbytes]
-        config = api.CUlaunchConfig()
         # Enough threads for 4 bytes each: a loop would wait for memory in every turn.
-        config.gridDimX = max(1, -(-max(nbytes for _, _, nbytes in copies) // (4 * _THREADS)))
-        config.gridDimY, config.gridDimZ = len(copies), 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS, 1, 1
-        config.hStream = api.CUstream(stream)
-        if self.waits:
-            early = api.CUlaunchAttribute()
-            early.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            early.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [early], 1
+        grid = -(-max(nbytes for _, _, nbytes in copies) // (4 * _THREADS)), len(copies), 1
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(values))
-        driver.call("cuLaunchKernelEx", config, self.function, ctypes.addressof(arguments), 0)
+        driver.call("cuLaunchKernel", self.function, *grid, _THREADS, 1, 1, 0, stream, ctypes.addressof(arguments), 0)
 
 
 class CopyKernels:
-    """The kernels of one device: one for copies before some work, one for those behind it, which is launched early."""
+    """The kernels of one device: one for copies before some work, and one for those behind it."""
 
     __slots__ = ("after", "before")
 

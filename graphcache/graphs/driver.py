@@ -161,29 +161,6 @@ def node_count(graph: Any) -> int:
     return int(count)
 
 
-def make_edges_full(graph: Any) -> int:
-    """Replace programmatic edges by full ones, so that no node starts before the ones it depends on have ended.
-
-    A programmatic edge (dependent launch) leaves the waiting to the kernel. Kernels that do not wait, as TensorRT-RTX
-    has on GPUs it was not made for, give other answers from run to run.
-
-    Returns:
-        How many edges were replaced.
-    """
-    api = binding()
-    _, _, _, count = call("cuGraphGetEdges", graph, 0)
-    if not count:
-        return 0
-    starts, ends, data, _ = call("cuGraphGetEdges", graph, count)
-    kind = api.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
-    replaced = [index for index in range(count) if int(data[index].type) == int(kind)]
-    for index in replaced:
-        call("cuGraphRemoveDependencies", graph, [starts[index]], [ends[index]], [data[index]], 1)
-    for index in replaced:
-        call("cuGraphAddDependencies", graph, [starts[index]], [ends[index]], None, 1)
-    return len(replaced)
-
-
 def instantiate(graph: Any, stream: Any = None) -> Any:
     """An executable graph.
 

@@ -17,9 +17,10 @@ from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
-from graphcache.graphs.copies import find_copies, with_copies
+from graphcache.graphs.copies import find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.pointers import CannotBind, Pointer, elsewhere, find_pointers
@@ -272,6 +273,7 @@ class _EngineIO:
         with ExitStack() as undo:
             captured = self._capture(with_copies(self._context.enqueue, before, after, kernels))
             undo.callback(driver.call, "cuGraphDestroy", captured)
+            order_copies(captured, kernels, early=not self._full_edges)
             try:
                 found = iter(find_copies(captured, moved, kernels))
             except CannotBind as why:
@@ -286,7 +288,7 @@ class _EngineIO:
         with ExitStack() as undo:
             undo.callback(driver.call, "cuGraphDestroy", captured)
             if self._full_edges:
-                driver.make_edges_full(captured)
+                make_all_full(captured)
             undo.pop_all()
         return captured
 

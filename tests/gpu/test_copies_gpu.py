@@ -12,8 +12,9 @@ from torch import nn
 import graphcache
 from graphcache.graphs import driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copies import copy_after, find_copies, with_copies
+from graphcache.graphs.copies import copy_after, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, copy_kernels
+from graphcache.graphs.edges import edges_of
 from graphcache.graphs.lane import Lane
 from graphcache.modules import record_engine
 
@@ -73,6 +74,7 @@ def test_every_byte_and_no_other(tensors, inwards):
 
     torch.cuda.synchronize()
     graph = capture_enqueue(with_copies(enqueue, pairs, [], kernels), lane, "")
+    order_copies(graph, kernels)
     found = find_copies(graph, outside, kernels)
     run(graph, [(place, tensor.data_ptr()) for (place,), tensor in zip(found, others, strict=True)])
     driver.call("cuGraphDestroy", graph)
@@ -101,9 +103,12 @@ def test_it_waits_for_the_work_that_it_is_launched_beside(kernels):
         copy_after(parts, stream, kernels)
         return True
 
+    early = kernels.after.waits
     enqueue(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     graph = capture_enqueue(enqueue, lane, "")
+    order_copies(graph, kernels)
+    assert [edge.is_programmatic for edge in edges_of(graph)].count(True) == early
     stream = torch.cuda.Stream()
     executable = driver.instantiate(graph, stream.cuda_stream)
     for step in range(1000):
@@ -116,6 +121,23 @@ def test_it_waits_for_the_work_that_it_is_launched_beside(kernels):
     stream.synchronize()
     driver.call("cuGraphExecDestroy", executable)
     driver.call("cuGraphDestroy", graph)
+
+
+def test_an_engine_waits_for_its_inputs(kernels, load):
+    """TensorRT-RTX launches the first kernel of mlp8 programmatically: behind a kernel of ours it would not wait."""
+    fast = graphcache.wrap(load("mlp8"), io="copy")
+    with torch.inference_mode():
+        for rows in (1, 8, 64):
+            x = torch.randn(rows, 64, device="cuda")
+            assert torch.equal(fast(x), fast(x))
+    for entry in fast._entries.values():
+        edges = edges_of(entry.graph.graph.captured)
+        ends = {int(edge.end) for edge in edges}
+        first = [edge for edge in edges if int(edge.start) not in ends]
+        assert len(first) == 1
+        assert not first[0].is_programmatic
+        func = driver.call("cuGraphKernelNodeGetParams", first[0].start).func
+        assert int(func) == int(kernels.before.function)
 
 
 class Many(nn.Module):

@@ -56,6 +56,7 @@ ENGINE: list[Target] = [
 TORCH: list[Target] = [
     *DRIVER,
     (Lane, "pool"),
+    (capture, "order_copies"),
     (capture, "find_copies"),
     (record_torch, "static_copy"),
     (record_torch, "perturb"),
@@ -65,9 +66,9 @@ TORCH: list[Target] = [
 
 CASES: dict[str, tuple[dict[str, Any], list[Target]]] = {
     "engine, bound": ({}, [*ENGINE, (record_engine, "find_pointers")]),
-    "engine, copied": ({"io": "copy"}, [*ENGINE, (record_engine, "find_copies")]),
+    "engine, copied": ({"io": "copy"}, [*ENGINE, (record_engine, "order_copies"), (record_engine, "find_copies")]),
     "engine, shared context": ({"contexts": "shared"}, [*ENGINE, (record_engine, "find_pointers")]),
-    "engine, full edges": ({"edges": "full"}, [*ENGINE, (driver, "make_edges_full")]),
+    "engine, full edges": ({"edges": "full"}, [*ENGINE, (record_engine, "make_all_full")]),
     "torch": ({}, TORCH),
 }
 

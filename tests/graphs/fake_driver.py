@@ -32,6 +32,8 @@ from graphcache.graphs import capture, copies, copy_kernel, cuda, lane, pointers
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
+Kind = tuple[int, int]
+"""Of an edge: its type (1 is programmatic), and the port that it begins at."""
 _ARENA = 1 << 25
 
 
@@ -103,10 +105,6 @@ class CUmemorytype(enum.IntEnum):
     CU_MEMORYTYPE_DEVICE = 2
     CU_MEMORYTYPE_ARRAY = 3
     CU_MEMORYTYPE_UNIFIED = 4
-
-
-class CUlaunchAttributeID(enum.IntEnum):
-    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class CUgraphDependencyType(enum.IntEnum):
@@ -254,20 +252,6 @@ class CUDA_GRAPH_INSTANTIATE_PARAMS(_Struct):
     _wrapped: ClassVar[dict[str, type[_Handle]]] = {"flags": cuuint64_t, "hUploadStream": CUstream}
 
 
-class CUlaunchAttribute:
-    def __init__(self) -> None:
-        self.id: CUlaunchAttributeID | None = None
-        self.value = SimpleNamespace()
-
-
-class CUlaunchConfig:
-    def __init__(self) -> None:
-        self.gridDimX = self.gridDimY = self.gridDimZ = self.blockDimX = self.blockDimY = self.blockDimZ = 0
-        self.sharedMemBytes = self.numAttrs = 0
-        self.hStream = CUstream(0)
-        self.attrs: list[CUlaunchAttribute] = []
-
-
 class _Failed(Exception):
     def __init__(self, name: str) -> None:
         self.code = CUresult[f"CUDA_ERROR_{name}"]
@@ -413,7 +397,7 @@ class _Graph:
     def __init__(self, nodes: Sequence[_Node]) -> None:
         self.nodes = list(nodes)
         self.handles: list[int] = []
-        self.edges: list[tuple[int, int, CUgraphDependencyType]] = []
+        self.edges: list[tuple[int, int, Kind]] = []
 
 
 class _Executable:
@@ -492,9 +476,7 @@ class Driver:
     CUgraphDebugDot_flags = CUgraphDebugDot_flags
     CUmemorytype = CUmemorytype
     CUgraphDependencyType = CUgraphDependencyType
-    CUlaunchAttributeID = CUlaunchAttributeID
-    CUlaunchAttribute = CUlaunchAttribute
-    CUlaunchConfig = CUlaunchConfig
+    CU_GRAPH_KERNEL_NODE_PORT_LAUNCH_ORDER = 2
     CUgraphEdgeData = CUgraphEdgeData
     CUstream = CUstream
     CUevent = CUevent
@@ -781,22 +763,27 @@ class Driver:
         return CUfunction(made)
 
     @_api(0)
-    def cuLaunchKernelEx(self, config: Any, f: Any, kernelParams: int, extra: int) -> None:
+    def cuLaunchKernel(
+        self,
+        f: Any,
+        gridDimX: int,
+        gridDimY: int,
+        gridDimZ: int,
+        blockDimX: int,
+        blockDimY: int,
+        blockDimZ: int,
+        sharedMemBytes: int,
+        hStream: Any,
+        kernelParams: int,
+        extra: int,
+    ) -> None:
+        grid, block = (gridDimX, gridDimY, gridDimZ), (blockDimX, blockDimY, blockDimZ)
+        if not all((*grid, *block)) or sharedMemBytes or extra:
+            raise _Failed("INVALID_VALUE")
         known = self._get(self._functions, f, CUfunction)
         addresses = (ctypes.c_void_p * len(known.sizes)).from_address(kernelParams)
         copied = [ctypes.string_at(address, size) for address, size in zip(addresses, known.sizes, strict=True)]
-        assert len(config.attrs) == config.numAttrs
-        early = bool(config.attrs)
-        for attribute in config.attrs:
-            assert attribute.id == CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            assert attribute.value.programmaticStreamSerializationAllowed == 1
-        if early and not known.waits:
-            raise Violation("a kernel that does not wait begins before what it reads is written")
-        grid = config.gridDimX, config.gridDimY, config.gridDimZ
-        block = config.blockDimX, config.blockDimY, config.blockDimZ
-        if not all((*grid, *block)) or grid[2] * block[1] * block[2] != 1:
-            raise _Failed("INVALID_VALUE")
-        self.launch(int(f), copied, int(config.hStream), grid=grid, block=block, programmatic=early)
+        self.launch(int(f), copied, int(hStream), grid=grid, block=block)
 
     @_api(2)
     def cuGraphGetNodes(self, hGraph: Any, numNodes: int) -> Any:
@@ -816,9 +803,9 @@ class Driver:
         if numEdges == 0:
             return [], [], [], len(edges)
         data = []
-        for _, _, kind in edges[:numEdges]:
+        for _, _, (kind, port) in edges[:numEdges]:
             data.append(CUgraphEdgeData())
-            data[-1].type = kind
+            data[-1].type, data[-1].from_port = kind, port
         starts, ends, _ = zip(*edges[:numEdges], strict=True)
         return list(map(CUgraphNode, starts)), list(map(CUgraphNode, ends)), data, len(data)
 
@@ -869,6 +856,12 @@ class Driver:
     @_api(1)
     def cuGraphInstantiateWithParams(self, hGraph: Any, instantiateParams: Any) -> Any:
         graph = self._get(self.graphs, hGraph, CUgraph)
+        for start, end, (kind, _) in graph.edges:
+            copying, waiting = (
+                self._functions[int(self._nodes[n][1].params.func)] if kind else None for n in (start, end)
+            )
+            if kind and _copies in (copying.body, waiting.body) and not waiting.waits:
+                raise Violation("what a copy writes or reads is not waited for")
         if int(instantiateParams.flags) & CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD:
             self._stream(instantiateParams.hUploadStream)
         handle = self._new()
@@ -1022,11 +1015,18 @@ class Driver:
         copied = [ctypes.string_at(address or 0, size) for address, size in zip(addresses, known.sizes, strict=False)]
         return _Node(node.kind, nodeParams.copy(), copied)
 
-    def _edges(self, starts: Any, ends: Any, data: Any, count: int) -> list[tuple[int, int, CUgraphDependencyType]]:
+    def _edges(self, starts: Any, ends: Any, data: Any, count: int) -> list[tuple[int, int, Kind]]:
         if not len(starts) == len(ends) == count or (data is not None and len(data) != count):
             raise ValueError("lists of another length than said")
-        kinds = [CUgraphDependencyType(each.type) for each in data] if data is not None else [CUgraphDependencyType(0)]
-        return [(int(a), int(b), kind) for a, b, kind in zip(starts, ends, kinds * (1 if data else count), strict=True)]
+        kinds = [(each.type, each.from_port) for each in data] if data is not None else [(0, 0)] * count
+        for start, end, (kind, port) in zip(starts, ends, kinds, strict=True):
+            nodes = self._node(start), self._node(end)
+            if kind == CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC:
+                if any(node.kind != CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL for node in nodes) or not port:
+                    raise _Failed("INVALID_VALUE")
+            elif port:
+                raise _Failed("INVALID_VALUE")
+        return [(int(a), int(b), kind) for a, b, kind in zip(starts, ends, kinds, strict=True)]
 
     def _argument(self, function: int, index: int) -> tuple[int, int]:
         sizes = self._functions[function].sizes
@@ -1039,8 +1039,10 @@ class Driver:
         for node in nodes:
             graph.handles.append(self._new())
             self._nodes[graph.handles[-1]] = (handle, node)
-        for before, after, node in zip(graph.handles, graph.handles[1:], nodes[1:], strict=False):
-            graph.edges.append((before, after, CUgraphDependencyType(node.programmatic)))
+        for before, after, previous, node in zip(graph.handles, graph.handles[1:], nodes, nodes[1:], strict=False):
+            # A kernel that is launched programmatically waits for anything but a kernel all the same.
+            early = node.programmatic and previous.kind == CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+            graph.edges.append((before, after, (int(early), int(early))))
         self.graphs[handle] = graph
         return CUgraph(handle)
 

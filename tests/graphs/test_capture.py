@@ -406,7 +406,7 @@ STEPS = [
 ]
 COPIES = {
     "driver": ["cuMemcpyDtoDAsync", "cuGraphMemcpyNodeGetParams", "cuCtxGetCurrent"],
-    "kernels": ["cuLaunchKernelEx", "cuGraphKernelNodeGetParams"],
+    "kernels": ["cuLaunchKernel", "cuGraphKernelNodeGetParams"],
 }
 
 

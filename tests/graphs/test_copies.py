@@ -12,13 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError, Refusal
-from graphcache.graphs import copy_kernel, driver
+from graphcache.graphs import copies, copy_kernel, driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copies import copy_after, copy_before, find_copies, with_copies
+from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
+from graphcache.graphs.edges import edges_of, make_all_full
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.pointers import CannotBind, Pointer
-from tests.graphs.fake_driver import Affine, CUgraphNodeType, Memory, Torch, installed
+from tests.graphs.fake_driver import (
+    Affine,
+    CUgraphNodeType,
+    Memory,
+    Torch,
+    Violation,
+    address,
+    installed,
+    pointer,
+)
 
 SIZE = 16
 WAYS = ["driver", "kernels", "older"]
@@ -66,8 +76,8 @@ def run(graph: Any, patched: Sequence[tuple[Pointer, int]] = ()) -> None:
     """Instantiate a graph, point it elsewhere, launch it once."""
     stream = driver.new_stream()
     executable = driver.instantiate(graph, int(stream))
-    for place, address in patched:
-        place.word.value = address + place.offset
+    for place, elsewhere in patched:
+        place.word.value = elsewhere + place.offset
     for place, _ in patched:
         driver.call(place.setter.__name__, executable, *place.arguments)
     driver.call("cuGraphLaunch", executable, stream)
@@ -124,18 +134,51 @@ def test_what_is_large_is_the_drivers_to_copy(fake: Torch) -> None:
     assert all((target == 7).all() for target, _ in pairs)
 
 
-@pytest.mark.parametrize(("way", "early"), [("kernels", 1), ("older", 0)])
-def test_only_what_waits_by_itself_is_launched_early(fake: Torch, way: str, early: int) -> None:
-    """Before the work nothing may be: the work behind it does not wait."""
-    kernels, work = kernels_of(fake, way), Affine(fake, SIZE, Lane(0))
-    x, y = fake.empty_like(work.x), fake.empty_like(work.y)
-    graph = capture_enqueue(with_copies(work.enqueue, [(work.x, x)], [(y, work.y)], kernels), work.lane, "")
-    _, ends, data, count = driver.call("cuGraphGetEdges", graph, 9)
-    found = [int(end) for end, each in zip(ends, data, strict=True) if int(each.type)]
-    assert (count, len(found)) == (3, early)
-    nodes, _ = driver.call("cuGraphGetNodes", graph, 9)
-    assert found == [int(nodes[-1])][:early]
-    assert driver.make_edges_full(graph) == early, "that option has the last word"
+def between(fake: Torch, kernels: CopyKernels | None, *, programmatic: bool, **options: Any) -> tuple[Any, list[bool]]:
+    """A graph of work between two copies, ordered; and for each of its four edges whether it is programmatic."""
+    x, y, out, source = fresh(fake, 4)
+    scale = fake.driver.kernel([8, 8], lambda memory, x, y: memory.write(address(y), memory.read(address(x), 4 * SIZE)))
+
+    def enqueue(stream: int) -> bool:
+        for _ in range(3):
+            fake.driver.launch(scale, [pointer(x), pointer(y)], stream, programmatic=programmatic)
+        return True
+
+    graph = capture_enqueue(with_copies(enqueue, [(x, source)], [(out, y)], kernels), Lane(0), "")
+    order_copies(graph, kernels, **options)
+    edges = sorted(edges_of(graph), key=lambda edge: int(edge.start))
+    source.fill_(7)
+    run(graph)
+    assert out.tolist() == [7.0] * SIZE
+    return graph, [edge.is_programmatic for edge in edges]
+
+
+@pytest.mark.parametrize("programmatic", [False, True])
+def test_work_waits_for_its_inputs_whatever_it_was_launched_with(
+    fake: Torch, kernels: CopyKernels | None, programmatic: bool
+) -> None:
+    """TensorRT launches the first kernel of some engines programmatically: seen with TensorRT-RTX 1.5 on an H200."""
+    graph, found = between(fake, kernels, programmatic=programmatic)
+    assert found[:3] == [False, programmatic, programmatic], "what TensorRT does between its own kernels is its own"
+    assert found[3] is (kernels is not None and kernels.after.waits)
+    assert make_all_full(graph) == 2 * programmatic + found[3], "that option has the last word"
+
+
+def test_without_order_the_stand_in_finds_the_race(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "make_full", lambda graph, edges: 0)
+    with pytest.raises(Violation, match="not waited for"):
+        between(fake, kernels_of(fake, "kernels"), programmatic=True)
+
+
+def test_nothing_begins_early_where_that_is_not_wanted(fake: Torch) -> None:
+    _, found = between(fake, kernels_of(fake, "kernels"), programmatic=False, early=False)
+    assert found == [False] * 4
+
+
+def test_a_driver_that_knows_no_early_launch(fake: Torch) -> None:
+    fake.driver.fail("cuGraphAddDependencies", "INVALID_VALUE")
+    _, found = between(fake, kernels_of(fake, "kernels"), programmatic=False)
+    assert found == [False] * 4
 
 
 def test_a_refusal_between_copies(fake: Torch, kernels: CopyKernels | None) -> None:
@@ -149,7 +192,7 @@ def test_a_refusal_between_copies(fake: Torch, kernels: CopyKernels | None) -> N
 
 def test_a_copy_that_the_driver_refuses(fake: Torch, kernels: CopyKernels | None) -> None:
     work = Affine(fake, SIZE, Lane(0))
-    name = "cuMemcpyDtoDAsync" if kernels is None else "cuLaunchKernelEx"
+    name = "cuMemcpyDtoDAsync" if kernels is None else "cuLaunchKernel"
     fake.driver.fail(name, "INVALID_VALUE")
     pairs = [(work.x, fake.empty_like(work.x))]
     with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_INVALID_VALUE"):

@@ -167,28 +167,6 @@ def test_order_makes_one_stream_wait_for_another(fake: Torch) -> None:
     assert not fake.driver.ordered(int(before), int(after)), "what comes later is not waited for"
 
 
-def test_programmatic_edges_become_full_ones(fake: Torch) -> None:
-    stream, kernel = stream_of(fake), fake.driver.kernel([], lambda memory: None)
-    driver.begin_capture(stream)
-    for programmatic in (False, True, False, True, True):
-        fake.driver.launch(kernel, [], int(stream), programmatic=programmatic)
-    graph = driver.end_capture(stream)
-    before = list(fake.driver.graphs[int(graph)].edges)
-    assert [int(kind) for *_, kind in before] == [1, 0, 1, 1]
-    assert driver.make_edges_full(graph) == 3
-    after = fake.driver.graphs[int(graph)].edges
-    assert sorted(after) == sorted((start, end, 0) for start, end, _ in before)
-    assert driver.make_edges_full(graph) == 0
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_without_programmatic_edges_nothing_changes(fake: Torch, count: int) -> None:
-    graph = captured(fake, stream_of(fake), count)
-    before = list(fake.driver.graphs[int(graph)].edges)
-    assert driver.make_edges_full(graph) == 0
-    assert fake.driver.graphs[int(graph)].edges == before
-
-
 def test_instantiate_uploads_and_waits(fake: Torch) -> None:
     stream = stream_of(fake)
     graph = captured(fake, stream)

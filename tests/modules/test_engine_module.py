@@ -1117,8 +1117,8 @@ def test_an_engine_that_gives_another_answer_each_time(fake: Torch) -> None:
 
 def test_full_edges(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    real = driver.make_edges_full
-    monkeypatch.setattr(driver, "make_edges_full", lambda graph: made.append(real(graph)))
+    real = record_engine.make_all_full
+    monkeypatch.setattr(record_engine, "make_all_full", lambda graph: made.append(real(graph)))
     for edges, count in (("captured", 0), ("full", 2)):
         fast = graphcache.wrap(load("affine"), edges=edges)
         x = rows(fake, 2)
@@ -1374,7 +1374,7 @@ CALLS = [
     "cuGraphLaunch",
     "cuGraphMemcpyNodeGetParams",
     "cuGraphNodeGetType",
-    "cuLaunchKernelEx",
+    "cuLaunchKernel",
     "cuMemcpyDtoDAsync",
     "cuModuleGetFunction",
     "cuModuleLoadData",
