@@ -68,7 +68,7 @@ class GraphConfig:
             safe. ``"shared"`` captures up to 129 with one, which takes a fraction of the time: whenever it is used
             again, all of its graphs have to answer as before, or nothing is shared any more. ``"auto"`` shares where
             that was measured to be right (TensorRT-RTX 1.5 and 1.6), in the foreground.
-        edges: ``"captured"`` keeps the dependencies of an engine's kernels as they were captured. ``"full"`` replaces
+        edges: ``"captured"`` keeps the dependencies of kernels as they were captured. ``"full"`` replaces
             programmatic ones (dependent launch), for kernels that do not wait where they should.
         weights: ``"checked"`` looks at the place and layout of every parameter and buffer at each hit, so that replaced
             weights are never missed (about 0.3 µs each; on CUDA while the device works). ``"frozen"`` is the caller's

@@ -17,6 +17,7 @@ from graphcache.graphs.buffers import is_dense
 from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies
 from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Body
 from graphcache.graphs.lane import Lane, capture_lock, own_stream
 from graphcache.graphs.pointers import CannotBind
@@ -76,6 +77,7 @@ def record_torch(
     release: Callable[[], object],
     where: str,
     shared: bool = False,
+    full_edges: bool = False,
 ) -> CudaGraph:
     """Capture PyTorch operations, and engines between them; what they allocate comes from the lane's memory pool.
 
@@ -97,6 +99,7 @@ def record_torch(
         release: Called once the graph is gone.
         where: The module's name.
         shared: Whether other graphs use the lane's memory pool too, so that no graph is charged for it.
+        full_edges: Whether every kernel waits for the ones before it, however it was launched.
 
     Raises:
         Refusal: If the body did something that cannot be captured.
@@ -136,7 +139,9 @@ def record_torch(
         undo.callback(driver.call, "cuGraphDestroy", captured)
         pairs = list(zip(sources, whole, strict=True))
         pairs += [(target, _copies_whole(output, target)) for output, target in zip(outputs, targets, strict=True)]
-        order_copies(captured, kernels)
+        if full_edges:
+            make_all_full(captured)
+        order_copies(captured, kernels, early=not full_edges)
         try:
             found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied], kernels))
         except CannotBind as why:

@@ -187,7 +187,7 @@ class Captures:
     def _recorder(self) -> Recorder:
         if self._engine is not None:
             return EngineRecorder(self._engine, self._config)
-        return TorchRecorder(self.module, self.run, self._ledger.name, verified=self._config.verify)
+        return TorchRecorder(self.module, self.run, self._ledger.name, self._config)
 
     def _finish(
         self,

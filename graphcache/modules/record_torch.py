@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.signature import substitute
-from graphcache.config import graphs_off
+from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, static_copy
 from graphcache.graphs.capture import capturing, forget_workspaces, record_torch, refusal_of
@@ -35,14 +35,14 @@ class TorchRecorder:
         module: Whose parameters and buffers the call depends on.
         run: What is called, ``module`` itself or its ``forward``.
         name: For messages.
-        verified: Whether new graphs are held against eager execution.
+        config: Options of the wrapped module.
     """
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any], name: str, *, verified: bool) -> None:
+    def __init__(self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig) -> None:
         self._module = module
         self._run = run
         self._name = name
-        self._verified = verified
+        self._verified, self._full_edges = config.verify, config.edges == "full"
         self._host_lock = threading.RLock()
         self._lanes: dict[int, Lane] = {}
         self._passing = 0
@@ -164,6 +164,7 @@ class TorchRecorder:
                 release=session.close,
                 where=self._name,
                 shared=not alone,
+                full_edges=self._full_edges,
             )
             try:
                 refill(static, others)

@@ -40,6 +40,7 @@ from graphcache.errors import (
     TensorRTNotFoundError,
 )
 from graphcache.graphs import buffers, driver, verify
+from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
 from graphcache.modules import cached, conditions, into, recall, record_engine, views
 from graphcache.modules import engine as room
@@ -1125,6 +1126,18 @@ def test_full_edges(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
         fast(x)
         assert torch.equal(fast(x), x * 3 + 1)
         assert len(made) == count
+
+
+@pytest.mark.parametrize("edges", ["captured", "full"])
+def test_edges_of_whole_modules(whole: Torch, edges: str) -> None:
+    fast = graphcache.wrap(Chain(load("affine"), load("affine")), strategy="whole_graph", edges=edges)
+    x = rows(whole, 2)
+    with whole.on(whole.new_stream()):
+        for _ in range(2):
+            assert torch.equal(fast(x)["last"], x * 9 + 4)
+    (entry,) = fast._entries.values()
+    early = [edge.is_programmatic for edge in edges_of(entry.graph.graph.captured)]
+    assert early == [False, False, edges == "captured"], "a copy in, two engines, a copy out that waits by itself"
 
 
 def test_several_wrapped_modules_of_one_engine_on_several_streams(fake: Torch) -> None:
