@@ -50,7 +50,7 @@ ENGINE: list[Target] = [
     (Context, "set_outputs"),
     (Context, "enqueue"),
     (Lane, "scratch"),
-    (record_engine, "perturb"),
+    (record_engine, "perturbed"),
     (record_engine, "verify"),
 ]
 TORCH: list[Target] = [
