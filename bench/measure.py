@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import calls as calls_of
-from bench import record, store
+from bench import cores, record, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -251,10 +251,11 @@ def _measured(peer: Peer, work: Work, floor: Sequence[Callable[[], object]] | No
     count = min(work.calls, max(FEWEST_CALLS, int(work.seconds / max(per_call, 1e-9))))
     systems = {"system": timed} if floor is None else {"raw": calls_of.in_turn(floor), "system": timed}
     missed = peer.misses()
-    samples = record.interleave(systems, count, warmup=min(2 * len(work.pool), count), seed=work.seed)
     # Enough for a median that a neighbour on the host does not move, within about the time of the calls.
     rounds = max(FEWEST_BURSTS, min(count // 10, int(work.seconds / max(per_call * peer.burst, 1e-9))))
-    cpu = record.bursts(systems, rounds, peer.burst)
+    with cores.quietest():
+        samples = record.interleave(systems, count, warmup=min(2 * len(work.pool), count), seed=work.seed)
+        cpu = record.bursts(systems, rounds, peer.burst)
     now = peer.misses()
     after = _errors(function, work.pool)
     _require_right(after, work.bundle.tolerance, "after timing")
