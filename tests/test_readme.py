@@ -1,4 +1,4 @@
-"""The README: every snippet runs, every table says what the code says, every link leads somewhere.
+"""The README and the pages of docs: every snippet runs, every table says what the code says, every link leads on.
 
 ``python -m tests.test_readme`` writes the generated tables anew.
 """
@@ -20,18 +20,24 @@ from graphcache import GraphConfig, Reason
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-TEXT = README.read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
+LONGEST = 420
+"""Lines of the README: it is a manual, not the library's; what goes on belongs into a page of docs."""
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
-SNIPPETS = [
-    pytest.param(found["body"], id=f"line {TEXT.count(chr(10), 0, found.start()) + 1}")
-    for found in FENCE.finditer(TEXT)
-    if found["info"] == "python"
-]
-GPU_SNIPPETS = [
-    pytest.param(found["body"], id=f"line {TEXT.count(chr(10), 0, found.start()) + 1}")
-    for found in FENCE.finditer(TEXT)
-    if found["info"] == "python gpu"
-]
+
+
+def fenced(info):
+    """All blocks of a kind, by page and line."""
+    return [
+        pytest.param(found["body"], id=f"{path.stem}, line {text.count(chr(10), 0, found.start()) + 1}")
+        for path, text in PAGES.items()
+        for found in FENCE.finditer(text)
+        if found["info"] == info
+    ]
+
+
+SNIPPETS, GPU_SNIPPETS = fenced("python"), fenced("python gpu")
 
 
 def arguments_of(documented):
@@ -107,7 +113,7 @@ def test_every_option_and_every_error_class_is_in_its_table():
 
 
 def test_the_two_commands_are_there_to_the_letter():
-    commands = [found["body"].strip() for found in FENCE.finditer(TEXT) if found["info"] == "sh"]
+    commands = [found["body"].strip() for found in FENCE.finditer(PAGES[README]) if found["info"] == "sh"]
     assert "pip install . && graphcache demo" in commands
     assert 'pip install -e ".[test]" && pytest' in commands
 
@@ -121,11 +127,11 @@ def test_there_are_snippets():
 @pytest.mark.parametrize("source", SNIPPETS)
 def test_snippets_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = compile(source, "README.md", "exec")
+    code = compile(source, "a page", "exec")
     contextvars.copy_context().run(exec, code, {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("source", [found["body"] for found in FENCE.finditer(TEXT) if found["info"] == "yaml"])
+@pytest.mark.parametrize("source", fenced("yaml"))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_configurations_of_a_cluster_are_what_ray_takes(source):
     schema = pytest.importorskip("ray.serve.schema")
@@ -138,7 +144,7 @@ def test_configurations_of_a_cluster_are_what_ray_takes(source):
 
 @pytest.mark.parametrize("source", GPU_SNIPPETS)
 def test_snippets_for_a_gpu_compile_and_name_what_exists(source):
-    compile(source, "README.md", "exec")
+    compile(source, "a page", "exec")
     names = list(names_in(source))
     assert names
     for name in names:
@@ -183,16 +189,27 @@ def test_cache_info_and_the_environment_are_described_in_full():
 
 
 def test_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", TEXT))
-    assert targets
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", TEXT, re.M)
-    }
-    for target in targets:
-        if target.startswith("#"):
-            assert target[1:] in anchors
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), f"{target} does not exist"
+    for path, text in PAGES.items():
+        targets = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text))
+        for target in targets:
+            name, _, anchor = target.partition("#")
+            to = (path.parent / name).resolve() if name else path
+            if not target.startswith("https://"):
+                assert to.exists(), f"{path.name}: {target} does not exist"
+                assert not anchor or anchor in anchors_of(PAGES[to]), f"{path.name}: {target} has no such heading"
+
+
+def anchors_of(text):
+    """What the headings of a page can be linked to as."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_linked_from_the_readme_and_begins_with_its_title():
+    for path, text in PAGES.items():
+        assert text.startswith("# ")
+        assert path == README or f"](docs/{path.name})" in PAGES[README]
+    assert PAGES[README].count("\n") <= LONGEST
 
 
 def shown_by(text):
@@ -204,7 +221,7 @@ def test_the_tests_that_show_what_the_guides_promise_are_there():
     named = shown_by(section("guides"))
     assert len(named) >= 20
     for name, file in named:
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        tree = ast.parse((ROOT / "docs" / file).read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
     rows = [row for row in section("guides").splitlines()[2:] if not row.startswith("| **")]
     assert [row for row in rows if not shown_by(row)] == [row for row in rows if "| No:" in row]
@@ -215,17 +232,18 @@ def test_a_test_that_is_not_there_would_be_found():
 
 
 def test_there_is_room_for_benchmarks():
-    assert "<!-- benchmarks -->" in TEXT
+    assert "<!-- benchmarks -->" in PAGES[README]
 
 
 def write():
     """Put the generated tables in their places."""
-    text = TEXT
-    for name, table in GENERATED.items():
-        before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        start, end = text.index(before) + len(before), text.index(after)
-        text = f"{text[:start]}{table()}\n{text[end:]}"
-    README.write_text(text, encoding="utf-8")
+    for path, text in PAGES.items():
+        for name, table in GENERATED.items():
+            before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            if before in text:
+                start, end = text.index(before) + len(before), text.index(after)
+                text = f"{text[:start]}{table()}\n{text[end:]}"
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

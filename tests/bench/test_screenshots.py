@@ -42,8 +42,8 @@ def test_one_view_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["watch.svg"]
 
 
-def test_those_in_the_readme_are_there_and_small():
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    names = re.findall(r"\]\(docs/([\w.]+)\)", readme)
+def test_those_in_the_pages_are_there_and_small():
+    page = (DOCS / "observing.md").read_text(encoding="utf-8")
+    names = re.findall(r"!\[.*\]\(([\w.]+)\)", page)
     assert set(names) == {f"{name}.svg" for name in screenshots.VIEWS} | {"report.png"}
     assert all((DOCS / name).stat().st_size < 300_000 for name in names)
