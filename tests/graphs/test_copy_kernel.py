@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphcache.graphs import copy_kernel, driver
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, ptx
+from tests.graphs import ptx as ptx_machine
 from tests.graphs.fake_driver import Torch, installed
 
 
@@ -39,6 +40,60 @@ def test_every_label_and_register_of_the_source_is_there(waits: bool, entries: i
         special = {"%ctaid", "%ntid", "%tid", "%nctaid"}
         assert set(re.findall(r"%\w+", body)) == declared | special
         assert f"copies[{ctypes.sizeof(Copies)}]" in entry
+
+
+BASE = 1 << 40
+SPAN = 1 << 16
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["graphcache_copy", "graphcache_copy_after"]),
+    st.lists(
+        st.tuples(st.one_of(st.integers(1, 40), st.integers(1, 300)), st.integers(0, 17), st.integers(0, 17)),
+        min_size=1,
+        max_size=MOST,
+    ),
+    st.integers(1, 3),
+    st.integers(1, 9),
+)
+def test_it_moves_every_byte_and_no_other(
+    name: str, copies: list[tuple[int, int, int]], blocks: int, threads: int
+) -> None:
+    """On the CPU, instruction by instruction, for any sizes, alignments and numbers of threads."""
+    memory, words, wanted = ptx_machine.Buffers(), Copies(), []
+    for index, (nbytes, at, to) in enumerate(copies):
+        source, target = BASE + 2 * index * SPAN, BASE + (2 * index + 1) * SPAN
+        data = bytes((7 * index + 13 * step) % 256 for step in range(nbytes))
+        memory.put(source + at, data)
+        margin = bytes([255]) * 32
+        found = memory.put(target, margin[:to] + bytes(nbytes) + margin)
+        wanted.append((found, margin[:to] + data + margin))
+        words[3 * index : 3 * index + 3] = [source + at, target + to, nbytes]
+    ptx_machine.run(ptx(True), name, bytes(words), memory, (blocks, len(copies)), threads)
+    for found, expected in wanted:
+        assert bytes(found) == expected
+
+
+def test_the_machine_finds_what_a_device_would_refuse() -> None:
+    memory = ptx_machine.Buffers()
+    memory.put(BASE, bytes(64))
+    memory.put(BASE + SPAN, bytes(64))
+    source = ptx(False)
+
+    def launch(changed: str, nbytes: int = 64, at: int = 0) -> None:
+        words = Copies(BASE + at, BASE + SPAN, nbytes)
+        ptx_machine.run(changed, "graphcache_copy", bytes(words), memory, (1, 1), 4)
+
+    launch(source)
+    with pytest.raises(ptx_machine.Fault, match="where there is nothing"):
+        launch(source, nbytes=65)
+    with pytest.raises(ptx_machine.Fault, match="no multiple"):
+        launch(source.replace("and.b64 %odd, %odd, 15;", "and.b64 %odd, %odd, 0;"), nbytes=32, at=4)
+    with pytest.raises(ptx_machine.Fault, match="does not end"):
+        launch(source.replace("add.s64 %at, %at, %odd;", "add.s64 %at, %at, 0;"))
+    with pytest.raises(ptx_machine.Fault, match="not understood"):
+        launch(source.replace("shl.b64", "shr.b64"))
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="no assembler here")
