@@ -471,7 +471,8 @@ def test_threads_whose_graphs_take_each_others_places(fake: Torch) -> None:
     info = fast.cache_info()
     assert info.recalls > 0
     assert info.eager == {}
-    assert info.hits + info.captures == 4 * 30
+    # A hit whose graph another thread has evicted before it ended is not counted: at most one of each other thread.
+    assert 4 * 30 - 3 * info.evictions <= info.hits + info.captures <= 4 * 30
 
 
 @given(
