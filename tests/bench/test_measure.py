@@ -1,4 +1,5 @@
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ def test_a_right_system_has_all_figures(net, count):
     assert "reason" not in found, found
     assert found["total_us"]["n"] == found["raw_total_us"]["n"] == 60
     assert len(turns) >= 60
+    # What a call and a launch take of the processor comes from as many bursts of each, in turn.
+    assert found["cpu_burst_us"]["n"] == found["raw_cpu_burst_us"]["n"] >= measure.FEWEST_BURSTS
     assert found["total_over_raw"] == pytest.approx(
         found["total_us"]["p50"] / max(found["raw_total_us"]["p50"], 1e-3), abs=1e-3
     )
@@ -42,6 +45,25 @@ def test_the_floor_is_left_open_and_takes_turns_with_nobody(net):
     found = measure.measure(peer, work(net))
     assert found["total_over_raw"] == 1.0
     assert peer.log == ["load fake"]
+
+
+def test_only_what_is_timed_is_bound_to_a_core(net, monkeypatch):
+    """What a system starts when it is loaded would stay on that core as well."""
+    seen, bound = [], []
+
+    @contextmanager
+    def quietest():
+        bound.append(True)
+        yield 0
+        bound.pop()
+
+    monkeypatch.setattr(measure.cores, "quietest", quietest)
+    peer = Fake(function=lambda x: (seen.append(bool(bound)), right(x))[1])
+    found = measure.measure(peer, work(net), floor_of([]))
+    assert "reason" not in found, found
+    assert not seen[0]
+    assert not seen[-1], "answers are checked again afterwards"
+    assert sum(seen) >= found["total_us"]["n"] + found["cpu_burst_us"]["n"] * peer.burst
 
 
 def test_a_floor_that_fails_is_closed(net):

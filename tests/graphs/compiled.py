@@ -102,3 +102,19 @@ def single(graph: CudaGraph, *layouts: Tensor) -> tuple[Callable[..., Any], Call
             return written
 
     return fire, into, SimpleNamespace(entry=entry, table=table)
+
+
+def call(graph: CudaGraph, *given: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:
+    """What replays a graph of any number of inputs, compiled, for tensors like those given."""
+    ways = shortcuts.Shortcuts(None, lambda grad: False)
+    recorded = Recorded(graph, lambda outputs, _: outputs, whole=True, bare=False)
+    ways.remember(describe_layout(given), given, (Entry(recorded), None, None, graph.index, None))
+    table = ways.table()
+    assert table is not None
+
+    def replay(inputs: list[Tensor]) -> list[Tensor]:
+        answer: list[Tensor] | None = table.call(tuple(inputs))
+        assert answer is not None, "it is answered by compiled code"
+        return answer
+
+    return replay

@@ -857,11 +857,10 @@ class Driver:
     def cuGraphInstantiateWithParams(self, hGraph: Any, instantiateParams: Any) -> Any:
         graph = self._get(self.graphs, hGraph, CUgraph)
         for start, end, (kind, _) in graph.edges:
-            copying, waiting = (
-                self._functions[int(self._nodes[n][1].params.func)] if kind else None for n in (start, end)
-            )
-            if kind and _copies in (copying.body, waiting.body) and not waiting.waits:
-                raise Violation("what a copy writes or reads is not waited for")
+            if kind:
+                first, second = (self._function(self._nodes[node][1].params) for node in (start, end))
+                if _copies in (first.body, second.body) and not second.waits:
+                    raise Violation("what a copy writes or reads is not waited for")
         if int(instantiateParams.flags) & CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD:
             self._stream(instantiateParams.hUploadStream)
         handle = self._new()
@@ -1004,8 +1003,8 @@ class Driver:
         before.forget()
 
     def _kernel(self, node: _Node, nodeParams: Any) -> _Node:
-        known = self._functions[int(nodeParams.func) or int(nodeParams.kern)]
-        if known is not self._functions[int(node.params.func) or int(node.params.kern)]:
+        known = self._function(nodeParams)
+        if known is not self._function(node.params):
             raise _Failed("INVALID_VALUE")
         if not _readable(nodeParams.kernelParams, 8 * len(known.sizes)):
             raise Violation("the array of arguments is no memory")
@@ -1027,6 +1026,9 @@ class Driver:
             elif port:
                 raise _Failed("INVALID_VALUE")
         return [(int(a), int(b), kind) for a, b, kind in zip(starts, ends, kinds, strict=True)]
+
+    def _function(self, params: Any) -> _Function:
+        return self._functions[int(params.func) or int(params.kern)]
 
     def _argument(self, function: int, index: int) -> tuple[int, int]:
         sizes = self._functions[function].sizes
@@ -1072,7 +1074,7 @@ class Driver:
     def _run(self, node: _Node, stream: _Stream) -> None:
         kinds, memory, params = CUgraphNodeType, Memory(self, stream), node.params
         if node.kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
-            self._functions[int(params.func) or int(params.kern)].body(memory, *node.arguments)
+            self._function(params).body(memory, *node.arguments)
         elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
             for row in range(params.Height):
                 source = int(params.srcDevice) + row * params.srcPitch

@@ -16,9 +16,12 @@ from graphcache.graphs import copies, copy_kernel, driver
 from graphcache.graphs.capture import capture_enqueue
 from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
+from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import edges_of, make_all_full
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.pointers import CannotBind, Pointer
+from graphcache.graphs.slots import Slot
+from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import (
     Affine,
     CUgraphNodeType,
@@ -206,7 +209,7 @@ def test_a_copy_that_the_driver_refuses(fake: Torch, kernels: CopyKernels | None
 @given(st.sampled_from(WAYS), st.integers(1, 2 * MOST + 1), st.data())
 def test_each_is_found_and_pointed_elsewhere_alone(way: str, count: int, data: st.DataObject) -> None:
     with installed() as fake:
-        kernels, heap = kernels_of(fake, way), fake.driver.heap
+        kernels = kernels_of(fake, way)
         outwards = [data.draw(st.booleans(), label=f"tensor {index} is written") for index in range(count)]
         static, outside, others = (fresh(fake, count) for _ in range(3))
         pairs = [
@@ -227,7 +230,6 @@ def test_each_is_found_and_pointed_elsewhere_alone(way: str, count: int, data: s
             assert torch.equal(static[index], theirs), "what is told of one says nothing of another in the same node"
             value = index if out else (200 if index in moved else 100) + index
             assert static[index].tolist() == [value] * SIZE
-        assert heap.find(static[0].data_ptr(), 4 * SIZE) is not None
         if kernels is not None:
             assert len({int(place.arguments[0]) for (place,) in found}) == -(-count // MOST)
 
@@ -285,3 +287,53 @@ def test_a_copy_that_is_late_sees_what_the_work_wrote(fake: Torch, kernels: Copy
     copy_after([(target, source)], int(stream), kernels)
     run(driver.end_capture(stream))
     assert target.tolist() == [5.0] * SIZE
+
+
+# ---- replayed
+
+
+@pytest.mark.parametrize("library", ["python", "compiled"])
+def test_a_node_of_several_tensors_is_pointed_elsewhere_once(
+    fake: Torch, library: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = None
+    if library == "compiled":
+        functions = compiled_way.use(request.getfixturevalue("compiled"), fake, monkeypatch)
+    kernels, owner = kernels_of(fake, "kernels"), Lane(0)
+    x, y, total, *outside = fresh(fake, 6)
+
+    def add(memory: Memory) -> None:
+        torch.add(x, y, out=total)
+
+    kernel = fake.driver.kernel([], add)
+
+    def enqueue(stream: int) -> bool:
+        fake.driver.launch(kernel, [], stream)
+        return True
+
+    work = with_copies(enqueue, [(x, outside[0]), (y, outside[1])], [(outside[2], total)], kernels)
+    graph = capture_enqueue(work, owner, "")
+    order_copies(graph, kernels)
+    slots = [
+        Slot(own, places, 1) for own, places in zip((x, y, total), find_copies(graph, outside, kernels), strict=True)
+    ]
+    made = CudaGraph(
+        graph,
+        inputs=slots[:2],
+        outputs=slots[2:],
+        lane=owner,
+        keep=outside,
+        release=lambda: driver.call("cuGraphDestroy", graph),
+    )
+    with fake.on(fake.new_stream()), torch.no_grad():
+        made.replay(fresh(fake, 2))
+        call = made.replay if functions is None else compiled_way.call(made, x, y)
+        kept = []
+        for step in range(6):
+            given_ = [tensor.mul_(step) for tensor in fresh(fake, 2)]
+            fake.driver.calls.clear()
+            kept.append((call(given_), given_))
+            assert fake.driver.calls.count("cuGraphExecKernelNodeSetParams") == 2, "of the inputs, and of what is next"
+    assert functions is None or functions.raised == []
+    for (answer,), (left, right) in kept:
+        assert torch.equal(answer, left + right)
