@@ -54,6 +54,21 @@ def test_the_check_can_fail():
     assert {"click", "rich", "graphcache.cli"} <= imported("import graphcache.cli")
 
 
+FIRST_CALLS = """
+import graphcache
+x, linear = torch.ones(2, 4), torch.nn.Linear(4, 4)
+for module, buckets in ((linear, {"input": {0: [4]}}), (torch.nn.GRUCell(4, 4), None), (torch.nn.Dropout(), None)):
+    with torch.no_grad(), graphcache.wrap(module, buckets=buckets) as fast:
+        fast(x), fast(x), fast(x[:1])
+"""
+
+
+def test_the_first_capture_of_a_process_imports_neither_dynamo_nor_sympy():
+    found = imported(FIRST_CALLS)
+    assert "graphcache.graphs.host" in found
+    assert not {name for name in found if name.split(".")[0] == "sympy" or name.startswith("torch._dynamo")}
+
+
 def public():
     """Every public class and function with the name by which it is reached."""
     for name, value in vars(graphcache).items():

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import nbytes_of, poison
+from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.graph import Body
 from graphcache.graphs.operations import flatten, refuse_by_tag, storage_of, written
 
@@ -131,7 +131,7 @@ class HostGraph:
             self._steps, self._pinned = [], []
 
 
-class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Tape(DispatchMode):
     """Records every operation, with references to where each tensor came from."""
 
     def __init__(self) -> None:

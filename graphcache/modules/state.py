@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
+from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.operations import flatten, is_unwatched, storage_of, written
 from graphcache.graphs.verify import difference
 from graphcache.modules.culprit import path_here
@@ -75,7 +75,7 @@ class Dependencies:
         return found
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(DispatchMode):
     """Notices what a call does besides answering: writes into memory that it did not make, random numbers, attributes.
 
     The call runs inside, once. Then :meth:`check` says whether a replay would leave something out, or do it twice.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
+from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.operations import refuse_by_tag, storage_of, written
 from graphcache.observe.findings import COPY, FIXED, ON_DEVICE, STAY, Findings, inside, tensors_in, unheard
 
@@ -22,7 +22,7 @@ _PUTS = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _VALUES = "its values are copied from pageable host memory"
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(DispatchMode):
     """Looks at operations, below autograd."""
 
     def __init__(self, findings: Findings) -> None:
