@@ -29,7 +29,6 @@ class Limit:
 
 LIMITS = {
     "graphcache": Limit(8, 1.10, 1.03),
-    "graphcache-view": Limit(8, 1.10, 1.03),
     "graphcache-into": Limit(4, 1.04, 1.04),
     "graphcache-session": Limit(4, 1.04, 1.04),
     "graphcache-copy": Limit(12, 1.20, 1.06),

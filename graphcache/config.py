@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 from graphcache.errors import ConfigError, shown
 
@@ -14,13 +14,29 @@ Strategy = Literal["auto", "whole_graph", "per_submodule"]
 Capture = Literal["first", "worthwhile", "prepared"]
 CaptureIn = Literal["foreground", "background"]
 InputOutput = Literal["bind", "copy"]
-Outputs = Literal["own", "view"]
 Contexts = Literal["auto", "private", "shared"]
 Edges = Literal["captured", "full"]
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
 Runtime = Literal["graphcache", "torch_tensorrt"]
 Specialization = Literal["lazy", "eager", "none"]
+
+
+REMOVED = {
+    "outputs": "answers are fresh tensors; forward_into writes them into tensors of yours",
+}
+"""Options of version 0.1 that are gone, and what to use instead. They are ignored in packages of that version."""
+
+
+def refuse_removed(options: Iterable[str]) -> None:
+    """Raise if one of the options was removed.
+
+    Raises:
+        ConfigError: Then, with what to use instead.
+    """
+    for name in options:
+        if name in REMOVED:
+            raise ConfigError(f"the option {name} was removed in version 0.2: {REMOVED[name]}")
 
 
 class Buckets(Protocol):
@@ -61,9 +77,6 @@ class GraphConfig:
         io: ``"bind"`` points an engine's kernels at the caller's tensors, so that nothing is copied, wherever all
             places are found where they hold an address, and verification agrees. Whatever is not bound is copied.
             ``"copy"`` always copies, by nodes of the graph.
-        outputs: ``"own"`` answers with fresh tensors that stay as they are. ``"view"`` answers with the tensors that
-            the graph writes, always the same ones; the next replay of that graph overwrites them, and using an answer
-            later raises :class:`~graphcache.errors.StaleOutputError`. Parts of a module always own theirs.
         contexts: ``"private"`` gives each graph of an engine its own execution context, as NVIDIA documents it to be
             safe. ``"shared"`` captures up to 129 with one, which takes a fraction of the time: whenever it is used
             again, all of its graphs have to answer as before, or nothing is shared any more. ``"auto"`` shares where
@@ -79,7 +92,7 @@ class GraphConfig:
             :class:`~graphcache.errors.CaptureError` instead.
 
     Raises:
-        ConfigError: For a value outside what is listed here.
+        ConfigError: For a value outside what is listed here, or an option of version 0.1 that was removed.
 
     Example:
         >>> GraphConfig(max_graphs=64).max_graphs
@@ -98,12 +111,15 @@ class GraphConfig:
     buckets: Buckets | Mapping[Any, Any] | None = field(default=None, hash=False)
     verify: bool = True
     io: InputOutput = "bind"
-    outputs: Outputs = "own"
     contexts: Contexts = "auto"
     edges: Edges = "captured"
     weights: Weights = "checked"
     runtime: Runtime | None = None
     on_failure: OnFailure = "eager"
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        refuse_removed(options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, allowed in _LITERALS.items():
@@ -114,13 +130,11 @@ class GraphConfig:
                 raise ConfigError(
                     f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}"
                 )
-        if self.buckets is not None:
-            for name, value in (("outputs", "view"), ("strategy", "per_submodule")):
-                if getattr(self, name) == value:
-                    raise ConfigError(
-                        f"buckets with {name}={value!r}: answers are cropped of the whole module's own; expected "
-                        f"another {name}, or no buckets"
-                    )
+        if self.buckets is not None and self.strategy == "per_submodule":
+            raise ConfigError(
+                "buckets with strategy='per_submodule': answers are cropped of the whole module's own; expected "
+                "another strategy, or no buckets"
+            )
         for name, example in (("include", "encoder"), ("exclude", "head.nms")):
             value = getattr(self, name)
             listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
@@ -160,8 +174,9 @@ class GraphConfig:
         """Options over the environment over the defaults.
 
         Raises:
-            ConfigError: For an unknown option, naming the nearest known ones, or a bad value.
+            ConfigError: For an unknown option, naming the known ones, a removed one, or a bad value.
         """
+        refuse_removed(options)
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -174,7 +189,6 @@ _LITERALS: dict[str, tuple[str, ...]] = {
     "capture": get_args(Capture),
     "capture_in": get_args(CaptureIn),
     "io": get_args(InputOutput),
-    "outputs": get_args(Outputs),
     "contexts": get_args(Contexts),
     "edges": get_args(Edges),
     "weights": get_args(Weights),

@@ -19,7 +19,6 @@
     │   └── EngineExecutionError              TensorRT refused to run it
     ├── CaptureError (RuntimeError)           only with on_failure="raise"
     ├── ModeConflictError (RuntimeError)      graphs together with an output allocator, when strict
-    ├── StaleOutputError (RuntimeError)       an output that a later replay wrote over, outputs="view"
     ├── ClosedError (RuntimeError)
     ├── TraceError (ValueError)               a trace file is damaged, or is none
     ├── PackageError (ValueError)             a package file is damaged, or is none
@@ -108,10 +107,6 @@ class CaptureError(GraphCacheError, RuntimeError):
 
 class ModeConflictError(GraphCacheError, RuntimeError):
     """CUDA graphs and a dynamic output allocator were asked for together, in ``strict`` mode."""
-
-
-class StaleOutputError(GraphCacheError, RuntimeError):
-    """An output was read after a later replay had written over it. Only with ``outputs="view"``."""
 
 
 class ClosedError(GraphCacheError, RuntimeError):

@@ -17,7 +17,7 @@ from graphcache import EngineModule
 from graphcache.cache import spec
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
-from graphcache.modules import cached, conditions, engine_carried, examples, into, prepare, recall, record_engine, views
+from graphcache.modules import cached, conditions, engine_carried, examples, into, prepare, recall, record_engine
 from graphcache.modules import engine as room
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
@@ -52,7 +52,7 @@ def engines(patch: pytest.MonkeyPatch, *, streams: bool = True) -> Iterator[Torc
     with installed(*MODULES, patch=patch) as fake:
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver if streams else None)
-        for each in (cached, into, views):
+        for each in (cached, into):
             patch.setattr(each, "raw_stream", fake.raw_stream)
         for each in (cached, into, conditions):
             patch.setattr(each, "is_capturing", fake.is_capturing)

@@ -68,6 +68,13 @@ def test_an_unknown_option_is_answered_with_the_known_ones():
         GraphConfig.of({"max_graph": 3})
 
 
+@pytest.mark.parametrize(("option", "instead"), [("outputs", "forward_into")])
+def test_a_removed_option_says_what_to_use_instead(option, instead):
+    for make in (lambda: GraphConfig(**{option: 1}), lambda: GraphConfig.of({option: 1})):
+        with pytest.raises(ConfigError, match=rf"^the option {option} was removed in version 0\.2: .*{instead}"):
+            make()
+
+
 def test_options_go_over_the_environment_and_that_over_the_defaults(monkeypatch):
     monkeypatch.setenv("GRAPHCACHE_MAX_GRAPHS", " 7 ")
     monkeypatch.setenv("GRAPHCACHE_MAX_BYTES", "1024")

@@ -9,7 +9,7 @@ import pytest
 
 from graphcache.cache import templates
 from graphcache.graphs import capture, cuda, driver, lane, slots, template
-from graphcache.modules import freshness, recall, shared_contexts, views
+from graphcache.modules import freshness, recall, shared_contexts
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
 LANE = "tests/graphs/test_lane.py::"
@@ -92,10 +92,6 @@ CURES: dict[str, tuple[TakeOut, str]] = {
     "what an eviction keeps is of its own time": (
         around(templates.Templates, "put", _as_of_now),
         RECALL + "test_what_an_eviction_keeps_while_everything_is_forgotten_does_not_stay",
-    ),
-    "a view that was written over is refused": (
-        replace(views, "_check", nothing),
-        "tests/modules/test_views.py::test_any_use_after_a_later_replay_is_refused",
     ),
 }
 

@@ -23,7 +23,6 @@ SYSTEMS: Mapping[str, Callable[[], Peer]] = {
     "graphcache": Fresh,
     "graphcache-into": Into,
     "graphcache-session": Session,
-    "graphcache-view": lambda: Fresh("graphcache-view", outputs="view"),
     "graphcache-copy": lambda: Fresh("graphcache-copy", io="copy"),
     "tensorrt": TensorRTEager,
     "rtx-graphs": RtxGraphs,

@@ -45,7 +45,6 @@ from graphcache.modules.portable import Portable
 from graphcache.modules.preparing import preparing
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts, open_to
-from graphcache.modules.views import is_plain, plain
 
 
 class CachedModule(Portable, Accounted):
@@ -175,7 +174,7 @@ class CachedModule(Portable, Accounted):
             kwargs: Likewise.
 
         Returns:
-            What the module returns; its tensors belong to the caller, except with ``outputs="view"``.
+            What the module returns; its tensors belong to the caller.
 
         Raises:
             CaptureError: If the call cannot be captured and ``on_failure="raise"``.
@@ -190,10 +189,7 @@ class CachedModule(Portable, Accounted):
         try:
             signature, inputs = describe(args, kwargs)
         except Refusal as refusal:
-            if is_plain(args, kwargs):
-                return self._misses.undescribed(refusal.cause, args, kwargs)
-            # An output that another wrapped module shows.
-            return self.forward(*plain(args), **plain(kwargs))
+            return self._misses.undescribed(refusal.cause, args, kwargs)
         if self._misses.cuda and several_devices():
             index = self._device_index(inputs)
             if index is not None and index != current_device():

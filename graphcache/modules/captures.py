@@ -30,7 +30,6 @@ from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
 from graphcache.modules.remembered import Remembered
 from graphcache.modules.room import Room
-from graphcache.modules.views import Views
 
 _SAMPLES = 3
 
@@ -204,8 +203,6 @@ class Captures:
         """Keep a graph, or remember why there is none, which is returned."""
         if isinstance(outcome, Recorded):
             outcome.generation = self.templates.generation
-            if self._config.outputs == "view":
-                outcome.show(Views(outcome.graph, self._ledger.name))
             try:
                 self._cache.shared = self.recorder.shared_nbytes
                 room.settle(outcome.nbytes)

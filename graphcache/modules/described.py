@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.signature import Signature, describe
-from graphcache.errors import Refusal
-from graphcache.modules.views import is_plain, plain
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule
@@ -25,16 +23,10 @@ def described(
     Raises:
         Refusal: If no signature describes it.
         InputCountError: If an engine takes no such arguments.
-        StaleOutputError: If an argument is an output that a later replay has overwritten.
     """
     if fast._engine is not None:
         args, kwargs = fast._for_engine(fast._engine, args, kwargs)
-    try:
-        signature, inputs = describe(args, kwargs)
-    except Refusal:
-        if is_plain(args, kwargs):
-            raise
-        return described(fast, plain(args), plain(kwargs))
+    signature, inputs = describe(args, kwargs)
     if fast._host_inputs:
         signature = (*signature, *fast._host_values(args))
     return args, kwargs, signature, inputs

@@ -159,8 +159,8 @@ def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
 
     With arguments it says what the next such call would do, under the modes of this moment, without making it. Where
     there is a graph for it whose times nobody measured, both ways are measured now: the module runs eagerly and the
-    graph is replayed, each some seven times; no counter shows it. (With ``outputs="view"`` nothing is measured, since a
-    replay would overwrite an answer.) Without arguments it goes through every signature that is remembered.
+    graph is replayed, each some seven times; no counter shows it. Without arguments it
+    goes through every signature that is remembered.
 
     Args:
         module: A wrapped module.
@@ -274,8 +274,6 @@ def _measured(
     kwargs: dict[str, Any],
 ) -> Costs:
     """Costs with both ways of a call measured, from its beginning until the device has finished."""
-    if fast.config.outputs == "view":
-        return costs
     given = fast._device_only(inputs)
     wait: Callable[[], object] = torch.cuda.synchronize if fast._misses.cuda else _nothing
     # A graph was verified: its call changes nothing, so it may be made again.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.config import GraphConfig
+from graphcache.config import REMOVED, GraphConfig
 from graphcache.errors import ConfigError, is_a, shown
 from graphcache.modules.engine_state import bytes_of
 from graphcache.package.container import HEADER, sha256, write_parts
@@ -138,9 +138,10 @@ def config_of(options: Mapping[str, Any]) -> GraphConfig:
         ConfigError: For an unknown option, or a bad value.
     """
     known = {field.name for field in fields(GraphConfig)}
-    if unknown := sorted(options.keys() - known):
+    kept = {name: value for name, value in options.items() if name not in REMOVED}
+    if unknown := sorted(kept.keys() - known):
         raise ConfigError(f"unknown option {shown(unknown[0])}")
-    return GraphConfig(**{**options, "buckets": _unplain(options.get("buckets"))})
+    return GraphConfig(**{**kept, "buckets": _unplain(kept.get("buckets"))})
 
 
 def _engine(index: int, name: str, module: CarriedEngine, parts: dict[str, bytes]) -> PackagedEngine:

@@ -68,7 +68,7 @@ class Parts:
         named = find_parts(module, config)
         self._finds = config.strategy == "auto" and not named and not isinstance(module, EngineModule)
         # Candidates hold nothing that is excluded.
-        self._own = replace(config, include=(), exclude=(), outputs="own", buckets=None)
+        self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
         self._here = {name: make(name, part, fixed) for name, part in named.items()}
         self.past: CacheInfo | None = None

@@ -15,7 +15,6 @@ from graphcache.errors import Cause
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.single import Fire, Into, single
-from graphcache.modules.views import Views
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 
@@ -30,7 +29,7 @@ class Recorded:
         bare: Whether the answer is the graph's only output itself.
     """
 
-    __slots__ = ("bare", "build", "generation", "graph", "nbytes", "replay", "single", "views", "whole")
+    __slots__ = ("bare", "build", "generation", "graph", "nbytes", "replay", "single", "whole")
 
     def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
@@ -38,8 +37,6 @@ class Recorded:
         """Shorter ways from the only input to the answer than ``replay`` and ``build``, where there are any."""
         if bare and isinstance(graph, CudaGraph):
             self.single = single(graph)
-        self.views: Views | None = None
-        """Who shows the graph's own outputs, where those are the answer."""
         self.replay: Callable[..., list[Tensor]] = graph.replay
         self.build = build
         self.whole = whole
@@ -47,13 +44,6 @@ class Recorded:
         self.nbytes = graph.nbytes
         self.generation = -1
         """That of the templates when it was captured."""
-
-    def show(self, views: Views) -> None:
-        """Answer with the tensors that the graph writes from now on."""
-        _, into = self.single or (None, None)
-        self.views = views
-        self.replay = views.replay
-        self.single = None if into is None else (views.fire(into), None)
 
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""

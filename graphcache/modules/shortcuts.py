@@ -25,7 +25,6 @@ from graphcache.modules.conditions import (
     several_devices,
 )
 from graphcache.modules.record import Recorded
-from graphcache.modules.views import Views
 
 Shortcut = tuple[Entry[Recorded] | None, Any, Into | None, int, int | None]
 """An entry, shorter ways to replay it (a :class:`~graphcache.graphs.single.Fire`, or none; where there is no entry, a
@@ -94,7 +93,6 @@ class Shortcuts(dict[Hashable, Shortcut]):
         pointed = all(slot.pointers for slot in slots)
         if executables is None or not outputs or not pointed:
             return
-        views = recorded.views
         table.put(
             args,
             entry,
@@ -109,7 +107,6 @@ class Shortcuts(dict[Hashable, Shortcut]):
             None if self._engine is not None else self._is_stale,
             None if recorded.bare else recorded.build,
             slots,
-            (None, None, None) if views is None else (views, views.lock, views.show),
             tuple([slot.raw for slot in slots]),
             tuple([slot.buffer for slot in outputs]),
             # A device's memory comes from where the buffer's came from.
@@ -159,7 +156,7 @@ def new_table() -> Any:
         log.debug("hits are answered in Python: %s", error)
         return None
     return library.Table(
-        (CudaGraph, Lane, Entry, Modes, Views),
+        (CudaGraph, Lane, Entry, Modes),
         modes,
         ticks,
         raw_stream,

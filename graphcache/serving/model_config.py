@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graphcache.cache.buckets import Buckets
-from graphcache.config import GraphConfig
+from graphcache.config import REMOVED, GraphConfig
 from graphcache.errors import ConfigError, ServingError, shown
 from graphcache.files import open_regular
 
@@ -71,7 +71,7 @@ def read_config(path: Path) -> ModelConfig:
     options = dict(_object(tree.get("options", {}), f"{path}: options"))
     known = {each.name for each in fields(GraphConfig)} - {"buckets"}
     for name in options:
-        if name not in known:
+        if name not in known and name not in REMOVED:
             raise ServingError(f"{path}: options: unknown option {shown(name)}; they are {', '.join(sorted(known))}")
     if tree.get("buckets") is not None:
         options["buckets"] = _buckets(tree["buckets"], f"{path}: buckets")

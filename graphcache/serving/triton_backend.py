@@ -100,8 +100,5 @@ class TritonPythonModel:
         return tensor.to(self._device)
 
     def _output(self, name: str, value: Tensor) -> Any:
-        if self._module.config.outputs == "view":
-            # The next request of the same call would overwrite it.
-            value = value.clone()
         dense: Any = value.contiguous()
         return self._utils.Tensor.from_dlpack(name, dense.__dlpack__())

@@ -23,7 +23,6 @@ def test_the_limits_are_the_ones_that_were_set():
     as_data = {name: (each.cpu_us, each.over_raw, each.over_raw_long) for name, each in limits.LIMITS.items()}
     assert as_data == {
         "graphcache": (8, 1.10, 1.03),
-        "graphcache-view": (8, 1.10, 1.03),
         "graphcache-into": (4, 1.04, 1.04),
         "graphcache-session": (4, 1.04, 1.04),
         "graphcache-copy": (12, 1.20, 1.06),

@@ -268,7 +268,6 @@ def policy(tmp_path):
     "peer",
     [
         type("HostFresh", (_OnHost, Fresh), {})(),
-        type("HostView", (_OnHost, Fresh), {})("graphcache-view", outputs="view"),
         type("HostCopy", (_OnHost, Fresh), {})("graphcache-copy", io="copy"),
         type("HostInto", (_OnHost, Into), {})(),
         type("HostSession", (_OnHost, Session), {})(),

@@ -9,7 +9,7 @@ from torch import nn
 
 import graphcache
 from graphcache import Reason
-from graphcache.errors import CaptureError, StaleOutputError
+from graphcache.errors import CaptureError
 
 SIZE = 64
 
@@ -350,31 +350,18 @@ def test_an_engine_inside_that_changes_makes_the_whole_graph_stale(load):
     assert (info.captures, info.hits) == (2, 3), info
 
 
-def test_views_and_answers_into_the_callers_tensors(net, load):
+def test_answers_into_the_callers_tensors(net, load):
     """Of a torch graph, whose pool other graphs write into, and of an engine, bound and copied."""
     engine = load("mlp8")
     torch_side = torch.nn.Sequential(torch.nn.Linear(SIZE, SIZE), torch.nn.GELU()).cuda().requires_grad_(False).eval()
     for module, options in ((torch_side, {}), (engine, {}), (engine, {"io": "copy"})):
-        fast, into = graphcache.wrap(module, outputs="view", **options), graphcache.wrap(module, **options)
+        into = graphcache.wrap(module, **options)
         inputs = [torch.randn(n, SIZE, device="cuda") for n in (2, 5, 9)]
         for x in inputs:
-            fast(x)
             into(x)
-        shown = [fast(x) for x in inputs]
-        for x, y in zip(inputs, shown, strict=True):
-            assert torch.allclose(y, module(x), rtol=1e-4, atol=1e-6)
-        places = [y.data_ptr() for y in shown]
-        for _ in range(3):
-            for x, place in zip(inputs, places, strict=True):
-                x.normal_()
-                y = fast(x)
-                assert y.data_ptr() == place
-                assert torch.allclose(y, module(x), rtol=1e-4, atol=1e-6)
-        with pytest.raises(StaleOutputError):
-            shown[0].sum()
         state = wanted = torch.randn(5, SIZE, device="cuda")
         for _ in range(6):
-            state, wanted = fast(state), module(wanted)
+            state, wanted = into(state), module(wanted)
             assert torch.allclose(state, wanted, rtol=1e-3, atol=1e-5)
         outs = [torch.empty(n, SIZE, device="cuda") for n in (2, 5, 9)]
         odd = torch.empty(SIZE, 2, device="cuda").t()
@@ -391,5 +378,4 @@ def test_views_and_answers_into_the_callers_tensors(net, load):
                 torch.cuda.current_stream().synchronize()
         assert into.cache_info().captures == 3
         assert into.cache_info().eager == {}
-        fast.close()
         into.close()

@@ -177,9 +177,9 @@ def test_streams_modes_captures_and_layouts_in_turn(wraps, load, stream):
         assert answers_natively(fast, x)
 
 
-def test_sessions_and_views(wraps, load, stream):
+def test_sessions(wraps, load, stream):
     module = load("mlp8")
-    both = wraps(module, outputs="view")
+    both = wraps(module)
     fast = both["compiled"]
     inputs = [torch.randn(n, SIZE, device="cuda") for n in (1, 3, 8)]
     with torch.no_grad():
@@ -198,14 +198,6 @@ def test_sessions_and_views(wraps, load, stream):
             wanted = module(x)
             assert torch.allclose(shown, wanted, rtol=1e-2, atol=1e-3)
             assert torch.equal(both["python"](x), session.outputs)
-        later = fast(inputs[0])
-        fast(inputs[0])
-        with pytest.raises(graphcache.errors.StaleOutputError):
-            later.sum()
-        # Fed back into the graph that wrote it: its values are copied first.
-        shown = fast(inputs[2])
-        wanted = shown.clone()
-        assert torch.equal(fast(shown), both["python"](wanted))
         for session in sessions:
             session.close()
 

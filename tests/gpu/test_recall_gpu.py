@@ -27,9 +27,8 @@ def close(got, wanted, bound=5e-3):
     return (got - wanted).norm() <= bound * wanted.norm()
 
 
-@pytest.mark.parametrize("outputs", ["own", "view"])
-def test_answers_are_right_whatever_was_evicted_between(load, outputs):
-    fast = graphcache.wrap(load("mlp8"), max_graphs=4, contexts="shared", outputs=outputs)
+def test_answers_are_right_whatever_was_evicted_between(load):
+    fast = graphcache.wrap(load("mlp8"), max_graphs=4, contexts="shared")
     for turn in range(6):
         for x in inputs(turn).values():
             wanted = networks.mlp8_reference(x)

@@ -36,16 +36,14 @@ from graphcache.errors import (
     OutputMismatchError,
     ProfileRangeError,
     Refusal,
-    StaleOutputError,
     TensorRTNotFoundError,
 )
 from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import cached, conditions, into, recall, record_engine, views
+from graphcache.modules import cached, conditions, into, recall, record_engine
 from graphcache.modules import engine as room
 from graphcache.modules.record_torch import TorchRecorder
-from graphcache.modules.views import OutputView, Views
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
@@ -59,7 +57,7 @@ MODULES = (allocator, context, engine, library, verify, room, record_engine, rec
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     fake_tensorrt.use(patch)
     patch.setattr(fake_tensorrt, "device", fake.driver)
-    for each in (cached, into, views):
+    for each in (cached, into):
         patch.setattr(each, "raw_stream", fake.raw_stream)
     for each in (cached, into, conditions, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)
@@ -736,63 +734,9 @@ def test_where_a_graph_cannot_write_the_answer_is_copied(fake: Torch, place: str
     assert launches(fake) == before + 1
 
 
-def test_an_engines_views_stay_in_one_place_and_go_stale(fake: Torch) -> None:
-    module = load("affine")
-    fast = graphcache.wrap(module, outputs="view")
-    x = rows(fake, 2)
-    for _ in range(3):
-        first = fast(x)
-    place = first.data_ptr()
-    assert torch.equal(first, x * 3 + 1)
-    patched = fake.driver.calls.count("cuGraphExecKernelNodeSetParams")
-    second = fast(x.add_(1))
-    assert fake.driver.calls.count("cuGraphExecKernelNodeSetParams") == patched
-    assert second.data_ptr() == place
-    assert torch.equal(second, x * 3 + 1)
-    with pytest.raises(StaleOutputError, match=r"^an output of affine was used after 1 later replays"):
-        first.sum()
-
-
-def test_views_have_a_short_way_and_what_it_leaves_alone_goes_the_long_one(
-    fake: Torch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fast = graphcache.wrap(load("affine"), outputs="view")
-    here, there = fake.new_stream(), fake.new_stream()
-    long: list[int] = []
-    replay = Views.replay
-    monkeypatch.setattr(Views, "replay", lambda self, inputs: long.append(1) or replay(self, inputs))
-    unaligned = fake.empty(2, 4, offset=4).copy_(rows(fake, 2))
-
-    def calls(x: Tensor, stream: Any, longs: int) -> Tensor:
-        long.clear()
-        with fake.on(stream), torch.no_grad():
-            for start in range(4):
-                y = fast(x.fill_(start))
-                assert isinstance(y, OutputView)
-                assert torch.equal(y, x * 3 + 1)
-        assert len(long) == longs
-        return y
-
-    x = rows(fake, 2)
-    with fake.on(here), torch.no_grad():
-        # Captured; then the place is made.
-        fast(x)
-        fast(x)
-    old = calls(x, here, 0)
-    calls(unaligned, here, 4)
-    with pytest.raises(StaleOutputError, match=r"was used after 4 later replays"):
-        old.sum()
-    calls(x, there, 1)
-    calls(x, here, 1)
-    answer = calls(x, here, 0)
-    fast.clear()
-    assert torch.equal(answer, x * 3 + 1)
-
-
 @pytest.mark.parametrize("part", [slice(None), slice(0, 2)], ids=["all of it", "a view of it"])
 def test_an_answer_that_is_fed_back_is_not_read_while_it_is_written(fake: Torch, part: slice) -> None:
-    """A bound graph would be given one address to read from and to write to."""
-    fast = graphcache.wrap(load("affine"), outputs="view")
+    fast = graphcache.wrap(load("affine"))
     state = rows(fake, 2)
     wanted = state.clone()
     for _ in range(5):

@@ -63,15 +63,6 @@ def test_a_hit_is_told_with_its_costs_and_makes_no_call():
     assert torch.equal(fast(torch.ones(1, 8)), torch.ones(1, 8))
 
 
-def test_nothing_is_measured_where_a_replay_would_overwrite_an_answer():
-    fast = tokens(outputs="view")
-    ids(fast, 8)
-    answer = fast(torch.ones(1, 8))
-    found = only(fast.explain(torch.zeros(1, 8)))
-    assert (found.outcome, found.costs.eager, found.costs.replay) == ("hit", None, None)
-    assert torch.equal(answer + 0, torch.ones(1, 8))
-
-
 def test_all_calls_those_with_graphs_first():
     fast = tokens(max_graphs=1)
     for length in (4, 5, 5, 5):

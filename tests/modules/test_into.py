@@ -31,9 +31,8 @@ def test_captures_hits_and_eager_calls_answer_into_the_callers_tensor() -> None:
     assert outcomes(fast) == (2, 1, {})
 
 
-@pytest.mark.parametrize("outputs", ["own", "view"])
-def test_structures_keywords_and_strides(outputs: str) -> None:
-    fast = graphcache.wrap(Fn(two), outputs=outputs)
+def test_structures_keywords_and_strides() -> None:
+    fast = graphcache.wrap(Fn(two))
     out = {"y": torch.empty(4, 2).t(), "sum": torch.empty(4)[::2]}
     for scale in (1.0, 2.0, 1.0, 2.0):
         wanted = two(fast.module, X, scale=scale)

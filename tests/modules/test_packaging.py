@@ -452,6 +452,42 @@ def test_options_come_back(config: GraphConfig) -> None:
     assert config_of(json.loads(json.dumps(options_of(config)))) == config
 
 
+OPTIONS_OF_0_1: dict[str, Any] = {
+    "strategy": "auto",
+    "include": [],
+    "exclude": [],
+    "capture": "first",
+    "capture_in": "foreground",
+    "max_graphs": 7,
+    "max_bytes": None,
+    "templates": 256,
+    "buckets": None,
+    "verify": True,
+    "io": "copy",
+    "outputs": "view",
+    "contexts": "private",
+    "edges": "full",
+    "weights": "frozen",
+    "runtime": None,
+    "on_failure": "eager",
+}
+"""What version 0.1 wrote; some of these options are gone."""
+
+
+def test_a_package_of_version_0_1_loads_without_the_options_that_are_gone(fake: Torch, tmp_path: Path) -> None:
+    graphcache.wrap(affine()).save(tmp_path / "m.gcache")
+
+    def as_before(header: Any, parts: Any) -> None:
+        header.update(graphcache="0.1.0", options=OPTIONS_OF_0_1)
+
+    again = graphcache.load(repacked(tmp_path / "m.gcache", as_before))
+    assert again.config.max_graphs == 7
+    x = rows(fake, 2)
+    for _ in range(3):
+        assert torch.equal(again(x), x * 3 + 1)
+    assert again.cache_info().hits == 2
+
+
 def test_buckets_that_json_cannot_hold(fake: Torch, tmp_path: Path) -> None:
     config = GraphConfig(buckets={"x": {0: [1, 2]}, "mask": Mask(["x[0]"])})
     with pytest.raises(ConfigError, match=r"buckets holds Mask.*; give plain lists, dictionaries and numbers, or wrap"):

@@ -235,17 +235,6 @@ def test_nothing_is_kept_alive(fake: Torch) -> None:
     assert fake.driver.leaked() == {}
 
 
-def test_an_answer_that_is_shown_stays_while_another_shape_is_captured(fake: Torch) -> None:
-    for network, answer in (("affine", lambda x: x * 3 + 1), ("hidden", lambda x: x * 2)):
-        fast = graphcache.wrap(load(network), outputs="view", contexts="shared", io="copy")
-        make = rows if network == "affine" else flat
-        x = make(fake, 2)
-        fast(x)
-        y = fast(x)
-        fast(make(fake, 3))
-        assert torch.equal(y, answer(x))
-
-
 def test_what_looking_takes_is_in_the_account(fake: Torch) -> None:
     fast = captured(load("affine"), fake, 1)
     recorder = fast._misses.recorder

@@ -93,7 +93,7 @@ def test_options_buckets_and_what_to_prepare(folder):
         ({"buckets": {}}, "buckets={}: expected arguments with axes"),
         ({"buckets": {"x": {"first": [1]}}}, "buckets: x: axis 'first'; expected a number"),
         ({"buckets": {"x": {"0": [-1]}}}, r"buckets\['x'\]\[0\]"),
-        ({"buckets": {"x": {"0": [1]}}, "options": {"outputs": "view"}}, "buckets with outputs='view'"),
+        ({"options": {"outputs": "view"}}, "the option outputs was removed in version 0.2: .*forward_into"),
         ({"prepare": {}}, r"prepare is \{\}; expected a list of objects"),
         ({"prepare": [3]}, r"prepare\[0\] is 3; expected an object"),
         ({"prepare": [{}]}, r"prepare\[0\] names no input"),

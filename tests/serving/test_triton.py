@@ -89,7 +89,7 @@ def test_only_what_was_asked_for_is_given(fake, tmp_path, monkeypatch):
 
 def test_a_package_tells_itself_what_it_is_and_begins_with_hits(fake, tmp_path, monkeypatch):
     path = tmp_path / "m.gcache"
-    fast = graphcache.wrap(EngineModule(serialize("affine"), name="net"), max_graphs=5, outputs="view")
+    fast = graphcache.wrap(EngineModule(serialize("affine"), name="net"), max_graphs=5)
     with torch.inference_mode():
         fast.prepare((2, 4))
     fast.save(path)
@@ -98,7 +98,6 @@ def test_a_package_tells_itself_what_it_is_and_begins_with_hits(fake, tmp_path, 
     server = Server(tmp_path / "policy", monkeypatch)
     first, second = rows(fake, 2), rows(fake, 2, 5)
     found = server.answers({"x": first}, {"x": second})
-    # The graph writes both into the same memory.
     assert torch.equal(found[0]["y"], first * 3 + 1)
     assert torch.equal(found[1]["y"], second * 3 + 1)
     info = server.model._module.cache_info()

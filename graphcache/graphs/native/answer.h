@@ -86,38 +86,6 @@ bool overlaps(const Record& record, const uint64_t* addresses, size_t output) {
   return false;
 }
 
-// A replay into the tensors that Views shows, as its replay() does it. No launch where an answer is fed back.
-Outcome answer_in_place(State& state, const Record& record, uint64_t stream, uint64_t* addresses, Ref& outputs) {
-  Ref number;
-  {
-    Held views(*record.views_lock), lock(*record.lock);
-    if (!views || !lock) return Outcome::left_alone;
-    if (const auto current = is_current(state, record, stream); current != Outcome::done) return current;
-    PyObject* shown = state.shown.in(record.views);
-    if (shown == nullptr || !PyList_CheckExact(shown) || state.shown_on.number(record.views) != stream ||
-        PyList_GET_SIZE(shown) != static_cast<Py_ssize_t>(record.outputs()))
-      return Outcome::left_alone;
-    for (size_t i = 0; i < record.outputs(); ++i) {
-      c10::TensorImpl* tensor = plain(PyList_GET_ITEM(shown, static_cast<Py_ssize_t>(i)));
-      if (tensor == nullptr) return Outcome::left_alone;
-      addresses[record.inputs + i] = address_of(tensor);
-      if (overlaps(record, addresses, record.inputs + i)) return Outcome::left_alone;
-    }
-    if (const auto aimed = aim(state, record, addresses); aimed != Outcome::done) return aimed;
-    number = PyLong_FromUnsignedLongLong(state.replays.number(record.views) + 1);
-    if (!number) return Outcome::failed;
-    // Before the launch: nobody may read what is about to change.
-    state.replays.put(record.views, Py_NewRef(number.get()));
-    if (const auto begun = launch(state, record, stream); begun != Outcome::done) return begun;
-    if (const auto noted = launched(state, record, nullptr); noted != Outcome::done) return noted;
-  }
-  outputs = PyObject_CallOneArg(record.show, number.get());
-  if (!outputs) return Outcome::failed;
-  if (PyList_CheckExact(outputs.get()) && PyList_GET_SIZE(outputs.get()) != 0) return Outcome::done;
-  PyErr_SetString(PyExc_TypeError, "expected a list of views");
-  return Outcome::failed;
-}
-
 // A replay into fresh tensors, made while the device worked on the replay before.
 Outcome answer_afresh(State& state, const Record& record, uint64_t stream, uint64_t* addresses, Ref& outputs) {
   Held lock(*record.lock);
@@ -154,8 +122,7 @@ Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* 
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
   if (!are_usable(*record, tensors, addresses)) return Outcome::left_alone;
   Ref outputs;
-  const auto way = record->views == nullptr ? answer_afresh : answer_in_place;
-  const auto answered = way(state, *record, stream, addresses, outputs);
+  const auto answered = answer_afresh(state, *record, stream, addresses, outputs);
   if (answered != Outcome::done) return answered;
   if (record->build == nullptr) {
     result = Py_NewRef(PyList_GET_ITEM(outputs.get(), 0));

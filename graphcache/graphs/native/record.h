@@ -48,9 +48,6 @@ struct Record {
   PyObject *entry, *graph, *lane, *executables, *executables_table, *index;
   int device;
   PyObject *engine, *epoch, *is_stale, *build;  // Null where there is none.
-  // Who shows what the graph has written, its lock, and what makes what is shown; null where answers are fresh tensors.
-  PyObject *views, *show;
-  Lock* views_lock;
   uint64_t* table;  // Of the executables; executables.py says what stands where.
   std::vector<Place> places;  // Inputs, then outputs.
   size_t inputs;

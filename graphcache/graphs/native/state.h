@@ -17,7 +17,7 @@ using IsCapturing = int (*)(void* stream, int* status);
 
 struct State {
   Ref classes, modes, counter, raw_stream, current_device, fail, quiet, epoch_name;
-  Field executables, ready, ready_stream, ready_inference, stream, last, hits, used, off, shown, replays, shown_on;
+  Field executables, ready, ready_stream, ready_inference, stream, last, hits, used, off;
   // What torch keeps of streams itself, null if raw_stream is to be asked, and the stream that it was asked for last.
   const c10::impl::DeviceGuardImplInterface* streams = nullptr;
   c10::StreamId known_id = 0;

@@ -80,16 +80,15 @@ PyObject* table_put(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
   PyObject *args, *entry, *graph, *lane, *lock, *executables, *table, *index, *engine, *epoch, *is_stale, *build, *slots;
-  PyObject *views, *views_lock, *show, *places, *buffers, *makers;
-  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOO(OOO)O!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
-                        &executables, &table, &index, &engine, &epoch, &is_stale, &build, &slots, &views, &views_lock,
-                        &show, &PyTuple_Type, &places, &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
+  PyObject *places, *buffers, *makers;
+  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOOO!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
+                        &executables, &table, &index, &engine, &epoch, &is_stale, &build, &slots, &PyTuple_Type,
+                        &places, &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
     return nullptr;
   if (!state.hits.is_of(entry) || !state.executables.is_of(graph) || !state.stream.is_of(lane))
     return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a Lane");
-  if (views != Py_None && !state.shown.is_of(views)) return PyErr_Format(PyExc_TypeError, "expected Views");
   // What was made before there was a library has a lock of Python's.
-  if (!Py_IS_TYPE(lock, lock_type) || (views != Py_None && !Py_IS_TYPE(views_lock, lock_type))) Py_RETURN_FALSE;
+  if (!Py_IS_TYPE(lock, lock_type)) Py_RETURN_FALSE;
   Using record(new Record);
   c10::TensorImpl* tensors[most_inputs];
   const Py_ssize_t count = PyTuple_GET_SIZE(buffers);
@@ -110,9 +109,6 @@ PyObject* table_put(Table* self, PyObject* given) {
   record->epoch = record->hold_unless_none(epoch);
   record->is_stale = record->hold_unless_none(is_stale);
   record->build = record->hold_unless_none(build);
-  record->views = record->hold_unless_none(views);
-  record->show = record->hold_unless_none(show);
-  record->views_lock = reinterpret_cast<Lock*>(record->hold(views_lock));
   record->inputs = static_cast<size_t>(PyTuple_GET_SIZE(args));
   record->places.resize(static_cast<size_t>(PyTuple_GET_SIZE(places)));
   for (size_t i = 0; i < record->places.size(); ++i)
@@ -155,20 +151,18 @@ PyObject* table_clear_method(Table* self, PyObject*) {
 PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   HANDLE_TH_ERRORS
   if (names != nullptr && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
-  PyObject *graph, *lane, *entry, *modes_class, *views, *modes, *counter, *raw_stream, *device, *fail, *quiet;
+  PyObject *graph, *lane, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *fail, *quiet;
   int torchs_own;
   unsigned long long launch, set_kernel, set_copy, is_capturing;
-  if (!PyArg_ParseTuple(given, "(OOOOO)OOOpOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &views, &modes,
-                        &counter, &raw_stream, &torchs_own, &device, &fail, &quiet, &launch, &set_kernel, &set_copy,
+  if (!PyArg_ParseTuple(given, "(OOOO)OOOpOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
+                        &raw_stream, &torchs_own, &device, &fail, &quiet, &launch, &set_kernel, &set_copy,
                         &is_capturing))
     return nullptr;
   auto state = std::make_unique<State>();
   if (!state->executables.find(graph, "executables") || !state->ready.find(graph, "ready") ||
       !state->ready_stream.find(graph, "ready_stream") || !state->ready_inference.find(graph, "ready_inference") ||
       !state->stream.find(lane, "stream") || !state->last.find(lane, "last") ||
-      !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off") ||
-      !state->shown.find(views, "shown") || !state->replays.find(views, "replays") ||
-      !state->shown_on.find(views, "stream"))
+      !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off"))
     return nullptr;
   if (!PyContextVar_CheckExact(modes) || !PyIter_Check(counter) || launch == 0 || set_kernel == 0 || set_copy == 0 ||
       is_capturing == 0)
