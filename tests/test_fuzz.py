@@ -49,6 +49,7 @@ from graphcache.errors import (
     NoGpuError,
     TensorRTNotFoundError,
 )
+from tests.effort import share
 from tests.helpers import Fn, constants, mlp, replays, same
 
 # Torch warns of half of the tensors below, some once in a process: an exception then would not be eager's own.
@@ -558,7 +559,7 @@ def cook(recipe: tuple[str, Any]) -> Any:
     kwargs=st.dictionaries(st.text(max_size=3).filter(lambda name: name not in ("self", "x")), recipes, max_size=2),
     grad=st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode]),
 )
-@settings(max_examples=200)
+@settings(max_examples=share(200, 40))
 def test_any_structure_of_anything_is_answered_as_eager_answers_it(use, args, kwargs, grad):
     with serving(use) as fast, grad():
         as_eager(
@@ -568,7 +569,7 @@ def test_any_structure_of_anything_is_answered_as_eager_answers_it(use, args, kw
 
 
 @given(st.lists(recipes, max_size=3), st.dictionaries(st.sampled_from(["x", "other", "input"]), recipes, max_size=2))
-@settings(max_examples=100)
+@settings(max_examples=share(100, 30))
 def test_a_module_of_torch_raises_what_it_raises(args, kwargs):
     fast = graphcache.wrap(mlp())
     fast(X)
@@ -802,7 +803,7 @@ def test_an_odd_option_is_taken_or_a_config_error(option):
 
 
 @given(st.dictionaries(st.sampled_from(OPTIONS) | st.text(max_size=8), values, max_size=3))
-@settings(max_examples=200)
+@settings(max_examples=share(200, 40))
 def test_any_options_make_a_module_that_works_or_a_config_error(options):
     if "module" in options:
         return
@@ -922,7 +923,7 @@ numerals = st.integers(-(10**30), 10**30).map(str) | st.just("9" * 5000) | st.fr
 )
 @example("GRAPHCACHE_MAX_GRAPHS", "9" * 5000)
 @example("GRAPHCACHE_MAX_BYTES", "٣٢")
-@settings(max_examples=300)
+@settings(max_examples=share(300, 60))
 def test_any_text_in_the_environment_means_something_or_is_a_config_error(variable, content):
     with mock.patch.dict(os.environ, {variable: content}):
         error, said, fast = outcome(graphcache.wrap, (mlp(),))

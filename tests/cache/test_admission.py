@@ -14,6 +14,7 @@ from graphcache.cache.admission import Admission
 from graphcache.cache.books import OVERHEAD
 from graphcache.cache.lru import Entry, GraphCache, clock, recency
 from graphcache.errors import ConfigError, Reason
+from tests.effort import share
 from tests.helpers import in_threads
 
 EAGER, REPLAY, CAPTURE = 180e-6, 50e-6, 5e-3
@@ -656,7 +657,7 @@ def vars_of(account: Any) -> list[float]:
 
 
 def test_any_order_of_calls_leaves_the_books_in_order():
-    run_state_machine_as_test(AnyOrder, settings=settings(max_examples=120, stateful_step_count=40))
+    run_state_machine_as_test(AnyOrder, settings=settings(max_examples=share(120, 20), stateful_step_count=40))
 
 
 @pytest.mark.parametrize(("policy", "reason"), [("first", None), ("prepared", Reason.NOT_PREPARED)])

@@ -14,6 +14,7 @@ from graphcache.cache import arbiter as arbiters
 from graphcache.cache.arbiter import VARIABLE, Arbiter, arbiter, checked_budget, set_process_budget
 from graphcache.cache.lru import GraphCache, clock
 from graphcache.errors import ConfigError, Reason, Refusal
+from tests.effort import share
 from tests.helpers import in_threads
 
 
@@ -430,4 +431,4 @@ class AgainstAList(RuleBasedStateMachine):
 
 
 def test_the_arbiter_does_what_a_list_would_do():
-    run_state_machine_as_test(AgainstAList, settings=settings(max_examples=100, stateful_step_count=30))
+    run_state_machine_as_test(AgainstAList, settings=settings(max_examples=share(100, 20), stateful_step_count=30))

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from graphcache.cache.lru import GraphCache, clock
 from graphcache.errors import Reason, Refusal
+from tests.effort import share
 from tests.helpers import in_threads
 
 
@@ -449,4 +450,4 @@ class AgainstAModel(RuleBasedStateMachine):
 
 
 def test_the_cache_does_what_a_list_would_do():
-    run_state_machine_as_test(AgainstAModel, settings=settings(max_examples=100, stateful_step_count=40))
+    run_state_machine_as_test(AgainstAModel, settings=settings(max_examples=share(100, 20), stateful_step_count=40))

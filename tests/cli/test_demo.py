@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from graphcache import CachedModule, Reason
 from graphcache.cli import main
 from graphcache.cli.network import BATCHES
+from tests.effort import share
 
 
 def demo(*args):
@@ -47,7 +48,7 @@ def test_what_no_graph_can_answer_shows_with_its_reason():
     assert "Inside those calls the network itself was a hit" in found.stdout
 
 
-@settings(max_examples=8)
+@settings(max_examples=share(8, 3))
 @given(st.integers(1, 80), st.integers(0, 2**40), st.one_of(st.none(), st.integers(1, 15)))
 def test_every_call_is_accounted_for_within_the_budget(calls, seed, max_graphs):
     found = demo(

@@ -18,6 +18,7 @@ import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.errors import CaptureError, ClosedError, ConfigError
 from graphcache.events import Captured, Evicted, RanEagerly
+from tests.effort import share
 from tests.helpers import (
     Fn,
     calls,
@@ -90,7 +91,7 @@ def test_shapes_seen_before_are_not_captured_again():
         max_size=3,
     )
 )
-@settings(max_examples=150)
+@settings(max_examples=share(150, 30))
 def test_answers_equal_eager_stay_intact_and_are_counted(arguments):
     fast = wrapped(max_graphs=2)
     held: list[tuple[Any, Any]] = []

@@ -27,6 +27,7 @@ from torch import Tensor
 import graphcache
 from graphcache import CachedModule, Reason, Session
 from graphcache.errors import CaptureError, ClosedError, EngineError, ProfileRangeError
+from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
 from tests.modules.test_engine_module import MODULES, load, prepare
 
@@ -273,7 +274,7 @@ def test_thousands_of_steps_over_an_engine_that_is_refitted() -> None:
     run_state_machine_as_test(
         Steps,
         settings=settings(
-            max_examples=160,
+            max_examples=share(160, 20),
             stateful_step_count=50,
             # A failure is a sequence of steps, long or short; making it shorter takes minutes.
             phases=[Phase.generate],
@@ -281,5 +282,6 @@ def test_thousands_of_steps_over_an_engine_that_is_refitted() -> None:
             print_blob=False,
         ),
     )
-    assert Steps.total["steps"] >= 4_000, Steps.total
-    assert min(Steps.total[name] for name in ("hits", "captures", "recalls", "refits", "failed")) >= 50, Steps.total
+    assert Steps.total["steps"] >= share(4_000, 500), Steps.total
+    rarest = min(Steps.total[name] for name in ("hits", "captures", "recalls", "refits", "failed"))
+    assert rarest >= share(50, 5), Steps.total

@@ -22,6 +22,7 @@ from graphcache.errors import (
 )
 from graphcache.serving.batching import Batcher, Counts, answer_all
 from graphcache.serving.rows import with_rows
+from tests.effort import share
 
 ROWS = [1, 2, 4, 8]
 LENGTHS = [2, 5, 9]
@@ -63,7 +64,7 @@ kinds = st.tuples(
 
 
 @given(st.lists(kinds, max_size=24))
-@settings(max_examples=150)
+@settings(max_examples=share(150, 30))
 def test_every_request_gets_its_own_answer_at_its_own_place(drawn):
     seen = []
     requests = [request(number, *each) for number, each in enumerate(drawn, 1)]
