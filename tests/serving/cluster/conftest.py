@@ -134,3 +134,10 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what} has not come true within {DEADLINE_S} s"
     return found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests that start Ray run on one worker: several Rays at once take each other's cores and ports."""
+    for item in items:
+        if "/cluster/" in str(item.path):
+            item.add_marker(pytest.mark.xdist_group("ray"))
