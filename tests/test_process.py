@@ -37,17 +37,29 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        "fast = graphcache.wrap(net()); fast(x); fast(x)",
-        "fast = graphcache.wrap(net()); session = fast.session(x); session.run()",
-        "fast = graphcache.wrap(net()); fast(x); y = fast(x)",
-        "fast = graphcache.wrap(net()); fast(x); fast.itself = fast; del fast",
-        "made = graphcache.runtime.enable_cudagraphs(net()); fast = made.__enter__(); fast(x)",
-    ],
-    ids=["a graph", "a session", "an answer", "a cycle", "an open block"],
-)
+LEFT = {
+    "a graph": "fast = graphcache.wrap(net()); fast(x); fast(x)",
+    "a session": "fast = graphcache.wrap(net()); session = fast.session(x); session.run()",
+    "an answer": "fast = graphcache.wrap(net()); fast(x); y = fast(x)",
+    "a cycle": "fast = graphcache.wrap(net()); fast(x); fast.itself = fast; del fast",
+    "an open block": "made = graphcache.runtime.enable_cudagraphs(net()); fast = made.__enter__(); fast(x)",
+}
+
+
+def test_what_is_left_at_the_end_of_a_process_says_nothing_together() -> None:
+    cases = list(LEFT.values())
+    ended = run(
+        f"""
+        kept = [dict(globals()) for _ in {cases}]
+        for names, code in zip(kept, {cases}):
+            exec(code, names)
+        """
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
 def test_what_is_left_at_the_end_of_a_process_says_nothing(left: str) -> None:
     ended = run(left)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
@@ -75,11 +87,10 @@ def test_an_exit_in_the_middle_of_a_call() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.parametrize("then", ["close", "clear", "call"])
-def test_a_fork_waits_for_no_capture_of_the_process_before(then: str) -> None:
+def test_a_fork_waits_for_no_capture_of_the_process_before() -> None:
     """What was being captured beside the calls when the process was forked is captured by nobody in the fork."""
     ended = run(
-        f"""
+        """
         import os, signal, threading, warnings
         torch.set_num_threads(1)
         # Python 3.12 warns of a fork beside threads, which is what is tried here.
@@ -96,20 +107,23 @@ def test_a_fork_waits_for_no_capture_of_the_process_before(then: str) -> None:
         fast._misses.recorder.attempt = slow
         fast(x)
         assert reached.wait(60)
-        child = os.fork()
-        if not child:
-            signal.alarm(60)
-            fast._misses.recorder.attempt = attempt
-            if "{then}" == "call":
-                right = torch.equal(fast(x), module(x))
-                (later,) = fast._misses._pending.values()
-                right = right and later.done.wait(30) and torch.equal(fast(x), module(x))
-                os._exit(0 if right and fast.cache_info().hits == 1 else 1)
-            fast.{then if then != "call" else "clear"}()
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
+        children = {}
+        for then in ("close", "clear", "call"):
+            child = os.fork()
+            if not child:
+                signal.alarm(60)
+                fast._misses.recorder.attempt = attempt
+                if then == "call":
+                    right = torch.equal(fast(x), module(x))
+                    (later,) = fast._misses._pending.values()
+                    right = right and later.done.wait(30) and torch.equal(fast(x), module(x))
+                    os._exit(0 if right and fast.cache_info().hits == 1 else 1)
+                getattr(fast, then)()
+                os._exit(0)
+            children[then] = child
+        ended = {then: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for then, child in children.items()}
         go.set()
-        assert os.waitstatus_to_exitcode(status) == 0, status
+        assert set(ended.values()) == {0}, ended
         """
     )
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -113,6 +113,7 @@ def test_a_body_that_is_deeper_than_can_be_checked_is_damaged(path):
             assert "RecursionError" in said
 
 
+@pytest.mark.full(every=3)
 @pytest.mark.parametrize("part", [b"[],", b"{},", b"1,", b'"a",', b"1.5,", b'{"a":[]},'])
 def test_the_largest_file_takes_a_bounded_memory(path, part):
     content = b"[" + part * (MOST_BYTES // len(part) - 10) + b"1]"

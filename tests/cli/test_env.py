@@ -64,6 +64,7 @@ def test_another_shell_is_a_usage_error():
     assert CliRunner().invoke(main, ["completion", "tcsh"]).exit_code == 2
 
 
+@pytest.mark.full(every=3)
 @pytest.mark.parametrize(
     ("words", "position", "expected"),
     [("graphcache do", 1, "doctor"), ("graphcache run --co", 2, "--compare"), ("graphcache run --device c", 3, "cuda")],
