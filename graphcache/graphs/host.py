@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +20,19 @@ from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.graph import Body
-from graphcache.graphs.operations import flatten, refuse_by_tag, storage_of, written
+from graphcache.graphs.operations import (
+    decompose_composite,
+    flatten,
+    is_annotation,
+    knows_no_values,
+    puts_by_mask,
+    refuse_by_tag,
+    storage_of,
+    written,
+)
 
 _Fill = tuple[Any, Any, int]
+_Level = Callable[[], AbstractContextManager[Any]]
 
 
 class HostGraph:
@@ -48,8 +59,24 @@ class HostGraph:
         Raises:
             Refusal: If the call does something that no replay could repeat.
         """
+        try:
+            return cls._recorded(body, inputs, lock, nullcontext)
+        except Refusal as refusal:
+            if refusal.cause.reason is not Reason.HOST_READ:
+                raise
+            why = refusal
+        # The read may be a check that an operator makes on the CPU alone, such as that of one_hot. Below autograd such
+        # operators arrive whole, and are recorded so; what needs gradients inside raises there.
+        try:
+            return cls._recorded(body, inputs, lock, torch._C._AutoDispatchBelowAutograd)
+        except Exception:
+            raise why from None
+
+    @classmethod
+    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: _Level) -> HostGraph:
+        """A graph of one run of ``body``; ``level`` sets where operators are seen."""
         tape = _Tape()
-        with torch.inference_mode(False), torch.no_grad(), tape:
+        with torch.inference_mode(False), torch.no_grad(), level(), tape:
             outputs = body()
         if tape.refused is not None:
             raise tape.refused
@@ -134,6 +161,8 @@ class HostGraph:
 class _Tape(DispatchMode):
     """Records every operation, with references to where each tensor came from."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[_Fill], Any]] = []
@@ -142,6 +171,8 @@ class _Tape(DispatchMode):
         # Strong references, so that no id is used twice while recording.
         self._made: dict[int, tuple[int, Tensor]] = {}
         self._own: set[int] = set()
+        # Python numbers, and tensors made of them.
+        self._lifted: set[int] = set()
 
     def slot_of(self, tensor: Tensor) -> int:
         """Where a replay finds this output.
@@ -165,14 +196,21 @@ class _Tape(DispatchMode):
             raise
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        refuse_by_tag(func, args)
-        if func is torch.ops.aten.lift_fresh.default:
+        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
+            return whole
+        refuse_by_tag(func, args, kwargs)
+        if is_annotation(func):
+            return func(*args, **kwargs)
+        lifted = func is torch.ops.aten.lift_fresh.default
+        if lifted:
             # A constant made inside the call; a replay may write into it, so it needs a new one each time.
             func = torch.ops.aten.clone.default
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             raise Refusal(Reason.RANDOM, str(func))
         if any(storage_of(tensor) not in self._own for tensor in written(func, args, kwargs)):
             raise Refusal(Reason.MUTATES, str(func))
+        if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
+            raise Refusal(Reason.DATA_DEPENDENT, str(func))
         leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
         if func.is_view and not any(id(value) in self._made for value in leaves):
             # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
@@ -184,8 +222,13 @@ class _Tape(DispatchMode):
         self._refer(template_kwargs, kwargs, fills)
         taken = {storage_of(value) for value in leaves}
         out = func(*args, **kwargs)
-        self.steps.append((func, template_args, template_kwargs, fills, self._keep(out, func)))
-        self._own |= {storage_of(item) for item in flatten(out) if isinstance(item, Tensor)} - taken
+        results = self._keep(out, func)
+        if results != []:
+            self.steps.append((func, template_args, template_kwargs, fills, results))
+        made = {storage_of(item) for item in flatten(out) if isinstance(item, Tensor)} - taken
+        self._own |= made
+        if lifted:
+            self._lifted |= made
         return out
 
     def _template(self, value: Any, fills: list[_Fill]) -> Any:
@@ -204,14 +247,16 @@ class _Tape(DispatchMode):
                 fills.append((copy, place, made[0]))
 
     def _keep(self, out: Any, func: Any) -> Any:
+        """Where a replay puts what an operation made; ``[]`` if that is numbers only, which a replay need not make."""
         if isinstance(out, Tensor):
             return self._slot(out)
         if out is None:
             return None
         found = flatten(out)
-        if not all(item is None or isinstance(item, Tensor) for item in found):
+        if not all(item is None or isinstance(item, Tensor) for item in found) and not knows_no_values(func):
             raise Refusal(Reason.HOST_READ, str(func))
-        return [None if item is None else self._slot(item) for item in found]
+        slots = [self._slot(item) if isinstance(item, Tensor) else None for item in found]
+        return slots if any(slot is not None for slot in slots) else []
 
     def _slot(self, tensor: Tensor) -> int:
         made = self._made.get(id(tensor))

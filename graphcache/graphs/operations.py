@@ -4,17 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
 
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
 _ASKS = frozenset({"storage_offset", "as_strided", "untyped_storage", "requires_grad", "is_leaf", "grad", "_base"})
 _MASKS = (torch.bool, torch.uint8)
+_PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
+
+_WAITING = frozenset(
+    {
+        "aten::_linalg_check_errors",
+        "aten::_linalg_svd",
+        "aten::linalg_matrix_exp",
+        "aten::_nested_from_padded",
+        "aten::_nested_tensor_from_mask",
+        "aten::_nested_tensor_from_mask_left_aligned",
+    }
+)
+"""Operators that carry no tag and whose CUDA kernels nevertheless copy a value to the host and wait for it."""
+
+_RUNNING_STATISTICS = frozenset(
+    {
+        "aten::native_batch_norm",
+        "aten::cudnn_batch_norm",
+        "aten::miopen_batch_norm",
+        "aten::batch_norm_update_stats",
+        "aten::batch_norm_gather_stats",
+        "aten::batch_norm_gather_stats_with_counts",
+    }
+)
+"""Operators that write ``running_mean`` and ``running_var``. Their schemas do not say so, and no version counter moves.
+
+Those with an argument ``training`` write them only where it is true.
+"""
+
+_CHECKED_ON_THE_HOST = frozenset({"one_hot", "quantile", "nanquantile"})
+"""Composite operators that read values to check them on the CPU, and do not on CUDA."""
 
 
 class HostReads(TorchFunctionMode):
@@ -68,8 +101,8 @@ class unwatched:
 is_unwatched: ContextVar[bool] = ContextVar("graphcache_unwatched", default=False)
 
 
-def refuse_by_tag(func: Any, args: Sequence[Any]) -> None:
-    """Raise for an operation that no capture can hold.
+def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+    """Raise for an operation that no CUDA capture can hold.
 
     Raises:
         Refusal: With :attr:`Reason.HOST_READ` or :attr:`Reason.DATA_DEPENDENT`, naming it.
@@ -77,26 +110,130 @@ def refuse_by_tag(func: Any, args: Sequence[Any]) -> None:
     tags = getattr(func, "tags", None)
     if tags is None:
         raise Refusal(Reason.CAPTURE_FAILED, str(func), "a higher-order operator cannot be recorded")
-    if torch.Tag.data_dependent_output in tags:
+    name = func._schema.name
+    # A histogram without bounds looks for the least and the greatest value.
+    unbounded = name == "aten::histc" and len(args) < 4
+    if torch.Tag.data_dependent_output in tags or name in _WAITING or unbounded:
         raise Refusal(Reason.HOST_READ, str(func))
-    if torch.Tag.dynamic_output_shape in tags:
-        # Indexing carries the tag for the sake of masks alone.
-        indices = flatten(args[1:]) if func is torch.ops.aten.index.Tensor else None
-        if indices is None or any(isinstance(index, Tensor) and index.dtype in _MASKS for index in indices):
-            raise Refusal(Reason.DATA_DEPENDENT, str(func))
+    if torch.Tag.dynamic_output_shape in tags and not _has_fixed_shape(func, args, kwargs or {}):
+        raise Refusal(Reason.DATA_DEPENDENT, str(func))
+    if puts_by_mask(func, args) and args[2].numel() != 1:
+        raise Refusal(Reason.DATA_DEPENDENT, str(func), "how many elements are written depends on the mask")
+
+
+def _has_fixed_shape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator that is tagged otherwise makes a shape that depends on no value here."""
+    if func is torch.ops.aten.index.Tensor:
+        return not _has_mask(args[1])
+    if func is torch.ops.aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is not None
+    return is_checked_on_the_host(func, args, kwargs)
+
+
+def puts_by_mask(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator writes where a mask says. CUDA reads the mask for that, unless a Python number is written."""
+    return func._schema.name in _PUTS and _has_mask(args[1])
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(isinstance(index, Tensor) and index.dtype in _MASKS for index in flatten(indices))
+
+
+def is_checked_on_the_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function reads values only to check them, and only on the CPU: CUDA captures it.
+
+    Args:
+        func: An operator, or the function of PyTorch that calls it.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    name = func._opname if isinstance(func, torch._ops.OpOverload) else getattr(func, "__name__", "")
+    if name == "one_hot":
+        # Without a number of classes it reads the greatest value for the shape of its answer.
+        classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+        return bool(classes != -1)
+    return name in _CHECKED_ON_THE_HOST
+
+
+def is_annotation(func: Any) -> bool:
+    """Whether an operator only tells the profiler where the call is: a graph does without it."""
+    return bool(func.namespace == "profiler")
+
+
+def knows_no_values(func: Any) -> bool:
+    """Whether what an operator returns besides tensors depends on layouts and dtypes alone, as of ``is_same_size``.
+
+    Asked once :func:`refuse_by_tag` has let it pass: PyTorch's own operators that read values are told by that.
+    """
+    return func.namespace in ("aten", "prims")
+
+
+def decompose_composite(mode: TorchDispatchMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run a composite operator so that a dispatch mode sees the operators it consists of.
+
+    With gradients or under ``no_grad`` composites are taken apart before they reach a mode. Under ``inference_mode``,
+    and for inference tensors anywhere, they arrive whole: ``batch_norm``, ``dropout`` and ``is_nonzero`` tell nothing
+    of what they write, draw or read.
+
+    Args:
+        mode: The mode that was given the operator; inside its ``__torch_dispatch__`` it is not active.
+        func: The operator.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        What the operator returns; ``NotImplemented`` if it is not composite, or is to be taken as a whole.
+    """
+    if not _is_composite(func) or is_checked_on_the_host(func, args, kwargs):
+        return NotImplemented
+    with mode:
+        # As eager execution does it. func.decompose() prefers a decomposition in Python, which may give other bits.
+        return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    name: str = func.name()  # type: ignore[no-untyped-call]
+    return bool(has_kernel(name, torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
 def written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes into, by its schema."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
+    """The tensors that an operation writes into, by its schema or by what is known of operators with a wrong one."""
     found: list[Tensor] = []
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += [item for item in flatten(value) if isinstance(item, Tensor)]
+    for index, name in _written_arguments(func):
+        value = args[index] if index < len(args) else kwargs.get(name)
+        found += [item for item in flatten(value) if isinstance(item, Tensor)]
+    if found and func._schema.name in _RUNNING_STATISTICS and not _trains(func, args, kwargs):
+        return []
     return found
+
+
+@cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that an operator may write into."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return ()
+    named = [(index, argument.name) for index, argument in enumerate(schema.arguments)]
+    if schema.is_mutable:
+        infos = [argument.alias_info for argument in schema.arguments]
+        return tuple(each for each, info in zip(named, infos, strict=True) if info is not None and info.is_write)
+    if schema.name in _RUNNING_STATISTICS:
+        return tuple(each for each in named if each[1] in ("running_mean", "running_var"))
+    # PyTorch's convention for writing the first argument; the collectives of c10d keep it and do not say so.
+    if schema.name.endswith("_") and not schema.name.endswith("__"):
+        return tuple(named[:1])
+    return ()
+
+
+def _trains(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.name == "training":
+            return bool(args[index] if index < len(args) else kwargs.get("training"))
+    return True
 
 
 def flatten(value: Any) -> list[Any]:

@@ -11,19 +11,26 @@ from torch.overrides import TorchFunctionMode
 
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.dispatch_mode import DispatchMode
-from graphcache.graphs.operations import refuse_by_tag, storage_of, written
+from graphcache.graphs.operations import (
+    decompose_composite,
+    is_checked_on_the_host,
+    puts_by_mask,
+    refuse_by_tag,
+    storage_of,
+    written,
+)
 from graphcache.observe.findings import COPY, FIXED, ON_DEVICE, STAY, Findings, inside, tensors_in, unheard
 
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
 _MOVES = frozenset({"to", "cpu", "cuda"})
 _FROM_DATA = frozenset({"tensor", "as_tensor", "asarray"})
-_MASKS = (torch.bool, torch.uint8)
-_PUTS = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _VALUES = "its values are copied from pageable host memory"
 
 
 class Operations(DispatchMode):
     """Looks at operations, below autograd."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, findings: Findings) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -33,6 +40,8 @@ class Operations(DispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, findings = kwargs or {}, self._findings
+        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
+            return whole
         given = tensors_in((args, kwargs))
         on_host = [tensor for tensor in given if findings.is_host(tensor)]
         drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
@@ -60,18 +69,20 @@ class Operations(DispatchMode):
     ) -> None:
         findings = self._findings
         try:
-            refuse_by_tag(func, args)
+            refuse_by_tag(func, args, kwargs)
         except Refusal as refusal:
             reason = refusal.cause.reason
             findings.note(reason, str(func), FIXED if reason is Reason.DATA_DEPENDENT else STAY, refusal.cause.detail)
-        if func in _PUTS and args[2].numel() != 1 and any(each.dtype in _MASKS for each in tensors_in(args[1])):
-            findings.note(Reason.DATA_DEPENDENT, str(func), FIXED, "how many elements are written depends on the mask")
+        else:
+            if puts_by_mask(func, args) and not findings.is_host(args[2]):
+                findings.note(Reason.DATA_DEPENDENT, str(func), FIXED, "the mask says how many elements are written")
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             findings.note(Reason.RANDOM, str(func), Reason.RANDOM.remedy, "from a generator of its own")
         if any(findings.is_foreign(tensor) for tensor in written(func, args, kwargs)):
             findings.note(Reason.MUTATES, str(func), Reason.MUTATES.remedy)
         if func is torch.ops.aten.copy_.default:
-            if on_host and not (given[1:] and given[1].is_pinned() if not findings.on_cpu else False):
+            pinned = not findings.on_cpu and given[1:] and given[1].is_pinned()
+            if on_host and args[0].numel() and not pinned:
                 findings.note(Reason.HOST_READ, str(func), COPY, "a copy between pageable host memory and the device")
         elif any(tensor.dim() for tensor in on_host):
             # One without dimensions is read where it lies, and is no more than a number.
@@ -79,7 +90,7 @@ class Operations(DispatchMode):
 
     def _moved(self, given: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         for old, new in zip(given, results, strict=False):
-            if old.device.type == new.device.type:
+            if old.device.type == new.device.type or not old.numel():
                 continue
             if old.is_cuda:
                 self._findings.note(Reason.HOST_READ, "aten._to_copy", STAY, "a copy to the host, which waits for it")
@@ -111,9 +122,12 @@ class Functions(TorchFunctionMode):
                 with unheard():
                     return func(*args, **kwargs)
             if name == "new_tensor" and len(args) > 1 and not isinstance(args[1], Tensor):
-                findings.note(
-                    Reason.HOST_READ, f"Tensor.{name}", COPY, "its values are copied from pageable host memory"
-                )
+                out = self._from_data(func, f"Tensor.{name}", args, kwargs)
+                findings.put([out], on_host=False)
+                return out
+            if is_checked_on_the_host(func, args, kwargs) and findings.on_cpu:
+                with unheard():
+                    return func(*args, **kwargs)
             if func in _CONSTRUCTORS:
                 return self._constructed(func, name, args, kwargs)
             if first is not None and name in _MOVES and findings.on_cpu:
@@ -127,17 +141,25 @@ class Functions(TorchFunctionMode):
             # An object was taken from a tensor of the call; a name was written there.
             on_host = device is None or (isinstance(device, str) and device == "cpu")
         if not on_host and name in _FROM_DATA and not isinstance(args[0] if args else None, Tensor):
-            findings.note(Reason.HOST_READ, f"torch.{name}", COPY, _VALUES)
-        out = func(*args, **kwargs)
+            out = self._from_data(func, f"torch.{name}", args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         if findings.on_cpu and not (name in ("as_tensor", "asarray") and args and isinstance(args[0], Tensor)):
             findings.put(tensors_in(out), on_host=on_host)
+        return out
+
+    def _from_data(self, func: Any, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor of Python values: they are copied, if there are any."""
+        out = func(*args, **kwargs)
+        if out.numel():
+            self._findings.note(Reason.HOST_READ, operation, COPY, _VALUES)
         return out
 
     def _moved(self, func: Any, name: str, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """On the CPU, where nothing is copied: do as if."""
         findings = self._findings
         to_host = _to_host(findings, name, args[1:], kwargs)
-        if to_host is None or to_host == findings.is_host(first):
+        if to_host is None or to_host == findings.is_host(first) or not first.numel():
             return func(*args, **kwargs)
         if not (to_host and kwargs.get("non_blocking")):
             detail = "a copy to the host, which waits for it" if to_host else "a copy from pageable host memory"
@@ -164,7 +186,7 @@ def _to_host(findings: Findings, name: str, args: Sequence[Any], kwargs: Mapping
 
 
 def _has_list(index: Any) -> bool:
-    return any(isinstance(each, list) for each in (index if isinstance(index, tuple) else (index,)))
+    return any(isinstance(each, list) and each for each in (index if isinstance(index, tuple) else (index,)))
 
 
 def _generators(given: Sequence[Tensor]) -> list[Tensor]:

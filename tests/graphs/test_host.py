@@ -40,6 +40,7 @@ def refused(function: Callable[..., Any], *inputs: Tensor) -> Reason:
 
 
 WEIGHT, TABLE = floats(4, 4), floats(10, 4)
+SHARES = torch.tensor([0.25, 0.5])
 CONV = frozen(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)))
 ATTENTION = frozen(nn.MultiheadAttention(4, 2, batch_first=True))
 ENCODER = frozen(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
@@ -83,6 +84,31 @@ def masked(x: Tensor) -> Tensor:
     return torch.where(y < 0, y.masked_fill(y < -1, 2), x)
 
 
+def annotated(x: Tensor) -> Tensor:
+    with torch.profiler.record_function("outer"):
+        y = x.relu() + 1
+        with torch.autograd.profiler.record_function("inner"):
+            return y * 2
+
+
+def constant_by_mask(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[x > 0] = torch.tensor(7.0)
+    return y
+
+
+def values_by_mask(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[x > 0] = torch.ones(int((x.shape[0] + 1) / 2))
+    return y
+
+
+def sum_by_mask(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[x > 0] = x.sum()
+    return y
+
+
 def view_then_write(x: Tensor) -> tuple[Tensor, Tensor]:
     y = x * 1
     row = y[1]
@@ -124,7 +150,7 @@ RECORDED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (torch.view_as_complex(floats(3, 2)),),
     ),
     "half": (lambda x: x @ x.t(), (floats(3, 4).bfloat16(),)),
-    "double": (lambda x: torch.linalg.inv(x @ x.t() + torch.eye(3).double()), (floats(3, 4).double(),)),
+    "double": (lambda x: torch.linalg.inv_ex(x @ x.t() + torch.eye(3).double())[0], (floats(3, 4).double(),)),
     "0-d": (lambda x: x * 2 + 1, (torch.tensor(3.0),)),
     "empty": (lambda x: (x * 2, x.sum(0), torch.cat([x, x])), (floats(0, 4),)),
     "expanded": (lambda x: (x * 2, x.sum(1)), (floats(3, 1).expand(3, 4),)),
@@ -132,6 +158,20 @@ RECORDED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "no inputs": (lambda: torch.ones(3) * 2, ()),
     "einsum": (lambda x: torch.einsum("ij,kj->ik", x, x), (floats(3, 4),)),
     "gradient inside": (gradient, (floats(3, 4),)),
+    "profiler annotations": (annotated, (floats(3, 4),)),
+    "questions after shapes": (lambda x: x * 2 if x.is_same_size(x[0]) else x * x, (floats(3, 4),)),
+    "nothing copied of nothing": (
+        lambda x: torch.cat([torch.tensor([]), x.flatten(), x[[]].flatten()]),
+        (floats(3, 4),),
+    ),
+    "one_hot of given classes": (lambda i: F.one_hot(i, 4) * 2, (torch.tensor([0, 3, 1]),)),
+    "quantile": (lambda x: x.quantile(SHARES) + x.nanquantile(SHARES), (floats(12),)),
+    "repeat_interleave of a given size": (
+        lambda x, i: torch.repeat_interleave(x, i, dim=0, output_size=6),
+        (floats(3, 4), torch.tensor([1, 3, 2])),
+    ),
+    "histogram between bounds": (lambda x: x.histc(5, -2.0, 2.0), (floats(12),)),
+    "a constant where a mask says": (constant_by_mask, (floats(3, 4),)),
 }
 
 
@@ -182,6 +222,10 @@ HOST_READS: dict[str, Callable[[Tensor], Any]] = {
     "equal": lambda x: x * torch.equal(x, x),
     "allclose": lambda x: x * torch.allclose(x, x),
     "iterate": lambda x: x * max(float(each) for each in x),
+    "inverse": lambda x: torch.linalg.inv(torch.diag(x + 9)),
+    "singular values": lambda x: torch.linalg.svdvals(torch.diag(x)),
+    "histogram without bounds": lambda x: x.histc(5),
+    "one_hot of as many classes as there are": lambda x: F.one_hot((x > 0).long()),
 }
 
 
@@ -196,6 +240,8 @@ DATA_DEPENDENT: dict[str, Callable[[Tensor], Any]] = {
     "mask": lambda x: x[x > 0],
     "masked_select": lambda x: x.masked_select(x > 0),
     "unique": lambda x: x.unique(),
+    "values where a mask says": lambda x: values_by_mask((x.abs() + 1) * torch.tensor([1, -1, 1])),
+    "a value of the device where a mask says": sum_by_mask,
     "repeat_interleave": lambda x: x.repeat_interleave(x.abs().long() + 1),
 }
 
