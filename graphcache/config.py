@@ -70,6 +70,9 @@ class GraphConfig:
         templates: How many captured graphs are kept, in memory of the host, when their executables and buffers were
             evicted: such a signature comes back without a capture. It concerns engines whose graphs share execution
             contexts (see ``contexts``) and are bound. 0 keeps none.
+        ignore: Paths of Python state that do not matter to answers, such as ``"self.calls"`` or ``"self.blocks[*].n"``:
+            a call that changes them is captured all the same, and replays leave them as they are. Without it such a
+            call runs eagerly, with the reason ``mutates``, which names the path.
         buckets: Argument -> axis -> sizes, such as ``{"x": {0: [1, 8, 64]}}``; or a :class:`graphcache.Buckets`. A call
             whose sizes lie between them is padded to the next ones, which have a graph, and its answer cropped. Whether
             the module bears it is tried first. ``None`` pads nothing. Parts of a module are never padded.
@@ -107,6 +110,7 @@ class GraphConfig:
     max_graphs: int = 32
     max_bytes: int | None = None
     templates: int = 256
+    ignore: tuple[str, ...] = ()
     # A mapping has no hash.
     buckets: Buckets | Mapping[Any, Any] | None = field(default=None, hash=False)
     verify: bool = True
@@ -135,13 +139,12 @@ class GraphConfig:
                 "buckets with strategy='per_submodule': answers are cropped of the whole module's own; expected "
                 "another strategy, or no buckets"
             )
-        for name, example in (("include", "encoder"), ("exclude", "head.nms")):
+        for name, example in (("include", "encoder"), ("exclude", "head.nms"), ("ignore", "self.calls")):
             value = getattr(self, name)
+            what = "paths" if name == "ignore" else "submodule names"
             listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
             if not listed or not all(isinstance(each, str) for each in value):
-                raise ConfigError(
-                    f"{name}={shown(value)}: expected a sequence of submodule names, such as [{example!r}]"
-                )
+                raise ConfigError(f"{name}={shown(value)}: expected a sequence of {what}, such as [{example!r}]")
             object.__setattr__(self, name, tuple(value))
         if self.exclude and self.strategy == "whole_graph":
             raise ConfigError(

@@ -245,6 +245,11 @@ class Reason(enum.Enum):
         "the module changes its inputs, parameters, buffers or attributes",
         "call module.eval() if it is a running statistic; otherwise keep the state outside the module",
     )
+    UNOBSERVED = (
+        "unobserved",
+        "not everything that the call does besides answering could be observed",
+        "name the state that does not matter to the answer in ignore=[...], such as 'self.history'",
+    )
     ALIASES_STATE = (
         "aliases_state",
         "an output is a view of the module's own parameters or buffers, or a reshaping view of an input",

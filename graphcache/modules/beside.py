@@ -134,7 +134,7 @@ class CapturesBeside(Captures):
                         _close(outcome)
                         return False
                 try:
-                    if later.cancelled or self.closed or self._freshness.is_stale(signature[0] is not False):
+                    if later.cancelled or self.closed or self._guard.is_stale(signature[0] is not False):
                         _close(outcome)
                         return False
                     call = later.args, later.kwargs

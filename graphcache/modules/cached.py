@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.seen import Seen
 from graphcache.cache.signature import Signature, describe, describe_layout, is_flat
+from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off, modes
 from graphcache.errors import Cause, ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger
@@ -35,10 +36,10 @@ from graphcache.modules.conditions import (
     transforms,
 )
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.freshness import Freshness
 from graphcache.modules.growth import tell_growth
 from graphcache.modules.into import copy_into, has_hooks, shortly_into, straight_into
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.module_guards import guard_of
 from graphcache.modules.observers import Observers
 from graphcache.modules.parts import Parts
 from graphcache.modules.portable import Portable
@@ -64,6 +65,7 @@ class CachedModule(Portable, Accounted):
         run: What a call of this object calls; the module itself if ``None``.
         within: The name of the module that it was found in as a part, if it was found.
         observers: Those of the module that it is a part of.
+        gate: Likewise, what keeps background captures and callers apart.
 
     Raises:
         ConfigError: If ``module`` is not a module, is wrapped already, or has nothing for the strategy to capture.
@@ -87,6 +89,7 @@ class CachedModule(Portable, Accounted):
         run: Callable[..., Any] | None = None,
         within: str = "",
         observers: Observers | None = None,
+        gate: RunGate | None = None,
     ) -> None:
         if isinstance(module, CachedModule):
             raise ConfigError(f"{module.ledger.name} is wrapped already; use it as it is, or wrap its .module")
@@ -103,8 +106,8 @@ class CachedModule(Portable, Accounted):
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name, quiet=bool(within))
-        freshness = Freshness(module, self, checks_weights=config.weights == "checked")
-        shortcuts = Shortcuts(engine, freshness.is_stale)
+        guard = guard_of(module, self, config.ignore)
+        shortcuts = Shortcuts(engine, guard)
         seen = Seen()
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
@@ -127,10 +130,13 @@ class CachedModule(Portable, Accounted):
         def part(name: str, child: nn.Module, options: GraphConfig) -> CachedModule:
             full = f"{own_name}.{name}" if within else name
             found_in = own_name if options.strategy == "auto" else ""
-            return CachedModule(child, options, name=full, run=child.forward, within=found_in, observers=everybody)
+            return CachedModule(
+                child, options, name=full, run=child.forward, within=found_in, observers=everybody, gate=misses.gate
+            )
 
         parts = Parts(module, config, part)
-        misses = Misses(module, run or module, config, ledger, cache, parts, freshness)
+        misses = Misses(module, run or module, config, ledger, cache, parts, guard, gate or RunGate(module))
+        misses.forget_shortcuts = shortcuts.clear
         beside = config.capture_in == "background"
         # Of what an engine binds itself, or a bucket might answer, every call is looked at.
         binds = engine is not None and (bool(engine.host_inputs) or engine.takes_numbers)
@@ -159,8 +165,8 @@ class CachedModule(Portable, Accounted):
             _cold=misses.cold,
             _seen=seen,
             _bucketed=bucketed,
-            _freshness=freshness,
-            _is_stale=freshness.is_stale,
+            _guard=guard,
+            _is_stale=guard.is_stale,
             # On a device it is asked after the launch, while the device works; on the host, before the replay.
             _checks_early=True,
         )
@@ -199,7 +205,7 @@ class CachedModule(Portable, Accounted):
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
-        if entry is None or self._misses.forbidden() is not None:
+        if entry is None or entry.graph.version != self._guard.version or self._misses.forbidden() is not None:
             return self._miss(signature, inputs, args, kwargs)
         answer = self._hit(entry, inputs, signature[0] is not False)
         if answer is STALE:
@@ -284,7 +290,7 @@ class CachedModule(Portable, Accounted):
         if not kwargs and isinstance(graph, CudaGraph) and is_flat(signature, args):
             fire, into = entry.graph.single or (None, None)
             # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
-            epoch = self._freshness.epoch if self._engine is not None else None
+            epoch = self._guard.epoch if self._engine is not None else entry.graph.version
             self._shortcuts.remember(describe_layout(args), args, (entry, fire, into, graph.index, epoch))
             if (table := self._shortcuts.table()) is not None:
                 open_to(CachedModule.__call__, CachedModule.forward_into)
@@ -338,7 +344,10 @@ class CachedModule(Portable, Accounted):
 
     def _holds(self, epoch: int | None, args: tuple[Any, ...]) -> bool:
         """Whether an answer is that of a call's full signature, after a launch that only the layout was asked for."""
-        if self._is_stale(False) if self._engine is None else self._engine.epoch != epoch:
+        if self._engine is None:
+            if self._guard.version != epoch or self._is_stale(False):
+                return False
+        elif self._engine.epoch != epoch:
             return False
         if is_grad_enabled() or is_any_autocast_enabled() or is_tracing():
             return False

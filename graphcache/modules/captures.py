@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from graphcache.cache.admission import Admission
 from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
-from graphcache.cache.lru import GraphCache
+from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.signature import Signature
 from graphcache.cache.templates import Templates
 from graphcache.cache.thrash import Thrash
+from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
 from graphcache.events import Captured, Ledger, log
 from graphcache.graphs.capture import refusal_of
+from graphcache.keys.guards import ModuleGuard
+from graphcache.modules.background import nothing
 from graphcache.modules.cold import ColdCalls
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.freshness import Freshness
+from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.preparing import Preparation, preparing
 from graphcache.modules.record import Kept, Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
@@ -43,7 +46,8 @@ class Captures:
         config: Options.
         ledger: Hears of captures and eager calls.
         cache: Where graphs go.
-        freshness: Tells when the graphs are no longer right.
+        guard: Tells when the graphs are no longer right.
+        gate: Keeps background captures and callers apart.
     """
 
     def __init__(
@@ -53,14 +57,19 @@ class Captures:
         config: GraphConfig,
         ledger: Ledger,
         cache: GraphCache[Recorded],
-        freshness: Freshness,
+        guard: EngineGuard | ModuleGuard,
+        gate: RunGate,
     ) -> None:
         self.module = module
         self._engine = module if isinstance(module, EngineModule) else None
         self._config = config
         self._ledger = ledger
         self._cache = cache
-        self._freshness = freshness
+        self._guard = guard
+        self.gate = gate
+        self.forget_shortcuts: Callable[[], object] = nothing
+        """Set by whoever finds graphs in a shorter way than by their key."""
+        self._training: list[bool] = []
         self.blocks = Blocks()
         """What could not be captured."""
         self.admission = Admission(cache, config.capture)
@@ -85,8 +94,15 @@ class Captures:
 
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on; what was captured of another one must have been dropped."""
-        self.run = run
+        self._run = run
         self.recorder = self._recorder()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module itself, for a caller."""
+        if self._engine is not None:
+            return self._run(*args, **kwargs)
+        with self.gate.shared():
+            return self._run(*args, **kwargs)
 
     def clear(self, *, wait: bool = True) -> None:
         """Drop every graph, and forget what could not be captured.
@@ -106,14 +122,32 @@ class Captures:
             self._cache.shared = 0
 
     def refresh(self, grad: bool) -> None:
-        """Drop every graph if they are no longer right. The lock is held."""
-        if self._freshness.is_stale(grad):
-            self.clear()
-            self._freshness.look_again()
+        """Trust no graph that may no longer be right: those of an engine are dropped, others have to be proven again.
+
+        The lock is held.
+        """
+        if isinstance(self._guard, EngineGuard):
+            if self._guard.is_stale(grad):
+                self.clear()
+                self._guard.renew()
+            return
+        if not self._guard.holds():
+            self._guard.forget()
+            self.forget_shortcuts()
+            self._look_at_all()
+            self._parts_changed()
+        training = [each.training for each in self.module.modules()]
+        if training != self._training:
+            # What was refused in training may be captured in evaluation, and the other way round.
+            self._training = training
+            self.blocks.clear()
+
+    def _parts_changed(self) -> None:
+        """Note that the structure of the module may have changed."""
 
     def blocked(self, signature: Signature) -> Cause | None:
         """Why a signature is not to be captured this time, from what came of it before. The lock is held."""
-        return self.blocks.cause(signature)
+        return self.blocks.cause(signature, self._guard.version)
 
     def _capture(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -121,19 +155,42 @@ class Captures:
         preparation = preparing.get()
         start = time.perf_counter()
         with self._ledger.span("capture"), self._room(inputs) as room:
+            known = self._cache.entries.get(signature)
 
             def begin() -> None:
+                if known is not None:
+                    self._cache.evict(signature)
                 self._take(room, signature)
 
             outcome: Recorded | Cause
             try:
                 recalled = self._recall(signature, inputs, begin)
-                answer, outcome = recalled or self.recorder.attempt(args, kwargs, inputs, begin=begin)
+                answer, outcome = recalled or self._attempt(args, kwargs, inputs, begin, known)
             finally:
                 self._drop_broken()
+            if known is not None and outcome is known.graph:
+                # It was captured before the module changed, and is right all the same.
+                self.blocks.forget(signature)
+                return answer, None
+            if known is not None and signature in self._cache.entries:
+                self._cache.evict(signature)
             seconds = time.perf_counter() - start
             call, again = (args, kwargs), recalled is not None
             return answer, self._finish(signature, outcome, inputs, call, seconds, room, preparation, recalled=again)
+
+    def _attempt(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+        begin: Callable[[], None],
+        known: Entry[Recorded] | None,
+    ) -> tuple[Any, Recorded | Cause]:
+        if not isinstance(self.recorder, TorchRecorder):
+            return self.recorder.attempt(args, kwargs, inputs, begin=begin)
+        with self.gate.shared():
+            graph = None if known is None else known.graph
+            return self.recorder.attempt(args, kwargs, inputs, begin=begin, known=graph)
 
     def leaves(self, signature: Hashable, recorded: Recorded) -> None:
         """Keep what a graph that is about to be closed can be had back from; for the cache's ``on_evict``."""
@@ -186,7 +243,8 @@ class Captures:
     def _recorder(self) -> Recorder:
         if self._engine is not None:
             return EngineRecorder(self._engine, self._config)
-        return TorchRecorder(self.module, self.run, self._ledger.name, self._config)
+        assert isinstance(self._guard, ModuleGuard)
+        return TorchRecorder(self.module, self._run, self._ledger.name, self._config, self._guard)
 
     def _finish(
         self,
@@ -231,7 +289,7 @@ class Captures:
             preparation.keep(self._cache.entries, signature)
             return slower
         self.admission.failed(signature, seconds, preparing=preparation is not None)
-        self.blocks.block(signature, outcome)
+        self.blocks.block(signature, outcome, self._guard.version)
         return outcome
 
     def _room(self, inputs: Sequence[Tensor]) -> Room:

@@ -126,7 +126,9 @@ def straight_into(fast: CachedModule, out: Any, args: tuple[Any, ...], kwargs: d
     if fast._host_inputs:
         signature = (*signature, *fast._host_values(args))
     entry = fast._entries.get(signature)
-    if entry is None or fast._misses.forbidden() is not None or fast._is_stale(signature[0] is not False):
+    if entry is None or entry.graph.version != fast._guard.version:
+        return False
+    if fast._misses.forbidden() is not None or fast._is_stale(signature[0] is not False):
         return False
     given = fast._device_only(inputs)
     targets = targets_of(out, entry.graph, given)

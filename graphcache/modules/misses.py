@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.signature import Signature, describe_layout, is_flat
+from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
+from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.beside import CapturesBeside
 from graphcache.modules.cold import MOST, RENEWALS, Leave
 from graphcache.modules.conditions import forbidden
-from graphcache.modules.freshness import Freshness
+from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.parts import Parts
 from graphcache.modules.preparing import preparing
 from graphcache.modules.record import Recorded
@@ -42,7 +44,8 @@ class Misses(CapturesBeside):
         ledger: Hears of captures and eager calls.
         cache: Where graphs go.
         parts: What is captured one by one where the whole is not.
-        freshness: Tells when the graphs are no longer right.
+        guard: Tells when the graphs are no longer right.
+        gate: Keeps background captures and callers apart.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class Misses(CapturesBeside):
         ledger: Ledger,
         cache: GraphCache[Recorded],
         parts: Parts,
-        freshness: Freshness,
+        guard: EngineGuard | ModuleGuard,
+        gate: RunGate,
     ) -> None:
-        super().__init__(module, run, config, ledger, cache, freshness)
+        super().__init__(module, run, config, ledger, cache, guard, gate)
         self._parts = parts
         self._routes = Routes(parts.active)
         self._off = disabled_by_environment()
@@ -64,6 +68,9 @@ class Misses(CapturesBeside):
         with self.lock:
             super().clear(wait=wait)
             self._parts.look_again()
+
+    def _parts_changed(self) -> None:
+        self._parts.look_again()
 
     def forbidden(self) -> Reason | None:
         """What forbids graphs at this moment, whatever the arguments."""
@@ -106,6 +113,9 @@ class Misses(CapturesBeside):
             self.refresh(grad)
             cause = self.needs_grad(inputs) or self.blocked(signature)
             entry = self._cache.entries.get(signature)
+            if entry is not None and entry.graph.version != self._guard.version:
+                # It was captured before something changed; the capture below finds out whether it is right still.
+                entry = None
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
             wanted = cause is None and not admitted and preparing.get() is None
@@ -181,7 +191,7 @@ class Misses(CapturesBeside):
             raise CaptureError(f"{self._ledger.name}: {text} is excluded, so that there is no graph of the whole")
         cause = Cause(reason) if reason is not None else self.needs_grad(inputs)
         if cause is None:
-            with self.lock:
+            with self.lock, self.gate.shared():
                 _, outcome = self.recorder.attempt(args, kwargs, inputs, alone=True)
             if isinstance(outcome, Recorded):
                 return outcome
@@ -209,7 +219,8 @@ class Misses(CapturesBeside):
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Cause | None:
         self.refresh(signature[0] is not False)
-        if signature in self._cache.entries:
+        entry = self._cache.entries.get(signature)
+        if entry is not None and entry.graph.version == self._guard.version:
             if (preparation := preparing.get()) is not None:
                 preparation.keep(self._cache.entries, signature)
             return None
@@ -279,7 +290,7 @@ class Misses(CapturesBeside):
             return None
         if any(tensor.requires_grad for tensor in inputs):
             return Cause(Reason.GRAD, detail="an input requires gradients")
-        if self._freshness.requires_grad():
+        if self._guard.requires_grad():
             return Cause(Reason.GRAD, detail="a parameter requires gradients")
         return None
 

@@ -70,7 +70,7 @@ class Parts:
         # Candidates hold nothing that is excluded.
         self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
-        self._here = {name: make(name, part, fixed) for name, part in named.items()}
+        self._here = {name: make(name, part, self._options(fixed, name)) for name, part in named.items()}
         self.past: CacheInfo | None = None
         """The account of parts that stand in the module no more."""
         self._active = tuple(self._here.values())
@@ -102,6 +102,13 @@ class Parts:
             self.find()
         return bool(self._active)
 
+    def _options(self, config: GraphConfig, name: str) -> GraphConfig:
+        """Those of a part, whose own paths begin with ``self``."""
+        ends = [f"[{each}]" if each.isdigit() else f".{each}" for each in name.split(".")]
+        prefix = "self" + "".join(ends)
+        own = [f"self{each.removeprefix(prefix)}" for each in config.ignore if each.startswith(prefix)]
+        return replace(config, ignore=(*config.ignore, *own))
+
     def _has_engines(self) -> bool:
         # They record no gradients in any case; of a model in training that has none, nothing would be captured.
         return self._finds and any(isinstance(each, EngineModule) for each in self._module.modules())
@@ -117,7 +124,7 @@ class Parts:
             for name, child in candidates(self._module, self.excluded):
                 known = self._here.get(name)
                 if known is None or known.module is not child:
-                    known = self._make(name, child, self._own)
+                    known = self._make(name, child, self._options(self._own, name))
                 here[name] = known
             gone = [part for name, part in self._here.items() if here.get(name) is not part]
             self._here, self._active, self._found = here, tuple(here.values()), True

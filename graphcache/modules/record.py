@@ -29,7 +29,7 @@ class Recorded:
         bare: Whether the answer is the graph's only output itself.
     """
 
-    __slots__ = ("bare", "build", "generation", "graph", "nbytes", "replay", "single", "whole")
+    __slots__ = ("bare", "build", "generation", "graph", "nbytes", "replay", "single", "trace", "version", "whole")
 
     def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
@@ -42,6 +42,10 @@ class Recorded:
         self.whole = whole
         self.bare = bare
         self.nbytes = graph.nbytes
+        self.version = 0
+        """That of the module's guard when the graph was last proven right."""
+        self.trace = b""
+        """A digest of what the call did, see :class:`~graphcache.capture.effects.Effects`."""
         self.generation = -1
         """That of the templates when it was captured."""
 

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphcache.cache.signature import substitute
+from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
+from graphcache.capture.host_activity import is_available
 from graphcache.config import GraphConfig, graphs_off
-from graphcache.errors import Cause, Reason, Refusal
+from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, static_copy
 from graphcache.graphs.capture import capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads
-from graphcache.graphs.verify import RELATIVE, difference, perturb, tolerance_of, verify
+from graphcache.graphs.verify import RELATIVE, alike, difference, perturb, tolerance_of, verify
+from graphcache.keys.guards import ModuleGuard
+from graphcache.keys.state_walk import StateTooLarge
+from graphcache.keys.values import Unobservable
 from graphcache.modules.answers import Answer
 from graphcache.modules.culprit import at, located, path_here
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.recording import Session
-from graphcache.modules.state import Dependencies, Watch
+
+Running = Callable[[], AbstractContextManager[object]]
+"""Makes what is entered around one run of a module."""
 
 
 class TorchRecorder:
@@ -36,12 +43,16 @@ class TorchRecorder:
         run: What is called, ``module`` itself or its ``forward``.
         name: For messages.
         config: Options of the wrapped module.
+        guard: What the graphs of the module depend on.
     """
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig) -> None:
+    def __init__(
+        self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
+    ) -> None:
         self._module = module
         self._run = run
         self._name = name
+        self._guard = guard
         self._verified, self._full_edges = config.verify, config.edges == "full"
         self._host_lock = threading.RLock()
         self._lanes: dict[int, Lane] = {}
@@ -56,24 +67,113 @@ class TorchRecorder:
         alone: bool = False,
         apart: bool = False,
         begin: Callable[[], object] = nothing,
+        known: Recorded | None = None,
     ) -> tuple[Any, Recorded | Cause]:
-        dependencies = Dependencies(self._module)
-        watch = Watch(inputs, dependencies)
-        with graphs_off(), watch:
-            value = self._run(*args, **kwargs)
+        effects = self.observe(args, kwargs, inputs)
+        if effects.cause is not None:
+            return effects.value, effects.cause
+        return effects.value, self.record(args, kwargs, inputs, effects, alone=alone or apart, begin=begin, known=known)
+
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]) -> Effects:
+        """Run a call for the caller, and tell whether a graph may repeat it.
+
+        Raises:
+            Exception: Whatever the module raises for these arguments.
+        """
+        if not is_available():
+            return self._unobserved(args, kwargs, "the profile hook of the interpreter is in use (sys.setprofile)")
+        try:
+            watched = Watched(
+                self._guard.snapshot(), snapshot_of(args, kwargs), inputs, lambda: path_here(self._module)
+            )
+        except (StateTooLarge, Unobservable) as error:
+            return self._unobserved(args, kwargs, str(error))
+        with graphs_off():
+            effects = observe(self._run, args, kwargs, watched)
+        if effects.cause is not None:
+            effects.cause = at(effects.cause, effects.submodule, self._name)
+            self._guard.forget()
+        elif unseen := unseen_functions(effects, watched.module):
+            self._guard.follow(unseen)
+            names = ", ".join(sorted({code.co_qualname for code in unseen})[:3])
+            effects.cause = Cause(Reason.UNOBSERVED, detail=f"it is observed once more, for it came to run {names}")
+        return effects
+
+    def _unobserved(self, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Effects:
+        with graphs_off():
+            return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=why))
+
+    def record(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+        effects: Effects,
+        *,
+        alone: bool = False,
+        begin: Callable[[], object] = nothing,
+        known: Recorded | None = None,
+        running: Running = nullcontext,
+    ) -> Recorded | Cause:
+        """Capture a call that was observed to be a function of its tensors.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Its keyword arguments.
+            inputs: The tensors among them.
+            effects: What was observed.
+            alone: Share no memory with other graphs.
+            begin: As for :meth:`attempt`.
+            known: A graph of the same key, from before something changed: it is kept if the call did the very same.
+            running: Entered around each run of the module.
+
+        Returns:
+            The graph, or why there is none.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with running():
+                return self._run(*args, **kwargs)
+
+        state = [*self._weights(), *effects.outside]
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
-                watch.check()
+                if known is not None and self._is_proven(known, inputs, effects, state):
+                    known.version = self._guard.version
+                    self._guard.arm()
+                    return known
                 begin()
-                return value, self._record(args, kwargs, inputs, value, dependencies.tensors(), alone or apart)
+                recorded = self._record(run, args, kwargs, inputs, effects.value, state, alone)
         except Refusal as refusal:
-            cause = at(refusal.cause, watch.path, self._name)
-            return value, located(cause, refusal, self._module, self._name)
+            return located(refusal.cause, refusal, self._module, self._name)
         except Exception as error:
-            return value, located(refusal_of(error, self._name).cause, error, self._module, self._name)
+            return located(refusal_of(error, self._name).cause, error, self._module, self._name)
+        if (change := self._guard.change()) is not None:
+            recorded.close()
+            self._guard.forget()
+            return Cause(Reason.MUTATES, change.path, f"{change.detail}, when the call ran again")
+        recorded.trace, recorded.version = effects.trace, self._guard.version
+        self._guard.arm()
+        return recorded
+
+    def _is_proven(self, known: Recorded, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
+        """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
+        if known.trace != effects.trace or self._guard.has_engines:
+            # What an engine does inside is in no trace.
+            return False
+        try:
+            wanted = Answer(effects.value, inputs, state).tensors
+            return alike(known.graph.replay([tensor.detach() for tensor in inputs]), wanted)
+        except (ClosedError, Refusal):
+            return False
+
+    def _weights(self) -> list[Tensor]:
+        """Every parameter and buffer."""
+        return [*self._module.parameters(), *self._module.buffers()]
 
     def _record(
         self,
+        run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         inputs: Sequence[Tensor],
@@ -81,12 +181,12 @@ class TorchRecorder:
         state: Sequence[Tensor],
         alone: bool,
     ) -> Recorded:
-        devices = {tensor.device for tensor in (*inputs, *state)}
+        devices = {tensor.device for tensor in (*inputs, *self._weights())}
         devices |= {m.device for m in self._module.modules() if isinstance(m, EngineModule)}
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
         answer = Answer(value, inputs, state)
-        call = _Call(self._run, args, kwargs, inputs, answer, state)
+        call = _Call(run, args, kwargs, inputs, answer, state)
         index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
         graph = self._on_cuda(call, index, alone) if index is not None else self._on_host(call)
         return Recorded(

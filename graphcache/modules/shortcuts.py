@@ -17,6 +17,7 @@ from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.single import Into, allocator
+from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.conditions import (
     current_device,
     global_hooks,
@@ -24,6 +25,7 @@ from graphcache.modules.conditions import (
     raw_stream,
     several_devices,
 )
+from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.record import Recorded
 
 Shortcut = tuple[Entry[Recorded] | None, Any, Into | None, int, int | None]
@@ -43,13 +45,13 @@ class Shortcuts(dict[Hashable, Shortcut]):
 
     Args:
         engine: The engine whose ``epoch`` says whether its graphs still hold; ``None`` for any other module.
-        is_stale: What says it of any other module.
+        guard: What says it of any other module.
     """
 
-    def __init__(self, engine: Any, is_stale: Callable[[bool], bool]) -> None:
+    def __init__(self, engine: Any, guard: EngineGuard | ModuleGuard) -> None:
         super().__init__()
         self._engine = engine
-        self._is_stale = is_stale
+        self._guard = guard
         self._table: Any = None
         self._asked = False
         self._making = threading.Lock()
@@ -104,7 +106,7 @@ class Shortcuts(dict[Hashable, Shortcut]):
             index,
             self._engine,
             epoch,
-            None if self._engine is not None else self._is_stale,
+            self._guard.stale_since(recorded.version) if isinstance(self._guard, ModuleGuard) else None,
             None if recorded.bare else recorded.build,
             slots,
             tuple([slot.raw for slot in slots]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.verify import difference, tolerance_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.misses import Misses
-from graphcache.modules.state import Dependencies, Watch
+from graphcache.modules.record_torch import TorchRecorder
 
 _MOST = 1024
 
@@ -93,16 +92,17 @@ class Trials:
         Raises:
             Exception: Whatever the module raises for these arguments.
         """
-        module, key = self._misses.module, (self._misses.generation, target)
-        watch = None if isinstance(module, EngineModule) else Watch(inputs, Dependencies(module))
-        with ExitStack() as during:
-            during.enter_context(graphs_off())
-            if watch is not None:
-                during.enter_context(watch)
-            answer = self._misses.run(*args, **kwargs)
+        key = (self._misses.generation, target)
+        if isinstance(self._misses.recorder, TorchRecorder):
+            with self._misses.gate.shared():
+                effects = self._misses.recorder.observe(args, kwargs, inputs)
+            if effects.cause is not None:
+                return effects.value, self._block(key, effects.cause)
+            answer = effects.value
+        else:
+            with graphs_off():
+                answer = self._misses.run(*args, **kwargs)
         try:
-            if watch is not None:
-                watch.check()
             with graphs_off(), torch.no_grad():
                 found = self._tried(fit, args, kwargs)
         except Refusal as refusal:

@@ -1,0 +1,1 @@
+"""From a call to a verified graph, or the reason why there is none."""

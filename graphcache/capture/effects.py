@@ -1,0 +1,320 @@
+"""One run of a call, for the caller, and everything that it did besides returning.
+
+Nothing is run a second time before this has been decided: a graph may answer a call only if the call is a function of
+its tensors. What is observed, and how:
+
+* operations, below autograd, by a dispatch mode: writes into memory of outside, random numbers, memory that is read;
+* the Python state that can be reached from the module and from the arguments, by a snapshot before the run;
+* version counters and contents of the tensors in it: writes past the dispatcher, such as through NumPy;
+* random generators of PyTorch, Python and NumPy, context variables, and what of PyTorch is set for the process;
+* reads of tensors by the host, clocks, and work that goes to other threads, by the interpreter's profile hook.
+
+Not seen are writes by extension modules and kernels that bypass PyTorch, threads that outlive the call, files and
+sockets, and clocks that libraries read.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import hashlib
+import random
+import sys
+import types
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.capture.host_activity import HostActivity
+from graphcache.errors import Cause, Reason
+from graphcache.graphs.dispatch_mode import DispatchMode
+from graphcache.graphs.operations import decompose_composite, flatten, is_unwatched, storage_of, written
+from graphcache.keys.state_snapshot import StateSnapshot, is_strided
+from graphcache.keys.user_code import has_global_state
+from graphcache.keys.values import same
+
+MAX_CONTENTS = 64 << 20
+"""Bytes of tensors on the CPU whose contents are compared before and after an observed run."""
+
+
+@dataclass
+class Effects:
+    """What a call did.
+
+    Args:
+        value: What it returned.
+        cause: Why no graph repeats it; ``None`` if it is a function of its tensors.
+        submodule: Name of the submodule that was at work when the cause was noticed; empty if unknown.
+        outside: The tensors that it read and did not make, one for each memory.
+        trace: A digest of its operations, their constants and the memory of outside that they used.
+        functions: The functions of the user's that ran, with their globals.
+        operators: Names of the higher-order operators that it called.
+    """
+
+    value: Any
+    cause: Cause | None = None
+    submodule: str = ""
+    outside: list[Tensor] = field(default_factory=list)
+    trace: bytes = b""
+    functions: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
+    operators: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is compared before and after an observed run.
+
+    Args:
+        module: The state that can be reached from the module.
+        arguments: That of the arguments of the call.
+        inputs: The tensors among the arguments, in the order of the call key.
+        path_here: Names the submodule that is at work, for a message.
+    """
+
+    module: StateSnapshot
+    arguments: StateSnapshot
+    inputs: Sequence[Tensor]
+    path_here: Callable[[], str]
+
+
+def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
+    """Run a call once and tell everything it did besides returning.
+
+    Args:
+        run: What is called.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        watched: What can be reached from outside.
+
+    Raises:
+        Exception: Whatever the call raises. It has had its effects then, as without an observer.
+    """
+    host = HostActivity()
+    operations = _Operations(watched, host)
+    host.reads = not operations.devices
+    contents = [*_contents(watched.module), *_contents(watched.arguments)]
+    before = _process_state(operations.devices)
+    with ExitStack() as during:
+        during.enter_context(operations)
+        during.enter_context(host)
+        value = run(*args, **kwargs)
+    cause = operations.cause or host.cause or _changed_process_state(before, _process_state(operations.devices))
+    submodule = operations.submodule
+    if cause is None:
+        cause = _changed_objects(watched) or _written(watched, contents)
+    return Effects(
+        value,
+        cause,
+        submodule,
+        list(operations.outside.values()),
+        operations.digest(),
+        host.functions,
+        tuple(operations.operators),
+    )
+
+
+class _Operations(DispatchMode):
+    """Sees every operation of the current thread, below autograd."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, watched: Watched, host: HostActivity) -> None:
+        super().__init__()
+        self.cause: Cause | None = None
+        self.submodule = ""
+        self.outside: dict[int, Tensor] = {}
+        self.operators: list[str] = []
+        self.devices = sorted({t.device.index or 0 for t in watched.inputs if t.is_cuda} | watched.module.cuda_devices)
+        self._watched = watched
+        self._host = host
+        self._inputs = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(watched.inputs)))}
+        # References, so that no memory of the call is freed and its identity used again.
+        self._made: dict[int, tuple[int, Tensor]] = {}
+        self._trace: list[Hashable] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "_schema", None) is None:
+            self.operators.append(str(func))
+            return func(*args, **kwargs)
+        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
+            return whole
+        self._host.paused = True
+        try:
+            leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
+            drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+            generators = _generators(self.devices) if drawn else []
+            self._before(func, args, kwargs, leaves)
+        finally:
+            self._host.paused = False
+        out = func(*args, **kwargs)
+        self._host.paused = True
+        try:
+            if drawn and not all(map(torch.equal, generators, _generators(self.devices))):
+                self._note(Reason.RANDOM, str(func))
+            self._after(func, args, kwargs, leaves, out)
+        finally:
+            self._host.paused = False
+        return out
+
+    def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor]) -> None:
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            self._note(Reason.RANDOM, str(func))
+        for tensor in written(func, args, kwargs):
+            if storage_of(tensor) not in self._made:
+                self._note(Reason.MUTATES, self._place(tensor) or str(func))
+        for tensor in leaves:
+            address = storage_of(tensor)
+            if address not in self._made and address not in self._inputs:
+                self.outside.setdefault(address, tensor)
+
+    def _after(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor], out: Any
+    ) -> None:
+        lifted = func is torch.ops.aten.lift_fresh.default
+        inputs = tuple([self._name(tensor) for tensor in leaves])
+        taken = {storage_of(tensor) for tensor in leaves}
+        results = [value for value in flatten(out) if isinstance(value, Tensor)]
+        for tensor in results:
+            address = storage_of(tensor)
+            # A constant made by torch.tensor() arrives here by no other operation.
+            if (address not in taken or lifted) and address not in self._inputs:
+                self._made.setdefault(address, (len(self._made), tensor))
+                self.outside.pop(address, None)
+        constants = [value for value in flatten([*args, *kwargs.items()]) if not isinstance(value, Tensor)]
+        values = [tensor.tolist() for tensor in leaves] if lifted and leaves[0].numel() <= _SMALL else []
+        shapes = [(tuple(t.shape), t.stride(), t.dtype) if t.layout is torch.strided else None for t in results]
+        self._trace.append((str(func), inputs, repr(constants), repr(values), tuple(shapes)))
+
+    def digest(self) -> bytes:
+        """A digest of what was done."""
+        return hashlib.blake2b(repr(self._trace).encode("utf-8", "backslashreplace"), digest_size=16).digest()
+
+    def _name(self, tensor: Tensor) -> Hashable:
+        """What a tensor is called in the trace: a number for memory of the call, the address for memory of outside."""
+        address = storage_of(tensor)
+        if tensor.layout is not torch.strided:
+            return id(tensor)
+        layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
+        if address in self._made:
+            return ("made", self._made[address][0], *layout)
+        if address in self._inputs:
+            return ("input", self._inputs[address], tuple(tensor.shape), tensor.stride())
+        return ("outside", address, *layout)
+
+    def _place(self, tensor: Tensor) -> str:
+        address = storage_of(tensor)
+        return self._watched.arguments.path_of(tensor) or (
+            f"args[{self._inputs[address]}]" if address in self._inputs else self._watched.module.path_of(tensor)
+        )
+
+    def _note(self, reason: Reason, where: str) -> None:
+        # What an engine does with memory of its own is no change that a replay would leave out.
+        if self.cause is None and not is_unwatched.get():
+            self.cause = Cause(reason, where)
+            if not where.startswith(("self", "args", "kwargs")):
+                self.submodule = self._watched.path_here()
+
+
+_SMALL = 4096
+"""Elements of a constant that is made of Python numbers, whose values are part of the trace."""
+
+
+def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:
+    """Copies of the tensors that a call may write past the dispatcher and past version counters, as NumPy does."""
+    found, budget = [], MAX_CONTENTS
+    for node in snapshot.tensors:
+        tensor = node.target
+        if isinstance(tensor, nn.Parameter) or tensor.device.type != "cpu" or not is_strided(tensor):
+            continue
+        budget -= tensor.nbytes
+        if budget < 0:
+            break
+        found.append((node.path, tensor, tensor.detach().clone()))
+    return found
+
+
+def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -> Cause | None:
+    """Tensors that were written, by their version counters and contents."""
+    for snapshot in (watched.module, watched.arguments):
+        for node in snapshot.written():
+            if not snapshot.ignores(node.path):
+                return Cause(Reason.MUTATES, node.path, "the tensor was written in place")
+    for path, tensor, before in contents:
+        if tensor.shape != before.shape or not _equal_bits(tensor, before):
+            return Cause(Reason.MUTATES, path, "the tensor has other contents")
+    return None
+
+
+def _equal_bits(left: Tensor, right: Tensor) -> bool:
+    left, right = left.detach(), right.detach()
+    if torch.equal(left, right):
+        return True
+    return bool(((left == right) | ((left != left) & (right != right))).all())
+
+
+def _changed_objects(watched: Watched) -> Cause | None:
+    """Python state that the call changed."""
+    for snapshot in (watched.module, watched.arguments):
+        for change in snapshot.changes(limit=1):
+            return Cause(Reason.RANDOM if change.is_random else Reason.MUTATES, change.path, change.detail)
+    return None
+
+
+def _process_state(devices: Sequence[int]) -> dict[str, Any]:
+    """Random generators, context variables, and what is set for the process or the thread."""
+    found: dict[str, Any] = {
+        "torch": _generators(devices),
+        "random": random.getstate(),
+        "context": dict(contextvars.copy_context().items()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
+    }
+    if (numpy := sys.modules.get("numpy")) is not None:
+        state = numpy.random.get_state()
+        found["numpy"] = (state[1].tobytes(), *state[2:])
+    return found
+
+
+def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Cause | None:
+    if not all(map(torch.equal, before["torch"], after["torch"])):
+        return Cause(Reason.RANDOM, "torch", "the generator moved on")
+    for name in ("random", "numpy"):
+        if name in before and before[name] != after[name]:
+            return Cause(Reason.RANDOM, name, "the generator moved on")
+    for variable, value in after["context"].items():
+        old = before["context"].get(variable)
+        if old is not value and not same(old, value):
+            return Cause(Reason.MUTATES, f"the context variable {variable.name!r}", "it was set")
+    if before["modes"] != after["modes"]:
+        return Cause(Reason.MUTATES, "the grad mode or default dtype", "it was set")
+    return None
+
+
+def _generators(devices: Sequence[int]) -> list[Tensor]:
+    """States of PyTorch's own generators."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+
+
+def unseen_functions(effects: Effects, snapshot: StateSnapshot) -> dict[types.CodeType, dict[str, Any]]:
+    """The functions that ran and name globals with a state, and that the snapshot did not follow."""
+    return {
+        code: table
+        for code, table in effects.functions.items()
+        if code not in snapshot.covered and has_global_state(code, table)
+    }
+
+
+def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSnapshot:
+    """What can be reached from the arguments of a call.
+
+    Raises:
+        StateTooLarge: If there is more than can be watched.
+        Unobservable: For an iterator whose position cannot be read.
+    """
+    roots = [(f"args[{index}]", value) for index, value in enumerate(args)]
+    return StateSnapshot([*roots, *((f"kwargs[{name!r}]", value) for name, value in kwargs.items())])

@@ -1,0 +1,165 @@
+"""What the Python code of a call does past the dispatcher: reads of tensors, clocks, random numbers, other threads."""
+
+from __future__ import annotations
+
+import _queue
+import _thread
+import concurrent.futures
+import multiprocessing.pool
+import os
+import queue
+import sys
+import threading
+import time
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache.errors import Cause, Reason
+from graphcache.keys.user_code import is_library
+from graphcache.keys.values import is_generator_of_randomness
+
+_READS = frozenset({"numpy", "tolist", "data_ptr"})
+_CLOCKS = frozenset(
+    {
+        time.time,
+        time.time_ns,
+        time.perf_counter,
+        time.perf_counter_ns,
+        time.monotonic,
+        time.monotonic_ns,
+        time.process_time,
+        time.process_time_ns,
+        time.thread_time,
+        time.localtime,
+        time.gmtime,
+    }
+)
+_HANDOFFS: frozenset[types.CodeType] = frozenset(
+    function.__code__
+    for function in (
+        threading.Thread.start,
+        threading.Thread.join,
+        threading.Condition.wait,
+        threading.Condition.notify,
+        threading.Event.wait,
+        threading.Event.set,
+        threading.Barrier.wait,
+        queue.Queue.put,
+        queue.Queue.get,
+        concurrent.futures.Future.result,
+        concurrent.futures.Future.exception,
+        concurrent.futures.ThreadPoolExecutor.submit,
+        multiprocessing.pool.Pool.apply,
+        multiprocessing.pool.Pool.apply_async,
+        multiprocessing.pool.Pool.map,
+        multiprocessing.pool.Pool.map_async,
+        multiprocessing.pool.Pool.starmap,
+        multiprocessing.pool.Pool.imap,
+    )
+)
+"""Functions that give work to another thread, or wait for it."""
+
+_PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK = range(5)
+
+
+class HostActivity:
+    """Inside, notices what the current thread does on the host, with the profile hook of the interpreter.
+
+    A mode of PyTorch would see reads of tensors too, but makes some operations take another path; the hook changes
+    nothing. It belongs to one user at a time: see :func:`is_available`.
+    """
+
+    def __init__(self) -> None:
+        self.cause: Cause | None = None
+        """The first thing noticed that no graph repeats."""
+        self.functions: dict[types.CodeType, dict[str, Any]] = {}
+        """The functions of the user's that ran, with their globals."""
+        self.paused = False
+        """Set while code of this package runs within the call."""
+        self.reads = True
+        """Whether reads of tensors' memory count, as on the CPU; of CUDA's, the capture decides by itself."""
+        self._known: set[types.CodeType] = set()
+        self._kinds: dict[type, int] = {}
+        self._acquired: list[int] = []
+
+    def __enter__(self) -> HostActivity:
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if self.paused:
+            return
+        if event == "call":
+            code = frame.f_code
+            if code not in self._known:
+                self._known.add(code)
+                if not is_library(frame.f_globals.get("__name__")):
+                    self.functions[code] = frame.f_globals
+            if code in _HANDOFFS:
+                self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
+        elif event == "c_call":
+            self._c_call(frame, arg)
+
+    def _c_call(self, frame: types.FrameType, function: Any) -> None:
+        owner = getattr(function, "__self__", None)
+        kind = self._kinds.get(type(owner))
+        if kind is None:
+            kind = self._kinds[type(owner)] = _kind_of(owner)
+        if kind == _TENSOR:
+            if self.reads and function.__name__ in _READS:
+                self._note(Reason.HOST_READ, f"Tensor.{function.__name__}")
+        elif kind == _GENERATOR:
+            if function.__name__ not in ("getstate", "get_state", "setstate", "set_state", "seed"):
+                self._note(Reason.RANDOM, f"{type(owner).__name__}.{function.__name__}")
+        elif kind == _QUEUE:
+            self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
+        elif kind == _LOCK:
+            self._lock(function.__name__, id(owner))
+        elif isinstance(owner, types.ModuleType):
+            self._function_of_module(frame, function)
+
+    def _function_of_module(self, frame: types.FrameType, function: Any) -> None:
+        if function is os.urandom:
+            self._note(Reason.RANDOM, "os.urandom")
+        elif function is _thread.start_new_thread or function in _TORCH_HANDOFFS:
+            self._note(Reason.HOST_READ, function.__name__, "work goes to another thread")
+        elif function in _CLOCKS and not is_library(frame.f_globals.get("__name__")):
+            self._note(Reason.RANDOM, f"time.{function.__name__}", "a clock is read, which a graph would stop")
+
+    def _lock(self, name: str, identity: int) -> None:
+        """A lock that is released without having been acquired lets another thread go on."""
+        if name in ("acquire", "acquire_lock"):
+            self._acquired.append(identity)
+        elif name in ("release", "release_lock"):
+            if identity in self._acquired:
+                self._acquired.remove(identity)
+            else:
+                self._note(Reason.HOST_READ, "lock.release", "another thread is let go on")
+
+    def _note(self, reason: Reason, where: str, detail: str = "") -> None:
+        if self.cause is None:
+            self.cause = Cause(reason, where, detail)
+
+
+def is_available() -> bool:
+    """Whether nobody else has the profile hook, such as ``cProfile``: what it is told would be lost."""
+    return sys.getprofile() is None
+
+
+def _kind_of(owner: Any) -> int:
+    if isinstance(owner, Tensor):
+        return _TENSOR
+    if is_generator_of_randomness(owner):
+        return _GENERATOR
+    if isinstance(owner, _queue.SimpleQueue):
+        return _QUEUE
+    return _LOCK if isinstance(owner, (_thread.LockType, _thread.RLock)) else _PLAIN
+
+
+_TORCH_HANDOFFS = frozenset({torch._C.fork, torch._C.wait})

@@ -1,0 +1,158 @@
+"""Whether what was captured of a module is still what a call of it does."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from graphcache.keys.state_nodes import Change
+from graphcache.keys.state_snapshot import StateSnapshot
+from graphcache.keys.state_walk import Skips
+
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks_with_kwargs",
+    "_global_forward_hooks_always_called",
+)
+
+
+class HasEpoch(Protocol):
+    """A submodule that says by a number whether it is still the same."""
+
+    @property
+    def epoch(self) -> int:
+        """Goes up with every change."""
+
+
+class ModuleGuard:
+    """The condition under which graphs of a module stay valid: nothing that a call can reach has changed.
+
+    Values of tensors are no part of it, since a graph reads them where they are. Everything else is: parameters and
+    buffers by name, place and layout, attributes and containers at any depth, hooks, training flags, classes, closures,
+    and the globals that methods name.
+
+    Args:
+        module: The module.
+        ignore: Paths that the user promises not to matter, such as ``self.calls``.
+        skips: Tells submodules that keep their own account, such as engines.
+        engines: Finds these submodules; the ``epoch`` of each changes with it.
+
+    Example:
+        >>> module = nn.Sequential(nn.ReLU())
+        >>> guard = ModuleGuard(module)
+        >>> _ = guard.snapshot()
+        >>> module[0].slope = 0.5
+        >>> guard.holds(), guard.reason
+        (False, 'self[0].slope is new: 0.5')
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ignore: Sequence[str] = (),
+        skips: Skips | None = None,
+        engines: Callable[[nn.Module], Sequence[HasEpoch]] | None = None,
+    ) -> None:
+        self._module = module
+        self._ignore = tuple(ignore)
+        self._skips = skips
+        self._find_engines = engines
+        self._engines: Sequence[HasEpoch] = ()
+        self._epoch = 0
+        self._functions: dict[types.CodeType, dict[str, Any]] = {}
+        self._snapshot: StateSnapshot | None = None
+        self.version = 0
+        """Goes up whenever something has changed. A graph is valid under the version that it was proven under."""
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since :meth:`snapshot`."""
+        snapshot = self._snapshot
+        if snapshot is None or (self._engines and self._epoch_now() != self._epoch):
+            return False
+        return snapshot.holds()
+
+    def stale_since(self, version: int) -> Callable[[bool], bool]:
+        """What tells whether a graph that was proven under a version may answer no call, as :meth:`is_stale` does."""
+
+        def is_stale(grad: bool) -> bool:
+            return self.version != version or self.is_stale(grad)
+
+        return is_stale
+
+    def is_stale(self, grad: bool) -> bool:
+        """Whether no graph may answer a call.
+
+        Args:
+            grad: Whether the call records gradients, which a parameter may have begun to want.
+        """
+        return not self.holds() or (grad and self.requires_grad())
+
+    @property
+    def reason(self) -> str:
+        """What has changed, in words; empty if that is not known."""
+        broken = self._snapshot.broken if self._snapshot is not None else None
+        return "" if broken is None else f"{broken.path} {broken.detail}"
+
+    def requires_grad(self) -> bool:
+        """Whether any parameter or other tensor that the module reaches wants gradients."""
+        if self._snapshot is not None:
+            return self._snapshot.requires_grad()
+        return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
+
+    def snapshot(self) -> StateSnapshot:
+        """The state of the module now, for a run that is to be observed; that of before if nothing has changed.
+
+        Raises:
+            StateTooLarge: If there is more than can be watched.
+            Unobservable: For an iterator whose position cannot be read.
+        """
+        if self._snapshot is not None and self._epoch_now() == self._epoch and self._snapshot.renew():
+            return self._snapshot
+        self.forget()
+        hooks = [(name, getattr(torch_module, name)) for name in _GLOBAL_HOOKS if hasattr(torch_module, name)]
+        found = StateSnapshot(
+            [("self", self._module), *hooks], ignore=self._ignore, skips=self._skips, functions=self._functions
+        )
+        self._engines = self._find_engines(self._module) if self._find_engines is not None else ()
+        self._epoch = self._epoch_now()
+        self._snapshot = found
+        return found
+
+    def change(self) -> Change | None:
+        """What has changed since :meth:`snapshot`, values of tensors too; ``None`` if nothing has."""
+        assert self._snapshot is not None
+        for change in self._snapshot.changes(limit=1):
+            return change
+        for node in self._snapshot.written():
+            return Change(node.path, "the tensor was written in place")
+        return None
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether submodules that keep their own account take part."""
+        return bool(self._engines)
+
+    def _epoch_now(self) -> int:
+        return sum([each.epoch for each in self._engines])
+
+    def forget(self) -> None:
+        """Take everything for changed: no graph is valid until it was proven again."""
+        if self._snapshot is not None:
+            self._snapshot = None
+            self.version += 1
+
+    def arm(self) -> None:
+        """Compare in native code from now on, for there is a graph to be guarded."""
+        if self._snapshot is not None:
+            self._snapshot.arm()
+
+    def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:
+        """Follow the globals of functions that ran and that no walk has found."""
+        self._functions.update(functions)
+        self.forget()

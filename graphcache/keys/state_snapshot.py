@@ -1,0 +1,163 @@
+"""Everything that a call can reach and change: a bounded walk, and what changed since.
+
+The walk starts at a module and follows attributes, containers at any depth, ``__slots__``, closures, default values,
+classes of the user's, and the globals that their methods and the functions called by them name. Of every container a
+shallow copy is kept. The same snapshot tells the effects of a call (:meth:`StateSnapshot.changes`) and guards a graph
+afterwards (:meth:`StateSnapshot.holds`).
+
+Not seen are: state behind extension modules, files and sockets, names that are made up at run time, and memory that is
+written past PyTorch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.keys import native
+from graphcache.keys.state_nodes import Change, Node, TensorNode
+from graphcache.keys.state_walk import Skips, StateWalk
+
+
+class StateSnapshot:
+    """The Python state and the tensors that can be reached from some objects.
+
+    Args:
+        roots: Objects, each with the name that paths begin with, such as ``("self", module)``.
+        ignore: Paths that are left out; ``*`` stands for anything.
+        skips: Tells objects that are not followed, such as modules that keep their own account.
+        functions: Code whose globals are followed too, with these globals.
+
+    Raises:
+        StateTooLarge: If there is more than can be watched.
+        Unobservable: For an iterator whose position cannot be read.
+
+    Example:
+        >>> state = {"calls": [0]}
+        >>> snapshot = StateSnapshot([("state", state)])
+        >>> state["calls"][0] += 1
+        >>> snapshot.changes()[0].path
+        "state['calls'][0]"
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[tuple[str, object]],
+        *,
+        ignore: Sequence[str] = (),
+        skips: Skips | None = None,
+        functions: Mapping[CodeType, dict[str, Any]] | None = None,
+    ) -> None:
+        # Only * stands for anything: brackets are part of a path.
+        self._ignore = re.compile("|".join(re.escape(each).replace(r"\*", ".*") + r"(?:[.[].*)?" for each in ignore))
+        walk = StateWalk(self.ignores if ignore else None, skips)
+        walk.walk(roots)
+        for code, table in (functions or {}).items():
+            walk.globals_of(code, table)
+        walk.walk(())
+        self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
+        self.broken: Change | None = None
+        """Why :meth:`holds` said that the snapshot is of the past."""
+        self._native: Any = None
+        self._rest: list[Node] = []
+
+    def changes(self, limit: int = 16) -> list[Change]:
+        """What differs now from what was found, by value; in the order of the walk.
+
+        Args:
+            limit: No more than so many are told.
+        """
+        found: list[Change] = []
+        for node in (*self.nodes, *self.tensors):
+            if node.differs():
+                found += [change for change in node.changes() if not self.ignores(change.path)]
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    def written(self) -> list[TensorNode]:
+        """The tensors that operations wrote into since, or that gradients were accumulated for."""
+        return [node for node in self.tensors if node.is_written]
+
+    def holds(self) -> bool:
+        """Whether everything is as it was found, for a graph: generators may have moved on, values of tensors changed.
+
+        After :meth:`arm` it is a comparison in native code, as far as that is loaded. Once it says ``False`` it does so
+        for good, and :attr:`broken` says why.
+        """
+        if self.broken is not None:
+            return False
+        if self._native is not None and self._native.holds():
+            return not any(node.differs() for node in self._rest) or self._compare(self._rest)
+        return self._compare([node for node in self._guarded() if node.differs()])
+
+    def renew(self) -> bool:
+        """Whether it holds; if so, it tells the effects of what happens from now on."""
+        if not self.holds():
+            return False
+        for node in (*self.tensors, *(node for node in self.nodes if not node.guarded)):
+            node.renew()
+        return self.broken is None
+
+    def arm(self) -> None:
+        """Compare in native code from now on, if it is loaded."""
+        kind = native.guard_type()
+        if kind is None or self._native is not None:
+            return
+        guard = kind()
+        self._rest = [node for node in self._guarded() if not node.guard(guard)]
+        self._native = guard
+
+    def _compare(self, nodes: Sequence[Node]) -> bool:
+        """Whether objects that differ by identity have the same values; these objects are expected from now on."""
+        for node in nodes:
+            for change in node.renew():
+                if not self.ignores(change.path):
+                    self.broken = change
+                    return False
+        if nodes and self._native is not None:
+            self._native = None
+            self.arm()
+        return True
+
+    @property
+    def cuda_devices(self) -> set[int]:
+        """Indices of the CUDA devices that its tensors are on."""
+        return {node.target.device.index or 0 for node in self.tensors if node.target.is_cuda}
+
+    def requires_grad(self) -> bool:
+        """Whether any tensor wants gradients."""
+        return any(node.target.requires_grad for node in self.tensors)
+
+    def path_of(self, tensor: Tensor) -> str:
+        """Where the memory of a tensor was found; empty if nowhere."""
+        address = _storage_address(tensor)
+        for node in self.tensors:
+            if address and _storage_address(node.target) == address:
+                return node.path
+        return ""
+
+    def ignores(self, path: str) -> bool:
+        """Whether a path, or one that it lies under, is to be left out."""
+        return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
+
+    def _guarded(self) -> Iterator[Node]:
+        yield from (node for node in self.nodes if node.guarded)
+        yield from self.tensors
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor has memory that can be cloned and compared."""
+    return tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and bool(tensor.numel())
+
+
+def _storage_address(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        return 0

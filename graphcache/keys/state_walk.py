@@ -1,0 +1,376 @@
+"""A bounded walk over everything that can be reached from some objects, and what is remembered of each."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import collections
+import concurrent.futures
+import enum
+import functools
+import logging
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from graphcache.keys.state_nodes import (
+    MISSING,
+    ArrayNode,
+    AttributesNode,
+    CellNode,
+    ClassNode,
+    FunctionNode,
+    HiddenNode,
+    ItemsNode,
+    MembersNode,
+    NamesNode,
+    Node,
+    ObjectNode,
+    SlotsNode,
+    TableNode,
+    TensorNode,
+    ThreadLocalNode,
+)
+from graphcache.keys.user_code import code_inside, function_of, global_names, is_library
+from graphcache.keys.values import array_state, hidden_state, is_plain
+
+MAX_CONTAINERS = 50_000
+"""A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
+MAX_ENTRIES = 2_000_000
+MAX_SECONDS = 2.0
+"""A walk over a BERT of 12 layers takes 0.015 s. The bound is for objects that make others as they are looked at."""
+MAX_HOPS = 4
+"""How far functions are followed that name one another; what runs beyond is found when it runs."""
+MAX_ARRAY_BYTES = 1 << 20
+"""Contents of NumPy arrays that are compared at every hit: about 50 us for a megabyte."""
+
+_LOGGING = (logging.Logger, logging.Handler, logging.Filterer)
+_MACHINERY = (concurrent.futures.Executor, concurrent.futures.Future, asyncio.AbstractEventLoop, threading.Thread)
+
+_TABLES = (dict, collections.OrderedDict, collections.defaultdict)
+_NOT_CALLED = frozenset(
+    {
+        *("__init__", "__new__", "__del__", "__init_subclass__", "__repr__", "__str__", "__dir__", "__sizeof__"),
+        *(
+            "__reduce__",
+            "__reduce_ex__",
+            "__getstate__",
+            "__setstate__",
+            "__copy__",
+            "__deepcopy__",
+            "__class_getitem__",
+        ),
+    }
+)
+"""Special methods that a call of an object that exists does not come to by itself."""
+_TRACERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "torch.export", "torch._export")
+_BUILTINS = frozenset(dir(builtins))
+
+Skips = Callable[[object], bool]
+
+
+class StateTooLarge(Exception):
+    """Raised when a walk exceeds its bounds; the message names the largest part."""
+
+
+class StateWalk:
+    """One walk over what can be reached.
+
+    Args:
+        ignores: Tells paths that are left out; ``None`` if there are none.
+        skips: Tells objects that are not followed.
+    """
+
+    def __init__(self, ignores: Callable[[str], bool] | None, skips: Skips | None) -> None:
+        self.nodes: list[Node] = []
+        """What was found, but for tensors."""
+        self.tensors: list[TensorNode] = []
+        self.covered: set[types.CodeType] = set()
+        """The code of the functions whose globals were followed."""
+        self._ignores = ignores
+        self._skips = skips
+        self._seen: set[int] = set()
+        # What is looked at lives only here sometimes: an id may be used again once its object is gone.
+        self._held: list[Any] = []
+        self._stack: list[tuple[Node | None, str, Any]] = []
+        self._entries = 0
+        self._array_bytes = 0
+        self._followed: set[type] = set()
+        self._hops: dict[int, int] = {}
+        self._mentioned: set[str] = set()
+        self._waiting: dict[str, list[tuple[str, types.FunctionType]]] = {}
+        """Methods whose names no code that was followed mentions."""
+
+    def walk(self, roots: Sequence[tuple[str, object]]) -> None:
+        """Follow some objects, each with the name that its path begins with.
+
+        Raises:
+            StateTooLarge: If there is more than can be watched.
+            Unobservable: For an iterator whose position cannot be read.
+        """
+        self._stack += [(None, name, value) for name, value in reversed(roots)]
+        deadline = time.perf_counter() + MAX_SECONDS
+        steps = 0
+        while self._stack:
+            parent, key, value = self._stack.pop()
+            if is_plain(value) or id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            self._held.append(value)
+            if self._ignores is not None and self._ignores(_path(parent, key)):
+                continue
+            self._visit(parent, key, value)
+            steps += 1
+            slow = not steps % 1024 and time.perf_counter() > deadline
+            if slow or len(self.nodes) > MAX_CONTAINERS or self._entries > MAX_ENTRIES:
+                raise StateTooLarge(self._largest())
+
+    def _visit(self, parent: Node | None, key: str, value: Any) -> None:
+        kind = type(value)
+        if isinstance(value, Tensor):
+            self._tensor(parent, key, value)
+        elif isinstance(value, (type, enum.Enum, BaseException, *_LOGGING, *_MACHINERY)):
+            return
+        elif kind in _TABLES:
+            members = not key and isinstance(parent, AttributesNode)
+            self._table(MembersNode(parent, key, value) if members else TableNode(parent, key, value))
+        elif kind in (list, tuple, set, frozenset, collections.deque):
+            self._items(parent, key, value)
+        elif kind is types.FunctionType:
+            self._function(parent, key, value)
+        elif kind is types.MethodType:
+            self._push(parent, key, value.__func__)
+            self._push(parent, f"{key}.__self__", value.__self__)
+        elif kind is types.CellType:
+            self._cell(parent, key, value)
+        elif kind in (functools.partial, functools.partialmethod):
+            for name in ("func", "args", "keywords"):
+                self._push(parent, f"{key}.{name}", getattr(value, name))
+        elif self._skips is not None and self._skips(value):
+            # It keeps its own account; what it stands for may hold state all the same.
+            self._add(ObjectNode(parent, key, value), 1)
+            if "module" in (vars(value) if hasattr(value, "__dict__") else ()):
+                self._push(parent, key, vars(value)["module"])
+        else:
+            self._object(parent, key, value)
+
+    def _tensor(self, parent: Node | None, key: str, value: Tensor) -> None:
+        node = TensorNode(parent, key, value)
+        self.tensors.append(node)
+        if value.__dict__:
+            self._table(AttributesNode(node, "", value.__dict__))
+
+    def _table(self, node: TableNode) -> None:
+        keys, values = node.state
+        self._add(node, len(keys))
+        for name, item in zip(keys, values, strict=True):
+            if not is_plain(item):
+                self._stack.append((node, node.end(name), item))
+            if not is_plain(name):
+                self._stack.append((node, "[a key]", name))
+
+    def _items(self, parent: Node | None, key: str, value: Any) -> None:
+        if isinstance(value, tuple):
+            # A tuple cannot change; what it holds may.
+            self._entries += len(value)
+            for index, item in enumerate(tuple.__iter__(value)):
+                self._push(parent, f"{key}[{index}]", item)
+            return
+        node = ItemsNode(parent, key, value)
+        self._add(node, len(node.state))
+        for index, item in enumerate(node.state):
+            if not is_plain(item):
+                self._stack.append((node, node.end(index), item))
+
+    def _cell(self, parent: Node | None, key: str, value: types.CellType) -> None:
+        node = CellNode(parent, key, value)
+        self._add(node, 1)
+        self._push(node, "", node.state)
+
+    def _function(self, parent: Node | None, key: str, value: types.FunctionType) -> None:
+        code, module = value.__code__, value.__globals__.get("__name__")
+        if value.__dict__:
+            self._table(AttributesNode(parent, key, value.__dict__))
+        if _is_machinery(module):
+            return
+        for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+            self._push(parent, f"{key}.{name}", cell)
+        for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+            self._push(parent, f"{key}.__defaults__", default)
+        if is_library(module):
+            return
+        self._add(FunctionNode(parent, key, value), 1)
+        self.globals_of(code, value.__globals__, self._hops.get(id(value), 0))
+
+    def globals_of(self, code: types.CodeType, table: dict[str, Any], hops: int = 0) -> None:
+        """Follow the globals that a function of the user's names.
+
+        Args:
+            code: Of the function.
+            table: Its globals.
+            hops: How many functions lead to it by their globals.
+        """
+        if code in self.covered or hops > MAX_HOPS:
+            return
+        self.covered.update(code_inside(code))
+        names = global_names(code)
+        self._mention(names.mentioned)
+        self._names(table, names.loaded | names.stored, hops)
+        for name, attribute in names.attributes:
+            module = table.get(name)
+            if isinstance(module, types.ModuleType) and not is_library(module.__name__):
+                self._names(vars(module), {attribute}, hops)
+
+    def _names(self, table: dict[str, Any], names: set[str] | frozenset[str], hops: int) -> None:
+        found = tuple(sorted(name for name in names if name in table or name not in _BUILTINS))
+        if not found:
+            return
+        node = NamesNode(None, str(table.get("__name__", "globals")), table, found)
+        self._add(node, len(found))
+        for name, value in zip(found, node.state, strict=True):
+            if isinstance(value, types.FunctionType):
+                self._hops.setdefault(id(value), hops + 1)
+                self._push(node, node.end(name), value)
+            elif isinstance(value, type):
+                self._class(value, follow=False)
+            elif value is not MISSING:
+                self._push(node, node.end(name), value)
+
+    def _object(self, parent: Node | None, key: str, value: Any) -> None:
+        """An object of any class: its items if it is a container, its attributes, slots and hidden state."""
+        kind = type(value)
+        module = str(kind.__module__)
+        if module.partition(".")[0] in ("asyncio", "concurrent", "multiprocessing", "logging", "tokenizers"):
+            return
+        if _is_machinery(module) and not isinstance(value, nn.Module):
+            return
+        if isinstance(value, threading.local):
+            local = ThreadLocalNode(parent, key, value)
+            self._add(local, len(local.state))
+            for name, item in local.state.items():
+                self._push(local, f".{name}", item)
+            return
+        if array_state(value) is not None:
+            self._array(ArrayNode(parent, key, value))
+            return
+        if isinstance(value, dict):
+            self._table(TableNode(parent, key, value))
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            self._items(parent, key, value)
+        self._attributes(parent, key, value)
+        hidden = hidden_state(value)
+        if hidden is not None:
+            node = HiddenNode(parent, key, value)
+            self._add(node, 1)
+            for item in hidden[1]:
+                self._push(node, "", item)
+
+    def _attributes(self, parent: Node | None, key: str, value: Any) -> None:
+        kind = type(value)
+        table = getattr(value, "__dict__", None)
+        table = table if type(table) is dict else None
+        slots = slots_of(kind)
+        if table is None and not slots:
+            return
+        self._add(ObjectNode(parent, key, value), 1)
+        if slots:
+            node = SlotsNode(parent, key, value, slots)
+            self._add(node, len(slots))
+            for (name, _), item in zip(slots, node.state, strict=True):
+                self._push(node, node.end(name), item)
+        if table is not None:
+            # Seen under the object's own path, and once.
+            self._seen.add(id(table))
+            self._table(AttributesNode(parent, key, table))
+        for each in kind.__mro__:
+            self._class(each, follow=True)
+
+    def _class(self, kind: type, *, follow: bool) -> None:
+        """What a class of the user's defines, or a module of PyTorch's.
+
+        Args:
+            kind: The class.
+            follow: Whether its methods are followed too: those of the objects that were reached may run.
+        """
+        library = is_library(kind.__module__)
+        if library and not issubclass(kind, nn.Module):
+            return
+        if id(kind) not in self._seen:
+            self._seen.add(id(kind))
+            self._add(ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
+        if library or kind in self._followed:
+            return
+        if follow:
+            self._followed.add(kind)
+        for name, value in vars(kind).items():
+            function = function_of(value)
+            if follow and function is not None:
+                self._method(f"{kind.__qualname__}.{name}", name, function)
+            elif function is None and not name.startswith("__") and name != "_abc_impl":
+                self._push(None, f"{kind.__qualname__}.{name}", value)
+
+    def _method(self, path: str, name: str, function: types.FunctionType) -> None:
+        """Follow a method once code that may run mentions its name."""
+        special = name.startswith("__") and name.endswith("__") and name not in _NOT_CALLED
+        if special or name == "forward" or name in self._mentioned:
+            self._push(None, path, function)
+        else:
+            self._waiting.setdefault(name, []).append((path, function))
+
+    def _mention(self, names: frozenset[str]) -> None:
+        self._mentioned |= names
+        for name in names & self._waiting.keys():
+            for path, function in self._waiting.pop(name):
+                self._push(None, path, function)
+
+    def _array(self, node: ArrayNode) -> None:
+        self._array_bytes += node.nbytes
+        if self._array_bytes > MAX_ARRAY_BYTES:
+            raise StateTooLarge(f"{node.path}: an array of {node.nbytes} bytes would be compared at every call")
+        self._add(node, 1)
+
+    def _push(self, parent: Node | None, key: str, value: Any) -> None:
+        if not is_plain(value):
+            self._stack.append((parent, key if parent is not None or key else "", value))
+
+    def _add(self, node: Node, entries: int) -> None:
+        self.nodes.append(node)
+        self._entries += entries
+
+    def _largest(self) -> str:
+        """Which attribute has the most below it, and how much was found."""
+        counts: collections.Counter[str] = collections.Counter()
+        for node in self.nodes:
+            top: Node = node
+            while top.parent is not None and top.parent.parent is not None:
+                top = top.parent
+            counts[top.path] += 1
+        ((path, count),) = counts.most_common(1)
+        return f"{path}: {count} of the {len(self.nodes)} containers that were found before the walk was ended"
+
+
+@functools.lru_cache(maxsize=4096)
+def slots_of(kind: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
+    """The ``__slots__`` of a class and its bases, with what reads them."""
+    found: dict[str, types.MemberDescriptorType] = {}
+    for each in kind.__mro__:
+        declared = each.__dict__.get("__slots__", ())
+        for name in (declared,) if isinstance(declared, str) else tuple(declared):
+            mangled = f"_{each.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
+            descriptor = each.__dict__.get(mangled)
+            if isinstance(descriptor, types.MemberDescriptorType):
+                found.setdefault(mangled, descriptor)
+    return tuple(found.items())
+
+
+def _is_machinery(module_name: Any) -> bool:
+    """Whether code or an object belongs to what traces and compiles modules, whose own state is no state of theirs."""
+    return isinstance(module_name, str) and module_name.startswith(_TRACERS)
+
+
+def _path(parent: Node | None, key: str) -> str:
+    return key if parent is None else parent.path + key

@@ -1,0 +1,111 @@
+"""Which code belongs to the user, and which globals a function names."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import types
+from typing import Any, NamedTuple
+
+LIBRARIES = frozenset(
+    {*sys.stdlib_module_names, "torch", "torchgen", "functorch", "numpy", "scipy", "triton", "sympy", "graphcache"}
+) - {"__main__"}
+"""Top-level packages whose own globals and classes are not followed: they hold no state of a user's module."""
+
+
+class GlobalNames(NamedTuple):
+    """The globals that a code object names.
+
+    Args:
+        loaded: Names that are read.
+        stored: Names that are assigned or deleted.
+        attributes: For names that are read: the attributes taken from them at once, as in ``config.SCALE``.
+        mentioned: Every name in it, of attributes and methods too.
+    """
+
+    loaded: frozenset[str]
+    stored: frozenset[str]
+    attributes: frozenset[tuple[str, str]]
+    mentioned: frozenset[str]
+
+
+def is_library(module_name: Any) -> bool:
+    """Whether code of a module is a library's, by the module's ``__name__``.
+
+    Example:
+        >>> is_library("torch.nn.modules.linear"), is_library("my_model.layers")
+        (True, False)
+    """
+    if not isinstance(module_name, str):
+        return True
+    return module_name.partition(".")[0] in LIBRARIES
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: types.CodeType) -> GlobalNames:
+    """The globals that a code object names, with those of the functions defined inside it.
+
+    Example:
+        >>> global_names((lambda: math.pi).__code__).attributes
+        frozenset({('math', 'pi')})
+    """
+    loaded: set[str] = set()
+    stored: set[str] = set()
+    attributes: set[tuple[str, str]] = set()
+    mentioned = set(code.co_names)
+    before = ""
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+            before = instruction.argval
+            loaded.add(before)
+            continue
+        if name in ("LOAD_ATTR", "LOAD_METHOD") and before:
+            attributes.add((before, instruction.argval))
+        elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            stored.add(instruction.argval)
+        before = ""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = global_names(constant)
+            loaded |= inner.loaded
+            stored |= inner.stored
+            attributes |= inner.attributes
+            mentioned |= inner.mentioned
+    return GlobalNames(frozenset(loaded), frozenset(stored), frozenset(attributes), frozenset(mentioned))
+
+
+def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
+    """Whether a function names a global that may hold a state: anything but functions, classes and libraries."""
+    names = global_names(code)
+    if names.stored or any(_may_hold_state(table[name]) for name in names.loaded if name in table):
+        return True
+    modules = [(table.get(name), attribute) for name, attribute in names.attributes]
+    return any(
+        isinstance(module, types.ModuleType)
+        and not is_library(module.__name__)
+        and _may_hold_state(vars(module).get(attribute))
+        for module, attribute in modules
+    )
+
+
+def code_inside(code: types.CodeType) -> list[types.CodeType]:
+    """A code object and those of the functions defined inside it."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return [code, *(each for constant in inner for each in code_inside(constant))]
+
+
+def _may_hold_state(value: Any) -> bool:
+    return value is not None and not isinstance(
+        value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    )
+
+
+def function_of(attribute: Any) -> types.FunctionType | None:
+    """The Python function behind an attribute of a class: a method, property, static method or cached property."""
+    for name in ("__func__", "fget", "func"):
+        inner = getattr(attribute, name, None)
+        if isinstance(inner, types.FunctionType):
+            return inner
+    return attribute if isinstance(attribute, types.FunctionType) else None
