@@ -126,7 +126,8 @@ class ModuleGuard:
 
     def change(self) -> Change | None:
         """What has changed since :meth:`snapshot`, values of tensors too; ``None`` if nothing has."""
-        assert self._snapshot is not None
+        if self._snapshot is None:
+            return None
         for change in self._snapshot.changes(limit=1):
             return change
         for node in self._snapshot.written():

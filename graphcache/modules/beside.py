@@ -10,12 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from graphcache.cache.signature import Signature
+from graphcache.capture.effects import Effects
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.capture import refusal_of
 from graphcache.modules.background import nothing, worker_of
 from graphcache.modules.captures import Captures
 from graphcache.modules.later import Later
 from graphcache.modules.record import Recorded
+from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.room import Room
 
 _PATIENCE = 0.05
 """Seconds between two looks at whether a capture beside the calls was cancelled."""
@@ -45,13 +48,41 @@ class CapturesBeside(Captures):
     ) -> Cause | None:
         """Why a call runs eagerly although it could be captured; ``None`` if it is to be captured now.
 
-        What is to be captured beside the calls is on its way then. The lock is held.
+        The call of an engine that is to be captured beside the calls is on its way then. The lock is held.
         """
         if (later := self._pending.get(signature)) is not None and not later.is_lost:
             return _PENDING
-        if (cause := self.admission.ask(signature)) is not None or self._config.capture_in == "foreground":
+        if (cause := self.admission.ask(signature)) is not None or not self.captures_beside:
             return cause
+        if self._engine is None:
+            return None
         return self.beside(self._capture_beside, signature, inputs, args, kwargs)
+
+    @property
+    def captures_beside(self) -> bool:
+        """Whether calls are captured beside the calls."""
+        return self._config.capture_in == "background"
+
+    def observed(
+        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Cause]:
+        """Answer a call of a PyTorch module eagerly, and have it captured beside the calls if it has no effects.
+
+        Returns:
+            The answer, and why it was no graph's.
+        """
+        assert isinstance(self.recorder, TorchRecorder)
+        with self.gate.shared():
+            effects = self.recorder.observe(args, kwargs, inputs)
+        value, cause = effects.value, effects.cause
+        with self.lock:
+            if cause is not None:
+                self.blocks.block(signature, cause, self._guard.version)
+            elif signature not in self._pending:
+                # Its answer belongs to the caller from now on.
+                effects.value = None
+                cause = self.beside(lambda later: self._capture_beside(later, effects), signature, inputs, args, kwargs)
+        return value, cause or _PENDING
 
     def beside(
         self,
@@ -99,34 +130,24 @@ class CapturesBeside(Captures):
         self._pending.pop(later.signature, None)
         later.done.set()
 
-    def _capture_beside(self, later: Later) -> bool:
+    def _capture_beside(self, later: Later, effects: Effects | None = None) -> bool:
         """Capture a call that was answered eagerly; the worker's job.
+
+        Args:
+            later: The call.
+            effects: What was observed of it; ``None`` for an engine.
 
         Returns:
             Whether there is a graph of it now.
         """
         signature = later.signature
-        outcome: Recorded | Cause
         try:
             if later.cancelled:
                 return False
             later.thread = threading.current_thread()
             start = time.perf_counter()
-            recorder = self.recorder
             with self._ledger.span("capture"), self._room(later.inputs) as room:
-                try:
-                    _, outcome = later.run(
-                        lambda: recorder.attempt(
-                            later.args,
-                            later.kwargs,
-                            later.inputs,
-                            apart=True,
-                            begin=lambda: self._take(room, signature),
-                        )
-                    )
-                except Exception as error:
-                    # The module refuses such arguments; whoever gives them again will see it.
-                    outcome = refusal_of(error, self._ledger.name).cause
+                outcome = later.run(lambda: self._recorded(later, effects, room))
                 seconds = time.perf_counter() - start
                 while not self.lock.acquire(timeout=_PATIENCE):
                     # Whoever cancels may hold the lock until this ends.
@@ -143,6 +164,23 @@ class CapturesBeside(Captures):
                     self.lock.release()
         finally:
             self.drop(later)
+
+    def _recorded(self, later: Later, effects: Effects | None, room: Room) -> Recorded | Cause:
+        """The graph of a call, or why there is none."""
+
+        def begin() -> None:
+            self._take(room, later.signature)
+
+        try:
+            if effects is None:
+                return self.recorder.attempt(later.args, later.kwargs, later.inputs, apart=True, begin=begin)[1]
+            assert isinstance(self.recorder, TorchRecorder)
+            return self.recorder.record(
+                later.args, later.kwargs, later.inputs, effects, alone=True, begin=begin, running=self.gate.exclusive
+            )
+        except Exception as error:
+            # The module refuses such arguments; whoever gives them again will see it.
+            return refusal_of(error, self._ledger.name).cause
 
     def finish(self) -> None:
         """Wait until nothing that was cancelled is captured beside the calls any more."""

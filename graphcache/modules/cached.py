@@ -126,16 +126,17 @@ class CachedModule(Portable, Accounted):
             seen.again(signature, count)
 
         everybody = Observers() if observers is None else observers
+        gate = gate or RunGate(module)
 
         def part(name: str, child: nn.Module, options: GraphConfig) -> CachedModule:
             full = f"{own_name}.{name}" if within else name
             found_in = own_name if options.strategy == "auto" else ""
             return CachedModule(
-                child, options, name=full, run=child.forward, within=found_in, observers=everybody, gate=misses.gate
+                child, options, name=full, run=child.forward, within=found_in, observers=everybody, gate=gate
             )
 
         parts = Parts(module, config, part)
-        misses = Misses(module, run or module, config, ledger, cache, parts, guard, gate or RunGate(module))
+        misses = Misses(module, run or module, config, ledger, cache, parts, guard, gate)
         misses.forget_shortcuts = shortcuts.clear
         beside = config.capture_in == "background"
         # Of what an engine binds itself, or a bucket might answer, every call is looked at.

@@ -107,7 +107,7 @@ class Misses(CapturesBeside):
         if not self._parts.whole:
             with self._routes.active():
                 return self.run(*args, **kwargs)
-        refused = False
+        refused = later = False
         with self.lock:
             grad = signature[0] is not False
             self.refresh(grad)
@@ -120,13 +120,18 @@ class Misses(CapturesBeside):
                 return answer
             wanted = cause is None and not admitted and preparing.get() is None
             cold = self.cold_cause(signature, inputs, args, kwargs) if wanted else None
-            if cause is None and cold is None:
+            later = wanted and cold is None and self._engine is None and self.captures_beside
+            if cause is None and cold is None and not later:
                 answer, cause = self._capture(signature, inputs, args, kwargs)
                 if cause is not None:
                     self.tell(cause)
                 if cause is None or preparing.get() is None:
                     return answer
                 refused = True
+        if later:
+            answer, cause = self.observed(signature, inputs, args, kwargs)
+            self.tell(cause)
+            return answer
         if refused:
             self._run_parts(cause, args, kwargs)
             return answer

@@ -135,7 +135,7 @@ class TorchRecorder:
             with running():
                 return self._run(*args, **kwargs)
 
-        state = [*self._weights(), *effects.outside]
+        state, version = [*self._weights(), *effects.outside], self._guard.version
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 if known is not None and self._is_proven(known, inputs, effects, state):
@@ -143,14 +143,18 @@ class TorchRecorder:
                     self._guard.arm()
                     return known
                 begin()
-                recorded = self._record(run, args, kwargs, inputs, effects.value, state, alone)
+                # The caller may have changed the answer of the observed run meanwhile.
+                value = effects.value if running is nullcontext else run(*args, **kwargs)
+                recorded = self._record(run, args, kwargs, inputs, value, state, alone)
         except Refusal as refusal:
             return located(refusal.cause, refusal, self._module, self._name)
         except Exception as error:
             return located(refusal_of(error, self._name).cause, error, self._module, self._name)
-        if (change := self._guard.change()) is not None:
+        if (change := self._guard.change()) is not None or version != self._guard.version:
             recorded.close()
             self._guard.forget()
+            if change is None:
+                return Cause(Reason.MUTATES, detail="the state of the module changed while the call was captured")
             return Cause(Reason.MUTATES, change.path, f"{change.detail}, when the call ran again")
         recorded.trace, recorded.version = effects.trace, self._guard.version
         self._guard.arm()

@@ -25,6 +25,9 @@ class Route:
 
     __slots__ = ("original", "own", "parts")
 
+    stands_in = True
+    """Snapshots of the module's state see what it stands for, which is ``own``."""
+
     def __init__(self, module: nn.Module) -> None:
         self.original: Callable[..., Any] = module.forward
         # Whatever the user has put there is what the part runs, and is put back afterwards.
