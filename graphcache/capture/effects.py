@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
+from graphcache.graphs.capture import quiet_collector
 from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.operations import decompose_composite, flatten, is_unwatched, storage_of, written
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
@@ -98,6 +99,8 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
     with ExitStack() as during:
+        # Finalizers of other objects would be taken for what the call does.
+        during.enter_context(quiet_collector())
         during.enter_context(operations)
         during.enter_context(host)
         value = run(*args, **kwargs)
@@ -188,8 +191,8 @@ class _Operations(DispatchMode):
                 self.outside.pop(address, None)
         constants = [value for value in flatten([*args, *kwargs.items()]) if not isinstance(value, Tensor)]
         values = [tensor.tolist() for tensor in leaves] if lifted and leaves[0].numel() <= _SMALL else []
-        shapes = [(tuple(t.shape), t.stride(), t.dtype) if t.layout is torch.strided else None for t in results]
-        self._trace.append((str(func), inputs, repr(constants), repr(values), tuple(shapes)))
+        made = tuple([_layout(tensor)[1:] for tensor in results])
+        self._trace.append((str(func), inputs, repr(constants), repr(values), made))
 
     def digest(self) -> bytes:
         """A digest of what was done."""
@@ -198,13 +201,11 @@ class _Operations(DispatchMode):
     def _name(self, tensor: Tensor) -> Hashable:
         """What a tensor is called in the trace: a number for memory of the call, the address for memory of outside."""
         address = storage_of(tensor)
-        if tensor.layout is not torch.strided:
-            return id(tensor)
-        layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
+        layout = _layout(tensor)
         if address in self._made:
             return ("made", self._made[address][0], *layout)
         if address in self._inputs:
-            return ("input", self._inputs[address], tuple(tensor.shape), tensor.stride())
+            return ("input", self._inputs[address], *layout[1:])
         return ("outside", address, *layout)
 
     def _place(self, tensor: Tensor) -> str:
@@ -223,6 +224,14 @@ class _Operations(DispatchMode):
 
 _SMALL = 4096
 """Elements of a constant that is made of Python numbers, whose values are part of the trace."""
+
+
+def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
+    try:
+        return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
+    except (RuntimeError, ValueError, NotImplementedError):
+        # Sparse tensors have no strides, and parameters that are not there yet have nothing.
+        return (0, id(tensor))
 
 
 def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:

@@ -101,7 +101,7 @@ class HostActivity:
                 self._known.add(code)
                 if not is_library(frame.f_globals.get("__name__")):
                     self.functions[code] = frame.f_globals
-            if code in _HANDOFFS:
+            if code in _HANDOFFS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
         elif event == "c_call":
             self._c_call(frame, arg)
@@ -119,7 +119,7 @@ class HostActivity:
                 self._note(Reason.RANDOM, f"{type(owner).__name__}.{function.__name__}")
         elif kind == _QUEUE:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
-        elif kind == _LOCK:
+        elif kind == _LOCK and not _is_ours(frame):
             self._lock(function.__name__, id(owner))
         elif isinstance(owner, types.ModuleType):
             self._function_of_module(frame, function)
@@ -150,6 +150,14 @@ class HostActivity:
 def is_available() -> bool:
     """Whether nobody else has the profile hook, such as ``cProfile``: what it is told would be lost."""
     return sys.getprofile() is None
+
+
+def _is_ours(frame: types.FrameType) -> bool:
+    """Whether a function of the standard library was called by this package: another wrapped module inside."""
+    caller: types.FrameType | None = frame
+    while caller is not None and caller.f_globals.get("__name__") in ("threading", "queue", "contextlib"):
+        caller = caller.f_back
+    return caller is not None and str(caller.f_globals.get("__name__")).startswith("graphcache.")
 
 
 def _kind_of(owner: Any) -> int:

@@ -45,7 +45,7 @@ def capture_enqueue(enqueue: Callable[[int], bool], lane: Lane, where: str, said
     stream = own_stream(lane.index, "capture")
     handle = driver.binding().CUstream(stream.cuda_stream)
     accepted: bool | BaseException = False
-    with _quiet_collector():
+    with quiet_collector():
         driver.begin_capture(handle)
         # A refusal must not be raised before the capture has ended: the stream would stay in it.
         try:
@@ -122,7 +122,7 @@ def record_torch(
     # its workspace in the pool of its own lane, where it stays.
     forget_workspaces()
     try:
-        with torch.inference_mode(False), torch.no_grad(), _quiet_collector(), pool.allocating():
+        with torch.inference_mode(False), torch.no_grad(), quiet_collector(), pool.allocating():
             captured = capture_enqueue(enqueue, lane, where)
     except Refusal:
         raise
@@ -202,7 +202,7 @@ def capturing(lane: Lane) -> Iterator[torch.cuda.ExternalStream]:
 
 
 @contextmanager
-def _quiet_collector() -> Iterator[None]:
+def quiet_collector() -> Iterator[None]:
     """Inside, in any thread, no garbage is collected: that may destroy CUDA objects of anybody, which a capture in the
     collecting thread does not survive."""
     with _collector_lock:

@@ -23,6 +23,7 @@ MISSING: Any = object()
 
 IGNORED_CLASS_NAMES = frozenset(
     {
+        "__init__",
         "__slotnames__",
         "__annotations__",
         "__annotations_cache__",
@@ -38,7 +39,7 @@ IGNORED_CLASS_NAMES = frozenset(
         "_abc_impl",
     }
 )
-"""Attributes that Python and its libraries put on classes while they are looked at, copied or pickled."""
+"""Attributes that Python and its libraries put on classes while they are looked at, copied, pickled or compiled."""
 
 
 _REPLACED = frozenset({"forward", "__getstate__"})

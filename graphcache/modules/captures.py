@@ -94,15 +94,15 @@ class Captures:
 
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on; what was captured of another one must have been dropped."""
-        self._run = run
+        self.run = run
         self.recorder = self._recorder()
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module itself, for a caller."""
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module itself for a caller, while no background capture does."""
         if self._engine is not None:
-            return self._run(*args, **kwargs)
+            return self.run(*args, **kwargs)
         with self.gate.shared():
-            return self._run(*args, **kwargs)
+            return self.run(*args, **kwargs)
 
     def clear(self, *, wait: bool = True) -> None:
         """Drop every graph, and forget what could not be captured.
@@ -244,7 +244,7 @@ class Captures:
         if self._engine is not None:
             return EngineRecorder(self._engine, self._config)
         assert isinstance(self._guard, ModuleGuard)
-        return TorchRecorder(self.module, self._run, self._ledger.name, self._config, self._guard)
+        return TorchRecorder(self.module, self.run, self._ledger.name, self._config, self._guard)
 
     def _finish(
         self,

@@ -106,7 +106,7 @@ class Misses(CapturesBeside):
             return self.eagerly(Cause(reason), args, kwargs)
         if not self._parts.whole:
             with self._routes.active():
-                return self.run(*args, **kwargs)
+                return self.call(*args, **kwargs)
         refused = later = False
         with self.lock:
             grad = signature[0] is not False
@@ -180,7 +180,7 @@ class Misses(CapturesBeside):
         if reason is None and not self._parts.whole and not self.closed:
             # The whole was never to be captured, and the parts may be called with something else.
             with self._routes.active():
-                return self.run(*args, **kwargs)
+                return self.call(*args, **kwargs)
         return self.eagerly(cause if reason is None else Cause(reason), args, kwargs)
 
     def alone(self, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
@@ -218,7 +218,7 @@ class Misses(CapturesBeside):
             self._parts.divide(cause)
         if self._routes:
             with self._routes.active():
-                self.run(*args, **kwargs)
+                self.call(*args, **kwargs)
 
     def _prepare(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -244,7 +244,7 @@ class Misses(CapturesBeside):
         self.tell(cause)
         start = time.perf_counter()
         with self._ledger.span("eager"), graphs_off():
-            answer = self.run(*args, **kwargs)
+            answer = self.call(*args, **kwargs)
         calls = self.admission.ran(signature, time.perf_counter() - start)
         if calls >= OFTEN:
             # Not only then: threads that run beside each other may count past it.
@@ -282,12 +282,12 @@ class Misses(CapturesBeside):
         self.check_open()
         self.tell(cause)
         if cause.reason in _ALWAYS_EAGER:
-            return self.run(*args, **kwargs)
+            return self.call(*args, **kwargs)
         if self._engine is None:
             self._parts.divide(cause)
         # In subgraph mode an engine would come back here.
         with self._ledger.span("eager"), graphs_off() if self._engine is not None else self._routes.active():
-            return self.run(*args, **kwargs)
+            return self.call(*args, **kwargs)
 
     def needs_grad(self, inputs: Sequence[Tensor]) -> Cause | None:
         """Why the call's modes forbid a graph, if they do."""
