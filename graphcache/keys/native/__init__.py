@@ -1,2 +1,0 @@
-def guard_type(wait: bool = False) -> object:
-    return None
