@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphcache.cli import main
+from graphcache.compiled_library import NotUsable, folder, keep
 from graphcache.errors import CompileError, ConfigError, CudaError
 from graphcache.graphs import driver, native
 from graphcache.graphs.native import build as room
@@ -28,7 +29,7 @@ from graphcache.graphs.native import store
 from graphcache.graphs.native.__main__ import main as as_program
 from graphcache.graphs.native.build import build, compiler
 from graphcache.graphs.native.probe import disagreement
-from graphcache.graphs.native.store import NotUsable, find, folder, keep, key
+from graphcache.graphs.native.store import find, key
 
 PACKAGE = str(Path(native.__file__).parents[3])
 
@@ -49,7 +50,7 @@ def library(home: Path, compiled: Any) -> Path:
     copy = home / "made.so"
     shutil.copy(compiled.__file__, copy)
     copy.chmod(0o700)
-    return keep(copy)
+    return keep(copy, key())
 
 
 def a_compiler(home: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:

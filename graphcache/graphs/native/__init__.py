@@ -8,18 +8,16 @@ Python way, which is complete and the reference; one debug message says why.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 import threading
 from functools import cache
-from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
 
-from graphcache.errors import ConfigError, shown
+from graphcache.compiled_library import NotUsable, wanted
+from graphcache.compiled_library import load as load_library
 from graphcache.graphs.native.probe import disagreement
-from graphcache.graphs.native.store import NotUsable, find
+from graphcache.graphs.native.store import find
 
 log = logging.getLogger("graphcache")
 
@@ -48,32 +46,13 @@ def new_lock() -> Any:
     return threading.RLock() if library is None else library.Lock()
 
 
-def wanted() -> bool:
-    """Whether ``GRAPHCACHE_NATIVE`` allows the library; it does unless it is ``0`` or ``false``.
-
-    Raises:
-        ConfigError: For anything but ``0``, ``1``, ``true``, ``false`` or nothing.
-    """
-    text = os.environ.get("GRAPHCACHE_NATIVE", "").strip().lower()
-    if text in ("", "1", "true"):
-        return True
-    if text in ("0", "false"):
-        return False
-    raise ConfigError(f"GRAPHCACHE_NATIVE={shown(text)}: expected 1, true, 0, false or nothing")
-
-
 def load(path: Path) -> Any:
     """The module in a library file, which must have been checked: what is no library of ours may do anything.
 
     Raises:
         ImportError: If it cannot be loaded.
     """
-    loader = ExtensionFileLoader(MODULE, str(path))
-    spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_library(path, MODULE)
 
 
 @cache

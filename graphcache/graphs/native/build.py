@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 import torch
 
+from graphcache.compiled_library import NotUsable, find_compiler, make, run
 from graphcache.errors import CompileError
 from graphcache.graphs.native import store
-
-_TIMEOUT = 600
-_SHOWN = 2000
 
 
 def compiler() -> list[str]:
@@ -26,14 +20,7 @@ def compiler() -> list[str]:
     Raises:
         CompileError: If there is none.
     """
-    if given := shlex.split(os.environ.get("CXX", "")):
-        if shutil.which(given[0]) is None:
-            raise CompileError(f"CXX={os.environ['CXX']!r}: there is no such program; unset CXX, or correct it")
-        return given
-    for name in ("c++", "g++", "clang++"):
-        if (found := shutil.which(name)) is not None:
-            return [found]
-    raise CompileError("there is no C++ compiler; install g++ or clang++, or name one in CXX")
+    return find_compiler("CXX", ("c++", "g++", "clang++"), "C++", "g++ or clang++")
 
 
 def command(target: Path) -> list[str]:
@@ -76,41 +63,13 @@ def build() -> Path:
     """
     try:
         return store.find()
-    except store.NotUsable:
+    except NotUsable:
         pass
     if os.name != "posix":
         raise CompileError("the accelerator is for Linux; on this system hits are answered in Python")
-    folder = store.folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(descriptor)
-    except OSError as error:
-        raise CompileError(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
-    made = Path(name)
-    try:
-        _run(command(made), "the compiler failed")
-        made.chmod(0o700)
-        _run([sys.executable, "-m", "graphcache.graphs.native", name], "the library that was compiled is not sound")
-        path = store.keep(made)
-    finally:
-        made.unlink(missing_ok=True)
-    try:
-        return store.find()
-    except store.NotUsable as why:
-        raise CompileError(f"{path} was compiled and will not be loaded: {why}") from why
+    return make(store.key(), command, _check)
 
 
-def _run(arguments: list[str], failed: str) -> None:
-    # The package that is running, wherever it was imported from.
-    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "LC_ALL": "C"}
-    try:
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, env=environment, check=False
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise CompileError(f"{failed}: {error}") from error
-    if done.returncode:
-        said = done.stderr.strip()
-        raise CompileError(f"{failed} (exit code {done.returncode}): {' '.join(arguments)}\n{said[:_SHOWN]}")
+def _check(made: Path) -> None:
+    """Hold what was compiled against Python, in a process of its own."""
+    run([sys.executable, "-m", "graphcache.graphs.native", str(made)], "the library that was compiled is not sound")

@@ -1,0 +1,236 @@
+// Dictionaries: the same keys and values in the same order, or only the same values of some names. One that nobody wrote
+// to is not looked into: CPython counts writes in a version tag (up to 3.13) and reports them to a watcher (3.12 and
+// later).
+#pragma once
+
+#include "arrays.h"
+
+// CPython calls the version tag deprecated since 3.12; 3.14 has none.
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+#if PY_VERSION_HEX < 0x030E0000
+#define VERSION_TAG(dict) ((dict)->ma_version_tag)
+#else
+#define VERSION_TAG(dict) ((uint64_t)0)
+#endif
+
+// Whether tags and watchers report every write. CPython 3.13.0 misses some; probe.py finds out.
+static int shortcuts = 1;
+
+// ---- the watcher
+
+// Advances at every write to a dictionary of any guard. A guard that found everything unchanged remembers it.
+static uint64_t epoch = 1;
+static int watcher = -1;
+
+#if PY_VERSION_HEX >= 0x030C0000
+static int count_write(PyDict_WatchEvent event, PyObject *dict, PyObject *key, PyObject *value) {
+  (void)dict, (void)key, (void)value;
+  // A dictionary that a guard looks at is alive, since the guard holds a reference.
+  if (event != PyDict_EVENT_DEALLOCATED) epoch++;
+  return 0;
+}
+
+static void start_watcher(void) {
+  watcher = PyDict_AddWatcher(count_write);
+  // CPython has eight watchers. Without one, version tags are compared.
+  if (watcher < 0) PyErr_Clear();
+}
+
+static int watch(PyObject *dict) { return watcher < 0 ? 0 : PyDict_Watch(watcher, dict); }
+#else
+static void start_watcher(void) {}
+static int watch(PyObject *dict) {
+  (void)dict;
+  return 0;
+}
+#endif
+
+// ---- the order of an OrderedDict
+
+// CPython's layout, in no public header and unchanged since 3.5; check_ordered_dict() compares it with a real one.
+typedef struct Node {
+  PyObject *key;
+  Py_hash_t hash;
+  struct Node *next, *previous;
+} Node;
+
+typedef struct {
+  PyDictObject dict;
+  Node *first, *last;
+  Node **fast_nodes;
+  Py_ssize_t fast_nodes_size;
+  void *resize_sentinel;
+  size_t state;  // advances whenever the order changes
+  PyObject *attributes, *weak_references;
+} OrderedDict;
+
+static int same_order(PyObject *dict, PyObject *keys) {
+  const Node *node = ((OrderedDict *)dict)->first;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i, node = node->next)
+    if (node == NULL || node->key != PyTuple_GET_ITEM(keys, i)) return 0;
+  return node == NULL;
+}
+
+// Whether OrderedDict is the type in C and laid out as above. Returns -1 with an error set if not.
+static int check_ordered_dict(void) {
+  int right = 0;
+  PyObject *made = PyODict_New(), *first = Py_BuildValue("s", "first"), *second = Py_BuildValue("s", "second");
+  PyObject *before = NULL, *after = NULL, *moved = NULL;
+  if (made == NULL || first == NULL || second == NULL) goto done;
+  if (PyODict_SetItem(made, first, Py_None) || PyODict_SetItem(made, second, Py_None)) goto done;
+  before = PyTuple_Pack(2, first, second);
+  after = PyTuple_Pack(2, second, first);
+  if (before == NULL || after == NULL) goto done;
+  if (PyODict_Type.tp_basicsize == (Py_ssize_t)sizeof(OrderedDict) && same_order(made, before)) {
+    const size_t state = ((OrderedDict *)made)->state;
+    moved = PyObject_CallMethod(made, "move_to_end", "O", first);
+    right = moved != NULL && ((OrderedDict *)made)->state != state && same_order(made, after);
+  }
+done:
+  Py_XDECREF(made), Py_XDECREF(first), Py_XDECREF(second), Py_XDECREF(before), Py_XDECREF(after), Py_XDECREF(moved);
+  if (right) return 0;
+  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ImportError, "the layout of OrderedDict is unknown");
+  return -1;
+}
+
+// ---- the dictionaries of a guard
+
+// What every call reads is apart from what is read after a write.
+typedef struct {
+  PyObject *dict;
+  uint64_t tag;  // when its items were last compared; 0 if never
+} Dict;
+
+typedef struct {
+  PyObject *keys, *values;
+  PyObject *absent;  // names that must be missing, where other keys do not matter; NULL where all keys do
+  Py_ssize_t index;
+} Expected;
+
+typedef struct {
+  Py_ssize_t position;  // of the OrderedDict in `dicts`
+  size_t state;         // when its order was last compared
+} Order;
+
+typedef struct {
+  struct {
+    Dict *items;
+    Py_ssize_t count, capacity;
+  } dicts;
+  struct {
+    Expected *items;
+    Py_ssize_t count, capacity;
+  } expected;
+  struct {
+    Order *items;
+    Py_ssize_t count, capacity;
+  } orders;
+  uint64_t epoch;  // when all were last compared
+} Dicts;
+
+// Where a key is expected, by identity; -1 if nowhere. The search starts where the key is likely to be.
+static Py_ssize_t position_of(PyObject *keys, PyObject *key, Py_ssize_t likely) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(keys);
+  for (Py_ssize_t tried = 0; tried < count; ++tried) {
+    const Py_ssize_t at = likely + tried < count ? likely + tried : likely + tried - count;
+    if (PyTuple_GET_ITEM(keys, at) == key) return at;
+  }
+  return -1;
+}
+
+// Names are strings, so no Python code runs, unless another key has the hash of a name and an __eq__ of its own.
+static int same_names(PyObject *dict, const Expected *expected) {
+  PyObject *keys = expected->keys, *values = expected->values, *absent = expected->absent;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i)
+    if (PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i)) != PyTuple_GET_ITEM(values, i)) goto differs;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(absent); ++i)
+    if (PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(absent, i)) != NULL || PyErr_Occurred()) goto differs;
+  return 1;
+differs:
+  PyErr_Clear();
+  return 0;
+}
+
+static int same_items(PyObject *dict, const Expected *expected) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(expected->keys);
+  if (((PyDictObject *)dict)->ma_used != count) return 0;
+  const int ordered = PyODict_Check(dict);
+  if (ordered && !same_order(dict, expected->keys)) return 0;
+  PyObject *key, *value;
+  Py_ssize_t position = 0, at = 0;
+  for (; PyDict_Next(dict, &position, &key, &value); ++at) {
+    if (at >= count) at = 0;
+    // The items of an OrderedDict lie in the order in which they were inserted, not in the one in which it gives them.
+    if (ordered && (at = position_of(expected->keys, key, at)) < 0) return 0;
+    if (PyTuple_GET_ITEM(expected->keys, at) != key || PyTuple_GET_ITEM(expected->values, at) != value) return 0;
+  }
+  return 1;
+}
+
+static Py_ssize_t items_difference(Dicts *all) {
+  const uint64_t now = epoch;
+  if (shortcuts && watcher >= 0 && all->epoch == now) return NONE_DIFFERS;
+  for (Py_ssize_t i = 0; i < all->dicts.count; ++i) {
+    const Dict each = all->dicts.items[i];
+    const uint64_t tag = VERSION_TAG((PyDictObject *)each.dict);
+    if (shortcuts && tag != 0 && each.tag == tag) continue;
+    const Expected *expected = all->expected.items + i;
+    const int same = expected->absent != NULL ? same_names(each.dict, expected) : same_items(each.dict, expected);
+    if (!same) return all->expected.items[i].index;
+    all->dicts.items[i].tag = tag;
+  }
+  all->epoch = now;
+  return NONE_DIFFERS;
+}
+
+// move_to_end() writes to no dictionary.
+static Py_ssize_t order_difference(Dicts *all) {
+  for (Py_ssize_t i = 0; i < all->orders.count; ++i) {
+    Order *order = all->orders.items + i;
+    PyObject *dict = all->dicts.items[order->position].dict;
+    const size_t state = ((OrderedDict *)dict)->state;
+    if (order->state == state) continue;
+    const Expected *expected = all->expected.items + order->position;
+    if (!same_order(dict, expected->keys)) return expected->index;
+    order->state = state;
+  }
+  return NONE_DIFFERS;
+}
+
+static int add_dict(Dicts *all, PyObject *dict, Expected added) {
+  if (RESERVE(&all->dicts, 1) || RESERVE(&all->expected, 1) || RESERVE(&all->orders, 1) || watch(dict)) return -1;
+  // One item has no order, and its removal is a write.
+  if (PyODict_Check(dict) && added.absent == NULL && PyTuple_GET_SIZE(added.keys) > 1)
+    all->orders.items[all->orders.count++] =
+        (Order){.position = all->dicts.count, .state = ((OrderedDict *)dict)->state - 1};
+  all->dicts.items[all->dicts.count++] = (Dict){.dict = Py_NewRef(dict), .tag = 0};
+  Py_INCREF(added.keys), Py_INCREF(added.values), Py_XINCREF(added.absent);
+  all->expected.items[all->expected.count++] = added;
+  all->epoch = 0;
+  return 0;
+}
+
+static int visit_dicts(const Dicts *all, visitproc visit, void *arg) {
+  for (Py_ssize_t i = 0; i < all->dicts.count; ++i) {
+    Py_VISIT(all->dicts.items[i].dict);
+    Py_VISIT(all->expected.items[i].keys);
+    Py_VISIT(all->expected.items[i].values);
+    Py_VISIT(all->expected.items[i].absent);
+  }
+  return 0;
+}
+
+// Takes the entries out first: what dies may run Python code, which may use the guard.
+static void clear_dicts(Dicts *all) {
+  const Dicts old = *all;
+  memset(all, 0, sizeof *all);
+  for (Py_ssize_t i = 0; i < old.dicts.count; ++i) {
+    Py_DECREF(old.dicts.items[i].dict);
+    Py_DECREF(old.expected.items[i].keys);
+    Py_DECREF(old.expected.items[i].values);
+    Py_XDECREF(old.expected.items[i].absent);
+  }
+  PyMem_Free(old.dicts.items);
+  PyMem_Free(old.expected.items);
+  PyMem_Free(old.orders.items);
+}

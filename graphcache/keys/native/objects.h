@@ -1,0 +1,137 @@
+// What has no watcher and is compared at every call: lists, deques, sets, closure cells, slots, classes, and which
+// dictionary holds an object's attributes.
+#pragma once
+
+#include "arrays.h"
+
+#include <structmember.h>
+
+typedef enum { A_LIST, A_DEQUE, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF } Kind;
+
+typedef struct {
+  Kind kind;
+  Py_ssize_t index;
+  PyObject *object;
+  PyObject *expected;    // a tuple of A_LIST, A_DEQUE and A_SET; NULL where a cell or a slot is expected to be empty
+  PyObject *descriptor;  // of A_SLOT
+} Object;
+
+typedef struct {
+  Object *items;
+  Py_ssize_t count, capacity;
+} Objects;
+
+static PyTypeObject *deque_type;
+
+static int find_deque_type(void) {
+  PyObject *collections = PyImport_ImportModule("collections");
+  if (collections == NULL) return -1;
+  PyObject *found = PyObject_GetAttrString(collections, "deque");
+  Py_DECREF(collections);
+  if (found == NULL) return -1;
+  if (!PyType_Check(found) || ((PyTypeObject *)found)->tp_as_sequence == NULL) {
+    Py_DECREF(found);
+    PyErr_SetString(PyExc_ImportError, "collections.deque is no sequence in C");
+    return -1;
+  }
+  Py_XSETREF(deque_type, (PyTypeObject *)found);
+  return 0;
+}
+
+static int same_list(PyObject *list, PyObject *expected) {
+  return PyList_GET_SIZE(list) == PyTuple_GET_SIZE(expected) &&
+         same_pointers(((PyListObject *)list)->ob_item, expected);
+}
+
+// The methods of deque itself: those of a subclass may be written in Python.
+static int same_deque(PyObject *deque, PyObject *expected) {
+  const PySequenceMethods *methods = deque_type->tp_as_sequence;
+  const Py_ssize_t count = PyTuple_GET_SIZE(expected);
+  if (methods->sq_length(deque) != count) return 0;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject *found = methods->sq_item(deque, i);
+    if (found == NULL) {
+      PyErr_Clear();
+      return 0;
+    }
+    // Never the last reference, which the deque holds.
+    Py_DECREF(found);
+    if (found != PyTuple_GET_ITEM(expected, i)) return 0;
+  }
+  return 1;
+}
+
+static int same_set(PyObject *object, PyObject *expected) {
+  const PySetObject *set = (PySetObject *)object;
+  const Py_ssize_t count = PyTuple_GET_SIZE(expected);
+  if (set->used != count) return 0;
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = 0; i <= set->mask; ++i) {
+    const setentry *entry = set->table + i;
+    // An entry that was removed has the hash -1, which no object has.
+    if (entry->key == NULL || entry->hash == -1) continue;
+    if (at >= count || entry->key != PyTuple_GET_ITEM(expected, at++)) return 0;
+  }
+  return at == count;
+}
+
+static int same_slot(PyObject *object, PyObject *descriptor, PyObject *expected) {
+  // The class may have been replaced by one with other slots at the same place.
+  if (!PyObject_TypeCheck(object, PyDescr_TYPE(descriptor))) return 0;
+  const PyMemberDef *member = ((PyMemberDescrObject *)descriptor)->d_member;
+  PyObject *found = *(PyObject **)((char *)object + member->offset);
+  if (found == NULL && member->type == T_OBJECT) found = Py_None;
+  return found == expected;
+}
+
+static int same_dict_of(PyObject *object, PyObject *expected) {
+  // Makes a dictionary only for an object that lost its own; the answer is then no.
+  PyObject **found = _PyObject_GetDictPtr(object);
+  return found != NULL && *found == expected;
+}
+
+static inline int same_object(const Object *each) {
+  switch (each->kind) {
+    case A_LIST: return same_list(each->object, each->expected);
+    case A_DEQUE: return same_deque(each->object, each->expected);
+    case A_SET: return same_set(each->object, each->expected);
+    case A_CELL: return PyCell_GET(each->object) == each->expected;
+    case A_SLOT: return same_slot(each->object, each->descriptor, each->expected);
+    case A_CLASS: return (PyObject *)Py_TYPE(each->object) == each->expected;
+    case A_DICT_OF: return same_dict_of(each->object, each->expected);
+  }
+  return 0;
+}
+
+static Py_ssize_t objects_difference(const Objects *all) {
+  for (Py_ssize_t i = 0; i < all->count; ++i)
+    if (!same_object(all->items + i)) return all->items[i].index;
+  return NONE_DIFFERS;
+}
+
+static int add_object(Objects *all, Object added) {
+  if (RESERVE(all, 1)) return -1;
+  Py_INCREF(added.object), Py_XINCREF(added.expected), Py_XINCREF(added.descriptor);
+  all->items[all->count++] = added;
+  return 0;
+}
+
+static int visit_objects(const Objects *all, visitproc visit, void *arg) {
+  for (Py_ssize_t i = 0; i < all->count; ++i) {
+    Py_VISIT(all->items[i].object);
+    Py_VISIT(all->items[i].expected);
+    Py_VISIT(all->items[i].descriptor);
+  }
+  return 0;
+}
+
+static void clear_objects(Objects *all) {
+  const Objects old = *all;
+  memset(all, 0, sizeof *all);
+  for (Py_ssize_t i = 0; i < old.count; ++i) {
+    Py_DECREF(old.items[i].object);
+    Py_XDECREF(old.items[i].expected);
+    Py_XDECREF(old.items[i].descriptor);
+  }
+  PyMem_Free(old.items);
+}

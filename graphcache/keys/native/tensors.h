@@ -1,0 +1,142 @@
+// Tensors: the same memory, layout, dtype and dispatch keys. Compiled without torch's headers: where the fields lie in a
+// torch.Tensor, its TensorImpl and its StorageImpl is found out at load time, from tensors whose fields Python tells.
+#pragma once
+
+#include "arrays.h"
+
+#include <malloc.h>
+
+// TensorImpl keeps up to five sizes and strides in itself, more of them elsewhere.
+#define MOST_INLINE 5
+
+static struct {
+  Py_ssize_t impl;     // in the object: TensorImpl *
+  Py_ssize_t storage;  // in TensorImpl: StorageImpl *
+  Py_ssize_t offset;   // in TensorImpl: of the first element in the storage, int64
+  Py_ssize_t keys;     // in TensorImpl: dispatch keys, uint64
+  Py_ssize_t dtype;    // in TensorImpl: number of the dtype, uint16
+  Py_ssize_t rank;     // in TensorImpl: number of dimensions, followed by the sizes and strides or a pointer to them
+  Py_ssize_t data;     // in StorageImpl: the address of the memory
+} field;
+
+static PyObject *tensor_types;   // a tuple; NULL until all fields are known
+static uint64_t needed_keys;     // what the keys of a dense tensor include
+static uint64_t permitted_keys;  // what they may include
+
+typedef struct {
+  PyObject *tensor;
+  PyTypeObject *type;  // in tensor_types, which holds it
+  const char *impl, *data;
+  int64_t offset;
+  uint64_t keys;
+  uint16_t dtype;
+  int64_t rank;
+  Py_ssize_t layout;  // where its sizes and strides begin in `numbers`
+  Py_ssize_t index;
+} Tensor;
+
+typedef struct {
+  Tensor *items;
+  Py_ssize_t count, capacity;
+  struct {
+    int64_t *items;
+    Py_ssize_t count, capacity;
+  } numbers;
+} Tensors;
+
+#define READ(type, base, at) (*(const type *)((base) + (at)))
+
+static inline const int64_t *sizes_of(const char *impl, int64_t rank) {
+  const char *after = impl + field.rank + sizeof(int64_t);
+  return rank <= MOST_INLINE ? (const int64_t *)after : *(const int64_t *const *)after;
+}
+
+static inline const int64_t *strides_of(const int64_t *sizes, int64_t rank) {
+  return sizes + (rank <= MOST_INLINE ? MOST_INLINE : rank);
+}
+
+// Reads all but the layout. The memory of a tensor without storage is NULL.
+static inline Tensor read_tensor(PyObject *object) {
+  const char *impl = READ(char *, (const char *)object, field.impl);
+  const char *storage = READ(char *, impl, field.storage);
+  return (Tensor){
+      .tensor = object,
+      .type = Py_TYPE(object),
+      .impl = impl,
+      .data = storage == NULL ? NULL : READ(char *, storage, field.data),
+      .offset = READ(int64_t, impl, field.offset),
+      .keys = READ(uint64_t, impl, field.keys),
+      .dtype = READ(uint16_t, impl, field.dtype),
+      .rank = READ(int64_t, impl, field.rank),
+  };
+}
+
+static inline int same_tensor(const Tensor *was, const int64_t *numbers) {
+  // torch.utils.swap_tensors() replaces the TensorImpl.
+  if (READ(char *, (const char *)was->tensor, field.impl) != was->impl) return 0;
+  const Tensor now = read_tensor(was->tensor);
+  if (now.data != was->data || now.offset != was->offset || now.keys != was->keys || now.dtype != was->dtype ||
+      now.rank != was->rank || now.type != was->type)
+    return 0;
+  const int64_t *sizes = sizes_of(now.impl, now.rank), *strides = strides_of(sizes, now.rank);
+  for (int64_t i = 0; i < now.rank; ++i)
+    if (sizes[i] != numbers[i] || strides[i] != numbers[now.rank + i]) return 0;
+  return 1;
+}
+
+static Py_ssize_t tensors_difference(const Tensors *all) {
+  for (Py_ssize_t i = 0; i < all->count; ++i)
+    if (!same_tensor(all->items + i, all->numbers.items + all->items[i].layout)) return all->items[i].index;
+  return NONE_DIFFERS;
+}
+
+// Whether an object is a tensor that can be read; sets TypeError if not.
+static int check_tensor(PyObject *object) {
+  int known = 0;
+  if (tensor_types != NULL)
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensor_types); ++i)
+      known |= (PyObject *)Py_TYPE(object) == PyTuple_GET_ITEM(tensor_types, i);
+  if (!known) {
+    PyErr_Format(PyExc_TypeError, "%.100s is not torch.Tensor or torch.nn.Parameter itself", Py_TYPE(object)->tp_name);
+    return -1;
+  }
+  // The keys are those of every TensorImpl; only a dense one is sure to have the rest.
+  const char *impl = READ(char *, (const char *)object, field.impl);
+  const uint64_t keys = READ(uint64_t, impl, field.keys);
+  if ((keys & needed_keys) != needed_keys || (keys & ~permitted_keys) != 0 || READ(char *, impl, field.storage) == NULL) {
+    PyErr_SetString(PyExc_TypeError, "the tensor is not a dense one in the memory of a CPU or GPU");
+    return -1;
+  }
+  return 0;
+}
+
+static int add_tensor(Tensors *all, PyObject *object, Py_ssize_t index) {
+  if (check_tensor(object)) return -1;
+  Tensor read = read_tensor(object);
+  if (RESERVE(all, 1) || RESERVE(&all->numbers, 2 * read.rank)) return -1;
+  const int64_t *sizes = sizes_of(read.impl, read.rank);
+  int64_t *numbers = all->numbers.items + all->numbers.count;
+  if (read.rank > 0) {
+    memcpy(numbers, sizes, (size_t)read.rank * sizeof *sizes);
+    memcpy(numbers + read.rank, strides_of(sizes, read.rank), (size_t)read.rank * sizeof *sizes);
+  }
+  read.layout = all->numbers.count;
+  read.index = index;
+  Py_INCREF(object);
+  all->numbers.count += 2 * read.rank;
+  all->items[all->count++] = read;
+  return 0;
+}
+
+static int visit_tensors(const Tensors *all, visitproc visit, void *arg) {
+  for (Py_ssize_t i = 0; i < all->count; ++i) Py_VISIT(all->items[i].tensor);
+  return 0;
+}
+
+static void clear_tensors(Tensors *all) {
+  const Tensors old = *all;
+  memset(all, 0, sizeof *all);
+  for (Py_ssize_t i = 0; i < old.count; ++i) Py_DECREF(old.items[i].tensor);
+  PyMem_Free(old.items);
+  PyMem_Free(old.numbers.items);
+}
