@@ -11,7 +11,7 @@ import torch
 
 from graphcache.compiled_library import load
 from graphcache.errors import CompileError
-from graphcache.keys.native.build import build, compiler
+from graphcache.keys.native.compiler import build, compiler
 from graphcache.keys.native.probe import prepare
 
 
