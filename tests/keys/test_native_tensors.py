@@ -386,7 +386,7 @@ class Held:
     _tensor = (
         lambda self, value: self.thing.resize_(3, 4),
         lambda self, value: self.thing.resize_(4, 3),
-        lambda self, value: self.thing.as_strided_((2, 2), (1, 2), 1),
+        lambda self, value: self.thing.resize_(3, 4).as_strided_((2, 2), (1, 2), 1),
         lambda self, value: self.thing.fill_(1),
         lambda self, value: setattr(self.thing, "data", self.thing.detach().clone()),
         lambda self, value: setattr(self.thing, "data", self.thing.detach()),
