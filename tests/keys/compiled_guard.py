@@ -58,3 +58,30 @@ def hold_module(guard: Any, module: torch.nn.Module) -> int:
             add_dict(guard, d)
             count += 1
     return count
+
+
+class Hostile:
+    """An object that must never be asked: a guard compares by identity."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("a guard ran Python code")
+
+    def __hash__(self) -> int:
+        return 7
+
+
+class Slotted:
+    """Has slots and no dictionary."""
+
+    __slots__ = ("one", "two")
+
+
+class Plain:
+    """Has a dictionary."""
+
+
+def plain(**attributes: Any) -> Any:
+    """An object with these attributes."""
+    made = Plain()
+    made.__dict__.update(attributes)
+    return made

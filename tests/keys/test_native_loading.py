@@ -19,14 +19,8 @@ from graphcache.errors import CompileError, ConfigError
 from graphcache.keys import native
 from graphcache.keys.native import compiler as building
 from graphcache.keys.native.compiler import build, key
-from tests.keys.compiled_guard import compile_guard
 
 PACKAGE = str(Path(graphcache.__file__).parents[1])
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_guard(tmp_path_factory)
 
 
 @pytest.fixture

@@ -1,0 +1,24 @@
+"""The compiled guard, compiled once for all workers of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.keys.compiled_guard import compile_guard
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compile_guard(tmp_path_factory)
+
+
+@pytest.fixture(params=["shortcuts", "in full"])
+def new_guard(library: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The type; with version tags and watchers, and as it is where CPython's cannot be trusted."""
+    if request.param == "in full":
+        library.use_shortcuts(False)
+    yield library.Guard
+    library.use_shortcuts(True)

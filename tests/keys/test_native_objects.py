@@ -1,0 +1,207 @@
+"""The compiled guard notices every change of a list, deque, set, cell, slot, class or dictionary of an object."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from types import CellType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.keys.compiled_guard import Hostile, Plain, Slotted, add_dict, plain
+
+
+class OtherSlotted:
+    __slots__ = ("one", "two")
+
+
+class Other:
+    pass
+
+
+class Sub(list[Any]):
+    def __len__(self) -> int:
+        raise AssertionError("a guard ran Python code")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("a guard ran Python code")
+
+
+class SubDeque(deque[Any]):
+    def __len__(self) -> int:
+        raise AssertionError("a guard ran Python code")
+
+    def __getitem__(self, at: Any) -> Any:
+        raise AssertionError("a guard ran Python code")
+
+
+@pytest.mark.parametrize("kind", [list, deque, Sub, SubDeque])
+def test_writes_to_a_sequence(new_guard: Any, kind: type) -> None:
+    writes: list[Callable[[Any], object]] = [
+        lambda s: s.append(None),
+        lambda s: s.pop(),
+        lambda s: s.clear(),
+        lambda s: s.reverse(),
+        lambda s: s.__setitem__(0, object()),
+        lambda s: s.__setitem__(69, object()),
+        lambda s: s.insert(3, None),
+        lambda s: s.extend(range(200)),
+    ]
+    if issubclass(kind, deque):
+        writes += [lambda s: s.rotate(1), lambda s: s.appendleft(None), lambda s: s.popleft()]
+    values = (*(object() for _ in range(68)), Hostile(), Hostile())
+    for write in writes:
+        seq, guard = kind(values), new_guard()
+        guard.add_items(seq, values)
+        assert guard.holds()
+        write(seq)
+        assert not guard.holds()
+        assert guard.changed() == 0
+    empty, guard = kind(), new_guard()
+    guard.add_items(empty, ())
+    assert guard.holds()
+    empty.append(1)
+    assert not guard.holds()
+    empty.pop()
+    assert guard.holds()
+
+
+def test_writes_to_a_set(new_guard: Any) -> None:
+    values = {object() for _ in range(20)} | {"text", 1}
+    writes: list[Callable[[Any], object]] = [
+        lambda s: s.add("z"),
+        lambda s: s.remove("text"),
+        lambda s: s.clear(),
+        lambda s: s.update(range(1000)),
+        lambda s: (s.remove("text"), s.add("other")),
+    ]
+    for write in writes:
+        guard = new_guard()
+        changing = set(values)
+        changing.add("gone")
+        changing.remove("gone")
+        guard.add_items(changing, tuple(changing))
+        guard.add_items(frozenset(values), tuple(frozenset(values)))
+        assert guard.holds() == (list(frozenset(values)) == list(frozenset(values)))
+        write(changing)
+        assert guard.changed() == 0
+
+
+def test_cells(new_guard: Any) -> None:
+    value = Hostile()
+    cell, empty, guard = CellType(value), CellType(), new_guard()
+    guard.add_cell(cell, value)
+    guard.add_cell(empty)
+    assert guard.holds()
+    empty.cell_contents = None
+    assert guard.changed() == 1
+    cell.cell_contents = Hostile()
+    assert guard.changed() == 0
+    del empty.cell_contents
+    cell.cell_contents = value
+    assert guard.holds()
+
+
+def test_slots(new_guard: Any) -> None:
+    value, o, guard = Hostile(), Slotted(), new_guard()
+    o.one = value
+    guard.add_slot(o, Slotted.__dict__["one"], value)
+    guard.add_slot(o, Slotted.__dict__["two"])
+    factory = defaultdict(list)
+    guard.add_slot(factory, defaultdict.__dict__["default_factory"], list)
+    none = defaultdict(None)
+    guard.add_slot(none, defaultdict.__dict__["default_factory"], None)
+    assert guard.holds()
+    o.two = None
+    assert guard.changed() == 1
+    del o.two
+    o.one = Hostile()
+    assert guard.changed() == 0
+    o.one = value
+    factory.default_factory = set
+    assert guard.changed() == 2
+    factory.default_factory = list
+    none.default_factory = set
+    assert guard.changed() == 3
+    none.default_factory = None
+    assert guard.holds()
+    o.__class__ = OtherSlotted
+    assert guard.changed() == 0, "the slot at this place is another class's"
+    o.__class__ = Slotted
+    assert guard.holds()
+
+
+def test_classes_and_dictionaries_of_objects(new_guard: Any) -> None:
+    o = plain(a=1)
+    attributes = vars(o)
+    guard = new_guard()
+    guard.add_class(o, Plain)
+    guard.add_dict_of(o, attributes)
+    assert guard.holds()
+    o.__class__ = Other
+    assert guard.changed() == 0
+    o.__class__ = Plain
+    o.__dict__ = dict(attributes)
+    assert guard.changed() == 1
+    o.__dict__ = attributes
+    assert guard.holds()
+    del o.__dict__
+    assert guard.changed() == 1
+    o.a = 1
+    assert guard.changed() == 1
+    for other in (1, object(), Slotted(), print):
+        guard = new_guard()
+        guard.add_dict_of(other, {})
+        assert not guard.holds()
+
+
+def test_the_first_difference_is_named(new_guard: Any) -> None:
+    d, ordered, items, cell = {"a": 1}, OrderedDict(a=1, b=2), [1], CellType(1)
+    tensor = torch.zeros(2)
+    guard = new_guard()
+    guard.add_items(items, (1,))
+    add_dict(guard, ordered)
+    guard.add_tensor(tensor)
+    add_dict(guard, d)
+    guard.add_cell(cell, 1)
+    changes = [
+        lambda: setattr(cell, "cell_contents", 2),
+        lambda: d.clear(),
+        lambda: tensor.resize_(1),
+        lambda: ordered.move_to_end("a"),
+        lambda: items.clear(),
+    ]
+    for at, change in zip((4, 3, 2, 1, 0), changes, strict=True):
+        assert guard.changed() == (-1 if at == 4 else at + 1)
+        change()
+        assert guard.changed() == at
+        assert not guard.holds()
+    assert len(guard) == 5
+
+
+def test_what_cannot_be_added(new_guard: Any) -> None:
+    guard = new_guard()
+    refused: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
+        ("add_dict", ([], (), ()), TypeError, "dict"),
+        ("add_dict", ({}, [], ()), TypeError, "tuple"),
+        ("add_dict", ({}, (1,), ()), ValueError, "1 keys and 0 values"),
+        ("add_names", ({}, (1,), (1,), ()), TypeError, "names are strings"),
+        ("add_names", ({}, ("a",), (), ()), ValueError, "1 keys and 0 values"),
+        ("add_items", ((), ()), TypeError, "tuple is no list, deque or set"),
+        ("add_items", ([], []), TypeError, "tuple"),
+        ("add_cell", (1, 1), TypeError, "cell"),
+        ("add_slot", (1, Slotted.__dict__["one"]), TypeError, "is not of int"),
+        ("add_slot", (Slotted(), Plain.__dict__["__dict__"]), TypeError, "member_descriptor"),
+        ("add_slot", (print, type(print).__dict__["__name__"]), TypeError, "member_descriptor"),
+        ("add_slot", (range, type.__dict__["__basicsize__"]), TypeError, "holds no object"),
+        ("add_class", (1, 2), TypeError, "type"),
+        ("add_dict_of", (1, 2), TypeError, "dict"),
+        ("add_tensor", (1,), TypeError, "int is not torch.Tensor"),
+    ]
+    for method, args, error, said in refused:
+        with pytest.raises(error, match=said):
+            getattr(guard, method)(*args)
+    assert len(guard) == 0
+    assert guard.holds()
