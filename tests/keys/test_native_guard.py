@@ -262,7 +262,7 @@ def test_a_key_that_compares_itself(new_guard: Any) -> None:
     armed.append(guard)
     assert not guard.holds(), "no answer is a difference"
     assert guard.holds()
-    assert len(asked) == 2
+    assert len(asked) > 1
 
 
 def test_a_guard_is_faster_than_python(library: Any) -> None:
