@@ -1,0 +1,45 @@
+"""The compiled guard reads tensors on a GPU as it reads those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.keys.compiled_guard import compile_guard, fields
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compile_guard(tmp_path_factory)
+
+
+def test_fields(library: Any) -> None:
+    whole = torch.rand(6, 8, device="cuda")
+    for x in (whole, whole[1:, ::2], whole.T, nn.Parameter(whole), whole.half(), torch.empty(0, device="cuda")):
+        data, offset, keys, _, sizes, strides = library.read(x)
+        assert (data, offset, keys, x.dtype, sizes, strides, x._cdata) == fields(x)
+
+
+def test_changes(library: Any) -> None:
+    def moved(x: Tensor) -> None:
+        x.data = x.data.cpu()
+
+    def copied(x: Tensor) -> None:
+        x.data = x.data.clone()
+
+    def in_place(x: Tensor) -> None:
+        x.data.mul_(2)
+
+    changes: list[tuple[Callable[[Tensor], object], bool]] = [(moved, False), (copied, False), (in_place, True)]
+    for change, holds in changes:
+        x, guard = nn.Parameter(torch.rand(6, 8, device="cuda")), library.Guard()
+        guard.add_tensor(x)
+        assert guard.holds()
+        change(x)
+        assert guard.holds() == holds
