@@ -150,7 +150,7 @@ class ModuleGuard:
 
     def arm(self) -> None:
         """Compare in native code from now on, for there is a graph to be guarded."""
-        if self._snapshot is not None:
+        if self._snapshot is not None and not self._snapshot.is_armed:
             self._snapshot.arm()
 
     def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:

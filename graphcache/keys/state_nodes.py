@@ -371,6 +371,10 @@ class FunctionNode(Node):
         if not all(map(is_, old, new)):
             yield Change(self.path, "has other code or default values")
 
+    def guard(self, native: Any) -> bool:
+        native.add_function(self.target, self.state)
+        return True
+
 
 class ObjectNode(Node):
     """An object: its class, and which dictionary holds its attributes."""

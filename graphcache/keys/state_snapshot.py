@@ -63,7 +63,8 @@ class StateSnapshot:
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
         self.broken: Change | None = None
         """Why :meth:`holds` said that the snapshot is of the past."""
-        self._native: Any = None
+        self._armed = False
+        self._native: native.Guard | None = None
         self._rest: list[Node] = []
 
     def changes(self, limit: int = 16) -> list[Change]:
@@ -106,12 +107,18 @@ class StateSnapshot:
 
     def arm(self) -> None:
         """Compare in native code from now on, if it is loaded."""
+        self._armed = True
         kind = native.guard_type()
-        if kind is None or self._native is not None:
+        if kind is None:
             return
         guard = kind()
         self._rest = [node for node in self._guarded() if not node.guard(guard)]
         self._native = guard
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether it was asked to compare in native code."""
+        return self._armed
 
     def _compare(self, nodes: Sequence[Node]) -> bool:
         """Whether objects that differ by identity have the same values; these objects are expected from now on."""
@@ -120,8 +127,8 @@ class StateSnapshot:
                 if not self.ignores(change.path):
                     self.broken = change
                     return False
-        if nodes and self._native is not None:
-            self._native = None
+        if self._armed and (nodes or self._native is None):
+            # With the objects of now, or because the native guard has been compiled meanwhile.
             self.arm()
         return True
 

@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from types import CellType, MemberDescriptorType
+from types import FunctionType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -62,6 +63,9 @@ class Guard(Protocol):
 
     def add_dict_of(self, obj: Any, d: dict[str, Any]) -> None:
         """``obj.__dict__`` is this dictionary."""
+
+    def add_function(self, function: FunctionType, parts: tuple[Any, Any, Any], /) -> None:
+        """A function has this code, these default values and these keyword defaults; ``None`` for none."""
 
     def add_tensor(self, t: Tensor) -> None:
         """A tensor keeps its memory, offset, sizes, strides, dtype and dispatch keys.

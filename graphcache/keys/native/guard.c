@@ -124,6 +124,14 @@ static PyObject *guard_add_dict_of(Guard *self, PyObject *args) {
   return added(self, add_object(&self->objects, entry));
 }
 
+static PyObject *guard_add_function(Guard *self, PyObject *args) {
+  PyObject *function, *parts;
+  if (!PyArg_ParseTuple(args, "O!O!:add_function", &PyFunction_Type, &function, &PyTuple_Type, &parts)) return NULL;
+  if (PyTuple_GET_SIZE(parts) != 3) return PyErr_Format(PyExc_ValueError, "expected code, defaults and kwdefaults");
+  const Object entry = {.kind = A_FUNCTION, .index = self->count, .object = function, .expected = parts};
+  return added(self, add_object(&self->objects, entry));
+}
+
 static PyObject *guard_add_tensor(Guard *self, PyObject *tensor) {
   return added(self, add_tensor(&self->tensors, tensor, self->count));
 }
@@ -161,6 +169,7 @@ static PyMethodDef guard_methods[] = {
     {"add_slot", (PyCFunction)guard_add_slot, METH_VARARGS, NULL},
     {"add_class", (PyCFunction)guard_add_class, METH_VARARGS, NULL},
     {"add_dict_of", (PyCFunction)guard_add_dict_of, METH_VARARGS, NULL},
+    {"add_function", (PyCFunction)guard_add_function, METH_VARARGS, NULL},
     {"add_tensor", (PyCFunction)guard_add_tensor, METH_O, NULL},
     {"holds", (PyCFunction)guard_holds, METH_NOARGS, NULL},
     {"changed", (PyCFunction)guard_changed, METH_NOARGS, NULL},

@@ -6,13 +6,13 @@
 
 #include <structmember.h>
 
-typedef enum { A_LIST, A_DEQUE, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF } Kind;
+typedef enum { A_LIST, A_DEQUE, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF, A_FUNCTION } Kind;
 
 typedef struct {
   Kind kind;
   Py_ssize_t index;
   PyObject *object;
-  PyObject *expected;    // a tuple of A_LIST, A_DEQUE and A_SET; NULL where a cell or a slot is expected to be empty
+  PyObject *expected;    // a tuple of A_LIST, A_DEQUE, A_SET and A_FUNCTION; NULL where a cell or a slot is expected to be empty
   PyObject *descriptor;  // of A_SLOT
 } Object;
 
@@ -90,6 +90,15 @@ static int same_dict_of(PyObject *object, PyObject *expected) {
   return found != NULL && *found == expected;
 }
 
+// Code and default values; None stands for defaults that are not there.
+static int same_function(PyObject *object, PyObject *expected) {
+  const PyFunctionObject *function = (PyFunctionObject *)object;
+  PyObject *found[] = {function->func_code, function->func_defaults, function->func_kwdefaults};
+  for (Py_ssize_t i = 0; i < 3; ++i)
+    if ((found[i] == NULL ? Py_None : found[i]) != PyTuple_GET_ITEM(expected, i)) return 0;
+  return 1;
+}
+
 static inline int same_object(const Object *each) {
   switch (each->kind) {
     case A_LIST: return same_list(each->object, each->expected);
@@ -99,6 +108,7 @@ static inline int same_object(const Object *each) {
     case A_SLOT: return same_slot(each->object, each->descriptor, each->expected);
     case A_CLASS: return (PyObject *)Py_TYPE(each->object) == each->expected;
     case A_DICT_OF: return same_dict_of(each->object, each->expected);
+    case A_FUNCTION: return same_function(each->object, each->expected);
   }
   return 0;
 }
