@@ -4,17 +4,15 @@ Shapes take turns, and there is room for a third of them, so that with the least
 miss. Beside each other, pass by pass in turn:
 
 - ``eager``: the bare engine;
-- ``captured``: every miss is captured anew (``templates=0``);
-- ``recalled``: what was captured once is instantiated again (the default);
+- ``captured``: every miss is captured anew;
 - ``held``: there is room for all of them, so that every call is a hit.
 
-And where the time of a capture goes, and that of a recall. Answers are held against torch on the CPU before and after.
+And where the time of a capture goes. Answers are held against torch on the CPU before and after.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +26,6 @@ import torch
 
 from bench import calls as calls_of
 from bench import record, store
-from bench.host_memory import resident_bytes
 
 SEED = 0
 PHASES = {
@@ -36,9 +33,8 @@ PHASES = {
     "eager runs and capture": ("graphcache.engines.context.Context.enqueue",),
     "addresses": ("graphcache.modules.record_engine.find_pointers",),
     "instantiate": ("graphcache.graphs.driver.instantiate",),
-    "verification": ("graphcache.modules.record_engine.verify", "graphcache.modules.recall.verify"),
+    "verification": ("graphcache.modules.record_engine.verify",),
     "look at others of the context": ("graphcache.modules.shared_contexts.SharedContexts._answers",),
-    "move the template": ("graphcache.graphs.template.Template._move",),
     "close what was evicted": ("graphcache.graphs.cuda.CudaGraph.close",),
 }
 """What is timed while a graph is made, and the functions that do it; they do not call each other."""
@@ -90,8 +86,7 @@ def measure(bundle: store.Bundle, shapes: int, passes: int, device: torch.device
             engine(*call.inputs)
     systems: dict[str, Any] = {
         "eager": engine,
-        "captured": graphcache.wrap(engine, max_graphs=room, templates=0),
-        "recalled": graphcache.wrap(engine, max_graphs=room),
+        "captured": graphcache.wrap(engine, max_graphs=room),
         "held": graphcache.wrap(engine, max_graphs=len(sizes)),
     }
     failures = _wrong(bundle, pool, systems, "before timing")
@@ -111,21 +106,15 @@ def measure(bundle: store.Bundle, shapes: int, passes: int, device: torch.device
                     taken[name].append(time.perf_counter_ns() - start)
     made = {name: _captures(module) - begun[name] for name, module in systems.items()}
     calls = passes * len(pool)
-    if made != {"eager": 0, "captured": calls, "recalled": calls, "held": 0}:
-        failures.append(f"{bundle.name}: of {calls} calls so many were captured or recalled: {made}")
-    if systems["recalled"].cache_info().recalls < calls:
-        failures.append(f"{bundle.name}: {systems['recalled'].cache_info().recalls} recalls of {calls} calls")
+    if made != {"eager": 0, "captured": calls, "held": 0}:
+        failures.append(f"{bundle.name}: of {calls} calls so many were captured: {made}")
     failures += _wrong(bundle, pool, systems, "after timing")
     result = {
         "engine": bundle.name,
         "sizes": sizes,
         "room": room,
         "systems": {name: {"total_us": record.summarise(each), "made": made[name]} for name, each in taken.items()},
-        "phases_us": {
-            name: {what: round(seconds / made[name] * 1e6, 1) for what, seconds in phases[name].items()}
-            for name in ("captured", "recalled")
-        },
-        "bytes": _bytes_of_templates(bundle, engine, device),
+        "phases_us": {what: round(seconds / made["captured"] * 1e6, 1) for what, seconds in phases["captured"].items()},
     }
     for module in (*list(systems.values())[1:], engine):
         module.close()
@@ -172,35 +161,6 @@ def _wrong(bundle: store.Bundle, pool: Sequence[calls_of.Call], systems: dict[st
     return found
 
 
-def _bytes_of_templates(bundle: store.Bundle, engine: Any, device: torch.device) -> dict[str, float]:
-    """Memory that each evicted graph leaves behind, beyond what a cache of one graph takes without templates."""
-    import graphcache
-
-    sizes = calls_of.spread(bundle, 64)
-    pool = calls_of.pool(bundle, sizes, 1, device, engine.input_binding_names)
-    used: list[tuple[int, int]] = []
-    # The first time for what TensorRT keeps of each shape, whoever calls.
-    for templates in (0, 0, len(sizes)):
-        with graphcache.wrap(engine, max_graphs=1, templates=templates) as fast:
-            device_bytes, host_bytes = _used(), resident_bytes()
-            for call in pool:
-                fast(*call.inputs)
-            used.append((_used() - device_bytes, resident_bytes() - host_bytes))
-    (_, without, kept), each = used, max(len(sizes) - 1, 1)
-    return {
-        "device_per_template": (kept[0] - without[0]) / each,
-        "host_per_template": (kept[1] - without[1]) / each,
-    }
-
-
-def _used() -> int:
-    gc.collect()
-    torch.cuda.current_stream().synchronize()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
-
 def _print(results: Sequence[dict[str, Any]]) -> None:
     rows = []
     for result in results:
@@ -208,13 +168,9 @@ def _print(results: Sequence[dict[str, Any]]) -> None:
             figures = system["total_us"]
             rows.append([result["engine"], name, *(round(figures[key], 1) for key in ("p50", "p90", "p99"))])
     record.table("more shapes than graphs, µs for a call", ["engine", "system", "p50", "p90", "p99"], rows)
-    names = [*dict.fromkeys(what for result in results for each in result["phases_us"].values() for what in each)]
-    rows = [
-        [result["engine"], name, *(each.get(what, 0.0) for what in names)]
-        for result in results
-        for name, each in result["phases_us"].items()
-    ]
-    record.table("where the time goes, µs for a graph", ["engine", "system", *names], rows)
+    names = [*dict.fromkeys(what for result in results for what in result["phases_us"])]
+    rows = [[result["engine"], *(result["phases_us"].get(what, 0.0) for what in names)] for result in results]
+    record.table("where the time goes, µs for a graph", ["engine", *names], rows)
 
 
 if __name__ == "__main__":

@@ -56,31 +56,6 @@ def optimum(calls: Sequence[int], times: Mapping[int, Times], slots: int) -> flo
     return (eager - saved) / _PICO
 
 
-def with_recalls(calls: Sequence[int], times: Mapping[int, Times], slots: int, recall: float) -> float:
-    """What whoever knows the trace can reach where a graph that was captured once comes back for less than a capture.
-
-    It is no minimum: whether a signature is captured at all is decided for each alone, and all captures are paid for.
-
-    Args:
-        calls: The signature of each call.
-        times: Of every signature.
-        slots: How many graphs fit; they count alike.
-        recall: What having a graph back adds to an eager call, in seconds.
-
-    Example:
-        >>> times = {0: Times(3.0, 1.0, 5.0), 1: Times(3.0, 1.0, 5.0)}
-        >>> calls = ([0] * 4 + [1] * 4) * 2
-        >>> optimum(calls, times, slots=1), with_recalls(calls, times, slots=1, recall=1.0)
-        (38.0, 36.0)
-    """
-    paying = _paying(calls, times)
-    eagerly = sum(times[signature].eager for signature in calls if signature not in paying)
-    cheap = {signature: each._replace(capture=min(recall, each.capture)) for signature, each in times.items()}
-    first = sum(times[signature].capture - cheap[signature].capture for signature in paying)
-    kept = [signature for signature in calls if signature in paying]
-    return min(optimum(calls, times, slots), eagerly + optimum(kept, cheap, slots) + first)
-
-
 def _paying(calls: Sequence[int], times: Mapping[int, Times]) -> set[int]:
     """The signatures that a graph for itself alone would pay for."""
     return {

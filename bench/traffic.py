@@ -3,8 +3,7 @@
 - ``traces``: three traces over one engine, with room for fewer graphs than shapes, for real and in turn: always eager,
   a graph for every miss with the least recently used out (``capture="first"``), and ``capture="worthwhile"``. The
   offline optimum beside them is computed from what eager calls and replays of each shape, and captures, took on average
-  in this run; what replays take is seen where every shape is held. It captures anew each time. Beside it stands what
-  whoever knows the trace reaches where graphs come back as cheaply as they did here. Every shape has run twice before.
+  in this run; what replays take is seen where every shape is held. Every shape has run twice before.
   A trace should take ten times what capturing a full cache takes: 5 % over always-eager mean nothing where a single
   capture takes more than that. The default is as long as a minute at 800 calls a second; over shorter ones, what it
   takes to learn what is hot counts for more.
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import record, store, traces
-from bench.optimum import Times, optimum, with_recalls
+from bench.optimum import Times, optimum
 
 SEED = 0
 SLOTS = 16
@@ -47,7 +45,7 @@ SYSTEMS: dict[str, dict[str, Any] | None] = {
     "every shape held": {"capture": "prepared", "max_graphs": 1000},
 }
 """Options of ``wrap``; the last one has more room than the others, and shows what replays take."""
-_SHOWN = ("per_call_us", "over_eager", "over_optimum", "over_reached", "captures", "recalls", "hits")
+_SHOWN = ("per_call_us", "over_eager", "over_optimum", "captures", "hits")
 PARTS = ("traces", "memory", "background")
 
 
@@ -117,12 +115,9 @@ def on_traces(bundle: store.Bundle, device: torch.device, calls: int) -> dict[st
         ]
         costs = _costs(systems)
         best = optimum(sizes, costs, SLOTS)
-        recall = _recall(systems)
-        reached = with_recalls(sizes, costs, SLOTS, recall)
         for name, system in systems.items():
             system["over_eager"] = round(system["per_call_us"] / systems["always eager"]["per_call_us"], 4)
             system["over_optimum"] = round(system["per_call_us"] * len(sizes) / 1e6 / best, 4)
-            system["over_reached"] = round(system["per_call_us"] * len(sizes) / 1e6 / reached, 4)
             shown = (system[key] for key in _SHOWN)
             rows.append([traffic.name, name, *shown])
         ours = systems["worthwhile"]
@@ -135,13 +130,11 @@ def on_traces(bundle: store.Bundle, device: torch.device, calls: int) -> dict[st
             {
                 "trace": traffic.name,
                 "optimum_seconds": best,
-                "reached_with_recalls_seconds": reached,
-                "recall_seconds": recall if math.isfinite(recall) else None,
                 "costs": told,
                 "systems": systems,
             }
         )
-    columns = ["µs per call", "over eager", "over optimum", "over reached", "captures", "recalls", "hits"]
+    columns = ["µs per call", "over eager", "over optimum", "captures", "hits"]
     record.table("traces", ["trace", "system", *columns], rows)
     return {"results": results, "failures": failures}
 
@@ -169,7 +162,6 @@ class _Walk:
             self._module.prepare(*inputs.values(), progress=False)
         self._taken: list[int] = []
         self._sizes: list[int] = []
-        self._recalled: list[int] = []
         self._wrong = 0
         self.seconds = 0.0
 
@@ -177,16 +169,12 @@ class _Walk:
         """Make some more calls; every 50th answer is held against torch."""
         # To wait for the whole context takes longer the more graphs and contexts there are: 280 µs with a few hundred.
         wait = torch.cuda.current_stream().synchronize
-        ledger = getattr(self._module, "ledger", None)
         for size in sizes:
-            recalls = ledger.recalls if ledger is not None else 0
             start = time.perf_counter_ns()
             answer = self._module(*self._inputs[size])
             wait()
             self._taken.append(time.perf_counter_ns() - start)
             self._sizes.append(size)
-            if ledger is not None and ledger.recalls > recalls:
-                self._recalled.append(self._taken[-1])
             if len(self._taken) % 50 == 1:
                 self._wrong += not record.relative_error(answer, self._cases[size].answer) < store.TOLERANCE
         self.seconds = sum(self._taken) / 1e9
@@ -201,15 +189,11 @@ class _Walk:
             "mean_seconds": self._means(),
             "wrong": self._wrong,
             "captures": 0,
-            "recalls": 0,
             "hits": 0,
         }
-        if self._recalled:
-            found["recalled_us"] = record.summarise(self._recalled)
         if self._module is not self._engine:
             info = self._module.cache_info()
-            found |= {"captures": info.captures, "recalls": info.recalls}
-            found |= {"hits": info.hits, "evictions": info.evictions}
+            found |= {"captures": info.captures, "hits": info.hits, "evictions": info.evictions}
             found["capture_seconds"] = info.capture_seconds
             found["eager"] = {str(reason): count for reason, count in info.eager.items()}
             self._module.close()
@@ -315,14 +299,6 @@ def beside_captures(bundle: store.Bundle, device: torch.device, shapes: int = 32
     rows = [[name, *(round(figures[key], 2) for key in columns)] for name, figures in systems.items()]
     record.table(f"calls while {shapes} shapes are captured, µs", ["system", *columns], rows)
     return {"systems": systems, "p99_over_eager": ratio, "failures": failures}
-
-
-def _recall(systems: dict[str, Any]) -> float:
-    """What a call that had its graph back took longer than an eager one, typically; seconds."""
-    recalled = systems["every miss"].get("recalled_us")
-    if recalled is None:
-        return float("inf")
-    return max(recalled["p50"] - systems["always eager"]["call_us"]["p50"], 0.0) / 1e6
 
 
 def _costs(systems: dict[str, Any]) -> dict[int, Times]:

@@ -16,6 +16,7 @@ CaptureIn = Literal["foreground", "background"]
 InputOutput = Literal["bind", "copy"]
 Contexts = Literal["auto", "private", "shared"]
 Edges = Literal["captured", "full"]
+MaxBytes = int | Literal["auto"] | None
 OnFailure = Literal["eager", "raise"]
 Weights = Literal["checked", "frozen"]
 Runtime = Literal["graphcache", "torch_tensorrt"]
@@ -23,6 +24,7 @@ Specialization = Literal["lazy", "eager", "none"]
 
 
 REMOVED = {
+    "templates": "more graphs are kept in place of what evicted ones left behind; see max_graphs and max_bytes",
     "outputs": "answers are fresh tensors; forward_into writes them into tensors of yours",
 }
 """Options of version 0.1 that are gone, and what to use instead. They are ignored in packages of that version."""
@@ -67,9 +69,7 @@ class GraphConfig:
         max_graphs: How many graphs are kept, at least 1; the least recently used goes first, with
             ``capture="worthwhile"`` the one that saved least lately.
         max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.
-        templates: How many captured graphs are kept, in memory of the host, when their executables and buffers were
-            evicted: such a signature comes back without a capture. It concerns engines whose graphs share execution
-            contexts (see ``contexts``) and are bound. 0 keeps none.
+            ``"auto"`` is a quarter of the device's memory, and no bound on the CPU.
         ignore: Paths of Python state that do not matter to answers, such as ``"self.calls"`` or ``"self.blocks[*].n"``:
             a call that changes them is captured all the same, and replays leave them as they are. Without it such a
             call runs eagerly, with the reason ``mutates``, which names the path.
@@ -98,8 +98,8 @@ class GraphConfig:
         ConfigError: For a value outside what is listed here, or an option of version 0.1 that was removed.
 
     Example:
-        >>> GraphConfig(max_graphs=64).max_graphs
-        64
+        >>> GraphConfig(max_graphs=64).max_bytes
+        'auto'
     """
 
     strategy: Strategy = "auto"
@@ -107,9 +107,8 @@ class GraphConfig:
     exclude: tuple[str, ...] = ()
     capture: Capture = "first"
     capture_in: CaptureIn = "foreground"
-    max_graphs: int = 32
-    max_bytes: int | None = None
-    templates: int = 256
+    max_graphs: int = 128
+    max_bytes: MaxBytes = "auto"
     ignore: tuple[str, ...] = ()
     # A mapping has no hash.
     buckets: Buckets | Mapping[Any, Any] | None = field(default=None, hash=False)
@@ -158,12 +157,12 @@ class GraphConfig:
             )
         for name in ("max_graphs", "max_bytes"):
             value = getattr(self, name)
-            if value is None and name == "max_bytes":
+            others = ("auto", None) if name == "max_bytes" else ()
+            if value in others:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more")
-        if isinstance(self.templates, bool) or not isinstance(self.templates, int) or self.templates < 0:
-            raise ConfigError(f"templates={shown(self.templates)}: expected a whole number, 0 or more")
+                or_ = "".join(f", or {each!r}" for each in others)
+                raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more{or_}")
         if self.contexts == "shared" and self.capture_in == "background":
             raise ConfigError(
                 "contexts='shared' does not go with capture_in='background', where a context would be captured while "

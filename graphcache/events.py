@@ -23,21 +23,19 @@ log = logging.getLogger("graphcache")
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A graph was captured, verified and stored; or one that was evicted is back.
+    """A graph was captured, verified and stored.
 
     Args:
         key: What it answers from now on.
         seconds: What capturing took, all of it.
         nodes: How many nodes the graph has.
         nbytes: How much memory the graph owns, in bytes.
-        recalled: Whether it had been captured before and was only instantiated anew.
     """
 
     key: Hashable
     seconds: float
     nodes: int
     nbytes: int
-    recalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,6 @@ class Ledger:
     name: str
     quiet: bool = field(default=False, kw_only=True)
     captures: int = 0
-    recalls: int = 0
     evictions: int = 0
     capture_seconds: float = 0.0
     eager: Counter[Reason] = field(default_factory=Counter)
@@ -87,10 +84,8 @@ class Ledger:
     def captured(self, event: Captured) -> None:
         """Count a capture."""
         self.captures += 1
-        self.recalls += event.recalled
         self.capture_seconds += event.seconds
-        what = "recalled" if event.recalled else "captured"
-        log.debug("%s: %s %d nodes in %.3f s for %s", self.name, what, event.nodes, event.seconds, event.key)
+        log.debug("%s: captured %d nodes in %.3f s for %s", self.name, event.nodes, event.seconds, event.key)
         self._publish(event)
 
     def evicted(self, event: Evicted) -> None:

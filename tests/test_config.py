@@ -27,13 +27,6 @@ def test_a_literal_option_takes_only_its_literals_and_says_which(option, value):
         GraphConfig(**{option: value})
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, "8", True, None])
-def test_templates_are_a_whole_number(value):
-    with pytest.raises(ConfigError, match=r"^templates=.*: expected a whole number, 0 or more$"):
-        GraphConfig(templates=value)
-    assert GraphConfig(templates=0).templates == 0
-
-
 @pytest.mark.parametrize("option", ["max_graphs", "max_bytes"])
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "8"])
 def test_a_budget_is_a_whole_number_of_at_least_one(option, value):
@@ -68,7 +61,9 @@ def test_an_unknown_option_is_answered_with_the_known_ones():
         GraphConfig.of({"max_graph": 3})
 
 
-@pytest.mark.parametrize(("option", "instead"), [("outputs", "forward_into")])
+@pytest.mark.parametrize(
+    ("option", "instead"), [("outputs", "forward_into"), ("templates", "max_graphs and max_bytes")]
+)
 def test_a_removed_option_says_what_to_use_instead(option, instead):
     for make in (lambda: GraphConfig(**{option: 1}), lambda: GraphConfig.of({option: 1})):
         with pytest.raises(ConfigError, match=rf"^the option {option} was removed in version 0\.2: .*{instead}"):

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 
-from graphcache.cache import templates
-from graphcache.graphs import capture, cuda, driver, lane, slots, template
-from graphcache.modules import freshness, recall, shared_contexts
+from graphcache.graphs import capture, cuda, driver, lane, slots
+from graphcache.modules import freshness
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
 LANE = "tests/graphs/test_lane.py::"
 CUDA = "tests/graphs/test_cuda.py::"
 CAPTURE = "tests/graphs/test_capture.py::"
 ENGINE = "tests/modules/test_engine_module.py::"
-TEMPLATE = "tests/graphs/test_template.py::"
-RECALL = "tests/modules/test_recall.py::"
 
 
 def _enter_without_waiting(self: lane.Lane, stream: int) -> None:
     self.stream, self.handle = stream, driver.binding().CUstream(stream)
-
-
-def _as_of_now(original: Any, self: templates.Templates[Any], key: Any, item: Any, _: int) -> Any:
-    return original(self, key, item, self.generation)
 
 
 CURES: dict[str, tuple[TakeOut, str]] = {
@@ -68,30 +60,6 @@ CURES: dict[str, tuple[TakeOut, str]] = {
     "ready outputs are of one inference mode": (
         replace(cuda, "_is_inference_mode", lambda: False),
         CUDA + "test_ready_outputs_are_used_in_their_own_inference_mode_only",
-    ),
-    "what a template copies goes through buffers of the new graph": (
-        replace(template.Template, "_move", nothing),
-        TEMPLATE + "test_what_is_copied_goes_through_buffers_of_the_new_graph",
-    ),
-    "what another capture has broken is not had back": (
-        replace(recall.Recallable, "_verify", nothing),
-        RECALL + "test_one_that_another_capture_has_broken_is_found_out",
-    ),
-    "graphs that came back are looked at with what callers give": (
-        replace(recall, "refill", nothing),
-        RECALL + "test_one_that_came_back_is_looked_at_like_any_other",
-    ),
-    "graphs that came back are looked at with more than zeros": (
-        replace(shared_contexts.Shared, "vary", nothing),
-        RECALL + "test_one_that_came_back_for_zeros_is_looked_at_with_something_else",
-    ),
-    "nothing of before a change is had back": (
-        around(templates.Templates, "clear", lambda original, self: setattr(self, "generation", self.generation + 1)),
-        RECALL + "test_nothing_of_before_comes_back",
-    ),
-    "what an eviction keeps is of its own time": (
-        around(templates.Templates, "put", _as_of_now),
-        RECALL + "test_what_an_eviction_keeps_while_everything_is_forgotten_does_not_stay",
     ),
 }
 

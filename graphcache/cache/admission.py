@@ -224,7 +224,6 @@ class Admission:
         *,
         replay: float | None = None,
         preparing: bool = False,
-        recalled: bool = False,
     ) -> Cause | None:
         """Note that a graph is in the cache, and what capturing it took.
 
@@ -233,7 +232,6 @@ class Admission:
             seconds: What the capture added to the call.
             replay: What a replay takes, typically; ``None`` if that was not measured.
             preparing: Whether no call waited for it; then serving does not have to earn it.
-            recalled: Whether it was one before, and no capture was needed: it says nothing of what captures take.
 
         Returns:
             ``None``, or why the caller should evict the graph: it is no faster than eager execution.
@@ -250,7 +248,7 @@ class Admission:
             if entry is None:
                 # Evicted by another thread since it was put there.
                 return None
-            self._books.keep(key, record, entry, seconds, recalled)
+            self._books.keep(key, record, entry, seconds)
             return None if replay is None else self._replayed(record, replay)
 
     def replayed(self, key: Hashable, seconds: float) -> Cause | None:
@@ -300,18 +298,6 @@ class Admission:
             if key in self._books.kept and self._cache.entries.get(key, entry) is entry:
                 self._books.settle({key: entry})
                 self._books.let_go(key)
-
-    def has_template(self, key: Hashable) -> None:
-        """Note that a graph can be had back without a capture, now or once it is evicted."""
-        with self._lock:
-            self._books.find(key).template = True
-
-    def forgot_template(self, key: Hashable) -> None:
-        """Note that it cannot any more."""
-        with self._lock:
-            record = self._books.kept.get(key) or self._books.seen.get(key)
-            if record is not None:
-                record.template = False
 
     def learn(self, key: Hashable, *, eager: float, replay: float, capture: float) -> None:
         """Take over what was measured elsewhere, in seconds.
@@ -369,7 +355,7 @@ class Admission:
         if saving <= 0.0:
             record.look = 2.0 * record.owed + 16.0
             return _NOT_WORTH_IT if record.replay.count else COLD
-        calls = books.again_seconds(record) / saving
+        calls = books.capture_seconds(record) / saving
         worth = books.worth(record)
         promise = _TRUST * books.lately_returned() * worth
         price = 1.0 if promise <= self._usual else max(self._usual / promise, _LEAST_PRICE)

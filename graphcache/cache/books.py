@@ -21,10 +21,8 @@ OVERHEAD = 0.02
 _HALF_LIFE = 6.0
 _SILENT, _SILENT_SHARE, _SILENT_POWER = 6.0, 0.53, 1.2
 """How many calls in a row a graph has to have missed, at its usual rate, to be worth less than it was: 6 (by chance one
-in 400 does), and as many as save half of what it takes to have it back. Then how fast it falls."""
+in 400 does), and as many as save half of what a capture takes. Then how fast it falls."""
 _PRIOR_CAPTURE = 50.0
-_PRIOR_RECALL = 0.1
-"""What having a graph back takes of what a capture does, until it was measured: 0.11 for mlp8 (evictions-h200.json)."""
 _PRIOR_SHARE = 0.3
 _LARGEST_SHARE = 0.9
 _LARGEST_FACTOR = 2.0**20
@@ -36,8 +34,7 @@ class Record:
     ``owed`` counts its eager calls since it last had a graph, ``settled`` the hits of its graph that are booked,
     ``look`` the number of owed calls at which to judge it anew; until then ``cause`` is the answer. ``heat`` counts
     recent calls, as of the time ``at``; ``last`` is when one was booked. ``factor`` is how many times the cost of a
-    capture it has to owe. ``template`` says whether its graph can be had back without a capture, ``recalled`` whether
-    the last one was.
+    capture it has to owe.
     """
 
     __slots__ = (
@@ -55,17 +52,14 @@ class Record:
         "look",
         "nbytes",
         "owed",
-        "recalled",
         "replay",
         "settled",
-        "template",
     )
 
     def __init__(self, now: float) -> None:
         self.eager, self.replay, self.capture = Estimate(), Estimate(), Estimate()
         self.calls = self.hits = self.owed = self.settled = self.nbytes = 0
         self.cause = COLD
-        self.template = self.recalled = False
         self.factor = 1.0
         self.heat = self.earned = 0.0
         self.at = self.born = self.last = now
@@ -104,7 +98,7 @@ class Books:
         self._remembered = remembered
         # Over all signatures, for those that were not measured. Of several captures, the first takes longest.
         self._eager, self._share = Mean(0.0), Mean(_PRIOR_SHARE)
-        self._capture, self._recall, self._nbytes = Estimate(), Estimate(), Mean(0.0)
+        self._capture, self._nbytes = Estimate(), Mean(0.0)
         self._settled_at = 0.0
         self._half_life = 1e-9
         self._lately_saved = self._lately_spent = 0.0
@@ -171,26 +165,21 @@ class Books:
         record.begin()
         return record
 
-    def keep(self, key: Hashable, record: Record, entry: Entry[Any], seconds: float, recalled: bool = False) -> None:
+    def keep(self, key: Hashable, record: Record, entry: Entry[Any], seconds: float) -> None:
         """Book a graph that is in the cache."""
         record.nbytes = entry.nbytes
         record.settled = entry.hits
-        record.recalled = recalled
         self._nbytes.add(entry.nbytes)
-        if recalled:
-            self._recall.add(seconds)
-        else:
-            record.capture.add(seconds)
-            self._capture.add(seconds)
-            self._measure_half_life()
+        record.capture.add(seconds)
+        self._capture.add(seconds)
+        self._measure_half_life()
         self.seen.pop(key, None)
         self.kept[key] = record
 
     def let_go(self, key: Hashable) -> None:
         """Book that a graph is gone: a capture is dearer next time, unless this one has paid for itself."""
         record = self.kept.pop(key)
-        cost = self.again_seconds(record) if record.recalled else self.capture_seconds(record)
-        paid = record.earned >= cost * record.factor
+        paid = record.earned >= self.capture_seconds(record) * record.factor
         self.raise_price(record, 0.5 if paid else 2.0)
         record.begin()
         self._remember(key, record)
@@ -274,12 +263,6 @@ class Books:
         """What a capture takes: this one's, else what captures do on average, else fifty eager calls."""
         return record.capture.value if record.capture.count else self._typical_capture()
 
-    def again_seconds(self, record: Record) -> float:
-        """What it takes to have a graph of the signature: a capture, unless one can be had back without."""
-        if not record.template:
-            return self.capture_seconds(record)
-        return self._recall.value if self._recall.count else _PRIOR_RECALL * self.capture_seconds(record)
-
     def expected_nbytes(self, record: Record | None) -> int:
         """What a graph of the signature will own: what its last one did, else what graphs do on average."""
         return record.nbytes if record is not None and record.nbytes else math.ceil(self._nbytes.value)
@@ -297,7 +280,7 @@ class Books:
             # Silent for many times as long as it used to be: what is hot has changed. The half-life takes its time.
             usual = record.heat / max(known, 1e-6) * math.log(2.0) / self._half_life
             missed = usual * (self.now - record.last)
-            again = min(self.again_seconds(record), self._typical_capture())
+            again = min(self.capture_seconds(record), self._typical_capture())
             many = max(_SILENT, _SILENT_SHARE * again / saving)
             if missed > many:
                 heat *= (many / missed) ** _SILENT_POWER

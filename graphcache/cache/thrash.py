@@ -15,9 +15,6 @@ AGAIN = 24
 """How many of them are of signatures that had a graph before: three quarters."""
 HITS = 50
 """Hits for each capture, below which captures do not pay: a capture takes as long as some 50 eager calls."""
-RECALL_HITS = 1
-"""The same for graphs that are had back without a capture, which takes somewhat longer than an eager call (H200: 354 µs
-and 267 for a small network, where a hit takes 47)."""
 _REMEMBERED = 1024
 _FEW = 4
 
@@ -30,13 +27,11 @@ class Thrashing:
         again: How many of them were of signatures that had been captured before.
         hits: Calls that replays answered meanwhile.
         shapes: How many signatures they were of.
-        recalled: Whether these were no captures: the graphs were had back from their templates.
     """
 
     again: int
     hits: int
     shapes: int
-    recalled: bool = False
 
     def advice(self, cache: GraphCache[Any], capture: str) -> str:
         """What was seen, and what would help here.
@@ -57,22 +52,18 @@ class Thrashing:
             ways.append("capture only what pays for itself with capture='worthwhile'")
         if self.shapes > _FEW:
             ways.append("pad shapes to a few sizes with buckets")
-        done, what = ("had back", "recalls") if self.recalled else ("captured", "captures")
         return (
-            f"graphs are evicted and {done} again: {self.again} of the last {WINDOW} {what} were of signatures that "
-            f"had a graph before, and only {self.hits} calls were answered by graphs meanwhile. To change that: "
+            f"graphs are evicted and captured again: {self.again} of the last {WINDOW} captures were of signatures "
+            f"that had a graph before, and only {self.hits} calls were answered by graphs meanwhile. To change that: "
             f"{', or '.join(ways)}. (Said once.)"
         )
 
 
 class Thrash:
-    """Watches the captures of one module, or its recalls, and says once that they are in vain.
+    """Watches the captures of one module, and says once that they are in vain.
 
     Of the last 32 captures at least 24 were of signatures that had been captured before, and fewer than 50 calls were
-    answered by graphs for each of the 32; of recalls, fewer than one. A signature is remembered for 1024 others.
-
-    Args:
-        recalls: Whether it watches recalls.
+    answered by graphs for each of the 32. A signature is remembered for 1024 others.
 
     Example:
         >>> thrash = Thrash()
@@ -81,16 +72,14 @@ class Thrash:
         [(32, Thrashing(again=24, hits=0, shapes=9))]
     """
 
-    def __init__(self, *, recalls: bool = False) -> None:
-        self._recalls = recalls
-        self._wanted = WINDOW * (RECALL_HITS if recalls else HITS)
+    def __init__(self) -> None:
         self._before: OrderedDict[int, None] = OrderedDict()
         self._last: deque[tuple[int, bool]] = deque(maxlen=WINDOW)
         self._hits: deque[int] = deque(maxlen=WINDOW)
         self._said = False
 
     def captured(self, key: Hashable, hits: int) -> Thrashing | None:
-        """Note a capture, or a recall.
+        """Note a capture.
 
         Args:
             key: Its signature.
@@ -110,10 +99,10 @@ class Thrash:
         if len(self._before) > _REMEMBERED:
             self._before.popitem(last=False)
         again, gained = sum(was for _, was in self._last), hits - self._hits[0]
-        if len(self._last) < WINDOW or again < AGAIN or gained >= self._wanted:
+        if len(self._last) < WINDOW or again < AGAIN or gained >= WINDOW * HITS:
             return None
         self._said = True
-        return Thrashing(again, gained, len({number for number, _ in self._last}), self._recalls)
+        return Thrashing(again, gained, len({number for number, _ in self._last}))
 
     def forget(self) -> None:
         """Begin anew: the graphs were dropped for another reason."""

@@ -96,8 +96,9 @@ def bench(
     made = [found.call(point, generator) for point in points(shapes)]
     options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "capture": capture}
     options |= {"max_graphs": max_graphs} if max_graphs is not None else {}
+    options |= {"max_bytes": max_bytes} if max_bytes is not None else {}
     with (
-        graphcache.wrap(found.module, max_bytes=max_bytes, **options) as fast,
+        graphcache.wrap(found.module, **options) as fast,
         torch.no_grad(),
         progress("" if watch else "Running") as show,
         Watch(fast, enabled=watch) as seen,

@@ -84,11 +84,12 @@ def prepare(
         raise click.UsageError("Nothing to prepare: give --shapes, or --manifest with a file that was written before.")
     found = resolve(target, shapes, device)
     given = _calls(found, shapes) if shapes else [manifest]
-    room = max_graphs if max_graphs is not None else max(32, len(given))
-    if not shapes and max_graphs is None:
-        room = max(32, len(graphcache.Manifest.load(_there(manifest)).entries))
+    if max_graphs is None:
+        wanted = len(given) if shapes else len(graphcache.Manifest.load(_there(manifest)).entries)
+        max_graphs = max(graphcache.GraphConfig.max_graphs, wanted)
     options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "capture": "prepared"}
-    with graphcache.wrap(found.module, max_graphs=room, max_bytes=max_bytes, **options) as fast:
+    options |= {"max_bytes": max_bytes} if max_bytes is not None else {}
+    with graphcache.wrap(found.module, max_graphs=max_graphs, **options) as fast:
         try:
             with _MODES[mode]():
                 done = fast.prepare(*given, deadline=deadline)

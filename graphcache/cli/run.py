@@ -147,7 +147,8 @@ def run(
     found = resolve(target, shapes, device)
     generator = torch.Generator().manual_seed(seed)
     calls = [found.given(loaded)] if loaded else [found.call(point, generator) for point in points(shapes) or [{}]]
-    options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "max_graphs": max(32, len(calls))}
+    room = max(graphcache.GraphConfig.max_graphs, len(calls))
+    options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "max_graphs": room}
     rows: list[Turns] = []
     with (
         graphcache.wrap(found.module, **options) as fast,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.executables import Executables
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.slots import ALIGNMENT, Slot
-
-if TYPE_CHECKING:
-    from graphcache.graphs.template import Template
 
 _empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
@@ -45,8 +42,6 @@ class CudaGraph:
         keep: Whatever the captured kernels refer to: contexts, scratch memory, memory pools, weights.
         release: Gives that back; called once, after the last launch has finished.
         pool_bytes: What of the lane's memory this graph alone uses.
-        template: What it can be had back from when it was closed.
-        upload: Whether to wait until the device has it, rather than to leave that to the first launch.
 
     Raises:
         Refusal: If the graph has no nodes. ``release`` was called then, as it is when instantiating fails.
@@ -65,8 +60,6 @@ class CudaGraph:
         keep: object,
         release: Callable[[], object],
         pool_bytes: int = 0,
-        template: Template | None = None,
-        upload: bool = True,
     ) -> None:
         self.executables: Executables | None = None
         with ExitStack() as undo:
@@ -74,10 +67,9 @@ class CudaGraph:
             self._nodes = driver.node_count(captured)
             if self._nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
-            stream = own_stream(lane.index, "capture").cuda_stream if upload else None
+            stream = own_stream(lane.index, "capture").cuda_stream
             self.executables = Executables(captured, inputs, outputs, stream, lane)
             undo.pop_all()
-        self.template = template
         self.captured: Any = captured
         self.launcher = driver.binding().cuGraphLaunch
         self.inputs = tuple(inputs)
@@ -213,7 +205,6 @@ class CudaGraph:
             held = [self.inputs, self.outputs, self._keep, self.ready]
             release, self._release = self._release, _nothing
             self.inputs, self.outputs, self.ready, self._keep, self.pinned = (), (), None, None, None
-            self.template = None
 
             def destroy() -> None:
                 try:

@@ -91,6 +91,11 @@ def primary_context(index: int) -> Any:
     return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", index))
 
 
+def total_memory(index: int) -> int:
+    """The memory of a device, in bytes."""
+    return int(call("cuDeviceTotalMem", call("cuDeviceGet", index)))
+
+
 def new_stream() -> Any:
     """A stream that does not wait for the legacy default stream (``CU_STREAM_NON_BLOCKING``)."""
     return call("cuStreamCreate", binding().CUstream_flags.CU_STREAM_NON_BLOCKING)

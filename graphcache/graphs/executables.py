@@ -59,7 +59,7 @@ class Executables:
         captured: The ``CUgraph``, which must outlive this object.
         inputs: The slots of the inputs; the address of one without pointers counts as 0.
         outputs: Those of the outputs, likewise.
-        stream: A raw handle; the first executable is uploaded there. ``None`` leaves it to the first launch.
+        stream: A raw handle; the first executable is uploaded there.
         lane: Knows which graph was launched last.
 
     Raises:
@@ -68,9 +68,7 @@ class Executables:
 
     __slots__ = ("_captured", "_inputs", "_lane", "_pointers", "handles", "nbytes", "table", "width")
 
-    def __init__(
-        self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int | None, lane: Lane
-    ) -> None:
+    def __init__(self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int, lane: Lane) -> None:
         nodes = driver.node_count(captured)
         self._captured = captured
         self._lane = lane

@@ -59,15 +59,6 @@ class Pointer:
         self.arguments = arguments
         self.keep = keep
 
-    def point_template(self) -> None:
-        """Give the node's parameters, as every pointer into it has them now, to the graph that executables are made of.
-
-        Raises:
-            CudaError: If the driver refuses.
-        """
-        node, params, *context = self.arguments
-        driver.call("cuGraphMemcpyNodeSetParams" if context else "cuGraphKernelNodeSetParams", node, params)
-
     @property
     def raw(self) -> tuple[bool, int, int, int, int, int]:
         """The same for compiled code.

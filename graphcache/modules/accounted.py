@@ -184,9 +184,8 @@ class Accounted(StandIn):
             padded=0 if self._bucketed is None else self._bucketed.padded,
             eager_seconds=account.eager_seconds,
             saved_seconds=account.saved_seconds,
-            budget=self.config.max_bytes,
+            budget=self._cache.max_bytes,
             process_nbytes=arbiter.nbytes if arbiter is not None else 0,
-            recalls=self.ledger.recalls,
         )
         for part in self._parts.active():
             found = part.cache_info()

@@ -112,14 +112,13 @@ class CachedModule(Portable, Accounted):
 
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
-            misses.leaves(key, entry.graph)
             misses.admission.evicted(key, entry)
             seen.retire(key, entry.hits)
             ledger.evicted(Evicted(key, entry.hits))
 
-        cache: GraphCache[Recorded] = GraphCache(
-            max_graphs=config.max_graphs, max_bytes=config.max_bytes, on_evict=evicted
-        )
+        # A share of the device's memory is known when the first call has told which device it is.
+        max_bytes = None if config.max_bytes == "auto" else config.max_bytes
+        cache: GraphCache[Recorded] = GraphCache(max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=evicted)
 
         def told_again(signature: Signature, cause: Cause, count: int) -> None:
             ledger.ran_eagerly_again(cause, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.signature import Signature
-from graphcache.cache.templates import Templates
 from graphcache.cache.thrash import Thrash
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
 from graphcache.events import Captured, Ledger, log
+from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.background import nothing
@@ -28,13 +28,16 @@ from graphcache.modules.cold import ColdCalls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.preparing import Preparation, preparing
-from graphcache.modules.record import Kept, Recorded, Recorder
+from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
 from graphcache.modules.remembered import Remembered
 from graphcache.modules.room import Room
 
 _SAMPLES = 3
+_SHARE = 0.25
+"""Of a device's memory: what the graphs of one module may own unless ``max_bytes`` says otherwise. The rest is for
+weights, eager execution and other modules."""
 
 
 class Captures:
@@ -80,9 +83,7 @@ class Captures:
         """Of the device of the last capture."""
         self.cold: ColdCalls | None = None
         """What need not be asked about for a while; ``None`` where every call has to be looked at."""
-        self.templates: Templates[Kept] = Templates(config.templates, self.admission.forgot_template)
-        """What evicted graphs can be had back from."""
-        self._thrash = {recalls: Thrash(recalls=recalls) for recalls in (False, True)}
+        self._thrash = Thrash()
         self.lock = threading.RLock()
         """Held while a call is captured, and by whoever drops graphs."""
         self.cuda = self._engine is not None
@@ -113,10 +114,8 @@ class Captures:
         with self.lock:
             self.generation += 1
             self._cache.clear(wait=wait)
-            self.templates.clear()
             self._look_at_all()
-            for each in self._thrash.values():
-                each.forget()
+            self._thrash.forget()
             self.blocks.clear()
             self.recorder.release(wait=wait)
             self._cache.shared = 0
@@ -164,8 +163,7 @@ class Captures:
 
             outcome: Recorded | Cause
             try:
-                recalled = self._recall(signature, inputs, begin)
-                answer, outcome = recalled or self._attempt(args, kwargs, inputs, begin, known)
+                answer, outcome = self._attempt(args, kwargs, inputs, begin, known)
             finally:
                 self._drop_broken()
             if known is not None and outcome is known.graph:
@@ -175,8 +173,7 @@ class Captures:
             if known is not None and signature in self._cache.entries:
                 self._cache.evict(signature)
             seconds = time.perf_counter() - start
-            call, again = (args, kwargs), recalled is not None
-            return answer, self._finish(signature, outcome, inputs, call, seconds, room, preparation, recalled=again)
+            return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
 
     def _attempt(
         self,
@@ -191,38 +188,6 @@ class Captures:
         with self.gate.shared():
             graph = None if known is None else known.graph
             return self.recorder.attempt(args, kwargs, inputs, begin=begin, known=graph)
-
-    def leaves(self, signature: Hashable, recorded: Recorded) -> None:
-        """Keep what a graph that is about to be closed can be had back from; for the cache's ``on_evict``."""
-        kept = self.recorder.keeps(recorded.graph) if self.templates.most else None
-        if kept is not None:
-            self.templates.put(signature, kept, recorded.generation)
-        elif self.templates.most:
-            self.admission.forgot_template(signature)
-
-    def _recall(
-        self, signature: Signature, inputs: Sequence[Tensor], begin: Callable[[], None]
-    ) -> tuple[Any, Recorded] | None:
-        """Answer a call by a graph that was evicted, if it can be had back; if not, it is to be captured."""
-        if signature not in self.templates:
-            return None
-        try:
-            begin()
-        except Refusal:
-            # Whoever captures is told the same. There may be room another time.
-            return None
-        kept = self.templates.take(signature)
-        if kept is None:
-            return None
-        try:
-            return kept.recall(inputs)
-        except Exception as error:
-            # Whatever it was, the capture that follows meets it too, or does without.
-            log.debug("%s: an evicted graph is captured anew: %s", self._ledger.name, error)
-            self.admission.forgot_template(signature)
-            return None
-        finally:
-            kept.close()
 
     def _drop_broken(self) -> None:
         """Take out what the recorder has closed: nobody would capture it again as long as it seems to be there."""
@@ -255,12 +220,9 @@ class Captures:
         seconds: float,
         room: Room,
         preparation: Preparation | None,
-        *,
-        recalled: bool = False,
     ) -> Cause | None:
         """Keep a graph, or remember why there is none, which is returned."""
         if isinstance(outcome, Recorded):
-            outcome.generation = self.templates.generation
             try:
                 self._cache.shared = self.recorder.shared_nbytes
                 room.settle(outcome.nbytes)
@@ -273,18 +235,14 @@ class Captures:
                 # Closing an evicted graph failed. This call has its answer all the same.
                 outcome = refusal_of(error, self._ledger.name).cause
         if isinstance(outcome, Recorded):
-            self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes, recalled))
+            self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
             self.remembered.note(signature, *call)
-            replay = None if recalled else self._replay_seconds(outcome, inputs)
-            slower = self.admission.captured(
-                signature, seconds, replay=replay, preparing=preparation is not None, recalled=recalled
-            )
+            replay = self._replay_seconds(outcome, inputs)
+            slower = self.admission.captured(signature, seconds, replay=replay, preparing=preparation is not None)
             if slower is not None:
                 self._cache.evict(signature)
-            if self.templates.most and getattr(outcome.graph, "template", None) is not None:
-                self.admission.has_template(signature)
             if preparation is None:
-                self._notice_thrash(signature, recalled)
+                self._notice_thrash(signature)
                 return None
             preparation.keep(self._cache.entries, signature)
             return slower
@@ -313,7 +271,10 @@ class Captures:
 
     def _arbiter(self, inputs: Sequence[Tensor]) -> Arbiter:
         """Whoever bounds what all modules of the call's device own together."""
-        found = self.arbiter = arbiter(self._device(inputs))
+        device = self._device(inputs)
+        if self._config.max_bytes == "auto" and self._cache.max_bytes is None and self.cuda:
+            self._cache.max_bytes = int(driver.total_memory(device.index) * _SHARE)
+        found = self.arbiter = arbiter(device)
         found.register(self._cache)
         return found
 
@@ -322,7 +283,7 @@ class Captures:
             return self._engine.device
         return next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
 
-    def _notice_thrash(self, signature: Signature, recalled: bool) -> None:
+    def _notice_thrash(self, signature: Signature) -> None:
         hits = self._ledger.retired_hits + sum(entry.hits for entry in list(self._cache.entries.values()))
-        if (seen := self._thrash[recalled].captured(signature, hits)) is not None:
+        if (seen := self._thrash.captured(signature, hits)) is not None:
             log.warning("%s: %s", self._ledger.name, seen.advice(self._cache, self._config.capture))

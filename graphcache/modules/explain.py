@@ -244,8 +244,6 @@ def _look(fast: CachedModule, signature: Signature) -> Explained:
     if (blocked := misses.blocks.look(signature)) is not None and blocked[1] != 0:
         cause, wait = blocked
         note = f"another capture is tried after {wait} calls" if wait is not None else ""
-    elif signature in misses.templates:
-        note = "it had a graph, which was evicted and can be had back without a capture"
     elif known.capture is not None:
         note = "it had a graph, which was evicted"
     nearest: str = ""

@@ -23,9 +23,9 @@ class CacheInfo:
         eager_seconds: What eager execution of all calls that were measured would have taken, in seconds; they are with
             ``capture="worthwhile"``.
         saved_seconds: What replays have saved of that.
-        budget: Bytes that the graphs may own, ``None`` for no bound.
+        budget: Bytes that the graphs may own, ``None`` for no bound; with ``max_bytes="auto"`` it is known from the
+            first capture on.
         process_nbytes: Bytes that the graphs of all modules of the process on this device own; 0 before a capture.
-        recalls: Of the captures, those of graphs that had been evicted and were only instantiated anew.
     """
 
     hits: int = 0
@@ -40,7 +40,6 @@ class CacheInfo:
     saved_seconds: float = 0.0
     budget: int | None = 0
     process_nbytes: int = 0
-    recalls: int = 0
 
     def __add__(self, other: CacheInfo) -> CacheInfo:
         eager = {
@@ -60,5 +59,4 @@ class CacheInfo:
             None if self.budget is None or other.budget is None else self.budget + other.budget,
             # Both are parts of the same.
             max(self.process_nbytes, other.process_nbytes),
-            self.recalls + other.recalls,
         )

@@ -29,7 +29,7 @@ class Recorded:
         bare: Whether the answer is the graph's only output itself.
     """
 
-    __slots__ = ("bare", "build", "generation", "graph", "nbytes", "replay", "single", "trace", "version", "whole")
+    __slots__ = ("bare", "build", "graph", "nbytes", "replay", "single", "trace", "version", "whole")
 
     def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
         self.graph = graph
@@ -46,8 +46,6 @@ class Recorded:
         """That of the module's guard when the graph was last proven right."""
         self.trace = b""
         """A digest of what the call did, see :class:`~graphcache.capture.effects.Effects`."""
-        self.generation = -1
-        """That of the templates when it was captured."""
 
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""
@@ -56,16 +54,6 @@ class Recorded:
 
 def nothing() -> None:
     """Begins without asking for anything."""
-
-
-class Kept(Protocol):
-    """What is left of an evicted graph; see :class:`~graphcache.modules.recall.Recallable`."""
-
-    def recall(self, inputs: Sequence[Tensor]) -> tuple[Any, Recorded]:
-        """Answer a call of the graph's signature by the graph, which is one again."""
-
-    def close(self) -> None:
-        """Let go of it."""
 
 
 class Recorder(Protocol):
@@ -95,9 +83,6 @@ class Recorder(Protocol):
         Returns:
             The eager answer, and either the graph or why there is none.
         """
-
-    def keeps(self, graph: Graph) -> Kept | None:
-        """What a graph that is about to be closed can be had back from without a capture, if it can."""
 
     def release(self, *, wait: bool = True) -> None:
         """Give back what the graphs shared; they were closed before.

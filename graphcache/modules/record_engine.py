@@ -23,12 +23,10 @@ from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane, own_stream
-from graphcache.graphs.pointers import CannotBind, Pointer, elsewhere, find_pointers
+from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
-from graphcache.graphs.template import Template
-from graphcache.graphs.verify import difference, tolerance_of, verify
+from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.recall import Recallable, perturbed
 from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.shared_contexts import SharedContexts
 
@@ -105,15 +103,6 @@ class EngineRecorder:
         self._contexts.broken.clear()
         return broken
 
-    def keeps(self, graph: Graph) -> Recallable | None:
-        if not isinstance(graph, CudaGraph):
-            return None
-        with self._module.lane.lock:
-            template, shared = graph.template, self._contexts.of(graph)
-            if template is None or shared is None:
-                return None
-            return Recallable(self._module, template, self._contexts, shared, self._build)
-
     def release(self, *, wait: bool = True) -> None:
         self._contexts.release(wait=wait)
 
@@ -150,7 +139,10 @@ class EngineRecorder:
             return [output.clone() for output in outputs]
 
         expected = run(given)
-        others = perturbed(module, given, static)
+        others = [
+            value if binding.on_host else other
+            for binding, value, other in zip(module.engine.inputs, given, perturb(static), strict=True)
+        ]
         expected_others = run(others) if self._config.verify else []
         again = run(given)
         torch.cuda.current_stream().synchronize()
@@ -165,7 +157,7 @@ class EngineRecorder:
                 )
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
         full_edges = self._config.edges == "full"
-        io = _EngineIO(module, context, profile, static, plain, outputs, lane, full_edges=full_edges, shared=shared)
+        io = _EngineIO(module, context, profile, static, plain, outputs, lane, full_edges=full_edges)
 
         def verified(graph: CudaGraph) -> CudaGraph:
             if self._config.verify:
@@ -212,12 +204,10 @@ class _EngineIO:
         lane: Lane,
         *,
         full_edges: bool,
-        shared: bool,
     ) -> None:
         self._module = module
         self._lane = lane
         self._full_edges = full_edges
-        self._shared = shared
         self._context = context
         self._profile = profile
         self.returns_context = False
@@ -251,8 +241,6 @@ class _EngineIO:
                 after.callback(driver.call, "cuGraphDestroy", second)
                 pointers = find_pointers(first, second, ours, others)
             undo.pop_all()
-        if self._shared:
-            return self._template(first, ours, pointers).graph(ours)
         places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
         return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
 
@@ -301,13 +289,6 @@ class _EngineIO:
         self._context.set_inputs(inputs, self._profile, stream)
         self._context.set_outputs(list(given))
 
-    def _template(self, captured: Any, tensors: Sequence[Tensor], pointers: Sequence[Sequence[Pointer]]) -> Template:
-        """Where the context outlives the graph anyway. A context of the graph's own would take memory for nothing."""
-        on_host = [self._all_inputs[index] for index in self._module.host_inputs]
-        keep = self._context, self._context.scratch, on_host
-        count = len(self._inputs)
-        return Template(captured, tensors, pointers, self._direct, inputs=count, lane=self._lane, keep=keep)
-
     def _graph(self, captured: Any, slots: Sequence[Slot]) -> CudaGraph:
         count = len(self._inputs)
         return CudaGraph(
@@ -315,7 +296,8 @@ class _EngineIO:
             inputs=slots[:count],
             outputs=slots[count:],
             lane=self._lane,
-            keep=(self._context, self._all_inputs),
+            # Another graph of the context may give it other scratch memory.
+            keep=(self._context, self._context.scratch, self._all_inputs),
             release=lambda: self._release(captured),
             # Scratch memory of the module's own lane serves all of its graphs.
             pool_bytes=0 if self._lane is self._module.lane else self._module.engine.scratch_bytes,

@@ -208,10 +208,6 @@ class TorchRecorder:
     def take_broken(self) -> list[Graph]:
         return []
 
-    def keeps(self, graph: Graph) -> None:
-        # Its static inputs and its memory pool would have to stay: what an eviction is to give back.
-        return None
-
     def release(self, *, wait: bool = True) -> None:
         for lane in self._lanes.values():
             lane.close(wait=wait)

@@ -14,7 +14,7 @@ from graphcache.cache.reservation import Reservation
 class Room:
     """Reservations for one capture, given back at the end of a ``with`` block.
 
-    Where bytes are bounded, graphs go before another is captured, so that the peak stays in the budget. Where only
+    Where bytes are short, graphs go before another is captured, so that the peak stays in the budget. Where only
     their number is, they go when it is there: a capture that fails costs no graph then.
 
     Args:
@@ -40,7 +40,8 @@ class Room:
         Raises:
             Refusal: With ``OVER_BUDGET``, if there is none to be made.
         """
-        if self._cache.max_bytes is not None and self.own is None:
+        most = self._cache.max_bytes
+        if most is not None and self._cache.nbytes + nbytes > most and self.own is None:
             self.own = self._held.enter_context(self._cache.reserve(nbytes, instead_of=key))
         if self._arbiter.max_bytes is not None and self._shared is None:
             self._shared = self._held.enter_context(self._arbiter.reserve(nbytes))

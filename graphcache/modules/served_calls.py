@@ -107,7 +107,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     chosen = [
         entry
         for entries in by_part.values()
-        for entry in plan(entries, fast.config.max_graphs, fast.config.max_bytes, seconds)
+        for entry in plan(entries, fast.config.max_graphs, fast._cache.max_bytes, seconds)
     ]
     chosen.sort(key=lambda entry: -entry.hits)
     jobs = [

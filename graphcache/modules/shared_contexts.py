@@ -14,9 +14,8 @@ from graphcache.engines.context import Context
 from graphcache.events import log
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.verify import alike, perturb
+from graphcache.graphs.verify import alike
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import refill
 
 MOST = 129
 """Graphs of one context, where a cache may have more. Each capture there replays all of them twice, some 40 µs each for
@@ -34,39 +33,15 @@ class Shared:
         context: The context.
         profile: The optimisation profile that it is used with.
         graphs: Those that are there; whoever uses the context looks at all of them.
-        given: Of these, those whose static inputs hold what a caller gave, which may be all zero.
-        uses: How often it was used to capture, or to try.
-        trusted: Whether no graph was seen to answer otherwise than before.
     """
 
     context: Context
     profile: int
     graphs: WeakSet[CudaGraph] = field(default_factory=WeakSet)
-    given: WeakSet[CudaGraph] = field(default_factory=WeakSet)
-    uses: int = 0
-    trusted: bool = True
-
-    def add(self, graph: CudaGraph, *, given: bool = False) -> None:
-        """Look at a graph from now on whenever the context is used.
-
-        Args:
-            graph: The graph.
-            given: Whether its static inputs hold what a caller gave: other values are made of them before.
-        """
-        self.graphs.add(graph)
-        if given:
-            self.given.add(graph)
 
     def live(self) -> list[CudaGraph]:
         """The graphs that are open."""
         return [graph for graph in self.graphs if graph.executables is not None]
-
-    def vary(self) -> None:
-        """See to it that all static inputs hold what verification would have tried, as after a capture."""
-        for graph in list(self.given):
-            buffers = [slot.buffer for slot in graph.inputs]
-            refill(buffers, perturb(buffers))
-        self.given.clear()
 
 
 class SharedContexts:
@@ -109,32 +84,15 @@ class SharedContexts:
         """
         shared = self._with_room(scratch, profile)
         graphs = shared.live()
-        shared.vary()
         before = self._answers(graphs)
         self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
-        shared.uses += 1
         with ExitStack() as undo:
             undo.callback(self._check, shared, graphs, before)
             # After a failure nobody knows what state it is in; its graphs keep it.
             undo.callback(self._open.remove, shared)
-            yield shared.context, shared.add
+            yield shared.context, shared.graphs.add
             undo.pop_all()
         self._check(shared, graphs, before)
-
-    def of(self, graph: CudaGraph) -> Shared | None:
-        """The context that a graph shares with others, if it does and none of them was seen to go wrong."""
-        return next((shared for shared in self._open if graph in shared.graphs), None)
-
-    def distrust(self, shared: Shared) -> None:
-        """Close the graphs of a context of which one was found to answer otherwise; nothing is shared any more."""
-        log.warning(
-            "%s: a graph that was evicted answers differently since its execution context was used for another shape; "
-            "the graphs of that context were dropped, and each graph has a context of its own from now on, as with "
-            "contexts='private'",
-            self._module.name,
-        )
-        self.shares = False
-        self._drop(shared, shared.live())
 
     def release(self, *, wait: bool) -> None:
         """Give back the contexts that no graph needs any more, once the last replay is over; let go of the others.
@@ -174,7 +132,7 @@ class SharedContexts:
             same = alike(self._answers(graphs), before)
         except BaseException:
             # Nobody knows whether they are still right. The new one is nobody's.
-            self._drop(shared, shared.live())
+            self._drop(shared.live())
             raise
         if same:
             return
@@ -185,10 +143,9 @@ class SharedContexts:
             len(graphs),
         )
         self.shares = False
-        self._drop(shared, graphs)
+        self._drop(graphs)
 
-    def _drop(self, shared: Shared, graphs: Sequence[CudaGraph]) -> None:
-        shared.trusted = False
+    def _drop(self, graphs: Sequence[CudaGraph]) -> None:
         self._open.clear()
         for graph in graphs:
             graph.close(wait=False)

@@ -86,7 +86,6 @@ class Collector:
         counters = {
             "graphcache_replays": ("Calls answered by a graph.", "hits"),
             "graphcache_captures": ("Graphs captured.", "captures"),
-            "graphcache_recalls": ("Of the captures, those of graphs that only had to be instantiated.", "recalls"),
             "graphcache_evictions": ("Graphs closed, whatever the cause.", "evictions"),
         }
         for name, (text, field) in counters.items():

@@ -11,7 +11,7 @@ from torch import nn
 import graphcache
 from bench import evictions
 from graphcache.graphs import driver
-from tests.graphs.fake_driver import Torch, installed
+from tests.graphs.fake_driver import installed
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 
@@ -28,24 +28,17 @@ def test_it_is_put_back_whatever_happens():
     assert driver.instantiate is before
 
 
-def test_captures_and_recalls_are_seen_to_take_time(monkeypatch):
+def test_captures_are_seen_to_take_time(monkeypatch):
     with installed(*MODULES, patch=monkeypatch) as fake:
         prepare(fake, monkeypatch)
         fast = graphcache.wrap(load("affine"), max_graphs=1)
-        captured, recalled = {}, {}
+        captured = {}
         with evictions.timed(captured):
-            passes(fast, fake)
-        with evictions.timed(recalled):
-            passes(fast, fake)
+            for count in (1, 2):
+                fast(rows(fake, count))
         fast.close()
-    assert fast.cache_info().recalls == 2
-    assert {"instantiate", "verification", "addresses", "eager runs and capture"} <= set(captured)
-    assert set(recalled) == {"instantiate", "move the template", "close what was evicted"}
-
-
-def passes(fast: graphcache.CachedModule, fake: Torch) -> None:
-    for count in (1, 2):
-        fast(rows(fake, count))
+    wanted = {"instantiate", "verification", "addresses", "eager runs and capture", "close what was evicted"}
+    assert wanted <= set(captured)
 
 
 def test_what_is_no_wrapped_module_has_no_captures():

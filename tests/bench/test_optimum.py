@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.optimum import Times, optimum, with_recalls
+from bench.optimum import Times, optimum
 from bench.simulate import always_eager, graphcache, least_recently_used
 
 
@@ -39,43 +39,6 @@ tables = st.lists(st.builds(Times, whole, whole, st.integers(0, 12)), min_size=4
 def test_it_is_the_least_of_all_ways(calls, times, slots):
     table = dict(enumerate(times))
     assert optimum(calls, table, slots) == every_way(tuple(calls), table, slots)
-
-
-def with_templates(calls: tuple[int, ...], times: dict[int, Times], slots: int, recall: float) -> float:
-    """As :func:`every_way`, where a signature that was captured once has its graph back for ``recall``."""
-
-    @cache
-    def rest(index: int, held: frozenset[int], known: frozenset[int]) -> float:
-        if index == len(calls):
-            return 0
-        signature = calls[index]
-        eager, replay, capture = times[signature]
-        if signature in held:
-            return replay + min(rest(index + 1, held, known), rest(index + 1, held - {signature}, known))
-        price = min(recall, capture) if signature in known else capture
-        without = [held - dropped for dropped in (frozenset(), *({each} for each in held))]
-        ways = [rest(index + 1, kept, known) for kept in without]
-        more = known | {signature}
-        ways += [price + rest(index + 1, kept | {signature}, more) for kept in without if len(kept) < slots]
-        return eager + min(ways)
-
-    return rest(0, frozenset(), frozenset())
-
-
-@settings(max_examples=200)
-@given(st.lists(st.integers(0, 2), max_size=10), tables, st.integers(1, 2), whole)
-def test_what_is_reached_with_recalls_lies_between(calls, times, slots, recall):
-    """It can be reached, so that it is never less than the least; and it is no worse than without any."""
-    table = dict(enumerate(times))
-    reached = with_recalls(calls, table, slots, recall)
-    assert with_templates(tuple(calls), table, slots, recall) <= reached + 1e-9
-    assert reached <= optimum(calls, table, slots)
-
-
-def test_graphs_that_come_back_for_nothing_are_as_good_as_those_that_stay():
-    table = {signature: Times(3.0, 1.0, 5.0) for signature in range(2)}
-    calls = ([0] * 4 + [1] * 4) * 50
-    assert with_recalls(calls, table, 1, recall=0.0) < optimum(calls, table, 1)
 
 
 costs = st.builds(Times, st.floats(1e-4, 1e-3), st.floats(1e-5, 1e-3), st.floats(1e-4, 1e-2))

@@ -332,30 +332,6 @@ def test_after_an_eviction_before_it_paid_the_price_doubles_each_time():
     assert waits == [math.ceil(times * price) for times in (1, 2, 4, 8)]
 
 
-def test_a_graph_that_can_be_had_back_is_asked_for_sooner():
-    calls = {}
-    for template in (False, True):
-        served = taught(keys="ab", slots=1)
-        served.until_captured("a")
-        for _ in range(400):
-            served.call("a")
-        if template:
-            served.admission.has_template("a")
-        served.cache.evict("a")
-        calls[template] = served.until_captured("a")
-    assert calls[True] < calls[False] / 4
-    assert calls[True] >= 2, "one call is never enough"
-
-
-def test_what_was_forgotten_of_it_makes_it_dear_again():
-    served = taught(slots=1)
-    served.admission.has_template("a")
-    served.admission.forgot_template("a")
-    served.admission.forgot_template("never seen")
-    plain = taught(slots=1)
-    assert served.until_captured("a") == plain.until_captured("a")
-
-
 def test_a_graph_that_has_paid_may_come_back_at_the_same_price():
     served = taught()
     first = served.until_captured("a")

@@ -41,14 +41,6 @@ def test_captures_that_do_not_pay_are_whatever_the_hits(hits: int) -> None:
     assert len(captures([index % 9 for index in range(100)], hits)) == 1
 
 
-@pytest.mark.parametrize(("hits", "told"), [(0, 1), (2, 0), (10, 0)])
-def test_recalls_pay_with_a_hit_or_two_each(hits: int, told: int) -> None:
-    thrash = Thrash(recalls=True)
-    found = [seen for index in range(100) if (seen := thrash.captured(index % 9, hits * index))]
-    assert len(found) == told
-    assert all(each.recalled for each in found)
-
-
 def test_a_quarter_of_new_shapes_is_the_limit() -> None:
     def mixed(new: int) -> list[Any]:
         return [("new", index) if index % 8 < new else ("old", index % 8) for index in range(8 * 30)]

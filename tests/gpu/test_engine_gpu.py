@@ -93,10 +93,10 @@ def test_answers_stay_intact_after_later_calls(load):
         assert close(y, networks.mlp8_reference(x))
 
 
-@pytest.mark.parametrize(("io", "templates"), [("bind", 0), ("bind", 64), ("copy", 0)])
-def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, io, templates):
+@pytest.mark.parametrize("io", ["bind", "copy"])
+def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, io):
     engine = load("mlp8")
-    fast = graphcache.wrap(engine, contexts="shared", io=io, max_graphs=24, templates=templates)
+    fast = graphcache.wrap(engine, contexts="shared", io=io, max_graphs=24)
     draw = random.Random(0)
     sizes = [draw.randint(1, 40) for _ in range(200)]
     for n in sizes:
@@ -106,9 +106,7 @@ def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, 
     assert info.captures > 24
     assert info.hits == len(sizes) - info.captures
     assert fast._misses.recorder._contexts.shares
-    assert len(engine.engine.contexts) <= 2, "one more for eager answers"
-    for shared in fast._misses.recorder._contexts._open:
-        shared.vary()
+    assert len(engine.engine.contexts) <= 2, "one more for eager calls"
     graphs = [entry.graph.graph for entry in fast._entries.values()]
     # A look at NaN would be empty: a graph that has become wrong makes NaN of it as well.
     assert all(slot.buffer.isfinite().all() for graph in graphs for slot in graph.inputs)

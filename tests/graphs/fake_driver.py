@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import capture, copies, copy_kernel, cuda, lane, pointers, pool, single, slots, template
+from graphcache.graphs import capture, copies, copy_kernel, cuda, lane, pointers, pool, single, slots
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -621,6 +621,10 @@ class Driver:
         return ordinal
 
     @_api(1)
+    def cuDeviceTotalMem(self, dev: Any) -> Any:
+        return 2**36
+
+    @_api(1)
     def cuDevicePrimaryCtxRetain(self, dev: Any) -> Any:
         return self._context
 
@@ -882,15 +886,6 @@ class Driver:
             if self.streams[stream].known.get(stream, 0) < tick:
                 # The driver itself would wait; whoever frees the memory next to it would not.
                 raise Violation("an executable was destroyed before its last launch was waited for")
-
-    @_api(0)
-    def cuGraphKernelNodeSetParams(self, hNode: Any, nodeParams: Any) -> None:
-        self._replace(hNode, self._kernel(self._node(hNode, CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL), nodeParams))
-
-    @_api(0)
-    def cuGraphMemcpyNodeSetParams(self, hNode: Any, nodeParams: Any) -> None:
-        node = self._node(hNode, CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY)
-        self._replace(hNode, _Node(node.kind, nodeParams.copy()))
 
     @_api(0)
     def cuGraphExecKernelNodeSetParams(self, hGraphExec: Any, hNode: Any, nodeParams: Any) -> None:
@@ -1319,15 +1314,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    templates: list[weakref.ref[template.Template]] = []
-    make_template = template.Template.__init__
-
-    def remember_template(self: template.Template, *args: Any, **kwargs: Any) -> None:
-        make_template(self, *args, **kwargs)
-        templates.append(weakref.ref(self))
-
-    patch.setattr(template.Template, "__init__", remember_template)
-    for module in (capture, copy_kernel, cuda, lane, pointers, pool, slots, template, *others):
+    for module in (capture, copy_kernel, cuda, lane, pointers, pool, slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)
@@ -1347,9 +1334,6 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         for reference in made:
             if (graph := reference()) is not None:
                 graph.close()
-        for kept in templates:
-            if (found := kept()) is not None:
-                found._captured = None
         for each in lanes:
             if (left := each()) is not None:
                 # Its event is of this driver, and a number to the next one.

@@ -41,7 +41,7 @@ from graphcache.errors import (
 from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import cached, conditions, into, recall, record_engine
+from graphcache.modules import cached, conditions, into, record_engine
 from graphcache.modules import engine as room
 from graphcache.modules.record_torch import TorchRecorder
 from tests.engines import fake_tensorrt
@@ -51,7 +51,7 @@ from tests.graphs.fake_driver import Stream, Torch, Violation, address, installe
 from tests.helpers import in_threads, outcomes, reason
 
 SHORT = ("fresh", "into", "into", "change", "back", "set epoch")
-MODULES = (allocator, context, engine, library, verify, room, record_engine, recall)
+MODULES = (allocator, context, engine, library, verify, room, record_engine)
 
 
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:

@@ -19,7 +19,6 @@ parser = pytest.importorskip("prometheus_client.parser")
 NAMES = {
     "graphcache_replays_total",
     "graphcache_captures_total",
-    "graphcache_recalls_total",
     "graphcache_evictions_total",
     "graphcache_eager_total",
     "graphcache_capture_seconds_count",
@@ -56,7 +55,6 @@ def test_the_values_are_those_of_the_account():
     found, info, module = scraped(fast), fast.cache_info(), ("module", "Fn")
     assert found[("graphcache_replays_total", module)] == info.hits == 2
     assert found[("graphcache_captures_total", module)] == info.captures == 3
-    assert found[("graphcache_recalls_total", module)] == info.recalls == 0
     assert found[("graphcache_evictions_total", module)] == info.evictions == 1
     assert found[("graphcache_eager_total", module, ("reason", "data_dependent"))] == 2
     assert found[("graphcache_capture_seconds_count", module)] == 3
