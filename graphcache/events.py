@@ -110,11 +110,6 @@ class Ledger:
         if self.subscribers:
             self._publish(RanEagerly(cause))
 
-    def ran_eagerly_again(self, cause: Cause, count: int) -> None:
-        """Count eager calls that nobody listened to, and whose cause was told before."""
-        with self._lock:
-            self.eager[cause.reason] += count
-
     def span(self, what: Literal["capture", "eager"]) -> AbstractContextManager[object]:
         """What takes a while, for whoever traces it; PyTorch's profiler does while it runs. No hit comes here."""
         profiled = torch._C._autograd._profiler_enabled()

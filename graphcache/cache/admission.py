@@ -180,43 +180,6 @@ class Admission:
         with self._lock:
             return self._books.ran(key, seconds)
 
-    def ran_again(self, key: Hashable, count: int) -> None:
-        """Note eager calls of a signature that were neither asked for nor measured; see :meth:`unasked`."""
-        with self._lock:
-            record = self._books.ran_again(key, count)
-            self._crowded += count * (record.cause is _CROWDED)
-
-    def renew(self, key: Hashable, count: int) -> tuple[Cause | None, float]:
-        """:meth:`ran_again`, then :meth:`ask` for one call more, and what :meth:`unasked` says then, as one step.
-
-        Returns:
-            Why the next call is to run eagerly, and how many may without asking, that one included; ``None`` if it is
-            to be asked for.
-        """
-        self.ran_again(key, count)
-        if self.policy == "prepared":
-            return _NOT_PREPARED, math.inf
-        with self._lock:
-            record = self._books.seen.get(key)
-            if record is None:
-                return None, 0.0
-            if record.owed >= record.look:
-                cause = self._judge(record)
-                if cause is None:
-                    # Whoever is to capture asks again.
-                    record.look = record.owed
-                    return None, 0.0
-                record.cause = cause
-            return record.cause, record.look - record.owed
-
-    def unasked(self, key: Hashable) -> float:
-        """How many eager calls of a signature may follow before :meth:`ask` could say anything else."""
-        if self.policy == "prepared":
-            return math.inf
-        with self._lock:
-            record = self._books.seen.get(key)
-            return 0 if record is None else max(record.look - record.owed, 0)
-
     def captured(
         self,
         key: Hashable,

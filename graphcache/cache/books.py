@@ -134,20 +134,6 @@ class Books:
         record.last = self.now
         return record.owed
 
-    def ran_again(self, key: Hashable, count: int) -> Record:
-        """Book eager calls that nobody measured, as taking what the signature's took so far."""
-        record = self.find(key)
-        seconds = count * self._eager_seconds(record)
-        record.calls += count
-        record.owed += count
-        self.now += seconds
-        self.eager += seconds
-        self.credit += OVERHEAD * seconds
-        self._cool(record)
-        record.heat += count
-        record.last = self.now
-        return record
-
     def charge(self, key: Hashable, seconds: float, *, free: bool = False) -> Record:
         """Book what a capture took, whatever came of it; the signature owes nothing afterwards.
 

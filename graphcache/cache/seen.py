@@ -70,12 +70,6 @@ class Seen:
             call.count += 1
         return growth
 
-    def again(self, key: Hashable, count: int) -> None:
-        """Some more such calls of a signature that was noted before."""
-        with self._lock:
-            if (call := self._calls.get(key)) is not None:
-                call.count += count
-
     def keys(self) -> list[Hashable]:
         """The signatures that are remembered, the longest unseen first."""
         with self._lock:

@@ -170,7 +170,6 @@ class Accounted(StandIn):
             >>> CachedModule(nn.ReLU()).cache_info().graphs
             0
         """
-        self._misses.settle()
         entries = list(self._entries.values())
         account, arbiter = self._misses.admission.account(), self._misses.arbiter
         own = CacheInfo(
@@ -245,7 +244,6 @@ class Accounted(StandIn):
         if trace is None:
             if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
                 raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
-            self._misses.settle()
             place = place_of(argument, arguments_of(self.module), f"argument={argument!r}")
             trace = self._seen.counts(place, {key: entry.hits for key, entry in list(self._entries.items())})
             if not trace:

@@ -12,13 +12,12 @@ from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.seen import Seen
 from graphcache.cache.signature import Signature, describe, describe_layout, is_flat
 from graphcache.capture.run_gate import RunGate
-from graphcache.config import GraphConfig, graphs_off, modes
-from graphcache.errors import Cause, ClosedError, ConfigError, Refusal
+from graphcache.config import GraphConfig, modes
+from graphcache.errors import ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.accounted import Accounted
 from graphcache.modules.bucketed import UNPADDED, Bucketed
-from graphcache.modules.cold import ColdCalls, Leave
 from graphcache.modules.conditions import (
     current_device,
     dispatch_modes,
@@ -29,7 +28,6 @@ from graphcache.modules.conditions import (
     is_compiling,
     is_grad_enabled,
     is_inference,
-    is_profiled,
     is_tracing,
     raw_stream,
     several_devices,
@@ -43,7 +41,6 @@ from graphcache.modules.module_guards import guard_of
 from graphcache.modules.observers import Observers
 from graphcache.modules.parts import Parts
 from graphcache.modules.portable import Portable
-from graphcache.modules.preparing import preparing
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts, open_to
 
@@ -120,10 +117,6 @@ class CachedModule(Portable, Accounted):
         max_bytes = None if config.max_bytes == "auto" else config.max_bytes
         cache: GraphCache[Recorded] = GraphCache(max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=evicted)
 
-        def told_again(signature: Signature, cause: Cause, count: int) -> None:
-            ledger.ran_eagerly_again(cause, count)
-            seen.again(signature, count)
-
         everybody = Observers() if observers is None else observers
         gate = gate or RunGate(module)
 
@@ -138,10 +131,7 @@ class CachedModule(Portable, Accounted):
         misses = Misses(module, run or module, config, ledger, cache, parts, guard, gate)
         misses.forget_shortcuts = shortcuts.clear
         beside = config.capture_in == "background"
-        # Of what an engine binds itself, or a bucket might answer, every call is looked at.
         binds = engine is not None and (bool(engine.host_inputs) or engine.takes_numbers)
-        if config.capture != "first" and config.buckets is None and not binds:
-            misses.cold = ColdCalls(shortcuts, told_again, misses.admission)
         bucketed = (
             None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen, beside=beside)
         )
@@ -162,7 +152,6 @@ class CachedModule(Portable, Accounted):
             # The same, compiled; None until a graph is known there.
             _table=None,
             _misses=misses,
-            _cold=misses.cold,
             _seen=seen,
             _bucketed=bucketed,
             _guard=guard,
@@ -226,8 +215,6 @@ class CachedModule(Portable, Accounted):
         if shortcut is None:
             return self.forward(*args)
         entry, fire, _, index, epoch = shortcut
-        if entry is None:
-            return self._coldly(args, fire)
         if modes.get().off or dispatch_modes() or transforms() is not None:
             return self.forward(*args)
         stream = raw_stream(index)
@@ -308,27 +295,6 @@ class CachedModule(Portable, Accounted):
         except Exception:
             # Several arguments, or something that is no tensor.
             return self._shortcuts.get(describe_layout(args)) if len(args) > 1 else None
-
-    def _coldly(self, args: tuple[Any, ...], leave: Leave) -> Any:
-        """Answer a call eagerly without a look, unless something has changed since the last one.
-
-        It is not asked what the call is traced or captured into: the answer is the same, and so is all but the reason
-        that would be counted.
-        """
-        mode, misses, engine, ledger = modes.get(), self._misses, self._engine, self.ledger
-        if mode.graphs is not None or is_grad_enabled() or is_any_autocast_enabled() or preparing.get() is not None:
-            return self.forward(*args)
-        if misses.closed or ledger.subscribers or ledger.tracers or is_profiled():
-            return self.forward(*args)
-        if leave.index is not None and several_devices() and leave.index != current_device():
-            return self.forward(*args)
-        if next(leave.calls, None) is None and not self._cold.renew(leave):
-            return self.forward(*args)
-        if engine is not None:
-            # No mode says that it uses graphs of its own. What calling it adds is hooks.
-            return engine(*args) if has_hooks(engine) else engine.forward(*args)
-        with graphs_off():
-            return misses.run(*args)
 
     def _device_only(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._host_inputs:

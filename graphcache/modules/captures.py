@@ -24,7 +24,6 @@ from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.background import nothing
-from graphcache.modules.cold import ColdCalls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.preparing import Preparation, preparing
@@ -81,8 +80,6 @@ class Captures:
         """What calls were like, for a manifest."""
         self.arbiter: Arbiter | None = None
         """Of the device of the last capture."""
-        self.cold: ColdCalls | None = None
-        """What need not be asked about for a while; ``None`` where every call has to be looked at."""
         self._thrash = Thrash()
         self.lock = threading.RLock()
         """Held while a call is captured, and by whoever drops graphs."""
@@ -114,7 +111,6 @@ class Captures:
         with self.lock:
             self.generation += 1
             self._cache.clear(wait=wait)
-            self._look_at_all()
             self._thrash.forget()
             self.blocks.clear()
             self.recorder.release(wait=wait)
@@ -133,7 +129,6 @@ class Captures:
         if not self._guard.holds():
             self._guard.forget()
             self.forget_shortcuts()
-            self._look_at_all()
             self._parts_changed()
         training = [each.training for each in self.module.modules()]
         if training != self._training:
@@ -196,15 +191,6 @@ class Captures:
             for key in [key for key, entry in self._cache.entries.items() if id(entry.graph.graph) in broken]:
                 self._cache.evict(key)
 
-    def settle(self) -> None:
-        """Bring the accounts up to the calls that were made without a look."""
-        if self.cold is not None:
-            self.cold.settle()
-
-    def _look_at_all(self) -> None:
-        if self.cold is not None:
-            self.cold.clear()
-
     def _recorder(self) -> Recorder:
         if self._engine is not None:
             return EngineRecorder(self._engine, self._config)
@@ -227,7 +213,6 @@ class Captures:
                 self._cache.shared = self.recorder.shared_nbytes
                 room.settle(outcome.nbytes)
                 entry = self._cache.put(signature, outcome, reservation=room.own)
-                self._look_at_all()
             except Refusal as refusal:
                 outcome.close()
                 outcome = refusal.cause

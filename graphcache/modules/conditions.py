@@ -20,7 +20,6 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
-is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 is_inference = torch.is_inference_mode_enabled
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
 # Torch fills and empties these two dictionaries and never replaces them.

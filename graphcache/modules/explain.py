@@ -183,7 +183,6 @@ def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
     if not hasattr(module, "ledger") or not hasattr(module, "_misses"):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
     module._misses.check_open()
-    module._misses.settle()
     found = [_asked(module, args, kwargs)] if args or kwargs else _remembered(module)
     parts = tuple(explain(part) for part in module.parts.values())
     return Explanation(module.ledger.name, tuple(found), module.cache_info(), parts)

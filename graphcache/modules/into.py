@@ -107,7 +107,6 @@ def shortly_into(fast: CachedModule, out: Any, args: tuple[Any, ...], kwargs: di
         return False
     if not into(args[0], out, stream) or not fast._holds(epoch, args):
         return False
-    assert entry is not None
     entry.hits += 1
     entry.used = clock()
     return True

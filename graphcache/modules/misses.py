@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
-from graphcache.cache.signature import Signature, describe_layout, is_flat
+from graphcache.cache.signature import Signature
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.beside import CapturesBeside
-from graphcache.modules.cold import MOST, RENEWALS, Leave
 from graphcache.modules.conditions import forbidden
 from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.parts import Parts
@@ -249,23 +247,7 @@ class Misses(CapturesBeside):
         if calls >= OFTEN:
             # Not only then: threads that run beside each other may count past it.
             self.remembered.note(signature, args, kwargs)
-        if self.cold is not None and not (kwargs or self.closed) and is_flat(signature, args):
-            self._leave(signature, cause, args, calls)
         return answer
-
-    def _leave(self, signature: Signature, cause: Cause, args: tuple[Any, ...], calls: int) -> None:
-        """Make the next calls of this kind without a look, as far as it could say nothing else."""
-        if calls < 2:
-            # The first takes longer than the others: what eager calls take is not known before two were measured.
-            return
-        count, renewals = math.ceil(min(self.admission.unasked(signature), MOST)), RENEWALS
-        if calls < OFTEN:
-            # The one at which it is remembered is looked at.
-            count, renewals = min(count, OFTEN - calls - 1), 0
-        layout = describe_layout(args) if count > 0 or renewals else None
-        if layout is not None and self.cold is not None:
-            index = self._device(args).index if self.cuda else None
-            self.cold.grant(Leave(layout, signature, cause, index, count, renewals))
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call.

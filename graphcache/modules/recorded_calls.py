@@ -45,7 +45,6 @@ class TraceRecording:
         """Write what calls were measured to take, and close the file; twice does nothing."""
         self._hook.remove()
         known, self._known = self._known, set()
-        self._fast._misses.settle()
         for signature, each in self._fast._misses.admission.known().items():
             if signature in known and each.eager is not None and each.replay is not None and each.capture is not None:
                 self._writer.costs(signature, eager=each.eager, replay=each.replay, capture=each.capture)

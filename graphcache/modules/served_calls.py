@@ -63,7 +63,6 @@ def served(fast: CachedModule) -> tuple[Manifest, int]:
     entries: list[ManifestEntry] = []
     untold = 0
     for part, each in _targets(fast).items():
-        each._misses.settle()
         found, left = each._misses.remembered.served(each._misses.admission.known(), part)
         entries += found
         untold += left

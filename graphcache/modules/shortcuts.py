@@ -16,7 +16,7 @@ from graphcache.graphs import driver, native
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane
-from graphcache.graphs.single import Into, allocator
+from graphcache.graphs.single import Fire, Into, allocator
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.conditions import (
     current_device,
@@ -28,9 +28,9 @@ from graphcache.modules.conditions import (
 from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.record import Recorded
 
-Shortcut = tuple[Entry[Recorded] | None, Any, Into | None, int, int | None]
-"""An entry, shorter ways to replay it (a :class:`~graphcache.graphs.single.Fire`, or none; where there is no entry, a
-:class:`~graphcache.modules.cold.Leave`), its device's index, and the epoch of the engine that it was captured of."""
+Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
+"""An entry, shorter ways to replay it (a :class:`~graphcache.graphs.single.Fire`, or none), its device's index, and the
+epoch of the engine that it was captured of."""
 
 _FUNCTIONS = (
     "cuGraphLaunch",
@@ -87,7 +87,6 @@ class Shortcuts(dict[Hashable, Shortcut]):
 
     def _put(self, table: Any, args: tuple[Any, ...], shortcut: Shortcut) -> None:
         entry, _, _, index, epoch = shortcut
-        assert entry is not None
         recorded, graph = entry.graph, entry.graph.graph
         assert isinstance(graph, CudaGraph)
         # One look at what another thread may take away by closing the graph.

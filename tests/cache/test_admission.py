@@ -652,28 +652,3 @@ def test_the_outlook_is_the_answer_and_changes_nothing():
         for admission in (asked, looked):
             admission.ran("key", 1e-3)
     assert asked.known() == looked.known()
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 40), st.floats(1e-4, 2e-3)), max_size=30),
-    st.sampled_from([1e-3, 0.02, 0.5]),
-    st.sampled_from(["worthwhile", "prepared"]),
-)
-def test_to_renew_is_to_note_and_to_ask(steps, capture, policy):
-    """Fails if a call that is to be captured is told to run eagerly, or asked for later than it would have been."""
-    apart, renewed = (Admission(GraphCache(max_graphs=2), policy) for _ in range(2))
-    for admission in (apart, renewed):
-        admission.ran("key", 1e-3)
-        admission.learn("key", eager=1e-3, replay=1e-4, capture=capture)
-    for count, seconds in steps:
-        apart.ran_again("key", count)
-        cause = apart.ask("key")
-        found, calls = renewed.renew("key", count)
-        assert found is cause
-        if cause is None:
-            assert (calls, renewed.ask("key")) == (0.0, None)
-        else:
-            assert calls == apart.unasked("key") == renewed.unasked("key")
-        for admission in (apart, renewed):
-            admission.ran("key", seconds)
-    assert apart.known() == renewed.known()
