@@ -130,6 +130,8 @@ class Padder:
     def pad(self, fit: Fit, args: Sequence[Any], kwargs: Mapping[str, Any], *, margin: Margin | None = None) -> Call:
         """The arguments in their buckets; what needs no padding is handed on as it is.
 
+        One tensor given several times stays one tensor, if all its places are padded alike.
+
         Args:
             fit: What :meth:`fit` gave for arguments of these shapes.
             args: Positional arguments.
@@ -141,15 +143,21 @@ class Padder:
         """
         new_args, new_kwargs = list(args), dict(kwargs)
         device = None
+        made: dict[Any, Tensor] = {}
         for key, place in self._places.items():
             value = place.of(args, kwargs)
             if value is not None:
                 device = value.device if device is None else device
-                place.put(self._padded(fit, key, value, margin), new_args, new_kwargs)
+                shape, fills = self._margins(fit, key, value, margin)
+                alike = id(value), *shape, *fills.items()
+                if alike not in made:
+                    made[alike] = padded(value, shape, fills) if fills else value
+                place.put(made[alike], new_args, new_kwargs)
         for key, mask in self.buckets.masks.items():
             if self._places[key].of(args, kwargs) is None:
                 real = torch.ones([fit.real[symbol] for symbol in mask.axes], dtype=mask.dtype, device=device)
-                self._places[key].put(self._padded(fit, key, real, margin), new_args, new_kwargs)
+                shape, fills = self._margins(fit, key, real, margin)
+                self._places[key].put(padded(real, shape, fills) if fills else real, new_args, new_kwargs)
         return tuple(new_args), new_kwargs
 
     def crop(self, fit: Fit, answer: Any) -> Any:
@@ -181,21 +189,30 @@ class Padder:
     def exchange(self, change: Change, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The arguments with another tensor for each that is given and has buckets, masks among them.
 
+        One tensor given several times stays one tensor, if all its places have alike axes and get alike shapes.
+
         Args:
             change: From a tensor, and its axes that have buckets, counted from the front.
             args: Positional arguments.
             kwargs: Keyword arguments.
         """
         new_args, new_kwargs = list(args), dict(kwargs)
+        made: dict[Any, Tensor] = {}
         for key, place in self._places.items():
             if (value := place.of(args, kwargs)) is not None:
-                place.put(change(value, dict(self._axes(key, value))), new_args, new_kwargs)
+                axes = dict(self._axes(key, value))
+                other = change(value, axes)
+                alike = id(value), other.shape, *[(at, axis.fill, axis.is_mask) for at, axis in axes.items()]
+                place.put(made.setdefault(alike, other), new_args, new_kwargs)
         return tuple(new_args), new_kwargs
 
     def _axes(self, key: str | int, value: Tensor) -> list[tuple[int, InputAxis]]:
         return list(zip(self.buckets.places(key, value.dim()), self.buckets.inputs[key], strict=True))
 
-    def _padded(self, fit: Fit, key: str | int, value: Tensor, margin: Margin | None) -> Tensor:
+    def _margins(
+        self, fit: Fit, key: str | int, value: Tensor, margin: Margin | None
+    ) -> tuple[list[int], dict[int, Number]]:
+        """The shape of a padded argument, and what the margin on each axis that grows holds."""
         shape = list(value.shape)
         fills: dict[int, Number] = {}
         for position, axis in self._axes(key, value):
@@ -209,7 +226,7 @@ class Padder:
                     f"buckets[{key!r}][{axis.axis}].fill={shown(fill)}: {value.dtype} has no such value; expected one "
                     f"that the argument can hold"
                 )
-        return padded(value, shape, fills) if fills else value
+        return shape, fills
 
 
 def is_size(value: Any) -> bool:

@@ -12,7 +12,7 @@ def static_copy(tensor: Tensor) -> Tensor:
     """A buffer of the same shape, strides, dtype and device, holding the same values.
 
     The strides are kept because an operation's result may depend on them. Elements that overlap (an expanded tensor)
-    cannot be written one by one, so such a tensor becomes a contiguous one.
+    overlap in the buffer too, which is then written through :func:`packed`.
 
     Args:
         tensor: A strided tensor on any device, of any shape, 0-d and empty ones too.
@@ -25,9 +25,49 @@ def static_copy(tensor: Tensor) -> Tensor:
         (1, 4)
     """
     with torch.inference_mode(False), torch.no_grad():
-        buffer = torch.empty_strided(tensor.shape, _writable_strides(tensor), dtype=tensor.dtype, device=tensor.device)
-        buffer.copy_(tensor)
+        buffer = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        put(packed(buffer), tensor)
         return buffer
+
+
+def static_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A :func:`static_copy` of each tensor; one tensor given several times has one buffer, several times.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> one, other, again = static_copies([x, torch.zeros(2), x])
+        >>> one is again, one is other
+        (True, False)
+    """
+    made = {id(tensor): static_copy(tensor) for tensor in {id(each): each for each in tensors}.values()}
+    return [made[id(tensor)] for tensor in tensors]
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as one that can be written: the tensor itself, unless elements of it overlap.
+
+    Axes that were expanded have size 1 then. What overlaps in another way (windows that slide) is the whole block of
+    memory from the first element to the last.
+
+    Example:
+        >>> packed(torch.zeros(3, 1).expand(3, 4)).shape
+        torch.Size([3, 1])
+    """
+    if tensor.is_contiguous() or not _overlaps(tensor):
+        return tensor
+    with torch.no_grad():
+        for axis, stride in enumerate(tensor.stride()):
+            if stride == 0:
+                tensor = tensor.narrow(axis, 0, 1)
+        return tensor.as_strided((extent_of(tensor) // tensor.element_size(),), (1,)) if _overlaps(tensor) else tensor
+
+
+def put(buffer: Tensor, tensor: Tensor) -> None:
+    """Copy a tensor into a static buffer, as :func:`packed` gave it, of a tensor of the same shape.
+
+    Where the buffer was packed, the tensor has the strides of what it was packed of.
+    """
+    buffer.copy_(tensor if tensor.shape == buffer.shape else packed(tensor))
 
 
 def poison(tensors: Sequence[Tensor], *, indices: int = -1) -> None:
@@ -85,12 +125,11 @@ def nbytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _writable_strides(tensor: Tensor) -> Sequence[int]:
-    dense = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    dense.sort()
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory. It says so of some interleaved layouts that share none."""
     reach = 0
-    for stride, size in dense:
-        if stride <= reach:
-            return torch.empty(tensor.shape, device="meta").stride()
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return tensor.numel() > 0
         reach += stride * (size - 1)
-    return tensor.stride()
+    return False

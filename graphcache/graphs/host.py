@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphcache.errors import ClosedError, Reason, Refusal
-from graphcache.graphs.buffers import nbytes_of, poison
+from graphcache.graphs.buffers import nbytes_of, poison, put
 from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.graph import Body
 from graphcache.graphs.operations import (
@@ -95,7 +95,7 @@ class HostGraph:
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         with self._lock, torch.no_grad(), torch._C._DisableAutocast():
             for buffer, tensor in zip(self._open_inputs(), inputs, strict=True):
-                buffer.copy_(tensor)
+                put(buffer, tensor)
             answer = self._run()
             if out is None:
                 return answer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graphcache.graphs.buffers import extent_of, hollow_like
+from graphcache.graphs.buffers import extent_of, hollow_like, put
 from graphcache.graphs.pointers import Pointer
 
 ALIGNMENT = 256
@@ -44,7 +44,7 @@ class Slot:
         address = tensor.data_ptr()
         if self.fits(address):
             return address
-        self.buffer.copy_(tensor)
+        put(self.buffer, tensor)
         return self.address
 
     def let_go(self) -> None:

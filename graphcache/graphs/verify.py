@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache.errors import Reason, Refusal
-from graphcache.graphs.buffers import poison
+from graphcache.graphs.buffers import packed, poison, static_copy
 from graphcache.graphs.graph import Graph
 
 Answer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -97,7 +97,7 @@ def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:
     there, and a value that the host reads there cannot be captured anyway.
 
     Args:
-        inputs: Tensors without overlapping elements.
+        inputs: Strided tensors.
 
     Example:
         >>> perturb([torch.tensor([2.0, 4.0]), torch.tensor([5, 6, 7])])
@@ -106,15 +106,16 @@ def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:
     changed = []
     with torch.inference_mode(False), torch.no_grad():
         for tensor in inputs:
-            other = tensor.clone()
+            other = static_copy(tensor)
+            memory = packed(other)
             floating = tensor.is_floating_point() or tensor.is_complex()
             if tensor.numel() and (floating or not tensor.is_cuda):
-                rolled = tensor.contiguous().flatten().roll(1).reshape(tensor.shape)
+                rolled = memory.contiguous().flatten().roll(1).reshape(memory.shape)
                 if floating:
                     # float8 has no arithmetic of its own.
                     rolled = rolled.float() if tensor.element_size() == 1 else rolled
                     rolled = rolled * 0.5 + 0.25
-                other.copy_(rolled)
+                memory.copy_(rolled)
             changed.append(other)
     return changed
 

@@ -20,6 +20,7 @@ from graphcache.cache.seen import Seen, advise_axes
 from graphcache.config import GraphConfig
 from graphcache.errors import CaptureError, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Subscriber, log
+from graphcache.graphs.buffers import put
 from graphcache.modules.bucketed import Bucketed, arguments_of
 from graphcache.modules.described import described
 from graphcache.modules.explain import Explanation, explain
@@ -98,7 +99,7 @@ class Accounted(StandIn):
         session = Session(self._misses.alone(inputs, args, kwargs))
         with torch.no_grad():
             for static, tensor in zip(session.inputs, fast._device_only(inputs), strict=True):
-                static.copy_(tensor)
+                put(static, tensor)
         return session
 
     def prepare(

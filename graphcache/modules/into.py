@@ -134,7 +134,7 @@ def straight_into(fast: CachedModule, out: Any, args: tuple[Any, ...], kwargs: d
     if targets is None:
         return False
     try:
-        entry.graph.graph.replay(given, targets)
+        entry.graph.graph.replay(entry.graph.distinct(given), targets)
     except ClosedError:
         return False
     entry.hits += 1

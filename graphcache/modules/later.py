@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.signature import Signature, describe, substitute
+from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.lane import own_stream
 
 
@@ -30,7 +31,7 @@ class Later:
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.signature = signature
-        self.inputs = [value.detach().clone() for value in inputs]
+        self.inputs = static_copies(inputs)
         self.args, self.kwargs = substitute(args, kwargs, self.inputs)
         own, _ = describe(self.args, self.kwargs)
         # Values of host shape tensors follow in the call's.

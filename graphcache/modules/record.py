@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphcache.errors import Cause
+from graphcache.graphs.buffers import packed, put
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.single import Fire, Into, single
@@ -27,17 +28,35 @@ class Recorded:
         build: Makes the answer of the graph's outputs and the caller's inputs.
         whole: Whether the answer's leaves are the graph's outputs, all of them and in their order.
         bare: Whether the answer is the graph's only output itself.
+        places: For each tensor of the call, which input of the graph it is; ``None`` if each is an input of its own.
     """
 
-    __slots__ = ("bare", "build", "graph", "nbytes", "replay", "single", "trace", "version", "whole")
+    __slots__ = (
+        "_first",
+        "_places",
+        "bare",
+        "build",
+        "graph",
+        "nbytes",
+        "replay",
+        "single",
+        "trace",
+        "version",
+        "whole",
+    )
 
-    def __init__(self, graph: Graph, build: Build, *, whole: bool, bare: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, build: Build, *, whole: bool, bare: bool = False, places: Sequence[int] | None = None
+    ) -> None:
         self.graph = graph
+        self._places = places
+        self._first = None if places is None else [places.index(place) for place in range(max(places) + 1)]
         self.single: tuple[Fire | None, Into | None] | None = None
         """Shorter ways from the only input to the answer than ``replay`` and ``build``, where there are any."""
         if bare and isinstance(graph, CudaGraph):
             self.single = single(graph)
-        self.replay: Callable[..., list[Tensor]] = graph.replay
+        self.replay: Callable[..., list[Tensor]] = graph.replay if places is None else self._replay_distinct
+        """Run the graph on the tensors of a call."""
         self.build = build
         self.whole = whole
         self.bare = bare
@@ -46,6 +65,17 @@ class Recorded:
         """That of the module's guard when the graph was last proven right."""
         self.trace = b""
         """A digest of what the call did, see :class:`~graphcache.capture.effects.Effects`."""
+
+    def distinct(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph's inputs among the tensors of a call."""
+        return inputs if self._first is None else [inputs[index] for index in self._first]
+
+    def spread(self, static: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph's inputs in the places of the tensors of a call."""
+        return static if self._places is None else [static[place] for place in self._places]
+
+    def _replay_distinct(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
+        return self.graph.replay(self.distinct(inputs), out)
 
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""
@@ -104,7 +134,7 @@ class Recorder(Protocol):
 
 
 def refill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into static buffers of the same shapes."""
+    """Copy values into static buffers of the same shapes; where elements overlap, of the same strides."""
     with torch.inference_mode(False), torch.no_grad():
         for buffer, value in zip(buffers, values, strict=True):
-            buffer.copy_(value)
+            put(packed(buffer), value)

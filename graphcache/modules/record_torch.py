@@ -15,7 +15,7 @@ from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, u
 from graphcache.capture.host_activity import is_available
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
-from graphcache.graphs.buffers import is_plain_copy, static_copy
+from graphcache.graphs.buffers import is_plain_copy, packed, static_copy
 from graphcache.graphs.capture import capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
@@ -167,7 +167,7 @@ class TorchRecorder:
             return False
         try:
             wanted = Answer(effects.value, inputs, state).tensors
-            return alike(known.graph.replay([tensor.detach() for tensor in inputs]), wanted)
+            return alike(known.replay([tensor.detach() for tensor in inputs]), wanted)
         except (ClosedError, Refusal):
             return False
 
@@ -193,9 +193,8 @@ class TorchRecorder:
         call = _Call(run, args, kwargs, inputs, answer, state)
         index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
         graph = self._on_cuda(call, index, alone) if index is not None else self._on_host(call)
-        return Recorded(
-            graph, answer.builder(), whole=answer.is_whole, bare=answer.is_whole and isinstance(value, Tensor)
-        )
+        bare = answer.is_whole and isinstance(value, Tensor)
+        return Recorded(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=call.places)
 
     @property
     def shared_nbytes(self) -> int:
@@ -215,13 +214,14 @@ class TorchRecorder:
 
     def _on_host(self, call: _Call) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
+        writable = [packed(tensor) for tensor in static]
         expected = call.eager(static, "a second time", call.answer.tensors)
         with _Reads(static, self._module) as reads:
             call.call(static)
         if found := reads.read or reads.asked:
             raise reads.refusal(found, self._name)
         others = perturb(static)
-        graph = HostGraph.record(lambda: call.run(static).tensors, static, self._host_lock)
+        graph = HostGraph.record(lambda: call.run(static).tensors, writable, self._host_lock)
         expected_others = call.on_others(static, others)
         self._verify(graph, call.inputs, expected, others, expected_others, tolerance=0.0)
         return graph
@@ -256,7 +256,7 @@ class TorchRecorder:
                 raise reads.refusal(reads.asked, self._name)
             graph = record_torch(
                 lambda: run(static),
-                inputs=static,
+                inputs=[packed(tensor) for tensor in static],
                 direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
                 expected=expected,
                 lane=lane,
@@ -312,8 +312,12 @@ class _Call:
         state: Sequence[Tensor],
     ) -> None:
         self._function = run
-        self._args, self._kwargs = substitute(args, kwargs, [tensor.detach() for tensor in inputs])
-        self.inputs = [tensor.detach() for tensor in inputs]
+        found: dict[int, int] = {}
+        places = [found.setdefault(id(tensor), len(found)) for tensor in inputs]
+        self.places = None if len(found) == len(inputs) else places
+        """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
+        self.inputs = [inputs[places.index(place)].detach() for place in range(len(found))]
+        self._args, self._kwargs = substitute(args, kwargs, self._spread(self.inputs))
         self.answer = answer
         self._state = state
 
@@ -323,14 +327,14 @@ class _Call:
         Raises:
             Refusal: If the answer is of another layout than the first one was.
         """
-        answer = Answer(self.call(static), static, self._state)
+        answer = Answer(self.call(static), self._spread(static), self._state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer
 
     def call(self, static: Sequence[Tensor]) -> Any:
         """What the module returns for other tensors."""
-        args, kwargs = substitute(self._args, self._kwargs, static)
+        args, kwargs = substitute(self._args, self._kwargs, self._spread(static))
         with graphs_off():
             return self._function(*args, **kwargs)
 
@@ -355,13 +359,16 @@ class _Call:
     def compare(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], when: str) -> None:
         """Raise unless eager execution repeats itself."""
         if [_strides(tensor) for tensor in outputs] != [_strides(tensor) for tensor in wanted]:
-            raise Refusal(Reason.ARGUMENT, detail="elements of an input overlap, and an output shows it")
+            raise Refusal(Reason.NONDETERMINISTIC, detail=f"the outputs had other strides when run {when}")
         for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
             error = difference(left, right.detach())
             if not error <= tolerance_of(right):
                 raise Refusal(
                     Reason.NONDETERMINISTIC, detail=f"output {index} differed by {error:.3g} (relative) when run {when}"
                 )
+
+    def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return inputs if self.places is None else [inputs[place] for place in self.places]
 
     def let_go(self) -> None:
         """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""

@@ -33,9 +33,12 @@ class Session:
     def __init__(self, recorded: Recorded) -> None:
         self._recorded = recorded
         static, outputs = recorded.graph.pin()
-        self.inputs: Sequence[Tensor] = tuple(static)
-        """The static inputs: the tensors of the call, depth first; host shape tensors, whose values are frozen, not."""
-        self.outputs: Any = recorded.build(outputs, static)
+        self.inputs: Sequence[Tensor] = tuple(recorded.spread(static))
+        """The static inputs: the tensors of the call, depth first; host shape tensors, whose values are frozen, not.
+
+        An axis that the call's tensor had expanded has size 1. A tensor given several times is one buffer.
+        """
+        self.outputs: Any = recorded.build(outputs, self.inputs)
         """What the module returns, over static outputs that every run overwrites."""
         self.run: Callable[[], None] = launcher(recorded.graph)
         """Launch on the current stream; does not wait."""

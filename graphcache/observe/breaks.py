@@ -7,6 +7,7 @@ saying where lies on the host then, as it would with CUDA, and moving from one t
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from graphcache.cache.signature import describe, substitute
 from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Refusal
-from graphcache.graphs.buffers import static_copy
+from graphcache.graphs.buffers import static_copies
 from graphcache.modules.cached import CachedModule
 from graphcache.observe.findings import Break as Break
 from graphcache.observe.findings import Findings, tensors_in
@@ -55,7 +56,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
     try:
         _, inputs = describe(args, kwargs)
-        inputs = [_copy(tensor) for tensor in inputs]
+        inputs = _copies(inputs)
         args, kwargs = substitute(args, kwargs, inputs)
     except Refusal:
         # Something that cannot be copied; then the call is made with what was given.
@@ -69,6 +70,9 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
     return list(findings.found.values())
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    copy = static_copy(tensor.detach())
-    return copy.requires_grad_() if tensor.requires_grad and torch.is_grad_enabled() else copy
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = static_copies(tensors)
+    for tensor, copy in zip(tensors, copies, strict=True):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            copy.requires_grad_()
+    return copies

@@ -265,3 +265,22 @@ def test_outputs_that_are_not_as_they_were_said_to_be_are_refused(outputs, messa
 def test_outputs_said_later():
     padder = padder_of(forward, {"x": {0: BATCH}}).with_outputs({0: {0: "batch"}})
     assert padder.crop(FIT, torch.ones(4, 5)).shape == (3, 5)
+
+
+def test_one_tensor_given_several_times_stays_one_where_it_is_padded_alike() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q @ k.t() @ v
+
+    alike = {"q": {0: [4]}, "k": {0: [4]}, "v": {0: [4]}}
+    padder = Padder(Buckets(alike), inspect.signature(attend))
+    x, v = torch.ones(3, 2), torch.ones(3, 2)
+    fit = padder.fit((x, x, v), {})
+    (q, k, other), _ = padder.pad(fit, (x, x, v), {})
+    assert q is k
+    assert other is not k
+    (q, k, other), _ = padder.exchange(lambda value, axes: value + 1, (x, x, v), {})
+    assert q is k
+    assert other is not k
+    filled = Padder(Buckets({**alike, "k": {0: {"sizes": [4], "fill": 7}}}), inspect.signature(attend))
+    (q, k, _), _ = filled.pad(filled.fit((x, x, v), {}), (x, x, v), {})
+    assert (q[3, 0].item(), k[3, 0].item()) == (0, 7)

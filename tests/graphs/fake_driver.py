@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import capture, copies, copy_kernel, cuda, lane, pointers, pool, single, slots
+from graphcache.graphs import buffers, capture, copies, copy_kernel, cuda, lane, pointers, pool, single, slots
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -1314,7 +1314,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (capture, copy_kernel, cuda, lane, pointers, pool, slots, *others):
+    for module in (buffers, capture, copy_kernel, cuda, lane, pointers, pool, slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)

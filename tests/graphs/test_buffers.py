@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from graphcache.graphs.buffers import nbytes_of, poison, static_copy
+from graphcache.graphs.buffers import nbytes_of, packed, poison, put, static_copies, static_copy
 from tests.helpers import DTYPES, same, tensors
 
 EVERY_DTYPE = (*DTYPES, torch.int8, torch.int16, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint16)
@@ -19,11 +19,14 @@ def test_a_static_copy_holds_the_same_values_in_memory_of_its_own(tensor):
 
 
 @given(tensors())
-def test_a_static_copy_can_be_written_one_element_at_a_time(tensor):
+def test_a_static_copy_can_be_written_again(tensor):
     copy = static_copy(tensor)
-    other = torch.arange(tensor.numel()).reshape(tensor.shape).to(tensor.dtype)
-    copy.copy_(other)
-    assert torch.equal(copy, other)
+    assert packed(copy).untyped_storage()._cdata == copy.untyped_storage()._cdata
+    with_other_values = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    memory = packed(with_other_values)
+    memory.copy_(torch.arange(memory.numel()).reshape(memory.shape).to(tensor.dtype))
+    put(packed(copy), with_other_values)
+    assert torch.equal(copy, with_other_values)
 
 
 @pytest.mark.parametrize(
@@ -37,19 +40,40 @@ def test_a_static_copy_can_be_written_one_element_at_a_time(tensor):
     ],
     ids=lambda tensor: f"{tuple(tensor.shape)}, {tensor.stride()}",
 )
-def test_strides_are_kept_where_elements_do_not_overlap(tensor):
-    assert static_copy(tensor).stride() == tensor.stride()
+def test_strides_are_kept(tensor):
+    copy = static_copy(tensor)
+    assert copy.stride() == tensor.stride()
+    assert packed(copy) is copy
 
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.zeros(1).expand(3), torch.zeros(3, 1).expand(3, 4), torch.arange(5.0).unfold(0, 3, 1)],
-    ids=["0-d", "column", "unfolded"],
+    [
+        torch.full((1,), 2.0).expand(3),
+        torch.arange(3.0).reshape(3, 1).expand(3, 4),
+        torch.arange(5.0).unfold(0, 3, 1),
+        torch.arange(5.0).unfold(0, 3, 1).unsqueeze(0).expand(2, 3, 3),
+        torch.tensor([1 + 2j, 3 - 1j]).conj().reshape(2, 1).expand(2, 3),
+        torch.arange(4.0)[1:2].expand(0, 3, 1),
+    ],
+    ids=["0-d", "column", "unfolded", "unfolded and expanded", "conjugate", "empty"],
 )
-def test_elements_that_overlap_get_places_of_their_own(tensor):
+def test_elements_that_overlap_overlap_in_the_copy_too(tensor):
     copy = static_copy(tensor)
-    assert copy.is_contiguous()
+    assert copy.stride() == tensor.stride()
     assert torch.equal(copy, tensor)
+    poison([packed(copy)])
+    assert not tensor.numel() or copy.isnan().all()
+    put(packed(copy), tensor)
+    assert torch.equal(copy, tensor)
+
+
+def test_one_tensor_given_several_times_has_one_buffer():
+    x, y = torch.ones(2), torch.ones(2)
+    first, second, third = static_copies([x, y, x])
+    assert first is third
+    assert first is not second
+    assert same([first, second], [x, y])
 
 
 def test_a_static_copy_is_no_part_of_a_gradient_and_no_inference_tensor():

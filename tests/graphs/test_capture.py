@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import capture, driver
+from graphcache.graphs.buffers import packed
 from graphcache.graphs.capture import capture_enqueue, capturing, record_torch, refusal_of
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane, capture_lock
@@ -284,6 +285,40 @@ def test_torch_graphs_answer(fake: Torch, direct: tuple[bool, bool], transposed:
     graph.close()
     module.lane.close()
     assert sound(fake)
+
+
+def test_an_expanded_input_is_copied_by_a_node_of_the_graph(fake: Torch) -> None:
+    module = Module(fake)
+    row = fake.driver.heap.tensor([0, 1]).reshape(1, 2)
+    total = fake.driver.kernel([8, 8], _doubled_rows)
+
+    def body() -> list[Tensor]:
+        out = fake.empty_like(module.x)
+        fake.driver.launch(total, [pointer(row), pointer(out)], module.lane_stream())
+        return [out]
+
+    static = row.expand(2, 2)
+    graph = record_torch(
+        body,
+        inputs=[packed(static)],
+        direct=[True],
+        expected=[torch.empty(2, 2)],
+        lane=module.lane,
+        keep=None,
+        release=module.release,
+        where="net",
+    )
+    assert graph.copies == 0
+    for step in range(3):
+        given = fake.driver.heap.tensor([step, 5], offset=4 * step).reshape(1, 2).expand(2, 2)
+        (answer,) = graph.replay([given])
+        assert torch.equal(answer, 2 * given)
+    graph.close()
+    module.lane.close()
+
+
+def _doubled_rows(memory: Memory, row: bytes, out: bytes) -> None:
+    memory.store(address(out), 2 * memory.load(address(row), (1, 2), torch.float32).expand(2, 2).contiguous())
 
 
 def test_torch_is_recorded_without_gradients_and_inference_mode(fake: Torch) -> None:

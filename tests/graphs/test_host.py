@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphcache.errors import ClosedError, Reason, Refusal
-from graphcache.graphs.buffers import static_copy
+from graphcache.graphs.buffers import packed, static_copy
 from graphcache.graphs.host import HostGraph
 from tests.helpers import frozen, in_threads, same
 
@@ -30,7 +30,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> HostGraph:
         made = function(*static)
         return list(made) if isinstance(made, (tuple, list)) else [made]
 
-    return HostGraph.record(body, static, threading.RLock())
+    return HostGraph.record(body, [packed(each) for each in static], threading.RLock())
 
 
 def refused(function: Callable[..., Any], *inputs: Tensor) -> Reason:
@@ -189,9 +189,13 @@ def test_a_replay_equals_eager_bit_for_bit(name):
 
 
 def _others(tensor: Tensor) -> Tensor:
+    other = static_copy(tensor)
+    memory = packed(other)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        return tensor * -1.5
-    return tensor.flip(0)
+        memory.copy_(memory * -1.5)
+    else:
+        memory.copy_(memory.flip(0))
+    return other
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])

@@ -297,7 +297,7 @@ def test_what_a_copy_does_not_show_is_captured_at_once_or_alike(layout: str) -> 
     for _ in range(4):
         assert same(settled(fast)(*args), module(*args))
     info = fast.cache_info()
-    assert (info.captures, info.hits + sum(info.eager.values())) == (1, 4 - (not info.eager))
+    assert (info.captures, info.hits, info.eager) == (1, 3, {Reason.PENDING: 1})
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])

@@ -255,3 +255,68 @@ def test_a_part_of_an_earlier_answer_is_no_constant():
     fast = wrapped(forward)
     for x in (X, X + 1, X * 3):
         assert same(fast(x), fast.module(x))
+
+
+@pytest.mark.parametrize("name", ["attention", "identity", "keywords"])
+def test_one_tensor_given_several_times_is_one_tensor_of_the_graph(name: str) -> None:
+    def forward(_: Any, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return a.t() * 2 + b if a is c else a - b.flip(0)
+
+    attention = frozen(nn.MultiheadAttention(4, 2, batch_first=True))
+    module = attention if name == "attention" else Fn(forward)
+    fast = graphcache.wrap(module)
+    for scale in (1.0, -2.0, 3.0):
+        x = torch.linspace(-1, 2, 16).reshape(4, 4) * scale
+        args, kwargs = ((x,), {"b": x, "c": x}) if name == "keywords" else ((x, x, x), {})
+        with torch.no_grad():
+            assert same(fast(*args, **kwargs), module(*args, **kwargs))
+    assert outcomes(fast) == (2, 1, {})
+    # The same values in tensors of their own are another call.
+    with torch.no_grad():
+        assert same(fast(x, x.clone(), x.clone()), module(x, x.clone(), x.clone()))
+    assert outcomes(fast) == (2, 2, {})
+
+
+def test_an_output_that_is_a_tensor_given_several_times_is_the_callers() -> None:
+    fast = wrapped(lambda _, a, b, c: (b, c[0], a + c))
+    for value in (1.0, 2.0):
+        x, y = torch.full((2, 2), value), torch.full((2, 2), value + 1)
+        same_one, row, _ = fast(x, x, y)
+        assert same_one is x
+        assert row.data_ptr() == y.data_ptr()
+    into = [torch.empty(2, 2)]
+    into_fast = wrapped(lambda _, a, b: [a + b])
+    for _ in range(3):
+        assert torch.equal(into_fast.forward_into(into, x, x)[0], x + x)
+    assert into_fast.cache_info().hits == 2
+
+
+@pytest.mark.parametrize("name", ["row", "column", "windows", "indices", "conjugate", "with another"])
+def test_expanded_inputs_are_captured_as_they_lie(name: str) -> None:
+    def given(seed: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        row, column = torch.randn(1, 4).expand(3, 4), torch.randn(3, 1).expand(3, 4)
+        return {
+            "row": (row,),
+            "column": (column,),
+            "windows": (torch.randn(6).unfold(0, 4, 1),),
+            "indices": (torch.randint(0, 9, (1, 4)).expand(3, 4),),
+            "conjugate": (torch.randn(1, 4, dtype=torch.complex64).conj().expand(3, 4),),
+            "with another": (row, torch.randn(3, 4)),
+        }[name]
+
+    module = Fn(lambda _, x, y=None: (torch.cat([x, x * 2], -1), x + 1, x.stride()[0], x if y is None else x * y))
+    fast = graphcache.wrap(module)
+    for seed in range(4):
+        args = given(seed)
+        assert same(fast(*args), module(*args))
+    assert outcomes(fast) == (3, 1, {})
+
+
+def test_a_module_that_writes_into_an_expanded_input_is_not_captured() -> None:
+    fast = wrapped(lambda _, x: x[:1].add_(1) * 2)
+    for value in (1.0, 2.0):
+        x = torch.full((1, 4), value)
+        assert torch.equal(fast(x.expand(3, 4)), torch.full((1, 4), 2 * value + 2))
+        assert torch.equal(x, torch.full((1, 4), value + 1))
+    assert outcomes(fast) == (0, 0, {Reason.MUTATES: 2})
