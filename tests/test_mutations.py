@@ -341,7 +341,7 @@ def _a_graph_that_writes_nothing_passes() -> bool:
             judge.poison([self.last])
 
     try:
-        judge.verify(Idle(), [X], [X * 2], [X], [X * 2])  # type: ignore[arg-type]
+        judge.verify(Idle(), [judge.Round("", [X], [X * 2])], lambda inputs: [X * 2])  # type: ignore[arg-type]
     except graphcache.errors.Refusal:
         return False
     return True
@@ -770,12 +770,12 @@ CURES: dict[str, Cure] = {
         "",
     ),
     "verification uses other values": Cure(
-        replace(record_torch, "perturb", lambda inputs: [tensor.clone() for tensor in inputs]),
+        replace(record_torch, "perturb", lambda inputs, negative=False: [tensor.clone() for tensor in inputs]),
         _a_value_read_unseen_is_frozen,
         "",
     ),
     "verification on the host is exact": Cure(
-        around(record_torch, "verify", lambda original, *args, tolerance, **kwargs: original(*args, **kwargs)),
+        replace(judge, "same_bits", lambda left, right: torch.allclose(left, right, rtol=1e-3)),
         _a_small_value_read_unseen_is_frozen,
         "",
     ),

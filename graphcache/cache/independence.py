@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,14 +27,20 @@ from graphcache.errors import ConfigError, shown
 Run = Callable[..., Any]
 
 
+class Gap(Protocol):
+    """Compares two tensors; see :func:`~graphcache.graphs.verify.padded_gap`."""
+
+    def __call__(self, got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float | None:
+        """How far one is from the other; ``None`` if it may be so far."""
+
+
 def dependence(
     run: Run,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     padder: Padder,
     *,
-    difference: Callable[[Tensor, Tensor], float],
-    tolerance: Callable[[Tensor], float],
+    gap: Gap,
 ) -> str | None:
     """What differs when a call is padded; ``None`` if nothing does. Each axis is tried alone, then all together.
 
@@ -43,8 +49,7 @@ def dependence(
         args: Positional arguments of a call. Where it fills its buckets, its start is tried.
         kwargs: Keyword arguments.
         padder: Which axes are padded, and which axes of the answer are cropped.
-        difference: How far one output is from what it should be; 0 for equal bits.
-        tolerance: How far it may be from the exact call's, whose kernels may round differently.
+        gap: How far an output is from what it should be; ``None`` if it may be so far.
 
     Returns:
         One sentence, which names the axis and the output.
@@ -58,7 +63,7 @@ def dependence(
         return found
     if empty := [name for name, size in found.items() if size == 0]:
         return f"{empty[0]} has size 0 in this call; whether it can be padded shows only where there is something"
-    judge = _Judge(difference, tolerance)
+    judge = _Judge(gap)
     for _, fit in _trials(padder, found):
         call = padder.exchange(_start(fit), args, kwargs)
         first, second = run(*call[0], **call[1]), run(*call[0], **call[1])
@@ -196,13 +201,11 @@ class _Judge:
     """Compares answers.
 
     Args:
-        difference: See :func:`dependence`.
-        tolerance: Likewise.
+        gap: See :func:`dependence`.
     """
 
-    def __init__(self, difference: Callable[[Tensor, Tensor], float], tolerance: Callable[[Tensor], float]) -> None:
-        self._difference = difference
-        self._tolerance = tolerance
+    def __init__(self, gap: Gap) -> None:
+        self._gap = gap
         self.bitwise = True
         """Whether one call repeated gives the same bits."""
 
@@ -221,9 +224,8 @@ class _Judge:
             place += 1
             if one.shape != other.shape:
                 return f"output {place} has the shape {list(one.shape)} in place of {list(other.shape)}"
-            gap = self._difference(one, other)
-            if not gap <= (0 if exactly else self._tolerance(other)):
-                return f"output {place} differs by {gap:.3g} (relative)"
+            if (gap := self._gap(one, other, exactly=exactly)) is not None:
+                return f"output {place} differs by {gap:.3g}"
         return None
 
 

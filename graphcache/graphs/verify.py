@@ -2,106 +2,212 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.testing._comparison import default_tolerances
 
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.buffers import packed, poison, static_copy
 from graphcache.graphs.graph import Graph
 
-Answer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-RELATIVE = 1e-3
-"""Largest accepted difference, as a share of the largest magnitude in an output. A replay runs the very kernels that
-eager execution ran, so the two are equal but for atomics and split reductions; fp32 products in TF32 differ so much."""
+SPREADS = 4
+"""Where eager execution does not repeat itself bit for bit, a replay may be so many times further from it than three
+eager runs are from each other. Three runs show a part of the range that sums in another order reach."""
+
+UNORDERED = 16
+"""Eager runs of one call may differ by so many default tolerances, element by element: sums in another order (atomics,
+split reductions) stay below. What differs more is taken for random numbers or a clock, which a graph would freeze."""
+
+PADDED = 8
+"""A call of other sizes may differ by so many default tolerances. It runs other kernels, which split their sums in
+another way, so that no bits can be compared; a layer adds about one step of the dtype, of which float32's tolerance has
+11, the others' one or two."""
 
 
-def verify(
-    graph: Graph,
-    inputs: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    others: Sequence[Tensor],
-    expected_others: Sequence[Tensor],
-    *,
-    where: str = "",
-    tolerance: float = RELATIVE,
-) -> None:
-    """Replay on the inputs of the capture, then on other values, then on the first again; outputs poisoned before each.
+class Round(NamedTuple):
+    """Inputs to verify a graph with, and the eager outputs for them.
 
-    The second finds values that the host read and the capture froze. The third finds a replay that only works once.
+    Args:
+        name: What messages call the inputs.
+        inputs: As many as the graph has.
+        expected: The eager outputs.
+    """
+
+    name: str
+    inputs: Sequence[Tensor]
+    expected: Sequence[Tensor]
+
+
+Eager = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Runs the call eagerly on other inputs; the outputs are copies."""
+
+
+def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = "") -> None:
+    """Replay on the inputs of each round, then on those of the first again; outputs are poisoned before each replay.
+
+    Rounds with other values find values that the host read and the capture froze. The last replay finds a graph that
+    only works once.
 
     Args:
         graph: The new graph.
-        inputs: What it was captured with.
-        expected: The eager outputs for them.
-        others: Inputs of the same shapes with other values, see :func:`perturb`.
-        expected_others: The eager outputs for those.
+        rounds: The first holds the inputs of the capture, the others inputs of :func:`perturb`.
+        again: Runs the call eagerly, where a replay differs: it says whether eager execution repeats itself.
         where: The engine or module, for the message.
-        tolerance: Largest accepted difference, see :func:`difference`; 0 on the host, where a replay repeats eager
-            execution bit for bit.
 
     Raises:
         Refusal: With :attr:`Reason.MISMATCH`, saying which output differed, by how much, on which inputs.
     """
-    rounds = (("the inputs of the capture", inputs, expected), ("inputs of other values", others, expected_others))
-    for name, given, wanted in (*rounds, rounds[0]):
-        out = [torch.empty_like(tensor) for tensor in wanted]
-        poison(out)
-        graph.poison()
-        got = graph.replay(given, out)
-        for index, (left, right) in enumerate(zip(got, wanted, strict=True)):
-            error = difference(left, right)
-            if not error <= tolerance_of(right, tolerance):
-                raise Refusal(Reason.MISMATCH, where, f"output {index} differed by {error:.3g} (relative) on {name}")
+    first: Round | None = None
+    for each in rounds:
+        _check(graph, each, again, where)
+        first = first or each
+    if first is not None:
+        _check(graph, first, again, where)
 
 
-def alike(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Whether tensors of one device are equal but for what :func:`tolerance_of` accepts.
+def _check(graph: Graph, given: Round, again: Eager, where: str) -> None:
+    out = [torch.empty_like(tensor) for tensor in given.expected]
+    poison(out)
+    graph.poison()
+    got = graph.replay(given.inputs, out)
+    differing = disagreement(got, given.expected, lambda: again(given.inputs))
+    if differing is not None:
+        index, gap = differing
+        raise Refusal(Reason.MISMATCH, where, f"output {index} differed by {gap:.3g} on {given.name}")
 
-    Where their bits are, it waits for the device only once.
+
+def disagreement(
+    got: Sequence[Tensor], expected: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]
+) -> tuple[int, float] | None:
+    """The first output that is not what eager execution gives, and how far it is from it; ``None`` if all are.
+
+    Args:
+        got: The outputs.
+        expected: The eager outputs.
+        again: Runs eagerly once more; called twice, and only where bits differ.
 
     Example:
-        >>> alike([torch.zeros(2), torch.ones(2)], [torch.zeros(2), torch.ones(2)])
-        True
-        >>> alike([torch.zeros(2)], [torch.ones(2)])
+        >>> x = torch.ones(2)
+        >>> disagreement([x], [x], lambda: [x]), disagreement([x, x + 1], [x, x], lambda: [x, x])
+        (None, (1, 1.0))
+    """
+    runs = [expected]
+    for index, (tensor, wanted) in enumerate(zip(got, expected, strict=True)):
+        if same_bits(tensor, wanted):
+            continue
+        while len(runs) < 3:
+            runs.append([each.detach() for each in again()])
+        if not agrees(tensor, [run[index] for run in runs]):
+            return index, largest_gap(tensor, wanted)
+    return None
+
+
+def agrees(got: Tensor, runs: Sequence[Tensor]) -> bool:
+    """Whether a tensor is what eager execution gives.
+
+    It has the bits of a run. Where the runs differ among themselves, each element may be as far from the first run as
+    :data:`SPREADS` times the spread of the runs and the default tolerance of ``torch.testing.assert_close`` for the
+    dtype.
+
+    Args:
+        got: The tensor.
+        runs: What three eager runs gave.
+
+    Example:
+        >>> one, other = torch.tensor([1.0]), torch.tensor([1.01])
+        >>> agrees(torch.tensor([1.03]), [one, one, other]), agrees(torch.tensor([1.03]), [one, one, one])
+        (True, False)
+    """
+    first = runs[0]
+    if any(same_bits(got, run) for run in runs):
+        return True
+    if got.shape != first.shape or got.dtype != first.dtype or all(same_bits(first, run) for run in runs[1:]):
+        return False
+    values = torch.stack([_wide(run) for run in runs])
+    spread = (values.amax(0) - values.amin(0)).nan_to_num(nan=0.0)
+    return _within(got, first, SPREADS * spread)
+
+
+def repeats(second: Tensor, first: Tensor) -> bool:
+    """Whether two eager runs of one call gave the same, but for the order of sums; see :data:`UNORDERED`."""
+    return same_bits(second, first) or _within(second, first, 0.0, times=UNORDERED)
+
+
+def padded_gap(got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float | None:
+    """How far the answer of a padded call is from that of the exact one; ``None`` if it may be so far.
+
+    Per element :data:`PADDED` times the default tolerance of ``torch.testing.assert_close``. The absolute part is at
+    least one step of the dtype, since an element near zero carries the rounding of the terms it is a sum of. Products
+    in TF32 have the mantissa of float16, and its tolerance.
+
+    Args:
+        got: The cropped answer.
+        wanted: The exact one.
+        exactly: Whether it must have the same bits.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> padded_gap(x * (1 + 1e-6), x), padded_gap(x * 2, x)
+        (None, 1.0)
+    """
+    if same_bits(got, wanted):
+        return None
+    if not exactly and got.dtype == wanted.dtype and _within(got, wanted, 0.0, times=PADDED, coarse=True):
+        return None
+    return largest_gap(got, wanted)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits; NaN equals NaN of the same bits, 0.0 not -0.0.
+
+    Example:
+        >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
         False
     """
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return left.numel() == 0 or torch.equal(_bits(left), _bits(right))
+
+
+def all_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """:func:`same_bits` of tensors of one device, pair by pair; it waits for the device only once."""
     pairs = list(zip(left, right, strict=True))
-    if pairs and all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs):
-        first, second = (torch.cat([_bits(tensor).view(torch.uint8) for tensor in each]) for each in (left, right))
-        if torch.equal(first, second):
-            return True
-    return all(difference(a, b) <= tolerance_of(b) for a, b in pairs)
+    if not pairs:
+        return True
+    if not all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs):
+        return False
+    first, second = (torch.cat([_bits(each).view(torch.uint8) for each in side]) for side in (left, right))
+    return torch.equal(first, second)
 
 
-def tolerance_of(tensor: Tensor, relative: float = RELATIVE) -> float:
-    """The largest accepted difference for a tensor's dtype: ``relative``, or four steps of a coarser dtype.
-
-    float16 has 1e-3 from one number to the next, bfloat16 8e-3: a sum in another order may end one step further.
-
-    Example:
-        >>> tolerance_of(torch.zeros(1)), tolerance_of(torch.zeros(1, dtype=torch.bfloat16))
-        (0.001, 0.03125)
-    """
-    if relative == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
-        return relative
-    return max(relative, 4 * torch.finfo(tensor.dtype).eps)
+def largest_gap(left: Tensor, right: Tensor) -> float:
+    """The largest difference of two elements; infinite where shapes or dtypes differ, or one of them is not finite."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return float("inf")
+    one, other = _wide(left), _wide(right)
+    alike = (one == other) | (one.isnan() & other.isnan())
+    gaps = torch.where(alike, 0.0, (one - other).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return float(gaps.max()) if gaps.numel() else 0.0
 
 
-def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Other values of the same kind.
+def perturb(inputs: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]:
+    """Other values of the same kind, which differ from each other.
 
-    Floating values are rotated by one place, halved and raised by a quarter. Integers and booleans are rotated on the
-    CPU, where an index that no longer fits raises; on a device they stay as they are, since it would read out of bounds
+    Floating values are rotated by one place, halved, and raised by a quarter and a little more from one element to the
+    next; then all may be negated, so that what depends on the sign shows. Integers and booleans are rotated on the CPU,
+    where an index that no longer fits raises. On a device they stay as they are: a kernel would read out of bounds
     there, and a value that the host reads there cannot be captured anyway.
 
     Args:
         inputs: Strided tensors.
+        negative: Whether to negate floating values.
 
     Example:
         >>> perturb([torch.tensor([2.0, 4.0]), torch.tensor([5, 6, 7])])
-        [tensor([2.2500, 1.2500]), tensor([7, 5, 6])]
+        [tensor([2.2500, 1.2812]), tensor([7, 5, 6])]
     """
     changed = []
     with torch.inference_mode(False), torch.no_grad():
@@ -110,44 +216,48 @@ def perturb(inputs: Sequence[Tensor]) -> list[Tensor]:
             memory = packed(other)
             floating = tensor.is_floating_point() or tensor.is_complex()
             if tensor.numel() and (floating or not tensor.is_cuda):
-                rolled = memory.contiguous().flatten().roll(1).reshape(memory.shape)
+                rolled = memory.flatten().roll(1)
                 if floating:
                     # float8 has no arithmetic of its own.
                     rolled = rolled.float() if tensor.element_size() == 1 else rolled
-                    rolled = rolled * 0.5 + 0.25
-                memory.copy_(rolled)
+                    step = torch.arange(rolled.numel(), device=tensor.device).remainder_(_STEPS) / 32
+                    rolled = (rolled * 0.5 + 0.25 + step) * (-1 if negative else 1)
+                memory.copy_(rolled.reshape(memory.shape))
             changed.append(other)
     return changed
 
 
-def difference(left: Tensor, right: Tensor) -> float:
-    """The largest difference of two tensors, as a share of the largest finite magnitude in ``right``.
+_STEPS = 7
+"""After so many elements, :func:`perturb` adds the same again: odd, so that rows of even length differ too."""
 
-    Equal bits give 0, NaN and infinities are equal to themselves in the same places. Integers and booleans differ by 0
-    or infinitely: there is no small difference between two indices.
 
-    Example:
-        >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
-        0.2
-    """
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return float("inf")
-    if left.numel() == 0 or torch.equal(_bits(left), _bits(right)):
-        return 0.0
-    if not (left.is_floating_point() or left.is_complex()):
-        return float("inf")
-    if left.is_complex():
-        left, right = torch.view_as_real(left.resolve_conj()), torch.view_as_real(right.resolve_conj())
-    left, right = left.double(), right.double()
-    finite = right.isfinite()
-    if not torch.equal(left.isfinite(), finite):
-        return float("inf")
-    special = ~finite
-    if not torch.equal(left[special].nan_to_num(nan=7.0), right[special].nan_to_num(nan=7.0)):
-        return float("inf")
-    scale = right[finite].abs().max().item() if bool(finite.any()) else 0.0
-    gap = (left[finite] - right[finite]).abs().max().item() if bool(finite.any()) else 0.0
-    return gap / scale if scale else (0.0 if gap == 0 else float("inf"))
+def _within(got: Tensor, wanted: Tensor, more: Tensor | float, *, times: float = 1.0, coarse: bool = False) -> bool:
+    """Whether each element is as near as some default tolerances and ``more``; what is not finite must be equal."""
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    rtol, atol = _coarse_tolerances(wanted) if coarse else default_tolerances(wanted.dtype)
+    one, other = _wide(got), _wide(wanted)
+    near = (one - other).abs() <= more + times * (atol + rtol * other.abs())
+    alike = (one == other) | (one.isnan() & other.isnan()) | (near & one.isfinite() & other.isfinite())
+    return bool(alike.all())
+
+
+def _coarse_tolerances(tensor: Tensor) -> tuple[float, float]:
+    dtype = tensor.dtype
+    if tensor.is_cuda and dtype in (torch.float32, torch.complex64) and _has_tf32():
+        dtype = torch.float16
+    rtol, atol = default_tolerances(dtype)
+    return rtol, max(atol, torch.finfo(dtype).eps) if dtype.is_floating_point or dtype.is_complex else atol
+
+
+def _has_tf32() -> bool:
+    return torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """As float64, a complex number as two."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
 
 
 def _bits(tensor: Tensor) -> Tensor:

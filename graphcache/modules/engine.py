@@ -328,6 +328,11 @@ class EngineModule(CarriedEngine, EngineControls):
         """Of what belongs to each input, in their order, that of the inputs that TensorRT reads on the device."""
         return [value for index, value in enumerate(values) if index not in self.host_inputs]
 
+    def with_host_inputs(self, values: Sequence[_T], given: Sequence[_T]) -> list[_T]:
+        """The inverse: what belongs to inputs on the device, with what is given for the others in their places."""
+        device = iter(values)
+        return [value if index in self.host_inputs else next(device) for index, value in enumerate(given)]
+
     def moved(self, inputs: Sequence[Any]) -> list[Any]:
         """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""
         return [

@@ -25,7 +25,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
-from graphcache.graphs.verify import difference, perturb, tolerance_of, verify
+from graphcache.graphs.verify import Round, largest_gap, perturb, repeats, verify
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.shared_contexts import SharedContexts
@@ -139,21 +139,23 @@ class EngineRecorder:
             return [output.clone() for output in outputs]
 
         expected = run(given)
-        others = [
-            value if binding.on_host else other
-            for binding, value, other in zip(module.engine.inputs, given, perturb(static), strict=True)
-        ]
-        expected_others = run(others) if self._config.verify else []
+        others = perturbed(module, given)
+        rounds = [Round("the inputs of the capture", module.device_only(given), expected)]
+        if self._config.verify:
+            rounds.append(Round("inputs of other values", module.device_only(others), run(others)))
+            negative = perturbed(module, given, negative=True)
+            rounds.append(Round("inputs of the other sign", module.device_only(negative), run(negative)))
         again = run(given)
         torch.cuda.current_stream().synchronize()
         # Of all this only the static inputs and outputs stay.
-        self._passing = max(self._passing, nbytes_of([*expected, *others, *expected_others, *again]))
+        passing = [tensor for each in rounds[1:] for tensor in (*each.inputs, *each.expected)]
+        self._passing = max(self._passing, nbytes_of([*expected, *passing, *again]))
         answer += expected
         for index, (left, right) in enumerate(zip(again, expected, strict=True)):
-            error = difference(left, right)
-            if not error <= tolerance_of(right):
+            if not repeats(left, right):
+                gap = largest_gap(left, right)
                 raise Refusal(
-                    Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {error:.3g} between two runs"
+                    Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {gap:.3g} between two runs"
                 )
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
         full_edges = self._config.edges == "full"
@@ -162,8 +164,7 @@ class EngineRecorder:
         def verified(graph: CudaGraph) -> CudaGraph:
             if self._config.verify:
                 try:
-                    on_device = (module.device_only(given), expected, module.device_only(others), expected_others)
-                    verify(graph, *on_device, where=module.name)
+                    verify(graph, rounds, lambda values: run(module.with_host_inputs(values, given)), where=module.name)
                 except BaseException:
                     graph.close()
                     raise
@@ -307,3 +308,11 @@ class _EngineIO:
         driver.call("cuGraphDestroy", captured)
         if self.returns_context:
             self._module.contexts.give_back(self._context)
+
+
+def perturbed(module: EngineModule, given: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]:
+    """Other values for an engine's inputs, to verify with; those that are read on the host stay as they are given."""
+    return [
+        value if binding.on_host else other
+        for binding, value, other in zip(module.engine.inputs, given, perturb(given, negative=negative), strict=True)
+    ]

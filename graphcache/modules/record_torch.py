@@ -15,13 +15,13 @@ from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, u
 from graphcache.capture.host_activity import is_available
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
-from graphcache.graphs.buffers import is_plain_copy, packed, static_copy
+from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
 from graphcache.graphs.capture import capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads
-from graphcache.graphs.verify import RELATIVE, alike, difference, perturb, tolerance_of, verify
+from graphcache.graphs.verify import Round, all_same_bits, largest_gap, perturb, repeats, verify
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
@@ -167,7 +167,7 @@ class TorchRecorder:
             return False
         try:
             wanted = Answer(effects.value, inputs, state).tensors
-            return alike(known.replay([tensor.detach() for tensor in inputs]), wanted)
+            return all_same_bits(known.replay([tensor.detach() for tensor in inputs]), wanted)
         except (ClosedError, Refusal):
             return False
 
@@ -220,10 +220,8 @@ class TorchRecorder:
             call.call(static)
         if found := reads.read or reads.asked:
             raise reads.refusal(found, self._name)
-        others = perturb(static)
         graph = HostGraph.record(lambda: call.run(static).tensors, writable, self._host_lock)
-        expected_others = call.on_others(static, others)
-        self._verify(graph, call.inputs, expected, others, expected_others, tolerance=0.0)
+        self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
         return graph
 
     def _on_cuda(self, call: _Call, index: int, alone: bool) -> Graph:
@@ -240,13 +238,17 @@ class TorchRecorder:
                     if session.refused is not None:
                         raise Refusal(session.refused.reason, session.refused.where, session.refused.detail)
 
+        most = 0
+
         def run(static: Sequence[Tensor]) -> list[Tensor]:
+            nonlocal most
             with engines_recorded():
-                return call.run(static).tensors
+                outputs = call.run(static).tensors
+            most = max(most, torch.cuda.memory_allocated(index) + nbytes_of(outputs))
+            return outputs
 
         with capturing(lane):
             static = [static_copy(tensor) for tensor in call.inputs]
-            others = perturb(static)
             expected = [tensor.clone() for tensor in run(static)]
             call.compare(expected, call.answer.tensors, "a second time")
             # A read of device memory invalidates the capture by itself.
@@ -267,17 +269,14 @@ class TorchRecorder:
                 full_edges=self._full_edges,
             )
             try:
-                refill(static, others)
-                expected_others = [tensor.clone() for tensor in run(static)]
-                most = torch.cuda.memory_allocated(index)
-                self._verify(graph, call.inputs, expected, others, expected_others)
+                self._verify(graph, call, static, expected, run)
             except BaseException:
                 graph.close()
                 raise
             session.in_order = True
             if not alone:
                 graph.let_go()
-            del others, expected, expected_others
+            del expected
             call.let_go()
             # What eager execution on this stream needed, and is not going to run here again before the next capture.
             forget_workspaces()
@@ -287,16 +286,32 @@ class TorchRecorder:
     def _verify(
         self,
         graph: Graph,
-        inputs: Sequence[Tensor],
+        call: _Call,
+        static: Sequence[Tensor],
         expected: Sequence[Tensor],
-        others: Sequence[Tensor],
-        expected_others: Sequence[Tensor] | None,
-        tolerance: float = RELATIVE,
+        run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     ) -> None:
+        """Hold a new graph against eager runs on the inputs of the call and on others; ``static`` is written."""
+
+        def again(values: Sequence[Tensor]) -> list[Tensor]:
+            refill(static, values)
+            return [tensor.clone() for tensor in run(static)]
+
+        def rounds() -> Iterator[Round]:
+            yield Round("the inputs of the capture", call.inputs, expected)
+            for name, negative in (("inputs of other values", False), ("inputs of the other sign", True)):
+                others = perturb(call.inputs, negative=negative)
+                try:
+                    wanted = again(others)
+                except (Refusal, torch.cuda.OutOfMemoryError):
+                    raise
+                except Exception:
+                    # The module does not take such values.
+                    continue
+                yield Round(name, others, wanted)
+
         if self._verified:
-            if expected_others is None:
-                others, expected_others = inputs, expected
-            verify(graph, inputs, expected, others, expected_others, where=self._name, tolerance=tolerance)
+            verify(graph, rounds(), again, where=self._name)
 
 
 class _Call:
@@ -344,28 +359,14 @@ class _Call:
         self.compare(outputs, wanted, when)
         return outputs
 
-    def on_others(self, static: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor] | None:
-        """The outputs on inputs of other values; ``None`` if the module does not take those."""
-        refill(static, others)
-        try:
-            return [tensor.clone() for tensor in self.run(static).tensors]
-        except Refusal:
-            raise
-        except Exception:
-            return None
-        finally:
-            refill(static, self.inputs)
-
     def compare(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], when: str) -> None:
         """Raise unless eager execution repeats itself."""
         if [_strides(tensor) for tensor in outputs] != [_strides(tensor) for tensor in wanted]:
             raise Refusal(Reason.NONDETERMINISTIC, detail=f"the outputs had other strides when run {when}")
         for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
-            error = difference(left, right.detach())
-            if not error <= tolerance_of(right):
-                raise Refusal(
-                    Reason.NONDETERMINISTIC, detail=f"output {index} differed by {error:.3g} (relative) when run {when}"
-                )
+            if not repeats(left, right.detach()):
+                gap = largest_gap(left, right)
+                raise Refusal(Reason.NONDETERMINISTIC, detail=f"output {index} differed by {gap:.3g} when run {when}")
 
     def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return inputs if self.places is None else [inputs[place] for place in self.places]

@@ -14,12 +14,12 @@ from graphcache.cache.blocks import Blocks
 from graphcache.cache.buckets import Buckets, InputAxis
 from graphcache.cache.independence import dependence, observed_outputs
 from graphcache.cache.padder import Call, Fit, Padder
-from graphcache.cache.padding import cropped
-from graphcache.cache.signature import Signature
+from graphcache.cache.padding import cropped, varied
+from graphcache.cache.signature import Signature, describe, substitute
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, GraphCacheError, InputError, Reason, Refusal, shown
 from graphcache.graphs.capture import refusal_of
-from graphcache.graphs.verify import difference, tolerance_of
+from graphcache.graphs.verify import padded_gap
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.misses import Misses
 from graphcache.modules.record_torch import TorchRecorder
@@ -31,7 +31,8 @@ class Trials:
     """What came of padding to each bucket, by the signature of the padded call.
 
     Tried are the sizes of the first call that goes to the bucket, and the smallest ones that would, where modules do
-    what they do for no other size (a single row is broadcast).
+    what they do for no other size (a single row is broadcast). Each is tried with the values of that call and with
+    values that differ: zeros, ones and NaN, as in a warm-up, hide most dependences.
 
     Args:
         misses: Whose module is called.
@@ -128,12 +129,25 @@ class Trials:
         padder, run = self._padder, self._misses.run
         if padder.buckets.outputs is None:
             padder = padder.with_outputs(observed_outputs(run, args, kwargs, padder))
-        smallest = self._smallest(fit, args, kwargs)
-        for each in ((args, kwargs), *([] if smallest is None else [smallest])):
-            text = dependence(run, *each, padder, difference=difference, tolerance=tolerance_of)
-            if text is not None:
-                raise Refusal(Reason.PADDING, detail=text)
+        for given in (args, kwargs), self._varied(args, kwargs):
+            smallest = None if given is None else self._smallest(fit, *given)
+            for each in (given, smallest):
+                if each is not None and (text := dependence(run, *each, padder, gap=padded_gap)) is not None:
+                    raise Refusal(Reason.PADDING, detail=text)
         return padder
+
+    def _varied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call with values that differ, as those of a warm-up often don't; ``None`` if the module refuses them."""
+        _, tensors = describe(args, kwargs)
+        made = {id(tensor): varied(tensor) for tensor in tensors}
+        new_args, new_kwargs = substitute(args, kwargs, [made[id(tensor)] for tensor in tensors])
+        try:
+            self._misses.run(*new_args, **new_kwargs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception:
+            return None
+        return new_args, new_kwargs
 
     def _smallest(self, fit: Fit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The start of a call, of the smallest sizes that go to the same bucket; ``None`` if it has these itself."""

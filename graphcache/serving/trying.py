@@ -10,14 +10,10 @@ from torch import Tensor
 
 from graphcache.cache.independence import dependence, observed_outputs
 from graphcache.errors import shown
-from graphcache.graphs.verify import difference, tolerance_of
+from graphcache.graphs.verify import padded_gap
 from graphcache.modules.examples import varied
 from graphcache.serving.batching import Batcher, Tensors
 from graphcache.serving.kinds import Kind
-
-_RELATIVE = 5e-3
-"""Largest accepted difference, as a share of the largest magnitude in an output. Other sizes run other kernels, whose
-products in TF32 are 1e-3 apart by that alone, and after a whole encoder of them some times as much."""
 
 Called = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -39,7 +35,7 @@ def refusal(batcher: Batcher, module: Callable[..., Any], called: Called, exampl
     try:
         if batcher.buckets.outputs is None:
             batcher.with_outputs(observed_outputs(module, (), there, batcher.padder))
-        text = dependence(module, (), there, batcher.padder, difference=difference, tolerance=_tolerance)
+        text = dependence(module, (), there, batcher.padder, gap=padded_gap)
         return _neighbours(batcher, called, example) if text is None else text
     except Exception as error:
         return f"a call of other sizes raised {type(error).__name__}: {shown(str(error))}"
@@ -77,11 +73,6 @@ def _neighbours(batcher: Batcher, called: Called, example: Tensors) -> str:
     [batch] = batcher.batches([batcher.request(part) for part in parts])
     for part, got in zip(parts, batch.split(called(batch.inputs())), strict=True):
         for name, wanted in called(part).items():
-            gap = difference(got[name], wanted) if got[name].shape == wanted.shape else float("inf")
-            if not gap <= _tolerance(wanted):
+            if (gap := padded_gap(got[name], wanted)) is not None:
                 return f"output {name!r} of a request depends on the requests beside it (differs by {gap:.3g})"
     return ""
-
-
-def _tolerance(tensor: Tensor) -> float:
-    return tolerance_of(tensor, _RELATIVE)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphcache.cache.buckets import Axis, Buckets, Mask
 from graphcache.cache.padder import Fit, Padder
 from graphcache.errors import ConfigError
-from graphcache.graphs.verify import difference
+from graphcache.graphs.verify import largest_gap
 from tests.helpers import frozen, same
 
 BATCH, LENGTH = Axis([2, 4, 8], name="batch"), Axis("powers_of_two", name="length")
@@ -69,7 +69,7 @@ def test_padded_and_cropped_is_the_exact_answer(batch, length, seed):
     for one, other in ((got["logits"], exact["logits"]), (got["rest"][0], exact["rest"][0])):
         # Not by bits: a product of more rows may be summed up in another order.
         assert one.shape == other.shape
-        assert difference(one, other) < 1e-5
+        assert largest_gap(one, other) < 1e-5
         assert one.is_contiguous()
 
 
@@ -100,7 +100,7 @@ def test_a_mask_is_made_where_there_is_none_and_padded_where_there_is_one(batch,
     exact = masked(x, mask) if given_mask else masked(x)
     got = answer(padder, masked, x, mask) if given_mask else answer(padder, masked, x)
     # Rows of the margin see nothing at all, and are cropped.
-    assert difference(got, exact) < 1e-5
+    assert largest_gap(got, exact) < 1e-5
 
 
 @pytest.mark.parametrize("call", [((), {}), ((None,), {}), ((), {"mask": None})])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.cache.padding import cropped, holds, is_dense, padded
+from graphcache.cache.padding import cropped, holds, is_dense, padded, varied
 from tests.helpers import DTYPES, same, strides, tensors
 
 
@@ -141,3 +141,26 @@ def test_what_a_dtype_holds_can_be_filled_and_read_again(dtype, number):
 )
 def test_what_a_dtype_does_not_hold(dtype, number):
     assert not holds(dtype, number)
+
+
+@given(tensors())
+def test_varied_values_are_of_the_same_kind(tensor: Tensor) -> None:
+    before = tensor.clone()
+    other = varied(tensor)
+    assert (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
+    assert torch.equal(tensor, before)
+    assert torch.equal(other, varied(tensor))
+    if tensor.dtype in (torch.int64, torch.int32, torch.uint8) and tensor.numel():
+        assert int(tensor.min()) - 1 <= int(other.min())
+        assert other.max() <= tensor.max()
+    if tensor.is_floating_point() and tensor.numel() > 1:
+        assert other.unique().numel() > 1
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.0, float("nan"), float("inf")])
+def test_varied_values_have_either_sign_unless_all_are_positive(value: float) -> None:
+    other = varied(torch.full((64,), value))
+    assert other.isfinite().all()
+    assert other.unique().numel() == 64
+    assert bool((other > 0).any())
+    assert bool((other < 0).any()) is (value not in (1.0, float("inf")))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
 from graphcache.errors import CaptureError, ClosedError, ConfigError
-from graphcache.graphs.verify import difference
+from graphcache.graphs.verify import largest_gap
 from graphcache.modules import background
 from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, same, strides
 from tests.modules.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
@@ -51,7 +51,7 @@ LINEAR = frozen(nn.Linear(5, 3))
 def close(got: Any, wanted: Any) -> bool:
     """Equal structure, types, shapes, dtypes and strides; values up to the order of a sum."""
     if isinstance(wanted, Tensor):
-        return strides(got) == strides(wanted) and difference(got, wanted) < 1e-5
+        return strides(got) == strides(wanted) and largest_gap(got, wanted) < 1e-5
     if isinstance(wanted, dict):
         return list(got) == list(wanted) and all(close(got[name], wanted[name]) for name in wanted)
     if isinstance(wanted, (list, tuple)):
@@ -142,7 +142,7 @@ def test_whatever_is_evicted_dropped_or_switched_meanwhile(steps: Any, capture: 
         elif what == 3:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert fast(x).dtype is module(x).dtype
-                assert difference(fast(x), module(x)) < 0.05
+                assert largest_gap(fast(x), module(x)) < 0.05
         else:
             assert close(fast(x), module(x))
 

@@ -131,3 +131,25 @@ def test_modes_are_as_they_were() -> None:
     assert (torch.is_grad_enabled(), graphcache.config.modes.get()) == before
     assert seen[0] == (before[0], True), "parts of the call are no calls of their own"
     assert set(seen[1:]) == {(False, True)}
+
+
+@pytest.mark.parametrize("warm_up", [torch.zeros(3, 4), torch.ones(3, 4), torch.full((3, 4), float("nan"))], ids=str)
+@pytest.mark.parametrize("name", ["size", "mean", "booleans"])
+def test_values_of_a_warm_up_hide_no_dependence(warm_up: Tensor, name: str) -> None:
+    modules = {
+        "size": Fn(lambda _, x: x * x.shape[0]),
+        "mean": Fn(lambda _, x: x - x.mean(0, keepdim=True)),
+        "booleans": Fn(lambda _, x: x & (x.sum(0) % 2 == 0)),
+    }
+    x = warm_up == 1 if name == "booleans" else warm_up
+    _, _, cause = tried(modules[name], x)
+    assert isinstance(cause, Cause)
+    assert cause.reason is Reason.PADDING
+
+
+@pytest.mark.parametrize("warm_up", [torch.zeros(3, 4), torch.ones(3, 4)], ids=["zeros", "ones"])
+def test_what_bears_padding_is_accepted_on_any_warm_up(warm_up: Tensor) -> None:
+    for module in (frozen(nn.Linear(4, 2)), Fn(lambda _, x: (x + 1).log()), Fn(lambda _, x: x.relu().sqrt())):
+        assert isinstance(tried(module, warm_up)[2], Padder)
+    table = frozen(nn.Embedding(1, 4))
+    assert isinstance(tried(table, torch.zeros(3, dtype=torch.int64))[2], Padder)
