@@ -84,7 +84,7 @@ class Operations(DispatchMode):
             pinned = not findings.on_cpu and given[1:] and given[1].is_pinned()
             if on_host and args[0].numel() and not pinned:
                 findings.note(Reason.HOST_READ, str(func), COPY, "a copy between pageable host memory and the device")
-        elif any(tensor.dim() for tensor in on_host):
+        elif any(tensor.dim() and tensor.numel() for tensor in on_host):
             # One without dimensions is read where it lies, and is no more than a number.
             findings.note(Reason.HOST_READ, str(func), ON_DEVICE, "a tensor that lies on the host takes part")
 

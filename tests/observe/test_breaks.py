@@ -1,5 +1,6 @@
 """The doctor names every line that forbids a graph, and no other."""
 
+import contextlib
 import inspect
 import re
 
@@ -98,6 +99,66 @@ def test_every_reason_of_a_real_refusal_is_found_beforehand():
             fast = graphcache.wrap(module)
             fast(torch.ones(3))
             assert outcomes(fast) == (0, 0, {reason: 1})
+
+
+def _annotated(m, x):
+    with torch.profiler.record_function("part"):
+        return x.relu() + 1
+
+
+def _normed(m, x):
+    return nn.functional.batch_norm(x, m.mean, m.var, training=True)
+
+
+def _by_mask(m, x, value):
+    y = x.clone()
+    y[x > 0] = value(x)
+    return y
+
+
+ALIKE = {
+    "annotations": (_annotated, None),
+    "an empty tensor": (
+        lambda m, x: torch.cat([torch.tensor([], device=x.device), x.new_tensor([]), x.view(-1)]),
+        None,
+    ),
+    "an empty index": (lambda m, x: x[:, []].sum() + x, None),
+    "a move of nothing": (lambda m, x: x + x[:0].cpu().numel(), None),
+    "one_hot of given classes": (lambda m, x: nn.functional.one_hot((x > 0).long(), 2) * 2, None),
+    "one_hot": (lambda m, x: nn.functional.one_hot((x > 0).long()).sum(), Reason.HOST_READ),
+    "quantile": (lambda m, x: x.quantile(0.5) + torch.nanquantile(x, 0.25), None),
+    "repeat_interleave": (lambda m, x: x.repeat_interleave((x[:, 0] > 9).long() + 2, 0), Reason.DATA_DEPENDENT),
+    "repeat_interleave of a given size": (
+        lambda m, x: x.repeat_interleave((x[:, 0] > 9).long() + 2, 0, output_size=6),
+        None,
+    ),
+    "questions after shapes": (lambda m, x: x + x.is_same_size(x), None),
+    "an inverse": (lambda m, x: torch.linalg.inv(x.T @ x + 9 * torch.eye(4, device=x.device)), Reason.HOST_READ),
+    "an inverse without a check": (lambda m, x: torch.linalg.inv_ex(x.T @ x)[0].isnan(), None),
+    "all": (lambda m, x: x * 2 if (x > 0).all() else x * 3, Reason.HOST_READ),
+    "dropout": (lambda m, x: nn.functional.dropout(x, 0.5), Reason.RANDOM),
+    "running statistics": (_normed, Reason.MUTATES),
+    "a number where a mask says": (lambda m, x: _by_mask(m, x, lambda x: 7), None),
+    "a value where a mask says": (lambda m, x: _by_mask(m, x, lambda x: x.sum()), Reason.DATA_DEPENDENT),
+}
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_doctor_and_a_capture_agree_in_every_mode(name, mode):
+    function, reason = ALIKE[name]
+    module, x = Fn(function), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    module.register_buffer("mean", torch.zeros(4))
+    module.register_buffer("var", torch.ones(4))
+    with mode(), graphcache.wrap(module) as fast:
+        assert {each.reason for each in find_capture_breaks(module, x)} == ({reason} if reason else set())
+        fast(x)
+        assert outcomes(fast) == ((0, 0, {reason: 1}) if reason else (0, 1, {}))
+
+
+def test_a_tensor_made_beside_another_lies_where_that_one_does():
+    found = find_capture_breaks(Fn(lambda m, x: x + x.new_tensor([1.0, 2.0, 3.0])), torch.ones(3))
+    assert [each.operation for each in found] == ["Tensor.new_tensor"]
 
 
 def test_the_call_leaves_the_tensors_and_the_generator_alone():
