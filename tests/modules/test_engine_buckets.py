@@ -15,6 +15,7 @@ from graphcache import Buckets, Mask, Reason
 from graphcache.cache import padder, padding
 from graphcache.errors import ConfigError, InputCountError, InputDtypeError, ProfileRangeError
 from graphcache.modules.engine_buckets import engine_buckets
+from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
@@ -44,7 +45,7 @@ def test_a_padded_call_hits(fake: Torch) -> None:
     assert fake.driver.leaked() == {}
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=share(15, 6), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9), st.integers(0, 50)), min_size=1, max_size=8),
     st.sampled_from(["bind", "copy"]),

@@ -16,6 +16,7 @@ from graphcache import EngineModule, Reason
 from graphcache.graphs import buffers, driver
 from graphcache.modules import engine_controls
 from graphcache.modules.record_torch import TorchRecorder
+from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
 from tests.modules.test_engine_module import MODULES, load, numbers, prepare
@@ -205,7 +206,7 @@ def test_inside_a_capture_of_the_callers_everything_enqueues_into_it(whole: Torc
         assert torch.equal(between, x * 2)
 
 
-@settings(max_examples=30)
+@settings(max_examples=share(30, 10))
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=1, max_size=12), st.booleans())
 def test_any_calls(steps: list[tuple[int, int]], excluded: bool) -> None:
     with pytest.MonkeyPatch.context() as patch, installed(*MODULES, engine_controls, patch=patch) as fake:

@@ -202,6 +202,7 @@ def test_another_engine_in_the_module_of_a_compiled_program(fake: Torch) -> None
 
 
 @FROM_TORCH
+@pytest.mark.full
 def test_aot_inductor(fake: Torch, tmp_path: Path) -> None:
     compiler_or_skip()
     program = exported(mixed(), X)

@@ -524,7 +524,10 @@ def test_nothing_is_kept_of_a_call(fake: Torch, warm: Warm) -> None:
             end = held()
             tracemalloc.stop()
             after = [sys.getrefcount(each) for each in objects]
-            assert [now - then for now, then in zip(after, before, strict=True) if abs(now - then) > 5] == []
+            # Other threads of the process use None and True too; one reference per call would be 320.
+            bounds = [100 if each is None or each is True else 5 for each in objects]
+            changes = [now - then for now, then in zip(after, before, strict=True)]
+            assert [found for found, bound in zip(changes, bounds, strict=True) if abs(found) > bound] == []
             assert len(fake.driver.heap.blocks) <= blocks + 1
             assert end - start < 300 * 16, "the smallest object has 16 bytes"
 
