@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import stat
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from graphcache.config import Modes, modes
@@ -20,7 +16,7 @@ from graphcache.errors import CompileError
 from graphcache.graphs import native
 from graphcache.graphs.native.build import build, compiler
 from graphcache.modules import background
-from tests import effort
+from tests import effort, shared
 
 settings.register_profile("dev", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
@@ -42,15 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs ``--full``, unless the command line names a test.
-
-    Tests that use the compiled library share a worker, so that no other worker waits while it is compiled.
-    """
-    for item in items:
-        if "compiled" in getattr(item, "fixturenames", ()) or "compiled" in item.nodeid.partition("[")[2]:
-            item.add_marker(pytest.mark.xdist_group("compiled"))
+    """Leave out what needs ``--full``, unless the command line names a test."""
     if any("::" in arg for arg in config.args):
         return
     if left_out := effort.deselected(items):
@@ -84,31 +73,13 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch._C._len_torch_dispatch_stack() == 0
 
 
-def compiled_libraries() -> Path:
-    """The folder of libraries that tests compiled: ``GRAPHCACHE_TEST_CACHE``, or one of this user's in the temp folder.
-
-    Workers and later runs share it. A library in it is named after its source, so a change of the source compiles anew.
-    """
-    if given := os.environ.get("GRAPHCACHE_TEST_CACHE"):
-        folder = Path(given)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    folder = Path(tempfile.gettempdir()) / f"graphcache-tests-{os.geteuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} is not a folder of this user alone; remove it or set GRAPHCACHE_TEST_CACHE")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def compiled() -> Any:
-    """The compiled library, made once per source; what uses it is skipped only where there is no C++ compiler."""
+    """The compiled library, made once per source for all workers; only without a C++ compiler its users are skipped."""
     try:
         compiler()
     except CompileError as why:
         pytest.skip(str(why))
-    folder = compiled_libraries()
-    with FileLock(folder / "lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+    with shared.alone("compile"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared.folder()))
         return native.load(build())

@@ -1,4 +1,4 @@
-"""How much of the suite runs, and where tests keep what they compiled."""
+"""How much of the suite runs, and what its processes share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 from tests import effort
-from tests.conftest import compiled_libraries
 from tests.effort import deselected, share
+from tests.helpers import in_threads
+from tests.shared import alone, folder
 
 
 def item(nodeid: str, mark: Any = None) -> Any:
@@ -38,19 +40,34 @@ def test_a_marked_test_runs(pytestconfig: pytest.Config, number: int) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="owners and modes of files are those of POSIX")
-def test_libraries_are_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_shared_is_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRAPHCACHE_TEST_CACHE", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = compiled_libraries()
-    assert folder.parent == tmp_path
-    assert compiled_libraries() == folder
-    folder.chmod(0o777)
+    own = folder()
+    assert own.parent == tmp_path
+    assert folder() == own
+    own.chmod(0o777)
     with pytest.raises(PermissionError, match="GRAPHCACHE_TEST_CACHE"):
-        compiled_libraries()
-    folder.chmod(0o700)
-    folder.rename(tmp_path / "elsewhere")
-    folder.symlink_to(tmp_path / "elsewhere")
+        folder()
+    own.chmod(0o700)
+    own.rename(tmp_path / "elsewhere")
+    own.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError, match="GRAPHCACHE_TEST_CACHE"):
-        compiled_libraries()
+        folder()
     monkeypatch.setenv("GRAPHCACHE_TEST_CACHE", str(tmp_path / "named"))
-    assert compiled_libraries() == tmp_path / "named"
+    assert folder() == tmp_path / "named"
+
+
+def test_what_is_done_alone_waits_for_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHCACHE_TEST_CACHE", str(tmp_path))
+    inside: list[int] = []
+
+    def enter(index: int) -> None:
+        with alone("something"):
+            inside.append(index)
+            assert inside == [index]
+            inside.remove(index)
+
+    in_threads(enter, 8)
+    with alone("something"), pytest.raises(Timeout), FileLock(tmp_path / "something.lock", timeout=0):
+        pass

@@ -115,7 +115,7 @@ def test_every_option_and_every_error_class_is_in_its_table():
 def test_the_two_commands_are_there_to_the_letter():
     commands = [found["body"].strip() for found in FENCE.finditer(PAGES[README]) if found["info"] == "sh"]
     assert "pip install . && graphcache demo" in commands
-    assert 'pip install -e ".[test]" && pytest -n 2 --dist loadgroup' in commands
+    assert 'pip install -e ".[test]" && pytest -n 2 --dist loadfile' in commands
 
 
 def test_there_are_snippets():

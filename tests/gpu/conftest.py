@@ -4,15 +4,22 @@ import pytest
 import torch
 
 import graphcache
+from tests.shared import alone
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "/gpu/" in str(item.path):
             item.add_marker(pytest.mark.gpu)
-            item.add_marker(pytest.mark.xdist_group("gpu"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_at_a_time():
+    """No two workers use the device at once: tests count its memory and its time."""
+    with alone("gpu"):
+        yield
 
 
 @pytest.fixture(scope="session")

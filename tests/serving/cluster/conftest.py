@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from graphcache import Axis
+from tests.shared import alone
 
 # Not imported: Ray reads variables then, which are set where it is started.
 if importlib.util.find_spec("ray") is None:
@@ -38,7 +39,7 @@ def path() -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[int]:
+def cluster(one_ray: None) -> Iterator[int]:
     """Serve with two applications, and the port on which it listens."""
     from graphcache.serving.deployment import deployment
     from graphcache.serving.limits import Limits
@@ -68,7 +69,7 @@ def cluster() -> Iterator[int]:
             num_gpus=0,
             # So long that there are always some in a replica.
             batch_wait_timeout_s=0.03,
-            limits=Limits(max_request_bytes=2**16, body_seconds=1.0),
+            limits=Limits(max_request_bytes=2**16, body_seconds=5.0),
         )
         run(application)
         small = deployment({each.name: each for each in (half, lookup)}, num_gpus=0, batch_wait_timeout_s=0.05)
@@ -136,8 +137,8 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that start Ray run on one worker: several Rays at once take each other's cores and ports."""
-    for item in items:
-        if "/cluster/" in str(item.path):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.fixture(scope="module", autouse=True)
+def one_ray() -> Iterator[None]:
+    """No two files start Ray at once: each takes all cores."""
+    with alone("ray"):
+        yield
