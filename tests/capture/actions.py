@@ -73,7 +73,7 @@ def reads_a_number(draw: Draw) -> Action:
 def reads_a_tensor(draw: Draw) -> Action:
     p = draw.place(TENSOR)
     changes = [f"{p.get}.data = {p.get} * 2", f"{p.get}.mul_(2)", f"{p.get}[0] = 3", f"{p.get}.numpy()[1] = 4"]
-    changes += [f"{p.get}.set_(torch.full((3,), 7.0))", *_puts(p, f"{p.get} + 1", "torch.ones(1)", f"{p.get}.clone()")]
+    changes += [f"{p.get}.set_(torch.full((3,), 7.0))", *_puts(p, f"{p.get} + 1", "torch.ones(3, 2)[:, 0]", f"{p.get}.clone()")]
     return Action([f"y = y + {p.get}"], "none", changes, [p])
 
 

@@ -300,7 +300,9 @@ def a_place(rng: random.Random, number: int, value: str, argument: str, *, numbe
         inner = [name for name, kind in KINDS.items() if not kind.numbers]
         names = [rng.choice(inner) for _ in range(depth - 1)] + [rng.choice(ends)]
     kinds = [KINDS[name] for name in names]
-    make, expression = "%s", (found := _root(root, number, argument))[0]
+    found = _root(root, number, argument)
+    # A function read from an instance of its class would be bound.
+    make, expression = "%s", found[1] if names[:1] in (["default argument"], ["attribute of a function"]) else found[0]
     for kind in reversed(kinds):
         make = kind.make % make
     for kind in kinds[:-1]:

@@ -245,7 +245,7 @@ def call(function: Callable[..., Any], twin: Twin, x: Tensor, seed: int) -> Any:
     return {"answer": answer, "drawn": [random.random(), np.random.rand(), torch.rand(()).item()]}
 
 
-GRAVE = (NameError, SyntaxError, AttributeError)
+GRAVE = (NameError, SyntaxError, AttributeError, TypeError)
 """Exceptions that a wrong program raises."""
 
 
@@ -306,7 +306,7 @@ class Drive:
             self._mode = rng.choice(("no_grad", "grad"))
         if self.left.changes and rng.random() < self._changes:
             self._change(rng.randrange(len(self.left.changes)))
-        if rng.random() < 0.05:
+        if rng.random() < self._changes / 3:
             self.left.new_cache()
             self.right.new_cache()
             self._log.append("new cache")
@@ -323,6 +323,8 @@ class Drive:
                     twin.changes[index](twin.net, twin.cache)
                     twin.net.requires_grad_(False)
                     found.append("")
+                except GRAVE:
+                    raise
                 except Exception as error:
                     found.append(f" ({type(error).__name__})")
         self._log.append(f"change{index}{found[0]}")
