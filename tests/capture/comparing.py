@@ -141,7 +141,9 @@ def _function(walk: _Walk, left: Any, right: Any, path: str) -> None:
     if left.__code__.co_code != right.__code__.co_code:
         walk.found = f"{path}: another function"
     cells = [[cell.cell_contents for cell in f.__closure__ or () if _is_full(cell)] for f in (left, right)]
-    walk.several(path + "()", *[(*c, f.__defaults__, f.__kwdefaults__) for c, f in zip(cells, (left, right), strict=True)])
+    walk.several(
+        path + "()", *[(*c, f.__defaults__, f.__kwdefaults__) for c, f in zip(cells, (left, right), strict=True)]
+    )
 
 
 def _is_full(cell: Any) -> bool:
@@ -154,11 +156,11 @@ def _is_full(cell: Any) -> bool:
 def _class(walk: _Walk, left: Any, right: Any, path: str) -> None:
     if left is right or left.__module__ not in ("generated", "tests.capture.places"):
         return
-    kept = [
+    one, other = (
         {name: value for name, value in vars(each).items() if not isinstance(value, _DESCRIPTORS)}
         for each in (left, right)
-    ]
-    walk.mapping(*kept, path + ".")
+    )
+    walk.mapping(one, other, path + ".")
 
 
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType, property, staticmethod, classmethod)

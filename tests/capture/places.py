@@ -123,7 +123,7 @@ def first(kept: Any) -> Any:
 def with_default(value: Any) -> Callable[[], Any]:
     """A function with a mutable default argument."""
 
-    def read(kept: Any = [value]) -> Any:  # noqa: B006, B008 - what is meant
+    def read(kept: Any = [value]) -> Any:  # noqa: B006 - what is meant
         return kept
 
     return read
@@ -296,7 +296,9 @@ def a_place(rng: random.Random, number: int, value: str, argument: str, *, numbe
     names: list[str] = []
     if depth:
         only = numbers and rng.random() < 0.3
-        ends = [name for name, kind in KINDS.items() if kind.put and (kind.numbers if only else numbers or not kind.numbers)]
+        ends = [
+            name for name, kind in KINDS.items() if kind.put and (kind.numbers if only else numbers or not kind.numbers)
+        ]
         inner = [name for name, kind in KINDS.items() if not kind.numbers]
         names = [rng.choice(inner) for _ in range(depth - 1)] + [rng.choice(ends)]
     kinds = [KINDS[name] for name in names]

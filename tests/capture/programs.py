@@ -16,13 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.capture import places
-from tests.capture.actions import ACTIONS, Action, Draw
+from tests.capture.actions import Action, Draw
+from tests.capture.changing import ACTIONS
 from tests.capture.comparing import difference
 from tests.capture.places import ARGUMENTS, Place, a_place
 
 SECTIONS = ("globals", "enclosing", "base", "class", "init", "argument")
 STYLES = ("inline", "inline", "method", "closure", "function", "part", "hook", "object", "lambda")
-MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": torch.enable_grad}
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "grad": torch.enable_grad,
+}
 NAMES = {"__builtins__": builtins, **places.names()}
 
 
@@ -104,9 +109,7 @@ class Program:
             "Net, CHANGES = build()\n"
         )
 
-    def _draw(
-        self, rng: random.Random, number: int, make: Callable[[Draw], Action], style: str
-    ) -> Action:
+    def _draw(self, rng: random.Random, number: int, make: Callable[[Draw], Action], style: str) -> Action:
         def place(index: int, value: str, numbers: bool) -> Place:
             local = style in ("part", "hook", "object") or not self.argument
             while True:
@@ -155,7 +158,11 @@ class Program:
         return ""
 
     def _function(self, number: int, init: list[str], declare: list[str], body: list[str]) -> str:
-        if any(line.startswith("nonlocal") for line in declare) or "Net." in (text := "\n".join(body)) or "Base." in text:
+        if (
+            any(line.startswith("nonlocal") for line in declare)
+            or "Net." in (text := "\n".join(body))
+            or "Base." in text
+        ):
             return self._closure(number, init, declare, body)
         self._sections["init"] += init
         self._sections["globals"].append(_function(f"act{number}(self, x, y, cache)", [*declare, *body]))

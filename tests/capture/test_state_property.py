@@ -1,7 +1,7 @@
 """Random modules that keep state in random Python structures: answers and state are those of a twin that runs eagerly.
 
-A program is drawn from a seed (see ``programs``), executed twice, and one of the two modules is wrapped. After every call
-the answers, the arguments and everything that can be reached from the two modules are compared.
+A program is drawn from a seed (see ``programs``), executed twice, and one of the two modules is wrapped. After every
+call the answers, the arguments and everything that can be reached from the two modules are compared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 import graphcache
 from graphcache import CachedModule
 from tests.capture import actions, places
+from tests.capture.changing import ACTIONS
 from tests.capture.places import ARGUMENTS, KINDS
 from tests.capture.programs import STYLES, Drive, Outcome, Program, Recipe, explain
 
@@ -31,7 +32,7 @@ ANY = Recipe()
 QUIET = Recipe(actions.QUIET, styles=("inline", "method", "closure", "part", "hook", "object", "lambda"))
 SETTLING = Recipe((*actions.QUIET, *actions.SETTLING))
 # State that is restored within a call is seen by whoever looks in the middle of a capture beside it.
-BESIDE = Recipe(tuple(a for a in actions.ACTIONS if a is not actions.restores_what_it_sets), any_thread=True)
+BESIDE = Recipe(tuple(a for a in ACTIONS if a is not actions.restores_what_it_sets), any_thread=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 
@@ -73,7 +74,7 @@ def test_every_kind_of_state_is_driven_often() -> None:
     seen: Counter[str] = Counter()
     for seed in range(BLOCKS * PROGRAMS):
         seen.update(Program(seed, ANY).kinds)
-    expected = {*(action.__name__ for action in actions.ACTIONS), *STYLES, *KINDS, *places.ROOTS}
+    expected = {*(action.__name__ for action in ACTIONS), *STYLES, *KINDS, *places.ROOTS}
     expected |= {f"argument: {name}" for name in ARGUMENTS}
     assert {name: seen[name] for name in expected if seen[name] < 20} == {}
 
