@@ -8,7 +8,9 @@ import contextvars
 import functools
 import itertools
 import random
+import threading
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from tests.helpers import bits
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, range})
-SKIPPED = (types.ModuleType, types.BuiltinFunctionType, RemovableHandle, types.CodeType, type(pow), property)
+SKIPPED = (types.ModuleType, RemovableHandle, types.CodeType, property)
 
 
 def difference(left: Any, right: Any) -> str:
@@ -196,9 +198,14 @@ _COMPARE: dict[type, Any] = {
     functools.partial: _state(lambda p: (p.func, p.args, p.keywords)),
     functools._lru_cache_wrapper: _state(lambda f: (f.__wrapped__, f.cache_info().misses, f.cache_info().currsize)),
     contextvars.ContextVar: _state(lambda v: (v.get(None),)),
+    type({}.values()): _state(lambda v: (list(v),)),
+    weakref.ref: _state(lambda r: (r(),)),
+    type({}.get): _state(lambda m: (getattr(m, "__self__", None),)),
+    threading.local: _state(lambda v: (v.__dict__,)),
+    memoryview: _state(lambda m: (m.tobytes(),)),
     bytearray: _state(lambda b: (bytes(b),)),
     array.array: _state(lambda a: (a.tobytes(),)),
-    np.ndarray: _state(lambda a: (str(a.dtype), a.shape, a.tobytes())),
+    np.ndarray: _state(lambda a: (str(a.dtype), a.shape, a.tolist() if a.dtype.hasobject else a.tobytes())),
     np.random.Generator: _state(lambda g: (repr(g.bit_generator.state),)),
     np.random.RandomState: _state(lambda g: (repr(g.get_state()),)),
     random.Random: _state(lambda r: (str(r.getstate()),)),

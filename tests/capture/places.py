@@ -6,15 +6,21 @@ made of such text are executed once for each twin, so that two twins share no st
 
 from __future__ import annotations
 
+import array
 import collections
 import contextvars
 import functools
+import itertools
 import random
+import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -150,6 +156,27 @@ def noted(value: Any) -> Tensor:
     return tensor
 
 
+alive: list[Any] = []
+"""What keeps the targets of weak references; no generated code names it."""
+
+
+def weakly(value: Any) -> weakref.ref[Box]:
+    box = Box(value)
+    alive.append(box)
+    return weakref.ref(box)
+
+
+def local(value: Any) -> threading.local:
+    made = threading.local()
+    made.v = value
+    return made
+
+
+def objects(value: Any) -> Any:
+    """A NumPy array of Python objects."""
+    return np.array([Box(value), None], dtype=object)
+
+
 def variable(value: Any) -> contextvars.ContextVar[Any]:
     made: contextvars.ContextVar[Any] = contextvars.ContextVar("made")
     made.set(value)
@@ -237,8 +264,15 @@ KINDS = {
     "default argument": Kind("with_default(%s)", "%s()[0]", "%s.__defaults__[0][0] = %s"),
     "attribute of a function": Kind("with_attribute(%s)", "%s()", "%s.v = %s"),
     "class": Kind("a_class(%s)", "%s.v", "%s.v = %s"),
+    "ChainMap": Kind("ChainMap({}, {'k': %s})", "%s['k']", "%s.maps[1]['k'] = %s"),
+    "view of a dict": Kind("{'k': %s}.values()", "next(iter(%s))"),
+    "weak reference": Kind("weakly(%s)", "%s().v", "%s().v = %s"),
+    "method of a dict": Kind("{'k': %s}.get", "%s('k')", "%s.__self__['k'] = %s"),
+    "NumPy array of objects": Kind("objects(%s)", "%s[0].v", "%s[0].v = %s"),
+    "thread local": Kind("local(%s)", "%s.v", "%s.v = %s", any_thread=False),
     "context variable": Kind("variable(%s)", "%s.get()", "%s.set(%s)", any_thread=False),
     "array": Kind("array('d', [%s])", "%s[0]", "%s[0] = %s", numbers=True),
+    "memoryview": Kind("memoryview(array('d', [%s]))", "%s[0]", "%s[0] = %s", numbers=True),
     "NumPy array": Kind("np.array([%s])", "float(%s[0])", "%s[0] = %s", numbers=True),
     "set of numbers": Kind("{%s}", "next(iter(%s))", "refill(%s, %s)", numbers=True),
 }
@@ -347,12 +381,6 @@ def _root(root: str, number: int, argument: str) -> tuple[str, str, tuple[str, s
 
 def names() -> dict[str, Any]:
     """What every generated program finds among its globals."""
-    import array
-    import itertools
-    import types
-
-    import numpy as np
-
     own = {name: value for name, value in globals().items() if getattr(value, "__module__", "") == __name__}
     return {
         **own,
@@ -360,6 +388,7 @@ def names() -> dict[str, Any]:
         "OrderedDict": collections.OrderedDict,
         "defaultdict": collections.defaultdict,
         "deque": collections.deque,
+        "ChainMap": collections.ChainMap,
         "UserDict": collections.UserDict,
         "MappingProxyType": types.MappingProxyType,
         "SimpleNamespace": types.SimpleNamespace,
