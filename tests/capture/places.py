@@ -15,7 +15,7 @@ import random
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -314,43 +314,49 @@ class Place:
     any_thread: bool = True
 
 
-def a_place(rng: random.Random, number: int, value: str, argument: str, *, numbers: bool, local: bool) -> Place:
-    """A random place.
+def drawn(rng: random.Random, *, numbers: bool, local: bool) -> tuple[str, ...]:
+    """A random root, and the kinds of the structures below it.
 
     Args:
         rng: Chance.
-        number: Tells the places of a program apart.
-        value: The expression of what it holds at first.
-        argument: The kind of the program's second argument, one of ``ARGUMENTS``.
         numbers: Whether only numbers are put there.
         local: Whether the place has to belong to the module: where neither arguments nor the class are at hand.
     """
     root = rng.choice(ROOTS[:4] if local else ROOTS)
     depth = rng.choice((0, 1, 1, 2, 3, 4))
-    names: list[str] = []
-    if depth:
-        only = numbers and rng.random() < 0.3
-        ends = [
-            name for name, kind in KINDS.items() if kind.put and (kind.numbers if only else numbers or not kind.numbers)
-        ]
-        inner = [name for name, kind in KINDS.items() if not kind.numbers]
-        names = [rng.choice(inner) for _ in range(depth - 1)] + [rng.choice(ends)]
+    if not depth:
+        return (root,)
+    only = numbers and rng.random() < 0.3
+    ends = [name for name, kind in KINDS.items() if kind.put and kind.numbers <= numbers and kind.numbers >= only]
+    inner = [name for name, kind in KINDS.items() if not kind.numbers]
+    return (root, *(rng.choice(inner) for _ in range(depth - 1)), rng.choice(ends))
+
+
+def place_at(path: Sequence[str], number: int, value: str, argument: str) -> Place:
+    """A place.
+
+    Args:
+        path: One of ``ROOTS``, and the kinds of structures below it.
+        number: Tells the places of a program apart.
+        value: The expression of what it holds at first.
+        argument: The kind of the program's second argument, one of ``ARGUMENTS``.
+    """
+    root, *names = path
     kinds = [KINDS[name] for name in names]
-    found = _root(root, number, argument)
+    read, assign, (section, line), declare = _root(root, number, argument)
     # A function read from an instance of its class would be bound.
-    make, expression = "%s", found[1] if names[:1] in (["default argument"], ["attribute of a function"]) else found[0]
+    functions = (["default argument"], ["attribute of a function"])
+    make, expression = "%s", assign if names[:1] in functions else read
     for kind in reversed(kinds):
         make = kind.make % make
     for kind in kinds[:-1]:
         expression = kind.get % expression
     last = kinds[-1] if kinds else ITSELF
-    put = last.put % (expression if kinds else found[1], "%s")
-    section, line = found[2]
     return Place(
         last.get % expression,
-        put,
-        f"{found[1]} = {make}",
-        found[3],
+        last.put % (expression if kinds else assign, "%s"),
+        f"{assign} = {make}",
+        declare,
         {section: (line % (make % value)).splitlines()},
         [root, *names],
         all(kind.any_thread for kind in kinds),

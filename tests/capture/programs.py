@@ -19,7 +19,7 @@ from tests.capture import places
 from tests.capture.actions import Action, Draw
 from tests.capture.changing import ACTIONS
 from tests.capture.comparing import difference
-from tests.capture.places import ARGUMENTS, Place, a_place
+from tests.capture.places import ARGUMENTS, Place, drawn, place_at
 
 SECTIONS = ("globals", "enclosing", "base", "class", "init", "argument")
 STYLES = ("inline", "inline", "method", "closure", "function", "part", "hook", "object", "lambda")
@@ -41,6 +41,7 @@ class Recipe:
         argument: How likely a second argument is.
         styles: Where actions may stand.
         any_thread: Whether only places are used that all threads share.
+        at: The place of everything, root and kinds; drawn as well if it is empty.
     """
 
     actions: Sequence[Callable[[Draw], Action]] = ACTIONS
@@ -48,6 +49,7 @@ class Recipe:
     argument: float = 0.3
     styles: tuple[str, ...] = STYLES
     any_thread: bool = False
+    at: tuple[str, ...] = ()
 
 
 class Program:
@@ -63,7 +65,7 @@ class Program:
         rng = random.Random(seed)
         self.seed = seed
         self.argument = rng.choice(list(ARGUMENTS)) if rng.random() < recipe.argument else ""
-        self._any_thread = recipe.any_thread
+        self._recipe = recipe
         self.mode = rng.choice(("no_grad", "no_grad", "no_grad", "inference_mode", "grad"))
         self.names: list[str] = []
         self.actions: list[Action] = []
@@ -113,8 +115,9 @@ class Program:
         def place(index: int, value: str, numbers: bool) -> Place:
             local = style in ("part", "hook", "object") or not self.argument
             while True:
-                made = a_place(rng, index, value, self.argument or "dict", numbers=numbers, local=local)
-                if made.any_thread or not self._any_thread:
+                path = self._recipe.at or drawn(rng, numbers=numbers, local=local)
+                made = place_at(path, index, value, self.argument or "dict")
+                if made.any_thread or not self._recipe.any_thread:
                     return made
 
         return make(Draw(rng, number, place))
