@@ -17,6 +17,7 @@ from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
 from graphcache.modules.cached import CachedModule as CachedModule
 from graphcache.modules.compiling import compile as compile
+from graphcache.modules.controls import controls as controls
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.examples import Call as Call
 from graphcache.modules.explain import Explanation as Explanation

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -124,11 +124,74 @@ class Ledger:
             return entered.pop_all()
 
     def _publish(self, event: Event) -> None:
+        if self.subscribers:
+            when_unlocked(lambda: self._deliver(event))
+
+    def _deliver(self, event: Event) -> None:
         for subscriber in tuple(self.subscribers):
             try:
                 subscriber(event)
             except Exception:
                 log.exception("%s: a subscriber failed on %s; the call goes on", self.name, type(event).__name__)
+
+
+class QuietLock:
+    """A re-entrant lock under which nobody outside is called.
+
+    What :func:`when_unlocked` was given in a thread that holds such locks is called when the thread has released the
+    last of them. So a subscriber may call, clear and close any module, and wait for other threads that do.
+
+    Example:
+        >>> lock = QuietLock()
+        >>> with lock, QuietLock():
+        ...     when_unlocked(lambda: print("delivered"))
+        ...     print("locked")
+        locked
+        delivered
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def acquire(self, timeout: float = -1) -> bool:
+        """Take the lock; whether it was taken within ``timeout`` seconds, -1 for as long as it takes."""
+        taken = self._lock.acquire(timeout=timeout)
+        _here.held += taken
+        return taken
+
+    def release(self) -> None:
+        """Give the lock back, and call what waited for it if it was the thread's last one."""
+        self._lock.release()
+        _here.held -= 1
+        while not _here.held and _here.waiting:
+            _here.waiting.popleft()()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+class _Here(threading.local):
+    """What one thread holds, and what is to be called when it holds nothing."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.waiting: deque[Callable[[], object]] = deque()
+
+
+_here = _Here()
+
+
+def when_unlocked(function: Callable[[], object]) -> None:
+    """Call a function now, or when this thread has released the last :class:`QuietLock` that it holds."""
+    if _here.held:
+        _here.waiting.append(function)
+    else:
+        function()
 
 
 _NOTHING = nullcontext()

@@ -39,6 +39,7 @@ from graphcache.cli.targets import Target, resolve
 from graphcache.cli.timing import spread
 from graphcache.cli.verdict import Verdict, verdict
 from graphcache.cli.watch import Watch
+from graphcache.modules.controls import controls
 from graphcache.observe.result import Inputs, Result
 
 
@@ -103,7 +104,7 @@ def bench(
         progress("" if watch else "Running") as show,
         Watch(fast, enabled=watch) as seen,
     ):
-        causes = Causes(fast, *fast.parts.values())
+        causes = Causes(fast, *controls(fast).parts.values())
         traffic = []
         for index, number in enumerate(_traffic(len(made), calls, seed)):
             if not watch and index % 64 == 0:

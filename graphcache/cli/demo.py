@@ -31,6 +31,7 @@ from graphcache.cli.output import (
 )
 from graphcache.cli.timing import Latency, difference, timed
 from graphcache.errors import EngineError, TensorRTNotFoundError
+from graphcache.modules.controls import controls
 
 _EVERY = 10
 """One call in so many is of the kind that no graph can answer."""
@@ -76,7 +77,7 @@ def demo(calls: int, seed: int, max_graphs: int | None, as_json: bool) -> None:
         ):
             pairs = {False: (network, fast), True: (confident, picky)}
             tally = _traffic(pairs, calls, seed, device, show)
-            info = fast.cache_info()
+            info = controls(fast).cache_info()
             inner = picky.cache_info()
     result = {
         **environment(device, tensorrt=what.startswith("TensorRT")),
@@ -128,9 +129,9 @@ def _traffic(
         [batch] = choose.choices(BATCHES, skew)
         eager, fast = pairs[call % _EVERY == _EVERY // 2]
         x = observations(batch, generator, device)
-        before = fast.cache_info()
+        before = controls(fast).cache_info()
         answer, nanoseconds = timed(functools.partial(fast, x), device)
-        outcome = _outcome(before, fast.cache_info())
+        outcome = _outcome(before, controls(fast).cache_info())
         expected, eagerly = timed(functools.partial(eager, x), device)
         tally.times[outcome].append(nanoseconds)
         if outcome == "hit":

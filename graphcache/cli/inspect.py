@@ -28,6 +28,7 @@ from graphcache.engines.header import read_header
 from graphcache.engines.layers import layers_of
 from graphcache.errors import NoGpuError, Refusal
 from graphcache.graphs.buffers import nbytes_of
+from graphcache.modules.controls import controls
 from graphcache.modules.described import described
 from graphcache.modules.factories import is_factory
 from graphcache.observe.breaks import find_capture_breaks
@@ -163,7 +164,7 @@ def _capturable(found: Target, shapes: Sequence[Specs]) -> dict[str, Any]:
             cause = fast._misses.prepare(signature, inputs, args, kwargs)
             if cause is not None and not why:
                 why.append(one_line(str(cause)))
-        graphs = fast.cache_info().nbytes
+        graphs = controls(fast).cache_info().nbytes
     return {"yes": not why, "why": list(dict.fromkeys(why)), "graph_bytes": graphs}
 
 

@@ -15,6 +15,7 @@ from graphcache import CachedModule, CacheInfo, Reason
 from graphcache.cli.targets import Call, Target
 from graphcache.cli.timing import difference, timed, timed_apart
 from graphcache.errors import GraphCacheError, Refusal
+from graphcache.modules.controls import controls
 from graphcache.modules.described import described
 from graphcache.modules.factories import raised
 from graphcache.observe.result import Measured
@@ -88,9 +89,9 @@ def turn(found: Target, fast: CachedModule, call: Call, *, graph_first: bool = F
     through = functools.partial(fast, *call.args, **call.kwargs)
     if not graph_first:
         expected, eager, enqueue = timed_apart(eagerly, found.device)
-    before = fast.cache_info()
+    before = controls(fast).cache_info()
     answer, graph = timed(through, found.device)
-    after = fast.cache_info()
+    after = controls(fast).cache_info()
     if graph_first:
         expected, eager, enqueue = timed_apart(eagerly, found.device)
     replayed = after.hits > before.hits

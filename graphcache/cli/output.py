@@ -24,6 +24,7 @@ from graphcache.cli.timing import Latency
 from graphcache.engines.library import library
 from graphcache.errors import GraphCacheError
 from graphcache.events import Event, RanEagerly
+from graphcache.modules.controls import controls
 
 _PLAIN_WIDTH = 120
 
@@ -151,7 +152,7 @@ class Causes:
     def __init__(self, *modules: CachedModule) -> None:
         self._first: dict[Reason, Cause] = {}
         for module in modules:
-            module.subscribe(self._hear)
+            controls(module).subscribe(self._hear)
 
     def explain(self, reason: Reason) -> str:
         """A reason with its sentence, where it first arose, what was seen there, and what would change it."""

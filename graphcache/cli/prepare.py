@@ -26,6 +26,7 @@ from graphcache.cli.options import (
 from graphcache.cli.output import described, environment, one_line, print_json, progress, stdout
 from graphcache.cli.targets import Target, resolve
 from graphcache.errors import GraphCacheError
+from graphcache.modules.controls import controls
 from graphcache.modules.factories import raised
 
 
@@ -92,7 +93,7 @@ def prepare(
     with graphcache.wrap(found.module, max_graphs=max_graphs, **options) as fast:
         try:
             with _MODES[mode]():
-                done = fast.prepare(*given, deadline=deadline)
+                done = controls(fast).prepare(*given, deadline=deadline)
         except GraphCacheError:
             raise
         except Exception as error:
@@ -100,7 +101,7 @@ def prepare(
         written = 0
         if shapes and manifest is not None:
             try:
-                written = len(fast.save_manifest(manifest).entries)
+                written = len(controls(fast).save_manifest(manifest).entries)
             except OSError as error:
                 raise click.ClickException(f"{manifest} cannot be written: {error.strerror or error}") from error
     versions = environment(found.device, tensorrt=isinstance(found.module, graphcache.EngineModule))

@@ -42,6 +42,7 @@ from graphcache.cli.targets import Target, resolve
 from graphcache.cli.timing import spread
 from graphcache.cli.verdict import Verdict, verdict
 from graphcache.cli.watch import Watch
+from graphcache.modules.controls import controls
 from graphcache.observe.result import Inputs, Result
 
 
@@ -156,7 +157,7 @@ def run(
         progress("" if watch else "Running") as show,
         Watch(fast, enabled=watch) as seen,
     ):
-        causes = Causes(fast, *fast.parts.values())
+        causes = Causes(fast, *controls(fast).parts.values())
         for call in calls:
             if not watch:
                 show(f"Running {call.label}")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphcache import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.explain import Explained
 
 _EVERY = 0.2
@@ -21,11 +22,12 @@ _STYLES = {"hit": "green", "capture": "blue", "eager": "yellow"}
 
 def view(fast: CachedModule) -> Group:
     """The cache as a table: its account above, a row for each signature."""
-    explanation = fast.explain()
+    control = controls(fast)
+    explanation = control.explain()
     info = explanation.account
     title = (
         f"{explanation.module}: {info.hits} hits, {info.captures} captures, {info.evictions} evictions, "
-        f"{sum(info.eager.values())} eager; {info.graphs} of {fast.config.max_graphs} graphs, {info.nbytes} bytes"
+        f"{sum(info.eager.values())} eager; {info.graphs} of {control.config.max_graphs} graphs, {info.nbytes} bytes"
     )
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     made.add_column("signature", overflow="fold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -22,7 +22,9 @@ from graphcache.errors import CaptureError, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Subscriber, log
 from graphcache.graphs.buffers import put
 from graphcache.modules.bucketed import Bucketed, arguments_of
+from graphcache.modules.conditions import is_compiling
 from graphcache.modules.described import described
+from graphcache.modules.engine import EngineModule
 from graphcache.modules.explain import Explanation, explain
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.misses import Misses
@@ -31,6 +33,7 @@ from graphcache.modules.parts import Parts
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.record import Recorded
 from graphcache.modules.recorded_calls import TraceRecording
+from graphcache.modules.routes import Routes
 from graphcache.modules.served_calls import served
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
@@ -46,8 +49,8 @@ class Accounted(StandIn):
         module: The wrapped module.
     """
 
-    config: GraphConfig
-    ledger: Ledger
+    _config: GraphConfig
+    _ledger: Ledger
     _parts: Parts
     _observers: Observers
     _entries: Mapping[Hashable, Entry[Recorded]]
@@ -59,6 +62,22 @@ class Accounted(StandIn):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.__dict__["_ends"] = []
+
+    @property
+    def config(self) -> GraphConfig:
+        """The options."""
+        return self._config
+
+    @property
+    def ledger(self) -> Ledger:
+        """Counters, and whoever listens to events."""
+        return self._ledger
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The calls that the package it was loaded from lists; ``None`` if there is no package or no list."""
+        found: Manifest | None = self.__dict__.get("_manifest")
+        return found
 
     @property
     def parts(self) -> dict[str, CachedModule]:
@@ -94,7 +113,7 @@ class Accounted(StandIn):
         try:
             args, kwargs, _, inputs = described(fast, args, kwargs)
         except Refusal as refusal:
-            raise CaptureError(f"{self.ledger.name}: {refusal.cause}") from refusal
+            raise CaptureError(f"{self._ledger.name}: {refusal.cause}") from refusal
         fast._notice_device(inputs)
         session = Session(self._misses.alone(inputs, args, kwargs))
         with torch.no_grad():
@@ -160,7 +179,7 @@ class Accounted(StandIn):
         manifest, untold = served(self._whole)
         left_out = untold + manifest.save(path)
         if left_out:
-            log.info("%s: %d calls were left out of the manifest", self.ledger.name, left_out)
+            log.info("%s: %d calls were left out of the manifest", self._ledger.name, left_out)
         return manifest
 
     def cache_info(self) -> CacheInfo:
@@ -174,13 +193,13 @@ class Accounted(StandIn):
         entries = list(self._entries.values())
         account, arbiter = self._misses.admission.account(), self._misses.arbiter
         own = CacheInfo(
-            hits=self.ledger.retired_hits + sum(entry.hits for entry in entries),
-            captures=self.ledger.captures,
-            evictions=self.ledger.evictions,
-            eager=dict(self.ledger.eager),
+            hits=self._ledger.retired_hits + sum(entry.hits for entry in entries),
+            captures=self._ledger.captures,
+            evictions=self._ledger.evictions,
+            eager=dict(self._ledger.eager),
             graphs=len(entries),
             nbytes=self._cache.nbytes,
-            capture_seconds=self.ledger.capture_seconds,
+            capture_seconds=self._ledger.capture_seconds,
             padded=0 if self._bucketed is None else self._bucketed.padded,
             eager_seconds=account.eager_seconds,
             saved_seconds=account.saved_seconds,
@@ -188,9 +207,9 @@ class Accounted(StandIn):
             process_nbytes=arbiter.nbytes if arbiter is not None else 0,
         )
         for part in self._parts.active():
-            found = part.cache_info()
+            found = Accounted.cache_info(part)
             # What was found in it is a part of a call that has been counted.
-            own += replace(found, eager={}) if part.ledger.quiet else found
+            own += replace(found, eager={}) if part._ledger.quiet else found
         if (past := self._parts.past) is not None:
             own += replace(past, eager={})
         return own
@@ -245,11 +264,11 @@ class Accounted(StandIn):
         if trace is None:
             if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
                 raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
-            place = place_of(argument, arguments_of(self.module), f"argument={argument!r}")
+            place = place_of(argument, arguments_of(self._module), f"argument={argument!r}")
             trace = self._seen.counts(place, {key: entry.hits for key, entry in list(self._entries.items())})
             if not trace:
                 raise ConfigError(
-                    f"argument={argument!r}: {self.ledger.name} was not called with a tensor there; call it first, or "
+                    f"argument={argument!r}: {self._ledger.name} was not called with a tensor there; call it first, or "
                     f"give a trace"
                 )
         return advise_axes(trace, most)
@@ -290,7 +309,7 @@ class Accounted(StandIn):
         Returns:
             A function that ends it.
         """
-        subscribers = self.ledger.subscribers
+        subscribers = self._ledger.subscribers
         subscribers.append(subscriber)
 
         def end() -> None:
@@ -321,11 +340,11 @@ class Accounted(StandIn):
                 have finished, at the latest with the next capture.
         """
         # What is captured beside the calls uses the module too.
-        wait = wait or self.config.capture_in == "background"
+        wait = wait or self._config.capture_in == "background"
         with self._misses.lock:
             self._misses.clear(wait=wait)
             for part in self._parts.active():
-                part.clear(wait=wait)
+                Accounted.clear(part, wait=wait)
         if wait:
             self._misses.finish()
 
@@ -335,12 +354,18 @@ class Accounted(StandIn):
             self._misses.closed = True
             self._misses.clear()
             for part in self._parts.active():
-                part.close()
+                Accounted.close(part)
         self._misses.finish()
         for end in self._ends:
             end()
 
-    def ends_with(self, function: Callable[[], object]) -> None:
+    def _calling(self) -> AbstractContextManager[object]:
+        """While a method of the module runs, calls of the module and of its parts use their graphs."""
+        if self._misses.closed or isinstance(self._module, EngineModule) or is_compiling():
+            return nullcontext()
+        return Routes(lambda: (self._whole, *self._parts.active())).active()
+
+    def _ends_with(self, function: Callable[[], object]) -> None:
         """Call a function after :meth:`close`, or when nobody holds this module any more."""
         # Once, whichever comes first.
         self._ends.append(weakref.finalize(self, function))
@@ -349,16 +374,16 @@ class Accounted(StandIn):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        Accounted.close(self)
 
-    def runs(self, function: Callable[..., Any]) -> None:
+    def _run_from_now(self, function: Callable[..., Any]) -> None:
         """Call ``function`` instead of the module from now on; graphs of another one are dropped."""
         if function != self._misses.run:
-            self.clear()
+            Accounted.clear(self)
             self._misses.runs(function)
 
     def extra_repr(self) -> str:
-        return f"{self.ledger.name}, {len(self._entries)} graphs, strategy={self.config.strategy!r}"
+        return f"{self._ledger.name}, {len(self._entries)} graphs, strategy={self._config.strategy!r}"
 
     @property
     def _whole(self) -> CachedModule:

@@ -43,14 +43,26 @@ from graphcache.modules.parts import Parts
 from graphcache.modules.portable import Portable
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts, open_to
+from graphcache.modules.standin import gives_way
 
 
+@gives_way(
+    kept=frozenset(
+        {"forward", "forward_into", "keeps_its_own_state", "load_state_dict", "state_dict", "train", "training"}
+    )
+)
 class CachedModule(Portable, Accounted):
     """A module that replays a CUDA graph (on the CPU: a host graph) for every signature it has seen.
 
     It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every
-    other attribute are the module's own, which is left exactly as it was. A call that cannot be captured is answered
-    eagerly, counted with its reason and logged once.
+    other attribute are the module's own, which is left exactly as it was; an attribute that is set here is set there.
+    Where the module has an attribute with the name of a method below (``config``, ``save``), it is the module's;
+    :func:`graphcache.controls` gives the method. A call that cannot be captured is answered eagerly, counted with its
+    reason and logged once.
+
+    Methods of the module that call ``forward`` or a part (``generate``, ``decode``) use the graphs when they are called
+    here: ``fast.generate(x)``. What a generator or a coroutine does after such a method has returned runs eagerly, and
+    so does the ``forward`` of a module that has hooks of its own.
 
     A graph freezes what the host did while it was recorded: Python attributes of the module that the signature does not
     show (a number kept in ``self.scale``, say) are read once per signature. Call :meth:`clear` after changing one.
@@ -89,7 +101,7 @@ class CachedModule(Portable, Accounted):
         gate: RunGate | None = None,
     ) -> None:
         if isinstance(module, CachedModule):
-            raise ConfigError(f"{module.ledger.name} is wrapped already; use it as it is, or wrap its .module")
+            raise ConfigError(f"{module._ledger.name} is wrapped already; use it as it is, or wrap its .module")
         if not isinstance(module, nn.Module):
             raise ConfigError(
                 f"expected an nn.Module, got {type(module).__name__}; graphcache.load makes one of an engine"
@@ -137,8 +149,8 @@ class CachedModule(Portable, Accounted):
         )
         # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
-            config=config,
-            ledger=ledger,
+            _config=config,
+            _ledger=ledger,
             _parts=parts,
             _observers=everybody,
             _engine=engine,
@@ -190,7 +202,7 @@ class CachedModule(Portable, Accounted):
             if index is not None and index != current_device():
                 # What torch and the driver say of the current stream is said of the current device's.
                 with torch.cuda.device(index):
-                    return self.forward(*args, **kwargs)
+                    return CachedModule.forward(self, *args, **kwargs)
         if self._host_inputs:
             signature = (*signature, *self._host_values(args))
         entry = self._entries.get(signature)
@@ -266,7 +278,7 @@ class CachedModule(Portable, Accounted):
     def _into(self, out: Any, *args: Any, **kwargs: Any) -> Any:
         """:meth:`forward_into`, where the compiled short way left it alone."""
         if not shortly_into(self, out, args, kwargs) and not straight_into(self, out, args, kwargs):
-            copy_into(out, self(*args, **kwargs), self.ledger.name)
+            copy_into(out, self(*args, **kwargs), self._ledger.name)
         return out
 
     def _remember(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from graphcache.cache.thrash import Thrash
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
-from graphcache.events import Captured, Ledger, log
+from graphcache.events import Captured, Ledger, QuietLock, log
 from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
 from graphcache.keys.guards import ModuleGuard
@@ -81,7 +80,7 @@ class Captures:
         self.arbiter: Arbiter | None = None
         """Of the device of the last capture."""
         self._thrash = Thrash()
-        self.lock = threading.RLock()
+        self.lock = QuietLock()
         """Held while a call is captured, and by whoever drops graphs."""
         self.cuda = self._engine is not None
         """Whether calls concern a CUDA device."""
@@ -140,7 +139,7 @@ class Captures:
         """Note that the structure of the module may have changed."""
 
     def blocked(self, signature: Signature) -> Cause | None:
-        """Why a signature is not to be captured this time, from what came of it before. The lock is held."""
+        """Why a signature is not to be captured this time, from what came of it before. Any thread may ask."""
         return self.blocks.cause(signature, self._guard.version)
 
     def _capture(

@@ -35,6 +35,7 @@ from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.operations import unwatched
 from graphcache.modules import recording
+from graphcache.modules.controls import controls
 from graphcache.modules.engine_carried import CarriedEngine
 from graphcache.modules.engine_controls import EngineControls, report_to
 from graphcache.modules.engine_state import tensor_of
@@ -214,7 +215,7 @@ class EngineModule(CarriedEngine, EngineControls):
             EngineError: If a session or a capture of the caller's still uses the engine. The budget is unchanged.
         """
         for user in list(self.users):
-            user.clear()
+            controls(user).clear()
         with self.lane.lock:
             self.lane.release(self._drop_contexts)
             self.engine.set_weight_budget(budget_bytes)
@@ -248,7 +249,7 @@ class EngineModule(CarriedEngine, EngineControls):
             )
         mapped = by_engine_names(weights, self.weight_name_map)
         for user in list(self.users):
-            user.clear(wait=wait)
+            controls(user).clear(wait=wait)
         with self.lane.lock, torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
             direct = not wait and caller.cuda_stream != 0
@@ -392,10 +393,11 @@ class EngineModule(CarriedEngine, EngineControls):
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
         if "engine" not in self.__dict__:
             return
+        # Without the lane's lock, under which nobody may hear of it.
+        cached, self._cached = self._cached, None
+        if cached is not None:
+            controls(cached).close()
         with self.lane.lock:
-            if self._cached is not None:
-                self._cached.close()
-                self._cached = None
             self._drop_contexts()
             self._recorded_elsewhere.clear()
             if not self.engine.closed:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graphcache.engines.engine import Engine
 from graphcache.errors import ClosedError, ConfigError, EngineError
+from graphcache.modules.controls import controls
 from graphcache.modules.engine_state import EngineState, bytes_of, tensor_of
 from graphcache.modules.packaging import Source, save
 
@@ -185,7 +186,7 @@ class CarriedEngine(nn.Module):
                     f"it after loading"
                 )
             for user in list(self.users):
-                user.clear()
+                controls(user).clear()
             with self.lane.lock:
                 self.lane.release(self._drop_contexts)
                 if live := len(self.engine.contexts):

@@ -12,6 +12,7 @@ from graphcache.config import Specialization
 from graphcache.engines.kernels import RuntimeCache
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, shown
 from graphcache.graphs import driver
+from graphcache.modules.controls import controls
 from graphcache.modules.observers import GraphsAlone, Observer, Observers, check
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class EngineControls(nn.Module):
         engine = self._open()
         if self._runtime != (specialization, kernels):
             for user in list(engine.users):
-                user.clear()
+                controls(user).clear()
             with engine.lane.lock:
                 engine.lane.release(engine._drop_contexts)
                 engine.engine.configure(specialization, kernels)

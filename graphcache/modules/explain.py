@@ -17,6 +17,7 @@ from graphcache.cache.wording import Words, differences, distance, words_of
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.modules.bucketed import arguments_of
+from graphcache.modules.controls import controls
 from graphcache.modules.described import described, on_device
 from graphcache.modules.info import CacheInfo
 
@@ -184,8 +185,8 @@ def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
     module._misses.check_open()
     found = [_asked(module, args, kwargs)] if args or kwargs else _remembered(module)
-    parts = tuple(explain(part) for part in module.parts.values())
-    return Explanation(module.ledger.name, tuple(found), module.cache_info(), parts)
+    parts = tuple(explain(part) for part in module._parts.named().values())
+    return Explanation(module._ledger.name, tuple(found), controls(module).cache_info(), parts)
 
 
 def _asked(fast: CachedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
@@ -201,10 +202,10 @@ def _asked(fast: CachedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         found = replace(found, outcome="eager", cause=Cause(reason), nearest="", differs=())
     elif (needs := misses.needs_grad(inputs)) is not None:
         found = replace(found, outcome="eager", cause=needs)
-    elif fast.config.strategy == "per_submodule":
+    elif fast._config.strategy == "per_submodule":
         found = replace(found, outcome="eager", cause=None, note="its parts are captured one by one")
     if target is not None:
-        names = arguments_of(fast.module)
+        names = arguments_of(fast._module)
         note = f"it is padded: {', '.join(differences(words_of(signature, names), words_of(target, names)))}"
         found = replace(found, call=str(words_of(signature, names)), note=note)
     entry = fast._entries.get(target or signature)
@@ -224,7 +225,7 @@ def _remembered(fast: CachedModule) -> list[Explained]:
 
 def _look(fast: CachedModule, signature: Signature) -> Explained:
     """What is known of a signature, whatever the modes of this moment."""
-    misses, names = fast._misses, arguments_of(fast.module)
+    misses, names = fast._misses, arguments_of(fast._module)
     entry = fast._entries.get(signature)
     words = words_of(signature, names)
     known = misses.admission.known().get(signature, _UNKNOWN)
@@ -254,7 +255,7 @@ def _look(fast: CachedModule, signature: Signature) -> Explained:
 
 
 def _nearest(fast: CachedModule, words: Words) -> tuple[str, tuple[str, ...]]:
-    names = arguments_of(fast.module)
+    names = arguments_of(fast._module)
     others = [words_of(key, names) for key in list(fast._entries) if isinstance(key, tuple)]
     if not others:
         return "", ()

@@ -20,9 +20,9 @@ def tell_growth(fast: CachedModule, growth: Growth) -> None:
         fast: Whose calls they are.
         growth: What was seen.
     """
-    if fast.config.buckets is not None or fast._misses.forbidden() is not None:
+    if fast._config.buckets is not None or fast._misses.forbidden() is not None:
         return
-    names = positional(arguments_of(fast.module))
+    names = positional(arguments_of(fast._module))
     place = growth.place
     name = place if isinstance(place, str) else names[place] if place < len(names) else f"args[{place}]"
-    log.warning("%s: %s", fast.ledger.name, growth.advice(name, capture=fast.config.capture))
+    log.warning("%s: %s", fast._ledger.name, growth.advice(name, capture=fast._config.capture))

@@ -17,6 +17,7 @@ from graphcache.engines.build import build
 from graphcache.engines.library import library
 from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, is_a, shown
 from graphcache.modules.cached import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_state import EngineState, tensor_of
 from graphcache.modules.fingerprint import environment
@@ -171,9 +172,9 @@ class _Loading:
         if config is None:
             return module
         fast = CachedModule(module, config, name=self._name or header.name)
-        fast.__dict__["manifest"] = None if manifest is None else for_here(manifest, fast)
+        fast.__dict__["_manifest"] = found = None if manifest is None else for_here(manifest, fast)
         if prepare:
-            fast.prepare(fast.manifest)
+            controls(fast).prepare(found)
         return fast
 
     def _header(self, container: Container) -> Header:
@@ -318,7 +319,7 @@ def for_here(manifest: Manifest, fast: CachedModule) -> Manifest:
 
     The package has been checked, so the module is the same one, whatever an engine's bytes are after a rebuild.
     """
-    here = environment(fast.module)
+    here = environment(fast._module)
     if not list(differences(manifest.environment, here)):
         return manifest
     entries = [

@@ -105,6 +105,8 @@ class Misses(CapturesBeside):
         if not self._parts.whole:
             with self._routes.active():
                 return self.call(*args, **kwargs)
+        if (cause := self._denied(signature, inputs)) is not None:
+            return self.eagerly(cause, args, kwargs)
         refused = later = False
         with self.lock:
             grad = signature[0] is not False
@@ -137,6 +139,12 @@ class Misses(CapturesBeside):
             return self.timed(cold, signature, args, kwargs)
         assert cause is not None
         return self.eagerly(cause, args, kwargs)
+
+    def _denied(self, signature: Signature, inputs: Sequence[Tensor]) -> Cause | None:
+        """Why a call is known to run eagerly. The lock is not taken: a capture of another call may hold it."""
+        if self._freshness.is_stale(signature[0] is not False):
+            return None
+        return self.needs_grad(inputs) or self.blocked(signature)
 
     def prepare(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -163,7 +163,7 @@ def _watch(module: Any, observers: Observers) -> None:
     from graphcache.modules.misses import STALE
 
     misses = module.__dict__.get("_misses")
-    name = module.name if misses is None else module.ledger.name
+    name = module.name if misses is None else module._ledger.name
 
     def watched(kind: Kind, original: Callable[..., Any], is_done: Callable[[Any], bool]) -> Callable[..., Any]:
         def method(*args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Reason
+from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.strategy import candidates, find_excluded, find_parts
@@ -89,7 +90,7 @@ class Parts:
         found = {}
         for name, part in self._here.items():
             found[name] = part
-            found.update({f"{name}.{inner}": each for inner, each in part.parts.items()})
+            found.update({f"{name}.{inner}": each for inner, each in part._parts.named().items()})
         return found
 
     def divide(self, cause: Cause) -> bool:
@@ -123,15 +124,15 @@ class Parts:
             here: dict[str, CachedModule] = {}
             for name, child in candidates(self._module, self.excluded):
                 known = self._here.get(name)
-                if known is None or known.module is not child:
+                if known is None or known._module is not child:
                     known = self._make(name, child, self._options(self._own, name))
                 here[name] = known
             gone = [part for name, part in self._here.items() if here.get(name) is not part]
             self._here, self._active, self._found = here, tuple(here.values()), True
         for part in gone:
             # Not closed: a call in another thread may be on its way through it.
-            part.clear(wait=False)
-            account = replace(part.cache_info(), graphs=0, nbytes=0, budget=0)
+            controls(part).clear(wait=False)
+            account = replace(controls(part).cache_info(), graphs=0, nbytes=0, budget=0)
             with self._lock:
                 self.past = account if self.past is None else self.past + account
 

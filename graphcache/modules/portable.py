@@ -23,11 +23,11 @@ class Portable:
 
     def __reduce_ex__(self: CachedModule, protocol: Any) -> Any:  # type: ignore[misc]
         self._misses.check_open()
-        return again, (self.module, self.config, self.ledger.name)
+        return again, (self._module, self._config, self._ledger.name)
 
     def __deepcopy__(self: CachedModule, memo: dict[int, Any]) -> CachedModule:  # type: ignore[misc]
         self._misses.check_open()
-        memo[id(self)] = copied = again(copy.deepcopy(self.module, memo), self.config, self.ledger.name)
+        memo[id(self)] = copied = again(copy.deepcopy(self._module, memo), self._config, self._ledger.name)
         return copied
 
     def save(  # type: ignore[misc]
@@ -69,7 +69,7 @@ class Portable:
         """
         self._misses.check_open()
         found = served(self)[0] if manifest else None
-        save(self.module, path, onnx=onnx, build=build, config=self.config, name=self.ledger.name, manifest=found)
+        save(self._module, path, onnx=onnx, build=build, config=self._config, name=self._ledger.name, manifest=found)
 
 
 def again(module: Any, config: Any, name: str) -> CachedModule:

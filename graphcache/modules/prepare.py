@@ -18,6 +18,7 @@ from graphcache.cache.signature import Signature
 from graphcache.config import graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
+from graphcache.modules.controls import controls
 from graphcache.modules.described import described, on_device
 from graphcache.modules.examples import example
 from graphcache.modules.fingerprint import device_of
@@ -81,7 +82,7 @@ def prepare(
     fast._misses.check_open()
     work = _Work(fast, deadline, start)
     manifests = [each for each in given if is_a(each, str, os.PathLike, Manifest)]
-    calls = [example(each, fast.module) for each in given if not is_a(each, str, os.PathLike, Manifest)]
+    calls = [example(each, fast._module) for each in given if not is_a(each, str, os.PathLike, Manifest)]
     jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
     for manifest in manifests:
         chosen = choose(fast, manifest, deadline)
@@ -89,7 +90,7 @@ def prepare(
         work.left_out += chosen.left_out
         work.problems += chosen.problems
     preparation = Preparation(pin=pin)
-    with bar(f"Preparing {fast.ledger.name}", 2 * len(jobs), progress) as step:
+    with bar(f"Preparing {fast._ledger.name}", 2 * len(jobs), progress) as step:
         warm = work.warm(jobs, step)
         with prepared_together(preparation):
             work.capture(warm, preparation, step)
@@ -103,9 +104,9 @@ def prepare(
     )
     if done.problems:
         log.warning(
-            "%s: of a manifest was ignored: %s", fast.ledger.name, "; ".join(str(each) for each in done.problems)
+            "%s: of a manifest was ignored: %s", fast._ledger.name, "; ".join(str(each) for each in done.problems)
         )
-    log.info("%s: %s", fast.ledger.name, done)
+    log.info("%s: %s", fast._ledger.name, done)
     return done
 
 
@@ -144,7 +145,7 @@ class _Work:
         for target in {id(job.target): job.target for job, _ in found.values()}.values():
             if target._misses.cuda:
                 # What went wrong on the device shows here, with nothing captured.
-                torch.cuda.current_stream(device_of(target.module)).synchronize()
+                torch.cuda.current_stream(device_of(target._module)).synchronize()
         return list(found.values())
 
     def capture(
@@ -159,8 +160,8 @@ class _Work:
                 self.refused.append(Refused(label, event.cause))
 
         with ExitStack() as stack:
-            for part in self._fast.parts.values():
-                stack.callback(part.subscribe(hear))
+            for part in self._fast._parts.named().values():
+                stack.callback(controls(part).subscribe(hear))
             for job, signature in warm:
                 step()
                 if time.monotonic() > self._deadline:

@@ -37,7 +37,7 @@ class TraceRecording:
 
     def __init__(self, fast: CachedModule, path: str | os.PathLike[str], *, max_calls: int = 10_000_000) -> None:
         self._fast = fast
-        self._writer = TraceWriter(path, module=fast.ledger.name, max_calls=max_calls)
+        self._writer = TraceWriter(path, module=fast._ledger.name, max_calls=max_calls)
         self._known: set[Any] = set()
         self._hook = fast.register_forward_pre_hook(self._notice, with_kwargs=True)
 
@@ -64,7 +64,7 @@ class TraceRecording:
         except (Refusal, GraphCacheError):
             # No signature, so no graph; or a call that the module will refuse.
             return
-        inputs = {} if signature in self._known else named_inputs(self._fast.module, args, kwargs)
+        inputs = {} if signature in self._known else named_inputs(self._fast._module, args, kwargs)
         self._known.add(signature)
         self._writer.call(signature, inputs)
 

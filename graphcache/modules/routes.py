@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,28 +17,64 @@ if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule
 
 
-class Route:
+class _Standing:
+    """A value in a module's ``__dict__`` while calls are under way. A copy or a pickle holds what it stands for.
+
+    Args:
+        module: The module.
+        name: Under which it stands there.
+        own: What the user had put there, if anything.
+    """
+
+    __slots__ = ("module", "name", "own")
+
+    def __init__(self, module: nn.Module, name: str, own: dict[str, Any]) -> None:
+        self.module = module
+        self.name = name
+        self.own = own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.own:
+            return copy.deepcopy(self.own[self.name], memo)
+        return getattr(copy.deepcopy(self.module, memo), self.name)
+
+    def __reduce__(self) -> Any:
+        return (_given, (self.own[self.name],)) if self.own else (getattr, (self.module, self.name))
+
+
+class Route(_Standing):
     """Stands in the place of a module's ``forward`` while calls are under way that have it as a part.
 
     Args:
         module: The module.
     """
 
-    __slots__ = ("original", "own", "parts")
+    __slots__ = ("original", "parts")
 
     stands_in = True
     """Snapshots of the module's state see what it stands for, which is ``own``."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.original: Callable[..., Any] = module.forward
+        super().__init__(module, "forward", {key: each for key, each in vars(module).items() if key == "forward"})
         # Whatever the user has put there is what the part runs, and is put back afterwards.
-        self.own = {name: value for name, value in module.__dict__.items() if name == "forward"}
+        self.original: Callable[..., Any] = module.forward
         self.parts: dict[Routes | None, CachedModule] = {}
         """Who has it as a part: a module may be one of several wrapped ones, or stand in two places of one."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Its name, text and signature are those of the original.
+        return getattr(self.original, name)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         part = self.parts.get(_active.get())
         if part is None:
+            return self.original(*args, **kwargs)
+        if part._misses.run is part._module and has_hooks(part._module):
+            # They have run already, and running the module would run them once more.
             return self.original(*args, **kwargs)
         token = _active.set(None)
         try:
@@ -47,6 +84,52 @@ class Route:
             return part(*args, **kwargs)
         finally:
             _active.reset(token)
+
+
+class State(_Standing):
+    """Stands in the place of a module's ``__getstate__`` beside a route: what is copied and pickled has neither.
+
+    Args:
+        route: The route.
+    """
+
+    __slots__ = ("_route",)
+
+    def __init__(self, route: Route) -> None:
+        module = route.module
+        super().__init__(
+            module, "__getstate__", {key: each for key, each in vars(module).items() if key == "__getstate__"}
+        )
+        self._route = route
+
+    def __call__(self) -> Any:
+        state = self.own[self.name]() if self.own else type(self.module).__getstate__(self.module)  # type: ignore[no-untyped-call]
+        if type(state) is tuple:
+            # Of a class with slots.
+            return tuple(map(unrouted, state))
+        return unrouted(state)
+
+
+def unrouted(state: Any) -> Any:
+    """The attributes of a module without what stands there while calls are under way; anything else as it is."""
+    if type(state) is not dict:
+        return state
+    # Copied in one step: other threads lay and remove routes meanwhile.
+    found = state.copy()
+    for name in ("forward", "__getstate__"):
+        if isinstance(standing := found.get(name), _Standing):
+            del found[name]
+            found.update(standing.own)
+    return found
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around a call of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or global_hooks or global_pre_hooks)
+
+
+def _given(value: Any) -> Any:
+    return value
 
 
 class Routes:
@@ -92,20 +175,26 @@ class Routes:
                         self._remove(self._installed.popitem()[0])
 
     def _install(self, part: CachedModule) -> None:
-        route = part.module.__dict__.get("forward")
+        module = part._module
+        route = vars(module).get("forward")
         if not isinstance(route, Route):
-            route = part.module.__dict__["forward"] = Route(part.module)
-        part.runs(route.original)
+            route = Route(module)
+            vars(module).update(__getstate__=State(route), forward=route)
+        if part._misses.run is not module:
+            part._run_from_now(route.original)
         route.parts[self] = part
         self._installed[part] = None
 
     def _remove(self, part: CachedModule) -> None:
-        route = part.module.__dict__.get("forward")
+        attributes = vars(part._module)
+        route = attributes.get("forward")
         if isinstance(route, Route):
             route.parts.pop(self, None)
             if not route.parts:
-                del part.module.__dict__["forward"]
-                part.module.__dict__.update(route.own)
+                for name in ("forward", "__getstate__"):
+                    if isinstance(standing := attributes.get(name), _Standing):
+                        del attributes[name]
+                        attributes.update(standing.own)
 
 
 _active: ContextVar[Routes | None] = ContextVar("graphcache_routes", default=None)

@@ -66,7 +66,7 @@ def served(fast: CachedModule) -> tuple[Manifest, int]:
         found, left = each._misses.remembered.served(each._misses.admission.known(), part)
         entries += found
         untold += left
-    return Manifest(environment(fast.module), entries), untold
+    return Manifest(environment(fast._module), entries), untold
 
 
 def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
@@ -80,7 +80,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     Raises:
         ConfigError: For a path that is none.
     """
-    here = environment(fast.module)
+    here = environment(fast._module)
     if isinstance(given, Manifest):
         manifest, path = given, "the manifest"
         problems = [
@@ -106,7 +106,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     chosen = [
         entry
         for entries in by_part.values()
-        for entry in plan(entries, fast.config.max_graphs, fast._cache.max_bytes, seconds)
+        for entry in plan(entries, fast._config.max_graphs, fast._cache.max_bytes, seconds)
     ]
     chosen.sort(key=lambda entry: -entry.hits)
     jobs = [
@@ -117,7 +117,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
 
 
 def _targets(fast: CachedModule) -> dict[str, CachedModule]:
-    return {"": fast, **fast.parts}
+    return {"": fast, **fast._parts.named()}
 
 
 def _example(entry: ManifestEntry, target: CachedModule) -> Example:

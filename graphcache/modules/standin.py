@@ -3,61 +3,221 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from inspect import getattr_static, isfunction
+from types import MethodType
+from typing import Any, TypeVar
 
 from torch import nn
+
+_S = TypeVar("_S", bound="type[StandIn]")
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def _table(name: str) -> property:
+    """A table of the other module, also after that module has replaced it."""
+
+    def get(self: StandIn) -> Any:
+        return getattr(self._module, name)
+
+    def ignore(self: StandIn, value: Any) -> None:
+        """``nn.Module.__init__`` sets tables of its own."""
+
+    return property(get, ignore)
 
 
 class StandIn(nn.Module):
     """Parameters, buffers, submodules, ``state_dict``, training flag and attributes are those of the other module.
 
-    There is no level in between: ``named_modules()`` gives the names that the other module gives.
+    There is no level in between: ``named_modules()`` gives the names that the other module gives. What is set or
+    deleted here is set or deleted there, except ``forward``: one that is set here replaces that of this object.
 
     Args:
         module: The other module; left as it is.
     """
 
-    module: nn.Module
+    _module: nn.Module
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        # Past nn.Module's __setattr__, which would refuse names that the module's own children have. The tables are the
-        # module's, not copies.
-        self.__dict__.update(
-            _parameters=module._parameters, _buffers=module._buffers, _modules=module._modules, module=module
-        )
+        # For code that reads tables past the attributes, as torch.compile does.
+        self.__dict__.update({name: getattr(module, name) for name in _TABLES}, _module=module)
+
+    _parameters = _table("_parameters")
+    _buffers = _table("_buffers")
+    _modules = _table("_modules")
+    _non_persistent_buffers_set = _table("_non_persistent_buffers_set")
+
+    @property
+    def module(self) -> nn.Module:
+        """The other module."""
+        return self._module
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
+        if name == "_module":
+            raise AttributeError(f"{type(self).__name__} was not initialised")
+        return self._reached(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            # With a hook, calls take the way on which they meet it.
+            if name not in self.__dict__:
+                self.__dict__["_replaced"] = self.register_forward_pre_hook(_no_change)
+            self.__dict__[name] = value
+        elif name.startswith("__") or "_module" not in self.__dict__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "forward" and name in self.__dict__:
+            del self.__dict__[name]
+            self.__dict__.pop("_replaced").remove()
+        else:
+            delattr(self._module, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self._module)})
+
+    def _reached(self, name: str) -> Any:
+        """An attribute of the other module; its methods run as :meth:`_calling` says."""
+        value = getattr(self._module, name)
+        return Method(self, value) if isinstance(value, MethodType) and value.__self__ is self._module else value
+
+    def _calling(self) -> AbstractContextManager[object]:
+        """What a method of the other module that is reached through this one runs inside."""
+        return nullcontext()
 
     def train(self, mode: bool = True) -> Any:
         """Set the module's training flag, and those of all its submodules."""
-        self.module.train(mode)
+        self._module.train(mode)
         return self
 
     @property
     def training(self) -> bool:
         """The module's training flag."""
-        return "module" in self.__dict__ and self.module.training
+        return "_module" in self.__dict__ and self._module.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "module" in self.__dict__:
-            self.module.training = mode
+        """``nn.Module.__init__`` sets a flag of its own."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the module in place, as its own ``compile`` does."""
+        self._module.compile(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own state, under its own names."""
-        return self.module.state_dict(*args, **kwargs)
+        return self._module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load into the module."""
-        return self.module.load_state_dict(*args, **kwargs)
+        return self._module.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._module._load_from_state_dict(*args, **kwargs)
+
+
+class Method:
+    """A method of a module that was reached through what stands for it.
+
+    Args:
+        standin: What stands for the module, and is returned where the method returns the module.
+        method: The module's own, bound to the module.
+    """
+
+    def __init__(self, standin: StandIn, method: MethodType) -> None:
+        self._standin = standin
+        self._method = method
+        self.__wrapped__ = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._standin._calling():
+            answer = self._method(*args, **kwargs)
+        return self._standin if answer is self._method.__self__ else answer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_method":
+            raise AttributeError(name)
+        return getattr(self._method, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self._method == (other._method if isinstance(other, Method) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._method)
+
+    def __repr__(self) -> str:
+        return repr(self._method)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._standin, self._method.__name__)
+
+
+class Yielding:
+    """A name of a stand-in that gives way where the other module has an attribute of that name.
+
+    Args:
+        name: The name.
+        value: What the stand-in has under it: a function or a property.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.value = value
+        self._name = name
+        self._inherited = hasattr(nn.Module, name)
+        self.__doc__ = value.__doc__
+
+    def __get__(self, instance: StandIn | None, owner: type[StandIn]) -> Any:
+        if instance is None:
+            return self.value.__get__(None, owner)
+        module = instance._module
+        if self._inherited:
+            own = self._name in vars(module) or _is_users(_definer(type(module), self._name))
+        else:
+            definer = _definer(type(module), self._name)
+            own = definer is None or _is_users(definer)
+        if own:
+            try:
+                return instance._reached(self._name)
+            except AttributeError:
+                pass
+        return self.value.__get__(instance, owner)
+
+
+def gives_way(kept: frozenset[str]) -> Callable[[_S], _S]:
+    """A class of stand-ins whose public names, and those of ``nn.Module``, give way to the other module's own.
+
+    Args:
+        kept: Names that do not.
+    """
+
+    def changed(kind: _S) -> _S:
+        names = {name for each in kind.__mro__ if each is not object for name in vars(each)}
+        for name in sorted(names - kept):
+            value = getattr_static(kind, name)
+            if not name.startswith("_") and (isinstance(value, property) or isfunction(value)):
+                setattr(kind, name, Yielding(name, value))
+        return kind
+
+    return changed
+
+
+def _definer(kind: type, name: str) -> type | None:
+    """The class that a class has an attribute from."""
+    return next((each for each in kind.__mro__ if name in vars(each)), None)
+
+
+def _is_users(definer: type | None) -> bool:
+    """Whether what a class defines is the module's own: neither every module has it nor one of ours."""
+    if definer is None or definer is nn.Module or definer is object:
+        return False
+    return not definer.__module__.startswith("graphcache.")
+
+
+def _no_change(*_: Any) -> None:
+    """A hook that does nothing but be there."""

@@ -52,5 +52,5 @@ def wrapped(module: nn.Module, config: GraphConfig) -> CachedModule:
         adoption.end()
         raise
     if adoption:
-        fast.ends_with(adoption.end)
+        fast._ends_with(adoption.end)
     return fast

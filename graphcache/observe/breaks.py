@@ -51,7 +51,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         [('host_read', 'Tensor.item')]
     """
     if isinstance(module, CachedModule):
-        module = module.module
+        module = module._module
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
     try:

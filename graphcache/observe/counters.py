@@ -11,6 +11,7 @@ from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
 from graphcache.modules.bucketed import arguments_of
 from graphcache.modules.cached import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
 
 _COUNTED = ("hits", "captures", "evictions", "eager", "padded")
@@ -39,7 +40,7 @@ class Counters:
 
     def read(self) -> dict[str, int]:
         """``hits``, ``captures``, ``evictions``, ``eager`` and ``padded`` so far."""
-        return _counts(self._module.cache_info())
+        return _counts(controls(self._module).cache_info())
 
     @contextmanager
     def expect(self, **counts: int) -> Iterator[None]:
@@ -67,7 +68,7 @@ class Counters:
         seen = {name: after[name] - before[name] for name in counts}
         if seen != counts:
             wanted, got = (", ".join(f"{name}={count}" for name, count in each.items()) for each in (counts, seen))
-            raise AssertionError(f"{self._module.ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
+            raise AssertionError(f"{self._module._ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
 
 
 @contextmanager
@@ -90,13 +91,13 @@ def assert_max_captures(module: CachedModule, most: int) -> Iterator[None]:
     """
     checked(module)
     _check_count("most", most)
-    before = module.cache_info().captures
+    before = controls(module).cache_info().captures
     captured: list[str] = []
     with _heard(module, captured):
         yield
-    seen = module.cache_info().captures - before
+    seen = controls(module).cache_info().captures - before
     if seen > most:
-        raise AssertionError(f"{module.ledger.name}: expected at most {most} captures; saw {seen}{_told(captured)}")
+        raise AssertionError(f"{module._ledger.name}: expected at most {most} captures; saw {seen}{_told(captured)}")
 
 
 def checked(module: CachedModule) -> CachedModule:
@@ -131,8 +132,8 @@ def _heard(module: CachedModule, captured: list[str]) -> Iterator[None]:
         return hear
 
     with ExitStack() as listening:
-        for each in (module, *module.parts.values()):
-            listening.callback(each.subscribe(hearer(arguments_of(each.module))))
+        for each in (module, *module._parts.named().values()):
+            listening.callback(controls(each).subscribe(hearer(arguments_of(each._module))))
         yield
 
 

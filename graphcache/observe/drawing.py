@@ -54,13 +54,13 @@ def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **k
         try:
             _, _, signature, _ = described(module, args, kwargs)
         except Refusal as refusal:
-            raise ConfigError(f"{module.ledger.name} has no graph for this call: {refusal.cause}") from refusal
+            raise ConfigError(f"{module._ledger.name} has no graph for this call: {refusal.cause}") from refusal
         entry = entries.get(signature)
     else:
         entry = max(list(entries.values()), key=lambda each: each.used, default=None)
     if entry is None:
         which = "for this call; explain() tells why" if args or kwargs else "yet; call it, or prepare() it"
-        raise ConfigError(f"{module.ledger.name} has no graph {which}")
+        raise ConfigError(f"{module._ledger.name} has no graph {which}")
     target = Path(path)
     target.write_text(dot_of(entry.graph.graph), encoding="utf-8")
     return target

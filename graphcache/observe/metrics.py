@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 from graphcache.errors import ConfigError, shown
 from graphcache.modules.cached import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
 from graphcache.observe.counters import checked
 from graphcache.observe.extras import optional
@@ -79,7 +80,7 @@ class Collector:
         """The metrics as they are now."""
         with self._lock:
             modules = dict(self._modules)
-        return self._made({label: module.cache_info() for label, module in modules.items()})
+        return self._made({label: controls(module).cache_info() for label, module in modules.items()})
 
     def _made(self, infos: dict[str, CacheInfo]) -> Iterator[Any]:
         core = self._families

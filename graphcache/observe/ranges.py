@@ -73,10 +73,10 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
             pop()
 
     undo = ExitStack()
-    for each in (module, *module.parts.values()):
+    for each in (module, *module._parts.named().values()):
         undo.callback(_draw(each, traced))
     if hits:
-        label = f"call {module.ledger.name}"
+        label = f"call {module._ledger.name}"
         for handle in (
             module.register_forward_pre_hook(lambda *_: _nothing(push(label))),
             module.register_forward_hook(lambda *_: _nothing(pop()), always_call=True),
@@ -86,7 +86,7 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
 
 
 def _draw(module: CachedModule, tracer: Tracer) -> Callable[[], None]:
-    tracers = module.ledger.tracers
+    tracers = module._ledger.tracers
     tracers.append(tracer)
 
     def end() -> None:

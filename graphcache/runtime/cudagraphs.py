@@ -12,6 +12,7 @@ from torch import nn
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ConfigError, ModeConflictError
 from graphcache.modules.cached import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.foreign import is_foreign
 from graphcache.modules.wrapping import wrapped
@@ -53,7 +54,7 @@ def enable_cudagraphs(
     if cuda_graph_strategy is not None:
         RuntimeSettings(cuda_graph_strategy=cuda_graph_strategy)
     if isinstance(compiled_module, CachedModule) and options:
-        name = compiled_module.ledger.name
+        name = compiled_module._ledger.name
         raise ConfigError(f"{name} is wrapped already, so options have no effect; give them to wrap()")
     if strict and (names := _allocating(compiled_module)):
         raise ModeConflictError(
@@ -66,21 +67,21 @@ def enable_cudagraphs(
         if isinstance(compiled_module, CachedModule)
         else wrapped(compiled_module, GraphConfig.of(options))
     )
-    whole = not isinstance(fast.module, EngineModule) and fast.captures_whole
+    whole = not isinstance(fast._module, EngineModule) and fast._parts.whole
     token = modes.set(replace(modes.get(), graphs="whole_graph" if whole else "subgraph"))
     try:
         yield fast
     finally:
         modes.reset(token)
         if not is_wrapped:
-            fast.close()
+            controls(fast).close()
 
 
 def _allocating(module: nn.Module) -> list[str]:
     """Names of engines whose outputs TensorRT allocates, in modules of Torch-TensorRT too."""
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
-    inner = module.module if isinstance(module, CachedModule) else module
+    inner = module._module if isinstance(module, CachedModule) else module
     return [
         name or type(each).__name__
         for name, each in inner.named_modules()

@@ -21,9 +21,9 @@ def engines_of(module: nn.Module) -> list[tuple[str, EngineModule]]:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
     found: dict[EngineModule, str] = {}
-    inner = module.module if isinstance(module, CachedModule) else module
+    inner = module._module if isinstance(module, CachedModule) else module
     for name, each in inner.named_modules():
-        engine = each.module if isinstance(each, CachedModule) else each
+        engine = each._module if isinstance(each, CachedModule) else each
         if isinstance(engine, EngineModule):
             found.setdefault(engine, name or engine.name)
         elif is_foreign(engine):

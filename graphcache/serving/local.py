@@ -21,6 +21,7 @@ from graphcache.errors import (
     shown,
 )
 from graphcache.modules.cached import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.fingerprint import device_of
 from graphcache.serving.backend import ModelSpec, TensorSpec
@@ -171,7 +172,7 @@ class _Model:
         with torch.inference_mode():
             if calls:
                 assert isinstance(self.module, CachedModule)
-                self.module.prepare(*calls)
+                controls(self.module).prepare(*calls)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if inputs.keys() != {each.name for each in self.spec.inputs}:
@@ -209,7 +210,7 @@ def spec_of(name: str, module: nn.Module) -> ModelSpec:
     Raises:
         ConfigError: If it is no engine, whose inputs and outputs nobody knows but its maker.
     """
-    inner = module.module if isinstance(module, CachedModule) else module
+    inner = module._module if isinstance(module, CachedModule) else module
     if not isinstance(inner, EngineModule):
         raise ConfigError(
             f"{name} is a {type(inner).__name__}, whose inputs and outputs are not known; give its ModelSpec as "

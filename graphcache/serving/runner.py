@@ -17,6 +17,7 @@ from graphcache.cache.buckets import Buckets
 from graphcache.config import GraphConfig
 from graphcache.errors import ClosedError, ConfigError, InputDtypeError, InputRankError, ProfileRangeError, shown
 from graphcache.events import log
+from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.modules.examples import Call
@@ -140,14 +141,15 @@ class Runner:
 
     def info(self) -> CacheInfo:
         """Hits, captures and eager calls of the graphs."""
-        return self.fast.cache_info()
+        found: CacheInfo = controls(self.fast).cache_info()
+        return found
 
     def close(self) -> None:
         """Give back graphs and engine, after the calls that are under way. Again, it does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self.fast.close()
+                controls(self.fast).close()
                 if self._engine is not None:
                     self._engine.close()
 
@@ -214,7 +216,7 @@ class Runner:
             Call((), {name: tensor[:rows].to(self.device) for name, tensor in example.items()})
             for rows in self.batcher.sizes
         ]
-        self.fast.prepare(*calls, progress=False)
+        controls(self.fast).prepare(*calls, progress=False)
         return ""
 
     @property

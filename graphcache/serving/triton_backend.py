@@ -19,6 +19,7 @@ from torch.utils import dlpack
 
 from graphcache.errors import InputError
 from graphcache.modules.cached import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.fingerprint import device_of
 from graphcache.modules.loading import load
 from graphcache.modules.wrapping import wrap
@@ -46,13 +47,13 @@ class TritonPythonModel:
             torch.cuda.set_device(int(args["model_instance_device_id"]))
         loaded = load(Path(args["model_repository"]) / args["model_version"] / own["file"])
         self._module: CachedModule = loaded if isinstance(loaded, CachedModule) else wrap(loaded)
-        self._device = device_of(self._module.module)
-        manifest = getattr(self._module, "manifest", None)
+        self._device = device_of(controls(self._module).module)
+        manifest = controls(self._module).manifest
         calls = [*([] if manifest is None else [manifest]), *own["prepare"]]
         if calls:
             # A signature holds the grad mode.
             with torch.inference_mode():
-                self._module.prepare(*calls)
+                controls(self._module).prepare(*calls)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests, each by itself: one that is wrong leaves the others as they are.
@@ -67,7 +68,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Give back what the graphs hold."""
-        self._module.close()
+        controls(self._module).close()
 
     def _answer(self, request: Any) -> Any:
         try:
