@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import sysconfig
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from graphcache.errors import CompileError, ConfigError, shown
-from graphcache.files import user_cache
+from graphcache.files import check_owner, user_cache
 
 _TIMEOUT = 600
 _SHOWN = 2000
@@ -84,8 +83,10 @@ def find(key: str) -> Path:
         if path.parent != note.parent:
             raise NotUsable(f"{note} names {name}, which is elsewhere")
         for each in (note.parent, note, path):
-            _check_owner(each)
+            check_owner(each)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except PermissionError as error:
+        raise NotUsable(str(error)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotUsable(f"{note} does not describe a library ({type(error).__name__}: {error})") from error
     if found != digest:
@@ -208,12 +209,3 @@ def load(path: Path, name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
-
-
-def _check_owner(path: Path) -> None:
-    """Refuse what belongs to another user or may be written by others."""
-    found = path.stat()
-    if found.st_uid != os.geteuid():
-        raise NotUsable(f"{path} belongs to user {found.st_uid}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NotUsable(f"{path} may be written by others")

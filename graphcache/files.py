@@ -68,6 +68,26 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     return open(descriptor, "rb")
 
 
+def check_owner(path: str | os.PathLike[str] | int) -> None:
+    """Raise unless a file or folder is this user's, and nobody else may write it: what is loaded from it is trusted.
+
+    Args:
+        path: Of the file or folder, or an open file's descriptor. A symbolic link is followed.
+
+    Raises:
+        PermissionError: If it belongs to somebody else, or others may write it.
+        OSError: If there is none.
+    """
+    found = os.stat(path)
+    if os.name != "posix":
+        # Elsewhere there are no such modes; the folder is the user's own.
+        return
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to user {found.st_uid}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} may be written by others")
+
+
 def user_cache() -> Path:
     """The folder of this user's caches: ``GRAPHCACHE_CACHE_DIR``, or ``graphcache`` where the system keeps caches.
 

@@ -112,11 +112,15 @@ class Manifest:
             How many of the coldest entries were left out: a file holds 4 MiB and 20 000 of them.
 
         Raises:
-            OSError: If it cannot be written; what was there stays.
-            ConfigError: For a path that is none.
+            ConfigError: If it cannot be written; what was there stays.
         """
         body, left_out = self._body()
-        write_sealed(_path(path), _KIND, VERSION, body)
+        name = _path(path)
+        try:
+            write_sealed(name, _KIND, VERSION, body)
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise ConfigError(f"path={shown(name)} cannot be written: {why}; what was there is as it was") from error
         return left_out
 
     @property

@@ -91,6 +91,8 @@ def unsealed(data: bytes, kind: str, version: int) -> Any:
     Raises:
         Damaged: If that is not what it gave.
     """
+    if len(data) > MOST_BYTES:
+        raise Damaged("", f"{len(data)} bytes; expected at most {MOST_BYTES}")
     try:
         text = data.decode("ascii")
         document = json.loads(

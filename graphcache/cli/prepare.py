@@ -100,10 +100,7 @@ def prepare(
             raise click.ClickException(f"{found.name} refused a call: {raised(error)}") from error
         written = 0
         if shapes and manifest is not None:
-            try:
-                written = len(controls(fast).save_manifest(manifest).entries)
-            except OSError as error:
-                raise click.ClickException(f"{manifest} cannot be written: {error.strerror or error}") from error
+            written = len(controls(fast).save_manifest(manifest).entries)
     versions = environment(found.device, tensorrt=isinstance(found.module, graphcache.EngineModule))
     if as_json:
         print_json(

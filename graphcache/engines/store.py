@@ -1,7 +1,8 @@
 """What took long to make, kept in a folder for later processes: engines, and kernels compiled for them.
 
 Each entry is one file, written in one step and named by a key: a digest of all that it was made from. An entry that was
-changed, cut short or put there by other means is found out by its own digest, and counts as none. Whoever makes an
+changed, cut short or put there by other means is found out by its own digest, and counts as none; so does one that
+belongs to another user, or that others may write. Whoever makes an
 entry holds its lock, so that processes that want the same one wait for the first instead of making it too; the system
 releases the lock of a process that is killed.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,7 @@ from typing import Any
 
 from graphcache.errors import ConfigError, shown
 from graphcache.events import log
-from graphcache.files import TEMPORARY, open_regular, replacing, user_cache
+from graphcache.files import TEMPORARY, check_owner, open_regular, replacing, user_cache
 
 DEFAULT_MAX_BYTES = 10 * 2**30
 _HEAD = struct.Struct("<8s32sI")
@@ -103,10 +105,17 @@ class Store:
         path = self._path(kind, key)
         try:
             with open_regular(path) as file:
-                data = file.read()
+                for each in (self.folder, file.fileno()):
+                    check_owner(each)
+                if os.fstat(file.fileno()).st_size > self.max_bytes:
+                    return None
+                data = file.read(self.max_bytes + 1)
         except FileNotFoundError:
             return None
         except ValueError:
+            return None
+        except PermissionError as error:
+            log.warning("%s is not used: %s, and engines are trusted; make it yours alone (chmod go-w)", path, error)
             return None
         found = _contents(data)
         if found is None:
@@ -125,8 +134,11 @@ class Store:
             log.warning("%d bytes are more than the cache's bound of %d; they are not kept", len(data), self.max_bytes)
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             with replacing(self._path(kind, key)) as file:
+                if hasattr(os, "fchmod"):
+                    # Whatever the user's mask lets: what others may write is not read.
+                    os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
                 file.write(head)
                 file.write(body)
             self.prune(self.max_bytes)
@@ -182,12 +194,17 @@ class Store:
         """
         from filelock import FileLock
 
+        self._make_folder()
         locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
+        locks.mkdir(exist_ok=True)
         # Never removed: whoever removes a lock that another one waits for makes two of it.
         number = hashlib.sha256(key.encode()).hexdigest()[:2]
         with FileLock(str(locks / f"{number}.lock"), -1 if timeout is None else timeout, thread_local=False):
             yield
+
+    def _make_folder(self) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o755, exist_ok=True)
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / f"{key}.{kind}"

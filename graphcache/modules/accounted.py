@@ -173,8 +173,7 @@ class Accounted(StandIn):
             What was written. Calls that cannot be told in text are left out, which is logged at INFO.
 
         Raises:
-            OSError: If it cannot be written; what was there stays.
-            ConfigError: For a path that is none.
+            ConfigError: If it cannot be written; what was there stays.
         """
         manifest, untold = served(self._whole)
         left_out = untold + manifest.save(path)

@@ -46,11 +46,7 @@ from graphcache.modules.shortcuts import Shortcut, Shortcuts, open_to
 from graphcache.modules.standin import gives_way
 
 
-@gives_way(
-    kept=frozenset(
-        {"forward", "forward_into", "keeps_its_own_state", "load_state_dict", "state_dict", "train", "training"}
-    )
-)
+@gives_way
 class CachedModule(Portable, Accounted):
     """A module that replays a CUDA graph (on the CPU: a host graph) for every signature it has seen.
 
@@ -60,9 +56,8 @@ class CachedModule(Portable, Accounted):
     :func:`graphcache.controls` gives the method. A call that cannot be captured is answered eagerly, counted with its
     reason and logged once.
 
-    Methods of the module that call ``forward`` or a part (``generate``, ``decode``) use the graphs when they are called
-    here: ``fast.generate(x)``. What a generator or a coroutine does after such a method has returned runs eagerly, and
-    so does the ``forward`` of a module that has hooks of its own.
+    Methods of the module that call ``forward`` or a part (``generate``, ``decode``) use the graphs: ``fast.generate(x)``.
+    Without graphs run the ``forward`` of a module with hooks of its own, and the bodies of generators and coroutines.
 
     A graph freezes what the host did while it was recorded: Python attributes of the module that the signature does not
     show (a number kept in ``self.scale``, say) are read once per signature. Call :meth:`clear` after changing one.

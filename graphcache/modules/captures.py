@@ -129,11 +129,17 @@ class Captures:
             self._guard.forget()
             self.forget_shortcuts()
             self._parts_changed()
-        training = [each.training for each in self.module.modules()]
-        if training != self._training:
+        if self.training_changed():
             # What was refused in training may be captured in evaluation, and the other way round.
-            self._training = training
+            self._training = self._training_now()
             self.blocks.clear()
+
+    def training_changed(self) -> bool:
+        """Whether a training flag was set since it was looked at, so that denials may be of the past."""
+        return self._engine is None and self._training_now() != self._training
+
+    def _training_now(self) -> list[bool]:
+        return [each.training for each in self.module.modules()]
 
     def _parts_changed(self) -> None:
         """Note that the structure of the module may have changed."""

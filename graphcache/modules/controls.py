@@ -60,8 +60,8 @@ def controls(fast: StandIn) -> Controls:
         ...     def forward(self, x):
         ...         return x + 1
         >>> fast = graphcache.wrap(Net(), max_graphs=8)
-        >>> fast.config, graphcache.controls(fast).config.max_graphs
-        ({'width': 4}, 8)
+        >>> fast.config["width"], graphcache.controls(fast).config.max_graphs
+        (4, 8)
     """
     if not isinstance(fast, StandIn):
         raise ConfigError(f"expected a wrapped module, got {type(fast).__name__}; graphcache.wrap makes one")

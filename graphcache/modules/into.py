@@ -25,6 +25,7 @@ from graphcache.modules.conditions import (
     several_devices,
     transforms,
 )
+from graphcache.modules.overlap import is_cut_short, overlap, touches
 from graphcache.modules.record import Recorded
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def targets_of(out: Any, recorded: Recorded, inputs: Sequence[Tensor]) -> list[T
         recorded: The graph of the call.
         inputs: Of the call. A graph may read them after it began to write.
     """
-    leaves = pytree.tree_leaves(out)
+    leaves, structure = _flat(out)
     if not recorded.whole or not all(type(leaf) is Tensor and leaf.layout is torch.strided for leaf in leaves):
         return None
     places = {storage_of(leaf) for leaf in leaves}
@@ -47,7 +48,7 @@ def targets_of(out: Any, recorded: Recorded, inputs: Sequence[Tensor]) -> list[T
         return None
     if any(storage_of(tensor) in places for tensor in inputs) or not recorded.graph.accepts(leaves):
         return None
-    same = pytree.tree_structure(recorded.build(leaves, inputs)) == pytree.tree_structure(out)
+    same = pytree.tree_structure(recorded.build(leaves, inputs)) == structure
     return leaves if same else None
 
 
@@ -62,29 +63,51 @@ def copy_into(out: Any, answer: Any, name: str) -> None:
     Raises:
         OutputMismatchError: If they do not fit; nothing was copied.
     """
-    targets, structure = pytree.tree_flatten(out)
+    targets, structure = _flat(out)
     leaves, wanted = pytree.tree_flatten(answer)
     if structure != wanted:
         raise OutputMismatchError(f"{name} answers {_shape_of(answer)}; out is {_shape_of(out)}")
     for index, (target, leaf) in enumerate(zip(targets, leaves, strict=True)):
-        where = f"out[{index}]" if len(leaves) > 1 else "out"
-        if not isinstance(leaf, Tensor):
-            raise OutputMismatchError(
-                f"{name} answers {type(leaf).__name__} in the place of {where}; forward_into takes tensors alone: call "
-                f"the module itself"
-            )
-        if not isinstance(target, Tensor):
-            raise OutputMismatchError(f"{where} is of type {type(target).__name__}; expected a torch.Tensor")
-        if (target.shape, target.dtype, target.device) != (leaf.shape, leaf.dtype, leaf.device):
-            raise OutputMismatchError(
-                f"{where} is {target.dtype} {list(target.shape)} on {target.device}; {name} answers {leaf.dtype} "
-                f"{list(leaf.shape)} on {leaf.device}, and nothing is cast or moved"
-            )
-        if target.requires_grad:
-            raise OutputMismatchError(f"{where} requires gradients, which no answer is written into; give .detach()")
+        _check(target, leaf, f"out[{index}]" if len(leaves) > 1 else "out", name)
+    # One tensor may stand for one answer twice.
+    pairs = {(id(target), id(leaf)): (target, leaf) for target, leaf in zip(targets, leaves, strict=True)}
+    if overlap([target for target, _ in pairs.values()]):
+        raise OutputMismatchError(f"elements of out share memory, so that it cannot hold what {name} answers")
     with torch.no_grad():
-        for target, leaf in zip(targets, leaves, strict=True):
-            target.copy_(leaf)
+        # What a target is about to overwrite is read first.
+        sources = [(target, leaf.clone() if touches(leaf, targets) else leaf) for target, leaf in pairs.values()]
+        for target, leaf in sources:
+            with torch.inference_mode(target.is_inference()):
+                target.copy_(leaf)
+
+
+def _check(target: Any, leaf: Any, where: str, name: str) -> None:
+    """Raise unless an answer can be written into a tensor."""
+    if not isinstance(leaf, Tensor):
+        raise OutputMismatchError(
+            f"{name} answers {type(leaf).__name__} in the place of {where}; forward_into takes tensors alone: call the "
+            f"module itself"
+        )
+    if not isinstance(target, Tensor):
+        raise OutputMismatchError(f"{where} is of type {type(target).__name__}; expected a torch.Tensor")
+    if (target.shape, target.dtype, target.device) != (leaf.shape, leaf.dtype, leaf.device):
+        raise OutputMismatchError(
+            f"{where} is {target.dtype} {list(target.shape)} on {target.device}; {name} answers {leaf.dtype} "
+            f"{list(leaf.shape)} on {leaf.device}, and nothing is cast or moved"
+        )
+    if target.layout is not leaf.layout:
+        raise OutputMismatchError(f"{where} is {target.layout}; {name} answers {leaf.layout}")
+    if target.requires_grad:
+        raise OutputMismatchError(f"{where} requires gradients, which no answer is written into; give .detach()")
+    if is_cut_short(target):
+        raise OutputMismatchError(f"{where} has less memory than its shape {list(target.shape)} needs; it was resized")
+
+
+def _flat(out: Any) -> tuple[list[Any], Any]:
+    try:
+        return pytree.tree_flatten(out)
+    except RecursionError as error:
+        raise OutputMismatchError("out contains itself; expected tensors in the structure of the answer") from error
 
 
 def _shape_of(value: Any) -> str:

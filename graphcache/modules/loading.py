@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.manifest import Manifest, differences
+from graphcache.cache.sealed import MOST_BYTES
 from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import library
@@ -51,8 +53,7 @@ def load(
         source: A path, or the bytes of an engine.
         name: What messages call it; the file's name, or the one in the package, if empty.
         into: For a package of a model, which holds weights and engines but no code: the model, with an
-            ``EngineModule()`` wherever it has an engine. It is filled, and not changed if anything is found wrong
-            before TensorRT deserialises the first engine.
+            ``EngineModule()`` wherever it has an engine. It is filled, and is as it was if the package is refused.
         rebuild: ``"if_needed"`` builds an engine of another TensorRT or GPU again, from the ONNX model in the package
             if there is one. ``"never"`` refuses it.
         prepare: Capture what the package's manifest lists, before returning. Costs that were measured on another
@@ -168,10 +169,9 @@ class _Loading:
             engines = [self._engine(container, header, each) for each in header.engines]
             weights = self._weights(container, header)
             manifest = self._manifest(container, header)
-        module = self._made(header, engines, weights)
-        if config is None:
-            return module
-        fast = CachedModule(module, config, name=self._name or header.name)
+        fast = self._made(header, engines, weights, config)
+        if not isinstance(fast, CachedModule):
+            return fast
         fast.__dict__["_manifest"] = found = None if manifest is None else for_here(manifest, fast)
         if prepare:
             controls(fast).prepare(found)
@@ -235,30 +235,66 @@ class _Loading:
     def _manifest(self, container: Container, header: Header) -> Manifest | None:
         if header.manifest is None:
             return None
+        if (nbytes := header.parts[header.manifest]["nbytes"]) > MOST_BYTES:
+            raise container.wrong(header.manifest, f"it has {nbytes} bytes; expected at most {MOST_BYTES}")
         return Manifest.of_data(self._part(container, header, header.manifest), f"{self._path}: {header.manifest}")
 
-    def _made(self, header: Header, engines: list[_Checked], weights: Mapping[str, Tensor]) -> nn.Module:
+    def _made(
+        self,
+        header: Header,
+        engines: list[_Checked],
+        weights: Mapping[str, Tensor],
+        config: GraphConfig | None,
+    ) -> nn.Module:
+        """The module, wrapped if it was saved so. What was given as ``into`` is as it was if anything raises."""
         if header.kind == "engine":
-            (only,) = engines
-            module = (
-                self._into if isinstance(self._into, EngineModule) else EngineModule(keep_kernels=self._keep_kernels)
-            )
-            module.set_extra_state(_state(only, self._name))
-            module.source = only.source
-            return module
+            given = self._into if isinstance(self._into, EngineModule) else None
+            module = EngineModule(keep_kernels=self._keep_kernels) if given is None else given
+            with ExitStack() as undo:
+                self._fill(module, engines[0], self._name, undo)
+                made: nn.Module = module if config is None else self._wrapped(module, config, header)
+                undo.pop_all()
+            return made
         assert self._into is not None
         targets = self._targets(self._into, engines, weights)
-        for each in engines:
-            targets[each.packaged.module].set_extra_state(_state(each, ""))
-            targets[each.packaged.module].source = each.source
-        self._into.load_state_dict(weights, strict=False)
-        return self._into
+        # Before anything is written, as the options may be those of another module.
+        made: nn.Module = self._into if config is None else self._wrapped(self._into, config, header)
+        with ExitStack() as undo:
+            for each in engines:
+                self._fill(targets[each.packaged.module], each, "", undo)
+            try:
+                self._into.load_state_dict(weights, strict=False)
+            except RuntimeError as error:
+                raise PackageError(f"{self._path}: the model does not take the weights: {shown(error)}") from error
+            undo.pop_all()
+        return made
+
+    def _fill(self, module: EngineModule, engine: _Checked, name: str, undo: ExitStack) -> None:
+        """Put an engine into a module; ``undo`` puts back what was there."""
+        state = module.get_extra_state() if "engine" in vars(module) else None
+        attributes = vars(module).copy()
+        module.set_extra_state(_state(engine, name))
+        undo.callback(_put_back, module, state, attributes)
+        module.source = engine.source
+
+    def _wrapped(self, module: nn.Module, config: GraphConfig, header: Header) -> CachedModule:
+        try:
+            return CachedModule(module, config, name=self._name or header.name)
+        except ConfigError as error:
+            raise PackageError(
+                f"{self._path}: the options of the package do not fit the module: {error}; pass the model that was "
+                f"saved, or save the package again with this release"
+            ) from error
 
     def _targets(
         self, model: nn.Module, engines: list[_Checked], weights: Mapping[str, Tensor]
     ) -> dict[str, EngineModule]:
         """Where the engines go, if all of the package has a place of its kind in the model, and the other way round."""
         places = {name: each for name, each in model.named_modules() if isinstance(each, EngineModule)}
+        for name, value in model.state_dict().items():
+            if isinstance(value, Tensor) and (value.is_meta or value.is_inference()):
+                what = "on the meta device" if value.is_meta else "an inference tensor"
+                raise PackageError(f"{self._path}: {name!r} of the model is {what}, which takes no weights")
         _same(self._path, "engines", {each.packaged.module: "" for each in engines}, dict.fromkeys(places, ""))
         shapes = {
             name: f"{value.dtype} {list(value.shape)}"
@@ -272,6 +308,17 @@ class _Loading:
             shapes,
         )
         return places
+
+
+def _put_back(module: EngineModule, state: Any, attributes: dict[str, Any]) -> None:
+    """Give a module the engine that it had, or none if it was empty."""
+    if state is not None:
+        module.set_extra_state(state)
+        module.source = attributes["source"]
+        return
+    module.close()
+    vars(module).clear()
+    vars(module).update(attributes)
 
 
 def _same(path: Path, what: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:

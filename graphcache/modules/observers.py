@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakSet
 
 from graphcache.errors import ConfigError, shown
-from graphcache.events import log
+from graphcache.events import log, when_unlocked
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule
@@ -24,6 +25,9 @@ Kind = Literal["eager", "capture", "replay"]
 
 class Observer(Protocol):
     """Hears of what a wrapped module does, in the thread that does it; what it raises is logged, and the call goes on.
+
+    ``before`` a capture is called while the module's lock is held: do not wait there for a thread that uses the module.
+    ``after`` is called when the locks are released.
 
     Example:
         >>> import torch, graphcache
@@ -118,7 +122,7 @@ class Observers:
         finally:
             seconds = time.perf_counter() - start
             for each in observers:
-                _told(each.after, kind, name, seconds, done)
+                when_unlocked(partial(_told, each.after, kind, name, seconds, done))
 
 
 def check(observer: object) -> None:

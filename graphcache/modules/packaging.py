@@ -99,7 +99,11 @@ def save(
     if list(engines) != [""]:
         tensors = _tensors(module, engines)
         if tensors:
-            parts[WEIGHTS] = written(tensors)
+            try:
+                parts[WEIGHTS] = written(tensors)
+            except Exception as error:
+                # On the meta device, say, or of a dtype that safetensors does not hold.
+                raise ConfigError(f"the module's tensors cannot be written: {shown(error)}; use torch.save") from error
     if manifest is not None and manifest.entries:
         parts[MANIFEST] = manifest.data
     header = Header(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from graphcache.errors import ConfigError, shown
 from graphcache.modules.packaging import save
 from graphcache.modules.served_calls import served
 
@@ -68,6 +69,8 @@ class Portable:
             (True, 1, 8)
         """
         self._misses.check_open()
+        if type(manifest) is not bool:
+            raise ConfigError(f"manifest={shown(manifest)}: expected True or False")
         found = served(self)[0] if manifest else None
         save(self._module, path, onnx=onnx, build=build, config=self._config, name=self._ledger.name, manifest=found)
 

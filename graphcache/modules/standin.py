@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 _S = TypeVar("_S", bound="type[StandIn]")
+_KEPT = frozenset({"forward", "forward_into", "load_state_dict", "state_dict", "train", "training"})
+"""Public names that do not give way: they do what the other module's do, or are called at every hit."""
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -189,22 +191,14 @@ class Yielding:
         return self.value.__get__(instance, owner)
 
 
-def gives_way(kept: frozenset[str]) -> Callable[[_S], _S]:
-    """A class of stand-ins whose public names, and those of ``nn.Module``, give way to the other module's own.
-
-    Args:
-        kept: Names that do not.
-    """
-
-    def changed(kind: _S) -> _S:
-        names = {name for each in kind.__mro__ if each is not object for name in vars(each)}
-        for name in sorted(names - kept):
-            value = getattr_static(kind, name)
-            if not name.startswith("_") and (isinstance(value, property) or isfunction(value)):
-                setattr(kind, name, Yielding(name, value))
-        return kind
-
-    return changed
+def gives_way(kind: _S) -> _S:
+    """Let the public names of a class of stand-ins, and those of ``nn.Module``, give way to the other module's own."""
+    names = {name for each in kind.__mro__ if each is not object for name in vars(each)}
+    for name in sorted(names - _KEPT):
+        value = getattr_static(kind, name)
+        if not name.startswith("_") and (isinstance(value, property) or isfunction(value)):
+            setattr(kind, name, Yielding(name, value))
+    return kind
 
 
 def _definer(kind: type, name: str) -> type | None:
@@ -216,7 +210,7 @@ def _is_users(definer: type | None) -> bool:
     """Whether what a class defines is the module's own: neither every module has it nor one of ours."""
     if definer is None or definer is nn.Module or definer is object:
         return False
-    return not definer.__module__.startswith("graphcache.")
+    return not definer.__module__.startswith(("graphcache.modules.engine", "graphcache.modules.adopted"))
 
 
 def _no_change(*_: Any) -> None:

@@ -20,15 +20,16 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from graphcache.errors import Reason, ResultError, shown
+from graphcache.files import open_regular, replacing
 
 FORMAT = "graphcache result"
 VERSION = 1
 OUTCOMES = ("hit", "capture", *(reason.value for reason in Reason))
-_MOST_BYTES = 256 * 2**20
+_MOST_BYTES = 64 * 2**20
+"""Of a file. Reading takes some 20 times as much memory."""
 _LONGEST = 1e12
 
 
@@ -108,14 +109,13 @@ class Result:
 
         Raises:
             OSError: If the file cannot be written; what was there stays.
+            ResultError: If it would be larger than what is read: 64 MiB, some 1.5 million calls.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self.tree()), encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        data = json.dumps(self.tree()).encode()
+        if len(data) > _MOST_BYTES:
+            raise ResultError(f"{len(data)} bytes; expected at most {_MOST_BYTES}, which is what is read")
+        with replacing(path) as file:
+            file.write(data)
 
     def tree(self) -> dict[str, Any]:
         """What the JSON holds."""
@@ -138,12 +138,16 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     """
     label = shown(os.fspath(path)) if isinstance(path, os.PathLike) else shown(path)
     try:
-        if Path(path).stat().st_size > _MOST_BYTES:
-            raise ResultError(f"{label} is larger than {_MOST_BYTES} bytes; expected a result of graphcache bench")
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"{label} cannot be read ({error.strerror or error}); expected a result") from error
-    except (ValueError, RecursionError, TypeError) as error:
+        with open_regular(path) as file:
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError, TypeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ResultError(f"{label} cannot be read ({why}); expected a result") from error
+    if len(data) > _MOST_BYTES:
+        raise ResultError(f"{label} is larger than {_MOST_BYTES} bytes; expected a result of graphcache bench")
+    try:
+        tree = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ResultError(
             f"{label} is no JSON ({shown(str(error))}); expected what graphcache bench -o wrote"
         ) from error

@@ -83,7 +83,7 @@ def test_more_than_32_calls_all_fit(prepare):
         (
             ["some_nets:mlp", "--shapes", "input:1x8", "--manifest", "no/m.json"],
             1,
-            "no/m.json cannot be written: No such",
+            "'no/m.json' cannot be written: No such",
         ),
         (["some_nets:mlp", "--shapes", "input:1x8", "--deadline", "0"], 2, "Invalid value for '--deadline'"),
         (["some_nets:mlp", "--shapes", "input:1x8", "--max-bytes", "0"], 2, "Invalid value for '--max-bytes'"),

@@ -116,7 +116,7 @@ def test_what_is_no_json(content, tmp_path):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(ResultError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ResultError, match=r"cannot be read \(no regular file\)"):
         read_result(tmp_path)
     with pytest.raises(ResultError, match="No such file"):
         read_result(str(tmp_path / "none.json"))
