@@ -77,6 +77,10 @@ class ModuleGuard:
             return False
         return snapshot.holds()
 
+    def has_changed(self) -> bool:
+        """Whether something is known to have changed since :meth:`snapshot`; not after :meth:`forget`."""
+        return self._snapshot is not None and not self.holds()
+
     def stale_since(self, version: int) -> Callable[[bool], bool]:
         """What tells whether a graph that was proven under a version may answer no call, as :meth:`is_stale` does."""
 

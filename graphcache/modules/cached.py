@@ -56,7 +56,7 @@ class CachedModule(Portable, Accounted):
     :func:`graphcache.controls` gives the method. A call that cannot be captured is answered eagerly, counted with its
     reason and logged once.
 
-    Methods of the module that call ``forward`` or a part (``generate``, ``decode``) use the graphs: ``fast.generate(x)``.
+    Methods of the module that call ``forward`` or a part (``fast.generate(x)``) use the graphs.
     Without graphs run the ``forward`` of a module with hooks of its own, and the bodies of generators and coroutines.
 
     A graph freezes what the host did while it was recorded: Python attributes of the module that the signature does not

@@ -142,9 +142,7 @@ class Misses(CapturesBeside):
 
     def _denied(self, signature: Signature, inputs: Sequence[Tensor]) -> Cause | None:
         """Why a call is known to run eagerly. The lock is not taken: a capture of another call may hold it."""
-        if isinstance(self._guard, EngineGuard) and self._guard.is_stale(signature[0] is not False):
-            return None
-        if self.training_changed():
+        if self._guard.has_changed() or self.training_changed():
             return None
         return self.needs_grad(inputs) or self.blocked(signature)
 

@@ -39,6 +39,10 @@ class EngineGuard:
         """Whether the engine is still the same."""
         return not self.is_stale(False)
 
+    def has_changed(self) -> bool:
+        """Whether the engine is another one now."""
+        return self.is_stale(False)
+
     def is_stale(self, grad: bool) -> bool:
         """Whether no graph may answer a call; gradients do not matter."""
         return bool(self._engine.epoch != self.epoch)

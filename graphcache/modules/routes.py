@@ -28,6 +28,9 @@ class _Standing:
 
     __slots__ = ("module", "name", "own")
 
+    stands_in = True
+    """Snapshots of the module's state see what it stands for, which is ``own``."""
+
     def __init__(self, module: nn.Module, name: str, own: dict[str, Any]) -> None:
         self.module = module
         self.name = name
@@ -50,9 +53,6 @@ class Route(_Standing):
     """
 
     __slots__ = ("original", "parts")
-
-    stands_in = True
-    """Snapshots of the module's state see what it stands for, which is ``own``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, "forward", {key: each for key, each in vars(module).items() if key == "forward"})

@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 from collections import deque
-from types import CellType, MemberDescriptorType
-from types import FunctionType
+from types import CellType, FunctionType, MemberDescriptorType
 from typing import Any, Protocol
 
 from torch import Tensor
