@@ -356,6 +356,18 @@ class CellNode(Node):
         return True
 
 
+class VariableNode(CellNode):
+    """A context variable, as the current context has it."""
+
+    __slots__ = ()
+
+    def read(self) -> Any:
+        return self.target.get(MISSING)
+
+    def guard(self, native: Any) -> bool:
+        return False
+
+
 class FunctionNode(Node):
     """A function: its code and its default values."""
 
@@ -455,6 +467,18 @@ class ArrayNode(Node):
             yield Change(self.path, "has other contents or another layout")
 
 
+class ObjectArrayNode(ItemsNode):
+    """The objects in a NumPy array."""
+
+    __slots__ = ()
+
+    def read(self) -> tuple[Any, ...]:
+        return tuple(self.target.ravel().tolist())
+
+    def guard(self, native: Any) -> bool:
+        return False
+
+
 class HiddenNode(Node):
     """An object that shows its state by no attribute, such as a generator; only the effects of a call compare it."""
 
@@ -473,6 +497,14 @@ class HiddenNode(Node):
         if old[0] != new[0]:
             what = f"the {type(self.target).__name__} moved on"
             yield Change(self.path, what, is_generator_of_randomness(self.target))
+
+
+class CacheNode(HiddenNode):
+    """A function with a cache. A graph does not call it: the next call has to fill a cache that was cleared."""
+
+    __slots__ = ()
+
+    guarded = True
 
 
 class ThreadLocalNode(Node):
@@ -523,9 +555,9 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def gradient_of(tensor: Tensor) -> Tensor | None:
-    """The gradient that a leaf has accumulated."""
+    """The gradient of a leaf: accumulated, or assigned."""
     try:
-        return tensor.grad if tensor.requires_grad and tensor.is_leaf else None
+        return tensor.grad if tensor.is_leaf else None
     except (RuntimeError, ValueError, NotImplementedError, TypeError):
         return None
 

@@ -6,12 +6,15 @@ import asyncio
 import builtins
 import collections
 import concurrent.futures
+import contextvars
 import enum
 import functools
+import gc
 import logging
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +24,7 @@ from graphcache.keys.state_nodes import (
     MISSING,
     ArrayNode,
     AttributesNode,
+    CacheNode,
     CellNode,
     ClassNode,
     FunctionNode,
@@ -29,14 +33,16 @@ from graphcache.keys.state_nodes import (
     MembersNode,
     NamesNode,
     Node,
+    ObjectArrayNode,
     ObjectNode,
     SlotsNode,
     TableNode,
     TensorNode,
     ThreadLocalNode,
+    VariableNode,
 )
 from graphcache.keys.user_code import code_inside, function_of, global_names, is_library
-from graphcache.keys.values import array_state, hidden_state, is_plain
+from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
 MAX_CONTAINERS = 50_000
 """A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
@@ -99,6 +105,7 @@ class StateWalk:
         self._stack: list[tuple[Node | None, str, Any]] = []
         self._entries = 0
         self._array_bytes = 0
+        self._classes: set[type] = set()
         self._followed: set[type] = set()
         self._hops: dict[int, int] = {}
         self._mentioned: set[str] = set()
@@ -133,7 +140,9 @@ class StateWalk:
         kind = type(value)
         if isinstance(value, Tensor):
             self._tensor(parent, key, value)
-        elif isinstance(value, (type, enum.Enum, BaseException, *_LOGGING, *_MACHINERY)):
+        elif isinstance(value, type):
+            self._class(value, follow=True)
+        elif isinstance(value, (enum.Enum, BaseException, *_LOGGING, *_MACHINERY)):
             return
         elif kind in _TABLES:
             members = not key and isinstance(parent, AttributesNode)
@@ -147,6 +156,17 @@ class StateWalk:
             self._push(parent, f"{key}.__self__", value.__self__)
         elif kind is types.CellType:
             self._cell(parent, key, value)
+        elif kind in BUILTIN_METHODS:
+            if not isinstance(value.__self__, types.ModuleType):
+                self._push(parent, f"{key}.__self__", value.__self__)
+        elif kind in VIEWS:
+            self._push(parent, key, gc.get_referents(value)[0])
+        elif isinstance(value, weakref.ref):
+            self._push(parent, f"{key}()", value())
+        elif kind is contextvars.ContextVar:
+            variable = VariableNode(parent, key, value)
+            self._add(variable, 1)
+            self._push(variable, ".get()", variable.state)
         elif kind in (functools.partial, functools.partialmethod):
             for name in ("func", "args", "keywords"):
                 self._push(parent, f"{key}.{name}", getattr(value, name))
@@ -180,7 +200,8 @@ class StateWalk:
             for index, item in enumerate(tuple.__iter__(value)):
                 self._push(parent, f"{key}[{index}]", item)
             return
-        node = ItemsNode(parent, key, value)
+        containers = (list, set, frozenset, collections.deque)
+        node = (ItemsNode if isinstance(value, containers) else ObjectArrayNode)(parent, key, value)
         self._add(node, len(node.state))
         for index, item in enumerate(node.state):
             if not is_plain(item):
@@ -256,6 +277,8 @@ class StateWalk:
             return
         if array_state(value) is not None:
             self._array(ArrayNode(parent, key, value))
+            if getattr(getattr(value, "dtype", None), "hasobject", False):
+                self._items(parent, key, value)
             return
         if isinstance(value, dict):
             self._table(TableNode(parent, key, value))
@@ -264,7 +287,7 @@ class StateWalk:
         self._attributes(parent, key, value)
         hidden = hidden_state(value)
         if hidden is not None:
-            node = HiddenNode(parent, key, value)
+            node = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(parent, key, value)
             self._add(node, 1)
             for item in hidden[1]:
                 self._push(node, "", item)
@@ -299,8 +322,8 @@ class StateWalk:
         library = is_library(kind.__module__)
         if library and not issubclass(kind, nn.Module):
             return
-        if id(kind) not in self._seen:
-            self._seen.add(id(kind))
+        if kind not in self._classes:
+            self._classes.add(kind)
             self._add(ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
         if library or kind in self._followed:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import collections
-import contextvars
 import datetime
 import decimal
 import enum
@@ -19,7 +18,6 @@ import re
 import sys
 import types
 import uuid
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +58,6 @@ ATOMS = frozenset(
         torch.layout,
         torch.memory_format,
         re.Pattern,
-        types.BuiltinFunctionType,
         types.ModuleType,
         types.CodeType,
         types.GenericAlias,
@@ -69,13 +66,16 @@ ATOMS = frozenset(
         types.WrapperDescriptorType,
         types.GetSetDescriptorType,
         types.MemberDescriptorType,
-        types.MappingProxyType,
-        types.MethodWrapperType,
-        weakref.ReferenceType,
         property,
     }
 )
 """Exact types that hold nothing to be followed."""
+
+BUILTIN_METHODS = (types.BuiltinFunctionType, types.MethodWrapperType)
+"""Functions in C; those of an object, such as ``table.get``, refer to it."""
+
+VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
+"""What shows a dictionary that it does not own."""
 
 
 def same(old: Any, new: Any) -> bool:
@@ -100,6 +100,8 @@ def same(old: Any, new: Any) -> bool:
         return len(old) == len(new) and all(map(same, old, new))
     if isinstance(old, types.MethodType):
         return old.__self__ is new.__self__ and old.__func__ is new.__func__
+    if isinstance(old, BUILTIN_METHODS):
+        return old.__self__ is new.__self__ and old.__name__ == new.__name__
     return False
 
 
@@ -110,8 +112,8 @@ class Unobservable(Exception):
 def hidden_state(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
     """The state of an object that shows it by no attribute, and the objects that it refers to.
 
-    Only what a call may *advance* is found here. Nothing of it is part of a guard: a call that was seen not to advance
-    a generator gives the same answer wherever the generator stands.
+    Only what a call may *advance* is found here. It is no part of a guard, but for caches: a call that was seen not to
+    advance a generator gives the same answer wherever the generator stands.
 
     Returns:
         A comparable state and the objects to follow; ``None`` for an object without such a state.
@@ -144,13 +146,14 @@ def is_generator_of_randomness(value: Any) -> bool:
 
 def array_state(value: Any) -> tuple[Any, ...] | None:
     """Layout, address and bytes of a NumPy array or a buffer of Python's; ``None`` for anything else."""
-    if isinstance(value, (bytearray, array.array)):
-        return (bytes(value),)
+    if isinstance(value, (bytearray, array.array, memoryview)):
+        return (memoryview(value).tobytes(),)
     module = sys.modules.get("numpy")
     if module is None or not isinstance(value, (module.ndarray, module.generic)):
         return None
     interface = value.__array_interface__
-    contents = value.tobytes() if not value.dtype.hasobject else tuple(map(id, value.ravel()))
+    # Objects are compared one by one, like the items of a list.
+    contents = b"" if value.dtype.hasobject else value.tobytes()
     return value.shape, value.strides, value.dtype.str, interface["data"][0] if value.ndim else 0, contents
 
 
@@ -165,11 +168,6 @@ def _read_generator(value: Any) -> tuple[Any, tuple[Any, ...]]:
 def _read_cache(value: Any) -> tuple[Any, tuple[Any, ...]]:
     info = value.cache_info()
     return (info.misses, info.currsize), (value.__wrapped__,)
-
-
-def _read_context_variable(value: contextvars.ContextVar[Any]) -> tuple[Any, tuple[Any, ...]]:
-    held = value.get(None)
-    return _plain_or_id(held), (held,)
 
 
 def _read_file(value: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -202,7 +200,6 @@ _READERS: tuple[tuple[Any, Callable[[Any], tuple[Any, tuple[Any, ...]]]], ...] =
     (torch.Generator, lambda value: (value.get_state().numpy().tobytes(), ())),
     (types.GeneratorType, _read_generator),
     (functools._lru_cache_wrapper, _read_cache),
-    (contextvars.ContextVar, _read_context_variable),
     ((queue.Queue, queue.SimpleQueue), lambda value: (value.qsize(), ())),
     (io.IOBase, _read_file),
 )
