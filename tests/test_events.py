@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
+import torch
+from torch import nn
 
+import graphcache
 from graphcache.errors import Cause, Reason
-from graphcache.events import Captured, Evicted, Ledger, RanEagerly
+from graphcache.events import Captured, Evicted, Ledger, QuietLock, RanEagerly
 from tests.helpers import in_threads
 
 
@@ -134,3 +138,96 @@ def test_no_eager_call_of_many_threads_is_lost():
     finally:
         sys.setswitchinterval(before)
     assert ledger.eager == {Reason.COLD: 80_000}
+
+
+def test_an_event_waits_for_the_last_lock_of_the_thread(ledger):
+    seen: list[object] = []
+    ledger.subscribers.append(seen.append)
+    one, other = QuietLock(), QuietLock()
+    with one:
+        ledger.evicted(Evicted("a", 1))
+        with other, one:
+            ledger.evicted(Evicted("b", 1))
+        assert seen == []
+    assert seen == [Evicted("a", 1), Evicted("b", 1)]
+    ledger.evicted(Evicted("c", 1))
+    assert len(seen) == 3
+
+
+def test_an_event_is_delivered_when_what_held_the_lock_failed(ledger):
+    seen: list[object] = []
+    ledger.subscribers.append(seen.append)
+    with pytest.raises(KeyError), QuietLock():
+        ledger.evicted(Evicted("a", 1))
+        raise KeyError
+    assert seen == [Evicted("a", 1)]
+
+
+def test_a_lock_of_another_thread_keeps_no_event_back(ledger):
+    seen: list[object] = []
+    ledger.subscribers.append(seen.append)
+    with QuietLock():
+        in_threads(lambda index: ledger.evicted(Evicted(index, 1)), 2)
+        assert len(seen) == 2
+
+
+def test_a_lock_that_is_not_to_be_had_is_not_held(ledger):
+    lock, seen = QuietLock(), []
+    ledger.subscribers.append(seen.append)
+
+    def other(_):
+        assert not lock.acquire(timeout=0.01)
+        ledger.evicted(Evicted("a", 1))
+        assert seen
+
+    with lock:
+        in_threads(other, 1)
+
+
+class Cut(nn.Module):
+    def forward(self, x):
+        return x[x > 0]
+
+
+@pytest.mark.parametrize("kind", ["Captured", "Evicted", "RanEagerly"])
+def test_a_subscriber_may_wait_for_a_thread_that_clears_and_calls(kind):
+    linear = nn.Linear(4, 4).requires_grad_(False)
+    fast = graphcache.wrap(nn.Sequential(linear, Cut()), max_graphs=1)
+    for _ in range(3):
+        fast(torch.ones(1, 4))
+    done = []
+
+    def subscriber(event):
+        if type(event).__name__ == kind and not done:
+            done.append(kind)
+            other = threading.Thread(target=lambda: done.append((fast.clear(), fast(torch.ones(1, 4)))), daemon=True)
+            other.start()
+            other.join(30)
+            done.append(other.is_alive())
+            fast.clear()
+
+    for each in (fast, fast.parts["0"]):
+        each.subscribe(subscriber)
+    for size in (2, 3, 2):
+        fast(torch.ones(size, 4))
+    assert done[0] == kind
+    assert done[-1] is False
+
+
+def test_an_observer_hears_of_the_end_of_a_capture_without_locks():
+    fast = graphcache.wrap(nn.Linear(4, 4).requires_grad_(False))
+    alive = []
+
+    class Waits:
+        def before(self, kind, module):
+            pass
+
+        def after(self, kind, module, seconds, done):
+            other = threading.Thread(target=fast.clear, daemon=True)
+            other.start()
+            other.join(30)
+            alive.append(other.is_alive())
+
+    fast.observe(Waits())
+    fast(torch.ones(1, 4))
+    assert alive == [False]

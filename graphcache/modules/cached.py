@@ -52,12 +52,9 @@ class CachedModule(Portable, Accounted):
 
     It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every
     other attribute are the module's own, which is left exactly as it was; an attribute that is set here is set there.
-    Where the module has an attribute with the name of a method below (``config``, ``save``), it is the module's;
-    :func:`graphcache.controls` gives the method. A call that cannot be captured is answered eagerly, counted with its
-    reason and logged once.
-
-    Methods of the module that call ``forward`` or a part (``fast.generate(x)``) use the graphs.
-    Without graphs run the ``forward`` of a module with hooks of its own, and the bodies of generators and coroutines.
+    Where both have a name (``config``, ``save``), it is the module's; :func:`graphcache.controls` gives that of this
+    class. Methods of it that call ``forward`` or a part (``generate``) use the graphs, unless it has hooks, or they are
+    generators or coroutines. A call that cannot be captured is answered eagerly, counted and logged once.
 
     A graph freezes what the host did while it was recorded: Python attributes of the module that the signature does not
     show (a number kept in ``self.scale``, say) are read once per signature. Call :meth:`clear` after changing one.

@@ -252,9 +252,9 @@ class _Loading:
             module = EngineModule(keep_kernels=self._keep_kernels) if given is None else given
             with ExitStack() as undo:
                 self._fill(module, engines[0], self._name, undo)
-                made: nn.Module = module if config is None else self._wrapped(module, config, header)
+                whole = module if config is None else self._wrapped(module, config, header)
                 undo.pop_all()
-            return made
+            return whole
         assert self._into is not None
         targets = self._targets(self._into, engines, weights)
         # Before anything is written, as the options may be those of another module.

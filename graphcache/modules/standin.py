@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from inspect import getattr_static, isfunction
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from torch import nn
 
 _S = TypeVar("_S", bound="type[StandIn]")
 _KEPT = frozenset({"forward", "forward_into", "load_state_dict", "state_dict", "train", "training"})
 """Public names that do not give way: they do what the other module's do, or are called at every hit."""
+_SPECIAL = ("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__")
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -39,6 +41,12 @@ class StandIn(nn.Module):
     """
 
     _module: nn.Module
+
+    def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Self:
+        kind: Any = cls
+        special = tuple(name for name in _SPECIAL if hasattr(type(module), name))
+        made: Self = super().__new__(_with_special(kind, special))
+        return made
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -124,6 +132,17 @@ class StandIn(nn.Module):
         self._module._load_from_state_dict(*args, **kwargs)
 
 
+@cache
+def _with_special(kind: Any, names: tuple[str, ...]) -> Any:
+    """A class of stand-ins for modules whose class has some special methods, which Python looks up there alone."""
+
+    def reaches(name: str) -> Callable[..., Any]:
+        return lambda self, *args: getattr(self._module, name)(*args)
+
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**own, **{name: reaches(name) for name in names}}) if names else kind
+
+
 class Method:
     """A method of a module that was reached through what stands for it.
 
@@ -136,6 +155,7 @@ class Method:
         self._standin = standin
         self._method = method
         self.__wrapped__ = method
+        self.__doc__ = method.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._standin._calling():
