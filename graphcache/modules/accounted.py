@@ -338,6 +338,9 @@ class Accounted(StandIn):
             wait: Wait for the last replays, so that all memory is given back. Otherwise what they use goes when they
                 have finished, at the latest with the next capture.
         """
+        if "_misses" not in self.__dict__:
+            # Its options were refused when it was made, and an engine still knows it.
+            return
         # What is captured beside the calls uses the module too.
         wait = wait or self._config.capture_in == "background"
         with self._misses.lock:

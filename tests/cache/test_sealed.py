@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.sealed import MOST_BYTES, Damaged, read_sealed, write_sealed
+from graphcache.cache.sealed import MOST_BYTES, Damaged, read_sealed, unsealed, write_sealed
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -206,3 +206,8 @@ def test_what_could_not_be_read_is_not_written(tmp_path, body):
 def test_a_directory_that_is_not_there_is_the_callers_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_sealed(tmp_path / "no" / "file", "kind", 1, [])
+
+
+def test_more_than_a_file_may_hold_is_not_looked_into():
+    with pytest.raises(Damaged, match=f"expected at most {MOST_BYTES}"):
+        unsealed(b" " * (MOST_BYTES + 1), "kind", 1)

@@ -259,7 +259,7 @@ def test_all_files_are_readable_by_whom_the_user_lets(store: Store) -> None:
     store.put("engine", "a", b"data", {})
     mask = os.umask(0)
     os.umask(mask)
-    assert stat.S_IMODE(store._path("engine", "a").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE(store._path("engine", "a").stat().st_mode) == 0o644 & ~mask
 
 
 def ignored(*_: Any) -> None:
@@ -270,3 +270,36 @@ def test_a_time_that_cannot_be_set_changes_nothing(store: Store, monkeypatch: py
     store.put("engine", "a", b"data", {})
     monkeypatch.setattr(os, "utime", ignored)
     assert store.get("engine", "a") == b"data"
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_others_may_write_is_not_loaded(store: Store, caplog: pytest.LogCaptureFixture, what: str) -> None:
+    store.put("engine", "a", b"data", {})
+    (store._path("engine", "a") if what == "file" else store.folder).chmod(0o777)
+    assert store.get("engine", "a") is None
+    assert "may be written by others, and engines are trusted" in caplog.text
+    assert store.get_or_make("engine", "a", lambda: b"made", {}) == b"made"
+
+
+def test_what_belongs_to_somebody_else_is_not_loaded(
+    store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("engine", "a", b"data", {})
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert store.get("engine", "a") is None
+    assert f"belongs to user {os.getuid()}" in caplog.text
+
+
+def test_a_mask_that_lets_a_group_write_leaves_entries_usable(store: Store) -> None:
+    mask = os.umask(0o002)
+    try:
+        with store.lock("a"):
+            store.put("engine", "a", b"data", {})
+    finally:
+        os.umask(mask)
+    assert store.get("engine", "a") == b"data"
+
+
+def test_an_entry_larger_than_the_bound_is_not_read(store: Store) -> None:
+    store.put("engine", "a", b"data" * 100, {})
+    assert Store(store.folder, 100).get("engine", "a") is None

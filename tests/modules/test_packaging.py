@@ -570,3 +570,105 @@ print(package.cache_info().hits, unpickled.cache_info().captures)
 """
     printed = in_a_new_process(code, tmp_path, streams=True).splitlines()
     assert printed == [str(wanted)] * 4 + ["1 1"]
+
+
+# ---- what is refused changes nothing
+
+
+def all_of(model: nn.Module) -> dict[str, Any]:
+    """The state of a model, and the attributes of its engines."""
+    engines = [each for each in model.modules() if isinstance(each, EngineModule)]
+    return {
+        "state": [value.clone() for value in model.state_dict().values() if isinstance(value, torch.Tensor)],
+        "engines": [vars(each).keys() | {each.name} for each in engines],
+        "bytes": [each.serialized_engine for each in engines],
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("buckets", "x"), ("include", ["nope"]), ("exclude", ["nope"]), ("buckets", {"map": [["nope", [1, 2]]]})],
+)
+@pytest.mark.parametrize("full", [True, False])
+def test_options_that_do_not_fit_leave_the_model_as_it_was(
+    fake: Torch, tmp_path: Path, option: str, value: Any, full: bool
+) -> None:
+    saved = Mixed(affine())
+    saved.scale.data.fill_(7.0)
+    graphcache.wrap(saved).save(tmp_path / "m.gcache")
+    repacked(tmp_path / "m.gcache", lambda header, parts: header["options"].update({option: value}))
+    target = Mixed(EngineModule(serialize("pair"), name="other")) if full else Mixed()
+    before = all_of(target)
+    with pytest.raises(PackageError, match="option"):
+        graphcache.load(tmp_path / "m.gcache", into=target)
+    assert str(all_of(target)) == str(before)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_an_engine_that_is_refused_leaves_the_others_as_they_were(
+    fake: Torch, tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(*engines: EngineModule) -> nn.Module:
+        return nn.ModuleDict({str(index): each for index, each in enumerate(engines)})
+
+    graphcache.wrap(two(affine(), affine())).save(tmp_path / "m.gcache")
+    # Not a valid engine, which only TensorRT finds out.
+    repacked(tmp_path / "m.gcache", lambda header, parts: parts.update({"engines/1.engine": b"damaged"}))
+    kept = EngineModule(serialize("pair"), name="other") if full else EngineModule()
+    target = two(kept, EngineModule())
+    before = all_of(target)
+    with pytest.raises(EngineError):
+        graphcache.load(tmp_path / "m.gcache", into=target)
+    assert str(all_of(target)) == str(before)
+    if full:
+        assert torch.equal(kept(rows(fake, 2), rows(fake, 2))[0], rows(fake, 2) * 2)
+    else:
+        with pytest.raises(EngineError, match="holds no engine yet"):
+            kept(rows(fake, 2))
+
+
+def test_options_that_do_not_fit_an_engine_leave_it_as_it_was(fake: Torch, tmp_path: Path) -> None:
+    graphcache.wrap(affine()).save(tmp_path / "e.gcache")
+    change = {"buckets": {"map": [["nope", {"map": [[0, [1, 2]]]}]]}}
+    repacked(tmp_path / "e.gcache", lambda header, parts: header["options"].update(change))
+    target = EngineModule(serialize("pair"), name="other")
+    before = all_of(target)
+    with pytest.raises(PackageError, match="option"):
+        graphcache.load(tmp_path / "e.gcache", into=target)
+    assert str(all_of(target)) == str(before)
+
+
+@pytest.mark.parametrize("kind", ["meta", "inference"])
+def test_a_model_that_takes_no_weights_is_refused(tmp_path: Path, kind: str) -> None:
+    graphcache.wrap(mlp()).save(tmp_path / "m.gcache")
+    with torch.device("meta") if kind == "meta" else torch.inference_mode():
+        target = mlp()
+    with pytest.raises(PackageError, match=f"{kind}.*takes no weights"):
+        graphcache.load(tmp_path / "m.gcache", into=target)
+
+
+def test_what_cannot_be_saved_is_a_config_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.gcache"
+    graphcache.wrap(mlp()).save(path)
+    before = path.read_bytes()
+    bad: list[tuple[nn.Module, dict[str, Any]]] = [
+        (nn.Linear(2, 2, device="meta"), {}),
+        (nn.LazyLinear(2), {}),
+        (mlp(), {"manifest": torch.zeros(2)}),
+        (mlp(), {"manifest": None}),
+        (mlp(), {"build": {}}),
+    ]
+    for module, options in bad:
+        with pytest.raises(ConfigError):
+            graphcache.wrap(module).save(path, **options)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = graphcache.wrap(mlp())
+    fast(torch.zeros(2, 4))
+    fast.save(tmp_path / "m.gcache")
+    monkeypatch.setattr(loading, "MOST_BYTES", 100)
+    with pytest.raises(PackageError, match=r"manifest.json.* bytes; expected at most 100"):
+        graphcache.load(tmp_path / "m.gcache", into=mlp())

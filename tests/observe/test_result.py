@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import ResultError
+from graphcache.observe import result
 from graphcache.observe.result import OUTCOMES, Inputs, Measured, Result, read_result
 
 times = st.floats(0, 1e6).map(lambda value: round(value, 3))
@@ -124,3 +126,19 @@ def test_files_that_are_none(tmp_path):
         read_result("\0")
     with pytest.raises(OSError, match="nowhere"):
         Result("x").save(tmp_path / "nowhere" / "r.json")
+
+
+def test_no_more_is_read_than_a_result_may_hold(tmp_path, monkeypatch):
+    Result("x").save(tmp_path / "r.json")
+    monkeypatch.setattr(result, "_MOST_BYTES", 10)
+    with pytest.raises(ResultError, match="larger than 10 bytes"):
+        read_result(tmp_path / "r.json")
+    before = (tmp_path / "r.json").read_bytes()
+    with pytest.raises(ResultError, match="expected at most 10, which is what is read"):
+        Result("y").save(tmp_path / "r.json")
+    assert (tmp_path / "r.json").read_bytes() == before
+    for endless in ("/dev/zero", tmp_path / "pipe"):
+        if endless != "/dev/zero":
+            os.mkfifo(endless)
+        with pytest.raises(ResultError, match="no regular file"):
+            read_result(endless)
