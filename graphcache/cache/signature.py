@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import Reason, Refusal, shown
+from graphcache.keys.ambient import ambient_number
 
 Signature = tuple[Hashable, ...]
 
@@ -30,7 +31,7 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
     ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), pending conjugations
     and negations, one tensor given twice from two, the grad mode, which tensors require gradients while it is on,
-    inference mode, and autocast.
+    inference mode, autocast, and the ambient state of PyTorch (:mod:`graphcache.keys.ambient`).
 
     Not told apart are values of tensors, and different tensors that overlap from ones that don't.
 
@@ -76,7 +77,7 @@ def describe_flat(args: tuple[Any, ...]) -> Signature | None:
         if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
             return None
         if not _is_grad_enabled() and not _is_any_autocast_enabled():
-            return False, _is_inference(), None, value.dtype, value.shape, value.stride(), value.device
+            return False, _is_inference(), _around(), value.dtype, value.shape, value.stride(), value.device
     parts: list[Hashable] = []
     for value in args:
         if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
@@ -119,7 +120,9 @@ def is_flat(signature: Signature, args: tuple[Any, ...]) -> bool:
         [True, False, False]
     """
     # Three parts for the state and four for each tensor, with nothing pending and none repeated.
-    return len(signature) == 3 + 4 * len(args) and signature[0] is False and signature[2] is None
+    around = signature[2]
+    without_autocast = around is None or (type(around) is tuple and type(around[0]) is int and around[1] is None)
+    return len(signature) == 3 + 4 * len(args) and signature[0] is False and without_autocast
 
 
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
@@ -221,7 +224,13 @@ def _replace(value: Any, tensors: Any) -> Any:
 
 def _state(tensors: Sequence[Tensor]) -> Signature:
     grad = tuple([value.requires_grad for value in tensors]) if _is_grad_enabled() else False
-    return grad, _is_inference(), _autocast() if _is_any_autocast_enabled() else None
+    return grad, _is_inference(), _around()
+
+
+def _around() -> Hashable:
+    """Autocast, and the number of the ambient state unless that is the usual one; ``None`` if there is neither."""
+    autocast, number = _autocast() if _is_any_autocast_enabled() else None, ambient_number()
+    return (number, autocast) if number else autocast
 
 
 def _repeats(tensors: Sequence[Tensor]) -> Signature:

@@ -164,7 +164,8 @@ class _Reader:
     """Goes through the parts in the order in which they were written."""
 
     def __init__(self, signature: Sequence[Hashable], names: Sequence[str], words: Words) -> None:
-        grad, inference, autocast = signature[:_STATE]
+        grad, inference, around = signature[:_STATE]
+        number, autocast = around if isinstance(around, tuple) and isinstance(around[0], int) else (0, around)
         self._parts: Sequence[Any] = signature[_STATE:]
         self._at = 0
         self._names = names
@@ -174,6 +175,8 @@ class _Reader:
             words.modes["grad mode"] = f"on, tensors {needed} require gradients" if needed else "on"
         if inference:
             words.modes["inference mode"] = "on"
+        if number:
+            words.modes["settings of PyTorch"] = f"set no. {number}"
         if isinstance(autocast, tuple):
             kinds = (f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in autocast)
             words.modes["autocast"] = ", ".join(kinds)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from graphcache.keys.ambient import ambient_state
 from graphcache.keys.state_nodes import Change
 from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.state_walk import Skips
@@ -82,10 +83,14 @@ class ModuleGuard:
         return self._snapshot is not None and not self.holds()
 
     def stale_since(self, version: int) -> Callable[[bool], bool]:
-        """What tells whether a graph that was proven under a version may answer no call, as :meth:`is_stale` does."""
+        """What tells whether a graph that was proven under a version may answer no call, as :meth:`is_stale` does.
+
+        The graph is valid in the ambient state of now alone.
+        """
+        ambient = ambient_state()
 
         def is_stale(grad: bool) -> bool:
-            return self.version != version or self.is_stale(grad)
+            return self.version != version or ambient_state() != ambient or self.is_stale(grad)
 
         return is_stale
 

@@ -16,6 +16,7 @@ from graphcache.config import GraphConfig, modes
 from graphcache.errors import ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger
 from graphcache.graphs.cuda import CudaGraph
+from graphcache.keys.ambient import ambient_state
 from graphcache.modules.accounted import Accounted
 from graphcache.modules.bucketed import UNPADDED, Bucketed
 from graphcache.modules.conditions import (
@@ -315,7 +316,7 @@ class CachedModule(Portable, Accounted):
     def _holds(self, epoch: int | None, args: tuple[Any, ...]) -> bool:
         """Whether an answer is that of a call's full signature, after a launch that only the layout was asked for."""
         if self._engine is None:
-            if self._guard.version != epoch or self._is_stale(False):
+            if self._guard.version != epoch or ambient_state() != self._shortcuts.ambient or self._is_stale(False):
                 return False
         elif self._engine.epoch != epoch:
             return False

@@ -15,6 +15,7 @@ from torch import Tensor
 from graphcache.cache.signature import Signature, describe, substitute
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.lane import own_stream
+from graphcache.keys.ambient import has_modes
 
 
 class Later:
@@ -35,8 +36,11 @@ class Later:
         self.args, self.kwargs = substitute(args, kwargs, self.inputs)
         own, _ = describe(self.args, self.kwargs)
         # Values of host shape tensors follow in the call's.
-        self.is_alike = own == signature[: len(own)]
-        """Whether the copies lie as the tensors do. Otherwise a graph of them would not be one of the call."""
+        self.is_alike = own == signature[: len(own)] and not has_modes()
+        """Whether the copies lie as the tensors do, and no default device is set for the caller's thread alone.
+
+        Otherwise a graph of them would not be one of the call.
+        """
         self.cancelled = False
         self._process = os.getpid()
         self.thread: threading.Thread | None = None

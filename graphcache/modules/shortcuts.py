@@ -17,6 +17,7 @@ from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.single import Fire, Into, allocator
+from graphcache.keys.ambient import ambient_state
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.conditions import (
     current_device,
@@ -55,6 +56,8 @@ class Shortcuts(dict[Hashable, Shortcut]):
         self._table: Any = None
         self._asked = False
         self._making = threading.Lock()
+        self.ambient = ambient_state()
+        """The ambient state of PyTorch that all of them were captured under."""
 
     def table(self) -> Any:
         """The compiled table; ``None`` where there is no library. Asked for once, when a graph is first remembered."""
@@ -73,6 +76,9 @@ class Shortcuts(dict[Hashable, Shortcut]):
             args: The arguments of such a call, all of them plain tensors.
             shortcut: The way.
         """
+        if (ambient := ambient_state()) != self.ambient:
+            self.clear()
+            self.ambient = ambient
         if self.get(layout) == shortcut:
             return
         self[layout] = shortcut
