@@ -22,14 +22,15 @@ RANKS = {
     "package": 2,
     "graphs": 2,
     "engines": 2,
-    "modules": 3,
-    "runtime": 4,
-    "observe": 5,
-    "debug": 6,
-    "": 7,
-    "serving": 8,
-    "cli": 9,
-    "__main__": 10,
+    "capture": 3,
+    "modules": 4,
+    "runtime": 5,
+    "observe": 6,
+    "debug": 7,
+    "": 8,
+    "serving": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 """``""`` is the package itself, which gathers the public names."""
 

@@ -31,7 +31,8 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
     ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), pending conjugations
     and negations, one tensor given twice from two, the grad mode, which tensors require gradients while it is on,
-    inference mode, autocast, and the ambient state of PyTorch (:mod:`graphcache.keys.ambient`).
+    attributes that Python code gave a tensor, inference mode, autocast, and the ambient state of PyTorch
+    (:mod:`graphcache.keys.ambient`).
 
     Not told apart are values of tensors, and different tensors that overlap from ones that don't.
 
@@ -76,11 +77,15 @@ def describe_flat(args: tuple[Any, ...]) -> Signature | None:
         value = args[0]
         if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
             return None
+        if value.__dict__:
+            return None
         if not _is_grad_enabled() and not _is_any_autocast_enabled():
             return False, _is_inference(), _around(), value.dtype, value.shape, value.stride(), value.device
     parts: list[Hashable] = []
     for value in args:
         if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
+            return None
+        if value.__dict__:
             return None
         parts += (value.dtype, value.shape, value.stride(), value.device)
     return (*_state(args), *parts, *_repeats(args))
@@ -155,6 +160,9 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
         parts += (value.dtype, value.shape, value.stride(), value.device)
         if value.is_conj() or value.is_neg():
             parts.append((value.is_conj(), value.is_neg()))
+        if value.__dict__:
+            # Attributes that somebody gave it; a module may look at them.
+            _constant(dict(value.__dict__), f"an attribute of {where}", parts)
         tensors.append(value)
     elif kind is float:
         parts.append((float, value.hex()))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def static_copy(tensor: Tensor) -> Tensor:
-    """A buffer of the same shape, strides, dtype and device, holding the same values.
+    """A buffer of the same shape, strides, dtype, device and attributes, holding the same values.
 
     The strides are kept because an operation's result may depend on them. Elements that overlap (an expanded tensor)
     overlap in the buffer too, which is then written through :func:`packed`.
@@ -27,6 +27,7 @@ def static_copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         buffer = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         put(packed(buffer), tensor)
+        buffer.__dict__.update(tensor.__dict__)
         return buffer
 
 

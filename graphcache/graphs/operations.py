@@ -15,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache.errors import Reason, Refusal
 
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
-_ASKS = frozenset({"storage_offset", "as_strided", "untyped_storage", "requires_grad", "is_leaf", "grad", "_base"})
+_ASKS = frozenset(
+    {
+        *("storage_offset", "as_strided", "untyped_storage", "_base", "_is_view", "_version", "is_inference"),
+        *("requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"),
+    }
+)
 _MASKS = (torch.bool, torch.uint8)
 _PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
 

@@ -323,7 +323,7 @@ class CachedModule(Portable, Accounted):
         if is_grad_enabled() or is_any_autocast_enabled() or is_tracing():
             return False
         for value in args:  # noqa: SIM110 - a generator costs 0.3 µs more
-            if value.is_neg() or value.is_conj():
+            if value.is_neg() or value.is_conj() or value.__dict__:
                 return False
         return True
 

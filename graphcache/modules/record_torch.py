@@ -331,7 +331,7 @@ class _Call:
         places = [found.setdefault(id(tensor), len(found)) for tensor in inputs]
         self.places = None if len(found) == len(inputs) else places
         """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
-        self.inputs = [inputs[places.index(place)].detach() for place in range(len(found))]
+        self.inputs = [_detached(inputs[places.index(place)]) for place in range(len(found))]
         self._args, self._kwargs = substitute(args, kwargs, self._spread(self.inputs))
         self.answer = answer
         self._state = state
@@ -406,6 +406,13 @@ class _Reads(HostReads):
         """What says of a module called ``name`` that the host learnt something."""
         cause = at(Cause(Reason.HOST_READ, what), self._path or "", name)
         return Refusal(cause.reason, cause.where, cause.detail)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """The tensor without gradients, with the attributes that Python code gave it."""
+    detached = tensor.detach()
+    detached.__dict__.update(tensor.__dict__)
+    return detached
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -320,3 +320,37 @@ def test_a_module_that_writes_into_an_expanded_input_is_not_captured() -> None:
         assert torch.equal(fast(x.expand(3, 4)), torch.full((1, 4), 2 * value + 2))
         assert torch.equal(x, torch.full((1, 4), value + 1))
     assert outcomes(fast) == (0, 0, {Reason.MUTATES: 2})
+
+
+def test_attributes_of_a_tensor_are_part_of_the_key() -> None:
+    fast = wrapped(lambda _, x: x * getattr(x, "scale", 1.0))
+    for _ in range(2):
+        for scale in (None, 5.0, 3.0):
+            x = torch.ones(2)
+            if scale is not None:
+                x.scale = scale  # type: ignore[attr-defined]
+            assert torch.equal(fast(x), x * (scale or 1.0))
+    assert outcomes(fast) == (3, 3, {})
+    assert str(fast.explain(x))
+    x.scale = object()  # type: ignore[attr-defined]
+    assert reason(wrapped(lambda _, x: x * 2), x) is Reason.ARGUMENT
+
+
+@pytest.mark.parametrize("name", ["is_inference", "grad_fn", "requires_grad"])
+def test_what_no_key_shows_of_a_tensor_is_not_asked_in_a_graph(name: str) -> None:
+    def asks(_: Any, x: Tensor) -> Tensor:
+        found = x.is_inference() if name == "is_inference" else getattr(x, name)
+        return x * 2 if found else x * 3
+
+    module = Fn(asks)
+    fast = graphcache.wrap(module)
+    with torch.inference_mode():
+        inference = torch.ones(2)
+    leaf = torch.ones(2, requires_grad=True)
+    with torch.no_grad():
+        for x in (torch.ones(2), torch.ones(2), inference, leaf):
+            assert same(fast(x), module(x))
+        with torch.enable_grad():
+            made = leaf * 1
+        assert same(fast(made), module(made))
+    assert fast.cache_info().captures == 0

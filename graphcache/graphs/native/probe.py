@@ -72,9 +72,10 @@ def _layouts(library: Any) -> Iterator[str]:
 
 
 def _refusals(library: Any) -> Iterator[str]:
-    x = torch.ones(2, 2)
+    x, named = torch.ones(2, 2), torch.ones(2, 2)
+    named.scale = 2.0  # type: ignore[attr-defined]
     odd: list[tuple[Any, ...]] = [
-        *((), (None,), (1.0,), ([x],), (x, x), (x, None), tuple(torch.ones(1) for _ in range(9))),
+        *((), (None,), (1.0,), ([x],), (named,), (x, x), (x, None), tuple(torch.ones(1) for _ in range(9))),
         *((torch.nn.Parameter(x),), (x.as_subclass(_Subclass),), (x.to_sparse(),), (x.to("meta"),)),
         *((torch._neg_view(x),), (torch.ones(2, dtype=torch.complex64).conj(),)),
     ]

@@ -32,11 +32,17 @@ bool nothing_special() {
       !torch::jit::tracer::isTracing();
 }
 
+// Whether Python code gave an object attributes of its own, which a module may look at.
+bool has_attributes(PyObject* object) {
+  PyObject** dict = _PyObject_GetDictPtr(object);
+  return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) != 0;
+}
+
 // The tensor in an object that is a torch.Tensor itself, plain and dense, on a GPU or on the CPU; otherwise null. Its
 // dispatch keys say it all: any layout but strided, pending conjugation or negation, a subclass, a wrapper of a
 // transform or a fake have a key more.
 c10::TensorImpl* plain(PyObject* object) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != THPVariableClass) return nullptr;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != THPVariableClass || has_attributes(object)) return nullptr;
   c10::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
   const auto keys =
       tensor->key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
