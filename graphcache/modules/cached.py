@@ -279,7 +279,7 @@ class CachedModule(Portable, Accounted):
     ) -> None:
         """Find the graph of such calls by their layout from now on."""
         graph = entry.graph.graph
-        if not kwargs and isinstance(graph, CudaGraph) and is_flat(signature, args):
+        if not kwargs and isinstance(graph, CudaGraph) and entry.graph.has_shortcut and is_flat(signature, args):
             fire, into = entry.graph.single or (None, None)
             # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
             epoch = self._guard.epoch if self._engine is not None else entry.graph.version

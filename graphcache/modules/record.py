@@ -37,6 +37,7 @@ class Recorded:
         "bare",
         "build",
         "graph",
+        "has_shortcut",
         "nbytes",
         "replay",
         "single",
@@ -57,6 +58,8 @@ class Recorded:
             self.single = single(graph)
         self.replay: Callable[..., list[Tensor]] = graph.replay if places is None else self._replay_distinct
         """Run the graph on the tensors of a call."""
+        self.has_shortcut = True
+        """Whether a call may be answered by the graph alone, past :attr:`replay`."""
         self.build = build
         self.whole = whole
         self.bare = bare
@@ -73,6 +76,16 @@ class Recorded:
     def spread(self, static: Sequence[Tensor]) -> Sequence[Tensor]:
         """The graph's inputs in the places of the tensors of a call."""
         return static if self._places is None else [static[place] for place in self._places]
+
+    def answer_in_inference_mode(self) -> None:
+        """Make outputs inference tensors from now on, in whatever mode a call is."""
+        replay = self.replay
+
+        def in_inference_mode(inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
+            with torch.inference_mode():
+                return replay(inputs, out)
+
+        self.replay, self.single, self.has_shortcut = in_inference_mode, None, False
 
     def _replay_distinct(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         return self.graph.replay(self.distinct(inputs), out)

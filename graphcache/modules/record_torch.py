@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphcache.cache.signature import substitute
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
@@ -20,7 +21,7 @@ from graphcache.graphs.capture import capturing, forget_workspaces, record_torch
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
-from graphcache.graphs.operations import HostReads
+from graphcache.graphs.operations import HostReads, storage_of
 from graphcache.graphs.verify import Round, all_same_bits, largest_gap, perturb, repeats, verify
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
@@ -136,6 +137,7 @@ class TorchRecorder:
                 return self._run(*args, **kwargs)
 
         state, version = [*self._weights(), *effects.outside], self._guard.version
+        own_inference_mode = _made_in_inference_mode(effects.value, inputs)
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 if known is not None and self._is_proven(known, inputs, effects, state):
@@ -146,6 +148,8 @@ class TorchRecorder:
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if running is nullcontext else run(*args, **kwargs)
                 recorded = self._record(run, args, kwargs, inputs, value, state, alone)
+                if own_inference_mode:
+                    recorded.answer_in_inference_mode()
         except Refusal as refusal:
             return located(refusal.cause, refusal, self._module, self._name)
         except Exception as error:
@@ -406,6 +410,15 @@ class _Reads(HostReads):
         """What says of a module called ``name`` that the host learnt something."""
         cause = at(Cause(Reason.HOST_READ, what), self._path or "", name)
         return Refusal(cause.reason, cause.where, cause.detail)
+
+
+def _made_in_inference_mode(value: Any, inputs: Sequence[Tensor]) -> bool:
+    """Whether outputs are inference tensors though the caller is not in inference mode: the call entered it itself."""
+    if torch.is_inference_mode_enabled():
+        return False
+    given = {storage_of(tensor) for tensor in inputs}
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return any(leaf.is_inference() and storage_of(leaf) not in given for leaf in leaves)
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -354,3 +354,23 @@ def test_what_no_key_shows_of_a_tensor_is_not_asked_in_a_graph(name: str) -> Non
             made = leaf * 1
         assert same(fast(made), module(made))
     assert fast.cache_info().captures == 0
+
+
+class _Decorated(nn.Module):
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 + 1
+
+
+def test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always() -> None:
+    module = _Decorated()
+    fast = graphcache.wrap(module)
+    for x in (X, X + 1, X * 2):
+        with torch.no_grad():
+            answer = fast(x)
+        assert answer.is_inference()
+        assert same(answer, module(x))
+    assert outcomes(fast) == (2, 1, {})
+    plain = graphcache.wrap(Fn(lambda _, x: x * 2))
+    with torch.no_grad():
+        assert [plain(x).is_inference() for x in (X, X)] == [False, False]
