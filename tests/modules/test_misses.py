@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -155,37 +153,3 @@ def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     assert slow.misses.forbidden() is Reason.DISABLED
     assert torch.equal(slow(X), slow.module(X))
     assert dict(slow.ledger.eager) == {Reason.DISABLED: 1}
-
-
-class Waits(nn.Module):
-    """Waits in the middle of a call of three rows, after it has said so; what has no rows cannot be captured."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.__dict__.update(inside=threading.Event(), go_on=threading.Event())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 3 and not self.inside.is_set():
-            self.inside.set()
-            self.go_on.wait(60)
-        return x * x.sum().item() if len(x) == 2 else x + 1
-
-
-@pytest.mark.parametrize(("x", "reason"), [(X, Reason.HOST_READ), (X[:1].clone().requires_grad_(), Reason.GRAD)])
-def test_a_call_that_is_known_to_run_eagerly_waits_for_no_capture(x: Tensor, reason: Reason) -> None:
-    module = Waits()
-    slow = Slow(module)
-    slow(x)
-    answers: list[Tensor] = []
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(slow, torch.ones(3, 4))
-        assert module.inside.wait(60)
-        second = pool.submit(lambda: answers.append(slow(x)))
-        try:
-            second.result(60)
-            assert not first.done()
-        finally:
-            module.go_on.set()
-        assert torch.equal(first.result(60), torch.full((3, 4), 2.0))
-    assert torch.equal(answers[0], module(x))
-    assert slow.ledger.eager[reason] == 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import CachedModule, controls
+from graphcache import CachedModule, GraphConfig, controls
 from graphcache.errors import ConfigError
 from graphcache.modules.routes import Route, State
 from graphcache.observe.counters import Counters
@@ -111,7 +111,7 @@ def test_replaced_tables_of_the_module_are_followed(module: Decoder, fast: Cache
 
 def test_the_modules_own_names_win_and_graphcaches_are_under_controls(module: Decoder, fast: CachedModule) -> None:
     assert (fast.config, fast.session, fast.save("here")) == ({"width": 4}, "a session", "saved to here")
-    assert controls(fast).config.max_graphs == 32
+    assert controls(fast).config == GraphConfig()
     with controls(fast).session(X) as session:
         session.run()
     fast.config = {"width": 8}
