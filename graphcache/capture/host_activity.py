@@ -112,7 +112,7 @@ class HostActivity:
         if kind is None:
             kind = self._kinds[type(owner)] = _kind_of(owner)
         if kind == _TENSOR:
-            if self.reads and function.__name__ in _READS:
+            if self.reads and function.__name__ in _READS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, f"Tensor.{function.__name__}")
         elif kind == _GENERATOR:
             if function.__name__ not in ("getstate", "get_state", "setstate", "set_state", "seed"):
@@ -153,7 +153,7 @@ def is_available() -> bool:
 
 
 def _is_ours(frame: types.FrameType) -> bool:
-    """Whether a function of the standard library was called by this package: another wrapped module inside."""
+    """Whether this package runs, by itself or in the standard library: an engine or another wrapped module inside."""
     caller: types.FrameType | None = frame
     while caller is not None and caller.f_globals.get("__name__") in ("threading", "queue", "contextlib"):
         caller = caller.f_back
