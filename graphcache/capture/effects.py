@@ -125,7 +125,7 @@ class _Operations(DispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, watched: Watched, host: HostActivity) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cause: Cause | None = None
         self.submodule = ""
         self.outside: dict[int, Tensor] = {}

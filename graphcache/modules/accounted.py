@@ -204,6 +204,8 @@ class Accounted(StandIn):
             saved_seconds=account.saved_seconds,
             budget=self._cache.max_bytes,
             process_nbytes=arbiter.nbytes if arbiter is not None else 0,
+            waits=self._misses.gate.waits,
+            wait_seconds=self._misses.gate.wait_seconds,
         )
         for part in self._parts.active():
             found = Accounted.cache_info(part)

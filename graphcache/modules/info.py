@@ -26,6 +26,8 @@ class CacheInfo:
         budget: Bytes that the graphs may own, ``None`` for no bound; with ``max_bytes="auto"`` it is known from the
             first capture on.
         process_nbytes: Bytes that the graphs of all modules of the process on this device own; 0 before a capture.
+        waits: Eager calls that waited for a run of a background capture.
+        wait_seconds: How long these calls waited, together.
     """
 
     hits: int = 0
@@ -40,6 +42,8 @@ class CacheInfo:
     saved_seconds: float = 0.0
     budget: int | None = 0
     process_nbytes: int = 0
+    waits: int = 0
+    wait_seconds: float = 0.0
 
     def __add__(self, other: CacheInfo) -> CacheInfo:
         eager = {
@@ -57,6 +61,8 @@ class CacheInfo:
             self.eager_seconds + other.eager_seconds,
             self.saved_seconds + other.saved_seconds,
             None if self.budget is None or other.budget is None else self.budget + other.budget,
-            # Both are parts of the same.
+            # What follows is of the whole, which both are parts of.
             max(self.process_nbytes, other.process_nbytes),
+            max(self.waits, other.waits),
+            max(self.wait_seconds, other.wait_seconds),
         )
