@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphcache.keys.script_state import script_state
 from graphcache.keys.values import array_state, hidden_state, is_generator_of_randomness, same, short
 
 MISSING: Any = object()
@@ -505,6 +506,24 @@ class CacheNode(HiddenNode):
     __slots__ = ()
 
     guarded = True
+
+
+class ScriptNode(Node):
+    """A TorchScript module: what C++ holds of it."""
+
+    __slots__ = ()
+
+    def read(self) -> dict[str, Any]:
+        return script_state(self.target)
+
+    def differs(self) -> bool:
+        now = self.read()
+        return now.keys() != self.state.keys() or not all(map(same, now.values(), self.state.values()))
+
+    def compare(self, old: Any, new: Any) -> Iterator[Change]:
+        for name in {**old, **new}:
+            if change := _difference(old.get(name, MISSING), new.get(name, MISSING)):
+                yield Change(f"{self.path}{name}", change)
 
 
 class ThreadLocalNode(Node):

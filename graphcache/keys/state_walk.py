@@ -18,8 +18,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from graphcache.keys.script_state import settle
 from graphcache.keys.state_nodes import (
     MISSING,
     ArrayNode,
@@ -35,6 +37,7 @@ from graphcache.keys.state_nodes import (
     Node,
     ObjectArrayNode,
     ObjectNode,
+    ScriptNode,
     SlotsNode,
     TableNode,
     TensorNode,
@@ -284,6 +287,9 @@ class StateWalk:
             self._table(TableNode(parent, key, value))
         elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
             self._items(parent, key, value)
+        if isinstance(value, torch.jit.ScriptModule):
+            settle(value)
+            self._script(parent, key, value)
         self._attributes(parent, key, value)
         hidden = hidden_state(value)
         if hidden is not None:
@@ -291,6 +297,14 @@ class StateWalk:
             self._add(node, 1)
             for item in hidden[1]:
                 self._push(node, "", item)
+
+    def _script(self, parent: Node | None, key: str, value: torch.jit.ScriptModule) -> None:
+        node = ScriptNode(parent, key, value)
+        self._add(node, len(node.state))
+        for name, item in node.state.items():
+            self._push(node, name, item)
+        for name, child in value.named_children():
+            self._push(node, f".{name}", child)
 
     def _attributes(self, parent: Node | None, key: str, value: Any) -> None:
         kind = type(value)

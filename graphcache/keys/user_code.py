@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 LIBRARIES = frozenset(
     {*sys.stdlib_module_names, "torch", "torchgen", "functorch", "numpy", "scipy", "triton", "sympy", "graphcache"}
+    | {"typing_extensions"}
 ) - {"__main__"}
 """Top-level packages whose own globals and classes are not followed: they hold no state of a user's module."""
 

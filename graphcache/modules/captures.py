@@ -31,6 +31,7 @@ from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
 from graphcache.modules.remembered import Remembered
 from graphcache.modules.room import Room
+from graphcache.modules.standin import is_training
 
 _SAMPLES = 3
 _SHARE = 0.25
@@ -139,7 +140,7 @@ class Captures:
         return self._engine is None and self._training_now() != self._training
 
     def _training_now(self) -> list[bool]:
-        return [each.training for each in self.module.modules()]
+        return [is_training(each) for each in self.module.modules()]
 
     def _parts_changed(self) -> None:
         """Note that the structure of the module may have changed."""

@@ -17,6 +17,7 @@ from graphcache.modules.engine import EngineModule
 from graphcache.modules.onnx_export import export, open_sizes, resized
 from graphcache.modules.packaging import Source
 from graphcache.modules.progress import bar
+from graphcache.modules.standin import is_training
 
 TOLERANCE = 5e-3
 """Relative, of the norm: TensorRT multiplies in TF32 where torch may not, which alone makes 1e-3."""
@@ -73,7 +74,7 @@ def compile(
     """
     if not is_a(module, nn.Module) or is_a(module, CachedModule, EngineModule):
         raise ConfigError(f"cannot compile {shown(module)}: expected an nn.Module of PyTorch that is not wrapped")
-    if any(each.training for each in module.modules()):
+    if any(map(is_training, module.modules())):
         raise ConfigError(f"{type(module).__name__} is in training mode; call module.eval() first")
     inputs: Any = (example_inputs,) if is_a(example_inputs, Tensor) else example_inputs
     if not is_a(inputs, tuple, list) or not inputs or not all(is_a(each, Tensor) for each in inputs):

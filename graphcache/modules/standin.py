@@ -30,6 +30,11 @@ def _table(name: str) -> property:
     return property(get, ignore)
 
 
+def is_training(module: nn.Module) -> bool:
+    """Whether a module is in training mode; TorchScript's frozen modules have no flag, and are in evaluation."""
+    return bool(getattr(module, "training", False))
+
+
 class StandIn(nn.Module):
     """Parameters, buffers, submodules, ``state_dict``, training flag and attributes are those of the other module.
 
@@ -106,7 +111,7 @@ class StandIn(nn.Module):
     @property
     def training(self) -> bool:
         """The module's training flag."""
-        return "_module" in self.__dict__ and self._module.training
+        return "_module" in self.__dict__ and is_training(self._module)
 
     @training.setter
     def training(self, mode: bool) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from graphcache.config import GraphConfig
@@ -95,7 +97,8 @@ def candidates(module: nn.Module, excluded: Collection[str] = ()) -> Iterator[tu
         Each with its name; one that stands in several places once.
     """
     seen: set[int] = set()
-    yield from _candidates(module, "", excluded, seen)
+    if not _is_closed(module):
+        yield from _candidates(module, "", excluded, seen)
 
 
 def _candidates(
@@ -106,17 +109,30 @@ def _candidates(
         if id(child) in seen or isinstance(child, StandIn) or name in excluded:
             continue
         seen.add(id(child))
+        if _is_closed(child):
+            yield name, child
         # A list of modules is never called, and what holds something excluded is not captured as a whole.
-        if type(child).forward is nn.Module.forward or any(each.startswith(f"{name}.") for each in excluded):
+        elif type(child).forward is nn.Module.forward or any(each.startswith(f"{name}.") for each in excluded):
             yield from _candidates(child, f"{name}.", excluded, seen)
         else:
             yield name, child
 
 
 def _submodules(module: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule that Python calls."""
     names = dict(module.named_modules())
-    names.pop("", None)
-    return names
+    closed = tuple(f"{name}." if name else "" for name, each in names.items() if _is_closed(each))
+    return {name: each for name, each in names.items() if name and not name.startswith(closed)}
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """Whether TorchScript or Dynamo runs what is inside of a module, so that no graph could stand in for a part."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if isinstance(module, torch.jit.ScriptModule) or (
+        dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    ):
+        return True
+    return module._compiled_call_impl is not None
 
 
 def _shares(name: str, other: str) -> bool:
@@ -125,4 +141,8 @@ def _shares(name: str, other: str) -> bool:
 
 def _near(name: str, names: Collection[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3) or list(names)[:8]
-    return f", which is no submodule; did you mean {', '.join(near)}?" if near else ", but there are no submodules"
+    return (
+        f", which is no submodule; did you mean {', '.join(near)}?"
+        if near
+        else ", but there are no submodules that Python calls"
+    )

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import Reason
 from graphcache.graphs.operations import storage_of
+from graphcache.keys.script_state import script_constants, script_state
 from graphcache.observe.places import Place, Places, assignment
 
 STAY = "keep the value on the device, or graph the parts around it (include=[…])"
@@ -62,6 +64,9 @@ class Findings:
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], frame: FrameType) -> None:
         state = [*module.parameters(), *module.buffers()]
+        for each in module.modules():
+            if isinstance(each, torch.jit.ScriptModule):
+                state += script_constants(each)
         self.on_cpu = not any(tensor.is_cuda for tensor in (*inputs, *state))
         self.found: dict[tuple[Any, ...], Break] = {}
         # References, so that no storage is freed and its identity used again.
@@ -81,17 +86,15 @@ class Findings:
 
     def attributes(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
         """The plain attributes of every submodule."""
-        return {
-            name: (each, {key: value for key, value in each.__dict__.items() if not key.startswith("_")})
-            for name, each in self._module.named_modules()
-        }
+        return {name: (each, _attributes_of(each)) for name, each in self._module.named_modules()}
 
     def compare(self, before: Mapping[str, tuple[nn.Module, dict[str, Any]]]) -> None:
         """Note the attributes that the call has changed."""
         for name, (each, old) in before.items():
-            for key in old.keys() | each.__dict__.keys():
-                new = each.__dict__.get(key)
-                if key.startswith("_") or new is old.get(key) or (isinstance(new, _PLAIN) and new == old.get(key)):
+            now = _attributes_of(each)
+            for key in old.keys() | now.keys():
+                new = now.get(key)
+                if new is old.get(key) or (isinstance(new, _PLAIN) and new == old.get(key)):
                     continue
                 place = assignment(each, key, name)
                 self._add(Reason.MUTATES, f"attribute {key!r}", place, "a replay would leave it as it is", STATE)
@@ -131,6 +134,12 @@ class Findings:
         self.found[key] = (
             Break(reason, operation, place, detail, remedy) if known is None else replace(known, times=known.times + 1)
         )
+
+
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return {name.removeprefix("."): value for name, value in script_state(module).items()}
+    return {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
 
 
 def tensors_in(value: Any) -> list[Tensor]:
