@@ -96,6 +96,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     host = HostActivity()
     operations = _Operations(watched, host)
     host.reads = not operations.devices
+    host.entered, host.left = operations.enter_compiled, operations.leave_compiled
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
     with ExitStack() as during:
@@ -104,14 +105,18 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         during.enter_context(operations)
         during.enter_context(host)
         value = run(*args, **kwargs)
-    cause = operations.cause or host.cause or _changed_process_state(before, _process_state(operations.devices))
-    submodule = operations.submodule
+    cause = operations.cause
     if cause is None:
-        cause = _changed_objects(watched) or _written(watched, contents)
+        after = _process_state(operations.devices)
+        cause = host.cause or _changed_process_state(before, after) or _changed_objects(watched)
+        if cause is not None and host.compiled:
+            # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
+            cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
+        cause = cause or _written(watched, contents)
     return Effects(
         value,
         cause,
-        submodule,
+        operations.submodule,
         list(operations.outside.values()),
         operations.digest(),
         host.functions,
@@ -121,8 +126,6 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 class _Operations(DispatchMode):
     """Sees every operation of the current thread, below autograd."""
-
-    supports_higher_order_operators = True
 
     def __init__(self, watched: Watched, host: HostActivity) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -137,6 +140,8 @@ class _Operations(DispatchMode):
         # References, so that no memory of the call is freed and its identity used again.
         self._made: dict[int, tuple[int, Tensor]] = {}
         self._trace: list[Hashable] = []
+        # Of the compiled code that is running: the memory that it was given. All other that it writes is its own.
+        self._given: list[set[int]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -144,7 +149,7 @@ class _Operations(DispatchMode):
         kwargs = kwargs or {}
         if getattr(func, "_schema", None) is None:
             self.operators.append(str(func))
-            return func(*args, **kwargs)
+            return self.higher_order(func, args, kwargs)
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
         self._host.paused = True
@@ -169,11 +174,11 @@ class _Operations(DispatchMode):
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             self._note(Reason.RANDOM, str(func))
         for tensor in written(func, args, kwargs):
-            if storage_of(tensor) not in self._made:
+            if self._is_foreign(storage_of(tensor)):
                 self._note(Reason.MUTATES, self._place(tensor) or str(func))
         for tensor in leaves:
             address = storage_of(tensor)
-            if address not in self._made and address not in self._inputs:
+            if self._is_foreign(address) and address not in self._inputs:
                 self.outside.setdefault(address, tensor)
 
     def _after(
@@ -189,10 +194,33 @@ class _Operations(DispatchMode):
             if (address not in taken or lifted) and address not in self._inputs:
                 self._made.setdefault(address, (len(self._made), tensor))
                 self.outside.pop(address, None)
+        if self._given:
+            return
         constants = [value for value in flatten([*args, *kwargs.items()]) if not isinstance(value, Tensor)]
         values = [tensor.tolist() for tensor in leaves] if lifted and leaves[0].numel() <= _SMALL else []
         made = tuple([_layout(tensor)[1:] for tensor in results])
         self._trace.append((str(func), inputs, repr(constants), repr(values), made))
+
+    def _is_foreign(self, address: int) -> bool:
+        """Whether memory was there before the call."""
+        return address not in self._made and (not self._given or address in self._given[-1])
+
+    def enter_compiled(self, identity: int, given: Sequence[Any]) -> None:
+        """Note what code that Inductor compiled reads; it runs past the dispatcher, but for kernels of libraries."""
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        addresses = [storage_of(tensor) for tensor in tensors]
+        for address, tensor in zip(addresses, tensors, strict=True):
+            if self._is_foreign(address) and address not in self._inputs:
+                self.outside.setdefault(address, tensor)
+        self._trace.append(("compiled", identity, tuple(map(self._name, tensors))))
+        self._given.append(set(addresses))
+
+    def leave_compiled(self, returned: Any) -> None:
+        """Note what it has made."""
+        given = self._given.pop()
+        for tensor in flatten(returned):
+            if isinstance(tensor, Tensor) and (address := storage_of(tensor)) not in given:
+                self._made.setdefault(address, (len(self._made), tensor))
 
     def digest(self) -> bytes:
         """A digest of what was done."""

@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphcache.errors import Cause, Reason
+from graphcache.graphs.dispatch_mode import skipped_by_dynamo
 from graphcache.keys.user_code import is_library
 from graphcache.keys.values import is_generator_of_randomness
 
@@ -62,6 +64,10 @@ _HANDOFFS: frozenset[types.CodeType] = frozenset(
 )
 """Functions that give work to another thread, or wait for it."""
 
+_COMPILER = "torch._dynamo.convert_frame"
+_COMPILED = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__"})
+"""What runs a graph that Inductor compiled, with memory that it allocates past the dispatcher."""
+
 _PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK = range(5)
 
 
@@ -81,6 +87,13 @@ class HostActivity:
         """Set while code of this package runs within the call."""
         self.reads = True
         """Whether reads of tensors' memory count, as on the CPU; of CUDA's, the capture decides by itself."""
+        self.compiled = False
+        """Whether Dynamo compiled something, which sets context variables of its own."""
+        self.entered: Callable[[int, Sequence[Any]], object] = _ignore
+        """Told when code that Inductor compiled begins: which, and what it is given."""
+        self.left: Callable[[Any], object] = _ignore
+        """Told when it ends, and what it returns."""
+        self._compiled: set[types.CodeType] = set()
         self._known: set[types.CodeType] = set()
         self._kinds: dict[type, int] = {}
         self._acquired: list[int] = []
@@ -92,6 +105,7 @@ class HostActivity:
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
 
+    @skipped_by_dynamo
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if self.paused:
             return
@@ -99,12 +113,20 @@ class HostActivity:
             code = frame.f_code
             if code not in self._known:
                 self._known.add(code)
-                if not is_library(frame.f_globals.get("__name__")):
+                module = frame.f_globals.get("__name__")
+                self.compiled = self.compiled or module == _COMPILER
+                if not is_library(module):
                     self.functions[code] = frame.f_globals
+                elif code.co_qualname in _COMPILED:
+                    self._compiled.add(code)
+            if code in self._compiled:
+                self.entered(id(frame.f_locals.get("self")), frame.f_locals.get("inputs") or ())
             if code in _HANDOFFS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
         elif event == "c_call":
             self._c_call(frame, arg)
+        elif event == "return" and frame.f_code in self._compiled:
+            self.left(arg)
 
     def _c_call(self, frame: types.FrameType, function: Any) -> None:
         owner = getattr(function, "__self__", None)
@@ -143,8 +165,22 @@ class HostActivity:
                 self._note(Reason.HOST_READ, "lock.release", "another thread is let go on")
 
     def _note(self, reason: Reason, where: str, detail: str = "") -> None:
-        if self.cause is None:
+        if self.cause is None and not _is_compiling():
             self.cause = Cause(reason, where, detail)
+
+
+def _ignore(*_: object) -> None:
+    """Nobody wants to know."""
+
+
+def _is_compiling() -> bool:
+    """Whether Dynamo compiles a function, and with it everything that runs on the current stack."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _COMPILER:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_available() -> bool:

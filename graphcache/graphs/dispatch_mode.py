@@ -1,24 +1,74 @@
-"""Base class of the dispatch modes of this package: entering one does not import ``torch._dynamo``."""
+"""Base class of the dispatch modes of this package, which look at what a call does and do not change it."""
 
 from __future__ import annotations
 
-from types import CodeType
-from typing import Any
+from collections.abc import Callable
+from functools import partial, wraps
+from types import CodeType, FunctionType, MethodType
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
+from torch._ops import HigherOrderOperator
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _eval_frame: Any = torch._C._dynamo.eval_frame
 _CAN_SKIP = all(hasattr(_eval_frame, n) for n in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction"))
 
 
+_FUNCTIONS = (FunctionType, MethodType, partial, nn.Module)
+
+
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A ``TorchDispatchMode`` that Dynamo never compiles.
+    """A ``TorchDispatchMode`` that Dynamo does not compile, and that does not keep Dynamo from compiling.
 
     PyTorch wraps ``__torch_dispatch__`` of every mode in ``torch._dynamo.disable``, which imports ``torch._dynamo`` and
     sympy at the first operation: 1 to 4 s. This class marks the code object instead, which asks for no import. Dynamo
     then skips ``__torch_dispatch__`` and everything that it calls. A version of PyTorch without such marks wraps it.
+
+    Under any other mode Dynamo skips every function that it is to compile. A function compiled with ``fullgraph=True``
+    then raises. ``torch.cond``, ``while_loop``, ``map``, ``scan``, ``associative_scan`` and ``flex_attention`` compile
+    themselves in eager mode and raise too, and Dynamo keeps that failure for the rest of the process. Under this one
+    they compile and run as they do without a mode. A higher-order operator is given to ``__torch_dispatch__``, which
+    hands it to :meth:`higher_order`. Of a function that Inductor compiled, only calls of library kernels are seen.
     """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether Dynamo compiles, and finds what it has compiled, as if this mode were not there."""
+        return True
+
+    def higher_order(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a higher-order operator, with the functions that it calls under this mode.
+
+        Args:
+            func: The operator, such as ``torch.ops.higher_order.cond``.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            What the operator returns.
+        """
+        # Operators of this base class refuse anything but a graph module.
+        if not any(each.__name__ == "BaseHOP" for each in type(func).__mro__):
+            args, kwargs = pytree.tree_map_only(_FUNCTIONS, self._under, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _under(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that runs under this mode wherever it is called."""
+
+        @wraps(function, updated=())
+        def under(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return under
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -27,6 +77,18 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
         method = vars(cls).get("__torch_dispatch__")
-        if _CAN_SKIP and isinstance(code := getattr(method, "__code__", None), CodeType):
-            skip = _eval_frame._FrameAction.SKIP
-            _eval_frame.set_code_exec_strategy(code, _eval_frame._FrameExecStrategy(skip, skip))
+        if _CAN_SKIP and isinstance(method, FunctionType):
+            skipped_by_dynamo(method)
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def skipped_by_dynamo(function: _F) -> _F:
+    """Have Dynamo compile neither a function nor what it calls, where it runs within compiled code."""
+    code = getattr(function, "__code__", None)
+    if not _CAN_SKIP or not isinstance(code, CodeType):
+        return cast("_F", torch._disable_dynamo(function, recursive=True))  # type: ignore[attr-defined]
+    skip = _eval_frame._FrameAction.SKIP
+    _eval_frame.set_code_exec_strategy(code, _eval_frame._FrameExecStrategy(skip, skip))
+    return function

@@ -20,10 +20,12 @@ from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import nbytes_of, poison, put
 from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.graph import Body
+from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.operations import (
     decompose_composite,
     flatten,
     is_annotation,
+    is_higher_order,
     knows_no_values,
     puts_by_mask,
     refuse_by_tag,
@@ -76,8 +78,14 @@ class HostGraph:
     def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: _Level) -> HostGraph:
         """A graph of one run of ``body``; ``level`` sets where operators are seen."""
         tape = _Tape()
-        with torch.inference_mode(False), torch.no_grad(), level(), tape:
-            outputs = body()
+        try:
+            with torch.inference_mode(False), torch.no_grad(), level(), compiled_runs_eagerly(), tape:
+                outputs = body()
+        except Exception:
+            # TorchScript turns every exception into one of its own.
+            if tape.refused is not None:
+                raise tape.refused from None
+            raise
         if tape.refused is not None:
             raise tape.refused
         if not tape.steps:
@@ -161,10 +169,8 @@ class HostGraph:
 class _Tape(DispatchMode):
     """Records every operation, with references to where each tensor came from."""
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[_Fill], Any]] = []
         self.slot_count = 0
         self.refused: Refusal | None = None
@@ -199,6 +205,8 @@ class _Tape(DispatchMode):
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
         refuse_by_tag(func, args, kwargs)
+        if is_higher_order(func):
+            raise Refusal(Reason.CAPTURE_FAILED, str(func), "a host graph cannot hold a higher-order operator")
         if is_annotation(func):
             return func(*args, **kwargs)
         lifted = func is torch.ops.aten.lift_fresh.default

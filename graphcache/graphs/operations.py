@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,12 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache.errors import Reason, Refusal
 
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
-_ASKS = frozenset(
-    {
-        *("storage_offset", "as_strided", "untyped_storage", "_base", "_is_view", "_version", "is_inference"),
-        *("requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"),
-    }
-)
+_OF_GRADIENTS = frozenset({"requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"})
+_ASKS = _OF_GRADIENTS | {"storage_offset", "as_strided", "untyped_storage", "_base"}
+_ASKS |= {"_is_view", "_version", "is_inference"}
 _MASKS = (torch.bool, torch.uint8)
 _PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
 
@@ -50,6 +49,8 @@ _RUNNING_STATISTICS = frozenset(
 
 Those with an argument ``training`` write them only where it is true.
 """
+
+_READS_A_CONDITION = frozenset({"cond", "while_loop", "while_loop_stack_output"})
 
 _CHECKED_ON_THE_HOST = frozenset({"one_hot", "quantile", "nanquantile"})
 """Composite operators that read values to check them on the CPU, and do not on CUDA."""
@@ -83,9 +84,19 @@ class HostReads(TorchFunctionMode):
             self.read = self.read or f"Tensor.{name}"
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name in _ASKS and args and isinstance(args[0], Tensor) and storage_of(args[0]) in self._inputs:
+        asks = name in _ASKS and args and isinstance(args[0], Tensor) and storage_of(args[0]) in self._inputs
+        if asks and not (name in _OF_GRADIENTS and not torch.is_grad_enabled() and _from_torch()):
             self.asked = self.asked or f"Tensor.{name}"
         return func(*args, **(kwargs or {}))
+
+
+def _from_torch() -> bool:
+    """Whether PyTorch's own code asks: without gradients, it computes the same for any ``requires_grad``."""
+    # Frames of this package are between the code and the mode.
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("graphcache."):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").startswith("torch.")
 
 
 class unwatched:
@@ -112,9 +123,11 @@ def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None 
     Raises:
         Refusal: With :attr:`Reason.HOST_READ` or :attr:`Reason.DATA_DEPENDENT`, naming it.
     """
-    tags = getattr(func, "tags", None)
-    if tags is None:
-        raise Refusal(Reason.CAPTURE_FAILED, str(func), "a higher-order operator cannot be recorded")
+    if is_higher_order(func):
+        if func._name in _READS_A_CONDITION:
+            raise Refusal(Reason.HOST_READ, str(func), "the host reads the condition")
+        return
+    tags = func.tags
     name = func._schema.name
     # A histogram without bounds looks for the least and the greatest value.
     unbounded = name == "aten::histc" and len(args) < 4
@@ -124,6 +137,11 @@ def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None 
         raise Refusal(Reason.DATA_DEPENDENT, str(func))
     if puts_by_mask(func, args) and args[2].numel() != 1:
         raise Refusal(Reason.DATA_DEPENDENT, str(func), "how many elements are written depends on the mask")
+
+
+def is_higher_order(func: Any) -> bool:
+    """Whether an operator takes functions, as ``torch.cond`` and ``flex_attention`` do: those have no tags."""
+    return isinstance(func, torch._ops.HigherOrderOperator)
 
 
 def _has_fixed_shape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

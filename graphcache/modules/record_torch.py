@@ -19,6 +19,7 @@ from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
 from graphcache.graphs.capture import capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.graph import Graph
+from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads, storage_of
@@ -220,7 +221,7 @@ class TorchRecorder:
         static = [static_copy(tensor) for tensor in call.inputs]
         writable = [packed(tensor) for tensor in static]
         expected = call.eager(static, "a second time", call.answer.tensors)
-        with _Reads(static, self._module) as reads:
+        with compiled_runs_eagerly(), _Reads(static, self._module) as reads:
             call.call(static)
         if found := reads.read or reads.asked:
             raise reads.refusal(found, self._name)
@@ -256,7 +257,7 @@ class TorchRecorder:
             expected = [tensor.clone() for tensor in run(static)]
             call.compare(expected, call.answer.tensors, "a second time")
             # A read of device memory invalidates the capture by itself.
-            with engines_recorded(), _Reads(static, self._module) as reads:
+            with engines_recorded(), compiled_runs_eagerly(), _Reads(static, self._module) as reads:
                 call.call(static)
             if reads.asked:
                 raise reads.refusal(reads.asked, self._name)

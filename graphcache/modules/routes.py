@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graphcache.modules.conditions import global_hooks, global_pre_hooks
+from graphcache.modules.conditions import global_hooks, global_pre_hooks, is_compiling
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule
@@ -70,6 +70,9 @@ class Route(_Standing):
         return self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            # A compiled function calls the module: what is compiled holds no graphs.
+            return self.original(*args, **kwargs)
         part = self.parts.get(_active.get())
         if part is None:
             return self.original(*args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from graphcache.cache.signature import describe, substitute
 from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Refusal
 from graphcache.graphs.buffers import static_copies
+from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.modules.cached import CachedModule
 from graphcache.observe.findings import Break as Break
 from graphcache.observe.findings import Findings, tensors_in
@@ -64,7 +66,14 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
     findings = Findings(module, inputs, sys._getframe())
     before = findings.attributes()
     devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
-    with torch.random.fork_rng(devices), graphs_off(), Functions(findings), Operations(findings):
+    with ExitStack() as during:
+        during.enter_context(torch.random.fork_rng(devices))
+        during.enter_context(graphs_off())
+        during.enter_context(compiled_runs_eagerly())
+        # What TorchScript does to optimise a module is no part of the call: it compares the constants.
+        during.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
+        during.enter_context(Functions(findings))
+        during.enter_context(Operations(findings))
         module(*args, **kwargs)
     findings.compare(before)
     return list(findings.found.values())

@@ -14,6 +14,7 @@ from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.operations import (
     decompose_composite,
     is_checked_on_the_host,
+    is_higher_order,
     puts_by_mask,
     refuse_by_tag,
     storage_of,
@@ -30,10 +31,8 @@ _VALUES = "its values are copied from pageable host memory"
 class Operations(DispatchMode):
     """Looks at operations, below autograd."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, findings: Findings) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._findings = findings
 
     def __torch_dispatch__(
@@ -48,7 +47,7 @@ class Operations(DispatchMode):
         before = _generators(given) if drawn else []
         if not given or len(on_host) < len(given):
             self._look(func, args, kwargs, on_host, given)
-        out = func(*args, **kwargs)
+        out = self.higher_order(func, args, kwargs) if is_higher_order(func) else func(*args, **kwargs)
         if drawn and not all(map(torch.equal, before, _generators(given))):
             findings.note(Reason.RANDOM, str(func), Reason.RANDOM.remedy)
         results = tensors_in(out)
@@ -74,7 +73,7 @@ class Operations(DispatchMode):
             reason = refusal.cause.reason
             findings.note(reason, str(func), FIXED if reason is Reason.DATA_DEPENDENT else STAY, refusal.cause.detail)
         else:
-            if puts_by_mask(func, args) and not findings.is_host(args[2]):
+            if not is_higher_order(func) and puts_by_mask(func, args) and not findings.is_host(args[2]):
                 findings.note(Reason.DATA_DEPENDENT, str(func), FIXED, "the mask says how many elements are written")
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             findings.note(Reason.RANDOM, str(func), Reason.RANDOM.remedy, "from a generator of its own")
