@@ -104,9 +104,17 @@ def _may_hold_state(value: Any) -> bool:
 
 
 def function_of(attribute: Any) -> types.FunctionType | None:
-    """The Python function behind an attribute of a class: a method, property, static method or cached property."""
-    for name in ("__func__", "fget", "func"):
-        inner = getattr(attribute, name, None)
-        if isinstance(inner, types.FunctionType):
-            return inner
+    """The Python function behind an attribute of a class: a method, property, static method or cached property.
+
+    Example:
+        >>> function_of(property(lambda self: 1)).__name__, function_of([].append)
+        ('<lambda>', None)
+    """
+    if isinstance(attribute, (staticmethod, classmethod)):
+        attribute = attribute.__func__
+    elif isinstance(attribute, property):
+        attribute = attribute.fget
+    elif isinstance(attribute, functools.cached_property):
+        attribute = attribute.func
+    # Anything else, such as a method bound to an object or a partial, is a value.
     return attribute if isinstance(attribute, types.FunctionType) else None

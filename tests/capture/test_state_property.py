@@ -65,7 +65,9 @@ def drive(seed: int, recipe: Recipe, changes: float = CHANGES, calls: int = CALL
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_answers_and_state_are_those_of_a_twin(block: int, request: pytest.FixtureRequest) -> None:
     count = PROGRAMS * (10 if request.config.getoption("--full", default=False) else 1)
-    outcomes = [drive(seed, ANY)[0] for seed in range(block * count, (block + 1) * count)]
+    # Half of the programs change nothing, or not for long, and are captured.
+    seeds = range(block * count, (block + 1) * count)
+    outcomes = [drive(seed, SETTLING if seed % 2 else ANY)[0] for seed in seeds]
     assert sum(outcome.steps for outcome in outcomes) == count * (CALLS + 1)
     assert sum(outcome.raised for outcome in outcomes) < 0.1 * count * CALLS
 
