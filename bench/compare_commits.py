@@ -125,9 +125,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         found[name] = {which: _summary(each) for which, each in runs.items()}
         for row, new in found[name]["new"].items():
             old = found[name]["old"][row]
-            print(f"{name:10} {row:13} " + "  ".join(
-                f"{what} {old[what]['median']:8.2f} -> {new[what]['median']:8.2f}" for what in ("us", "cpu_us")
-            ), flush=True)
+            print(
+                f"{name:10} {row:13} "
+                + "  ".join(
+                    f"{what} {old[what]['median']:8.2f} -> {new[what]['median']:8.2f}" for what in ("us", "cpu_us")
+                ),
+                flush=True,
+            )
     return found
 
 

@@ -128,7 +128,7 @@ class _Operations(DispatchMode):
     """Sees every operation of the current thread, below autograd."""
 
     def __init__(self, watched: Watched, host: HostActivity) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.cause: Cause | None = None
         self.submodule = ""
         self.outside: dict[int, Tensor] = {}

@@ -390,8 +390,7 @@ class StateWalk:
         return f"{path}: {count} of the {len(self.nodes)} containers that were found before the walk was ended"
 
 
-@functools.lru_cache(maxsize=4096)
-def slots_of(kind: Any) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
+def slots_of(kind: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
     """The ``__slots__`` of a class and its bases, with what reads them."""
     found: dict[str, types.MemberDescriptorType] = {}
     for each in kind.__mro__:

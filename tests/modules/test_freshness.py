@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
-
 from graphcache.modules.freshness import Freshness
+from torch import nn
 
 
 class User:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphcache.modules.freshness import Freshness
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
@@ -15,7 +16,6 @@ from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason
 from graphcache.events import Ledger
 from graphcache.modules.cached import CachedModule
-from graphcache.modules.freshness import Freshness
 from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.parts import Parts
 from graphcache.modules.record import Recorded

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from graphcache.modules.state import Dependencies, Watch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.errors import Refusal
-from graphcache.modules.state import Dependencies, Watch
 from tests.helpers import Fn, frozen, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
