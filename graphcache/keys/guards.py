@@ -42,6 +42,7 @@ class ModuleGuard:
         ignore: Paths that the user promises not to matter, such as ``self.calls``.
         skips: Tells submodules that keep their own account, such as engines.
         engines: Finds these submodules; the ``epoch`` of each changes with it.
+        hooks: Whether hooks of the module itself, and of all modules, run within what is captured.
 
     Example:
         >>> module = nn.Sequential(nn.ReLU())
@@ -59,9 +60,11 @@ class ModuleGuard:
         ignore: Sequence[str] = (),
         skips: Skips | None = None,
         engines: Callable[[nn.Module], Sequence[HasEpoch]] | None = None,
+        hooks: bool = True,
     ) -> None:
         self._module = module
-        self._ignore = tuple(ignore)
+        self._ignore = tuple(ignore) if hooks else (*ignore, "self._forward_*hooks*")
+        self._hooks = _GLOBAL_HOOKS if hooks else ()
         self._skips = skips
         self._find_engines = engines
         self._engines: Sequence[HasEpoch] = ()
@@ -124,7 +127,7 @@ class ModuleGuard:
         if self._snapshot is not None and self._epoch_now() == self._epoch and self._snapshot.renew():
             return self._snapshot
         self.forget()
-        hooks = [(name, getattr(torch_module, name)) for name in _GLOBAL_HOOKS if hasattr(torch_module, name)]
+        hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
         found = StateSnapshot(
             [("self", self._module), *hooks], ignore=self._ignore, skips=self._skips, functions=self._functions
         )

@@ -108,7 +108,7 @@ class CachedModule(Portable, Accounted):
         own_name = name or (given_name if isinstance(given_name, str) else "") or type(module).__name__
         engine = module if isinstance(module, EngineModule) else None
         ledger = Ledger(own_name, quiet=bool(within))
-        guard = guard_of(module, self, config.ignore)
+        guard = guard_of(module, self, config.ignore, hooks=run is None)
         shortcuts = Shortcuts(engine, guard)
         seen = Seen()
 

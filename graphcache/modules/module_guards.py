@@ -52,13 +52,16 @@ class EngineGuard:
         return any(each.requires_grad for each in self._engine.parameters())
 
 
-def guard_of(module: nn.Module, user: object, ignore: Sequence[str]) -> EngineGuard | ModuleGuard:
+def guard_of(
+    module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True
+) -> EngineGuard | ModuleGuard:
     """The guard of a module.
 
     Args:
         module: The module.
         user: Whoever holds the graphs; engines inside tell it before they do what no graph may survive.
         ignore: Paths that do not matter.
+        hooks: Whether what is captured runs the hooks of the module itself; its ``forward`` alone does not.
     """
     if isinstance(module, EngineModule):
         return EngineGuard(module, user)
@@ -72,7 +75,7 @@ def guard_of(module: nn.Module, user: object, ignore: Sequence[str]) -> EngineGu
             engine.users.add(weak())
         return found
 
-    return ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state, engines=engines)
+    return ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state, engines=engines, hooks=hooks)
 
 
 def keeps_its_own_state(value: Any) -> bool:
