@@ -53,6 +53,7 @@ class Effects:
         trace: A digest of its operations, their constants and the memory of outside that they used.
         functions: The functions of the user's that ran, with their globals.
         operators: Names of the higher-order operators that it called.
+        version: That of the module's guard when the call ran.
     """
 
     value: Any
@@ -62,6 +63,7 @@ class Effects:
     trace: bytes = b""
     functions: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
     operators: tuple[str, ...] = ()
+    version: int = 0
 
 
 @dataclass(frozen=True)

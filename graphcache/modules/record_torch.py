@@ -92,6 +92,7 @@ class TorchRecorder:
             return self._unobserved(args, kwargs, str(error))
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
+        effects.version = self._guard.version
         if effects.cause is not None:
             effects.cause = at(effects.cause, effects.submodule, self._name)
             self._guard.forget()
@@ -135,9 +136,12 @@ class TorchRecorder:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with running():
+                if running is not nullcontext:
+                    # It was observed to have no effects in the state of then.
+                    self._check_unchanged(effects.version)
                 return self._run(*args, **kwargs)
 
-        state, version = [*self._weights(), *effects.outside], self._guard.version
+        state, version = [*self._weights(), *effects.outside], effects.version
         own_inference_mode = _made_in_inference_mode(effects.value, inputs)
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
@@ -164,6 +168,16 @@ class TorchRecorder:
         recorded.trace, recorded.version = effects.trace, self._guard.version
         self._guard.arm()
         return recorded
+
+    def _check_unchanged(self, version: int) -> None:
+        """Raise a refusal if something that the module reaches has changed since a call was observed."""
+        # What the comparison asks of tensors is no read of the module's.
+        with torch._C.DisableTorchFunction():
+            change = self._guard.change()
+        if change is not None:
+            raise Refusal(Reason.MUTATES, change.path, f"{change.detail}, before the call was captured")
+        if version != self._guard.version:
+            raise Refusal(Reason.MUTATES, detail="the state of the module changed before the call was captured")
 
     def _is_proven(self, known: Recorded, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
         """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
