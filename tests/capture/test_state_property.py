@@ -17,7 +17,7 @@ from torch import nn
 
 import graphcache
 from graphcache import CachedModule
-from tests.capture import actions, places
+from tests.capture import actions, changing, places
 from tests.capture.changing import ACTIONS
 from tests.capture.places import ARGUMENTS, KINDS
 from tests.capture.programs import STYLES, Drive, Outcome, Program, Recipe, explain
@@ -70,6 +70,17 @@ def test_answers_and_state_are_those_of_a_twin(block: int, request: pytest.Fixtu
     outcomes = [drive(seed, SETTLING if seed % 2 else ANY)[0] for seed in seeds]
     assert sum(outcome.steps for outcome in outcomes) == count * (CALLS + 1)
     assert sum(outcome.raised for outcome in outcomes) < 0.1 * count * CALLS
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_of_place_by_itself(name: str) -> None:
+    kind = KINDS[name]
+    path = ("attribute", name) if kind.put else ("attribute", name, "list")
+    numbers = (actions.reads_a_number, changing.counts)
+    others = (actions.builds_a_table, actions.reads_a_tensor, changing.rebinds_a_tensor, changing.keeps_a_history)
+    for make in numbers if kind.numbers else (*numbers, *others):
+        for seed in range(3):
+            drive(seed, Recipe((make,), most=1, argument=0.0, styles=("inline", "method"), at=path), 2 * CHANGES)
 
 
 def test_every_kind_of_state_is_driven_often() -> None:
