@@ -4,7 +4,8 @@ Every system runs the same sequence of shapes in one process, call by call in tu
 
 - ``raw``: ``cuGraphLaunch`` of graphs captured by hand from the same engine; nothing is put in or taken out;
 - ``torch``: ``torch.cuda.CUDAGraph.replay()`` of such graphs;
-- ``hit_bind``, ``hit_copy``: the wrapped module on 8 input tensors of each shape in turn, handing out fresh outputs;
+- ``hit_auto``, ``hit_full``, by ``isolation``: the wrapped module on 8 input tensors of each shape in turn, handing out
+  fresh outputs;
 - ``fresh``: the wrapped module on inputs that were allocated anew before each call, handing out fresh outputs;
 - ``same_inputs``: the wrapped module on the same input tensor of each shape every time, handing out fresh outputs;
 - ``session``: ``CachedModule.session(...).run()``, static buffers in the caller's hands;
@@ -41,14 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     parser.add_argument("--shapes", type=int, nargs="+", default=[1, 4, 8, 32], help="how many shapes alternate")
     parser.add_argument("--calls", type=int, default=1000, help="timed calls of each system (default 1000)")
-    parser.add_argument("--io", nargs="+", default=["bind", "copy"], choices=("bind", "copy"), help="as in GraphConfig")
-    parser.add_argument("--contexts", choices=("auto", "private", "shared"), help="as in GraphConfig")
+    parser.add_argument("--isolation", nargs="+", default=["auto", "full"], choices=("auto", "full"), metavar="MODE")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     parser.add_argument("--max-cpu-us", type=float, metavar="N", help="fail if a hit costs more CPU time")
     parser.add_argument("--max-ratio", type=float, metavar="N", help="fail if call + sync over raw is more")
     options = parser.parse_args(arguments)
     device = record.require_cuda("bench.hit")
-    settings = {} if options.contexts is None else {"contexts": options.contexts}
     failures: list[str] = []
     results: list[dict[str, Any]] = []
     facts = {}
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bundle = store.load(options.engines, name)
             facts[name] = dict(bundle.facts)
             for shapes in sorted({min(count, len(bundle.sizes())) for count in options.shapes}):
-                result, failed = _measure(bundle, shapes, device, options.calls, options.io, settings)
+                result, failed = _measure(bundle, shapes, device, options.calls, options.isolation)
                 results.append(result)
                 failures += failed
     failures += _over_limits(results, options.max_cpu_us, options.max_ratio)
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "benchmark": "hit",
         "environment": record.environment(SEED),
         "engines": facts,
-        "settings": {**settings, "default_stream": options.default_stream, "calls": options.calls, "pool": POOL},
+        "settings": {"default_stream": options.default_stream, "calls": options.calls, "pool": POOL},
         "results": results,
         "failures": failures,
     }
@@ -83,7 +82,6 @@ def _measure(
     device: torch.device,
     calls: int,
     modes: Sequence[str],
-    settings: dict[str, str],
 ) -> tuple[dict[str, Any], list[str]]:
     import graphcache
 
@@ -93,7 +91,7 @@ def _measure(
     wrapped = {}
     for mode in modes:
         inner = engine if mode == modes[0] else graphcache.load(bundle.engine)
-        wrapped[f"hit_{mode}"] = graphcache.wrap(inner, max_graphs=len(sizes), io=mode, **settings)
+        wrapped[f"hit_{mode}"] = graphcache.wrap(inner, max_graphs=len(sizes), isolation=mode)
     scratch = torch.empty(max(engine.engine.scratch_bytes, 1), dtype=torch.uint8, device=device)
     recorded = {size: raw.Recorded(engine, _first(pool, size).inputs, scratch) for size in sizes}
     graphs = {size: raw.driver_graph(call) for size, call in recorded.items()}

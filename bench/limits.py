@@ -31,7 +31,7 @@ LIMITS = {
     "graphcache": Limit(8, 1.10, 1.03),
     "graphcache-into": Limit(4, 1.04, 1.04),
     "graphcache-session": Limit(4, 1.04, 1.04),
-    "graphcache-copy": Limit(12, 1.20, 1.06),
+    "graphcache-isolated": Limit(12, 1.20, 1.06),
 }
 """By mode, for a fixed shape and for any number of shapes in turn, against raw launches in the same turn."""
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     parser.add_argument("--passes", type=int, default=5, help="timed passes over all sentences (default 5)")
-    parser.add_argument("--contexts", choices=("auto", "private", "shared"), help="as in graphcache.GraphConfig")
+    parser.add_argument("--isolation", default="auto", choices=("auto", "full"), help="as in graphcache.GraphConfig")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     options = parser.parse_args(arguments)
     device = record.require_cuda("bench.minilm")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hashlib.sha256(text).hexdigest() != bundle.facts["sentences_sha256"]:
         made = f"python -m bench.models --out {options.engines} minilm"
         raise SystemExit(f"bench/sentences.txt is not what minilm.npz was made of; make it again with: {made}")
-    settings = {} if options.contexts is None else {"contexts": options.contexts}
+    settings = {"isolation": options.isolation}
     with record.stream_scope(options.default_stream), torch.inference_mode():
         result, failures = _run(bundle, device, options.passes, settings)
     payload = {

@@ -124,15 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engines", type=Path, required=True, metavar="DIR", help="made by python -m bench.models")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     parser.add_argument("--calls", type=int, default=200_000, help="how many (default 200000)")
-    parser.add_argument("--io", default="bind", choices=("bind", "copy"), help="as in GraphConfig")
-    parser.add_argument("--contexts", default="auto", choices=("auto", "private", "shared"), help="as in GraphConfig")
+    parser.add_argument("--isolation", default="auto", choices=("auto", "full"), help="as in GraphConfig")
     parser.add_argument("--default-stream", action="store_true", help="call on torch's default stream")
     options = parser.parse_args(arguments)
     if options.calls < 1_000:
         parser.error(f"--calls {options.calls}: fewer than 1000 show nothing")
     device = record.require_cuda("bench.soak")
     bundle = store.load(options.engines, "mlp8")
-    settings = {"io": options.io, "contexts": options.contexts, "max_graphs": MAX_GRAPHS}
+    settings = {"isolation": options.isolation, "max_graphs": MAX_GRAPHS}
     made = Made()
     with record.stream_scope(options.default_stream), torch.inference_mode(), made.counting():
         result, failures = _run(bundle, device, options.calls, settings, made)

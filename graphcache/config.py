@@ -13,17 +13,39 @@ from graphcache.errors import ConfigError, shown
 Strategy = Literal["auto", "whole_graph", "per_submodule"]
 Capture = Literal["first", "worthwhile", "prepared"]
 CaptureIn = Literal["foreground", "background"]
-InputOutput = Literal["bind", "copy"]
 Contexts = Literal["auto", "private", "shared"]
-Edges = Literal["captured", "full"]
 MaxBytes = int | Literal["auto"] | None
 OnFailure = Literal["eager", "raise"]
-Weights = Literal["checked", "frozen"]
+Isolation = Literal["auto", "full"]
 Runtime = Literal["graphcache", "torch_tensorrt"]
 Specialization = Literal["lazy", "eager", "none"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recording:
+    """How graphs of engines are recorded.
+
+    Args:
+        bind: Point kernels at the caller's tensors where all places of addresses are found, rather than copy.
+        full_edges: Replace programmatic dependencies (dependent launch), for kernels that do not wait when they should.
+        contexts: ``"private"`` gives each graph its own execution context, ``"shared"`` captures up to 129 with one.
+            ``"auto"`` shares where that was measured to be right, and captures are made in the foreground.
+    """
+
+    bind: bool = True
+    full_edges: bool = False
+    contexts: Contexts = "auto"
+
+
+RECORDING = {"auto": Recording(), "full": Recording(bind=False, full_edges=True, contexts="private")}
+"""By ``isolation``."""
+
+_ISOLATION = "use isolation='full' where graphs of an engine answer wrongly or fail"
 REMOVED = {
+    "io": _ISOLATION,
+    "edges": _ISOLATION,
+    "contexts": _ISOLATION,
+    "weights": "weights are always checked, by a native check that takes no noticeable time",
     "templates": "more graphs are kept in place of what evicted ones left behind; see max_graphs and max_bytes",
     "outputs": "answers are fresh tensors; forward_into writes them into tensors of yours",
 }
@@ -77,18 +99,12 @@ class GraphConfig:
             whose sizes lie between them is padded to the next ones, which have a graph, and its answer cropped. Whether
             the module bears it is tried first. ``None`` pads nothing. Parts of a module are never padded.
         verify: Compare every new graph with eager execution, on the caller's inputs and on others, before it is used.
-        io: ``"bind"`` points an engine's kernels at the caller's tensors, so that nothing is copied, wherever all
-            places are found where they hold an address, and verification agrees. Whatever is not bound is copied.
-            ``"copy"`` always copies, by nodes of the graph.
-        contexts: ``"private"`` gives each graph of an engine its own execution context, as NVIDIA documents it to be
-            safe. ``"shared"`` captures up to 129 with one, which takes a fraction of the time: whenever it is used
-            again, all of its graphs have to answer as before, or nothing is shared any more. ``"auto"`` shares where
-            that was measured to be right (TensorRT-RTX 1.5 and 1.6), in the foreground.
-        edges: ``"captured"`` keeps the dependencies of kernels as they were captured. ``"full"`` replaces
-            programmatic ones (dependent launch), for kernels that do not wait where they should.
-        weights: ``"checked"`` looks at the place and layout of every parameter and buffer at each hit, so that replaced
-            weights are never missed (about 0.3 µs each; on CUDA while the device works). ``"frozen"`` is the caller's
-            promise that they stay where they are. Engines have no parameters and pay nothing.
+        isolation: How far the graphs of engines are kept apart from each other and from the caller. ``"auto"`` points
+            an engine's kernels at the caller's tensors, so that nothing is copied, keeps the dependencies of kernels
+            as they were captured, and captures many graphs with one execution context where that was measured to be
+            right (TensorRT-RTX 1.5 and 1.6). ``"full"`` copies inputs and outputs by nodes of the graph, lets every
+            kernel wait for those before it, and gives each graph an execution context of its own, as NVIDIA documents
+            it to be safe: for engines whose graphs answer wrongly or fail otherwise. It takes more memory and time.
         runtime: Who runs the engines in a module that Torch-TensorRT compiled: ``"graphcache"``, for as long as it is
             wrapped, or ``"torch_tensorrt"``, inside a graph of the whole. ``None`` is the first where it can be.
         on_failure: ``"eager"`` answers eagerly whatever cannot be captured and says why; ``"raise"`` raises
@@ -113,10 +129,7 @@ class GraphConfig:
     # A mapping has no hash.
     buckets: Buckets | Mapping[Any, Any] | None = field(default=None, hash=False)
     verify: bool = True
-    io: InputOutput = "bind"
-    contexts: Contexts = "auto"
-    edges: Edges = "captured"
-    weights: Weights = "checked"
+    isolation: Isolation = "auto"
     runtime: Runtime | None = None
     on_failure: OnFailure = "eager"
 
@@ -163,13 +176,13 @@ class GraphConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 or_ = "".join(f", or {each!r}" for each in others)
                 raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more{or_}")
-        if self.contexts == "shared" and self.capture_in == "background":
-            raise ConfigError(
-                "contexts='shared' does not go with capture_in='background', where a context would be captured while "
-                "another graph of it is made; leave contexts='auto'"
-            )
         if not isinstance(self.verify, bool):
             raise ConfigError(f"verify={shown(self.verify)}: expected True or False")
+
+    @property
+    def recording(self) -> Recording:
+        """How graphs of engines are recorded."""
+        return RECORDING[self.isolation]
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GraphConfig:
@@ -190,10 +203,7 @@ _LITERALS: dict[str, tuple[str, ...]] = {
     "strategy": get_args(Strategy),
     "capture": get_args(Capture),
     "capture_in": get_args(CaptureIn),
-    "io": get_args(InputOutput),
-    "contexts": get_args(Contexts),
-    "edges": get_args(Edges),
-    "weights": get_args(Weights),
+    "isolation": get_args(Isolation),
     "runtime": get_args(Runtime),
     "on_failure": get_args(OnFailure),
 }

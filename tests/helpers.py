@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphcache import CachedModule, Reason
+import graphcache
+from graphcache import CachedModule, Reason, config
 
 
 class Fn(nn.Module):
@@ -33,6 +35,16 @@ def frozen(module: nn.Module) -> nn.Module:
 
 def mlp(width: int = 4) -> nn.Module:
     return frozen(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
+
+
+def wrap_recorded(
+    module: Any, *, io: str = "bind", edges: str = "captured", contexts: Any = "auto", **options: Any
+) -> CachedModule:
+    """``graphcache.wrap``, with engines recorded in one way of those between which ``isolation`` chooses."""
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = config.Recording(bind=io == "bind", full_edges=edges == "full", contexts=contexts)
+        patch.setitem(config.RECORDING, "auto", chosen)
+        return graphcache.wrap(module, **options)
 
 
 def same(left: Any, right: Any) -> bool:

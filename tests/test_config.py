@@ -20,7 +20,7 @@ def test_options_are_keyword_only():
         GraphConfig("auto")  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("option", ["strategy", "contexts", "weights", "on_failure"])
+@pytest.mark.parametrize("option", ["strategy", "isolation", "on_failure"])
 @pytest.mark.parametrize("value", ["", "Auto", None, 1, ["auto"]])
 def test_a_literal_option_takes_only_its_literals_and_says_which(option, value):
     with pytest.raises(ConfigError, match=rf"^{option}=.* is not an option; expected one of '\w+', '\w+'"):
@@ -62,7 +62,15 @@ def test_an_unknown_option_is_answered_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    ("option", "instead"), [("outputs", "forward_into"), ("templates", "max_graphs and max_bytes")]
+    ("option", "instead"),
+    [
+        ("outputs", "forward_into"),
+        ("templates", "max_graphs and max_bytes"),
+        ("io", "isolation='full'"),
+        ("edges", "isolation='full'"),
+        ("contexts", "isolation='full'"),
+        ("weights", "always checked, by a native check"),
+    ],
 )
 def test_a_removed_option_says_what_to_use_instead(option, instead):
     for make in (lambda: GraphConfig(**{option: 1}), lambda: GraphConfig.of({option: 1})):

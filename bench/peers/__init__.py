@@ -23,7 +23,7 @@ SYSTEMS: Mapping[str, Callable[[], Peer]] = {
     "graphcache": Fresh,
     "graphcache-into": Into,
     "graphcache-session": Session,
-    "graphcache-copy": lambda: Fresh("graphcache-copy", io="copy"),
+    "graphcache-isolated": lambda: Fresh("graphcache-isolated", isolation="full"),
     "tensorrt": TensorRTEager,
     "rtx-graphs": RtxGraphs,
     "rtx-graphs-copy": lambda: RtxGraphs(copied=True),

@@ -42,6 +42,7 @@ class EngineRecorder:
     def __init__(self, module: EngineModule, config: GraphConfig) -> None:
         self._module = module
         self._config = config
+        self._recording = config.recording
         self._contexts = SharedContexts(module, config)
         self._passing = 0
 
@@ -158,7 +159,7 @@ class EngineRecorder:
                     Reason.NONDETERMINISTIC, module.name, f"output {index} differed by {gap:.3g} between two runs"
                 )
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
-        full_edges = self._config.edges == "full"
+        full_edges = self._recording.full_edges
         io = _EngineIO(module, context, profile, static, plain, outputs, lane, full_edges=full_edges)
 
         def verified(graph: CudaGraph) -> CudaGraph:
@@ -175,7 +176,7 @@ class EngineRecorder:
                 refill(static, others)
             return graph
 
-        if self._config.io == "bind":
+        if self._recording.bind:
             try:
                 return verified(io.bound())
             except CannotBind as why:

@@ -55,7 +55,7 @@ class TorchRecorder:
         self._run = run
         self._name = name
         self._guard = guard
-        self._verified, self._full_edges = config.verify, config.edges == "full"
+        self._verified, self._full_edges = config.verify, config.recording.full_edges
         self._host_lock = threading.RLock()
         self._lanes: dict[int, Lane] = {}
         self._passing = 0

@@ -63,8 +63,9 @@ class SharedContexts:
     def __init__(self, module: EngineModule, config: GraphConfig) -> None:
         self._module = module
         self._open: list[Shared] = []
-        self.shares = config.contexts == "shared" or (
-            config.contexts == "auto" and config.capture_in == "foreground" and _is_measured(module)
+        contexts = config.recording.contexts
+        self.shares = contexts == "shared" or (
+            contexts == "auto" and config.capture_in == "foreground" and _is_measured(module)
         )
         """Whether graphs share contexts."""
         # One is captured before another has to go.
@@ -140,7 +141,7 @@ class SharedContexts:
             return
         log.warning(
             "%s: %d graph(s) answered differently once their execution context was used for another shape; they were "
-            "dropped, and each graph has a context of its own from now on, as with contexts='private'",
+            "dropped, and each graph has a context of its own from now on",
             self._module.name,
             len(graphs),
         )

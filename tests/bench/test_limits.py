@@ -25,7 +25,7 @@ def test_the_limits_are_the_ones_that_were_set():
         "graphcache": (8, 1.10, 1.03),
         "graphcache-into": (4, 1.04, 1.04),
         "graphcache-session": (4, 1.04, 1.04),
-        "graphcache-copy": (12, 1.20, 1.06),
+        "graphcache-isolated": (12, 1.20, 1.06),
     }
     assert limits.FURTHER_AHEAD == {("torch-tensorrt-cpp", "mlp8"): (1.5, 10.0)}
     assert set(limits.LIMITS) | {name for name, _ in limits.FURTHER_AHEAD} <= set(peers.SYSTEMS)
@@ -57,7 +57,7 @@ def test_an_engine_is_long_by_its_raw_launch_with_a_fixed_shape():
     slow = {name: figures(105.0 * 1.09, 1.0, 105.0, exact=True) for name in limits.LIMITS}
     in_turn = {"engine": "net", "sizes": [1, 2], "systems": {**slow, "graphcache-into": figures(105, 1, 105)}}
     in_turn["systems"]["graphcache-session"] = figures(105, 1, 105)
-    in_turn["systems"]["graphcache-copy"] = figures(105, 1, 105)
+    in_turn["systems"]["graphcache-isolated"] = figures(105, 1, 105)
     short = limits.shortfalls([in_turn])
     assert len(short) == 2
     # Known to be short, the same figures are within the wide limits; whichever comes first in the file.
@@ -108,14 +108,14 @@ def test_what_was_left_out_or_failed_is_not_met():
         [
             result(
                 graphcache={**about, "reason": "left out, since 9 s were over", "left_out": True},
-                graphcache_copy={**about, "reason": "RuntimeError: no", "failed": True},
+                graphcache_isolated={**about, "reason": "RuntimeError: no", "failed": True},
                 aitune={**about, "rival": "graphcache", "reason": "left out, since 9 s were over", "left_out": True},
             )
         ]
     )
     assert short == [
         "mlp8, 1 shapes, graphcache: left out, since 9 s were over",
-        "mlp8, 1 shapes, graphcache-copy: not measured (RuntimeError: no)",
+        "mlp8, 1 shapes, graphcache-isolated: not measured (RuntimeError: no)",
         "mlp8, 1 shapes, aitune: left out, since 9 s were over",
     ]
 

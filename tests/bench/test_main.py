@@ -76,9 +76,9 @@ def test_the_gate_decides_what_a_missed_limit_means(tmp_path, floors, capsys, ga
     found, payload = run(tmp_path, {"gate": gate}, graphcache=exact())
     out, _ = capsys.readouterr()
     assert found == code
-    # The four other modes at least were not shown.
-    assert len(payload["limits_not_met"]) >= 4
-    assert f"{'GATE' if gate else 'not met'}: graphcache-copy was not among the systems" in out
+    # The three other modes at least were not shown.
+    assert len(payload["limits_not_met"]) >= 3
+    assert f"{'GATE' if gate else 'not met'}: graphcache-isolated was not among the systems" in out
 
 
 def test_an_interrupted_run_says_where_its_results_are(tmp_path, floors, capsys):
@@ -137,17 +137,17 @@ def test_what_a_lost_device_leaves_is_measured_with_the_same_settings_in_another
 
     monkeypatch.setattr(command.processes, "again", again)
     given = {"default_stream": True, "max_seconds": 1000.0}
-    code, payload = run(tmp_path, given, graphcache=exact(loses), graphcache_copy=exact())
+    code, payload = run(tmp_path, given, graphcache=exact(loses), graphcache_isolated=exact())
     assert code == 1
-    assert [each["systems"]["graphcache-copy"]["reason"] for each in payload["results"]] == ["not today"] * 2
+    assert [each["systems"]["graphcache-isolated"]["reason"] for each in payload["results"]] == ["not today"] * 2
     (module, arguments, name), _ = asked
     assert (module, name) == ("bench", "suite")
     options_ = command._parser().parse_args(arguments)
     assert (options_.engines, options_.only, options_.shapes) == (tmp_path, ["net"], [1])
-    assert (options_.systems, options_.calls, options_.seconds) == (["graphcache-copy"], 50, 5.0)
+    assert (options_.systems, options_.calls, options_.seconds) == (["graphcache-isolated"], 50, 5.0)
     assert options_.default_stream
     assert 0 < options_.max_seconds < 1000
-    assert asked[1][1][asked[1][1].index("--systems") + 1 :][:2] == ["graphcache", "graphcache-copy"]
+    assert asked[1][1][asked[1][1].index("--systems") + 1 :][:2] == ["graphcache", "graphcache-isolated"]
 
 
 def test_another_process_that_was_interrupted_recorded_nothing(tmp_path, floors, monkeypatch):
@@ -156,8 +156,8 @@ def test_another_process_that_was_interrupted_recorded_nothing(tmp_path, floors,
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(command.processes, "again", lambda *rest: {"results": []})
-    _, payload = run(tmp_path, graphcache=exact(loses), graphcache_copy=exact())
-    reason = payload["results"][0]["systems"]["graphcache-copy"]["reason"]
+    _, payload = run(tmp_path, graphcache=exact(loses), graphcache_isolated=exact())
+    reason = payload["results"][0]["systems"]["graphcache-isolated"]["reason"]
     assert reason == "a process of its own was interrupted"
 
 

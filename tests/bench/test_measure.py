@@ -268,7 +268,7 @@ def policy(tmp_path):
     "peer",
     [
         type("HostFresh", (_OnHost, Fresh), {})(),
-        type("HostCopy", (_OnHost, Fresh), {})("graphcache-copy", io="copy"),
+        type("HostIsolated", (_OnHost, Fresh), {})("graphcache-isolated", isolation="full"),
         type("HostInto", (_OnHost, Into), {})(),
         type("HostSession", (_OnHost, Session), {})(),
         Module(),

@@ -206,7 +206,7 @@ def test_only_graphcache_and_the_floor_fail_a_run():
                 graphcache={**bad, "exact": True},
                 aitune={**bad, "exact": False},
                 raw=figures(10, exact=True),
-                graphcache_copy=figures(10, exact=True, misses_while_timed=4),
+                graphcache_isolated=figures(10, exact=True, misses_while_timed=4),
                 graphcache_into=figures(10, exact=True, closing="RuntimeError: stuck"),
                 graphcache_torch={"kind": "torch", "rival": None, "reason": "minilm: no weights", "exact": True},
                 tensorrt=figures(10, misses_while_timed=1000),
@@ -215,7 +215,7 @@ def test_only_graphcache_and_the_floor_fail_a_run():
     )
     assert found == [
         "mlp8, 2 shapes, graphcache: 3 of 8 answers were wrong",
-        "mlp8, 2 shapes, graphcache-copy: 4 of the timed calls were no hits",
+        "mlp8, 2 shapes, graphcache-isolated: 4 of the timed calls were no hits",
         "mlp8, 2 shapes, graphcache-into: closing it: RuntimeError: stuck",
     ]
 

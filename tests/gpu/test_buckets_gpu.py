@@ -9,6 +9,7 @@ from torch import nn
 import graphcache
 from graphcache import Axis, Mask, Reason
 from graphcache.errors import ConfigError, ProfileRangeError
+from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -47,7 +48,7 @@ def tagger():
 
 @pytest.mark.parametrize("io", ["bind", "copy"])
 def test_an_engine_answers_every_size_from_few_graphs(load, io):
-    fast = graphcache.wrap(load("mlp8"), io=io, buckets=BUCKETS)
+    fast = wrap_recorded(load("mlp8"), io=io, buckets=BUCKETS)
     draw = random.Random(0)
     kept = []
     for _ in range(150):

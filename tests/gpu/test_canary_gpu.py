@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache.graphs.lane import own_stream
+from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -103,7 +104,7 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
         width, bound, module = 8192, 2e-3, Products(64).cuda().requires_grad_(False).eval()
     else:
         width, bound, module = networks.SIZE, 5e-3, load("mlp8")
-    fast = graphcache.wrap(module, io="copy" if kind == "engine, copied" else "bind")
+    fast = wrap_recorded(module, io="copy" if kind == "engine, copied" else "bind")
     inputs = [torch.randn(rows, width, device="cuda") for rows in (3, 17, 33)]
     wanted = [module(x).clone() for x in inputs]
     for x in inputs:

@@ -17,6 +17,7 @@ from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, copy_kernels
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.lane import Lane
 from graphcache.modules import record_engine
+from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -125,7 +126,7 @@ def test_it_waits_for_the_work_that_it_is_launched_beside(kernels):
 
 def test_an_engine_waits_for_its_inputs(kernels, load):
     """TensorRT-RTX launches the first kernel of mlp8 programmatically: behind a kernel of ours it would not wait."""
-    fast = graphcache.wrap(load("mlp8"), io="copy")
+    fast = wrap_recorded(load("mlp8"), io="copy")
     with torch.inference_mode():
         for rows in (1, 8, 64):
             x = torch.randn(rows, 64, device="cuda")
@@ -172,8 +173,8 @@ def test_modules_with_many_tensors_of_all_sizes():
 def test_an_engine_copies_as_it_did(load, monkeypatch):
     """By kernels and by the driver's own nodes: the same bits, in any order of shapes."""
     engine = load("mlp8")
-    by_kernel = graphcache.wrap(engine, io="copy")
-    by_driver = graphcache.wrap(engine, io="copy")
+    by_kernel = wrap_recorded(engine, io="copy")
+    by_driver = wrap_recorded(engine, io="copy")
     inputs = [torch.randn(n, 64, device="cuda") for n in (1, 3, 8, 17, 64)]
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
         for x in inputs:

@@ -9,6 +9,7 @@ from torch import nn
 
 import graphcache
 from graphcache.errors import InputDeviceError
+from tests.helpers import wrap_recorded
 
 networks = pytest.importorskip("tests.gpu.networks")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -49,7 +50,7 @@ def engines(engine_bytes):
 def test_an_engine_answers_on_its_own_device_whichever_is_current(engines, current, io):
     for index, engine in enumerate(engines[:2]):
         device = torch.device("cuda", index)
-        with graphcache.wrap(engine, io=io) as fast, torch.cuda.device(current), torch.inference_mode():
+        with wrap_recorded(engine, io=io) as fast, torch.cuda.device(current), torch.inference_mode():
             stream = torch.cuda.Stream(device)
             for rows in (3, 17, 3, 17, 3):
                 x = torch.randn(rows, SIZE, device=device)

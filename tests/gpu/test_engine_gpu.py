@@ -21,6 +21,7 @@ from graphcache.errors import (
     InputTypeError,
     ProfileRangeError,
 )
+from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -62,7 +63,7 @@ def test_there_and_back_again_replays_the_first_graph(load):
 @pytest.mark.parametrize(("contexts", "shapes", "count"), [("private", 30, 30), ("shared", 60, 1)])
 def test_many_interleaved_shapes(load, contexts, shapes, count):
     engine = load("mlp8")
-    fast = graphcache.wrap(engine, max_graphs=shapes, contexts=contexts)
+    fast = wrap_recorded(engine, max_graphs=shapes, contexts=contexts)
     inputs = [torch.randn(n, networks.SIZE, device="cuda") for n in range(1, shapes + 1)]
     for _ in range(3):
         for x in inputs:
@@ -96,7 +97,7 @@ def test_answers_stay_intact_after_later_calls(load):
 @pytest.mark.parametrize("io", ["bind", "copy"])
 def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, io):
     engine = load("mlp8")
-    fast = graphcache.wrap(engine, contexts="shared", io=io, max_graphs=24)
+    fast = wrap_recorded(engine, contexts="shared", io=io, max_graphs=24)
     draw = random.Random(0)
     sizes = [draw.randint(1, 40) for _ in range(200)]
     for n in sizes:
@@ -113,7 +114,7 @@ def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, 
 
 
 def test_copying_gives_the_same(load):
-    fast = graphcache.wrap(load("mlp8"), io="copy")
+    fast = wrap_recorded(load("mlp8"), io="copy")
     for n in (1, 4, 2, 1, 4, 2):
         x = torch.randn(n, networks.SIZE, device="cuda")
         assert close(fast(x), networks.mlp8_reference(x))
@@ -530,7 +531,7 @@ def test_engines_without_weight_streaming_say_so(load):
 
 
 def test_full_edges_give_the_same_answers(load):
-    fast = graphcache.wrap(load("mlp8"), edges="full")
+    fast = wrap_recorded(load("mlp8"), edges="full")
     for n in (1, 4, 1, 4):
         x = torch.randn(n, networks.SIZE, device="cuda")
         assert close(fast(x), networks.mlp8_reference(x))
@@ -541,7 +542,7 @@ def test_a_bound_graph_copies_nothing(load):
     """Torch allocates the static buffers one after the other; that must not make their addresses ambiguous."""
     nodes = {}
     for io in ("bind", "copy"):
-        fast = graphcache.wrap(load("mlp8"), io=io)
+        fast = wrap_recorded(load("mlp8"), io=io)
         for rows in (1, 2, 8, 32, 64):
             fast(torch.randn(rows, networks.SIZE, device="cuda"))
         nodes[io] = [entry.graph.graph.nodes for entry in fast._entries.values()]

@@ -21,6 +21,7 @@ from graphcache.graphs import capture, driver, executables
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.modules import record_engine, record_torch
+from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -234,7 +235,7 @@ def test_a_fault_at_every_step_of_a_capture(case, kind, load, monkeypatch):
     expected_numbers = random_numbers()
     stream = torch.cuda.current_stream()
     injector = Injector(monkeypatch, targets)
-    fast = graphcache.wrap(module, **options)
+    fast = wrap_recorded(module, **options)
 
     def capture_anew() -> None:
         before = fast.cache_info()

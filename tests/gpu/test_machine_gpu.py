@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, Reason, Session
 from graphcache.errors import CaptureError, ClosedError, ProfileRangeError
+from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -346,7 +347,7 @@ class Calls(RuleBasedStateMachine):
 
     def wrap(self, name: str) -> CachedModule:
         if name not in self.wrapped:
-            self.wrapped[name] = graphcache.wrap(self.modules[name], **self.options)
+            self.wrapped[name] = wrap_recorded(self.modules[name], **self.options)
         return self.wrapped[name]
 
     def retire(self, fast: CachedModule) -> None:

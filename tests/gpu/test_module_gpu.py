@@ -10,6 +10,7 @@ from torch import nn
 import graphcache
 from graphcache import Reason
 from graphcache.errors import CaptureError
+from tests.helpers import wrap_recorded
 
 SIZE = 64
 
@@ -355,7 +356,7 @@ def test_answers_into_the_callers_tensors(net, load):
     engine = load("mlp8")
     torch_side = torch.nn.Sequential(torch.nn.Linear(SIZE, SIZE), torch.nn.GELU()).cuda().requires_grad_(False).eval()
     for module, options in ((torch_side, {}), (engine, {}), (engine, {"io": "copy"})):
-        into = graphcache.wrap(module, **options)
+        into = wrap_recorded(module, **options)
         inputs = [torch.randn(n, SIZE, device="cuda") for n in (2, 5, 9)]
         for x in inputs:
             into(x)

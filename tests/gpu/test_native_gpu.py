@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-import graphcache
 from graphcache.config import graphs_off
 from graphcache.graphs import native
 from graphcache.graphs.native.probe import disagreement
-from tests.helpers import in_threads
+from tests.helpers import in_threads, wrap_recorded
 
 SIZE = 64
 
@@ -25,7 +24,7 @@ def wraps(compiled, monkeypatch):
     monkeypatch.setattr(native, "loaded", lambda: compiled)
 
     def wrap(module, **options):
-        made = {"python": graphcache.wrap(module, **options), "compiled": graphcache.wrap(module, **options)}
+        made = {"python": wrap_recorded(module, **options), "compiled": wrap_recorded(module, **options)}
         # Whoever remembers the first graph asks for the library; each asks once.
         for way, library in (("python", None), ("compiled", compiled)):
             monkeypatch.setattr(native, "loaded", lambda library=library: library)

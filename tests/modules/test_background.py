@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Reason
-from graphcache.errors import ClosedError, ConfigError
+from graphcache.errors import ClosedError
 from graphcache.modules import background, later
 from graphcache.modules.background import CALLS_BETWEEN, Worker
 from tests.graphs.fake_driver import Torch, installed
@@ -336,11 +336,6 @@ def test_only_what_is_worth_it_is_captured_beside() -> None:
         fast(torch.ones(size, 4))
     assert not fast._misses._pending
     assert fast.cache_info().eager == {Reason.COLD: 29}
-
-
-def test_shared_contexts_do_not_go_with_it() -> None:
-    with pytest.raises(ConfigError, match=r"^contexts='shared' does not go with capture_in='background'"):
-        beside(mlp(), contexts="shared")
 
 
 # ---- engines

@@ -17,7 +17,7 @@ from graphcache.errors import ConfigError, InputCountError, InputDtypeError, Pro
 from graphcache.modules.engine_buckets import engine_buckets
 from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import outcomes
+from tests.helpers import outcomes, wrap_recorded
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 
@@ -54,7 +54,7 @@ def test_a_padded_call_hits(fake: Torch) -> None:
 def test_two_inputs_of_two_axes_whatever_the_sizes(fake: Torch, steps: Any, io: str, where: Any) -> None:
     sizes = {"rows": [2, 6, 12], "columns": "powers_of_two"}
     axes = {axis: {"sizes": sizes[name], "name": name} for axis, name in next(iter(where.values())).items()}
-    fast = graphcache.wrap(load("pair"), io=io, buckets={next(iter(where)): axes, "b": axes}, max_graphs=3)
+    fast = wrap_recorded(load("pair"), io=io, buckets={next(iter(where)): axes, "b": axes}, max_graphs=3)
     heap = fake.driver.heap
     with fake.on(fake.new_stream()):
         for count, width, start in steps:

@@ -29,6 +29,7 @@ from graphcache import CachedModule, Reason, Session
 from graphcache.errors import CaptureError, ClosedError, EngineError, ProfileRangeError
 from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
+from tests.helpers import wrap_recorded
 from tests.modules.test_engine_module import MODULES, load, prepare
 
 MOST = 3
@@ -61,7 +62,7 @@ class Steps(RuleBasedStateMachine):
         self.engine = load("refittable")
         self.scale, self.shift = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0])
         self.options: dict[str, Any] = {"io": io, "contexts": contexts, "max_graphs": MOST}
-        self.fast: CachedModule = graphcache.wrap(self.engine, **self.options)
+        self.fast: CachedModule = wrap_recorded(self.engine, **self.options)
         self.calls = 0
         self.held: list[tuple[Tensor, Tensor]] = []
         self.session: Session | None = None
@@ -194,7 +195,7 @@ class Steps(RuleBasedStateMachine):
         with pytest.raises(ClosedError):
             self.fast(self.tensor(1, "plain"))
         self.options["io"] = io
-        self.fast = graphcache.wrap(self.engine, **self.options)
+        self.fast = wrap_recorded(self.engine, **self.options)
         self.calls = 0
 
     @precondition(lambda self: self.session is None)

@@ -48,7 +48,7 @@ from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Stream, Torch, Violation, address, installed, pointer
-from tests.helpers import in_threads, outcomes, reason
+from tests.helpers import in_threads, outcomes, reason, wrap_recorded
 
 SHORT = ("fresh", "into", "into", "change", "back", "set epoch")
 MODULES = (allocator, context, engine, library, verify, room, record_engine)
@@ -433,7 +433,7 @@ def test_any_sequence_on_the_short_ways(
         if way == "compiled":
             functions = compiled_way.use(request.getfixturevalue("compiled"), fake, patch)
         module = load("affine")
-        fast = graphcache.wrap(module, io=io, max_graphs=2)
+        fast = wrap_recorded(module, io=io, max_graphs=2)
         inputs = [rows(fake, 2), rows(fake, 2, 9), rows(fake, 3)]
         outs = [[fake.driver.heap.tensor(x * 0) for x in inputs] for _ in range(2)]
         kept: list[tuple[Tensor, Tensor]] = []
@@ -512,7 +512,7 @@ def test_answering_into_the_same_memory_again_is_the_launch_alone(fake: Torch) -
 
 @pytest.mark.parametrize("io", ["bind", "copy"])
 def test_into_memory_that_no_graph_can_write_straight(fake: Torch, io: str) -> None:
-    fast = graphcache.wrap(load("affine"), io=io)
+    fast = wrap_recorded(load("affine"), io=io)
     x = rows(fake, 4)
     whole = fake.driver.heap.tensor([[0.0] * 4 for _ in range(9)])
     with torch.no_grad(), fake.on(fake.new_stream()):
@@ -791,7 +791,7 @@ def made_contexts(module: EngineModule) -> int:
 
 def test_the_context_of_an_evicted_graph_serves_the_next_one(fake: Torch) -> None:
     module = load("affine")
-    fast = graphcache.wrap(module, max_graphs=2, contexts="private")
+    fast = wrap_recorded(module, max_graphs=2, contexts="private")
     for count in (1, 2, 3):
         fast(rows(fake, count))
     before = made_contexts(module)
@@ -828,7 +828,7 @@ def test_a_context_whose_graph_was_wrong_is_not_used_again(fake: Torch, monkeypa
 
 def test_graphs_of_a_shared_context_keep_it(fake: Torch) -> None:
     module = load("affine")
-    fast = graphcache.wrap(module, contexts="shared", max_graphs=1)
+    fast = wrap_recorded(module, contexts="shared", max_graphs=1)
     for count in (1, 2, 1, 2):
         x = rows(fake, count)
         assert torch.equal(fast(x), x * 3 + 1)
@@ -965,7 +965,7 @@ def test_any_calls(steps: list[tuple[int, str, int]], io: str, contexts: str, ve
     with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
         prepare(fake, patch)
         module = load("affine")
-        fast = graphcache.wrap(module, io=io, contexts=contexts, verify=verified, max_graphs=2)
+        fast = wrap_recorded(module, io=io, contexts=contexts, verify=verified, max_graphs=2)
         streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
         kept: list[tuple[Tensor, Tensor]] = []
         same = {n: rows(fake, n, 50) for n in (1, 2, 9)}
@@ -1065,7 +1065,7 @@ def test_full_edges(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     real = record_engine.make_all_full
     monkeypatch.setattr(record_engine, "make_all_full", lambda graph: made.append(real(graph)))
     for edges, count in (("captured", 0), ("full", 2)):
-        fast = graphcache.wrap(load("affine"), edges=edges)
+        fast = wrap_recorded(load("affine"), edges=edges)
         x = rows(fake, 2)
         fast(x)
         assert torch.equal(fast(x), x * 3 + 1)
@@ -1074,7 +1074,7 @@ def test_full_edges(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("edges", ["captured", "full"])
 def test_edges_of_whole_modules(whole: Torch, edges: str) -> None:
-    fast = graphcache.wrap(Chain(load("affine"), load("affine")), strategy="whole_graph", edges=edges)
+    fast = wrap_recorded(Chain(load("affine"), load("affine")), strategy="whole_graph", edges=edges)
     x = rows(whole, 2)
     with whole.on(whole.new_stream()):
         for _ in range(2):
@@ -1086,7 +1086,7 @@ def test_edges_of_whole_modules(whole: Torch, edges: str) -> None:
 
 def test_several_wrapped_modules_of_one_engine_on_several_streams(fake: Torch) -> None:
     module = load("affine")
-    wrapped = [graphcache.wrap(module, io=io) for io in ("bind", "copy")]
+    wrapped = [wrap_recorded(module, io=io) for io in ("bind", "copy")]
     streams = [fake.new_stream() for _ in range(2)]
     for step in range(6):
         x = rows(fake, 2, step)
@@ -1349,7 +1349,7 @@ def test_wherever_the_driver_fails_the_call_is_answered_and_nothing_leaks(name: 
         with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
             prepare(fake, patch)
             module = load("affine")
-            fast = graphcache.wrap(module, io=io, edges="full")
+            fast = wrap_recorded(module, io=io, edges="full")
             stream, x = fake.new_stream(), rows(fake, 2)
             with fake.on(stream):
                 if not kernels:
@@ -1382,7 +1382,7 @@ def test_wherever_memory_runs_out(io: str) -> None:
         with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
             prepare(fake, patch)
             module = load("affine")
-            fast = graphcache.wrap(module, io=io)
+            fast = wrap_recorded(module, io=io)
             stream, x = fake.new_stream(), rows(fake, 2)
             with fake.on(stream):
                 fake.driver.heap.refuse_after = after
@@ -1414,7 +1414,7 @@ def test_wherever_it_is_interrupted(io: str, error: type[BaseException]) -> None
         with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
             prepare(fake, patch)
             module = load("affine")
-            fast = graphcache.wrap(module, io=io)
+            fast = wrap_recorded(module, io=io)
             stream, x = fake.new_stream(), rows(fake, 2)
             countdown = iter([False] * after + [True])
             real = IExecutionContext.execute_async_v3

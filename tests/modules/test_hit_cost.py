@@ -17,7 +17,7 @@ from torch import Tensor
 
 import graphcache
 from graphcache.graphs import cuda, single
-from tests.helpers import Fn
+from tests.helpers import Fn, wrap_recorded
 from tests.modules.test_engine_module import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
 
 MOST_ON_THE_HOST = 55
@@ -97,7 +97,7 @@ def test_the_short_way_of_an_engine(fake: Torch, monkeypatch: pytest.MonkeyPatch
     answers = itertools.cycle([rows(fake, 2), rows(fake, 2)])
     for module in (cuda, single):
         monkeypatch.setattr(module, "_empty_like", lambda _: next(answers))
-    fast = graphcache.wrap(load("affine"), io=io)
+    fast = wrap_recorded(load("affine"), io=io)
     inputs = [rows(fake, 2, start) for start in range(2)]
     out = fake.driver.heap.tensor(inputs[0] * 0)
     with torch.no_grad(), fake.on(fake.new_stream()):
@@ -119,7 +119,7 @@ def test_the_short_way_of_an_engine(fake: Torch, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("io", ["bind", "copy"])
 def test_the_short_way_of_an_engine_on_other_memory(fake: Torch, io: str) -> None:  # noqa: F811
-    fast = graphcache.wrap(load("affine"), io=io)
+    fast = wrap_recorded(load("affine"), io=io)
     with torch.no_grad(), fake.on(fake.new_stream()):
         found = []
         for start in range(100):

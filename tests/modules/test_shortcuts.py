@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import graphcache
 from graphcache import CachedModule
 from graphcache.config import Modes, modes
 from graphcache.errors import CudaError
@@ -27,7 +26,7 @@ from graphcache.graphs import driver, native
 from graphcache.modules import cached, shortcuts
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import in_threads
+from tests.helpers import in_threads, wrap_recorded
 from tests.modules.test_engine_module import MODULES, load, numbers, prepare, rows
 
 KERNEL = "cuGraphExecKernelNodeSetParams"
@@ -49,7 +48,7 @@ class Warm:
         self.fake = fake
         self.stream = fake.new_stream()
         self.module = load(network)
-        self.fast: CachedModule = graphcache.wrap(self.module, **options)
+        self.fast: CachedModule = wrap_recorded(self.module, **options)
 
     def up(self, *args: Tensor) -> Warm:
         with torch.no_grad(), self.fake.on(self.stream):

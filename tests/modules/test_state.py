@@ -288,21 +288,6 @@ def test_what_was_blocked_is_tried_again_after_a_change():
     assert reason(fast, X) is None
 
 
-def test_frozen_weights_are_the_callers_promise_and_clear_ends_it(net):
-    fast = captured(net, weights="frozen")
-    before = fast(X)
-    net.scale = torch.tensor(-3.0)
-    assert same(fast(X), before)
-    fast.clear()
-    assert same(fast(X), net(X))
-
-
-def test_frozen_weights_still_give_gradients(net):
-    fast = captured(net, weights="frozen")
-    net.requires_grad_(True)
-    assert reason(fast, X) is Reason.GRAD
-
-
 # ---- what a call changes
 
 

@@ -48,7 +48,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
         ({"batch_wait_timeout_s": True}, "batch_wait_timeout_s=True: expected seconds from 0 to 60"),
         ({"batch_wait_timeout_s": float("nan")}, "batch_wait_timeout_s=nan"),
         ({"max_batch_size": 0}, "max_batch_size=0"),
-        ({"config": {"io": "magic"}}, "io='magic' is not an option"),
+        ({"config": {"isolation": "magic"}}, "isolation='magic' is not an option"),
         ({"prepare": [5]}, "prepare=(5,): expected requests"),
         ({"token": "two words"}, "token is of type str"),
     ],
