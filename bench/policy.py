@@ -1,6 +1,6 @@
 """Which graphs to keep: graphcache's policy against others and the offline optimum: ``python -m bench.policy``.
 
-Simulates traces, synthetic or recorded, with measured costs, under four policies: always eager, plain least recently
+Simulates synthetic traces with measured costs, under four policies: always eager, plain least recently
 used with a capture at every miss, graphcache's admission (with noisy measurements), and the optimum of whoever knows
 the trace beforehand (:mod:`bench.optimum`). ``--gate`` exits with 3 unless graphcache takes at most 1.05 times
 always-eager on every trace, and at most 1.25 times the optimum where a trace has favourites.
@@ -25,8 +25,6 @@ from bench import record
 from bench.optimum import Times, optimum
 from bench.simulate import FIRST_CALL, always_eager, graphcache, least_recently_used
 from bench.traces import SYNTHETIC, Traffic
-from graphcache.cache.trace import read_trace
-from graphcache.errors import TraceError
 
 OVER_EAGER = 1.05
 OVER_OPTIMUM = 1.25
@@ -62,11 +60,11 @@ def measured_models() -> dict[str, Model]:
     models = []
     for engine, captured, which in (
         ("mlp8", soak["capture_seconds"] / soak["captures"], "soak-h100.json, mean"),
-        ("mlp8", one_shape["mlp8"]["capture_seconds"]["hit_bind"], "hit-h100.json, the first"),
-        ("policy", one_shape["policy"]["capture_seconds"]["hit_bind"], "hit-h100.json, the first"),
+        ("mlp8", _first_capture(one_shape["mlp8"]), "hit-h100.json, the first"),
+        ("policy", _first_capture(one_shape["policy"]), "hit-h100.json, the first"),
     ):
         systems = one_shape[engine]["systems"]
-        times = Times(_p50(systems["eager"]), _p50(systems["hit_bind"]), captured)
+        times = Times(_p50(systems["eager"]), _p50(_of_hits(systems)), captured)
         name = engine if which.endswith("mean") else f"{engine}, slow captures"
         models.append(alike(name, times, f"calls: hit-h100.json, p50; capture: {which}"))
     times = minilm["times"]
@@ -154,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--costs", type=Path, metavar="FILE", help="models as JSON, instead of those measured")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models")
     parser.add_argument("--traces", nargs="+", metavar="NAME", help="only these synthetic traces")
-    parser.add_argument("--recorded", nargs="+", type=Path, default=[], metavar="FILE", help="recorded traces, instead")
     parser.add_argument("--gate", action="store_true", help="exit with 3 if a limit is missed")
     options = parser.parse_args(arguments)
     if options.calls < 1 or options.slots < 1 or not 0 <= options.noise <= 2:
@@ -169,8 +166,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (made := make(calls, options.seed), {signature: model.times(signature) for signature in set(made.calls)})
             for make in names.values()
         ]
-        if options.recorded:
-            traffic = [_recorded(parser, file, model) for file in options.recorded]
         judged = [
             {"model": model.name, **judge(each, times, options.slots, noise=options.noise, seed=options.seed)}
             for each, times in traffic
@@ -208,18 +203,6 @@ def _chosen(parser: argparse.ArgumentParser, known: Mapping[str, Any], names: Se
     return {name: known[name] for name in names or known}
 
 
-def _recorded(parser: argparse.ArgumentParser, file: Path, model: Model) -> tuple[Traffic, dict[int, Times]]:
-    """A recorded trace, with the costs in it; those of the model where it has none."""
-    try:
-        trace = read_trace(file)
-    except TraceError as error:
-        parser.error(str(error))
-    if not trace.calls:
-        parser.error(f"{file} holds no calls")
-    times = {each: Times(*trace.costs[each]) if each in trace.costs else model.times(each) for each in trace.calls}
-    return Traffic(file.name, trace.calls, favourites=False), times
-
-
 def _show(model: Model, judged: Sequence[Mapping[str, Any]]) -> None:
     rows = [
         [
@@ -235,6 +218,15 @@ def _show(model: Model, judged: Sequence[Mapping[str, Any]]) -> None:
     ]
     columns = ["trace (* without favourites)", "calls", "lru", "graphcache", "optimum", "over optimum", "captures"]
     record.table(f"{model.name}: total time over always-eager ({model.source})", columns, rows)
+
+
+def _first_capture(result: Mapping[str, Any]) -> float:
+    return float(_of_hits(result["capture_seconds"]))
+
+
+def _of_hits(figures: Mapping[str, Any]) -> Any:
+    """Those of the default way to record; files of version 0.1 name it otherwise."""
+    return figures["hit_auto"] if "hit_auto" in figures else figures["hit_bind"]
 
 
 def _p50(system: Mapping[str, Any]) -> float:

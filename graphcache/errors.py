@@ -20,7 +20,6 @@
     ├── CaptureError (RuntimeError)           only with on_failure="raise"
     ├── ModeConflictError (RuntimeError)      graphs together with an output allocator, when strict
     ├── ClosedError (RuntimeError)
-    ├── TraceError (ValueError)               a trace file is damaged, or is none
     ├── PackageError (ValueError)             a package file is damaged, or is none
     ├── NoGpuError (RuntimeError)
     ├── CudaError (RuntimeError)              a driver call failed
@@ -111,10 +110,6 @@ class ModeConflictError(GraphCacheError, RuntimeError):
 
 class ClosedError(GraphCacheError, RuntimeError):
     """An engine, a module or a graph was used after ``close()``."""
-
-
-class TraceError(GraphCacheError, ValueError):
-    """A file is no trace of calls, or a damaged one; the message names the line and the field."""
 
 
 class PackageError(GraphCacheError, ValueError):

@@ -845,13 +845,10 @@ def test_an_odd_option_of_prepare_is_taken_or_a_config_error(option):
     assert not untyped(ODD, lambda value: fast.prepare(X, **{option: value}) and 1, ConfigError)
 
 
-def test_an_odd_path_of_a_manifest_or_a_trace_is_a_typed_error(tmp_path, monkeypatch):
+def test_an_odd_path_of_a_manifest_is_a_typed_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fast = graphcache.wrap(mlp())
     assert not untyped(ODD, lambda value: fast.save_manifest(value) and 1, ConfigError)
-    assert not untyped(
-        ODD, lambda value: fast.record_trace(value).close(), graphcache.errors.TraceError, holds=lambda *_: True
-    )
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -32,7 +32,6 @@ from graphcache.modules.observers import Observer, Observers
 from graphcache.modules.parts import Parts
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.record import Recorded
-from graphcache.modules.recorded_calls import TraceRecording
 from graphcache.modules.routes import Routes
 from graphcache.modules.served_calls import served
 from graphcache.modules.session import Session
@@ -273,36 +272,6 @@ class Accounted(StandIn):
                     f"give a trace"
                 )
         return advise_axes(trace, most)
-
-    def record_trace(self, path: str | os.PathLike[str], *, max_calls: int = 10_000_000) -> TraceRecording:
-        """Record the signature of every call from now on, hits included, for ``python -m bench.policy --recorded``.
-
-        Calls take some 30 µs longer while they are recorded, and nothing more afterwards. Values of tensors are
-        not recorded.
-
-        Args:
-            path: Of the file, which must not exist.
-            max_calls: How many calls are recorded at most, 12 bytes each; the others are left out.
-
-        Returns:
-            A context manager that ends it, as its ``close()`` does.
-
-        Raises:
-            TraceError: If the file exists or cannot be made.
-            ConfigError: If ``max_calls`` is not a whole number, 1 or more.
-
-        Example:
-            >>> import tempfile
-            >>> from graphcache.cache.trace import read_trace
-            >>> from graphcache import CachedModule
-            >>> fast = CachedModule(nn.ReLU())
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     with fast.record_trace(f"{folder}/calls.jsonl"):
-            ...         _ = [fast(torch.zeros(size)) for size in (2, 3, 2)]
-            ...     read_trace(f"{folder}/calls.jsonl").calls
-            [0, 1, 0]
-        """
-        return TraceRecording(self._whole, path, max_calls=max_calls)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call ``subscriber`` with every capture, eviction and eager call from now on, in the thread of the call.

@@ -8,7 +8,6 @@ import pytest
 
 from bench import policy
 from bench.policy import failures, main, measured_models, read_models
-from graphcache.cache.trace import Input, TraceWriter
 
 # Half the slots and half the calls of the recorded run, so that it takes seconds.
 SMALL = ["--calls", "10000", "--slots", "8"]
@@ -107,19 +106,6 @@ def test_costs_that_are_none_are_refused_by_name(tmp_path, text, message):
     assert message in str(refused.value)
 
 
-def test_a_recorded_trace_is_simulated_with_its_own_costs(tmp_path):
-    file = tmp_path / "mine.jsonl"
-    with TraceWriter(file) as writer:
-        for index in range(4000):
-            writer.call(index % 3, {"x": Input((index % 3, 64), "float32")})
-        for key in range(3):
-            writer.costs(key, eager=1e-3, replay=1e-4, capture=5e-3)
-    assert main(["--recorded", str(file), "--models", "minilm", "--slots", "4", "--out", str(tmp_path)]) == 0
-    (result,) = json.loads((tmp_path / "policy.json").read_text())["results"]
-    assert (result["trace"], result["calls"], result["policies"]["graphcache"]["captures"]) == ("mine.jsonl", 4000, 3)
-    assert result["policies"]["eager"]["seconds"] == pytest.approx(4.0)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -128,8 +114,6 @@ def test_a_recorded_trace_is_simulated_with_its_own_costs(tmp_path):
         ["--calls", "0"],
         ["--slots", "0"],
         ["--noise", "-1"],
-        ["--recorded", "no/such/file"],
-        ["--models", "mlp8", "--recorded", __file__],
     ],
 )
 def test_bad_arguments_exit_with_2(arguments, tmp_path, capsys):
