@@ -32,6 +32,7 @@ ANY = Recipe()
 QUIET = Recipe(actions.QUIET, styles=("inline", "method", "closure", "part", "hook", "object", "lambda"))
 SETTLING = Recipe((*actions.QUIET, *actions.SETTLING))
 # State that is restored within a call is seen by whoever looks in the middle of a capture beside it.
+STILL = Recipe(actions.QUIET, any_thread=True)
 BESIDE = Recipe(tuple(a for a in ACTIONS if a is not actions.restores_what_it_sets), any_thread=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
@@ -137,7 +138,11 @@ def test_modules_whose_state_settles_are_captured_then() -> None:
 
 
 def test_two_threads_while_captures_are_made_beside_them(request: pytest.FixtureRequest) -> None:
-    """Callers take turns, so that a twin can follow them; captures are made whenever they are."""
+    """Callers take turns, so that a twin can follow them; captures are made whenever they are.
+
+    Only modules that change nothing are changed from outside: whoever empties a table while a capture beside the calls
+    is filling it races with it.
+    """
 
     def wrap(module: nn.Module) -> CachedModule:
         return graphcache.wrap(module, capture_in="background")
@@ -145,7 +150,8 @@ def test_two_threads_while_captures_are_made_beside_them(request: pytest.Fixture
     hits = 0
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         for seed in range(1000 if request.config.getoption("--full", default=False) else 100):
-            found = Drive(Program(seed, BESIDE), wrap, CHANGES)
+            recipe, changes = (STILL, CHANGES) if seed % 2 else (BESIDE, 0.0)
+            found = Drive(Program(seed, recipe), wrap, changes)
             for call in range(CALLS):
                 if not (other if call % 2 else one).submit(found.step).result():
                     pytest.fail(found.report(), pytrace=False)
