@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from graphcache.cache.advisor import Advice, Shape, advise
-from graphcache.cache.growing import Growing, Growth
 from graphcache.cache.places import Place
 from graphcache.errors import ConfigError, shown
 
@@ -36,7 +35,7 @@ class Seen:
         >>> import torch
         >>> seen = Seen()
         >>> for rows in (1, 3, 3):
-        ...     _ = seen.note(rows, (torch.zeros(rows, 4),), {})
+        ...     seen.note(rows, (torch.zeros(rows, 4),), {})
         >>> seen.counts(Place(0, "x"), {3: 5})
         {(1, 4): 1, (3, 4): 7}
     """
@@ -44,19 +43,13 @@ class Seen:
     def __init__(self, size: int = 4096) -> None:
         self._size = size
         self._calls: OrderedDict[Hashable, _Call] = OrderedDict()
-        self._growing = Growing()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def note(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Growth | None:
-        """A call that no graph of its signature has answered so far.
-
-        Returns:
-            An axis that has come in many sizes, once.
-        """
-        growth = None
+    def note(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A call that no graph of its signature has answered so far."""
         with self._lock:
             call = self._calls.get(key)
             if call is None:
@@ -65,10 +58,8 @@ class Seen:
                 call = self._calls[key] = _Call(shapes)
                 if len(self._calls) > self._size:
                     self._calls.popitem(last=False)
-                growth = self._growing.new(shapes)
             self._calls.move_to_end(key)
             call.count += 1
-        return growth
 
     def keys(self) -> list[Hashable]:
         """The signatures that are remembered, the longest unseen first."""

@@ -21,7 +21,8 @@ from graphcache.config import GraphConfig
 from graphcache.errors import CaptureError, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Subscriber, log
 from graphcache.graphs.buffers import put
-from graphcache.modules.bucketed import Bucketed, arguments_of
+from graphcache.modules.arguments import arguments_of
+from graphcache.modules.bucketed import Bucketed
 from graphcache.modules.conditions import is_compiling
 from graphcache.modules.described import described
 from graphcache.modules.engine import EngineModule

@@ -6,7 +6,6 @@ without. What fills its bucket already, fits none, or must not be padded, goes o
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +21,7 @@ from graphcache.cache.seen import Seen
 from graphcache.cache.signature import Signature, describe
 from graphcache.errors import Cause, ConfigError, InputError, Reason
 from graphcache.events import log
+from graphcache.modules.arguments import arguments_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.modules.later import Later
@@ -325,14 +325,3 @@ class Bucketed:
         except (ConfigError, InputError) as error:
             return Plan(None, Cause(Reason.PADDING, detail=str(error)))
         return Plan(fit)
-
-
-def arguments_of(module: Any) -> inspect.Signature | Sequence[str]:
-    """What a module's arguments are called, as far as it can be told."""
-    if isinstance(module, EngineModule):
-        return module.input_binding_names
-    try:
-        return inspect.signature(module.forward)
-    except (TypeError, ValueError):
-        # Compiled code, which does not say.
-        return inspect.signature(lambda *args, **kwargs: None)

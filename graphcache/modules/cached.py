@@ -35,7 +35,6 @@ from graphcache.modules.conditions import (
     transforms,
 )
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.growth import tell_growth
 from graphcache.modules.into import copy_into, has_hooks, shortly_into, straight_into
 from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.module_guards import guard_of
@@ -348,8 +347,7 @@ class CachedModule(Portable, Accounted):
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._notice_device(inputs)
-        if (growth := self._seen.note(signature, args, kwargs)) is not None:
-            tell_growth(self._whole, growth)
+        self._seen.note(signature, args, kwargs)
         if self._bucketed is not None:
             answer = self._bucketed.answer(signature, inputs, args, kwargs, self._hit)
             if answer is not UNPADDED:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from graphcache.cache.admission import Admission
 from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
+from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.signature import Signature
-from graphcache.cache.thrash import Thrash
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
@@ -22,6 +22,7 @@ from graphcache.events import Captured, Ledger, QuietLock, log
 from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
 from graphcache.keys.guards import ModuleGuard
+from graphcache.modules.arguments import arguments_of
 from graphcache.modules.background import nothing
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.module_guards import EngineGuard
@@ -80,7 +81,7 @@ class Captures:
         """What calls were like, for a manifest."""
         self.arbiter: Arbiter | None = None
         """Of the device of the last capture."""
-        self._thrash = Thrash()
+        self._churn = ChurnWatch()
         self.lock = QuietLock()
         """Held while a call is captured, and by whoever drops graphs."""
         self.cuda = self._engine is not None
@@ -111,7 +112,7 @@ class Captures:
         with self.lock:
             self.generation += 1
             self._cache.clear(wait=wait)
-            self._thrash.forget()
+            self._churn.forget()
             self.blocks.clear()
             self.recorder.release(wait=wait)
             self._cache.shared = 0
@@ -233,7 +234,7 @@ class Captures:
             if slower is not None:
                 self._cache.evict(signature)
             if preparation is None:
-                self._notice_thrash(signature)
+                self._notice_churn(signature)
                 return None
             preparation.keep(self._cache.entries, signature)
             return slower
@@ -274,7 +275,9 @@ class Captures:
             return self._engine.device
         return next((tensor.device for tensor in inputs if tensor.is_cuda), torch.device("cpu"))
 
-    def _notice_thrash(self, signature: Signature) -> None:
+    def _notice_churn(self, signature: Signature) -> None:
         hits = self._ledger.retired_hits + sum(entry.hits for entry in list(self._cache.entries.values()))
-        if (seen := self._thrash.captured(signature, hits)) is not None:
-            log.warning("%s: %s", self._ledger.name, seen.advice(self._cache, self._config.capture))
+        if (seen := self._churn.captured(signature, hits)) is not None:
+            log.warning(
+                "%s: %s", self._ledger.name, seen.advice(self._cache, self._config.capture, arguments_of(self.module))
+            )

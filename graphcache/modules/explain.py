@@ -16,7 +16,7 @@ from graphcache.cache.admission import Known
 from graphcache.cache.wording import Words, differences, distance, words_of
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
-from graphcache.modules.bucketed import arguments_of
+from graphcache.modules.arguments import arguments_of
 from graphcache.modules.controls import controls
 from graphcache.modules.described import described, on_device
 from graphcache.modules.info import CacheInfo

@@ -9,7 +9,7 @@ from inspect import Signature as Function
 from graphcache.cache.wording import words_of
 from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
-from graphcache.modules.bucketed import arguments_of
+from graphcache.modules.arguments import arguments_of
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo

@@ -105,9 +105,3 @@ def test_calls_of_a_signature_with_the_hits_of_its_graph():
     seen.lend("a")
     assert seen.keys() == ["a"]
     assert (seen.calls("a"), seen.calls("a", 5), seen.calls("b"), seen.calls("b", 5)) == (2, 7, 0, 5)
-
-
-def test_an_axis_that_keeps_growing_is_told_of_once():
-    seen = Seen()
-    found = [seen.note(size, (torch.zeros(1, size),), {}) for size in (*range(20), *range(20))]
-    assert [index for index, growth in enumerate(found) if growth] == [7]

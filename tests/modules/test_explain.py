@@ -199,30 +199,46 @@ def test_costs(costs, calls, said):
 
 
 def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if "came in 8 sizes" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "calls that were new" in record.getMessage()]
 
 
-def test_eight_sizes_without_a_graph_are_warned_of_once(caplog):
+def test_sizes_that_are_new_at_each_call_are_warned_of_once(caplog):
     caplog.set_level(logging.WARNING, logger="graphcache")
     fast = tokens()
-    for length in range(1, 8):
-        ids(fast, length)
+    for length in range(1, 32):
         ids(fast, length)
     assert warnings_of(caplog) == []
-    for length in range(8, 30):
+    for length in range(32, 99):
         ids(fast, length)
     [said] = warnings_of(caplog)
-    assert said.startswith("Tokens: `input_ids` dim 1 came in 8 sizes that had no graph (1, 2, 3, 4, 5, 6, 7, 8), ")
+    assert said.startswith("Tokens: 32 of the last 32 captures were of calls that were new, ")
+    assert "`input_ids` dim 1 had 32 values (1, 2, 3, 4, …)" in said
+    assert "buckets={'input_ids': {1: [1, …]}}" in said
     assert said.endswith("(Said once.)")
 
 
-@pytest.mark.parametrize("how", ["prepared", "buckets", "off"])
+def test_a_number_that_is_new_at_each_call_is_named(caplog):
+    class Step(nn.Module):
+        def forward(self, x, step):
+            return x * (1.0 - step / 1000)
+
+    fast = graphcache.wrap(Step())
+    for step in range(99):
+        fast(torch.ones(2), step)
+    [said] = warnings_of(caplog)
+    assert "`step` had 32 values (0, 1, 2, 3, …)" in said
+    assert "pass `step` as a tensor" in said
+
+
+@pytest.mark.parametrize("how", ["prepared", "buckets", "off", "worthwhile", "hits"])
 def test_sizes_that_are_provided_for_are_not_warned_of(caplog, how):
     caplog.set_level(logging.WARNING, logger="graphcache")
-    fast = tokens(**({"buckets": {"input_ids": {1: [16, 32]}}} if how == "buckets" else {}))
+    options = {"buckets": {"buckets": {"input_ids": {1: [16, 64]}}}, "worthwhile": {"capture": "worthwhile"}}
+    fast = tokens(**options.get(how, {}))
     if how == "prepared":
-        fast.prepare(*[(torch.zeros(1, length),) for length in range(1, 20)], progress=False)
+        fast.prepare(*[(torch.zeros(1, length),) for length in range(1, 60)], progress=False)
     with graphs_off() if how == "off" else nullcontext():
-        for length in range(1, 20):
-            ids(fast, length)
+        for length in range(1, 60):
+            for _ in range(3 if how == "hits" else 1):
+                ids(fast, length)
     assert warnings_of(caplog) == []
