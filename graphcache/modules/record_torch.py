@@ -135,7 +135,7 @@ class TorchRecorder:
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with running():
+            with running(), graphs_off():
                 if running is not nullcontext:
                     # It was observed to have no effects in the state of then.
                     self._check_unchanged(effects.version)
@@ -369,8 +369,7 @@ class _Call:
     def call(self, static: Sequence[Tensor]) -> Any:
         """What the module returns for other tensors."""
         args, kwargs = substitute(self._args, self._kwargs, self._spread(static))
-        with graphs_off():
-            return self._function(*args, **kwargs)
+        return self._function(*args, **kwargs)
 
     def eager(self, static: Sequence[Tensor], when: str, wanted: Sequence[Tensor]) -> list[Tensor]:
         """The outputs on some inputs, held against what they were before."""
