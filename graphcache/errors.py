@@ -243,7 +243,7 @@ class Reason(enum.Enum):
     UNOBSERVED = (
         "unobserved",
         "not everything that the call does besides answering could be observed",
-        "name the state that does not matter to the answer in ignore=[...], such as 'self.history'",
+        "name the state that does not matter to the answer in the option ignore, as in ignore=['self.history']",
     )
     ALIASES_STATE = (
         "aliases_state",

@@ -12,15 +12,15 @@ TRANSIENT = (
     Reason.OUT_OF_MEMORY,
     Reason.OVER_BUDGET,
     Reason.MISMATCH,
-    Reason.MUTATES,
     Reason.ALIASES_STATE,
 )
-LASTING = tuple(reason for reason in Reason if reason not in TRANSIENT)
+EFFECTS = (Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED)
+LASTING = tuple(reason for reason in Reason if reason not in TRANSIENT + EFFECTS)
 
 
-def waits(blocks: Blocks, key: str) -> int:
+def waits(blocks: Blocks, key: str, version: int = 0) -> int:
     """How many calls run eagerly before capturing may be tried again."""
-    return next(count for count in range(10_000) if blocks.cause(key) is None)
+    return next(count for count in range(10_000) if blocks.cause(key, version) is None)
 
 
 def test_an_unknown_key_is_not_blocked():
@@ -42,6 +42,47 @@ def test_what_may_pass_is_tried_again_after_16_calls_then_32_then_64(reason):
         blocks.block("a", Cause(reason))
         seen.append(waits(blocks, "a"))
     assert seen == [16, 32, 64, 128]
+
+
+@pytest.mark.parametrize("reason", EFFECTS)
+@pytest.mark.parametrize("version", [0, 1])
+def test_an_effect_is_looked_for_at_the_next_call_then_after_2_4_and_8(reason, version):
+    blocks = Blocks()
+    seen = []
+    for _ in range(6):
+        blocks.block("a", Cause(reason))
+        seen.append(waits(blocks, "a", version))
+    assert seen == [0, 2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("reason", [*LASTING, *TRANSIENT])
+def test_once_the_module_has_changed_every_denial_is_looked_at_again_as_soon(reason):
+    blocks = Blocks()
+    seen = []
+    for version in range(4):
+        blocks.block("a", Cause(reason), version)
+        assert blocks.cause("a", version) == Cause(reason)
+        seen.append(waits(blocks, "a", version + 1))
+    # One call of each wait was counted under the version of the denial.
+    assert seen == [0, 1, 3, 7]
+
+
+def test_a_state_that_is_back_under_another_version_denies_nothing_for_good():
+    blocks = Blocks()
+    blocks.block("a", Cause(Reason.HOST_READ), version=3)
+    assert blocks.cause("a", 4) is None
+    assert blocks.look("a", 4) == (Cause(Reason.HOST_READ), 0)
+    assert blocks.look("a", 3) == (Cause(Reason.HOST_READ), None)
+
+
+def test_a_key_that_was_captured_begins_anew():
+    blocks = Blocks()
+    for _ in range(4):
+        blocks.block("a", Cause(Reason.MUTATES))
+    blocks.forget("a")
+    blocks.forget("unknown")
+    blocks.block("a", Cause(Reason.MUTATES))
+    assert waits(blocks, "a") == 0
 
 
 def test_once_due_a_key_stays_due_until_it_fails_again():
@@ -70,9 +111,9 @@ def test_the_latest_cause_counts():
 def test_beyond_the_size_the_longest_unused_is_forgotten():
     blocks = Blocks(size=2)
     for key in "ab":
-        blocks.block(key, Cause(Reason.RANDOM))
+        blocks.block(key, Cause(Reason.HOST_READ))
     blocks.cause("a")
-    blocks.block("c", Cause(Reason.RANDOM))
+    blocks.block("c", Cause(Reason.HOST_READ))
     assert [blocks.cause(key) is not None for key in "abc"] == [True, False, True]
 
 
@@ -86,12 +127,12 @@ def test_clear_forgets_everything_the_wait_too():
     assert waits(blocks, "a") == 16
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([Reason.RANDOM, Reason.MISMATCH])), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([Reason.HOST_READ, Reason.MISMATCH])), max_size=60))
 def test_memory_is_bounded_and_the_last_key_is_always_known(blocked):
     blocks = Blocks(size=3)
     for key, reason in blocked:
         blocks.block(key, Cause(reason))
-        assert len(blocks) == len(blocks._causes) <= 3
+        assert len(blocks) <= 3
         assert blocks.cause(key) == Cause(reason)
 
 

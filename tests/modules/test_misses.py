@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.cache.signature import describe
+from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason
 from graphcache.events import Ledger
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.module_guards import guard_of
 from graphcache.modules.parts import Parts
 from graphcache.modules.record import Recorded
 
@@ -29,10 +31,10 @@ class Slow:
         self.ledger = Ledger("net")
         self.cache: GraphCache[Recorded] = GraphCache(max_graphs=2)
         self.hits = 0
-        freshness = Freshness(module, self, checks_weights=True)
         config = GraphConfig(**options)
+        guard, gate = guard_of(module, self, config.ignore), RunGate(module)
         parts = Parts(module, config, lambda name, part, options: CachedModule(part, options, name=name))
-        self.misses = Misses(module, module, config, self.ledger, self.cache, parts, freshness)
+        self.misses = Misses(module, module, config, self.ledger, self.cache, parts, guard, gate)
 
     def hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
         self.hits += 1
@@ -98,7 +100,7 @@ def test_on_failure_raises_what_cannot_be_captured_and_nothing_else() -> None:
         assert torch.equal(slow(X + 3), slow.module(X + 3))
 
 
-def test_weights_that_were_replaced_drop_every_graph() -> None:
+def test_a_graph_of_weights_that_were_replaced_is_captured_again() -> None:
     slow = Slow(net())
     slow(X)
     slow.module[0].weight.data = torch.randn(4, 4)
