@@ -86,8 +86,9 @@ class GraphConfig:
             that is no faster than eager execution; an account bounds what captures may take of the whole time.
             ``"prepared"`` captures only what ``prepare`` was given.
         capture_in: ``"foreground"`` captures within the call. ``"background"`` answers eagerly, with the reason
-            ``pending``, and captures on copies of its tensors in a thread beside it; such a graph has scratch memory
-            of its own.
+            ``pending``, and captures later, on copies of the call's tensors, in another thread. That thread runs the
+            module alone: a call that runs the module meanwhile waits for one run at most. Such a graph has scratch
+            memory of its own.
         max_graphs: How many graphs are kept, at least 1; the least recently used goes first, with
             ``capture="worthwhile"`` the one that saved least lately.
         max_bytes: Device memory in bytes that all kept graphs may own together; ``None`` means no bound in bytes.

@@ -114,6 +114,9 @@ class Captures:
             self._cache.clear(wait=wait)
             self._churn.forget()
             self.blocks.clear()
+            if isinstance(self._guard, ModuleGuard):
+                # It keeps what the module held when it was looked at, such as weights that were replaced since.
+                self._guard.forget()
             self.recorder.release(wait=wait)
             self._cache.shared = 0
 

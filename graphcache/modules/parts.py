@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -107,8 +108,8 @@ class Parts:
         """Those of a part, whose own paths begin with ``self``."""
         ends = [f"[{each}]" if each.isdigit() else f".{each}" for each in name.split(".")]
         prefix = "self" + "".join(ends)
-        own = [f"self{each.removeprefix(prefix)}" for each in config.ignore if each.startswith(prefix)]
-        return replace(config, ignore=(*config.ignore, *own))
+        found = (each for path in config.ignore for each in _within(path, prefix))
+        return replace(config, ignore=tuple(dict.fromkeys(found)))
 
     def _has_engines(self) -> bool:
         # They record no gradients in any case; of a model in training that has none, nothing would be captured.
@@ -154,3 +155,20 @@ class Parts:
         self._found = False
         if not self.whole:
             self.find()
+
+
+def _within(path: str, prefix: str) -> list[str]:
+    """What a path that may hold ``*`` is called in the submodule at ``prefix``; empty if it does not reach there."""
+    if not path.startswith("self"):
+        # It is found from elsewhere, such as a global.
+        return [path]
+    found = []
+    for end in range(len(path) + 1):
+        head, rest = path[:end], path[end:]
+        if re.fullmatch(re.escape(head).replace(r"\*", ".*"), prefix):
+            # What * stands for may go on in the submodule.
+            found += [f"self*{rest}"] if head.endswith("*") else []
+            found += [f"self{rest}"] if not rest or rest[0] in ".[*" else []
+    if not found and re.match(re.escape(path).replace(r"\*", ".*") + r"[.[]", prefix):
+        return ["self"]
+    return found

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from graphcache.modules.freshness import Freshness
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
@@ -72,12 +71,15 @@ def test_who_comes_second_finds_the_graph_of_the_first() -> None:
     assert (slow.ledger.captures, slow.hits) == (1, 1)
 
 
-def test_a_graph_that_cannot_answer_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_could_not_answer_is_proven_by_the_call_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(net())
     slow(X)
     monkeypatch.setattr(slow, "hit", lambda *_: STALE)
     assert torch.equal(slow(X), slow.module(X))
-    assert (slow.ledger.captures, len(slow.cache)) == (2, 1)
+    assert (slow.ledger.captures, len(slow.cache)) == (1, 1)
+    monkeypatch.undo()
+    assert torch.equal(slow(X), slow.module(X))
+    assert slow.hits == 1
 
 
 def test_what_cannot_be_captured_is_answered_once_and_remembered() -> None:

@@ -1,20 +1,22 @@
+"""What makes graphs of a module stale, and what does not: behind ``wrap``, and the guard by itself."""
+
 from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from graphcache.modules.state import Dependencies, Watch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import graphcache
 from graphcache import CachedModule, Reason
-from graphcache.errors import Refusal
+from graphcache.keys.guards import ModuleGuard
+from graphcache.modules.module_guards import guard_of
 from tests.helpers import Fn, frozen, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -288,89 +290,6 @@ def test_what_was_blocked_is_tried_again_after_a_change():
     assert reason(fast, X) is None
 
 
-# ---- what a call changes
-
-
-def test_the_callers_tensor_is_changed_exactly_once():
-    fast = graphcache.wrap(Fn(lambda _, x: x.add_(1) * 2))
-    x = torch.zeros(3)
-    for count in (1, 2, 3):
-        assert fast(x).tolist() == [2.0 * count] * 3
-        assert x.tolist() == [float(count)] * 3
-    assert outcomes(fast) == (0, 0, {Reason.MUTATES: 3})
-
-
-STATEFUL = {
-    "parameter": lambda self: self.parameter.add_(1),
-    "buffer": lambda self: self.buffer.add_(1),
-    "data of a buffer": lambda self: self.buffer.data.add_(1),
-    "detached buffer": lambda self: self.buffer.detach().add_(1),
-    "numpy view of a buffer": lambda self: self.buffer.numpy().__iadd__(1),
-    "replaced buffer": lambda self: setattr(self, "buffer", self.buffer + 1),
-    "tensor in a list": lambda self: self.kept[0].add_(1),
-    "replaced tensor": lambda self: setattr(self, "plain", self.plain + 1),
-    "number": lambda self: setattr(self, "count", self.count + 1),
-}
-
-
-@pytest.mark.parametrize("name", STATEFUL)
-@pytest.mark.parametrize("visible", [True, False])
-def test_state_is_changed_exactly_once_per_call(name, visible):
-    def forward(self: Any, x: Tensor) -> Tensor:
-        STATEFUL[name](self)
-        return x * 2 + self.total() if visible else x * 2
-
-    def make() -> nn.Module:
-        module = Fn(
-            forward,
-            parameter=nn.Parameter(torch.zeros(1)),
-            buffer=nn.Buffer(torch.zeros(1)),
-            kept=[torch.zeros(1)],
-            count=0,
-        )
-        module.__dict__["plain"] = torch.zeros(1)
-        module.total = lambda: (
-            module.parameter.detach() + module.buffer + module.kept[0] + module.plain + float(module.count)
-        )
-        return module.requires_grad_(False)
-
-    module, twin = make(), make()
-    fast = graphcache.wrap(module)
-    for _ in range(4):
-        assert same(fast(X), twin(X))
-        assert same(module.total(), twin.total())
-
-
-def test_random_numbers_are_drawn_as_eager_draws_them():
-    fast = graphcache.wrap(nn.Dropout(0.5))
-    torch.manual_seed(7)
-    answers = [fast(X) for _ in range(3)]
-    torch.manual_seed(7)
-    assert same(answers, [fast.module(X) for _ in range(3)])
-    assert fast.cache_info().eager == {Reason.RANDOM: 3}
-
-
-def test_a_generator_of_the_modules_own_advances_as_in_eager():
-    def make() -> nn.Module:
-        return Fn(lambda self, x: x + torch.rand(4, generator=self.own), own=torch.Generator().manual_seed(1))
-
-    fast, twin = graphcache.wrap(make()), make()
-    for _ in range(3):
-        assert same(fast(X), twin(X))
-    assert fast.cache_info().eager == {Reason.RANDOM: 3}
-
-
-def test_nobody_keeps_the_callers_tensors():
-    fast = graphcache.wrap(Fn(lambda _, x: (x[0], x * 2)))
-    for _ in range(2):
-        x = X.clone()
-        answer = fast(x)
-        gone = [weakref.ref(x), weakref.ref(answer[0]), weakref.ref(answer[1])]
-        del x, answer
-        gc.collect()
-        assert [each() for each in gone] == [None] * 3
-
-
 @pytest.mark.parametrize("how", ["close", "clear", "evict", "stale", "del"])
 def test_weights_and_buffers_of_a_graph_go_with_it(how):
     net = frozen(nn.Linear(4, 4))
@@ -394,85 +313,244 @@ def test_weights_and_buffers_of_a_graph_go_with_it(how):
     assert how == "evict" or old() is None
 
 
-# ---- the pieces
-
-
-def test_a_fingerprint_is_the_same_until_something_changes(net):
-    dependencies = Dependencies(net)
-    first = dependencies.fingerprint()
-    net.first.weight.add_(1)
-    assert dependencies.fingerprint() == first
-    replace_data(net)
-    assert dependencies.fingerprint() != first
-
-
-def test_dependencies_know_every_tensor_and_whether_one_wants_gradients(net):
-    dependencies = Dependencies(net)
-    expected = [*net.parameters(), *net.buffers()]
-    assert {id(each) for each in dependencies.tensors()} == {id(each) for each in expected}
-    assert not dependencies.requires_grad()
-    net.first.bias.requires_grad_(True)
-    assert dependencies.requires_grad()
-    assert Dependencies(nn.ReLU()).tensors() == []
-
-
-def test_a_watch_names_what_was_changed(net):
-    x = torch.zeros(2)
-    changes = (
-        (lambda: x.add_(1), r"args\[0\]"),
-        (lambda: net.first.weight.add_(1), "aten.add_.Tensor"),
-        (lambda: setattr(net, "seen", 5), "attribute 'seen'"),
-        (lambda: net.norm.running_mean.numpy().fill(3.0), "a buffer"),
-    )
-    for change, where in changes:
-        with Watch([x], Dependencies(net)) as watch:
-            net(X)
-            change()
-        with pytest.raises(Refusal, match=rf"mutates.*\(at {where}\)"):
-            watch.check()
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int64], ids=str
-)
-def test_a_watch_sees_changes_of_inference_tensors(dtype):
-    with torch.inference_mode():
-        x = torch.zeros(2, 3).to(dtype).t()
-        with Watch([x], Dependencies(nn.ReLU())) as watch:
-            x[1, 1] = 1
-        with pytest.raises(Refusal, match="mutates"):
-            watch.check()
-
-
-def test_a_watch_lets_a_call_write_into_what_it_made():
-    with Watch([X], Dependencies(nn.ReLU())) as watch:
-        torch.zeros(2).add_(1)
-        torch.tensor([1.0, 2.0]).mul_(2)
-        (X + 1).relu_().t().sub_(1)
-    watch.check()
-
-
-@pytest.mark.parametrize("draw", [lambda: torch.rand(1), lambda: torch.ones(3).normal_(), lambda: torch.randperm(4)])
-def test_a_watch_sees_random_numbers(draw):
-    with Watch([], Dependencies(nn.ReLU())) as watch:
-        draw()
-    with pytest.raises(Refusal, match="random"):
-        watch.check()
-
-
-def test_random_numbers_of_another_thread_are_not_the_modules():
-    def forward(_: Any, x: Tensor) -> Tensor:
-        thread = threading.Thread(target=torch.rand, args=(1,))
-        thread.start()
-        thread.join()
-        return x * 2
-
-    fast = graphcache.wrap(Fn(forward))
-    for _ in range(2):
-        assert same(fast(X), X * 2)
-    assert outcomes(fast) == (1, 1, {})
-
-
 def test_an_unused_module_is_no_reason_to_capture_again():
     fast = captured(nn.Sequential(mlp(), nn.Identity()))
     assert replays(fast, X)
+
+
+# ---- the guard by itself
+
+
+class Plain(nn.Module):
+    """Python state of several kinds, reached in several ways."""
+
+    kind = "class"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = frozen(nn.Linear(4, 4))
+        self.number = 1.5
+        self.table: dict[str, Any] = {"a": [1, {"deep": 2}]}
+        self.names = {"x"}
+        counted = [0]
+        self.closure = lambda x: x + counted[0]
+        self.counted = counted
+
+    def forward(self, x: Tensor, by: list[float] = [1.0]) -> Tensor:  # noqa: B006 - a default value is state as well
+        return self.closure(self.linear(x)) * FACTOR[0] * by[0]
+
+
+FACTOR = [1.0]
+HOOKS: list[Any] = []
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "an attribute": (lambda m: setattr(m, "number", 2.5), "self.number"),
+    "a new attribute": (lambda m: setattr(m, "another", 1), "self.another"),
+    "an attribute that is deleted": (lambda m: delattr(m, "number"), "self.number"),
+    "an item at any depth": (lambda m: m.table["a"][1].update(deep=3), "self.table['a'][1]['deep']"),
+    "a longer list": (lambda m: m.table["a"].append(3), "self.table['a']"),
+    "a set": (lambda m: m.names.add("y"), "self.names"),
+    "a variable of a closure": (lambda m: m.counted.append(1), "counted"),
+    "a global": (lambda m: FACTOR.append(2.0), "FACTOR"),
+    "a default value": (lambda m: type(m).forward.__defaults__[0].append(2.0), "__defaults__"),
+    "an attribute of the class": (lambda m: setattr(type(m), "kind", "other"), "Plain.kind"),
+    "a method": (lambda m: setattr(type(m), "extra_repr", lambda self: ""), "Plain.extra_repr"),
+    "a training flag": (lambda m: m.linear.train(), "self.linear.training"),
+    "a hook": (lambda m: m.linear.register_forward_hook(lambda *_: None), "self.linear._forward_hooks"),
+    "a hook of all modules": (
+        lambda m: HOOKS.append(nn.modules.module.register_module_forward_hook(lambda *_: None)),
+        "_global_forward_hooks",
+    ),
+    "a parameter": (lambda m: setattr(m.linear, "bias", None), "self.linear.bias"),
+    "the data of a parameter": (lambda m: setattr(m.linear.weight, "data", torch.zeros(4, 4)), "self.linear.weight"),
+    "a dtype": (lambda m: m.linear.double(), "dtype"),
+    "a submodule": (lambda m: setattr(m, "linear", nn.ReLU()), "self.linear"),
+}
+
+
+@pytest.fixture
+def plain() -> Iterator[Plain]:
+    """The module; what it reaches outside of it is put back."""
+    defaults = Plain.forward.__defaults__
+    yield Plain()
+    for handle in HOOKS:
+        handle.remove()
+    HOOKS.clear()
+    assert defaults is not None
+    del FACTOR[1:], defaults[0][1:]
+    Plain.kind = "class"
+    if "extra_repr" in vars(Plain):
+        del Plain.extra_repr
+
+
+@pytest.mark.parametrize("armed", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_any_kind_is_noticed_and_named(name: str, armed: bool, plain: Plain) -> None:
+    change, path = CHANGES[name]
+    guard = ModuleGuard(plain)
+    guard.snapshot()
+    if armed:
+        guard.arm()
+    assert guard.holds()
+    assert guard.reason == ""
+    change(plain)
+    assert not guard.holds()
+    assert guard.has_changed()
+    assert not guard.holds(), "asking does not make it right"
+    assert guard.is_stale(False)
+    assert path in guard.reason
+    guard.snapshot()
+    assert guard.holds()
+
+
+def test_a_guard_that_has_seen_nothing_holds_nothing() -> None:
+    guard = ModuleGuard(nn.ReLU())
+    guard.arm()
+    assert not guard.holds()
+    assert not guard.has_changed()
+    assert guard.change() is None
+    assert guard.reason == ""
+
+
+def test_the_version_goes_up_when_a_change_is_taken_note_of_and_not_before() -> None:
+    module = mlp()
+    guard = ModuleGuard(module)
+    first = guard.snapshot()
+    assert guard.snapshot() is first
+    module[0].bias = None
+    assert not guard.holds()
+    assert guard.version == 0
+    assert guard.snapshot() is not first
+    assert guard.version == 1
+    guard.forget()
+    guard.forget()
+    assert guard.version == 2
+    assert not guard.has_changed(), "what is forgotten has not changed"
+    assert guard.is_stale(False), "nor does it hold"
+
+
+def test_values_in_place_keep_graphs_but_are_effects() -> None:
+    module = mlp()
+    guard = ModuleGuard(module)
+    guard.snapshot()
+    assert guard.change() is None
+    module[0].weight.mul_(2)
+    assert guard.holds()
+    change = guard.change()
+    assert change is not None
+    assert change.path == "self[0].weight"
+    guard.snapshot()
+    assert guard.change() is None
+    assert guard.version == 0
+
+
+def test_equal_numbers_and_strings_in_place_of_others_are_no_change(plain: Plain) -> None:
+    plain.version = "".join(["a", "b"])
+    guard = ModuleGuard(plain)
+    guard.snapshot()
+    guard.arm()
+    plain.version = "".join(["a", "b"])
+    plain.number = float("1.5")
+    assert guard.holds()
+    plain.number = True
+    assert not guard.holds()
+
+
+def test_a_guard_tells_whether_a_parameter_wants_gradients() -> None:
+    module = mlp()
+    guard = ModuleGuard(module)
+    assert not guard.requires_grad()
+    guard.snapshot()
+    module[0].bias.requires_grad_()
+    assert guard.requires_grad()
+    assert guard.is_stale(True)
+    assert guard.reason.startswith("self[0].bias")
+
+
+def test_a_graph_is_right_under_its_version_and_ambient_state_alone() -> None:
+    guard = ModuleGuard(mlp())
+    guard.snapshot()
+    is_stale = guard.stale_since(guard.version)
+    assert not is_stale(False)
+    with torch.device("meta"):
+        assert is_stale(False)
+    assert not is_stale(False)
+    guard.forget()
+    guard.snapshot()
+    assert is_stale(False)
+
+
+def test_an_ignored_path_is_no_change(plain: Plain) -> None:
+    guard = ModuleGuard(plain, ignore=["self.table['a'][*]", "self.number"])
+    guard.snapshot()
+    plain.number = 9
+    plain.table["a"][1]["deep"] = 9
+    plain.table["a"][0] = 9
+    assert guard.holds()
+    plain.table["b"] = [1]
+    assert not guard.holds()
+
+
+def test_the_guard_keeps_nobody_who_holds_graphs() -> None:
+    class User:
+        """Holds graphs."""
+
+    user = User()
+    gone = weakref.ref(user)
+    guard = guard_of(mlp(), user, ())
+    guard.snapshot()
+    del user
+    gc.collect()
+    assert gone() is None
+
+
+# ---- what is captured again, and what is proven to be right still
+
+
+def test_a_change_that_answers_do_not_depend_on_costs_a_proof_and_no_capture() -> None:
+    module = Plain()
+    fast = captured(module)
+    for size in (3, 5):
+        fast(torch.ones(size, 4))
+    module.unused = "new"
+    for size in (3, 2, 5, 3):
+        x = torch.ones(size, 4)
+        assert same(fast(x), module(x))
+    info = fast.cache_info()
+    assert (info.captures, info.graphs) == (3, 3)
+    # The second call of three rows is a hit again.
+    assert info.hits == 2
+
+
+def test_a_memo_that_grows_by_shape_settles_and_what_was_captured_before_is_proven_again() -> None:
+    class Memo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables: dict[int, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) not in self.tables:
+                self.tables[len(x)] = torch.arange(float(len(x)))[:, None]
+            return x + self.tables[len(x)]
+
+    module = Memo()
+    fast = graphcache.wrap(module)
+    for _ in range(5):
+        for size in (1, 2, 3):
+            x = torch.ones(size, 4)
+            assert same(fast(x), x + torch.arange(float(size))[:, None])
+    info = fast.cache_info()
+    assert info.captures == 3
+    # Each size fills the table once, and is captured at its second call.
+    assert info.eager == {Reason.MUTATES: 3}
+    assert info.hits >= 6
+
+
+def test_a_change_that_answers_depend_on_is_captured_again() -> None:
+    module = Plain()
+    fast = captured(module)
+    module.counted[0] = 5
+    for _ in range(2):
+        assert same(fast(X), module(X))
+    assert fast.cache_info().captures == 2
+    assert fast.cache_info().graphs == 1

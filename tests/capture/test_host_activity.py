@@ -1,0 +1,263 @@
+"""What the Python code of a call does past the dispatcher is noticed, and what does no harm is not."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import multiprocessing.pool
+import os
+import queue
+import random
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import graphcache
+from graphcache import Reason
+from graphcache.capture.host_activity import HostActivity, is_available
+from graphcache.errors import Cause
+from tests.helpers import Fn, outcomes, replays
+
+X = torch.ones(2, 4)
+
+
+def cause_of(function: Callable[[], object], *, reads: bool = True) -> Cause | None:
+    host = HostActivity()
+    host.reads = reads
+    with host:
+        function()
+    return host.cause
+
+
+def started() -> None:
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+
+
+def handed_on() -> None:
+    """Lets another thread go on that waits for a lock."""
+    lock = threading.Lock()
+    lock.acquire()
+    other = LOCKED
+    other.release()
+
+
+LOCKED = threading.Lock()
+
+
+@pytest.fixture(autouse=True)
+def locked() -> Iterator[None]:
+    """A lock that was acquired before."""
+    LOCKED.acquire()
+    yield
+    if LOCKED.locked():
+        LOCKED.release()
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[tuple[ThreadPoolExecutor, multiprocessing.pool.ThreadPool]]:
+    with ThreadPoolExecutor(1) as executor, multiprocessing.pool.ThreadPool(1) as pool:
+        executor.submit(int).result()
+        yield executor, pool
+
+
+def full() -> queue.Queue[int]:
+    waiting: queue.Queue[int] = queue.Queue()
+    waiting.put(1)
+    return waiting
+
+
+QUEUE = full()
+EVENT = threading.Event()
+EVENT.set()
+SIMPLE: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
+    "numpy()": (lambda: X.numpy(), Reason.HOST_READ, "Tensor.numpy"),
+    "tolist()": (lambda: X.tolist(), Reason.HOST_READ, "Tensor.tolist"),
+    "data_ptr()": (lambda: X.data_ptr(), Reason.HOST_READ, "Tensor.data_ptr"),
+    "asarray": (lambda: np.asarray(X), Reason.HOST_READ, "Tensor.numpy"),
+    "time": (lambda: time.time(), Reason.RANDOM, "time.time"),
+    "perf_counter": (lambda: time.perf_counter(), Reason.RANDOM, "time.perf_counter"),
+    "monotonic_ns": (lambda: time.monotonic_ns(), Reason.RANDOM, "time.monotonic_ns"),
+    "localtime": (lambda: time.localtime(), Reason.RANDOM, "time.localtime"),
+    "urandom": (lambda: os.urandom(1), Reason.RANDOM, "os.urandom"),
+    "a generator of Python's": (lambda: random.Random(1).random(), Reason.RANDOM, "Random.random"),
+    "the generator of Python's": (lambda: random.random(), Reason.RANDOM, "Random.random"),
+    "randint": (lambda: random.randint(1, 2), Reason.RANDOM, "Random.getrandbits"),
+    "a thread": (started, Reason.HOST_READ, "Thread.start"),
+    "an event that is set": (lambda: EVENT.set(), Reason.HOST_READ, "Event.set"),
+    "an event that is waited for": (lambda: EVENT.wait(), Reason.HOST_READ, "Event.wait"),
+    "a queue, put": (lambda: QUEUE.put(1), Reason.HOST_READ, "Queue.put"),
+    "a queue, get": (lambda: QUEUE.get(), Reason.HOST_READ, "Queue.get"),
+    "a simple queue": (lambda: SIMPLE.put(1), Reason.HOST_READ, "SimpleQueue.put"),
+    "a lock of others": (handed_on, Reason.HOST_READ, "lock.release"),
+    "fork of TorchScript": (lambda: torch._C.wait(torch._C.fork(torch.neg, X)), Reason.HOST_READ, "fork"),
+}
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_what_no_graph_repeats_is_noticed_and_named(name: str) -> None:
+    function, reason, where = NOTICED[name]
+    QUEUE.put(1)
+    cause = cause_of(function)
+    assert cause is not None
+    assert (cause.reason, cause.where) == (reason, where)
+    assert is_available()
+
+
+def test_work_for_pools_is_noticed(pools: tuple[ThreadPoolExecutor, multiprocessing.pool.ThreadPool]) -> None:
+    executor, pool = pools
+    done = executor.submit(int)
+    done.result()
+    expected = {
+        "ThreadPoolExecutor.submit": lambda: executor.submit(int),
+        "Future.result": lambda: done.result(),
+        "Future.exception": lambda: done.exception(),
+        "Pool.apply": lambda: pool.apply(int),
+        "Pool.map": lambda: pool.map(int, [1]),
+    }
+    for where, function in expected.items():
+        cause = cause_of(function)
+        assert cause is not None
+        assert (cause.reason, cause.where) == (Reason.HOST_READ, where)
+
+
+def own_lock() -> None:
+    """Locks of the module's own."""
+    with LOCK, RLOCK, RLOCK:
+        pass
+    LOCK.acquire()
+    LOCK.release()
+    RLOCK.acquire()
+    RLOCK.release()
+    with threading.Lock():
+        pass
+
+
+LOCK = threading.Lock()
+RLOCK = threading.RLock()
+LOG = logging.getLogger("tests.capture.host_activity")
+
+
+def logged() -> None:
+    """A record that reaches a handler: with a clock and locks of its own."""
+    handler = logging.StreamHandler(open(os.devnull, "w"))  # noqa: SIM115 - closed below
+    LOG.addHandler(handler)
+    try:
+        LOG.warning("%s", X.shape)
+    finally:
+        LOG.removeHandler(handler)
+        handler.stream.close()
+
+
+class Cycle:
+    """Is found by the collector only."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def collected() -> None:
+    Cycle()
+    gc.collect()
+
+
+UNNOTICED: dict[str, Callable[[], object]] = {
+    "locks of its own": own_lock,
+    "logging": logged,
+    "the collector": collected,
+    "operations": lambda: (X @ X.t()).relu().sum(),
+    "views and shapes": lambda: (X.shape, X.stride(), X.t(), X.size(0), X.dtype, X.numel()),
+    "the state of a generator": lambda: random.getstate(),
+    "a sleep that is none": lambda: time.sleep(0),
+    "an exception": lambda: contextlib.suppress(KeyError).__enter__(),
+    "numbers of NumPy": lambda: np.arange(3).sum(),
+    "strings": lambda: "-".join(sorted({"b", "a"})),
+}
+
+
+@pytest.mark.parametrize("name", UNNOTICED)
+def test_what_does_no_harm_is_not_noticed(name: str) -> None:
+    assert cause_of(UNNOTICED[name]) is None
+
+
+@pytest.mark.parametrize("name", ["locks of its own", "logging", "the collector"])
+def test_behind_wrap_it_is_captured(name: str) -> None:
+    def forward(_: Any, x: Tensor) -> Tensor:
+        UNNOTICED[name]()
+        return x * 2
+
+    fast = graphcache.wrap(Fn(forward), ignore=["LOG*"])
+    fast(X)
+    assert replays(fast, X)
+
+
+@pytest.mark.parametrize("name", ["tolist()", "time", "urandom", "a thread", "a simple queue", "a lock of others"])
+def test_behind_wrap_it_runs_eagerly(name: str) -> None:
+    function, reason, _ = NOTICED[name]
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        function()
+        return x * 2
+
+    fast = graphcache.wrap(Fn(forward))
+    assert torch.equal(fast(X), X * 2)
+    assert outcomes(fast) == (0, 0, {reason: 1})
+
+
+def test_the_first_thing_counts() -> None:
+    cause = cause_of(lambda: (time.time(), X.tolist()))
+    assert cause is not None
+    assert cause.where == "time.time"
+
+
+def test_reads_of_memory_on_cuda_are_left_to_the_capture() -> None:
+    assert cause_of(lambda: X.tolist(), reads=False) is None
+    assert cause_of(lambda: time.time(), reads=False) is not None
+
+
+def test_while_paused_nothing_is_noticed() -> None:
+    host = HostActivity()
+    with host:
+        host.paused = True
+        X.tolist()
+        host.paused = False
+    assert host.cause is None
+
+
+def test_a_clock_that_a_library_reads_is_the_librarys() -> None:
+    library = types.ModuleType("torch.clocks")
+    exec("import time\ndef now():\n    return time.time()", vars(library))
+    library.now.__globals__["__name__"] = "torch.clocks"
+    assert cause_of(library.now) is None
+
+
+def test_functions_of_the_users_that_ran_are_told_with_their_globals() -> None:
+    host = HostActivity()
+    with host:
+        own_lock()
+        torch.nn.functional.relu(X)
+    assert set(host.functions) == {own_lock.__code__}
+    assert host.functions[own_lock.__code__] is globals()
+
+
+def test_who_profiles_already_is_not_disturbed() -> None:
+    assert is_available()
+    sys.setprofile(lambda *_: None)
+    try:
+        assert not is_available()
+    finally:
+        sys.setprofile(None)
+    assert is_available()
