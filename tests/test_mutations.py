@@ -8,6 +8,7 @@ test that guards the cure is run without it, and has to fail. What only a device
 from __future__ import annotations
 
 import ast
+import ctypes
 import gc
 import threading
 import weakref
@@ -27,9 +28,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import graphcache
 from graphcache import CachedModule
 from graphcache.cache import lru, signature
+from graphcache.capture import effects
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
-from graphcache.modules import answers, cached, conditions, record_torch, routes, state
+from graphcache.keys import guards, state_nodes
+from graphcache.modules import answers, cached, conditions, record_torch, routes
 from tests.helpers import Fn, frozen, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +182,23 @@ def changed_otherwise(step: Callable[[Any], Any], **attributes: Any) -> bool:
         fast(X)
         twin(X)
     return any(not same(getattr(module, name), getattr(twin, name)) for name in attributes)
+
+
+def _memory_is_written_past_pytorch_otherwise() -> bool:
+    def make() -> Any:
+        made = Fn(
+            lambda self, x: (ctypes.memset(self.address, ctypes.string_at(self.address, 1)[0] + 1, 1), x * 2)[1],
+            buffer=nn.Buffer(torch.zeros(1, dtype=torch.uint8)),
+        )
+        made.address = made.buffer.data_ptr()
+        return frozen(made)
+
+    module, twin = make(), make()
+    fast = graphcache.wrap(module)
+    for _ in range(4):
+        fast(X)
+        twin(X)
+    return not same(module.buffer, twin.buffer)
 
 
 def stale(change: Callable[[Any], Any], make: Callable[[], nn.Module] = mlp) -> bool:
@@ -559,17 +579,6 @@ def _without_lock(original: Any, recorder: Any, *args: Any, **kwargs: Any) -> No
     recorder._host_lock = _NoLock()
 
 
-def _without_hooks(original: Any, dependencies: Any, module: Any) -> None:
-    original(dependencies, module)
-    dependencies._hooks = []
-
-
-def _fingerprint_without(kind: type) -> TakeOut:
-    return around(
-        state.Dependencies, "fingerprint", lambda original, self: [x for x in original(self) if not isinstance(x, kind)]
-    )
-
-
 class _NoReads(nullcontext):  # type: ignore[type-arg]
     """Notices no read."""
 
@@ -585,6 +594,14 @@ _never_refused = property(lambda tape: None, lambda tape, refusal: None)
 
 def _swap(change: Callable[[nn.Module], None]) -> Callable[[], bool]:
     return lambda: stale(change)
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _moved(module: Any) -> None:
+    module[0].weight.data = torch.full((4, 4), 0.5)
 
 
 def _new_weight(module: Any) -> None:
@@ -603,7 +620,8 @@ def _new_hook(module: Any) -> None:
     module[0].register_forward_hook(lambda module, args, output: output * 2)
 
 
-STATE = "tests/modules/test_state.py::"
+GUARDS = "tests/keys/test_guards.py::"
+EFFECTS = "tests/capture/test_effects.py::"
 RECORD = "tests/modules/test_record.py::"
 CACHED = "tests/modules/test_cached.py::"
 ANSWERS = "tests/modules/test_answers.py::"
@@ -675,73 +693,77 @@ CURES: dict[str, Cure] = {
         SIGNATURE + "test_autocast_counts_with_its_dtype",
     ),
     # what makes a graph stale
-    "the fingerprint changes with the weights": Cure(
-        replace(state.Dependencies, "fingerprint", nothing),
-        _swap(_new_weight),
-        STATE + "test_a_graph_of_before_is_never_used_after[replace_parameter]",
+    "a guard compares the weights": Cure(
+        replace(state_nodes.TensorNode, "differs", _never),
+        _swap(_moved),
+        GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data]",
     ),
-    "the fingerprint has the layout of the weights": Cure(
-        replace(state, "_place", lambda tensor: tensor.data_ptr()),
+    "a guard compares the layout of the weights": Cure(
+        replace(state_nodes, "place_of", lambda tensor: tensor.data_ptr()),
         _swap(_transposed),
-        STATE + "test_a_graph_of_before_is_never_used_after[replace_data_by_its_transpose]",
+        GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data_by_its_transpose]",
     ),
-    "the fingerprint has the submodules": Cure(
-        _fingerprint_without(nn.Module),
+    "a guard compares the tables of modules": Cure(
+        replace(state_nodes.TableNode, "differs", _never),
+        _swap(_new_weight),
+        GUARDS + "test_a_graph_of_before_is_never_used_after[replace_parameter]",
+    ),
+    "a guard compares the submodules": Cure(
+        replace(state_nodes.TableNode, "differs", _never),
         _swap(_new_activation),
-        STATE + "test_a_graph_of_before_is_never_used_after[replace_submodule]",
+        GUARDS + "test_a_graph_of_before_is_never_used_after[replace_submodule]",
     ),
-    "the fingerprint has the hooks": Cure(
-        around(state.Dependencies, "__init__", _without_hooks),
+    "a guard compares the hooks": Cure(
+        replace(state_nodes.TableNode, "differs", _never),
         _swap(_new_hook),
-        STATE + "test_a_graph_of_before_is_never_used_after[hook]",
+        GUARDS + "test_a_graph_of_before_is_never_used_after[hook]",
     ),
-    "the fingerprint has the training flags": Cure(
-        _fingerprint_without(bool),
+    "a guard compares the training flags": Cure(
+        replace(state_nodes.TableNode, "differs", _never),
         lambda: stale(lambda module: module.train(), lambda: frozen(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))),
-        STATE + "test_training_and_evaluation_take_turns",
+        GUARDS + "test_training_and_evaluation_take_turns",
     ),
     "parameters that require gradients get them": Cure(
-        replace(state.Dependencies, "requires_grad", lambda self: False),
+        replace(guards.ModuleGuard, "requires_grad", _never),
         _a_parameter_gets_no_gradient,
-        STATE + "test_a_parameter_that_comes_to_require_gradients_gets_them",
+        GUARDS + "test_a_parameter_that_comes_to_require_gradients_gets_them",
     ),
     "the cache of autocast is off in a capture": Cure(
         replace(record_torch, "_no_autocast_cache", nullcontext),
         _a_weight_changes_unseen_under_autocast,
-        STATE + "test_under_autocast_a_change_in_place_is_seen_too",
+        GUARDS + "test_under_autocast_a_change_in_place_is_seen_too",
     ),
     # what a call does besides answering
     "writes are noticed before anything runs twice": Cure(
-        replace(state, "written", nothing),
+        both(replace(effects, "written", nothing), replace(effects, "_written", lambda *_: None)),
         lambda: changed_otherwise(
             lambda self: self.parameter.add_(1), parameter=lambda: nn.Parameter(torch.zeros(1), requires_grad=False)
         ),
-        STATE + "test_state_is_changed_exactly_once_per_call[False-parameter]",
+        EFFECTS + "test_state_is_changed_exactly_once_per_call[False-parameter]",
     ),
     "writes past the dispatcher are noticed": Cure(
-        replace(state.Dependencies, "buffers", nothing),
-        lambda: changed_otherwise(
-            lambda self: self.buffer.numpy().__iadd__(1), buffer=lambda: nn.Buffer(torch.zeros(1))
-        ),
-        STATE + "test_state_is_changed_exactly_once_per_call[False-numpy view of a buffer]",
+        replace(effects, "_contents", nothing),
+        _memory_is_written_past_pytorch_otherwise,
+        EFFECTS + "test_an_effect_is_noticed_and_named[a buffer past PyTorch]",
     ),
     "attributes that change are noticed": Cure(
-        replace(state.Dependencies, "attributes", nothing),
+        replace(effects, "_changed_objects", lambda *_: None),
         lambda: changed_otherwise(lambda self: setattr(self, "count", self.count + 1), count=int),
-        STATE + "test_state_is_changed_exactly_once_per_call[False-number]",
+        EFFECTS + "test_state_is_changed_exactly_once_per_call[False-number]",
     ),
     "random numbers are noticed": Cure(
-        replace(state, "_generators", nothing),
+        replace(effects, "_generators", nothing),
         _random_numbers_are_drawn_for_nobody,
-        STATE + "test_random_numbers_are_drawn_as_eager_draws_them",
+        EFFECTS + "test_random_numbers_are_drawn_as_eager_draws_them",
     ),
     "generators are noticed": Cure(
         both(
-            replace(state, "torch", Instead(torch, Generator=_No)),
+            replace(effects, "torch", Instead(torch, Generator=_No)),
+            replace(effects, "_changed_objects", lambda *_: None),
             replace(host, "torch", Instead(torch, Generator=_No)),
         ),
         _a_generator_of_its_own_runs_ahead,
-        STATE + "test_a_generator_of_the_modules_own_advances_as_in_eager",
+        EFFECTS + "test_a_generator_of_the_modules_own_advances_as_in_eager",
     ),
     "the tape refuses writes before they happen": Cure(
         replace(host, "written", nothing),

@@ -68,7 +68,7 @@ _COMPILER = "torch._dynamo.convert_frame"
 _COMPILED = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__"})
 """What runs a graph that Inductor compiled, with memory that it allocates past the dispatcher."""
 
-_PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK = range(5)
+_PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK, _MODULE = range(6)
 
 
 class HostActivity:
@@ -143,7 +143,7 @@ class HostActivity:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
         elif kind == _LOCK and not _is_ours(frame):
             self._lock(function.__name__, id(owner))
-        elif isinstance(owner, types.ModuleType):
+        elif kind == _MODULE:
             self._function_of_module(frame, function)
 
     def _function_of_module(self, frame: types.FrameType, function: Any) -> None:
@@ -203,6 +203,9 @@ def _kind_of(owner: Any) -> int:
         return _GENERATOR
     if isinstance(owner, _queue.SimpleQueue):
         return _QUEUE
+    # Functions of a module that pybind11 makes belong to a record of its own.
+    if isinstance(owner, (types.ModuleType, type(torch._C.fork.__self__))):
+        return _MODULE
     return _LOCK if isinstance(owner, (_thread.LockType, _thread.RLock)) else _PLAIN
 
 

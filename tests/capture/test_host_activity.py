@@ -57,6 +57,15 @@ LOCKED = threading.Lock()
 
 
 @pytest.fixture(autouse=True)
+def no_callbacks() -> Iterator[None]:
+    """What Hypothesis has the collector call reads clocks."""
+    kept = gc.callbacks[:]
+    gc.callbacks.clear()
+    yield
+    gc.callbacks[:] = kept
+
+
+@pytest.fixture(autouse=True)
 def locked() -> Iterator[None]:
     """A lock that was acquired before."""
     LOCKED.acquire()
