@@ -95,7 +95,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     Raises:
         Exception: Whatever the call raises. It has had its effects then, as without an observer.
     """
-    host = HostActivity()
+    host = HostActivity(watched.path_here)
     operations = _Operations(watched, host)
     host.reads = not operations.devices
     host.entered, host.left = operations.enter_compiled, operations.leave_compiled
@@ -107,18 +107,20 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         during.enter_context(operations)
         during.enter_context(host)
         value = run(*args, **kwargs)
-    cause = operations.cause
+    cause, submodule = operations.cause, operations.submodule
     if cause is None:
         after = _process_state(operations.devices)
-        cause = host.cause or _changed_process_state(before, after) or _changed_objects(watched)
+        cause, submodule = host.cause, host.submodule
+        cause = cause or _changed_process_state(before, after) or _changed_objects(watched)
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
+            submodule = ""
             cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
         cause = cause or _written(watched, contents)
     return Effects(
         value,
         cause,
-        operations.submodule,
+        submodule,
         list(operations.outside.values()),
         operations.digest(),
         host.functions,

@@ -76,11 +76,16 @@ class HostActivity:
 
     A mode of PyTorch would see reads of tensors too, but makes some operations take another path; the hook changes
     nothing. It belongs to one user at a time: see :func:`is_available`.
+
+    Args:
+        path_here: Names the submodule that is at work.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path_here: Callable[[], str]) -> None:
         self.cause: Cause | None = None
         """The first thing noticed that no graph repeats."""
+        self.submodule = ""
+        """The submodule that was at work then."""
         self.functions: dict[types.CodeType, dict[str, Any]] = {}
         """The functions of the user's that ran, with their globals."""
         self.paused = False
@@ -97,6 +102,7 @@ class HostActivity:
         self._known: set[types.CodeType] = set()
         self._kinds: dict[type, int] = {}
         self._acquired: list[int] = []
+        self._path_here = path_here
 
     def __enter__(self) -> HostActivity:
         sys.setprofile(self._event)
@@ -166,7 +172,7 @@ class HostActivity:
 
     def _note(self, reason: Reason, where: str, detail: str = "") -> None:
         if self.cause is None and not _is_compiling():
-            self.cause = Cause(reason, where, detail)
+            self.cause, self.submodule = Cause(reason, where, detail), self._path_here()
 
 
 def _ignore(*_: object) -> None:

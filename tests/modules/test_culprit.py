@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,16 +51,24 @@ def _counts(self: Any, x: Tensor) -> Tensor:
     return x * 2
 
 
+def _in_a_thread(_: Any, x: Tensor) -> Tensor:
+    threading.Thread(target=int).start()
+    return x * 2
+
+
 CULPRITS: dict[str, tuple[Callable[[], nn.Module], Reason, str]] = {
     "data": (lambda: Fn(lambda _, x: x[x[:, 0] > 0]), Reason.DATA_DEPENDENT, "aten.index.Tensor"),
     "item": (lambda: Fn(lambda _, x: x * x.sum().item()), Reason.HOST_READ, "aten._local_scalar_dense.default"),
     "tolist": (lambda: Fn(lambda _, x: x * x.tolist()[0][0]), Reason.HOST_READ, "Tensor.tolist"),
     "random": (lambda: Fn(lambda _, x: x + torch.rand(4)), Reason.RANDOM, "aten.rand.default"),
-    "attribute": (lambda: Fn(_counts, count=0), Reason.MUTATES, "attribute 'count'"),
+    "clock": (lambda: Fn(lambda _, x: x + time.time()), Reason.RANDOM, "time.time"),
+    "thread": (lambda: Fn(_in_a_thread), Reason.HOST_READ, "Thread.start"),
+}
+CHANGES: dict[str, tuple[Callable[[], nn.Module], Cause]] = {
+    "attribute": (lambda: Fn(_counts, count=0), Cause(Reason.MUTATES, ".count", "0 became 1")),
     "buffer": (
         lambda: Fn(lambda self, x: x + self.b.add_(1), b=nn.Buffer(torch.zeros(4))),
-        Reason.MUTATES,
-        "aten.add_.Tensor",
+        Cause(Reason.MUTATES, ".b"),
     ),
 }
 
@@ -65,13 +76,22 @@ CULPRITS: dict[str, tuple[Callable[[], nn.Module], Reason, str]] = {
 @pytest.mark.parametrize("name", CULPRITS)
 def test_a_cause_names_the_submodule_and_what_it_did(name):
     make, reason, what = CULPRITS[name]
-    assert cause_of(Whole(make()).requires_grad_(False)) == Cause(reason, f"head.1.nms: {what}")
+    found = cause_of(Whole(make()).requires_grad_(False))
+    assert (found.reason, found.where) == (reason, f"head.1.nms: {what}")
 
 
 @pytest.mark.parametrize("name", CULPRITS)
 def test_of_a_module_without_submodules_only_what_it_did(name):
     make, reason, what = CULPRITS[name]
-    assert cause_of(make()) == Cause(reason, what)
+    found = cause_of(make())
+    assert (found.reason, found.where) == (reason, what)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_call_changed_is_named_by_its_path(name):
+    make, cause = CHANGES[name]
+    assert cause_of(Whole(make()).requires_grad_(False)) == replace(cause, where=f"self.head[1].nms{cause.where}")
+    assert cause_of(make()) == replace(cause, where=f"self{cause.where}")
 
 
 def test_a_refusal_that_a_module_swallows_is_told_of_the_place_all_the_same():
