@@ -238,12 +238,17 @@ def _look(fast: CachedModule, signature: Signature) -> Explained:
         nbytes=entry.nbytes if entry is not None else 0,
         costs=Costs(known.eager, known.replay, known.capture),
     )
-    if entry is not None:
+    has_changed = misses._guard.has_changed()
+    if entry is not None and entry.graph.version == misses._guard.version and not has_changed:
         return found
+    if entry is not None:
+        return replace(found, outcome="capture", note="the module has changed since its graph was captured")
     cause, note = misses.admission.outlook(signature), ""
-    if (blocked := misses.blocks.look(signature)) is not None and blocked[1] != 0:
+    if (blocked := misses.blocks.look(signature, misses._guard.version + has_changed)) is not None:
         cause, wait = blocked
-        note = f"another capture is tried after {wait} calls" if wait is not None else ""
+        if wait is not None:
+            calls = "1 call" if wait == 1 else f"{wait} calls"
+            note = f"another capture is tried after {calls}" if wait else "it is looked at again at its next call"
     elif known.capture is not None:
         note = "it had a graph, which was evicted"
     nearest: str = ""

@@ -108,10 +108,31 @@ def test_what_was_refused_is_told_with_its_reason_and_remedy(reason):
 def test_looking_does_not_bring_another_try_nearer():
     fast = graphcache.wrap(Fn(refused(Reason.MUTATES)))
     fast(torch.ones(3))
-    for _ in range(50):
-        assert only(fast.explain(torch.ones(3))).note == "another capture is tried after 16 calls"
+    assert only(fast.explain(torch.ones(3))).note == "it is looked at again at its next call"
     fast(torch.ones(3))
-    assert only(fast.explain()).note == "another capture is tried after 15 calls"
+    for _ in range(50):
+        assert only(fast.explain(torch.ones(3))).note == "another capture is tried after 2 calls"
+    fast(torch.ones(3))
+    assert only(fast.explain()).note == "another capture is tried after 1 call"
+
+
+def test_after_a_change_of_the_module_what_is_known_of_a_call_is_of_the_past():
+    fast = graphcache.wrap(Fn(lambda m, x: x[x > 0] if m.selects else x * 2, selects=False))
+    x = torch.ones(3)
+    fast(x)
+    assert only(fast.explain(x)).outcome == "hit"
+    fast.module.selects = True
+    for explanation in (fast.explain(x), fast.explain()):
+        found = only(explanation)
+        assert (found.outcome, found.cause, found.nearest) == ("capture", None, "")
+        assert found.note == "the module has changed since its graph was captured"
+    fast(x)
+    assert (only(fast.explain(x)).cause.reason, only(fast.explain(x)).note) == (Reason.DATA_DEPENDENT, "")
+    fast.module.selects = False
+    found = only(fast.explain(x))
+    assert (found.cause.reason, found.note) == (Reason.DATA_DEPENDENT, "it is looked at again at its next call")
+    fast(x)
+    assert only(fast.explain(x)).outcome == "hit"
 
 
 @pytest.mark.parametrize(("capture", "reason"), [("worthwhile", Reason.COLD), ("prepared", Reason.NOT_PREPARED)])
