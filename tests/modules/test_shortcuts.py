@@ -23,6 +23,7 @@ from graphcache import CachedModule
 from graphcache.config import Modes, modes
 from graphcache.errors import CudaError
 from graphcache.graphs import driver, native
+from graphcache.keys.guards import ModuleGuard
 from graphcache.modules import cached, shortcuts
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
@@ -165,11 +166,17 @@ def test_hits_and_uses_are_counted_as_on_the_python_way(fake: Torch, monkeypatch
 
 
 def test_modules_of_torch_are_asked_whether_they_changed(fake: Torch) -> None:
-    """Of an engine the epoch is looked at; of anything else the parameters, by Python, after the launch."""
+    """Of an engine the epoch is looked at; of anything else the guard is asked, after the launch."""
     asked = []
+
+    class Asked(ModuleGuard):
+        def is_stale(self, grad: bool) -> bool:
+            asked.append(grad)
+            return len(asked) == 2
+
     warm = Warm(fake).up(rows(fake, 2))
     entry = next(iter(warm.fast._entries.values()))
-    ways = shortcuts.Shortcuts(None, lambda grad: asked.append(grad) or len(asked) == 2)
+    ways = shortcuts.Shortcuts(None, guard := Asked(nn.ReLU()))
     x = rows(fake, 2)
     with torch.no_grad(), fake.on(warm.stream):
         ways.remember("layout", (x,), (entry, None, None, None, None))
@@ -179,6 +186,9 @@ def test_modules_of_torch_are_asked_whether_they_changed(fake: Torch) -> None:
         assert torch.equal(ways.table().call((x,)), x * 3 + 1)
     assert asked == [False, False, False]
     assert entry.hits == hits + 2
+    guard.version += 1
+    with torch.no_grad(), fake.on(warm.stream):
+        assert ways.table().call((x,)) is None, "something has changed since it was remembered"
 
 
 # ---- where it is not
