@@ -98,7 +98,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     host = HostActivity(watched.path_here)
     operations = _Operations(watched, host)
     host.reads = not operations.devices
-    host.entered, host.left = operations.enter_compiled, operations.leave_compiled
+    host.entered, host.left = operations.enter_opaque, operations.leave_opaque
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
     with ExitStack() as during:
@@ -144,7 +144,7 @@ class _Operations(DispatchMode):
         # References, so that no memory of the call is freed and its identity used again.
         self._made: dict[int, tuple[int, Tensor]] = {}
         self._trace: list[Hashable] = []
-        # Of the compiled code that is running: the memory that it was given. All other that it writes is its own.
+        # Of the code past the dispatcher that is running: the memory that it was given. All other is its own.
         self._given: list[set[int]] = []
 
     def __torch_dispatch__(
@@ -209,17 +209,17 @@ class _Operations(DispatchMode):
         """Whether memory was there before the call."""
         return address not in self._made and (not self._given or address in self._given[-1])
 
-    def enter_compiled(self, identity: int, given: Sequence[Any]) -> None:
-        """Note what code that Inductor compiled reads; it runs past the dispatcher, but for kernels of libraries."""
+    def enter_opaque(self, identity: int, given: Sequence[Any]) -> None:
+        """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
         tensors = [value for value in given if isinstance(value, Tensor)]
         addresses = [storage_of(tensor) for tensor in tensors]
         for address, tensor in zip(addresses, tensors, strict=True):
             if self._is_foreign(address) and address not in self._inputs:
                 self.outside.setdefault(address, tensor)
-        self._trace.append(("compiled", identity, tuple(map(self._name, tensors))))
+        self._trace.append(("opaque", identity, tuple(map(self._name, tensors))))
         self._given.append(set(addresses))
 
-    def leave_compiled(self, returned: Any) -> None:
+    def leave_opaque(self, returned: Any) -> None:
         """Note what it has made."""
         given = self._given.pop()
         for tensor in flatten(returned):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.dispatch_mode import skipped_by_dynamo
+from graphcache.graphs.operations import is_unwatched
 from graphcache.keys.user_code import is_library
 from graphcache.keys.values import is_generator_of_randomness
 
@@ -65,8 +66,8 @@ _HANDOFFS: frozenset[types.CodeType] = frozenset(
 """Functions that give work to another thread, or wait for it."""
 
 _COMPILER = "torch._dynamo.convert_frame"
-_COMPILED = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__"})
-"""What runs a graph that Inductor compiled, with memory that it allocates past the dispatcher."""
+_OPAQUE = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__", "EngineModule.forward"})
+"""What runs a graph that Inductor compiled, or an engine, with memory that it allocates past the dispatcher."""
 
 _PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK, _MODULE = range(6)
 
@@ -95,10 +96,10 @@ class HostActivity:
         self.compiled = False
         """Whether Dynamo compiled something, which sets context variables of its own."""
         self.entered: Callable[[int, Sequence[Any]], object] = _ignore
-        """Told when code that Inductor compiled begins: which, and what it is given."""
+        """Told when code that works past the dispatcher begins: which, and what it is given."""
         self.left: Callable[[Any], object] = _ignore
         """Told when it ends, and what it returns."""
-        self._compiled: set[types.CodeType] = set()
+        self._opaque: set[types.CodeType] = set()
         self._known: set[types.CodeType] = set()
         self._kinds: dict[type, int] = {}
         self._acquired: list[int] = []
@@ -113,7 +114,8 @@ class HostActivity:
 
     @skipped_by_dynamo
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if self.paused:
+        # What an engine does on the host, TensorRT's own reads of addresses among it, is nothing that the call does.
+        if self.paused or is_unwatched.get():
             return
         if event == "call":
             code = frame.f_code
@@ -123,15 +125,15 @@ class HostActivity:
                 self.compiled = self.compiled or module == _COMPILER
                 if not is_library(module):
                     self.functions[code] = frame.f_globals
-                elif code.co_qualname in _COMPILED:
-                    self._compiled.add(code)
-            if code in self._compiled:
-                self.entered(id(frame.f_locals.get("self")), frame.f_locals.get("inputs") or ())
+                elif code.co_qualname in _OPAQUE:
+                    self._opaque.add(code)
+            if code in self._opaque:
+                self.entered(id(frame.f_locals.get("self")), _given_to(frame))
             if code in _HANDOFFS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
         elif event == "c_call":
             self._c_call(frame, arg)
-        elif event == "return" and frame.f_code in self._compiled:
+        elif event == "return" and frame.f_code in self._opaque:
             self.left(arg)
 
     def _c_call(self, frame: types.FrameType, function: Any) -> None:
@@ -177,6 +179,12 @@ class HostActivity:
 
 def _ignore(*_: object) -> None:
     """Nobody wants to know."""
+
+
+def _given_to(frame: types.FrameType) -> Sequence[Any]:
+    """The arguments of a function that works past the dispatcher; of Inductor's, the inputs of its graph."""
+    given = frame.f_locals
+    return given["inputs"] if "inputs" in given else (*given["args"], *given["kwargs"].values())
 
 
 def _is_compiling() -> bool:
