@@ -41,7 +41,7 @@ from graphcache.errors import (
 from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import cached, conditions, into, record_engine
+from graphcache.modules import cached, conditions, engine_controls, into, record_engine
 from graphcache.modules import engine as room
 from graphcache.modules.record_torch import TorchRecorder
 from tests.engines import fake_tensorrt
@@ -1187,6 +1187,19 @@ def test_one_engine_twice_in_a_graph(whole: Torch) -> None:
         x = rows(whole, 2, step)
         assert torch.equal(fast(x)["last"], x * 9 + 4)
     assert outcomes(fast) == (3, 1, {})
+
+
+def test_outputs_that_were_made_ahead_are_the_calls_own(whole: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_controls, "torch", whole)
+    modules = load("affine"), load("affine")
+    x = rows(whole, 2)
+    for module in modules:
+        module.set_pre_allocated_outputs(True)
+        module(x)
+    fast = graphcache.wrap(Chain(*modules), strategy="whole_graph")
+    kept = [fast(x) for _ in range(3)]
+    assert all(torch.equal(each["first"], x * 3 + 1) and torch.equal(each["last"], x * 9 + 4) for each in kept)
+    assert outcomes(fast) == (2, 1, {})
 
 
 def test_every_engine_call_has_a_context_of_its_own_that_lives_with_the_graph(whole: Torch) -> None:
