@@ -204,7 +204,7 @@ def test_no_collection_inside(fake: Torch, work: Affine) -> None:
 
 
 def test_two_captures_on_two_devices_keep_the_collector_quiet_until_both_have_ended() -> None:
-    one, two = capture._quiet_collector(), capture._quiet_collector()
+    one, two = capture.quiet_collector(), capture.quiet_collector()
     one.__enter__()
     two.__enter__()
     try:
