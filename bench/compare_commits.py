@@ -83,7 +83,7 @@ def measure(name: str, engines: str) -> dict[str, Any]:
 
         bundle = load(Path(engines), name)
         fast = graphcache.load(bundle.engine)
-        given = tuple(tensor.cuda() for tensor in bundle.cases()[0].inputs)
+        given = tuple(tensor.cuda() for tensor in bundle.cases(8, 1)[0].inputs)
         eager = fast.module
     with torch.inference_mode():
         for _ in range(WARM_UP):
