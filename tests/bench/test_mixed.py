@@ -1,5 +1,6 @@
 """The mixed models and what is checked of them, on the host, with torch in the place of engines."""
 
+import importlib.util
 import json
 import sys
 from contextlib import nullcontext
@@ -208,7 +209,11 @@ def torch_tensorrt(monkeypatch):
 
     package.runtime.enable_cudagraphs = enable_cudagraphs
     monkeypatch.setitem(sys.modules, "torch_tensorrt", package)
-    monkeypatch.setattr(mixed.importlib.util, "find_spec", lambda name: package)
+    # Dynamo looks for packages too, and asks where they are.
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        mixed.importlib.util, "find_spec", lambda name, *args: package if name == "torch_tensorrt" else find(name, *args)
+    )
     return package
 
 
