@@ -110,6 +110,9 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     cause, submodule = operations.cause, operations.submodule
     if cause is None:
         after = _process_state(operations.devices)
+        if not operations.ran_opaque:
+            # Every operation was seen. If none of them drew random numbers, another thread did.
+            before["torch"] = after["torch"]
         cause, submodule = host.cause, host.submodule
         cause = cause or _changed_process_state(before, after) or _changed_objects(watched)
         if cause is not None and host.compiled:
@@ -146,6 +149,8 @@ class _Operations(DispatchMode):
         self._trace: list[Hashable] = []
         # Of the code past the dispatcher that is running: the memory that it was given. All other is its own.
         self._given: list[set[int]] = []
+        self.ran_opaque = False
+        """Whether code ran whose operations are not seen: engines, and what Inductor compiled."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -211,6 +216,7 @@ class _Operations(DispatchMode):
 
     def enter_opaque(self, identity: int, given: Sequence[Any]) -> None:
         """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
+        self.ran_opaque = True
         tensors = [value for value in given if isinstance(value, Tensor)]
         addresses = [storage_of(tensor) for tensor in tensors]
         for address, tensor in zip(addresses, tensors, strict=True):

@@ -145,7 +145,7 @@ class HostActivity:
             if self.reads and function.__name__ in _READS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, f"Tensor.{function.__name__}")
         elif kind == _GENERATOR:
-            if function.__name__ not in ("getstate", "get_state", "setstate", "set_state", "seed"):
+            if function.__name__ not in ("getstate", "get_state"):
                 self._note(Reason.RANDOM, f"{type(owner).__name__}.{function.__name__}")
         elif kind == _QUEUE:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
@@ -218,7 +218,7 @@ def _kind_of(owner: Any) -> int:
     if isinstance(owner, _queue.SimpleQueue):
         return _QUEUE
     # Functions of a module that pybind11 makes belong to a record of its own.
-    if isinstance(owner, (types.ModuleType, type(torch._C.fork.__self__))):
+    if isinstance(owner, (types.ModuleType, type(torch._C.fork.__self__))):  # type: ignore[attr-defined]
         return _MODULE
     return _LOCK if isinstance(owner, (_thread.LockType, _thread.RLock)) else _PLAIN
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.cuda import graphs as torch_graphs
 
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs import driver
@@ -199,6 +200,38 @@ def capturing(lane: Lane) -> Iterator[torch.cuda.ExternalStream]:
         finally:
             before.wait_stream(stream)
             lane.enter(before.cuda_stream)
+
+
+@contextmanager
+def as_if_capturing() -> Iterator[None]:
+    """Inside, modules that ask PyTorch whether this thread captures are told that it does, though it runs eagerly.
+
+    Some take another path then: Transformers do not look into attention masks, since the host cannot read them. The
+    graph gives the answers of that path, so that these are the eager answers that it is held against.
+    """
+    _pretending.depth = getattr(_pretending, "depth", 0) + 1
+    with _patch_lock:
+        _users.append(None)
+        torch_graphs._cuda_isCurrentStreamCapturing = _is_capturing  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _pretending.depth -= 1
+        with _patch_lock:
+            _users.pop()
+            if not _users:
+                torch_graphs._cuda_isCurrentStreamCapturing = _ask_driver  # type: ignore[attr-defined]
+
+
+_ask_driver: Callable[[], bool] = torch_graphs._cuda_isCurrentStreamCapturing  # type: ignore[attr-defined]
+_pretending = threading.local()
+_patch_lock = threading.Lock()
+_users: list[None] = []
+"""One for each block of :func:`as_if_capturing` that is entered, in any thread."""
+
+
+def _is_capturing() -> bool:
+    return bool(getattr(_pretending, "depth", 0)) or _ask_driver()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from graphcache.capture.host_activity import is_available
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
-from graphcache.graphs.capture import capturing, forget_workspaces, record_torch, refusal_of
+from graphcache.graphs.capture import as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.host import HostGraph
@@ -261,7 +261,7 @@ class TorchRecorder:
 
         def run(static: Sequence[Tensor]) -> list[Tensor]:
             nonlocal most
-            with engines_recorded():
+            with engines_recorded(), as_if_capturing():
                 outputs = call.run(static).tensors
             most = max(most, torch.cuda.memory_allocated(index) + nbytes_of(outputs))
             return outputs

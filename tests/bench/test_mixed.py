@@ -212,7 +212,9 @@ def torch_tensorrt(monkeypatch):
     # Dynamo looks for packages too, and asks where they are.
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        mixed.importlib.util, "find_spec", lambda name, *args: package if name == "torch_tensorrt" else find(name, *args)
+        mixed.importlib.util,
+        "find_spec",
+        lambda name, *args: package if name == "torch_tensorrt" else find(name, *args),
     )
     return package
 
