@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import graphcache
 from graphcache import CachedModule
 from graphcache.cache import lru, signature
-from graphcache.capture import effects
+from graphcache.capture import effects, host_activity
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
 from graphcache.keys import guards, state_nodes
@@ -396,7 +396,7 @@ def _a_parameter_gets_no_gradient() -> bool:
     fast = graphcache.wrap(module)
     fast(X)
     module.requires_grad_(True)
-    return not fast(X).requires_grad
+    return not all(fast(X).requires_grad for _ in range(3))
 
 
 def _a_tracer_sees_the_cache_at_work() -> bool:
@@ -724,7 +724,7 @@ CURES: dict[str, Cure] = {
         GUARDS + "test_training_and_evaluation_take_turns",
     ),
     "parameters that require gradients get them": Cure(
-        replace(guards.ModuleGuard, "requires_grad", _never),
+        both(replace(guards.ModuleGuard, "requires_grad", _never), replace(state_nodes.TensorNode, "differs", _never)),
         _a_parameter_gets_no_gradient,
         GUARDS + "test_a_parameter_that_comes_to_require_gradients_gets_them",
     ),
@@ -772,7 +772,7 @@ CURES: dict[str, Cure] = {
     ),
     # what a graph would freeze
     "reads past the dispatcher are noticed": Cure(
-        replace(record_torch, "_Reads", _NoReads),
+        both(replace(record_torch, "_Reads", _NoReads), replace(host_activity, "_READS", frozenset())),
         _a_path_is_frozen(lambda x: x.tolist()[0][0]),
         RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[tolist]",
     ),
