@@ -32,7 +32,7 @@ X = torch.ones(2, 4)
 
 
 def cause_of(function: Callable[[], object], *, reads: bool = True) -> Cause | None:
-    host = HostActivity()
+    host = HostActivity(lambda: "")
     host.reads = reads
     with host:
         function()
@@ -232,13 +232,20 @@ def test_the_first_thing_counts() -> None:
     assert cause.where == "time.time"
 
 
+def test_the_submodule_at_work_is_told() -> None:
+    host = HostActivity(lambda: "head.nms")
+    with host:
+        X.tolist()
+    assert host.submodule == "head.nms"
+
+
 def test_reads_of_memory_on_cuda_are_left_to_the_capture() -> None:
     assert cause_of(lambda: X.tolist(), reads=False) is None
     assert cause_of(lambda: time.time(), reads=False) is not None
 
 
 def test_while_paused_nothing_is_noticed() -> None:
-    host = HostActivity()
+    host = HostActivity(lambda: "")
     with host:
         host.paused = True
         X.tolist()
@@ -254,7 +261,7 @@ def test_a_clock_that_a_library_reads_is_the_librarys() -> None:
 
 
 def test_functions_of_the_users_that_ran_are_told_with_their_globals() -> None:
-    host = HostActivity()
+    host = HostActivity(lambda: "")
     with host:
         own_lock()
         torch.nn.functional.relu(X)
