@@ -97,14 +97,14 @@ def test_a_fork_waits_for_no_capture_of_the_process_before() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         module = net()
         fast = graphcache.wrap(module, capture_in="background")
-        attempt, reached, go = fast._misses.recorder.attempt, threading.Event(), threading.Event()
+        record, reached, go = fast._misses.recorder.record, threading.Event(), threading.Event()
 
         def slow(*args, **kwargs):
             reached.set()
             go.wait(60)
-            return attempt(*args, **kwargs)
+            return record(*args, **kwargs)
 
-        fast._misses.recorder.attempt = slow
+        fast._misses.recorder.record = slow
         fast(x)
         assert reached.wait(60)
         children = {}
@@ -112,7 +112,7 @@ def test_a_fork_waits_for_no_capture_of_the_process_before() -> None:
             child = os.fork()
             if not child:
                 signal.alarm(60)
-                fast._misses.recorder.attempt = attempt
+                fast._misses.recorder.record = record
                 if then == "call":
                     right = torch.equal(fast(x), module(x))
                     (later,) = fast._misses._pending.values()

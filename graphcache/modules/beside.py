@@ -50,7 +50,7 @@ class CapturesBeside(Captures):
 
         The call of an engine that is to be captured beside the calls is on its way then. The lock is held.
         """
-        if (later := self._pending.get(signature)) is not None and not later.is_lost:
+        if self._is_pending(signature):
             return _PENDING
         if (cause := self.admission.ask(signature)) is not None or not self.captures_beside:
             return cause
@@ -78,7 +78,7 @@ class CapturesBeside(Captures):
         with self.lock:
             if cause is not None:
                 self.blocks.block(signature, cause, self._guard.version)
-            elif signature not in self._pending:
+            elif not self._is_pending(signature):
                 # Its answer belongs to the caller from now on.
                 effects.value = None
                 cause = self.beside(lambda later: self._capture_beside(later, effects), signature, inputs, args, kwargs)
@@ -124,6 +124,11 @@ class CapturesBeside(Captures):
         """How many calls were answered so far."""
         hits = sum(entry.hits for entry in list(self._cache.entries.values()))
         return self._ledger.retired_hits + hits + sum(self._ledger.eager.copy().values())
+
+    def _is_pending(self, signature: Signature) -> bool:
+        """Whether a call is captured beside the calls, or waits for it, in this process."""
+        later = self._pending.get(signature)
+        return later is not None and not later.is_lost
 
     def drop(self, later: Later) -> None:
         """Note that nothing more is done with a call beside the calls."""

@@ -42,18 +42,18 @@ def settled(fast: Any) -> Any:
 
 
 class Gate:
-    """Stops the recorder of a module until it is opened."""
+    """Stops what the recorder of a PyTorch module does beside the calls until it is opened."""
 
     def __init__(self, fast: Any) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
-        attempt = fast._misses.recorder.attempt
+        record = fast._misses.recorder.record
 
         def slow(*args: Any, **kwargs: Any) -> Any:
             self.reached.set()
             assert self.open.wait(60)
-            return attempt(*args, **kwargs)
+            return record(*args, **kwargs)
 
-        fast._misses.recorder.attempt = slow
+        fast._misses.recorder.record = slow
 
 
 # ---- the worker
