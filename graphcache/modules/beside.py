@@ -72,7 +72,7 @@ class CapturesBeside(Captures):
             The answer, and why it was no graph's.
         """
         assert isinstance(self.recorder, TorchRecorder)
-        with self.gate.shared():
+        with self._ledger.span("eager"), self.gate.shared():
             effects = self.recorder.observe(args, kwargs, inputs)
         value, cause = effects.value, effects.cause
         with self.lock:

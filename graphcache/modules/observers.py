@@ -188,6 +188,7 @@ def _watch(module: Any, observers: Observers) -> None:
     misses.__dict__.update(
         _capture=watched("capture", misses._capture, lambda found: found[1] is None),
         _capture_beside=watched("capture", misses._capture_beside, bool),
+        observed=watched("eager", misses.observed, always),
         alone=watched("capture", misses.alone, always),
         eagerly=watched("eager", misses.eagerly, always),
         timed=watched("eager", misses.timed, always),
@@ -201,7 +202,7 @@ def _unwatch(module: Any) -> None:
         return
     del own["_hit"]
     own.pop("_observed").remove()
-    for name in ("_capture", "_capture_beside", "alone", "eagerly", "timed"):
+    for name in ("_capture", "_capture_beside", "observed", "alone", "eagerly", "timed"):
         del misses.__dict__[name]
 
 
