@@ -172,7 +172,7 @@ class GraphConfig:
         for name in ("max_graphs", "max_bytes"):
             value = getattr(self, name)
             others = ("auto", None) if name == "max_bytes" else ()
-            if value in others:
+            if (value is None or isinstance(value, str)) and value in others:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 or_ = "".join(f", or {each!r}" for each in others)

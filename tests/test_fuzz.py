@@ -495,9 +495,9 @@ VALUES: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]]]] = {
         lambda _, x, y: x // y,
         [(torch.tensor([7, 8]), torch.tensor([2, 3])), (torch.tensor([7, 8]), torch.tensor([0, 3]))],
     ),
-    "no inverse": (
-        lambda _, x: torch.linalg.inv(x) * 2,
-        [(torch.eye(3) * 2,), (torch.zeros(3, 3),)],
+    "class out of range": (
+        lambda _, x: nn.functional.one_hot(x, 3) * 2,
+        [(torch.tensor([0, 2]),), (torch.tensor([0, 3]),), (torch.tensor([-1, 0]),)],
     ),
 }
 
@@ -767,10 +767,7 @@ OPTIONS = (
     "max_graphs",
     "max_bytes",
     "verify",
-    "io",
-    "contexts",
-    "edges",
-    "weights",
+    "isolation",
     "on_failure",
 )
 values = leaves.map(cook) | st.lists(leaves.map(cook), max_size=3) | st.text() | st.integers()

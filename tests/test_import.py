@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import graphcache
+from graphcache.modules.standin import Yielding
 
 PACKAGE = Path(graphcache.__file__).parent
 FORBIDDEN = (
@@ -88,7 +89,10 @@ def members():
             own = {}
             for base in reversed(value.__mro__):
                 if base.__module__.startswith("graphcache"):
-                    own.update(vars(base))
+                    # Most names give way to those of the module that is wrapped.
+                    own.update(
+                        {each: kept.value if isinstance(kept, Yielding) else kept for each, kept in vars(base).items()}
+                    )
             for member, found in own.items():
                 if not member.startswith("_") and (inspect.isfunction(found) or isinstance(found, property)):
                     yield f"{name}.{member}", found

@@ -282,7 +282,7 @@ def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:
         budget -= tensor.nbytes
         if budget < 0:
             break
-        found.append((node.path, tensor, tensor.detach().clone()))
+        found.append((node.path, tensor, _bytes(tensor).clone()))
     return found
 
 
@@ -293,16 +293,18 @@ def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -
             if not snapshot.ignores(node.path):
                 return Cause(Reason.MUTATES, node.path, "the tensor was written in place")
     for path, tensor, before in contents:
-        if tensor.shape != before.shape or not _equal_bits(tensor, before):
+        now = _bytes(tensor)
+        if now.shape != before.shape or not torch.equal(now, before):
             return Cause(Reason.MUTATES, path, "the tensor has other contents")
     return None
 
 
-def _equal_bits(left: Tensor, right: Tensor) -> bool:
-    left, right = left.detach(), right.detach()
-    if torch.equal(left, right):
-        return True
-    return bool(((left == right) | ((left != left) & (right != right))).all())
+def _bytes(tensor: Tensor) -> Tensor:
+    """The elements of a strided tensor where they lie, each as bytes: not every dtype can be compared."""
+    size = tensor.element_size()
+    shape, strides = (*tensor.shape, size), (*(stride * size for stride in tensor.stride()), 1)
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    return memory.as_strided(shape, strides, tensor.storage_offset() * size)
 
 
 def _changed_objects(watched: Watched) -> Cause | None:

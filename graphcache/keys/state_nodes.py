@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from graphcache.keys.script_state import script_state
@@ -579,11 +578,6 @@ def gradient_of(tensor: Tensor) -> Tensor | None:
         return tensor.grad if tensor.is_leaf else None
     except (RuntimeError, ValueError, NotImplementedError, TypeError):
         return None
-
-
-def storage_bytes(tensor: Tensor) -> Tensor:
-    """The whole memory of a tensor, as bytes."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _difference(old: Any, new: Any) -> str:

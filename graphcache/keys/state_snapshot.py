@@ -160,7 +160,9 @@ class StateSnapshot:
 
 def is_strided(tensor: Tensor) -> bool:
     """Whether a tensor has memory that can be cloned and compared."""
-    return tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and bool(tensor.numel())
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
+        return False
+    return bool(tensor.numel()) and not tensor.is_nested and not tensor._is_zerotensor()
 
 
 def _storage_address(tensor: Tensor) -> int:

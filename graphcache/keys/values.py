@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcache.errors import shown
+
 PLAIN = (
     bool,
     int,
@@ -215,7 +217,8 @@ def short(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, PLAIN) or value is None:
-        text = repr(value)
+        # A subclass's own repr may raise, and so does that of an integer of more than 4300 digits.
+        text = shown(value)
         return text if len(text) <= 40 else f"{text[:37]}..."
     if isinstance(value, (collections.deque, list, tuple, dict, set)):
         return f"a {type(value).__name__} of {len(value)}"
