@@ -8,6 +8,7 @@ from operator import call
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 State = tuple[Hashable, ...]
@@ -40,6 +41,7 @@ _GETTERS: tuple[Callable[[], Hashable], ...] = (
     torch.get_default_dtype,
     # Reductions on the CPU are split among as many threads, and so round otherwise.
     torch.get_num_threads,
+    lambda: forward_ad._current_level,
     *[getattr(torch._C, name) for name in _NAMES if hasattr(torch._C, name)],
 )
 _stack_length: Callable[[], int] = torch._C._len_torch_function_stack
@@ -54,7 +56,7 @@ def ambient_state() -> State:
     """What PyTorch is set to, as far as it changes results: flags of the process, and the function modes of the thread.
 
     Not in it are the modes of a key (gradients, inference, autocast), and what forbids graphs (dispatch modes,
-    transforms, which forward-mode AD needs too).
+    transforms).
 
     Example:
         >>> before = ambient_state()
@@ -76,6 +78,11 @@ def ambient_number() -> int:
         number = _numbers.setdefault(state, len(_numbers))
     _last = state, number
     return number
+
+
+def is_forward_mode() -> bool:
+    """Whether derivatives are computed in forward mode, which a replay would leave out."""
+    return bool(forward_ad._current_level >= 0)
 
 
 def has_modes() -> bool:

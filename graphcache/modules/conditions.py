@@ -11,7 +11,7 @@ from torch.nn.modules import module as _hooks
 
 from graphcache.config import modes
 from graphcache.errors import Reason
-from graphcache.keys.ambient import has_function_modes
+from graphcache.keys.ambient import has_function_modes, is_forward_mode
 
 is_grad_enabled = torch.is_grad_enabled
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
@@ -43,6 +43,8 @@ def forbidden(*, cuda: bool) -> Reason | None:
         return Reason.DISABLED
     if dispatch_modes() or has_function_modes() or transforms() is not None or is_tracing():
         return Reason.TRACING
+    if is_forward_mode():
+        return Reason.GRAD
     if cuda and is_capturing():
         return Reason.OUTER_CAPTURE
     return None

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import graphcache
@@ -145,3 +146,18 @@ def test_a_default_device_of_a_thread_is_not_lost_in_the_background() -> None:
         with torch.device("meta"):
             assert fast(X)[1].is_meta
     assert not fast(X)[1].is_meta
+
+
+def test_derivatives_in_forward_mode_are_computed_eagerly() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).requires_grad_(False)
+    fast, x = graphcache.wrap(module), torch.randn(2, 4)
+    fast(x)
+    fast(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        wanted, got = (forward_ad.unpack_dual(each(dual)).tangent for each in (module, fast))
+    assert wanted is not None
+    assert torch.equal(got, wanted)
+    assert fast.cache_info().eager == {graphcache.Reason.GRAD: 1}
+    assert torch.equal(fast(x), module(x))
+    assert fast.cache_info().hits == 2
