@@ -148,6 +148,7 @@ def test_a_default_device_of_a_thread_is_not_lost_in_the_background() -> None:
     assert not fast(X)[1].is_meta
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_derivatives_in_forward_mode_are_computed_eagerly() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).requires_grad_(False)
     fast, x = graphcache.wrap(module), torch.randn(2, 4)
