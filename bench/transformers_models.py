@@ -1,4 +1,4 @@
-"""Which small random models of Transformers are captured as a whole: ``python -m bench.transformers_models --out FILE``.
+"""Which small random models of Transformers are captured whole: ``python -m bench.transformers_models --out FILE``.
 
 Each model is called ten times with two shapes in turn, without its own cache, and held against a copy that runs
 eagerly. Needs a GPU, transformers, and the list of models in ``tests``. Run it in two checkouts to compare them.
