@@ -31,8 +31,8 @@ from graphcache.cache import lru, signature
 from graphcache.capture import effects, host_activity
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
-from graphcache.keys import guards, state_nodes
-from graphcache.modules import answers, cached, conditions, record_torch, routes
+from graphcache.keys import guards, state_nodes, value_nodes
+from graphcache.modules import answers, cached, conditions, record_torch, routes, trial_call
 from tests.helpers import Fn, frozen, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -694,12 +694,12 @@ CURES: dict[str, Cure] = {
     ),
     # what makes a graph stale
     "a guard compares the weights": Cure(
-        replace(state_nodes.TensorNode, "differs", _never),
+        replace(value_nodes.TensorNode, "differs", _never),
         _swap(_moved),
         GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data]",
     ),
     "a guard compares the layout of the weights": Cure(
-        replace(state_nodes, "place_of", lambda tensor: tensor.data_ptr()),
+        replace(value_nodes, "place_of", lambda tensor: tensor.data_ptr()),
         _swap(_transposed),
         GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data_by_its_transpose]",
     ),
@@ -724,7 +724,7 @@ CURES: dict[str, Cure] = {
         GUARDS + "test_training_and_evaluation_take_turns",
     ),
     "parameters that require gradients get them": Cure(
-        both(replace(guards.ModuleGuard, "requires_grad", _never), replace(state_nodes.TensorNode, "differs", _never)),
+        both(replace(guards.ModuleGuard, "requires_grad", _never), replace(value_nodes.TensorNode, "differs", _never)),
         _a_parameter_gets_no_gradient,
         GUARDS + "test_a_parameter_that_comes_to_require_gradients_gets_them",
     ),
@@ -821,7 +821,7 @@ CURES: dict[str, Cure] = {
         ANSWERS + "test_layouts_tell_apart_what_a_graph_could_not_change",
     ),
     "eager execution has to repeat itself": Cure(
-        replace(record_torch._Call, "compare", nothing),
+        replace(trial_call.TrialCall, "compare", nothing),
         _an_answer_of_chance_is_repeated,
         RECORD + "test_a_module_that_answers_differently_every_time_is_reported",
     ),

@@ -7,40 +7,15 @@ comparing the shallow copies of all containers finds every change.
 from __future__ import annotations
 
 import collections
-import gc
 import types
 from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from graphcache.keys.script_state import script_state
-from graphcache.keys.values import array_state, hidden_state, is_generator_of_randomness, same, short
+from graphcache.keys.values import same, short
 
 MISSING: Any = object()
 """Stands for an attribute, a global or a cell without a value."""
-
-IGNORED_CLASS_NAMES = frozenset(
-    {
-        "__init__",
-        "__slotnames__",
-        "__annotations__",
-        "__annotations_cache__",
-        "__annotate__",
-        "__annotate_func__",
-        "__doc__",
-        "__signature__",
-        "__text_signature__",
-        "__abstractmethods__",
-        "__parameters__",
-        "__weakref__",
-        "__dict__",
-        "_abc_impl",
-    }
-)
-"""Attributes that Python and its libraries put on classes while they are looked at, copied, pickled or compiled."""
-
 
 _REPLACED = frozenset({"forward", "__getstate__"})
 """What a wrapped module replaces in the dictionaries of its parts while one of its calls is under way."""
@@ -149,7 +124,7 @@ class TableNode(Node):
         before, now = (dict(zip(*each, strict=True)) for each in (old, new))
         found = False
         for key in {**before, **now}:
-            change = _difference(before.get(key, MISSING), now.get(key, MISSING))
+            change = difference(before.get(key, MISSING), now.get(key, MISSING))
             if change:
                 found = True
                 yield Change(self.path + self.end(key), change)
@@ -229,35 +204,11 @@ class NamesNode(Node):
 
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
         for name, before, now in zip(self.names, old, new, strict=True):
-            if change := _difference(before, now):
+            if change := difference(before, now):
                 yield Change(self.path + self.end(name), change)
 
     def guard(self, native: Any) -> bool:
-        native.add_names(self.target, *_split(dict(zip(self.names, self.state, strict=True))))
-        return True
-
-
-class ClassNode(Node):
-    """What a class defines: methods and plain attributes."""
-
-    __slots__ = ()
-
-    def read(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.target).items() if name not in IGNORED_CLASS_NAMES}
-
-    def differs(self) -> bool:
-        now = self.read()
-        return len(now) != len(self.state) or not all(map(is_, now.values(), self.state.values()))
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        for name in {**old, **new}:
-            if change := _difference(old.get(name, MISSING), new.get(name, MISSING)):
-                yield Change(f"{self.path}.{name}", change)
-
-    def guard(self, native: Any) -> bool:
-        # A class shows its dictionary through a proxy.
-        (table,) = gc.get_referents(vars(self.target))
-        native.add_names(table, *_split(self.state))
+        native.add_names(self.target, *split(dict(zip(self.names, self.state, strict=True))))
         return True
 
 
@@ -285,7 +236,7 @@ class ItemsNode(Node):
             yield Change(self.path, f"had {len(old)} items and has {len(new)}")
             return
         for index, (before, now) in enumerate(zip(old, new, strict=True)):
-            if change := _difference(before, now):
+            if change := difference(before, now):
                 yield Change(self.path + self.end(index), change)
 
     def guard(self, native: Any) -> bool:
@@ -324,67 +275,12 @@ class SlotsNode(Node):
 
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
         for (name, _), before, now in zip(self.slots, old, new, strict=True):
-            if change := _difference(before, now):
+            if change := difference(before, now):
                 yield Change(self.path + self.end(name), change)
 
     def guard(self, native: Any) -> bool:
         for (_, descriptor), value in zip(self.slots, self.state, strict=True):
             native.add_slot(self.target, descriptor, *(() if value is MISSING else (value,)))
-        return True
-
-
-class CellNode(Node):
-    """A variable that a function closes over."""
-
-    __slots__ = ()
-
-    def read(self) -> Any:
-        try:
-            return self.target.cell_contents
-        except ValueError:
-            return MISSING
-
-    def differs(self) -> bool:
-        return self.read() is not self.state
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if change := _difference(old, new):
-            yield Change(self.path, change)
-
-    def guard(self, native: Any) -> bool:
-        native.add_cell(self.target, *(() if self.state is MISSING else (self.state,)))
-        return True
-
-
-class VariableNode(CellNode):
-    """A context variable, as the current context has it."""
-
-    __slots__ = ()
-
-    def read(self) -> Any:
-        return self.target.get(MISSING)
-
-    def guard(self, native: Any) -> bool:
-        return False
-
-
-class FunctionNode(Node):
-    """A function: its code and its default values."""
-
-    __slots__ = ()
-
-    def read(self) -> tuple[Any, ...]:
-        return self.target.__code__, self.target.__defaults__, self.target.__kwdefaults__
-
-    def differs(self) -> bool:
-        return not all(map(is_, self.read(), self.state))
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if not all(map(is_, old, new)):
-            yield Change(self.path, "has other code or default values")
-
-    def guard(self, native: Any) -> bool:
-        native.add_function(self.target, self.state)
         return True
 
 
@@ -414,117 +310,6 @@ class ObjectNode(Node):
         return True
 
 
-class TensorNode(Node):
-    """A tensor: where its memory is and how it is laid out, and for the effects of a call its version counter."""
-
-    __slots__ = ("gradient", "version")
-
-    def read(self) -> tuple[Any, ...]:
-        self.version = version_of(self.target)
-        self.gradient = gradient_of(self.target)
-        return place_of(self.target)
-
-    def differs(self) -> bool:
-        return bool(place_of(self.target) != self.state)
-
-    def changes(self) -> list[Change]:
-        # Without a look at the version counter, which tells of the call before.
-        return list(self.compare(self.state, place_of(self.target)))
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if old != new:
-            what = [name for name, before, now in zip(_PLACE, old, new, strict=False) if before != now]
-            yield Change(self.path, f"has another {', '.join(what)}")
-
-    @property
-    def is_written(self) -> bool:
-        """Whether an operation wrote into the tensor or a view of it, or a gradient was accumulated."""
-        return version_of(self.target) != self.version or gradient_of(self.target) is not self.gradient
-
-    def guard(self, native: Any) -> bool:
-        try:
-            native.add_tensor(self.target)
-        except TypeError:
-            return False
-        return True
-
-
-class ArrayNode(Node):
-    """A NumPy array or a buffer of Python's, with its contents."""
-
-    __slots__ = ()
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes are compared."""
-        return len(self.state[-1])
-
-    def read(self) -> Any:
-        return array_state(self.target)
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if old != new:
-            yield Change(self.path, "has other contents or another layout")
-
-
-class ObjectArrayNode(ItemsNode):
-    """The objects in a NumPy array."""
-
-    __slots__ = ()
-
-    def read(self) -> tuple[Any, ...]:
-        return tuple(self.target.ravel().tolist())
-
-    def guard(self, native: Any) -> bool:
-        return False
-
-
-class HiddenNode(Node):
-    """An object that shows its state by no attribute, such as a generator; only the effects of a call compare it."""
-
-    __slots__ = ()
-
-    guarded = False
-
-    def read(self) -> Any:
-        # With the objects that it refers to, so that no id in the state is used twice.
-        return hidden_state(self.target) or (None, ())
-
-    def differs(self) -> bool:
-        return bool(self.read()[0] != self.state[0])
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if old[0] != new[0]:
-            what = f"the {type(self.target).__name__} moved on"
-            yield Change(self.path, what, is_generator_of_randomness(self.target))
-
-
-class CacheNode(HiddenNode):
-    """A function with a cache. A graph does not call it: the next call has to fill a cache that was cleared."""
-
-    __slots__ = ()
-
-    guarded = True
-
-
-class ScriptNode(Node):
-    """A TorchScript module: what C++ holds of it."""
-
-    __slots__ = ()
-
-    def read(self) -> dict[str, Any]:
-        return script_state(self.target)
-
-    def differs(self) -> bool:
-        now = self.read()
-        return now.keys() != self.state.keys() or not all(map(same, now.values(), self.state.values()))
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        for name in {**old, **new}:
-            if change := _difference(old.get(name, MISSING), new.get(name, MISSING)):
-                yield Change(f"{self.path}{name}", change)
-
-
 class ThreadLocalNode(Node):
     """What the current thread sees of a ``threading.local``."""
 
@@ -539,48 +324,11 @@ class ThreadLocalNode(Node):
 
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
         for name in {**old, **new}:
-            if change := _difference(old.get(name, MISSING), new.get(name, MISSING)):
+            if change := difference(old.get(name, MISSING), new.get(name, MISSING)):
                 yield Change(f"{self.path}.{name}", change)
 
 
-_PLACE = ("address", "shape", "strides", "dtype", "device", "requires_grad", "conjugation", "sign bit")
-
-
-def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor's memory is and how it is read; the object itself where that cannot be told."""
-    try:
-        return (
-            tensor.data_ptr(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-            tensor.device,
-            tensor.requires_grad,
-            tensor.is_conj(),
-            tensor.is_neg(),
-        )
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        # Sparse tensors and uninitialised parameters have no address.
-        return (id(tensor),)
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written in place; ``None`` where that is not counted, as of inference tensors."""
-    try:
-        return None if tensor.is_inference() else tensor._version
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        return None
-
-
-def gradient_of(tensor: Tensor) -> Tensor | None:
-    """The gradient of a leaf: accumulated, or assigned."""
-    try:
-        return tensor.grad if tensor.is_leaf else None
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        return None
-
-
-def _difference(old: Any, new: Any) -> str:
+def difference(old: Any, new: Any) -> str:
     """What became of a place, in words; empty if it is the same."""
     if old is new or (old is not MISSING and new is not MISSING and same(old, new)):
         return ""
@@ -600,7 +348,7 @@ def _slot(target: Any, descriptor: types.MemberDescriptorType) -> Any:
         return MISSING
 
 
-def _split(names: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...], tuple[str, ...]]:
+def split(names: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...], tuple[str, ...]]:
     """Names with values, their values, and names without."""
     present = {name: value for name, value in names.items() if value is not MISSING}
     return tuple(present), tuple(present.values()), tuple([name for name in names if name not in present])

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.keys import native
-from graphcache.keys.state_nodes import Change, Node, TensorNode
+from graphcache.keys.state_nodes import Change, Node
 from graphcache.keys.state_walk import Skips, StateWalk
+from graphcache.keys.value_nodes import TensorNode
 
 
 class StateSnapshot:

@@ -21,30 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphcache.keys.code_nodes import CellNode, ClassNode, FunctionNode, VariableNode
 from graphcache.keys.script_state import settle
 from graphcache.keys.state_nodes import (
     MISSING,
-    ArrayNode,
     AttributesNode,
-    CacheNode,
-    CellNode,
-    ClassNode,
-    FunctionNode,
-    HiddenNode,
     ItemsNode,
     MembersNode,
     NamesNode,
     Node,
-    ObjectArrayNode,
     ObjectNode,
-    ScriptNode,
     SlotsNode,
     TableNode,
-    TensorNode,
     ThreadLocalNode,
-    VariableNode,
 )
 from graphcache.keys.user_code import code_inside, function_of, global_names, is_library
+from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, ObjectArrayNode, ScriptNode, TensorNode
 from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
 MAX_CONTAINERS = 50_000

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphcache.cache.signature import substitute
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
 from graphcache.capture.host_activity import is_available
 from graphcache.config import GraphConfig, graphs_off
@@ -23,7 +22,7 @@ from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads, storage_of
-from graphcache.graphs.verify import Round, all_same_bits, largest_gap, perturb, repeats, verify
+from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
@@ -32,6 +31,7 @@ from graphcache.modules.culprit import at, located, path_here
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.record import Recorded, nothing, refill
 from graphcache.modules.recording import Session
+from graphcache.modules.trial_call import TrialCall
 
 Running = Callable[[], AbstractContextManager[object]]
 """Makes what is entered around one run of a module."""
@@ -209,7 +209,7 @@ class TorchRecorder:
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
         answer = Answer(value, inputs, state)
-        call = _Call(run, args, kwargs, inputs, answer, state)
+        call = TrialCall(run, args, kwargs, inputs, answer, state)
         index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
         graph = self._on_cuda(call, index, alone) if index is not None else self._on_host(call)
         bare = answer.is_whole and isinstance(value, Tensor)
@@ -231,7 +231,7 @@ class TorchRecorder:
             lane.close(wait=wait)
         self._lanes.clear()
 
-    def _on_host(self, call: _Call) -> Graph:
+    def _on_host(self, call: TrialCall) -> Graph:
         static = [static_copy(tensor) for tensor in call.inputs]
         writable = [packed(tensor) for tensor in static]
         expected = call.eager(static, "a second time", call.answer.tensors)
@@ -243,7 +243,7 @@ class TorchRecorder:
         self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
         return graph
 
-    def _on_cuda(self, call: _Call, index: int, alone: bool) -> Graph:
+    def _on_cuda(self, call: TrialCall, index: int, alone: bool) -> Graph:
         # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
         lane = Lane(index) if alone else self._lanes.setdefault(index, Lane(index))
         session = Session(lane)
@@ -305,7 +305,7 @@ class TorchRecorder:
     def _verify(
         self,
         graph: Graph,
-        call: _Call,
+        call: TrialCall,
         static: Sequence[Tensor],
         expected: Sequence[Tensor],
         run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
@@ -331,72 +331,6 @@ class TorchRecorder:
 
         if self._verified:
             verify(graph, rounds(), again, where=self._name)
-
-
-class _Call:
-    """One call of a module, repeatable on other tensors."""
-
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
-        answer: Answer,
-        state: Sequence[Tensor],
-    ) -> None:
-        self._function = run
-        found: dict[int, int] = {}
-        places = [found.setdefault(id(tensor), len(found)) for tensor in inputs]
-        self.places = None if len(found) == len(inputs) else places
-        """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
-        self.inputs = [_detached(inputs[places.index(place)]) for place in range(len(found))]
-        self._args, self._kwargs = substitute(args, kwargs, self._spread(self.inputs))
-        self.answer = answer
-        self._state = state
-
-    def run(self, static: Sequence[Tensor]) -> Answer:
-        """Call the module on other tensors.
-
-        Raises:
-            Refusal: If the answer is of another layout than the first one was.
-        """
-        answer = Answer(self.call(static), self._spread(static), self._state)
-        if answer.layout != self.answer.layout:
-            raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
-        return answer
-
-    def call(self, static: Sequence[Tensor]) -> Any:
-        """What the module returns for other tensors."""
-        args, kwargs = substitute(self._args, self._kwargs, self._spread(static))
-        return self._function(*args, **kwargs)
-
-    def eager(self, static: Sequence[Tensor], when: str, wanted: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs on some inputs, held against what they were before."""
-        outputs = self.run(static).tensors
-        self.compare(outputs, wanted, when)
-        return outputs
-
-    def compare(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], when: str) -> None:
-        """Raise unless eager execution repeats itself."""
-        if [_strides(tensor) for tensor in outputs] != [_strides(tensor) for tensor in wanted]:
-            raise Refusal(Reason.NONDETERMINISTIC, detail=f"the outputs had other strides when run {when}")
-        for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
-            if not repeats(left, right.detach()):
-                gap = largest_gap(left, right)
-                raise Refusal(Reason.NONDETERMINISTIC, detail=f"output {index} differed by {gap:.3g} when run {when}")
-
-    def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return inputs if self.places is None else [inputs[place] for place in self.places]
-
-    def let_go(self) -> None:
-        """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""
-        self._args, self._kwargs, self.inputs = (), {}, []
-        self.answer.let_go()
-
-    def kept(self) -> list[Tensor]:
-        """The weights as they are now: while these live, no other tensor can take their address."""
-        return [tensor.detach() for tensor in self._state]
 
 
 class _Reads(HostReads):
@@ -433,17 +367,6 @@ def _made_in_inference_mode(value: Any, inputs: Sequence[Tensor]) -> bool:
     given = {storage_of(tensor) for tensor in inputs}
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return any(leaf.is_inference() and storage_of(leaf) not in given for leaf in leaves)
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    """The tensor without gradients, with the attributes that Python code gave it."""
-    detached = tensor.detach()
-    detached.__dict__.update(tensor.__dict__)
-    return detached
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 @contextmanager
