@@ -328,6 +328,19 @@ class ThreadLocalNode(Node):
                 yield Change(f"{self.path}.{name}", change)
 
 
+def slots_of(kind: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
+    """The ``__slots__`` of a class and its bases, with what reads them."""
+    found: dict[str, types.MemberDescriptorType] = {}
+    for each in kind.__mro__:
+        declared = each.__dict__.get("__slots__", ())
+        for name in (declared,) if isinstance(declared, str) else tuple(declared):
+            mangled = f"_{each.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
+            descriptor = each.__dict__.get(mangled)
+            if isinstance(descriptor, types.MemberDescriptorType):
+                found.setdefault(mangled, descriptor)
+    return tuple(found.items())
+
+
 def difference(old: Any, new: Any) -> str:
     """What became of a place, in words; empty if it is the same."""
     if old is new or (old is not MISSING and new is not MISSING and same(old, new)):

@@ -34,6 +34,7 @@ from graphcache.keys.state_nodes import (
     SlotsNode,
     TableNode,
     ThreadLocalNode,
+    slots_of,
 )
 from graphcache.keys.user_code import code_inside, function_of, global_names, is_library
 from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, ObjectArrayNode, ScriptNode, TensorNode
@@ -380,19 +381,6 @@ class StateWalk:
             counts[top.path] += 1
         ((path, count),) = counts.most_common(1)
         return f"{path}: {count} of the {len(self.nodes)} containers that were found before the walk was ended"
-
-
-def slots_of(kind: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
-    """The ``__slots__`` of a class and its bases, with what reads them."""
-    found: dict[str, types.MemberDescriptorType] = {}
-    for each in kind.__mro__:
-        declared = each.__dict__.get("__slots__", ())
-        for name in (declared,) if isinstance(declared, str) else tuple(declared):
-            mangled = f"_{each.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
-            descriptor = each.__dict__.get(mangled)
-            if isinstance(descriptor, types.MemberDescriptorType):
-                found.setdefault(mangled, descriptor)
-    return tuple(found.items())
 
 
 def _is_machinery(module_name: Any) -> bool:
