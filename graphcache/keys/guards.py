@@ -22,6 +22,10 @@ _GLOBAL_HOOKS = (
 )
 
 
+MAX_FUNCTIONS = 4096
+"""How many functions are followed that only runs have found."""
+
+
 class HasEpoch(Protocol):
     """A submodule that says by a number whether it is still the same."""
 
@@ -167,5 +171,8 @@ class ModuleGuard:
 
     def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:
         """Follow the globals of functions that ran and that no walk has found."""
+        if len(self._functions) + len(functions) > MAX_FUNCTIONS:
+            # Code that is made anew at every call.
+            self._functions.clear()
         self._functions.update(functions)
         self.forget()

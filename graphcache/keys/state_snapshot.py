@@ -113,7 +113,7 @@ class StateSnapshot:
         if kind is None:
             return
         guard = kind()
-        self._rest = [node for node in self._guarded() if not node.guard(guard)]
+        self._rest = [node for node in self._guarded() if not _is_guarded(node, guard)]
         self._native = guard
 
     @property
@@ -157,6 +157,15 @@ class StateSnapshot:
     def _guarded(self) -> Iterator[Node]:
         yield from (node for node in self.nodes if node.guarded)
         yield from self.tensors
+
+
+def _is_guarded(node: Node, guard: native.Guard) -> bool:
+    """Whether a native guard compares a node from now on."""
+    try:
+        return node.guard(guard)
+    except (TypeError, ValueError):
+        # An object of a kind that it does not take, or that changed this moment.
+        return False
 
 
 def is_strided(tensor: Tensor) -> bool:
