@@ -5,6 +5,7 @@ from __future__ import annotations
 import _queue
 import _thread
 import concurrent.futures
+import datetime
 import multiprocessing.pool
 import os
 import queue
@@ -69,7 +70,7 @@ _COMPILER = "torch._dynamo.convert_frame"
 _OPAQUE = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__", "EngineModule.forward"})
 """What runs a graph that Inductor compiled, or an engine, with memory that it allocates past the dispatcher."""
 
-_PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK, _MODULE = range(6)
+_PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK, _MODULE, _CLASS = range(7)
 
 
 class HostActivity:
@@ -151,6 +152,13 @@ class HostActivity:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
         elif kind == _LOCK and not _is_ours(frame):
             self._lock(function.__name__, id(owner))
+        elif kind == _CLASS:
+            if (
+                isinstance(owner, type)
+                and issubclass(owner, datetime.date)
+                and function.__name__ in ("now", "today", "utcnow")
+            ):
+                self._clock(frame, f"{owner.__name__}.{function.__name__}")
         elif kind == _MODULE:
             self._function_of_module(frame, function)
 
@@ -159,8 +167,13 @@ class HostActivity:
             self._note(Reason.RANDOM, "os.urandom")
         elif function is _thread.start_new_thread or function in _TORCH_HANDOFFS:
             self._note(Reason.HOST_READ, function.__name__, "work goes to another thread")
-        elif function in _CLOCKS and not is_library(frame.f_globals.get("__name__")):
-            self._note(Reason.RANDOM, f"time.{function.__name__}", "a clock is read, which a graph would stop")
+        elif function in _CLOCKS:
+            self._clock(frame, f"time.{function.__name__}")
+
+    def _clock(self, frame: types.FrameType, name: str) -> None:
+        """Libraries read clocks for reasons of their own, such as logging."""
+        if not is_library(frame.f_globals.get("__name__")):
+            self._note(Reason.RANDOM, name, "a clock is read, which a graph would stop")
 
     def _lock(self, name: str, identity: int) -> None:
         """A lock that is released without having been acquired lets another thread go on."""
@@ -211,6 +224,8 @@ def _is_ours(frame: types.FrameType) -> bool:
 
 
 def _kind_of(owner: Any) -> int:
+    if isinstance(owner, type):
+        return _CLASS
     if isinstance(owner, Tensor):
         return _TENSOR
     if is_generator_of_randomness(owner):

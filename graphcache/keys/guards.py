@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -133,7 +134,10 @@ class ModuleGuard:
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
         found = StateSnapshot(
-            [("self", self._module), *hooks], ignore=self._ignore, skips=self._skips, functions=self._functions
+            [("self", self._module), ("os.environ", vars(os.environ)["_data"]), *hooks],
+            ignore=self._ignore,
+            skips=self._skips,
+            functions=self._functions,
         )
         self._engines = self._find_engines(self._module) if self._find_engines is not None else ()
         self._epoch = self._epoch_now()

@@ -61,6 +61,7 @@ class StateSnapshot:
         for code, table in (functions or {}).items():
             walk.globals_of(code, table)
         walk.walk(())
+        walk.finish()
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
         self.broken: Change | None = None
         """Why :meth:`holds` said that the snapshot is of the past."""

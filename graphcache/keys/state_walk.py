@@ -36,7 +36,7 @@ from graphcache.keys.state_nodes import (
     ThreadLocalNode,
     slots_of,
 )
-from graphcache.keys.user_code import code_inside, function_of, global_names, is_library
+from graphcache.keys.user_code import code_inside, function_of, global_names, is_library, module_attributes
 from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, ObjectArrayNode, ScriptNode, TensorNode
 from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
@@ -104,6 +104,7 @@ class StateWalk:
         self._classes: set[type] = set()
         self._followed: set[type] = set()
         self._hops: dict[int, int] = {}
+        self._used: dict[types.ModuleType, set[str]] = {}
         self._mentioned: set[str] = set()
         self._waiting: dict[str, list[tuple[str, types.FunctionType]]] = {}
         """Methods whose names no code that was followed mentions."""
@@ -237,10 +238,16 @@ class StateWalk:
         names = global_names(code)
         self._mention(names.mentioned)
         self._names(table, names.loaded | names.stored, hops)
-        for name, attribute in names.attributes:
-            module = table.get(name)
-            if isinstance(module, types.ModuleType) and not is_library(module.__name__):
+        for module, attribute in module_attributes(names, table):
+            if is_library(module.__name__):
+                self._used.setdefault(module, set()).add(attribute)
+            else:
                 self._names(vars(module), {attribute}, hops)
+
+    def finish(self) -> None:
+        """Remember what was named of libraries, which somebody may replace; it is not followed."""
+        for module, names in self._used.items():
+            self._add(NamesNode(None, module.__name__, vars(module), tuple(sorted(names))), len(names))
 
     def _names(self, table: dict[str, Any], names: set[str] | frozenset[str], hops: int) -> None:
         found = tuple(sorted(name for name in names if name in table or name not in _BUILTINS))

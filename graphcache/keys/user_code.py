@@ -21,13 +21,13 @@ class GlobalNames(NamedTuple):
     Args:
         loaded: Names that are read.
         stored: Names that are assigned or deleted.
-        attributes: For names that are read: the attributes taken from them at once, as in ``config.SCALE``.
+        attributes: For names that are read: the attributes taken from them at once, as in ``torch.nn.functional``.
         mentioned: Every name in it, of attributes and methods too.
     """
 
     loaded: frozenset[str]
     stored: frozenset[str]
-    attributes: frozenset[tuple[str, str]]
+    attributes: frozenset[tuple[str, ...]]
     mentioned: frozenset[str]
 
 
@@ -53,20 +53,22 @@ def global_names(code: types.CodeType) -> GlobalNames:
     """
     loaded: set[str] = set()
     stored: set[str] = set()
-    attributes: set[tuple[str, str]] = set()
+    attributes: set[tuple[str, ...]] = set()
     mentioned = set(code.co_names)
-    before = ""
+    chain: tuple[str, ...] = ()
     for instruction in dis.get_instructions(code):
         name = instruction.opname
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
-            before = instruction.argval
-            loaded.add(before)
+            chain = (instruction.argval,)
+            loaded.add(instruction.argval)
             continue
-        if name in ("LOAD_ATTR", "LOAD_METHOD") and before:
-            attributes.add((before, instruction.argval))
-        elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+        if name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+            chain = (*chain, instruction.argval)
+            attributes.add(chain)
+            continue
+        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             stored.add(instruction.argval)
-        before = ""
+        chain = ()
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = global_names(constant)
@@ -82,13 +84,28 @@ def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
     names = global_names(code)
     if names.stored or any(_may_hold_state(table[name]) for name in names.loaded if name in table):
         return True
-    modules = [(table.get(name), attribute) for name, attribute in names.attributes]
     return any(
-        isinstance(module, types.ModuleType)
-        and not is_library(module.__name__)
-        and _may_hold_state(vars(module).get(attribute))
-        for module, attribute in modules
+        not is_library(module.__name__) and _may_hold_state(vars(module).get(attribute))
+        for module, attribute in module_attributes(names, table)
     )
+
+
+def module_attributes(names: GlobalNames, table: dict[str, Any]) -> list[tuple[types.ModuleType, str]]:
+    """The attributes of modules that a function names, such as ``relu`` of ``torch.nn.functional``.
+
+    Args:
+        names: Of its code.
+        table: Its globals.
+    """
+    found = []
+    for first, *rest in names.attributes:
+        value = table.get(first)
+        for attribute in rest:
+            if not isinstance(value, types.ModuleType):
+                break
+            found.append((value, attribute))
+            value = vars(value).get(attribute)
+    return found
 
 
 def code_inside(code: types.CodeType) -> list[types.CodeType]:

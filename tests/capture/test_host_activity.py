@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import logging
 import multiprocessing.pool
@@ -98,6 +99,8 @@ NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
     "data_ptr()": (lambda: X.data_ptr(), Reason.HOST_READ, "Tensor.data_ptr"),
     "asarray": (lambda: np.asarray(X), Reason.HOST_READ, "Tensor.numpy"),
     "time": (lambda: time.time(), Reason.RANDOM, "time.time"),
+    "now": (lambda: datetime.datetime.now(), Reason.RANDOM, "datetime.now"),
+    "today": (lambda: datetime.date.today(), Reason.RANDOM, "date.today"),
     "perf_counter": (lambda: time.perf_counter(), Reason.RANDOM, "time.perf_counter"),
     "monotonic_ns": (lambda: time.monotonic_ns(), Reason.RANDOM, "time.monotonic_ns"),
     "localtime": (lambda: time.localtime(), Reason.RANDOM, "time.localtime"),

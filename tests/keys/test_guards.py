@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -554,3 +556,31 @@ def test_a_change_that_answers_depend_on_is_captured_again() -> None:
         assert same(fast(X), module(X))
     assert fast.cache_info().captures == 2
     assert fast.cache_info().graphs == 1
+
+
+def test_the_environment_of_the_process_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float(os.environ.get("GAIN", "1"))
+
+    fast, x = graphcache.wrap(Gain()), torch.ones(2)
+    assert torch.equal(fast(x), x)
+    assert torch.equal(fast(x), x)
+    monkeypatch.setenv("GAIN", "3")
+    assert torch.equal(fast(x), 3 * x)
+    assert torch.equal(fast(x), 3 * x)
+    assert fast.cache_info().hits == 2
+
+
+def test_a_function_of_a_library_that_is_replaced_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.relu(x) + F.silu(x)
+
+    fast, x = graphcache.wrap(Net()), torch.ones(2)
+    before = fast(x)
+    assert torch.equal(fast(x), before)
+    for name in ("relu", "silu"):
+        monkeypatch.setattr(F, name, lambda x: x * 7)
+        assert torch.equal(fast(x), Net()(x))
+    assert fast.cache_info().hits == 1
