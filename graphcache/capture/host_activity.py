@@ -146,7 +146,7 @@ class HostActivity:
             if self.reads and function.__name__ in _READS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, f"Tensor.{function.__name__}")
         elif kind == _GENERATOR:
-            if function.__name__ not in ("getstate", "get_state"):
+            if function.__name__ not in _NOT_DRAWN:
                 self._note(Reason.RANDOM, f"{type(owner).__name__}.{function.__name__}")
         elif kind == _QUEUE:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
@@ -238,4 +238,6 @@ def _kind_of(owner: Any) -> int:
     return _LOCK if isinstance(owner, (_thread.LockType, _thread.RLock)) else _PLAIN
 
 
+_NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})
+"""Methods of generators that draw nothing; a generator that is seeded anew shows that by its state."""
 _TORCH_HANDOFFS = frozenset({torch._C.fork, torch._C.wait})
