@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -63,10 +64,62 @@ class CapturesBeside(Captures):
         """Whether calls are captured beside the calls."""
         return self._config.capture_in == "background"
 
-    def observed(
+    def captured_later(
         self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Cause]:
         """Answer a call of a PyTorch module eagerly, and have it captured beside the calls if it has no effects.
+
+        Returns:
+            The answer, and why it was no graph's.
+        """
+
+        def begin(effects: Effects) -> object:
+            if self._is_pending(signature):
+                return None
+            return self.beside(lambda later: self._capture_beside(later, effects), signature, inputs, args, kwargs)
+
+        def refuse(cause: Cause) -> None:
+            self.blocks.block(signature, cause, self._guard.version)
+
+        return self.observed(inputs, args, kwargs, begin, refuse)
+
+    def capture_alike(
+        self,
+        effects: Effects,
+        signature: Signature,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Have a call captured beside the calls that nobody made; the lock is held.
+
+        Args:
+            effects: None, of a call that was made and is like it; otherwise the module would not be run.
+            signature: Of the call.
+            inputs: The tensors among its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        if not self._is_pending(signature):
+            job = partial(self._capture_beside, effects=effects, alike=True)
+            self.beside(job, signature, inputs, args, kwargs)
+
+    def observed(
+        self,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        begin: Callable[[Effects], object],
+        refuse: Callable[[Cause], object],
+    ) -> tuple[Any, Cause]:
+        """Answer a call of a PyTorch module eagerly, and see what it does.
+
+        Args:
+            inputs: The tensors among its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            begin: Called with the lock held if it has no effects, to have something done beside the calls.
+            refuse: Called with the lock held otherwise.
 
         Returns:
             The answer, and why it was no graph's.
@@ -77,11 +130,11 @@ class CapturesBeside(Captures):
         value, cause = effects.value, effects.cause
         with self.lock:
             if cause is not None:
-                self.blocks.block(signature, cause, self._guard.version)
-            elif not self._is_pending(signature):
+                refuse(cause)
+            else:
                 # Its answer belongs to the caller from now on.
                 effects.value = None
-                cause = self.beside(lambda later: self._capture_beside(later, effects), signature, inputs, args, kwargs)
+                begin(effects)
         return value, cause or _PENDING
 
     def beside(
@@ -135,12 +188,13 @@ class CapturesBeside(Captures):
         self._pending.pop(later.signature, None)
         later.done.set()
 
-    def _capture_beside(self, later: Later, effects: Effects | None = None) -> bool:
+    def _capture_beside(self, later: Later, effects: Effects | None = None, alike: bool = False) -> bool:
         """Capture a call that was answered eagerly; the worker's job.
 
         Args:
             later: The call.
             effects: What was observed of it; ``None`` for an engine.
+            alike: Whether that is true of another call, so that this one is observed first.
 
         Returns:
             Whether there is a graph of it now.
@@ -152,7 +206,7 @@ class CapturesBeside(Captures):
             later.thread = threading.current_thread()
             start = time.perf_counter()
             with self._ledger.span("capture"), self._room(later.inputs) as room:
-                outcome = later.run(lambda: self._recorded(later, effects, room))
+                outcome = later.run(lambda: self._recorded(later, effects, alike, room))
                 seconds = time.perf_counter() - start
                 while not self.lock.acquire(timeout=_PATIENCE):
                     # Whoever cancels may hold the lock until this ends.
@@ -170,7 +224,7 @@ class CapturesBeside(Captures):
         finally:
             self.drop(later)
 
-    def _recorded(self, later: Later, effects: Effects | None, room: Room) -> Recorded | Cause:
+    def _recorded(self, later: Later, effects: Effects | None, alike: bool, room: Room) -> Recorded | Cause:
         """The graph of a call, or why there is none."""
 
         def begin() -> None:
@@ -180,6 +234,12 @@ class CapturesBeside(Captures):
             if effects is None:
                 return self.recorder.attempt(later.args, later.kwargs, later.inputs, apart=True, begin=begin)[1]
             assert isinstance(self.recorder, TorchRecorder)
+            if alike:
+                with self.gate.exclusive():
+                    self.recorder.check_unchanged(effects.version)
+                    effects = self.recorder.observe(later.args, later.kwargs, later.inputs)
+                if effects.cause is not None:
+                    return effects.cause
             return self.recorder.record(
                 later.args, later.kwargs, later.inputs, effects, alone=True, begin=begin, running=self.gate.exclusive
             )

@@ -19,6 +19,7 @@ from graphcache.cache.lru import Entry
 from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.seen import Seen
 from graphcache.cache.signature import Signature, describe
+from graphcache.capture.effects import Effects
 from graphcache.errors import Cause, ConfigError, InputError, Reason
 from graphcache.events import log
 from graphcache.modules.arguments import arguments_of
@@ -95,7 +96,7 @@ class Bucketed:
         Raises:
             Exception: As :meth:`~graphcache.modules.misses.Misses.answer`.
         """
-        misses, cold = self._misses, None
+        misses, cold, beside = self._misses, None, False
         if misses.closed or misses.forbidden() is not None:
             return UNPADDED
         plan = self._plan(signature, args, kwargs)
@@ -115,18 +116,21 @@ class Bucketed:
                 target, given, call = self._padded(fit, signature, args, kwargs)
                 refused = self._trials.refused(target)
                 if refused is not None and refused.reason is Reason.PADDING:
-                    # For good; no further call has to be padded to find that out.
-                    plan.fit = None
+                    # No further call has to be padded to find that out.
+                    plan.fit, plan.refused = None, misses.version
                 if refused is not None or misses.blocked(target) is not None:
                     cause = self._untold.pop(target, None)
                 else:
                     cold = self._cold(fit, signature, target, given, call, inputs, args, kwargs)
-                    if cold is None:
+                    beside = cold is None and self._is_done_beside(target)
+                    if cold is None and not beside:
                         return self._made(fit, target, given, call, inputs, args, kwargs, hit)
-                    if cold.reason not in (Reason.COLD, Reason.PENDING):
+                    if cold is not None and cold.reason not in (Reason.COLD, Reason.PENDING):
                         return UNPADDED
         if cause is not None:
             return misses.eagerly(cause, args, kwargs)
+        if fit is not None and beside:
+            return self._observed(fit, signature, inputs, args, kwargs)
         return UNPADDED if cold is None else self._timed(plan, cold, target, args, kwargs)
 
     def target(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature | None:
@@ -232,9 +236,12 @@ class Bucketed:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Cause | None:
-        """Why the bucket is not to be captured or tried within this call."""
+        """Why the bucket is not to be captured or tried because of this call.
+
+        For an engine that is done beside the calls, it is on its way then.
+        """
         misses = self._misses
-        if target not in self._entries:
+        if not self._is_captured(target):
             return misses.cold_cause(target, given, *call)
         if self._trials.found(target) is not None:
             return None
@@ -247,9 +254,47 @@ class Bucketed:
             return None
         if target in self._trying:
             return _PENDING
+        return self._try_later(fit, target, signature, inputs, args, kwargs) if self._engine is not None else None
+
+    def _is_captured(self, target: Signature) -> bool:
+        entry = self._entries.get(target)
+        return entry is not None and entry.graph.version == self._misses.version
+
+    def _is_done_beside(self, target: Signature) -> bool:
+        """Whether a PyTorch module's bucket is to be captured or tried beside the calls."""
+        if not self._beside or self._engine is not None:
+            return False
+        return not self._is_captured(target) or self._trials.found(target) is None
+
+    def _observed(
+        self, fit: Fit, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Answer a call as it is; if it has no effects, its bucket is captured or tried beside the calls."""
+        target, given, call = self._padded(fit, signature, args, kwargs)
+
+        def begin(effects: Effects) -> None:
+            if not self._is_captured(target):
+                self._misses.capture_alike(effects, target, given, *call)
+            elif target not in self._trying:
+                self._try_later(fit, target, signature, inputs, args, kwargs, effects)
+
+        answer, cause = self._misses.observed(inputs, args, kwargs, begin, lambda why: self._trials.refuse(target, why))
+        self._misses.tell(cause)
+        return answer
+
+    def _try_later(
+        self,
+        fit: Fit,
+        target: Signature,
+        signature: Signature,
+        inputs: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        effects: Effects | None = None,
+    ) -> Cause | None:
         self._trying.add(target)
-        cause = misses.beside(
-            lambda later: self._tried_beside(later, fit, target),
+        cause = self._misses.beside(
+            lambda later: self._tried_beside(later, fit, target, effects),
             signature,
             inputs,
             args,
@@ -260,15 +305,22 @@ class Bucketed:
             self._trying.discard(target)
         return cause
 
-    def _tried_beside(self, later: Later, fit: Fit, target: Signature) -> None:
+    def _tried_beside(self, later: Later, fit: Fit, target: Signature, effects: Effects | None) -> None:
         """Find out whether a call that was answered may be padded; the worker's job."""
+        trials, call = self._trials, (later.args, later.kwargs)
+
+        def attempt() -> Padder | Cause:
+            if effects is None:
+                return trials.attempt(target, fit, later.inputs, *call)[1]
+            return trials.tried(target, fit, *call, version=effects.version, running=self._misses.gate.exclusive)
+
         try:
             if later.cancelled:
                 return
             later.thread = threading.current_thread()
             start = time.perf_counter()
-            _, outcome = later.run(lambda: self._trials.attempt(target, fit, later.inputs, later.args, later.kwargs))
-            if isinstance(outcome, Cause):
+            outcome = later.run(attempt)
+            if isinstance(outcome, Cause) and (effects is None or effects.version == self._misses.version):
                 self._untold[target] = outcome
             self._misses.admission.charge(time.perf_counter() - start)
         except Exception as error:
@@ -303,7 +355,7 @@ class Bucketed:
                 self._untold.clear()
                 self._trials.clear()
         plan = self._plans.get(signature)
-        if plan is None:
+        if plan is None or plan.refused not in (None, self._misses.version):
             plan = self._new_plan(args, kwargs)
             with self._lock:
                 self._plans[signature] = plan

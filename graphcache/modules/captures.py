@@ -88,7 +88,7 @@ class Captures:
         """Whether calls concern a CUDA device."""
         self.closed = False
         self.generation = 0
-        """Goes up when everything that was found out about the module is forgotten."""
+        """Goes up when everything that calls were refused for is forgotten."""
         self.runs(run)
 
     def runs(self, run: Callable[..., Any]) -> None:
@@ -137,7 +137,13 @@ class Captures:
         if self.training_changed():
             # What was refused in training may be captured in evaluation, and the other way round.
             self._training = self._training_now()
+            self.generation += 1
             self.blocks.clear()
+
+    @property
+    def version(self) -> int:
+        """That of the guard: what was found out of the module under another one may no longer be so."""
+        return self._guard.version
 
     def training_changed(self) -> bool:
         """Whether a training flag was set since it was looked at, so that denials may be of the past."""

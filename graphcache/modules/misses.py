@@ -129,7 +129,7 @@ class Misses(CapturesBeside):
                     return answer
                 refused = True
         if later:
-            answer, cause = self.observed(signature, inputs, args, kwargs)
+            answer, cause = self.captured_later(signature, inputs, args, kwargs)
             self.tell(cause)
             return answer
         if refused:

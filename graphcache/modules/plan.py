@@ -17,11 +17,13 @@ class Plan:
         cause: Why not, to be said once.
     """
 
-    __slots__ = ("_look", "_pays", "calls", "cause", "eager", "fit", "padding")
+    __slots__ = ("_look", "_pays", "calls", "cause", "eager", "fit", "padding", "refused")
 
     def __init__(self, fit: Fit | None, cause: Cause | None = None) -> None:
         self.fit = fit
         self.cause = cause
+        self.refused: int | None = None
+        """Version of the module of which it was found out that its answer depends on padding, if it does."""
         self.calls = 0
         """That could have been padded."""
         self.eager, self.padding = Estimate(), Estimate()

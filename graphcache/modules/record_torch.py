@@ -134,13 +134,7 @@ class TorchRecorder:
             The graph, or why there is none.
         """
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with running(), graphs_off():
-                if running is not nullcontext:
-                    # It was observed to have no effects in the state of then.
-                    self._check_unchanged(effects.version)
-                return self._run(*args, **kwargs)
-
+        run = self.again(effects.version, running)
         state, version = [*self._weights(), *effects.outside], effects.version
         own_inference_mode = _made_in_inference_mode(effects.value, inputs)
         try:
@@ -169,15 +163,38 @@ class TorchRecorder:
         self._guard.arm()
         return recorded
 
-    def _check_unchanged(self, version: int) -> None:
-        """Raise a refusal if something that the module reaches has changed since a call was observed."""
+    def again(self, version: int, running: Running = nullcontext) -> Callable[..., Any]:
+        """What runs the module once more, of which a call was observed to have no effects in the state of then.
+
+        Args:
+            version: That of the guard then.
+            running: Entered around each run. If it is given, a run in another state is refused.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with running(), graphs_off():
+                if running is not nullcontext:
+                    self.check_unchanged(version)
+                return self._run(*args, **kwargs)
+
+        return run
+
+    def check_unchanged(self, version: int) -> None:
+        """See to it that nothing that the module reaches has changed since a call was observed.
+
+        Args:
+            version: That of the guard then.
+
+        Raises:
+            Refusal: With :attr:`Reason.MUTATES`.
+        """
         # What the comparison asks of tensors is no read of the module's.
         with torch._C.DisableTorchFunction():
             change = self._guard.change()
         if change is not None:
-            raise Refusal(Reason.MUTATES, change.path, f"{change.detail}, before the call was captured")
+            raise Refusal(Reason.MUTATES, change.path, f"{change.detail}, after the call was observed")
         if version != self._guard.version:
-            raise Refusal(Reason.MUTATES, detail="the state of the module changed before the call was captured")
+            raise Refusal(Reason.MUTATES, detail="the state of the module changed after the call was observed")
 
     def _is_proven(self, known: Recorded, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
         """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""

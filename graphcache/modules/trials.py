@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.buckets import Buckets, InputAxis
-from graphcache.cache.independence import dependence, observed_outputs
+from graphcache.cache.independence import Run, dependence, observed_outputs
 from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.padding import cropped, varied
 from graphcache.cache.signature import Signature, describe, substitute
@@ -22,7 +23,7 @@ from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.verify import padded_gap
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.misses import Misses
-from graphcache.modules.record_torch import TorchRecorder
+from graphcache.modules.record_torch import Running, TorchRecorder
 
 _MOST = 1024
 
@@ -43,23 +44,25 @@ class Trials:
         self._misses = misses
         self._padder = padder
         # By the generation of the module too: a trial beside the calls may end when the module is another one.
-        self._found: OrderedDict[tuple[int, Signature], Padder] = OrderedDict()
+        self._found: OrderedDict[tuple[int, Signature], tuple[int, Padder]] = OrderedDict()
+        """With the version of the module that it was found of."""
         self._blocks = Blocks(_MOST)
         self._lock = threading.Lock()
 
     def found(self, target: Signature) -> Padder | None:
         """What crops the answers of a bucket that may be padded to; ``None`` if that is not known."""
-        return self._found.get((self._misses.generation, target))
+        version, padder = self._found.get((self._misses.generation, target), (0, None))
+        return padder if version == self._misses.version else None
 
     def refused(self, target: Signature) -> Cause | None:
         """Why a bucket is not to be tried this time."""
         with self._lock:
-            return self._blocks.cause((self._misses.generation, target))
+            return self._blocks.cause((self._misses.generation, target), self._misses.version)
 
     def is_refused(self, target: Signature) -> bool:
         """Whether that is so, without counting a call."""
         with self._lock:
-            known = self._blocks.look((self._misses.generation, target))
+            known = self._blocks.look((self._misses.generation, target), self._misses.version)
         return known is not None and known[1] != 0
 
     def clear(self) -> None:
@@ -93,57 +96,88 @@ class Trials:
         Raises:
             Exception: Whatever the module raises for these arguments.
         """
-        key = (self._misses.generation, target)
-        if isinstance(self._misses.recorder, TorchRecorder):
-            with self._misses.gate.shared():
-                effects = self._misses.recorder.observe(args, kwargs, inputs)
-            if effects.cause is not None:
-                return effects.value, self._block(key, effects.cause)
-            answer = effects.value
-        else:
+        misses = self._misses
+        if not isinstance(misses.recorder, TorchRecorder):
             with graphs_off():
-                answer = self._misses.run(*args, **kwargs)
+                answer = misses.run(*args, **kwargs)
+            return answer, self.tried(target, fit, args, kwargs)
+        with misses.gate.shared():
+            effects = misses.recorder.observe(args, kwargs, inputs)
+            if effects.cause is not None:
+                return effects.value, self.refuse(target, effects.cause)
+            return effects.value, self.tried(target, fit, args, kwargs, version=effects.version)
+
+    def tried(
+        self,
+        target: Signature,
+        fit: Fit,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        version: int = 0,
+        running: Running = nullcontext,
+    ) -> Padder | Cause:
+        """Find out whether a call that was answered may be padded.
+
+        Args:
+            target: Signature of the padded call.
+            fit: What it is padded to.
+            args: Positional arguments of the call as it is.
+            kwargs: Its keyword arguments.
+            version: That of the guard when the call was observed to have no effects; ``0`` for an engine.
+            running: As for :meth:`~graphcache.modules.record_torch.TorchRecorder.again`.
+
+        Returns:
+            What crops padded calls, or why there must be none.
+        """
+        recorder, run = self._misses.recorder, self._misses.run
         try:
             with graphs_off(), torch.no_grad():
-                found = self._tried(fit, args, kwargs)
+                if not isinstance(recorder, TorchRecorder):
+                    found = self._tried(run, fit, args, kwargs)
+                else:
+                    found = self._tried(recorder.again(version, running), fit, args, kwargs)
+                    # Calls of other sizes than that which was observed may do what it did not.
+                    recorder.check_unchanged(version)
         except Refusal as refusal:
-            return answer, self._block(key, refusal.cause)
+            return self.refuse(target, refusal.cause)
         except Exception as error:
             cause = refusal_of(error, "").cause
             if cause.reason is Reason.CAPTURE_FAILED:
                 text = str(error) if isinstance(error, GraphCacheError) else f"{type(error).__name__}: {error}"
                 cause = Cause(Reason.PADDING, detail=f"a call of other sizes raised {shown(text)}")
-            return answer, self._block(key, cause)
+            return self.refuse(target, cause)
         with self._lock:
-            self._found[key] = found
+            self._found[self._misses.generation, target] = version, found
             if len(self._found) > _MOST:
                 self._found.popitem(last=False)
-        return answer, found
+        return found
 
-    def _block(self, key: tuple[int, Signature], cause: Cause) -> Cause:
+    def refuse(self, target: Signature, cause: Cause) -> Cause:
+        """Remember why a bucket is not padded to, which is returned."""
         with self._lock:
-            self._blocks.block(key, cause)
+            self._blocks.block((self._misses.generation, target), cause, self._misses.version)
         return cause
 
-    def _tried(self, fit: Fit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Padder:
-        padder, run = self._padder, self._misses.run
+    def _tried(self, run: Run, fit: Fit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Padder:
+        padder = self._padder
         if padder.buckets.outputs is None:
             padder = padder.with_outputs(observed_outputs(run, args, kwargs, padder))
-        for given in (args, kwargs), self._varied(args, kwargs):
+        for given in (args, kwargs), self._varied(run, args, kwargs):
             smallest = None if given is None else self._smallest(fit, *given)
             for each in (given, smallest):
                 if each is not None and (text := dependence(run, *each, padder, gap=padded_gap)) is not None:
                     raise Refusal(Reason.PADDING, detail=text)
         return padder
 
-    def _varied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _varied(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The call with values that differ, as those of a warm-up often don't; ``None`` if the module refuses them."""
         _, tensors = describe(args, kwargs)
         made = {id(tensor): varied(tensor) for tensor in tensors}
         new_args, new_kwargs = substitute(args, kwargs, [made[id(tensor)] for tensor in tensors])
         try:
-            self._misses.run(*new_args, **new_kwargs)
-        except torch.cuda.OutOfMemoryError:
+            run(*new_args, **new_kwargs)
+        except (Refusal, torch.cuda.OutOfMemoryError):
             raise
         except Exception:
             return None

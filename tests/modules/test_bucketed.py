@@ -507,7 +507,8 @@ def test_beside_the_calls_buckets_are_captured_and_tried(beside: None) -> None:
             threads.add(threading.current_thread())
         return x * 2
 
-    fast = graphcache.wrap(Fn(run), buckets={0: {0: [4]}}, capture_in="background")
+    seen = ["self.function.threads"]
+    fast = graphcache.wrap(Fn(run), buckets={0: {0: [4]}}, capture_in="background", ignore=seen)
     for step in range(3):
         x = torch.full((3, 2), float(step))
         assert same(fast(x), x * 2)
@@ -542,11 +543,12 @@ def test_a_trial_that_ends_when_the_module_is_another_one_counts_for_nothing(bes
     def run(self: Any, x: Tensor) -> Tensor:
         if self.training and len(x) == 3 and threading.current_thread() is not threading.main_thread():
             trying.set()
-            assert go.wait(60)
+            go.wait(60)
         return x * 2 if self.training else x - x.mean(0)
 
     module = Fn(run)
-    fast = graphcache.wrap(module, buckets={0: {0: [4]}}, capture_in="background")
+    events = ["self.function.trying", "self.function.go"]
+    fast = graphcache.wrap(module, buckets={0: {0: [4]}}, capture_in="background", ignore=events)
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(2))
     fast(x)
     settled(fast)
@@ -554,8 +556,9 @@ def test_a_trial_that_ends_when_the_module_is_another_one_counts_for_nothing(bes
     assert trying.wait(60)
     module.eval()
     waiting = list(fast._misses._pending.values())
-    assert close(fast(x), x - x.mean(0)), "it is not asked before the trial has ended"
+    # The next call waits for the one run of the trial that is under way.
     go.set()
+    assert close(fast(x), x - x.mean(0))
     assert all(each.done.wait(60) for each in waiting)
     for _ in range(6):
         assert close(fast(x), x - x.mean(0))
