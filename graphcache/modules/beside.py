@@ -214,8 +214,13 @@ class CapturesBeside(Captures):
                         _close(outcome)
                         return False
                 try:
-                    if later.cancelled or self.closed or self._guard.is_stale(signature[0] is not False):
+                    stale = self._guard.is_stale(signature[0] is not False)
+                    if later.cancelled or self.closed or stale:
                         _close(outcome)
+                        if isinstance(outcome, Cause) and not later.cancelled and effects is not None:
+                            # Otherwise every further call would be captured in vain, and with it its effects repeated.
+                            version = self._guard.version if alike else effects.version
+                            self.blocks.block(signature, outcome, version)
                         return False
                     call = later.args, later.kwargs
                     return self._finish(signature, outcome, later.inputs, call, seconds, room, None) is None
@@ -239,7 +244,8 @@ class CapturesBeside(Captures):
                     self.recorder.check_unchanged(effects.version)
                     effects = self.recorder.observe(later.args, later.kwargs, later.inputs)
                 if effects.cause is not None:
-                    return effects.cause
+                    # Not to be tried again and again, for no caller has asked for these effects.
+                    return Cause(Reason.PADDING, detail=f"a call of the padded sizes has effects: {effects.cause}")
             return self.recorder.record(
                 later.args, later.kwargs, later.inputs, effects, alone=True, begin=begin, running=self.gate.exclusive
             )

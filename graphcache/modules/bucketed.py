@@ -114,11 +114,11 @@ class Bucketed:
             fit, cause, plan.cause = plan.fit, plan.cause, None
             if fit is not None:
                 target, given, call = self._padded(fit, signature, args, kwargs)
-                refused = self._trials.refused(target)
+                refused = self._trials.refused(target) or misses.blocked(target)
                 if refused is not None and refused.reason is Reason.PADDING:
                     # No further call has to be padded to find that out.
                     plan.fit, plan.refused = None, misses.version
-                if refused is not None or misses.blocked(target) is not None:
+                if refused is not None:
                     cause = self._untold.pop(target, None)
                 else:
                     cold = self._cold(fit, signature, target, given, call, inputs, args, kwargs)

@@ -136,7 +136,7 @@ class TorchRecorder:
 
         run = self.again(effects.version, running)
         state, version = [*self._weights(), *effects.outside], effects.version
-        own_inference_mode = _made_in_inference_mode(effects.value, inputs)
+        inference = torch.is_inference_mode_enabled()
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 if known is not None and self._is_proven(known, inputs, effects, state):
@@ -147,7 +147,8 @@ class TorchRecorder:
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if running is nullcontext else run(*args, **kwargs)
                 recorded = self._record(run, args, kwargs, inputs, value, state, alone)
-                if own_inference_mode:
+                if not inference and _has_inference_tensors(value, inputs):
+                    # The call entered inference mode by itself.
                     recorded.answer_in_inference_mode()
         except Refusal as refusal:
             return located(refusal.cause, refusal, self._module, self._name)
@@ -377,10 +378,8 @@ class _Reads(HostReads):
         return Refusal(cause.reason, cause.where, cause.detail)
 
 
-def _made_in_inference_mode(value: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether outputs are inference tensors though the caller is not in inference mode: the call entered it itself."""
-    if torch.is_inference_mode_enabled():
-        return False
+def _has_inference_tensors(value: Any, inputs: Sequence[Tensor]) -> bool:
+    """Whether outputs that the call made are inference tensors."""
     given = {storage_of(tensor) for tensor in inputs}
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return any(leaf.is_inference() and storage_of(leaf) not in given for leaf in leaves)

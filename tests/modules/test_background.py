@@ -239,6 +239,33 @@ def test_a_module_that_raises_raises_for_the_caller_alone() -> None:
     assert set(fast.cache_info().eager) == {Reason.PENDING, Reason.CAPTURE_FAILED}
 
 
+def test_effects_that_show_beside_the_calls_alone_are_not_repeated_by_every_call() -> None:
+    def counts(self: Any, x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            self.count += 1
+        return x + 1
+
+    fast = beside(Fn(counts, count=0))
+    for _ in range(10):
+        assert same(fast(X), X + 1)
+        settled(fast)
+    assert fast.module.count == 4, "at the first two calls, after 2 further ones, after 4"
+    assert fast.cache_info().eager == {Reason.PENDING: 4, Reason.MUTATES: 6}
+
+
+def test_a_module_that_enters_inference_mode_does_so_in_its_graph_too() -> None:
+    def enters(_: nn.Module, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return x + 1
+
+    fast = beside(Fn(enters))
+    for _ in range(3):
+        answer = settled(fast)(X)
+        assert answer.is_inference()
+        assert same(answer, X + 1)
+    assert fast.cache_info().hits == 2
+
+
 @pytest.mark.parametrize("how", ["clear", "close", "replace a weight"])
 def test_what_changes_meanwhile_is_not_used(how: str) -> None:
     module = mlp()

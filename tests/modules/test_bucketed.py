@@ -282,6 +282,31 @@ def test_a_module_that_changes_itself_does_so_once_a_call_and_is_padded_when_it_
     assert same(dict(module.state_dict()), dict(twin.state_dict()))
 
 
+@pytest.mark.parametrize("capture_in", ["foreground", "background"])
+def test_what_was_found_of_padding_counts_for_the_state_that_it_was_found_in(capture_in: str) -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        return x - x.mean(0) if self.centred else x * 2
+
+    module = Fn(run, centred=False)
+    fast = graphcache.wrap(module, buckets={0: {0: [4]}}, capture_in=capture_in)
+    draw = torch.Generator().manual_seed(3)
+
+    def call() -> None:
+        x = torch.randn(3, 2, generator=draw)
+        assert close(fast(x), run(module, x))
+        settled(fast)
+
+    padded = []
+    for centred in (False, True, False):
+        module.centred = centred
+        for _ in range(5):
+            call()
+        padded.append(fast.cache_info().padded)
+    assert 0 < padded[0] == padded[1] < padded[2]
+    assert fast.cache_info().eager[Reason.PADDING] == 1
+    fast.close()
+
+
 def test_a_module_that_draws_random_numbers_draws_as_many() -> None:
     fast = graphcache.wrap(nn.Dropout(), buckets={"input": ROWS})
     x = torch.ones(3, 50)
@@ -521,6 +546,68 @@ def test_beside_the_calls_buckets_are_captured_and_tried(beside: None) -> None:
     x = torch.ones(3, 2)
     assert same(fast(x), x * 2)
     settled(fast)
+    fast.close()
+
+
+def test_beside_the_calls_nothing_runs_that_has_effects(beside: None) -> None:
+    module, twin = (nn.BatchNorm1d(2).requires_grad_(False) for _ in range(2))
+    fast = graphcache.wrap(module, buckets={0: {0: [4]}}, capture_in="background")
+    for size in (3, 4, 3, 2, 4, 3):
+        x = torch.randn(size, 2)
+        assert same(fast(x), twin(x))
+        settled(fast)
+        assert same(dict(module.state_dict()), dict(twin.state_dict()))
+    assert outcomes(fast) == (0, 0, {Reason.MUTATES: 6})
+    fast.close()
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_beside_the_calls_effects_of_padded_sizes_alone_are_found(beside: None, size: int) -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        if len(x) == 4:
+            self.count += 1
+        return x * 2
+
+    fast = graphcache.wrap(Fn(run, count=0), buckets={0: {0: [4]}}, capture_in="background")
+    for step in range(4):
+        x = torch.full((size, 2), float(step))
+        assert same(fast(x), x * 2)
+        settled(fast)
+    assert fast.cache_info().padded == 0
+    assert fast.module.count == (1 if size == 3 else 4), "once beside the calls, never again"
+    assert fast.cache_info().graphs == (1 if size == 3 else 0), "of 3 rows"
+    fast.close()
+
+
+def test_beside_the_calls_the_module_runs_alone(beside: None) -> None:
+    inside: list[threading.Thread] = []
+    together: list[int] = []
+    callers = threading.local()
+
+    def run(_: Any, x: Tensor) -> Tensor:
+        me = threading.current_thread()
+        inside.append(me)
+        is_caller = getattr(callers, "here", False)
+        for _ in range(20):
+            others = [each for each in list(inside) if each is not me]
+            if others and (not is_caller or any(each.name.startswith("graphcache") for each in others)):
+                together.append(len(others))
+        inside.remove(me)
+        return x * 2
+
+    seen = ["self.function.*"]
+    fast = graphcache.wrap(Fn(run), buckets={0: {0: [4, 8, 12]}}, capture_in="background", ignore=seen)
+
+    def work(index: int) -> None:
+        callers.here = True
+        for step in range(30):
+            x = torch.full((1 + (index + step) % 11, 2), float(step))
+            assert same(fast(x), x * 2)
+
+    in_threads(work)
+    settled(fast)
+    assert not together
+    assert fast.cache_info().captures
     fast.close()
 
 
