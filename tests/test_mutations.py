@@ -8,11 +8,16 @@ test that guards the cure is run without it, and has to fail. What only a device
 from __future__ import annotations
 
 import ast
+import contextvars
 import ctypes
 import gc
+import os
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
@@ -24,6 +29,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 
 import graphcache
 from graphcache import CachedModule
@@ -289,6 +296,130 @@ def _autocast_is_applied_to_a_part_that_switched_it_off() -> bool:
     return modes_in_turn(full, lambda: torch.autocast("cpu", torch.bfloat16), verify=False)
 
 
+def _the_other_default_dtype_answers() -> bool:
+    fast = graphcache.wrap(Fn(lambda _, x: x * torch.get_default_dtype().itemsize))
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64) * 2:
+            torch.set_default_dtype(dtype)
+            if differs(fast, X):
+                return True
+        return False
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Doubling(TorchFunctionMode):
+    """Doubles every sum."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return found * 2 if func is torch.add else found
+
+
+def _a_function_mode_sees_nothing() -> bool:
+    fast = graphcache.wrap(Fn(lambda _, x: torch.add(x, 1)))
+    fast(X)
+    with _Doubling():
+        return any(differs(fast, X) for _ in range(2))
+
+
+def _an_attribute_of_a_tensor_is_frozen() -> bool:
+    one, other = X.clone(), X.clone()
+    one.scale, other.scale = 2, 3  # type: ignore[attr-defined]
+    return wrong(lambda _, x: x * x.scale, one, other)
+
+
+def _a_hook_of_all_modules_does_not_run() -> bool:
+    handles: list[Any] = []
+
+    def double(module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+        return y * 2 if isinstance(module, nn.Linear) else None
+
+    try:
+        return stale(lambda _: handles.append(register_module_forward_hook(double)))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+FACTOR = [2]
+
+
+def _by_factor(x: Tensor) -> Tensor:
+    return x * FACTOR[0]
+
+
+def _a_global_that_nobody_found_is_frozen() -> bool:
+    def triple(_: Any) -> None:
+        FACTOR[0] = 3
+
+    try:
+        return stale(triple, lambda: Fn(lambda _, x: globals()["_by" + "_factor"](x)))
+    finally:
+        FACTOR[0] = 2
+
+
+def _another_graph_of_before_answers() -> bool:
+    module: Any = mlp()
+    fast = graphcache.wrap(module)
+    for _ in range(2):
+        fast(X)
+        fast(X[:1])
+    _new_weight(module)
+    return any(differs(fast, x) for x in (X, X[:1]))
+
+
+def _a_parameter_without_a_version_is_written_twice() -> bool:
+    with torch.inference_mode():
+        module, twin = (
+            Fn(lambda self, x: (self.parameter.add_(1), x * 2)[1], parameter=nn.Parameter(torch.zeros(1), False))
+            for _ in range(2)
+        )
+        graphcache.wrap(module)(X)
+        twin(X)
+        return not same(module.parameter, twin.parameter)
+
+
+def _a_context_variable_is_set_for_nobody() -> bool:
+    count = contextvars.ContextVar("count", default=0)
+    fast = graphcache.wrap(Fn(lambda _, x: (count.set(count.get() + 1), x * 2)[1]))
+    for _ in range(3):
+        fast(X)
+    return count.get() != 3
+
+
+def _a_clock_stands_still() -> bool:
+    # In float64, so that the times of two runs of the capture are within its tolerance.
+    fast = graphcache.wrap(Fn(lambda _, x: x + time.time()))
+    zero = torch.zeros(1, dtype=torch.float64)
+    fast(zero)
+    now = time.time()
+    return float(fast(zero)) < now
+
+
+def _a_path_that_another_thread_chose_is_frozen() -> bool:
+    def choose(_: Any, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            positive = pool.submit(lambda: bool(x.sum() > 0)).result()
+        return x * 2 if positive else x * 3
+
+    return wrong(choose, X + 5, X - 5, verify=False)
+
+
+def _a_profiler_is_switched_off() -> bool:
+    def mine(*_: Any) -> None:
+        """Listens."""
+
+    before = sys.getprofile()
+    sys.setprofile(mine)
+    try:
+        graphcache.wrap(mlp())(X)
+        return sys.getprofile() is not mine
+    finally:
+        sys.setprofile(before)
+
+
 def _a_write_of_the_tape_happens() -> bool:
     kept = torch.zeros(3)
     static = [torch.ones(3)]
@@ -314,18 +445,19 @@ def _a_generator_of_its_own_runs_ahead() -> bool:
 
 
 def _a_path_is_frozen(read: Callable[[Tensor], Any]) -> Callable[[], bool]:
-    return lambda: wrong(lambda _, x: x * 2 if read(x) > 0 else x * 3, X + 5, X - 5)
+    # All inputs that verification tries take the same path as the first call's.
+    return lambda: wrong(lambda _, x: x * 2 if abs(read(x)) > 2 else x * 3, X + 5, X)
 
 
 def _a_swallowed_refusal_freezes_a_path() -> bool:
     def careful(_: Any, x: Tensor) -> Tensor:
         try:
-            positive = bool(x.sum() > 0)
+            far = bool(x.sum().abs() > 2)
         except Exception:
-            positive = True
-        return x * 2 if positive else x * 3
+            far = True
+        return x * 2 if far else x * 3
 
-    return wrong(careful, X + 5, X - 5)
+    return wrong(careful, X + 5, X)
 
 
 def _a_value_read_unseen_is_frozen() -> bool:
@@ -341,9 +473,15 @@ def _a_plain_value_is_frozen() -> bool:
 
 
 def _an_answer_of_chance_is_repeated() -> bool:
-    chance = iter(range(100))
-    fast = graphcache.wrap(Fn(lambda _, x: x + next(chance)), verify=False)
-    return len({fast(X)[0, 0].item() for _ in range(4)}) < 4
+    # How far a file was read is seen by nobody.
+    read, write = os.pipe()
+    os.write(write, bytes(range(100)))
+    fast = graphcache.wrap(Fn(lambda _, x: x + os.read(read, 1)[0]), verify=False)
+    try:
+        return len({fast(X)[0, 0].item() for _ in range(4)}) < 4
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def _a_graph_that_writes_nothing_passes() -> bool:
@@ -411,10 +549,13 @@ def _a_transform_sees_something_else() -> bool:
     return not same(torch.vmap(fast)(X), X.sin() * 2)
 
 
+def _an_answer_is_no_inference_tensor() -> bool:
+    fast = graphcache.wrap(Fn(torch.inference_mode()(lambda _, x: x * 2)))
+    return not all(fast(X).is_inference() for _ in range(3))
+
+
 def _threads_mix_their_inputs() -> bool:
     """While one thread is in the middle of a replay, another one replays the same graph if it may."""
-    fast: CachedModule
-    inside: list[bool] = []
 
     def other() -> None:
         lock = fast._misses.recorder._host_lock
@@ -423,28 +564,37 @@ def _threads_mix_their_inputs() -> bool:
             fast(X + 5)
 
     def pause() -> None:
-        if inside and inside.pop():
-            thread = threading.Thread(target=other)
-            thread.start()
-            thread.join()
+        _pauses.action = None
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
 
-    _hooks["pause"] = pause
     fast = graphcache.wrap(Fn(lambda _, x: torch.ops.graphcache_tests.pause(x) * 0 + x))
     try:
-        fast(X)
-        inside.append(True)
+        for _ in range(3):
+            fast(X)
+        assert replays(fast, X)
+        _pauses.action = pause
         return not same(fast(X), X * 0 + X)
     finally:
-        _hooks.clear()
+        _pauses.action = None
 
 
-_hooks: dict[str, Callable[[], None]] = {}
+class _Pauses:
+    """What happens in the middle of an operation; no state of the module that calls it."""
+
+    keeps_its_own_state = True
+    action: Callable[[], None] | None = None
+
+
+_pauses = _Pauses()
 
 
 @torch.library.custom_op("graphcache_tests::pause", mutates_args=())
 def _pause(x: Tensor) -> Tensor:
     """An operation in the middle of which something else may happen."""
-    _hooks.get("pause", nothing)()
+    if _pauses.action is not None:
+        _pauses.action()
     return x.clone()
 
 
@@ -592,8 +742,17 @@ _No = type("_No", (), {})
 _never_refused = property(lambda tape: None, lambda tape, refusal: None)
 
 
+def _scaled() -> nn.Module:
+    return Fn(lambda self, x: x * self.factor, factor=2)
+
+
 def _swap(change: Callable[[nn.Module], None]) -> Callable[[], bool]:
     return lambda: stale(change)
+
+
+def _without_attributes(original: Any, value: Any, where: str, parts: list[Any]) -> None:
+    if not where.startswith("an attribute of"):
+        original(value, where, parts)
 
 
 def _never(*_: Any) -> bool:
@@ -622,6 +781,8 @@ def _new_hook(module: Any) -> None:
 
 GUARDS = "tests/keys/test_guards.py::"
 EFFECTS = "tests/capture/test_effects.py::"
+ACTIVITY = "tests/capture/test_host_activity.py::"
+AMBIENT = "tests/keys/test_ambient.py::"
 RECORD = "tests/modules/test_record.py::"
 CACHED = "tests/modules/test_cached.py::"
 ANSWERS = "tests/modules/test_answers.py::"
@@ -692,6 +853,21 @@ CURES: dict[str, Cure] = {
         _the_other_dtype_of_autocast_answers,
         SIGNATURE + "test_autocast_counts_with_its_dtype",
     ),
+    "the ambient state of PyTorch is part of a key": Cure(
+        replace(signature, "ambient_number", lambda: 0),
+        _the_other_default_dtype_answers,
+        AMBIENT + "test_graphs_of_another_state_do_not_answer_and_come_back_with_theirs[default dtype]",
+    ),
+    "function modes see the module itself": Cure(
+        both(replace(conditions, "has_function_modes", _never), replace(signature, "ambient_number", lambda: 0)),
+        _a_function_mode_sees_nothing,
+        AMBIENT + "test_a_call_inside_a_function_mode_runs_eagerly",
+    ),
+    "attributes of a tensor are part of a key": Cure(
+        around(signature, "_constant", _without_attributes),
+        _an_attribute_of_a_tensor_is_frozen,
+        RECORD + "test_attributes_of_a_tensor_are_part_of_the_key",
+    ),
     # what makes a graph stale
     "a guard compares the weights": Cure(
         replace(value_nodes.TensorNode, "differs", _never),
@@ -723,6 +899,31 @@ CURES: dict[str, Cure] = {
         lambda: stale(lambda module: module.train(), lambda: frozen(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))),
         GUARDS + "test_training_and_evaluation_take_turns",
     ),
+    "a guard compares the hooks of all modules": Cure(
+        replace(guards, "_GLOBAL_HOOKS", ()),
+        _a_hook_of_all_modules_does_not_run,
+        GUARDS + "test_a_change_of_any_kind_is_noticed_and_named",
+    ),
+    "a guard compares attributes": Cure(
+        replace(state_nodes.AttributesNode, "differs", _never),
+        lambda: stale(lambda module: setattr(module, "factor", 3), _scaled),
+        GUARDS + "test_a_change_of_any_kind_is_noticed_and_named",
+    ),
+    "globals of what came to run are followed": Cure(
+        replace(record_torch, "unseen_functions", nothing),
+        _a_global_that_nobody_found_is_frozen,
+        EFFECTS + "test_functions_that_the_walk_did_not_find_are_observed_once_more",
+    ),
+    "a graph of before a change is proven again": Cure(
+        replace(record_torch.TorchRecorder, "_is_proven", lambda *_: True),
+        _swap(_new_weight),
+        GUARDS + "test_a_change_that_answers_depend_on_is_captured_again",
+    ),
+    "so is every other graph of before it": Cure(
+        replace(guards.ModuleGuard, "forget", lambda self: setattr(self, "_snapshot", None)),
+        _another_graph_of_before_answers,
+        GUARDS + "test_the_version_goes_up_when_a_change_is_taken_note_of_and_not_before",
+    ),
     "parameters that require gradients get them": Cure(
         both(replace(guards.ModuleGuard, "requires_grad", _never), replace(value_nodes.TensorNode, "differs", _never)),
         _a_parameter_gets_no_gradient,
@@ -740,6 +941,11 @@ CURES: dict[str, Cure] = {
             lambda self: self.parameter.add_(1), parameter=lambda: nn.Parameter(torch.zeros(1), requires_grad=False)
         ),
         EFFECTS + "test_state_is_changed_exactly_once_per_call[False-parameter]",
+    ),
+    "writes to what has no version are noticed": Cure(
+        replace(effects, "written", nothing),
+        _a_parameter_without_a_version_is_written_twice,
+        "",
     ),
     "writes past the dispatcher are noticed": Cure(
         replace(effects, "_contents", nothing),
@@ -764,6 +970,29 @@ CURES: dict[str, Cure] = {
         ),
         _a_generator_of_its_own_runs_ahead,
         EFFECTS + "test_a_generator_of_the_modules_own_advances_as_in_eager",
+    ),
+    "context variables are noticed": Cure(
+        both(
+            replace(effects, "_changed_process_state", lambda *_: None),
+            replace(state_nodes.VariableNode, "differs", _never),
+        ),
+        _a_context_variable_is_set_for_nobody,
+        EFFECTS + "test_an_effect_is_noticed_and_named[a context variable]",
+    ),
+    "clocks are noticed": Cure(
+        replace(host_activity, "_CLOCKS", frozenset()),
+        _a_clock_stands_still,
+        ACTIVITY + "test_what_no_graph_repeats_is_noticed_and_named",
+    ),
+    "work for other threads is noticed": Cure(
+        replace(host_activity.HostActivity, "_note", nothing),
+        _a_path_that_another_thread_chose_is_frozen,
+        ACTIVITY + "test_work_for_pools_is_noticed",
+    ),
+    "the profile hook of somebody else is left to him": Cure(
+        replace(record_torch, "is_available", lambda: True),
+        _a_profiler_is_switched_off,
+        EFFECTS + "test_while_somebody_profiles_nothing_is_captured",
     ),
     "the tape refuses writes before they happen": Cure(
         replace(host, "written", nothing),
@@ -836,6 +1065,11 @@ CURES: dict[str, Cure] = {
         _an_answer_shares_memory_with_the_next_one,
         HOST + "test_outputs_are_fresh_and_intact_after_later_replays",
     ),
+    "an answer is an inference tensor where eager ones are": Cure(
+        replace(record_torch, "_made_in_inference_mode", _never),
+        _an_answer_is_no_inference_tensor,
+        RECORD + "test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always",
+    ),
     "a view of an input is one of the caller's own": Cure(
         around(answers.View, "of", lambda original, *args: original(*args).clone()),
         _a_returned_view_is_a_copy,
@@ -847,7 +1081,11 @@ CURES: dict[str, Cure] = {
         CACHED + "test_a_part_that_switches_autocast_off_stays_off",
     ),
     "tracers see the module itself": Cure(
-        both(replace(cached, "dispatch_modes", lambda: 0), replace(conditions, "dispatch_modes", lambda: 0)),
+        both(
+            *(replace(where, "dispatch_modes", lambda: 0) for where in (cached, conditions)),
+            replace(conditions, "has_function_modes", _never),
+            replace(signature, "ambient_number", lambda: 0),
+        ),
         _a_tracer_sees_the_cache_at_work,
         CACHED + "test_make_fx_sees_the_operations_of_the_module",
     ),
@@ -904,7 +1142,7 @@ CURES: dict[str, Cure] = {
         STRATEGY + "test_at_rest_the_parts_are_what_they_were_even_after_an_exception",
     ),
     "a part runs what the user put in its place": Cure(
-        replace(cached.CachedModule, "runs", nothing),
+        replace(cached.CachedModule, "_run_from_now", nothing),
         _a_patched_forward_is_not_called,
         STRATEGY + "test_a_forward_that_is_patched_after_wrapping_counts_too",
     ),
