@@ -13,7 +13,7 @@ from graphcache.cache.admission import Admission
 from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.churn import ChurnWatch
-from graphcache.cache.lru import Entry, GraphCache
+from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.signature import Signature
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
@@ -178,8 +178,10 @@ class Captures:
             finally:
                 self._drop_broken()
             if known is not None and outcome is known.graph:
-                # It was captured before the module changed, and is right all the same.
+                # It was captured before the module changed, and is right all the same: its replay gave this answer too.
                 self.blocks.forget(signature)
+                known.hits += 1
+                known.used = clock()
                 return answer, None
             if known is not None and signature in self._cache.entries:
                 self._cache.evict(signature)

@@ -12,7 +12,8 @@ class CacheInfo:
     """The account of a wrapped module and of the parts it captured one by one.
 
     Args:
-        hits: Calls answered by a replay.
+        hits: Calls answered by a replay, or eagerly with the very answer of one, which proves that a graph from before
+            a change of the module is still right.
         captures: Graphs made.
         evictions: Graphs closed, whatever the cause.
         eager: Calls answered without a graph, by reason.

@@ -94,7 +94,7 @@ class Calls(RuleBasedStateMachine):
         how=st.sampled_from(["plain"] * 4 + ["fail", "read", "mask", "view", "state"]),
         mode=st.sampled_from(list(GRAD_MODES)),
         extra=st.sampled_from([None, None, {"times": 2}, {"times": 2.0}, {"add": [1, (2)]}]),
-        repeat=st.integers(1, 3),
+        repeat=st.integers(1, 5),
     )
     def call(self, x: Tensor, how: str, mode: str, extra: Any, repeat: int) -> None:
         Calls.steps += 1

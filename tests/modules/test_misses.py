@@ -74,10 +74,10 @@ def test_who_comes_second_finds_the_graph_of_the_first() -> None:
 def test_a_graph_that_could_not_answer_is_proven_by_the_call_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(net())
     slow(X)
-    monkeypatch.setattr(slow, "hit", lambda *_: STALE)
-    assert torch.equal(slow(X), slow.module(X))
+    with monkeypatch.context() as patch:
+        patch.setattr(slow, "hit", lambda *_: STALE)
+        assert torch.equal(slow(X), slow.module(X))
     assert (slow.ledger.captures, len(slow.cache)) == (1, 1)
-    monkeypatch.undo()
     assert torch.equal(slow(X), slow.module(X))
     assert slow.hits == 1
 
