@@ -88,8 +88,9 @@ def test_a_value_that_the_host_reads_is_never_frozen(name, values):
 
 @pytest.mark.parametrize("name", READS)
 def test_a_path_chosen_by_a_value_is_never_frozen(name):
-    fast = wrapped(lambda _, x: x * 2 if READS[name](x) > 0 else x * 3)
-    for x in (X + 5, X - 5, X + 5):
+    # The other values that a capture is verified with choose the path of the first call.
+    fast = wrapped(lambda _, x: x * 2 if abs(READS[name](x)) > 2 else x * 3)
+    for x in (X + 5, X, X + 5):
         assert same(fast(x), fast.module(x))
 
 
