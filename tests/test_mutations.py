@@ -38,8 +38,8 @@ from graphcache.cache import lru, signature
 from graphcache.capture import effects, host_activity
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
-from graphcache.keys import guards, state_nodes, value_nodes
-from graphcache.modules import answers, cached, conditions, record_torch, routes, trial_call
+from graphcache.keys import code_nodes, guards, state_nodes, value_nodes
+from graphcache.modules import answers, cached, conditions, record, record_torch, routes, trial_call
 from tests.helpers import Fn, frozen, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -974,7 +974,7 @@ CURES: dict[str, Cure] = {
     "context variables are noticed": Cure(
         both(
             replace(effects, "_changed_process_state", lambda *_: None),
-            replace(state_nodes.VariableNode, "differs", _never),
+            replace(code_nodes.VariableNode, "differs", _never),
         ),
         _a_context_variable_is_set_for_nobody,
         EFFECTS + "test_an_effect_is_noticed_and_named[a context variable]",
@@ -1066,7 +1066,7 @@ CURES: dict[str, Cure] = {
         HOST + "test_outputs_are_fresh_and_intact_after_later_replays",
     ),
     "an answer is an inference tensor where eager ones are": Cure(
-        replace(record_torch, "_made_in_inference_mode", _never),
+        replace(record.Recorded, "answer_in_inference_mode", nothing),
         _an_answer_is_no_inference_tensor,
         RECORD + "test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always",
     ),
