@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -134,7 +133,7 @@ class ModuleGuard:
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
         found = StateSnapshot(
-            [("self", self._module), ("os.environ", vars(os.environ)["_data"]), *hooks],
+            [("self", self._module), *hooks],
             ignore=self._ignore,
             skips=self._skips,
             functions=self._functions,

@@ -11,6 +11,7 @@ import enum
 import functools
 import gc
 import logging
+import os
 import threading
 import time
 import types
@@ -36,7 +37,14 @@ from graphcache.keys.state_nodes import (
     ThreadLocalNode,
     slots_of,
 )
-from graphcache.keys.user_code import code_inside, function_of, global_names, is_library, module_attributes
+from graphcache.keys.user_code import (
+    code_inside,
+    function_of,
+    global_names,
+    is_library,
+    module_attributes,
+    names_environment,
+)
 from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, ObjectArrayNode, ScriptNode, TensorNode
 from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
@@ -57,15 +65,8 @@ _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
 _NOT_CALLED = frozenset(
     {
         *("__init__", "__new__", "__del__", "__init_subclass__", "__repr__", "__str__", "__dir__", "__sizeof__"),
-        *(
-            "__reduce__",
-            "__reduce_ex__",
-            "__getstate__",
-            "__setstate__",
-            "__copy__",
-            "__deepcopy__",
-            "__class_getitem__",
-        ),
+        *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
+        "__class_getitem__",
     }
 )
 """Special methods that a call of an object that exists does not come to by itself."""
@@ -125,7 +126,7 @@ class StateWalk:
                 continue
             self._seen.add(id(value))
             self._held.append(value)
-            if self._ignores is not None and self._ignores(_path(parent, key)):
+            if self._ignores is not None and self._ignores(key if parent is None else parent.path + key):
                 continue
             self._visit(parent, key, value)
             steps += 1
@@ -238,6 +239,8 @@ class StateWalk:
         names = global_names(code)
         self._mention(names.mentioned)
         self._names(table, names.loaded | names.stored, hops)
+        if names_environment(names, table):
+            self._push(None, "os.environ", vars(os.environ)["_data"])
         for module, attribute in module_attributes(names, table):
             if is_library(module.__name__):
                 self._used.setdefault(module, set()).add(attribute)
@@ -393,7 +396,3 @@ class StateWalk:
 def _is_machinery(module_name: Any) -> bool:
     """Whether code or an object belongs to what traces and compiles modules, whose own state is no state of theirs."""
     return isinstance(module_name, str) and module_name.startswith(_TRACERS)
-
-
-def _path(parent: Node | None, key: str) -> str:
-    return key if parent is None else parent.path + key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
 import sys
 import types
 from typing import Any, NamedTuple
@@ -84,10 +85,24 @@ def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
     names = global_names(code)
     if names.stored or any(_may_hold_state(table[name]) for name in names.loaded if name in table):
         return True
+    if names_environment(names, table):
+        return True
     return any(
         not is_library(module.__name__) and _may_hold_state(vars(module).get(attribute))
         for module, attribute in module_attributes(names, table)
     )
+
+
+def names_environment(names: GlobalNames, table: dict[str, Any]) -> bool:
+    """Whether a function names what reads the environment of the process.
+
+    Args:
+        names: Of its code.
+        table: Its globals.
+    """
+    loaded = any(table.get(name) is reads for name in names.loaded for reads in (os.environ, os.getenv))
+    attributes = module_attributes(names, table)
+    return loaded or any(module is os and attribute in ("environ", "getenv") for module, attribute in attributes)
 
 
 def module_attributes(names: GlobalNames, table: dict[str, Any]) -> list[tuple[types.ModuleType, str]]:

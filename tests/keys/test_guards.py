@@ -7,6 +7,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from os import environ, getenv
 from typing import Any
 
 import pytest
@@ -559,18 +560,37 @@ def test_a_change_that_answers_depend_on_is_captured_again() -> None:
     assert fast.cache_info().graphs == 1
 
 
-def test_the_environment_of_the_process_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gain(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * float(os.environ.get("GAIN", "1"))
+READERS: dict[str, Callable[[], str | None]] = {
+    "os.environ": lambda: os.environ.get("GAIN", "1"),
+    "os.getenv": lambda: os.getenv("GAIN", "1"),
+    "environ": lambda: environ.get("GAIN", "1"),
+    "getenv": lambda: getenv("GAIN", "1"),
+    "a function that no walk finds": lambda: globals()["gain_" + "of_the_process"](),
+}
 
-    fast, x = graphcache.wrap(Gain()), torch.ones(2)
-    assert torch.equal(fast(x), x)
+
+def gain_of_the_process() -> str | None:
+    return os.getenv("GAIN", "1")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_environment_of_the_process_is_guarded_where_it_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = READERS[name]
+    fast, x = graphcache.wrap(Fn(lambda _, x: x * float(read() or 0))), torch.ones(2)
+    # What ran and was not found by the walk is observed once more.
+    fast(x), fast(x)
+    assert replays(fast, x)
     assert torch.equal(fast(x), x)
     monkeypatch.setenv("GAIN", "3")
     assert torch.equal(fast(x), 3 * x)
+    assert replays(fast, x)
     assert torch.equal(fast(x), 3 * x)
-    assert fast.cache_info().hits == 2
+
+
+def test_the_environment_of_the_process_is_no_state_of_who_does_not_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = captured(frozen(nn.Linear(4, 4)))
+    monkeypatch.setenv("GAIN", "3")
+    assert replays(fast, X)
 
 
 def test_a_function_of_a_library_that_is_replaced_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
