@@ -11,6 +11,8 @@ from graphcache.runtime import weight_streaming
 
 SIZE = 64
 SHAPES = (2, 7, 1, 16, 5, 3, 12, 9, 4, 20, 6, 31)
+ROUNDS = 12
+"""Effects are looked for again, of the whole and then of the part that is to blame, before its parts are found."""
 
 
 class Selects(nn.Module):
