@@ -383,7 +383,7 @@ class Reads(nn.Module):
         (["self.calls", "self.history"], set()),
         (["self.block"], set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 @pytest.mark.parametrize("strategy", ["auto", "per_submodule"])
 def test_paths_that_are_ignored_reach_into_parts(ignore: list[str], captured: set[str], strategy: str) -> None:
