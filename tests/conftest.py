@@ -15,6 +15,7 @@ from graphcache.config import Modes, modes
 from graphcache.errors import CompileError
 from graphcache.graphs import native
 from graphcache.graphs.native.build import build, compiler
+from graphcache.keys import ambient
 from graphcache.modules import background
 from tests import effort, shared
 
@@ -63,6 +64,9 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GRAPHCACHE_NATIVE", "0")
     # Captures beside the calls follow one another without a rest, where that is not what is tested.
     monkeypatch.setattr(background, "_LONGEST", 0.0)
+    # The settings that a test begins with are the usual ones, whatever another test has left.
+    monkeypatch.setattr(ambient, "_numbers", {})
+    monkeypatch.setattr(ambient, "_last", None)
     torch.manual_seed(0)
     yield
     left = modes.get()

@@ -172,7 +172,7 @@ class HostActivity:
 
     def _clock(self, frame: types.FrameType, name: str) -> None:
         """Libraries read clocks for reasons of their own, such as logging."""
-        if not is_library(frame.f_globals.get("__name__")):
+        if not is_library(frame.f_globals.get("__name__")) and not _is_logging(frame):
             self._note(Reason.RANDOM, name, "a clock is read, which a graph would stop")
 
     def _lock(self, name: str, identity: int) -> None:
@@ -221,6 +221,15 @@ def _is_ours(frame: types.FrameType) -> bool:
     while caller is not None and caller.f_globals.get("__name__") in ("threading", "queue", "contextlib"):
         caller = caller.f_back
     return caller is not None and str(caller.f_globals.get("__name__")).startswith("graphcache.")
+
+
+def _is_logging(frame: types.FrameType | None) -> bool:
+    """Whether a record of the log is being made or handled, for which handlers of others read clocks."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "logging":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _kind_of(owner: Any) -> int:

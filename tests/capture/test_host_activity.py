@@ -163,9 +163,16 @@ RLOCK = threading.RLock()
 LOG = logging.getLogger("tests.capture.host_activity")
 
 
+class Clocked(logging.StreamHandler):  # type: ignore[type-arg]
+    """A handler of somebody's that reads a clock."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{time.time_ns()} {super().format(record)}"
+
+
 def logged() -> None:
     """A record that reaches a handler: with a clock and locks of its own."""
-    handler = logging.StreamHandler(open(os.devnull, "w"))  # noqa: SIM115 - closed below
+    handler = Clocked(open(os.devnull, "w"))  # noqa: SIM115 - closed below
     LOG.addHandler(handler)
     try:
         LOG.warning("%s", X.shape)
