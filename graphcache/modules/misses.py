@@ -113,11 +113,14 @@ class Misses(CapturesBeside):
             self.refresh(grad)
             cause = self.needs_grad(inputs) or self.blocked(signature)
             entry = self._cache.entries.get(signature)
-            if entry is not None and entry.graph.version != self._guard.version:
-                # It was captured before something changed; the capture below finds out whether it is right still.
+            doubted = entry is not None and entry.graph.version != self._guard.version
+            if doubted:
+                # It was captured before something changed. Whether it is right still is found out below; within the
+                # call, whatever the policy, as it has been admitted before.
                 entry = None
             if cause is None and entry is not None and (answer := hit(entry, inputs, grad)) is not STALE:
                 return answer
+            admitted = admitted or (doubted and not self.captures_beside)
             wanted = cause is None and not admitted and preparing.get() is None
             cold = self.cold_cause(signature, inputs, args, kwargs) if wanted else None
             later = wanted and cold is None and self._engine is None and self.captures_beside

@@ -626,3 +626,16 @@ def test_graphs_that_fit_or_are_dropped_on_purpose_do_not(caplog: pytest.LogCapt
     assert small.cache_info().captures == 80
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert captures.log.name == "graphcache"
+
+
+def test_a_prepared_graph_is_proven_again_after_a_change() -> None:
+    module = nn.Linear(4, 2).requires_grad_(False)
+    fast, x = graphcache.wrap(module, capture="prepared"), torch.ones(3, 4)
+    with torch.inference_mode():
+        fast.prepare(x)
+        fast(x)
+        module.note = "set by the application"
+        assert torch.equal(fast(x), module(x))
+        fast(x)
+    info = fast.cache_info()
+    assert (info.captures, info.hits, info.eager) == (1, 3, {})
