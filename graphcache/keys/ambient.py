@@ -39,8 +39,6 @@ _NAMES = (
 )
 _GETTERS: tuple[Callable[[], Hashable], ...] = (
     torch.get_default_dtype,
-    # Reductions on the CPU are split among as many threads, and so round otherwise.
-    torch.get_num_threads,
     lambda: forward_ad._current_level,
     *[getattr(torch._C, name) for name in _NAMES if hasattr(torch._C, name)],
 )
@@ -55,8 +53,8 @@ _lock = threading.Lock()
 def ambient_state() -> State:
     """What PyTorch is set to, as far as it changes results: flags of the process, and the function modes of the thread.
 
-    Not in it are the modes of a key (gradients, inference, autocast), and what forbids graphs (dispatch modes,
-    transforms).
+    Not in it are the modes of a key (gradients, inference, autocast), what forbids graphs (dispatch modes, transforms),
+    and the number of threads: it differs from thread to thread, and a graph of the CPU runs with that of the replay.
 
     Example:
         >>> before = ambient_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -71,7 +72,6 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "memory-efficient attention": setting(CUDA.mem_efficient_sdp_enabled, CUDA.enable_mem_efficient_sdp, False),
     "determinism": deterministic(True),
     "determinism as a warning": deterministic(True, warn_only=True),
-    "threads": setting(torch.get_num_threads, torch.set_num_threads, torch.get_num_threads() + 1),
     "MKLDNN": attribute(torch.backends.mkldnn, "enabled", False),
 }
 
@@ -162,3 +162,24 @@ def test_derivatives_in_forward_mode_are_computed_eagerly() -> None:
     assert fast.cache_info().eager == {graphcache.Reason.GRAD: 1}
     assert torch.equal(fast(x), module(x))
     assert fast.cache_info().hits == 2
+
+
+def test_the_number_of_threads_is_no_part_of_a_key() -> None:
+    module = nn.Linear(4, 2).requires_grad_(False)
+    fast, x, answers = graphcache.wrap(module), torch.ones(3, 4), []
+    with torch.no_grad():
+        fast(x)
+
+    def call() -> None:
+        with torch.no_grad():
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                answers.append(torch.equal(fast(x), module(x)))
+
+    threads = torch.get_num_threads()
+    other = threading.Thread(target=call)
+    other.start()
+    other.join()
+    torch.set_num_threads(threads)
+    assert answers == [True, True]
+    assert outcomes(fast) == (2, 1, {})
