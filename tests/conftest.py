@@ -19,6 +19,8 @@ from graphcache.keys import ambient
 from graphcache.modules import background
 from tests import effort, shared
 
+# The settings of PyTorch at the start are the usual ones, which have the number 0 in keys.
+ambient.ambient_number()
 settings.register_profile("dev", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
 settings.register_profile("full", parent=settings.get_profile("dev"), max_examples=200)
@@ -64,9 +66,6 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GRAPHCACHE_NATIVE", "0")
     # Captures beside the calls follow one another without a rest, where that is not what is tested.
     monkeypatch.setattr(background, "_LONGEST", 0.0)
-    # The settings that a test begins with are the usual ones, whatever another test has left.
-    monkeypatch.setattr(ambient, "_numbers", {})
-    monkeypatch.setattr(ambient, "_last", None)
     torch.manual_seed(0)
     yield
     left = modes.get()
