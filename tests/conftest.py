@@ -20,7 +20,8 @@ from graphcache.modules import background
 from tests import effort, shared
 
 # The settings of PyTorch at the start are the usual ones, which have the number 0 in keys.
-ambient.ambient_number()
+USUAL = ambient.ambient_state()
+assert ambient.ambient_number() == 0
 settings.register_profile("dev", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
 settings.register_profile("full", parent=settings.get_profile("dev"), max_examples=200)
@@ -74,6 +75,7 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch._C._len_torch_dispatch_stack() == 0
+    assert ambient.ambient_state() == USUAL, "the test left a setting of PyTorch changed"
 
 
 @pytest.fixture(scope="session")
