@@ -31,10 +31,10 @@ SEED = 0
 PHASES = {
     "execution context": ("graphcache.engines.engine.Engine.new_context",),
     "eager runs and capture": ("graphcache.engines.context.Context.enqueue",),
-    "addresses": ("graphcache.modules.record_engine.find_pointers",),
+    "addresses": ("graphcache.capture.engine_recorder.find_pointers",),
     "instantiate": ("graphcache.graphs.driver.instantiate",),
-    "verification": ("graphcache.modules.record_engine.verify",),
-    "look at others of the context": ("graphcache.modules.shared_contexts.SharedContexts._answers",),
+    "verification": ("graphcache.capture.engine_recorder.verify",),
+    "look at others of the context": ("graphcache.capture.context_groups.SharedContexts._answers",),
     "close what was evicted": ("graphcache.graphs.cuda.CudaGraph.close",),
 }
 """What is timed while a graph is made, and the functions that do it; they do not call each other."""

@@ -15,7 +15,7 @@ from graphcache.engines.library import load_plugin_library as load_plugin_librar
 from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
-from graphcache.modules.cached import CachedModule as CachedModule
+from graphcache.modules.cached_module import CachedModule as CachedModule
 from graphcache.modules.compiling import compile as compile
 from graphcache.modules.controls import controls as controls
 from graphcache.modules.engine import EngineModule as EngineModule
@@ -24,9 +24,14 @@ from graphcache.modules.explain import Explanation as Explanation
 from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
 from graphcache.modules.loading import load as load
-from graphcache.modules.observers import Observer as Observer
+from graphcache.events import Observer as Observer
 from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
 from graphcache.version import __version__ as __version__
+from graphcache.features import features
+from graphcache.modules.served_calls import served
+from graphcache.modules.packaging import save
+features.manifest_of = served
+features.save = save

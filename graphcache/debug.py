@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.explain import explain as explain
 from graphcache.observe.breaks import Break as Break
 from graphcache.observe.breaks import find_capture_breaks as find_capture_breaks

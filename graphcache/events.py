@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 import torch
 
-if TYPE_CHECKING:
-    from graphcache.errors import Cause, Reason
+from graphcache.errors import Cause, ConfigError, Reason, shown
 
 log = logging.getLogger("graphcache")
 
@@ -53,10 +55,122 @@ class RanEagerly:
     cause: Cause
 
 
+Kind = Literal["eager", "capture", "replay"]
 Event = Captured | Evicted | RanEagerly
 Subscriber = Callable[[Event], None]
 Tracer = Callable[[str], AbstractContextManager[object]]
 """Makes a context manager from the name of what goes on inside it, such as ``"capture policy"``."""
+
+
+
+class Observer(Protocol):
+    """Hears of what a wrapped module does, in the thread that does it; what it raises is logged, and the call goes on.
+
+    ``before`` a capture is called while the module's lock is held: do not wait there for a thread that uses the module.
+    ``after`` is called when the locks are released.
+
+    Example:
+        >>> import torch, graphcache
+        >>> class Prints:
+        ...     def before(self, kind, module):
+        ...         pass
+        ...     def after(self, kind, module, seconds, done):
+        ...         print(kind, module, done)
+        >>> fast = graphcache.wrap(torch.nn.ReLU())
+        >>> end = fast.observe(Prints())
+        >>> _ = fast(torch.ones(2)), fast(torch.ones(2))
+        capture ReLU True
+        replay ReLU True
+        >>> end()
+    """
+
+    def before(self, kind: Kind, module: str) -> None:
+        """Hear that something begins.
+
+        Args:
+            kind: ``"eager"``, ``"capture"`` (with the eager run that answers the call) or ``"replay"``.
+            module: The wrapped module's name, or that of a part.
+        """
+
+    def after(self, kind: Kind, module: str, seconds: float, done: bool) -> None:
+        """Hear that it has ended.
+
+        Args:
+            kind: As before.
+            module: As before.
+            seconds: What it took the host, in seconds; the device may still be at work.
+            done: Whether it came about: ``False`` for an exception, a capture that gave no graph, or a replay whose
+                graph turned out to be stale, so that its answer was dropped.
+        """
+
+class Span:
+    """Something that takes a while: a capture, an eager run or a replay."""
+
+    __slots__ = ("done",)
+
+    def __init__(self, done: bool) -> None:
+        self.done = done
+        """Whether it came about; whoever is inside says so."""
+
+
+class Observers:
+    """The observers of one wrapped module and its parts, or of one engine.
+
+    Nobody is asked for at a hit in native code: :attr:`on_change` tells whoever has such a path to close it.
+    """
+
+    def __init__(self) -> None:
+        self.active: tuple[Observer, ...] = ()
+        """Those that are to be told now."""
+        self.on_change: WeakSet[Any] = WeakSet()
+        """Objects whose ``observed(active)`` is called when the first observer comes and when the last one goes."""
+        self._lock = threading.Lock()
+
+    def add(self, observer: Observer) -> Callable[[], None]:
+        """Tell an observer from now on.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            ConfigError: For what has no ``before`` and ``after``.
+        """
+        check_observer(observer)
+        entry: tuple[Observer, ...] = (observer,)
+        self._set((*self.active, observer))
+
+        def end() -> None:
+            nonlocal entry
+            if entry:
+                entry = ()
+                left = list(self.active)
+                left.remove(observer)
+                self._set(tuple(left))
+
+        return end
+
+    def _set(self, observers: tuple[Observer, ...]) -> None:
+        with self._lock:
+            changes = bool(observers) != bool(self.active)
+            self.active = observers
+        if changes:
+            for each in list(self.on_change):
+                each.observed(bool(observers))
+
+    @contextmanager
+    def told(self, kind: Kind, name: str, span: Span) -> Iterator[Span]:
+        """Tell everybody before and after what happens inside."""
+        observers = self.active
+        for each in observers:
+            _tell(each.before, kind, name)
+        start, done = time.perf_counter(), False
+        try:
+            yield span
+            done = span.done
+        finally:
+            seconds = time.perf_counter() - start
+            for each in observers:
+                when_unlocked(partial(_tell, each.after, kind, name, seconds, done))
 
 
 @dataclass
@@ -77,6 +191,7 @@ class Ledger:
     retired_hits: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
     tracers: list[Tracer] = field(default_factory=list)
+    observers: Observers = field(default_factory=Observers, kw_only=True)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _told: set[Cause] = field(default_factory=set)
     _last: Cause | None = None
@@ -110,18 +225,23 @@ class Ledger:
         if self.subscribers:
             self._publish(RanEagerly(cause))
 
-    def span(self, what: Literal["capture", "eager"]) -> AbstractContextManager[object]:
-        """What takes a while, for whoever traces it; PyTorch's profiler does while it runs. No hit comes here."""
+    def span(self, kind: Kind) -> AbstractContextManager[Span]:
+        """Tell whoever observes or traces of what happens inside; PyTorch's profiler does while it runs."""
         profiled = torch._C._autograd._profiler_enabled()
-        if not profiled and not self.tracers:
-            return _NOTHING
-        label = f"{what} {self.name}"
+        if not (profiled or self.tracers or self.observers.active):
+            return nullcontext(Span(kind == "eager"))
+        return self._span(kind, profiled)
+
+    @contextmanager
+    def _span(self, kind: Kind, profiled: bool) -> Iterator[Span]:
+        label = f"{kind} {self.name}"
         with ExitStack() as entered:
-            if profiled:
+            if profiled and kind != "replay":
                 entered.enter_context(torch.profiler.record_function(f"graphcache: {label}"))
-            for tracer in tuple(self.tracers):
-                entered.enter_context(tracer(label))
-            return entered.pop_all()
+            if kind != "replay":
+                for tracer in tuple(self.tracers):
+                    entered.enter_context(tracer(label))
+            yield entered.enter_context(self.observers.told(kind, self.name, Span(kind == "eager")))
 
     def _publish(self, event: Event) -> None:
         if self.subscribers:
@@ -194,6 +314,43 @@ def when_unlocked(function: Callable[[], object]) -> None:
         function()
 
 
-_NOTHING = nullcontext()
+def _tell(method: Callable[..., None], *what: Any) -> None:
+    try:
+        method(*what)
+    except Exception:
+        log.exception("an observer failed; the call goes on")
+
+
+def check_observer(observer: object) -> None:
+    """Raise for what is no observer.
+
+    Raises:
+        ConfigError: Then.
+    """
+    if not all(callable(getattr(observer, name, None)) for name in ("before", "after")):
+        raise ConfigError(f"{shown(observer)} is no observer; expected an object with the methods before and after")
+
+
+class GraphsAlone:
+    """Passes captures and replays on to an observer, and no eager runs.
+
+    Args:
+        observer: Who hears of them.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def before(self, kind: Kind, module: str) -> None:
+        """Hear that something begins."""
+        if kind != "eager":
+            self._observer.before(kind, module)
+
+    def after(self, kind: Kind, module: str, seconds: float, done: bool) -> None:
+        """Hear that it has ended."""
+        if kind != "eager":
+            self._observer.after(kind, module, seconds, done)
+
+
 _EXPECTED = frozenset({"disabled", "tracing", "outer_capture", "cold", "pending", "not_worth_it", "not_prepared"})
 _MAX_TOLD = 256

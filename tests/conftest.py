@@ -16,7 +16,7 @@ from graphcache.errors import CompileError
 from graphcache.graphs import native
 from graphcache.graphs.native.build import build, compiler
 from graphcache.keys import ambient
-from graphcache.modules import background
+from graphcache.dispatch import worker as background
 from tests import effort, shared
 
 # The settings of PyTorch at the start are the usual ones, which have the number 0 in keys.

@@ -17,7 +17,9 @@ from graphcache import EngineModule
 from graphcache.cache import spec
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
-from graphcache.modules import cached, conditions, engine_carried, examples, into, prepare, record_engine
+from graphcache.modules import cached_module as cached, engine_carried, examples, prepare
+from graphcache.dispatch import preconditions as conditions, forward_into as into
+from graphcache.capture import engine_recorder as record_engine
 from graphcache.modules import engine as room
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import graphcache
-from graphcache.modules.standin import Yielding
+from graphcache.modules.transparent import Yielding
 
 PACKAGE = Path(graphcache.__file__).parent
 FORBIDDEN = (
@@ -47,7 +47,7 @@ def imported(statement):
 
 def test_importing_graphcache_loads_no_optional_library_and_no_driver():
     found = imported("import graphcache")
-    assert "graphcache.modules.cached" in found
+    assert "graphcache.modules.cached_module" in found
     assert found.isdisjoint(FORBIDDEN)
 
 

@@ -39,7 +39,9 @@ from graphcache.capture import effects, host_activity
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
 from graphcache.keys import code_nodes, guards, state_nodes, value_nodes
-from graphcache.modules import answers, cached, conditions, record, record_torch, routes, trial_call
+from graphcache.capture import output_layout as answers, recorder as record, torch_recorder as record_torch, trial_call
+from graphcache.modules import cached_module as cached, forward_patch as routes
+from graphcache.dispatch import preconditions as conditions
 from tests.helpers import Fn, frozen, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent

@@ -29,7 +29,6 @@ from graphcache.engines.layers import layers_of
 from graphcache.errors import NoGpuError, Refusal
 from graphcache.graphs.buffers import nbytes_of
 from graphcache.modules.controls import controls
-from graphcache.modules.described import described
 from graphcache.modules.factories import is_factory
 from graphcache.observe.breaks import find_capture_breaks
 
@@ -156,12 +155,7 @@ def _capturable(found: Target, shapes: Sequence[Specs]) -> dict[str, Any]:
             if not isinstance(found.module, graphcache.EngineModule):
                 # An engine has no lines, and reads on the host what is part of its signature.
                 why += [one_line(str(each)) for each in find_capture_breaks(found.module, *call.args, **call.kwargs)]
-            try:
-                args, kwargs, signature, inputs = described(fast, call.args, call.kwargs)
-            except Refusal as refusal:
-                why.append(one_line(str(refusal.cause)))
-                continue
-            cause = fast._misses.prepare(signature, inputs, args, kwargs)
+            cause = controls(fast).try_capture(*call.args, **call.kwargs)
             if cause is not None and not why:
                 why.append(one_line(str(cause)))
         graphs = controls(fast).cache_info().nbytes

@@ -31,7 +31,7 @@ class CudaGraph:
 
     The outputs of the next call are allocated after the launch: while the device works.
 
-    :func:`~graphcache.graphs.single.single` replays it too, by its public attributes, which only a holder of the lane's
+    Native code replays it too, by its public attributes, which only a holder of the lane's
     lock may change.
 
     Args:

@@ -22,13 +22,13 @@ from graphcache.cache.signature import Signature, describe
 from graphcache.capture.effects import Effects
 from graphcache.errors import Cause, ConfigError, InputError, Reason
 from graphcache.events import log
-from graphcache.modules.arguments import arguments_of
+from graphcache.dispatch.argument_names import arguments_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets
-from graphcache.modules.later import Later
-from graphcache.modules.misses import STALE, Hit, Misses
+from graphcache.dispatch.call_snapshot import Later
+from graphcache.dispatch.dispatcher import STALE, Hit, Misses
 from graphcache.modules.plan import Plan
-from graphcache.modules.record import Recorded
+from graphcache.capture.recorder import Recorded
 from graphcache.modules.trials import Trials
 
 UNPADDED: Any = object()
@@ -94,7 +94,7 @@ class Bucketed:
             hit: Replays a graph.
 
         Raises:
-            Exception: As :meth:`~graphcache.modules.misses.Misses.answer`.
+            Exception: As :meth:`~graphcache.dispatch.dispatcher.Misses.answer`.
         """
         misses, cold, beside = self._misses, None, False
         if misses.closed or misses.forbidden() is not None:

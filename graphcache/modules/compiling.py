@@ -12,12 +12,12 @@ from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import require_gpu
 from graphcache.errors import ConfigError, EngineBuildError, is_a, shown
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.onnx_export import export, open_sizes, resized
 from graphcache.modules.packaging import Source
 from graphcache.modules.progress import bar
-from graphcache.modules.standin import is_training
+from graphcache.modules.transparent import is_training
 
 TOLERANCE = 5e-3
 """Relative, of the norm: TensorRT multiplies in TF32 where torch may not, which alone makes 1e-3."""

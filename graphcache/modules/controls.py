@@ -6,11 +6,11 @@ from inspect import getattr_static
 from typing import Any
 
 from graphcache.errors import ConfigError
-from graphcache.modules.standin import StandIn, Yielding
+from graphcache.modules.transparent import StandIn, Yielding
 
 
 class Controls:
-    """The public names of :class:`~graphcache.modules.cached.CachedModule`, none of them hidden by the module's.
+    """The public names of :class:`~graphcache.modules.cached_module.CachedModule`, none of them hidden by the module's.
 
     Args:
         fast: The wrapped module.

@@ -31,10 +31,12 @@ from graphcache.errors import (
     InputCountError,
     Reason,
 )
+from graphcache.events import Span
 from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.operations import unwatched
-from graphcache.modules import recording
+from graphcache.capture import engine_scope
+from graphcache.capture.engine_like import EngineLike
 from graphcache.modules.controls import controls
 from graphcache.modules.engine_carried import CarriedEngine
 from graphcache.modules.engine_controls import EngineControls, report_to
@@ -45,7 +47,7 @@ from graphcache.modules.packaging import Source
 _T = TypeVar("_T")
 
 
-class EngineModule(CarriedEngine, EngineControls):
+class EngineModule(CarriedEngine, EngineControls, EngineLike):
     """A TensorRT engine that is called like a module: tensors in, tensors out.
 
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
@@ -81,12 +83,6 @@ class EngineModule(CarriedEngine, EngineControls):
         engine = graphcache.load("model.engine")
         y = engine(torch.randn(4, 64, device="cuda"))
     """
-
-    keeps_its_own_state = True
-    """What a call changes here (contexts, buffers) is no state that a replay would leave out."""
-
-    takes_numbers = False
-    """Whether numbers may stand for tensors among the arguments; :meth:`bind` makes tensors of them."""
 
     def __init__(
         self,
@@ -325,15 +321,6 @@ class EngineModule(CarriedEngine, EngineControls):
                 raise out_of_range(self.name, binding, value, [self._profile])
         return inputs, self._profile
 
-    def device_only(self, values: Sequence[_T]) -> list[_T]:
-        """Of what belongs to each input, in their order, that of the inputs that TensorRT reads on the device."""
-        return [value for index, value in enumerate(values) if index not in self.host_inputs]
-
-    def with_host_inputs(self, values: Sequence[_T], given: Sequence[_T]) -> list[_T]:
-        """The inverse: what belongs to inputs on the device, with what is given for the others in their places."""
-        device = iter(values)
-        return [value if index in self.host_inputs else next(device) for index, value in enumerate(given)]
-
     def moved(self, inputs: Sequence[Any]) -> list[Any]:
         """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""
         return [
@@ -359,12 +346,12 @@ class EngineModule(CarriedEngine, EngineControls):
         """
         if is_compiling():
             return self._traced(args, kwargs)
-        session = recording.current.get()
+        session = engine_scope.current.get()
         if session is None and modes.get().graphs == "subgraph":
             return self._through_cache()(*args, **kwargs)
         with torch.cuda.device(self.device), unwatched():
             inputs, profile = self.checked(self.bind(args, kwargs))
-            outputs = self._record(session, inputs, profile) if session is not None else self._run(inputs, profile)
+            outputs = self._record(session, inputs, profile) if session is not None else self._run_told(inputs, profile)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -420,10 +407,17 @@ class EngineModule(CarriedEngine, EngineControls):
         if self._cached is None:
             with self._making_cache:
                 if self._cached is None:
-                    from graphcache.modules.cached import CachedModule
+                    from graphcache.modules.cached_module import CachedModule
 
                     self._cached = CachedModule(self)
         return self._cached
+
+    def _run_told(self, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
+        """Run the engine, and tell the observers of it."""
+        if self._observers is None or not self._observers.active:
+            return self._run(inputs, profile)
+        with self._observers.told("eager", self.name, Span(done=True)):
+            return self._run(inputs, profile)
 
     def _run(self, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
         with self.lane.lock:
@@ -492,17 +486,17 @@ class EngineModule(CarriedEngine, EngineControls):
             self._ahead.make(answer, stream)
         return answer
 
-    def _record(self, session: recording.Session, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
+    def _record(self, scope: engine_scope.EngineScope, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
         if (cause := self.forbids_capture()) is not None:
-            raise session.refusal(cause)
-        context = session.context_of(self)
+            raise scope.refusal(cause)
+        context = scope.context_of(self)
         stream = torch.cuda.current_stream().cuda_stream
         context.set_inputs(inputs, profile, stream)
         outputs = self.new_outputs(context, allocator=False)
         if any(output is None for output in outputs):
-            raise session.refusal(Cause(Reason.OUTPUT_ALLOCATOR, self.name))
+            raise scope.refusal(Cause(Reason.OUTPUT_ALLOCATOR, self.name))
         context.set_outputs(outputs)
         with self.engine.said() as said:
             if not context.enqueue(stream):
-                raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
+                raise scope.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
         return [output for output in outputs if output is not None]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from graphcache.config import Specialization
 from graphcache.engines.kernels import RuntimeCache
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, shown
+from graphcache.events import GraphsAlone, Observer, Observers, Span, check_observer
 from graphcache.graphs import driver
 from graphcache.modules.controls import controls
-from graphcache.modules.observers import GraphsAlone, Observer, Observers, check
 
 if TYPE_CHECKING:
     from graphcache.engines.context import Context
@@ -74,12 +74,11 @@ class EngineControls(nn.Module):
         Raises:
             ConfigError: For what has no ``before`` and ``after``.
         """
-        check(observer)
+        check_observer(observer)
         engine = self._open()
         with engine.lane.lock:
             if self._observers is None:
                 self._observers = Observers()
-                self._observers.join(engine)
         ends = self._observers.add(observer), engine._through_cache().observe(GraphsAlone(observer))
 
         def end() -> None:

@@ -16,16 +16,15 @@ from graphcache.cache.admission import Known
 from graphcache.cache.wording import Words, differences, distance, words_of
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
-from graphcache.modules.arguments import arguments_of
-from graphcache.modules.controls import controls
-from graphcache.modules.described import described, on_device
+from graphcache.dispatch.argument_names import arguments_of
 from graphcache.modules.info import CacheInfo
+from graphcache.modules.transparent import StandIn
+from graphcache.modules.wrapped import state_of
+from graphcache.keys.call import Call
+from graphcache.cache.lru import Entry
+from graphcache.cache.signature import Signature
+from graphcache.capture.recorder import Recorded
 
-if TYPE_CHECKING:
-    from graphcache.cache.lru import Entry
-    from graphcache.cache.signature import Signature
-    from graphcache.modules.cached import CachedModule
-    from graphcache.modules.record import Recorded
 
 Outcome = Literal["hit", "capture", "eager"]
 
@@ -155,7 +154,7 @@ class Explanation:
         }
 
 
-def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
+def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
     """Say what becomes of a call, or of all calls so far.
 
     With arguments it says what the next such call would do, under the modes of this moment, without making it. Where
@@ -181,70 +180,71 @@ def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
         >>> call.outcome, call.differs
         ('capture', ('`input` dim 1: 77 → 78',))
     """
-    if not hasattr(module, "ledger") or not hasattr(module, "_misses"):
+    if not isinstance(module, StandIn):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
-    module._misses.check_open()
+    state_of(module).dispatcher.check_open()
     found = [_asked(module, args, kwargs)] if args or kwargs else _remembered(module)
-    parts = tuple(explain(part) for part in module._parts.named().values())
-    return Explanation(module._ledger.name, tuple(found), controls(module).cache_info(), parts)
+    parts = tuple(explain(part) for part in state_of(module).submodules.named().values())
+    return Explanation(state_of(module).name, tuple(found), state_of(module).cache_info(), parts)
 
 
-def _asked(fast: CachedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
+def _asked(fast: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
     """What the next call with these arguments would do."""
     try:
-        args, kwargs, signature, inputs = described(fast, args, kwargs)
+        call = state_of(fast).dispatcher.target.describe(args, kwargs)
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
-    misses = fast._misses
-    target = fast._bucketed.target(signature, args, kwargs) if fast._bucketed is not None else None
+    misses = state_of(fast).dispatcher
+    signature = call.key
+    target = misses.padding.target(call) if misses.padding is not None else None
     found = _look(fast, target or signature)
     if (reason := misses.forbidden()) is not None:
         found = replace(found, outcome="eager", cause=Cause(reason), nearest="", differs=())
-    elif (needs := misses.needs_grad(inputs)) is not None:
+    elif (needs := misses.captures.needs_grad(call.tensors)) is not None:
         found = replace(found, outcome="eager", cause=needs)
-    elif fast._config.strategy == "per_submodule":
+    elif state_of(fast).config.strategy == "per_submodule":
         found = replace(found, outcome="eager", cause=None, note="its parts are captured one by one")
     if target is not None:
-        names = arguments_of(fast._module)
+        names = arguments_of(state_of(fast).module)
         note = f"it is padded: {', '.join(differences(words_of(signature, names), words_of(target, names)))}"
         found = replace(found, call=str(words_of(signature, names)), note=note)
-    entry = fast._entries.get(target or signature)
+    entry = state_of(fast).graphs.entries.get(target or signature)
     costs = found.costs
     is_measured = costs.eager is not None and costs.replay is not None
     if found.outcome == "hit" and entry is not None and target is None and not is_measured:
-        found = replace(found, costs=_measured(fast, entry, costs, inputs, args, kwargs))
+        found = replace(found, costs=_measured(fast, entry, costs, call))
     return found
 
 
-def _remembered(fast: CachedModule) -> list[Explained]:
+def _remembered(fast: StandIn) -> list[Explained]:
     """Every signature that has a graph, was called lately without one, or could not be captured."""
-    keys: dict[Hashable, None] = dict.fromkeys([*list(fast._entries), *fast._seen.keys()])
+    keys: dict[Hashable, None] = dict.fromkeys([*list(state_of(fast).graphs.entries), *state_of(fast).dispatcher.history.seen.keys()])
     found = [_look(fast, key) for key in keys if isinstance(key, tuple)]
     return sorted(found, key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
 
 
-def _look(fast: CachedModule, signature: Signature) -> Explained:
+def _look(fast: StandIn, signature: Signature) -> Explained:
     """What is known of a signature, whatever the modes of this moment."""
-    misses, names = fast._misses, arguments_of(fast._module)
-    entry = fast._entries.get(signature)
+    misses, names = state_of(fast).dispatcher.captures, arguments_of(state_of(fast).module)
+    entry = state_of(fast).graphs.entries.get(signature)
     words = words_of(signature, names)
     known = misses.admission.known().get(signature, _UNKNOWN)
     hits = entry.hits if entry is not None else 0
     found = Explained(
         str(words) + "".join(f", {name} {value}" for name, value in words.modes.items()),
         "hit",
-        calls=fast._seen.calls(signature, hits),
+        calls=state_of(fast).dispatcher.history.seen.calls(signature, hits),
         hits=hits,
         nbytes=entry.nbytes if entry is not None else 0,
         costs=Costs(known.eager, known.replay, known.capture),
     )
-    has_changed = misses._guard.has_changed()
-    if entry is not None and entry.graph.version == misses._guard.version and not has_changed:
+    has_changed = misses.target.guard.has_changed()
+    if entry is not None and entry.graph.version == misses.version and not has_changed:
         return found
     if entry is not None:
         return replace(found, outcome="capture", note="the module has changed since its graph was captured")
     cause, note = misses.admission.outlook(signature), ""
-    if (blocked := misses.blocks.look(signature, misses._guard.version + has_changed)) is not None:
+    if (blocked := misses.denials.look(signature, misses.version + has_changed)) is not None:
         cause, wait = blocked
         if wait is not None:
             calls = "1 call" if wait == 1 else f"{wait} calls"
@@ -259,9 +259,9 @@ def _look(fast: CachedModule, signature: Signature) -> Explained:
     return replace(found, outcome=outcome, cause=cause, nearest=nearest, differs=differs, note=note)
 
 
-def _nearest(fast: CachedModule, words: Words) -> tuple[str, tuple[str, ...]]:
-    names = arguments_of(fast._module)
-    others = [words_of(key, names) for key in list(fast._entries) if isinstance(key, tuple)]
+def _nearest(fast: StandIn, words: Words) -> tuple[str, tuple[str, ...]]:
+    names = arguments_of(state_of(fast).module)
+    others = [words_of(key, names) for key in list(state_of(fast).graphs.entries) if isinstance(key, tuple)]
     if not others:
         return "", ()
     nearest = min(others, key=lambda other: distance(other, words))
@@ -269,20 +269,19 @@ def _nearest(fast: CachedModule, words: Words) -> tuple[str, tuple[str, ...]]:
 
 
 def _measured(
-    fast: CachedModule,
+    fast: StandIn,
     entry: Entry[Recorded],
     costs: Costs,
-    inputs: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: Call,
 ) -> Costs:
     """Costs with both ways of a call measured, from its beginning until the device has finished."""
-    given = fast._device_only(inputs)
-    wait: Callable[[], object] = torch.cuda.synchronize if fast._misses.cuda else _nothing
+    dispatcher = state_of(fast).dispatcher
+    given = dispatcher.target.graph_inputs(call.tensors)
+    wait: Callable[[], object] = torch.cuda.synchronize if dispatcher.captures.on_cuda else _nothing
     # A graph was verified: its call changes nothing, so it may be made again.
     try:
-        with on_device(fast, inputs), graphs_off():
-            eager = _typical(lambda: fast._misses.run(*args, **kwargs), wait)
+        with dispatcher.on_device(call), graphs_off():
+            eager = _typical(lambda: dispatcher.target.run(*call.args, **call.kwargs), wait)
             replay = _typical(lambda: entry.graph.replay(given), wait)
     except ClosedError:
         # Evicted by another thread meanwhile.

@@ -18,8 +18,9 @@ from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import library
 from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, is_a, shown
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
+from graphcache.modules.wrapped import state_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_state import EngineState, tensor_of
 from graphcache.modules.fingerprint import environment
@@ -172,7 +173,7 @@ class _Loading:
         fast = self._made(header, engines, weights, config)
         if not isinstance(fast, CachedModule):
             return fast
-        fast.__dict__["_manifest"] = found = None if manifest is None else for_here(manifest, fast)
+        state_of(fast).manifest = found = None if manifest is None else for_here(manifest, fast)
         if prepare:
             controls(fast).prepare(found)
         return fast

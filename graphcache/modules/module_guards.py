@@ -1,4 +1,4 @@
-"""The guard of a wrapped module: an engine's epoch, or the state of any other module."""
+"""The guard of a module that is no engine: its state, and the engines inside it."""
 
 from __future__ import annotations
 
@@ -8,53 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from graphcache.capture.engine_like import EngineLike
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.engine import EngineModule
 from graphcache.modules.foreign import is_foreign
 from graphcache.modules.operator import traced_engines
 
 
-class EngineGuard:
-    """The guard of an engine: its epoch, which every change of it raises.
-
-    Args:
-        engine: The engine.
-        user: Whoever holds the graphs; the engine tells it before it does what no graph may survive.
-    """
-
-    def __init__(self, engine: EngineModule, user: object) -> None:
-        self._engine = engine
-        self._user = weakref.ref(user)
-        self.version = 0
-        """Stays as it is: the graphs of an engine that has changed are dropped."""
-        self.renew()
-
-    def renew(self) -> None:
-        """Take the engine as it is now."""
-        self._engine.users.add(self._user())
-        self.epoch = self._engine.epoch
-        """That of the engine when the graphs that are kept now were captured."""
-
-    def holds(self) -> bool:
-        """Whether the engine is still the same."""
-        return not self.is_stale(False)
-
-    def has_changed(self) -> bool:
-        """Whether the engine is another one now."""
-        return self.is_stale(False)
-
-    def is_stale(self, grad: bool) -> bool:
-        """Whether no graph may answer a call; gradients do not matter."""
-        return bool(self._engine.epoch != self.epoch)
-
-    def requires_grad(self) -> bool:
-        """Engines record no gradients."""
-        return any(each.requires_grad for each in self._engine.parameters())
-
-
-def guard_of(
-    module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True
-) -> EngineGuard | ModuleGuard:
+def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True) -> ModuleGuard:
     """The guard of a module.
 
     Args:
@@ -63,13 +23,11 @@ def guard_of(
         ignore: Paths that do not matter.
         hooks: Whether what is captured runs the hooks of the module itself; its ``forward`` alone does not.
     """
-    if isinstance(module, EngineModule):
-        return EngineGuard(module, user)
     # Who holds the graphs holds this too.
     weak = weakref.ref(user)
 
-    def engines(module: nn.Module) -> list[EngineModule]:
-        found = [each for each in module.modules() if isinstance(each, EngineModule)]
+    def engines(module: nn.Module) -> list[EngineLike]:
+        found = [each for each in module.modules() if isinstance(each, EngineLike)]
         found += [each for each in traced_engines(module) if each not in found]
         for engine in found:
             engine.users.add(weak())

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,15 +19,13 @@ from graphcache.config import graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
 from graphcache.modules.controls import controls
-from graphcache.modules.described import described, on_device
 from graphcache.modules.examples import example
 from graphcache.modules.fingerprint import device_of
-from graphcache.modules.preparing import Preparation, prepared_together, preparing
+from graphcache.dispatch.preparing import Preparation, prepared_together, preparing
 from graphcache.modules.progress import bar
 from graphcache.modules.served_calls import Job, choose
-
-if TYPE_CHECKING:
-    from graphcache.modules.cached import CachedModule
+from graphcache.modules.transparent import StandIn
+from graphcache.modules.wrapped import state_of
 
 
 class Refused(NamedTuple):
@@ -74,15 +72,15 @@ class Prepared:
 
 
 def prepare(
-    fast: CachedModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
+    fast: StandIn, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
 ) -> Prepared:
     """What :meth:`CachedModule.prepare` does."""
     start = time.monotonic()
     _check_options(given, pin, deadline, progress)
-    fast._misses.check_open()
+    state_of(fast).dispatcher.check_open()
     work = _Work(fast, deadline, start)
     manifests = [each for each in given if is_a(each, str, os.PathLike, Manifest)]
-    calls = [example(each, fast._module) for each in given if not is_a(each, str, os.PathLike, Manifest)]
+    calls = [example(each, state_of(fast).module) for each in given if not is_a(each, str, os.PathLike, Manifest)]
     jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
     for manifest in manifests:
         chosen = choose(fast, manifest, deadline)
@@ -90,7 +88,7 @@ def prepare(
         work.left_out += chosen.left_out
         work.problems += chosen.problems
     preparation = Preparation(pin=pin)
-    with bar(f"Preparing {fast._ledger.name}", 2 * len(jobs), progress) as step:
+    with bar(f"Preparing {state_of(fast).name}", 2 * len(jobs), progress) as step:
         warm = work.warm(jobs, step)
         with prepared_together(preparation):
             work.capture(warm, preparation, step)
@@ -104,16 +102,16 @@ def prepare(
     )
     if done.problems:
         log.warning(
-            "%s: of a manifest was ignored: %s", fast._ledger.name, "; ".join(str(each) for each in done.problems)
+            "%s: of a manifest was ignored: %s", state_of(fast).name, "; ".join(str(each) for each in done.problems)
         )
-    log.info("%s: %s", fast._ledger.name, done)
+    log.info("%s: %s", state_of(fast).name, done)
     return done
 
 
 class _Work:
     """The two phases, and what is noted on the way."""
 
-    def __init__(self, fast: CachedModule, deadline: float | None, start: float) -> None:
+    def __init__(self, fast: StandIn, deadline: float | None, start: float) -> None:
         self._fast = fast
         self._deadline = math.inf if deadline is None else start + deadline
         # What is warm and never captured was in vain.
@@ -143,9 +141,9 @@ class _Work:
                 continue
             found.setdefault((id(job.target), signature), (job, signature))
         for target in {id(job.target): job.target for job, _ in found.values()}.values():
-            if target._misses.cuda:
+            if state_of(target).dispatcher.captures.on_cuda:
                 # What went wrong on the device shows here, with nothing captured.
-                torch.cuda.current_stream(device_of(target._module)).synchronize()
+                torch.cuda.current_stream(device_of(state_of(target).module)).synchronize()
         return list(found.values())
 
     def capture(
@@ -160,22 +158,22 @@ class _Work:
                 self.refused.append(Refused(label, event.cause))
 
         with ExitStack() as stack:
-            for part in self._fast._parts.named().values():
+            for part in state_of(self._fast).submodules.named().values():
                 stack.callback(controls(part).subscribe(hear))
-            for job, signature in warm:
+            for job, key in warm:
                 step()
                 if time.monotonic() > self._deadline:
                     self.left_out += 1
                     continue
                 label = job.call.label
-                misses = job.target._misses
-                if (learnt := job.measured) is not None and signature not in job.target._entries:
-                    misses.admission.learn(signature, **learnt)
+                dispatcher = state_of(job.target).dispatcher
+                if (learnt := job.measured) is not None and key not in dispatcher.entries:
+                    dispatcher.captures.admission.learn(key, **learnt)
                 try:
                     with job.modes():
-                        args, kwargs, _, inputs = described(job.target, *job.call.make())
-                        with on_device(job.target, inputs):
-                            cause = misses.prepare(signature, inputs, args, kwargs)
+                        made = dispatcher.target.describe(*job.call.make())
+                        with dispatcher.on_device(made):
+                            cause = dispatcher.prepare(made._replace(key=key))
                 except CaptureError:
                     # Of a part, with on_failure="raise"; it was heard.
                     continue
@@ -188,15 +186,16 @@ class _Work:
                     self.refused.append(Refused(label, cause))
 
     def _run(self, job: Job, found: dict[tuple[int, Signature], Any]) -> Signature:
-        args, kwargs, signature, inputs = described(job.target, *job.call.make())
-        if (id(job.target), signature) not in found and signature not in job.target._entries:
-            job.target._notice_device(inputs)
-            if (reason := job.target._misses.forbidden()) is not None:
+        dispatcher = state_of(job.target).dispatcher
+        call = dispatcher.target.describe(*job.call.make())
+        if (id(job.target), call.key) not in found and call.key not in dispatcher.entries:
+            dispatcher.captures.notice_device(call)
+            if (reason := dispatcher.forbidden()) is not None:
                 # Of the caller's capture, say, this would become a part.
                 raise Refusal(reason)
-            with on_device(job.target, inputs), graphs_off():
-                job.target._misses.run(*args, **kwargs)
-        return signature
+            with dispatcher.on_device(call), graphs_off():
+                dispatcher.target.run(*call.args, **call.kwargs)
+        return call.key
 
     def _noted(self, job: Job, error: Exception) -> None:
         """Note what a call of a manifest raised; one that was given is the caller's to mend."""

@@ -6,19 +6,18 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from graphcache.capture.engine_like import EngineLike
 from graphcache.cache.manifest import Manifest, ManifestProblem, differences
 from graphcache.cache.served import ManifestEntry, plan
 from graphcache.cache.spec import example_of
 from graphcache.errors import shown
-from graphcache.modules.engine import EngineModule
 from graphcache.modules.examples import Example, varied
 from graphcache.modules.fingerprint import device_of, environment
-from graphcache.modules.remembered import made_again
-
-if TYPE_CHECKING:
-    from graphcache.modules.cached import CachedModule
+from graphcache.modules.transparent import StandIn
+from graphcache.modules.wrapped import state_of
+from graphcache.dispatch.remembered import made_again
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Job:
         path: Of that manifest.
     """
 
-    target: CachedModule
+    target: StandIn
     call: Example
     modes: Callable[[], AbstractContextManager[object]] = nullcontext
     entry: ManifestEntry | None = None
@@ -58,18 +57,20 @@ class Chosen(NamedTuple):
     problems: list[ManifestProblem]
 
 
-def served(fast: CachedModule) -> tuple[Manifest, int]:
+def served(fast: StandIn) -> tuple[Manifest, int]:
     """What a module and its parts have served, as a manifest, and how many calls cannot be told in text."""
     entries: list[ManifestEntry] = []
     untold = 0
     for part, each in _targets(fast).items():
-        found, left = each._misses.remembered.served(each._misses.admission.known(), part)
+        found, left = state_of(each).dispatcher.history.remembered.served(
+            state_of(each).dispatcher.captures.admission.known(), part
+        )
         entries += found
         untold += left
-    return Manifest(environment(fast._module), entries), untold
+    return Manifest(environment(state_of(fast).module), entries), untold
 
 
-def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
+def choose(fast: StandIn, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
     """The calls of a manifest that are worth a capture here.
 
     Args:
@@ -80,7 +81,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     Raises:
         ConfigError: For a path that is none.
     """
-    here = environment(fast._module)
+    here = environment(state_of(fast).module)
     if isinstance(given, Manifest):
         manifest, path = given, "the manifest"
         problems = [
@@ -94,7 +95,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     problems = list(manifest.problems)
     for part in {entry.part for entry in manifest.entries}:
         # What was found in another process because the whole was refused there.
-        fast._parts.reach(part)
+        state_of(fast).submodules.reach(part)
     targets = _targets(fast)
     by_part: dict[str, list[ManifestEntry]] = {}
     for index, entry in enumerate(manifest.entries):
@@ -106,7 +107,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     chosen = [
         entry
         for entries in by_part.values()
-        for entry in plan(entries, fast._config.max_graphs, fast._cache.max_bytes, seconds)
+        for entry in plan(entries, state_of(fast).config.max_graphs, state_of(fast).graphs.max_bytes, seconds)
     ]
     chosen.sort(key=lambda entry: -entry.hits)
     jobs = [
@@ -116,17 +117,17 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     return Chosen(jobs, sum(map(len, by_part.values())) - len(jobs), problems)
 
 
-def _targets(fast: CachedModule) -> dict[str, CachedModule]:
-    return {"": fast, **fast._parts.named()}
+def _targets(fast: StandIn) -> dict[str, StandIn]:
+    return {"": fast, **state_of(fast).submodules.named()}
 
 
-def _example(entry: ManifestEntry, target: CachedModule) -> Example:
+def _example(entry: ManifestEntry, target: StandIn) -> Example:
     module = target.module
     device = device_of(module)
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = example_of(entry.spec, device)
-        if isinstance(module, EngineModule):
+        if isinstance(module, EngineLike):
             args = made_again(module, args)
         varied(args, kwargs)
         return args, kwargs

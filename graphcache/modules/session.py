@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.modules.record import Recorded
-from graphcache.modules.shortcuts import launcher
+from graphcache.capture.recorder import Recorded
+from graphcache.dispatch.fast_path import launcher
 
 
 class Session:

@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
 from graphcache.errors import ConfigError
-from graphcache.modules.engine import EngineModule
-from graphcache.modules.standin import StandIn
+from graphcache.modules.transparent import StandIn
 
 
 def find_parts(module: nn.Module, config: GraphConfig) -> dict[str, nn.Module]:
@@ -28,7 +28,7 @@ def find_parts(module: nn.Module, config: GraphConfig) -> dict[str, nn.Module]:
         ConfigError: For a name that is not a submodule's, a part inside another part or that is excluded, or
             ``"per_submodule"`` with nothing to capture.
     """
-    if config.strategy == "whole_graph" or isinstance(module, EngineModule):
+    if config.strategy == "whole_graph" or isinstance(module, EngineLike):
         return {}
     names = _submodules(module)
     for name in config.include:
@@ -47,7 +47,7 @@ def find_parts(module: nn.Module, config: GraphConfig) -> dict[str, nn.Module]:
     if config.strategy == "auto":
         return chosen
     if not chosen:
-        engines = {name: part for name, part in names.items() if isinstance(part, EngineModule)}
+        engines = {name: part for name, part in names.items() if isinstance(part, EngineLike)}
         chosen = {name: part for name, part in engines.items() if not any(_shares(name, each) for each in excluded)}
     if not chosen:
         what = "contains no engine that is not excluded" if excluded else "contains no engine"

@@ -22,8 +22,8 @@ from graphcache.errors import Cause, GraphCacheError, InputError, Reason, Refusa
 from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.verify import padded_gap
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.misses import Misses
-from graphcache.modules.record_torch import Running, TorchRecorder
+from graphcache.dispatch.dispatcher import Misses
+from graphcache.capture.torch_recorder import Running, TorchRecorder
 
 _MOST = 1024
 
@@ -125,7 +125,7 @@ class Trials:
             args: Positional arguments of the call as it is.
             kwargs: Its keyword arguments.
             version: That of the guard when the call was observed to have no effects; ``0`` for an engine.
-            running: As for :meth:`~graphcache.modules.record_torch.TorchRecorder.again`.
+            running: As for :meth:`~graphcache.capture.torch_recorder.TorchRecorder.again`.
 
         Returns:
             What crops padded calls, or why there must be none.

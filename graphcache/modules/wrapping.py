@@ -8,7 +8,7 @@ from torch import nn
 
 from graphcache.config import GraphConfig
 from graphcache.modules.adoption import Adoption
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule, ends_with
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:
@@ -52,5 +52,5 @@ def wrapped(module: nn.Module, config: GraphConfig) -> CachedModule:
         adoption.end()
         raise
     if adoption:
-        fast._ends_with(adoption.end)
+        ends_with(fast, adoption.end)
     return fast

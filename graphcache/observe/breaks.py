@@ -19,7 +19,7 @@ from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Refusal
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.higher_order import compiled_runs_eagerly
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.observe.findings import Break as Break
 from graphcache.observe.findings import Findings, tensors_in
 from graphcache.observe.watching import Functions, Operations

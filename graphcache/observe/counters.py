@@ -9,8 +9,8 @@ from inspect import Signature as Function
 from graphcache.cache.wording import words_of
 from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
-from graphcache.modules.arguments import arguments_of
-from graphcache.modules.cached import CachedModule
+from graphcache.dispatch.argument_names import arguments_of
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
 
@@ -97,7 +97,7 @@ def assert_max_captures(module: CachedModule, most: int) -> Iterator[None]:
         yield
     seen = controls(module).cache_info().captures - before
     if seen > most:
-        raise AssertionError(f"{module._ledger.name}: expected at most {most} captures; saw {seen}{_told(captured)}")
+        raise AssertionError(f"{controls(module).ledger.name}: expected at most {most} captures; saw {seen}{_told(captured)}")
 
 
 def checked(module: CachedModule) -> CachedModule:
@@ -132,7 +132,7 @@ def _heard(module: CachedModule, captured: list[str]) -> Iterator[None]:
         return hear
 
     with ExitStack() as listening:
-        for each in (module, *module._parts.named().values()):
+        for each in (module, *controls(module).parts.values()):
             listening.callback(controls(each).subscribe(hearer(arguments_of(each._module))))
         yield
 

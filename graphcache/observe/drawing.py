@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from graphcache.errors import ConfigError, Refusal
+from graphcache.errors import ConfigError
 from graphcache.graphs.dot import dot_of
-from graphcache.modules.cached import CachedModule
-from graphcache.modules.described import described
+from graphcache.modules.cached_module import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.observe.counters import checked
 
 
@@ -49,18 +49,11 @@ def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **k
         }
         <BLANKLINE>
     """
-    entries = checked(module)._entries
-    if args or kwargs:
-        try:
-            _, _, signature, _ = described(module, args, kwargs)
-        except Refusal as refusal:
-            raise ConfigError(f"{module._ledger.name} has no graph for this call: {refusal.cause}") from refusal
-        entry = entries.get(signature)
-    else:
-        entry = max(list(entries.values()), key=lambda each: each.used, default=None)
-    if entry is None:
+    public = controls(checked(module))
+    graph = public.graph_for(*args, **kwargs)
+    if graph is None:
         which = "for this call; explain() tells why" if args or kwargs else "yet; call it, or prepare() it"
-        raise ConfigError(f"{module._ledger.name} has no graph {which}")
+        raise ConfigError(f"{public.ledger.name} has no graph {which}")
     target = Path(path)
-    target.write_text(dot_of(entry.graph.graph), encoding="utf-8")
+    target.write_text(dot_of(graph), encoding="utf-8")
     return target

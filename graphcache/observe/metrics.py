@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from graphcache.errors import ConfigError, shown
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
 from graphcache.observe.counters import checked

@@ -15,7 +15,8 @@ import torch
 
 from graphcache.errors import ConfigError, ExtraNotFoundError, shown
 from graphcache.events import Tracer
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.observe.counters import checked
 
 Push = Callable[[str], object]
@@ -73,10 +74,10 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
             pop()
 
     undo = ExitStack()
-    for each in (module, *module._parts.named().values()):
+    for each in (module, *controls(module).parts.values()):
         undo.callback(_draw(each, traced))
     if hits:
-        label = f"call {module._ledger.name}"
+        label = f"call {controls(module).ledger.name}"
         for handle in (
             module.register_forward_pre_hook(lambda *_: _nothing(push(label))),
             module.register_forward_hook(lambda *_: _nothing(pop()), always_call=True),
@@ -86,7 +87,7 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
 
 
 def _draw(module: CachedModule, tracer: Tracer) -> Callable[[], None]:
-    tracers = module._ledger.tracers
+    tracers = controls(module).ledger.tracers
     tracers.append(tracer)
 
     def end() -> None:

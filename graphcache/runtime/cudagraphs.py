@@ -11,7 +11,7 @@ from torch import nn
 
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ConfigError, ModeConflictError
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.foreign import is_foreign
@@ -54,7 +54,7 @@ def enable_cudagraphs(
     if cuda_graph_strategy is not None:
         RuntimeSettings(cuda_graph_strategy=cuda_graph_strategy)
     if isinstance(compiled_module, CachedModule) and options:
-        name = compiled_module._ledger.name
+        name = controls(compiled_module).ledger.name
         raise ConfigError(f"{name} is wrapped already, so options have no effect; give them to wrap()")
     if strict and (names := _allocating(compiled_module)):
         raise ModeConflictError(
@@ -67,7 +67,7 @@ def enable_cudagraphs(
         if isinstance(compiled_module, CachedModule)
         else wrapped(compiled_module, GraphConfig.of(options))
     )
-    whole = not isinstance(fast._module, EngineModule) and fast._parts.whole
+    whole = not isinstance(fast._module, EngineModule) and controls(fast).captures_whole
     token = modes.set(replace(modes.get(), graphs="whole_graph" if whole else "subgraph"))
     try:
         yield fast

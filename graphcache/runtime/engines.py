@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from graphcache.errors import ConfigError, shown
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.foreign import is_foreign
 

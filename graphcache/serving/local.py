@@ -20,7 +20,7 @@ from graphcache.errors import (
     is_a,
     shown,
 )
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.fingerprint import device_of

@@ -11,7 +11,7 @@ from torch import nn
 
 from graphcache.config import GraphConfig
 from graphcache.errors import ConfigError, GraphCacheError, ServingError, is_a, shown
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.factories import is_factory, named_object
 from graphcache.modules.loading import load
 

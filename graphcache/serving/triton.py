@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graphcache.errors import ServingError, shown
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.loading import load
 from graphcache.package.container import Container
 from graphcache.package.header import HeaderError, read_header

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import dlpack
 
 from graphcache.errors import InputError
-from graphcache.modules.cached import CachedModule
+from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.fingerprint import device_of
 from graphcache.modules.loading import load

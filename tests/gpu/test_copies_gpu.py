@@ -16,7 +16,7 @@ from graphcache.graphs.copies import copy_after, find_copies, order_copies, with
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, copy_kernels
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.lane import Lane
-from graphcache.modules import record_engine
+from graphcache.capture import engine_recorder as record_engine
 from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():

@@ -20,7 +20,7 @@ from graphcache.errors import CudaError, Refusal
 from graphcache.graphs import capture, driver, executables
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane, own_stream
-from graphcache.modules import record_engine, record_torch
+from graphcache.capture import engine_recorder as record_engine, torch_recorder as record_torch
 from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():

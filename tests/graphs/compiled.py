@@ -16,8 +16,8 @@ from graphcache.cache.signature import describe_layout
 from graphcache.graphs import driver as room
 from graphcache.graphs import native
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.modules import shortcuts
-from graphcache.modules.record import Recorded
+from graphcache.dispatch import fast_path as shortcuts
+from graphcache.capture.recorder import Recorded
 from tests.graphs.fake_driver import CUDA_KERNEL_NODE_PARAMS, CUDA_MEMCPY3D, CUcontext, Driver, Torch
 
 _u64, _int = ctypes.c_uint64, ctypes.c_int

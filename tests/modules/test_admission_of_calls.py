@@ -14,7 +14,7 @@ from graphcache import Reason
 from graphcache.cache import arbiter as room
 from graphcache.cache.arbiter import arbiter, set_process_budget
 from graphcache.errors import ConfigError
-from graphcache.modules import misses
+from graphcache.dispatch import dispatcher as misses
 from tests.graphs.fake_driver import Torch
 from tests.helpers import Fn, mlp, same
 from tests.modules.test_engine_module import fake, load, rows  # noqa: F401 - the fixture is used by its name

@@ -22,7 +22,7 @@ from graphcache.graphs import buffers
 from graphcache.modules import adopted, adoption, engine_controls
 from graphcache.modules.adopted import AdoptedEngine
 from graphcache.modules.foreign import described, is_foreign
-from graphcache.modules.record_torch import TorchRecorder
+from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.runtime import enable_cudagraphs, enable_output_allocator, weight_streaming
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch, installed

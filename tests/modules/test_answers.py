@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.errors import Refusal
-from graphcache.modules.answers import Answer
+from graphcache.capture.output_layout import Answer
 from tests.helpers import Fn, frozen, outcomes, same, structures
 
 Point = namedtuple("Point", "x y")

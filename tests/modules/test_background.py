@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Reason
 from graphcache.errors import ClosedError
-from graphcache.modules import background, later
-from graphcache.modules.background import CALLS_BETWEEN, Worker
+from graphcache.dispatch import worker as background, call_snapshot as later
+from graphcache.dispatch.worker import CALLS_BETWEEN, Worker
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, in_threads, mlp, same
 from tests.modules.test_engine_module import MODULES, load, prepare, rows

@@ -19,7 +19,7 @@ import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
 from graphcache.errors import CaptureError, ClosedError, ConfigError
 from graphcache.graphs.verify import largest_gap
-from graphcache.modules import background
+from graphcache.dispatch import worker as background
 from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, same, strides
 from tests.modules.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
 from tests.modules.test_background import settled

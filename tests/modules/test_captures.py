@@ -8,7 +8,7 @@ from torch import nn
 
 import graphcache
 from graphcache import Reason
-from graphcache.modules.record_torch import TorchRecorder
+from graphcache.capture.torch_recorder import TorchRecorder
 
 
 def wrapped(**options: int) -> graphcache.CachedModule:

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.config import graphs_off
 from graphcache.errors import Reason
-from graphcache.modules import conditions
-from graphcache.modules.conditions import forbidden
+from graphcache.dispatch import preconditions as conditions
+from graphcache.dispatch.preconditions import forbidden
 
 
 def test_nothing_forbids_a_plain_call() -> None:

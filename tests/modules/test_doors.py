@@ -18,8 +18,8 @@ import graphcache
 from graphcache import CachedModule
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.modules import shortcuts
-from graphcache.modules.cached import CachedModule as Class
+from graphcache.dispatch import fast_path as shortcuts
+from graphcache.modules.cached_module import CachedModule as Class
 from tests.graphs.fake_driver import Torch
 from tests.helpers import Fn, in_threads
 from tests.modules import test_shortcuts

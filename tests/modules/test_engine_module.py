@@ -41,9 +41,11 @@ from graphcache.errors import (
 from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import cached, conditions, engine_controls, into, record_engine
+from graphcache.modules import cached_module as cached, engine_controls
+from graphcache.dispatch import preconditions as conditions, forward_into as into
+from graphcache.capture import engine_recorder as record_engine
 from graphcache.modules import engine as room
-from graphcache.modules.record_torch import TorchRecorder
+from graphcache.capture.torch_recorder import TorchRecorder
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way

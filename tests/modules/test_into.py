@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache.errors import ClosedError, OutputMismatchError
-from graphcache.modules.into import copy_into
-from graphcache.modules.overlap import overlap
+from graphcache.dispatch.forward_into import copy_into
+from graphcache.dispatch.overlap import overlap
 from tests.helpers import Fn, mlp, outcomes
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)

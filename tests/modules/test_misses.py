@@ -15,11 +15,11 @@ from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason
 from graphcache.events import Ledger
-from graphcache.modules.cached import CachedModule
-from graphcache.modules.misses import STALE, Misses
+from graphcache.modules.cached_module import CachedModule
+from graphcache.dispatch.dispatcher import STALE, Misses
 from graphcache.modules.module_guards import guard_of
-from graphcache.modules.parts import Parts
-from graphcache.modules.record import Recorded
+from graphcache.modules.submodules import Parts
+from graphcache.capture.recorder import Recorded
 
 
 class Slow:

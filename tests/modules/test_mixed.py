@@ -15,7 +15,7 @@ import graphcache
 from graphcache import EngineModule, Reason
 from graphcache.graphs import buffers, driver
 from graphcache.modules import engine_controls
-from graphcache.modules.record_torch import TorchRecorder
+from graphcache.capture.torch_recorder import TorchRecorder
 from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes

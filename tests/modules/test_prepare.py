@@ -22,9 +22,10 @@ from graphcache.cache.arbiter import set_process_budget
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import spec_of
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
-from graphcache.modules import captures, described, examples, fingerprint, misses, remembered
+from graphcache.modules import captures, described, examples, fingerprint, remembered
+from graphcache.dispatch import dispatcher as misses
 from graphcache.modules import prepare as room
-from graphcache.modules.preparing import preparing
+from graphcache.dispatch.preparing import preparing
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, reason, same, structures, tensors
 from tests.modules import test_engine_module as engines

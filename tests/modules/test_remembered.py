@@ -14,7 +14,7 @@ from graphcache.cache.admission import Known
 from graphcache.cache.lru import Entry
 from graphcache.cache.spec import spec_of
 from graphcache.modules import remembered
-from graphcache.modules.remembered import Remembered, made_again
+from graphcache.dispatch.remembered import Remembered, made_again
 from tests.graphs.fake_driver import Torch
 from tests.modules.test_engine_module import fake, load  # noqa: F401 - the fixture is used by its name
 

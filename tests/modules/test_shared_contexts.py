@@ -17,7 +17,7 @@ import graphcache
 from graphcache import CachedModule, EngineModule, Reason
 from graphcache.errors import Refusal
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.modules import record_engine, shared_contexts
+from graphcache.capture import engine_recorder as record_engine, context_groups as shared_contexts
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext
 from tests.graphs.fake_driver import Torch, installed

@@ -24,7 +24,8 @@ from graphcache.config import Modes, modes
 from graphcache.errors import CudaError
 from graphcache.graphs import driver, native
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules import cached, shortcuts
+from graphcache.modules import cached_module as cached
+from graphcache.dispatch import fast_path as shortcuts
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import in_threads, wrap_recorded

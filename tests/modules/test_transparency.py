@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, GraphConfig, controls
 from graphcache.errors import ConfigError
-from graphcache.modules.routes import Route, State
+from graphcache.modules.forward_patch import Route, State
 from graphcache.observe.counters import Counters
 from tests.helpers import Fn, frozen, mlp, outcomes
 

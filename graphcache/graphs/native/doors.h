@@ -9,7 +9,7 @@ namespace {
 
 // Two methods of CachedModule, __call__ and forward_into, are Python functions whose calls come here first. What reads
 // their code, such as torch.compile, finds it as it was written, and what is left alone here runs it. Python 3.11 enters
-// forward_into by itself where the caller is Python too, so its code asks the table again; _into does not.
+// forward_into by itself where the caller is Python too, so its code asks the table again; _graphcache_into does not.
 struct Doors {
   vectorcallfunc call, into;
   PyObject *hooks, *pre_hooks, *compiler;  // Kept for good, as everything here.
@@ -90,7 +90,8 @@ PyObject* module_open(PyObject*, PyObject* given) {
   if (doors.table == nullptr) {
     PyObject** const places[] = {&doors.own_hooks, &doors.own_pre_hooks, &doors.compiling, &doors.into_name,
                                  &doors.table};
-    const char* const texts[] = {"_forward_hooks", "_forward_pre_hooks", "_is_compiling_flag", "_into", "_table"};
+    const char* const texts[] = {"_forward_hooks", "_forward_pre_hooks", "_is_compiling_flag", "_graphcache_into",
+                                 "_graphcache_table"};
     for (size_t i = 0; i < std::size(places); ++i)
       if ((*places[i] = PyUnicode_InternFromString(texts[i])) == nullptr) return nullptr;
   }

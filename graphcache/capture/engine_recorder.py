@@ -26,9 +26,10 @@ from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.verify import Round, largest_gap, perturb, repeats, verify
-from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import Recorded, nothing, refill
-from graphcache.modules.shared_contexts import SharedContexts
+from graphcache.keys.call import Call
+from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
+from graphcache.capture.context_groups import SharedContexts
 
 
 class EngineRecorder:
@@ -39,7 +40,7 @@ class EngineRecorder:
         config: Options of the wrapped module.
     """
 
-    def __init__(self, module: EngineModule, config: GraphConfig) -> None:
+    def __init__(self, module: EngineLike, config: GraphConfig) -> None:
         self._module = module
         self._config = config
         self._recording = config.recording
@@ -48,24 +49,22 @@ class EngineRecorder:
 
     def attempt(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
+        call: Call,
         *,
-        alone: bool = False,
-        apart: bool = False,
+        sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
+        known: Recorded | None = None,
     ) -> tuple[Any, Recorded | Cause]:
         module = self._module
-        given, profile = module.checked(module.bind(args, kwargs))
+        given, profile = module.checked(module.bind(call.args, call.kwargs))
         if (cause := module.forbids_capture()) is not None:
-            return self._eagerly(args, kwargs), cause
+            return self._eagerly(call), cause
         answer: list[Tensor] = []
         outcome: Recorded | Cause
         try:
             begin()
-            lane = Lane(module.device.index) if apart else module.lane
-            shares = self._contexts.shares and not (alone or apart)
+            lane = Lane(module.device.index) if sharing is Sharing.NOTHING else module.lane
+            shares = self._contexts.shares and sharing is Sharing.ALL
             with capturing(lane), torch.inference_mode(False), torch.no_grad():
                 scratch = lane.scratch(module.engine.scratch_bytes)
                 own = [value.detach() for value in given]
@@ -81,14 +80,14 @@ class EngineRecorder:
         except Exception as error:
             outcome = refusal_of(error, module.name).cause
         if not answer:
-            return self._eagerly(args, kwargs), outcome
+            return self._eagerly(call), outcome
         # Copies, since these were made on the capture stream, and outside of the caller's inference mode. Another
         # capture must not get their memory before they are copied.
         stream = torch.cuda.current_stream(module.device)
         for tensor in answer:
             if tensor.is_cuda:
                 tensor.record_stream(stream)
-        return self._build([tensor.clone() for tensor in answer], inputs), outcome
+        return self._build([tensor.clone() for tensor in answer], call.tensors), outcome
 
     @property
     def shared_nbytes(self) -> int:
@@ -107,10 +106,10 @@ class EngineRecorder:
     def release(self, *, wait: bool = True) -> None:
         self._contexts.release(wait=wait)
 
-    def _eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _eagerly(self, call: Call) -> Any:
         # In subgraph mode the engine would go through its cache, and come back here.
         with graphs_off():
-            return self._module(*args, **kwargs)
+            return self._module(*call.args, **call.kwargs)
 
     def _capture(
         self,
@@ -197,7 +196,7 @@ class _EngineIO:
 
     def __init__(
         self,
-        module: EngineModule,
+        module: EngineLike,
         context: Context,
         profile: int,
         static: Sequence[Tensor],
@@ -311,7 +310,7 @@ class _EngineIO:
             self._module.contexts.give_back(self._context)
 
 
-def perturbed(module: EngineModule, given: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]:
+def perturbed(module: EngineLike, given: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]:
     """Other values for an engine's inputs, to verify with; those that are read on the host stay as they are given."""
     return [
         value if binding.on_host else other

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from torch import Tensor
 
+from graphcache.capture.engine_like import EngineLike
+from graphcache.engines.context import Context
 from graphcache.errors import Cause, Refusal
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from graphcache.engines.context import Context
-    from graphcache.graphs.lane import Lane
-    from graphcache.modules.engine import EngineModule
+from graphcache.graphs.lane import Lane
 
 
-class Session:
+
+class EngineScope:
     """Gives every engine call of a captured module a context of its own, which lives as long as the graph.
 
     The calls are counted, so that the warm-up, the capture and the run on other values find the same context for the
@@ -29,13 +26,13 @@ class Session:
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._contexts: list[tuple[EngineModule, Context]] = []
+        self._contexts: list[tuple[EngineLike, Context]] = []
         self._calls = 0
         self.refused: Cause | None = None
         self.in_order = False
         """Whether the graph was found right, so that its contexts may serve others when it is gone."""
 
-    def context_of(self, module: EngineModule) -> Context:
+    def context_of(self, module: EngineLike) -> Context:
         """The context of the engine call that comes next."""
         index = self._calls
         self._calls += 1
@@ -60,7 +57,7 @@ class Session:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """Inside, engines find this session."""
+        """Inside, engines find this scope."""
         self._calls = 0
         token = current.set(self)
         try:
@@ -69,4 +66,4 @@ class Session:
             current.reset(token)
 
 
-current: ContextVar[Session | None] = ContextVar("graphcache_recording", default=None)
+current: ContextVar[EngineScope | None] = ContextVar("graphcache_recording", default=None)

@@ -1,35 +1,18 @@
-"""Answers into tensors of the caller's: ``forward_into``."""
+"""Whether an answer fits tensors of the caller's, for ``forward_into``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphcache.cache.lru import clock
-from graphcache.cache.signature import describe
-from graphcache.config import modes
-from graphcache.errors import ClosedError, OutputMismatchError, Refusal
+from graphcache.capture.recorder import Recorded
+from graphcache.dispatch.overlap import is_cut_short, overlap, touches
+from graphcache.errors import OutputMismatchError
 from graphcache.graphs.operations import storage_of
-from graphcache.modules.conditions import (
-    current_device,
-    dispatch_modes,
-    global_hooks,
-    global_pre_hooks,
-    is_capturing,
-    is_compiling,
-    raw_stream,
-    several_devices,
-    transforms,
-)
-from graphcache.modules.overlap import is_cut_short, overlap, touches
-from graphcache.modules.record import Recorded
-
-if TYPE_CHECKING:
-    from graphcache.modules.cached import CachedModule
 
 
 def targets_of(out: Any, recorded: Recorded, inputs: Sequence[Tensor]) -> list[Tensor] | None:
@@ -113,59 +96,3 @@ def _flat(out: Any) -> tuple[list[Any], Any]:
 def _shape_of(value: Any) -> str:
     structure = pytree.tree_structure(value)
     return "a tensor" if isinstance(value, Tensor) else f"{structure.num_leaves} values in a {type(value).__name__}"
-
-
-def shortly_into(fast: CachedModule, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a graph has written the answer into ``out``, as ``__call__`` finds it."""
-    if kwargs or is_compiling() or has_hooks(fast):
-        return False
-    shortcut = fast._shortcut(args)
-    if shortcut is None or modes.get().off or dispatch_modes() or transforms() is not None:
-        return False
-    entry, _, into, index, epoch = shortcut
-    if into is None or type(out) is not Tensor:
-        return False
-    stream = raw_stream(index)
-    if (stream and is_capturing()) or (several_devices() and index != current_device()):
-        return False
-    if not into(args[0], out, stream) or not fast._holds(epoch, args):
-        return False
-    entry.hits += 1
-    entry.used = clock()
-    return True
-
-
-def straight_into(fast: CachedModule, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a graph has written the answer into ``out``."""
-    if is_compiling() or has_hooks(fast):
-        return False
-    if fast._engine is not None:
-        args, kwargs = fast._for_engine(fast._engine, args, kwargs)
-    try:
-        signature, inputs = describe(args, kwargs)
-    except Refusal:
-        return False
-    if fast._host_inputs:
-        signature = (*signature, *fast._host_values(args))
-    entry = fast._entries.get(signature)
-    if entry is None or entry.graph.version != fast._guard.version:
-        return False
-    if fast._misses.forbidden() is not None or fast._is_stale(signature[0] is not False):
-        return False
-    given = fast._device_only(inputs)
-    targets = targets_of(out, entry.graph, given)
-    if targets is None:
-        return False
-    try:
-        entry.graph.graph.replay(entry.graph.distinct(given), targets)
-    except ClosedError:
-        return False
-    entry.hits += 1
-    entry.used = clock()
-    fast._remember(signature, args, kwargs, entry)
-    return True
-
-
-def has_hooks(fast: CachedModule) -> bool:
-    """Whether hooks are to run around a call, which ``forward_into`` would pass by."""
-    return bool(fast._forward_hooks or fast._forward_pre_hooks or global_hooks or global_pre_hooks)

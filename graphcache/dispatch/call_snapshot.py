@@ -5,38 +5,34 @@ from __future__ import annotations
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from graphcache.cache.signature import Signature, describe, substitute
+from graphcache.cache.signature import describe, substitute
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.lane import own_stream
 from graphcache.keys.ambient import has_modes
+from graphcache.keys.call import Call
 
 
-class Later:
+class CallSnapshot:
     """One call, as it was when it was made: values, context variables, torch's modes, and what its stream had done.
 
     Args:
-        signature: Of the call.
-        inputs: The tensors among its arguments; they are copied, on the current stream.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
+        call: The call; its tensors are copied, on the current stream.
     """
 
-    def __init__(
-        self, signature: Signature, inputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.signature = signature
-        self.inputs = static_copies(inputs)
-        self.args, self.kwargs = substitute(args, kwargs, self.inputs)
-        own, _ = describe(self.args, self.kwargs)
+    def __init__(self, call: Call) -> None:
+        tensors = static_copies(call.tensors)
+        args, kwargs = substitute(call.args, call.kwargs, tensors)
+        own, _ = describe(args, kwargs)
+        self.call = Call(call.key, tensors, args, kwargs)
+        """The same call on the copies."""
         # Values of host shape tensors follow in the call's.
-        self.is_alike = own == signature[: len(own)] and not has_modes()
+        self.is_alike = own == call.key[: len(own)] and not has_modes()
         """Whether the copies lie as the tensors do, and no default device is set for the caller's thread alone.
 
         Otherwise a graph of them would not be one of the call.
@@ -48,7 +44,7 @@ class Later:
         self.done = threading.Event()
         self._context = contextvars.copy_context()
         self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), _autocast()
-        self._index = next((value.device.index for value in self.inputs if value.is_cuda), None)
+        self._index = next((value.device.index for value in tensors if value.is_cuda), None)
         self._copied: Any = None
         if self._index is not None:
             with torch.cuda.device(self._index):

@@ -15,7 +15,7 @@ from graphcache.events import log
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.verify import all_same_bits, disagreement
-from graphcache.modules.engine import EngineModule
+from graphcache.capture.engine_like import EngineLike
 
 MOST = 129
 """Graphs of one context, where a cache may have more. Each capture there replays all of them twice, some 40 µs each for
@@ -60,7 +60,7 @@ class SharedContexts:
         config: Options of the wrapped module.
     """
 
-    def __init__(self, module: EngineModule, config: GraphConfig) -> None:
+    def __init__(self, module: EngineLike, config: GraphConfig) -> None:
         self._module = module
         self._open: list[Shared] = []
         contexts = config.recording.contexts
@@ -155,7 +155,7 @@ class SharedContexts:
         self.broken += graphs
 
 
-def _is_measured(module: EngineModule) -> bool:
+def _is_measured(module: EngineLike) -> bool:
     library = module.engine.library
     # What an engine updates in place would be another one at each replay.
     return library.flavour == "tensorrt_rtx" and library.version.startswith(_MEASURED) and not module.engine.aliases

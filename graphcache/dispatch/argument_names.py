@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from graphcache.modules.engine import EngineModule
+from graphcache.capture.engine_like import EngineLike
 
 
 def arguments_of(module: Any) -> inspect.Signature | Sequence[str]:
     """What a module's arguments are called, as far as it can be told."""
-    if isinstance(module, EngineModule):
+    if isinstance(module, EngineLike):
         return module.input_binding_names
     try:
         return inspect.signature(module.forward)

@@ -5,6 +5,7 @@ Either everything is made and handed over, or nothing is left and a cause says w
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from graphcache.errors import Cause
 from graphcache.graphs.buffers import packed, put
-from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.single import Fire, Into, single
+from graphcache.keys.call import Call
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 
@@ -37,10 +37,9 @@ class Recorded:
         "bare",
         "build",
         "graph",
-        "has_shortcut",
+        "has_fast_path",
         "nbytes",
         "replay",
-        "single",
         "trace",
         "version",
         "whole",
@@ -52,14 +51,10 @@ class Recorded:
         self.graph = graph
         self._places = places
         self._first = None if places is None else [places.index(place) for place in range(max(places) + 1)]
-        self.single: tuple[Fire | None, Into | None] | None = None
-        """Shorter ways from the only input to the answer than ``replay`` and ``build``, where there are any."""
-        if bare and isinstance(graph, CudaGraph):
-            self.single = single(graph)
         self.replay: Callable[..., list[Tensor]] = graph.replay if places is None else self._replay_distinct
         """Run the graph on the tensors of a call."""
-        self.has_shortcut = True
-        """Whether a call may be answered by the graph alone, past :attr:`replay`."""
+        self.has_fast_path = True
+        """Whether native code may replay the graph, past :attr:`replay`."""
         self.build = build
         self.whole = whole
         self.bare = bare
@@ -85,7 +80,7 @@ class Recorded:
             with torch.inference_mode():
                 return replay(inputs, out)
 
-        self.replay, self.single, self.has_shortcut = in_inference_mode, None, False
+        self.replay, self.has_fast_path = in_inference_mode, False
 
     def _replay_distinct(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         return self.graph.replay(self.distinct(inputs), out)
@@ -99,29 +94,36 @@ def nothing() -> None:
     """Begins without asking for anything."""
 
 
+class Sharing(enum.Enum):
+    """What memory a graph shares with other graphs of its module."""
+
+    ALL = "all"
+    """Scratch memory and the memory of outputs, which other graphs overwrite."""
+    SCRATCH = "scratch"
+    """Scratch memory only: outputs stay until this graph is launched again."""
+    NOTHING = "nothing"
+    """No memory, so that nobody waits for the capture nor for a launch."""
+
+
 class Recorder(Protocol):
     """Makes graphs of one module's calls."""
 
     def attempt(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
+        call: Call,
         *,
-        alone: bool = False,
-        apart: bool = False,
+        sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
+        known: Recorded | None = None,
     ) -> tuple[Any, Recorded | Cause]:
         """Answer a call, and capture it if that can be done.
 
         Args:
-            args: Positional arguments of the call.
-            kwargs: Its keyword arguments.
-            inputs: The tensors among them, as the signature orders them.
-            alone: Share no memory with other graphs, so that static outputs stay until this graph's next launch.
-            apart: Share no scratch memory either, so that nobody waits for this capture, nor for this graph's launches.
+            call: The call.
+            sharing: What memory the graph may share.
             begin: Called when the arguments are known to be right, before anything is allocated for the graph; it may
                 raise a :class:`~graphcache.errors.Refusal`.
+            known: A graph of the same key, from before something changed: it is kept if the call did the very same.
 
         Returns:
             The eager answer, and either the graph or why there is none.

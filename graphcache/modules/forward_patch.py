@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from graphcache.modules.conditions import global_hooks, global_pre_hooks, is_compiling
-
-if TYPE_CHECKING:
-    from graphcache.modules.cached import CachedModule
+from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, is_compiling
+from graphcache.modules.transparent import StandIn
+from graphcache.modules.wrapped import state_of
 
 
 class _Standing:
@@ -58,7 +57,7 @@ class Route(_Standing):
         super().__init__(module, "forward", {key: each for key, each in vars(module).items() if key == "forward"})
         # Whatever the user has put there is what the part runs, and is put back afterwards.
         self.original: Callable[..., Any] = module.forward
-        self.parts: dict[Routes | None, CachedModule] = {}
+        self.parts: dict[Routes | None, StandIn] = {}
         """Who has it as a part: a module may be one of several wrapped ones, or stand in two places of one."""
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +75,7 @@ class Route(_Standing):
         part = self.parts.get(_active.get())
         if part is None:
             return self.original(*args, **kwargs)
-        if part._misses.run is part._module and has_hooks(part._module):
+        if state_of(part).dispatcher.target.run is self.module and has_hooks(self.module):
             # They have run already, and running the module would run them once more.
             return self.original(*args, **kwargs)
         token = _active.set(None)
@@ -145,9 +144,9 @@ class Routes:
         parts: Gives the wrapped parts as they are now.
     """
 
-    def __init__(self, parts: Callable[[], tuple[CachedModule, ...]]) -> None:
+    def __init__(self, parts: Callable[[], tuple[StandIn, ...]]) -> None:
         self._parts = parts
-        self._installed: dict[CachedModule, None] = {}
+        self._installed: dict[StandIn, None] = {}
         self._calls = 0
 
     def __bool__(self) -> bool:
@@ -177,19 +176,19 @@ class Routes:
                     while self._installed:
                         self._remove(self._installed.popitem()[0])
 
-    def _install(self, part: CachedModule) -> None:
-        module = part._module
+    def _install(self, part: StandIn) -> None:
+        module = state_of(part).module
         route = vars(module).get("forward")
         if not isinstance(route, Route):
             route = Route(module)
             vars(module).update(__getstate__=State(route), forward=route)
-        if part._misses.run is not module:
-            part._run_from_now(route.original)
+        if state_of(part).dispatcher.target.run is not module:
+            state_of(part).run_from_now(route.original)
         route.parts[self] = part
         self._installed[part] = None
 
-    def _remove(self, part: CachedModule) -> None:
-        attributes = vars(part._module)
+    def _remove(self, part: StandIn) -> None:
+        attributes = vars(state_of(part).module)
         route = attributes.get("forward")
         if isinstance(route, Route):
             route.parts.pop(self, None)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Reason
-from graphcache.modules.controls import controls
-from graphcache.modules.engine import EngineModule
+from graphcache.modules.forward_patch import Routes
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.strategy import candidates, find_excluded, find_parts
+from graphcache.modules.transparent import StandIn
+from graphcache.modules.wrapped import state_of
 
-if TYPE_CHECKING:
-    from graphcache.modules.cached import CachedModule
-
-Make = Callable[[str, nn.Module, GraphConfig], "CachedModule"]
+Make = Callable[[str, nn.Module, GraphConfig], StandIn]
 
 _DIVISIBLE = frozenset(
     {
@@ -68,7 +67,7 @@ class Parts:
         self.excluded = find_excluded(module, config)
         """Names of submodules that are kept out of graphs, so that the whole has none."""
         named = find_parts(module, config)
-        self._finds = config.strategy == "auto" and not named and not isinstance(module, EngineModule)
+        self._finds = config.strategy == "auto" and not named and not isinstance(module, EngineLike)
         # Candidates hold nothing that is excluded.
         self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
@@ -77,21 +76,26 @@ class Parts:
         """The account of parts that stand in the module no more."""
         self._active = tuple(self._here.values())
         self._found = False
-        self.whole = isinstance(module, EngineModule) or (config.strategy != "per_submodule" and not self.excluded)
+        self.whole = isinstance(module, EngineLike) or (config.strategy != "per_submodule" and not self.excluded)
         """Whether the module is to be captured as a whole."""
+        self._routes = Routes(self.active)
         if not self.whole:
             self.find()
 
-    def active(self) -> tuple[CachedModule, ...]:
+    def in_use(self) -> AbstractContextManager[object]:
+        """Inside, calls of the parts use their graphs."""
+        return self._routes.active()
+
+    def active(self) -> tuple[StandIn, ...]:
         """The parts that stand in the module now, without parts of parts."""
         return self._active
 
-    def named(self) -> dict[str, CachedModule]:
+    def named(self) -> dict[str, StandIn]:
         """The parts, and parts of parts, by their names within the module."""
         found = {}
         for name, part in self._here.items():
             found[name] = part
-            found.update({f"{name}.{inner}": each for inner, each in part._parts.named().items()})
+            found.update({f"{name}.{inner}": each for inner, each in state_of(part).submodules.named().items()})
         return found
 
     def divide(self, cause: Cause) -> bool:
@@ -113,7 +117,7 @@ class Parts:
 
     def _has_engines(self) -> bool:
         # They record no gradients in any case; of a model in training that has none, nothing would be captured.
-        return self._finds and any(isinstance(each, EngineModule) for each in self._module.modules())
+        return self._finds and any(isinstance(each, EngineLike) for each in self._module.modules())
 
     def find(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
@@ -122,18 +126,18 @@ class Parts:
         with self._lock:
             if self._found:
                 return
-            here: dict[str, CachedModule] = {}
+            here: dict[str, StandIn] = {}
             for name, child in candidates(self._module, self.excluded):
                 known = self._here.get(name)
-                if known is None or known._module is not child:
+                if known is None or state_of(known).module is not child:
                     known = self._make(name, child, self._options(self._own, name))
                 here[name] = known
             gone = [part for name, part in self._here.items() if here.get(name) is not part]
             self._here, self._active, self._found = here, tuple(here.values()), True
         for part in gone:
             # Not closed: a call in another thread may be on its way through it.
-            controls(part).clear(wait=False)
-            account = replace(controls(part).cache_info(), graphs=0, nbytes=0, budget=0)
+            state_of(part).clear(wait=False)
+            account = replace(state_of(part).cache_info(), graphs=0, nbytes=0, budget=0)
             with self._lock:
                 self.past = account if self.past is None else self.past + account
 
@@ -148,7 +152,7 @@ class Parts:
         self.find()
         for own, part in self._here.items():
             if name.startswith(f"{own}."):
-                part._parts.reach(name[len(own) + 1 :])
+                state_of(part).submodules.reach(name[len(own) + 1 :])
 
     def look_again(self) -> None:
         """Find the parts anew when they are needed next: the module has changed."""

@@ -23,15 +23,16 @@ from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads, storage_of
 from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
+from graphcache.keys.call import Call
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
-from graphcache.modules.answers import Answer
-from graphcache.modules.culprit import at, located, path_here
-from graphcache.modules.engine import EngineModule
-from graphcache.modules.record import Recorded, nothing, refill
-from graphcache.modules.recording import Session
-from graphcache.modules.trial_call import TrialCall
+from graphcache.capture.output_layout import Answer
+from graphcache.capture.blame import at, located, path_here
+from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
+from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.engine_scope import EngineScope
+from graphcache.capture.trial_call import TrialCall
 
 Running = Callable[[], AbstractContextManager[object]]
 """Makes what is entered around one run of a module."""
@@ -62,31 +63,29 @@ class TorchRecorder:
 
     def attempt(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
+        call: Call,
         *,
-        alone: bool = False,
-        apart: bool = False,
+        sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
         known: Recorded | None = None,
     ) -> tuple[Any, Recorded | Cause]:
-        effects = self.observe(args, kwargs, inputs)
+        effects = self.observe(call)
         if effects.cause is not None:
             return effects.value, effects.cause
-        return effects.value, self.record(args, kwargs, inputs, effects, alone=alone or apart, begin=begin, known=known)
+        return effects.value, self.record(call, effects, sharing=sharing, begin=begin, known=known)
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]) -> Effects:
+    def observe(self, call: Call) -> Effects:
         """Run a call for the caller, and tell whether a graph may repeat it.
 
         Raises:
             Exception: Whatever the module raises for these arguments.
         """
+        args, kwargs = call.args, call.kwargs
         if not is_available():
             return self._unobserved(args, kwargs, "the profile hook of the interpreter is in use (sys.setprofile)")
         try:
             watched = Watched(
-                self._guard.snapshot(), snapshot_of(args, kwargs), inputs, lambda: path_here(self._module)
+                self._guard.snapshot(), snapshot_of(args, kwargs), call.tensors, lambda: path_here(self._module)
             )
         except (StateTooLarge, Unobservable) as error:
             return self._unobserved(args, kwargs, str(error))
@@ -108,12 +107,10 @@ class TorchRecorder:
 
     def record(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
+        call: Call,
         effects: Effects,
         *,
-        alone: bool = False,
+        sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
         known: Recorded | None = None,
         running: Running = nullcontext,
@@ -121,19 +118,17 @@ class TorchRecorder:
         """Capture a call that was observed to be a function of its tensors.
 
         Args:
-            args: Positional arguments of the call.
-            kwargs: Its keyword arguments.
-            inputs: The tensors among them.
+            call: The call.
             effects: What was observed.
-            alone: Share no memory with other graphs.
-            begin: As for :meth:`attempt`.
-            known: A graph of the same key, from before something changed: it is kept if the call did the very same.
+            sharing: As for :meth:`attempt`.
+            begin: Likewise.
+            known: Likewise.
             running: Entered around each run of the module.
 
         Returns:
             The graph, or why there is none.
         """
-
+        inputs = call.tensors
         run = self.again(effects.version, running)
         state, version = [*self._weights(), *effects.outside], effects.version
         inference = torch.is_inference_mode_enabled()
@@ -145,8 +140,8 @@ class TorchRecorder:
                     return known
                 begin()
                 # The caller may have changed the answer of the observed run meanwhile.
-                value = effects.value if running is nullcontext else run(*args, **kwargs)
-                recorded = self._record(run, args, kwargs, inputs, value, state, alone)
+                value = effects.value if running is nullcontext else run(*call.args, **call.kwargs)
+                recorded = self._record(run, call, value, state, shares=sharing is Sharing.ALL)
                 if not inference and _has_inference_tensors(value, inputs):
                     # The call entered inference mode by itself.
                     recorded.answer_in_inference_mode()
@@ -213,25 +208,19 @@ class TorchRecorder:
         return [*self._module.parameters(), *self._module.buffers()]
 
     def _record(
-        self,
-        run: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
-        value: Any,
-        state: Sequence[Tensor],
-        alone: bool,
+        self, run: Callable[..., Any], call: Call, value: Any, state: Sequence[Tensor], *, shares: bool
     ) -> Recorded:
+        inputs = call.tensors
         devices = {tensor.device for tensor in (*inputs, *self._weights())}
-        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineModule)}
+        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
         answer = Answer(value, inputs, state)
-        call = TrialCall(run, args, kwargs, inputs, answer, state)
+        trial = TrialCall(run, call, answer, state)
         index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
-        graph = self._on_cuda(call, index, alone) if index is not None else self._on_host(call)
+        graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)
         bare = answer.is_whole and isinstance(value, Tensor)
-        return Recorded(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=call.places)
+        return Recorded(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
 
     @property
     def shared_nbytes(self) -> int:
@@ -261,19 +250,19 @@ class TorchRecorder:
         self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
         return graph
 
-    def _on_cuda(self, call: TrialCall, index: int, alone: bool) -> Graph:
+    def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
         # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
-        lane = Lane(index) if alone else self._lanes.setdefault(index, Lane(index))
-        session = Session(lane)
+        lane = self._lanes.setdefault(index, Lane(index)) if shares else Lane(index)
+        scope = EngineScope(lane)
 
         @contextmanager
         def engines_recorded() -> Iterator[None]:
-            with session.run():
+            with scope.run():
                 try:
                     yield
                 finally:
-                    if session.refused is not None:
-                        raise Refusal(session.refused.reason, session.refused.where, session.refused.detail)
+                    if scope.refused is not None:
+                        raise Refusal(scope.refused.reason, scope.refused.where, scope.refused.detail)
 
         most = 0
 
@@ -300,9 +289,9 @@ class TorchRecorder:
                 expected=expected,
                 lane=lane,
                 keep=call.kept(),
-                release=session.close,
+                release=scope.close,
                 where=self._name,
-                shared=not alone,
+                shared=shares,
                 full_edges=self._full_edges,
             )
             try:
@@ -310,8 +299,8 @@ class TorchRecorder:
             except BaseException:
                 graph.close()
                 raise
-            session.in_order = True
-            if not alone:
+            scope.in_order = True
+            if shares:
                 graph.let_go()
             del expected
             call.let_go()

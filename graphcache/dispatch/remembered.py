@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from graphcache.cache.lru import Entry
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import Spec, spec_of
 from graphcache.errors import Refusal
-from graphcache.modules.engine import EngineModule
+from graphcache.capture.engine_like import EngineLike
 
 OFTEN = 8
 """The eager call of a signature at which it is remembered: writing it down takes some 50 µs, too much for a signature
@@ -31,11 +31,11 @@ class Remembered:
     Values of tensors are not kept, except for those that an engine reads on the host, which are part of a signature.
 
     Args:
-        entries: The cache's; what has a graph is forgotten last.
+        entries: Gives the cache's; what has a graph is forgotten last.
         engine: Whose calls, if they are an engine's.
     """
 
-    def __init__(self, entries: Mapping[Any, Entry[Any]], engine: EngineModule | None = None) -> None:
+    def __init__(self, entries: Callable[[], Mapping[Any, Entry[Any]]], engine: EngineLike | None = None) -> None:
         self._entries = entries
         self._hosts = engine.host_inputs if engine is not None else ()
         self._specs: OrderedDict[Any, Spec | None] = OrderedDict()
@@ -74,19 +74,19 @@ class Remembered:
         found = []
         for signature, spec in specs.items():
             if spec is not None:
-                seen, entry = known.get(signature, _UNKNOWN), self._entries.get(signature)
+                seen, entry = known.get(signature, _UNKNOWN), self._entries().get(signature)
                 times = (None if each is None else min(each, 9e8) for each in (seen.eager, seen.replay, seen.capture))
                 nbytes = min(entry.nbytes, _LONGEST) if entry is not None else 0
                 found.append(ManifestEntry(spec, seen.calls, part, nbytes, *times))
         return found, sum(spec is None for spec in specs.values())
 
     def _forget(self) -> None:
-        graphs = len(self._entries)
+        graphs = len(self._entries())
         for _ in range(len(self._specs)):
             if len(self._specs) <= _MOST + graphs and self._characters <= _MOST_CHARACTERS:
                 return
             oldest = next(iter(self._specs))
-            if oldest in self._entries:
+            if oldest in self._entries():
                 self._specs.move_to_end(oldest)
                 continue
             spec = self._specs.pop(oldest)
@@ -106,7 +106,7 @@ def _told(args: tuple[Any, ...], hosts: tuple[int, ...]) -> tuple[Any, ...]:
     )
 
 
-def made_again(engine: EngineModule, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def made_again(engine: EngineLike, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a remembered call of an engine, with its host shape tensors.
 
     Raises:
@@ -124,5 +124,5 @@ def made_again(engine: EngineModule, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(made)
 
 
-def _host_bindings(engine: EngineModule) -> Iterator[tuple[int, Any]]:
+def _host_bindings(engine: EngineLike) -> Iterator[tuple[int, Any]]:
     return ((index, binding) for index, binding in enumerate(engine.engine.inputs) if binding.on_host)

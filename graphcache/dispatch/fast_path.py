@@ -1,4 +1,7 @@
-"""Short ways to the graphs of one module, by the layout of a call's tensors: in Python, and compiled where it is."""
+"""Hits in native code: the graphs of one module by the layout of a call's tensors, in a table of the compiled library.
+
+The library is optional. Without it nothing here costs anything, and every hit takes the way in ``dispatcher.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,26 @@ from typing import Any
 import torch
 
 from graphcache.cache.lru import Entry, ticks
+from graphcache.cache.signature import describe_layout, is_flat
+from graphcache.capture.recorder import Recorded
 from graphcache.config import Modes, modes
-from graphcache.errors import CudaError
-from graphcache.events import log
-from graphcache.graphs import driver, native
-from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.graph import Graph
-from graphcache.graphs.lane import Lane
-from graphcache.graphs.single import Fire, Into, allocator
-from graphcache.keys.ambient import ambient_state
-from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.conditions import (
+from graphcache.dispatch.preconditions import (
     current_device,
     global_hooks,
     global_pre_hooks,
     raw_stream,
     several_devices,
 )
-from graphcache.modules.module_guards import EngineGuard
-from graphcache.modules.record import Recorded
-
-Shortcut = tuple[Entry[Recorded], Fire | None, Into | None, int, int | None]
-"""An entry, shorter ways to replay it (a :class:`~graphcache.graphs.single.Fire`, or none), its device's index, and the
-epoch of the engine that it was captured of."""
+from graphcache.dispatch.targets import EngineGuard, EngineTarget, Target
+from graphcache.errors import CudaError
+from graphcache.events import log
+from graphcache.graphs import driver, native
+from graphcache.graphs.allocator import allocator
+from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.graph import Graph
+from graphcache.graphs.lane import Lane
+from graphcache.keys.ambient import ambient_state
+from graphcache.keys.call import Call
 
 _FUNCTIONS = (
     "cuGraphLaunch",
@@ -41,64 +41,72 @@ _FUNCTIONS = (
 )
 
 
-class Shortcuts(dict[Hashable, Shortcut]):
-    """A dictionary of shortcuts, and the same graphs in a table of the compiled library, if there is one.
+class FastPath:
+    """The native table of one module, filled by hits in Python.
 
     Args:
-        engine: The engine whose ``epoch`` says whether its graphs still hold; ``None`` for any other module.
-        guard: What says it of any other module.
+        target: The module.
+        publish: Called with the table when it may answer calls, and with ``None`` when it may not.
     """
 
-    def __init__(self, engine: Any, guard: EngineGuard | ModuleGuard) -> None:
-        super().__init__()
-        self._engine = engine
-        self._guard = guard
+    def __init__(self, target: Target, publish: Callable[[Any], object]) -> None:
+        self._target = target
+        self._publish = publish
         self._table: Any = None
-        self._asked = False
-        self._making = threading.Lock()
-        self.ambient = ambient_state()
-        """The ambient state of PyTorch that all of them were captured under."""
+        self._asked = self._observed = False
+        self._lock = threading.Lock()
+        self._known: dict[Hashable, tuple[Entry[Recorded], int]] = {}
+        self._ambient = ambient_state()
+
+    def remember(self, call: Call, entry: Entry[Recorded]) -> None:
+        """Let native code answer calls of this layout, if there is such code and it can."""
+        if self._asked and self._table is None:
+            return
+        graph = entry.graph.graph
+        if call.kwargs or not isinstance(graph, CudaGraph) or not entry.graph.has_fast_path:
+            return
+        if not is_flat(call.key, call.args) or (table := self.table()) is None:
+            return
+        if (ambient := ambient_state()) != self._ambient:
+            self.clear()
+            self._ambient = ambient
+        guard = self._target.guard
+        # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
+        epoch = guard.epoch if isinstance(guard, EngineGuard) else entry.graph.version
+        layout = describe_layout(call.args)
+        if self._known.get(layout) != (entry, epoch):
+            self._known[layout] = entry, epoch
+            self._put(table, call.args, entry, epoch)
+        if not self._observed:
+            self._publish(table)
 
     def table(self) -> Any:
-        """The compiled table; ``None`` where there is no library. Asked for once, when a graph is first remembered."""
+        """The native table; ``None`` where there is no library. Asked for once, when a graph is first remembered."""
         if not self._asked:
-            with self._making:
+            with self._lock:
                 if not self._asked:
                     self._table = new_table()
                     self._asked = True
         return self._table
 
-    def remember(self, layout: Hashable, args: tuple[Any, ...], shortcut: Shortcut) -> None:
-        """Answer calls of a layout in a shorter way from now on.
-
-        Args:
-            layout: Of the arguments.
-            args: The arguments of such a call, all of them plain tensors.
-            shortcut: The way.
-        """
-        if (ambient := ambient_state()) != self.ambient:
-            self.clear()
-            self.ambient = ambient
-        if self.get(layout) == shortcut:
-            return
-        self[layout] = shortcut
-        if (table := self.table()) is not None:
-            self._put(table, args, shortcut)
-
     def clear(self) -> None:
-        """Forget all of them."""
-        super().clear()
+        """Forget all graphs."""
+        self._known.clear()
         if self._table is not None:
             self._table.clear()
 
-    def _put(self, table: Any, args: tuple[Any, ...], shortcut: Shortcut) -> None:
-        entry, _, _, index, epoch = shortcut
-        recorded, graph = entry.graph, entry.graph.graph
+    def observed(self, active: bool) -> None:
+        """While somebody observes, every hit takes the way in Python."""
+        self._observed = active
+        if active:
+            self._publish(None)
+
+    def _put(self, table: Any, args: tuple[Any, ...], entry: Entry[Recorded], epoch: int) -> None:
+        recorded, graph, guard = entry.graph, entry.graph.graph, self._target.guard
         assert isinstance(graph, CudaGraph)
         # One look at what another thread may take away by closing the graph.
         executables, outputs, slots = graph.executables, graph.outputs, (*graph.inputs, *graph.outputs)
-        pointed = all(slot.pointers for slot in slots)
-        if executables is None or not outputs or not pointed:
+        if executables is None or not outputs or not all(slot.pointers for slot in slots):
             return
         table.put(
             args,
@@ -108,10 +116,10 @@ class Shortcuts(dict[Hashable, Shortcut]):
             graph.lane.lock,
             executables,
             executables.table,
-            index,
-            self._engine,
+            graph.index,
+            self._target.engine if isinstance(self._target, EngineTarget) else None,
             epoch,
-            self._guard.stale_since(recorded.version) if isinstance(self._guard, ModuleGuard) else None,
+            None if isinstance(guard, EngineGuard) else guard.stale_since(recorded.version),
             None if recorded.bare else recorded.build,
             slots,
             tuple([slot.raw for slot in slots]),

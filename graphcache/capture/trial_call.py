@@ -10,7 +10,8 @@ from torch import Tensor
 from graphcache.cache.signature import substitute
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.verify import largest_gap, repeats
-from graphcache.modules.answers import Answer
+from graphcache.capture.output_layout import Answer
+from graphcache.keys.call import Call
 
 
 class TrialCall:
@@ -19,19 +20,17 @@ class TrialCall:
     def __init__(
         self,
         run: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
+        call: Call,
         answer: Answer,
         state: Sequence[Tensor],
     ) -> None:
-        self._function = run
+        self._function, inputs = run, call.tensors
         found: dict[int, int] = {}
         places = [found.setdefault(id(tensor), len(found)) for tensor in inputs]
         self.places = None if len(found) == len(inputs) else places
         """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
         self.inputs = [_detached(inputs[places.index(place)]) for place in range(len(found))]
-        self._args, self._kwargs = substitute(args, kwargs, self._spread(self.inputs))
+        self._args, self._kwargs = substitute(call.args, call.kwargs, self._spread(self.inputs))
         self.answer = answer
         self._state = state
 

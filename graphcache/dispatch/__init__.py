@@ -1,0 +1,1 @@
+"""The way of a call: hit, miss, eager; captures in the background."""

@@ -1,0 +1,282 @@
+"""Captures of one module: each graph is kept in the cache, or the key is denied."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphcache.cache.admission import Admission
+from graphcache.cache.arbiter import Arbiter, arbiter
+from graphcache.cache.blocks import Blocks
+from graphcache.cache.churn import ChurnWatch
+from graphcache.cache.lru import Entry, GraphCache, clock
+from graphcache.cache.room import Room
+from graphcache.capture.recorder import Recorded, Sharing
+from graphcache.capture.run_gate import RunGate
+from graphcache.config import GraphConfig
+from graphcache.dispatch.argument_names import arguments_of
+from graphcache.dispatch.history import History
+from graphcache.dispatch.preparing import Preparation, preparing
+from graphcache.dispatch.targets import EngineGuard, Target
+from graphcache.errors import Cause, Reason, Refusal
+from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
+from graphcache.graphs import driver
+from graphcache.graphs.capture import refusal_of
+from graphcache.keys.call import Call
+
+_REPLAY_SAMPLES = 3
+_DEVICE_SHARE = 0.25
+"""Share of a device's memory that the graphs of one module may own with ``max_bytes="auto"``. The rest is for weights,
+eager execution and other modules."""
+
+
+class CaptureManager:
+    """Captures calls of one module, one at a time, and keeps what came of it.
+
+    Args:
+        target: The module.
+        config: Options.
+        ledger: Hears of captures, evictions and eager calls.
+        history: Remembers what calls were like.
+        gate: Keeps background captures and callers apart.
+    """
+
+    def __init__(self, target: Target, config: GraphConfig, ledger: Ledger, history: History, gate: RunGate) -> None:
+        self.target = target
+        self.config = config
+        self.ledger = ledger
+        self.history = history
+        self.gate = gate
+        self.lock = QuietLock()
+        """Held while a call is captured, and by whoever drops graphs."""
+        # A share of the device's memory is known when the first capture has told which device it is.
+        max_bytes = None if config.max_bytes == "auto" else config.max_bytes
+        self.graphs: GraphCache[Recorded] = GraphCache(
+            max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=self._evicted
+        )
+        self.denials = Blocks()
+        """Keys that could not be captured."""
+        self.admission = Admission(self.graphs, config.capture)
+        """Decides what is captured."""
+        self.arbiter: Arbiter | None = None
+        """Of the device of the last capture."""
+        self.on_evict: list[Callable[[], object]] = []
+        """Called whenever a graph goes."""
+        self.on_cuda = target.is_engine
+        """Whether calls concern a CUDA device."""
+        self.closed = False
+        self.generation = 0
+        """Goes up when all denials are forgotten."""
+        self._churn = ChurnWatch()
+        self._training: list[bool] = []
+
+    @property
+    def version(self) -> int:
+        """That of the guard: what was found out of the module under another one may no longer be so."""
+        return self.target.guard.version
+
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph, and forget all denials.
+
+        Args:
+            wait: Wait for the last replays.
+        """
+        with self.lock:
+            self.generation += 1
+            self.graphs.clear(wait=wait)
+            self._churn.forget()
+            self.denials.clear()
+            if not isinstance(self.target.guard, EngineGuard):
+                # It keeps what the module held when it was looked at, such as weights that were replaced since.
+                self.target.guard.forget()
+            self.target.recorder.release(wait=wait)
+            self.graphs.shared = 0
+
+    def refresh_training(self) -> None:
+        """Forget denials if a training flag was set: what was refused in training may be captured in evaluation."""
+        if self.training_changed():
+            self._training = self.target.training_flags()
+            self.generation += 1
+            self.denials.clear()
+
+    def notice_device(self, call: Call) -> None:
+        """Note whether calls concern a CUDA device."""
+        self.on_cuda = self.on_cuda or self.target.device_of(call.tensors) is not None
+
+    def training_changed(self) -> bool:
+        """Whether a training flag was set since it was looked at, so that denials may be of the past."""
+        return self.target.training_flags() != self._training
+
+    def denial(self, call: Call) -> Cause | None:
+        """Why a call is not to be captured this time, from its modes and from what came of it before."""
+        return self.needs_grad(call.tensors) or self.denials.cause(call.key, self.version)
+
+    def deny(self, key: Hashable, cause: Cause, version: int | None = None) -> None:
+        """Remember why a key has no graph, under the version of the guard (that of now if ``None``)."""
+        self.denials.block(key, cause, self.version if version is None else version)
+
+    def needs_grad(self, tensors: Sequence[Tensor]) -> Cause | None:
+        """Why the grad mode forbids a graph, if it does."""
+        if not torch.is_grad_enabled():
+            return None
+        if any(tensor.requires_grad for tensor in tensors):
+            return Cause(Reason.GRAD, detail="an input requires gradients")
+        if self.target.guard.requires_grad():
+            return Cause(Reason.GRAD, detail="a parameter requires gradients")
+        return None
+
+    def is_current(self, key: Hashable) -> bool:
+        """Whether there is a graph of a key that was proven under the state of now."""
+        entry = self.graphs.entries.get(key)
+        return entry is not None and entry.graph.version == self.version
+
+    def capture(self, call: Call) -> tuple[Any, Cause | None]:
+        """Answer a call, and keep a graph of it or deny its key. The lock is held.
+
+        Returns:
+            The answer, and why there is no graph.
+
+        Raises:
+            Exception: Whatever the module raises for these arguments.
+        """
+        with self.ledger.span("capture") as span:
+            answer, cause = self._capture(call)
+            span.done = cause is None
+            return answer, cause
+
+    def _capture(self, call: Call) -> tuple[Any, Cause | None]:
+        preparation = preparing.get()
+        start = time.perf_counter()
+        known = self.graphs.entries.get(call.key)
+        with self.room(call) as room:
+
+            def begin() -> None:
+                if known is not None:
+                    self.graphs.evict(call.key)
+                self.reserve(room, call)
+
+            try:
+                with self.gate.shared() if not self.target.is_engine else nullcontext():
+                    answer, outcome = self.target.recorder.attempt(
+                        call, begin=begin, known=None if known is None else known.graph
+                    )
+            finally:
+                self._drop_broken()
+            if known is not None and outcome is known.graph:
+                # It was captured before the module changed, and is right all the same: its replay gave this answer too.
+                self.denials.forget(call.key)
+                known.hits += 1
+                known.used = clock()
+                return answer, None
+            if known is not None and call.key in self.graphs.entries:
+                self.graphs.evict(call.key)
+            return answer, self.keep(call, outcome, time.perf_counter() - start, room, preparation)
+
+    def capture_alone(self, call: Call) -> Recorded | Cause:
+        """A graph of a call that shares no outputs with others and is in no cache, or why there is none."""
+        with self.lock, self.gate.shared(), self.ledger.span("capture") as span:
+            _, outcome = self.target.recorder.attempt(call, sharing=Sharing.SCRATCH)
+            span.done = isinstance(outcome, Recorded)
+            return outcome
+
+    def room(self, call: Call) -> Room:
+        """Reservations for one capture, in the module's budget and in that of the device."""
+        device = self.target.device_of(call.tensors)
+        if self.config.max_bytes == "auto" and self.graphs.max_bytes is None and device is not None:
+            self.graphs.max_bytes = int(driver.total_memory(device.index) * _DEVICE_SHARE)
+        self.arbiter = arbiter(device or torch.device("cpu"))
+        self.arbiter.register(self.graphs)
+        return Room(self.graphs, self.arbiter)
+
+    def reserve(self, room: Room, call: Call) -> None:
+        """Make room for the graph of a call.
+
+        Raises:
+            Refusal: With ``OVER_BUDGET``, if there is none to be made.
+        """
+        nbytes = self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes
+        room.take(nbytes, call.key)
+
+    def keep(
+        self, call: Call, outcome: Recorded | Cause, seconds: float, room: Room, preparation: Preparation | None = None
+    ) -> Cause | None:
+        """Keep the graph of a call, or deny its key.
+
+        Args:
+            call: The call.
+            outcome: The graph, or why there is none.
+            seconds: What the capture added to the call.
+            room: What was reserved.
+            preparation: What the capture belongs to, if nobody waited for it.
+
+        Returns:
+            Why there is no graph.
+        """
+        key = call.key
+        if isinstance(outcome, Recorded):
+            try:
+                self.graphs.shared = self.target.recorder.shared_nbytes
+                room.settle(outcome.nbytes)
+                entry = self.graphs.put(key, outcome, reservation=room.own)
+            except Refusal as refusal:
+                outcome.close()
+                outcome = refusal.cause
+            except Exception as error:
+                # Closing an evicted graph failed. This call has its answer all the same.
+                outcome = refusal_of(error, self.ledger.name).cause
+        if not isinstance(outcome, Recorded):
+            self.admission.failed(key, seconds, preparing=preparation is not None)
+            self.deny(key, outcome)
+            return outcome
+        self.ledger.captured(Captured(key, seconds, entry.graph.graph.nodes, entry.nbytes))
+        self.history.captured(call)
+        replay = self._replay_seconds(outcome, call)
+        slower = self.admission.captured(key, seconds, replay=replay, preparing=preparation is not None)
+        if slower is not None:
+            self.graphs.evict(key)
+        if preparation is None:
+            self._notice_churn(call)
+            return None
+        preparation.keep(self.graphs.entries, key)
+        return slower
+
+    def _replay_seconds(self, recorded: Recorded, call: Call) -> float | None:
+        """What a replay takes the host, which is what an eager call is measured by too."""
+        if self.admission.policy != "worthwhile":
+            return None
+        given = self.target.graph_inputs(call.tensors)
+        taken = []
+        for _ in range(_REPLAY_SAMPLES):
+            start = time.perf_counter()
+            recorded.replay(given)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    def _evicted(self, key: Hashable, entry: Entry[Recorded]) -> None:
+        for function in self.on_evict:
+            function()
+        self.admission.evicted(key, entry)
+        self.history.evicted(key, entry.hits)
+        self.ledger.evicted(Evicted(key, entry.hits))
+
+    def _drop_broken(self) -> None:
+        """Take out what the recorder has closed: nobody would capture it again as long as it seems to be there."""
+        broken = set(map(id, self.target.recorder.take_broken()))
+        if broken:
+            for key in [key for key, entry in self.graphs.entries.items() if id(entry.graph.graph) in broken]:
+                self.graphs.evict(key)
+
+    def _notice_churn(self, call: Call) -> None:
+        if (seen := self._churn.captured(call.key, self.hits)) is not None:
+            names = arguments_of(self.target.module)
+            log.warning("%s: %s", self.ledger.name, seen.advice(self.graphs, self.config.capture, names))
+
+    @property
+    def hits(self) -> int:
+        """Calls that were answered by a replay."""
+        return self.ledger.retired_hits + sum(entry.hits for entry in list(self.graphs.entries.values()))

@@ -1,0 +1,482 @@
+"""The way of a call: hit, miss, eager.
+
+A call of a wrapped module goes through these steps, from top to bottom::
+
+    CachedModule.__call__            native code first, if it has a graph for this layout (fast_path.py)
+      Dispatcher.__call__            describe the arguments: a Call with its key (keys/)
+        hit: replay                  the key has a graph, nothing forbids it, the guard holds
+        miss
+          padding                    the call is padded to a bucket, whose graph answers (optional feature)
+          answer
+            eager                    graphs are off here, the call needs gradients, or the key was denied
+            submodules               the whole is not to be captured: submodules answer with graphs of their own
+            admission                may the key be captured? "first": yes; "worthwhile": once it pays; "prepared": no
+            capture                  CaptureManager: reserve bytes, record, verify, insert; or deny the key
+            background               CaptureQueue: answer eagerly, record on a copy of the call in another thread
+
+Who decides what:
+
+* A *key* says that two calls run the same operations on the same layouts. It holds structure, shapes, strides, dtypes,
+  devices, constants, grad and inference mode, and the settings of PyTorch (``keys/ambient.py``).
+* A *guard* says that the module is still what it was when a graph was proven: an engine by its epoch, any other module
+  by everything that a call can reach (``keys/guards.py``). On CUDA it is asked after the launch, while the device works;
+  what a stale graph wrote is dropped. A call that writes into the caller's tensors asks before.
+* *Effects* (``capture/effects.py``): the first run of a key is observed, for the caller. Only a call that is a function
+  of its tensors is recorded.
+* *Verification* (``graphs/verify.py``): a new graph has to give the eager answers.
+* A *denial* remembers why a key has no graph, and when to try again.
+
+Locks: ``CaptureManager.lock`` is held while a call is captured, and by whoever drops graphs. A hit takes none but that
+of the graph's lane. Subscribers are called when this thread holds no lock.
+
+Whatever raises on the way to a graph, the caller has the answer of eager execution, once per call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from graphcache.cache.lru import Entry, clock
+from graphcache.capture.recorder import Recorded
+from graphcache.capture.run_gate import RunGate
+from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
+from graphcache.dispatch.capture_manager import CaptureManager
+from graphcache.dispatch.capture_queue import PENDING, CaptureQueue
+from graphcache.dispatch.fast_path import FastPath
+from graphcache.dispatch.forward_into import targets_of
+from graphcache.dispatch.history import History
+from graphcache.dispatch.preconditions import current_device, forbidden, several_devices
+from graphcache.dispatch.preparing import preparing
+from graphcache.dispatch.targets import EngineGuard, Target
+from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
+from graphcache.events import Ledger
+from graphcache.keys.call import Call
+
+STALE: Any = object()
+"""Stands for an answer that a graph could not give, or should not have given."""
+UNPADDED: Any = object()
+"""Stands for the answer of a call that is not padded."""
+OFTEN = 8
+"""The eager call of a key at which it is remembered for a manifest, which takes some 50 µs."""
+
+Hit = Callable[[Entry[Recorded], Call], Any]
+"""Replays an entry for a call; an answer, or ``STALE``."""
+Otherwise = Callable[[Cause, Call], Any]
+"""Answers a call without a graph, for a reason."""
+
+
+class Submodules(Protocol):
+    """The submodules of a wrapped module that are captured one by one."""
+
+    whole: bool
+    """Whether the module is to be captured as a whole."""
+    excluded: tuple[str, ...]
+    """Names of submodules that are kept out of graphs."""
+
+    def in_use(self) -> AbstractContextManager[object]:
+        """Inside, calls of the submodules use their graphs."""
+
+    def divide(self, cause: Cause) -> bool:
+        """Find the submodules if one of them may be to blame for a refusal; whether there are any."""
+
+    def look_again(self) -> None:
+        """The module has changed."""
+
+
+class Padding(Protocol):
+    """Answers calls through graphs of larger sizes."""
+
+    def answer(self, call: Call) -> Any:
+        """The answer of a call, or ``UNPADDED``."""
+
+
+class Dispatcher:
+    """Answers the calls of one wrapped module.
+
+    Args:
+        target: The module.
+        config: Options.
+        ledger: Hears of captures, evictions and eager calls.
+        history: Remembers what calls were like.
+        gate: Keeps background captures and callers apart.
+        publish: As :class:`~graphcache.dispatch.fast_path.FastPath` takes it.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        config: GraphConfig,
+        ledger: Ledger,
+        history: History,
+        gate: RunGate,
+        publish: Callable[[Any], object],
+    ) -> None:
+        self.target = target
+        self.config = config
+        self.ledger = ledger
+        self.history = history
+        self.gate = gate
+        self.captures = CaptureManager(target, config, ledger, history, gate)
+        self.queue = CaptureQueue(self.captures)
+        self.fast_path = FastPath(target, publish)
+        self.captures.on_evict.append(self.fast_path.clear)
+        ledger.observers.on_change.add(self.fast_path)
+        self.fast_path.observed(bool(ledger.observers.active))
+        self.submodules: Submodules
+        """Set by whoever makes the dispatcher, since they have dispatchers of their own."""
+        self.padding: Padding | None = None
+        self._entries = self.captures.graphs.entries
+        self._guard = target.guard
+        self._in_background = config.capture_in == "background"
+        self._off = disabled_by_environment()
+
+    @property
+    def entries(self) -> Mapping[Hashable, Entry[Recorded]]:
+        """The graphs that are there."""
+        return self._entries
+
+    @property
+    def closed(self) -> bool:
+        """Whether the module was closed."""
+        return self.captures.closed
+
+    # ---- a call
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call.
+
+        Raises:
+            CaptureError: If the call cannot be captured and ``on_failure="raise"``.
+            ClosedError: If the module was closed.
+            Exception: Whatever the module raises for these arguments.
+        """
+        try:
+            call = self.target.describe(args, kwargs)
+        except Refusal as refusal:
+            return self._undescribed(refusal.cause, args, kwargs)
+        with self.on_device(call):
+            entry = self.entry_of(call)
+            answer = STALE if entry is None else self.replay(entry, call)
+            if answer is STALE or entry is None:
+                return self.miss(call)
+            self.fast_path.remember(call, entry)
+            return answer
+
+    def into(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a graph has written the answer of a call straight into tensors of the caller's."""
+        try:
+            call = self.target.describe(args, kwargs)
+        except Refusal:
+            return False
+        with self.on_device(call):
+            entry = self.entry_of(call)
+            if entry is None:
+                return False
+            targets = targets_of(out, entry.graph, self.target.graph_inputs(call.tensors))
+            if targets is None or self.replay(entry, call, targets) is STALE:
+                return False
+            self.fast_path.remember(call, entry)
+            return True
+
+    def entry_of(self, call: Call) -> Entry[Recorded] | None:
+        """The graph that may answer a call, if there is one."""
+        entry = self._entries.get(call.key)
+        if entry is None or entry.graph.version != self._guard.version or self.forbidden() is not None:
+            return None
+        return entry
+
+    def replay(self, entry: Entry[Recorded], call: Call, out: list[torch.Tensor] | None = None) -> Any:
+        """The hit: replay a graph, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive.
+
+        Args:
+            entry: The graph.
+            call: The call.
+            out: The caller's tensors to write into, which fit; fresh ones if ``None``.
+        """
+        if not self.ledger.observers.active:
+            return self._replay(entry, call, out)
+        with self.ledger.span("replay") as span:
+            answer = self._replay(entry, call, out)
+            span.done = answer is not STALE
+            return answer
+
+    def _replay(self, entry: Entry[Recorded], call: Call, out: list[torch.Tensor] | None) -> Any:
+        # On a device the guard is asked while the device works, unless the launch cannot be taken back.
+        first = out is not None or not self.captures.on_cuda
+        if first and self._guard.is_stale(call.records_gradients):
+            return STALE
+        recorded, given = entry.graph, self.target.graph_inputs(call.tensors)
+        try:
+            answer = recorded.build(recorded.replay(given, out), given)
+        except ClosedError:
+            # Evicted by another thread since the look-up.
+            return STALE
+        if not first and self._guard.is_stale(call.records_gradients):
+            return STALE
+        entry.hits += 1
+        entry.used = clock()
+        return answer
+
+    def miss(self, call: Call) -> Any:
+        """Answer a call that no graph of its key has answered."""
+        self.captures.notice_device(call)
+        self.history.missed(call)
+        if self.padding is not None and not self.closed and self.forbidden() is None:
+            answer = self.padding.answer(call)
+            if answer is not UNPADDED:
+                return answer
+        return self.answer(call)
+
+    def answer(self, call: Call, *, admitted: bool = False, hit: Hit | None = None) -> Any:
+        """Answer a call as it is: from a graph that another thread has captured meanwhile, by a capture, or eagerly.
+
+        Args:
+            call: The call.
+            admitted: Whether it was admitted already.
+            hit: What replays a graph.
+
+        Raises:
+            CaptureError: If the call cannot be captured and ``on_failure="raise"``.
+            ClosedError: If the module was closed.
+            Exception: Whatever the module raises for these arguments.
+        """
+        self.check_open()
+        if (reason := self.forbidden()) is not None:
+            return self.eager(Cause(reason), call.args, call.kwargs)
+        if not self.submodules.whole:
+            with self.submodules.in_use():
+                return self.run(*call.args, **call.kwargs)
+        if not self._may_have_changed() and (cause := self.captures.denial(call)) is not None:
+            # Without the lock, which a capture of another call may hold.
+            return self.eager(cause, call.args, call.kwargs)
+        with self.captures.lock:
+            self.refresh()
+            answer, cause, otherwise = self._decide(call, admitted, hit or self.replay)
+        if otherwise is not None:
+            return otherwise(cause, call)
+        if cause is not None:
+            self._divide(cause, call)
+        return answer
+
+    def _decide(self, call: Call, admitted: bool, hit: Hit) -> tuple[Any, Any, Otherwise | None]:
+        """What is done about a call. Under the lock.
+
+        Returns:
+            The answer of a graph or of a capture, and why that gave no graph if nobody waits for the call; or why there
+            is none yet, and what answers the call when the lock is released.
+        """
+        entry, cause = self._entries.get(call.key), self.captures.denial(call)
+        if cause is not None:
+            return None, cause, self._eager_call
+        if entry is not None and entry.graph.version == self.captures.version:
+            if (answer := hit(entry, call)) is not STALE:
+                return answer, None, None
+        elif entry is not None and not self._in_background:
+            # It was captured before something changed. Whether it is right still is found out within the call, whatever
+            # the policy, as it has been admitted before.
+            admitted = True
+        if not admitted and preparing.get() is None:
+            if (cause := self.admit(call)) is not None:
+                return None, cause, self.not_yet
+            if self._in_background and not self.target.is_engine:
+                return None, PENDING, self._observed
+        answer, cause = self.captures.capture(call)
+        if cause is not None:
+            self.tell(cause)
+        return answer, cause if preparing.get() is not None else None, None
+
+    def admit(self, call: Call) -> Cause | None:
+        """Why a call runs eagerly although it could be captured; ``None`` if it is to be captured now. Under the lock.
+
+        The call of an engine that is to be captured in the background is on its way then.
+        """
+        if self.queue.is_pending(call.key):
+            return PENDING
+        cause = self.captures.admission.ask(call.key)
+        if cause is None and self._in_background and self.target.is_engine:
+            return self.queue.submit_engine_call(call)
+        return cause
+
+    # ---- eager calls
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module itself for a caller, while no background capture does."""
+        with nullcontext() if self.target.is_engine else self.gate.shared():
+            return self.target.run(*args, **kwargs)
+
+    def eager(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call that is not to be captured; submodules of it may be."""
+        self.check_open()
+        self.tell(cause)
+        if cause.reason in _ALWAYS_EAGER:
+            return self.run(*args, **kwargs)
+        if not self.target.is_engine:
+            self.submodules.divide(cause)
+        # In subgraph mode an engine would come back here.
+        with self.ledger.span("eager"), graphs_off() if self.target.is_engine else self.submodules.in_use():
+            return self.run(*args, **kwargs)
+
+    def _eager_call(self, cause: Cause, call: Call) -> Any:
+        return self.eager(cause, call.args, call.kwargs)
+
+    def _observed(self, cause: Cause, call: Call) -> Any:
+        """Answer a call eagerly, and have it captured in the background if it has no effects."""
+        answer, cause = self.queue.run_and_submit(call)
+        self.tell(cause)
+        return answer
+
+    def not_yet(self, cause: Cause, call: Call) -> Any:
+        """Answer a call whose key may be captured some day; its submodules are left alone until then."""
+        self.check_open()
+        self.tell(cause)
+        start = time.perf_counter()
+        with self.ledger.span("eager"), graphs_off():
+            answer = self.run(*call.args, **call.kwargs)
+        if self.captures.admission.ran(call.key, time.perf_counter() - start) >= OFTEN:
+            # Not only then: threads that run beside each other may count past it.
+            self.history.captured(call)
+        return answer
+
+    def _undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call that no key describes."""
+        reason = self.forbidden()
+        if reason is None and not self.submodules.whole and not self.closed:
+            # The whole was never to be captured, and the submodules may be called with something else.
+            with self.submodules.in_use():
+                return self.run(*args, **kwargs)
+        return self.eager(cause if reason is None else Cause(reason), args, kwargs)
+
+    def tell(self, cause: Cause) -> None:
+        """Count an eager call.
+
+        Raises:
+            CaptureError: With ``on_failure="raise"``, unless it was asked for.
+        """
+        self.ledger.ran_eagerly(cause)
+        if self.config.on_failure == "raise" and cause.reason not in _NO_FAILURES:
+            raise CaptureError(f"{self.ledger.name}: {cause}")
+
+    # ---- beside the calls
+
+    def prepare(self, call: Call) -> Cause | None:
+        """Capture a call that nobody waits for, or where the whole cannot be captured, the submodules that it calls.
+
+        Returns:
+            Why the whole has no graph; ``None`` if it has one, or was not to have one.
+
+        Raises:
+            CaptureError: If a submodule cannot be captured and ``on_failure="raise"``.
+            ClosedError: If the module was closed.
+            Exception: Whatever the module raises for these arguments.
+        """
+        self.check_open()
+        if (reason := self.forbidden()) is not None:
+            return Cause(reason)
+        cause = None
+        if self.submodules.whole:
+            with self.captures.lock:
+                cause = self._prepare(call)
+        if cause is not None or not self.submodules.whole:
+            self._divide(cause, call)
+        return cause
+
+    def _prepare(self, call: Call) -> Cause | None:
+        self.refresh()
+        if self.captures.is_current(call.key):
+            if (preparation := preparing.get()) is not None:
+                preparation.keep(self._entries, call.key)
+            return None
+        if (cause := self.captures.denial(call)) is not None:
+            return cause
+        try:
+            # Before anything is captured in vain, and without a denial: there may be room when it is called.
+            self.captures.graphs.victims(self.captures.admission.expected_nbytes(call.key))
+        except Refusal as refusal:
+            return refusal.cause
+        return self.captures.capture(call)[1]
+
+    def capture_alone(self, call: Call) -> Recorded:
+        """A graph of a call that shares no outputs with others and is in no cache.
+
+        Raises:
+            CaptureError: If the call cannot be captured, with the cause.
+            Exception: Whatever the module raises for these arguments.
+        """
+        if (reason := self.forbidden()) is not None:
+            cause: Recorded | Cause = Cause(reason)
+        elif self.submodules.excluded:
+            text = ", ".join(self.submodules.excluded)
+            raise CaptureError(f"{self.ledger.name}: {text} is excluded, so that there is no graph of the whole")
+        else:
+            with self.on_device(call):
+                cause = self.captures.needs_grad(call.tensors) or self.captures.capture_alone(call)
+        if isinstance(cause, Recorded):
+            return cause
+        raise CaptureError(f"{self.ledger.name}: {cause}")
+
+    def _divide(self, cause: Cause | None, call: Call) -> None:
+        """Run a call once more for the sake of the submodules that it calls, if there are any."""
+        if cause is None or self.submodules.divide(cause):
+            with self.submodules.in_use():
+                self.run(*call.args, **call.kwargs)
+
+    # ---- state
+
+    def forbidden(self) -> Reason | None:
+        """What forbids graphs at this moment, whatever the arguments."""
+        return Reason.DISABLED if self._off else forbidden(cuda=self.captures.on_cuda)
+
+    def on_device(self, call: Call) -> AbstractContextManager[object]:
+        """Inside, the device of a call is the current one: what is said of the current stream is said of its stream."""
+        if not (self.captures.on_cuda and several_devices()):
+            return _AS_IT_IS
+        device = self.target.device_of(call.tensors)
+        if device is None or device.index == current_device():
+            return _AS_IT_IS
+        return torch.cuda.device(device)
+
+    def refresh(self) -> None:
+        """Trust no graph that may no longer be right: those of an engine are dropped, others are proven again. Under the lock."""
+        guard = self._guard
+        if isinstance(guard, EngineGuard):
+            if not guard.holds():
+                self.clear()
+                guard.renew()
+            return
+        if not guard.holds():
+            guard.forget()
+            self.fast_path.clear()
+            self.submodules.look_again()
+        self.captures.refresh_training()
+
+    def _may_have_changed(self) -> bool:
+        return self._guard.has_changed() or self.captures.training_changed()
+
+    def check_open(self) -> None:
+        """Raise if the module was closed.
+
+        Raises:
+            ClosedError: Then.
+        """
+        if self.closed:
+            raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
+
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph and forget all denials; captures in the background are not kept.
+
+        Args:
+            wait: Wait for the last replays.
+        """
+        with self.captures.lock:
+            self.queue.cancel()
+            self.captures.clear(wait=wait)
+            self.submodules.look_again()
+
+
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
+_ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
+_NO_FAILURES = _ALWAYS_EAGER | {Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED}

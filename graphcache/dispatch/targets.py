@@ -1,0 +1,164 @@
+"""What is wrapped, as the way of a call sees it: an engine, or any other module."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.engine_recorder import EngineRecorder
+from graphcache.capture.recorder import Recorder
+from graphcache.capture.torch_recorder import TorchRecorder
+from graphcache.config import GraphConfig, modes
+from graphcache.keys.call import Call, call_of
+from graphcache.keys.guards import ModuleGuard
+
+
+class EngineGuard:
+    """The guard of an engine: its epoch, which every change of it raises.
+
+    Args:
+        engine: The engine.
+        user: Whoever holds the graphs; the engine tells it before it does what no graph may survive.
+    """
+
+    def __init__(self, engine: EngineLike, user: object) -> None:
+        self._engine = engine
+        self._user = weakref.ref(user)
+        self.version = 0
+        """Stays as it is: the graphs of an engine that has changed are dropped."""
+        self.renew()
+
+    def renew(self) -> None:
+        """Take the engine as it is now."""
+        self._engine.users.add(self._user())
+        self.epoch = self._engine.epoch
+        """That of the engine when the graphs that are kept now were captured."""
+
+    def holds(self) -> bool:
+        """Whether the engine is still the same."""
+        return bool(self._engine.epoch == self.epoch)
+
+    def has_changed(self) -> bool:
+        """Whether the engine is another one now."""
+        return not self.holds()
+
+    def is_stale(self, grad: bool) -> bool:
+        """Whether no graph may answer a call; gradients do not matter."""
+        return not self.holds()
+
+    def requires_grad(self) -> bool:
+        """Engines record no gradients."""
+        return any(each.requires_grad for each in self._engine.parameters())
+
+
+class ModuleTarget:
+    """Any module that is no engine.
+
+    Args:
+        module: The module.
+        run: What a call calls: ``module`` itself or its ``forward``.
+        name: For messages.
+        config: Options of the wrapped module.
+        guard: What graphs of the module depend on.
+    """
+
+    is_engine = False
+
+    def __init__(
+        self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
+    ) -> None:
+        self.module = module
+        self.guard: ModuleGuard = guard
+        self._name = name
+        self._config = config
+        self.runs(run)
+
+    def runs(self, run: Callable[..., Any]) -> None:
+        """Call ``run`` from now on; graphs of another one must have been dropped."""
+        self.run = run
+        self.torch_recorder = TorchRecorder(self.module, run, self._name, self._config, self.guard)
+        self.recorder: Recorder = self.torch_recorder
+
+    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The call of these arguments.
+
+        Raises:
+            Refusal: If no key describes it.
+        """
+        return call_of(args, kwargs)
+
+    def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors of a call that a graph is given."""
+        return tensors
+
+    def device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
+        """The CUDA device of a call; ``None`` for the host."""
+        return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+
+    def training_flags(self) -> list[bool]:
+        """Of the module and its submodules; TorchScript's frozen modules have none, and are in evaluation."""
+        return [bool(getattr(each, "training", False)) for each in self.module.modules()]
+
+
+class EngineTarget:
+    """A module that runs one engine.
+
+    Args:
+        engine: The module.
+        run: What a call calls.
+        config: Options of the wrapped module.
+        user: Who holds the graphs.
+    """
+
+    is_engine = True
+
+    def __init__(self, engine: EngineLike, run: Callable[..., Any], config: GraphConfig, user: object) -> None:
+        self.module = self.engine = engine
+        self.guard = EngineGuard(engine, user)
+        self._config = config
+        # Whether the arguments of a call are not simply the engine's inputs.
+        self._binds = bool(engine.host_inputs) or engine.takes_numbers
+        self.runs(run)
+
+    def runs(self, run: Callable[..., Any]) -> None:
+        """Call ``run`` from now on; graphs of another one must have been dropped."""
+        self.run = run
+        self.recorder: Recorder = EngineRecorder(self.engine, self._config)
+
+    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The call of these arguments. Its key holds the values of host shape tensors, which a graph freezes.
+
+        Raises:
+            Refusal: If no key describes it.
+            InputError: If the engine has no such inputs.
+        """
+        if kwargs or self._binds:
+            args, kwargs = tuple(self.engine.bind(args, kwargs)), {}
+        if modes.get().multi_device_safe:
+            args = tuple(self.engine.moved(args))
+        call = call_of(args, kwargs)
+        return call.with_key_end(*self._host_values(args)) if self.engine.host_inputs else call
+
+    def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors of a call that a graph is given: those that TensorRT reads on the device."""
+        return self.engine.device_only(tensors) if self.engine.host_inputs else tensors
+
+    def device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
+        """The engine's device."""
+        return self.engine.device
+
+    def training_flags(self) -> list[bool]:
+        """Engines do not train."""
+        return []
+
+    def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
+        given = [args[index] for index in self.engine.host_inputs if index < len(args)]
+        return [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
+
+
+Target = EngineTarget | ModuleTarget

@@ -1,0 +1,54 @@
+"""One call of a module: its key, its tensors and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from graphcache.cache.signature import Signature, describe
+
+
+class Call(NamedTuple):
+    """One call of a module.
+
+    Args:
+        key: What tells it apart from calls that need another graph.
+        tensors: The tensors among its arguments, in the order of the key.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> call_of((torch.zeros(2), 3), {}).tensors
+        [tensor([0., 0.])]
+    """
+
+    key: Signature
+    tensors: Sequence[Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def records_gradients(self) -> bool:
+        """Whether the grad mode was on."""
+        return self.key[0] is not False
+
+    def with_key_end(self, *values: Any) -> Call:
+        """The same call with something more in its key."""
+        return self._replace(key=(*self.key, *values))
+
+
+def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Describe a call.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        Refusal: With :attr:`Reason.ARGUMENT`, for an argument that can be neither copied nor told apart by value.
+    """
+    key, tensors = describe(args, kwargs)
+    return Call(key, tensors, args, kwargs)

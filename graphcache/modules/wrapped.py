@@ -1,0 +1,166 @@
+"""What graphcache keeps for one wrapped module; :class:`~graphcache.modules.cached_module.CachedModule` is its face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from graphcache.cache.lru import GraphCache
+from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.recorder import Recorded
+from graphcache.capture.run_gate import RunGate
+from graphcache.config import GraphConfig
+from graphcache.dispatch.dispatcher import Dispatcher
+from graphcache.dispatch.history import History
+from graphcache.dispatch.remembered import Remembered
+from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
+from graphcache.events import Ledger
+from graphcache.modules.info import CacheInfo
+from graphcache.modules.module_guards import module_guard
+
+
+class Wrapped:
+    """The dispatcher of a wrapped module, its submodules that are captured one by one, and its end.
+
+    Args:
+        dispatcher: Answers the calls.
+        submodules: What is captured where the whole is not.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, submodules: Any) -> None:
+        self.dispatcher = dispatcher
+        self.submodules = submodules
+        self.ends: list[Callable[[], object]] = []
+        """Called after the module was closed."""
+        self.manifest: Any = None
+        """The calls that the package it was loaded from lists."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the module."""
+        return self.dispatcher.ledger.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that was wrapped."""
+        return self.dispatcher.target.module
+
+    @property
+    def config(self) -> GraphConfig:
+        """The options."""
+        return self.dispatcher.config
+
+    @property
+    def graphs(self) -> GraphCache[Recorded]:
+        """The graphs of the module as a whole."""
+        return self.dispatcher.captures.graphs
+
+    def parts(self) -> list[Wrapped]:
+        """What is captured one by one now, without parts of parts."""
+        return [state_of(part) for part in self.submodules.active()]
+
+    def cache_info(self) -> CacheInfo:
+        """The account so far, with that of the parts."""
+        captures, ledger = self.dispatcher.captures, self.dispatcher.ledger
+        account = captures.admission.account()
+        padding: Any = self.dispatcher.padding
+        own = CacheInfo(
+            hits=captures.hits,
+            captures=ledger.captures,
+            evictions=ledger.evictions,
+            eager=dict(ledger.eager),
+            graphs=len(self.graphs),
+            nbytes=self.graphs.nbytes,
+            capture_seconds=ledger.capture_seconds,
+            padded=0 if padding is None else padding.padded,
+            eager_seconds=account.eager_seconds,
+            saved_seconds=account.saved_seconds,
+            budget=self.graphs.max_bytes,
+            process_nbytes=captures.arbiter.nbytes if captures.arbiter is not None else 0,
+            waits=self.dispatcher.gate.waits,
+            wait_seconds=self.dispatcher.gate.wait_seconds,
+        )
+        for part in self.parts():
+            found = part.cache_info()
+            # What was found in it is a part of a call that has been counted.
+            own += replace(found, eager={}) if part.dispatcher.ledger.quiet else found
+        if (past := self.submodules.past) is not None:
+            own += replace(past, eager={})
+        return own
+
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph and forget all denials, of the parts too.
+
+        Args:
+            wait: Wait for the last replays, and for captures in the background.
+        """
+        wait = wait or self.config.capture_in == "background"
+        with self.dispatcher.captures.lock:
+            self.dispatcher.clear(wait=wait)
+            for part in self.parts():
+                part.clear(wait=wait)
+        if wait:
+            self.dispatcher.queue.finish()
+
+    def close(self) -> None:
+        """Drop every graph and refuse further calls; twice does nothing."""
+        with self.dispatcher.captures.lock:
+            self.dispatcher.captures.closed = True
+            self.dispatcher.clear()
+            for part in self.parts():
+                part.close()
+        self.dispatcher.queue.finish()
+        for end in self.ends:
+            end()
+
+    def run_from_now(self, function: Callable[..., Any]) -> None:
+        """Call ``function`` in place of the module from now on; graphs of another one are dropped."""
+        if function != self.dispatcher.target.run:
+            self.clear()
+            self.dispatcher.target.runs(function)
+
+
+def state_of(fast: nn.Module) -> Wrapped:
+    """What graphcache keeps for a wrapped module.
+
+    Args:
+        fast: A :class:`~graphcache.modules.cached_module.CachedModule`.
+    """
+    found: Wrapped = fast.__dict__["_graphcache"]
+    return found
+
+
+def new_dispatcher(
+    module: nn.Module,
+    config: GraphConfig,
+    *,
+    run: Callable[..., Any] | None,
+    ledger: Ledger,
+    gate: RunGate,
+    user: object,
+    publish: Callable[[Any], object],
+) -> Dispatcher:
+    """The dispatcher of a module.
+
+    Args:
+        module: The module.
+        config: Options.
+        run: What a call calls; the module itself if ``None``.
+        ledger: Hears of captures, evictions and eager calls.
+        gate: Keeps background captures and callers apart.
+        user: Who holds the graphs; an engine tells it before it does what no graph may survive.
+        publish: Takes the native table of the module.
+    """
+    target: Target
+    if isinstance(module, EngineLike):
+        target = EngineTarget(module, run or module, config, user)
+    else:
+        guard = module_guard(module, user, config.ignore, hooks=run is None)
+        target = ModuleTarget(module, run or module, ledger.name, config, guard)
+    dispatcher: Dispatcher
+    history = History(Remembered(lambda: dispatcher.entries, module if isinstance(module, EngineLike) else None))
+    dispatcher = Dispatcher(target, config, ledger, history, gate, publish)
+    return dispatcher
