@@ -15,6 +15,8 @@ from graphcache.engines.library import load_plugin_library as load_plugin_librar
 from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
+from graphcache.events import Observer as Observer
+from graphcache.features import features
 from graphcache.modules.cached_module import CachedModule as CachedModule
 from graphcache.modules.compiling import compile as compile
 from graphcache.modules.controls import controls as controls
@@ -24,14 +26,13 @@ from graphcache.modules.explain import Explanation as Explanation
 from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
 from graphcache.modules.loading import load as load
-from graphcache.events import Observer as Observer
 from graphcache.modules.operator import unload_engines as unload_engines
+from graphcache.modules.packaging import save
 from graphcache.modules.prepare import Prepared as Prepared
+from graphcache.modules.served_calls import served
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
 from graphcache.version import __version__ as __version__
-from graphcache.features import features
-from graphcache.modules.served_calls import served
-from graphcache.modules.packaging import save
+
 features.manifest_of = served
 features.save = save

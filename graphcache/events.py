@@ -62,7 +62,6 @@ Tracer = Callable[[str], AbstractContextManager[object]]
 """Makes a context manager from the name of what goes on inside it, such as ``"capture policy"``."""
 
 
-
 class Observer(Protocol):
     """Hears of what a wrapped module does, in the thread that does it; what it raises is logged, and the call goes on.
 
@@ -102,6 +101,7 @@ class Observer(Protocol):
             done: Whether it came about: ``False`` for an exception, a capture that gave no graph, or a replay whose
                 graph turned out to be stale, so that its answer was dropped.
         """
+
 
 class Span:
     """Something that takes a while: a capture, an eager run or a replay."""

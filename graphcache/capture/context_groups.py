@@ -9,13 +9,13 @@ from weakref import WeakSet
 
 from torch import Tensor
 
+from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
 from graphcache.engines.context import Context
 from graphcache.events import log
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.verify import all_same_bits, disagreement
-from graphcache.capture.engine_like import EngineLike
 
 MOST = 129
 """Graphs of one context, where a cache may have more. Each capture there replays all of them twice, some 40 µs each for

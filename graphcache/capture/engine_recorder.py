@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcache.capture.context_groups import SharedContexts
+from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
 from graphcache.engines.library import words
@@ -27,9 +30,6 @@ from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.verify import Round, largest_gap, perturb, repeats, verify
 from graphcache.keys.call import Call
-from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
-from graphcache.capture.context_groups import SharedContexts
 
 
 class EngineRecorder:

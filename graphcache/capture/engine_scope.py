@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+
 from torch import Tensor
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.engines.context import Context
 from graphcache.errors import Cause, Refusal
 from graphcache.graphs.lane import Lane
-
 
 
 class EngineScope:

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphcache.capture.blame import at, located, path_here
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
+from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.engine_scope import EngineScope
 from graphcache.capture.host_activity import is_available
+from graphcache.capture.output_layout import Answer
+from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
+from graphcache.capture.trial_call import TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
@@ -27,12 +33,6 @@ from graphcache.keys.call import Call
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
-from graphcache.capture.output_layout import Answer
-from graphcache.capture.blame import at, located, path_here
-from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
-from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.engine_scope import EngineScope
-from graphcache.capture.trial_call import TrialCall
 
 Running = Callable[[], AbstractContextManager[object]]
 """Makes what is entered around one run of a module."""

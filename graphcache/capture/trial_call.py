@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from graphcache.cache.signature import substitute
+from graphcache.capture.output_layout import Answer
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.verify import largest_gap, repeats
-from graphcache.capture.output_layout import Answer
 from graphcache.keys.call import Call
 
 

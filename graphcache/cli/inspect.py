@@ -26,7 +26,7 @@ from graphcache.cli.output import one_line, print_json, stdout, table
 from graphcache.cli.targets import Target, resolve
 from graphcache.engines.header import read_header
 from graphcache.engines.layers import layers_of
-from graphcache.errors import NoGpuError, Refusal
+from graphcache.errors import NoGpuError
 from graphcache.graphs.buffers import nbytes_of
 from graphcache.modules.controls import controls
 from graphcache.modules.factories import is_factory

@@ -14,7 +14,7 @@ import click
 from graphcache import CachedModule, CacheInfo, Reason
 from graphcache.cli.targets import Call, Target
 from graphcache.cli.timing import difference, timed, timed_apart
-from graphcache.errors import GraphCacheError, Refusal
+from graphcache.errors import GraphCacheError
 from graphcache.modules.controls import controls
 from graphcache.modules.factories import raised
 from graphcache.observe.result import Measured

@@ -40,6 +40,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+
 from graphcache.cache.lru import Entry, clock
 from graphcache.capture.recorder import Recorded
 from graphcache.capture.run_gate import RunGate

@@ -14,8 +14,8 @@ from graphcache.cache.admission import Known
 from graphcache.cache.lru import Entry
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import Spec, spec_of
-from graphcache.errors import Refusal
 from graphcache.capture.engine_like import EngineLike
+from graphcache.errors import Refusal
 
 OFTEN = 8
 """The eager call of a signature at which it is remembered: writing it down takes some 50 µs, too much for a signature

@@ -20,15 +20,15 @@ from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.seen import Seen
 from graphcache.cache.signature import Signature, describe
 from graphcache.capture.effects import Effects
-from graphcache.errors import Cause, ConfigError, InputError, Reason
-from graphcache.events import log
+from graphcache.capture.recorder import Recorded
 from graphcache.dispatch.argument_names import arguments_of
-from graphcache.modules.engine import EngineModule
-from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.dispatch.call_snapshot import Later
 from graphcache.dispatch.dispatcher import STALE, Hit, Misses
+from graphcache.errors import Cause, ConfigError, InputError, Reason
+from graphcache.events import log
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.modules.plan import Plan
-from graphcache.capture.recorder import Recorded
 from graphcache.modules.trials import Trials
 
 UNPADDED: Any = object()

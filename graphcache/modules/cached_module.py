@@ -342,9 +342,7 @@ class CachedModule(StandIn):
         if type(manifest) is not bool:
             raise ConfigError(f"manifest={shown(manifest)}: expected True or False")
         calls = features.manifest_of(self)[0] if manifest else None
-        features.save(
-            state.module, path, onnx=onnx, build=build, config=state.config, name=state.name, manifest=calls
-        )
+        features.save(state.module, path, onnx=onnx, build=build, config=state.config, name=state.name, manifest=calls)
 
     def cache_info(self) -> CacheInfo:
         """The account so far, of this module and of the submodules that it captured one by one.
@@ -412,9 +410,7 @@ class CachedModule(StandIn):
             return refusal.cause
         return self._graphcache.dispatcher.prepare(call)
 
-    def advise_buckets(
-        self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0
-    ) -> Any:
+    def advise_buckets(self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0) -> Any:
         """Buckets for one argument that would have served its shapes with the least padding.
 
         Args:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphcache.capture import engine_scope
+from graphcache.capture.engine_like import EngineLike
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
 from graphcache.engines.context import Context
@@ -35,8 +37,6 @@ from graphcache.events import Span
 from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.operations import unwatched
-from graphcache.capture import engine_scope
-from graphcache.capture.engine_like import EngineLike
 from graphcache.modules.controls import controls
 from graphcache.modules.engine_carried import CarriedEngine
 from graphcache.modules.engine_controls import EngineControls, report_to

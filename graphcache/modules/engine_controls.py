@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphcache.config import Specialization
 from graphcache.engines.kernels import RuntimeCache
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, shown
-from graphcache.events import GraphsAlone, Observer, Observers, Span, check_observer
+from graphcache.events import GraphsAlone, Observer, Observers, check_observer
 from graphcache.graphs import driver
 from graphcache.modules.controls import controls
 

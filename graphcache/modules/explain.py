@@ -5,26 +5,24 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from graphcache.cache.admission import Known
+from graphcache.cache.lru import Entry
+from graphcache.cache.signature import Signature
 from graphcache.cache.wording import Words, differences, distance, words_of
+from graphcache.capture.recorder import Recorded
 from graphcache.config import graphs_off
-from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
 from graphcache.dispatch.argument_names import arguments_of
+from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
+from graphcache.keys.call import Call
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.transparent import StandIn
 from graphcache.modules.wrapped import state_of
-from graphcache.keys.call import Call
-from graphcache.cache.lru import Entry
-from graphcache.cache.signature import Signature
-from graphcache.capture.recorder import Recorded
-
 
 Outcome = Literal["hit", "capture", "eager"]
 
@@ -218,7 +216,9 @@ def _asked(fast: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expl
 
 def _remembered(fast: StandIn) -> list[Explained]:
     """Every signature that has a graph, was called lately without one, or could not be captured."""
-    keys: dict[Hashable, None] = dict.fromkeys([*list(state_of(fast).graphs.entries), *state_of(fast).dispatcher.history.seen.keys()])
+    keys: dict[Hashable, None] = dict.fromkeys(
+        [*list(state_of(fast).graphs.entries), *state_of(fast).dispatcher.history.seen.keys()]
+    )
     found = [_look(fast, key) for key in keys if isinstance(key, tuple)]
     return sorted(found, key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
 

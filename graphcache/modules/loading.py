@@ -20,11 +20,11 @@ from graphcache.engines.library import library
 from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, is_a, shown
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
-from graphcache.modules.wrapped import state_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_state import EngineState, tensor_of
 from graphcache.modules.fingerprint import environment
 from graphcache.modules.packaging import BUILD_OPTIONS, Source, config_of
+from graphcache.modules.wrapped import state_of
 from graphcache.package.container import Container
 from graphcache.package.header import FormatVersionError, Header, HeaderError, PackagedEngine, read_header
 from graphcache.package.tensors import read

@@ -16,12 +16,12 @@ import torch
 from graphcache.cache.manifest import Manifest, ManifestProblem
 from graphcache.cache.signature import Signature
 from graphcache.config import graphs_off
+from graphcache.dispatch.preparing import Preparation, prepared_together, preparing
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
 from graphcache.modules.controls import controls
 from graphcache.modules.examples import example
 from graphcache.modules.fingerprint import device_of
-from graphcache.dispatch.preparing import Preparation, prepared_together, preparing
 from graphcache.modules.progress import bar
 from graphcache.modules.served_calls import Job, choose
 from graphcache.modules.transparent import StandIn

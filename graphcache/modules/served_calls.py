@@ -8,16 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from graphcache.capture.engine_like import EngineLike
 from graphcache.cache.manifest import Manifest, ManifestProblem, differences
 from graphcache.cache.served import ManifestEntry, plan
 from graphcache.cache.spec import example_of
+from graphcache.capture.engine_like import EngineLike
+from graphcache.dispatch.remembered import made_again
 from graphcache.errors import shown
 from graphcache.modules.examples import Example, varied
 from graphcache.modules.fingerprint import device_of, environment
 from graphcache.modules.transparent import StandIn
 from graphcache.modules.wrapped import state_of
-from graphcache.dispatch.remembered import made_again
 
 
 @dataclass(frozen=True)

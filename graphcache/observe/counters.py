@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from inspect import Signature as Function
 
 from graphcache.cache.wording import words_of
+from graphcache.dispatch.argument_names import arguments_of
 from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
-from graphcache.dispatch.argument_names import arguments_of
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
@@ -97,7 +97,9 @@ def assert_max_captures(module: CachedModule, most: int) -> Iterator[None]:
         yield
     seen = controls(module).cache_info().captures - before
     if seen > most:
-        raise AssertionError(f"{controls(module).ledger.name}: expected at most {most} captures; saw {seen}{_told(captured)}")
+        raise AssertionError(
+            f"{controls(module).ledger.name}: expected at most {most} captures; saw {seen}{_told(captured)}"
+        )
 
 
 def checked(module: CachedModule) -> CachedModule:
