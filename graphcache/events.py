@@ -225,22 +225,21 @@ class Ledger:
         if self.subscribers:
             self._publish(RanEagerly(cause))
 
-    def span(self, kind: Kind) -> AbstractContextManager[Span]:
-        """Tell whoever observes or traces of what happens inside; PyTorch's profiler does while it runs."""
-        profiled = torch._C._autograd._profiler_enabled()
-        if not (profiled or self.tracers or self.observers.active):
+    def span(self, kind: Kind, *, traced: bool = True) -> AbstractContextManager[Span]:
+        """Tell the observers of what happens inside, and if ``traced`` the tracers and PyTorch's profiler too."""
+        traced = traced and bool(self.tracers or torch._C._autograd._profiler_enabled())
+        if not (traced or self.observers.active):
             return nullcontext(Span(kind == "eager"))
-        return self._span(kind, profiled)
+        return self._span(kind, traced)
 
     @contextmanager
-    def _span(self, kind: Kind, profiled: bool) -> Iterator[Span]:
+    def _span(self, kind: Kind, traced: bool) -> Iterator[Span]:
         label = f"{kind} {self.name}"
         with ExitStack() as entered:
-            if profiled and kind != "replay":
+            if traced and torch._C._autograd._profiler_enabled():
                 entered.enter_context(torch.profiler.record_function(f"graphcache: {label}"))
-            if kind != "replay":
-                for tracer in tuple(self.tracers):
-                    entered.enter_context(tracer(label))
+            for tracer in tuple(self.tracers) if traced else ():
+                entered.enter_context(tracer(label))
             yield entered.enter_context(self.observers.told(kind, self.name, Span(kind == "eager")))
 
     def _publish(self, event: Event) -> None:

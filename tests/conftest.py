@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from graphcache.config import Modes, modes
+from graphcache.dispatch import worker as background
 from graphcache.errors import CompileError
 from graphcache.graphs import native
 from graphcache.graphs.native.build import build, compiler
 from graphcache.keys import ambient
-from graphcache.dispatch import worker as background
 from tests import effort, shared
 
 # The settings of PyTorch at the start are the usual ones, which have the number 0 in keys.

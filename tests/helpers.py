@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, Reason, config
+from graphcache.cache.lru import GraphCache
+from graphcache.capture.recorder import Recorded
+from graphcache.dispatch.dispatcher import Dispatcher
+from graphcache.modules.wrapped import state_of
 
 
 class Fn(nn.Module):
@@ -167,3 +171,13 @@ def structures(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         ),
         max_leaves=6,
     )
+
+
+def dispatcher_of(fast: nn.Module) -> Dispatcher:
+    """What answers the calls of a wrapped module, for tests that have to look inside."""
+    return state_of(fast).dispatcher
+
+
+def graphs_of(fast: nn.Module) -> GraphCache[Recorded]:
+    """The graphs of a wrapped module as a whole."""
+    return state_of(fast).graphs

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from graphcache import EngineModule
 from graphcache.cache import spec
+from graphcache.capture import engine_recorder as record_engine
+from graphcache.dispatch import fast_path, preconditions
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
-from graphcache.modules import cached_module as cached, engine_carried, examples, prepare
-from graphcache.dispatch import preconditions as conditions, forward_into as into
-from graphcache.capture import engine_recorder as record_engine
 from graphcache.modules import engine as room
+from graphcache.modules import engine_carried, examples, prepare
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
@@ -53,10 +53,8 @@ def engines(patch: pytest.MonkeyPatch, *, streams: bool = True) -> Iterator[Torc
     with installed(*MODULES, patch=patch) as fake:
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver if streams else None)
-        for each in (cached, into):
-            patch.setattr(each, "raw_stream", fake.raw_stream)
-        for each in (cached, into, conditions):
-            patch.setattr(each, "is_capturing", fake.is_capturing)
+        patch.setattr(fast_path, "raw_stream", fake.raw_stream)
+        patch.setattr(preconditions, "is_capturing", fake.is_capturing)
         # What prepare() makes up has to lie where engines read.
         patch.setattr(fake, "zeros", lambda shape, dtype, device: fake.empty(shape, dtype=dtype).zero_(), raising=False)
         yield fake

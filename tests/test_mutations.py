@@ -35,14 +35,17 @@ from torch.overrides import TorchFunctionMode
 import graphcache
 from graphcache import CachedModule
 from graphcache.cache import lru, signature
-from graphcache.capture import effects, host_activity
+from graphcache.capture import effects, host_activity, trial_call
+from graphcache.capture import output_layout as answers
+from graphcache.capture import recorder as record
+from graphcache.capture import torch_recorder as record_torch
+from graphcache.dispatch import preconditions as conditions
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
 from graphcache.keys import code_nodes, guards, state_nodes, value_nodes
-from graphcache.capture import output_layout as answers, recorder as record, torch_recorder as record_torch, trial_call
-from graphcache.modules import cached_module as cached, forward_patch as routes
-from graphcache.dispatch import preconditions as conditions
-from tests.helpers import Fn, frozen, mlp, replays, same
+from graphcache.modules import cached_module as cached
+from graphcache.modules import forward_patch as routes
+from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -560,7 +563,7 @@ def _threads_mix_their_inputs() -> bool:
     """While one thread is in the middle of a replay, another one replays the same graph if it may."""
 
     def other() -> None:
-        lock = fast._misses.recorder._host_lock
+        lock = dispatcher_of(fast).target.recorder._host_lock
         if lock.acquire(blocking=False):
             lock.release()
             fast(X + 5)
@@ -634,7 +637,7 @@ def _a_graph_that_was_refused_stays_open() -> bool:
 def _a_closed_graph_keeps_its_memory() -> bool:
     fast = graphcache.wrap(mlp())
     fast(X)
-    graph: Any = next(iter(fast._cache.entries.values())).graph.graph
+    graph: Any = next(iter(graphs_of(fast).entries.values())).graph.graph
     static = weakref.ref(graph._inputs[0])
     fast.clear()
     gc.collect()
@@ -644,7 +647,7 @@ def _a_closed_graph_keeps_its_memory() -> bool:
 def _a_graph_closed_by_another_thread_is_an_error() -> bool:
     fast = graphcache.wrap(mlp())
     fast(X)
-    next(iter(fast._cache.entries.values())).graph.close()
+    next(iter(graphs_of(fast).entries.values())).graph.close()
     return any(differs(fast, X) for _ in range(2))
 
 

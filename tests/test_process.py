@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 BEGIN = """
 import torch
 from torch import nn
+from tests.helpers import dispatcher_of
 import graphcache
 
 def net():
@@ -97,14 +98,14 @@ def test_a_fork_waits_for_no_capture_of_the_process_before() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         module = net()
         fast = graphcache.wrap(module, capture_in="background")
-        record, reached, go = fast._misses.recorder.record, threading.Event(), threading.Event()
+        record, reached, go = dispatcher_of(fast).target.recorder.record, threading.Event(), threading.Event()
 
         def slow(*args, **kwargs):
             reached.set()
             go.wait(60)
             return record(*args, **kwargs)
 
-        fast._misses.recorder.record = slow
+        dispatcher_of(fast).target.recorder.record = slow
         fast(x)
         assert reached.wait(60)
         children = {}
@@ -112,10 +113,10 @@ def test_a_fork_waits_for_no_capture_of_the_process_before() -> None:
             child = os.fork()
             if not child:
                 signal.alarm(60)
-                fast._misses.recorder.record = record
+                dispatcher_of(fast).target.recorder.record = record
                 if then == "call":
                     right = torch.equal(fast(x), module(x))
-                    (later,) = fast._misses._pending.values()
+                    (later,) = dispatcher_of(fast).queue._pending.values()
                     right = right and later.done.wait(30) and torch.equal(fast(x), module(x))
                     os._exit(0 if right and fast.cache_info().hits == 1 else 1)
                 getattr(fast, then)()

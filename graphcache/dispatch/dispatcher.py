@@ -200,7 +200,7 @@ class Dispatcher:
         """
         if not self.ledger.observers.active:
             return self._replay(entry, call, out)
-        with self.ledger.span("replay") as span:
+        with self.ledger.span("replay", traced=False) as span:
             answer = self._replay(entry, call, out)
             span.done = answer is not STALE
             return answer
@@ -314,7 +314,8 @@ class Dispatcher:
         self.check_open()
         self.tell(cause)
         if cause.reason in _ALWAYS_EAGER:
-            return self.run(*args, **kwargs)
+            with self.ledger.span("eager", traced=False):
+                return self.run(*args, **kwargs)
         if not self.target.is_engine:
             self.submodules.divide(cause)
         # In subgraph mode an engine would come back here.

@@ -76,7 +76,14 @@ class FastPath:
         layout = describe_layout(call.args)
         if self._known.get(layout) != (entry, epoch):
             self._known[layout] = entry, epoch
-            self._put(table, call.args, entry, epoch)
+            put(
+                table,
+                call.args,
+                entry,
+                engine=self._target.engine if isinstance(self._target, EngineTarget) else None,
+                epoch=epoch,
+                is_stale=None if isinstance(guard, EngineGuard) else guard.stale_since(epoch),
+            )
         if not self._observed:
             self._publish(table)
 
@@ -98,35 +105,54 @@ class FastPath:
     def observed(self, active: bool) -> None:
         """While somebody observes, every hit takes the way in Python."""
         self._observed = active
-        if active:
-            self._publish(None)
+        if active or self._table is not None:
+            self._publish(None if active else self._table)
 
-    def _put(self, table: Any, args: tuple[Any, ...], entry: Entry[Recorded], epoch: int) -> None:
-        recorded, graph, guard = entry.graph, entry.graph.graph, self._target.guard
-        assert isinstance(graph, CudaGraph)
-        # One look at what another thread may take away by closing the graph.
-        executables, outputs, slots = graph.executables, graph.outputs, (*graph.inputs, *graph.outputs)
-        if executables is None or not outputs or not all(slot.pointers for slot in slots):
-            return
-        table.put(
-            args,
-            entry,
-            graph,
-            graph.lane,
-            graph.lane.lock,
-            executables,
-            executables.table,
-            graph.index,
-            self._target.engine if isinstance(self._target, EngineTarget) else None,
-            epoch,
-            None if isinstance(guard, EngineGuard) else guard.stale_since(recorded.version),
-            None if recorded.bare else recorded.build,
-            slots,
-            tuple([slot.raw for slot in slots]),
-            tuple([slot.buffer for slot in outputs]),
-            # A device's memory comes from where the buffer's came from.
-            tuple([None if slot.buffer.is_cuda else allocator(slot.buffer) for slot in outputs]),
-        )
+
+def put(
+    table: Any,
+    args: tuple[Any, ...],
+    entry: Entry[Recorded],
+    *,
+    engine: Any = None,
+    epoch: int | None = None,
+    is_stale: Callable[[bool], bool] | None = None,
+) -> None:
+    """Let a native table answer calls that lie as some tensors do, if the graph's kernels are pointed at tensors.
+
+    Args:
+        table: The table.
+        args: Plain tensors.
+        entry: The graph of such calls, a :class:`~graphcache.graphs.cuda.CudaGraph`.
+        engine: The engine whose ``epoch`` says whether the graph still holds.
+        epoch: Which one it has to be.
+        is_stale: What says it of any other module, asked after the launch.
+    """
+    recorded, graph = entry.graph, entry.graph.graph
+    assert isinstance(graph, CudaGraph)
+    # One look at what another thread may take away by closing the graph.
+    executables, outputs, slots = graph.executables, graph.outputs, (*graph.inputs, *graph.outputs)
+    if executables is None or not outputs or not all(slot.pointers for slot in slots):
+        return
+    table.put(
+        args,
+        entry,
+        graph,
+        graph.lane,
+        graph.lane.lock,
+        executables,
+        executables.table,
+        graph.index,
+        engine,
+        epoch,
+        is_stale,
+        None if recorded.bare else recorded.build,
+        slots,
+        tuple([slot.raw for slot in slots]),
+        tuple([slot.buffer for slot in outputs]),
+        # A device's memory comes from where the buffer's came from.
+        tuple([None if slot.buffer.is_cuda else allocator(slot.buffer) for slot in outputs]),
+    )
 
 
 def open_to(call: Any, into: Any) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_empty_like: Callable[[Tensor], Tensor] = torch.empty_like
+
 
 def allocator(buffer: Tensor) -> Callable[[], Tensor]:
     """Allocates tensors like one on a device, from torch's caching allocator, for the current stream."""
     direct = _direct_allocator()
     if direct is None or torch.cuda.device_count() != 1:
-        return partial(torch.empty_like, buffer)
+        return partial(_empty_like, buffer)
     return partial(direct, tuple(buffer.shape), tuple(buffer.stride()), buffer.dtype)
 
 

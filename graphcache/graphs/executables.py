@@ -95,7 +95,10 @@ class Executables:
         Raises:
             CudaError: If the driver refuses. Nothing is taken for pointed that is not.
         """
-        table = self.table
+        table, wanted = self.table, list(wanted)
+        if self._row(table[EXPECTED]) == wanted:
+            table[STREAK] = 0
+            return self.handles[table[EXPECTED]]
         streak = table[STREAK]
         if streak < table[PATIENCE] or streak % _LOOKS_EVERY == 0 or table[COUNT] < table[MOST_OF_THEM]:
             index = self._find(wanted)
@@ -189,9 +192,8 @@ class Executables:
         start = HEAD + index * self.width
         return self.table[start + ADDRESSES : start + self.width].tolist()
 
-    def _find(self, wanted: Sequence[int]) -> int | None:
+    def _find(self, wanted: list[int]) -> int | None:
         """Which one is pointed there."""
-        wanted = list(wanted)
         for index in range(len(self.handles)):
             if self._row(index) == wanted:
                 return index

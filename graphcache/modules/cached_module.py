@@ -145,7 +145,7 @@ class CachedModule(StandIn):
         dispatcher = self._graphcache.dispatcher
         if is_compiling():
             # Nothing of what follows belongs into a compiled program.
-            return dispatcher.run(*args, **kwargs)
+            return dispatcher.target.run(*args, **kwargs)
         return dispatcher(args, kwargs)
 
     def forward_into(self, out: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.capture.run_gate import RunGate
-from tests.helpers import frozen
+from tests.helpers import dispatcher_of, frozen
 
 PATIENCE = 60
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -224,7 +224,7 @@ def test_a_fork_does_not_wait_for_threads_of_its_parent() -> None:
 
 def finished(fast: CachedModule) -> None:
     """Wait for the captures beside the calls."""
-    for later in list(fast._misses._pending.values()):
+    for later in list(dispatcher_of(fast).queue._pending.values()):
         assert later.done.wait(PATIENCE)
 
 

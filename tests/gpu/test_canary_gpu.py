@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache.graphs.lane import own_stream
-from tests.helpers import wrap_recorded
+from tests.helpers import dispatcher_of, graphs_of, wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -109,7 +109,7 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
     wanted = [module(x).clone() for x in inputs]
     for x in inputs:
         fast(x)
-    keys = list(fast._cache)
+    keys = list(graphs_of(fast))
     assert len(keys) == 3
     work = torch.randn(4096, 4096, device="cuda") / 64
     torch.cuda.synchronize()
@@ -134,7 +134,7 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
             if kind == "torch":
                 # In the lane's order, as any capture is: what was free when a capture ended, its own temporaries too,
                 # is free for the next one, whose work follows all launches.
-                lane = fast._misses.recorder._lanes[0]
+                lane = dispatcher_of(fast).target.recorder._lanes[0]
                 lane.enter(own_stream(0, "capture").cuda_stream)
                 there.enter_context(lane.pool().allocating())
             garbage += [torch.full((x.numel(),), float("nan"), device="cuda") for x in inputs * 32]
@@ -153,7 +153,7 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
 def evict_all(fast: Any, keys: list[Any]) -> None:
     """One thread per graph."""
     gone: list[bool] = []
-    threads = [threading.Thread(target=lambda key=key: gone.append(fast._cache.evict(key))) for key in keys]
+    threads = [threading.Thread(target=lambda key=key: gone.append(graphs_of(fast).evict(key))) for key in keys]
     for thread in threads:
         thread.start()
     for thread in threads:

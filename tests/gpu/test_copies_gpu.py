@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphcache
+from graphcache.capture import engine_recorder as record_engine
 from graphcache.graphs import driver
 from graphcache.graphs.capture import capture_enqueue
 from graphcache.graphs.copies import copy_after, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, copy_kernels
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.lane import Lane
-from graphcache.capture import engine_recorder as record_engine
-from tests.helpers import wrap_recorded
+from tests.helpers import graphs_of, wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -131,7 +131,7 @@ def test_an_engine_waits_for_its_inputs(kernels, load):
         for rows in (1, 8, 64):
             x = torch.randn(rows, 64, device="cuda")
             assert torch.equal(fast(x), fast(x))
-    for entry in fast._entries.values():
+    for entry in graphs_of(fast).entries.values():
         edges = edges_of(entry.graph.graph.captured)
         ends = {int(edge.end) for edge in edges}
         first = [edge for edge in edges if int(edge.start) not in ends]
@@ -164,7 +164,7 @@ def test_modules_with_many_tensors_of_all_sizes():
     assert all(torch.equal(left, right) for got, wanted in kept for left, right in zip(got, wanted, strict=True))
     info = fast.cache_info()
     assert (info.captures, info.hits, info.eager) == (1, 11, {})
-    (entry,) = fast._entries.values()
+    (entry,) = graphs_of(fast).entries.values()
     # Eight small and three large ones in, as many out, and one kernel of torch's for each.
     small = sum(4 * size <= LARGEST for size in sizes)
     assert entry.graph.graph.nodes == len(sizes) + 2 * (-(-small // MOST) + len(sizes) - small)
@@ -187,7 +187,7 @@ def test_an_engine_copies_as_it_did(load, monkeypatch):
                 assert torch.equal(by_kernel(x), by_driver(x))
         torch.cuda.synchronize()
     assert by_kernel.cache_info().hits == by_driver.cache_info().hits == 250
-    nodes = [{entry.graph.graph.nodes for entry in fast._entries.values()} for fast in (by_kernel, by_driver)]
+    nodes = [{entry.graph.graph.nodes for entry in graphs_of(fast).entries.values()} for fast in (by_kernel, by_driver)]
     assert nodes[0] == nodes[1]
 
 

@@ -21,7 +21,7 @@ from graphcache.errors import (
     InputTypeError,
     ProfileRangeError,
 )
-from tests.helpers import wrap_recorded
+from tests.helpers import dispatcher_of, graphs_of, wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -69,10 +69,10 @@ def test_many_interleaved_shapes(load, contexts, shapes, count):
         for x in inputs:
             assert close(fast(x), networks.mlp8_reference(x))
     assert fast.cache_info().hits == 2 * shapes
-    assert {entry.graph.graph.copies for entry in fast._entries.values()} == {0}, "bound, not copied"
-    scratch = {entry.graph.graph._keep[0]._scratch.data_ptr() for entry in fast._entries.values()}
+    assert {entry.graph.graph.copies for entry in graphs_of(fast).entries.values()} == {0}, "bound, not copied"
+    scratch = {entry.graph.graph._keep[0]._scratch.data_ptr() for entry in graphs_of(fast).entries.values()}
     assert len(scratch) == 1, "all on one scratch memory"
-    assert len({id(entry.graph.graph._keep[0]) for entry in fast._entries.values()}) == count
+    assert len({id(entry.graph.graph._keep[0]) for entry in graphs_of(fast).entries.values()}) == count
 
 
 def test_eviction_keeps_the_budget_and_the_answers(load):
@@ -106,9 +106,9 @@ def test_graphs_that_share_contexts_stay_right_whatever_is_captured_later(load, 
     info = fast.cache_info()
     assert info.captures > 24
     assert info.hits == len(sizes) - info.captures
-    assert fast._misses.recorder._contexts.shares
+    assert dispatcher_of(fast).target.recorder._contexts.shares
     assert len(engine.engine.contexts) <= 2, "one more for eager calls"
-    graphs = [entry.graph.graph for entry in fast._entries.values()]
+    graphs = [entry.graph.graph for entry in graphs_of(fast).entries.values()]
     # A look at NaN would be empty: a graph that has become wrong makes NaN of it as well.
     assert all(slot.buffer.isfinite().all() for graph in graphs for slot in graph.inputs)
 
@@ -364,7 +364,7 @@ def test_closed_graphs_contexts_and_buffers_are_gone(engine_bytes):
     fast = graphcache.wrap(engine)
     x = torch.randn(4, networks.SIZE, device="cuda")
     fast(x)
-    graph = next(iter(fast._entries.values())).graph.graph
+    graph = next(iter(graphs_of(fast).entries.values())).graph.graph
     context = weakref.ref(graph._keep[0])
     gone = [weakref.ref(graph.outputs[0].buffer), weakref.ref(graph)]
     fast.close()
@@ -545,5 +545,5 @@ def test_a_bound_graph_copies_nothing(load):
         fast = wrap_recorded(load("mlp8"), io=io)
         for rows in (1, 2, 8, 32, 64):
             fast(torch.randn(rows, networks.SIZE, device="cuda"))
-        nodes[io] = [entry.graph.graph.nodes for entry in fast._entries.values()]
+        nodes[io] = [entry.graph.graph.nodes for entry in graphs_of(fast).entries.values()]
     assert [copied - bound for bound, copied in zip(nodes["bind"], nodes["copy"], strict=True)] == [2] * 5

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Reason
 from graphcache.cache.lru import GraphCache
+from graphcache.capture import engine_recorder as record_engine
+from graphcache.capture import torch_recorder as record_torch
 from graphcache.engines.context import Context
 from graphcache.engines.pool import ContextPool
 from graphcache.errors import CudaError, Refusal
 from graphcache.graphs import capture, driver, executables
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.lane import Lane, own_stream
-from graphcache.capture import engine_recorder as record_engine, torch_recorder as record_torch
 from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, Reason, Session
 from graphcache.errors import CaptureError, ClosedError, ProfileRangeError
-from tests.helpers import wrap_recorded
+from tests.helpers import graphs_of, wrap_recorded
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -234,10 +234,10 @@ class Calls(RuleBasedStateMachine):
     def evict(self, name: str, which: int) -> None:
         Calls.steps += 1
         fast = self.wrap(name)
-        keys = list(fast._cache)
+        keys = list(graphs_of(fast))
         if keys:
-            assert fast._cache.evict(keys[which % len(keys)])
-            assert len(fast._cache) == len(keys) - 1
+            assert graphs_of(fast).evict(keys[which % len(keys)])
+            assert len(graphs_of(fast)) == len(keys) - 1
 
     @rule(profile=st.sampled_from([None, None, 0, 1]), sure=st.integers(0, 2))
     def set_profile(self, profile: int | None, sure: int) -> None:
@@ -327,7 +327,7 @@ class Calls(RuleBasedStateMachine):
     @invariant()
     def the_budget_holds(self) -> None:
         for fast in getattr(self, "wrapped", {}).values():
-            assert len(fast._cache) <= MAX_GRAPHS
+            assert len(graphs_of(fast)) <= MAX_GRAPHS
 
     @invariant()
     def the_account_adds_up(self) -> None:

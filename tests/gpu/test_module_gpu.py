@@ -10,7 +10,7 @@ from torch import nn
 import graphcache
 from graphcache import Reason
 from graphcache.errors import CaptureError
-from tests.helpers import wrap_recorded
+from tests.helpers import graphs_of, wrap_recorded
 
 SIZE = 64
 
@@ -215,8 +215,8 @@ def test_evicting_one_graph_leaves_the_others_their_memory(net):
     wanted = [net(x)["y"] for x in inputs]
     for x in inputs:
         fast(x)
-    for victim in list(fast._entries)[:2]:
-        fast._cache.evict(victim)
+    for victim in list(graphs_of(fast).entries)[:2]:
+        graphs_of(fast).evict(victim)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     garbage = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]

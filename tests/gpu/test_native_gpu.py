@@ -47,7 +47,7 @@ def stream():
 
 def answers_natively(fast, *args):
     """Whether the compiled way itself answers, once everything is warm; its answer goes to waste."""
-    return fast._table is not None and fast._table.call(args) is not None
+    return fast._graphcache_table is not None and fast._graphcache_table.call(args) is not None
 
 
 def warm(fast, *args, times=4):
@@ -114,10 +114,10 @@ def test_into_the_callers_memory(wraps, load, stream):
             x.normal_()
             assert both["compiled"].forward_into(y, x) is y
             assert torch.equal(y, both["python"](x))
-        assert both["compiled"]._table.into(y, (x,)) is True
-        assert both["compiled"]._table.into(x, (x,)) is False
-        assert both["compiled"]._table.into(y[1:], (x,)) is False
-        assert both["compiled"]._table.into(y.half(), (x,)) is False
+        assert both["compiled"]._graphcache_table.into(y, (x,)) is True
+        assert both["compiled"]._graphcache_table.into(x, (x,)) is False
+        assert both["compiled"]._graphcache_table.into(y[1:], (x,)) is False
+        assert both["compiled"]._graphcache_table.into(y.half(), (x,)) is False
         fresh = both["compiled"](x)
         assert torch.equal(fresh, y)
         assert fresh.data_ptr() != y.data_ptr()

@@ -14,6 +14,7 @@ from graphcache.runtime import (
     runtime_config,
     set_dynamic_shapes_kernel_strategy,
 )
+from tests.helpers import graphs_of
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -84,7 +85,7 @@ def test_profiling_reports_layers_and_graphs_come_back(load):
     for _ in range(2):
         assert right(fast(x), x)
     assert fast.cache_info().eager == {Reason.PROFILING: 2}
-    assert len(fast._entries) == 1
+    assert len(graphs_of(fast).entries) == 1
 
 
 def test_layers_are_told_as_json(load):

@@ -8,6 +8,7 @@ import graphcache
 from graphcache import Reason
 from graphcache.config import graphs_off
 from graphcache.runtime import weight_streaming
+from tests.helpers import graphs_of
 
 SIZE = 64
 SHAPES = (2, 7, 1, 16, 5, 3, 12, 9, 4, 20, 6, 31)
@@ -93,7 +94,7 @@ def test_the_largest_parts_around_a_culprit_answer_twelve_shapes(load, name, cap
     info = fast.cache_info()
     assert sum(info.eager.values()) == 5 * len(SHAPES)
     assert set(info.eager) <= reasons, info
-    holding = {part for part, each in fast.parts.items() if each._entries}
+    holding = {part for part, each in fast.parts.items() if graphs_of(each).entries}
     assert {"engine", "more.0", "more.1", "head.score"} <= holding
     assert "head.nms" not in holding
     assert "head.nms" in caplog.text
@@ -141,7 +142,7 @@ def test_an_engine_that_refuses_between_two_parts(load):
         for _ in range(4):
             assert all(close(fast(x), model(x)) for x in calls)
     assert fast.cache_info().eager == {Reason.NOT_CAPTURABLE: 4 * len(calls)}
-    assert {name for name, part in fast.parts.items() if part._entries} == {"before", "after"}
+    assert {name for name, part in fast.parts.items() if graphs_of(part).entries} == {"before", "after"}
 
 
 def test_inside_a_capture_of_the_callers_and_replayed_there(load):
@@ -233,7 +234,7 @@ def test_a_budget_for_weights_over_a_mixed_model(engine_bytes):
             assert engine.get_device_memory_budget() == engine.get_streamable_device_memory_budget()
             for _ in range(2):
                 assert close(fast(x), model(x))
-        assert len(fast._entries) == 1
+        assert len(graphs_of(fast).entries) == 1
         fast.close()
     finally:
         engine.close()

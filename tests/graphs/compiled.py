@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.lru import Entry
-from graphcache.cache.signature import describe_layout
+from graphcache.capture.recorder import Recorded
+from graphcache.dispatch import fast_path
 from graphcache.graphs import driver as room
 from graphcache.graphs import native
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.dispatch import fast_path as shortcuts
-from graphcache.capture.recorder import Recorded
 from tests.graphs.fake_driver import CUDA_KERNEL_NODE_PARAMS, CUDA_MEMCPY3D, CUcontext, Driver, Torch
 
 _u64, _int = ctypes.c_uint64, ctypes.c_int
@@ -74,23 +73,21 @@ def use(library: Any, fake: Torch, patch: pytest.MonkeyPatch) -> Functions:
     functions = Functions(fake.driver)
     patch.setattr(native, "loaded", lambda: library)
     patch.setattr(room, "addresses", lambda *names: functions.addresses)
-    patch.setattr(shortcuts, "raw_stream", fake.raw_stream)
+    patch.setattr(fast_path, "raw_stream", fake.raw_stream)
     return functions
 
 
 def single(graph: CudaGraph, *layouts: Tensor) -> tuple[Callable[..., Any], Callable[..., bool], Any]:
-    """What :func:`graphcache.graphs.single.single` gives, compiled, for tensors like some; and the entry it counts in.
+    """What replays a graph of one input in native code, for tensors like some; and the entry it counts in.
 
     The stream is the current one, which the tests give too.
     """
-    ways = shortcuts.Shortcuts(None, lambda grad: False)
+    table = fast_path.new_table()
     entry: Entry[Recorded] = Entry(Recorded(graph, lambda outputs, _: outputs[0], whole=True, bare=True))
     for inference in (False, True):
         with torch.inference_mode(inference), torch.no_grad():
             for x in layouts:
-                ways.remember(describe_layout((x,)), (x,), (entry, None, None, graph.index, None))
-    table = ways.table()
-    assert table is not None
+                fast_path.put(table, (x,), entry)
 
     def fire(x: Tensor, stream: int) -> Any:
         with torch.no_grad():
@@ -106,11 +103,8 @@ def single(graph: CudaGraph, *layouts: Tensor) -> tuple[Callable[..., Any], Call
 
 def call(graph: CudaGraph, *given: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:
     """What replays a graph of any number of inputs, compiled, for tensors like those given."""
-    ways = shortcuts.Shortcuts(None, lambda grad: False)
-    recorded = Recorded(graph, lambda outputs, _: outputs, whole=True, bare=False)
-    ways.remember(describe_layout(given), given, (Entry(recorded), None, None, graph.index, None))
-    table = ways.table()
-    assert table is not None
+    table = fast_path.new_table()
+    fast_path.put(table, given, Entry(Recorded(graph, lambda outputs, _: outputs, whole=True, bare=False)))
 
     def replay(inputs: list[Tensor]) -> list[Tensor]:
         answer: list[Tensor] | None = table.call(tuple(inputs))

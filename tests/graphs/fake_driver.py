@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import buffers, capture, copies, copy_kernel, cuda, lane, pointers, pool, single, slots
+from graphcache.graphs import allocator, buffers, capture, copies, copy_kernel, cuda, lane, pointers, pool, slots
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -1322,9 +1322,9 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
             patch.setattr(module, "own_stream", own_stream)
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
     patch.setattr(torch.Tensor, "clone", lambda tensor, **options: fake.driver.heap.clone(tensor, **options))
-    for module in (cuda, single):
-        patch.setattr(module, "_empty_like", fake.empty_like)
-    patch.setattr(single, "_direct_allocator", lambda: None)
+    patch.setattr(cuda, "_empty_like", fake.empty_like)
+    patch.setattr(allocator, "_empty_like", fake.empty_like)
+    patch.setattr(allocator, "_direct_allocator", lambda: None)
     for module in (cuda, lane):
         patch.setattr(module, "_raw_stream", fake.raw_stream)
     try:

@@ -21,7 +21,6 @@ from graphcache.graphs import cuda, driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.executables import EXECUTABLE_BYTES, MOST, NODE_BYTES
 from graphcache.graphs.lane import Lane
-from graphcache.graphs.single import single
 from graphcache.graphs.slots import Slot
 from tests.graphs import compiled as compiled_way
 from tests.graphs import fake_driver
@@ -89,7 +88,7 @@ def test_any_inputs_on_any_streams(
         streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
         same = given_to(fake, 100)
         kept: list[tuple[Tensor, Tensor]] = []
-        fire, into = single(made) or (lambda x, stream: None, lambda x, out, stream: False)
+        fire, into = (lambda x, stream: None), (lambda x, out, stream: False)
         functions = None
         if way == "compiled":
             functions = compiled_way.use(request.getfixturevalue("compiled"), fake, patch)
@@ -198,12 +197,15 @@ def test_threads(fake: Torch, graph: CudaGraph) -> None:
 
 @pytest.mark.parametrize(("read", "written", "done"), [(0, 256, False), (256, 0, False), (0, 0, False), (0, 512, True)])
 @pytest.mark.parametrize("kind", ["bound", "copying"])
-def test_nothing_is_written_where_it_is_read(fake: Torch, kind: str, read: int, written: int, done: bool) -> None:
+def test_nothing_is_written_where_it_is_read(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, compiled: Any, kind: str, read: int, written: int, done: bool
+) -> None:
     """A kernel may read after another one has begun to write; copy nodes do too, before the last one ends."""
+    compiled_way.use(compiled, fake, monkeypatch)
     made: CudaGraph = getattr(Affine(fake, 96, Lane(0)), kind)()
-    _, into = single(made) or pytest.fail("there is a short way")
     memory = fake.driver.heap.tensor([float(index) for index in range(256)])
     x, out = memory[read // 4 :][:96], memory[written // 4 :][:96]
+    _, into, _ = compiled_way.single(made, x)
     wanted, stream = x * 3 + 1, fake.new_stream()
     with fake.on(stream):
         made.replay([fake.driver.heap.clone(x)])

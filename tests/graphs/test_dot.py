@@ -10,6 +10,7 @@ from graphcache import debug
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.dot import dot_of
+from tests.helpers import graphs_of
 from tests.modules.test_engine_module import fake, load, rows  # noqa: F401 - the fixture is used by its name
 
 
@@ -22,7 +23,7 @@ def fast(fake):  # noqa: F811
 
 
 def test_the_driver_draws_every_node(fast, tmp_path):
-    [entry] = fast._entries.values()
+    [entry] = graphs_of(fast).entries.values()
     path = debug.dump_dot(fast, tmp_path / "affine.dot")
     text = path.read_text()
     assert text.startswith("digraph")
@@ -31,7 +32,7 @@ def test_the_driver_draws_every_node(fast, tmp_path):
 
 
 def test_a_closed_graph_is_not_asked_for(fast):
-    [entry] = list(fast._entries.values())
+    [entry] = list(graphs_of(fast).entries.values())
     fast.clear()
     with pytest.raises(ClosedError, match="the graph was closed"):
         dot_of(entry.graph.graph)
@@ -41,7 +42,7 @@ def test_a_driver_that_refuses_leaves_nothing_behind(fast, monkeypatch, tmp_path
     def fail(name, *args):
         raise CudaError(f"{name} failed")
 
-    [entry] = fast._entries.values()
+    [entry] = graphs_of(fast).entries.values()
     with monkeypatch.context() as patch, pytest.raises(CudaError, match="cuGraphDebugDotPrint failed"):
         patch.setattr(tempfile, "tempdir", str(tmp_path))
         patch.setattr(driver, "call", fail)

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError
-from graphcache.graphs import cuda, driver
-from graphcache.graphs import single as single_room
+from graphcache.graphs import allocator, cuda, driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.executables import (
     ADDRESSES,
@@ -31,7 +30,6 @@ from graphcache.graphs.executables import (
 )
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.pointers import find_pointers
-from graphcache.graphs.single import single
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Affine, Torch, address, installed, pointer
@@ -259,31 +257,22 @@ class Ring:
         return next(self.turn)
 
 
-@pytest.mark.parametrize("way", ["replay", "fire"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (1, 2), (2, 2), (4, 4), (4, 2)])
 def test_a_loop_ends_with_nothing_but_launches(
-    fake: Torch, monkeypatch: pytest.MonkeyPatch, way: str, inputs: int, outputs: int
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int
 ) -> None:
     made: CudaGraph = Affine(fake, 6, Lane(0)).bound()
     ring, turn = Ring(fake, made.outputs[0].buffer, outputs), itertools.count()
-    for module in (cuda, single_room):
-        monkeypatch.setattr(module, "_empty_like", ring)
-    stream = fake.new_stream()
-    fire, _ = single(made) or pytest.fail("there is a short way")
+    monkeypatch.setattr(cuda, "_empty_like", ring)
     given_ = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(inputs)]
-    with fake.on(stream):
+    with fake.on(fake.new_stream()):
         for _ in range(80):
             x = given_[next(turn) % inputs]
-            answer = made.replay([x])[0] if way == "replay" else fire(x, stream.cuda_stream)
-            if answer is None:
-                (answer,) = made.replay([x])
-            assert torch.equal(answer, x * 3 + 1)
+            assert torch.equal(made.replay([x])[0], x * 3 + 1)
         fake.driver.calls.clear()
         for _ in range(8):
             x = given_[next(turn) % inputs]
-            answer = made.replay([x])[0] if way == "replay" else fire(x, stream.cuda_stream)
-            assert answer is not None
-            assert torch.equal(answer, x * 3 + 1)
+            assert torch.equal(made.replay([x])[0], x * 3 + 1)
     assert fake.driver.calls == ["cuGraphLaunch"] * 8
 
 
@@ -317,8 +306,6 @@ def test_compiled_code_chooses_as_python_does(
         graphs = [Affine(fake, 6, Lane(0)).bound() for _ in range(2)]
         tensors = [fake.driver.heap.tensor([float(start)] * 6) for start in range(6)]
         answers = [fake.empty_like(tensors[0]) for _ in range(6)]
-        python = single(graphs[0])
-        assert python is not None
         with fake.on(stream):
             for made in graphs:
                 made.replay([tensors[0]])
@@ -326,7 +313,7 @@ def test_compiled_code_chooses_as_python_does(
             warm = [(step % 5, step % 3) for step in range(before)]
             for read, written in warm + pairs * (4 if again else 1):
                 x, out = tensors[read], answers[written]
-                assert python[1](x, out, stream.cuda_stream)
+                graphs[0].replay([x], [out])
                 assert torch.equal(out, x * 3 + 1)
                 out.zero_()
                 if not into(x, out, stream.cuda_stream):
@@ -359,7 +346,7 @@ class Blocks:
         return made
 
 
-@pytest.mark.parametrize("way", ["replay", "fire", "compiled"])
+@pytest.mark.parametrize("way", ["replay", "compiled"])
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     fake: Torch, monkeypatch: pytest.MonkeyPatch, compiled: Any, way: str, count: int
@@ -368,7 +355,7 @@ def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     lane = Lane(0)
     made: list[CudaGraph] = [Affine(fake, 6, lane).bound() for _ in range(count)]
     blocks = Blocks(fake, made[0].outputs[0].buffer, 2 * count + 2)
-    for module in (cuda, single_room):
+    for module in (cuda, allocator):
         monkeypatch.setattr(module, "_empty_like", blocks)
     monkeypatch.setattr(Slot, "fresh", lambda slot: blocks(slot.buffer))
     inputs = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(2)]
@@ -377,10 +364,10 @@ def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     with fake.on(stream), torch.no_grad():
         for each in made:
             each.replay([inputs[0]])
-        short = [(compiled_way.single(each, inputs[0]) if way == "compiled" else single(each)) for each in made]
+        short = [compiled_way.single(each, inputs[0]) for each in made] if way == "compiled" else []
 
         def call(index: int, x: Tensor) -> bool:
-            found = None if way == "replay" else short[index][0](x, stream.cuda_stream)  # type: ignore[index]
+            found = None if way == "replay" else short[index][0](x, stream.cuda_stream)
             answer = made[index].replay([x])[0] if found is None else found
             return torch.equal(answer, x * 3 + 1)
 

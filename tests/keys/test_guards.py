@@ -20,7 +20,7 @@ import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.module_guards import guard_of
-from tests.helpers import Fn, frozen, mlp, outcomes, reason, replays, same
+from tests.helpers import Fn, frozen, graphs_of, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -298,7 +298,7 @@ def test_weights_and_buffers_of_a_graph_go_with_it(how):
     net = frozen(nn.Linear(4, 4))
     fast = captured(net, max_graphs=1)
     old = weakref.ref(net.weight)
-    static = weakref.ref(next(iter(fast._cache.entries.values())).graph.graph)
+    static = weakref.ref(next(iter(graphs_of(fast).entries.values())).graph.graph)
     if how != "evict":
         net.weight = nn.Parameter(torch.randn(4, 4), requires_grad=False)
     if how == "close":

@@ -13,10 +13,10 @@ import graphcache
 from graphcache import Reason
 from graphcache.cache import arbiter as room
 from graphcache.cache.arbiter import arbiter, set_process_budget
-from graphcache.errors import ConfigError
 from graphcache.dispatch import dispatcher as misses
+from graphcache.errors import ConfigError
 from tests.graphs.fake_driver import Torch
-from tests.helpers import Fn, mlp, same
+from tests.helpers import Fn, dispatcher_of, graphs_of, mlp, same
 from tests.modules.test_engine_module import fake, load, rows  # noqa: F401 - the fixture is used by its name
 
 
@@ -45,7 +45,7 @@ def timed(clock: Clock, **options: Any) -> Any:
         return x * 2
 
     fast = graphcache.wrap(Fn(run), verify=False, ignore=["self.function.clock"], **options)
-    attempt, put = fast._misses.recorder.attempt, fast._cache.put
+    attempt, put = dispatcher_of(fast).target.recorder.attempt, graphs_of(fast).put
 
     def slow_attempt(*args: Any, **kwargs: Any) -> Any:
         clock.now += clock.capture
@@ -61,8 +61,8 @@ def timed(clock: Clock, **options: Any) -> Any:
         recorded.replay = slow
         return put(key, recorded, **kwargs)
 
-    fast._misses.recorder.attempt = slow_attempt
-    fast._cache.put = slow_replays
+    dispatcher_of(fast).target.recorder.attempt = slow_attempt
+    graphs_of(fast).put = slow_replays
     return fast
 
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import EngineModule, Reason
+from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.errors import ConfigError, EngineVersionError, ModeConflictError
 from graphcache.graphs import buffers
 from graphcache.modules import adopted, adoption, engine_controls
 from graphcache.modules.adopted import AdoptedEngine
 from graphcache.modules.foreign import described, is_foreign
-from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.runtime import enable_cudagraphs, enable_output_allocator, weight_streaming
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch, installed

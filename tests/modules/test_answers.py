@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 import graphcache
 from graphcache import CachedModule, Reason
-from graphcache.errors import Refusal
 from graphcache.capture.output_layout import Answer
+from graphcache.errors import Refusal
 from tests.helpers import Fn, frozen, outcomes, same, structures
 
 Point = namedtuple("Point", "x y")

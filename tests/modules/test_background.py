@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Reason
-from graphcache.errors import ClosedError
-from graphcache.dispatch import worker as background, call_snapshot as later
+from graphcache.dispatch import call_snapshot as later
+from graphcache.dispatch import worker as background
 from graphcache.dispatch.worker import CALLS_BETWEEN, Worker
+from graphcache.errors import ClosedError
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import Fn, in_threads, mlp, same
+from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -36,7 +37,7 @@ def nothing_is_left() -> Iterator[None]:
 
 def settled(fast: Any) -> Any:
     """The module, when nothing is captured beside its calls any more."""
-    for pending in list(fast._misses._pending.values()):
+    for pending in list(dispatcher_of(fast).queue._pending.values()):
         assert pending.done.wait(60)
     return fast
 
@@ -46,14 +47,14 @@ class Gate:
 
     def __init__(self, fast: Any) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
-        record = fast._misses.recorder.record
+        record = dispatcher_of(fast).target.recorder.record
 
         def slow(*args: Any, **kwargs: Any) -> Any:
             self.reached.set()
             assert self.open.wait(60)
             return record(*args, **kwargs)
 
-        fast._misses.recorder.record = slow
+        dispatcher_of(fast).target.recorder.record = slow
 
 
 # ---- the worker
@@ -361,7 +362,7 @@ def test_only_what_is_worth_it_is_captured_beside() -> None:
     fast = beside(mlp(), capture="worthwhile")
     for size in range(1, 30):
         fast(torch.ones(size, 4))
-    assert not fast._misses._pending
+    assert not dispatcher_of(fast).queue._pending
     assert fast.cache_info().eager == {Reason.COLD: 29}
 
 
@@ -405,13 +406,13 @@ def test_graphs_have_scratch_memory_of_their_own(monkeypatch: pytest.MonkeyPatch
                 for _ in range(2):
                     settled(fast)(rows(fake, size))
             settled(fast)
-        lanes = {id(entry.graph.graph.lane) for entry in fast._entries.values()}
+        lanes = {id(entry.graph.graph.lane) for entry in graphs_of(fast).entries.values()}
         assert len(lanes) == 2
         assert id(module.lane) not in lanes
-        own = next(iter(fast._entries.values())).nbytes
+        own = next(iter(graphs_of(fast).entries.values())).nbytes
         foreground = graphcache.wrap(load("affine"))
         foreground(rows(fake, 2))
-        assert own == next(iter(foreground._entries.values())).nbytes + module.engine.scratch_bytes
+        assert own == next(iter(graphs_of(foreground).entries.values())).nbytes + module.engine.scratch_bytes
         refitted = load("refittable")
         other = beside(refitted)
         x = fake.driver.heap.tensor([[1.0, 2.0]])

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
+from graphcache.dispatch import worker as background
 from graphcache.errors import CaptureError, ClosedError, ConfigError
 from graphcache.graphs.verify import largest_gap
-from graphcache.dispatch import worker as background
-from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, same, strides
+from tests.helpers import Fn, calls, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, same, strides
 from tests.modules.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
 from tests.modules.test_background import settled
 
@@ -464,11 +464,11 @@ def test_threads_get_their_own_answers() -> None:
 
 def test_without_buckets_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = graphcache.wrap(mlp())
-    assert fast._bucketed is None
+    assert dispatcher_of(fast).padding is None
     padded = graphcache.wrap(mlp(), buckets={"input": ROWS})
     x = torch.ones(4, 4)
     padded(x)
-    monkeypatch.setattr(padded._bucketed, "answer", None)
+    monkeypatch.setattr(dispatcher_of(padded).padding, "answer", None)
     padded(x)
     assert outcomes(padded) == (1, 1, {}), "a call that fills its bucket hits as any other"
 
@@ -542,7 +542,7 @@ def test_beside_the_calls_buckets_are_captured_and_tried(beside: None) -> None:
     assert fast.cache_info().padded == 1
     assert threading.current_thread() not in threads, "no call waited for others"
     fast.clear()
-    assert not fast._bucketed._trying
+    assert not dispatcher_of(fast).padding._trying
     x = torch.ones(3, 2)
     assert same(fast(x), x * 2)
     settled(fast)
@@ -642,7 +642,7 @@ def test_a_trial_that_ends_when_the_module_is_another_one_counts_for_nothing(bes
     fast(x)
     assert trying.wait(60)
     module.eval()
-    waiting = list(fast._misses._pending.values())
+    waiting = list(dispatcher_of(fast).queue._pending.values())
     # The next call waits for the one run of the trial that is under way.
     go.set()
     assert close(fast(x), x - x.mean(0))
@@ -679,10 +679,10 @@ def test_padded_calls_count_by_their_own_sizes() -> None:
     for size in (3, 3, 3, 4, 4, 2):
         fast(torch.ones(size, 4))
     place = graphcache.cache.places.Place(0, "input")
-    hits = {key: entry.hits for key, entry in fast._entries.items()}
-    assert fast._seen.counts(place, hits) == {(3, 4): 3, (4, 4): 2, (2, 4): 1}
+    hits = {key: entry.hits for key, entry in graphs_of(fast).entries.items()}
+    assert dispatcher_of(fast).history.seen.counts(place, hits) == {(3, 4): 3, (4, 4): 2, (2, 4): 1}
     fast.clear()
-    assert fast._seen.counts(place, {}) == {(3, 4): 3, (4, 4): 2, (2, 4): 1}
+    assert dispatcher_of(fast).history.seen.counts(place, {}) == {(3, 4): 3, (4, 4): 2, (2, 4): 1}
 
 
 def test_advice_from_a_trace() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 import graphcache
 from graphcache.errors import CaptureError, Reason
+from tests.helpers import dispatcher_of
 
 
 class Double(nn.Module):
@@ -28,7 +29,7 @@ def test_all_of_them_are_counted():
             assert fast.cache_info().eager == {Reason.NOT_PREPARED: call}
     [call] = fast.explain().calls
     assert call.calls == 39
-    [known] = fast._misses.admission.known().values()
+    [known] = dispatcher_of(fast).captures.admission.known().values()
     assert known.calls == 39
 
 
@@ -148,10 +149,10 @@ def test_what_cannot_be_captured_is_still_an_error_where_that_was_asked_for():
 
     fast = graphcache.wrap(Reads(), capture="worthwhile", on_failure="raise")
     x = torch.ones(4)
-    admission = fast._misses.admission
+    admission = dispatcher_of(fast).captures.admission
     with torch.no_grad():
         fast(x)
-        [signature] = fast._seen.keys()
+        [signature] = dispatcher_of(fast).history.seen.keys()
         admission.learn(signature, eager=1e-3, replay=1e-9, capture=3e-2)
         ran = admission.ran
         admission.ran = lambda key, seconds: ran(key, 1e-3)

@@ -10,9 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.config import graphs_off
-from graphcache.errors import Reason
 from graphcache.dispatch import preconditions as conditions
 from graphcache.dispatch.preconditions import forbidden
+from graphcache.errors import Reason
 
 
 def test_nothing_forbids_a_plain_call() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Cause, Reason
-from graphcache.events import RanEagerly
 from graphcache.capture.blame import at, located, path_here
+from graphcache.events import RanEagerly
 from tests.helpers import Fn, frozen, mlp
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
+from graphcache.capture import engine_recorder as record_engine
+from graphcache.capture.torch_recorder import TorchRecorder
+from graphcache.dispatch import fast_path, preconditions
 from graphcache.engines import allocator, context, engine, library
 from graphcache.errors import (
     CaptureError,
@@ -41,16 +44,13 @@ from graphcache.errors import (
 from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import cached_module as cached, engine_controls
-from graphcache.dispatch import preconditions as conditions, forward_into as into
-from graphcache.capture import engine_recorder as record_engine
 from graphcache.modules import engine as room
-from graphcache.capture.torch_recorder import TorchRecorder
+from graphcache.modules import engine_controls
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Stream, Torch, Violation, address, installed, pointer
-from tests.helpers import in_threads, outcomes, reason, wrap_recorded
+from tests.helpers import dispatcher_of, graphs_of, in_threads, outcomes, reason, wrap_recorded
 
 SHORT = ("fresh", "into", "into", "change", "back", "set epoch")
 MODULES = (allocator, context, engine, library, verify, room, record_engine)
@@ -59,9 +59,8 @@ MODULES = (allocator, context, engine, library, verify, room, record_engine)
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     fake_tensorrt.use(patch)
     patch.setattr(fake_tensorrt, "device", fake.driver)
-    for each in (cached, into):
-        patch.setattr(each, "raw_stream", fake.raw_stream)
-    for each in (cached, into, conditions, context):
+    patch.setattr(fast_path, "raw_stream", fake.raw_stream)
+    for each in (preconditions, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)
     return fake
 
@@ -91,7 +90,7 @@ def numbers(fake: Torch, *values: float) -> Tensor:
 
 
 def graph_of(fast: CachedModule) -> Any:
-    (entry,) = fast._entries.values()
+    (entry,) = graphs_of(fast).entries.values()
     return entry.graph.graph
 
 
@@ -465,25 +464,28 @@ def test_any_sequence_on_the_short_ways(
 
 
 @pytest.mark.parametrize("into", [False, True])
-def test_what_is_remembered_after_a_change_is_of_before_it(fake: Torch, into: bool) -> None:
+def test_what_is_remembered_after_a_change_is_of_before_it(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, into: bool
+) -> None:
     """As if another thread had changed the engine between a replay and the moment when its graph is remembered."""
     module = load("affine")
     fast = graphcache.wrap(module)
     x = rows(fake, 2)
     out = fake.driver.heap.tensor(x * 0)
     call = (lambda: fast.forward_into(out, x)) if into else (lambda: fast(x))
-    remember = fast._remember
+    path = dispatcher_of(fast).fast_path
+    remember, changes = path.remember, [module]
 
     def changed_meanwhile(*args: Any) -> None:
-        del fast.__dict__["_remember"]
-        module.epoch += 1
+        if changes:
+            changes.pop().epoch += 1
         remember(*args)
 
     with torch.no_grad(), fake.on(fake.new_stream()):
         fast(x)
-        fast.__dict__["_remember"] = changed_meanwhile
+        monkeypatch.setattr(path, "remember", changed_meanwhile)
         assert torch.equal(call(), x * 3 + 1)
-        assert "_remember" not in fast.__dict__
+        assert not changes
         assert torch.equal(call(), x * 3 + 1)
     assert fast.cache_info().captures == 2, "the graph of before is not used again"
 
@@ -538,7 +540,6 @@ def test_a_call_of_another_mode_on_the_short_way_is_counted_once(fake: Torch) ->
     with torch.no_grad():
         for _ in range(3):
             fast(x)
-    assert fast._shortcuts
     with torch.enable_grad():
         for _ in range(3):
             assert torch.equal(fast(x), x * 3 + 1)
@@ -559,7 +560,7 @@ def test_no_graph_survives_a_refit(fake: Torch) -> None:
         assert torch.equal(other(x), before)
     module.refit({"shift": torch.tensor([10.0, 20.0])})
     after = x * torch.tensor([2.0, 3.0]) + torch.tensor([10.0, 20.0])
-    assert (len(fast._entries), len(other._entries)) == (0, 0)
+    assert (len(graphs_of(fast).entries), len(graphs_of(other).entries)) == (0, 0)
     for run in (module, fast, fast, other, other):
         assert torch.equal(run(x), after)
     assert (fast.cache_info().captures, fast.cache_info().hits) == (2, 2)
@@ -744,7 +745,7 @@ def test_an_answer_that_is_fed_back_is_not_read_while_it_is_written(fake: Torch,
     for _ in range(5):
         state = fast(state[part])
         wanted = wanted * 3 + 1
-        graph = next(iter(fast._entries.values())).graph.graph
+        graph = next(iter(graphs_of(fast).entries.values())).graph.graph
         *_, read, written = graph.executables.table[: graph.executables.width + HEAD]
         assert read != written
         assert torch.equal(state, wanted)
@@ -949,7 +950,7 @@ def test_there_and_back_again(fake: Torch) -> None:
         kept.append((fast(x), x * 3 + 1))
     assert all(torch.equal(got, wanted) for got, wanted in kept)
     assert outcomes(fast) == (3, 2, {})
-    assert all(entry.graph.graph.copies == 0 for entry in fast._entries.values())
+    assert all(entry.graph.graph.copies == 0 for entry in graphs_of(fast).entries.values())
 
 
 @given(
@@ -1081,7 +1082,7 @@ def test_edges_of_whole_modules(whole: Torch, edges: str) -> None:
     with whole.on(whole.new_stream()):
         for _ in range(2):
             assert torch.equal(fast(x)["last"], x * 9 + 4)
-    (entry,) = fast._entries.values()
+    (entry,) = graphs_of(fast).entries.values()
     early = [edge.is_programmatic for edge in edges_of(entry.graph.graph.captured)]
     assert early == [False, False, edges == "captured"], "a copy in, two engines, a copy out that waits by itself"
 
@@ -1170,7 +1171,7 @@ def test_two_engines_are_one_graph(whole: Torch) -> None:
         assert torch.equal(got["last"], last)
         assert torch.equal(got["first"], first)
     assert outcomes(fast) == (6, 3, {})
-    assert all(entry.graph.graph.nodes == 4 for entry in fast._entries.values()), (
+    assert all(entry.graph.graph.nodes == 4 for entry in graphs_of(fast).entries.values()), (
         "one copies in, two engines, one copies out"
     )
     fast.close()

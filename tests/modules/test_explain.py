@@ -16,7 +16,7 @@ from graphcache import Buckets, Reason
 from graphcache.config import graphs_off
 from graphcache.errors import ClosedError, ConfigError
 from graphcache.modules.explain import Costs, explain
-from tests.helpers import Fn, frozen, mlp, outcomes
+from tests.helpers import Fn, dispatcher_of, frozen, mlp, outcomes
 
 
 def ids(module, length):
@@ -141,7 +141,7 @@ def test_what_the_policy_leaves_eager(capture, reason):
     ids(fast, 8)
     found = only(fast.explain())
     assert (found.outcome, found.cause.reason) == ("eager", reason)
-    assert (found.costs.eager is None) == (capture == "prepared" and not fast._misses.admission.known())
+    assert (found.costs.eager is None) == (capture == "prepared" and not dispatcher_of(fast).captures.admission.known())
 
 
 def test_modes_of_this_moment():

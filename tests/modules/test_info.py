@@ -9,7 +9,7 @@ from torch import nn
 
 import graphcache
 from graphcache import CacheInfo, Reason
-from tests.helpers import frozen, mlp
+from tests.helpers import dispatcher_of, frozen, graphs_of, mlp
 
 counts = st.integers(0, 10**6)
 seconds = st.integers(0, 1000).map(lambda n: n / 8)
@@ -51,8 +51,8 @@ def test_replays_that_save_show_too() -> None:
     fast = graphcache.wrap(mlp())
     x = torch.ones(2, 4)
     fast(x)
-    [signature] = fast._entries
-    fast._misses.admission.learn(signature, eager=2.0, replay=0.5, capture=1.0)
+    [signature] = graphs_of(fast).entries
+    dispatcher_of(fast).captures.admission.learn(signature, eager=2.0, replay=0.5, capture=1.0)
     for _ in range(4):
         fast(x)
     info = fast.cache_info()
@@ -65,5 +65,5 @@ def test_parts_count_once_in_what_the_process_holds() -> None:
     fast(torch.ones(2, 4))
     info = fast.cache_info()
     assert info.graphs == 2
-    assert info.process_nbytes == fast.parts["1"]._misses.arbiter.nbytes
+    assert info.process_nbytes == dispatcher_of(fast.parts["1"]).captures.arbiter.nbytes
     assert info.budget is None

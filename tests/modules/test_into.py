@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphcache
-from graphcache.errors import ClosedError, OutputMismatchError
 from graphcache.dispatch.forward_into import copy_into
 from graphcache.dispatch.overlap import overlap
+from graphcache.errors import ClosedError, OutputMismatchError
 from tests.helpers import Fn, mlp, outcomes
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)

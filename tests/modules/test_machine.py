@@ -24,7 +24,7 @@ from graphcache.config import Modes, modes
 from graphcache.errors import ClosedError
 from graphcache.runtime import set_cudagraphs_mode
 from tests.effort import share
-from tests.helpers import frozen, same
+from tests.helpers import frozen, graphs_of, same
 
 GRAD_MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 INPUTS = [torch.randn(size, 3, generator=torch.Generator().manual_seed(size)) for size in (1, 2, 3, 4, 5)]
@@ -208,7 +208,7 @@ class Calls(RuleBasedStateMachine):
     def the_budget_holds(self) -> None:
         if hasattr(self, "fast"):
             for each in (self.fast, *self.fast.parts.values()):
-                entries = each._cache.entries.values()
+                entries = graphs_of(each).entries.values()
                 assert len(entries) <= each.config.max_graphs
                 assert sum(entry.nbytes for entry in entries) <= (each.config.max_bytes or float("inf"))
             if self.closed:
@@ -219,7 +219,7 @@ class Calls(RuleBasedStateMachine):
         if hasattr(self, "fast") and self.fast.config.strategy != "per_submodule":
             assert self.counted() == self.calls
             ledger = self.fast.ledger
-            assert ledger.captures - ledger.evictions == len(self.fast._cache)
+            assert ledger.captures - ledger.evictions == len(graphs_of(self.fast))
             assert Reason.MISMATCH not in ledger.eager
             assert Reason.CAPTURE_FAILED not in ledger.eager
 
@@ -236,7 +236,7 @@ class Calls(RuleBasedStateMachine):
     def counted(self) -> int:
         """Calls that the wrapper itself, not its parts, knows of."""
         ledger = self.fast.ledger
-        hits = ledger.retired_hits + sum(entry.hits for entry in self.fast._cache.entries.values())
+        hits = ledger.retired_hits + sum(entry.hits for entry in graphs_of(self.fast).entries.values())
         return int(hits + ledger.captures + sum(ledger.eager.values()))
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import EngineModule, Reason
+from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.graphs import buffers, driver
 from graphcache.modules import engine_controls
-from graphcache.capture.torch_recorder import TorchRecorder
 from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import outcomes
+from tests.helpers import dispatcher_of, graphs_of, outcomes
 from tests.modules.test_engine_module import MODULES, load, numbers, prepare
 
 
@@ -78,10 +78,12 @@ def test_outputs_that_depend_on_the_data_cost_only_themselves(whole: Torch) -> N
     assert fast.cache_info().eager == {Reason.OUTPUT_ALLOCATOR: 4 * len(SHAPES)}
     body = fast.parts["body"]
     assert outcomes(body) == (2 * len(SHAPES), len(SHAPES), {})
-    assert body._entries
-    assert all(entry.graph.graph.nodes == 4 for entry in body._entries.values()), "both engines, a copy in and one out"
+    assert graphs_of(body).entries
+    assert all(entry.graph.graph.nodes == 4 for entry in graphs_of(body).entries.values()), (
+        "both engines, a copy in and one out"
+    )
     assert fast.parts["head"].cache_info().hits > 0
-    assert not fast.parts["between"]._entries
+    assert not graphs_of(fast.parts["between"]).entries
 
 
 def test_answers_of_a_growing_output_stay_what_they_were(whole: Torch) -> None:
@@ -132,7 +134,7 @@ def test_weights_that_are_streamed_for_a_while(whole: Torch) -> None:
     wanted = (x * 4 + 1) * 4
     for _ in range(2):
         assert torch.equal(fast(x), wanted)
-    assert len(fast._entries) == 1
+    assert len(graphs_of(fast).entries) == 1
     with graphcache.runtime.weight_streaming(fast) as weights:
         weights.device_budget = 100
         for _ in range(4):
@@ -141,7 +143,7 @@ def test_weights_that_are_streamed_for_a_while(whole: Torch) -> None:
         assert fast.cache_info().eager == {Reason.WEIGHT_STREAMING: 4}
     for _ in range(2):
         assert torch.equal(fast(x), wanted)
-    assert len(fast._entries) == 1, "a graph of the whole again"
+    assert len(graphs_of(fast).entries) == 1, "a graph of the whole again"
 
 
 def test_excluded_from_the_start_nothing_is_tried_in_vain(whole: Torch) -> None:
@@ -185,7 +187,7 @@ def test_inside_a_capture_of_the_callers_everything_enqueues_into_it(whole: Torc
 
     fast = graphcache.wrap(Shows(), **options)
     # Tensors of the stand-in say that they lie on the CPU.
-    fast._misses.cuda = True
+    dispatcher_of(fast).captures.on_cuda = True
     stream, x = whole.new_stream(), values(whole, 4, 0)
     handle = driver.binding().CUstream(stream.cuda_stream)
     with whole.on(stream):

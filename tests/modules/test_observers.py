@@ -15,7 +15,7 @@ import graphcache
 from graphcache.errors import ConfigError
 from graphcache.modules import engine_controls
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import Fn, frozen, in_threads, mlp, same
+from tests.helpers import Fn, dispatcher_of, frozen, in_threads, mlp, same
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
 from tests.modules.test_hit_cost import calls_of
 
@@ -129,7 +129,7 @@ def test_captures_beside_the_calls_are_told_by_their_thread() -> None:
 
 def test_nobody_hears_after_the_end_and_nothing_is_left() -> None:
     fast, notes, others = graphcache.wrap(mlp()), Notes(), Notes()
-    before = set(fast.__dict__), set(fast._misses.__dict__)
+    before = set(fast.__dict__), set(dispatcher_of(fast).__dict__)
     ends = [fast.observe(notes), fast.observe(others), fast.observe(notes)]
     fast(X)
     assert len(notes.seen) == 2 * len(others.seen) == 4
@@ -141,7 +141,7 @@ def test_nobody_hears_after_the_end_and_nothing_is_left() -> None:
         end()
     fast(X)
     assert len(notes.seen) == 6
-    assert (set(fast.__dict__), set(fast._misses.__dict__)) == before
+    assert (set(fast.__dict__), set(dispatcher_of(fast).__dict__)) == before
     assert not fast._forward_pre_hooks
     gone = weakref.ref(notes)
     del notes, ends, end

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.errors import CaptureError, ConfigError
-from tests.helpers import Fn, frozen, in_threads, mlp, outcomes, replays, same
+from graphcache.modules.wrapped import state_of
+from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, replays, same
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -62,7 +63,7 @@ def detector() -> nn.Module:
 
 def captured(fast: CachedModule) -> set[str]:
     """The parts that hold graphs of their own."""
-    return {name for name, part in fast.parts.items() if part._entries}
+    return {name for name, part in fast.parts.items() if graphs_of(part).entries}
 
 
 def test_the_largest_parts_around_the_culprit_are_captured(detector):
@@ -88,7 +89,7 @@ def test_the_choice_is_kept_per_signature(detector):
     one = X[:1]
     for x in (X, one, X, one, X, one, X, one):
         assert same(fast(x), detector(x))
-    assert len(fast._entries) == 1, "of the single row, which needs no choice"
+    assert len(graphs_of(fast).entries) == 1, "of the single row, which needs no choice"
     assert replays(fast, one)
     assert fast.cache_info().eager == {Reason.DATA_DEPENDENT: 4}
     assert "head.score" in captured(fast)
@@ -286,7 +287,7 @@ def test_clearing_and_closing_reach_what_was_found(detector):
     assert fast.cache_info().graphs == 5
     parts = list(fast.parts.values())
     fast.close()
-    assert all(part._misses.closed for part in parts)
+    assert all(dispatcher_of(part).closed for part in parts)
     assert fast.cache_info().graphs == 0
 
 
@@ -337,7 +338,7 @@ def test_parts_in_the_background(detector):
     for _ in range(12):
         assert same(fast(X), detector(X))
         for each in (fast, *fast.parts.values()):
-            for later in list(each._misses._pending.values()):
+            for later in list(dispatcher_of(each).queue._pending.values()):
                 assert later.done.wait(60)
     assert captured(fast) == {"body", "more.0", "more.1", "head.score", "head.box"}
     fast.close()
@@ -476,7 +477,7 @@ def test_any_tree_answers_as_it_does_and_is_left_as_it_was(module):
 @given(st.text(max_size=12) | st.sampled_from(["", ".", "head", "head.nms.", "more", "more.0.x", "head..nms"]))
 def test_any_name_of_a_part_is_answered(name):
     fast = graphcache.wrap(frozen(Detector(Selects())))
-    fast._parts.reach(name)
+    state_of(fast).submodules.reach(name)
     assert set(fast.parts) <= {"body", "more.0", "more.1", "head", "head.score", "head.nms", "head.box"}
     assert same(fast(X), fast.module(X))
 
@@ -512,4 +513,4 @@ def test_parts_answer_in_the_modes_of_the_call(detector, mode):
             assert same(answer, detector(X))
             assert answer.is_inference() == torch.is_inference_mode_enabled()
     assert same(fast(X), detector(X))
-    assert len(fast.parts["body"]._entries) == 2
+    assert len(graphs_of(fast.parts["body"]).entries) == 2

@@ -21,13 +21,26 @@ from graphcache.cache import spec
 from graphcache.cache.arbiter import set_process_budget
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import spec_of
+from graphcache.dispatch import dispatcher as misses
+from graphcache.dispatch.preparing import preparing
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
 from graphcache.modules import captures, described, examples, fingerprint, remembered
-from graphcache.dispatch import dispatcher as misses
 from graphcache.modules import prepare as room
-from graphcache.dispatch.preparing import preparing
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, reason, same, structures, tensors
+from tests.helpers import (
+    Fn,
+    calls,
+    dispatcher_of,
+    frozen,
+    graphs_of,
+    in_threads,
+    mlp,
+    outcomes,
+    reason,
+    same,
+    structures,
+    tensors,
+)
 from tests.modules import test_engine_module as engines
 from tests.modules.test_engine_module import load, rows
 
@@ -80,7 +93,7 @@ def test_the_largest_is_captured_first_and_all_have_run_before(order: list[int])
     module = Fn(lambda _, x: ran.append(len(x)) or x * 2)
     fast = graphcache.wrap(module, capture="prepared", verify=False, ignore=["self.function.ran"])
     captured: list[int] = []
-    attempt = fast._misses.recorder.attempt
+    attempt = dispatcher_of(fast).target.recorder.attempt
 
     def noted(args: Any, *others: Any, **options: Any) -> Any:
         if not captured:
@@ -88,7 +101,7 @@ def test_the_largest_is_captured_first_and_all_have_run_before(order: list[int])
         captured.append(len(args[0]))
         return attempt(args, *others, **options)
 
-    fast._misses.recorder.attempt = noted
+    dispatcher_of(fast).target.recorder.attempt = noted
     assert fast.prepare(*xs(*order)).signatures == 5
     assert captured == [8, 5, 3, 2, 1]
 
@@ -177,15 +190,17 @@ def test_pinned_graphs_stay_whatever_comes() -> None:
         fast(x)
     assert fast.cache_info().hits == before.hits + 2
     fast.prepare(*xs(1))
-    assert [entry.pinned for entry in fast._entries.values()].count(True) == 2, "pinned before, pinned afterwards"
+    assert [entry.pinned for entry in graphs_of(fast).entries.values()].count(True) == 2, (
+        "pinned before, pinned afterwards"
+    )
 
 
 def test_preparing_is_not_charged_to_the_calls() -> None:
     fast = graphcache.wrap(mlp(), capture="worthwhile")
     done = fast.prepare(*xs(1, 2, 3))
-    books = fast._misses.admission._books
+    books = dispatcher_of(fast).captures.admission._books
     assert done.signatures + len(done.refused) == 3
-    assert (books.credit, fast._misses.admission.account().capture_seconds > 0) == (0.0, True)
+    assert (books.credit, dispatcher_of(fast).captures.admission.account().capture_seconds > 0) == (0.0, True)
 
 
 def test_parts_are_prepared_where_the_whole_is_refused() -> None:
@@ -240,13 +255,13 @@ def test_a_deadline_leaves_the_rest_out(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_only_graphs_that_are_there_are_counted() -> None:
     fast = graphcache.wrap(mlp(), verify=False)
-    attempt = fast._misses.recorder.attempt
+    attempt = dispatcher_of(fast).target.recorder.attempt
 
     def dropped_before(*args: Any, **options: Any) -> Any:
         fast.clear()
         return attempt(*args, **options)
 
-    fast._misses.recorder.attempt = dropped_before
+    dispatcher_of(fast).target.recorder.attempt = dropped_before
     done = fast.prepare(*xs(1, 2, 3))
     assert (done.signatures, fast.cache_info().graphs) == (1, 1)
     assert done.nbytes == fast.cache_info().nbytes
@@ -265,7 +280,7 @@ def test_other_threads_are_served_meanwhile() -> None:
 
     in_threads(work)
     assert fast.cache_info().captures == 6
-    assert not any(entry.pinned for entry in fast._entries.values())
+    assert not any(entry.pinned for entry in graphs_of(fast).entries.values())
 
 
 def test_one_line_is_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
@@ -446,7 +461,7 @@ def test_what_one_process_captured_another_one_prepares(tmp_path: Path, given_: 
     manifest = first.save_manifest(tmp_path / "m.json")
     second = graphcache.wrap(module, capture="prepared")
     done = second.prepare(manifest)
-    assert (done.signatures, done.problems) == (len(first._entries), ()), done.refused
+    assert (done.signatures, done.problems) == (len(graphs_of(first).entries), ()), done.refused
     for x, flag in given_:
         assert same(second(x, flag), module(x, flag))
     assert second.cache_info().captures == done.signatures
@@ -533,7 +548,7 @@ def test_a_call_of_a_manifest_that_the_module_refuses_is_listed_and_the_others_g
 def test_what_a_call_raises_while_it_is_captured_ends_a_manifest_s_call_alone(tmp_path: Path) -> None:
     served(tmp_path / "m.json", range(1, 4))
     fast = graphcache.wrap(mlp())
-    attempt, made = fast._misses.recorder.attempt, []
+    attempt, made = dispatcher_of(fast).target.recorder.attempt, []
 
     def second_fails(*args: Any, **options: Any) -> Any:
         made.append(args)
@@ -541,7 +556,7 @@ def test_what_a_call_raises_while_it_is_captured_ends_a_manifest_s_call_alone(tm
             raise MemoryError("no\nroom")
         return attempt(*args, **options)
 
-    fast._misses.recorder.attempt = second_fails
+    dispatcher_of(fast).target.recorder.attempt = second_fails
     done = fast.prepare(tmp_path / "m.json")
     assert (done.signatures, len(done.problems)) == (2, 1)
     assert done.problems[0].text.endswith("MemoryError: no room")
@@ -549,13 +564,13 @@ def test_what_a_call_raises_while_it_is_captured_ends_a_manifest_s_call_alone(tm
     with pytest.raises(MemoryError), torch.inference_mode():
         fast.prepare(*xs(8, 7))
     assert fast.cache_info().graphs == 3
-    assert not any(entry.pinned for entry in fast._entries.values())
+    assert not any(entry.pinned for entry in graphs_of(fast).entries.values())
 
 
 def test_nothing_runs_into_a_capture_of_the_caller_s(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = graphcache.wrap(load("scaled"))
     monkeypatch.setattr(misses, "forbidden", lambda **_: Reason.OUTER_CAPTURE)
-    monkeypatch.setattr(fast._misses, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(dispatcher_of(fast), "run", lambda *_: pytest.fail("it ran"))
     done = fast.prepare((3,))
     assert (done.signatures, [each.cause.reason for each in done.refused]) == (0, [Reason.OUTER_CAPTURE])
 
@@ -595,7 +610,7 @@ def test_calls_that_cannot_be_told_are_left_out_and_said(tmp_path: Path, caplog:
 def test_a_hit_remembers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = graphcache.wrap(mlp())
     fast(*xs(2))
-    monkeypatch.setattr(fast._misses.remembered, "note", lambda *_: pytest.fail("on a hit"))
+    monkeypatch.setattr(dispatcher_of(fast).history.remembered, "note", lambda *_: pytest.fail("on a hit"))
     for _ in range(20):
         fast(*xs(2))
     assert fast.cache_info().hits == 20

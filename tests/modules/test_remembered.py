@@ -13,7 +13,7 @@ from graphcache import Reason
 from graphcache.cache.admission import Known
 from graphcache.cache.lru import Entry
 from graphcache.cache.spec import spec_of
-from graphcache.modules import remembered
+from graphcache.dispatch import remembered
 from graphcache.dispatch.remembered import Remembered, made_again
 from tests.graphs.fake_driver import Torch
 from tests.modules.test_engine_module import fake, load  # noqa: F401 - the fixture is used by its name
@@ -31,7 +31,7 @@ def test_the_longest_unseen_without_a_graph_goes_first(keys: list[int], captured
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remembered, "_MOST", 8)
         entries: dict[int, Entry[Graph]] = {}
-        found = Remembered(entries)
+        found = Remembered(lambda: entries)
         order: list[int] = []
         for key in keys:
             if key in captured:
@@ -48,7 +48,7 @@ def test_the_longest_unseen_without_a_graph_goes_first(keys: list[int], captured
 
 def test_long_texts_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "_MOST_CHARACTERS", 1000)
-    found = Remembered({})
+    found = Remembered(dict)
     for index in range(50):
         found.note(index, ("x" * 300, index), {})
     assert len(found) == 2
@@ -57,7 +57,7 @@ def test_long_texts_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_entry_holds_what_is_known() -> None:
-    found = Remembered({"a": Entry(Graph())})
+    found = Remembered(lambda: {"a": Entry(Graph())})
     found.note("a", (torch.zeros(2),), {"n": 1})
     found.note("b", (torch.zeros(3),), {})
     found.note("odd", (Reason.GRAD,), {})

@@ -15,13 +15,14 @@ from torch import Tensor
 
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
+from graphcache.capture import context_groups as shared_contexts
+from graphcache.capture import engine_recorder as record_engine
 from graphcache.errors import Refusal
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.capture import engine_recorder as record_engine, context_groups as shared_contexts
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import in_threads, outcomes, wrap_recorded
+from tests.helpers import dispatcher_of, graphs_of, in_threads, outcomes, wrap_recorded
 from tests.modules.test_engine_module import MODULES, load, made_contexts, prepare, rows
 
 
@@ -32,7 +33,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
 
 
 def shares(fast: CachedModule) -> bool:
-    return bool(fast._misses.recorder._contexts.shares)
+    return bool(dispatcher_of(fast).target.recorder._contexts.shares)
 
 
 def flat(fake: Torch, count: int, start: float = 0.0) -> Tensor:
@@ -130,7 +131,7 @@ def test_a_graph_that_another_capture_breaks_is_never_used_again(
     first, second = flat(fake, 3), flat(fake, 5)
     assert torch.equal(fast(first), first * 2)
     assert torch.equal(fast(first), first * 2)
-    (kept,) = [entry.graph.graph for entry in fast._entries.values()]
+    (kept,) = [entry.graph.graph for entry in graphs_of(fast).entries.values()]
     with caplog.at_level(logging.WARNING, "graphcache"):
         assert torch.equal(fast(second), second * 2)
     assert kept.executables is None
@@ -236,7 +237,7 @@ def test_nothing_is_kept_alive(fake: Torch) -> None:
 
 def test_what_looking_takes_is_in_the_account(fake: Torch) -> None:
     fast = captured(load("affine"), fake, 1)
-    recorder = fast._misses.recorder
+    recorder = dispatcher_of(fast).target.recorder
     alone = recorder.passing_nbytes
     x = rows(fake, 1)
     captured_again = rows(fake, 2)

@@ -21,14 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache import CachedModule
 from graphcache.config import Modes, modes
+from graphcache.dispatch import fast_path
 from graphcache.errors import CudaError
 from graphcache.graphs import driver, native
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules import cached_module as cached
-from graphcache.dispatch import fast_path as shortcuts
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import in_threads, wrap_recorded
+from tests.helpers import dispatcher_of, graphs_of, in_threads, wrap_recorded
 from tests.modules.test_engine_module import MODULES, load, numbers, prepare, rows
 
 KERNEL = "cuGraphExecKernelNodeSetParams"
@@ -59,14 +58,14 @@ class Warm:
         return self
 
     def call(self, *args: Any) -> Any:
-        return self.fast._table.call(args)
+        return self.fast._graphcache_table.call(args)
 
     def into(self, out: Any, *args: Any) -> Any:
-        return self.fast._table.into(out, args)
+        return self.fast._graphcache_table.into(out, args)
 
     def state(self) -> Any:
         """All that the two ways have in common."""
-        entries = list(self.fast._entries.values())
+        entries = list(graphs_of(self.fast).entries.values())
         graphs = [entry.graph.graph for entry in entries]
         addresses = [graph.executables and graph.executables.table.tolist() for graph in graphs]
         outputs = [(graph.ready, graph.ready_stream, graph.ready_inference, graph.lane.stream) for graph in graphs]
@@ -85,7 +84,6 @@ def test_hits_are_answered_by_it(fake: Torch, warm: Warm, monkeypatch: pytest.Mo
     def refuse(*_: Any) -> Any:
         raise AssertionError("the Python way was taken")
 
-    monkeypatch.setattr(cached, "raw_stream", refuse)
     monkeypatch.setattr(CachedModule, "forward", refuse)
     hits = warm.fast.cache_info().hits
     kept = []
@@ -157,11 +155,11 @@ def test_hits_and_uses_are_counted_as_on_the_python_way(fake: Torch, monkeypatch
         with torch.no_grad(), fake.on(warm.stream):
             for which in (0, 1, 2, 1, 0, 0, 2):
                 warm.fast(inputs[which])
-            order = [entry.used for entry in warm.fast._entries.values()]
-            hits = [entry.hits for entry in warm.fast._entries.values()]
+            order = [entry.used for entry in graphs_of(warm.fast).entries.values()]
+            hits = [entry.hits for entry in graphs_of(warm.fast).entries.values()]
             warm.fast(inputs[3])
-        assert (warm.fast._table is not None) is (way == "compiled")
-        seen.append((sorted(range(3), key=order.__getitem__), hits, [key[4] for key in warm.fast._entries]))
+        assert (warm.fast._graphcache_table is not None) is (way == "compiled")
+        seen.append((sorted(range(3), key=order.__getitem__), hits, [key[4] for key in graphs_of(warm.fast).entries]))
     assert seen[0] == seen[1]
     assert torch.Size([2, 4]) not in seen[0][2], "the least recently used one has gone"
 
@@ -176,20 +174,19 @@ def test_modules_of_torch_are_asked_whether_they_changed(fake: Torch) -> None:
             return len(asked) == 2
 
     warm = Warm(fake).up(rows(fake, 2))
-    entry = next(iter(warm.fast._entries.values()))
-    ways = shortcuts.Shortcuts(None, guard := Asked(nn.ReLU()))
-    x = rows(fake, 2)
+    entry = next(iter(graphs_of(warm.fast).entries.values()))
+    guard, table, x = Asked(nn.ReLU()), fast_path.new_table(), rows(fake, 2)
     with torch.no_grad(), fake.on(warm.stream):
-        ways.remember("layout", (x,), (entry, None, None, None, None))
+        fast_path.put(table, (x,), entry, is_stale=guard.stale_since(guard.version))
         hits = entry.hits
-        assert torch.equal(ways.table().call((x,)), x * 3 + 1)
-        assert ways.table().call((x,)) is None
-        assert torch.equal(ways.table().call((x,)), x * 3 + 1)
+        assert torch.equal(table.call((x,)), x * 3 + 1)
+        assert table.call((x,)) is None
+        assert torch.equal(table.call((x,)), x * 3 + 1)
     assert asked == [False, False, False]
     assert entry.hits == hits + 2
     guard.version += 1
     with torch.no_grad(), fake.on(warm.stream):
-        assert ways.table().call((x,)) is None, "something has changed since it was remembered"
+        assert table.call((x,)) is None, "something has changed since it was remembered"
 
 
 # ---- where it is not
@@ -284,17 +281,17 @@ def test_arguments_that_are_left_alone(fake: Torch, warm: Warm) -> None:
             assert warm.call(x, bad) is None
             assert warm.into(bad, x) is False
             assert warm.into(x, bad) is False
-            assert warm.fast._table.call(bad) is None or type(bad) is tuple
-            assert warm.fast._table.into(rows(fake, 2), bad) is False or type(bad) is tuple
+            assert warm.fast._graphcache_table.call(bad) is None or type(bad) is tuple
+            assert warm.fast._graphcache_table.into(rows(fake, 2), bad) is False or type(bad) is tuple
         assert warm.call() is None
         assert warm.call(*(rows(fake, 2) for _ in range(9))) is None
         assert warm.into(x.clone().requires_grad_(), x) is False
         assert warm.into(x, x) is False
     assert fake.driver.calls.count("cuGraphLaunch") == 2, "of the tuples, which are calls"
     with pytest.raises(TypeError):
-        warm.fast._table.into(x)
+        warm.fast._graphcache_table.into(x)
     with pytest.raises(TypeError):
-        warm.fast._table.into(x, (x,), 3)
+        warm.fast._graphcache_table.into(x, (x,), 3)
 
 
 def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: Warm) -> None:
@@ -327,7 +324,7 @@ def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: War
         assert warm.state() == before
         warm.module.epoch -= 1
         assert warm.call(x) is not None
-        entry = next(iter(warm.fast._entries.values()))
+        entry = next(iter(graphs_of(warm.fast).entries.values()))
         entry.graph.close()
         assert warm.call(x) is None
         assert warm.into(out, x) is False
@@ -337,7 +334,7 @@ def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: War
 def test_staged_graphs_have_no_compiled_way(fake: Torch) -> None:
     strided = rows(fake, 4)[::2]
     staged = Warm(fake).up(strided)
-    assert staged.fast._shortcuts.table().count() == 0
+    assert dispatcher_of(staged.fast).fast_path.table().count() == 0
     with torch.no_grad(), fake.on(staged.stream):
         assert torch.equal(staged.fast(strided), strided * 3 + 1)
 
@@ -348,9 +345,9 @@ def test_without_a_library_or_a_driver_for_it(fake: Torch, monkeypatch: pytest.M
 
     monkeypatch.setattr(driver, "addresses", no_function)
     warm = Warm(fake).up(rows(fake, 2))
-    assert warm.fast._table is None
+    assert warm.fast._graphcache_table is None
     monkeypatch.setattr(native, "loaded", lambda: None)
-    assert Warm(fake).up(rows(fake, 2)).fast._table is None
+    assert Warm(fake).up(rows(fake, 2)).fast._graphcache_table is None
 
 
 # ---- what goes wrong
@@ -425,13 +422,13 @@ def test_forgetting_in_the_middle_of_a_call(fake: Torch, monkeypatch: pytest.Mon
 
     def allocator(buffer: Tensor) -> Callable[[], Tensor]:
         def allocate() -> Tensor:
-            warm.fast._shortcuts.clear()
+            dispatcher_of(warm.fast).fast_path.clear()
             gc.collect()
             return fake.empty_like(buffer)
 
         return allocate
 
-    monkeypatch.setattr(shortcuts, "allocator", allocator)
+    monkeypatch.setattr(fast_path, "allocator", allocator)
     x = rows(fake, 2)
     warm.up(x)
     with torch.no_grad(), fake.on(warm.stream):
@@ -452,11 +449,11 @@ def test_a_table_of_anything_else_is_refused(compiled: Any, args: tuple[Any, ...
 
 
 def test_putting_anything_else_is_refused(fake: Torch, warm: Warm) -> None:
-    table, x = warm.fast._shortcuts.table(), rows(fake, 2)
+    table, x = dispatcher_of(warm.fast).fast_path.table(), rows(fake, 2)
     good: list[Any] = []
-    ways = shortcuts.Shortcuts(warm.module, lambda grad: False)
     patch: Any = type("Table", (), {"put": lambda self, *args: good.extend(args)})()
-    ways._put(patch, (x,), next(iter(warm.fast._shortcuts.values())))
+    entry = next(iter(graphs_of(warm.fast).entries.values()))
+    fast_path.put(patch, (x,), entry, engine=warm.module, epoch=warm.module.epoch)
     with torch.no_grad():
         assert table.put(*good) is True
         for place in range(len(good)):
@@ -492,7 +489,7 @@ def test_threads(fake: Torch) -> None:
 
 def test_nothing_is_kept_of_a_call(fake: Torch, warm: Warm) -> None:
     x, out = rows(fake, 2), rows(fake, 2)
-    entry = next(iter(warm.fast._entries.values()))
+    entry = next(iter(graphs_of(warm.fast).entries.values()))
     graph = entry.graph.graph
     objects = [x, out, None, True, entry, graph, graph.lane, warm.module, *graph.inputs, *graph.outputs]
 
@@ -544,9 +541,9 @@ def test_nothing_is_kept_of_a_call(fake: Torch, warm: Warm) -> None:
 
 def test_it_goes_with_its_module(fake: Torch) -> None:
     warm = Warm(fake).up(rows(fake, 2))
-    entry = next(iter(warm.fast._entries.values()))
+    entry = next(iter(graphs_of(warm.fast).entries.values()))
     gone, graph = weakref.ref(warm.fast), weakref.ref(entry.graph.graph)
-    table = warm.fast._shortcuts.table()
+    table = dispatcher_of(warm.fast).fast_path.table()
     assert table.count() == 1
     del entry
     warm.fast.clear()

@@ -13,14 +13,14 @@ from graphcache.cache.buckets import Buckets
 from graphcache.cache.padder import Fit, Padder
 from graphcache.errors import Cause, Reason
 from graphcache.modules.trials import Trials
-from tests.helpers import Fn, frozen, same
+from tests.helpers import Fn, dispatcher_of, frozen, same
 
 BUCKETS = Buckets({0: {0: [4, 8]}})
 
 
 def trials_of(module: nn.Module, buckets: Buckets = BUCKETS, **options: Any) -> tuple[Trials, Padder]:
     padder = Padder(buckets, inspect.signature(module.forward))
-    return Trials(graphcache.wrap(module, **options)._misses, padder), padder
+    return Trials(dispatcher_of(graphcache.wrap(module, **options)), padder), padder
 
 
 def tried(module: nn.Module, x: Tensor, key: Any = ("key",), **options: Any) -> tuple[Trials, Any, Padder | Cause]:

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.lru import Entry, GraphCache
-from graphcache.cache.signature import describe
-from graphcache.capture.run_gate import RunGate
-from graphcache.config import GraphConfig, graphs_off
-from graphcache.errors import CaptureError, Cause, ClosedError, Reason
-from graphcache.events import Ledger
-from graphcache.modules.cached_module import CachedModule
-from graphcache.dispatch.dispatcher import STALE, Misses
-from graphcache.modules.module_guards import guard_of
-from graphcache.modules.submodules import Parts
+from graphcache.cache.lru import Entry
 from graphcache.capture.recorder import Recorded
+from graphcache.config import GraphConfig, graphs_off
+from graphcache.dispatch.dispatcher import STALE
+from graphcache.errors import CaptureError, ClosedError, Reason
+from graphcache.keys.call import Call, call_of
+from graphcache.modules.cached_module import CachedModule
+from tests.helpers import dispatcher_of
 
 
 class Slow:
-    """The slow way of one module, and what a call would do that finds a graph."""
+    """The dispatcher of one module, which counts the replays it is asked for."""
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
         self.module = module
-        self.ledger = Ledger("net")
-        self.cache: GraphCache[Recorded] = GraphCache(max_graphs=2)
+        self.fast = CachedModule(module, GraphConfig(max_graphs=2, **options), name="net")
+        self.dispatcher = dispatcher_of(self.fast)
+        self.ledger = self.dispatcher.ledger
+        self.cache = self.dispatcher.captures.graphs
         self.hits = 0
-        config = GraphConfig(**options)
-        guard, gate = guard_of(module, self, config.ignore), RunGate(module)
-        parts = Parts(module, config, lambda name, part, options: CachedModule(part, options, name=name))
-        self.misses = Misses(module, module, config, self.ledger, self.cache, parts, guard, gate)
 
-    def hit(self, entry: Entry[Recorded], inputs: Sequence[Tensor], grad: bool) -> Any:
+    def hit(self, entry: Entry[Recorded], call: Call) -> Any:
         self.hits += 1
-        return entry.graph.build(entry.graph.replay(inputs), inputs)
+        return entry.graph.build(entry.graph.replay(call.tensors), call.tensors)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        signature, inputs = describe(args, kwargs)
-        return self.misses.answer(signature, inputs, args, kwargs, self.hit)
+        return self.dispatcher.answer(call_of(args, kwargs), hit=lambda *each: self.hit(*each))
 
 
 class Branches(nn.Module):
@@ -49,6 +42,17 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1 if x.sum().item() > 0 else x - 1
+
+
+class Odd:
+    """An argument that no key describes."""
+
+
+class Takes(nn.Module):
+    """Takes one more argument, and leaves it alone."""
+
+    def forward(self, x: Tensor, other: object = None) -> Tensor:
+        return x + 1
 
 
 def net() -> nn.Module:
@@ -88,7 +92,7 @@ def test_what_cannot_be_captured_is_answered_once_and_remembered() -> None:
     for x in (X + 3, X - 3, X + 3):
         assert torch.equal(slow(x), module(x))
     assert dict(slow.ledger.eager) == {Reason.HOST_READ: 3}
-    slow.misses.clear()
+    slow.dispatcher.clear()
     assert torch.equal(slow(X - 3), module(X - 3))
     assert slow.ledger.eager[Reason.HOST_READ] == 4
 
@@ -122,31 +126,30 @@ def test_gradients_are_asked_of_inputs_and_parameters() -> None:
 
 
 def test_arguments_that_no_signature_describes() -> None:
-    slow = Slow(net())
-    cause = Cause(Reason.ARGUMENT, "args[0]", "odd")
-    assert torch.equal(slow.misses.undescribed(cause, (X,), {}), slow.module(X))
+    slow = Slow(Takes())
+    assert torch.equal(slow.fast(X, Odd()), slow.module(X))
     with graphs_off():
-        slow.misses.undescribed(cause, (X,), {})
+        slow.fast(X, Odd())
     assert dict(slow.ledger.eager) == {Reason.ARGUMENT: 1, Reason.DISABLED: 1}
 
 
 def test_a_graph_of_ones_own_is_in_no_cache() -> None:
     slow = Slow(net())
-    recorded = slow.misses.alone([X], (X,), {})
+    recorded = slow.dispatcher.capture_alone(call_of((X,), {}))
     assert torch.equal(recorded.build(recorded.replay([X]), [X]), slow.module(X))
     assert (len(slow.cache), slow.ledger.captures) == (0, 0)
     recorded.close()
     with pytest.raises(CaptureError, match=r"^net: host_read"):
-        Slow(Branches()).misses.alone([X], (X,), {})
+        Slow(Branches()).dispatcher.capture_alone(call_of((X,), {}))
     with graphs_off(), pytest.raises(CaptureError, match=r"^net: disabled"):
-        slow.misses.alone([X], (X,), {})
+        slow.dispatcher.capture_alone(call_of((X,), {}))
 
 
 def test_closed_is_closed() -> None:
-    slow = Slow(net())
+    slow = Slow(Takes())
     slow(X)
-    slow.misses.closed = True
-    for call in (slow, lambda x: slow.misses.undescribed(Cause(Reason.ARGUMENT), (x,), {})):
+    slow.fast.close()
+    for call in (slow, lambda x: slow.fast(x, Odd())):
         with pytest.raises(ClosedError, match=r"^net was closed; wrap its \.module again$"):
             call(X)
 
@@ -154,6 +157,6 @@ def test_closed_is_closed() -> None:
 def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAPHCACHE_DISABLE", "1")
     slow = Slow(net())
-    assert slow.misses.forbidden() is Reason.DISABLED
+    assert slow.dispatcher.forbidden() is Reason.DISABLED
     assert torch.equal(slow(X), slow.module(X))
     assert dict(slow.ledger.eager) == {Reason.DISABLED: 1}
