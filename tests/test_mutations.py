@@ -39,12 +39,14 @@ from graphcache.capture import effects, host_activity, trial_call
 from graphcache.capture import output_layout as answers
 from graphcache.capture import recorder as record
 from graphcache.capture import torch_recorder as record_torch
+from graphcache.dispatch import dispatcher
 from graphcache.dispatch import preconditions as conditions
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
+from graphcache.keys import call as key_of_call
 from graphcache.keys import code_nodes, guards, state_nodes, value_nodes
-from graphcache.modules import cached_module as cached
 from graphcache.modules import forward_patch as routes
+from graphcache.modules import wrapped
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +119,7 @@ def edited(change: Callable[[Any], Any], keep: Callable[[Any], bool] = lambda pa
         parts = original(args)
         return parts if parts is None else tuple(change(part) for part in parts if keep(part))
 
-    return both(around(cached, "describe", describe), around(signature, "describe_flat", flat))
+    return both(around(key_of_call, "describe", describe), around(signature, "describe_flat", flat))
 
 
 def nothing(*args: Any, **kwargs: Any) -> Any:
@@ -1087,7 +1089,7 @@ CURES: dict[str, Cure] = {
     ),
     "tracers see the module itself": Cure(
         both(
-            *(replace(where, "dispatch_modes", lambda: 0) for where in (cached, conditions)),
+            replace(conditions, "dispatch_modes", lambda: 0),
             replace(conditions, "has_function_modes", _never),
             replace(signature, "ambient_number", lambda: 0),
         ),
@@ -1095,7 +1097,7 @@ CURES: dict[str, Cure] = {
         CACHED + "test_make_fx_sees_the_operations_of_the_module",
     ),
     "transforms see the module itself": Cure(
-        both(replace(cached, "transforms", lambda: None), replace(conditions, "transforms", lambda: None)),
+        replace(conditions, "transforms", lambda: None),
         _a_transform_sees_something_else,
         CACHED + "test_vmap_and_grad_go_through",
     ),
@@ -1136,7 +1138,7 @@ CURES: dict[str, Cure] = {
         HOST + "test_close_is_idempotent_and_later_replays_say_what_to_do",
     ),
     "a hit counts as a use": Cure(
-        replace(cached, "clock", lambda: 0),
+        replace(dispatcher, "clock", lambda: 0),
         _the_hottest_graph_goes,
         CACHED + "test_the_least_recently_replayed_graph_goes_first",
     ),
@@ -1147,7 +1149,7 @@ CURES: dict[str, Cure] = {
         STRATEGY + "test_at_rest_the_parts_are_what_they_were_even_after_an_exception",
     ),
     "a part runs what the user put in its place": Cure(
-        replace(cached.CachedModule, "_run_from_now", nothing),
+        replace(wrapped.Wrapped, "run_from_now", nothing),
         _a_patched_forward_is_not_called,
         STRATEGY + "test_a_forward_that_is_patched_after_wrapping_counts_too",
     ),

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 
+from graphcache.dispatch import targets
 from graphcache.graphs import capture, cuda, driver, lane, slots
-from graphcache.modules import module_guards
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
 LANE = "tests/graphs/test_lane.py::"
@@ -54,7 +54,7 @@ CURES: dict[str, tuple[TakeOut, str]] = {
         CUDA + "test_an_unaligned_out_is_refused_by_kernels_and_taken_by_copies",
     ),
     "an engine's graphs of before a refit are stale": (
-        replace(module_guards.EngineGuard, "is_stale", lambda self, grad: False),
+        replace(targets.EngineGuard, "is_stale", lambda self, grad: False),
         ENGINE + "test_a_graph_captured_beside_a_refit_is_of_before",
     ),
     "ready outputs are of one inference mode": (

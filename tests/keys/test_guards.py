@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.module_guards import guard_of
+from graphcache.modules.module_guards import module_guard
 from tests.helpers import Fn, frozen, graphs_of, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -500,7 +500,7 @@ def test_the_guard_keeps_nobody_who_holds_graphs() -> None:
 
     user = User()
     gone = weakref.ref(user)
-    guard = guard_of(mlp(), user, ())
+    guard = module_guard(mlp(), user, ())
     guard.snapshot()
     del user
     gc.collect()

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import graphcache
 from graphcache import CachedModule
+from graphcache.dispatch import fast_path
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.cached_module import CachedModule as Class
@@ -275,4 +276,4 @@ def test_other_graphs_are_launched_by_python(fake: Torch, warm: Warm) -> None:
     host = graphcache.wrap(Fn(lambda _, x: x + 1))
     with torch.no_grad():
         session = host.session(torch.ones(2))
-    assert shortcuts.launcher(session._recorded.graph) == session._recorded.graph.launch
+    assert fast_path.launcher(session._recorded.graph) == session._recorded.graph.launch

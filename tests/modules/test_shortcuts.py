@@ -406,12 +406,12 @@ def test_what_the_callables_raise_is_raised(fake: Torch, monkeypatch: pytest.Mon
     def broken(index: Any) -> int:
         raise KeyError("no stream")
 
-    monkeypatch.setattr(shortcuts, "raw_stream", broken)
+    monkeypatch.setattr(fast_path, "raw_stream", broken)
     x = rows(fake, 2)
     warm = Warm(fake)
     with pytest.raises(KeyError, match="no stream"):
         warm.up(x)
-    monkeypatch.setattr(shortcuts, "raw_stream", lambda index: "seven")
+    monkeypatch.setattr(fast_path, "raw_stream", lambda index: "seven")
     with pytest.raises(TypeError):
         Warm(fake).up(x)
 
