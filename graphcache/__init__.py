@@ -15,6 +15,7 @@ from graphcache.engines.library import load_plugin_library as load_plugin_librar
 from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
+from graphcache.features import features as _features
 from graphcache.modules.cached import CachedModule as CachedModule
 from graphcache.modules.compiling import compile as compile
 from graphcache.modules.controls import controls as controls
@@ -23,10 +24,15 @@ from graphcache.modules.examples import Call as Call
 from graphcache.modules.explain import Explanation as Explanation
 from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
-from graphcache.modules.loading import load as load
 from graphcache.modules.observers import Observer as Observer
 from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
+from graphcache.persist.fingerprint import environment as _environment
+from graphcache.persist.loading import load as load
+from graphcache.persist.saving import save as _save
 from graphcache.version import __version__ as __version__
+
+_features.save_package = _save
+_features.environment = _environment

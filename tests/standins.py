@@ -17,7 +17,7 @@ from graphcache import EngineModule
 from graphcache.cache import spec
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
-from graphcache.modules import cached, conditions, engine_carried, examples, into, prepare, record_engine
+from graphcache.modules import cached, conditions, engine_state, examples, into, prepare, record_engine
 from graphcache.modules import engine as room
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
@@ -30,7 +30,7 @@ MODULES = (
     probe,
     verify,
     room,
-    engine_carried,
+    engine_state,
     record_engine,
     examples,
     prepare,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import copy
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger
+from graphcache.features import features
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.keys.ambient import ambient_state
 from graphcache.modules.accounted import Accounted
@@ -40,14 +44,13 @@ from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.module_guards import guard_of
 from graphcache.modules.observers import Observers
 from graphcache.modules.parts import Parts
-from graphcache.modules.portable import Portable
 from graphcache.modules.record import Recorded
 from graphcache.modules.shortcuts import Shortcut, Shortcuts, open_to
 from graphcache.modules.standin import gives_way
 
 
 @gives_way
-class CachedModule(Portable, Accounted):
+class CachedModule(Accounted):
     """A module that replays a CUDA graph (on the CPU: a host graph) for every signature it has seen.
 
     It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every
@@ -266,6 +269,57 @@ class CachedModule(Portable, Accounted):
         if table is not None and not (kwargs or is_compiling() or has_hooks(self)) and table.into(out, args):
             return out
         return self._into(out, *args, **kwargs)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        onnx: Any = None,
+        build: Mapping[str, Any] | None = None,
+        manifest: bool = True,
+    ) -> None:
+        """Write the module as a package, for :func:`graphcache.load` of another process or machine.
+
+        The file holds engines, weights, these options, and the calls that were served, as :meth:`save_manifest` writes
+        them. It is written in one step. It holds no code and nothing is pickled: a model that is more than one engine
+        is loaded ``into`` a model of the same make.
+
+        Args:
+            path: The file, in a directory that exists; ``.gcache`` is the usual ending.
+            onnx: As :meth:`EngineModule.save` takes it, for a wrapped engine.
+            build: Likewise.
+            manifest: Whether the calls that were served are part of it.
+
+        Raises:
+            ConfigError: If the file cannot be written, the state holds more than tensors, or for a bad option.
+            EngineError: If an engine was refitted, and TensorRT cannot serialise it again.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> import graphcache
+            >>> fast = graphcache.wrap(torch.nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
+            >>> y = fast(torch.ones(3, 4))
+            >>> other = torch.nn.Linear(4, 2).requires_grad_(False)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     fast.save(f"{folder}/linear.gcache")
+            ...     again = graphcache.load(f"{folder}/linear.gcache", into=other, prepare=True)
+            >>> torch.equal(again(torch.ones(3, 4)), y), again.cache_info().hits, again.config.max_graphs
+            (True, 1, 8)
+        """
+        self._misses.check_open()
+        features.save_package(self, path, onnx=onnx, build=build, manifest=manifest)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy has the module and the options; it captures its own graphs. ``copy.copy`` shares the module."""
+        self._misses.check_open()
+        return partial(CachedModule, name=self._ledger.name), (self._module, self._config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedModule:
+        self._misses.check_open()
+        module = copy.deepcopy(self._module, memo)
+        memo[id(self)] = copied = CachedModule(module, self._config, name=self._ledger.name)
+        return copied
 
     def _into(self, out: Any, *args: Any, **kwargs: Any) -> Any:
         """:meth:`forward_into`, where the compiled short way left it alone."""

@@ -20,8 +20,8 @@ from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Ref
 from graphcache.events import Event, RanEagerly, log
 from graphcache.modules.controls import controls
 from graphcache.modules.described import described, on_device
+from graphcache.modules.devices import device_of
 from graphcache.modules.examples import example
-from graphcache.modules.fingerprint import device_of
 from graphcache.modules.preparing import Preparation, prepared_together, preparing
 from graphcache.modules.progress import bar
 from graphcache.modules.served_calls import Job, choose

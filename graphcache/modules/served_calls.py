@@ -12,9 +12,10 @@ from graphcache.cache.manifest import Manifest, ManifestProblem, differences
 from graphcache.cache.served import ManifestEntry, plan
 from graphcache.cache.spec import example_of
 from graphcache.errors import shown
+from graphcache.features import features
+from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.examples import Example, varied
-from graphcache.modules.fingerprint import device_of, environment
 from graphcache.modules.remembered import made_again
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def served(fast: CachedModule) -> tuple[Manifest, int]:
         found, left = each._misses.remembered.served(each._misses.admission.known(), part)
         entries += found
         untold += left
-    return Manifest(environment(fast._module), entries), untold
+    return Manifest(features.environment(fast._module), entries), untold
 
 
 def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
@@ -80,7 +81,7 @@ def choose(fast: CachedModule, given: str | os.PathLike[str] | Manifest, seconds
     Raises:
         ConfigError: For a path that is none.
     """
-    here = environment(fast._module)
+    here = features.environment(fast._module)
     if isinstance(given, Manifest):
         manifest, path = given, "the manifest"
         problems = [

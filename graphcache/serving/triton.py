@@ -12,9 +12,9 @@ from typing import Any
 
 from graphcache.errors import ServingError, shown
 from graphcache.modules.cached import CachedModule
-from graphcache.modules.loading import load
-from graphcache.package.container import Container
-from graphcache.package.header import HeaderError, read_header
+from graphcache.persist.container import Container
+from graphcache.persist.header import HeaderError, read_header
+from graphcache.persist.loading import load
 from graphcache.serving.backend import ModelSpec, TensorSpec
 from graphcache.serving.local import spec_of
 from graphcache.serving.protocol.dtypes import datatype_of

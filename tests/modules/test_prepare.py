@@ -22,9 +22,10 @@ from graphcache.cache.arbiter import set_process_budget
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import spec_of
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
-from graphcache.modules import captures, described, examples, fingerprint, misses, remembered
+from graphcache.modules import captures, described, devices, examples, misses, remembered
 from graphcache.modules import prepare as room
 from graphcache.modules.preparing import preparing
+from graphcache.persist import fingerprint
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, reason, same, structures, tensors
 from tests.modules import test_engine_module as engines
@@ -36,7 +37,7 @@ on_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
     with installed(
-        *engines.MODULES, room, described, examples, fingerprint, remembered, spec, patch=monkeypatch
+        *engines.MODULES, room, described, devices, examples, fingerprint, remembered, spec, patch=monkeypatch
     ) as fake:
         fake.zeros = lambda *shape, **options: fake.driver.heap.empty(*shape, **options).zero_()
         yield engines.prepare(fake, monkeypatch)

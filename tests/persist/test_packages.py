@@ -28,9 +28,10 @@ from graphcache.errors import (
     NoGpuError,
     PackageError,
 )
-from graphcache.modules import loading, packaging
-from graphcache.modules.packaging import Source, config_of, options_of
-from graphcache.package.container import write_parts
+from graphcache.modules.engine_source import Source
+from graphcache.persist import loading
+from graphcache.persist.container import sha256, write_parts
+from graphcache.persist.options import config_of, options_of
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
@@ -38,7 +39,9 @@ from tests.helpers import mlp, outcomes, same
 from tests.modules.test_engine_module import rows
 from tests.standins import Mixed, engines, in_a_new_process
 
-STORED = Path(__file__).parents[1] / "package" / "version-1.gcache"
+OF_0_1 = Path(__file__).parent
+"""Files that version 0.1.0 wrote."""
+STORED = OF_0_1 / "version-1.gcache"
 
 
 @pytest.fixture
@@ -58,8 +61,7 @@ def repacked(path: Path, change: Callable[[dict[str, Any], dict[str, bytes]], An
     header = json.loads(parts.pop("header.json"))
     change(header, parts)
     if seal:
-        digest = packaging.sha256
-        header["parts"] = {name: {"nbytes": len(data), "sha256": digest(data)} for name, data in parts.items()}
+        header["parts"] = {name: {"nbytes": len(data), "sha256": sha256(data)} for name, data in parts.items()}
     write_parts(path, {"header.json": json.dumps(header).encode(), **parts})
     return path
 
@@ -427,6 +429,19 @@ def test_a_stored_package_of_version_1(fake: Torch) -> None:
     assert (again.config.max_graphs, again.ledger.name) == (7, "stored")
     assert outcomes(again)[0] == 1
     assert again.module.source == Source(b"an ONNX model", {"shapes": {"x": [[1, 4], [2, 4], [4, 4]]}})
+
+
+def test_a_stored_pickle_and_a_stored_state_of_version_0_1(fake: Torch) -> None:
+    again = pickle.loads((OF_0_1 / "version-0.1.pickle").read_bytes())
+    x = rows(fake, 2)
+    for _ in range(3):
+        assert torch.equal(again(x), x * 3 + 1)
+    assert (type(again), again.config.max_graphs, again.ledger.name) == (CachedModule, 7, "net")
+    assert again.cache_info().hits == 2
+    assert again.module.source == Source(b"model", {"workspace": 4096})
+    empty = EngineModule()
+    empty.load_state_dict(torch.load(OF_0_1 / "version-0.1-state.pt", weights_only=True)["state"])
+    assert torch.equal(empty(x), x * 3 + 1)
 
 
 # ---- options

@@ -12,8 +12,9 @@ from torch import nn
 
 import graphcache
 from graphcache.errors import CudaError
-from graphcache.modules import fingerprint
-from graphcache.modules.fingerprint import device_of, environment
+from graphcache.modules.devices import device_of
+from graphcache.persist import fingerprint
+from graphcache.persist.fingerprint import environment
 from tests.graphs.fake_driver import Torch
 from tests.helpers import mlp
 from tests.modules.test_engine_module import fake, load  # noqa: F401 - the fixture is used by its name

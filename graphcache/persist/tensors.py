@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 
-def written(tensors: Mapping[str, Tensor]) -> bytes:
-    """Named tensors as safetensors holds them; those that share memory are written out one by one.
+def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Named tensors in the format of safetensors; those that share memory are written out one by one.
 
     Example:
         >>> import torch
-        >>> read(written({"w": torch.ones(2).half()}))["w"]
+        >>> read_tensors(write_tensors({"w": torch.ones(2).half()}))["w"]
         tensor([1., 1.], dtype=torch.float16)
     """
     from safetensors.torch import save
@@ -20,16 +20,15 @@ def written(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
 
 
-def read(data: bytes) -> dict[str, Tensor]:
-    """The tensors that :func:`written` wrote, on the CPU.
+def read_tensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors that :func:`write_tensors` wrote, on the CPU.
 
     Raises:
-        ValueError: If that is not what it wrote.
+        ValueError: If the data is of another format, or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         return load(data)
-    except (SafetensorError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+    except Exception as error:  # safetensors raises several kinds
         raise ValueError(" ".join(str(error).split())[:200]) from error

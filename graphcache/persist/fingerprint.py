@@ -1,11 +1,10 @@
-"""What must be the same for what was measured in one process to mean anything in another."""
+"""The environment of a module: what must be the same for costs that were measured in one process to hold in another."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 import re
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
+from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
 from graphcache.version import __version__
 
@@ -41,48 +41,33 @@ def environment(module: nn.Module) -> dict[str, str]:
         found["driver"] = _driver()
     else:
         found["device"] = f"{device.type}, {platform.machine()}"
-    for engine in _engines(module):
-        library = engine.engine.library
-        found[library.flavour] = library.version
+    for each in module.modules():
+        if isinstance(each, EngineModule):
+            found[each.engine.library.flavour] = each.engine.library.version
     return found
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's calls run: an engine's device, that of the first parameter or buffer, else CUDA if there is one.
-
-    Example:
-        >>> device_of(nn.Linear(2, 3))
-        device(type='cpu')
-    """
-    for engine in _engines(module):
-        return torch.device(engine.device)
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _engines(module: nn.Module) -> Iterator[EngineModule]:
-    return (each for each in module.modules() if isinstance(each, EngineModule))
-
-
 def _digest(module: nn.Module) -> str:
+    """The class of a module, and a hash of its structure and its engines."""
     found = hashlib.sha256()
+
+    def add(*values: object) -> None:
+        found.update("".join(f"{value}\0" for value in values).encode("utf-8", "backslashreplace"))
+
     for name, each in module.named_modules():
-        found.update(f"{name}\0{type(each).__qualname__}\0".encode("utf-8", "backslashreplace"))
+        add(name, type(each).__qualname__)
         if isinstance(each, EngineModule):
             found.update(hashlib.sha256(each.serialized_engine).digest())
-        for table in (each._parameters, each._buffers):
-            for own, tensor in table.items():
-                # A lazy parameter has no shape yet.
-                shape = getattr(tensor, "shape", None) if not nn.parameter.is_lazy(tensor) else "lazy"
-                told = f"{own}\0{shape}\0{getattr(tensor, 'dtype', None)}\0"
-                found.update(told.encode("utf-8", "backslashreplace"))
+        for own, tensor in (*each._parameters.items(), *each._buffers.items()):
+            # A lazy parameter has no shape yet.
+            shape = "lazy" if nn.parameter.is_lazy(tensor) else getattr(tensor, "shape", None)
+            add(own, shape, getattr(tensor, "dtype", None))
     return f"{type(module).__qualname__[:200]} {found.hexdigest()}"
 
 
 @cache
 def _driver() -> str:
-    """The driver's own version where the system tells, and the newest CUDA that it serves."""
+    """The driver's own version where the system tells, and the newest CUDA that it supports."""
     told = []
     try:
         with open(_SAID_BY_DRIVER, encoding="utf-8", errors="replace") as file:
@@ -90,8 +75,8 @@ def _driver() -> str:
     except OSError:
         pass
     try:
-        serves = driver.call("cuDriverGetVersion")
-        told.append(f"CUDA {serves // 1000}.{serves % 1000 // 10}")
+        supported = driver.call("cuDriverGetVersion")
+        told.append(f"CUDA {supported // 1000}.{supported % 1000 // 10}")
     except CudaError:
         pass
     return ", ".join(told) or "unknown"

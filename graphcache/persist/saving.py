@@ -1,0 +1,139 @@
+"""Writing a module as a package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.errors import ConfigError, shown
+from graphcache.modules.cached import CachedModule
+from graphcache.modules.controls import controls
+from graphcache.modules.engine import EngineModule
+from graphcache.modules.engine_source import Source
+from graphcache.modules.engine_state import bytes_of
+from graphcache.modules.served_calls import served
+from graphcache.persist.container import HEADER, sha256, write_parts
+from graphcache.persist.header import Header, PackagedEngine, Part
+from graphcache.persist.options import options_of
+from graphcache.persist.tensors import write_tensors
+from graphcache.version import __version__
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+
+def save(module: nn.Module, path: str | os.PathLike[str], *, onnx: Any, build: Any, manifest: bool = False) -> None:
+    """Write a module as a package, as :meth:`EngineModule.save` and :meth:`CachedModule.save` describe it.
+
+    Args:
+        module: An engine, or a wrapped module.
+        path: The file.
+        onnx: The ONNX model of an engine, as a path or as bytes; ``None`` keeps the one that it has.
+        build: Keyword arguments of ``graphcache.build`` for that model.
+        manifest: Whether the calls that a wrapped module has served are part of it.
+
+    Raises:
+        ConfigError: If the file cannot be written, the state holds more than tensors, or for a bad option.
+        EngineError: If an engine was refitted, and TensorRT cannot serialise it again.
+    """
+    if type(manifest) is not bool:
+        raise ConfigError(f"manifest={shown(manifest)}: expected True or False")
+    parts: dict[str, bytes] = {}
+    name, options, calls = "", None, None
+    if isinstance(module, CachedModule):
+        wrapper = controls(module)
+        name, options = wrapper.ledger.name, options_of(wrapper.config)
+        calls = served(module)[0] if manifest else None
+        module = wrapper.module
+    engines = {place: each for place, each in module.named_modules() if isinstance(each, EngineModule)}
+    alone = list(engines) == [""]
+    _take_source(engines, alone, onnx, build)
+    packaged = [_engine(index, place, each, parts) for index, (place, each) in enumerate(engines.items())]
+    if not alone and (tensors := _tensors(module, engines)):
+        try:
+            parts[WEIGHTS] = write_tensors(tensors)
+        except Exception as error:
+            # On the meta device, say, or of a dtype that safetensors does not hold.
+            raise ConfigError(f"the module's tensors cannot be written: {shown(error)}; use torch.save") from error
+    if calls is not None and calls.entries:
+        parts[MANIFEST] = calls.data
+    header = Header(
+        graphcache=__version__,
+        kind="engine" if alone else "module",
+        engines=packaged,
+        name=name,
+        options=options,
+        weights=WEIGHTS if WEIGHTS in parts else None,
+        manifest=MANIFEST if MANIFEST in parts else None,
+        parts={part: Part(len(data), sha256(data)) for part, data in parts.items()},
+    )
+    try:
+        write_parts(os.fspath(path), {HEADER: header.data, **parts})
+    except Exception as error:
+        why = getattr(error, "strerror", None) or shown(error)
+        raise ConfigError(f"path={shown(path)} cannot be written: {why}; what was there is as it was") from error
+
+
+def _take_source(engines: Mapping[str, EngineModule], alone: bool, onnx: Any, build: Any) -> None:
+    """Give an engine the model that the caller says it was built from."""
+    if onnx is None and build is not None:
+        raise ConfigError("build says how to build from an ONNX model, and none was given; pass onnx too")
+    if onnx is not None:
+        if not alone:
+            raise ConfigError("onnx is for a module that is an engine; of a model, give each engine its own source")
+        engines[""].source = Source.of(onnx, build)
+
+
+def _engine(index: int, place: str, module: EngineModule, parts: dict[str, bytes]) -> PackagedEngine:
+    """An engine in the header; its bytes and its model are added to the parts."""
+    engine, source = module.engine, module.source
+    part, model = f"engines/{index}.engine", f"engines/{index}.onnx"
+    parts[part] = bytes_of(module.engine_tensor())
+    if source is not None:
+        parts[model] = source.onnx
+    return PackagedEngine(
+        module=place,
+        part=part,
+        name=module.name,
+        inputs=list(module.input_binding_names),
+        outputs=list(module.output_binding_names),
+        bindings=[
+            {
+                "name": binding.name,
+                "input": binding.is_input,
+                "dtype": str(binding.dtype).removeprefix("torch."),
+                "shape": list(binding.shape),
+                "host": binding.on_host,
+                "ranges": [[list(bounds) for bounds in profile] for profile in binding.ranges],
+            }
+            for binding in (*engine.inputs, *engine.outputs)
+        ],
+        requires_output_allocator=module.requires_output_allocator,
+        profile=module.profile_choice,
+        output_shapes=module.output_shapes,
+        flavour=engine.library.flavour,
+        tensorrt=engine.library.version,
+        capability=engine.capability,
+        device=torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "",
+        onnx=None if source is None else model,
+        build={} if source is None else dict(source.options),
+    )
+
+
+def _tensors(module: nn.Module, engines: Mapping[str, EngineModule]) -> dict[str, Tensor]:
+    """The tensors of a model's state, without its engines."""
+    found = {}
+    for name, value in module.state_dict().items():
+        owner, _, last = name.rpartition(".")
+        if last == "_extra_state":
+            if module.get_submodule(owner) not in engines.values():
+                raise ConfigError(f"{name} is a state of its own kind, which a package does not hold; use torch.save")
+        elif not isinstance(value, Tensor) or value.layout is not torch.strided:
+            raise ConfigError(f"{name} is no dense tensor, which is all that a package holds; use torch.save")
+        else:
+            found[name] = value
+    return found
