@@ -60,7 +60,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
-    if origin is Literal and type(value) is str and value in inner:
+    if origin is Literal and any(type(value) is type(each) and value == each for each in inner):
         return value
     if origin in (Union, UnionType):
         if value is None and type(None) in inner:

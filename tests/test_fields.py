@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,7 +81,5 @@ def test_what_does_not_fit_is_named(field: str, value: Any, message: str) -> Non
 )
 def test_anything_is_read_or_refused(tree: Any) -> None:
     for given_tree in (tree, {**TREE, **tree} if isinstance(tree, dict) else tree):
-        try:
-            read_fields(Outer, given_tree)
-        except FieldError as error:
-            assert 0 < len(str(error)) < 1000
+        with suppress(FieldError):
+            assert type(read_fields(Outer, given_tree)) is Outer

@@ -7,20 +7,19 @@ import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graphcache.engines.engine import Engine
-from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, is_a, shown
+from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, shown
 from graphcache.features import features
 from graphcache.fields import FieldError, read_fields
 from graphcache.modules.controls import controls
 from graphcache.modules.engine_source import Source
 
-_VERSION = 1
 _WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
 """Attributes that a module without an engine does not have."""
 _OF_THIS_PROCESS = _WITH_AN_ENGINE | {
@@ -63,6 +62,7 @@ class EngineState:
     requires_output_allocator: bool
     profile: int | None
     output_shapes: str
+    version: Literal[1] = 1
 
     @classmethod
     def of(cls, state: Any, label: str) -> EngineState:
@@ -75,32 +75,19 @@ class EngineState:
         Raises:
             EngineFormatError: Naming the field that is missing or not what it should be.
         """
-        if not is_a(state, Mapping):
-            raise EngineFormatError(
-                f"the state of {label} is of type {type(state).__name__}; expected the dictionary that state_dict() of "
-                f"an EngineModule holds"
-            )
-        version = state.get("version")
-        if type(version) is not int or version != _VERSION:
-            raise EngineFormatError(
-                f"the state of {label} has version {shown(version)}, and this graphcache reads {_VERSION}; save it "
-                f"again with this release, or install the release that saved it"
-            )
         try:
-            found = read_fields(cls, {each.name: state[each.name] for each in fields(cls) if each.name in state})
+            found = read_fields(cls, state)
+            return replace(found, engine=_flat_bytes(found.engine))
         except FieldError as error:
-            raise EngineFormatError(f"the state of {label}: {error}; was it changed after it was saved?") from error
-        if not _holds_bytes(found.engine):
             raise EngineFormatError(
-                f"the state of {label}: engine is {_described(found.engine)}; expected the bytes as a uint8 tensor"
-            )
-        object.__setattr__(found, "engine", found.engine.detach().cpu().contiguous())
-        return found
+                f"the state of {label}: {error}; expected what state_dict() of an EngineModule holds: save it again "
+                f"with this release, or install the release that saved it"
+            ) from error
 
     @property
     def tree(self) -> dict[str, Any]:
         """The bytes as a tensor (not a copy), lists, text, numbers and ``None``: what ``weights_only`` loads."""
-        return {"version": _VERSION, **{each.name: getattr(self, each.name) for each in fields(self)}}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 class EngineBase(nn.Module):
@@ -355,19 +342,11 @@ def on_index(device: torch.device | None) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _described(value: Tensor) -> str:
-    """The dtype and the shape of a tensor that may have none."""
+def _flat_bytes(value: Tensor) -> Tensor:
+    """A tensor on the CPU that :func:`bytes_of` can read."""
     try:
-        return f"{value.dtype} {list(value.shape)}"
+        if value.layout is torch.strided and value.dtype is torch.uint8 and value.dim() == 1 and value.numel() > 0:
+            return value.detach().cpu().contiguous()
     except Exception:
-        return shown(value)
-
-
-def _holds_bytes(value: Tensor) -> bool:
-    """Whether a tensor is what :func:`tensor_of` gives."""
-    try:
-        dense = value.layout is torch.strided and not value.is_nested
-        return dense and value.dtype is torch.uint8 and value.dim() == 1 and value.numel() > 0
-    except Exception:
-        # A parameter without a shape, or an object that cannot be asked.
-        return False
+        pass
+    raise FieldError(f"engine is {shown(value)}; expected the bytes as a uint8 tensor")

@@ -11,26 +11,26 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
-from types import TracebackType
+from contextlib import ExitStack
+from typing import Self
 
 from graphcache.errors import PackageError, shown
 from graphcache.files import open_regular, replacing
+from graphcache.persist.header import HEADER, PackageHeader, Part, damaged, read_header
 
-HEADER = "header.json"
 MOST_HEADER_BYTES = 4 * 2**20
 _MOST_PARTS = 4096
 _NAME = re.compile(r"header\.json|manifest\.json|weights\.safetensors|engines/\d{1,4}\.(?:engine|onnx)")
 _END = b"PK\x05\x06"
 _END_BYTES = 22
-_AGAIN = "copy the file again, or save the package again with module.save()"
 
 
-def sha256(data: bytes | memoryview) -> str:
-    """The digest that the header has of a part."""
-    return hashlib.sha256(data).hexdigest()
+def part_of(data: bytes) -> Part:
+    """The size and the digest that the header has of a part."""
+    return Part(len(data), hashlib.sha256(data).hexdigest())
 
 
-def write_parts(path: str | os.PathLike[str], parts: Mapping[str, bytes | memoryview]) -> None:
+def write_parts(path: str | os.PathLike[str], parts: Mapping[str, bytes]) -> None:
     """Write a container in one step: what was at ``path`` stays until the new one is complete.
 
     The same parts give the same bytes.
@@ -45,7 +45,7 @@ def write_parts(path: str | os.PathLike[str], parts: Mapping[str, bytes | memory
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, data in parts.items():
             assert _NAME.fullmatch(name), name
-            archive.writestr(zipfile.ZipInfo(name), bytes(data))
+            archive.writestr(zipfile.ZipInfo(name), data)
 
 
 class Container:
@@ -60,108 +60,88 @@ class Container:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
-        try:
-            self._file = open_regular(path)
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or str(error)
-            raise PackageError(
-                f"{self.path} cannot be read: {why}; expected a package that module.save() wrote"
-            ) from error
-        try:
-            self._parts = self._checked_parts()
-        except BaseException:
-            self._file.close()
-            raise
+        with ExitStack() as opened:
+            try:
+                file = opened.enter_context(open_regular(path))
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or str(error)
+                raise PackageError(
+                    f"{self.path} cannot be read: {why}; expected a package that module.save() wrote"
+                ) from error
+            nbytes = os.fstat(file.fileno()).st_size
+            file.seek(max(nbytes - _END_BYTES, 0))
+            # zipfile would look for the end before a comment or anything else.
+            if not file.read(_END_BYTES).startswith(_END) or nbytes < _END_BYTES:
+                raise damaged(self.path, "", f"its {nbytes} bytes do not end as a package does")
+            try:
+                self._archive = opened.enter_context(zipfile.ZipFile(file))
+            except Exception as error:  # a dozen kinds, for damaged files
+                raise damaged(self.path, "", shown(error)) from error
+            self._parts = self._checked(nbytes)
+            self._opened = opened.pop_all()
 
-    def __enter__(self) -> Container:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._archive.close()
-        self._file.close()
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
     @property
     def names(self) -> list[str]:
         """The names of all parts."""
         return list(self._parts)
 
-    def header(self) -> bytes:
-        """The part that describes the others.
+    def header(self) -> PackageHeader:
+        """The header, checked.
 
         Raises:
-            PackageError: If it is missing, too large or damaged.
+            PackageError: If it is missing, too large, damaged or of another version.
         """
-        if (nbytes := self._size(HEADER)) > MOST_HEADER_BYTES:
-            raise self.wrong(HEADER, f"it has {nbytes} bytes; expected at most {MOST_HEADER_BYTES}")
-        return self._read(HEADER)
+        return read_header(self.read(HEADER), self.path)
 
-    def read(self, name: str, nbytes: int, digest: str) -> bytes:
+    def read(self, name: str, told: Part | None = None) -> bytes:
         """The contents of a part.
 
         Args:
             name: The part.
-            nbytes: Its size according to the header.
-            digest: Its SHA-256 according to the header.
+            told: Its size and digest according to the header; ``None`` for the header itself, whose size is bounded.
 
         Raises:
             PackageError: If it is missing or not what the header says.
         """
-        if (found := self._size(name)) != nbytes:
-            raise self.wrong(name, f"it has {found} bytes, and the header says {nbytes}")
-        data = self._read(name)
-        if sha256(data) != digest:
-            raise self.wrong(name, f"its SHA-256 is {sha256(data)[:16]}…, and the header says {digest[:16]}…")
-        return data
-
-    def wrong(self, part: str, what: str) -> PackageError:
-        """The error for a part."""
-        return PackageError(f"{self.path}: part {part!r}: {what}; {_AGAIN}")
-
-    def _damaged(self, what: str) -> PackageError:
-        """The error for the file as a whole."""
-        return PackageError(f"{self.path} is no package, or not all of one: {what}; {_AGAIN}")
-
-    def _size(self, name: str) -> int:
-        """The size of a part, which is there."""
         if name not in self._parts:
-            raise self.wrong(name, "it is missing")
-        return self._parts[name].file_size
-
-    def _read(self, name: str) -> bytes:
-        """The contents of a part, of the size that the list of parts says."""
+            raise damaged(self.path, name, "it is missing")
+        nbytes = self._parts[name].file_size
+        if told is not None and nbytes != told.nbytes:
+            raise damaged(self.path, name, f"it has {nbytes} bytes, and the header says {told.nbytes}")
+        if told is None and nbytes > MOST_HEADER_BYTES:
+            raise damaged(self.path, name, f"it has {nbytes} bytes; expected at most {MOST_HEADER_BYTES}")
         try:
             data = self._archive.read(self._parts[name])
-        except Exception as error:  # zipfile raises a dozen kinds for damaged files
-            raise self.wrong(name, f"it cannot be read ({shown(error)})") from error
-        if len(data) != self._size(name):
-            raise self.wrong(name, f"it has {len(data)} bytes, and the list of parts says {self._size(name)}")
+        except Exception as error:  # as above
+            raise damaged(self.path, name, f"it cannot be read ({shown(error)})") from error
+        seen = part_of(data)
+        if seen.nbytes != nbytes:
+            raise damaged(self.path, name, f"it has {seen.nbytes} bytes, and the list of parts says {nbytes}")
+        if told is not None and seen != told:
+            text = f"its SHA-256 is {seen.sha256[:16]}…, and the header says {told.sha256[:16]}…"
+            raise damaged(self.path, name, text)
         return data
 
-    def _checked_parts(self) -> dict[str, zipfile.ZipInfo]:
+    def _checked(self, nbytes: int) -> dict[str, zipfile.ZipInfo]:
         """The list of parts, each with a name of a package's, and as it is on disk."""
-        nbytes = os.fstat(self._file.fileno()).st_size
-        self._file.seek(max(nbytes - _END_BYTES, 0))
-        # zipfile would look for the end before a comment or anything else.
-        if not self._file.read(_END_BYTES).startswith(_END) or nbytes < _END_BYTES:
-            raise self._damaged(f"its {nbytes} bytes do not end as a package does")
-        try:
-            self._archive = zipfile.ZipFile(self._file)
-        except Exception as error:  # as above
-            raise self._damaged(shown(error)) from error
         listed = self._archive.infolist()
         if len(listed) > _MOST_PARTS:
-            raise self._damaged(f"it has {len(listed)} parts; expected at most {_MOST_PARTS}")
+            raise damaged(self.path, "", f"it has {len(listed)} parts; expected at most {_MOST_PARTS}")
         found: dict[str, zipfile.ZipInfo] = {}
         for part in listed:
             if not _NAME.fullmatch(part.filename):
-                raise self._damaged(f"it has a part {shown(part.filename)}, which is no name of one")
+                raise damaged(self.path, "", f"it has a part {shown(part.filename)}, which is no name of one")
             if part.filename in found:
-                raise self.wrong(part.filename, "it stands there twice")
+                raise damaged(self.path, part.filename, "it stands there twice")
             if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 0x1 or part.compress_size != part.file_size:
-                raise self.wrong(part.filename, "it is compressed or encrypted, which no part of a package is")
+                raise damaged(self.path, part.filename, "it is compressed or encrypted, which no part of a package is")
             found[part.filename] = part
         if (total := sum(part.file_size for part in listed)) > nbytes:
-            raise self._damaged(f"its parts have {total} bytes together, and the file {nbytes}")
+            raise damaged(self.path, "", f"its parts have {total} bytes together, and the file {nbytes}")
         return found

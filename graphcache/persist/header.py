@@ -6,19 +6,13 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from graphcache.errors import shown
+from graphcache.errors import PackageError, shown
 from graphcache.fields import FieldError, read_fields
+from graphcache.version import __version__
 
 VERSION = 1
 FORMAT = "graphcache.package"
-
-
-class HeaderError(Exception):
-    """The data is no header; the message names the field."""
-
-
-class FormatVersionError(HeaderError):
-    """The header is of another version of the format."""
+HEADER = "header.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +63,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header:
+class PackageHeader:
     """The header of a package.
 
     Args:
@@ -83,8 +77,8 @@ class Header:
         parts: Every part but the header.
 
     Example:
-        >>> header = Header(graphcache="0.1.0", kind="module", engines=[], parts={})
-        >>> read_header(header.data) == header
+        >>> header = PackageHeader(graphcache="0.1.0", kind="module", engines=[], parts={})
+        >>> read_header(header.data, "m.gcache") == header
         True
     """
 
@@ -108,39 +102,47 @@ class Header:
         return [part for part in (*engines, self.weights, self.manifest) if part is not None]
 
 
-def read_header(data: bytes) -> Header:
-    """The header of a package, checked.
+def read_header(data: bytes, path: str) -> PackageHeader:
+    """The header of the package at a path, checked.
 
     Raises:
-        FormatVersionError: If it is of another version.
-        HeaderError: If it is no header; the message names the field.
+        PackageError: If it is damaged or of another version; the message names the field.
     """
     try:
         tree = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise HeaderError(f"it is no JSON ({' '.join(str(error).split())[:200]})") from error
-    if type(tree) is not dict or tree.get("format") != FORMAT:
-        raise HeaderError(f"its format is {shown(tree.get('format') if type(tree) is dict else tree)}, not {FORMAT!r}")
-    version = tree.get("version")
+        raise damaged(path, HEADER, f"it is no JSON ({' '.join(str(error).split())[:200]})") from error
+    found = tree.pop("format", None) if type(tree) is dict else tree
+    if found != FORMAT:
+        raise damaged(path, HEADER, f"its format is {shown(found)}, not {FORMAT!r}")
+    version = tree.pop("version", None)
     if type(version) is not int or version != VERSION:
-        raise FormatVersionError(shown(version))
+        raise PackageError(
+            f"{path} is a package in format version {shown(version)}, and graphcache {__version__} reads version "
+            f"{VERSION}: pip install --upgrade graphcache, or save it again with this release"
+        )
     try:
-        header = read_fields(Header, {name: tree[name] for name in tree if name not in ("format", "version")})
+        header = read_fields(PackageHeader, tree)
     except FieldError as error:
-        raise HeaderError(str(error)) from error
+        raise damaged(path, HEADER, str(error)) from error
     if header.kind == "engine" and [each.module for each in header.engines] != [""]:
-        raise HeaderError("kind is 'engine', and there is not just one engine")
+        raise damaged(path, HEADER, "kind is 'engine', and there is not just one engine")
     if len({each.module for each in header.engines}) < len(header.engines):
-        raise HeaderError("two engines have the same module")
+        raise damaged(path, HEADER, "two engines have the same module")
     for name in header.named():
         if name not in header.parts:
-            raise HeaderError(f"parts does not list {shown(name)}")
+            raise damaged(path, HEADER, f"parts does not list {shown(name)}")
     return header
+
+
+def damaged(path: str, part: str, what: str) -> PackageError:
+    """The error for a part of a package; an empty part is the whole file."""
+    where = f"{path}: part {part!r}" if part else f"{path} is no package, or not all of one"
+    return PackageError(f"{where}: {what}; copy the file again, or save the package again with module.save()")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, if no key stands twice in it."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice in one object")
     return found

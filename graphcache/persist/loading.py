@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,11 @@ from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_source import BUILD_OPTIONS, Source
 from graphcache.modules.engine_state import EngineState, tensor_of
-from graphcache.persist.container import HEADER, Container
+from graphcache.persist.container import Container
 from graphcache.persist.fingerprint import environment
-from graphcache.persist.header import FormatVersionError, Header, HeaderError, PackagedEngine, read_header
+from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader, damaged
 from graphcache.persist.options import config_of
 from graphcache.persist.tensors import read_tensors
-from graphcache.version import __version__
 
 Rebuild = Literal["never", "if_needed"]
 _ZIP = b"PK\x03\x04"
@@ -84,11 +83,9 @@ def load(
         raise ConfigError(f"rebuild={shown(rebuild)}: expected one of {', '.join(map(repr, get_args(Rebuild)))}")
     if into is not None and not is_a(into, nn.Module):
         raise ConfigError(f"into={shown(into)}: expected an nn.Module with an EngineModule() for each engine")
-    if type(name) is not str:
-        raise ConfigError(f"name={shown(name)}: expected text")
-    for option, value in (("prepare", prepare), ("keep_kernels", keep_kernels)):
-        if type(value) is not bool:
-            raise ConfigError(f"{option}={shown(value)}: expected True or False")
+    for option, value, kind in (("name", name, str), ("prepare", prepare, bool), ("keep_kernels", keep_kernels, bool)):
+        if type(value) is not kind:
+            raise ConfigError(f"{option}={shown(value)}: expected {'text' if kind is str else 'True or False'}")
     if source is None:
         raise EngineFormatError("expected the path of a file or the bytes of an engine, got None")
     if not is_a(source, str, os.PathLike):
@@ -98,7 +95,9 @@ def load(
     except Exception as error:
         raise EngineFormatError(f"{shown(source)} is no path: {shown(error)}; expected that of a file") from error
     if _is_package(path):
-        return _load_package(path, name, into, rebuild, prepare, keep_kernels)
+        with Container(path) as container:
+            package = _read(container, into, rebuild, prepare)
+        return _made(package, EngineModule(keep_kernels=keep_kernels) if into is None else into, name, prepare)
     for option, given in (("into", into is not None), ("prepare", prepare)):
         if given:
             raise ConfigError(f"{option} is for packages, and {path} is none; save one with module.save('m.gcache')")
@@ -128,48 +127,20 @@ def _is_package(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Contents:
+class _Package:
     """A package that was read and checked; nothing of it is in use yet."""
 
-    header: Header
+    path: str
+    header: PackageHeader
     config: GraphConfig | None
     engines: list[tuple[EngineState, Source | None]]
     weights: dict[str, Tensor]
     manifest: Manifest | None
 
 
-def _load_package(
-    path: Path, name: str, into: nn.Module | None, rebuild: Rebuild, prepare: bool, keep_kernels: bool
-) -> nn.Module:
-    """The module of a package; what was given as ``into`` is as it was if anything raises."""
-    with Container(path) as container:
-        found = _read(container, into, rebuild, prepare)
-    module = EngineModule(keep_kernels=keep_kernels) if into is None else into
-    targets = _targets(path, module, found)
-    with ExitStack() as restored:
-        for target, (state, source) in zip(targets, found.engines, strict=True):
-            restored.enter_context(target.restored_on_error())
-            own_name = name if name and found.header.kind == "engine" else state.name
-            target.set_extra_state(replace(state, name=own_name).tree)
-            target.source = source
-        made = module if found.config is None else _wrapped(path, module, found.config, name or found.header.name)
-        if found.header.kind == "module":
-            # Last, as nothing puts weights back; their names, shapes and dtypes were checked.
-            try:
-                module.load_state_dict(found.weights, strict=False)
-            except RuntimeError as error:
-                raise PackageError(f"{path}: the model does not take the weights: {shown(error)}") from error
-    if isinstance(made, CachedModule) and found.manifest is not None:
-        vars(made)["_manifest"] = manifest = _for_here(found.manifest, module)
-        if prepare:
-            controls(made).prepare(manifest)
-    return made
-
-
-def _read(container: Container, into: nn.Module | None, rebuild: Rebuild, prepare: bool) -> _Contents:
+def _read(container: Container, into: nn.Module | None, rebuild: Rebuild, prepare: bool) -> _Package:
     """All of a package, checked against itself, the TensorRT and GPU that are here, and what the caller asked for."""
-    header = _header(container)
-    path = container.path
+    header, path = container.header(), container.path
     if header.kind == "module" and into is None:
         raise ConfigError(
             f"{path} holds the weights and engines of a model, not its code; pass the model as into, with an "
@@ -181,53 +152,41 @@ def _read(container: Container, into: nn.Module | None, rebuild: Rebuild, prepar
         raise ConfigError(
             f"{path} has no manifest to prepare; save the wrapped module after it has served or prepared calls"
         )
-    for name in header.parts:
-        if name not in container.names:
-            raise container.wrong(name, "it is missing")
-    if more := sorted({*container.names} - {*header.parts, HEADER}):
-        raise container.wrong(more[0], "the header does not list it")
+    for name in sorted({*header.parts, HEADER} ^ {*container.names}):
+        missing = name in header.parts
+        raise damaged(path, name, "it is missing" if missing else "the header does not list it")
     try:
         config = None if header.options is None else config_of(header.options)
     except (ConfigError, TypeError) as error:
         raise PackageError(
             f"{path}: part '{HEADER}': options: {error}; save the package again with this release"
         ) from error
-    return _Contents(
-        header,
-        config,
-        [_engine(container, header, each, rebuild) for each in header.engines],
-        _weights(container, header),
-        _manifest(container, header),
-    )
-
-
-def _header(container: Container) -> Header:
-    """The header of a package."""
-    try:
-        return read_header(container.header())
-    except FormatVersionError as error:
-        raise PackageError(
-            f"{container.path} is a package in format version {error}, and graphcache {__version__} reads version 1: "
-            f"pip install --upgrade graphcache, or save it again with this release"
-        ) from error
-    except HeaderError as error:
-        raise container.wrong(HEADER, str(error)) from error
-
-
-def _part(container: Container, header: Header, name: str) -> bytes:
-    """A part that is as the header says."""
-    told = header.parts[name]
-    return container.read(name, told.nbytes, told.sha256)
+    engines = [_engine(container, header, each, rebuild) for each in header.engines]
+    weights, manifest = {}, None
+    if header.weights is not None:
+        data = container.read(header.weights, header.parts[header.weights])
+        try:
+            weights = read_tensors(data)
+        except ValueError as error:
+            raise damaged(path, header.weights, f"it holds no tensors ({error})") from error
+    if header.manifest is not None:
+        told = header.parts[header.manifest]
+        if told.nbytes > MOST_BYTES:
+            raise damaged(path, header.manifest, f"it has {told.nbytes} bytes; expected at most {MOST_BYTES}")
+        # One that is damaged is empty, and says so in its problems.
+        manifest = Manifest.of_data(container.read(header.manifest, told), f"{path}: {header.manifest}")
+    return _Package(path, header, config, engines, weights, manifest)
 
 
 def _engine(
-    container: Container, header: Header, packaged: PackagedEngine, rebuild: Rebuild
+    container: Container, header: PackageHeader, packaged: PackagedEngine, rebuild: Rebuild
 ) -> tuple[EngineState, Source | None]:
     """An engine that fits what is here, built again if it does not and may be."""
-    data, source, output_shapes = _part(container, header, packaged.part), None, packaged.output_shapes
+    data, source = container.read(packaged.part, header.parts[packaged.part]), None
+    output_shapes = packaged.output_shapes
     if packaged.onnx is not None:
         known = {name: value for name, value in packaged.build.items() if name in BUILD_OPTIONS}
-        source = Source(_part(container, header, packaged.onnx), known)
+        source = Source(container.read(packaged.onnx, header.parts[packaged.onnx]), known)
     if unfit := _unfit(packaged):
         label = f"{container.path}: {packaged.name!r} ({packaged.part})"
         if source is None:
@@ -271,65 +230,58 @@ def _unfit(packaged: PackagedEngine) -> str:
     return ""
 
 
-def _weights(container: Container, header: Header) -> dict[str, Tensor]:
-    """The tensors of a model; none for an engine."""
-    if header.weights is None:
-        return {}
-    try:
-        return read_tensors(_part(container, header, header.weights))
-    except ValueError as error:
-        if isinstance(error, PackageError):
-            raise
-        raise container.wrong(header.weights, f"it holds no tensors ({error})") from error
+def _made(package: _Package, module: nn.Module, name: str, prepare: bool) -> nn.Module:
+    """The module with all of a package in it; it is as it was if anything raises."""
+    path, single = package.path, package.header.kind == "engine"
+    targets = [module] if isinstance(module, EngineModule) and single else _targets(package, module)
+    made = module
+    with ExitStack() as restored:
+        for target, (state, source) in zip(targets, package.engines, strict=True):
+            restored.enter_context(target.restored_on_error())
+            target.set_extra_state(replace(state, name=name if name and single else state.name).tree)
+            target.source = source
+        if package.config is not None:
+            try:
+                made = CachedModule(module, package.config, name=name or package.header.name)
+            except ConfigError as error:
+                raise PackageError(
+                    f"{path}: the options of the package do not fit the module: {error}; pass the model that was "
+                    f"saved, or save the package again with this release"
+                ) from error
+        if not single:
+            # Last, as nothing puts weights back; their names, shapes and dtypes were checked.
+            try:
+                module.load_state_dict(package.weights, strict=False)
+            except RuntimeError as error:
+                raise PackageError(f"{path}: the model does not take the weights: {shown(error)}") from error
+    if isinstance(made, CachedModule) and package.manifest is not None:
+        vars(made)["_manifest"] = manifest = _for_here(package.manifest, module)
+        if prepare:
+            controls(made).prepare(manifest)
+    return made
 
 
-def _manifest(container: Container, header: Header) -> Manifest | None:
-    """The calls to prepare; a damaged list is reported by the manifest itself."""
-    if header.manifest is None:
-        return None
-    if (nbytes := header.parts[header.manifest].nbytes) > MOST_BYTES:
-        raise container.wrong(header.manifest, f"it has {nbytes} bytes; expected at most {MOST_BYTES}")
-    return Manifest.of_data(_part(container, header, header.manifest), f"{container.path}: {header.manifest}")
-
-
-def _targets(path: Path, module: nn.Module, found: _Contents) -> list[EngineModule]:
+def _targets(package: _Package, model: nn.Module) -> list[EngineModule]:
     """Where the engines go, if the package and the model have the same engines and tensors."""
-    if isinstance(module, EngineModule) and found.header.kind == "engine":
-        return [module]
-    places = {name: each for name, each in module.named_modules() if isinstance(each, EngineModule)}
-    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    places = {name: each for name, each in model.named_modules() if isinstance(each, EngineModule)}
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name, value in tensors.items():
         if value.is_meta or value.is_inference():
             what = "on the meta device" if value.is_meta else "an inference tensor"
-            raise PackageError(f"{path}: {name!r} of the model is {what}, which takes no weights")
-    _check_same(path, "engines", {each.module: "" for each in found.header.engines}, dict.fromkeys(places, ""))
-    _check_same(path, "tensors", _described(found.weights), _described(tensors))
-    return [places[each.module] for each in found.header.engines]
-
-
-def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Dtype and shape of each tensor."""
-    return {name: f"{value.dtype} {list(value.shape)}" for name, value in tensors.items()}
-
-
-def _check_same(path: Path, what: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Raise for the first name that the package and the model do not share."""
-    for name, left, right in differences(there, here):
+            raise PackageError(f"{package.path}: {name!r} of the model is {what}, which takes no weights")
+    there = _described([each.module for each in package.header.engines], package.weights)
+    for name, left, right in differences(there, _described(places, tensors)):
         raise PackageError(
-            f"{path}: the {what} of the package are not those of the model: {name!r} is {left} in the package, {right} "
-            f"in the model; pass the model that was saved, with an EngineModule() for each engine"
+            f"{package.path} is no package of this model: {name!r} is {left} in the package, {right} in the model; "
+            f"pass the model that was saved, with an EngineModule() for each engine"
         )
+    return [places[each.module] for each in package.header.engines]
 
 
-def _wrapped(path: Path, module: nn.Module, config: GraphConfig, name: str) -> CachedModule:
-    """The module with the options of the package."""
-    try:
-        return CachedModule(module, config, name=name)
-    except ConfigError as error:
-        raise PackageError(
-            f"{path}: the options of the package do not fit the module: {error}; pass the model that was saved, or "
-            f"save the package again with this release"
-        ) from error
+def _described(engines: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What a model has under each name: an engine, or a tensor of some dtype and shape."""
+    described = {name: f"{value.dtype} {list(value.shape)}" for name, value in tensors.items()}
+    return {**described, **dict.fromkeys(engines, "an engine")}
 
 
 def _for_here(manifest: Manifest, module: nn.Module) -> Manifest:

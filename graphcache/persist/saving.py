@@ -16,8 +16,8 @@ from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_source import Source
 from graphcache.modules.engine_state import bytes_of
 from graphcache.modules.served_calls import served
-from graphcache.persist.container import HEADER, sha256, write_parts
-from graphcache.persist.header import Header, PackagedEngine, Part
+from graphcache.persist.container import part_of, write_parts
+from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader
 from graphcache.persist.options import options_of
 from graphcache.persist.tensors import write_tensors
 from graphcache.version import __version__
@@ -61,7 +61,7 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, onnx: Any, build: A
             raise ConfigError(f"the module's tensors cannot be written: {shown(error)}; use torch.save") from error
     if calls is not None and calls.entries:
         parts[MANIFEST] = calls.data
-    header = Header(
+    header = PackageHeader(
         graphcache=__version__,
         kind="engine" if alone else "module",
         engines=packaged,
@@ -69,7 +69,7 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, onnx: Any, build: A
         options=options,
         weights=WEIGHTS if WEIGHTS in parts else None,
         manifest=MANIFEST if MANIFEST in parts else None,
-        parts={part: Part(len(data), sha256(data)) for part, data in parts.items()},
+        parts={part: part_of(data) for part, data in parts.items()},
     )
     try:
         write_parts(os.fspath(path), {HEADER: header.data, **parts})

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import PackageError
-from graphcache.persist.container import HEADER, MOST_HEADER_BYTES, Container, sha256, write_parts
+from graphcache.persist.container import MOST_HEADER_BYTES, Container, part_of, write_parts
+from graphcache.persist.header import HEADER, Part
 
 PARTS = {HEADER: b'{"a": 1}', "engines/0.engine": bytes(range(256)) * 8, "manifest.json": b"{}"}
 
@@ -29,10 +30,10 @@ def written(folder: Path, parts: dict[str, bytes] = PARTS, name: str = "m.gcache
 
 def everything(path: Path) -> dict[str, bytes]:
     with Container(path) as container:
-        found = {HEADER: container.header()}
+        found = {HEADER: container.read(HEADER)}
         for name, data in PARTS.items():
             if name != HEADER:
-                found[name] = container.read(name, len(data), sha256(data))
+                found[name] = container.read(name, part_of(data))
         return found
 
 
@@ -206,14 +207,14 @@ def test_a_header_that_is_missing_or_too_large(folder: Path) -> None:
 
 
 def test_what_the_header_says_is_held_against_the_part(folder: Path) -> None:
-    data = PARTS["engines/0.engine"]
+    told = part_of(PARTS["engines/0.engine"])
     with Container(written(folder)) as container:
         with pytest.raises(PackageError, match=r"part 'engines/0.engine': it has 2048 bytes, and the header says 2047"):
-            container.read("engines/0.engine", 2047, sha256(data))
+            container.read("engines/0.engine", Part(2047, told.sha256))
         with pytest.raises(PackageError, match=r"its SHA-256 is"):
-            container.read("engines/0.engine", 2048, "0" * 64)
+            container.read("engines/0.engine", Part(2048, "0" * 64))
         with pytest.raises(PackageError, match=r"part 'engines/1.engine': it is missing"):
-            container.read("engines/1.engine", 2048, sha256(data))
+            container.read("engines/1.engine", told)
 
 
 def damaged(data: bytes, draw: Any) -> bytes:
