@@ -74,7 +74,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return tuple(_read(each, value[index], f"{where}[{index}]") for index, each in enumerate(inner))
     elif origin is dict and type(value) is dict and all(type(key) is str for key in value):
         return {key: _read(inner[1], each, f"{where}[{shown(key)}]") for key, each in value.items()}
-    elif is_dataclass(hint):
+    elif isinstance(hint, type) and is_dataclass(hint):
         return read_fields(hint, value, where)
     elif hint is int:
         if type(value) is int and 0 <= value < 2**63:
