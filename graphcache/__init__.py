@@ -34,5 +34,5 @@ from graphcache.persist.loading import load as load
 from graphcache.persist.saving import save as _save
 from graphcache.version import __version__ as __version__
 
-_features.save_package = _save
+_features.save = _save
 _features.environment = _environment

@@ -19,7 +19,7 @@ def test_what_is_absent_says_so(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cached, "features", Features())
     fast = graphcache.wrap(mlp())
-    with pytest.raises(ExtraNotFoundError, match="the feature save_package is not there; expected that"):
+    with pytest.raises(ExtraNotFoundError, match="the feature save is not there; expected that"):
         fast.save(tmp_path / "m.gcache")
     assert issubclass(ExtraNotFoundError, GraphCacheError)
     assert engine_state.features is here

@@ -16,7 +16,7 @@ from graphcache.cache.seen import Seen
 from graphcache.cache.signature import Signature, describe, describe_layout, is_flat
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, modes
-from graphcache.errors import ClosedError, ConfigError, Refusal
+from graphcache.errors import ClosedError, ConfigError, Refusal, shown
 from graphcache.events import Evicted, Ledger
 from graphcache.features import features
 from graphcache.graphs.cuda import CudaGraph
@@ -45,6 +45,7 @@ from graphcache.modules.module_guards import guard_of
 from graphcache.modules.observers import Observers
 from graphcache.modules.parts import Parts
 from graphcache.modules.record import Recorded
+from graphcache.modules.served_calls import served
 from graphcache.modules.shortcuts import Shortcut, Shortcuts, open_to
 from graphcache.modules.standin import gives_way
 
@@ -308,7 +309,12 @@ class CachedModule(Accounted):
             (True, 1, 8)
         """
         self._misses.check_open()
-        features.save_package(self, path, onnx=onnx, build=build, manifest=manifest)
+        if type(manifest) is not bool:
+            raise ConfigError(f"manifest={shown(manifest)}: expected True or False")
+        calls = served(self)[0] if manifest else None
+        features.save(
+            self._module, path, onnx=onnx, build=build, config=self._config, name=self._ledger.name, manifest=calls
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy has the module and the options; it captures its own graphs. ``copy.copy`` shares the module."""

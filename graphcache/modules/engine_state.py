@@ -243,7 +243,7 @@ class EngineBase(nn.Module):
 
             engine.save("policy.gcache", onnx="policy.onnx", build={"shapes": {"x": ((1, 48), (8, 48), (64, 48))}})
         """
-        features.save_package(self, path, onnx=onnx, build=build)
+        features.save(self, path, onnx=onnx, build=build)
 
     def _is(self, told: EngineState) -> bool:
         """Whether the engine of a state is the one that is here."""

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphcache.cache.manifest import Manifest
+from graphcache.config import GraphConfig
 from graphcache.errors import ConfigError, shown
-from graphcache.modules.cached import CachedModule
-from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_source import Source
 from graphcache.modules.engine_state import bytes_of
-from graphcache.modules.served_calls import served
 from graphcache.persist.container import part_of, write_parts
 from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader
 from graphcache.persist.options import options_of
@@ -26,29 +25,32 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
 
-def save(module: nn.Module, path: str | os.PathLike[str], *, onnx: Any, build: Any, manifest: bool = False) -> None:
+def save(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    onnx: Any,
+    build: Any,
+    config: GraphConfig | None = None,
+    name: str = "",
+    manifest: Manifest | None = None,
+) -> None:
     """Write a module as a package, as :meth:`EngineModule.save` and :meth:`CachedModule.save` describe it.
 
     Args:
-        module: An engine, or a wrapped module.
+        module: The module, not wrapped.
         path: The file.
         onnx: The ONNX model of an engine, as a path or as bytes; ``None`` keeps the one that it has.
         build: Keyword arguments of ``graphcache.build`` for that model.
-        manifest: Whether the calls that a wrapped module has served are part of it.
+        config: The options of its wrapper, if it is wrapped.
+        name: The name of its wrapper.
+        manifest: The calls that its wrapper has served.
 
     Raises:
         ConfigError: If the file cannot be written, the state holds more than tensors, or for a bad option.
         EngineError: If an engine was refitted, and TensorRT cannot serialise it again.
     """
-    if type(manifest) is not bool:
-        raise ConfigError(f"manifest={shown(manifest)}: expected True or False")
     parts: dict[str, bytes] = {}
-    name, options, calls = "", None, None
-    if isinstance(module, CachedModule):
-        wrapper = controls(module)
-        name, options = wrapper.ledger.name, options_of(wrapper.config)
-        calls = served(module)[0] if manifest else None
-        module = wrapper.module
     engines = {place: each for place, each in module.named_modules() if isinstance(each, EngineModule)}
     alone = list(engines) == [""]
     _take_source(engines, alone, onnx, build)
@@ -59,14 +61,14 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, onnx: Any, build: A
         except Exception as error:
             # On the meta device, say, or of a dtype that safetensors does not hold.
             raise ConfigError(f"the module's tensors cannot be written: {shown(error)}; use torch.save") from error
-    if calls is not None and calls.entries:
-        parts[MANIFEST] = calls.data
+    if manifest is not None and manifest.entries:
+        parts[MANIFEST] = manifest.data
     header = PackageHeader(
         graphcache=__version__,
         kind="engine" if alone else "module",
         engines=packaged,
         name=name,
-        options=options,
+        options=None if config is None else options_of(config),
         weights=WEIGHTS if WEIGHTS in parts else None,
         manifest=MANIFEST if MANIFEST in parts else None,
         parts={part: part_of(data) for part, data in parts.items()},
