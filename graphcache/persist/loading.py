@@ -27,7 +27,6 @@ from graphcache.persist.container import Container
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader, damaged
 from graphcache.persist.options import config_of
-from graphcache.persist.tensors import read_tensors
 
 Rebuild = Literal["never", "if_needed"]
 _ZIP = b"PK\x03\x04"
@@ -165,10 +164,12 @@ def _read(container: Container, into: nn.Module | None, rebuild: Rebuild, prepar
     weights, manifest = {}, None
     if header.weights is not None:
         data = container.read(header.weights, header.parts[header.weights])
+        from safetensors.torch import load as tensors_of
+
         try:
-            weights = read_tensors(data)
-        except ValueError as error:
-            raise damaged(path, header.weights, f"it holds no tensors ({error})") from error
+            weights = tensors_of(data)
+        except Exception as error:  # safetensors raises several kinds
+            raise damaged(path, header.weights, f"it holds no tensors ({shown(error)})") from error
     if header.manifest is not None:
         told = header.parts[header.manifest]
         if told.nbytes > MOST_BYTES:

@@ -18,7 +18,6 @@ from graphcache.modules.engine_state import bytes_of
 from graphcache.persist.container import part_of, write_parts
 from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader
 from graphcache.persist.options import options_of
-from graphcache.persist.tensors import write_tensors
 from graphcache.version import __version__
 
 MANIFEST = "manifest.json"
@@ -56,8 +55,12 @@ def save(
     _take_source(engines, alone, onnx, build)
     packaged = [_engine(index, place, each, parts) for index, (place, each) in enumerate(engines.items())]
     if not alone and (tensors := _tensors(module, engines)):
+        from safetensors.torch import save as data_of
+
         try:
-            parts[WEIGHTS] = write_tensors(tensors)
+            # Copies, as safetensors refuses tensors that share memory.
+            copies = {place: value.detach().cpu().clone().contiguous() for place, value in tensors.items()}
+            parts[WEIGHTS] = data_of(copies)
         except Exception as error:
             # On the meta device, say, or of a dtype that safetensors does not hold.
             raise ConfigError(f"the module's tensors cannot be written: {shown(error)}; use torch.save") from error

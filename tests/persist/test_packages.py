@@ -30,13 +30,13 @@ from graphcache.errors import (
     PackageError,
 )
 from graphcache.modules.engine_source import Source
-from graphcache.persist import loading
+from graphcache.persist import loading, saving
 from graphcache.persist.container import part_of, write_parts
 from graphcache.persist.options import config_of, options_of
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
-from tests.helpers import mlp, outcomes, same
+from tests.helpers import bits, mlp, outcomes, same, tensors
 from tests.modules.test_engine_module import rows
 from tests.standins import Mixed, engines, in_a_new_process
 
@@ -201,6 +201,32 @@ def test_a_model_without_engines(tmp_path: Path) -> None:
     assert same(again(x), module(x))
     assert (again.cache_info().hits, again.config.include) == (1, ("0",))
     assert same(dict(other.state_dict()), dict(module.state_dict()))
+
+
+def holding(buffers: dict[str, torch.Tensor]) -> nn.Module:
+    module = nn.Module()
+    for name, value in buffers.items():
+        module.register_buffer(name, value)
+    return module
+
+
+@given(st.dictionaries(st.sampled_from(["w", "bias", "ü", "a b", "\n"]), tensors()))
+def test_tensors_come_back_bit_for_bit(values: dict[str, torch.Tensor]) -> None:
+    into = holding({name: torch.zeros(value.shape, dtype=value.dtype) for name, value in values.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        saving.save(holding(values), f"{folder}/m.gcache", onnx=None, build=None)
+        assert graphcache.load(f"{folder}/m.gcache", into=into) is into
+    for name, value in values.items():
+        assert torch.equal(bits(into.get_buffer(name)), bits(value))
+
+
+def test_tensors_that_share_memory_come_back(tmp_path: Path) -> None:
+    weight = torch.arange(6.0)
+    shared = {"a": weight, "b": weight[2:4], "c": weight.view(2, 3).t()}
+    into = holding({name: torch.zeros(value.shape) for name, value in shared.items()})
+    saving.save(holding(shared), tmp_path / "m.gcache", onnx=None, build=None)
+    graphcache.load(tmp_path / "m.gcache", into=into)
+    assert all(torch.equal(into.get_buffer(name), value) for name, value in shared.items())
 
 
 @pytest.mark.parametrize(
@@ -389,11 +415,14 @@ def test_a_package_that_was_changed(
         graphcache.load(repacked(tmp_path / "m.gcache", change, seal=seal))
 
 
-def test_tensors_that_are_none(tmp_path: Path) -> None:
-    graphcache.wrap(mlp()).save(tmp_path / "m.gcache")
-    repacked(tmp_path / "m.gcache", lambda header, parts: parts.update({"weights.safetensors": b"\xff" * 99}))
-    with pytest.raises(PackageError, match=r"part 'weights.safetensors': it holds no tensors \("):
-        graphcache.load(tmp_path / "m.gcache", into=mlp())
+@given(st.binary(max_size=80))
+def test_tensors_that_are_none(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gcache"
+        graphcache.wrap(mlp()).save(path)
+        repacked(path, lambda header, parts: parts.update({"weights.safetensors": content}))
+        with pytest.raises(PackageError, match=r"part 'weights.safetensors': it holds no tensors \("):
+            graphcache.load(path, into=mlp())
 
 
 def test_a_manifest_that_is_none_is_a_problem_and_no_error(fake: Torch, tmp_path: Path) -> None:
