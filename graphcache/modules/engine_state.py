@@ -208,17 +208,17 @@ class EngineBase(nn.Module):
                 would be replaced, or the module is wrapped and the other engine reads other inputs on the host.
                 The module is unchanged.
         """
-        told = EngineState.of(state, self.name or "the engine")
-        if self._is(told):
-            self.check_profile(told.profile, self.engine)
+        given = EngineState.of(state, self.name or "the engine")
+        if self._has(given):
+            self.check_profile(given.profile, self.engine)
         else:
             with on_index(self.__dict__.get("device")):
-                engine = self.deserialised(bytes_of(told.engine), told.inputs, told.outputs, told.name)
-            self.check_profile(told.profile, engine)
+                engine = self.deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
+            self.check_profile(given.profile, engine)
             self._exchange(engine)
-            self._bytes, self.source = told.engine, None
-        self.name, self.output_shapes = told.name, told.output_shapes
-        self.requires_output_allocator, self._profile = told.requires_output_allocator, told.profile
+            self._bytes, self.source = given.engine, None
+        self.name, self.output_shapes = given.name, given.output_shapes
+        self.requires_output_allocator, self._profile = given.requires_output_allocator, given.profile
         self.epoch += 1
 
     def save(self, path: str | os.PathLike[str], *, onnx: Any = None, build: Mapping[str, Any] | None = None) -> None:
@@ -245,13 +245,13 @@ class EngineBase(nn.Module):
         """
         features.save(self, path, onnx=onnx, build=build)
 
-    def _is(self, told: EngineState) -> bool:
-        """Whether the engine of a state is the one that is here."""
+    def _has(self, given: EngineState) -> bool:
+        """Whether this module has the engine of a state already."""
         return (
             self.holds_engine
             and not self.engine.closed
-            and (self.input_binding_names, self.output_binding_names) == (told.inputs, told.outputs)
-            and torch.equal(self.engine_tensor(), told.engine)
+            and (self.input_binding_names, self.output_binding_names) == (given.inputs, given.outputs)
+            and torch.equal(self.engine_tensor(), given.engine)
         )
 
     def _exchange(self, engine: Engine) -> None:

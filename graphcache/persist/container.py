@@ -99,12 +99,12 @@ class Container:
         """
         return read_header(self.read(HEADER), self.path)
 
-    def read(self, name: str, told: Part | None = None) -> bytes:
+    def read(self, name: str, expected: Part | None = None) -> bytes:
         """The contents of a part.
 
         Args:
             name: The part.
-            told: Its size and digest according to the header; ``None`` for the header itself, whose size is bounded.
+            expected: Its size and digest according to the header; ``None`` for the header itself, whose size is bounded.
 
         Raises:
             PackageError: If it is missing or not what the header says.
@@ -112,9 +112,9 @@ class Container:
         if name not in self._parts:
             raise damaged(self.path, name, "it is missing")
         nbytes = self._parts[name].file_size
-        if told is not None and nbytes != told.nbytes:
-            raise damaged(self.path, name, f"it has {nbytes} bytes, and the header says {told.nbytes}")
-        if told is None and nbytes > MOST_HEADER_BYTES:
+        if expected is not None and nbytes != expected.nbytes:
+            raise damaged(self.path, name, f"it has {nbytes} bytes, and the header says {expected.nbytes}")
+        if expected is None and nbytes > MOST_HEADER_BYTES:
             raise damaged(self.path, name, f"it has {nbytes} bytes; expected at most {MOST_HEADER_BYTES}")
         try:
             data = self._archive.read(self._parts[name])
@@ -123,8 +123,8 @@ class Container:
         seen = part_of(data)
         if seen.nbytes != nbytes:
             raise damaged(self.path, name, f"it has {seen.nbytes} bytes, and the list of parts says {nbytes}")
-        if told is not None and seen != told:
-            text = f"its SHA-256 is {seen.sha256[:16]}…, and the header says {told.sha256[:16]}…"
+        if expected is not None and seen != expected:
+            text = f"its SHA-256 is {seen.sha256[:16]}…, and the header says {expected.sha256[:16]}…"
             raise damaged(self.path, name, text)
         return data
 
@@ -136,9 +136,11 @@ class Container:
         found: dict[str, zipfile.ZipInfo] = {}
         for part in listed:
             if not _NAME.fullmatch(part.filename):
-                raise damaged(self.path, "", f"it has a part {shown(part.filename)}, which is no name of one")
+                raise damaged(
+                    self.path, "", f"it has a part {shown(part.filename)}, expected the name of a part of a package"
+                )
             if part.filename in found:
-                raise damaged(self.path, part.filename, "it stands there twice")
+                raise damaged(self.path, part.filename, "it is in the list twice")
             if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 0x1 or part.compress_size != part.file_size:
                 raise damaged(self.path, part.filename, "it is compressed or encrypted, which no part of a package is")
             found[part.filename] = part

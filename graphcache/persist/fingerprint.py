@@ -17,7 +17,7 @@ from graphcache.modules.engine import EngineModule
 from graphcache.version import __version__
 
 _VERSION = re.compile(r"\d{3,}\.\d+(?:\.\d+)?")
-_SAID_BY_DRIVER = "/proc/driver/nvidia/version"
+_DRIVER_VERSION_FILE = "/proc/driver/nvidia/version"
 
 
 def environment(module: nn.Module) -> dict[str, str]:
@@ -68,15 +68,15 @@ def _digest(module: nn.Module) -> str:
 @cache
 def _driver() -> str:
     """The driver's own version where the system tells, and the newest CUDA that it supports."""
-    told = []
+    versions = []
     try:
-        with open(_SAID_BY_DRIVER, encoding="utf-8", errors="replace") as file:
-            told += _VERSION.findall(file.readline())[:1]
+        with open(_DRIVER_VERSION_FILE, encoding="utf-8", errors="replace") as file:
+            versions += _VERSION.findall(file.readline())[:1]
     except OSError:
         pass
     try:
         supported = driver.call("cuDriverGetVersion")
-        told.append(f"CUDA {supported // 1000}.{supported % 1000 // 10}")
+        versions.append(f"CUDA {supported // 1000}.{supported % 1000 // 10}")
     except CudaError:
         pass
-    return ", ".join(told) or "unknown"
+    return ", ".join(versions) or "unknown"

@@ -125,9 +125,10 @@ def read_header(data: bytes, path: str) -> PackageHeader:
         header = read_fields(PackageHeader, tree)
     except FieldError as error:
         raise damaged(path, HEADER, str(error)) from error
-    if header.kind == "engine" and [each.module for each in header.engines] != [""]:
-        raise damaged(path, HEADER, "kind is 'engine', and there is not just one engine")
-    if len({each.module for each in header.engines}) < len(header.engines):
+    places = [each.module for each in header.engines]
+    if header.kind == "engine" and places != [""]:
+        raise damaged(path, HEADER, f"kind is 'engine', and engines are {shown(places)}; expected ['']")
+    if len({*places}) < len(places):
         raise damaged(path, HEADER, "two engines have the same module")
     for name in header.named():
         if name not in header.parts:

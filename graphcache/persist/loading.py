@@ -171,11 +171,11 @@ def _read(container: Container, into: nn.Module | None, rebuild: Rebuild, prepar
         except Exception as error:  # safetensors raises several kinds
             raise damaged(path, header.weights, f"it holds no tensors ({shown(error)})") from error
     if header.manifest is not None:
-        told = header.parts[header.manifest]
-        if told.nbytes > MOST_BYTES:
-            raise damaged(path, header.manifest, f"it has {told.nbytes} bytes; expected at most {MOST_BYTES}")
+        part = header.parts[header.manifest]
+        if part.nbytes > MOST_BYTES:
+            raise damaged(path, header.manifest, f"it has {part.nbytes} bytes; expected at most {MOST_BYTES}")
         # One that is damaged is empty, and says so in its problems.
-        manifest = Manifest.of_data(container.read(header.manifest, told), f"{path}: {header.manifest}")
+        manifest = Manifest.of_data(container.read(header.manifest, part), f"{path}: {header.manifest}")
     return _Package(path, header, config, engines, weights, manifest)
 
 

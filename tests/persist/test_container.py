@@ -183,7 +183,7 @@ def test_an_encrypted_part(folder: Path) -> None:
 def test_a_part_twice(folder: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         path = raw(folder / "m.gcache", (HEADER, b"{}"), (HEADER, b"{}"))
-    with pytest.raises(PackageError, match=r"part 'header.json': it stands there twice"):
+    with pytest.raises(PackageError, match=r"part 'header.json': it is in the list twice"):
         everything(path)
 
 

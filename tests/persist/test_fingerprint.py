@@ -73,7 +73,7 @@ def test_the_device_of_parameters_buffers_or_else() -> None:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     fingerprint._driver.cache_clear()
-    monkeypatch.setattr(fingerprint, "_SAID_BY_DRIVER", str(tmp_path / "version"))
+    monkeypatch.setattr(fingerprint, "_DRIVER_VERSION_FILE", str(tmp_path / "version"))
     yield tmp_path / "version"
     fingerprint._driver.cache_clear()
 
