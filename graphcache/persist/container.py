@@ -104,7 +104,7 @@ class Container:
 
         Args:
             name: The part.
-            expected: Its size and digest according to the header; ``None`` for the header itself, whose size is bounded.
+            expected: Its size and digest according to the header; ``None`` for the header, whose size is bounded.
 
         Raises:
             PackageError: If it is missing or not what the header says.
@@ -136,9 +136,7 @@ class Container:
         found: dict[str, zipfile.ZipInfo] = {}
         for part in listed:
             if not _NAME.fullmatch(part.filename):
-                raise damaged(
-                    self.path, "", f"it has a part {shown(part.filename)}, expected the name of a part of a package"
-                )
+                raise damaged(self.path, "", f"it has a part {shown(part.filename)}, which no package has")
             if part.filename in found:
                 raise damaged(self.path, part.filename, "it is in the list twice")
             if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 0x1 or part.compress_size != part.file_size:

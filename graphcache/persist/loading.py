@@ -78,13 +78,7 @@ def load(
         engine = graphcache.load("model.engine")
         fast = graphcache.load("policy.gcache", prepare=True)
     """
-    if type(rebuild) is not str or rebuild not in get_args(Rebuild):
-        raise ConfigError(f"rebuild={shown(rebuild)}: expected one of {', '.join(map(repr, get_args(Rebuild)))}")
-    if into is not None and not is_a(into, nn.Module):
-        raise ConfigError(f"into={shown(into)}: expected an nn.Module with an EngineModule() for each engine")
-    for option, value, kind in (("name", name, str), ("prepare", prepare, bool), ("keep_kernels", keep_kernels, bool)):
-        if type(value) is not kind:
-            raise ConfigError(f"{option}={shown(value)}: expected {'text' if kind is str else 'True or False'}")
+    _check_options(name=name, into=into, rebuild=rebuild, prepare=prepare, keep_kernels=keep_kernels)
     if source is None:
         raise EngineFormatError("expected the path of a file or the bytes of an engine, got None")
     if not is_a(source, str, os.PathLike):
@@ -100,6 +94,24 @@ def load(
     for option, given in (("into", into is not None), ("prepare", prepare)):
         if given:
             raise ConfigError(f"{option} is for packages, and {path} is none; save one with module.save('m.gcache')")
+    return EngineModule(_engine_file(path), name=name or path.stem, keep_kernels=keep_kernels)
+
+
+def _check_options(*, name: object, into: object, rebuild: object, prepare: object, keep_kernels: object) -> None:
+    """Raise for an option of :func:`load` that is of another type."""
+    if type(rebuild) is not str or rebuild not in get_args(Rebuild):
+        raise ConfigError(f"rebuild={shown(rebuild)}: expected one of {', '.join(map(repr, get_args(Rebuild)))}")
+    if into is not None and not is_a(into, nn.Module):
+        raise ConfigError(f"into={shown(into)}: expected an nn.Module with an EngineModule() for each engine")
+    if type(name) is not str:
+        raise ConfigError(f"name={shown(name)}: expected text")
+    for option, value in (("prepare", prepare), ("keep_kernels", keep_kernels)):
+        if type(value) is not bool:
+            raise ConfigError(f"{option}={shown(value)}: expected True or False")
+
+
+def _engine_file(path: Path) -> bytes:
+    """The contents of an engine file."""
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
@@ -108,7 +120,7 @@ def load(
         ) from error
     if path.suffix == ".onnx":
         raise EngineFormatError(f"{path} is an ONNX model; make an engine of it first: graphcache.build({str(path)!r})")
-    return EngineModule(data, name=name or path.stem, keep_kernels=keep_kernels)
+    return data
 
 
 def _is_package(path: Path) -> bool:

@@ -66,7 +66,7 @@ def test_another_version_is_told_from_damage(version: Any) -> None:
         (changed(format="zip"), "its format is 'zip'"),
         (changed(kind="model"), "kind is 'model'"),
         (changed(engines=None), "engines is None"),
-        (changed(engines=[]), r"kind is 'engine', and engines are \[\]; expected one"),
+        (changed(engines=[]), r"kind is 'engine', and engines are \[\]; expected"),
         (changed(kind="module", engines=[TREE["engines"][0]] * 2), "two engines have the same module"),
         (changed(engines=[{}]), r"engines\[0\]\.module is missing"),
         (changed(engines=[5]), r"engines\[0\] is 5; expected an object"),
