@@ -81,10 +81,11 @@ def load(
     _check_options(name=name, into=into, rebuild=rebuild, prepare=prepare, keep_kernels=keep_kernels)
     if source is None:
         raise EngineFormatError("expected the path of a file or the bytes of an engine, got None")
-    if not is_a(source, str, os.PathLike):
-        return EngineModule(source, name=name, keep_kernels=keep_kernels)
+    anything: Any = source
+    if not is_a(anything, str, os.PathLike):
+        return EngineModule(anything, name=name, keep_kernels=keep_kernels)
     try:
-        path = Path(source)
+        path = Path(anything)
     except Exception as error:
         raise EngineFormatError(f"{shown(source)} is no path: {shown(error)}; expected that of a file") from error
     if _is_package(path):
