@@ -16,7 +16,7 @@ from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
 from graphcache.events import Observer as Observer
-from graphcache.features import features
+from graphcache.features import features as _features
 from graphcache.modules.cached_module import CachedModule as CachedModule
 from graphcache.modules.compiling import compile as compile
 from graphcache.modules.controls import controls as controls
@@ -25,14 +25,16 @@ from graphcache.modules.examples import Call as Call
 from graphcache.modules.explain import Explanation as Explanation
 from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
-from graphcache.modules.loading import load as load
 from graphcache.modules.operator import unload_engines as unload_engines
-from graphcache.modules.packaging import save
 from graphcache.modules.prepare import Prepared as Prepared
-from graphcache.modules.served_calls import served
+from graphcache.modules.served_calls import served as _served
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
+from graphcache.persist.fingerprint import environment as _environment
+from graphcache.persist.loading import load as load
+from graphcache.persist.saving import save as _save
 from graphcache.version import __version__ as __version__
 
-features.manifest_of = served
-features.save = save
+_features.manifest_of = _served
+_features.save = _save
+_features.environment = _environment

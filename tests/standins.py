@@ -20,7 +20,7 @@ from graphcache.dispatch import fast_path, preconditions
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
 from graphcache.modules import engine as room
-from graphcache.modules import engine_carried, examples, prepare
+from graphcache.modules import examples, prepare
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
@@ -32,7 +32,7 @@ MODULES = (
     probe,
     verify,
     room,
-    engine_carried,
+    engine_state,
     record_engine,
     examples,
     prepare,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_a_subscriber_may_leave_while_it_is_told(ledger):
 
 def test_spans_cost_nothing_without_a_tracer_and_nest_with_several():
     ledger = Ledger("module")
-    assert ledger.span("eager") is ledger.span("capture")
+    assert type(ledger.span("eager")) is nullcontext
     seen = []
 
     @contextmanager
@@ -124,8 +124,8 @@ def test_a_tracer_that_fails_closes_those_before_it():
         yield
 
     ledger.tracers += [tracer, fails]
-    with pytest.raises(KeyError):
-        ledger.span("eager")
+    with pytest.raises(KeyError), ledger.span("eager"):
+        pass
     assert seen == ["end"]
 
 

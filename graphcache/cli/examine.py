@@ -14,7 +14,7 @@ from graphcache.cli.measuring import refused
 from graphcache.cli.options import Specs, points
 from graphcache.cli.output import ComparisonFailed, one_line, print_json, stdout
 from graphcache.cli.targets import resolve
-from graphcache.modules.factories import is_factory
+from graphcache.factories import is_factory
 from graphcache.observe.breaks import Break, find_capture_breaks
 
 

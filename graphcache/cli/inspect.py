@@ -27,9 +27,9 @@ from graphcache.cli.targets import Target, resolve
 from graphcache.engines.header import read_header
 from graphcache.engines.layers import layers_of
 from graphcache.errors import NoGpuError
+from graphcache.factories import is_factory
 from graphcache.graphs.buffers import nbytes_of
 from graphcache.modules.controls import controls
-from graphcache.modules.factories import is_factory
 from graphcache.observe.breaks import find_capture_breaks
 
 

@@ -15,8 +15,8 @@ from graphcache import CachedModule, CacheInfo, Reason
 from graphcache.cli.targets import Call, Target
 from graphcache.cli.timing import difference, timed, timed_apart
 from graphcache.errors import GraphCacheError
+from graphcache.factories import raised
 from graphcache.modules.controls import controls
-from graphcache.modules.factories import raised
 from graphcache.observe.result import Measured
 
 

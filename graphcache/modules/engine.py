@@ -38,16 +38,15 @@ from graphcache.graphs import driver
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.operations import unwatched
 from graphcache.modules.controls import controls
-from graphcache.modules.engine_carried import CarriedEngine
 from graphcache.modules.engine_controls import EngineControls, report_to
-from graphcache.modules.engine_state import tensor_of
+from graphcache.modules.engine_source import Source
+from graphcache.modules.engine_state import EngineBase, tensor_of
 from graphcache.modules.operator import alive, call_engine, describe_call
-from graphcache.modules.packaging import Source
 
 _T = TypeVar("_T")
 
 
-class EngineModule(CarriedEngine, EngineControls, EngineLike):
+class EngineModule(EngineBase, EngineControls, EngineLike):
     """A TensorRT engine that is called like a module: tensors in, tensors out.
 
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is

@@ -1,18 +1,43 @@
-"""What of an engine's module outlives a process: the engine's bytes, its names and its options."""
+"""What of an engine's module outlives its process: in a ``state_dict``, in copies, in pickles."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from graphcache.errors import EngineFormatError, is_a, shown
+from graphcache.engines.engine import Engine
+from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, shown
+from graphcache.features import features
+from graphcache.fields import FieldError, read_fields
+from graphcache.modules.controls import controls
+from graphcache.modules.engine_source import Source
 
-_VERSION = 1
+_WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
+"""Attributes that a module without an engine does not have."""
+_OF_THIS_PROCESS = _WITH_AN_ENGINE | {
+    "_context",
+    "users",
+    "epoch",
+    "_cached",
+    "_making_cache",
+    "_recorded_elsewhere",
+    "_refitted",
+    "identity",
+    # What EngineControls sets for the process: observers, a profiler, memory, compiled kernels.
+    "_ahead",
+    "_observers",
+    "_profiler",
+    "_runtime",
+}
+"""Attributes that no copy has."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -20,10 +45,10 @@ class EngineState:
     """One engine's module as plain data.
 
     Args:
-        engine: The engine file's bytes, as a ``uint8`` tensor on the CPU; empty where there is no engine yet.
+        engine: The engine file's bytes, as a ``uint8`` tensor on the CPU.
         inputs: Inputs in the order of a call.
         outputs: Outputs in the order of the answer.
-        name: What messages call it.
+        name: The name in messages.
         requires_output_allocator: Whether TensorRT allocates the outputs.
         profile: The optimisation profile that was chosen, if any.
         output_shapes: How shapes of outputs follow from those of inputs, as
@@ -31,67 +56,266 @@ class EngineState:
     """
 
     engine: Tensor
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: list[str]
+    outputs: list[str]
     name: str
     requires_output_allocator: bool
     profile: int | None
     output_shapes: str
+    version: Literal[1] = 1
 
     @classmethod
     def of(cls, state: Any, label: str) -> EngineState:
-        """From what a ``state_dict`` holds.
+        """The state that a ``state_dict`` holds, checked.
 
         Args:
-            state: As :meth:`tree` gives it.
+            state: What :meth:`tree` gave.
             label: What messages call the module that it is for.
 
         Raises:
             EngineFormatError: Naming the field that is missing or not what it should be.
         """
-        if not is_a(state, Mapping):
+        try:
+            found = read_fields(cls, state)
+            return replace(found, engine=_flat_bytes(found.engine))
+        except FieldError as error:
             raise EngineFormatError(
-                f"the state of {label} is of type {type(state).__name__}; expected the dictionary that state_dict() of "
-                f"an EngineModule holds"
-            )
-        version = state.get("version")
-        if type(version) is not int or version != _VERSION:
-            raise EngineFormatError(
-                f"the state of {label} has version {shown(version)}, and this graphcache reads {_VERSION}; save it "
-                f"again with this release, or install the release that saved it"
-            )
-        engine = state.get("engine")
-        if not _holds_bytes(engine):
-            raise EngineFormatError(
-                f"the state of {label}: engine is {_described(engine)}; expected the bytes as a uint8 tensor"
-            )
-        for field, right in _RIGHT.items():
-            if field not in state or not right(state[field]):
-                seen = shown(state[field]) if field in state else "missing"
-                raise EngineFormatError(f"the state of {label}: {field} is {seen}; was it changed after it was saved?")
-        return cls(
-            engine.detach().cpu().contiguous(),
-            tuple(state["inputs"]),
-            tuple(state["outputs"]),
-            state["name"],
-            state["requires_output_allocator"],
-            state["profile"],
-            state["output_shapes"],
-        )
+                f"the state of {label}: {error}; expected what state_dict() of an EngineModule holds: save it again "
+                f"with this release, or install the release that saved it"
+            ) from error
 
     @property
     def tree(self) -> dict[str, Any]:
-        """Tensors, lists, text, numbers and ``None``, which ``torch.load(weights_only=True)`` takes."""
-        return {
-            "version": _VERSION,
-            "engine": self.engine,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "name": self.name,
-            "requires_output_allocator": self.requires_output_allocator,
-            "profile": self.profile,
-            "output_shapes": self.output_shapes,
-        }
+        """The bytes as a tensor (not a copy), lists, text, numbers and ``None``: what ``weights_only`` loads."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+class EngineBase(nn.Module):
+    """The part of an engine's module that holds the engine, and carries it into states, copies and pickles.
+
+    The bytes are kept as one ``uint8`` tensor on the CPU: a ``state_dict`` and an exported program refer to it, so that
+    saving a module needs no second copy of its engine. No parameter and no buffer: ``.to()`` and ``.half()`` leave it.
+    """
+
+    name: str
+    engine: Engine
+    input_binding_names: list[str]
+    output_binding_names: list[str]
+    requires_output_allocator: bool
+    output_shapes: str
+    keep_kernels: bool
+    epoch: int
+    source: Source | None
+    _bytes: Tensor
+    _refitted: bool
+    _profile: int | None
+
+    def _begin(self) -> None:
+        """Set everything that is of this process, which no copy has."""
+        raise NotImplementedError
+
+    def _attach(self, engine: Engine) -> None:
+        """Take an engine, where there is none or a closed one."""
+        raise NotImplementedError
+
+    def _drop_contexts(self) -> None:
+        """Give back the execution contexts that no graph uses."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _WITH_AN_ENGINE:
+            raise EngineError(
+                f"{self.__dict__.get('name') or 'this EngineModule'} holds no engine yet; load_state_dict() gives it "
+                f"one, or the constructor does"
+            )
+        return super().__getattr__(name)
+
+    @property
+    def holds_engine(self) -> bool:
+        """Whether there is an engine; an empty module gets one by ``load_state_dict()``."""
+        return "engine" in self.__dict__
+
+    @property
+    def serialized_engine(self) -> bytes:
+        """The engine file's bytes, with the weights of the last :meth:`refit`; empty where there is no engine yet."""
+        return bytes_of(self.engine_tensor())
+
+    def engine_tensor(self) -> Tensor:
+        """The same bytes as a ``uint8`` tensor on the CPU, which is the module's own: do not write into it.
+
+        Raises:
+            EngineError: If the engine was refitted, and TensorRT cannot serialise it again.
+        """
+        if self._refitted:
+            with self.lane.lock:
+                self.lane.wait()
+                self._bytes = tensor_of(self.engine.serialized())
+                self._refitted = False
+        return self._bytes
+
+    def deserialised(
+        self, data: bytes, inputs: Sequence[str] | None, outputs: Sequence[str] | None, name: str
+    ) -> Engine:
+        """An engine of this module's options on the current device.
+
+        Raises:
+            EngineError: As :class:`~graphcache.engines.engine.Engine`.
+        """
+        return Engine(data, inputs=inputs, outputs=outputs, name=name, keep_kernels=self.keep_kernels)
+
+    def save_kernels(self) -> bool:
+        """Write the kernels that were compiled since, where ``keep_kernels`` is on, for processes that start meanwhile.
+
+        Returns:
+            Whether there was something new.
+        """
+        return self.engine.save_kernels()
+
+    def lies_at(self, place: tuple[int, int]) -> bool:
+        """Whether an address and a number of bytes are those of this module's bytes: the same memory, not a copy."""
+        return place == (self._bytes.data_ptr(), self._bytes.numel())
+
+    def check_profile(self, profile: int | None, engine: Engine) -> None:
+        """Refuse a profile that an engine does not have.
+
+        Raises:
+            ConfigError: Naming those that it has.
+        """
+        if profile is not None and (type(profile) is not int or not 0 <= profile < engine.profiles):
+            raise ConfigError(f"{self.name} has optimisation profiles 0 to {engine.profiles - 1}, not {profile}")
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict()`` holds of this module: the bytes as a tensor (not a copy), names and options.
+
+        A weight streaming budget is no part of it, as it depends on the device.
+        """
+        return EngineState(
+            engine=self.engine_tensor(),
+            inputs=list(self.input_binding_names),
+            outputs=list(self.output_binding_names),
+            name=self.name,
+            requires_output_allocator=self.requires_output_allocator,
+            profile=self._profile,
+            output_shapes=self.output_shapes,
+        ).tree
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over an engine, its names and its options; what ``load_state_dict`` calls. Graphs are dropped.
+
+        Raises:
+            EngineFormatError: If that is no state of an engine.
+            EngineError: As the constructor; or if a session or a capture of the caller's still uses the engine that
+                would be replaced, or the module is wrapped and the other engine reads other inputs on the host.
+                The module is unchanged.
+        """
+        given = EngineState.of(state, self.name or "the engine")
+        if self._has(given):
+            self.check_profile(given.profile, self.engine)
+        else:
+            with on_index(self.__dict__.get("device")):
+                engine = self.deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
+            self.check_profile(given.profile, engine)
+            self._exchange(engine)
+            self._bytes, self.source = given.engine, None
+        self.name, self.output_shapes = given.name, given.output_shapes
+        self.requires_output_allocator, self._profile = given.requires_output_allocator, given.profile
+        self.epoch += 1
+
+    def save(self, path: str | os.PathLike[str], *, onnx: Any = None, build: Mapping[str, Any] | None = None) -> None:
+        """Write the engine as a package, for :func:`graphcache.load` of another process or machine.
+
+        The file holds the engine's bytes, its names and options, and what it was built by and for. It is written in one
+        step. It holds no code and nothing is pickled.
+
+        Args:
+            path: The file, in a directory that exists; ``.gcache`` is the usual ending.
+            onnx: The model that the engine was built from, as a path or as bytes, so that
+                ``load(..., rebuild="if_needed")`` can build it again for another TensorRT or GPU. A module that was
+                loaded from a package with a model keeps it, until it is refitted.
+            build: Keyword arguments of :func:`graphcache.build` for that: ``shapes``, ``weight_streaming``,
+                ``refittable``, ``workspace``.
+
+        Raises:
+            ConfigError: If the file cannot be written, or for a bad option.
+            EngineError: If the engine was refitted, and TensorRT cannot serialise it again.
+
+        Example::
+
+            engine.save("policy.gcache", onnx="policy.onnx", build={"shapes": {"x": ((1, 48), (8, 48), (64, 48))}})
+        """
+        features.save(self, path, onnx=onnx, build=build)
+
+    def _has(self, given: EngineState) -> bool:
+        """Whether this module has the engine of a state already."""
+        return (
+            self.holds_engine
+            and not self.engine.closed
+            and (self.input_binding_names, self.output_binding_names) == (given.inputs, given.outputs)
+            and torch.equal(self.engine_tensor(), given.engine)
+        )
+
+    def _exchange(self, engine: Engine) -> None:
+        """Put another engine in the place of this one, with nothing of the old one left."""
+        if not self.holds_engine:
+            self._attach(engine)
+            return
+        hosts = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
+        if len(self.users) and hosts != self.host_inputs:
+            raise EngineError(
+                f"{self.name} is wrapped, and the other engine reads other inputs on the host; wrap it after loading"
+            )
+        for user in list(self.users):
+            controls(user).clear()
+        with self.lane.lock:
+            self.lane.release(self._drop_contexts)
+            if live := len(self.engine.contexts):
+                raise EngineError(
+                    f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the "
+                    f"caller's; close them before loading another engine"
+                )
+            self.engine.close()
+            self._attach(engine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.holds_engine and self.engine.closed:
+            raise ClosedError(f"{self.name} was closed, so it cannot be copied or pickled; load it again")
+        self.engine_tensor()
+        kept = {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_PROCESS}
+        return {**kept, "device": self.__dict__.get("device")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device = state.pop("device", None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._begin()
+        if self._bytes.numel():
+            with on_index(device):
+                data, names = bytes_of(self._bytes), (self.input_binding_names, self.output_binding_names)
+                self._attach(self.deserialised(data, *names, self.name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        state = self.__getstate__()
+        memo[id(self._bytes)] = self._bytes
+        copied.__setstate__(copy.deepcopy(state, memo))
+        return copied
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Inside, another engine may be loaded; if the block raises, engine, names and options are what they were."""
+        state = self.get_extra_state() if self.holds_engine else None
+        before = vars(self).copy()
+        try:
+            yield
+        except BaseException:
+            if state is not None:
+                self.set_extra_state(state)
+                self.source = before["source"]
+            elif self.holds_engine:
+                self.close()
+                for name in vars(self).keys() - before.keys():
+                    delattr(self, name)
+                vars(self).update(before)
+            raise
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -111,35 +335,18 @@ def tensor_of(data: bytes) -> Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def _holds_bytes(value: Any) -> bool:
+def on_index(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Inside, a device is the current one; nothing changes if this machine has no such device, or it is ``None``."""
+    if device is None or device.index is None or device.index >= torch.cuda.device_count():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _flat_bytes(value: Tensor) -> Tensor:
+    """A tensor on the CPU that :func:`bytes_of` can read."""
     try:
-        dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
-        return dense and value.dtype is torch.uint8 and value.dim() == 1 and value.numel() > 0
+        if value.layout is torch.strided and value.dtype is torch.uint8 and value.dim() == 1 and value.numel() > 0:
+            return value.detach().cpu().contiguous()
     except Exception:
-        # A parameter without a shape, or an object that cannot be asked.
-        return False
-
-
-def _described(value: Any) -> str:
-    try:
-        return f"{value.dtype} {list(value.shape)}"
-    except Exception:
-        return shown(value)
-
-
-def _texts(value: object) -> bool:
-    return is_a(value, list, tuple) and all(is_a(each, str) for each in value)  # type: ignore[attr-defined]
-
-
-def _whole_or_none(value: object) -> bool:
-    return value is None or (type(value) is int and 0 <= value < 2**31)
-
-
-_RIGHT: dict[str, Callable[[object], bool]] = {
-    "inputs": _texts,
-    "outputs": _texts,
-    "name": lambda value: type(value) is str,
-    "requires_output_allocator": lambda value: type(value) is bool,
-    "profile": _whole_or_none,
-    "output_shapes": lambda value: type(value) is str,
-}
+        pass
+    raise FieldError(f"engine is {shown(value)}; expected the bytes as a uint8 tensor")

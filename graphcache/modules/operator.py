@@ -30,7 +30,7 @@ from graphcache.errors import (
     InputDtypeError,
     InputRankError,
 )
-from graphcache.modules.engine_state import bytes_of
+from graphcache.modules.engine_state import bytes_of, on_index
 
 if TYPE_CHECKING:
     from graphcache.modules.engine import EngineModule
@@ -220,7 +220,6 @@ def _module_of(told: Call, engine: Tensor, inputs: Sequence[Tensor]) -> EngineMo
 
 def _load(told: Call, engine: Tensor, device: torch.device | None) -> EngineModule:
     from graphcache.modules.engine import EngineModule
-    from graphcache.modules.engine_carried import on_index
 
     data = bytes_of(engine.detach().cpu().contiguous())
     if (found := hashlib.sha256(data).hexdigest()) != told.sha256:

@@ -20,8 +20,8 @@ from graphcache.dispatch.preparing import Preparation, prepared_together, prepar
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
 from graphcache.modules.controls import controls
+from graphcache.modules.devices import device_of
 from graphcache.modules.examples import example
-from graphcache.modules.fingerprint import device_of
 from graphcache.modules.progress import bar
 from graphcache.modules.served_calls import Job, choose
 from graphcache.modules.transparent import StandIn

@@ -14,8 +14,9 @@ from graphcache.cache.spec import example_of
 from graphcache.capture.engine_like import EngineLike
 from graphcache.dispatch.remembered import made_again
 from graphcache.errors import shown
+from graphcache.features import features
+from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, varied
-from graphcache.modules.fingerprint import device_of, environment
 from graphcache.modules.transparent import StandIn
 from graphcache.modules.wrapped import state_of
 
@@ -67,7 +68,7 @@ def served(fast: StandIn) -> tuple[Manifest, int]:
         )
         entries += found
         untold += left
-    return Manifest(environment(state_of(fast).module), entries), untold
+    return Manifest(features.environment(state_of(fast).module), entries), untold
 
 
 def choose(fast: StandIn, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
@@ -81,7 +82,7 @@ def choose(fast: StandIn, given: str | os.PathLike[str] | Manifest, seconds: flo
     Raises:
         ConfigError: For a path that is none.
     """
-    here = environment(state_of(fast).module)
+    here = features.environment(state_of(fast).module)
     if isinstance(given, Manifest):
         manifest, path = given, "the manifest"
         problems = [

@@ -22,8 +22,8 @@ from graphcache.errors import (
 )
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
+from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.fingerprint import device_of
 from graphcache.serving.backend import ModelSpec, TensorSpec
 
 _T = TypeVar("_T")

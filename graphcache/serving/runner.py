@@ -18,10 +18,10 @@ from graphcache.config import GraphConfig
 from graphcache.errors import ClosedError, ConfigError, InputDtypeError, InputRankError, ProfileRangeError, shown
 from graphcache.events import log
 from graphcache.modules.controls import controls
+from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.modules.examples import Call
-from graphcache.modules.fingerprint import device_of
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.wrapping import wrapped
 from graphcache.serving.backend import ModelSpec

@@ -12,9 +12,8 @@ from typing import Any
 
 from graphcache.errors import ServingError, shown
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.loading import load
-from graphcache.package.container import Container
-from graphcache.package.header import HeaderError, read_header
+from graphcache.persist.container import Container
+from graphcache.persist.loading import load
 from graphcache.serving.backend import ModelSpec, TensorSpec
 from graphcache.serving.local import spec_of
 from graphcache.serving.protocol.dtypes import datatype_of
@@ -47,10 +46,7 @@ def describe_file(path: Path, name: str) -> ModelSpec:
         engine = load(path)
         return spec_of(name, engine.module if isinstance(engine, CachedModule) else engine)
     with Container(path) as container:
-        try:
-            header = read_header(container.header())
-        except HeaderError as error:
-            raise ServingError(f"{path}: {error}; save the package again") from error
+        header = container.header()
     if header.kind != "engine":
         raise ServingError(
             f"{path} holds a model of {len(header.engines)} engines and weights, which is loaded into code of yours; "

@@ -20,9 +20,9 @@ from torch.utils import dlpack
 from graphcache.errors import InputError
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
-from graphcache.modules.fingerprint import device_of
-from graphcache.modules.loading import load
+from graphcache.modules.devices import device_of
 from graphcache.modules.wrapping import wrap
+from graphcache.persist.loading import load
 
 log = logging.getLogger("graphcache.serving")
 

@@ -24,7 +24,7 @@ from graphcache.cache.spec import spec_of
 from graphcache.dispatch import dispatcher as misses
 from graphcache.dispatch.preparing import preparing
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
-from graphcache.modules import captures, described, examples, fingerprint, remembered
+from graphcache.modules import examples, fingerprint, remembered
 from graphcache.modules import prepare as room
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import (
@@ -49,9 +49,7 @@ on_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(
-        *engines.MODULES, room, described, examples, fingerprint, remembered, spec, patch=monkeypatch
-    ) as fake:
+    with installed(*engines.MODULES, room, devices, examples, fingerprint, remembered, spec, patch=monkeypatch) as fake:
         fake.zeros = lambda *shape, **options: fake.driver.heap.empty(*shape, **options).zero_()
         yield engines.prepare(fake, monkeypatch)
 
@@ -641,7 +639,7 @@ def test_graphs_that_fit_or_are_dropped_on_purpose_do_not(caplog: pytest.LogCapt
         small.prepare(*xs(3, 4))
     assert small.cache_info().captures == 80
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
-    assert captures.log.name == "graphcache"
+    assert capture_manager.log.name == "graphcache"
 
 
 def test_a_prepared_graph_is_proven_again_after_a_change() -> None:

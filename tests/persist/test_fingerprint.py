@@ -12,8 +12,9 @@ from torch import nn
 
 import graphcache
 from graphcache.errors import CudaError
-from graphcache.modules import fingerprint
-from graphcache.modules.fingerprint import device_of, environment
+from graphcache.modules.devices import device_of
+from graphcache.persist import fingerprint
+from graphcache.persist.fingerprint import environment
 from tests.graphs.fake_driver import Torch
 from tests.helpers import mlp
 from tests.modules.test_engine_module import fake, load  # noqa: F401 - the fixture is used by its name
@@ -72,7 +73,7 @@ def test_the_device_of_parameters_buffers_or_else() -> None:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     fingerprint._driver.cache_clear()
-    monkeypatch.setattr(fingerprint, "_SAID_BY_DRIVER", str(tmp_path / "version"))
+    monkeypatch.setattr(fingerprint, "_DRIVER_VERSION_FILE", str(tmp_path / "version"))
     yield tmp_path / "version"
     fingerprint._driver.cache_clear()
 

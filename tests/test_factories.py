@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from graphcache.errors import ConfigError
-from graphcache.modules.factories import is_factory, named_object, raised
+from graphcache.factories import is_factory, named_object, raised
 
 
 @pytest.mark.parametrize(

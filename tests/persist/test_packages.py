@@ -7,6 +7,7 @@ import pickle
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,20 @@ from graphcache.errors import (
     NoGpuError,
     PackageError,
 )
-from graphcache.modules import loading, packaging
-from graphcache.modules.packaging import Source, config_of, options_of
-from graphcache.package.container import write_parts
+from graphcache.modules.engine_source import Source
+from graphcache.persist import loading, saving
+from graphcache.persist.container import part_of, write_parts
+from graphcache.persist.options import config_of, options_of
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
-from tests.helpers import mlp, outcomes, same
+from tests.helpers import bits, mlp, outcomes, same, tensors
 from tests.modules.test_engine_module import rows
 from tests.standins import Mixed, engines, in_a_new_process
 
-STORED = Path(__file__).parents[1] / "package" / "version-1.gcache"
+OF_0_1 = Path(__file__).parent
+"""Files that version 0.1.0 wrote."""
+STORED = OF_0_1 / "version-1.gcache"
 
 
 @pytest.fixture
@@ -58,8 +62,7 @@ def repacked(path: Path, change: Callable[[dict[str, Any], dict[str, bytes]], An
     header = json.loads(parts.pop("header.json"))
     change(header, parts)
     if seal:
-        digest = packaging.sha256
-        header["parts"] = {name: {"nbytes": len(data), "sha256": digest(data)} for name, data in parts.items()}
+        header["parts"] = {name: asdict(part_of(data)) for name, data in parts.items()}
     write_parts(path, {"header.json": json.dumps(header).encode(), **parts})
     return path
 
@@ -200,17 +203,44 @@ def test_a_model_without_engines(tmp_path: Path) -> None:
     assert same(dict(other.state_dict()), dict(module.state_dict()))
 
 
+def holding(buffers: dict[str, torch.Tensor]) -> nn.Module:
+    module = nn.Module()
+    for name, value in buffers.items():
+        module.register_buffer(name, value)
+    return module
+
+
+@given(st.dictionaries(st.sampled_from(["w", "bias", "ü", "a b", "\n"]), tensors()))
+def test_tensors_come_back_bit_for_bit(values: dict[str, torch.Tensor]) -> None:
+    into = holding({name: torch.zeros(value.shape, dtype=value.dtype) for name, value in values.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        saving.save(holding(values), f"{folder}/m.gcache", onnx=None, build=None)
+        assert graphcache.load(f"{folder}/m.gcache", into=into) is into
+    for name, value in values.items():
+        assert torch.equal(bits(into.get_buffer(name)), bits(value))
+
+
+def test_tensors_that_share_memory_come_back(tmp_path: Path) -> None:
+    weight = torch.arange(6.0)
+    shared = {"a": weight, "b": weight[2:4], "c": weight.view(2, 3).t()}
+    into = holding({name: torch.zeros(value.shape) for name, value in shared.items()})
+    saving.save(holding(shared), tmp_path / "m.gcache", onnx=None, build=None)
+    graphcache.load(tmp_path / "m.gcache", into=into)
+    assert all(torch.equal(into.get_buffer(name), value) for name, value in shared.items())
+
+
 @pytest.mark.parametrize(
     ("into", "message"),
     [
         (
-            lambda: nn.Linear(4, 4),
-            "the engines of the package are not those of the model: 'engine' is '' in the package",
+            nn.ReLU,
+            "is no package of this model: 'engine' is 'an engine' in the package, not given in the model",
         ),
-        (lambda: nn.ModuleDict({"engine": EngineModule()}), "the tensors of the package .* 'scale' is"),
+        (lambda: nn.Linear(4, 4), r"'bias' is not given in the package, 'torch.float32 \[4\]' in the model"),
+        (lambda: nn.ModuleDict({"engine": EngineModule()}), "is no package of this model: 'scale' is"),
         (
             lambda: nn.ModuleDict({"engine": EngineModule(), "more": EngineModule()}),
-            "the engines of the package .*'more'",
+            "'more' is not given in the package, 'an engine' in the model",
         ),
     ],
 )
@@ -385,11 +415,14 @@ def test_a_package_that_was_changed(
         graphcache.load(repacked(tmp_path / "m.gcache", change, seal=seal))
 
 
-def test_tensors_that_are_none(tmp_path: Path) -> None:
-    graphcache.wrap(mlp()).save(tmp_path / "m.gcache")
-    repacked(tmp_path / "m.gcache", lambda header, parts: parts.update({"weights.safetensors": b"\xff" * 99}))
-    with pytest.raises(PackageError, match=r"part 'weights.safetensors': it holds no tensors \("):
-        graphcache.load(tmp_path / "m.gcache", into=mlp())
+@given(st.binary(max_size=80))
+def test_tensors_that_are_none(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gcache"
+        graphcache.wrap(mlp()).save(path)
+        repacked(path, lambda header, parts: parts.update({"weights.safetensors": content}))
+        with pytest.raises(PackageError, match=r"part 'weights.safetensors': it holds no tensors \("):
+            graphcache.load(path, into=mlp())
 
 
 def test_a_manifest_that_is_none_is_a_problem_and_no_error(fake: Torch, tmp_path: Path) -> None:
@@ -427,6 +460,19 @@ def test_a_stored_package_of_version_1(fake: Torch) -> None:
     assert (again.config.max_graphs, again.ledger.name) == (7, "stored")
     assert outcomes(again)[0] == 1
     assert again.module.source == Source(b"an ONNX model", {"shapes": {"x": [[1, 4], [2, 4], [4, 4]]}})
+
+
+def test_a_stored_pickle_and_a_stored_state_of_version_0_1(fake: Torch) -> None:
+    again = pickle.loads((OF_0_1 / "version-0.1.pickle").read_bytes())
+    x = rows(fake, 2)
+    for _ in range(3):
+        assert torch.equal(again(x), x * 3 + 1)
+    assert (type(again), again.config.max_graphs, again.ledger.name) == (CachedModule, 7, "net")
+    assert again.cache_info().hits == 2
+    assert again.module.source == Source(b"model", {"workspace": 4096})
+    empty = EngineModule()
+    empty.load_state_dict(torch.load(OF_0_1 / "version-0.1-state.pt", weights_only=True)["state"])
+    assert torch.equal(empty(x), x * 3 + 1)
 
 
 # ---- options
@@ -556,6 +602,7 @@ def test_every_form_gives_the_same_answers_in_a_new_process(fake: Torch, tmp_pat
     (tmp_path / "fast.pickle").write_bytes(pickle.dumps(fast))
     code = """
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 folder = Path(arguments[0])
 package = graphcache.load(folder / "m.gcache", prepare=True)

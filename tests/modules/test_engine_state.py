@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, EngineModule
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, EngineVersionError
-from graphcache.modules import engine_carried
+from graphcache.modules import engine_state
 from graphcache.modules.engine_state import bytes_of, tensor_of
 from graphcache.modules.operator import traced_engines
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
@@ -31,7 +31,7 @@ from tests.modules.test_engine_module import load as load_engine
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(*MODULES, engine_carried, patch=monkeypatch) as fake:
+    with installed(*MODULES, engine_state, patch=monkeypatch) as fake:
         yield prepare(fake, monkeypatch)
 
 
@@ -146,14 +146,14 @@ def test_the_same_state_again_keeps_the_engine(fake: Torch) -> None:
 
 
 WRONG: list[tuple[Any, str]] = [
-    ([], "the state of net is of type list; expected the dictionary"),
-    ({}, "has version None, and this graphcache reads 1; save it again with this release"),
-    ({"version": 2}, "has version 2"),
-    ({"engine": None}, "engine is None; expected the bytes as a uint8 tensor"),
-    ({"engine": torch.zeros(3)}, r"engine is torch.float32 \[3\]"),
-    ({"engine": torch.zeros(0, dtype=torch.uint8)}, r"engine is torch.uint8 \[0\]"),
+    ([], r"the state of net: it is \[\]; expected an object"),
+    ({}, "engine is missing; expected what state_dict.. of an EngineModule holds: save it again with this release"),
+    ({"version": 2}, r"version is 2; expected Literal\[1\]; .*or install the release that saved it"),
+    ({"engine": None}, "engine is None; expected Tensor"),
+    ({"engine": torch.zeros(3)}, r"engine is tensor\(\[0., 0., 0.\]\); expected the bytes as a uint8 tensor"),
+    ({"engine": torch.zeros(0, dtype=torch.uint8)}, r"engine is tensor\(\[\], dtype=torch.uint8\)"),
     ({"inputs": "x"}, "inputs is 'x'"),
-    ({"outputs": [1]}, r"outputs is \[1\]"),
+    ({"outputs": [1]}, r"outputs\[0\] is 1; expected str"),
     ({"name": None}, "name is None"),
     ({"requires_output_allocator": 1}, "requires_output_allocator is 1"),
     ({"profile": -1}, "profile is -1"),

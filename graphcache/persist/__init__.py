@@ -1,0 +1,1 @@
+"""What outlives a process: packages of engines and models, and what tells one environment from another."""
