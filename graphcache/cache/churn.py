@@ -105,7 +105,7 @@ def varies_most(keys: Iterable[Hashable], names: Function | Sequence[str] = ()) 
     """What differs most between some keys; ``None`` if it is neither the size of a tensor nor a constant.
 
     Example:
-        >>> from graphcache.cache.signature import describe
+        >>> from graphcache.keys.call_key import describe
         >>> str(varies_most((describe((step,), {})[0] for step in range(9)), ["step"]))
         '`step`'
     """

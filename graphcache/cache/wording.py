@@ -1,6 +1,6 @@
 """A signature in words, and in what two of them differ: for whoever reads why a call found no graph.
 
-A signature is a flat tuple (:mod:`graphcache.cache.signature`), made to be compared in a hurry. Here it is taken apart
+A signature is a flat tuple (:mod:`graphcache.keys.call_key`), made to be compared in a hurry. Here it is taken apart
 again, with the names of the arguments.
 """
 
@@ -74,7 +74,7 @@ def words_of(signature: Sequence[Hashable], names: Function | Sequence[str] = ()
     """Take a signature apart.
 
     Args:
-        signature: As :func:`~graphcache.cache.signature.describe` makes it; an engine may have added the values that it
+        signature: As :func:`~graphcache.keys.call_key.describe` makes it; an engine may have added the values that it
             reads on the host.
         names: The signature of the function that is called, or the names of its positional arguments.
 
@@ -82,7 +82,7 @@ def words_of(signature: Sequence[Hashable], names: Function | Sequence[str] = ()
         What it says; in its ``rest`` whatever could not be read.
 
     Example:
-        >>> from graphcache.cache.signature import describe
+        >>> from graphcache.keys.call_key import describe
         >>> signature, _ = describe((torch.zeros(2, 3), 0.5), {"flip": True})
         >>> print(words_of(signature, ["x", "scale"]))
         x: float32[2, 3], scale: 0.5, flip: True
@@ -100,7 +100,7 @@ def differences(old: Words, new: Words) -> list[str]:
     """What differs between two calls, one line each, from the first to the second.
 
     Example:
-        >>> from graphcache.cache.signature import describe
+        >>> from graphcache.keys.call_key import describe
         >>> old, new = (words_of(describe((torch.zeros(1, n),), {})[0], ["input_ids"]) for n in (77, 78))
         >>> differences(old, new)
         ['`input_ids` dim 1: 77 → 78']

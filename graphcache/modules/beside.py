@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.cache.signature import Signature
+from graphcache.keys.call_key import Signature
 from graphcache.capture.effects import Effects
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.capture import refusal_of

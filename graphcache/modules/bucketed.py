@@ -18,7 +18,7 @@ from graphcache.cache.buckets import Buckets
 from graphcache.cache.lru import Entry
 from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.seen import Seen
-from graphcache.cache.signature import Signature, describe
+from graphcache.keys.call_key import Signature, describe
 from graphcache.capture.effects import Effects
 from graphcache.errors import Cause, ConfigError, InputError, Reason
 from graphcache.events import log

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.seen import Seen
-from graphcache.cache.signature import Signature, describe, describe_layout, is_flat
+from graphcache.keys.call_key import Signature, describe, describe_layout, is_flat
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ClosedError, ConfigError, Refusal

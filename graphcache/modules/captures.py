@@ -14,7 +14,7 @@ from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.lru import Entry, GraphCache, clock
-from graphcache.cache.signature import Signature
+from graphcache.keys.call_key import Signature
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal

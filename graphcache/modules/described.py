@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.signature import Signature, describe
+from graphcache.keys.call_key import Signature, describe
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule

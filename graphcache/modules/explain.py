@@ -23,7 +23,7 @@ from graphcache.modules.info import CacheInfo
 
 if TYPE_CHECKING:
     from graphcache.cache.lru import Entry
-    from graphcache.cache.signature import Signature
+    from graphcache.keys.call_key import Signature
     from graphcache.modules.cached import CachedModule
     from graphcache.modules.record import Recorded
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.signature import Signature, describe, substitute
+from graphcache.keys.call_key import Signature, describe, substitute
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.lane import own_stream
 from graphcache.keys.ambient import has_modes

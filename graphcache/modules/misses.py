@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
-from graphcache.cache.signature import Signature
+from graphcache.keys.call_key import Signature
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal

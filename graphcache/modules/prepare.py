@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from graphcache.cache.manifest import Manifest, ManifestProblem
-from graphcache.cache.signature import Signature
+from graphcache.keys.call_key import Signature
 from graphcache.config import graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.cache.signature import substitute
+from graphcache.keys.call_key import substitute
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.verify import largest_gap, repeats
 from graphcache.modules.answers import Answer

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.signature import describe, substitute
+from graphcache.keys.call_key import describe, substitute
 from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Refusal
 from graphcache.graphs.buffers import static_copies

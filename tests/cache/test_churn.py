@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphcache.cache.churn import HITS, MOST_OF_THEM, WINDOW, Churn, ChurnWatch, varies_most
 from graphcache.cache.lru import GraphCache
-from graphcache.cache.signature import describe
+from graphcache.keys.call_key import describe
 
 
 def captures(keys: Any, hits: int = 0) -> list[Churn]:

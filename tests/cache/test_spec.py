@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.signature import describe
+from graphcache.keys.call_key import describe
 from graphcache.cache.spec import MOST_TEXT, Spec, example_of, spec_of
 from graphcache.cache.tree import TreeError
 from graphcache.errors import Reason, Refusal

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.signature import describe
+from graphcache.keys.call_key import describe
 from graphcache.cache.wording import differences, distance, words_of
 
 Pair = namedtuple("Pair", ["left", "right"])

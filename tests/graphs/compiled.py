@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.lru import Entry
-from graphcache.cache.signature import describe_layout
+from graphcache.keys.call_key import describe_layout
 from graphcache.graphs import driver as room
 from graphcache.graphs import native
 from graphcache.graphs.cuda import CudaGraph

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
-from graphcache.cache.signature import describe
+from graphcache.keys.call_key import describe
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason

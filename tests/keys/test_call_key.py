@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphcache.cache.signature import describe, substitute
+from graphcache.keys.call_key import describe, substitute
 from graphcache.errors import Reason, Refusal
 from tests.helpers import constants, structures, tensors
 
