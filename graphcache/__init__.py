@@ -8,7 +8,6 @@ from graphcache.cache.arbiter import set_process_budget as set_process_budget
 from graphcache.cache.buckets import Axis as Axis
 from graphcache.cache.buckets import Buckets as Buckets
 from graphcache.cache.buckets import Mask as Mask
-from graphcache.cache.manifest import Manifest as Manifest
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
 from graphcache.engines.library import load_plugin_library as load_plugin_library
@@ -29,4 +28,5 @@ from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
+from graphcache.persist.manifest import Manifest as Manifest
 from graphcache.version import __version__ as __version__

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import EngineModule
-from graphcache.cache import spec
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
+from graphcache.keys import key_contents
 from graphcache.modules import cached, conditions, engine_carried, examples, into, prepare, record_engine
 from graphcache.modules import engine as room
 from tests.engines import fake_tensorrt
@@ -34,7 +34,7 @@ MODULES = (
     record_engine,
     examples,
     prepare,
-    spec,
+    key_contents,
 )
 ROOT = Path(__file__).parents[1]
 

@@ -20,6 +20,7 @@ RANKS = {
     "cache": 2,
     "keys": 1,
     "package": 2,
+    "persist": 2,
     "graphs": 2,
     "engines": 2,
     "capture": 3,

@@ -99,14 +99,16 @@ class CallSpec:
         found = self.contents
         if found.rest:
             return _text({"code": found.rest}), found.rest
+        grad: Any = found.grad is not False
         if isinstance(found.grad, tuple) and any(found.grad):
+            grad = found.grad
             odd.append("an input requires gradients")
         if len({each.device for each in found.tensors if each.device.type != "cpu"}) > 1:
             odd.append("tensors on several devices")
         if any(any(each.pending) or each.attributes for each in found.tensors):
             odd.append("a tensor with attributes, or with a pending conjugation or negation")
         parts = [part.type if type(part) is torch.device else part for part in self.key[STATE_PARTS:]]
-        state = (found.grad is not False, found.inference, found.autocast or None)
+        state = (grad, found.inference, found.autocast or None)
         text = _text([_encoded(part, odd) for part in (*state, *parts)])
         if len(text) > MOST_TEXT:
             odd.append(f"{len(text)} characters as text, of which at most {MOST_TEXT} are kept")
@@ -264,11 +266,12 @@ def _check(found: KeyContents) -> None:
     if type(found.grad) is not bool or type(found.inference) is not bool or not casts:
         raise ValueError("its modes are none")
     for tensor in found.tensors:
-        if len(tensor.shape) != len(tensor.stride):
-            raise ValueError(f"{len(tensor.shape)} sizes and {len(tensor.stride)} strides of a tensor")
+        if len(tensor.shape) != len(tensor.stride) or tensor.device.index is not None:
+            raise ValueError(f"{tensor.shape} with strides {tensor.stride} on {tensor.device}")
         if any(type(size) is not int or not 0 <= size < 2**63 for size in (*tensor.shape, *tensor.stride)):
             raise ValueError(f"the sizes {shown(tensor.shape)} and strides {shown(tensor.stride)} of a tensor")
-    if any(type(first) is not int or found.repeats[first] != first for first in found.repeats):
+    places = range(len(found.tensors))
+    if len(found.repeats) != len(places) or any(at not in places or found.repeats[at] != at for at in found.repeats):
         raise ValueError("a tensor that is the same as one that is not there")
     if not all(type(name) is str for name in found.kwargs):
         raise ValueError("an argument's name that is no text")

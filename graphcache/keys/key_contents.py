@@ -225,7 +225,8 @@ class _Reader:
         if kind is float:
             return float.fromhex(content[0])
         if kind is complex:
-            return complex(*map(float.fromhex, content))
+            real, imaginary = content
+            return complex(float.fromhex(real), float.fromhex(imaginary))
         if isinstance(kind, EnumType):
             return CodeSpec(f"{kind.__qualname__}.{content[0] or content[1]}")
         if kind is dict:

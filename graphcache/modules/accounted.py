@@ -14,7 +14,6 @@ from torch import nn
 
 from graphcache.cache.advisor import Advice
 from graphcache.cache.lru import Entry
-from graphcache.cache.manifest import Manifest
 from graphcache.cache.places import place_of
 from graphcache.cache.seen import Seen, advise_axes
 from graphcache.config import GraphConfig
@@ -37,6 +36,7 @@ from graphcache.modules.routes import Routes
 from graphcache.modules.served_calls import served
 from graphcache.modules.session import Session
 from graphcache.modules.standin import StandIn
+from graphcache.persist.manifest import Manifest
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule

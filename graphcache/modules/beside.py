@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.keys.call_key import Signature
 from graphcache.capture.effects import Effects
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.capture import refusal_of
+from graphcache.keys.call_key import Signature
 from graphcache.modules.background import nothing, worker_of
 from graphcache.modules.captures import Captures
 from graphcache.modules.later import Later
@@ -222,8 +222,7 @@ class CapturesBeside(Captures):
                             version = self._guard.version if alike else effects.version
                             self.blocks.block(signature, outcome, version)
                         return False
-                    call = later.args, later.kwargs
-                    return self._finish(signature, outcome, later.inputs, call, seconds, room, None) is None
+                    return self._finish(signature, outcome, later.inputs, seconds, room, None) is None
                 finally:
                     self.lock.release()
         finally:

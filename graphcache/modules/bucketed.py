@@ -18,10 +18,10 @@ from graphcache.cache.buckets import Buckets
 from graphcache.cache.lru import Entry
 from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.seen import Seen
-from graphcache.keys.call_key import Signature, describe
 from graphcache.capture.effects import Effects
 from graphcache.errors import Cause, ConfigError, InputError, Reason
 from graphcache.events import log
+from graphcache.keys.call_key import Signature, describe
 from graphcache.modules.arguments import arguments_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_buckets import engine_buckets

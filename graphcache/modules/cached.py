@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.seen import Seen
-from graphcache.keys.call_key import Signature, describe, describe_layout, is_flat
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.keys.ambient import ambient_state
+from graphcache.keys.call_key import Signature, describe, describe_layout, is_flat
 from graphcache.modules.accounted import Accounted
 from graphcache.modules.bucketed import UNPADDED, Bucketed
 from graphcache.modules.conditions import (

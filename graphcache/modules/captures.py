@@ -14,13 +14,13 @@ from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.lru import Entry, GraphCache, clock
-from graphcache.keys.call_key import Signature
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
 from graphcache.events import Captured, Ledger, QuietLock, log
 from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
+from graphcache.keys.call_key import Signature
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.arguments import arguments_of
 from graphcache.modules.background import nothing
@@ -30,7 +30,6 @@ from graphcache.modules.preparing import Preparation, preparing
 from graphcache.modules.record import Recorded, Recorder
 from graphcache.modules.record_engine import EngineRecorder
 from graphcache.modules.record_torch import TorchRecorder
-from graphcache.modules.remembered import Remembered
 from graphcache.modules.room import Room
 from graphcache.modules.standin import is_training
 
@@ -77,8 +76,6 @@ class Captures:
         """What could not be captured."""
         self.admission = Admission(cache, config.capture)
         """Decides what is captured; hears of evictions from whoever holds the cache."""
-        self.remembered = Remembered(cache.entries, self._engine)
-        """What calls were like, for a manifest."""
         self.arbiter: Arbiter | None = None
         """Of the device of the last capture."""
         self._churn = ChurnWatch()
@@ -186,7 +183,7 @@ class Captures:
             if known is not None and signature in self._cache.entries:
                 self._cache.evict(signature)
             seconds = time.perf_counter() - start
-            return answer, self._finish(signature, outcome, inputs, (args, kwargs), seconds, room, preparation)
+            return answer, self._finish(signature, outcome, inputs, seconds, room, preparation)
 
     def _attempt(
         self,
@@ -220,7 +217,6 @@ class Captures:
         signature: Signature,
         outcome: Recorded | Cause,
         inputs: Sequence[Tensor],
-        call: tuple[tuple[Any, ...], dict[str, Any]],
         seconds: float,
         room: Room,
         preparation: Preparation | None,
@@ -239,7 +235,6 @@ class Captures:
                 outcome = refusal_of(error, self._ledger.name).cause
         if isinstance(outcome, Recorded):
             self._ledger.captured(Captured(signature, seconds, entry.graph.graph.nodes, entry.nbytes))
-            self.remembered.note(signature, *call)
             replay = self._replay_seconds(outcome, inputs)
             slower = self.admission.captured(signature, seconds, replay=replay, preparing=preparation is not None)
             if slower is not None:

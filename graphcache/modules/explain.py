@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from graphcache.cache.admission import Known
-from graphcache.cache.wording import Words, differences, distance, words_of
-from graphcache.config import graphs_off
-from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
-from graphcache.modules.arguments import arguments_of
+from graphcache.errors import Cause, ConfigError, Reason, Refusal
+from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.controls import controls
-from graphcache.modules.described import described, on_device
 from graphcache.modules.info import CacheInfo
-
-if TYPE_CHECKING:
-    from graphcache.cache.lru import Entry
-    from graphcache.keys.call_key import Signature
-    from graphcache.modules.cached import CachedModule
-    from graphcache.modules.record import Recorded
+from graphcache.modules.key_view import KeyView, check_open, view_of_call, views_of
+from graphcache.modules.standin import StandIn
 
 Outcome = Literal["hit", "capture", "eager"]
 
-_SAMPLES = 7
 _SHOWN = 20
 _PASSING = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD})
 """Reasons that say nothing of the operations, so that another call may well have a graph."""
@@ -37,7 +23,7 @@ _PASSING = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.O
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a signature was measured to take, in seconds; ``None`` where it was not.
+    """What a signature was measured to take by its calls and its capture, in seconds; ``None`` where it was not.
 
     Args:
         eager: A call without a graph.
@@ -155,13 +141,12 @@ class Explanation:
         }
 
 
-def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
+def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
     """Say what becomes of a call, or of all calls so far.
 
-    With arguments it says what the next such call would do, under the modes of this moment, without making it. Where
-    there is a graph for it whose times nobody measured, both ways are measured now: the module runs eagerly and the
-    graph is replayed, each some seven times; no counter shows it. Without arguments it
-    goes through every signature that is remembered.
+    With arguments it says what the next such call would do, under the modes of this moment. Without arguments it goes
+    through every signature that is remembered. The module is not run. Times are those that its calls and captures have
+    taken; with ``capture="worthwhile"`` all of them are measured, otherwise some.
 
     Args:
         module: A wrapped module.
@@ -174,6 +159,7 @@ def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
         Exception: Whatever an engine says of arguments that it does not take.
 
     Example:
+        >>> import torch
         >>> import graphcache
         >>> fast = graphcache.wrap(torch.nn.ReLU())
         >>> _ = fast(torch.zeros(1, 77))
@@ -181,125 +167,66 @@ def explain(module: CachedModule, *args: Any, **kwargs: Any) -> Explanation:
         >>> call.outcome, call.differs
         ('capture', ('`input` dim 1: 77 → 78',))
     """
-    if not hasattr(module, "ledger") or not hasattr(module, "_misses"):
+    if not isinstance(module, StandIn):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
-    module._misses.check_open()
-    found = [_asked(module, args, kwargs)] if args or kwargs else _remembered(module)
-    parts = tuple(explain(part) for part in module._parts.named().values())
-    return Explanation(module._ledger.name, tuple(found), controls(module).cache_info(), parts)
+    check_open(module)
+    control = controls(module)
+    views = [view for view in views_of(module) if view.status != "new" or view.calls]
+    graphs = [view.spec for view in views if view.status in ("captured", "changed")]
+    if args or kwargs:
+        found = [_of_call(module, args, kwargs, graphs)]
+    else:
+        found = [_of_key(view, graphs) for view in views]
+        found.sort(key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
+    parts = tuple(explain(part) for part in control.parts.values())
+    return Explanation(control.ledger.name, tuple(found), control.cache_info(), parts)
 
 
-def _asked(fast: CachedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
+def _of_call(module: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[CallSpec]) -> Explained:
     """What the next call with these arguments would do."""
     try:
-        args, kwargs, signature, inputs = described(fast, args, kwargs)
+        call = view_of_call(module, args, kwargs)
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
-    misses = fast._misses
-    target = fast._bucketed.target(signature, args, kwargs) if fast._bucketed is not None else None
-    found = _look(fast, target or signature)
-    if (reason := misses.forbidden()) is not None:
-        found = replace(found, outcome="eager", cause=Cause(reason), nearest="", differs=())
-    elif (needs := misses.needs_grad(inputs)) is not None:
-        found = replace(found, outcome="eager", cause=needs)
-    elif fast._config.strategy == "per_submodule":
+    found = _of_key(call.key, graphs)
+    if call.forbidden is not None:
+        found = replace(found, outcome="eager", cause=call.forbidden, nearest="", differs=())
+    elif call.by_parts:
         found = replace(found, outcome="eager", cause=None, note="its parts are captured one by one")
-    if target is not None:
-        names = arguments_of(fast._module)
-        note = f"it is padded: {', '.join(differences(words_of(signature, names), words_of(target, names)))}"
-        found = replace(found, call=str(words_of(signature, names)), note=note)
-    entry = fast._entries.get(target or signature)
-    costs = found.costs
-    is_measured = costs.eager is not None and costs.replay is not None
-    if found.outcome == "hit" and entry is not None and target is None and not is_measured:
-        found = replace(found, costs=_measured(fast, entry, costs, inputs, args, kwargs))
+    if call.unpadded is not None:
+        note = f"it is padded: {', '.join(call.unpadded.diff(call.key.spec))}"
+        found = replace(found, call=str(call.unpadded), note=note)
     return found
 
 
-def _remembered(fast: CachedModule) -> list[Explained]:
-    """Every signature that has a graph, was called lately without one, or could not be captured."""
-    keys: dict[Hashable, None] = dict.fromkeys([*list(fast._entries), *fast._seen.keys()])
-    found = [_look(fast, key) for key in keys if isinstance(key, tuple)]
-    return sorted(found, key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
-
-
-def _look(fast: CachedModule, signature: Signature) -> Explained:
-    """What is known of a signature, whatever the modes of this moment."""
-    misses, names = fast._misses, arguments_of(fast._module)
-    entry = fast._entries.get(signature)
-    words = words_of(signature, names)
-    known = misses.admission.known().get(signature, _UNKNOWN)
-    hits = entry.hits if entry is not None else 0
-    found = Explained(
-        str(words) + "".join(f", {name} {value}" for name, value in words.modes.items()),
-        "hit",
-        calls=fast._seen.calls(signature, hits),
-        hits=hits,
-        nbytes=entry.nbytes if entry is not None else 0,
-        costs=Costs(known.eager, known.replay, known.capture),
+def _of_key(view: KeyView, graphs: Sequence[CallSpec]) -> Explained:
+    """What becomes of the calls of one key, whatever the modes of this moment."""
+    outcome: Outcome = "hit" if view.status == "captured" else "capture" if view.cause is None else "eager"
+    note = {
+        "changed": "the module has changed since its graph was captured",
+        "evicted": "it had a graph, which was evicted",
+    }.get(view.status, "")
+    if view.status == "denied" and view.retry_after is not None:
+        calls = "1 call" if view.retry_after == 1 else f"{view.retry_after} calls"
+        note = (
+            f"another capture is tried after {calls}" if view.retry_after else "it is looked at again at its next call"
+        )
+    nearest, differs = "", tuple[str, ...]()
+    if view.status not in ("captured", "changed") and graphs and (view.cause is None or view.cause.reason in _PASSING):
+        near = min(graphs, key=lambda spec: spec.distance(view.spec))
+        nearest, differs = str(near), tuple(near.diff(view.spec))
+    return Explained(
+        str(view.spec) + "".join(f", {name} {value}" for name, value in view.spec.modes.items()),
+        outcome,
+        view.cause,
+        view.calls,
+        view.hits,
+        view.nbytes,
+        Costs(view.eager, view.replay, view.capture),
+        nearest,
+        differs,
+        note,
     )
-    has_changed = misses._guard.has_changed()
-    if entry is not None and entry.graph.version == misses._guard.version and not has_changed:
-        return found
-    if entry is not None:
-        return replace(found, outcome="capture", note="the module has changed since its graph was captured")
-    cause, note = misses.admission.outlook(signature), ""
-    if (blocked := misses.blocks.look(signature, misses._guard.version + has_changed)) is not None:
-        cause, wait = blocked
-        if wait is not None:
-            calls = "1 call" if wait == 1 else f"{wait} calls"
-            note = f"another capture is tried after {calls}" if wait else "it is looked at again at its next call"
-    elif known.capture is not None:
-        note = "it had a graph, which was evicted"
-    nearest: str = ""
-    differs: tuple[str, ...] = ()
-    if cause is None or cause.reason in _PASSING:
-        nearest, differs = _nearest(fast, words)
-    outcome: Outcome = "capture" if cause is None else "eager"
-    return replace(found, outcome=outcome, cause=cause, nearest=nearest, differs=differs, note=note)
-
-
-def _nearest(fast: CachedModule, words: Words) -> tuple[str, tuple[str, ...]]:
-    names = arguments_of(fast._module)
-    others = [words_of(key, names) for key in list(fast._entries) if isinstance(key, tuple)]
-    if not others:
-        return "", ()
-    nearest = min(others, key=lambda other: distance(other, words))
-    return str(nearest), tuple(differences(nearest, words))
-
-
-def _measured(
-    fast: CachedModule,
-    entry: Entry[Recorded],
-    costs: Costs,
-    inputs: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Costs:
-    """Costs with both ways of a call measured, from its beginning until the device has finished."""
-    given = fast._device_only(inputs)
-    wait: Callable[[], object] = torch.cuda.synchronize if fast._misses.cuda else _nothing
-    # A graph was verified: its call changes nothing, so it may be made again.
-    try:
-        with on_device(fast, inputs), graphs_off():
-            eager = _typical(lambda: fast._misses.run(*args, **kwargs), wait)
-            replay = _typical(lambda: entry.graph.replay(given), wait)
-    except ClosedError:
-        # Evicted by another thread meanwhile.
-        return costs
-    return replace(costs, eager=eager, replay=replay)
-
-
-def _typical(call: Callable[[], object], wait: Callable[[], object]) -> float:
-    def times() -> Iterator[float]:
-        for _ in range(_SAMPLES):
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            yield time.perf_counter() - start
-
-    return statistics.median(times())
 
 
 def _tree(each: Explained) -> dict[str, Any]:
@@ -332,10 +259,3 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
-
-
-def _nothing() -> None:
-    """The host has nothing to wait for."""
-
-
-_UNKNOWN = Known(0, 0, None, None, None)

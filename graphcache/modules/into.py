@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.cache.lru import clock
-from graphcache.keys.call_key import describe
 from graphcache.config import modes
 from graphcache.errors import ClosedError, OutputMismatchError, Refusal
 from graphcache.graphs.operations import storage_of
+from graphcache.keys.call_key import describe
 from graphcache.modules.conditions import (
     current_device,
     dispatch_modes,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.keys.call_key import Signature, describe, substitute
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.lane import own_stream
 from graphcache.keys.ambient import has_modes
+from graphcache.keys.call_key import Signature, describe, substitute
 
 
 class Later:

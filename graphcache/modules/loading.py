@@ -12,8 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.manifest import Manifest, differences
-from graphcache.cache.sealed import MOST_BYTES
 from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import library
@@ -27,6 +25,7 @@ from graphcache.modules.packaging import BUILD_OPTIONS, Source, config_of
 from graphcache.package.container import Container
 from graphcache.package.header import FormatVersionError, Header, HeaderError, PackagedEngine, read_header
 from graphcache.package.tensors import read
+from graphcache.persist.manifest import MOST_BYTES, Manifest, differences
 from graphcache.version import __version__
 
 Rebuild = Literal["never", "if_needed"]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
-from graphcache.keys.call_key import Signature
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
+from graphcache.keys.call_key import Signature
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.beside import CapturesBeside
 from graphcache.modules.conditions import forbidden
@@ -22,7 +22,6 @@ from graphcache.modules.module_guards import EngineGuard
 from graphcache.modules.parts import Parts
 from graphcache.modules.preparing import preparing
 from graphcache.modules.record import Recorded
-from graphcache.modules.remembered import OFTEN
 from graphcache.modules.routes import Routes
 
 STALE: Any = object()
@@ -254,10 +253,7 @@ class Misses(CapturesBeside):
         start = time.perf_counter()
         with self._ledger.span("eager"), graphs_off():
             answer = self.call(*args, **kwargs)
-        calls = self.admission.ran(signature, time.perf_counter() - start)
-        if calls >= OFTEN:
-            # Not only then: threads that run beside each other may count past it.
-            self.remembered.note(signature, args, kwargs)
+        self.admission.ran(signature, time.perf_counter() - start)
         return answer
 
     def tell(self, cause: Cause) -> None:

@@ -21,8 +21,8 @@ from graphcache.package.tensors import written
 from graphcache.version import __version__
 
 if TYPE_CHECKING:
-    from graphcache.cache.manifest import Manifest
     from graphcache.modules.engine_carried import CarriedEngine
+    from graphcache.persist.manifest import Manifest
 
 BUILD_OPTIONS = ("shapes", "weight_streaming", "refittable", "workspace")
 """Keyword arguments of ``graphcache.build`` that a package may hold."""

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from graphcache.cache.manifest import Manifest, ManifestProblem
-from graphcache.keys.call_key import Signature
 from graphcache.config import graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
+from graphcache.keys.call_key import Signature
 from graphcache.modules.controls import controls
 from graphcache.modules.described import described, on_device
 from graphcache.modules.examples import example
@@ -25,6 +24,7 @@ from graphcache.modules.fingerprint import device_of
 from graphcache.modules.preparing import Preparation, prepared_together, preparing
 from graphcache.modules.progress import bar
 from graphcache.modules.served_calls import Job, choose
+from graphcache.persist.manifest import Manifest, ManifestProblem
 
 if TYPE_CHECKING:
     from graphcache.modules.cached import CachedModule

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.keys.call_key import substitute
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.verify import largest_gap, repeats
+from graphcache.keys.call_key import substitute
 from graphcache.modules.answers import Answer
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Signature as Function
 
-from graphcache.cache.wording import words_of
 from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
+from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.arguments import arguments_of
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.controls import controls
@@ -127,7 +127,7 @@ def _heard(module: CachedModule, captured: list[str]) -> Iterator[None]:
     def hearer(names: Function | Sequence[str]) -> Callable[[Event], None]:
         def hear(event: Event) -> None:
             if isinstance(event, Captured) and isinstance(event.key, tuple):
-                captured.append(str(words_of(event.key, names)))
+                captured.append(str(CallSpec(event.key, names)))
 
         return hear
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.lru import Entry
-from graphcache.keys.call_key import describe_layout
 from graphcache.graphs import driver as room
 from graphcache.graphs import native
 from graphcache.graphs.cuda import CudaGraph
+from graphcache.keys.call_key import describe_layout
 from graphcache.modules import shortcuts
 from graphcache.modules.record import Recorded
 from tests.graphs.fake_driver import CUDA_KERNEL_NODE_PARAMS, CUDA_MEMCPY3D, CUcontext, Driver, Torch

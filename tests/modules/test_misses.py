@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry, GraphCache
-from graphcache.keys.call_key import describe
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason
 from graphcache.events import Ledger
+from graphcache.keys.call_key import describe
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.misses import STALE, Misses
 from graphcache.modules.module_guards import guard_of

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from graphcache.cache.served import ManifestEntry
+from graphcache.cache.spec import spec_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,8 +21,6 @@ from graphcache import Call, Manifest, Reason
 from graphcache.cache import arbiter as shared
 from graphcache.cache import spec
 from graphcache.cache.arbiter import set_process_budget
-from graphcache.cache.served import ManifestEntry
-from graphcache.cache.spec import spec_of
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
 from graphcache.modules import captures, described, examples, fingerprint, misses, remembered
 from graphcache.modules import prepare as room

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from graphcache.cache.manifest import VERSION, Manifest, ManifestProblem
 from graphcache.cache.sealed import MOST_BYTES, write_sealed
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import example_of, spec_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from graphcache.errors import ConfigError
 from tests.cache.test_served import entries
 from tests.effort import share

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from graphcache.cache.served import ManifestEntry, heat, plan, together
 from graphcache.cache.spec import spec_of
 from graphcache.cache.tree import TreeError
+from hypothesis import given
+from hypothesis import strategies as st
+
 from graphcache.errors import ConfigError
 
 SPECS = [spec_of((torch.zeros(size),), {}) for size in range(1, 6)]

@@ -1,0 +1,146 @@
+"""What is known of the keys of one wrapped module, for whoever explains or saves it; this reads the core's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from graphcache.cache.admission import Known
+from graphcache.errors import Cause
+from graphcache.keys.call_spec import CallSpec
+from graphcache.modules.arguments import arguments_of
+from graphcache.modules.described import described
+
+Status = Literal["captured", "changed", "evicted", "denied", "new"]
+
+OFTEN = 8
+"""Eager calls of a key after which it is saved although it has no graph."""
+_UNKNOWN = Known(0, 0, None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyView:
+    """What is known of one key.
+
+    Args:
+        spec: The call.
+        status: ``"captured"``, or why it is not: the module has ``"changed"`` since, the graph was ``"evicted"``, a
+            capture was ``"denied"``, or the key is ``"new"``.
+        cause: Why its next call runs eagerly; ``None`` if it does not.
+        retry_after: How many calls of a denied key run eagerly before another capture is tried; ``None`` for all.
+        calls: How many calls of it there were, as far as is remembered.
+        answered: Likewise, with those that were padded to it, and without those that were captured.
+        hits: How many calls its graph has answered.
+        nbytes: Bytes that its graph owns.
+        eager: What a call takes without a graph, in seconds; ``None`` if it was not measured.
+        replay: What it takes with one.
+        capture: What making the graph took.
+        is_worth_saving: Whether it had a graph, or was called often without one.
+    """
+
+    spec: CallSpec
+    status: Status
+    cause: Cause | None
+    retry_after: int | None
+    calls: int
+    answered: int
+    hits: int
+    nbytes: int
+    eager: float | None
+    replay: float | None
+    capture: float | None
+    is_worth_saving: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CallView:
+    """What the next call with some arguments would do.
+
+    Args:
+        key: What is known of its key, or of the one that it is padded to.
+        forbidden: Why it runs eagerly, whatever is known of the key; ``None`` if it does not.
+        unpadded: The call itself, if it is padded.
+        by_parts: Whether the parts of the module are captured instead of the whole.
+    """
+
+    key: KeyView
+    forbidden: Cause | None
+    unpadded: CallSpec | None
+    by_parts: bool
+
+
+def views_of(fast: Any, keys: list[Hashable] | None = None) -> list[KeyView]:
+    """What is known of each key of a wrapped module.
+
+    Args:
+        fast: The module.
+        keys: Which keys; ``None`` for all that are remembered.
+    """
+    misses, entries, names = fast._misses, fast._entries, arguments_of(fast._module)
+    known, changed = misses.admission.known(), misses._guard.has_changed()
+    if keys is None:
+        keys = list(dict.fromkeys([*list(entries), *fast._seen.keys(), *known]))
+    found = []
+    for key in keys:
+        entry, costs = entries.get(key), known.get(key, _UNKNOWN)
+        status: Status = "new" if costs.capture is None else "evicted"
+        cause = retry_after = None
+        if entry is not None:
+            status = "changed" if changed or entry.graph.version != misses._guard.version else "captured"
+        elif (denial := misses.blocks.look(key, misses._guard.version + changed)) is not None:
+            status, (cause, retry_after) = "denied", denial
+        else:
+            cause = misses.admission.outlook(key)
+        hits = 0 if entry is None else entry.hits
+        found.append(
+            KeyView(
+                CallSpec(key, names),
+                status,
+                cause,
+                retry_after,
+                calls=fast._seen.calls(key, hits),
+                answered=costs.calls,
+                hits=hits,
+                nbytes=0 if entry is None else entry.nbytes,
+                eager=costs.eager,
+                replay=costs.replay,
+                capture=costs.capture,
+                is_worth_saving=bool(entry or costs.capture is not None or costs.calls - costs.hits >= OFTEN),
+            )
+        )
+    return found
+
+
+def check_open(fast: Any) -> None:
+    """Raise a ClosedError if a wrapped module was closed."""
+    fast._misses.check_open()
+
+
+def budget_of(fast: Any) -> tuple[int, int | None]:
+    """How many graphs a wrapped module may have, and how many bytes they may own; ``None`` for no bound."""
+    return fast._config.max_graphs, fast._cache.max_bytes
+
+
+def reach_part(fast: Any, name: str) -> None:
+    """Capture a part of a wrapped module by itself from now on, if there is one of that name."""
+    fast._parts.reach(name)
+
+
+def view_of_call(fast: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallView:
+    """What the next call of a wrapped module with these arguments would do.
+
+    Raises:
+        Refusal: If no key describes them.
+        Exception: Whatever an engine says of arguments that it does not take.
+    """
+    args, kwargs, key, inputs = described(fast, args, kwargs)
+    padded = None if fast._bucketed is None else fast._bucketed.target(key, args, kwargs)
+    reason = fast._misses.forbidden()
+    [view] = views_of(fast, [padded or key])
+    return CallView(
+        view,
+        Cause(reason) if reason is not None else fast._misses.needs_grad(inputs),
+        CallSpec(key, view.spec.names) if padded is not None else None,
+        by_parts=fast._config.strategy == "per_submodule",
+    )
