@@ -308,7 +308,7 @@ class _Damaged(Exception):
 def _unsealed(data: bytes) -> Any:
     """The body of a file, whose entries have not been looked at."""
     if len(data) > MOST_BYTES:
-        raise _Damaged("", f"more than {MOST_BYTES} bytes; expected at most as many")
+        raise _Damaged("", f"more than {MOST_BYTES} bytes, which is the most that is read")
     head, mark, body = data.partition(_BODY)
     try:
         document = json.loads(head + b"}" if mark else data)
