@@ -9,7 +9,8 @@ from inspect import Signature as Function
 from typing import Any
 
 from graphcache.cache.lru import GraphCache
-from graphcache.keys.call_spec import CallSpec, TensorSpec
+from graphcache.keys.call_spec import CallSpec
+from graphcache.keys.key_contents import TensorSpec
 
 WINDOW = 32
 """Captures that are looked at."""

@@ -34,7 +34,7 @@ from graphcache.package.container import write_parts
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
-from tests.helpers import mlp, outcomes, same
+from tests.helpers import mlp, same
 from tests.modules.test_engine_module import rows
 from tests.standins import Mixed, engines, in_a_new_process
 
@@ -425,7 +425,7 @@ def test_a_stored_package_of_version_1(fake: Torch) -> None:
     x = rows(fake, 2)
     assert torch.equal(again(x), x * 3 + 1)
     assert (again.config.max_graphs, again.ledger.name) == (7, "stored")
-    assert outcomes(again)[0] == 1
+    assert [problem.field for problem in again.manifest.problems] == ["version"], "its manifest is of an old version"
     assert again.module.source == Source(b"an ONNX model", {"shapes": {"x": [[1, 4], [2, 4], [4, 4]]}})
 
 
