@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
-from graphcache.modules.key_view import KeyView, check_open, view_of_call, views_of
+from graphcache.modules.key_view import Costs, KeyView, check_open, view_of_call, views_of
 from graphcache.modules.standin import StandIn
 
 Outcome = Literal["hit", "capture", "eager"]
@@ -19,44 +19,6 @@ Outcome = Literal["hit", "capture", "eager"]
 _SHOWN = 20
 _PASSING = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD})
 """Reasons that say nothing of the operations, so that another call may well have a graph."""
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What a signature was measured to take by its calls and its capture, in seconds; ``None`` where it was not.
-
-    Args:
-        eager: A call without a graph.
-        replay: A call with one.
-        capture: Making the graph.
-    """
-
-    eager: float | None = None
-    replay: float | None = None
-    capture: float | None = None
-
-    @property
-    def break_even(self) -> float | None:
-        """Replays after which the capture is paid for; ``inf`` if never, ``None`` if that is not known.
-
-        Example:
-            >>> Costs(eager=180e-6, replay=50e-6, capture=5e-3).break_even
-            39
-        """
-        if self.eager is None or self.replay is None or self.capture is None:
-            return None
-        saving = self.eager - self.replay
-        return math.ceil(self.capture / saving) if saving > 0 else math.inf
-
-    def __str__(self) -> str:
-        known = {name: value for name in ("eager", "replay", "capture") if (value := getattr(self, name)) is not None}
-        if not known:
-            return ""
-        text = ", ".join(f"{name} {_duration(value)}" for name, value in known.items())
-        calls = self.break_even
-        if calls is None:
-            return text
-        return f"{text}: " + ("a replay saves nothing" if math.isinf(calls) else f"paid for after {calls} replays")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +59,19 @@ class Explained:
         lines += [f"  {text}" for text in (str(self.costs), self.note) if text]
         return "\n".join(lines)
 
+    def tree(self) -> dict[str, Any]:
+        """The same for JSON; times in seconds, memory in bytes."""
+        cause, replays = self.cause, self.costs.break_even
+        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("cause", "costs")}
+        return found | {
+            "reason": None if cause is None else cause.reason.value,
+            "cause": None if cause is None else str(cause),
+            "remedy": None if cause is None else cause.reason.remedy,
+            "seconds": asdict(self.costs),
+            "break_even": None if replays is None or math.isinf(replays) else replays,
+            "differs": list(self.differs),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -135,7 +110,7 @@ class Explanation:
         """The same for JSON; times in seconds, memory in bytes."""
         return {
             "module": self.module,
-            "calls": [_tree(each) for each in self.calls],
+            "calls": [each.tree() for each in self.calls],
             "eager": {reason.value: count for reason, count in self.account.eager.items()},
             "parts": [part.tree() for part in self.parts],
         }
@@ -206,11 +181,10 @@ def _of_key(view: KeyView, graphs: Sequence[CallSpec]) -> Explained:
         "changed": "the module has changed since its graph was captured",
         "evicted": "it had a graph, which was evicted",
     }.get(view.status, "")
-    if view.status == "denied" and view.retry_after is not None:
-        calls = "1 call" if view.retry_after == 1 else f"{view.retry_after} calls"
-        note = (
-            f"another capture is tried after {calls}" if view.retry_after else "it is looked at again at its next call"
-        )
+    if view.status == "denied" and view.retry_after == 0:
+        note = "it is looked at again at its next call"
+    elif view.status == "denied" and view.retry_after is not None:
+        note = f"another capture is tried after {view.retry_after} call{'s' * (view.retry_after != 1)}"
     nearest, differs = "", tuple[str, ...]()
     if view.status not in ("captured", "changed") and graphs and (view.cause is None or view.cause.reason in _PASSING):
         near = min(graphs, key=lambda spec: spec.distance(view.spec))
@@ -222,40 +196,8 @@ def _of_key(view: KeyView, graphs: Sequence[CallSpec]) -> Explained:
         view.calls,
         view.hits,
         view.nbytes,
-        Costs(view.eager, view.replay, view.capture),
+        view.costs,
         nearest,
         differs,
         note,
     )
-
-
-def _tree(each: Explained) -> dict[str, Any]:
-    cause, calls = each.cause, each.costs.break_even
-    return {
-        "call": each.call,
-        "outcome": each.outcome,
-        "reason": None if cause is None else cause.reason.value,
-        "cause": None if cause is None else str(cause),
-        "remedy": None if cause is None else cause.reason.remedy,
-        "calls": each.calls,
-        "hits": each.hits,
-        "nbytes": each.nbytes,
-        "seconds": asdict(each.costs),
-        "break_even": None if calls is None or math.isinf(calls) else calls,
-        "nearest": each.nearest,
-        "differs": list(each.differs),
-        "note": each.note,
-    }
-
-
-def _duration(seconds: float) -> str:
-    """A time with three digits.
-
-    Example:
-        >>> _duration(0.00418), _duration(41.25e-6), _duration(2.0)
-        ('4.18 ms', '41.2 µs', '2 s')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"

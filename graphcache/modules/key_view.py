@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,44 @@ _UNKNOWN = Known(0, 0, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """What a signature was measured to take by its calls and its capture, in seconds; ``None`` where it was not.
+
+    Args:
+        eager: A call without a graph.
+        replay: A call with one.
+        capture: Making the graph.
+    """
+
+    eager: float | None = None
+    replay: float | None = None
+    capture: float | None = None
+
+    @property
+    def break_even(self) -> float | None:
+        """Replays after which the capture is paid for; ``inf`` if never, ``None`` if that is not known.
+
+        Example:
+            >>> Costs(eager=180e-6, replay=50e-6, capture=5e-3).break_even
+            39
+        """
+        if self.eager is None or self.replay is None or self.capture is None:
+            return None
+        saving = self.eager - self.replay
+        return math.ceil(self.capture / saving) if saving > 0 else math.inf
+
+    def __str__(self) -> str:
+        known = {name: value for name in ("eager", "replay", "capture") if (value := getattr(self, name)) is not None}
+        if not known:
+            return ""
+        text = ", ".join(f"{name} {_duration(value)}" for name, value in known.items())
+        calls = self.break_even
+        if calls is None:
+            return text
+        return f"{text}: " + ("a replay saves nothing" if math.isinf(calls) else f"paid for after {calls} replays")
+
+
+@dataclass(frozen=True, slots=True)
 class KeyView:
     """What is known of one key.
 
@@ -33,9 +72,7 @@ class KeyView:
         answered: Likewise, with those that were padded to it, and without those that were captured.
         hits: How many calls its graph has answered.
         nbytes: Bytes that its graph owns.
-        eager: What a call takes without a graph, in seconds; ``None`` if it was not measured.
-        replay: What it takes with one.
-        capture: What making the graph took.
+        costs: What its calls and its capture have taken.
         is_worth_saving: Whether it had a graph, or was called often without one.
     """
 
@@ -47,9 +84,7 @@ class KeyView:
     answered: int
     hits: int
     nbytes: int
-    eager: float | None
-    replay: float | None
-    capture: float | None
+    costs: Costs
     is_worth_saving: bool
 
 
@@ -83,8 +118,8 @@ def views_of(fast: Any, keys: list[Hashable] | None = None) -> list[KeyView]:
         keys = list(dict.fromkeys([*list(entries), *fast._seen.keys(), *known]))
     found = []
     for key in keys:
-        entry, costs = entries.get(key), known.get(key, _UNKNOWN)
-        status: Status = "new" if costs.capture is None else "evicted"
+        entry, account = entries.get(key), known.get(key, _UNKNOWN)
+        status: Status = "new" if account.capture is None else "evicted"
         cause = retry_after = None
         if entry is not None:
             status = "changed" if changed or entry.graph.version != misses._guard.version else "captured"
@@ -93,6 +128,7 @@ def views_of(fast: Any, keys: list[Hashable] | None = None) -> list[KeyView]:
         else:
             cause = misses.admission.outlook(key)
         hits = 0 if entry is None else entry.hits
+        had_graph = entry is not None or account.capture is not None
         found.append(
             KeyView(
                 CallSpec(key, names),
@@ -100,13 +136,11 @@ def views_of(fast: Any, keys: list[Hashable] | None = None) -> list[KeyView]:
                 cause,
                 retry_after,
                 calls=fast._seen.calls(key, hits),
-                answered=costs.calls,
+                answered=account.calls,
                 hits=hits,
                 nbytes=0 if entry is None else entry.nbytes,
-                eager=costs.eager,
-                replay=costs.replay,
-                capture=costs.capture,
-                is_worth_saving=bool(entry or costs.capture is not None or costs.calls - costs.hits >= OFTEN),
+                costs=Costs(account.eager, account.replay, account.capture),
+                is_worth_saving=had_graph or account.calls - account.hits >= OFTEN,
             )
         )
     return found
@@ -144,3 +178,16 @@ def view_of_call(fast: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
         CallSpec(key, view.spec.names) if padded is not None else None,
         by_parts=fast._config.strategy == "per_submodule",
     )
+
+
+def _duration(seconds: float) -> str:
+    """A time with three digits.
+
+    Example:
+        >>> _duration(0.00418), _duration(41.25e-6), _duration(2.0)
+        ('4.18 ms', '41.2 µs', '2 s')
+    """
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"

@@ -75,7 +75,7 @@ def served(fast: Any) -> tuple[Manifest, int]:
                 continue
             times = (
                 None if seconds is None else min(seconds, _LONGEST)
-                for seconds in (view.eager, view.replay, view.capture)
+                for seconds in (view.costs.eager, view.costs.replay, view.costs.capture)
             )
             entries.append(ManifestEntry(view.spec, view.answered, part, min(view.nbytes, _LARGEST), *times))
     return Manifest(environment(controls(fast).module), entries), left_out
