@@ -8,7 +8,6 @@ from graphcache.cache.arbiter import set_process_budget as set_process_budget
 from graphcache.cache.buckets import Axis as Axis
 from graphcache.cache.buckets import Buckets as Buckets
 from graphcache.cache.buckets import Mask as Mask
-from graphcache.cache.manifest import Manifest as Manifest
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
 from graphcache.engines.library import load_plugin_library as load_plugin_library
@@ -27,14 +26,16 @@ from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
 from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
-from graphcache.modules.served_calls import served as _served
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
-from graphcache.persist.fingerprint import environment as _environment
 from graphcache.persist.loading import load as load
+from graphcache.persist.manifest import Manifest as Manifest
 from graphcache.persist.saving import save as _save
+from graphcache.persist.served_calls import choose as _choose
+from graphcache.persist.served_calls import served as _served
 from graphcache.version import __version__ as __version__
 
 _features.manifest_of = _served
 _features.save = _save
-_features.environment = _environment
+_features.manifest_type = Manifest
+_features.calls_of_manifest = _choose

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from torch import nn
-
 from graphcache.errors import ExtraNotFoundError
 
 
@@ -21,14 +19,16 @@ class Features:
 
     save: Callable[..., None]
     """Writes a module as a package file: :func:`graphcache.persist.saving.save`."""
-    environment: Callable[[nn.Module], dict[str, str]]
-    """Describes a module, its device and its libraries, by which a manifest tells whether it is of this environment."""
     padding: Callable[..., Any]
     """Makes the padding of one module of the ``buckets`` option and the module's dispatcher."""
     advise_buckets: Callable[..., Any]
     """Says which buckets would have served the calls of a module best."""
     manifest_of: Callable[..., Any]
-    """Lists the calls that a module has served, and counts those that cannot be told in text."""
+    """Lists the calls that a module has served in a manifest, and counts those that no file can hold."""
+    manifest_type: type
+    """The type of a manifest: :class:`graphcache.Manifest`."""
+    calls_of_manifest: Callable[..., Any]
+    """Chooses the calls of a manifest that are worth a capture here."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name not in Features.__annotations__:

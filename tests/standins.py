@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import EngineModule
-from graphcache.cache import spec
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.dispatch import fast_path, preconditions
 from graphcache.engines import allocator, context, engine, library, probe
 from graphcache.graphs import verify
+from graphcache.keys import key_contents
 from graphcache.modules import engine as room
-from graphcache.modules import examples, prepare
+from graphcache.modules import engine_state, examples, prepare
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
@@ -36,7 +36,7 @@ MODULES = (
     record_engine,
     examples,
     prepare,
-    spec,
+    key_contents,
 )
 ROOT = Path(__file__).parents[1]
 

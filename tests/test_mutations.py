@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 import graphcache
 from graphcache import CachedModule
-from graphcache.cache import lru, signature
+from graphcache.cache import lru
 from graphcache.capture import effects, host_activity, trial_call
 from graphcache.capture import output_layout as answers
 from graphcache.capture import recorder as record
@@ -44,7 +44,7 @@ from graphcache.dispatch import preconditions as conditions
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
 from graphcache.keys import call as key_of_call
-from graphcache.keys import code_nodes, guards, state_nodes, value_nodes
+from graphcache.keys import call_key, code_nodes, guards, state_nodes, value_nodes
 from graphcache.modules import forward_patch as routes
 from graphcache.modules import wrapped
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
@@ -119,7 +119,7 @@ def edited(change: Callable[[Any], Any], keep: Callable[[Any], bool] = lambda pa
         parts = original(args)
         return parts if parts is None else tuple(change(part) for part in parts if keep(part))
 
-    return both(around(key_of_call, "describe", describe), around(signature, "describe_flat", flat))
+    return both(around(key_of_call, "describe", describe), around(call_key, "describe_flat", flat))
 
 
 def nothing(*args: Any, **kwargs: Any) -> Any:
@@ -793,7 +793,7 @@ AMBIENT = "tests/keys/test_ambient.py::"
 RECORD = "tests/modules/test_record.py::"
 CACHED = "tests/modules/test_cached.py::"
 ANSWERS = "tests/modules/test_answers.py::"
-SIGNATURE = "tests/cache/test_signature.py::"
+SIGNATURE = "tests/keys/test_call_key.py::"
 LRU = "tests/cache/test_lru.py::"
 HOST = "tests/graphs/test_host.py::"
 STRATEGY = "tests/modules/test_strategy.py::"
@@ -801,22 +801,22 @@ STRATEGY = "tests/modules/test_strategy.py::"
 CURES: dict[str, Cure] = {
     # keys
     "constants are tagged with their types": Cure(
-        around(signature, "_walk", _strip_types),
+        around(call_key, "_walk", _strip_types),
         _a_constant_is_taken_for_another,
         SIGNATURE + "test_constants_are_told_apart_by_type_and_by_bits",
     ),
     "floats are told apart by their bits": Cure(
-        around(signature, "_walk", _round_zeros),
+        around(call_key, "_walk", _round_zeros),
         _a_zero_is_taken_for_the_other,
         SIGNATURE + "test_constants_are_told_apart_by_type_and_by_bits",
     ),
     "a tensor is no constant": Cure(
-        replace(signature, "_constant", lambda value, where, parts: signature._walk(value, where, parts, [])),
+        replace(call_key, "_constant", lambda value, where, parts: call_key._walk(value, where, parts, [])),
         _a_tensor_that_is_a_key_is_frozen,
         SIGNATURE + "test_a_tensor_where_it_cannot_be_substituted_is_refused",
     ),
     "one tensor given twice is told from two": Cure(
-        replace(signature, "_repeats", lambda tensors: ()),
+        replace(call_key, "_repeats", lambda tensors: ()),
         _two_tensors_are_taken_for_one,
         ANSWERS + "test_the_same_tensor_given_twice_does_not_spoil_calls_with_two_tensors",
     ),
@@ -841,37 +841,37 @@ CURES: dict[str, Cure] = {
         "",
     ),
     "the grad mode is part of a key": Cure(
-        around(signature, "_state", lambda original, tensors: (False, *original(tensors)[1:])),
+        around(call_key, "_state", lambda original, tensors: (False, *original(tensors)[1:])),
         _gradients_are_lost,
         CACHED + "test_an_input_that_requires_gradients_runs_eagerly",
     ),
     "inference mode is part of a key": Cure(
-        replace(signature, "_is_inference", lambda: False),
+        replace(call_key, "_is_inference", lambda: False),
         _inference_mode_is_taken_for_no_grad,
         CACHED + "test_a_module_that_asks_for_inference_mode_gets_the_mode_of_the_call",
     ),
     "autocast is part of a key": Cure(
-        replace(signature, "_is_any_autocast_enabled", lambda: False),
+        replace(call_key, "_is_any_autocast_enabled", lambda: False),
         _the_other_autocast_answers,
         CACHED + "test_autocast_has_graphs_of_its_own",
     ),
     "the dtype of autocast is part of a key": Cure(
-        replace(signature, "_autocast", lambda: "on"),
+        replace(call_key, "_autocast", lambda: "on"),
         _the_other_dtype_of_autocast_answers,
         SIGNATURE + "test_autocast_counts_with_its_dtype",
     ),
     "the ambient state of PyTorch is part of a key": Cure(
-        replace(signature, "ambient_number", lambda: 0),
+        replace(call_key, "ambient_number", lambda: 0),
         _the_other_default_dtype_answers,
         AMBIENT + "test_graphs_of_another_state_do_not_answer_and_come_back_with_theirs[default dtype]",
     ),
     "function modes see the module itself": Cure(
-        both(replace(conditions, "has_function_modes", _never), replace(signature, "ambient_number", lambda: 0)),
+        both(replace(conditions, "has_function_modes", _never), replace(call_key, "ambient_number", lambda: 0)),
         _a_function_mode_sees_nothing,
         AMBIENT + "test_a_call_inside_a_function_mode_runs_eagerly",
     ),
     "attributes of a tensor are part of a key": Cure(
-        around(signature, "_constant", _without_attributes),
+        around(call_key, "_constant", _without_attributes),
         _an_attribute_of_a_tensor_is_frozen,
         RECORD + "test_attributes_of_a_tensor_are_part_of_the_key",
     ),
@@ -1091,7 +1091,7 @@ CURES: dict[str, Cure] = {
         both(
             replace(conditions, "dispatch_modes", lambda: 0),
             replace(conditions, "has_function_modes", _never),
-            replace(signature, "ambient_number", lambda: 0),
+            replace(call_key, "ambient_number", lambda: 0),
         ),
         _a_tracer_sees_the_cache_at_work,
         CACHED + "test_make_fx_sees_the_operations_of_the_module",

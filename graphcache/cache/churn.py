@@ -9,7 +9,8 @@ from inspect import Signature as Function
 from typing import Any
 
 from graphcache.cache.lru import GraphCache
-from graphcache.cache.wording import TensorWords, words_of
+from graphcache.keys.call_spec import CallSpec
+from graphcache.keys.key_contents import TensorSpec
 
 WINDOW = 32
 """Captures that are looked at."""
@@ -20,25 +21,6 @@ HITS = 50
 calls. Of new keys less is asked, one hit for each: a module that is warming up captures too."""
 _REMEMBERED = 1024
 _FEW = 4
-_SHOWN = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Varying:
-    """The part of a key that differs most between calls.
-
-    Args:
-        path: Of the argument, such as ``x`` or ``batch['ids'][0]``.
-        axis: Of a tensor, if its sizes differ; ``None`` for a constant.
-        values: Those that came, in order.
-    """
-
-    path: str
-    axis: int | None
-    values: tuple[Any, ...]
-
-    def __str__(self) -> str:
-        return f"`{self.path}`" if self.axis is None else f"`{self.path}` dim {self.axis}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +54,7 @@ class Churn:
         )
 
     def _evictions(self, cache: GraphCache[Any]) -> tuple[str, list[str]]:
+        """What is said of graphs that are captured again."""
         if len(cache) >= cache.max_graphs:
             bound = f"max_graphs (now {cache.max_graphs}"
         elif cache.max_bytes is not None:
@@ -85,39 +68,38 @@ class Churn:
         return f"{seen} that had a graph before", ways
 
     def _new_keys(self, names: Function | Sequence[str]) -> tuple[str, list[str]]:
+        """What is said of keys that are new at each call."""
         new = f"{WINDOW - self.again} of the last {WINDOW} captures were of calls that were new"
-        varying = varies_most(self.keys, names)
-        if varying is None:
+        path, axis, values = varies_most(CallSpec(key, names) for key in self.keys)
+        if len(values) < 2:
             return new, ["give arguments of the same kinds each time; explain() shows the signatures"]
-        some = ", ".join(str(value) for value in varying.values[:_SHOWN])
-        seen = f"{new}, each of which needs a graph of its own: {varying} had {len(varying.values)} values ({some}, …)"
-        if varying.axis is None:
-            return seen, [f"pass `{varying.path}` as a tensor, whose value no graph depends on"]
-        option = f"buckets={{{varying.path!r}: {{{varying.axis}: [{varying.values[0]}, …]}}}}"
-        ways = [
+        where = f"`{path}`" if axis is None else f"`{path}` dim {axis}"
+        some = ", ".join(str(value) for value in values[:_FEW])
+        seen = f"{new}, each of which needs a graph of its own: {where} had {len(values)} values ({some}, …)"
+        if axis is None:
+            return seen, [f"pass `{path}` as a tensor, whose value no graph depends on"]
+        option = f"buckets={{{path!r}: {{{axis}: [{values[0]}, …]}}}}"
+        return seen, [
             f"pad to a few sizes with {option} (advise_buckets tells which)",
             "capture the sizes that will come with prepare()",
         ]
-        return seen, ways
 
 
-def varies_most(keys: Iterable[Hashable], names: Function | Sequence[str] = ()) -> Varying | None:
-    """What differs most between some keys; ``None`` if it is neither the size of a tensor nor a constant.
+def varies_most(specs: Iterable[CallSpec]) -> tuple[str, int | None, list[Any]]:
+    """The constant, or the axis of a tensor, that differs most between some calls; and its values, in order.
 
     Example:
-        >>> from graphcache.cache.signature import describe
-        >>> str(varies_most((describe((step,), {})[0] for step in range(9)), ["step"]))
-        '`step`'
+        >>> varies_most(CallSpec.of((step,), {}, ["step"]) for step in range(3))
+        ('step', None, ['0', '1', '2'])
     """
     found: dict[tuple[str, int | None], dict[Any, None]] = {}
-    for key in keys:
-        values = words_of(key, names).values if isinstance(key, tuple) else {}
-        for path, value in values.items():
-            parts = enumerate(value.shape) if isinstance(value, TensorWords) else [(None, value)]
+    for spec in specs:
+        for path, value in spec.values.items():
+            parts = enumerate(value.shape) if isinstance(value, TensorSpec) else [(None, value)]
             for axis, part in parts:
                 found.setdefault((path, axis), {})[part] = None
-    (path, axis), most = max(found.items(), key=lambda each: len(each[1]), default=(("", None), {}))
-    return Varying(path, axis, tuple(most)) if len(most) > 1 else None
+    (path, axis), values = max(found.items(), key=lambda each: len(each[1]), default=(("", None), {}))
+    return path, axis, list(values)
 
 
 class ChurnWatch:
@@ -136,8 +118,7 @@ class ChurnWatch:
 
     def __init__(self) -> None:
         self._before: OrderedDict[int, None] = OrderedDict()
-        self._last: deque[tuple[Hashable, bool]] = deque(maxlen=WINDOW)
-        self._hits: deque[int] = deque(maxlen=WINDOW)
+        self._last: deque[tuple[Hashable, bool, int]] = deque(maxlen=WINDOW)
         self._said = False
 
     def captured(self, key: Hashable, hits: int) -> Churn | None:
@@ -154,19 +135,16 @@ class ChurnWatch:
             return None
         # Not the key itself, which may be large; two of one hash would be counted as one.
         number = hash(key)
-        self._last.append((key, number in self._before))
-        self._hits.append(hits)
+        self._last.append((key, number in self._before, hits))
         self._before[number] = None
         self._before.move_to_end(number)
         if len(self._before) > _REMEMBERED:
             self._before.popitem(last=False)
-        if len(self._last) < WINDOW:
-            return None
-        again, gained = sum(was for _, was in self._last), hits - self._hits[0]
-        if gained >= WINDOW * (HITS if again >= MOST_OF_THEM else 1):
+        again, gained = sum(was for _, was, _ in self._last), hits - self._last[0][2]
+        if len(self._last) < WINDOW or gained >= WINDOW * (HITS if again >= MOST_OF_THEM else 1):
             return None
         self._said = True
-        seen = Churn(again, gained, tuple(dict.fromkeys(key for key, _ in self._last)))
+        seen = Churn(again, gained, tuple(dict.fromkeys(key for key, _, _ in self._last)))
         self._last.clear()
         return seen
 
@@ -174,4 +152,3 @@ class ChurnWatch:
         """Begin anew: the graphs were dropped for another reason."""
         self._before.clear()
         self._last.clear()
-        self._hits.clear()

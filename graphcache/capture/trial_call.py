@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.cache.signature import substitute
 from graphcache.capture.output_layout import Answer
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.verify import largest_gap, repeats
 from graphcache.keys.call import Call
+from graphcache.keys.call_key import substitute
 
 
 class TrialCall:

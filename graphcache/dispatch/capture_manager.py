@@ -16,11 +16,11 @@ from graphcache.cache.blocks import Blocks
 from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.room import Room
+from graphcache.cache.seen import Seen
 from graphcache.capture.recorder import Recorded, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.argument_names import arguments_of
-from graphcache.dispatch.history import History
 from graphcache.dispatch.preparing import Preparation, preparing
 from graphcache.dispatch.targets import EngineGuard, Target
 from graphcache.errors import Cause, Reason, Refusal
@@ -42,15 +42,13 @@ class CaptureManager:
         target: The module.
         config: Options.
         ledger: Hears of captures, evictions and eager calls.
-        history: Remembers what calls were like.
         gate: Keeps background captures and callers apart.
     """
 
-    def __init__(self, target: Target, config: GraphConfig, ledger: Ledger, history: History, gate: RunGate) -> None:
+    def __init__(self, target: Target, config: GraphConfig, ledger: Ledger, gate: RunGate) -> None:
         self.target = target
         self.config = config
         self.ledger = ledger
-        self.history = history
         self.gate = gate
         self.lock = QuietLock()
         """Held while a call is captured, and by whoever drops graphs."""
@@ -59,6 +57,8 @@ class CaptureManager:
         self.graphs: GraphCache[Recorded] = GraphCache(
             max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=self._evicted
         )
+        self.seen = Seen()
+        """Which calls there were, and how often, noted at misses."""
         self.denials = Blocks()
         """Keys that could not be captured."""
         self.admission = Admission(self.graphs, config.capture)
@@ -234,7 +234,6 @@ class CaptureManager:
             self.deny(key, outcome)
             return outcome
         self.ledger.captured(Captured(key, seconds, entry.graph.graph.nodes, entry.nbytes))
-        self.history.captured(call)
         replay = self._replay_seconds(outcome, call)
         slower = self.admission.captured(key, seconds, replay=replay, preparing=preparation is not None)
         if slower is not None:
@@ -261,7 +260,7 @@ class CaptureManager:
         for function in self.on_evict:
             function()
         self.admission.evicted(key, entry)
-        self.history.evicted(key, entry.hits)
+        self.seen.retire(key, entry.hits)
         self.ledger.evicted(Evicted(key, entry.hits))
 
     def _drop_broken(self) -> None:

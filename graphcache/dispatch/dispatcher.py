@@ -49,7 +49,6 @@ from graphcache.dispatch.capture_manager import CaptureManager
 from graphcache.dispatch.capture_queue import PENDING, CaptureQueue
 from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
-from graphcache.dispatch.history import History
 from graphcache.dispatch.preconditions import current_device, forbidden, several_devices
 from graphcache.dispatch.preparing import preparing
 from graphcache.dispatch.targets import EngineGuard, Target
@@ -61,8 +60,6 @@ STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
 UNPADDED: Any = object()
 """Stands for the answer of a call that is not padded."""
-OFTEN = 8
-"""The eager call of a key at which it is remembered for a manifest, which takes some 50 µs."""
 
 Hit = Callable[[Entry[Recorded], Call], Any]
 """Replays an entry for a call; an answer, or ``STALE``."""
@@ -102,7 +99,6 @@ class Dispatcher:
         target: The module.
         config: Options.
         ledger: Hears of captures, evictions and eager calls.
-        history: Remembers what calls were like.
         gate: Keeps background captures and callers apart.
         publish: As :class:`~graphcache.dispatch.fast_path.FastPath` takes it.
     """
@@ -112,16 +108,14 @@ class Dispatcher:
         target: Target,
         config: GraphConfig,
         ledger: Ledger,
-        history: History,
         gate: RunGate,
         publish: Callable[[Any], object],
     ) -> None:
         self.target = target
         self.config = config
         self.ledger = ledger
-        self.history = history
         self.gate = gate
-        self.captures = CaptureManager(target, config, ledger, history, gate)
+        self.captures = CaptureManager(target, config, ledger, gate)
         self.queue = CaptureQueue(self.captures)
         self.fast_path = FastPath(target, publish)
         self.captures.on_evict.append(self.fast_path.clear)
@@ -225,7 +219,7 @@ class Dispatcher:
     def miss(self, call: Call) -> Any:
         """Answer a call that no graph of its key has answered."""
         self.captures.notice_device(call)
-        self.history.missed(call)
+        self.captures.seen.note(call.key, call.args, call.kwargs)
         if self.padding is not None and not self.closed and self.forbidden() is None:
             answer = self.padding.answer(call)
             if answer is not UNPADDED:
@@ -338,9 +332,7 @@ class Dispatcher:
         start = time.perf_counter()
         with self.ledger.span("eager"), graphs_off():
             answer = self.run(*call.args, **call.kwargs)
-        if self.captures.admission.ran(call.key, time.perf_counter() - start) >= OFTEN:
-            # Not only then: threads that run beside each other may count past it.
-            self.history.captured(call)
+        self.captures.admission.ran(call.key, time.perf_counter() - start)
         return answer
 
     def _undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from graphcache.cache.lru import Entry, ticks
-from graphcache.cache.signature import describe_layout, is_flat
 from graphcache.capture.recorder import Recorded
 from graphcache.config import Modes, modes
 from graphcache.dispatch.preconditions import (
@@ -32,6 +31,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.call import Call
+from graphcache.keys.call_key import describe_layout, is_flat
 
 _FUNCTIONS = (
     "cuGraphLaunch",

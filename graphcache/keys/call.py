@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from graphcache.cache.signature import Signature, describe
+from graphcache.keys.call_key import Signature, describe
 
 
 class Call(NamedTuple):

@@ -18,7 +18,6 @@ from graphcache.cache.buckets import Buckets
 from graphcache.cache.lru import Entry
 from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.seen import Seen
-from graphcache.cache.signature import Signature, describe
 from graphcache.capture.effects import Effects
 from graphcache.capture.recorder import Recorded
 from graphcache.dispatch.argument_names import arguments_of

@@ -3,71 +3,23 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-import torch
-
-from graphcache.cache.admission import Known
-from graphcache.cache.lru import Entry
-from graphcache.cache.signature import Signature
-from graphcache.cache.wording import Words, differences, distance, words_of
-from graphcache.capture.recorder import Recorded
-from graphcache.config import graphs_off
-from graphcache.dispatch.argument_names import arguments_of
-from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
-from graphcache.keys.call import Call
+from graphcache.errors import Cause, ConfigError, Reason, Refusal
+from graphcache.keys.call_spec import CallSpec
+from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
+from graphcache.modules.key_view import Costs, KeyView, view_of_call, views_of
 from graphcache.modules.transparent import StandIn
 from graphcache.modules.wrapped import state_of
 
 Outcome = Literal["hit", "capture", "eager"]
 
-_SAMPLES = 7
 _SHOWN = 20
 _PASSING = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD})
 """Reasons that say nothing of the operations, so that another call may well have a graph."""
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What a signature was measured to take, in seconds; ``None`` where it was not.
-
-    Args:
-        eager: A call without a graph.
-        replay: A call with one.
-        capture: Making the graph.
-    """
-
-    eager: float | None = None
-    replay: float | None = None
-    capture: float | None = None
-
-    @property
-    def break_even(self) -> float | None:
-        """Replays after which the capture is paid for; ``inf`` if never, ``None`` if that is not known.
-
-        Example:
-            >>> Costs(eager=180e-6, replay=50e-6, capture=5e-3).break_even
-            39
-        """
-        if self.eager is None or self.replay is None or self.capture is None:
-            return None
-        saving = self.eager - self.replay
-        return math.ceil(self.capture / saving) if saving > 0 else math.inf
-
-    def __str__(self) -> str:
-        known = {name: value for name in ("eager", "replay", "capture") if (value := getattr(self, name)) is not None}
-        if not known:
-            return ""
-        text = ", ".join(f"{name} {_duration(value)}" for name, value in known.items())
-        calls = self.break_even
-        if calls is None:
-            return text
-        return f"{text}: " + ("a replay saves nothing" if math.isinf(calls) else f"paid for after {calls} replays")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +60,19 @@ class Explained:
         lines += [f"  {text}" for text in (str(self.costs), self.note) if text]
         return "\n".join(lines)
 
+    def tree(self) -> dict[str, Any]:
+        """The same for JSON; times in seconds, memory in bytes."""
+        cause, replays = self.cause, self.costs.break_even
+        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("cause", "costs")}
+        return found | {
+            "reason": None if cause is None else cause.reason.value,
+            "cause": None if cause is None else str(cause),
+            "remedy": None if cause is None else cause.reason.remedy,
+            "seconds": asdict(self.costs),
+            "break_even": None if replays is None or math.isinf(replays) else replays,
+            "differs": list(self.differs),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -146,7 +111,7 @@ class Explanation:
         """The same for JSON; times in seconds, memory in bytes."""
         return {
             "module": self.module,
-            "calls": [_tree(each) for each in self.calls],
+            "calls": [each.tree() for each in self.calls],
             "eager": {reason.value: count for reason, count in self.account.eager.items()},
             "parts": [part.tree() for part in self.parts],
         }
@@ -155,10 +120,9 @@ class Explanation:
 def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
     """Say what becomes of a call, or of all calls so far.
 
-    With arguments it says what the next such call would do, under the modes of this moment, without making it. Where
-    there is a graph for it whose times nobody measured, both ways are measured now: the module runs eagerly and the
-    graph is replayed, each some seven times; no counter shows it. Without arguments it
-    goes through every signature that is remembered.
+    With arguments it says what the next such call would do, under the modes of this moment. Without arguments it goes
+    through every signature that is remembered. The module is not run. Times are those that its calls and captures have
+    taken; with ``capture="worthwhile"`` all of them are measured, otherwise some.
 
     Args:
         module: A wrapped module.
@@ -171,6 +135,7 @@ def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
         Exception: Whatever an engine says of arguments that it does not take.
 
     Example:
+        >>> import torch
         >>> import graphcache
         >>> fast = graphcache.wrap(torch.nn.ReLU())
         >>> _ = fast(torch.zeros(1, 77))
@@ -181,160 +146,59 @@ def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
     if not isinstance(module, StandIn):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
     state_of(module).dispatcher.check_open()
-    found = [_asked(module, args, kwargs)] if args or kwargs else _remembered(module)
-    parts = tuple(explain(part) for part in state_of(module).submodules.named().values())
-    return Explanation(state_of(module).name, tuple(found), state_of(module).cache_info(), parts)
+    control = controls(module)
+    views = [view for view in views_of(module) if view.status != "new" or view.calls]
+    graphs = [view.spec for view in views if view.status in ("captured", "changed")]
+    if args or kwargs:
+        found = [_of_call(module, args, kwargs, graphs)]
+    else:
+        found = [_of_key(view, graphs) for view in views]
+        found.sort(key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
+    parts = tuple(explain(part) for part in control.parts.values())
+    return Explanation(control.ledger.name, tuple(found), control.cache_info(), parts)
 
 
-def _asked(fast: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
+def _of_call(module: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[CallSpec]) -> Explained:
     """What the next call with these arguments would do."""
     try:
-        call = state_of(fast).dispatcher.target.describe(args, kwargs)
+        call = view_of_call(module, args, kwargs)
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
-    misses = state_of(fast).dispatcher
-    signature = call.key
-    target = misses.padding.target(call) if misses.padding is not None else None
-    found = _look(fast, target or signature)
-    if (reason := misses.forbidden()) is not None:
-        found = replace(found, outcome="eager", cause=Cause(reason), nearest="", differs=())
-    elif (needs := misses.captures.needs_grad(call.tensors)) is not None:
-        found = replace(found, outcome="eager", cause=needs)
-    elif state_of(fast).config.strategy == "per_submodule":
+    found = _of_key(call.key, graphs)
+    if call.forbidden is not None:
+        found = replace(found, outcome="eager", cause=call.forbidden, nearest="", differs=())
+    elif call.by_parts:
         found = replace(found, outcome="eager", cause=None, note="its parts are captured one by one")
-    if target is not None:
-        names = arguments_of(state_of(fast).module)
-        note = f"it is padded: {', '.join(differences(words_of(signature, names), words_of(target, names)))}"
-        found = replace(found, call=str(words_of(signature, names)), note=note)
-    entry = state_of(fast).graphs.entries.get(target or signature)
-    costs = found.costs
-    is_measured = costs.eager is not None and costs.replay is not None
-    if found.outcome == "hit" and entry is not None and target is None and not is_measured:
-        found = replace(found, costs=_measured(fast, entry, costs, call))
+    if call.unpadded is not None:
+        note = f"it is padded: {', '.join(call.unpadded.diff(call.key.spec))}"
+        found = replace(found, call=str(call.unpadded), note=note)
     return found
 
 
-def _remembered(fast: StandIn) -> list[Explained]:
-    """Every signature that has a graph, was called lately without one, or could not be captured."""
-    keys: dict[Hashable, None] = dict.fromkeys(
-        [*list(state_of(fast).graphs.entries), *state_of(fast).dispatcher.history.seen.keys()]
+def _of_key(view: KeyView, graphs: Sequence[CallSpec]) -> Explained:
+    """What becomes of the calls of one key, whatever the modes of this moment."""
+    outcome: Outcome = "hit" if view.status == "captured" else "capture" if view.cause is None else "eager"
+    note = {
+        "changed": "the module has changed since its graph was captured",
+        "evicted": "it had a graph, which was evicted",
+    }.get(view.status, "")
+    if view.status == "denied" and view.retry_after == 0:
+        note = "it is looked at again at its next call"
+    elif view.status == "denied" and view.retry_after is not None:
+        note = f"another capture is tried after {view.retry_after} call{'s' * (view.retry_after != 1)}"
+    nearest, differs = "", tuple[str, ...]()
+    if view.status not in ("captured", "changed") and graphs and (view.cause is None or view.cause.reason in _PASSING):
+        near = min(graphs, key=lambda spec: spec.distance(view.spec))
+        nearest, differs = str(near), tuple(near.diff(view.spec))
+    return Explained(
+        str(view.spec) + "".join(f", {name} {value}" for name, value in view.spec.modes.items()),
+        outcome,
+        view.cause,
+        view.calls,
+        view.hits,
+        view.nbytes,
+        view.costs,
+        nearest,
+        differs,
+        note,
     )
-    found = [_look(fast, key) for key in keys if isinstance(key, tuple)]
-    return sorted(found, key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
-
-
-def _look(fast: StandIn, signature: Signature) -> Explained:
-    """What is known of a signature, whatever the modes of this moment."""
-    misses, names = state_of(fast).dispatcher.captures, arguments_of(state_of(fast).module)
-    entry = state_of(fast).graphs.entries.get(signature)
-    words = words_of(signature, names)
-    known = misses.admission.known().get(signature, _UNKNOWN)
-    hits = entry.hits if entry is not None else 0
-    found = Explained(
-        str(words) + "".join(f", {name} {value}" for name, value in words.modes.items()),
-        "hit",
-        calls=state_of(fast).dispatcher.history.seen.calls(signature, hits),
-        hits=hits,
-        nbytes=entry.nbytes if entry is not None else 0,
-        costs=Costs(known.eager, known.replay, known.capture),
-    )
-    has_changed = misses.target.guard.has_changed()
-    if entry is not None and entry.graph.version == misses.version and not has_changed:
-        return found
-    if entry is not None:
-        return replace(found, outcome="capture", note="the module has changed since its graph was captured")
-    cause, note = misses.admission.outlook(signature), ""
-    if (blocked := misses.denials.look(signature, misses.version + has_changed)) is not None:
-        cause, wait = blocked
-        if wait is not None:
-            calls = "1 call" if wait == 1 else f"{wait} calls"
-            note = f"another capture is tried after {calls}" if wait else "it is looked at again at its next call"
-    elif known.capture is not None:
-        note = "it had a graph, which was evicted"
-    nearest: str = ""
-    differs: tuple[str, ...] = ()
-    if cause is None or cause.reason in _PASSING:
-        nearest, differs = _nearest(fast, words)
-    outcome: Outcome = "capture" if cause is None else "eager"
-    return replace(found, outcome=outcome, cause=cause, nearest=nearest, differs=differs, note=note)
-
-
-def _nearest(fast: StandIn, words: Words) -> tuple[str, tuple[str, ...]]:
-    names = arguments_of(state_of(fast).module)
-    others = [words_of(key, names) for key in list(state_of(fast).graphs.entries) if isinstance(key, tuple)]
-    if not others:
-        return "", ()
-    nearest = min(others, key=lambda other: distance(other, words))
-    return str(nearest), tuple(differences(nearest, words))
-
-
-def _measured(
-    fast: StandIn,
-    entry: Entry[Recorded],
-    costs: Costs,
-    call: Call,
-) -> Costs:
-    """Costs with both ways of a call measured, from its beginning until the device has finished."""
-    dispatcher = state_of(fast).dispatcher
-    given = dispatcher.target.graph_inputs(call.tensors)
-    wait: Callable[[], object] = torch.cuda.synchronize if dispatcher.captures.on_cuda else _nothing
-    # A graph was verified: its call changes nothing, so it may be made again.
-    try:
-        with dispatcher.on_device(call), graphs_off():
-            eager = _typical(lambda: dispatcher.target.run(*call.args, **call.kwargs), wait)
-            replay = _typical(lambda: entry.graph.replay(given), wait)
-    except ClosedError:
-        # Evicted by another thread meanwhile.
-        return costs
-    return replace(costs, eager=eager, replay=replay)
-
-
-def _typical(call: Callable[[], object], wait: Callable[[], object]) -> float:
-    def times() -> Iterator[float]:
-        for _ in range(_SAMPLES):
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            yield time.perf_counter() - start
-
-    return statistics.median(times())
-
-
-def _tree(each: Explained) -> dict[str, Any]:
-    cause, calls = each.cause, each.costs.break_even
-    return {
-        "call": each.call,
-        "outcome": each.outcome,
-        "reason": None if cause is None else cause.reason.value,
-        "cause": None if cause is None else str(cause),
-        "remedy": None if cause is None else cause.reason.remedy,
-        "calls": each.calls,
-        "hits": each.hits,
-        "nbytes": each.nbytes,
-        "seconds": asdict(each.costs),
-        "break_even": None if calls is None or math.isinf(calls) else calls,
-        "nearest": each.nearest,
-        "differs": list(each.differs),
-        "note": each.note,
-    }
-
-
-def _duration(seconds: float) -> str:
-    """A time with three digits.
-
-    Example:
-        >>> _duration(0.00418), _duration(41.25e-6), _duration(2.0)
-        ('4.18 ms', '41.2 µs', '2 s')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
-
-
-def _nothing() -> None:
-    """The host has nothing to wait for."""
-
-
-_UNKNOWN = Known(0, 0, None, None, None)

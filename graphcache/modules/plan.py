@@ -5,8 +5,8 @@ from __future__ import annotations
 from graphcache.cache.admission import Admission
 from graphcache.cache.estimates import Estimate
 from graphcache.cache.padder import Fit
-from graphcache.cache.signature import Signature
 from graphcache.errors import Cause
+from graphcache.keys.call_key import Signature
 
 
 class Plan:

@@ -7,25 +7,70 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from graphcache.cache.manifest import Manifest, ManifestProblem
-from graphcache.cache.signature import Signature
 from graphcache.config import graphs_off
 from graphcache.dispatch.preparing import Preparation, prepared_together, preparing
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
+from graphcache.features import features
+from graphcache.keys.call_key import Signature
 from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
-from graphcache.modules.examples import example
+from graphcache.modules.examples import Example, example
 from graphcache.modules.progress import bar
-from graphcache.modules.served_calls import Job, choose
 from graphcache.modules.transparent import StandIn
 from graphcache.modules.wrapped import state_of
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestProblem:
+    """Why a manifest, or an entry of one, was ignored.
+
+    Args:
+        path: Of the file.
+        field: Where in it; empty for the file as a whole.
+        text: What was seen there and what was expected.
+    """
+
+    path: str
+    field: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.field}: {self.text}" if self.field else f"{self.path}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call to prepare.
+
+    Args:
+        target: The wrapped module, or a part of it.
+        call: The call.
+        modes: Makes a context in which it is prepared.
+        measured: What it was measured to take in another process, in seconds.
+        path: Of the manifest that lists it; empty for a call that was given.
+    """
+
+    target: nn.Module
+    call: Example
+    modes: Callable[[], AbstractContextManager[object]] = nullcontext
+    measured: dict[str, float] | None = None
+    path: str = ""
+
+
+class Chosen(NamedTuple):
+    """Calls of a manifest, hottest first; how many found no room in the budgets; and what was wrong with it."""
+
+    jobs: list[Job]
+    left_out: int
+    problems: list[ManifestProblem]
 
 
 class Refused(NamedTuple):
@@ -79,11 +124,12 @@ def prepare(
     _check_options(given, pin, deadline, progress)
     state_of(fast).dispatcher.check_open()
     work = _Work(fast, deadline, start)
-    manifests = [each for each in given if is_a(each, str, os.PathLike, Manifest)]
-    calls = [example(each, state_of(fast).module) for each in given if not is_a(each, str, os.PathLike, Manifest)]
+    kinds = (str, os.PathLike, features.manifest_type)
+    manifests = [each for each in given if is_a(each, *kinds)]
+    calls = [example(each, state_of(fast).module) for each in given if not is_a(each, *kinds)]
     jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
     for manifest in manifests:
-        chosen = choose(fast, manifest, deadline)
+        chosen: Chosen = features.calls_of_manifest(fast, manifest, deadline)
         jobs += chosen.jobs
         work.left_out += chosen.left_out
         work.problems += chosen.problems
@@ -199,7 +245,7 @@ class _Work:
 
     def _noted(self, job: Job, error: Exception) -> None:
         """Note what a call of a manifest raised; one that was given is the caller's to mend."""
-        if job.entry is None:
+        if not job.path:
             raise error
         text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
         self.problems.append(ManifestProblem(job.path, "call", text))

@@ -16,13 +16,13 @@ from graphcache.cache.buckets import Buckets, InputAxis
 from graphcache.cache.independence import Run, dependence, observed_outputs
 from graphcache.cache.padder import Call, Fit, Padder
 from graphcache.cache.padding import cropped, varied
-from graphcache.cache.signature import Signature, describe, substitute
 from graphcache.capture.torch_recorder import Running, TorchRecorder
 from graphcache.config import graphs_off
 from graphcache.dispatch.dispatcher import Misses
 from graphcache.errors import Cause, GraphCacheError, InputError, Reason, Refusal, shown
 from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.verify import padded_gap
+from graphcache.keys.call_key import Signature, describe, substitute
 from graphcache.modules.engine import EngineModule
 
 _MOST = 1024

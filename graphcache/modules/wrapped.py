@@ -14,8 +14,6 @@ from graphcache.capture.recorder import Recorded
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
-from graphcache.dispatch.history import History
-from graphcache.dispatch.remembered import Remembered
 from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.events import Ledger
 from graphcache.modules.info import CacheInfo
@@ -160,7 +158,4 @@ def new_dispatcher(
     else:
         guard = module_guard(module, user, config.ignore, hooks=run is None)
         target = ModuleTarget(module, run or module, ledger.name, config, guard)
-    dispatcher: Dispatcher
-    history = History(Remembered(lambda: dispatcher.entries, module if isinstance(module, EngineLike) else None))
-    dispatcher = Dispatcher(target, config, ledger, history, gate, publish)
-    return dispatcher
+    return Dispatcher(target, config, ledger, gate, publish)

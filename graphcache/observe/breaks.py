@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.signature import describe, substitute
 from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Refusal
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.higher_order import compiled_runs_eagerly
+from graphcache.keys.call_key import describe, substitute
 from graphcache.modules.cached_module import CachedModule
 from graphcache.observe.findings import Break as Break
 from graphcache.observe.findings import Findings, tensors_in

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Signature as Function
 
-from graphcache.cache.wording import words_of
 from graphcache.dispatch.argument_names import arguments_of
 from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
+from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
@@ -68,7 +68,7 @@ class Counters:
         seen = {name: after[name] - before[name] for name in counts}
         if seen != counts:
             wanted, got = (", ".join(f"{name}={count}" for name, count in each.items()) for each in (counts, seen))
-            raise AssertionError(f"{self._module._ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
+            raise AssertionError(f"{controls(self._module).ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
 
 
 @contextmanager
@@ -129,13 +129,13 @@ def _heard(module: CachedModule, captured: list[str]) -> Iterator[None]:
     def hearer(names: Function | Sequence[str]) -> Callable[[Event], None]:
         def hear(event: Event) -> None:
             if isinstance(event, Captured) and isinstance(event.key, tuple):
-                captured.append(str(words_of(event.key, names)))
+                captured.append(str(CallSpec(event.key, names)))
 
         return hear
 
     with ExitStack() as listening:
         for each in (module, *controls(module).parts.values()):
-            listening.callback(controls(each).subscribe(hearer(arguments_of(each._module))))
+            listening.callback(controls(each).subscribe(hearer(arguments_of(controls(each).module))))
         yield
 
 

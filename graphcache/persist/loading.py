@@ -12,8 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.manifest import Manifest, differences
-from graphcache.cache.sealed import MOST_BYTES
 from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import library
@@ -27,6 +25,7 @@ from graphcache.modules.wrapped import state_of
 from graphcache.persist.container import Container
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader, damaged
+from graphcache.persist.manifest import MOST_BYTES, Manifest, differences
 from graphcache.persist.options import config_of
 
 Rebuild = Literal["never", "if_needed"]

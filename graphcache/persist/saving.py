@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.manifest import Manifest
 from graphcache.config import GraphConfig
 from graphcache.errors import ConfigError, shown
 from graphcache.modules.engine import EngineModule
@@ -17,6 +16,7 @@ from graphcache.modules.engine_source import Source
 from graphcache.modules.engine_state import bytes_of
 from graphcache.persist.container import part_of, write_parts
 from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader
+from graphcache.persist.manifest import Manifest
 from graphcache.persist.options import options_of
 from graphcache.version import __version__
 

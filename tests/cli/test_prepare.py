@@ -43,7 +43,7 @@ def test_shapes_become_a_manifest_that_another_process_prepares(prepare, tmp_pat
 def test_the_mode_is_that_of_the_calls_to_come(prepare, tmp_path, mode):
     assert prepare("some_nets:Half", "--shapes", "x:3", "--manifest", "m.json", "--mode", mode).exit_code == 0
     [entry] = graphcache.Manifest.load(tmp_path / "m.json").entries
-    assert entry.spec.tree["modes"] == {"grad": False, "inference": mode == "inference_mode", "autocast": {}}
+    assert entry.spec.modes == ({"inference mode": "on"} if mode == "inference_mode" else {})
 
 
 def test_what_cannot_be_captured_is_told_and_exits_with_1(prepare):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphcache.cache.signature import describe, substitute
 from graphcache.errors import Reason, Refusal
+from graphcache.keys.call_key import describe, substitute
 from tests.helpers import constants, structures, tensors
 
 Point = namedtuple("Point", "x y")

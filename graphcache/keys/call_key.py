@@ -1,7 +1,8 @@
-"""Arguments of a call -> what distinguishes it from other calls, and its tensors in order.
+"""The call key: what distinguishes the arguments of one call from those of another, and its tensors in order.
 
 Two calls with equal signatures run the same operations on tensors of the same layout, so one captured graph answers
 both. A call of plain tensors is described without looking for anything else; every other structure is walked.
+:class:`graphcache.keys.call_spec.CallSpec` describes a key to people and in files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from graphcache.errors import Reason, Refusal, shown
 from graphcache.keys.ambient import ambient_number
 
 Signature = tuple[Hashable, ...]
+
+STATE_PARTS = 3
+"""Parts of a key before those of the arguments: grad mode, inference mode, autocast with the ambient state."""
+ATTRIBUTES = "attributes"
+"""Part of a key after the parts of a tensor that has attributes of its own."""
+REPEATS = "repeats"
+"""Part of a key before the places of tensors that are given more than once."""
 
 _strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
@@ -124,10 +132,10 @@ def is_flat(signature: Signature, args: tuple[Any, ...]) -> bool:
         ...     [is_flat(describe(args, {})[0], args) for args in ((x,), (x, x), (x, 1))]
         [True, False, False]
     """
-    # Three parts for the state and four for each tensor, with nothing pending and none repeated.
+    # Four parts for each tensor: nothing is pending and none is repeated.
     around = signature[2]
     without_autocast = around is None or (type(around) is tuple and type(around[0]) is int and around[1] is None)
-    return len(signature) == 3 + 4 * len(args) and signature[0] is False and without_autocast
+    return len(signature) == STATE_PARTS + 4 * len(args) and signature[0] is False and without_autocast
 
 
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
@@ -162,6 +170,7 @@ def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) 
             parts.append((value.is_conj(), value.is_neg()))
         if value.__dict__:
             # Attributes that somebody gave it; a module may look at them.
+            parts.append(ATTRIBUTES)
             _constant(dict(value.__dict__), f"an attribute of {where}", parts)
         tensors.append(value)
     elif kind is float:
@@ -245,7 +254,7 @@ def _repeats(tensors: Sequence[Tensor]) -> Signature:
     """Which tensors are the same object as an earlier one; nothing in the usual case, that none is."""
     places: dict[int, int] = {}
     first = [places.setdefault(id(value), index) for index, value in enumerate(tensors)]
-    return () if len(places) == len(tensors) else ("repeats", *first)
+    return () if len(places) == len(tensors) else (REPEATS, *first)
 
 
 def _autocast() -> Hashable:

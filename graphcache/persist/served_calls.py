@@ -1,0 +1,175 @@
+"""From the calls that a module has served to a manifest, and from a manifest to the calls to prepare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphcache.capture.engine_like import EngineLike
+from graphcache.dispatch.argument_names import arguments_of
+from graphcache.errors import shown
+from graphcache.modules.controls import controls
+from graphcache.modules.devices import device_of
+from graphcache.modules.examples import Example, varied
+from graphcache.modules.key_view import views_of
+from graphcache.modules.prepare import Chosen, Job, ManifestProblem
+from graphcache.modules.wrapped import state_of
+from graphcache.persist.fingerprint import environment
+from graphcache.persist.manifest import Manifest, ManifestEntry, differences
+
+_LONGEST = 9e8
+"""Seconds; no more are saved."""
+_LARGEST = 2**40
+"""Bytes, likewise."""
+
+
+def served(fast: nn.Module) -> tuple[Manifest, int]:
+    """What a module and its parts have served, as a manifest, and how many calls no file can hold."""
+    entries: list[ManifestEntry] = []
+    left_out = 0
+    for part, each in _targets(fast).items():
+        for view in views_of(each):
+            if not view.is_worth_saving:
+                continue
+            if view.spec.unsaveable:
+                left_out += 1
+                continue
+            times = (
+                None if seconds is None else min(seconds, _LONGEST)
+                for seconds in (view.costs.eager, view.costs.replay, view.costs.capture)
+            )
+            entries.append(ManifestEntry(view.spec, view.answered, part, min(view.nbytes, _LARGEST), *times))
+    return Manifest(environment(controls(fast).module), entries), left_out
+
+
+def plan(
+    entries: Iterable[ManifestEntry],
+    max_graphs: int,
+    max_bytes: int | None = None,
+    max_seconds: float | None = None,
+) -> list[ManifestEntry]:
+    """The entries to capture, hottest first, as far as budgets reach; one too large for what is left is passed over.
+
+    An entry's bytes are those its graph owned, or those of its inputs if they are more. An entry whose capture was
+    never measured counts no seconds: whoever captures has to watch the clock.
+
+    Args:
+        entries: Of one module.
+        max_graphs: How many graphs may be captured.
+        max_bytes: Bytes that they may own together; ``None`` for no bound.
+        max_seconds: What capturing them may take; ``None`` for no bound.
+
+    Example:
+        >>> from graphcache.keys.call_spec import CallSpec
+        >>> seen = [ManifestEntry(CallSpec.of((torch.zeros(n),), {}), hits=n, nbytes=100 * n) for n in (1, 2, 3)]
+        >>> [entry.hits for entry in plan(seen, 2, max_bytes=450)]
+        [3, 1]
+    """
+    chosen: list[ManifestEntry] = []
+    for entry in sorted(entries, key=lambda entry: entry.heat):
+        size, cost = max(entry.nbytes, entry.spec.nbytes), entry.capture_seconds or 0.0
+        if (max_bytes is not None and size > max_bytes) or (max_seconds is not None and cost > max_seconds):
+            continue
+        if len(chosen) == max_graphs:
+            break
+        max_bytes = None if max_bytes is None else max_bytes - size
+        max_seconds = None if max_seconds is None else max_seconds - cost
+        chosen.append(entry)
+    return chosen
+
+
+def choose(fast: nn.Module, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
+    """The calls of a manifest that are worth a capture here.
+
+    Args:
+        fast: The wrapped module, whose budgets count for the module and each of its parts.
+        given: The manifest, or its path.
+        seconds: What captures may take together; ``None`` for no bound.
+
+    Raises:
+        ConfigError: For a path that is none.
+    """
+    here = environment(controls(fast).module)
+    if isinstance(given, Manifest):
+        manifest, path = given, "the manifest"
+        problems = [
+            ManifestProblem(path, f"environment[{name!r}]", f"{there}, but here it is {found}")
+            for name, there, found in differences(given.environment, here)
+        ]
+        if problems:
+            return Chosen([], 0, problems)
+    else:
+        manifest, path = Manifest.load(given, expect=here), str(os.fspath(given))
+    problems = list(manifest.problems)
+    for part in {entry.part for entry in manifest.entries}:
+        # What was found in another process because the whole was refused there.
+        state_of(fast).submodules.reach(part)
+    targets = _targets(fast)
+    by_part: dict[str, list[ManifestEntry]] = {}
+    for index, entry in enumerate(manifest.entries):
+        if entry.part in targets:
+            by_part.setdefault(entry.part, []).append(entry)
+        else:
+            text = f"{shown(entry.part)} is no part that is captured here"
+            problems.append(ManifestProblem(path, f"entries[{index}].part", text))
+    budget = state_of(fast).graphs
+    chosen = [
+        entry for entries in by_part.values() for entry in plan(entries, budget.max_graphs, budget.max_bytes, seconds)
+    ]
+    chosen.sort(key=lambda entry: -entry.hits)
+    jobs = [
+        Job(targets[entry.part], _example(entry, targets[entry.part]), entry.spec.entered, _measured(entry), path)
+        for entry in chosen
+    ]
+    return Chosen(jobs, sum(map(len, by_part.values())) - len(jobs), problems)
+
+
+def _measured(entry: ManifestEntry) -> dict[str, float] | None:
+    """What a call was measured to take, in seconds, if all of it was."""
+    times = {"eager": entry.eager_seconds, "replay": entry.replay_seconds, "capture": entry.capture_seconds}
+    known = {name: seconds for name, seconds in times.items() if seconds is not None}
+    return known if len(known) == len(times) else None
+
+
+def _targets(fast: nn.Module) -> dict[str, nn.Module]:
+    """The module and its parts, by name."""
+    return {"": fast, **controls(fast).parts}
+
+
+def _example(entry: ManifestEntry, target: nn.Module) -> Example:
+    """The call of an entry, for a module or a part."""
+    module = controls(target).module
+    device = device_of(module)
+    spec = replace(entry.spec, names=arguments_of(module))
+
+    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = spec.example(device)
+        if isinstance(module, EngineLike):
+            args = with_host_values(module, args, spec.contents.host_values)
+        varied(args, kwargs)
+        return args, kwargs
+
+    return Example(str(spec)[:200], spec.nbytes, make)
+
+
+def with_host_values(engine: EngineLike, args: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of an engine with the values of its host shape tensors.
+
+    Raises:
+        ValueError: If values are not those of the engine's host shape tensors.
+    """
+    hosts = [(index, binding) for index, binding in enumerate(engine.engine.inputs) if binding.on_host]
+    if len(hosts) != len(given) or any(index >= len(args) for index, _ in hosts):
+        raise ValueError(f"values of {len(given)} host shape tensors for {len(args)} inputs; expected {len(hosts)}")
+    made = list(args)
+    for (index, binding), values in zip(hosts, given, strict=True):
+        try:
+            made[index] = torch.tensor(values, dtype=binding.dtype).reshape(binding.shape)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"args[{index}] holds no values of {binding.name!r}: {error}") from error
+    return tuple(made)
