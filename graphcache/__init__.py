@@ -3,11 +3,13 @@
 from graphcache import debug as debug
 from graphcache import observe as observe
 from graphcache import runtime as runtime
-from graphcache.cache.advisor import Advice as Advice
+from graphcache.buckets.advisor import Advice as Advice
+from graphcache.buckets.advisor import advise_buckets as _advise_buckets
+from graphcache.buckets.misses_host import padding_of as _padding_of
+from graphcache.buckets.spec import Axis as Axis
+from graphcache.buckets.spec import Buckets as Buckets
+from graphcache.buckets.spec import Mask as Mask
 from graphcache.cache.arbiter import set_process_budget as set_process_budget
-from graphcache.cache.buckets import Axis as Axis
-from graphcache.cache.buckets import Buckets as Buckets
-from graphcache.cache.buckets import Mask as Mask
 from graphcache.cache.manifest import Manifest as Manifest
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
@@ -15,6 +17,7 @@ from graphcache.engines.library import load_plugin_library as load_plugin_librar
 from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
+from graphcache.features import features as _features
 from graphcache.modules.cached import CachedModule as CachedModule
 from graphcache.modules.compiling import compile as compile
 from graphcache.modules.controls import controls as controls
@@ -30,3 +33,6 @@ from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
 from graphcache.version import __version__ as __version__
+
+_features.padding = _padding_of
+_features.advise_buckets = _advise_buckets

@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from graphcache.cache.advisor import Advice
 from graphcache.cache.lru import Entry
 from graphcache.cache.manifest import Manifest
-from graphcache.cache.places import place_of
-from graphcache.cache.seen import Seen, advise_axes
+from graphcache.cache.seen import Seen
 from graphcache.config import GraphConfig
-from graphcache.errors import CaptureError, ConfigError, Refusal, shown
+from graphcache.errors import CaptureError, Refusal
 from graphcache.events import Ledger, Subscriber, log
+from graphcache.features import Padding, features
 from graphcache.graphs.buffers import put
-from graphcache.modules.arguments import arguments_of
-from graphcache.modules.bucketed import Bucketed
 from graphcache.modules.conditions import is_compiling
 from graphcache.modules.described import described
 from graphcache.modules.engine import EngineModule
@@ -57,7 +54,7 @@ class Accounted(StandIn):
     _misses: Misses
     _seen: Seen
     _ends: list[Callable[[], object]]
-    _bucketed: Bucketed | None
+    _bucketed: Padding | None
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -237,9 +234,7 @@ class Accounted(StandIn):
         """
         return explain(self._whole, *args, **kwargs)
 
-    def advise_buckets(
-        self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0
-    ) -> Advice:
+    def advise_buckets(self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0) -> Any:
         """Buckets for one argument that would have served its shapes with the least padding.
 
         Args:
@@ -249,7 +244,7 @@ class Accounted(StandIn):
             argument: Its name or position; it is a tensor, and an argument of the call itself.
 
         Returns:
-            The advice; ``option()`` gives what the ``buckets`` option takes for the argument.
+            A :class:`graphcache.Advice`; ``option()`` gives what the ``buckets`` option takes for the argument.
 
         Raises:
             ConfigError: Naming the field, or if no shape of the argument was seen.
@@ -262,17 +257,8 @@ class Accounted(StandIn):
             >>> fast.advise_buckets(most=2).option()
             {0: [2, 8]}
         """
-        if trace is None:
-            if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
-                raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
-            place = place_of(argument, arguments_of(self._module), f"argument={argument!r}")
-            trace = self._seen.counts(place, {key: entry.hits for key, entry in list(self._entries.items())})
-            if not trace:
-                raise ConfigError(
-                    f"argument={argument!r}: {self._ledger.name} was not called with a tensor there; call it first, or "
-                    f"give a trace"
-                )
-        return advise_axes(trace, most)
+        hits = {key: entry.hits for key, entry in list(self._entries.items())}
+        return features.advise_buckets(self._module, self._ledger.name, self._seen.shapes(hits), argument, trace, most)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call ``subscriber`` with every capture, eviction and eager call from now on, in the thread of the call.

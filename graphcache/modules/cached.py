@@ -15,10 +15,11 @@ from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ClosedError, ConfigError, Refusal
 from graphcache.events import Evicted, Ledger
+from graphcache.features import NO_ANSWER, features
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.keys.ambient import ambient_state
+from graphcache.keys.call import Call
 from graphcache.modules.accounted import Accounted
-from graphcache.modules.bucketed import UNPADDED, Bucketed
 from graphcache.modules.conditions import (
     current_device,
     dispatch_modes,
@@ -114,7 +115,7 @@ class CachedModule(Portable, Accounted):
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
             misses.admission.evicted(key, entry)
-            seen.retire(key, entry.hits)
+            seen.add(key, entry.hits)
             ledger.evicted(Evicted(key, entry.hits))
 
         # A share of the device's memory is known when the first call has told which device it is.
@@ -134,10 +135,9 @@ class CachedModule(Portable, Accounted):
         parts = Parts(module, config, part)
         misses = Misses(module, run or module, config, ledger, cache, parts, guard, gate)
         misses.forget_shortcuts = shortcuts.clear
-        beside = config.capture_in == "background"
         binds = engine is not None and (bool(engine.host_inputs) or engine.takes_numbers)
         bucketed = (
-            None if config.buckets is None else Bucketed(config.buckets, misses, cache.entries, seen, beside=beside)
+            None if config.buckets is None else features.padding(config.buckets, misses, cache.entries, seen, self._hit)
         )
         # Past nn.Module's __setattr__, which would make submodules of modules.
         self.__dict__.update(
@@ -349,8 +349,8 @@ class CachedModule(Portable, Accounted):
         self._notice_device(inputs)
         self._seen.note(signature, args, kwargs)
         if self._bucketed is not None:
-            answer = self._bucketed.answer(signature, inputs, args, kwargs, self._hit)
-            if answer is not UNPADDED:
+            answer = self._bucketed.answer(Call(signature, inputs, args, kwargs))
+            if answer is not NO_ANSWER:
                 return answer
         return self._misses.answer(signature, inputs, args, kwargs, self._hit)
 

@@ -16,6 +16,7 @@ from graphcache.cache.admission import Known
 from graphcache.cache.wording import Words, differences, distance, words_of
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
+from graphcache.keys.call import Call
 from graphcache.modules.arguments import arguments_of
 from graphcache.modules.controls import controls
 from graphcache.modules.described import described, on_device
@@ -196,7 +197,8 @@ def _asked(fast: CachedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
     misses = fast._misses
-    target = fast._bucketed.target(signature, args, kwargs) if fast._bucketed is not None else None
+    call = Call(signature, inputs, args, kwargs)
+    target = fast._bucketed.target(call) if fast._bucketed is not None else None
     found = _look(fast, target or signature)
     if (reason := misses.forbidden()) is not None:
         found = replace(found, outcome="eager", cause=Cause(reason), nearest="", differs=())

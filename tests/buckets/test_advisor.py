@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache import advisor
-from graphcache.cache.advisor import Advice, advise, padded_shape
+from graphcache.buckets import advisor
+from graphcache.buckets.advisor import Advice, advise, padded_shape
 from graphcache.errors import ConfigError
 
 traces = st.dictionaries(

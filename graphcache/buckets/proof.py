@@ -1,0 +1,174 @@
+"""Whether calls may be padded to a bucket: tried once, before the first padded answer is given, and remembered.
+
+Tried are the sizes of the first call that goes to the bucket, and the smallest ones that would, where modules do what
+they do for no other size (a single row is broadcast). Each is tried with the values of that call and with values that
+differ: zeros, ones and NaN, as in a warm-up, hide most dependences.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from graphcache.buckets.host import Host, Key, Run
+from graphcache.buckets.independence import dependence, observed_outputs
+from graphcache.buckets.padder import Arguments, Fit, Padder
+from graphcache.cache.blocks import Blocks
+from graphcache.cache.signature import substitute
+from graphcache.capture.effects import Effects
+from graphcache.config import graphs_off
+from graphcache.errors import Cause, GraphCacheError, InputError, Reason, Refusal, shown
+from graphcache.graphs.capture import refusal_of
+from graphcache.keys.call import Call
+from graphcache.modules.engine import EngineModule
+
+_MAX_KEYS = 1024
+"""Buckets that are remembered; beyond that the oldest is forgotten and tried again."""
+
+
+class Proofs:
+    """What came of padding to each bucket, by the key of the padded call.
+
+    Args:
+        host: Runs the module.
+        padder: Pads its calls.
+    """
+
+    def __init__(self, host: Host, padder: Padder) -> None:
+        self._host = host
+        self._padder = padder
+        self._found: OrderedDict[tuple[int, Key], tuple[int, Padder]] = OrderedDict()
+        """By the module's generation and the key: the module's version and what crops the answers."""
+        self._refused = Blocks(_MAX_KEYS)
+        self._lock = threading.Lock()
+
+    def found(self, key: Key) -> Padder | None:
+        """What crops the answers of a bucket that may be padded to; ``None`` if that is not known."""
+        version, padder = self._found.get((self._host.generation, key), (0, None))
+        return padder if version == self._host.version else None
+
+    def refused(self, key: Key) -> Cause | None:
+        """Why a bucket is not to be tried this time."""
+        return self._refused.cause((self._host.generation, key), self._host.version)
+
+    def is_refused(self, key: Key) -> bool:
+        """Whether a bucket is not to be tried, without counting a call."""
+        known = self._refused.look((self._host.generation, key), self._host.version)
+        return known is not None and known[1] != 0
+
+    def refuse(self, key: Key, cause: Cause) -> Cause:
+        """Remember why a bucket is not padded to, which is returned."""
+        self._refused.block((self._host.generation, key), cause, self._host.version)
+        return cause
+
+    def prove(self, call: Call, fit: Fit, key: Key, effects: Effects, *, alone: bool = False) -> Padder | Cause:
+        """Find out whether a call that was answered may be padded.
+
+        Args:
+            call: The call as it is.
+            fit: What it is padded to.
+            key: That of the padded call.
+            effects: What the call did. If it did anything, the module is not run again.
+            alone: Whether no caller is to run the module at the same time.
+
+        Returns:
+            What crops padded calls, or why there must be none.
+        """
+        if effects.cause is not None:
+            return self.refuse(key, effects.cause)
+        try:
+            with graphs_off(), torch.no_grad():
+                padder = self._tried(self._host.runner(effects, alone=alone), fit, call)
+        except Refusal as refusal:
+            return self.refuse(key, refusal.cause)
+        except Exception as error:
+            cause = refusal_of(error, "").cause
+            if cause.reason is Reason.CAPTURE_FAILED:
+                text = str(error) if isinstance(error, GraphCacheError) else f"{type(error).__name__}: {error}"
+                cause = Cause(Reason.PADDING, detail=f"a call of other sizes raised {shown(text)}")
+            return self.refuse(key, cause)
+        with self._lock:
+            self._found[self._host.generation, key] = effects.version, padder
+            if len(self._found) > _MAX_KEYS:
+                self._found.popitem(last=False)
+        return padder
+
+    def _tried(self, run: Run, fit: Fit, call: Call) -> Padder:
+        """What crops padded calls.
+
+        Raises:
+            Refusal: If an answer depends on padding, or the module changes itself in a call of other sizes.
+            Exception: Whatever the module raises.
+        """
+        padder, given = self._padder, (call.args, call.kwargs)
+        if padder.buckets.outputs is None:
+            padder = padder.with_outputs(observed_outputs(run, *given, padder))
+        for arguments in given, _varied(run, call):
+            if arguments is None:
+                continue
+            for each in arguments, self._smallest(fit, arguments):
+                if each is not None and (text := dependence(run, *each, padder)) is not None:
+                    raise Refusal(Reason.PADDING, detail=text)
+        return padder
+
+    def _smallest(self, fit: Fit, given: Arguments) -> Arguments | None:
+        """The start of a call, of the smallest sizes that go to the same bucket; ``None`` if it has these itself."""
+        buckets = self._padder.buckets.sizes
+        below = {name: max((size for size in buckets[name] if size < fit.padded[name]), default=0) for name in fit.real}
+        sizes = {name: size + 1 for name, size in below.items()}
+        if sizes == fit.real:
+            return None
+        arguments = self._padder.start(sizes, *given)
+        if isinstance(self._host.module, EngineModule):
+            try:
+                self._host.module.checked(arguments[0])
+            except InputError:
+                # No profile takes it, so no call will have these sizes.
+                return None
+        return arguments
+
+
+def _varied(run: Run, call: Call) -> Arguments | None:
+    """A call with values that differ, as those of a warm-up often don't; ``None`` if the module refuses them."""
+    made = {id(tensor): varied(tensor) for tensor in call.tensors}
+    args, kwargs = substitute(call.args, call.kwargs, [made[id(tensor)] for tensor in call.tensors])
+    try:
+        run(*args, **kwargs)
+    except (Refusal, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception:
+        return None
+    return args, kwargs
+
+
+def varied(tensor: Tensor) -> Tensor:
+    """Values of the same kind that differ from each other, always the same ones, for a tensor of any layout.
+
+    Floating values are 0.25 to 1.25 times the mean magnitude of those that are given, and 1 where that says nothing.
+    They have either sign, unless all that is given is positive: then a logarithm or a root may follow. Booleans are
+    mixed. Integers may be indices: of equal ones above 0, every other one becomes smaller by 1; all others stay.
+
+    Example:
+        >>> varied(torch.tensor([3, 3, 3])), varied(torch.tensor([0, 0])), varied(torch.tensor([1, 5]))
+        (tensor([3, 2, 3]), tensor([0, 0]), tensor([1, 5]))
+    """
+    tensor = tensor.detach()
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.arange(tensor.numel(), device=tensor.device).remainder_(2).reshape(tensor.shape)
+    if tensor.dtype is torch.bool:
+        values = torch.rand(tensor.shape, generator=generator) < 0.5
+    elif not (tensor.is_floating_point() or tensor.is_complex()):
+        whole = tensor.to(torch.int64)
+        equal = tensor.numel() > 0 and bool((whole == whole.flatten()[0]).all() & (whole > 0).all())
+        values = whole - odd if equal else whole
+    else:
+        magnitudes = (tensor if tensor.is_complex() else tensor.double()).abs().double()
+        finite = magnitudes[magnitudes.isfinite()]
+        mean = float(finite.mean()) if finite.numel() else 0.0
+        values = (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.25) * (mean or 1.0)
+        if tensor.is_complex() or not bool((tensor.double() > 0).all()):
+            values *= torch.randint(2, tensor.shape, generator=generator) * 2 - 1
+    return torch.empty_like(tensor).copy_(values)
