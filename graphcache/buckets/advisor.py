@@ -26,6 +26,7 @@ MAX_SHAPES = 100_000
 MAX_STEPS = 200_000_000
 """Squared sizes times buckets of one axis: some ten seconds of Python."""
 _MAX_ROUNDS = 16
+"""Two axes may pull each other to and fro between results that are equally good."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def advise(trace: Any, most: Any) -> Advice:
         most = dict.fromkeys(axes or range(rank or 1), most)
     _check_axes(most, rank)
     sizes: dict[int, tuple[int, ...]] = {}
-    for _ in range(_MAX_ROUNDS):
+    for _ in range(_MAX_ROUNDS if len(most) > 1 else 1):
         before = dict(sizes)
         for axis in most:
             sizes[axis] = best_buckets(_weights(counts, axis, sizes), most[axis])

@@ -1,4 +1,4 @@
-"""One tensor at the start of a larger one, and back."""
+"""One tensor at the start of a larger one, and back; and one with other values."""
 
 from __future__ import annotations
 
@@ -59,6 +59,36 @@ def cropped(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
         return result
     # A caller may ask for a view() of what eager execution would have answered.
     return result.clone() if is_dense(tensor) and not is_dense(result) else result
+
+
+def varied(tensor: Tensor) -> Tensor:
+    """Values of the same kind that differ from each other, always the same ones, for a tensor of any layout.
+
+    Floating values are 0.25 to 1.25 times the mean magnitude of those that are given, and 1 where that says nothing.
+    They have either sign, unless all that is given is positive: then a logarithm or a root may follow. Booleans are
+    mixed. Integers may be indices: of equal ones above 0, every other one becomes smaller by 1; all others stay.
+
+    Example:
+        >>> varied(torch.tensor([3, 3, 3])), varied(torch.tensor([0, 0])), varied(torch.tensor([1, 5]))
+        (tensor([3, 2, 3]), tensor([0, 0]), tensor([1, 5]))
+    """
+    tensor = tensor.detach()
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.arange(tensor.numel(), device=tensor.device).remainder_(2).reshape(tensor.shape)
+    if tensor.dtype is torch.bool:
+        values = torch.rand(tensor.shape, generator=generator) < 0.5
+    elif not (tensor.is_floating_point() or tensor.is_complex()):
+        whole = tensor.to(torch.int64)
+        equal = tensor.numel() > 0 and bool((whole == whole.flatten()[0]).all() & (whole > 0).all())
+        values = whole - odd if equal else whole
+    else:
+        magnitudes = (tensor if tensor.is_complex() else tensor.double()).abs().double()
+        finite = magnitudes[magnitudes.isfinite()]
+        mean = float(finite.mean()) if finite.numel() else 0.0
+        values = (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.25) * (mean or 1.0)
+        if tensor.is_complex() or not bool((tensor.double() > 0).all()):
+            values *= torch.randint(2, tensor.shape, generator=generator) * 2 - 1
+    return torch.empty_like(tensor).copy_(values)
 
 
 def holds(dtype: torch.dtype, number: Number) -> bool:

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.buckets.padding import cropped, holds, is_dense, padded
-from graphcache.buckets.proof import varied
+from graphcache.buckets.padding import cropped, holds, is_dense, padded, varied
 from tests.helpers import DTYPES, same, strides, tensors
 
 
