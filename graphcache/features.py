@@ -17,7 +17,7 @@ class Padding(Protocol):
     padded: int
 
     def answer(self, call: Any) -> Any:
-        """The answer of a call through its bucket, or :data:`NO_ANSWER`."""
+        """The answer of a call through its bucket, or :data:`NO_ANSWER`. Graphs may be used at this moment."""
 
     def target(self, call: Any) -> Any:
         """The key that a call is padded to; ``None`` if it is not padded."""
@@ -38,6 +38,8 @@ class Features:
     """Says which buckets would have served some calls best."""
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name not in Features.__annotations__:
+            raise AttributeError(name)
         raise ExtraNotFoundError(
             f"the feature {name} is not there; expected that `import graphcache` fills it in; install graphcache as a "
             f"whole"

@@ -175,11 +175,7 @@ def best_buckets(weights: Mapping[int, int], most: int) -> tuple[int, ...]:
         cost[k][j] = min over i < j of cost[k - 1][i] + size[j] * (W[j] - W[i]) - (S[j] - S[i])
 
     is the least padding of the first j sizes in k runs. A further run never costs more than the one before saved, so
-    the first that saves nothing is the last.
-
-    Args:
-        weights: Size -> how much a step of padding costs the calls of this size.
-        most: How many buckets there may be.
+    the first that saves nothing is the last. ``weights`` tells what a step of padding costs the calls of each size.
 
     Raises:
         ConfigError: For more sizes than can be gone through.
@@ -225,11 +221,7 @@ def best_buckets(weights: Mapping[int, int], most: int) -> tuple[int, ...]:
 
 
 def padded_shape(shape: Sequence[int], sizes: Mapping[int, Sequence[int]]) -> Shape:
-    """A shape with the smallest bucket that holds it on each axis that has buckets.
-
-    Args:
-        shape: No larger than the largest bucket.
-        sizes: Axis -> its buckets, ascending.
+    """A shape with the smallest bucket that holds it on each axis that has buckets, in ascending order.
 
     Example:
         >>> padded_shape((3, 5), {0: (2, 4)})

@@ -32,15 +32,12 @@ class ArgumentRef:
 
 
 def find_argument(key: str | int, signature: Signature | Sequence[str], where: str) -> ArgumentRef:
-    """The argument of a function that a name or a position stands for.
+    """The argument that a name or a position stands for.
 
-    Args:
-        key: The name, or the position from 0 on.
-        signature: Of the function; or the names of its arguments, which need not be identifiers.
-        where: What gave the key, for the message.
+    Names of arguments in place of a signature need not be identifiers.
 
     Raises:
-        ConfigError: If the function has no such argument.
+        ConfigError: If there is no such argument; the message begins with ``where``.
 
     Example:
         >>> import inspect

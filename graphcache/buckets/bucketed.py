@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 from graphcache.buckets.engine_buckets import engine_buckets
@@ -23,26 +24,19 @@ from graphcache.modules.arguments import arguments_of
 from graphcache.modules.engine import EngineModule
 
 _MAX_PLANS = 4096
+_NO_FIT = Fit({}, {})
 _PENDING = Cause(Reason.PENDING)
 _WAITING = (Reason.COLD, Reason.PENDING)
 """Reasons of calls whose bucket will be captured later."""
 
 
+@dataclass(slots=True)
 class _Plan:
-    """What the calls of one key are padded to.
+    """What the calls of one key are padded to. Without a ``key`` they are not padded; ``cause`` is to be told once."""
 
-    Args:
-        fit: Their sizes and the buckets.
-        key: That of the padded call; empty where calls are not padded.
-        cause: Why not, to be told once.
-    """
-
-    __slots__ = ("cause", "fit", "key")
-
-    def __init__(self, fit: Fit, key: Key = (), cause: Cause | None = None) -> None:
-        self.fit = fit
-        self.key = key
-        self.cause = cause
+    fit: Fit = _NO_FIT
+    key: Key = ()
+    cause: Cause | None = None
 
 
 class Bucketed:
@@ -75,13 +69,13 @@ class Bucketed:
     def answer(self, call: Call) -> Any:
         """Answer a call through its bucket, or ``NO_ANSWER``. Its arguments stay as they are.
 
+        The module is open, and nothing turns graphs off.
+
         Raises:
             CaptureError: If the call must not be padded and ``on_failure="raise"``.
             Exception: Whatever the module raises for these arguments.
         """
-        host, target = self._host, None
-        if not host.may_use_graphs():
-            return NO_ANSWER
+        host, target, owed = self._host, call, None
         plan = self._plan(call)
         padder = self._proofs.found(plan.key)
         if padder is not None and host.has_graph(plan.key):
@@ -97,25 +91,18 @@ class Bucketed:
             if cause is None:
                 if not plan.key or self._proofs.refused(plan.key) or host.denied(plan.key):
                     return NO_ANSWER
-                target = self._padded(plan.fit, call)
+                target, owed = self._padded(plan.fit, call), plan.key
                 cause = self._cold(plan, call, target)
                 if cause is not None and cause.reason not in _WAITING:
                     return NO_ANSWER
-                if cause is None and not self._observes(target.key):
+                if cause is None and not self._is_for_background(plan.key):
                     return self._captured(plan, call, target)
-        if target is None:
-            return host.eager(call, cause)
-        return self._observed(plan, call, target) if cause is None else host.eager(call, cause, target.key)
+        return self._observed(plan, call, target) if cause is None else host.eager(call, cause, owed)
 
     def target(self, call: Call) -> Key | None:
         """The key that a call is padded to; ``None`` if it is not padded, or that was refused."""
         plan = self._plan(call)
         return plan.key if plan.key and not self._proofs.is_refused(plan.key) else None
-
-    def _observes(self, key: Key) -> bool:
-        """Whether the bucket of a PyTorch module is to be captured or tried in the background."""
-        is_ready = self._proofs.found(key) is not None and self._host.has_graph(key)
-        return self._host.in_background and self._engine is None and not is_ready
 
     def _replayed(self, target: Call) -> Any:
         """The answer of the bucket's graph to the padded call, or ``NO_ANSWER``."""
@@ -124,7 +111,7 @@ class Bucketed:
         return answer
 
     def _cold(self, plan: _Plan, call: Call, target: Call) -> Cause | None:
-        """Why the bucket is not captured or tried within this call. The lock is held."""
+        """Why the bucket is not captured or tried because of this call. The lock is held."""
         if not self._host.has_graph(target.key):
             return self._host.cold(target)
         if not self._host.in_background or self._proofs.found(target.key) is not None:
@@ -132,6 +119,11 @@ class Bucketed:
         if target.key in self._proving:
             return _PENDING
         return None if self._engine is None else self._prove_later(plan, call, target.key, Effects(None))
+
+    def _is_for_background(self, key: Key) -> bool:
+        """Whether the bucket of a PyTorch module is captured or tried in the background."""
+        is_ready = self._proofs.found(key) is not None and self._host.has_graph(key)
+        return self._host.in_background and self._engine is None and not is_ready
 
     def _captured(self, plan: _Plan, call: Call, target: Call) -> Any:
         """Answer a call and capture its bucket, after it was tried whether that may be padded to. The lock is held."""
@@ -180,11 +172,7 @@ class Bucketed:
         return self._host.alike(call, *self._padder.pad(fit, call.args, call.kwargs))
 
     def _plan(self, call: Call) -> _Plan:
-        """What the calls of this key are padded to.
-
-        Raises:
-            InputError: If an engine does not take the call as it is.
-        """
+        """What the calls of this key are padded to; an engine raises ``InputError`` for what it does not take."""
         at = self._host.generation, call.key
         plan = self._plans.get(at)
         if plan is None:
@@ -199,14 +187,13 @@ class Bucketed:
         """Fit a call to its buckets."""
         if self._engine is not None:
             self._engine.checked(self._engine.bind(call.args, call.kwargs))
-        nothing = Fit({}, {})
         try:
             fit = self._padder.fit(call.args, call.kwargs)
             if isinstance(fit, str) or fit.is_exact or 0 in fit.real.values():
-                return _Plan(nothing)
+                return _Plan()
             target = self._padded(fit, call)
             if self._engine is not None:
                 self._engine.checked(target.args)
         except (ConfigError, InputError) as error:
-            return _Plan(nothing, cause=Cause(Reason.PADDING, detail=str(error)))
+            return _Plan(cause=Cause(Reason.PADDING, detail=str(error)))
         return _Plan(fit, target.key)

@@ -10,12 +10,7 @@ from graphcache.modules.engine import EngineModule
 
 
 def engine_buckets(buckets: Buckets, module: EngineModule) -> Buckets:
-    """The buckets that the engine takes.
-
-    Args:
-        buckets: As declared. Sizes that were listed must lie inside a profile; of ``"powers_of_two"`` those are taken
-            that do.
-        module: The engine.
+    """The buckets that the engine takes. Sizes that were listed must fit a profile; ``"powers_of_two"`` are sorted out.
 
     Raises:
         ConfigError: Naming the field, for a size outside every profile, an axis or input that is not there, or an input

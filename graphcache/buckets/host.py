@@ -40,9 +40,6 @@ class Host(Protocol):
     def in_background(self) -> bool:
         """Whether captures are made in another thread."""
 
-    def may_use_graphs(self) -> bool:
-        """Whether the module is open and nothing turns graphs off at this moment."""
-
     def refuses(self, call: Call) -> Cause | None:
         """Renew what is stale, then tell why no graph may answer the call. The lock is held."""
 

@@ -31,11 +31,7 @@ Run = Callable[..., Any]
 def dependence(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], padder: Padder) -> str | None:
     """What differs when a call is padded; ``None`` if nothing does. Each axis is tried alone, then all together.
 
-    Args:
-        run: The module. It is called up to nine times for each axis.
-        args: Positional arguments of a call. Where it fills its buckets, its start is tried.
-        kwargs: Keyword arguments.
-        padder: Which axes are padded, and which axes of the answer are cropped.
+    The module is called up to nine times for each axis. Of a call that fills its buckets, the start is tried.
 
     Returns:
         One sentence, which names the axis and the output.
@@ -69,12 +65,6 @@ def observed_outputs(
     run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], padder: Padder
 ) -> dict[int, dict[int, str]]:
     """Which axes of the answer grow with which axes of the inputs, for :meth:`Padder.with_outputs`.
-
-    Args:
-        run: The module, which is called twice for each axis.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments.
-        padder: Which axes are padded.
 
     Raises:
         ConfigError: If an output does not grow from the size of the axis to its bucket (a product of two axes, a
@@ -139,16 +129,7 @@ def _step(padder: Padder, name: str, size: int) -> tuple[int, int]:
 
 
 def _dependence(run: Run, call: Arguments, padder: Padder, fit: Fit, exact: Any, repeats: bool) -> str | None:
-    """In words, the first thing that differs once a call is padded; ``None`` if nothing does.
-
-    Args:
-        run: The module.
-        call: The exact call.
-        padder: Pads it.
-        fit: What it is padded to.
-        exact: Its answer.
-        repeats: Whether one call repeated gives the same bits.
-    """
+    """In words, what differs once a call is padded; ``repeats`` says that the exact call repeats itself bit for bit."""
     axes = [axis for axes in padder.buckets.inputs.values() for axis in axes if axis.symbol in fit.grown]
     fills = {axis.fill for axis in axes if not axis.is_mask}
     usual = _padded_answer(run, call, padder, fit)

@@ -67,9 +67,6 @@ class MissesHost:
     def in_background(self) -> bool:
         return self._misses.captures_beside
 
-    def may_use_graphs(self) -> bool:
-        return not self._misses.closed and self._misses.forbidden() is None
-
     def refuses(self, call: Call) -> Cause | None:
         if (cause := self._misses.needs_grad(call.tensors)) is None:
             self._misses.refresh(call.key[0] is not False)
@@ -91,7 +88,7 @@ class MissesHost:
         answer = hit(entry, call.tensors, call.key[0] is not False)
         if answer is STALE:
             return NO_ANSWER
-        self._seen.add(call.key, -1)
+        self._seen.lend(call.key)
         return answer
 
     def capture(self, call: Call) -> Any:

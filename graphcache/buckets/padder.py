@@ -25,12 +25,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The sizes of a call and the buckets they go to, by the names of the axes.
-
-    Args:
-        real: Sizes of the call.
-        padded: Their buckets.
-    """
+    """The sizes of a call and the buckets they go to, by the names of the axes."""
 
     real: Mapping[str, int]
     padded: Mapping[str, int]
@@ -137,13 +132,8 @@ class Padder:
     ) -> Arguments:
         """The arguments in their buckets; what needs no padding is passed on as it is.
 
-        One tensor given several times stays one tensor, if it is padded alike each time.
-
-        Args:
-            fit: What :meth:`fit` gave for arguments of these shapes.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-            margin: What margins hold in place of their own fill values; those of masks stay false.
+        One tensor given several times stays one tensor, if it is padded alike each time. ``margin`` replaces the fill
+        values, but for those of masks.
 
         Raises:
             ConfigError: For a fill value that an input's dtype has not.
@@ -168,12 +158,7 @@ class Padder:
         return tuple(new_args), new_kwargs
 
     def crop(self, fit: Fit, answer: Any) -> Any:
-        """What a call of the real sizes would have answered.
-
-        Args:
-            fit: What the call was padded by.
-            answer: A tensor, or tuples, lists and dictionaries of tensors and other values, which stay as they are. A
-                cropped tensor may share its memory (:func:`~graphcache.buckets.padding.cropped`).
+        """What a call of the real sizes would have answered; a cropped tensor may share memory with the answer.
 
         Raises:
             ConfigError: If it is not said which axes to crop, or the answer has not the axes or sizes that were said.
@@ -197,11 +182,7 @@ class Padder:
         """The arguments with another tensor for each that is given and has buckets, masks among them.
 
         One tensor given several times stays one tensor, if its axes are alike each time and it gets one shape.
-
-        Args:
-            change: From a tensor, and its axes that have buckets, counted from the front.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
+        ``change`` takes a tensor and its axes that have buckets, counted from the front.
         """
         new_args, new_kwargs = list(args), dict(kwargs)
         made: dict[Any, Tensor] = {}

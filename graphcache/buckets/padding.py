@@ -14,12 +14,7 @@ def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) ->
     """A tensor at the start of a larger one: one allocation, every element written once.
 
     The dimensions lie in memory in the order they have in ``tensor``, without gaps. Where the margins of two axes meet,
-    the later axis has its fill.
-
-    Args:
-        tensor: Strided, of any dtype, on any device.
-        shape: As many sizes, none of them smaller.
-        fills: Axis, counted from the front -> what its margin holds; every axis that grows must be there.
+    the later axis has its fill. ``fills`` has what the margin holds for every axis that grows, counted from the front.
 
     Example:
         >>> padded(torch.ones(2, 2), (3, 4), {0: 5, 1: 0})
@@ -41,11 +36,7 @@ def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) ->
 
 
 def cropped(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
-    """The start of a tensor: the same memory where that is without gaps, a copy otherwise.
-
-    Args:
-        tensor: Strided, of any dtype, on any device.
-        sizes: Axis -> its size, at most what it is.
+    """The start of a tensor on some axes: the same memory where that is without gaps, a copy otherwise.
 
     Example:
         >>> cropped(torch.arange(6).reshape(2, 3), {1: 2})

@@ -65,13 +65,13 @@ class Proofs:
         return cause
 
     def prove(self, call: Call, fit: Fit, key: Key, effects: Effects, *, alone: bool = False) -> Padder | Cause:
-        """Find out whether a call that was answered may be padded.
+        """Find out whether a call that was answered may be padded; after a call with effects nothing is run again.
 
         Args:
             call: The call as it is.
             fit: What it is padded to.
             key: That of the padded call.
-            effects: What the call did. If it did anything, the module is not run again.
+            effects: What the call did.
             alone: Whether no caller is to run the module at the same time.
 
         Returns:
@@ -97,12 +97,7 @@ class Proofs:
         return padder
 
     def _tried(self, run: Run, fit: Fit, call: Call) -> Padder:
-        """What crops padded calls.
-
-        Raises:
-            Refusal: If an answer depends on padding, or the module changes itself in a call of other sizes.
-            Exception: Whatever the module raises.
-        """
+        """What crops padded calls; raises ``Refusal`` if an answer depends on padding, or a call has effects."""
         padder, given = self._padder, (call.args, call.kwargs)
         if padder.buckets.outputs is None:
             padder = padder.with_outputs(observed_outputs(run, *given, padder))

@@ -42,19 +42,22 @@ class Seen:
         with self._lock:
             shapes, calls = self._calls.pop(key, ({}, None))
             if calls is None:
-                given = {**dict(enumerate(args)), **kwargs}
-                shapes = {name: tuple(value.shape) for name, value in given.items() if isinstance(value, Tensor)}
+                given: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
+                shapes = {name: tuple(value.shape) for name, value in given if isinstance(value, Tensor)}
             self._calls[key] = shapes, (calls or 0) + count
             if len(self._calls) > self._size:
                 self._calls.popitem(last=False)
 
-    def add(self, key: Hashable, calls: int) -> None:
-        """Count calls of a key that is remembered.
+    def retire(self, key: Hashable, hits: int) -> None:
+        """Count the hits of a graph that goes."""
+        self._add(key, hits)
 
-        Args:
-            key: The key.
-            calls: The hits of a graph that goes; -1 for a hit that stands for a call of another key.
-        """
+    def lend(self, key: Hashable) -> None:
+        """Take back a hit that stands for a padded call, which was noted under its own key."""
+        self._add(key, -1)
+
+    def _add(self, key: Hashable, calls: int) -> None:
+        """Count calls of a key that is remembered."""
         with self._lock:
             if (known := self._calls.get(key)) is not None:
                 self._calls[key] = known[0], known[1] + calls

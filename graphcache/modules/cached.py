@@ -115,7 +115,7 @@ class CachedModule(Portable, Accounted):
         def evicted(key: Hashable, entry: Entry[Recorded]) -> None:
             shortcuts.clear()
             misses.admission.evicted(key, entry)
-            seen.add(key, entry.hits)
+            seen.retire(key, entry.hits)
             ledger.evicted(Evicted(key, entry.hits))
 
         # A share of the device's memory is known when the first call has told which device it is.
@@ -348,7 +348,7 @@ class CachedModule(Portable, Accounted):
     ) -> Any:
         self._notice_device(inputs)
         self._seen.note(signature, args, kwargs)
-        if self._bucketed is not None:
+        if self._bucketed is not None and not self._misses.closed and self._misses.forbidden() is None:
             answer = self._bucketed.answer(Call(signature, inputs, args, kwargs))
             if answer is not NO_ANSWER:
                 return answer

@@ -23,14 +23,14 @@ def test_every_call_counts_once_by_its_own_shape(steps: list[tuple[int, str]]) -
     hits: dict[Any, int] = {}
     for size, what in steps:
         if what == "evict":
-            seen.add(size, hits.pop(size, 0))
+            seen.retire(size, hits.pop(size, 0))
         elif what == "hit" and size in hits:
             hits[size] += 1
             wanted[(size, 2)] += 1
         elif what == "padded" and size + 1 in hits:
             seen.note(size, (torch.zeros(size, 2),), {})
             hits[size + 1] += 1
-            seen.add(size + 1, -1)
+            seen.lend(size + 1)
             wanted[(size, 2)] += 1
         else:
             seen.note(size, (torch.zeros(size, 2),), {})
@@ -53,7 +53,8 @@ def test_what_is_remembered_is_bounded() -> None:
         seen.note(size, (torch.zeros(size),), {})
     assert len(seen) == 3
     assert counts(seen, {2: 100}) == {(3,): 1, (1,): 2, (4,): 1}
-    seen.add(2, 5)
+    seen.retire(2, 5)
+    seen.lend(2)
     assert len(seen) == 3
 
 
@@ -74,7 +75,7 @@ def test_calls_of_a_signature_with_the_hits_of_its_graph():
     x = torch.zeros(2)
     for _ in range(3):
         seen.note("a", (x,), {})
-    seen.add("a", -1)
+    seen.lend("a")
     seen.note("a", (x,), {}, 0)
     assert seen.keys() == ["a"]
     assert (seen.calls("a"), seen.calls("a", 5), seen.calls("b"), seen.calls("b", 5)) == (2, 7, 0, 5)
