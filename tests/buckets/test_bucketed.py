@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
-from graphcache.errors import CaptureError, ClosedError, ConfigError
+from graphcache.errors import CaptureError, ClosedError, ConfigError, ExtraNotFoundError
+from graphcache.features import features
 from graphcache.graphs.verify import largest_gap
 from graphcache.modules import background
 from tests.helpers import Fn, calls, frozen, in_threads, mlp, outcomes, same, strides
@@ -471,6 +472,18 @@ def test_without_buckets_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(padded._bucketed, "answer", None)
     padded(x)
     assert outcomes(padded) == (1, 1, {}), "a call that fills its bucket hits as any other"
+
+
+def test_the_core_wraps_modules_without_the_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(features, "padding")
+    monkeypatch.delattr(features, "advise_buckets")
+    fast, x = graphcache.wrap(mlp()), torch.ones(3, 4)
+    for _ in range(2):
+        assert close(fast(x), fast.module(x))
+    with pytest.raises(ExtraNotFoundError, match=r"^the feature padding is not there; expected that `import"):
+        graphcache.wrap(mlp(), buckets={"input": ROWS})
+    with pytest.raises(ExtraNotFoundError, match=r"^the feature advise_buckets is not there"):
+        fast.advise_buckets()
 
 
 def test_a_bucket_is_captured_when_the_calls_that_go_there_have_lost_enough(clock: Clock) -> None:  # noqa: F811
