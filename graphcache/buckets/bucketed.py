@@ -61,8 +61,8 @@ class Bucketed:
         self._plans: OrderedDict[tuple[int, Key], _Plan] = OrderedDict()
         """By the module's generation and the key of the call."""
         self._lock = threading.Lock()
-        self._proving: set[Key] = set()
-        """Keys of buckets that are tried in the background."""
+        self._proving: set[tuple[int, Key]] = set()
+        """Buckets that are tried in the background, by the module's generation and the key of the padded call."""
         self.padded = 0
         """Hits of calls that were padded."""
 
@@ -116,7 +116,7 @@ class Bucketed:
             return self._host.cold(target)
         if not self._host.in_background or self._proofs.found(target.key) is not None:
             return None
-        if target.key in self._proving:
+        if (self._host.generation, target.key) in self._proving:
             return _PENDING
         return None if self._engine is None else self._prove_later(plan, call, target.key, Effects(None))
 
@@ -156,7 +156,8 @@ class Bucketed:
 
     def _prove_later(self, plan: _Plan, call: Call, key: Key, effects: Effects) -> Cause | None:
         """Try in the background whether a bucket may be padded to; ``None`` if the call cannot be copied."""
-        if key in self._proving:
+        at = self._host.generation, key
+        if at in self._proving:
             return _PENDING
 
         def prove(copy: Call) -> None:
@@ -164,8 +165,8 @@ class Bucketed:
             if isinstance(outcome, Cause) and effects.version == self._host.version:
                 plan.cause = outcome
 
-        self._proving.add(key)
-        return self._host.submit(call, prove, lambda: self._proving.discard(key))
+        self._proving.add(at)
+        return self._host.submit(call, prove, lambda: self._proving.discard(at))
 
     def _padded(self, fit: Fit, call: Call) -> Call:
         """The padded call."""
