@@ -38,7 +38,14 @@ class Seen:
         return len(self._calls)
 
     def note(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], count: int = 1) -> None:
-        """Count a call that no graph of its key has answered so far; ``count=0`` only remembers its shapes."""
+        """Count a call that no graph of its key has answered so far.
+
+        Args:
+            key: Its key.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            count: -1 for a hit that answered a padded call, which was noted under its own key; 0 for no call at all.
+        """
         with self._lock:
             shapes, calls = self._calls.pop(key, ({}, None))
             if calls is None:
@@ -50,17 +57,9 @@ class Seen:
 
     def retire(self, key: Hashable, hits: int) -> None:
         """Count the hits of a graph that goes."""
-        self._add(key, hits)
-
-    def lend(self, key: Hashable) -> None:
-        """Take back a hit that stands for a padded call, which was noted under its own key."""
-        self._add(key, -1)
-
-    def _add(self, key: Hashable, calls: int) -> None:
-        """Count calls of a key that is remembered."""
         with self._lock:
             if (known := self._calls.get(key)) is not None:
-                self._calls[key] = known[0], known[1] + calls
+                self._calls[key] = known[0], known[1] + hits
 
     def keys(self) -> list[Hashable]:
         """The keys that are remembered, the longest unseen first."""

@@ -666,10 +666,12 @@ def test_advice_from_what_was_seen_counts_every_call() -> None:
     assert tuned.cache_info().graphs == 2
 
 
-def test_padded_calls_count_by_their_own_sizes() -> None:
-    fast = graphcache.wrap(mlp(), buckets={"input": {0: [4]}})
+@pytest.mark.parametrize("capture_in", ["foreground", "background"])
+def test_padded_calls_count_by_their_own_sizes(capture_in: str, beside: None) -> None:
+    fast = graphcache.wrap(mlp(), buckets={"input": {0: [4]}}, capture_in=capture_in)
     for size in (3, 3, 3, 4, 4, 2):
         fast(torch.ones(size, 4))
+        settled(fast)
     wanted = [({0: (3, 4)}, 3), ({0: (4, 4)}, 2), ({0: (2, 4)}, 1)]
 
     def seen() -> list[Any]:

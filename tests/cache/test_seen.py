@@ -30,7 +30,7 @@ def test_every_call_counts_once_by_its_own_shape(steps: list[tuple[int, str]]) -
         elif what == "padded" and size + 1 in hits:
             seen.note(size, (torch.zeros(size, 2),), {})
             hits[size + 1] += 1
-            seen.lend(size + 1)
+            seen.note(size + 1, (torch.zeros(size + 1, 2),), {}, -1)
             wanted[(size, 2)] += 1
         else:
             seen.note(size, (torch.zeros(size, 2),), {})
@@ -54,7 +54,6 @@ def test_what_is_remembered_is_bounded() -> None:
     assert len(seen) == 3
     assert counts(seen, {2: 100}) == {(3,): 1, (1,): 2, (4,): 1}
     seen.retire(2, 5)
-    seen.lend(2)
     assert len(seen) == 3
 
 
@@ -75,7 +74,6 @@ def test_calls_of_a_signature_with_the_hits_of_its_graph():
     x = torch.zeros(2)
     for _ in range(3):
         seen.note("a", (x,), {})
-    seen.lend("a")
-    seen.note("a", (x,), {}, 0)
+    seen.note("a", (x,), {}, -1)
     assert seen.keys() == ["a"]
     assert (seen.calls("a"), seen.calls("a", 5), seen.calls("b"), seen.calls("b", 5)) == (2, 7, 0, 5)
