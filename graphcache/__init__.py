@@ -3,11 +3,13 @@
 from graphcache import debug as debug
 from graphcache import observe as observe
 from graphcache import runtime as runtime
-from graphcache.cache.advisor import Advice as Advice
+from graphcache.buckets.advisor import Advice as Advice
+from graphcache.buckets.dispatcher_host import advise as _advise
+from graphcache.buckets.dispatcher_host import padding_of as _padding_of
+from graphcache.buckets.spec import Axis as Axis
+from graphcache.buckets.spec import Buckets as Buckets
+from graphcache.buckets.spec import Mask as Mask
 from graphcache.cache.arbiter import set_process_budget as set_process_budget
-from graphcache.cache.buckets import Axis as Axis
-from graphcache.cache.buckets import Buckets as Buckets
-from graphcache.cache.buckets import Mask as Mask
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
 from graphcache.engines.library import load_plugin_library as load_plugin_library
@@ -39,3 +41,5 @@ _features.manifest_of = _served
 _features.save = _save
 _features.manifest_type = Manifest
 _features.calls_of_manifest = _choose
+_features.padding = _padding_of
+_features.advise_buckets = _advise

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from graphcache.errors import ExtraNotFoundError
+
+NO_ANSWER: Any = object()
+"""Returned where a feature leaves a call to the core."""
+
+
+class Padding(Protocol):
+    """Pads the calls of one module: :class:`graphcache.buckets.bucketed.Bucketed`."""
+
+    padded: int
+    """Hits of calls that were padded."""
+
+    def answer(self, call: Any) -> Any:
+        """The answer of a call through its bucket, or :data:`NO_ANSWER`. Graphs may be used at this moment."""
+
+    def target(self, call: Any) -> Any:
+        """The key that a call is padded to; ``None`` if it is not padded."""
 
 
 class Features:
@@ -19,7 +35,7 @@ class Features:
 
     save: Callable[..., None]
     """Writes a module as a package file: :func:`graphcache.persist.saving.save`."""
-    padding: Callable[..., Any]
+    padding: Callable[..., Padding]
     """Makes the padding of one module of the ``buckets`` option and the module's dispatcher."""
     advise_buckets: Callable[..., Any]
     """Says which buckets would have served the calls of a module best."""

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import torch
 
-from graphcache.cache.buckets import Axis
+from graphcache.buckets.spec import Axis
 from graphcache.cli.options import ShapesCommand, ShapesType, Specs, device_option, json_option, points
 from graphcache.cli.output import progress
 from graphcache.cli.shapes import Spec

@@ -54,12 +54,11 @@ from graphcache.dispatch.preparing import preparing
 from graphcache.dispatch.targets import EngineGuard, Target
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
+from graphcache.features import NO_ANSWER, Padding
 from graphcache.keys.call import Call
 
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
-UNPADDED: Any = object()
-"""Stands for the answer of a call that is not padded."""
 
 Hit = Callable[[Entry[Recorded], Call], Any]
 """Replays an entry for a call; an answer, or ``STALE``."""
@@ -83,13 +82,6 @@ class Submodules(Protocol):
 
     def look_again(self) -> None:
         """The module has changed."""
-
-
-class Padding(Protocol):
-    """Answers calls through graphs of larger sizes."""
-
-    def answer(self, call: Call) -> Any:
-        """The answer of a call, or ``UNPADDED``."""
 
 
 class Dispatcher:
@@ -222,7 +214,7 @@ class Dispatcher:
         self.captures.seen.note(call.key, call.args, call.kwargs)
         if self.padding is not None and not self.closed and self.forbidden() is None:
             answer = self.padding.answer(call)
-            if answer is not UNPADDED:
+            if answer is not NO_ANSWER:
                 return answer
         return self.answer(call)
 

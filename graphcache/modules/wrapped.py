@@ -64,7 +64,7 @@ class Wrapped:
         """The account so far, with that of the parts."""
         captures, ledger = self.dispatcher.captures, self.dispatcher.ledger
         account = captures.admission.account()
-        padding: Any = self.dispatcher.padding
+        padding = self.dispatcher.padding
         own = CacheInfo(
             hits=captures.hits,
             captures=ledger.captures,

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.buckets import Buckets
-from graphcache.cache.padder import Fit, Padder
-from graphcache.cache.padding import cropped
+from graphcache.buckets.padder import Fit, Padder
+from graphcache.buckets.padding import cropped
+from graphcache.buckets.spec import Buckets
 from graphcache.errors import (
     ConfigError,
     InputCountError,

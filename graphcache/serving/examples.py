@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.buckets import Buckets
+from graphcache.buckets.spec import Buckets
 from graphcache.errors import ConfigError, shown
 from graphcache.modules.engine import EngineModule
 from graphcache.serving.backend import TensorSpec

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from graphcache.cache.buckets import Buckets
+from graphcache.buckets.spec import Buckets
 from graphcache.config import REMOVED, GraphConfig
 from graphcache.errors import ConfigError, ServingError, shown
 from graphcache.files import open_regular

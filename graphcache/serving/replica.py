@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.buckets import Buckets
+from graphcache.buckets.spec import Buckets
 from graphcache.errors import ConfigError, CudaError, UnavailableError, shown
 from graphcache.events import log
 from graphcache.observe.extras import optional

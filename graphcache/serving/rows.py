@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphcache.cache.buckets import Axis, Buckets, Mask
+from graphcache.buckets.spec import Axis, Buckets, Mask
 from graphcache.errors import ConfigError, shown
 
 

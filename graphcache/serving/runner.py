@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.buckets import Buckets
+from graphcache.buckets.engine_buckets import engine_buckets
+from graphcache.buckets.spec import Buckets
 from graphcache.config import GraphConfig
 from graphcache.errors import ClosedError, ConfigError, InputDtypeError, InputRankError, ProfileRangeError, shown
 from graphcache.events import log
 from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.engine_buckets import engine_buckets
 from graphcache.modules.examples import Call
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.wrapping import wrapped

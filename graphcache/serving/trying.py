@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.independence import dependence, observed_outputs
+from graphcache.buckets.independence import dependence, observed_outputs
 from graphcache.errors import shown
 from graphcache.graphs.verify import padded_gap
 from graphcache.modules.examples import varied
@@ -21,7 +21,7 @@ Called = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 def refusal(batcher: Batcher, module: Callable[..., Any], called: Called, example: Tensors, device: Any) -> str:
     """Why requests must be run one by one, as they are; empty if nothing speaks against putting them together.
 
-    Margins are tried as :mod:`graphcache.cache.independence` tries them, neighbours by holding what two requests get
+    Margins are tried as :mod:`graphcache.buckets.independence` tries them, neighbours by holding what two requests get
     together against what each gets alone. Trying is no proof for other values.
 
     Args:
@@ -35,7 +35,7 @@ def refusal(batcher: Batcher, module: Callable[..., Any], called: Called, exampl
     try:
         if batcher.buckets.outputs is None:
             batcher.with_outputs(observed_outputs(module, (), there, batcher.padder))
-        text = dependence(module, (), there, batcher.padder, gap=padded_gap)
+        text = dependence(module, (), there, batcher.padder)
         return _neighbours(batcher, called, example) if text is None else text
     except Exception as error:
         return f"a call of other sizes raised {type(error).__name__}: {shown(str(error))}"

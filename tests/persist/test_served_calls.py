@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from graphcache.modules.served_calls import plan, with_host_values
 from hypothesis import given
 from hypothesis import strategies as st
 
 import graphcache
 from graphcache.keys.call_spec import CallSpec
 from graphcache.persist.manifest import ManifestEntry
+from graphcache.persist.served_calls import plan, with_host_values
 from tests.graphs.fake_driver import Torch
 from tests.helpers import mlp
 from tests.modules.test_engine_module import fake, load  # noqa: F401 - the fixture is used by its name

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from graphcache.cache.buckets import POWERS_OF_TWO, Buckets
-from graphcache.cache.places import place_of
+from graphcache.buckets.argument_ref import find_argument
+from graphcache.buckets.spec import POWERS_OF_TWO, Buckets
+from graphcache.capture.engine_like import EngineLike
 from graphcache.engines.bindings import Binding
 from graphcache.errors import ConfigError, shown
-from graphcache.modules.engine import EngineModule
 
 
-def engine_buckets(buckets: Buckets, module: EngineModule) -> Buckets:
-    """The buckets that the engine takes.
-
-    Args:
-        buckets: As declared. Sizes that were listed must lie inside a profile; of ``"powers_of_two"`` those are taken
-            that do.
-        module: The engine.
+def engine_buckets(buckets: Buckets, module: EngineLike) -> Buckets:
+    """The buckets that the engine takes. Sizes that were listed must fit a profile; ``"powers_of_two"`` are sorted out.
 
     Raises:
         ConfigError: Naming the field, for a size outside every profile, an axis or input that is not there, or an input
@@ -24,9 +19,9 @@ def engine_buckets(buckets: Buckets, module: EngineModule) -> Buckets:
     inputs = module.engine.inputs
     sizes = dict(buckets.sizes)
     for key in buckets.inputs:
-        place = place_of(key, module.input_binding_names, f"buckets[{key!r}]")
-        assert place.index is not None
-        binding = inputs[place.index]
+        ref = find_argument(key, module.input_binding_names, f"buckets[{key!r}]")
+        assert ref.index is not None
+        binding = inputs[ref.index]
         if binding.on_host:
             raise ConfigError(
                 f"buckets[{key!r}]: {module.name} reads {binding.name!r} on the host, and its values are sizes; "

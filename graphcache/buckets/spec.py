@@ -1,4 +1,4 @@
-"""Which sizes inputs are padded to, as the ``buckets`` option says it.
+"""The ``buckets`` option: which sizes inputs are padded to.
 
 ::
 
@@ -9,15 +9,13 @@
     {"ids": {1: Axis([16, 64], name="length")},
      "mask": Mask(["length"])}                               False in the margin; made where the caller gives none
     {0: {0: [1, 2, 4]}}                                      the first positional argument
-
-What is padded, and how, is :mod:`graphcache.cache.padding`; whether a module bears it,
-:mod:`graphcache.cache.independence`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,24 +25,24 @@ from graphcache.errors import ConfigError, shown
 
 Number = bool | int | float
 
-LARGEST = 2**31 - 1
-"""The largest bucket: what a dimension may be for kernels that count in 32 bits."""
-MOST_SIZES = 1024
-"""Buckets of one axis; each may become a graph."""
+MAX_SIZE = 2**31 - 1
+"""The largest bucket: the largest dimension of kernels that count in 32 bits."""
+MAX_SIZES_PER_AXIS = 1024
+"""Each bucket may become a graph."""
 POWERS_OF_TWO = tuple(2**power for power in range(31))
-"""What ``"powers_of_two"`` stands for; the object itself, where that was said."""
-_MOST_AXES = 64
+"""What ``"powers_of_two"`` stands for; this very object where that was said."""
+_MAX_AXES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Axis:
-    """Buckets of one axis. The same object at two places says that the sizes there are always equal.
+    """Buckets of one axis. One object for two axes says that their sizes are always equal.
 
     Args:
         sizes: Whole numbers from 1 on, in any order; or ``"powers_of_two"``, which is 1, 2, 4 and so on to 2**30.
         fill: What the margin holds. ``None`` is 0, and a promise that the module's answer does not depend on it. A
             number is one that the module needs there, such as ``-inf`` before a maximum.
-        name: The same name at two places says the same as the same object.
+        name: One name for two axes says the same as one object.
     """
 
     sizes: Sequence[int] | str
@@ -54,14 +52,14 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """An input that tells what is real: true there, false in the margin.
+    """An input that is true where the others are real and false in the margin.
 
-    Where the caller gives it, its margin is filled with false. Where it is absent or ``None``, it is made, and given as
+    Where the caller gives it, its margin is filled with false. Where it is absent or ``None``, it is made and passed as
     a keyword argument.
 
     Args:
         axes: Names of its axes, all of them, as :class:`Axis` gives them or ``"x[0]"`` for axis 0 of ``x``.
-        dtype: Of a mask that is made.
+        dtype: Of a mask that is made here.
     """
 
     axes: Sequence[str]
@@ -70,7 +68,7 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class InputAxis:
-    """One axis of one input: which it is (from the end, if negative), whose sizes it has, and what its margin holds."""
+    """One axis of one input: its number (from the end if negative), the name of its sizes, what its margin holds."""
 
     axis: int
     symbol: str
@@ -107,7 +105,7 @@ class Buckets:
         names: dict[int, str] = {}
         for key, value in inputs.items():
             where = f"buckets[{shown(key)}]"
-            if type(key) not in (str, int) or key == "" or (type(key) is int and not 0 <= key < LARGEST):
+            if type(key) not in (str, int) or key == "" or (type(key) is int and not 0 <= key < MAX_SIZE):
                 raise ConfigError(f"{where}: expected an argument's name, or its position from 0 on")
             if type(value) is Mask:
                 continue
@@ -137,16 +135,14 @@ class Buckets:
         Raises:
             ConfigError: Naming the field.
         """
-        other = object.__new__(Buckets)
-        other.sizes, other.inputs, other.masks = self.sizes, self.inputs, self.masks
+        other = copy(self)
         other.outputs = self._output_axes(outputs)
         return other
 
     def with_sizes(self, sizes: Mapping[str, tuple[int, ...]]) -> Buckets:
         """The same axes with these buckets, ascending, for some of their names."""
-        other = object.__new__(Buckets)
-        other.sizes, other.inputs, other.masks = {**self.sizes, **sizes}, self.inputs, self.masks
-        other.outputs = self.outputs
+        other = copy(self)
+        other.sizes = {**self.sizes, **sizes}
         return other
 
     def up(self, symbol: str, size: int) -> int | None:
@@ -194,7 +190,7 @@ class Buckets:
         return found
 
     def _input_axis(self, where: str, usual: str, axis: Any, spec: Any, names: dict[int, str]) -> InputAxis:
-        if type(axis) is not int or not -_MOST_AXES <= axis < _MOST_AXES:
+        if type(axis) is not int or not -_MAX_AXES <= axis < _MAX_AXES:
             raise ConfigError(f"{where}: expected the number of an axis, from the end if it is negative")
         if isinstance(spec, Mapping):
             unknown = [key for key in spec if type(key) is not str or key not in ("sizes", "fill", "name")]
@@ -235,12 +231,12 @@ class Buckets:
         found: dict[int, dict[int, str]] = {}
         for place, axes in outputs.items():
             where = f"outputs[{shown(place)}]"
-            if type(place) is not int or not 0 <= place < LARGEST:
+            if type(place) is not int or not 0 <= place < MAX_SIZE:
                 raise ConfigError(f"{where}: expected the place of a tensor among those of the answer, from 0 on")
             if not isinstance(axes, Mapping):
                 raise ConfigError(f"{where}={shown(axes)}: expected axes with names, such as {{0: 'x[0]'}}")
             for axis, symbol in axes.items():
-                if type(axis) is not int or not -_MOST_AXES <= axis < _MOST_AXES:
+                if type(axis) is not int or not -_MAX_AXES <= axis < _MAX_AXES:
                     raise ConfigError(f"{where}[{shown(axis)}]: expected the number of an axis")
                 if type(symbol) is not str or symbol not in self.sizes:
                     raise ConfigError(f"{where}[{axis}]={shown(symbol)}: expected one of {list(self.sizes)}")
@@ -260,9 +256,9 @@ def _sizes(where: str, given: object) -> tuple[int, ...]:
         raise ConfigError(f"{where}={shown(given)}: expected a list of sizes, or 'powers_of_two'")
     assert isinstance(given, (list, tuple, range))
     # Sliced first, since a range may be longer than len can say.
-    if not 1 <= len(given[: MOST_SIZES + 1]) <= MOST_SIZES:
-        raise ConfigError(f"{where}={shown(given)}: expected from 1 to {MOST_SIZES} sizes")
+    if not 1 <= len(given[: MAX_SIZES_PER_AXIS + 1]) <= MAX_SIZES_PER_AXIS:
+        raise ConfigError(f"{where}={shown(given)}: expected from 1 to {MAX_SIZES_PER_AXIS} sizes")
     for size in given:
-        if type(size) is not int or not 1 <= size <= LARGEST:
-            raise ConfigError(f"{where}: the size {shown(size)}; expected a whole number from 1 to {LARGEST}")
+        if type(size) is not int or not 1 <= size <= MAX_SIZE:
+            raise ConfigError(f"{where}: the size {shown(size)}; expected a whole number from 1 to {MAX_SIZE}")
     return tuple(sorted(set(given)))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
 from graphcache.dispatch import worker as background
-from graphcache.errors import CaptureError, ClosedError, ConfigError
+from graphcache.errors import CaptureError, ClosedError, ConfigError, ExtraNotFoundError
+from graphcache.features import features
 from graphcache.graphs.verify import largest_gap
 from tests.helpers import Fn, calls, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, same, strides
 from tests.modules.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
@@ -473,6 +474,18 @@ def test_without_buckets_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
     assert outcomes(padded) == (1, 1, {}), "a call that fills its bucket hits as any other"
 
 
+def test_the_core_wraps_modules_without_the_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(features, "padding")
+    monkeypatch.delattr(features, "advise_buckets")
+    fast, x = graphcache.wrap(mlp()), torch.ones(3, 4)
+    for _ in range(2):
+        assert close(fast(x), fast.module(x))
+    with pytest.raises(ExtraNotFoundError, match=r"^the feature padding is not there; expected that `import"):
+        graphcache.wrap(mlp(), buckets={"input": ROWS})
+    with pytest.raises(ExtraNotFoundError, match=r"^the feature advise_buckets is not there"):
+        fast.advise_buckets()
+
+
 def test_a_bucket_is_captured_when_the_calls_that_go_there_have_lost_enough(clock: Clock) -> None:  # noqa: F811
     fast = timed(clock, capture="worthwhile", buckets={0: {0: [4]}})
     for step in range(400):
@@ -483,27 +496,6 @@ def test_a_bucket_is_captured_when_the_calls_that_go_there_have_lost_enough(cloc
     assert info.padded == info.hits > 250
     assert set(info.eager) == {Reason.COLD}
     assert counted(fast, 400)
-
-
-def test_what_padding_makes_no_faster_is_not_padded(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:  # noqa: F811
-    fast = timed(clock, capture="worthwhile", buckets={0: {0: [64]}}, max_graphs=1)
-
-    def call(rows: int) -> None:
-        clock.eager = 3e-6 * rows
-        x = torch.full((rows, 3), float(rows))
-        assert torch.equal(fast(x), x * 2)
-
-    clock.replay = 90e-6
-    for _ in range(1000):
-        call(60)
-    before = fast.cache_info()
-    assert before.graphs == 1
-    assert before.padded > 300
-    for _ in range(200):
-        call(2)
-    after = fast.cache_info()
-    assert after.padded - before.padded <= 3, "until two eager calls were measured"
-    assert after.eager[Reason.COLD] - before.eager[Reason.COLD] >= 197
 
 
 def test_only_prepared_buckets_are_used() -> None:
@@ -542,7 +534,7 @@ def test_beside_the_calls_buckets_are_captured_and_tried(beside: None) -> None:
     assert fast.cache_info().padded == 1
     assert threading.current_thread() not in threads, "no call waited for others"
     fast.clear()
-    assert not dispatcher_of(fast).padding._trying
+    assert not dispatcher_of(fast).padding._proving
     x = torch.ones(3, 2)
     assert same(fast(x), x * 2)
     settled(fast)
@@ -674,15 +666,23 @@ def test_advice_from_what_was_seen_counts_every_call() -> None:
     assert tuned.cache_info().graphs == 2
 
 
-def test_padded_calls_count_by_their_own_sizes() -> None:
-    fast = graphcache.wrap(mlp(), buckets={"input": {0: [4]}})
+@pytest.mark.parametrize("capture_in", ["foreground", "background"])
+def test_padded_calls_count_by_their_own_sizes(capture_in: str, beside: None) -> None:
+    fast = graphcache.wrap(mlp(), buckets={"input": {0: [4]}}, capture_in=capture_in)
     for size in (3, 3, 3, 4, 4, 2):
         fast(torch.ones(size, 4))
-    place = graphcache.cache.places.Place(0, "input")
-    hits = {key: entry.hits for key, entry in graphs_of(fast).entries.items()}
-    assert dispatcher_of(fast).history.seen.counts(place, hits) == {(3, 4): 3, (4, 4): 2, (2, 4): 1}
+        settled(fast)
+    wanted = [({0: (3, 4)}, 3), ({0: (4, 4)}, 2), ({0: (2, 4)}, 1)]
+
+    def seen() -> list[Any]:
+        return dispatcher_of(fast).captures.seen.shapes(
+            {key: entry.hits for key, entry in graphs_of(fast).entries.items()}
+        )
+
+    assert sorted(map(str, seen())) == sorted(map(str, wanted))
     fast.clear()
-    assert dispatcher_of(fast).history.seen.counts(place, {}) == {(3, 4): 3, (4, 4): 2, (2, 4): 1}
+    assert sorted(map(str, seen())) == sorted(map(str, wanted))
+    assert fast.advise_buckets(most=3).calls == 6
 
 
 def test_advice_from_a_trace() -> None:

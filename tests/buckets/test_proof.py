@@ -9,47 +9,66 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache.cache.buckets import Buckets
-from graphcache.cache.padder import Fit, Padder
+from graphcache.buckets.dispatcher_host import DispatcherHost
+from graphcache.buckets.host import Host
+from graphcache.buckets.padder import Fit, Padder
+from graphcache.buckets.proof import Proofs
+from graphcache.buckets.spec import Buckets
 from graphcache.errors import Cause, Reason
-from graphcache.modules.trials import Trials
+from graphcache.keys.call import Call
 from tests.helpers import Fn, dispatcher_of, frozen, same
 
 BUCKETS = Buckets({0: {0: [4, 8]}})
 
 
-def trials_of(module: nn.Module, buckets: Buckets = BUCKETS, **options: Any) -> tuple[Trials, Padder]:
-    padder = Padder(buckets, inspect.signature(module.forward))
-    return Trials(dispatcher_of(graphcache.wrap(module, **options)), padder), padder
+KEY = ("key",)
 
 
-def tried(module: nn.Module, x: Tensor, key: Any = ("key",), **options: Any) -> tuple[Trials, Any, Padder | Cause]:
-    trials, padder = trials_of(module, **options)
-    fit = padder.fit((x,), {})
-    assert isinstance(fit, Fit)
-    return (trials, *trials.attempt(key, fit, [x], (x,), {}))
+class Tried:
+    """The proof of one bucket, for calls with one tensor."""
+
+    def __init__(self, module: nn.Module, buckets: Buckets = BUCKETS, **options: Any) -> None:
+        self.fast = graphcache.wrap(module, **options)
+        self.host = DispatcherHost(dispatcher_of(self.fast))
+        self.padder = Padder(buckets, inspect.signature(module.forward))
+        self.proofs = Proofs(self.host, self.padder)
+
+    def __call__(self, x: Tensor) -> tuple[Any, Padder | Cause]:
+        """The answer of a call, and what came of trying to pad it."""
+        fit = self.padder.fit((x,), {})
+        assert isinstance(fit, Fit)
+        call = Call(KEY, [x], (x,), {})
+        effects = self.host.observe(call)
+        return effects.value, self.proofs.prove(call, fit, KEY, effects)
 
 
-def test_what_is_found_is_remembered_until_it_is_forgotten() -> None:
-    x = torch.randn(3, 2)
-    trials, answer, found = tried(frozen(nn.Linear(2, 5)), x)
+def test_a_host_has_what_padding_needs() -> None:
+    host: Host = Tried(Fn(lambda _, x: x)).host
+    assert (host.version, host.generation, host.in_background) == (host.version, 0, False)
+
+
+def test_what_is_found_is_remembered_until_denials_are_forgotten() -> None:
+    tried = Tried(frozen(nn.Linear(2, 5)))
+    answer, found = tried(torch.randn(3, 2))
     assert answer.shape == (3, 5)
     assert isinstance(found, Padder)
     assert found.buckets.outputs == {0: {0: "0[0]"}}
-    assert trials.found(("key",)) is found
-    assert (trials.found(("other",)), trials.refused(("key",))) == (None, None)
-    trials.clear()
-    assert trials.found(("key",)) is None
+    assert tried.proofs.found(KEY) is found
+    assert (tried.proofs.found(("other",)), tried.proofs.refused(KEY)) == (None, None)
+    tried.fast.clear()
+    assert tried.proofs.found(KEY) is None
 
 
 def test_a_refusal_is_remembered_for_good() -> None:
-    trials, answer, cause = tried(Fn(lambda _, x: x.softmax(0)), torch.ones(3))
+    tried = Tried(Fn(lambda _, x: x.softmax(0)))
+    answer, cause = tried(torch.ones(3))
     assert same(answer, torch.full((3,), 1 / 3))
     assert isinstance(cause, Cause)
     assert cause.reason is Reason.PADDING
-    assert [trials.refused(("key",)) for _ in range(40)] == [cause] * 40
-    trials.clear()
-    assert trials.refused(("key",)) is None
+    assert [tried.proofs.refused(KEY) for _ in range(40)] == [cause] * 40
+    assert tried.proofs.is_refused(KEY)
+    tried.fast.clear()
+    assert tried.proofs.refused(KEY) is None
 
 
 def test_what_changes_itself_runs_once_and_is_tried_again() -> None:
@@ -60,15 +79,13 @@ def test_what_changes_itself_runs_once_and_is_tried_again() -> None:
         return x + 1
 
     module, x = Fn(run, count=0), torch.ones(3)
-    trials, padder = trials_of(module)
-    fit = padder.fit((x,), {})
-    assert isinstance(fit, Fit)
+    tried = Tried(module)
     for times, wait in enumerate([0, 2, 4, 8], 1):
-        _, cause = trials.attempt(("key",), fit, [x], (x,), {})
+        _, cause = tried(x)
         assert isinstance(cause, Cause)
         assert cause.reason is Reason.MUTATES
         assert module.count == times, "it ran once"
-        assert [trials.refused(("key",)) is None for _ in range(wait + 1)] == [*[False] * wait, True]
+        assert [tried.proofs.refused(KEY) is None for _ in range(wait + 1)] == [*[False] * wait, True]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -79,11 +96,12 @@ def test_the_smallest_sizes_are_tried_too(rows: int) -> None:
         sizes.add(len(x))
         return x * 2
 
-    _, _, found = tried(Fn(run), torch.ones(rows, 2), ignore=["self.function.sizes"])
+    tried = Tried(Fn(run), ignore=["self.function.sizes"])
+    _, found = tried(torch.ones(rows, 2))
     assert isinstance(found, Padder)
     assert sizes == {1, rows, 4}
     sizes.clear()
-    tried(Fn(run), torch.ones(7, 2), ignore=["self.function.sizes"])
+    tried(torch.ones(7, 2))
     assert sizes == {5, 7, 8}
 
 
@@ -98,41 +116,52 @@ FAILING: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 @pytest.mark.parametrize("name", FAILING)
 def test_why_is_said(name: str) -> None:
     function, text = FAILING[name]
-    _, answer, cause = tried(Fn(lambda _, x: function(x)), torch.randn(3))
+    answer, cause = Tried(Fn(lambda _, x: function(x)))(torch.randn(3))
     assert isinstance(cause, Cause)
     assert cause.reason is Reason.PADDING
     assert text in cause.detail
     assert answer is not None
 
 
-def test_no_memory_is_no_verdict_on_the_axis() -> None:
+@pytest.mark.parametrize("outputs", [None, {0: {0: "0[0]"}}])
+def test_no_memory_is_no_verdict_on_the_axis(outputs: Any) -> None:
     def run(self: Any, x: Tensor) -> Tensor:
         if len(x) == 4:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return x + 1
 
-    trials, answer, cause = tried(Fn(run), torch.ones(3))
+    tried = Tried(Fn(run), Buckets({0: {0: [4, 8]}}, outputs=outputs))
+    answer, cause = tried(torch.ones(3))
     assert same(answer, torch.full((3,), 2.0))
     assert isinstance(cause, Cause)
     assert cause.reason is Reason.OUT_OF_MEMORY
-    assert [trials.refused(("key",)) is None for _ in range(17)][-1]
+    assert [tried.proofs.refused(KEY) is None for _ in range(17)][-1]
+
+
+def test_what_calls_of_other_sizes_change_is_changed_once() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        self.count += len(x) == 4
+        return x + 1
+
+    module = Fn(run, count=0)
+    answer, cause = Tried(module)(torch.ones(3))
+    assert same(answer, torch.full((3,), 2.0))
+    assert isinstance(cause, Cause)
+    assert (cause.reason, module.count) == (Reason.MUTATES, 1)
 
 
 def test_what_the_call_itself_raises_is_raised_and_nothing_remembered() -> None:
-    trials, padder = trials_of(frozen(nn.Linear(2, 5)))
-    x = torch.ones(3, 7)
-    fit = padder.fit((x,), {})
-    assert isinstance(fit, Fit)
+    tried = Tried(frozen(nn.Linear(2, 5)))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        trials.attempt(("key",), fit, [x], (x,), {})
-    assert (trials.found(("key",)), trials.refused(("key",))) == (None, None)
+        tried(torch.ones(3, 7))
+    assert (tried.proofs.found(KEY), tried.proofs.refused(KEY)) == (None, None)
 
 
 def test_modes_are_as_they_were() -> None:
     seen = []
     run = Fn(lambda _, x: (seen.append((torch.is_grad_enabled(), graphcache.config.modes.get().off)), x + 1)[1])
     before = torch.is_grad_enabled(), graphcache.config.modes.get()
-    tried(run, torch.ones(3), ignore=["self.function.seen"])
+    Tried(run, ignore=["self.function.seen"])(torch.ones(3))
     assert (torch.is_grad_enabled(), graphcache.config.modes.get()) == before
     assert seen[0] == (before[0], True), "parts of the call are no calls of their own"
     assert set(seen[1:]) == {(False, True)}
@@ -147,7 +176,7 @@ def test_values_of_a_warm_up_hide_no_dependence(warm_up: Tensor, name: str) -> N
         "booleans": Fn(lambda _, x: x & (x.sum(0) % 2 == 0)),
     }
     x = warm_up == 1 if name == "booleans" else warm_up
-    _, _, cause = tried(modules[name], x)
+    _, cause = Tried(modules[name])(x)
     assert isinstance(cause, Cause)
     assert cause.reason is Reason.PADDING
 
@@ -155,6 +184,6 @@ def test_values_of_a_warm_up_hide_no_dependence(warm_up: Tensor, name: str) -> N
 @pytest.mark.parametrize("warm_up", [torch.zeros(3, 4), torch.ones(3, 4)], ids=["zeros", "ones"])
 def test_what_bears_padding_is_accepted_on_any_warm_up(warm_up: Tensor) -> None:
     for module in (frozen(nn.Linear(4, 2)), Fn(lambda _, x: (x + 1).log()), Fn(lambda _, x: x.relu().sqrt())):
-        assert isinstance(tried(module, warm_up)[2], Padder)
+        assert isinstance(Tried(module)(warm_up)[1], Padder)
     table = frozen(nn.Embedding(1, 4))
-    assert isinstance(tried(table, torch.zeros(3, dtype=torch.int64))[2], Padder)
+    assert isinstance(Tried(table)(torch.zeros(3, dtype=torch.int64))[1], Padder)

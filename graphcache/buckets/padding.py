@@ -1,4 +1,4 @@
-"""One tensor at the start of a larger one, and back."""
+"""One tensor at the start of a larger one, and back; and one with other values."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphcache.cache.buckets import Number
+from graphcache.buckets.spec import Number
 
 
 def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) -> Tensor:
     """A tensor at the start of a larger one: one allocation, every element written once.
 
     The dimensions lie in memory in the order they have in ``tensor``, without gaps. Where the margins of two axes meet,
-    the later axis has its fill.
-
-    Args:
-        tensor: Strided, of any dtype, on any device.
-        shape: As many sizes, none of them smaller.
-        fills: Axis, counted from the front -> what its margin holds; every axis that grows must be there.
+    the later axis has its fill. ``fills`` has what the margin holds for every axis that grows, counted from the front.
 
     Example:
         >>> padded(torch.ones(2, 2), (3, 4), {0: 5, 1: 0})
@@ -41,11 +36,7 @@ def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) ->
 
 
 def cropped(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
-    """The start of a tensor: the same memory where that is without gaps, a copy otherwise.
-
-    Args:
-        tensor: Strided, of any dtype, on any device.
-        sizes: Axis -> its size, at most what it is.
+    """The start of a tensor on some axes: the same memory where that is without gaps, a copy otherwise.
 
     Example:
         >>> cropped(torch.arange(6).reshape(2, 3), {1: 2})
@@ -88,8 +79,7 @@ def varied(tensor: Tensor) -> Tensor:
         values = (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.25) * (mean or 1.0)
         if tensor.is_complex() or not bool((tensor.double() > 0).all()):
             values *= torch.randint(2, tensor.shape, generator=generator) * 2 - 1
-    result = torch.empty_like(tensor)
-    return result.copy_(values)
+    return torch.empty_like(tensor).copy_(values)
 
 
 def holds(dtype: torch.dtype, number: Number) -> bool:
@@ -110,7 +100,7 @@ def holds(dtype: torch.dtype, number: Number) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill their memory without gaps and overlaps, in whatever order."""
+    """Whether a tensor's elements fill their memory without gaps and overlaps; one without elements does."""
     return tensor.numel() == 0 or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.places import Place, place_of
+from graphcache.buckets.argument_ref import ArgumentRef, find_argument
 from graphcache.errors import ConfigError
 
 
@@ -24,20 +24,20 @@ def anything(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("function", "key", "place"),
+    ("function", "key", "ref"),
     [
-        (usual, "x", Place(0, "x")),
-        (usual, 1, Place(1, "y")),
-        (usual, "z", Place(None, "z")),
-        (front, "x", Place(0, None)),
-        (front, 0, Place(0, None)),
-        (anything, 7, Place(7, None)),
-        (anything, "a", Place(None, "a")),
-        (anything, "args", Place(None, "args")),
+        (usual, "x", ArgumentRef(0, "x")),
+        (usual, 1, ArgumentRef(1, "y")),
+        (usual, "z", ArgumentRef(None, "z")),
+        (front, "x", ArgumentRef(0, None)),
+        (front, 0, ArgumentRef(0, None)),
+        (anything, 7, ArgumentRef(7, None)),
+        (anything, "a", ArgumentRef(None, "a")),
+        (anything, "args", ArgumentRef(None, "args")),
     ],
 )
-def test_a_name_and_a_position_find_the_argument(function, key, place):
-    assert place_of(key, inspect.signature(function), "option") == place
+def test_a_name_and_a_position_find_the_argument(function, key, ref):
+    assert find_argument(key, inspect.signature(function), "option") == ref
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ def test_a_name_and_a_position_find_the_argument(function, key, place):
 )
 def test_an_argument_that_is_not_there_is_refused(function, key, message):
     with pytest.raises(ConfigError, match=message):
-        place_of(key, inspect.signature(function), "option")
+        find_argument(key, inspect.signature(function), "option")
 
 
 @given(st.sampled_from("xyz"), st.integers(1, 2), st.booleans())
 def test_what_is_put_is_what_the_function_gets_however_it_is_called(name, positional, absent):
-    place = place_of(name, inspect.signature(usual), "option")
+    ref = find_argument(name, inspect.signature(usual), "option")
     values = {"x": 1, "y": 2, "z": 3}
     args: list[Any] = [values[each] for each in "xyz"[:positional]]
     kwargs = {each: values[each] for each in "xyz"[positional:] if not (absent and each == name)}
-    assert place.of(args, kwargs) == (None if absent and name in "xyz"[positional:] else values[name])
-    place.put("new", args, kwargs)
-    assert place.of(args, kwargs) == usual(*args, **kwargs)[name] == "new"
+    assert ref.get(args, kwargs) == (None if absent and name in "xyz"[positional:] else values[name])
+    ref.put("new", args, kwargs)
+    assert ref.get(args, kwargs) == usual(*args, **kwargs)[name] == "new"

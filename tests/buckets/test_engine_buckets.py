@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import graphcache
 from graphcache import Buckets, Mask, Reason
-from graphcache.cache import padder, padding
+from graphcache.buckets import padder, padding
+from graphcache.buckets.engine_buckets import engine_buckets
 from graphcache.errors import ConfigError, InputCountError, InputDtypeError, ProfileRangeError
-from graphcache.modules.engine_buckets import engine_buckets
 from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes, wrap_recorded

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphcache.cache.buckets import Axis, Buckets, Mask
-from graphcache.cache.padder import Fit, Padder
+from graphcache.buckets.padder import Fit, Padder
+from graphcache.buckets.spec import Axis, Buckets, Mask
 from graphcache.errors import ConfigError
 from graphcache.graphs.verify import largest_gap
 from tests.helpers import frozen, same

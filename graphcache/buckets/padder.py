@@ -11,26 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphcache.cache.buckets import Buckets, InputAxis, Number
-from graphcache.cache.padding import cropped, holds, padded
-from graphcache.cache.places import place_of
+from graphcache.buckets.argument_ref import find_argument
+from graphcache.buckets.padding import cropped, holds, padded
+from graphcache.buckets.spec import Buckets, InputAxis, Number
 from graphcache.errors import ConfigError, shown
 
 Margin = Callable[[Tensor, InputAxis], Number]
 """What the margin of an input holds on one of its axes."""
 Change = Callable[[Tensor, Mapping[int, InputAxis]], Tensor]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The sizes of a call and the buckets they go to, by the names of the axes. Good for every call of these sizes.
-
-    Args:
-        real: Sizes of the call.
-        padded: Their buckets.
-    """
+    """The sizes of a call and the buckets they go to, by the names of the axes."""
 
     real: Mapping[str, int]
     padded: Mapping[str, int]
@@ -40,11 +35,16 @@ class Fit:
         """Whether every size is a bucket already."""
         return self.real == self.padded
 
+    @property
+    def grown(self) -> list[str]:
+        """The names of the axes that are padded."""
+        return [name for name in self.real if self.real[name] != self.padded[name]]
+
 
 class Padder:
     """Pads the calls of one module.
 
-    Arguments are looked for at the top level only: the axes of a tensor inside a list or a dictionary have no buckets.
+    Only arguments themselves are padded: a tensor inside a list or a dictionary has no buckets.
 
     Args:
         buckets: Which axes have which buckets.
@@ -69,11 +69,11 @@ class Padder:
     def __init__(self, buckets: Buckets, signature: Signature | Sequence[str]) -> None:
         self.buckets = buckets
         self._signature = signature
-        self._places = {key: place_of(key, signature, f"buckets[{key!r}]") for key in buckets.inputs}
-        for key, place in self._places.items():
-            if (other := next(each for each in self._places if self._places[each] == place)) != key:
+        self._refs = {key: find_argument(key, signature, f"buckets[{key!r}]") for key in buckets.inputs}
+        for key, ref in self._refs.items():
+            if (other := next(each for each in self._refs if self._refs[each] == ref)) != key:
                 raise ConfigError(f"buckets[{key!r}] is the argument of buckets[{other!r}]; expected it once")
-            if key in buckets.masks and place.name is None:
+            if key in buckets.masks and ref.name is None:
                 raise ConfigError(f"buckets[{key!r}]: a mask that cannot be passed by its name; expected one that can")
 
     def with_outputs(self, outputs: Mapping[int, Mapping[int, str]]) -> Padder:
@@ -110,8 +110,8 @@ class Padder:
             ConfigError: If an argument has not the axis that has buckets.
         """
         found: dict[str, int] = {}
-        for key, place in self._places.items():
-            value = place.of(args, kwargs)
+        for key, ref in self._refs.items():
+            value = ref.get(args, kwargs)
             if value is None:
                 continue
             if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested or value.layout is not torch.strided:
@@ -127,16 +127,13 @@ class Padder:
         missing = [symbol for mask in self.buckets.masks.values() for symbol in mask.axes if symbol not in found]
         return f"no argument of the call shows {missing[0]}, which a mask needs" if missing else found
 
-    def pad(self, fit: Fit, args: Sequence[Any], kwargs: Mapping[str, Any], *, margin: Margin | None = None) -> Call:
-        """The arguments in their buckets; what needs no padding is handed on as it is.
+    def pad(
+        self, fit: Fit, args: Sequence[Any], kwargs: Mapping[str, Any], *, margin: Margin | None = None
+    ) -> Arguments:
+        """The arguments in their buckets; what needs no padding is passed on as it is.
 
-        One tensor given several times stays one tensor, if all its places are padded alike.
-
-        Args:
-            fit: What :meth:`fit` gave for arguments of these shapes.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-            margin: What margins hold in place of their own fill values; those of masks stay false.
+        One tensor given several times stays one tensor, if it is padded alike each time. ``margin`` replaces the fill
+        values, but for those of masks.
 
         Raises:
             ConfigError: For a fill value that an input's dtype has not.
@@ -144,29 +141,24 @@ class Padder:
         new_args, new_kwargs = list(args), dict(kwargs)
         device = None
         made: dict[Any, Tensor] = {}
-        for key, place in self._places.items():
-            value = place.of(args, kwargs)
+        for key, ref in self._refs.items():
+            value = ref.get(args, kwargs)
             if value is not None:
                 device = value.device if device is None else device
                 shape, fills = self._margins(fit, key, value, margin)
                 alike = id(value), *shape, *fills.items()
                 if alike not in made:
                     made[alike] = padded(value, shape, fills) if fills else value
-                place.put(made[alike], new_args, new_kwargs)
+                ref.put(made[alike], new_args, new_kwargs)
         for key, mask in self.buckets.masks.items():
-            if self._places[key].of(args, kwargs) is None:
+            if self._refs[key].get(args, kwargs) is None:
                 real = torch.ones([fit.real[symbol] for symbol in mask.axes], dtype=mask.dtype, device=device)
                 shape, fills = self._margins(fit, key, real, margin)
-                self._places[key].put(padded(real, shape, fills) if fills else real, new_args, new_kwargs)
+                self._refs[key].put(padded(real, shape, fills) if fills else real, new_args, new_kwargs)
         return tuple(new_args), new_kwargs
 
     def crop(self, fit: Fit, answer: Any) -> Any:
-        """What a call of the real sizes would have answered.
-
-        Args:
-            fit: What the call was padded by.
-            answer: A tensor, or tuples, lists and dictionaries of tensors and other values, which stay as they are. A
-                cropped tensor may share its memory (:func:`~graphcache.cache.padding.cropped`).
+        """What a call of the real sizes would have answered; a cropped tensor may share memory with the answer.
 
         Raises:
             ConfigError: If it is not said which axes to crop, or the answer has not the axes or sizes that were said.
@@ -186,27 +178,32 @@ class Padder:
             leaves[tensors[place]] = cropped(tensor, {axis: fit.real[symbol] for axis, symbol in axes.items()})
         return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
 
-    def exchange(self, change: Change, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    def exchange(self, change: Change, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
         """The arguments with another tensor for each that is given and has buckets, masks among them.
 
-        One tensor given several times stays one tensor, if all its places have alike axes and get alike shapes.
-
-        Args:
-            change: From a tensor, and its axes that have buckets, counted from the front.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
+        One tensor given several times stays one tensor, if its axes are alike each time and it gets one shape.
+        ``change`` takes a tensor and its axes that have buckets, counted from the front.
         """
         new_args, new_kwargs = list(args), dict(kwargs)
         made: dict[Any, Tensor] = {}
-        for key, place in self._places.items():
-            if (value := place.of(args, kwargs)) is not None:
+        for key, ref in self._refs.items():
+            if (value := ref.get(args, kwargs)) is not None:
                 axes = dict(self._axes(key, value))
                 other = change(value, axes)
                 alike = id(value), other.shape, *[(at, axis.fill, axis.is_mask) for at, axis in axes.items()]
-                place.put(made.setdefault(alike, other), new_args, new_kwargs)
+                ref.put(made.setdefault(alike, other), new_args, new_kwargs)
         return tuple(new_args), new_kwargs
 
+    def start(self, sizes: Mapping[str, int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """The arguments cut to smaller sizes, as copies."""
+
+        def cut(value: Tensor, axes: Mapping[int, InputAxis]) -> Tensor:
+            return cropped(value, {place: sizes[axis.symbol] for place, axis in axes.items()}).clone()
+
+        return self.exchange(cut, args, kwargs)
+
     def _axes(self, key: str | int, value: Tensor) -> list[tuple[int, InputAxis]]:
+        """The axes of an argument that have buckets, each with its number counted from the front."""
         return list(zip(self.buckets.places(key, value.dim()), self.buckets.inputs[key], strict=True))
 
     def _margins(
@@ -235,6 +232,7 @@ def is_size(value: Any) -> bool:
 
 
 def _check_output(fit: Fit, where: str, tensor: Tensor, axis: int, symbol: str) -> None:
+    """Raise if an output has not the axis and size that were said."""
     if not -tensor.dim() <= axis < tensor.dim():
         raise ConfigError(f"{where}: the output has {tensor.dim()} dimensions; expected an axis that it has")
     if symbol not in fit.real:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.buckets import LARGEST, MOST_SIZES, Axis, Buckets, InputAxis, Mask
+from graphcache.buckets.spec import MAX_SIZE, MAX_SIZES_PER_AXIS, Axis, Buckets, InputAxis, Mask
 from graphcache.errors import ConfigError
 
 sizes = st.lists(st.integers(1, 100), min_size=1, max_size=8)
@@ -131,14 +131,14 @@ X = {"x": {0: [1]}}
         ({"x": {0: {1, 2}}}, r"^buckets\['x'\]\[0\]=\{1, 2\}:"),
         ({"x": {0: iter([1])}}, r"^buckets\['x'\]\[0\]=<list_iterator"),
         ({"x": {0: Ints([1])}}, r"^buckets\['x'\]\[0\]=\[1\]: expected a list"),
-        ({"x": {0: []}}, rf"^buckets\['x'\]\[0\]=\[\]: expected from 1 to {MOST_SIZES} sizes"),
+        ({"x": {0: []}}, rf"^buckets\['x'\]\[0\]=\[\]: expected from 1 to {MAX_SIZES_PER_AXIS} sizes"),
         ({"x": {0: range(1, 10**30)}}, r"^buckets\['x'\]\[0\]=range\(1, 10+\): expected from 1"),
-        ({"x": {0: [1, 0]}}, rf"^buckets\['x'\]\[0\]: the size 0; expected a whole number from 1 to {LARGEST}"),
+        ({"x": {0: [1, 0]}}, rf"^buckets\['x'\]\[0\]: the size 0; expected a whole number from 1 to {MAX_SIZE}"),
         ({"x": {0: [-4]}}, r"^buckets\['x'\]\[0\]: the size -4;"),
         ({"x": {0: [True]}}, r"^buckets\['x'\]\[0\]: the size True;"),
         ({"x": {0: [2.0]}}, r"^buckets\['x'\]\[0\]: the size 2.0;"),
         ({"x": {0: ["8"]}}, r"^buckets\['x'\]\[0\]: the size '8';"),
-        ({"x": {0: [LARGEST + 1]}}, r"^buckets\['x'\]\[0\]: the size 2147483648;"),
+        ({"x": {0: [MAX_SIZE + 1]}}, r"^buckets\['x'\]\[0\]: the size 2147483648;"),
         ({"x": {0: {"fill": 1}}}, r"^buckets\['x'\]\[0\]=\{'fill': 1\}: expected 'sizes', and maybe 'fill' and 'name'"),
         ({"x": {0: {"sizes": [1], "size": 1}}}, r"^buckets\['x'\]\[0\]=.*: expected 'sizes', and maybe"),
         ({"x": {0: {"sizes": [1], 5: 1}}}, r"^buckets\['x'\]\[0\]=.*: expected 'sizes', and maybe"),

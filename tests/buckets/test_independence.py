@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphcache.cache.buckets import Axis, Buckets, Mask
-from graphcache.cache.independence import dependence, observed_outputs
-from graphcache.cache.padder import Padder
+from graphcache.buckets.independence import dependence, observed_outputs
+from graphcache.buckets.padder import Padder
+from graphcache.buckets.spec import Axis, Buckets, Mask
 from graphcache.errors import ConfigError
-from graphcache.graphs.verify import padded_gap
 from tests.helpers import frozen
 
 ROWS = Axis([4, 8, 16], name="rows")
@@ -32,7 +31,7 @@ def tried(run: Callable[..., Any], *args: Any, inputs: Any = None, outputs: Any 
     """What is found for a function of ``x`` whose first axis is padded, and cropped where it is not said otherwise."""
     signature = ONE if inputs is None else inspect.signature(run)
     buckets = Buckets(inputs or {"x": {0: ROWS}}, outputs={0: {0: "rows"}} if outputs is None else outputs)
-    return dependence(run, args, kwargs, Padder(buckets, signature), gap=padded_gap)
+    return dependence(run, args, kwargs, Padder(buckets, signature))
 
 
 LINEAR, EMBEDDING = frozen(nn.Linear(5, 3)), frozen(nn.Embedding(7, 4))

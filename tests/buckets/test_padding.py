@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.cache.padding import cropped, holds, is_dense, padded, varied
+from graphcache.buckets.padding import cropped, holds, is_dense, padded, varied
 from tests.helpers import DTYPES, same, strides, tensors
 
 
