@@ -152,8 +152,8 @@ class Context:
         It does not wait for the device, but for a moment for other threads, if one of them enqueues into a capture.
         """
         # A capture is on the current stream: nobody else hands out a stream to capture into.
-        with enqueues.alone() if is_capturing() else enqueues.among_others():
-            return bool(self._context.execute_async_v3(stream))
+        enter = enqueues.exclusive if is_capturing() else enqueues.shared
+        return bool(enter(self._context.execute_async_v3, stream))
 
     def grown_output(self, name: str) -> Tensor:
         """What the growing allocator holds for an output after an enqueue: a fresh copy, of the shape of this run.
