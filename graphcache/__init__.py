@@ -11,7 +11,7 @@ from graphcache.cache.buckets import Mask as Mask
 from graphcache.cache.manifest import Manifest as Manifest
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
-from graphcache.engines.library import load_plugin_library as load_plugin_library
+from graphcache.engines.plugins import load_plugin_library as load_plugin_library
 from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphcache.engines.build_key import NotKeyed, build_key
-from graphcache.engines.library import Library, require_gpu, words
+from graphcache.engines.library import Library, join_messages, require_gpu
 from graphcache.engines.library import library as find
 from graphcache.engines.store import user_store
 from graphcache.errors import ConfigError, EngineBuildError, shown
@@ -174,7 +174,9 @@ def _build(
             raise monitor.raised
         if engine is None:
             hint = _hint(found, errors, bool(refittable), workspace)
-            raise EngineBuildError(f"{found.flavour} {found.version} could not build {model}: {words(errors)}.{hint}")
+            raise EngineBuildError(
+                f"{found.flavour} {found.version} could not build {model}: {join_messages(errors)}.{hint}"
+            )
         return bytes(engine)
 
 
@@ -190,7 +192,7 @@ def _parse(found: Library, parser: Any, onnx: Any, errors: Sequence[str]) -> str
     if not parsed:
         seen = [each for each in map(parser.get_error, range(parser.num_errors)) if each.node_operator()]
         named = "; ".join(
-            f"node {each.node_name()!r} ({each.node_operator()}): {words([each.desc()])}" for each in seen
+            f"node {each.node_name()!r} ({each.node_operator()}): {join_messages([each.desc()])}" for each in seen
         )
         remedy = (
             "Take these operators out of the model, or load plugins that implement them"
@@ -198,7 +200,7 @@ def _parse(found: Library, parser: Any, onnx: Any, errors: Sequence[str]) -> str
             else "Check that it is a whole ONNX model (onnx.checker.check_model), with its external data beside it"
         )
         raise EngineBuildError(
-            f"the ONNX parser of {found.flavour} {found.version} rejected {model}: {named or words(errors)}. {remedy}"
+            f"the ONNX parser of {found.flavour} {found.version} rejected {model}: {named or join_messages(errors)}. {remedy}"
         )
     return model
 
@@ -240,7 +242,7 @@ def _add_profile(
     for name, (low, usual, high) in ranges.items():
         (profile.set_shape_input if name in host else profile.set_shape)(name, low, usual, high)
     if config.add_optimization_profile(profile) < 0:
-        raise EngineBuildError(f"TensorRT refused the shapes {dict(ranges)}; it said: {words(errors)}")
+        raise EngineBuildError(f"TensorRT refused the shapes {dict(ranges)}; it said: {join_messages(errors)}")
 
 
 def _set_flag(found: Library, config: Any, name: str) -> None:
@@ -263,7 +265,7 @@ def _allow_refit(
             if not network.mark_weights_refittable(name):
                 raise EngineBuildError(
                     f"refittable: the model has no weights named {name!r} that TensorRT could mark; expected names of "
-                    f"its initialisers. TensorRT said: {words(errors)}"
+                    f"its initialisers. TensorRT said: {join_messages(errors)}"
                 )
 
 
@@ -302,7 +304,7 @@ def _watch(trt: Any, config: Any, progress: Progress | None) -> Any:
 
 
 def _hint(found: Library, errors: Sequence[str], refittable: bool, workspace: int | None) -> str:
-    said = words(errors)
+    said = join_messages(errors)
     if "no runners that implement it" in said:
         return f" {found.flavour} has no implementation of that layer: keep it out of the engine and run it in PyTorch."
     if "workspace" in said and workspace is not None:

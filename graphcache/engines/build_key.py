@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from graphcache.engines.library import Library, loaded_plugins
+from graphcache.engines.library import Library
+from graphcache.engines.plugins import loaded_plugins
 
 _VERSION = 1
 # A protobuf message of external data in an ONNX tensor: the key "location", then a value of less than 16384 bytes.

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphcache.engines.allocator import GrowingOutputs
 from graphcache.engines.engine import keeping_the_current_device
 from graphcache.engines.gate import enqueues
-from graphcache.engines.library import words
+from graphcache.engines.library import join_messages
 from graphcache.errors import EngineExecutionError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Context:
         Raises:
             EngineExecutionError: If TensorRT refuses one of them.
         """
-        with self.engine.said() as said:
+        with self.engine.collect_errors() as said:
             if profile != self._profile:
                 if not self._context.set_optimization_profile_async(profile, stream):
                     raise self._error(f"optimisation profile {profile} was refused", said)
@@ -136,7 +136,7 @@ class Context:
         Raises:
             EngineExecutionError: If TensorRT refuses one of them.
         """
-        with self.engine.said() as said:
+        with self.engine.collect_errors() as said:
             for binding, value in zip(self.engine.outputs, outputs, strict=True):
                 if value is None:
                     self._addresses.pop(binding.name, None)
@@ -194,4 +194,4 @@ class Context:
         self._addresses[name] = address
 
     def _error(self, what: str, said: list[str]) -> EngineExecutionError:
-        return EngineExecutionError(f"{self.engine.name}: {what}; TensorRT says: {words(said)}")
+        return EngineExecutionError(f"{self.engine.name}: {what}; TensorRT says: {join_messages(said)}")

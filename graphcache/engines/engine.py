@@ -15,7 +15,7 @@ from graphcache.engines.bindings import Binding, read_bindings
 from graphcache.engines.header import check_header
 from graphcache.engines.kept_kernels import KeptKernels
 from graphcache.engines.kernels import RuntimeCache
-from graphcache.engines.library import Library, library, require_gpu, words
+from graphcache.engines.library import Library, join_messages, library, require_gpu
 from graphcache.errors import (
     ConfigError,
     EngineError,
@@ -73,7 +73,7 @@ class Engine:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._lock = threading.Lock()
         self._runtime = self.trt.Runtime(self.library.logger)
-        with self.said() as said:
+        with self.collect_errors() as said:
             self._engine = self._runtime.deserialize_cuda_engine(serialized)
         if self._engine is None:
             raise _refused(label, said, self.library, self._runtime, serialized)
@@ -109,7 +109,7 @@ class Engine:
         form = self.trt.LayerInformationFormat.JSON
         return str(self._engine.create_engine_inspector().get_engine_information(form))
 
-    def said(self) -> AbstractContextManager[list[str]]:
+    def collect_errors(self) -> AbstractContextManager[list[str]]:
         """Collects what TensorRT logs as errors in this thread, for messages."""
         found: AbstractContextManager[list[str]] = self.library.logger.collect()
         return found
@@ -125,7 +125,7 @@ class Engine:
             EngineExecutionError: If TensorRT refuses.
         """
         trt = self.trt
-        with self._lock, self.said() as said:
+        with self._lock, self.collect_errors() as said:
             if self._config is None:
                 self._config = self._engine.create_runtime_config()
                 self._config.set_execution_context_allocation_strategy(
@@ -148,7 +148,7 @@ class Engine:
                     self._config.set_runtime_cache(self._kernels)
             context = self._engine.create_execution_context(self._config)
         if context is None:
-            raise EngineExecutionError(f"{self.name}: no execution context: {words(said)}")
+            raise EngineExecutionError(f"{self.name}: no execution context: {join_messages(said)}")
         return context
 
     def _aliased(self, output: str) -> bool:
@@ -202,10 +202,10 @@ class Engine:
                 f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the caller's; "
                 f"close them before changing the weight budget"
             )
-        with self.said() as said:
+        with self.collect_errors() as said:
             self._engine.weight_streaming_budget_v2 = nbytes
         if self.weight_budget != nbytes:
-            raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {words(said)}")
+            raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {join_messages(said)}")
         # Streaming needs scratch memory of its own.
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
 
@@ -215,10 +215,12 @@ class Engine:
         Raises:
             EngineError: If TensorRT refuses.
         """
-        with self.said() as said:
+        with self.collect_errors() as said:
             made = self._engine.serialize()
         if made is None:
-            raise EngineError(f"{self.name}: TensorRT does not serialise it: {words(said)}. Keep the file it came from")
+            raise EngineError(
+                f"{self.name}: TensorRT does not serialise it: {join_messages(said)}. Keep the file it came from"
+            )
         return bytes(made)
 
     def close(self) -> None:
@@ -265,7 +267,7 @@ def _refused(label: str, said: Sequence[str], found: Library, runtime: Any, seri
         _, diagnostics = runtime.get_engine_validity(serialized)
         members = trt.EngineInvalidityDiagnostics.__members__
         flags = [name for name, member in members.items() if int(diagnostics) & int(member)]
-    told = words([*flags, *said])
+    told = join_messages([*flags, *said])
     seen = f"{label} ({len(serialized)} bytes) was refused by {found.flavour} {found.version}: {told}"
     low = told.lower()
     if any(sign in low for sign in _OTHER_MACHINE):

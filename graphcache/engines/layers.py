@@ -18,7 +18,7 @@ def layers_of(engine: Engine) -> list[str]:
     make = getattr(raw, "create_engine_inspector", None)
     if make is None:
         return []
-    with engine.said():
+    with engine.collect_errors():
         text = make().get_engine_information(engine.trt.LayerInformationFormat.ONELINE)
     lines = [line.strip() for line in str(text or "").splitlines()]
     # The inspector tells the bindings after the layers.

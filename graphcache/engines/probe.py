@@ -35,7 +35,7 @@ def output_shapes(engine: Engine) -> OutputShapes:
     Raises:
         EngineExecutionError: If TensorRT makes no context.
     """
-    with keeping_the_current_device(), engine.said():
+    with keeping_the_current_device(), engine.collect_errors():
         points, found = _observed(engine)
     return OutputShapes(
         tuple(

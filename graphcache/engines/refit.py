@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphcache.engines.bindings import torch_dtype
 from graphcache.engines.engine import Engine
-from graphcache.engines.library import words
+from graphcache.engines.library import join_messages
 from graphcache.errors import EngineError, shown
 
 
@@ -32,7 +32,7 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
             with others. Nothing changed then. If TensorRT refuses in the end, some of them may have been replaced.
     """
     trt = engine.trt
-    with engine.said() as said:
+    with engine.collect_errors() as said:
         refitter, names = _refitter(engine)
         if not names:
             raise EngineError(
@@ -41,14 +41,14 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
         given = {name: _checked(engine, refitter, names, name, value) for name, value in weights.items()}
         for name, (dtype, value) in given.items():
             if not refitter.set_named_weights(name, trt.Weights(dtype, value.data_ptr(), value.numel())):
-                raise EngineError(f"{engine.name}: weights {name!r} were refused: {words(said)}")
+                raise EngineError(f"{engine.name}: weights {name!r} were refused: {join_messages(said)}")
         if missing := list(refitter.get_missing_weights()):
             raise EngineError(
                 f"{engine.name}: {', '.join(missing)} must be given together with {', '.join(given)}; nothing changed"
             )
         if not refitter.refit_cuda_engine_async(stream):
             raise EngineError(
-                f"{engine.name}: TensorRT refused to refit: {words(said)}. Some weights may have been replaced: refit "
+                f"{engine.name}: TensorRT refused to refit: {join_messages(said)}. Some weights may have been replaced: refit "
                 f"again with all of them, or load the engine again"
             )
 

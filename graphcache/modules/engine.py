@@ -17,7 +17,7 @@ from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
 from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
-from graphcache.engines.library import words
+from graphcache.engines.library import join_messages
 from graphcache.engines.pool import ContextPool
 from graphcache.engines.probe import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
@@ -477,10 +477,10 @@ class EngineModule(CarriedEngine, EngineControls):
         ahead = self._ahead.take(context.output_shapes(), stream) if self._ahead is not None and not allocator else None
         outputs = ahead or self.new_outputs(context, allocator=allocator)
         context.set_outputs(outputs)
-        with self.engine.said() as said:
+        with self.engine.collect_errors() as said:
             if not context.enqueue(stream):
                 context.check_grown()
-                raise EngineExecutionError(f"{self.name}: TensorRT refused to run: {words(said)}")
+                raise EngineExecutionError(f"{self.name}: TensorRT refused to run: {join_messages(said)}")
         if any(binding.on_host for binding in self.engine.outputs):
             torch.cuda.current_stream().synchronize()
         answer = [
@@ -502,7 +502,7 @@ class EngineModule(CarriedEngine, EngineControls):
         if any(output is None for output in outputs):
             raise session.refusal(Cause(Reason.OUTPUT_ALLOCATOR, self.name))
         context.set_outputs(outputs)
-        with self.engine.said() as said:
+        with self.engine.collect_errors() as said:
             if not context.enqueue(stream):
-                raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
+                raise session.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, join_messages(said)))
         return [output for output in outputs if output is not None]

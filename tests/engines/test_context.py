@@ -234,7 +234,7 @@ def test_an_address_that_is_refused(fake: Torch) -> None:
 def test_scratch_memory_that_is_too_small(fake: Torch) -> None:
     run = Runner(fake, "affine", scratch=999)
     run.set(rows(fake, 2))
-    with run.engine.said() as said:
+    with run.engine.collect_errors() as said:
         assert not run.context.enqueue(run.stream)
     assert "no device memory was set" in said[0]
 
@@ -307,7 +307,7 @@ def test_outputs_of_unknown_shape(fake: Torch) -> None:
 def test_without_an_allocator_it_would_have_been_refused(fake: Torch) -> None:
     run = Runner(fake, "positive")
     run.context.set_inputs([fake.driver.heap.tensor([1, 2])], 0, run.stream)
-    with run.engine.said() as said:
+    with run.engine.collect_errors() as said:
         assert not run.context.enqueue(run.stream)
     assert "known only at run time" in said[0]
 

@@ -16,7 +16,7 @@ y"""
 
 def engine(raw):
     trt = SimpleNamespace(LayerInformationFormat=SimpleNamespace(ONELINE="oneline"))
-    return SimpleNamespace(parts=(None, raw, None, None), trt=trt, said=lambda: nullcontext([]))
+    return SimpleNamespace(parts=(None, raw, None, None), trt=trt, collect_errors=lambda: nullcontext([]))
 
 
 def test_a_line_for_each_layer_without_the_bindings():
