@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graphcache import EngineModule
 from graphcache.cache import spec
-from graphcache.engines import allocator, context, engine, library, probe
+from graphcache.engines import allocator, context, engine, library
+from graphcache.engines import output_shapes as probe
 from graphcache.graphs import verify
 from graphcache.modules import cached, conditions, engine_carried, examples, into, prepare, record_engine
 from graphcache.modules import engine as room

@@ -1,8 +1,8 @@
-"""What the first bytes of a TensorRT-RTX engine tell, without TensorRT and without a GPU.
+"""The header of a TensorRT-RTX engine, read without TensorRT and without a GPU.
 
 TensorRT-RTX deserialises nothing where there is no device, and its own validity check reads only the header. So the
-header is read here: a truncated or foreign file is named as such on any machine. The layout was read off files of
-versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes); a header of another kind is left to TensorRT to judge.
+header is read here, and a truncated or foreign file is refused on any machine. The layout was read off files of
+versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes); a header of another kind is left to TensorRT.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Header:
     """The header of a TensorRT-RTX engine file.
 
     Args:
-        nbytes: How long the whole file is, in bytes.
+        nbytes: Length of the whole file, in bytes.
         version: The version that built it, such as ``"1.5.0.114"``.
     """
 
@@ -43,7 +43,7 @@ def read_header(serialized: bytes) -> Header | None:
 
 
 def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -> None:
-    """Refuse what can be told from the bytes alone, before TensorRT sees them.
+    """Refuse bytes that cannot be an engine for a TensorRT, before TensorRT sees them.
 
     Args:
         serialized: The engine file's bytes.
@@ -52,7 +52,7 @@ def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -
         label: What messages call the engine.
 
     Raises:
-        EngineFormatError: If they are none, another file's, or fewer than the header says.
+        EngineFormatError: If there are no bytes, they are another file's, or fewer than the header says.
         EngineVersionError: If another version of TensorRT-RTX built them.
     """
     if len(serialized) == 0:

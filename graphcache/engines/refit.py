@@ -18,13 +18,13 @@ from graphcache.errors import EngineError, shown
 def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
     """Replace weights of an engine, enqueued on a stream; returns once the given tensors may be changed again.
 
-    TensorRT leaves undefined what happens if work of the engine is pending on another stream
-    (``IRefitter::refitCudaEngineAsync``); its contexts stay valid.
+    The behaviour is undefined while work of the engine is pending on another stream
+    (``IRefitter::refitCudaEngineAsync``). Its contexts stay valid.
 
     Args:
         engine: Built with ``refittable``.
-        weights: By the engine's own names, of the number of elements and the dtype that it was built with. Nothing is
-            cast; shapes are TensorRT's affair.
+        weights: By the engine's own names, with the number of elements and the dtype that it was built with. Nothing
+            is cast, and shapes are not compared.
         stream: A raw handle.
 
     Raises:
@@ -33,7 +33,8 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
     """
     trt = engine.trt
     with engine.collect_errors() as said:
-        refitter, names = _refitter(engine)
+        refitter = engine.refitter()
+        names = [] if refitter is None else list(refitter.get_all_weights())
         if not names:
             raise EngineError(
                 f"{engine.name} takes no new weights; build it with refittable=True, or with the names of some weights"
@@ -48,8 +49,8 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
             )
         if not refitter.refit_cuda_engine_async(stream):
             raise EngineError(
-                f"{engine.name}: TensorRT refused to refit: {join_messages(said)}. Some weights may have been replaced: refit "
-                f"again with all of them, or load the engine again"
+                f"{engine.name}: TensorRT refused to refit: {join_messages(said)}. Some weights may have been replaced: "
+                f"refit again with all of them, or load the engine again"
             )
 
 
@@ -65,16 +66,6 @@ def by_engine_names(weights: Mapping[str, Tensor], names: object) -> Mapping[str
         return weights
     others = {own: name[0] if isinstance(name, (list, tuple)) else name for own, name in names.items()}
     return {own: weights[name] for own, name in others.items() if name in weights} or weights
-
-
-def _refitter(engine: Engine) -> tuple[Any, list[str]]:
-    """TensorRT's refitter of an engine, and the names of what it replaces; there are none if there is no refitter."""
-    try:
-        refitter = engine.trt.Refitter(engine.parts[1], engine.library.logger)
-    except TypeError:
-        # How the bindings tell that TensorRT made none.
-        return None, []
-    return refitter, list(refitter.get_all_weights())
 
 
 def _checked(engine: Engine, refitter: Any, names: list[str], name: str, value: Any) -> tuple[Any, Tensor]:

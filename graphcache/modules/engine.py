@@ -18,8 +18,8 @@ from graphcache.engines.bindings import check_inputs, choose_profile, out_of_ran
 from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import join_messages
-from graphcache.engines.pool import ContextPool
-from graphcache.engines.probe import output_shapes
+from graphcache.engines.context import ContextPool
+from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import (
     Cause,
@@ -479,15 +479,15 @@ class EngineModule(CarriedEngine, EngineControls):
         context.set_outputs(outputs)
         with self.engine.collect_errors() as said:
             if not context.enqueue(stream):
-                context.check_grown()
+                context.check_allocated()
                 raise EngineExecutionError(f"{self.name}: TensorRT refused to run: {join_messages(said)}")
         if any(binding.on_host for binding in self.engine.outputs):
             torch.cuda.current_stream().synchronize()
         answer = [
-            context.grown_output(binding.name) if value is None else value
+            context.allocated_output(binding.name) if value is None else value
             for binding, value in zip(self.engine.outputs, outputs, strict=True)
         ]
-        context.let_go()
+        context.release_references()
         if self._ahead is not None:
             self._ahead.make(answer, stream)
         return answer

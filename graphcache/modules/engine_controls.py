@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.config import Specialization
-from graphcache.engines.kernels import RuntimeCache
+from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, shown
 from graphcache.graphs import driver
 from graphcache.modules.controls import controls
@@ -90,7 +90,7 @@ class EngineControls(nn.Module):
 
     def get_layer_info(self) -> str:
         """What TensorRT tells of the engine's layers, as JSON."""
-        return self._open().engine.layers()
+        return self._open().engine.layer_information()
 
     def set_pre_allocated_outputs(self, enable: bool) -> bool:
         """Make the outputs of the next eager call at the end of each one, while the device works.

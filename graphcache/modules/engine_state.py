@@ -27,7 +27,7 @@ class EngineState:
         requires_output_allocator: Whether TensorRT allocates the outputs.
         profile: The optimisation profile that was chosen, if any.
         output_shapes: How shapes of outputs follow from those of inputs, as
-            :class:`~graphcache.engines.expressions.OutputShapes` writes it; empty where that is not known.
+            :class:`~graphcache.engines.output_shapes.OutputShapes` writes it; empty where that is not known.
     """
 
     engine: Tensor

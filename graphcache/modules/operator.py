@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from graphcache.engines.expressions import OutputShapes
+from graphcache.engines.output_shapes import OutputShapes
 from graphcache.errors import (
     EngineExecutionError,
     EngineFormatError,
@@ -54,7 +54,7 @@ class Call:
         outputs: Names, in the order of the answer.
         output_dtypes: As torch names them.
         host_outputs: Which of them TensorRT writes on the host.
-        output_shapes: As :class:`~graphcache.engines.expressions.OutputShapes` writes them.
+        output_shapes: As :class:`~graphcache.engines.output_shapes.OutputShapes` writes them.
         requires_output_allocator: Whether TensorRT allocates the outputs.
         profile: The optimisation profile that was chosen, if any.
     """

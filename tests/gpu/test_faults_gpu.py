@@ -15,7 +15,7 @@ import graphcache
 from graphcache import Reason
 from graphcache.cache.lru import GraphCache
 from graphcache.engines.context import Context
-from graphcache.engines.pool import ContextPool
+from graphcache.engines.context import ContextPool
 from graphcache.errors import CudaError, Refusal
 from graphcache.graphs import capture, driver, executables
 from graphcache.graphs.cuda import CudaGraph

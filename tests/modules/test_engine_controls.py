@@ -13,7 +13,7 @@ from torch import Tensor
 
 import graphcache
 from graphcache import Reason
-from graphcache.engines.kernels import RuntimeCache
+from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import ClosedError, ConfigError
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import DynamicShapesKernelSpecializationStrategy as Strategy

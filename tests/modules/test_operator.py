@@ -17,7 +17,7 @@ from torch.export import Dim, export
 
 import graphcache
 from graphcache import EngineModule
-from graphcache.engines.expressions import OutputShapes, Size
+from graphcache.engines.output_shapes import OutputShapes, Size
 from graphcache.errors import (
     EngineError,
     EngineExecutionError,

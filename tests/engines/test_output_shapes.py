@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines.expressions import OutputShapes, Size, fit
+from graphcache.engines.output_shapes import OutputShapes, Size, fit
 
 N, M = (0, 0), (1, 2)
 
