@@ -36,7 +36,7 @@ class OutputAllocators:
             self._installed.add(name)
 
     def remove(self, context: Any, name: str) -> None:
-        """Return to an address of the caller's: TensorRT would call an allocator in captures too, and keep its address."""
+        """Return to an address of the caller's: in a capture TensorRT would call the allocator and keep its address."""
         if name in self._installed:
             context.set_output_allocator(name, None)
             self._installed.discard(name)

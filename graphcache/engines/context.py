@@ -161,7 +161,7 @@ class Context:
         return bool(enter(self._context.execute_async_v3, stream))
 
     def plan(self) -> Plan | None:
-        """The plan of the inputs that were set; ``None`` if TensorRT allocates an output, or sees values on the host."""
+        """The plan of the inputs that were set; ``None`` for unknown output shapes, and for bindings on the host."""
         shapes = self._output_shapes or ()
         known = [shape for shape in shapes if shape is not None]
         if len(known) < len(shapes) or any(each.on_host for each in (*self.engine.inputs, *self.engine.outputs)):
@@ -269,8 +269,8 @@ class ContextPool:
     """The idle execution contexts of one engine. It never holds more than were in use at the same time.
 
     Each context that TensorRT-RTX 1.5.0.114 destroys leaves 0.35 to 0.65 MB of host memory behind, and making one takes
-    20 to 80 ms. So the context of a graph that is gone serves the next graph, of whatever shapes. A context that failed,
-    or that work may still run on, is dropped instead.
+    20 to 80 ms. So the context of a graph that is gone serves the next graph, of whatever shapes. A context that
+    failed, or that work may still run on, is dropped instead.
 
     Args:
         engine: Whose contexts these are.

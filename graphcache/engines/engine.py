@@ -177,7 +177,7 @@ class Engine:
     def capability(self) -> tuple[int, int] | None:
         """The compute capability of the GPUs that the engine runs on; ``None`` if it is not bound to one.
 
-        An engine of the full TensorRT runs on the kind of GPU that it was built for, unless it was built for others too.
+        An engine of the full TensorRT runs on the kind of GPU it was built for, unless it was built for others too.
         One of TensorRT-RTX holds no kernels for a GPU: they are compiled where it runs.
         """
         level = getattr(self._engine, "hardware_compatibility_level", None)

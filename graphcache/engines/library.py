@@ -226,8 +226,8 @@ def _logger(trt: Any) -> Any:
 def join_messages(errors: Iterable[str]) -> str:
     """TensorRT's messages in one line, for the text of an exception.
 
-    Repeated messages are dropped. So are those of ``catchCudaError``, in which TensorRT's bindings look for a CUDA error
-    after any failure, unless there are no others.
+    Repeated messages are dropped. So are those of ``catchCudaError``, with which TensorRT's bindings look for a CUDA
+    error after any failure, unless there are no others.
 
     Example:
         >>> join_messages(["No such layer.", "No such layer."])

@@ -73,8 +73,8 @@ def _load_plugins(found: Library, file: Path) -> None:
             handle = registry.load_library(str(file))
         if handle is None:
             raise EngineError(
-                f"{found.flavour} {found.version} registered no plugin of {file}; it said: {join_messages(errors)}. It refuses "
-                "a library of which a plugin is registered already, or that was built against another version"
+                f"{found.flavour} {found.version} registered no plugin of {file}; it said: {join_messages(errors)}. It "
+                "refuses a library of which a plugin is registered already, or that was built against another version"
             )
     else:
         log.warning(

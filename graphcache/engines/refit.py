@@ -49,8 +49,8 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
             )
         if not refitter.refit_cuda_engine_async(stream):
             raise EngineError(
-                f"{engine.name}: TensorRT refused to refit: {join_messages(said)}. Some weights may have been replaced: "
-                f"refit again with all of them, or load the engine again"
+                f"{engine.name}: TensorRT refused to refit: {join_messages(said)}. Some weights may have been "
+                f"replaced: refit again with all of them, or load the engine again"
             )
 
 

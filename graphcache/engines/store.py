@@ -1,10 +1,9 @@
-"""What took long to make, kept in a folder for later processes: engines, and kernels compiled for them.
+"""Engines and compiled kernels, kept in a folder for later processes.
 
-Each entry is one file, written in one step and named by a key: a digest of all that it was made from. An entry that was
-changed, cut short or put there by other means is found out by its own digest, and counts as none; so does one that
-belongs to another user, or that others may write. Whoever makes an
-entry holds its lock, so that processes that want the same one wait for the first instead of making it too; the system
-releases the lock of a process that is killed.
+Each entry is one file, written in one step and named by a key: a digest of all that it was made from. It begins with a
+digest of its own, so that a changed or truncated one is not used; nor is one of another user, or that others may write.
+Processes that want the same entry make it once: whoever makes it holds its lock, which the system releases if the
+process is killed.
 """
 
 from __future__ import annotations
@@ -26,10 +25,15 @@ from graphcache.events import log
 from graphcache.files import TEMPORARY, check_owner, open_regular, replacing, user_cache
 
 DEFAULT_MAX_BYTES = 10 * 2**30
+"""Bound of all entries of a user together, unless ``GRAPHCACHE_CACHE_MAX_BYTES`` says otherwise."""
 _HEAD = struct.Struct("<8s32sI")
+"""Magic, digest of everything that follows, length of the note."""
+_DIGESTED = 8 + 32
+"""Where the digested part begins."""
 _MAGIC = b"gcstore1"
-_MOST_NOTE_BYTES = 2**16
+_MAX_NOTE_BYTES = 2**16
 _ABANDONED_SECONDS = 24 * 3600
+"""Age of a temporary file from which its writer is taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,10 @@ class Stored:
 
     Args:
         key: Its key.
-        kind: What it is, such as ``"engine"``.
+        kind: Such as ``"engine"``.
         nbytes: Of the file.
         used: When it was last read or written, in seconds since the epoch.
-        note: What whoever made it said of it.
+        note: The description that it was made with.
         path: Of the file.
     """
 
@@ -54,11 +58,11 @@ class Stored:
 
 
 class Store:
-    """A folder of entries, the least recently used of which go first.
+    """A folder of entries. Beyond the bound the least recently used ones are removed.
 
     Args:
         folder: Made at the first use.
-        max_bytes: What all entries may take together, in bytes.
+        max_bytes: Bound of all entries together, in bytes.
 
     Example:
         >>> import tempfile
@@ -75,15 +79,13 @@ class Store:
         self.max_bytes = max_bytes
 
     def get_or_make(self, kind: str, key: str, make: Callable[[], bytes], note: Mapping[str, Any]) -> bytes:
-        """An entry, made here if nobody has; processes that ask for the same one at once make it once.
-
-        Where the folder cannot be used the entry is made and not kept, which is logged.
+        """An entry, made here if it is not there. If the folder cannot be used, it is not kept, which is logged.
 
         Args:
-            kind: What it is.
-            key: Of hexadecimal digits or other letters that file names may have.
-            make: Makes it. What it raises is raised from here, and nothing is kept.
-            note: Whatever :meth:`entries` is to tell of it, as JSON has it.
+            kind: Such as ``"engine"``.
+            key: Of letters that file names may have.
+            make: Makes it. Its exceptions are raised from here, and nothing is kept.
+            note: A description for :meth:`entries`, as JSON has it.
         """
         with ExitStack() as stack:
             try:
@@ -101,7 +103,7 @@ class Store:
             return made
 
     def get(self, kind: str, key: str) -> bytes | None:
-        """What was kept, if it is there and unchanged."""
+        """An entry, if it is there and unchanged."""
         path = self._path(kind, key)
         try:
             with open_regular(path) as file:
@@ -110,25 +112,23 @@ class Store:
                 if os.fstat(file.fileno()).st_size > self.max_bytes:
                     return None
                 data = file.read(self.max_bytes + 1)
-        except FileNotFoundError:
-            return None
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             return None
         except PermissionError as error:
             log.warning("%s is not used: %s, and engines are trusted; make it yours alone (chmod go-w)", path, error)
             return None
-        found = _contents(data)
-        if found is None:
+        magic, digest, length = _HEAD.unpack_from(data.ljust(_HEAD.size, b"\0"))
+        if magic != _MAGIC or hashlib.sha256(memoryview(data)[_DIGESTED:]).digest() != digest:
             log.warning("%s was changed or cut short after it was written; it is made again", path)
             return None
         with suppress(OSError):
             os.utime(path)
-        return found
+        return data[_HEAD.size + length :]
 
     def put(self, kind: str, key: str, data: bytes, note: Mapping[str, Any]) -> None:
-        """Keep something; what finds no room in the bound, or cannot be written, is not kept, which is logged."""
-        told = json.dumps(dict(note)).encode()[:_MOST_NOTE_BYTES]
-        body = struct.pack("<I", len(told)) + told + data
+        """Keep an entry. One that exceeds the bound or cannot be written is not kept, which is logged."""
+        text = json.dumps(dict(note)).encode()[:_MAX_NOTE_BYTES]
+        body = struct.pack("<I", len(text)) + text + data
         head = _MAGIC + hashlib.sha256(body).digest()
         if len(head) + len(body) > self.max_bytes:
             log.warning("%d bytes are more than the cache's bound of %d; they are not kept", len(data), self.max_bytes)
@@ -137,7 +137,7 @@ class Store:
             self._make_folder()
             with replacing(self._path(kind, key)) as file:
                 if hasattr(os, "fchmod"):
-                    # Whatever the user's mask lets: what others may write is not read.
+                    # Whatever the user's umask is: an entry that others may write is not read.
                     os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
                 file.write(head)
                 file.write(body)
@@ -147,17 +147,20 @@ class Store:
 
     def entries(self) -> list[Stored]:
         """All entries, the most recently used first."""
-        found = []
-        for path in self._files():
-            kind, key = path.suffix[1:], path.stem
+        found: list[Stored] = []
+        try:
+            paths = [each for each in self.folder.iterdir() if not each.name.startswith(TEMPORARY) and each.suffix]
+        except OSError:
+            return found
+        for path in paths:
             with suppress(OSError, ValueError), open_regular(path) as file:
                 status = os.fstat(file.fileno())
-                note = _note(file.read(_HEAD.size + _MOST_NOTE_BYTES))
-                found.append(Stored(key, kind, status.st_size, status.st_mtime, note, path))
+                note = _note(file.read(_HEAD.size + _MAX_NOTE_BYTES))
+                found.append(Stored(path.stem, path.suffix[1:], status.st_size, status.st_mtime, note, path))
         return sorted(found, key=lambda each: -each.used)
 
     def prune(self, max_bytes: int) -> tuple[int, int]:
-        """Remove the least recently used entries until no more than some bytes are left, and what killed writers left.
+        """Remove the least recently used entries until ``max_bytes`` are left, and temporary files of killed writers.
 
         Args:
             max_bytes: 0 removes all of them.
@@ -175,7 +178,6 @@ class Store:
                 removed, nbytes = removed + 1, nbytes + each.nbytes
         with suppress(OSError):
             for path in self.folder.glob(f"{TEMPORARY}*"):
-                # Young ones are being written.
                 with suppress(OSError):
                     if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                         path.unlink()
@@ -183,7 +185,7 @@ class Store:
 
     @contextmanager
     def lock(self, key: str, timeout: float | None = None) -> Iterator[None]:
-        """Inside, nobody else holds the lock of this key. There are 256 of them, so others may wait too.
+        """Holds the lock of a key. There are 256 locks, so that two keys may have the same one.
 
         Args:
             key: Of the entry.
@@ -197,23 +199,19 @@ class Store:
         self._make_folder()
         locks = self.folder / "locks"
         locks.mkdir(exist_ok=True)
-        # Never removed: whoever removes a lock that another one waits for makes two of it.
+        # Never removed: removing a lock file that somebody waits for would make two locks.
         number = hashlib.sha256(key.encode()).hexdigest()[:2]
         with FileLock(str(locks / f"{number}.lock"), -1 if timeout is None else timeout, thread_local=False):
             yield
 
     def _make_folder(self) -> None:
+        """Make the folder if it is not there."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o755, exist_ok=True)
 
     def _path(self, kind: str, key: str) -> Path:
+        """The file of an entry."""
         return self.folder / f"{key}.{kind}"
-
-    def _files(self) -> list[Path]:
-        try:
-            return [each for each in self.folder.iterdir() if not each.name.startswith(TEMPORARY) and each.suffix]
-        except OSError:
-            return []
 
 
 def user_store() -> Store:
@@ -228,17 +226,8 @@ def user_store() -> Store:
     return Store(user_cache() / "built", int(text) if text else DEFAULT_MAX_BYTES)
 
 
-def _contents(data: bytes) -> bytes | None:
-    if len(data) < _HEAD.size:
-        return None
-    magic, digest, length = _HEAD.unpack_from(data)
-    start = _HEAD.size - 4
-    if magic != _MAGIC or hashlib.sha256(memoryview(data)[start:]).digest() != digest:
-        return None
-    return data[_HEAD.size + length :]
-
-
 def _note(data: bytes) -> Mapping[str, Any]:
+    """The note at the beginning of an entry; empty if there is none that can be read."""
     try:
         magic, _, length = _HEAD.unpack_from(data)
         found = json.loads(data[_HEAD.size : _HEAD.size + length]) if magic == _MAGIC else {}

@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
-from graphcache.engines.context import Context
+from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import join_messages
-from graphcache.engines.context import ContextPool
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import (

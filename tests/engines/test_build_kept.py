@@ -26,7 +26,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """What is really built, over a TensorRT that writes down what it was asked for."""
     calls: list[Any] = []
 
-    def made(found: Library, onnx: Any, progress: Any, **options: Any) -> bytes:
+    def made(found: Library, onnx: Any, options: Any, progress: Any) -> bytes:
         calls.append(onnx)
         if onnx == b"bad":
             raise EngineBuildError("no such layer")

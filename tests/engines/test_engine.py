@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import inspect
+import json
 import re
 import types
 import weakref
@@ -374,7 +374,10 @@ def test_the_real_runtime_takes_the_logger(flavour: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("layers", "names"),
     [
-        (["node_of_y", "  Reformatting CopyNode for Input Tensor 0"], ["node_of_y", "Reformatting CopyNode for Input Tensor 0"]),
+        (
+            ["node_of_y", "  Reformatting CopyNode for Input Tensor 0"],
+            ["node_of_y", "Reformatting CopyNode for Input Tensor 0"],
+        ),
         ([{"Name": "node_of_y", "LayerType": "gemm"}], ["node_of_y"]),
         ([], []),
     ],

@@ -10,8 +10,7 @@ import pytest
 from graphcache.engines import allocator, context, engine, library
 from graphcache.engines import output_shapes as probe
 from graphcache.engines.engine import Engine
-from graphcache.engines.output_shapes import Size
-from graphcache.engines.output_shapes import output_shapes
+from graphcache.engines.output_shapes import Size, output_shapes
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IO, NETWORKS, IExecutionContext, Network, serialize
 from tests.graphs.fake_driver import Torch, installed

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Reason
 from graphcache.cache.lru import GraphCache
-from graphcache.engines.context import Context
-from graphcache.engines.context import ContextPool
+from graphcache.engines.context import Context, ContextPool
 from graphcache.errors import CudaError, Refusal
 from graphcache.graphs import capture, driver, executables
 from graphcache.graphs.cuda import CudaGraph
