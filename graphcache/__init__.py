@@ -15,8 +15,10 @@ from graphcache.engines.plugins import load_plugin_library as load_plugin_librar
 from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
+from graphcache.export.compiling import compile as compile
+from graphcache.export.op_kernel import unload_engines as unload_engines
+from graphcache.modules import engine_backend as engine_backend
 from graphcache.modules.cached import CachedModule as CachedModule
-from graphcache.modules.compiling import compile as compile
 from graphcache.modules.controls import controls as controls
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.examples import Call as Call
@@ -25,7 +27,6 @@ from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
 from graphcache.modules.loading import load as load
 from graphcache.modules.observers import Observer as Observer
-from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from graphcache import EngineModule
 from graphcache.cache import spec
-from graphcache.engines import allocator, context, engine, library
-from graphcache.engines import output_shapes as probe
+from graphcache.engines import allocator, context, engine, library, output_shapes
 from graphcache.graphs import verify
-from graphcache.modules import cached, conditions, engine_carried, examples, into, prepare, record_engine
+from graphcache.modules import cached, conditions, engine_carried, engine_runner, examples, into, prepare, record_engine
 from graphcache.modules import engine as room
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
@@ -28,10 +27,11 @@ MODULES = (
     context,
     engine,
     library,
-    probe,
+    output_shapes,
     verify,
     room,
     engine_carried,
+    engine_runner,
     record_engine,
     examples,
     prepare,

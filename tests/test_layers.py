@@ -25,6 +25,7 @@ RANKS = {
     "capture": 3,
     "modules": 4,
     "runtime": 5,
+    "export": 5,
     "observe": 6,
     "debug": 7,
     "": 8,

@@ -19,18 +19,13 @@ from graphcache.modules.packaging import Source, save
 
 _WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
 _OF_THIS_PROCESS = _WITH_AN_ENGINE | {
-    "_context",
+    "_runner",
     "users",
     "epoch",
     "_cached",
     "_making_cache",
-    "_recorded_elsewhere",
     "_refitted",
     "identity",
-    # What EngineControls sets for the process: observers, a profiler, memory, compiled kernels.
-    "_ahead",
-    "_observers",
-    "_profiler",
     "_runtime",
 }
 

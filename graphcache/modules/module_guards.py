@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from graphcache.engines.registry import traced_engines
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.foreign import is_foreign
-from graphcache.modules.operator import traced_engines
 
 
 class EngineGuard:

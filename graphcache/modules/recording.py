@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from graphcache.errors import Cause, Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graphcache.engines.context import Context
+    from graphcache.engines.context import Context, ContextPool
+    from graphcache.engines.engine import Engine
     from graphcache.graphs.lane import Lane
-    from graphcache.modules.engine import EngineModule
+
+
+class HasEngine(Protocol):
+    """What a session needs of an engine's module."""
+
+    engine: Engine
+    contexts: ContextPool
 
 
 class Session:
@@ -29,13 +36,13 @@ class Session:
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._contexts: list[tuple[EngineModule, Context]] = []
+        self._contexts: list[tuple[HasEngine, Context]] = []
         self._calls = 0
         self.refused: Cause | None = None
         self.in_order = False
         """Whether the graph was found right, so that its contexts may serve others when it is gone."""
 
-    def context_of(self, module: EngineModule) -> Context:
+    def context_of(self, module: HasEngine) -> Context:
         """The context of the engine call that comes next."""
         index = self._calls
         self._calls += 1

@@ -19,7 +19,7 @@ import graphcache
 from graphcache import EngineModule, Reason
 from graphcache.errors import ConfigError, EngineVersionError, ModeConflictError
 from graphcache.graphs import buffers
-from graphcache.modules import adopted, adoption, engine_controls
+from graphcache.modules import adopted, adoption
 from graphcache.modules.adopted import AdoptedEngine
 from graphcache.modules.foreign import described, is_foreign
 from graphcache.modules.record_torch import TorchRecorder
@@ -43,7 +43,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(*MODULES, engine_controls, adopted, adoption, patch=monkeypatch) as fake:
+    with installed(*MODULES, adopted, adoption, patch=monkeypatch) as fake:
         monkeypatch.setattr(fake.cuda, "device_count", lambda: 1, raising=False)
         yield prepare(fake, monkeypatch)
 

@@ -41,7 +41,7 @@ from graphcache.errors import (
 from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import cached, conditions, engine_controls, into, record_engine
+from graphcache.modules import cached, conditions, engine_runner, into, record_engine
 from graphcache.modules import engine as room
 from graphcache.modules.record_torch import TorchRecorder
 from tests.engines import fake_tensorrt
@@ -51,7 +51,7 @@ from tests.graphs.fake_driver import Stream, Torch, Violation, address, installe
 from tests.helpers import in_threads, outcomes, reason, wrap_recorded
 
 SHORT = ("fresh", "into", "into", "change", "back", "set epoch")
-MODULES = (allocator, context, engine, library, verify, room, record_engine)
+MODULES = (allocator, context, engine, library, verify, room, engine_runner, record_engine)
 
 
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
@@ -351,9 +351,9 @@ def test_what_happened_while_tensorrt_asked_for_memory_is_told(
 
     def empty(*shape: Any, **options: Any) -> Tensor:
         if (
-            module._context is not None
+            module._runner.context is not None
             and options["dtype"] is torch.uint8
-            and "y" in module._context._allocators._installed
+            and "y" in module._runner.context._allocators._installed
         ):
             raise error
         return real(*shape, **options)
@@ -898,8 +898,8 @@ def test_a_capture_of_the_callers(fake: Torch) -> None:
         x.fill_(5)
         driver.call("cuGraphLaunch", executable, handle)
         assert torch.equal(y, x * 3 + 1)
-    (recorded,) = module._recorded_elsewhere
-    assert recorded is not module._context
+    (recorded,) = module._runner.recorded
+    assert recorded is not module._runner.context
 
 
 def test_a_capture_of_the_callers_before_any_eager_call_is_refused_and_not_spoilt(fake: Torch) -> None:
@@ -1173,7 +1173,7 @@ def test_two_engines_are_one_graph(whole: Torch) -> None:
     )
     fast.close()
     for each in engines:
-        assert not each._recorded_elsewhere
+        assert not each._runner.recorded
         each.close()
     gc.collect()
     assert "graphs" not in whole.driver.leaked()
@@ -1190,7 +1190,7 @@ def test_one_engine_twice_in_a_graph(whole: Torch) -> None:
 
 
 def test_outputs_that_were_made_ahead_are_the_calls_own(whole: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_controls, "torch", whole)
+    monkeypatch.setattr(engine_runner, "torch", whole)
     modules = load("affine"), load("affine")
     x = rows(whole, 2)
     for module in modules:

@@ -12,9 +12,9 @@ from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import require_gpu
 from graphcache.errors import ConfigError, EngineBuildError, is_a, shown
+from graphcache.export.onnx_export import export, open_sizes, resized
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.onnx_export import export, open_sizes, resized
 from graphcache.modules.packaging import Source
 from graphcache.modules.progress import bar
 from graphcache.modules.standin import is_training
