@@ -59,7 +59,8 @@ class Context:
         self._held: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, object] = {}
-        self._profile = 0
+        self.profile = 0
+        """The active optimisation profile."""
         self._plan: Plan | None = None
         self._output_shapes: list[tuple[int, ...] | None] | None = None
         self._allocators = OutputAllocators(engine)
@@ -96,11 +97,6 @@ class Context:
         """
         self._profiler = profiler
         self._context.profiler = profiler
-
-    @property
-    def profile(self) -> int:
-        """The active optimisation profile."""
-        return self._profile
 
     def set_inputs(self, inputs: Sequence[Tensor], profile: int, stream: int) -> None:
         """Set profile, shapes, addresses and host values for checked inputs.
@@ -166,7 +162,7 @@ class Context:
         known = [shape for shape in shapes if shape is not None]
         if len(known) < len(shapes) or any(each.on_host for each in (*self.engine.inputs, *self.engine.outputs)):
             return None
-        self._plan = Plan(self._profile, known)
+        self._plan = Plan(self.profile, known)
         return self._plan
 
     def run(self, plan: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
@@ -224,11 +220,11 @@ class Context:
 
     def _set_profile(self, profile: int, stream: int, said: list[str]) -> None:
         """Switch to an optimisation profile, after which every shape has to be set again."""
-        if profile == self._profile:
+        if profile == self.profile:
             return
         if not self._context.set_optimization_profile_async(profile, stream):
             raise self._error(f"optimisation profile {profile} was refused", said)
-        self._profile = profile
+        self.profile = profile
         self._output_shapes = None
         self._shapes.clear()
 

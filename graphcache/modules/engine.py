@@ -281,8 +281,7 @@ class EngineModule(EngineSettings):
             inputs = self.bind(args, kwargs)
             allocator = self.requires_output_allocator or self._use_output_allocator
             simple = session is None and not allocator and not mode.multi_device_safe
-            layout = self._runner.layout(inputs, self._profile) if simple else None
-            plan = self._runner.plan(layout)
+            layout, plan = self._runner.find(inputs, self._profile) if simple else (None, None)
             if plan is not None:
                 outputs = self._run(EngineCall(inputs, plan.profile, layout, plan))
             else:

@@ -70,11 +70,11 @@ class EngineRunner:
         if self.preallocated is not None:
             self.preallocated = PreallocatedOutputs()
 
-    def layout(self, inputs: Sequence[Any], chosen: int | None) -> Layout | None:
-        """The layout of inputs that were not checked; ``None`` if calls of their kind have no plan.
+    def find(self, inputs: Sequence[Any], chosen: int | None) -> tuple[Layout | None, Plan | None]:
+        """The layout of inputs, and its plan if it ran before; ``None`` for inputs of a kind that has no plan.
 
         Args:
-            inputs: As the caller gave them.
+            inputs: As the caller gave them, not checked.
             chosen: The optimisation profile that the caller chose, if any.
         """
         # The active profile is preferred if several fit.
@@ -82,20 +82,17 @@ class EngineRunner:
         try:
             for value in inputs:
                 if type(value) is not Tensor or not value.is_contiguous():
-                    return None
+                    return None, None
                 address = value.data_ptr()
                 # Empty tensors, and those without memory, have none.
                 if not address or address % ALIGNMENT:
-                    return None
+                    return None, None
                 found += (value.shape, value.dtype, value.device)
         except RuntimeError:
             # Sparse, nested and vmapped tensors.
-            return None
-        return tuple(found)
-
-    def plan(self, layout: Layout | None) -> Plan | None:
-        """The plan of a layout, if it ran before."""
-        return self._plans.get(layout) if layout is not None else None
+            return None, None
+        layout = tuple(found)
+        return layout, self._plans.get(layout)
 
     def run(self, call: EngineCall) -> list[Tensor]:
         """Run the engine on the current stream; the outputs are the caller's.
