@@ -17,7 +17,17 @@ from graphcache import EngineModule
 from graphcache.cache import spec
 from graphcache.engines import allocator, context, engine, library, output_shapes
 from graphcache.graphs import verify
-from graphcache.modules import cached, conditions, engine_carried, engine_runner, examples, into, prepare, record_engine
+from graphcache.modules import (
+    cached,
+    conditions,
+    engine_carried,
+    engine_runner,
+    examples,
+    into,
+    prepare,
+    record_engine,
+    shared_contexts,
+)
 from graphcache.modules import engine as room
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
@@ -52,6 +62,8 @@ def engines(patch: pytest.MonkeyPatch, *, streams: bool = True) -> Iterator[Torc
     with installed(*MODULES, patch=patch) as fake:
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver if streams else None)
+        # How long a check takes here says nothing.
+        patch.setattr(shared_contexts, "MAX_CHECK_SECONDS", float("inf"))
         for each in (cached, into):
             patch.setattr(each, "raw_stream", fake.raw_stream)
         for each in (cached, into, conditions):

@@ -41,7 +41,7 @@ from graphcache.errors import (
 from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import cached, conditions, engine_runner, into, record_engine
+from graphcache.modules import cached, conditions, engine_runner, into, record_engine, shared_contexts
 from graphcache.modules import engine as room
 from graphcache.modules.record_torch import TorchRecorder
 from tests.engines import fake_tensorrt
@@ -57,6 +57,7 @@ MODULES = (allocator, context, engine, library, verify, room, engine_runner, rec
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     fake_tensorrt.use(patch)
     patch.setattr(fake_tensorrt, "device", fake.driver)
+    patch.setattr(shared_contexts, "MAX_CHECK_SECONDS", float("inf"))
     for each in (cached, into):
         patch.setattr(each, "raw_stream", fake.raw_stream)
     for each in (cached, into, conditions, context):
