@@ -42,12 +42,7 @@ class OutputAllocators:
             self._installed.discard(name)
 
     def check(self) -> None:
-        """Raise the error of an allocation in the last run, if there was one.
-
-        Raises:
-            EngineExecutionError: If there was no memory.
-            KeyboardInterrupt: If Ctrl-C arrived while TensorRT called; from there it could not be raised.
-        """
+        """Raise the error of an allocation in the last run, also a Ctrl-C, which TensorRT could not pass on."""
         for name in self._installed:
             error = self._allocators[name].error
             if error is not None and not isinstance(error, Exception):
@@ -56,11 +51,7 @@ class OutputAllocators:
                 raise EngineExecutionError(f"{self._engine.name}: no memory for output {name!r}: {error}") from error
 
     def take(self, name: str) -> Tensor:
-        """A copy of an output in the shape that TensorRT reported, on the current stream.
-
-        Raises:
-            EngineExecutionError: If there is no such buffer, because memory ran out or TensorRT never asked.
-        """
+        """A copy of an output in the shape that TensorRT reported, on the current stream."""
         self.check()
         allocator = self._allocators[name]
         if allocator.shape is None:

@@ -49,11 +49,7 @@ class Binding:
 
 
 def read_bindings(engine: Any, trt: Any) -> tuple[Binding, ...]:
-    """The bindings of a deserialised engine, in its own order.
-
-    Raises:
-        EngineError: For a binding of a dtype that torch does not have.
-    """
+    """The bindings of a deserialised engine, in its own order."""
     return tuple(_read(engine, trt, engine.get_tensor_name(index)) for index in range(engine.num_io_tensors))
 
 
@@ -111,14 +107,7 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
 def choose_profile(
     engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Tensor], current: int, count: int
 ) -> int:
-    """The optimisation profile for some inputs: the current one if it fits, else the first that does.
-
-    Args:
-        engine_name: For the message.
-        bindings: The input bindings, in the order of a call.
-        inputs: Inputs that :func:`check_inputs` accepted.
-        current: The active profile.
-        count: How many profiles the engine has.
+    """The optimisation profile for checked inputs: the current one if it fits, else the first that does.
 
     Raises:
         ProfileRangeError: If none fits, with every profile's ranges for the first input that fits none.
@@ -151,11 +140,7 @@ def out_of_range(engine_name: str, binding: Binding, value: Tensor, profiles: Se
 
 
 def torch_dtype(trt: Any, dtype: Any, name: str) -> torch.dtype:
-    """The torch dtype of a TensorRT dtype.
-
-    Raises:
-        EngineError: If torch has none that is laid out the same.
-    """
+    """The torch dtype of a TensorRT dtype; an ``EngineError`` if torch has none that is laid out the same."""
     found = _DTYPES.get(str(dtype).rsplit(".", 1)[-1])
     torch_type = getattr(torch, found, None) if found else None
     if torch_type is None:

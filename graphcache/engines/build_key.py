@@ -26,15 +26,7 @@ class NotKeyed(Exception):
 
 
 def build_key(found: Library, onnx: str | os.PathLike[str] | bytes, options: Mapping[str, Any]) -> str:
-    """A digest of the model, its external weights, the options, TensorRT and its plugins, and the device.
-
-    Args:
-        found: Which TensorRT builds.
-        onnx: The path of the model, or its bytes.
-        options: All options that change what is built.
-
-    Returns:
-        64 hexadecimal digits.
+    """A digest of the model, its external weights, all options, TensorRT and its plugins, and the device.
 
     Raises:
         NotKeyed: If a file cannot be read, or an option has a wrong type.

@@ -36,18 +36,15 @@ class Plan:
 
 
 class Context:
-    """An execution context over scratch memory of the caller's.
+    """An execution context over scratch memory of the caller's. Not safe for two threads at once.
 
     It keeps alive what TensorRT has addresses of: the engine, the scratch memory, host shape tensors, outputs and the
-    last inputs. Not safe for two threads at once.
+    last inputs. TensorRT's refusals are ``EngineExecutionError``, with what it logged.
 
     Args:
         engine: The engine.
         scratch: At least ``engine.scratch_bytes`` bytes on the engine's device. Whoever shares it between contexts
             orders their work.
-
-    Raises:
-        EngineExecutionError: If TensorRT cannot make one.
     """
 
     def __init__(self, engine: Engine, scratch: Tensor) -> None:
@@ -75,11 +72,7 @@ class Context:
                 self._context, self._handles = None, ()
 
     def use_scratch(self, scratch: Tensor) -> None:
-        """Work on this scratch memory from the next enqueue on; graphs captured before keep theirs.
-
-        Args:
-            scratch: At least ``engine.scratch_bytes`` bytes on the engine's device.
-        """
+        """Work on this scratch memory from the next enqueue on; graphs captured before keep theirs."""
         if scratch is not self._scratch and self.engine.scratch_bytes:
             self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         self._scratch = scratch
@@ -90,11 +83,7 @@ class Context:
         return self._scratch
 
     def report_to(self, profiler: Any) -> None:
-        """Let TensorRT report the time of every layer to an ``IProfiler``, which makes each enqueue wait.
-
-        Args:
-            profiler: Kept alive with the context.
-        """
+        """Let TensorRT report the time of every layer to an ``IProfiler``, which makes each enqueue wait."""
         self._profiler = profiler
         self._context.profiler = profiler
 
@@ -106,9 +95,6 @@ class Context:
                 copied, on the current stream.
             profile: The optimisation profile that fits them.
             stream: Where the profile switch is enqueued, a raw handle; the next enqueue must be on it too.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses one of them.
         """
         self._plan = None
         with self.engine.collect_errors() as said:
@@ -132,11 +118,7 @@ class Context:
         return list(self._output_shapes or ())
 
     def set_outputs(self, outputs: Sequence[Tensor | None]) -> None:
-        """Point the outputs at memory; ``None`` lets TensorRT's output allocator allocate that one.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses one of them.
-        """
+        """Point the outputs at memory; ``None`` lets TensorRT's output allocator allocate that one."""
         with self.engine.collect_errors() as said:
             for binding, value in zip(self.engine.outputs, outputs, strict=True):
                 if value is None:
@@ -173,9 +155,6 @@ class Context:
             inputs: Contiguous, aligned, not empty.
             outputs: Memory for all outputs.
             stream: A raw handle.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses.
         """
         with self.engine.collect_errors() as said:
             if plan is not self._plan:
@@ -188,19 +167,11 @@ class Context:
                 raise EngineExecutionError(f"{self.engine.name}: TensorRT refused to run: {join_messages(said)}")
 
     def allocated_output(self, name: str) -> Tensor:
-        """The output that TensorRT allocated in the last enqueue: a fresh copy, of the shape of this run.
-
-        Raises:
-            EngineExecutionError: If TensorRT never asked for the memory, or there was none.
-        """
+        """The output that TensorRT allocated in the last enqueue: a fresh copy, of the shape of this run."""
         return self._allocators.take(name)
 
     def check_allocated(self) -> None:
-        """Raise the error of the output allocator in the last enqueue, if there was one.
-
-        Raises:
-            EngineExecutionError: If there was no memory.
-        """
+        """Raise the error of the output allocator in the last enqueue, if there was one."""
         self._allocators.check()
 
     def release_references(self) -> None:
@@ -280,14 +251,7 @@ class ContextPool:
         return len(self._idle)
 
     def take(self, scratch: Tensor) -> Context:
-        """An idle context, or a new one.
-
-        Args:
-            scratch: As :class:`Context` takes it.
-
-        Raises:
-            EngineExecutionError: If there is no idle one and TensorRT cannot make one.
-        """
+        """An idle context, or a new one, over scratch memory as :class:`Context` takes it."""
         try:
             # Atomic: no two threads pop the same one.
             context = self._idle.pop()

@@ -96,12 +96,7 @@ class Engine:
             self._own_kernels = StoredRuntimeCache(serialized, self.library, self.name)
 
     def configure(self, specialization: str | None, kernels: RuntimeCache | None) -> None:
-        """Set how TensorRT-RTX compiles for contexts made from now on. Other flavours compile nothing at run time.
-
-        Args:
-            specialization: ``"lazy"``, ``"eager"`` or ``"none"``; ``None`` for the choice of :meth:`new_context`.
-            kernels: Where compiled kernels go; ``None`` for a cache of this engine's own.
-        """
+        """Set how TensorRT-RTX compiles for contexts made from now on; ``None`` for the defaults of this engine."""
         with self._lock:
             self._specialization, self._shared_kernels = specialization, kernels
             self._config = self._kernels = None
@@ -140,9 +135,6 @@ class Engine:
         TensorRT-RTX compiles kernels at run time. Contexts of one engine share the compiled kernels (a runtime cache).
         By default they compile the kernels of a new shape before running it (``EAGER``), not in the background: a
         capture would keep the fallback kernel. With 1.4 they compile none for single shapes.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses.
         """
         with self._lock, self.collect_errors() as said:
             if self._config is None:
@@ -219,11 +211,7 @@ class Engine:
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
 
     def serialized(self) -> bytes:
-        """The engine as a file would hold it now, with the weights that it was refitted with.
-
-        Raises:
-            EngineError: If TensorRT refuses.
-        """
+        """The engine as a file would hold it now, with the weights that it was refitted with."""
         with self.collect_errors() as said:
             made = self._engine.serialize()
         if made is None:

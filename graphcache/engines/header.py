@@ -18,12 +18,7 @@ _MAGIC = b"vtrt"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a TensorRT-RTX engine file.
-
-    Args:
-        nbytes: Length of the whole file, in bytes.
-        version: The version that built it, such as ``"1.5.0.114"``.
-    """
+    """The length of a TensorRT-RTX engine file in bytes, and the version that built it, such as ``"1.5.0.114"``."""
 
     nbytes: int
     version: str
@@ -43,13 +38,7 @@ def read_header(serialized: bytes) -> Header | None:
 
 
 def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -> None:
-    """Refuse bytes that cannot be an engine for a TensorRT, before TensorRT sees them.
-
-    Args:
-        serialized: The engine file's bytes.
-        flavour: The flavour of TensorRT that is to run them; only TensorRT-RTX's header is known here.
-        version: Its version.
-        label: What messages call the engine.
+    """Refuse bytes that this flavour and version of TensorRT cannot run, before it sees them.
 
     Raises:
         EngineFormatError: If there are no bytes, they are another file's, or fewer than the header says.

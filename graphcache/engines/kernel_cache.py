@@ -84,21 +84,13 @@ class RuntimeCache:
         return len(data)
 
     def load(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Take in a file; does nothing where there is none.
-
-        Raises:
-            OSError: If it cannot be read.
-        """
+        """Take in a file; does nothing where there is none."""
         target = self.path if path is None else os.fspath(path)
         if target and os.path.exists(target):
             self.load_from_stream(io.BytesIO(Path(target).read_bytes()))
 
     def save(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Write the file in one step, so that a reader sees the old one or the new one; nothing without kernels.
-
-        Raises:
-            OSError: If it cannot be written; what was there stays.
-        """
+        """Write the file in one step, so that a reader sees the old one or the new one; nothing without kernels."""
         target = self.path if path is None else os.fspath(path)
         if not target or self._cache is None:
             return
@@ -131,11 +123,6 @@ class StoredRuntimeCache(RuntimeCache):
     """The kernels of one engine, kept in the user's store for later processes.
 
     Of processes that save at once the one with more kernels wins; they are not merged.
-
-    Args:
-        serialized: The engine's bytes.
-        found: Which TensorRT runs it.
-        name: Of the engine, for people who look at the store.
     """
 
     def __init__(self, serialized: bytes, found: Library, name: str) -> None:

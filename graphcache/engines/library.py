@@ -42,14 +42,7 @@ _found: dict[Flavour, Library] = {}
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One flavour of TensorRT, imported.
-
-    Args:
-        module: The Python module, such as ``tensorrt_rtx``.
-        flavour: Its name.
-        version: Its ``__version__``; an engine runs only under the version that built it.
-        logger: The one ``ILogger`` for all objects of this flavour, a :class:`MessageLog`.
-    """
+    """One flavour of TensorRT, imported. All its objects have the one ``logger``, a :class:`MessageLog`."""
 
     module: ModuleType
     flavour: Flavour

@@ -50,8 +50,6 @@ class Size:
         >>> half = Size(((1, ((0, 2),)),), plus=1, over=2)
         >>> half.of([(1, 3, 15)])
         8
-        >>> print(half)
-        (input 0 axis 2 + 1) // 2
     """
 
     terms: tuple[tuple[int, tuple[Dim, ...]], ...] = ()
@@ -64,14 +62,6 @@ class Size:
         for factor, dims in self.terms:
             total = total + factor * math.prod(shapes[index][axis] for index, axis in dims)
         return total // self.over if self.over != 1 else total
-
-    def __str__(self) -> str:
-        terms = [
-            "*".join([*([str(factor)] if factor != 1 else []), *(f"input {index} axis {axis}" for index, axis in dims)])
-            for factor, dims in self.terms
-        ]
-        total = " + ".join([*terms, *([str(self.plus)] if self.plus or not terms else [])])
-        return f"({total}) // {self.over}" if self.over != 1 else total
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +146,8 @@ def fit(points: Sequence[Point], sizes: Sequence[int]) -> Size | None:
         sizes: What was observed there.
 
     Example:
-        >>> print(fit([{(0, 0): n} for n in range(1, 12)], [(n + 1) // 2 for n in range(1, 12)]))
-        (input 0 axis 0 + 1) // 2
+        >>> fit([{(0, 0): n} for n in range(1, 12)], [(n + 1) // 2 for n in range(1, 12)])
+        Size(terms=((1, ((0, 0),)),), plus=1, over=2)
     """
     if len(set(sizes)) == 1:
         return Size(plus=sizes[0])

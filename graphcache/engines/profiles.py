@@ -58,10 +58,6 @@ def profiles(inputs: Sequence[Input], shapes: Mapping[str, ShapeSpec] | None) ->
         One dictionary per profile, from the name of an input to its (min, opt, max). Empty if nothing was asked for
         and the model leaves nothing open.
 
-    Raises:
-        EngineBuildError: For a name that the model does not have, an open input without shapes, and a range that is
-            malformed, of the wrong rank, out of order, or at odds with a dimension that the model fixes.
-
     Example:
         >>> profiles([Input("x", (-1, 64))], {"x": ((1, 64), (4, 64), (8, 64))})
         [{'x': ((1, 64), (4, 64), (8, 64))}]

@@ -57,10 +57,8 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
 def by_engine_names(weights: Mapping[str, Tensor], names: object) -> Mapping[str, Tensor]:
     """The same weights under an engine's own names.
 
-    Args:
-        weights: By either kind of name.
-        names: From the engine's names to others, or to tuples and lists that begin with one, as Torch-TensorRT's
-            ``weight_name_map`` has them; anything but a mapping says that the names are the engine's.
+    ``names`` maps them to others, or to sequences that begin with one, as Torch-TensorRT's ``weight_name_map`` does.
+    Without such a mapping the names are the engine's already.
     """
     if not isinstance(names, Mapping):
         return weights

@@ -38,16 +38,7 @@ _ABANDONED_SECONDS = 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One entry.
-
-    Args:
-        key: Its key.
-        kind: Such as ``"engine"``.
-        nbytes: Of the file.
-        used: When it was last read or written, in seconds since the epoch.
-        note: The description that it was made with.
-        path: Of the file.
-    """
+    """One entry: its file, when that was last used (seconds since the epoch), and the note that it was made with."""
 
     key: str
     kind: str
@@ -58,11 +49,7 @@ class Stored:
 
 
 class Store:
-    """A folder of entries. Beyond the bound the least recently used ones are removed.
-
-    Args:
-        folder: Made at the first use.
-        max_bytes: Bound of all entries together, in bytes.
+    """A folder of entries, made at the first use. Beyond ``max_bytes`` the least recently used ones are removed.
 
     Example:
         >>> import tempfile
@@ -79,14 +66,7 @@ class Store:
         self.max_bytes = max_bytes
 
     def get_or_make(self, kind: str, key: str, make: Callable[[], bytes], note: Mapping[str, Any]) -> bytes:
-        """An entry, made here if it is not there. If the folder cannot be used, it is not kept, which is logged.
-
-        Args:
-            kind: Such as ``"engine"``.
-            key: Of letters that file names may have.
-            make: Makes it. Its exceptions are raised from here, and nothing is kept.
-            note: A description for :meth:`entries`, as JSON has it.
-        """
+        """An entry, made here if it is not there. If the folder cannot be used, it is not kept, which is logged."""
         with ExitStack() as stack:
             try:
                 if (found := self.get(kind, key)) is not None:
@@ -162,9 +142,6 @@ class Store:
     def prune(self, max_bytes: int) -> tuple[int, int]:
         """Remove the least recently used entries until ``max_bytes`` are left, and temporary files of killed writers.
 
-        Args:
-            max_bytes: 0 removes all of them.
-
         Returns:
             How many entries, and how many bytes.
         """
@@ -185,15 +162,7 @@ class Store:
 
     @contextmanager
     def lock(self, key: str, timeout: float | None = None) -> Iterator[None]:
-        """Holds the lock of a key. There are 256 locks, so that two keys may have the same one.
-
-        Args:
-            key: Of the entry.
-            timeout: How long to wait for it, in seconds; ``None`` for as long as it takes.
-
-        Raises:
-            OSError: If the folder cannot be written, or the time has passed.
-        """
+        """Holds the lock of a key, or raises ``OSError`` after ``timeout`` seconds. Two keys may have the same lock."""
         from filelock import FileLock
 
         self._make_folder()
@@ -215,11 +184,7 @@ class Store:
 
 
 def user_store() -> Store:
-    """This user's store: ``built`` in :func:`~graphcache.files.user_cache`, within ``GRAPHCACHE_CACHE_MAX_BYTES``.
-
-    Raises:
-        ConfigError: If that is no number of bytes.
-    """
+    """This user's store: ``built`` in :func:`~graphcache.files.user_cache`, within ``GRAPHCACHE_CACHE_MAX_BYTES``."""
     text = os.environ.get("GRAPHCACHE_CACHE_MAX_BYTES", "").strip()
     if text and (not text.isdecimal() or len(text) > 30):
         raise ConfigError(f"GRAPHCACHE_CACHE_MAX_BYTES={shown(text)}: expected a whole number of bytes, 0 or more")

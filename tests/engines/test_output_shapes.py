@@ -163,10 +163,3 @@ def test_what_is_no_rule_raises_and_nothing_else(tree: Any) -> None:
 def test_damaged_text(text: str) -> None:
     with pytest.raises(ValueError):
         OutputShapes.read(text)
-
-
-def test_how_a_rule_reads() -> None:
-    assert str(Size(((2, (N, M)), (1, (M,))), -1, 4)) == (
-        "(2*input 0 axis 0*input 1 axis 2 + input 1 axis 2 + -1) // 4"
-    )
-    assert str(Size(plus=3)) == "3"
