@@ -122,6 +122,26 @@ def test_a_room_imports_only_rooms_below(path):
     assert violations(source, module_of(path), is_package=path.name == "__init__.py") == []
 
 
+def test_an_engines_module_imports_nothing_that_imports_the_cache_of_graphs():
+    """Also inside functions and for types alone: what is above it is given to it through ``hooks``."""
+    files = {module_of(path): path for path in FILES}
+    found, left = (
+        set(),
+        ["graphcache.modules.engine", "graphcache.modules.shared_contexts", "graphcache.export.op_kernel"],
+    )
+    while left:
+        module = left.pop()
+        if module in found or module not in files:
+            continue
+        found.add(module)
+        tree = ast.parse(files[module].read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                left += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    assert "graphcache.modules.engine_runner" in found
+    assert "graphcache.modules.cached" not in found
+
+
 def test_every_room_has_been_looked_at():
     seen = {room_of(module_of(path)) for path in FILES}
     assert {"cache", "graphs", "engines", "modules", "runtime", "observe", "debug", "cli", ""} <= seen

@@ -112,7 +112,8 @@ def choose_profile(
     Raises:
         ProfileRangeError: If none fits, with every profile's ranges for the first input that fits none.
     """
-    for profile in (current, *range(count)):
+    profiles: list[int] = [current, *range(count)]
+    for profile in profiles:
         if all(binding.fits(value, profile) for binding, value in zip(bindings, inputs, strict=True)):
             return profile
     for binding, value in zip(bindings, inputs, strict=True):

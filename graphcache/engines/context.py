@@ -23,7 +23,7 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class LayoutPlan:
     """What :meth:`Context.set_inputs` found for inputs of one layout, so that others like them need no inference.
 
     Args:
@@ -58,7 +58,7 @@ class Context:
         self._shapes: dict[str, object] = {}
         self.profile = 0
         """The active optimisation profile."""
-        self._plan: Plan | None = None
+        self._plan: LayoutPlan | None = None
         self._output_shapes: list[tuple[int, ...] | None] | None = None
         self._allocators = OutputAllocators(engine)
         # A 0-element tensor has no address, and TensorRT wants one.
@@ -138,16 +138,16 @@ class Context:
         enter = enqueues.exclusive if is_capturing() else enqueues.shared
         return bool(enter(self._context.execute_async_v3, stream))
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> LayoutPlan | None:
         """The plan of the inputs that were set; ``None`` for unknown output shapes, and for bindings on the host."""
         shapes = self._output_shapes or ()
         known = [shape for shape in shapes if shape is not None]
         if len(known) < len(shapes) or any(each.on_host for each in (*self.engine.inputs, *self.engine.outputs)):
             return None
-        self._plan = Plan(self.profile, known)
+        self._plan = LayoutPlan(self.profile, known)
         return self._plan
 
-    def run(self, plan: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
+    def run(self, plan: LayoutPlan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
         """Enqueue inputs of a known layout outside of captures. TensorRT is told the differences to the last call.
 
         Args:
@@ -178,7 +178,7 @@ class Context:
         """Drop the references to the last inputs and outputs. Addresses are set again at the next call."""
         self._held = {binding.name: self._held[binding.name] for binding in self.engine.inputs if binding.on_host}
 
-    def _change_plan(self, plan: Plan, inputs: Sequence[Tensor], stream: int, said: list[str]) -> None:
+    def _change_plan(self, plan: LayoutPlan, inputs: Sequence[Tensor], stream: int, said: list[str]) -> None:
         """Set profile and shapes of another layout. Shapes of outputs are known, so that nothing is inferred."""
         self._plan = None
         self._set_profile(plan.profile, stream, said)

@@ -15,7 +15,7 @@ _POLL_SECONDS = 1e-4
 """How often an exclusive caller looks whether the others have left. An enqueue takes 20 to 100 us, a capture 4 ms."""
 
 
-class Gate:
+class EnqueueGate:
     """Runs functions of any number of threads at once, or one exclusively.
 
     TensorRT documents that threads may use different execution contexts at once. TensorRT-RTX 1.5.0.114 crashes when
@@ -29,7 +29,7 @@ class Gate:
     before the notification: an exclusive caller polls.
 
     Example:
-        >>> gate = Gate()
+        >>> gate = EnqueueGate()
         >>> gate.shared(gate.shared, sum, [1, 2])
         3
         >>> gate.exclusive(max, 1, 2)
@@ -87,7 +87,7 @@ class Gate:
         return any(each[0] == thread and each is not beside for each in list(self._inside))
 
 
-enqueues = Gate()
+enqueues = EnqueueGate()
 """Of the whole process, as the crash is."""
 if hasattr(os, "register_at_fork"):
     # Whoever was inside is not in the child.

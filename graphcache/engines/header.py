@@ -17,14 +17,14 @@ _MAGIC = b"vtrt"
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class EngineHeader:
     """The length of a TensorRT-RTX engine file in bytes, and the version that built it, such as ``"1.5.0.114"``."""
 
     nbytes: int
     version: str
 
 
-def read_header(serialized: bytes) -> Header | None:
+def read_header(serialized: bytes) -> EngineHeader | None:
     """The header, or ``None`` if the bytes do not begin with one.
 
     Example:
@@ -34,7 +34,7 @@ def read_header(serialized: bytes) -> Header | None:
     if len(serialized) < _LAYOUT.size:
         return None
     magic, _, _, nbytes, *version = _LAYOUT.unpack_from(serialized)
-    return Header(nbytes, ".".join(map(str, version))) if magic == _MAGIC else None
+    return EngineHeader(nbytes, ".".join(map(str, version))) if magic == _MAGIC else None
 
 
 def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -> None:

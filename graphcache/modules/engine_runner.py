@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphcache.engines.context import ALIGNMENT, Context, Plan
+from graphcache.engines.context import ALIGNMENT, Context, LayoutPlan
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import join_messages
 from graphcache.errors import EngineExecutionError
@@ -36,7 +36,7 @@ class EngineCall(NamedTuple):
     inputs: Sequence[Tensor]
     profile: int
     layout: Layout | None = None
-    plan: Plan | None = None
+    plan: LayoutPlan | None = None
     allocator: bool = False
 
 
@@ -56,7 +56,7 @@ class EngineRunner:
         """The context of eager calls. The next capture of the caller's takes it over."""
         self.recorded: list[Context] = []
         """Contexts in graphs of the caller's, which may be replayed as long as the engine lives."""
-        self._plans: dict[Layout, Plan] = {}
+        self._plans: dict[Layout, LayoutPlan] = {}
 
     def attach(self, engine: Engine, lane: Lane) -> None:
         """Run this engine from now on, in the order of a lane."""
@@ -70,7 +70,7 @@ class EngineRunner:
         if self.preallocated is not None:
             self.preallocated = PreallocatedOutputs()
 
-    def find(self, inputs: Sequence[Any], chosen: int | None) -> tuple[Layout | None, Plan | None]:
+    def find(self, inputs: Sequence[Any], chosen: int | None) -> tuple[Layout | None, LayoutPlan | None]:
         """The layout of inputs, and its plan if it ran before; ``None`` for inputs of a kind that has no plan.
 
         Args:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.engines import gate as room
-from graphcache.engines.gate import Gate, enqueues
+from graphcache.engines.gate import EnqueueGate, enqueues
 from tests.helpers import in_threads
 
 
@@ -22,7 +22,7 @@ class Watched:
     """A gate, and who is inside of it."""
 
     def __init__(self) -> None:
-        self.gate = Gate()
+        self.gate = EnqueueGate()
         self.lock = threading.Lock()
         self.shared = self.exclusive = self.most = 0
 
@@ -91,7 +91,7 @@ def test_the_same_thread_may_enter_again() -> None:
 
 
 def test_a_thread_inside_enters_again_while_another_one_waits_to_be_exclusive() -> None:
-    gate, order = Gate(), list[str]()
+    gate, order = EnqueueGate(), list[str]()
     waiting = threading.Thread(target=gate.exclusive, args=(order.append, "exclusive"))
 
     def again() -> None:
@@ -106,7 +106,7 @@ def test_a_thread_inside_enters_again_while_another_one_waits_to_be_exclusive() 
 
 
 def test_a_thread_that_shares_is_told_that_it_cannot_be_exclusive() -> None:
-    gate = Gate()
+    gate = EnqueueGate()
     with pytest.raises(RuntimeError, match="shares the gate already"):
         gate.shared(gate.exclusive, int)
     gate.exclusive(int)
@@ -151,7 +151,7 @@ def interrupted_at(step: int, work: Callable[[], object], file: str) -> bool:
 
 @pytest.mark.parametrize("entry", ["shared", "exclusive"])
 def test_ctrl_c_at_any_place_leaves_the_gate_open(entry: str) -> None:
-    gate = Gate()
+    gate = EnqueueGate()
     for step in range(1, 100):
         come = interrupted_at(step, lambda: getattr(gate, entry)(int), room.__file__)
         assert (gate._inside, gate._exclusive) == (set(), set()), step
@@ -163,7 +163,7 @@ def test_ctrl_c_at_any_place_leaves_the_gate_open(entry: str) -> None:
 
 def test_ctrl_c_at_any_place_while_another_thread_is_exclusive() -> None:
     for step in range(1, 100):
-        gate, inside, go = Gate(), threading.Event(), threading.Event()
+        gate, inside, go = EnqueueGate(), threading.Event(), threading.Event()
         other = threading.Thread(target=gate.exclusive, args=(lambda: (inside.set(), go.wait(60)),))  # noqa: B023
         other.start()
         assert inside.wait(60)
