@@ -125,7 +125,7 @@ def test_nobody_waits_long_for_a_lock_that_another_holds(
     monkeypatch.setattr(kernel_cache, "_LOCK_SECONDS", 0.05)
     module = EngineModule(serialize("affine"), keep_kernels=True)
     module(rows(fake, 2))
-    with user_store().lock(module.engine._own_kernels.key):  # type: ignore[attr-defined]
+    with user_store().lock(module.engine._own_kernels.key):  # type: ignore[union-attr]
         assert not module.save_kernels()
     assert "kernels cannot be kept" in caplog.text
     assert module.save_kernels()
