@@ -35,7 +35,7 @@ _loaded: dict[tuple[object, ...], EngineModule] = {}
 _loading = threading.Lock()
 
 
-def execute_engine(inputs: list[Tensor], engine: Tensor, spec: str) -> list[Tensor]:
+def execute_engine(inputs: list[Tensor], engine: Tensor, call: str) -> list[Tensor]:
     """Run an engine.
 
     In the process that traced the program the traced module runs, as long as it is open and the program refers to its
@@ -48,8 +48,8 @@ def execute_engine(inputs: list[Tensor], engine: Tensor, spec: str) -> list[Tens
         EngineError: As :class:`~graphcache.modules.engine.EngineModule`.
         InputError: Likewise.
     """
-    told, rules = read_spec(spec)
-    module = _module_of(told, engine, inputs)
+    spec, rules = read_spec(call)
+    module = _module_of(spec, engine, inputs)
     answer = module(*inputs)
     outputs = [answer] if isinstance(answer, Tensor) else list(answer)
     wanted = rules.of([tuple(value.shape) for value in inputs])
@@ -57,13 +57,13 @@ def execute_engine(inputs: list[Tensor], engine: Tensor, spec: str) -> list[Tens
         got.dim() == len(shape)
         and str(got.dtype) == f"torch.{dtype}"
         and all(right is None or size == right for size, right in zip(got.shape, shape, strict=True))
-        for got, shape, dtype in zip(outputs, wanted, told.output_dtypes, strict=True)
+        for got, shape, dtype in zip(outputs, wanted, spec.output_dtypes, strict=True)
     )
     if not fits:
         seen = ", ".join(f"{got.dtype} {list(got.shape)}" for got in outputs)
-        due = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in zip(told.output_dtypes, wanted, strict=False))
+        due = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in zip(spec.output_dtypes, wanted, strict=False))
         raise EngineExecutionError(
-            f"{told.name} answered with {seen}, and the program was traced for {due}: the module has another engine "
+            f"{spec.name} answered with {seen}, and the program was traced for {due}: the module has another engine "
             f"since, or its shapes follow a rule that was not found; trace it again, with sizes as they are served"
         )
     return outputs
@@ -83,68 +83,68 @@ def unload_engines() -> int:
     return len(gone)
 
 
-def _module_of(told: EngineSpec, engine: Tensor, inputs: Sequence[Tensor]) -> EngineModule:
+def _module_of(spec: EngineSpec, engine: Tensor, inputs: Sequence[Tensor]) -> EngineModule:
     """The module that runs an engine of a program."""
-    module: EngineModule | None = alive.get(told.identity)
+    module: EngineModule | None = alive.get(spec.identity)
     if module is not None and module.lies_at((engine.data_ptr(), engine.numel())) and not module.engine.closed:
         return module
     device = next((value.device for value in inputs if value.is_cuda), None)
-    key = (told.sha256, device, *told.inputs, None, *told.outputs, told.requires_output_allocator, told.profile)
+    key = (spec.sha256, device, *spec.inputs, None, *spec.outputs, spec.requires_output_allocator, spec.profile)
     found = _loaded.get(key)
     if found is None:
         with _loading:
             found = _loaded.get(key)
             if found is None:
-                found = _loaded[key] = _load(told, engine, device)
+                found = _loaded[key] = _load(spec, engine, device)
     return found
 
 
-def _load(told: EngineSpec, engine: Tensor, device: torch.device | None) -> EngineModule:
+def _load(spec: EngineSpec, engine: Tensor, device: torch.device | None) -> EngineModule:
     """Deserialise the engine of a program."""
     data = bytes_of(engine.detach().cpu().contiguous())
-    if (found := hashlib.sha256(data).hexdigest()) != told.sha256:
+    if (found := hashlib.sha256(data).hexdigest()) != spec.sha256:
         raise EngineFormatError(
-            f"{told.name}: the program's constant is not the engine that was exported (sha256 {found[:16]}, expected "
-            f"{told.sha256[:16]}); export it again, or copy the file again"
+            f"{spec.name}: the program's constant is not the engine that was exported (sha256 {found[:16]}, expected "
+            f"{spec.sha256[:16]}); export it again, or copy the file again"
         )
     with on_index(device):
         module = EngineModule(
             data,
-            told.inputs,
-            told.outputs,
-            name=told.name,
-            requires_output_allocator=told.requires_output_allocator,
+            spec.inputs,
+            spec.outputs,
+            name=spec.name,
+            requires_output_allocator=spec.requires_output_allocator,
         )
-    module.set_optimization_profile(told.profile)
+    module.set_optimization_profile(spec.profile)
     return module
 
 
-def _without_gradients(inputs: list[Tensor], engine: Tensor, spec: str) -> Any:
+def _without_gradients(inputs: list[Tensor], engine: Tensor, call: str) -> Any:
     """The operator under autograd: the outputs of an engine never require gradients."""
     with torch._C._AutoDispatchBelowAutograd():
-        return call_engine(inputs, engine, spec)
+        return call_engine(inputs, engine, call)
 
 
-def _fake(inputs: list[Tensor], engine: Tensor, spec: str) -> list[Tensor]:
+def _fake(inputs: list[Tensor], engine: Tensor, call: str) -> list[Tensor]:
     """Outputs without values, for tracers, from the rules in the program."""
-    told, rules = read_spec(spec)
-    if len(inputs) != len(told.inputs):
-        names = ", ".join(told.inputs)
-        raise InputCountError(f"{told.name} takes {len(told.inputs)} inputs ({names}), {len(inputs)} were given")
-    for name, value, dtype, rank in zip(told.inputs, inputs, told.input_dtypes, told.input_ranks, strict=True):
+    spec, rules = read_spec(call)
+    if len(inputs) != len(spec.inputs):
+        names = ", ".join(spec.inputs)
+        raise InputCountError(f"{spec.name} takes {len(spec.inputs)} inputs ({names}), {len(inputs)} were given")
+    for name, value, dtype, rank in zip(spec.inputs, inputs, spec.input_dtypes, spec.input_ranks, strict=True):
         if str(value.dtype) != f"torch.{dtype}":
             raise InputDtypeError(
-                f"input {name!r} of {told.name} is {value.dtype}, the engine takes torch.{dtype}; nothing is cast"
+                f"input {name!r} of {spec.name} is {value.dtype}, the engine takes torch.{dtype}; nothing is cast"
             )
         if value.dim() != rank:
-            raise InputRankError(f"input {name!r} of {told.name} has {value.dim()} dimensions, the engine takes {rank}")
+            raise InputRankError(f"input {name!r} of {spec.name} has {value.dim()} dimensions, the engine takes {rank}")
     device = next(
-        (value.device for index, value in enumerate(inputs) if index not in told.host_inputs), torch.device("cuda")
+        (value.device for index, value in enumerate(inputs) if index not in spec.host_inputs), torch.device("cuda")
     )
     made = []
-    for index, (shape, dtype) in enumerate(zip(rules.of([v.shape for v in inputs]), told.output_dtypes, strict=True)):
+    for index, (shape, dtype) in enumerate(zip(rules.of([v.shape for v in inputs]), spec.output_dtypes, strict=True)):
         sizes = [torch.library.get_ctx().new_dynamic_size() if size is None else size for size in shape]
-        where = torch.device("cpu") if index in told.host_outputs else device
+        where = torch.device("cpu") if index in spec.host_outputs else device
         made.append(torch.empty(sizes, dtype=getattr(torch, dtype), device=where))
     return made
 
