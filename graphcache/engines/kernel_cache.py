@@ -132,18 +132,12 @@ class StoredRuntimeCache(RuntimeCache):
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         self._note = {"name": name, found.flavour: found.version, "device": _device()}
         self._source = f" that were kept for {name}"
-        self._digest = b""
+        try:
+            self._pending = self._store.get(KIND, self.key) or b""
+        except OSError as error:
+            log.warning("kernels cannot be read: %s", error)
+        self._digest = hashlib.sha256(self._pending).digest()
         _stored.add(self)
-
-    def made_for(self, config: Any) -> Any:
-        """TensorRT's own object, with the kernels that were kept."""
-        if self._cache is None:
-            try:
-                self._pending = self._store.get(KIND, self.key) or b""
-            except OSError as error:
-                log.warning("kernels cannot be read: %s", error)
-            self._digest = hashlib.sha256(self._pending).digest()
-        return super().made_for(config)
 
     def keep(self) -> bool:
         """Write the kernels that were compiled since; whether there were any."""
