@@ -12,21 +12,22 @@ from graphcache.buckets.spec import Mask as Mask
 from graphcache.cache.arbiter import set_process_budget as set_process_budget
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
-from graphcache.engines.library import load_plugin_library as load_plugin_library
+from graphcache.engines.plugins import load_plugin_library as load_plugin_library
 from graphcache.errors import Cause as Cause
 from graphcache.errors import GraphCacheError as GraphCacheError
 from graphcache.errors import Reason as Reason
 from graphcache.events import Observer as Observer
+from graphcache.export.compiling import compile as compile
+from graphcache.export.op_kernel import unload_engines as unload_engines
+from graphcache.export.op_schema import describe_engine as _describe_engine
 from graphcache.features import features as _features
 from graphcache.modules.cached_module import CachedModule as CachedModule
-from graphcache.modules.compiling import compile as compile
 from graphcache.modules.controls import controls as controls
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.examples import Call as Call
 from graphcache.modules.explain import Explanation as Explanation
 from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
-from graphcache.modules.operator import unload_engines as unload_engines
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.wrapping import wrap as wrap
@@ -43,3 +44,5 @@ _features.manifest_type = Manifest
 _features.calls_of_manifest = _choose
 _features.padding = _padding_of
 _features.advise_buckets = _advise
+_features.graph_backend = CachedModule
+_features.describe_engine = _describe_engine

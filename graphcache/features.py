@@ -1,4 +1,4 @@
-"""Optional features that the core calls without importing them; ``import graphcache`` fills them in."""
+"""Functions of upper layers that lower ones call without importing them; ``import graphcache`` fills them in."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class Features:
 
     save: Callable[..., None]
     """Writes a module as a package file: :func:`graphcache.persist.saving.save`."""
+    graph_backend: Callable[[Any], Any]
+    """Puts a bare engine behind a cache of graphs, for ``set_cudagraphs_mode(True)``."""
+    describe_engine: Callable[[Any], str]
+    """What a traced program says of an engine, for ``torch.ops.graphcache.execute_engine``."""
     padding: Callable[..., Padding]
     """Makes the padding of one module of the ``buckets`` option and the module's dispatcher."""
     advise_buckets: Callable[..., Any]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import EngineModule
+from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.dispatch import fast_path, preconditions
-from graphcache.engines import allocator, context, engine, library, probe
+from graphcache.engines import allocator, context, engine, library, output_shapes
 from graphcache.graphs import verify
 from graphcache.keys import key_contents
 from graphcache.modules import engine as room
-from graphcache.modules import engine_state, examples, prepare
+from graphcache.modules import engine_runner, engine_state, examples, prepare
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
@@ -29,10 +30,11 @@ MODULES = (
     context,
     engine,
     library,
-    probe,
+    output_shapes,
     verify,
     room,
     engine_state,
+    engine_runner,
     record_engine,
     examples,
     prepare,
@@ -53,6 +55,7 @@ def engines(patch: pytest.MonkeyPatch, *, streams: bool = True) -> Iterator[Torc
     with installed(*MODULES, patch=patch) as fake:
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver if streams else None)
+        patch.setattr(context_groups, "MAX_CHECK_SECONDS", float("inf"))
         patch.setattr(fast_path, "raw_stream", fake.raw_stream)
         patch.setattr(preconditions, "is_capturing", fake.is_capturing)
         # What prepare() makes up has to lie where engines read.

@@ -36,6 +36,7 @@ from graphcache import CachedModule, EngineModule, GraphCacheError, GraphConfig,
 from graphcache.config import Modes, modes
 from graphcache.engines import engine as engine_room
 from graphcache.engines import library as library_room
+from graphcache.engines import plugins
 from graphcache.engines.bindings import Binding, check_inputs
 from graphcache.engines.header import check_header, read_header
 from graphcache.engines.library import Library, library
@@ -1118,7 +1119,7 @@ def test_an_odd_name_of_an_engine_is_a_typed_error_of_load():
 def test_an_odd_path_of_a_plugin_library_is_a_typed_error(monkeypatch):
     found = Library(types.ModuleType("tensorrt_rtx"), "tensorrt_rtx", "1.5.0.114", None)
     monkeypatch.setattr(library_room, "_found", dict.fromkeys(("tensorrt", "tensorrt_rtx", "tensorrt_lean"), found))
-    monkeypatch.setattr(library_room, "_load_plugins", lambda *_: pytest.fail("nothing here is a library"))
+    monkeypatch.setattr(plugins, "_load_plugins", lambda *_: pytest.fail("nothing here is a library"))
     assert not untyped(
         ODD_SOURCES,
         graphcache.load_plugin_library,

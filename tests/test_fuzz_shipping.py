@@ -12,7 +12,7 @@ import torch
 import graphcache
 from graphcache import EngineModule
 from graphcache.errors import ConfigError, EngineFormatError, GraphCacheError
-from graphcache.modules.onnx_export import open_sizes
+from graphcache.export.onnx_export import open_sizes
 from tests.engines.fake_tensorrt import serialize
 from tests.helpers import mlp
 from tests.standins import engines

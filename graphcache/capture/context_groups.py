@@ -1,7 +1,8 @@
-"""One execution context for several graphs, each of which has to answer as before whenever it was used again."""
+"""One execution context for several graphs, which are checked whenever another graph is captured with it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.verify import all_same_bits, disagreement
 
-MOST = 129
-"""Graphs of one context, where a cache may have more. Each capture there replays all of them twice, some 40 µs each for
-a small network (evictions-h200.json), where another context takes 74 MB and 30 to 130 ms."""
+MAX_GRAPHS_PER_CONTEXT = 129
+"""A graph that shares a context takes 0.07 MB, another context 74 MB and 30 to 130 ms (evictions-h200.json)."""
+MAX_CHECK_SECONDS = 0.01
+"""Each capture replays all graphs of its context twice. One that took longer than this gets no further graphs: 7 graphs
+of ViT (1.46 ms each) reach it, and 129 of mlp8 (40 us each) do not (H200)."""
 _MEASURED = ("1.5.", "1.6.")
 """Versions of TensorRT-RTX under which graphs of one context, in turn, were seen to answer rightly (H100, H200). Under
 1.4.0.76 with ``EAGER`` they did not."""
@@ -32,11 +35,13 @@ class Shared:
     Args:
         context: The context.
         profile: The optimisation profile that it is used with.
-        graphs: Those that are there; whoever uses the context looks at all of them.
+        most: How many graphs it may have.
+        graphs: Its graphs, which are checked whenever another one is captured.
     """
 
     context: Context
     profile: int
+    most: int
     graphs: WeakSet[CudaGraph] = field(default_factory=WeakSet)
 
     def live(self) -> list[CudaGraph]:
@@ -45,13 +50,13 @@ class Shared:
 
 
 class SharedContexts:
-    """The execution contexts that the graphs of one wrapped engine share, and the proof that they may.
+    """The execution contexts that the graphs of one wrapped engine share, and the check that they may.
 
     A new context takes 30 to 130 ms, the rest of a capture 4 to 20 (H100, mlp8 to MiniLM). NVIDIA documents one context
-    for each graph as safe, and its own servers keep many graphs of one. What may go wrong: memory that a context keeps
-    to itself depends on the shapes it was last used with, and a graph that was captured before reads it. So whoever
-    uses a context again replays its graphs before and after, on the same inputs. No other replay comes between, as the
-    lane is held. Unless all answer as before, they are closed, and nothing is shared any more.
+    for each graph as safe, and its own servers keep many graphs of one. The risk: a graph may read memory of the
+    context whose contents depend on the shapes it was last used with. So the graphs of a context are replayed before
+    and after each further capture, on the same inputs, with the lane held. Unless all answer as before, they are
+    closed, and nothing is shared any more.
 
     Not for several threads at once: the engine's lane is held.
 
@@ -69,15 +74,15 @@ class SharedContexts:
         )
         """Whether graphs share contexts."""
         # One is captured before another has to go.
-        self._most = min(config.max_graphs + 1, MOST)
+        self._most = min(config.max_graphs + 1, MAX_GRAPHS_PER_CONTEXT)
         self.broken: list[CudaGraph] = []
-        """Graphs that were closed, and are to be taken out of their cache."""
+        """Graphs that were closed, and have to be removed from their cache."""
         self.passing_nbytes = 0
-        """What the answers of other graphs took while one was captured, in bytes: the most so far."""
+        """Peak memory of the answers of other graphs during a capture, in bytes."""
 
     @contextmanager
     def one(self, scratch: Tensor, profile: int) -> Iterator[tuple[Context, Callable[[CudaGraph], object]]]:
-        """A context to capture with, and what to call with the graph that came of it.
+        """A context to capture with, and a function to call with the captured graph.
 
         Args:
             scratch: As :class:`~graphcache.engines.context.Context` takes it.
@@ -89,14 +94,14 @@ class SharedContexts:
         self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
         with ExitStack() as undo:
             undo.callback(self._check, shared, graphs, before)
-            # After a failure nobody knows what state it is in; its graphs keep it.
+            # After a failure its state is unknown; its graphs keep it.
             undo.callback(self._open.remove, shared)
             yield shared.context, shared.graphs.add
             undo.pop_all()
         self._check(shared, graphs, before)
 
     def release(self, *, wait: bool) -> None:
-        """Give back the contexts that no graph needs any more, once the last replay is over; let go of the others.
+        """Give back the contexts that no graph needs any more, once the last replay is over, and forget the others.
 
         Args:
             wait: Wait for that replay.
@@ -111,16 +116,17 @@ class SharedContexts:
         self._module.lane.release(give_back, wait=wait)
 
     def _with_room(self, scratch: Tensor, profile: int) -> Shared:
+        """A context that may have a further graph."""
         for shared in self._open:
-            if shared.profile == profile and len(shared.live()) < self._most:
+            if shared.profile == profile and len(shared.live()) < shared.most:
                 shared.context.use_scratch(scratch)
                 return shared
-        found = Shared(self._module.contexts.take(scratch), profile)
+        found = Shared(self._module.contexts.take(scratch), profile, self._most)
         self._open.append(found)
         return found
 
     def _answers(self, graphs: Sequence[CudaGraph]) -> list[Tensor]:
-        """What the graphs answer on what lies in their static inputs; nothing of earlier answers can be left in it."""
+        """The answers of graphs on their static inputs, with the outputs poisoned before."""
         found: list[Tensor] = []
         for graph in graphs:
             static, out = [slot.buffer for slot in graph.outputs], [slot.fresh() for slot in graph.outputs]
@@ -129,15 +135,20 @@ class SharedContexts:
         return found
 
     def _check(self, shared: Shared, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
+        """Compare the answers of graphs with those from before their context was used."""
+        start = time.perf_counter()
         try:
             after = self._answers(graphs)
-            # What they answer now, if that changes from replay to replay, says what they may have answered before.
+            # Answers that differ from replay to replay may differ from those of before by as much.
             same = all_same_bits(after, before) or disagreement(before, after, lambda: self._answers(graphs)) is None
         except BaseException:
-            # Nobody knows whether they are still right. The new one is nobody's.
+            # They may be wrong. The new graph was not handed out.
             self._drop(shared.live())
             raise
         if same:
+            # Comparing has waited for the device.
+            if time.perf_counter() - start > MAX_CHECK_SECONDS:
+                shared.most = len(shared.live())
             return
         log.warning(
             "%s: %d graph(s) answered differently once their execution context was used for another shape; they were "
@@ -149,6 +160,7 @@ class SharedContexts:
         self._drop(graphs)
 
     def _drop(self, graphs: Sequence[CudaGraph]) -> None:
+        """Close graphs, and share no context that is there."""
         self._open.clear()
         for graph in graphs:
             graph.close(wait=False)
@@ -156,6 +168,7 @@ class SharedContexts:
 
 
 def _is_measured(module: EngineLike) -> bool:
+    """Whether graphs of one context were seen to be right for this TensorRT."""
     library = module.engine.library
     # What an engine updates in place would be another one at each replay.
     return library.flavour == "tensorrt_rtx" and library.version.startswith(_MEASURED) and not module.engine.aliases

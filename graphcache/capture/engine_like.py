@@ -9,9 +9,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from graphcache.engines.context import Context
+from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
-from graphcache.engines.pool import ContextPool
 from graphcache.errors import Cause
 from graphcache.graphs.lane import Lane
 

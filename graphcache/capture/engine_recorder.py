@@ -14,7 +14,7 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
-from graphcache.engines.library import words
+from graphcache.engines.library import join_messages
 from graphcache.errors import Cause, EngineExecutionError, Reason, Refusal
 from graphcache.events import log
 from graphcache.graphs import driver
@@ -133,9 +133,9 @@ class EngineRecorder:
 
         def run(values: Sequence[Tensor]) -> list[Tensor]:
             refill(static, values)
-            with module.engine.said() as said:
+            with module.engine.collect_errors() as said:
                 if not context.enqueue(stream):
-                    raise EngineExecutionError(f"{module.name}: TensorRT refused to run: {words(said)}")
+                    raise EngineExecutionError(f"{module.name}: TensorRT refused to run: {join_messages(said)}")
             return [output.clone() for output in outputs]
 
         expected = run(given)
@@ -272,8 +272,8 @@ class _EngineIO:
         return self._graph(captured, [Slot(own, place, 1) for own, place in zip(ours, places, strict=True)])
 
     def _capture(self, enqueue: Callable[[int], bool]) -> Any:
-        with self._module.engine.said() as said:
-            captured = capture_enqueue(enqueue, self._lane, self._module.name, lambda: words(said))
+        with self._module.engine.collect_errors() as said:
+            captured = capture_enqueue(enqueue, self._lane, self._module.name, lambda: join_messages(said))
         with ExitStack() as undo:
             undo.callback(driver.call, "cuGraphDestroy", captured)
             if self._full_edges:

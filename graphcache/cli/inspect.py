@@ -25,7 +25,6 @@ from graphcache.cli.options import (
 from graphcache.cli.output import one_line, print_json, stdout, table
 from graphcache.cli.targets import Target, resolve
 from graphcache.engines.header import read_header
-from graphcache.engines.layers import layers_of
 from graphcache.errors import NoGpuError
 from graphcache.factories import is_factory
 from graphcache.graphs.buffers import nbytes_of
@@ -96,7 +95,7 @@ def _engine(target: str, path: Path, shapes: Sequence[Specs], layers: bool) -> t
         "scratch_bytes": engine.scratch_bytes,
         "streamable_bytes": engine.streamable_bytes,
     }
-    found = layers_of(engine)
+    found = engine.layers()
     facts["layers"] = found if layers else len(found)
     cause = module.forbids_capture()
     facts["capturable"] = _capturable(loaded, shapes) if shapes and cause is None else None

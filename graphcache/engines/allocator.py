@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphcache.engines.engine import Engine
 from graphcache.errors import EngineExecutionError
 
-if TYPE_CHECKING:
-    from graphcache.engines.engine import Engine
 
-
-class GrowingOutputs:
-    """One buffer per output of unknown shape, which grows when TensorRT asks for more and never shrinks.
+class OutputAllocators:
+    """One buffer per output of unknown shape. It grows when TensorRT asks for more and never shrinks.
 
     Args:
         engine: The engine whose outputs these are.
@@ -28,7 +26,7 @@ class GrowingOutputs:
         self._installed: set[str] = set()
 
     def install(self, context: Any, name: str) -> None:
-        """Let a context ask this object for the memory of an output, from its next enqueue on."""
+        """Allocate the memory of an output of a TensorRT context from its next enqueue on."""
         allocator = self._allocators.get(name)
         if allocator is None:
             allocator = self._allocators[name] = _allocator_class(self._engine.trt)(self._engine.device)
@@ -38,19 +36,13 @@ class GrowingOutputs:
             self._installed.add(name)
 
     def remove(self, context: Any, name: str) -> None:
-        """Back to an address of the caller's. An allocator left on an output of known shape would be called inside a
-        capture, and its address frozen."""
+        """Return to an address of the caller's: in a capture TensorRT would call the allocator and keep its address."""
         if name in self._installed:
             context.set_output_allocator(name, None)
             self._installed.discard(name)
 
     def check(self) -> None:
-        """Raise what happened while TensorRT asked for memory in the last run, if anything did.
-
-        Raises:
-            EngineExecutionError: If there was none.
-            KeyboardInterrupt: If that arrived meanwhile; from inside TensorRT it could not be raised.
-        """
+        """Raise the error of an allocation in the last run, also a Ctrl-C, which TensorRT could not pass on."""
         for name in self._installed:
             error = self._allocators[name].error
             if error is not None and not isinstance(error, Exception):
@@ -59,11 +51,7 @@ class GrowingOutputs:
                 raise EngineExecutionError(f"{self._engine.name}: no memory for output {name!r}: {error}") from error
 
     def take(self, name: str) -> Tensor:
-        """A copy of an output's buffer in the shape that TensorRT told, on the current stream.
-
-        Raises:
-            EngineExecutionError: If there is no such buffer, because memory ran out or TensorRT never asked.
-        """
+        """A copy of an output in the shape that TensorRT reported, on the current stream."""
         self.check()
         allocator = self._allocators[name]
         if allocator.shape is None:
@@ -78,20 +66,21 @@ class GrowingOutputs:
 
 @cache
 def _allocator_class(trt: Any) -> type:
+    """An ``IOutputAllocator`` of a flavour of TensorRT."""
+
     class Allocator(trt.IOutputAllocator):  # type: ignore[misc]
-        """Called by TensorRT, so nothing may be raised: a failure is kept, and told by the null address."""
+        """Called by TensorRT, into which nothing may be raised: an error is kept, and null is returned."""
 
         def __init__(self, device: torch.device) -> None:
             trt.IOutputAllocator.__init__(self)
             self.device = device
             self.buffer: Tensor | None = None
-            self.shape: tuple[int, ...] | None = None
-            self.error: BaseException | None = None
+            self.start()
 
         def start(self) -> None:
-            """Forget the last run's shape and failure; the memory stays."""
-            self.shape = None
-            self.error = None
+            """Forget the last run's shape and error; the memory stays."""
+            self.shape: tuple[int, ...] | None = None
+            self.error: BaseException | None = None
 
         def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int | None:
             return self.reallocate_output_async(tensor_name, memory, size, alignment, 0)

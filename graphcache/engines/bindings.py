@@ -1,4 +1,4 @@
-"""The named inputs and outputs of an engine, and what may be given for them."""
+"""The named inputs and outputs of an engine, and the checks of inputs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Binding:
     """One input or output of an engine.
 
     Args:
-        name: TensorRT's name for it.
+        name: Its name.
         is_input: Whether it is an input.
-        dtype: As torch has it.
+        dtype: The torch dtype.
         shape: Sizes as built; -1 where they depend on the call.
         on_host: Whether TensorRT reads or writes it in host memory (a shape tensor).
         ranges: Per optimisation profile and axis, the smallest and largest size; for a host shape tensor, of its
@@ -49,30 +49,26 @@ class Binding:
 
 
 def read_bindings(engine: Any, trt: Any) -> tuple[Binding, ...]:
-    """The bindings of a deserialised engine, in its own order.
-
-    Raises:
-        EngineError: For a binding of a dtype that torch does not have.
-    """
+    """The bindings of a deserialised engine, in its own order."""
     return tuple(_read(engine, trt, engine.get_tensor_name(index)) for index in range(engine.num_io_tensors))
 
 
 def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Any], device: torch.device) -> None:
-    """Hold inputs against their bindings, all but the profile ranges.
+    """Compare inputs with their bindings, all but the profile ranges.
 
     Args:
         engine_name: For the messages.
         bindings: The input bindings, in the order of a call.
-        inputs: What was given.
+        inputs: The inputs of a call.
         device: The engine's device.
 
     Raises:
-        InputCountError: Too many or too few.
-        InputTypeError: Not a tensor.
-        InputDtypeError: Another dtype than the binding's.
-        InputDeviceError: On another device; host shape tensors may lie anywhere.
-        InputRankError: Another number of dimensions.
-        ProfileRangeError: Another size where the engine has a fixed one.
+        InputCountError: For too many or too few.
+        InputTypeError: For anything but a dense tensor.
+        InputDtypeError: For another dtype than the binding's.
+        InputDeviceError: For another device; host shape tensors may lie anywhere.
+        InputRankError: For another number of dimensions.
+        ProfileRangeError: For another size where the engine has a fixed one.
     """
     if len(inputs) != len(bindings):
         names = ", ".join(binding.name for binding in bindings)
@@ -86,7 +82,10 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
         if value.layout is not torch.strided or value.is_nested or is_lazy(value) or _nowhere(value):
             raise InputTypeError(f"{label} is not plain memory (layout {value.layout}); expected a dense torch.Tensor")
         if value.dtype is not binding.dtype:
-            raise InputDtypeError(f"{label} is {value.dtype}, the engine takes {binding.dtype}; {_cast(binding.dtype)}")
+            raise InputDtypeError(
+                f"{label} is {value.dtype}, the engine takes {binding.dtype}; "
+                f"convert it with .to({binding.dtype}) (nothing is cast silently)"
+            )
         if value.device != device and not binding.on_host:
             raise InputDeviceError(
                 f"{label} lies on {value.device}, the engine on {device}; move it with .to('{device}'), or let "
@@ -108,20 +107,13 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
 def choose_profile(
     engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Tensor], current: int, count: int
 ) -> int:
-    """The optimisation profile for some inputs: the current one if it fits, else the first that does.
-
-    Args:
-        engine_name: For the message.
-        bindings: The input bindings, in the order of a call.
-        inputs: Inputs that :func:`check_inputs` accepted.
-        current: The active profile.
-        count: How many profiles the engine has.
+    """The optimisation profile for checked inputs: the current one if it fits, else the first that does.
 
     Raises:
-        ProfileRangeError: If none fits, with every profile's ranges for the input that is at fault.
+        ProfileRangeError: If none fits, with every profile's ranges for the first input that fits none.
     """
-    candidates: list[int] = [current, *range(count)]
-    for profile in candidates:
+    profiles: list[int] = [current, *range(count)]
+    for profile in profiles:
         if all(binding.fits(value, profile) for binding, value in zip(bindings, inputs, strict=True)):
             return profile
     for binding, value in zip(bindings, inputs, strict=True):
@@ -149,11 +141,7 @@ def out_of_range(engine_name: str, binding: Binding, value: Tensor, profiles: Se
 
 
 def torch_dtype(trt: Any, dtype: Any, name: str) -> torch.dtype:
-    """The torch dtype of a TensorRT dtype.
-
-    Raises:
-        EngineError: If torch has none that is laid out the same.
-    """
+    """The torch dtype of a TensorRT dtype; an ``EngineError`` if torch has none that is laid out the same."""
     found = _DTYPES.get(str(dtype).rsplit(".", 1)[-1])
     torch_type = getattr(torch, found, None) if found else None
     if torch_type is None:
@@ -179,6 +167,7 @@ _DTYPES = {
 
 
 def _read(engine: Any, trt: Any, name: str) -> Binding:
+    """One binding of a deserialised engine."""
     is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
     on_host = engine.get_tensor_location(name) == trt.TensorLocation.HOST
     shape = tuple(engine.get_tensor_shape(name))
@@ -195,8 +184,9 @@ def _read(engine: Any, trt: Any, name: str) -> Binding:
 
 
 def _profile_values(engine: Any, name: str, profile: int) -> Sequence[Sequence[int]]:
+    """Smallest, usual and largest values of a host shape tensor."""
     try:
-        # What the bindings of TensorRT-RTX 1.5 and TensorRT 11 take; their documentation has it the other way round.
+        # The order in TensorRT-RTX 1.5 and TensorRT 11; their documentation has the other one.
         found: Sequence[Sequence[int]] = engine.get_tensor_profile_values(profile, name)
     except TypeError:
         found = engine.get_tensor_profile_values(name, profile)
@@ -204,12 +194,10 @@ def _profile_values(engine: Any, name: str, profile: int) -> Sequence[Sequence[i
 
 
 def _nowhere(value: Tensor) -> bool:
+    """Whether a tensor has no memory."""
     return value._is_zerotensor() or (value.numel() > 0 and not value.untyped_storage().nbytes())
 
 
-def _cast(dtype: torch.dtype) -> str:
-    return f"convert it with .to({dtype}) (nothing is cast silently)"
-
-
 def _text(shape: Sequence[int]) -> str:
+    """The shape of a binding, for messages."""
     return "[" + ", ".join("any" if size < 0 else str(size) for size in shape) + "]"

@@ -1,4 +1,4 @@
-"""What a built engine depends on, as one digest."""
+"""A digest of everything that a built engine depends on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from graphcache.engines.library import Library, loaded_plugins
+from graphcache.engines.library import Library
+from graphcache.engines.plugins import loaded_plugins
 
 _VERSION = 1
 # A protobuf message of external data in an ONNX tensor: the key "location", then a value of less than 16384 bytes.
@@ -21,22 +22,14 @@ _EXTERNAL = re.compile(rb"\x0a\x08location\x12([\x00-\x7f]|[\x80-\xff][\x00-\x7f
 
 
 class NotKeyed(Exception):
-    """Something that a digest cannot be made of; whoever builds will say what is wrong with it."""
+    """A file that cannot be read, or a bad option. Building raises an error that says what is wrong."""
 
 
 def build_key(found: Library, onnx: str | os.PathLike[str] | bytes, options: Mapping[str, Any]) -> str:
-    """A digest of the model, its external weights, the options, TensorRT and its plugins, and the device.
-
-    Args:
-        found: Which TensorRT builds.
-        onnx: The path of the model, or its bytes.
-        options: All options that change what is built.
-
-    Returns:
-        64 hexadecimal digits.
+    """A digest of the model, its external weights, all options, TensorRT and its plugins, and the device.
 
     Raises:
-        NotKeyed: If a file cannot be read, or an option is none.
+        NotKeyed: If a file cannot be read, or an option has a wrong type.
     """
     made = hashlib.sha256()
 
@@ -63,8 +56,8 @@ def build_key(found: Library, onnx: str | os.PathLike[str] | bytes, options: Map
 def external_files(data: bytes) -> list[str]:
     """The names of files that an ONNX model keeps weights in, as its tensors give them.
 
-    It looks for the bytes of such an entry rather than reading the model, for which the ``onnx`` package would have to
-    be there; at worst it finds a name that is none.
+    It searches for the bytes of such an entry, since reading the model would need the ``onnx`` package. It may find a
+    name of no file.
 
     Example:
         >>> external_files(b"..\\n\\x08location\\x12\\x09model.bin..")
@@ -79,18 +72,20 @@ def external_files(data: bytes) -> list[str]:
 
 
 def _digest(path: Path) -> bytes:
+    """The digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def _device() -> list[Any]:
-    """What kernels are chosen for: without a GPU, none."""
+    """The device that kernels are chosen for; empty without a GPU."""
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(), list(torch.cuda.get_device_capability())]
 
 
 def _plain(value: Any) -> Any:
+    """An option as JSON has it."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Mapping):

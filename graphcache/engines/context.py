@@ -1,22 +1,20 @@
-"""Execution contexts: one engine's shapes, addresses and scratch memory for one line of work."""
+"""Execution contexts: one engine's shapes, addresses and scratch memory for one sequence of calls."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphcache.engines.allocator import GrowingOutputs
-from graphcache.engines.engine import keeping_the_current_device
+from graphcache.engines.allocator import OutputAllocators
+from graphcache.engines.engine import Engine, keeping_the_current_device
 from graphcache.engines.gate import enqueues
-from graphcache.engines.library import words
+from graphcache.engines.library import join_messages
 from graphcache.errors import EngineExecutionError
-
-if TYPE_CHECKING:
-    from graphcache.engines.engine import Engine
 
 is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing if torch.version.cuda else bool
 
@@ -24,32 +22,45 @@ ALIGNMENT = 256
 """TensorRT's documented alignment of bindings, in bytes (``IExecutionContext::setTensorAddress``)."""
 
 
-class Context:
-    """An execution context over scratch memory of the caller's.
+@dataclass(frozen=True, slots=True, eq=False)
+class LayoutPlan:
+    """What :meth:`Context.set_inputs` found for inputs of one layout, so that others like them need no inference.
 
-    It keeps alive what TensorRT was given addresses of: the engine, the scratch memory, host shape tensors and the last
-    inputs that had to be copied. Not safe for two threads at once.
+    Args:
+        profile: The optimisation profile.
+        output_shapes: The shapes of the outputs.
+    """
+
+    profile: int
+    output_shapes: list[tuple[int, ...]]
+
+
+class Context:
+    """An execution context over scratch memory of the caller's. Not safe for two threads at once.
+
+    It keeps alive what TensorRT has addresses of: the engine, the scratch memory, host shape tensors, outputs and the
+    last inputs. TensorRT's refusals are ``EngineExecutionError``, with what it logged.
 
     Args:
         engine: The engine.
         scratch: At least ``engine.scratch_bytes`` bytes on the engine's device. Whoever shares it between contexts
             orders their work.
-
-    Raises:
-        EngineExecutionError: If TensorRT cannot make one.
     """
 
     def __init__(self, engine: Engine, scratch: Tensor) -> None:
         self.engine = engine
         self._context = engine.new_context()
-        self._parts = engine.parts
+        self._handles = engine.native_handles
         engine.contexts.add(self)
+        self._names = [binding.name for binding in (*engine.inputs, *engine.outputs)]
         self._held: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, object] = {}
-        self._profile = 0
+        self.profile = 0
+        """The active optimisation profile."""
+        self._plan: LayoutPlan | None = None
         self._output_shapes: list[tuple[int, ...] | None] | None = None
-        self._growing = GrowingOutputs(engine)
+        self._allocators = OutputAllocators(engine)
         # A 0-element tensor has no address, and TensorRT wants one.
         self._nowhere = torch.empty(ALIGNMENT, dtype=torch.uint8, device=engine.device)
         self._scratch: Tensor | None = None
@@ -58,36 +69,23 @@ class Context:
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None and not sys.is_finalizing():
             with keeping_the_current_device():
-                self._context, self._parts = None, ()
+                self._context, self._handles = None, ()
 
     def use_scratch(self, scratch: Tensor) -> None:
-        """Work on this scratch memory from the next enqueue on; graphs captured before keep theirs.
-
-        Args:
-            scratch: At least ``engine.scratch_bytes`` bytes on the engine's device.
-        """
+        """Work on this scratch memory from the next enqueue on; graphs captured before keep theirs."""
         if scratch is not self._scratch and self.engine.scratch_bytes:
             self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
         self._scratch = scratch
 
     @property
     def scratch(self) -> Tensor | None:
-        """What the next enqueue works on."""
+        """The scratch memory of the next enqueue."""
         return self._scratch
 
     def report_to(self, profiler: Any) -> None:
-        """Let TensorRT report the time of every layer to an ``IProfiler``, which makes each enqueue wait.
-
-        Args:
-            profiler: Kept alive with the context.
-        """
+        """Let TensorRT report the time of every layer to an ``IProfiler``, which makes each enqueue wait."""
         self._profiler = profiler
         self._context.profiler = profiler
-
-    @property
-    def profile(self) -> int:
-        """The active optimisation profile."""
-        return self._profile
 
     def set_inputs(self, inputs: Sequence[Tensor], profile: int, stream: int) -> None:
         """Set profile, shapes, addresses and host values for checked inputs.
@@ -97,32 +95,21 @@ class Context:
                 copied, on the current stream.
             profile: The optimisation profile that fits them.
             stream: Where the profile switch is enqueued, a raw handle; the next enqueue must be on it too.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses one of them.
         """
-        with self.engine.said() as said:
-            if profile != self._profile:
-                if not self._context.set_optimization_profile_async(profile, stream):
-                    raise self._error(f"optimisation profile {profile} was refused", said)
-                self._profile = profile
-                self._output_shapes = None
-                self._shapes.clear()
+        self._plan = None
+        with self.engine.collect_errors() as said:
+            self._set_profile(profile, stream, said)
             for binding, value in zip(self.engine.inputs, inputs, strict=True):
-                name = binding.name
+                values = None
                 if binding.on_host:
-                    # TensorRT reads it during the enqueue, and only TensorRT knows how late: it must outlive the call.
+                    # TensorRT reads it during the enqueue or later: it must outlive the call, and must not change.
                     value = value.detach().cpu().contiguous().clone()
+                    values = tuple(value.flatten().tolist())
                 elif not value.is_contiguous() or value.data_ptr() % ALIGNMENT:
                     value = value.detach().clone(memory_format=torch.contiguous_format)
-                self._held[name] = value
-                told = tuple(value.flatten().tolist()) if binding.on_host else None
-                if self._shapes.get(name) != (value.shape, told):
-                    if not self._context.set_input_shape(name, tuple(value.shape)):
-                        raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused", said)
-                    self._shapes[name] = (value.shape, told)
-                    self._output_shapes = None
-                self._address(name, value, said)
+                self._held[binding.name] = value
+                self._set_shape(binding.name, value, values, said)
+                self._set_address(binding.name, value, said)
             if self._output_shapes is None:
                 self._output_shapes = self._infer(said)
 
@@ -131,20 +118,16 @@ class Context:
         return list(self._output_shapes or ())
 
     def set_outputs(self, outputs: Sequence[Tensor | None]) -> None:
-        """Point the outputs at memory; ``None`` installs the growing allocator for that one.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses one of them.
-        """
-        with self.engine.said() as said:
+        """Point the outputs at memory; ``None`` lets TensorRT's output allocator allocate that one."""
+        with self.engine.collect_errors() as said:
             for binding, value in zip(self.engine.outputs, outputs, strict=True):
                 if value is None:
                     self._addresses.pop(binding.name, None)
-                    self._growing.install(self._context, binding.name)
+                    self._allocators.install(self._context, binding.name)
                 else:
-                    self._growing.remove(self._context, binding.name)
+                    self._allocators.remove(self._context, binding.name)
                     self._held[binding.name] = value
-                    self._address(binding.name, value, said)
+                    self._set_address(binding.name, value, said)
 
     def enqueue(self, stream: int) -> bool:
         """Enqueue the engine on a stream (a raw handle); ``False`` if TensorRT refused.
@@ -152,30 +135,90 @@ class Context:
         It does not wait for the device, but for a moment for other threads, if one of them enqueues into a capture.
         """
         # A capture is on the current stream: nobody else hands out a stream to capture into.
-        with enqueues.alone() if is_capturing() else enqueues.among_others():
-            return bool(self._context.execute_async_v3(stream))
+        enter = enqueues.exclusive if is_capturing() else enqueues.shared
+        return bool(enter(self._context.execute_async_v3, stream))
 
-    def grown_output(self, name: str) -> Tensor:
-        """What the growing allocator holds for an output after an enqueue: a fresh copy, of the shape of this run.
+    def plan(self) -> LayoutPlan | None:
+        """The plan of the inputs that were set; ``None`` for unknown output shapes, and for bindings on the host."""
+        shapes = self._output_shapes or ()
+        known = [shape for shape in shapes if shape is not None]
+        if len(known) < len(shapes) or any(each.on_host for each in (*self.engine.inputs, *self.engine.outputs)):
+            return None
+        self._plan = LayoutPlan(self.profile, known)
+        return self._plan
 
-        Raises:
-            EngineExecutionError: If TensorRT never asked for the memory, or there was none.
+    def run(self, plan: LayoutPlan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
+        """Enqueue inputs of a known layout outside of captures. TensorRT is told the differences to the last call.
+
+        Args:
+            plan: Of inputs of the same shapes and dtypes, by any context of the engine.
+            inputs: Contiguous, aligned, not empty.
+            outputs: Memory for all outputs.
+            stream: A raw handle.
         """
-        return self._growing.take(name)
+        with self.engine.collect_errors() as said:
+            if plan is not self._plan:
+                self._change_plan(plan, inputs, stream, said)
+            for name, value in zip(self._names, [*inputs, *outputs], strict=True):
+                address = value.data_ptr()
+                if self._addresses.get(name) != address:
+                    self._set_address(name, value, said)
+            if not enqueues.shared(self._context.execute_async_v3, stream):
+                raise EngineExecutionError(f"{self.engine.name}: TensorRT refused to run: {join_messages(said)}")
 
-    def check_grown(self) -> None:
-        """Raise what went wrong while TensorRT asked the growing allocator for memory, if anything did.
+    def allocated_output(self, name: str) -> Tensor:
+        """The output that TensorRT allocated in the last enqueue: a fresh copy, of the shape of this run."""
+        return self._allocators.take(name)
 
-        Raises:
-            EngineExecutionError: If there was no memory.
-        """
-        self._growing.check()
+    def check_allocated(self) -> None:
+        """Raise the error of the output allocator in the last enqueue, if there was one."""
+        self._allocators.check()
 
-    def let_go(self) -> None:
+    def release_references(self) -> None:
         """Drop the references to the last inputs and outputs. Addresses are set again at the next call."""
         self._held = {binding.name: self._held[binding.name] for binding in self.engine.inputs if binding.on_host}
 
+    def _change_plan(self, plan: LayoutPlan, inputs: Sequence[Tensor], stream: int, said: list[str]) -> None:
+        """Set profile and shapes of another layout. Shapes of outputs are known, so that nothing is inferred."""
+        self._plan = None
+        self._set_profile(plan.profile, stream, said)
+        for binding, value in zip(self.engine.inputs, inputs, strict=True):
+            self._set_shape(binding.name, value, None, said)
+        for binding in self.engine.outputs:
+            self._allocators.remove(self._context, binding.name)
+        self._output_shapes = [*plan.output_shapes]
+        self._plan = plan
+
+    def _set_profile(self, profile: int, stream: int, said: list[str]) -> None:
+        """Switch to an optimisation profile, after which every shape has to be set again."""
+        if profile == self.profile:
+            return
+        if not self._context.set_optimization_profile_async(profile, stream):
+            raise self._error(f"optimisation profile {profile} was refused", said)
+        self.profile = profile
+        self._output_shapes = None
+        self._shapes.clear()
+
+    def _set_shape(self, name: str, value: Tensor, values: object, said: list[str]) -> None:
+        """Set the shape of an input, if it or its values on the host differ from the last ones."""
+        if self._shapes.get(name) == (value.shape, values):
+            return
+        if not self._context.set_input_shape(name, tuple(value.shape)):
+            raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused", said)
+        self._shapes[name] = (value.shape, values)
+        self._output_shapes = None
+
+    def _set_address(self, name: str, value: Tensor, said: list[str]) -> None:
+        """Set the address of an input or output, if it differs from the last one."""
+        address = value.data_ptr() or self._nowhere.data_ptr()
+        if self._addresses.get(name) == address:
+            return
+        if not self._context.set_tensor_address(name, address):
+            raise self._error(f"the address of {name!r} was refused", said)
+        self._addresses[name] = address
+
     def _infer(self, said: list[str]) -> list[tuple[int, ...] | None]:
+        """The shapes of the outputs, from TensorRT."""
         try:
             missing = self._context.infer_shapes()
         except RuntimeError as error:
@@ -185,13 +228,44 @@ class Context:
         shapes = [tuple(self._context.get_tensor_shape(binding.name)) for binding in self.engine.outputs]
         return [None if any(size < 0 for size in shape) else shape for shape in shapes]
 
-    def _address(self, name: str, value: Tensor, said: list[str]) -> None:
-        address = value.data_ptr() or self._nowhere.data_ptr()
-        if self._addresses.get(name) == address:
-            return
-        if not self._context.set_tensor_address(name, address):
-            raise self._error(f"the address of {name!r} was refused", said)
-        self._addresses[name] = address
-
     def _error(self, what: str, said: list[str]) -> EngineExecutionError:
-        return EngineExecutionError(f"{self.engine.name}: {what}; TensorRT says: {words(said)}")
+        return EngineExecutionError(f"{self.engine.name}: {what}; TensorRT says: {join_messages(said)}")
+
+
+class ContextPool:
+    """The idle execution contexts of one engine. It never holds more than were in use at the same time.
+
+    Each context that TensorRT-RTX 1.5.0.114 destroys leaves 0.35 to 0.65 MB of host memory behind, and making one takes
+    20 to 80 ms. So the context of a graph that is gone serves the next graph, of whatever shapes. A context that
+    failed, or that work may still run on, is dropped instead.
+
+    Args:
+        engine: Whose contexts these are.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._idle: list[Context] = []
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def take(self, scratch: Tensor) -> Context:
+        """An idle context, or a new one, over scratch memory as :class:`Context` takes it."""
+        try:
+            # Atomic: no two threads pop the same one.
+            context = self._idle.pop()
+        except IndexError:
+            return Context(self._engine, scratch)
+        context.use_scratch(scratch)
+        return context
+
+    def give_back(self, context: Context) -> None:
+        """Keep a context whose last work has finished, unless the engine was closed."""
+        context.release_references()
+        if not self._engine.closed:
+            self._idle.append(context)
+
+    def clear(self) -> None:
+        """Drop the idle contexts."""
+        self._idle.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,8 @@ import torch
 
 from graphcache.engines.bindings import Binding, read_bindings
 from graphcache.engines.header import check_header
-from graphcache.engines.kept_kernels import KeptKernels
-from graphcache.engines.kernels import RuntimeCache
-from graphcache.engines.library import Library, library, require_gpu, words
+from graphcache.engines.kernel_cache import RuntimeCache, StoredRuntimeCache
+from graphcache.engines.library import Library, join_messages, library, require_gpu
 from graphcache.errors import (
     ConfigError,
     EngineError,
@@ -35,7 +35,7 @@ class Engine:
         serialized: The engine file's bytes.
         inputs: Names of the inputs in the order of a call; ``None`` for the engine's own order.
         outputs: Likewise for the outputs.
-        name: What messages call it; the engine's own name if empty.
+        name: Used in messages; the engine's own name if empty.
         tensorrt: The flavour of TensorRT, see :func:`graphcache.engines.library.library`.
         keep_kernels: Whether kernels that are compiled at run time are kept in this user's cache folder, and taken from
             there; they are written when the engine is closed or the process ends.
@@ -59,7 +59,7 @@ class Engine:
         tensorrt: str | None = None,
         keep_kernels: bool = False,
     ) -> None:
-        self._kept: KeptKernels | None = None
+        self._own_kernels: StoredRuntimeCache | None = None
         self.library = library(tensorrt)
         self.trt: Any = self.library.module
         if not isinstance(name, str):
@@ -73,103 +73,104 @@ class Engine:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._lock = threading.Lock()
         self._runtime = self.trt.Runtime(self.library.logger)
-        with self.said() as said:
+        with self.collect_errors() as said:
             self._engine = self._runtime.deserialize_cuda_engine(serialized)
         if self._engine is None:
             raise _refused(label, said, self.library, self._runtime, serialized)
         self.name = name or self._engine.name or "engine"
-        bindings = {binding.name: binding for binding in read_bindings(self._engine, self.trt)}
-        self.inputs = _in_order(self.name, "input", inputs, [b for b in bindings.values() if b.is_input])
-        self.outputs = _in_order(self.name, "output", outputs, [b for b in bindings.values() if not b.is_input])
+        bindings = read_bindings(self._engine, self.trt)
+        self.inputs = _in_order(self.name, "input", inputs, [each for each in bindings if each.is_input])
+        self.outputs = _in_order(self.name, "output", outputs, [each for each in bindings if not each.is_input])
         self.profiles = int(self._engine.num_optimization_profiles)
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self.streamable_bytes = int(getattr(self._engine, "streamable_weights_size", 0))
         self.contexts: WeakSet[Any] = WeakSet()
-        self.aliases = any(self._aliased(binding.name) for binding in self.outputs)
+        # A key-value cache that is updated in place; TensorRT-RTX and TensorRT 11 tell.
+        aliased = getattr(self._engine, "get_aliased_input_tensor", lambda name: None)
+        self.aliases = any(aliased(binding.name) for binding in self.outputs)
         self._config: Any = None
         self._kernels: Any = None
         self._specialization: str | None = None
         self._shared_kernels: RuntimeCache | None = None
         if keep_kernels:
-            self._kept = KeptKernels(serialized, self.library, self.name)
+            self._own_kernels = StoredRuntimeCache(serialized, self.library, self.name)
 
     def configure(self, specialization: str | None, kernels: RuntimeCache | None) -> None:
-        """How TensorRT-RTX compiles for contexts that are made from now on; other flavours compile nothing then.
-
-        Args:
-            specialization: ``"lazy"``, ``"eager"`` or ``"none"``; ``None`` for what :meth:`new_context` says.
-            kernels: Where compiled kernels go; ``None`` for a cache of this engine's own.
-        """
+        """Set how TensorRT-RTX compiles for contexts made from now on; ``None`` for the defaults of this engine."""
         with self._lock:
             self._specialization, self._shared_kernels = specialization, kernels
             self._config = self._kernels = None
 
-    def layers(self) -> str:
-        """What TensorRT tells of the engine's layers, as JSON; how much is decided when an engine is built."""
+    def layer_information(self) -> str:
+        """TensorRT's description of the engine's layers, as JSON. How detailed it is depends on how it was built."""
         form = self.trt.LayerInformationFormat.JSON
-        return str(self._engine.create_engine_inspector().get_engine_information(form))
+        return str(self._engine.create_engine_inspector().get_engine_information(form) or "")
 
-    def said(self) -> AbstractContextManager[list[str]]:
-        """Collects what TensorRT logs as errors in this thread, for messages."""
+    def layers(self) -> list[str]:
+        """The names of the engine's layers; none where this flavour of TensorRT has no inspector."""
+        if not hasattr(self._engine, "create_engine_inspector"):
+            return []
+        with self.collect_errors():
+            text = self.layer_information()
+        # An engine that was built without detail has names, another one a dictionary for each layer.
+        layers = json.loads(text)["Layers"] if text else []
+        return [str(each["Name"] if isinstance(each, dict) else each).strip() for each in layers]
+
+    def refitter(self) -> Any:
+        """A new ``IRefitter`` of this engine; ``None`` if TensorRT makes none."""
+        try:
+            return self.trt.Refitter(self._engine, self.library.logger)
+        except TypeError:
+            # How the bindings tell that TensorRT made none.
+            return None
+
+    def collect_errors(self) -> AbstractContextManager[list[str]]:
+        """Collects the errors that TensorRT logs in this thread, for messages."""
         found: AbstractContextManager[list[str]] = self.library.logger.collect()
         return found
 
     def new_context(self) -> Any:
         """A TensorRT execution context without scratch memory of its own.
 
-        TensorRT-RTX compiles kernels at run time: contexts of one engine share what was compiled (a runtime cache), and
-        compile the kernels of a new shape before running it rather than behind its back (``EAGER``), where a capture
-        would freeze the fallback kernel. 1.4 specialises none.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses.
+        TensorRT-RTX compiles kernels at run time. Contexts of one engine share the compiled kernels (a runtime cache).
+        By default they compile the kernels of a new shape before running it (``EAGER``), not in the background: a
+        capture would keep the fallback kernel. With 1.4 they compile none for single shapes.
         """
-        trt = self.trt
-        with self._lock, self.said() as said:
+        with self._lock, self.collect_errors() as said:
             if self._config is None:
-                self._config = self._engine.create_runtime_config()
-                self._config.set_execution_context_allocation_strategy(
-                    trt.ExecutionContextAllocationStrategy.USER_MANAGED
-                )
-                if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-                    strategies = trt.DynamicShapesKernelSpecializationStrategy
-                    # 1.4.0.76 with EAGER: every shape but a context's first was answered wrongly.
-                    usual = "none" if self.library.version.startswith("1.4.") else "eager"
-                    chosen = getattr(strategies, (self._specialization or usual).upper())
-                    self._config.dynamic_shapes_kernel_specialization_strategy = chosen
-                    # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line but one).
-                    shared = self._shared_kernels
-                    if shared is not None:
-                        self._kernels = shared.made_for(self._config)
-                    else:
-                        self._kernels = self._config.create_runtime_cache()
-                        if self._kept is not None:
-                            self._kept.fill(self._kernels)
-                    self._config.set_runtime_cache(self._kernels)
+                self._config = self._new_config()
             context = self._engine.create_execution_context(self._config)
         if context is None:
-            raise EngineExecutionError(f"{self.name}: no execution context: {words(said)}")
+            raise EngineExecutionError(f"{self.name}: no execution context: {join_messages(said)}")
         return context
 
-    def _aliased(self, output: str) -> bool:
-        # A key-value cache that is updated in place; TensorRT-RTX and TensorRT 11 can tell.
-        find = getattr(self._engine, "get_aliased_input_tensor", None)
-        return bool(find(output)) if find is not None else False
+    def _new_config(self) -> Any:
+        """How contexts are made: without scratch memory, and with the kernels that were compiled before."""
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):
+            # 1.4.0.76 with EAGER: every shape but a context's first was answered wrongly.
+            usual = "none" if self.library.version.startswith("1.4.") else "eager"
+            strategies = self.trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = getattr(
+                strategies, (self._specialization or usual).upper()
+            )
+            cache = self._shared_kernels or self._own_kernels
+            # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line).
+            self._kernels = config.create_runtime_cache() if cache is None else cache.made_for(config)
+            config.set_runtime_cache(self._kernels)
+        return config
 
     def save_kernels(self) -> bool:
-        """Write the kernels that were compiled since, if they are kept.
-
-        Returns:
-            Whether there was something new.
-        """
-        return self._kept is not None and self._kept.save()
+        """Write the kernels that were compiled since, if they are kept; whether there were any."""
+        return self._own_kernels is not None and self._own_kernels.keep()
 
     @property
     def capability(self) -> tuple[int, int] | None:
         """The compute capability of the GPUs that the engine runs on; ``None`` if it is not bound to one.
 
-        An engine of the full TensorRT runs on GPUs of the one it was built for, unless it was built to be compatible
-        with others. One of TensorRT-RTX holds no kernels for a GPU: they are compiled where it runs.
+        An engine of the full TensorRT runs on the kind of GPU it was built for, unless it was built for others too.
+        One of TensorRT-RTX holds no kernels for a GPU: they are compiled where it runs.
         """
         level = getattr(self._engine, "hardware_compatibility_level", None)
         if self.library.flavour == "tensorrt_rtx" or (level is not None and int(level) != 0):
@@ -178,12 +179,12 @@ class Engine:
 
     @property
     def weight_budget(self) -> int:
-        """Device memory in bytes for weights that may be streamed; all of them without weight streaming."""
+        """Bytes of the streamable weights that are kept on the device; 0 for an engine that streams none."""
         return int(self._engine.weight_streaming_budget_v2) if self.streamable_bytes else 0
 
     @property
     def automatic_weight_budget(self) -> int:
-        """What TensorRT would choose for the memory that is free now, in bytes."""
+        """The budget that TensorRT would choose for the memory that is free now, in bytes."""
         return int(self._engine.get_weight_streaming_automatic_budget()) if self.streamable_bytes else 0
 
     def set_weight_budget(self, nbytes: int) -> None:
@@ -202,29 +203,27 @@ class Engine:
                 f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the caller's; "
                 f"close them before changing the weight budget"
             )
-        with self.said() as said:
+        with self.collect_errors() as said:
             self._engine.weight_streaming_budget_v2 = nbytes
         if self.weight_budget != nbytes:
-            raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {words(said)}")
+            raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {join_messages(said)}")
         # Streaming needs scratch memory of its own.
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
 
     def serialized(self) -> bytes:
-        """The engine as a file would hold it now, with the weights that it was refitted with.
-
-        Raises:
-            EngineError: If TensorRT refuses.
-        """
-        with self.said() as said:
+        """The engine as a file would hold it now, with the weights that it was refitted with."""
+        with self.collect_errors() as said:
             made = self._engine.serialize()
         if made is None:
-            raise EngineError(f"{self.name}: TensorRT does not serialise it: {words(said)}. Keep the file it came from")
+            raise EngineError(
+                f"{self.name}: TensorRT does not serialise it: {join_messages(said)}. Keep the file it came from"
+            )
         return bytes(made)
 
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""
-        if self._kept is not None:
-            self._kept.close()
+        if self._own_kernels is not None:
+            self._own_kernels.close()
         with keeping_the_current_device():
             self._config = self._kernels = self._engine = self._runtime = None
 
@@ -233,10 +232,10 @@ class Engine:
             self.close()
 
     @property
-    def parts(self) -> tuple[Any, ...]:
+    def native_handles(self) -> tuple[Any, ...]:
         """TensorRT's objects that a context needs for as long as it lives, even after :meth:`close`.
 
-        A tuple lets go of its last element first: each of these refers to those before it.
+        A tuple releases its last element first: each of these refers to those before it.
         """
         return self._runtime, self._engine, self._kernels, self._config
 
@@ -248,7 +247,7 @@ class Engine:
 
 @contextmanager
 def keeping_the_current_device() -> Iterator[None]:
-    """Inside, TensorRT's objects are destroyed. TensorRT-RTX 1.5.0.114 leaves their device current, whichever was."""
+    """Restores the current device: destroying an object of TensorRT-RTX 1.5.0.114 makes its device current."""
     before = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
@@ -258,14 +257,14 @@ def keeping_the_current_device() -> Iterator[None]:
 
 
 def _refused(label: str, said: Sequence[str], found: Library, runtime: Any, serialized: bytes) -> EngineError:
-    """The error for an engine that TensorRT did not take, from what it said and what it finds in the header."""
+    """The error for an engine that TensorRT refused, from its messages and its validity check."""
     trt = found.module
     flags = []
     if hasattr(runtime, "get_engine_validity"):
         _, diagnostics = runtime.get_engine_validity(serialized)
         members = trt.EngineInvalidityDiagnostics.__members__
         flags = [name for name, member in members.items() if int(diagnostics) & int(member)]
-    told = words([*flags, *said])
+    told = join_messages([*flags, *said])
     seen = f"{label} ({len(serialized)} bytes) was refused by {found.flavour} {found.version}: {told}"
     low = told.lower()
     if any(sign in low for sign in _OTHER_MACHINE):
@@ -286,6 +285,7 @@ _NOT_AN_ENGINE = ("malformed", "magic", "serialization assertion", "corrupt", "n
 
 
 def _in_order(engine: str, what: str, names: Sequence[str] | None, found: Sequence[Binding]) -> tuple[Binding, ...]:
+    """Bindings in the order of the names, which have to be theirs."""
     if names is None:
         return tuple(found)
     known = {binding.name: binding for binding in found}

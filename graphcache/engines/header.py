@@ -1,8 +1,8 @@
-"""What the first bytes of a TensorRT-RTX engine tell, without TensorRT and without a GPU.
+"""The header of a TensorRT-RTX engine, read without TensorRT and without a GPU.
 
 TensorRT-RTX deserialises nothing where there is no device, and its own validity check reads only the header. So the
-header is read here: a truncated or foreign file is named as such on any machine. The layout was read off files of
-versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes); a header of another kind is left to TensorRT to judge.
+header is read here, and a truncated or foreign file is refused on any machine. The layout was read off files of
+versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes); a header of another kind is left to TensorRT.
 """
 
 from __future__ import annotations
@@ -17,19 +17,14 @@ _MAGIC = b"vtrt"
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """The header of a TensorRT-RTX engine file.
-
-    Args:
-        nbytes: How long the whole file is, in bytes.
-        version: The version that built it, such as ``"1.5.0.114"``.
-    """
+class EngineHeader:
+    """The length of a TensorRT-RTX engine file in bytes, and the version that built it, such as ``"1.5.0.114"``."""
 
     nbytes: int
     version: str
 
 
-def read_header(serialized: bytes) -> Header | None:
+def read_header(serialized: bytes) -> EngineHeader | None:
     """The header, or ``None`` if the bytes do not begin with one.
 
     Example:
@@ -39,20 +34,14 @@ def read_header(serialized: bytes) -> Header | None:
     if len(serialized) < _LAYOUT.size:
         return None
     magic, _, _, nbytes, *version = _LAYOUT.unpack_from(serialized)
-    return Header(nbytes, ".".join(map(str, version))) if magic == _MAGIC else None
+    return EngineHeader(nbytes, ".".join(map(str, version))) if magic == _MAGIC else None
 
 
 def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -> None:
-    """Refuse what can be told from the bytes alone, before TensorRT sees them.
-
-    Args:
-        serialized: The engine file's bytes.
-        flavour: The flavour of TensorRT that is to run them; only TensorRT-RTX's header is known here.
-        version: Its version.
-        label: What messages call the engine.
+    """Refuse bytes that this flavour and version of TensorRT cannot run, before it sees them.
 
     Raises:
-        EngineFormatError: If they are none, another file's, or fewer than the header says.
+        EngineFormatError: If there are no bytes, they are another file's, or fewer than the header says.
         EngineVersionError: If another version of TensorRT-RTX built them.
     """
     if len(serialized) == 0:

@@ -1,22 +1,21 @@
-"""Finding TensorRT, hearing what it says, and loading its plugins.
+"""Finding TensorRT, and its messages.
 
 NVIDIA ships TensorRT in three flavours with almost one API. Which one is used is decided at first use, never at import.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
 import threading
+import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from graphcache.errors import ConfigError, EngineError, NoGpuError, TensorRTNotFoundError, shown
+from graphcache.errors import ConfigError, NoGpuError, TensorRTNotFoundError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,24 +33,16 @@ _EXTRAS: dict[Flavour, str] = {
     "tensorrt_rtx": 'pip install "graphcache[rtx]" (TensorRT-RTX, which also builds engines without a GPU)',
     "tensorrt_lean": 'pip install "graphcache[lean]" (runs engines, builds none)',
 }
-_REMEMBERED_WARNINGS = 1024
+_MAX_WARNINGS = 1024
+"""Texts of warnings that are remembered."""
 
 _lock = threading.RLock()
 _found: dict[Flavour, Library] = {}
-_plugins: set[tuple[Flavour, Path]] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One flavour of TensorRT, imported.
-
-    Args:
-        module: The Python module, such as ``tensorrt_rtx``.
-        flavour: Its name.
-        version: Its ``__version__``; an engine runs only under the version that built it.
-        logger: The one ``ILogger`` to give to everything of this flavour. ``with logger.collect() as errors`` gathers
-            the errors that TensorRT logs on this thread, see :class:`MessageLog`.
-    """
+    """One flavour of TensorRT, imported. All its objects have the one ``logger``, a :class:`MessageLog`."""
 
     module: ModuleType
     flavour: Flavour
@@ -83,7 +74,7 @@ def library(name: str | None = None) -> Library:
                 found = _import(flavour)
                 _found[flavour] = _found.setdefault(found.flavour, found)
             except Exception as error:  # a wheel whose shared libraries are missing raises OSError or RuntimeError
-                said.append(f"{flavour}: {_one_line(str(error)) or type(error).__name__}")
+                said.append(f"{flavour}: {one_line(str(error)) or type(error).__name__}")
             else:
                 return _found[flavour]
     what = "no flavour of TensorRT can be imported" if wanted is None else f"{wanted} cannot be imported"
@@ -92,6 +83,7 @@ def library(name: str | None = None) -> Library:
 
 
 def _named(name: str | None) -> Flavour | None:
+    """The flavour that the argument or the environment names, if one does."""
     source = "library" if name is not None else "GRAPHCACHE_TENSORRT"
     text = os.environ.get(source, "") if name is None else name
     if name is None and not text.strip():
@@ -109,6 +101,7 @@ def _named(name: str | None) -> Flavour | None:
 
 
 def _import(flavour: Flavour) -> Library:
+    """Import one flavour."""
     module = importlib.import_module(flavour)
     if not hasattr(module, "ILogger"):  # any folder called tensorrt on sys.path imports as an empty namespace package
         places = list(getattr(module, "__path__", ())) or [getattr(module, "__file__", None)]
@@ -119,17 +112,17 @@ def _import(flavour: Flavour) -> Library:
     return Library(module, true, str(module.__version__), _logger(module))
 
 
-class _Open(threading.local):
+class _Thread(threading.local):
     def __init__(self) -> None:
-        self.lists: list[list[str]] = []
+        self.blocks: list[weakref.ref[_Collecting]] = []
         self.interrupt: BaseException | None = None
 
 
 class MessageLog:
-    """What TensorRT's loggers do here: pass messages on to ``logging.getLogger("graphcache.tensorrt")``.
+    """Passes TensorRT's messages on to ``logging.getLogger("graphcache.tensorrt")``.
 
-    Errors go to ``ERROR``, or to ``DEBUG`` while somebody collects them in order to raise them. Warnings go to
-    ``WARNING``, each distinct text once. Everything else goes to ``DEBUG``. Nothing is ever raised into TensorRT.
+    Errors go to ``ERROR``, or to ``DEBUG`` while :meth:`collect` gathers them. Warnings go to ``WARNING``, each
+    distinct text once. Everything else goes to ``DEBUG``. Nothing is ever raised into TensorRT.
 
     Args:
         levels: The ``logging`` level of each of TensorRT's severities; an unknown severity counts as an error.
@@ -137,7 +130,7 @@ class MessageLog:
 
     def __init__(self, levels: Mapping[Any, int]) -> None:
         self._levels = dict(levels)
-        self._open = _Open()
+        self._thread = _Thread()
         self._warned: set[str] = set()
 
     def log(self, severity: Any, msg: str) -> None:
@@ -146,175 +139,114 @@ class MessageLog:
             self._forward(self._levels.get(severity, logging.ERROR), msg)
         except BaseException as raised:
             if not isinstance(raised, Exception):
-                self._open.interrupt = raised
+                self._thread.interrupt = raised
+
+    def collect(self) -> AbstractContextManager[list[str]]:
+        """The texts of the errors that TensorRT logs on this thread until the block is left, oldest first.
+
+        Blocks may nest; each gets what arrives while it is open.
+
+        Raises:
+            KeyboardInterrupt: When the block is left, if Ctrl-C arrived while TensorRT called the logger.
+        """
+        return _Collecting(self._thread)
 
     def _forward(self, level: int, msg: str) -> None:
-        if level == logging.ERROR and self._open.lists:
-            for errors in self._open.lists:
-                errors.append(msg)
-            level = logging.DEBUG
+        """Give a message to those who collect, and to ``logging``."""
+        if level == logging.ERROR and (open_blocks := self._thread.blocks):
+            for block in [each() for each in open_blocks]:
+                if block is not None:
+                    block.errors.append(msg)
+                    level = logging.DEBUG
         elif level == logging.WARNING:
             if msg in self._warned:
                 return
-            if len(self._warned) >= _REMEMBERED_WARNINGS:  # texts with changing numbers must not grow it for ever
+            # Texts with numbers that change must not fill the memory.
+            if len(self._warned) >= _MAX_WARNINGS:
                 self._warned.clear()
             self._warned.add(msg)
         if log.isEnabledFor(level):
             log.log(level, "%s", msg)
 
-    def collect(self) -> AbstractContextManager[list[str]]:
-        """The texts of the errors that TensorRT logs on this thread until the block is left, oldest first.
-
-        Blocks may nest; each gets what arrives while it is open. A Ctrl-C that arrived inside TensorRT's call to the
-        logger, from where it could not be raised, is raised when the block is left.
-
-        Raises:
-            KeyboardInterrupt: See above.
-        """
-        return _Collecting(self._open)
-
 
 class _Collecting:
-    """Every eager call goes through three of these, so that it is no generator's business."""
+    """An open block of :meth:`MessageLog.collect`. Every eager call enters one, so that it is no generator.
 
-    __slots__ = ("_errors", "_open")
+    The thread refers to it weakly: a block that Ctrl-C kept from being closed is gone with its ``with`` statement.
+    """
 
-    def __init__(self, opened: _Open) -> None:
-        self._open = opened
-        self._errors: list[str] = []
+    __slots__ = ("__weakref__", "_thread", "errors")
+
+    def __init__(self, thread: _Thread) -> None:
+        self._thread = thread
+        self.errors: list[str] = []
 
     def __enter__(self) -> list[str]:
-        if not self._open.lists:
-            self._open.interrupt = None
-        self._open.lists.append(self._errors)
-        return self._errors
+        blocks = self._thread.blocks
+        if not blocks:
+            self._thread.interrupt = None
+        blocks.append(weakref.ref(self))
+        return self.errors
 
     def __exit__(self, *_: object) -> None:
-        # by identity: two lists with the same texts are equal
-        self._open.lists[:] = [other for other in self._open.lists if other is not self._errors]
-        interrupt, self._open.interrupt = self._open.interrupt, None
-        if interrupt is not None:
+        thread = self._thread
+        thread.blocks = [each for each in thread.blocks if each() not in (None, self)]
+        if thread.interrupt is not None:
+            interrupt, thread.interrupt = thread.interrupt, None
             raise interrupt
 
 
 def _logger(trt: Any) -> Any:
+    """A logger of TensorRT's type."""
+
     class Logger(MessageLog, trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            levels = {
+                "INTERNAL_ERROR": "ERROR",
+                "ERROR": "ERROR",
+                "WARNING": "WARNING",
+                "INFO": "DEBUG",
+                "VERBOSE": "DEBUG",
+            }
             MessageLog.__init__(
-                self,
-                {
-                    trt.ILogger.INTERNAL_ERROR: logging.ERROR,
-                    trt.ILogger.ERROR: logging.ERROR,
-                    trt.ILogger.WARNING: logging.WARNING,
-                    trt.ILogger.INFO: logging.DEBUG,
-                    trt.ILogger.VERBOSE: logging.DEBUG,
-                },
+                self, {getattr(trt.ILogger, name): getattr(logging, level) for name, level in levels.items()}
             )
 
     return Logger()
 
 
-def words(errors: Iterable[str]) -> str:
-    """What TensorRT said, in one line, for the message of an exception.
+def join_messages(errors: Iterable[str]) -> str:
+    """TensorRT's messages in one line, for the text of an exception.
 
-    Repetitions are dropped. So is the echo in which TensorRT's bindings look for a CUDA error after any failure, unless
-    nothing else was said.
+    Repeated messages are dropped. So are those of ``catchCudaError``, with which TensorRT's bindings look for a CUDA
+    error after any failure, unless there are no others.
 
     Example:
-        >>> words(["No such layer.", "No such layer."])
+        >>> join_messages(["No such layer.", "No such layer."])
         'No such layer'
-        >>> words([])
+        >>> join_messages([])
         'nothing'
     """
-    texts = list(dict.fromkeys(text for text in (_one_line(error).rstrip(".") for error in errors) if text))
+    texts = list(dict.fromkeys(text for text in (one_line(error).rstrip(".") for error in errors) if text))
     telling = [text for text in texts if "catchCudaError" not in text]
     return "; ".join(telling or texts) or "nothing"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text with each run of white space made one space."""
     return " ".join(text.split())
 
 
-def load_plugin_library(path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Loads a shared library of TensorRT plugins, so that engines and ONNX models that use them can be loaded.
-
-    Both kinds work: libraries that register their plugins when loaded, and those that export ``getCreators`` (or the
-    older ``getPluginCreators``) for TensorRT's plugin registry. TensorRT's own standard plugins are registered as well
-    where the flavour has them. A library loaded here is left alone the next time; it stays until the process ends.
-
-    Args:
-        path: The ``.so`` or ``.dll``. It must have been built against the same flavour and version of TensorRT: one
-            that registers nothing with this flavour is loaded all the same, with a warning.
-        name: Which TensorRT, as in :func:`library`.
-
-    Raises:
-        EngineError: If there is no such file, it cannot be loaded, or TensorRT's registry refuses its plugins.
-        ConfigError: As :func:`library`.
-        TensorRTNotFoundError: As :func:`library`.
-    """
-    found = library(name)
-    try:
-        file = Path(path).expanduser().resolve()
-        there = file.is_file()
-    except (TypeError, ValueError, RuntimeError, OSError, LookupError) as error:
-        raise EngineError(f"{shown(path)} is no path of a plugin library: {_one_line(str(error))}") from error
-    if not there:
-        raise EngineError(f"there is no plugin library at {file}; pass the path of a shared library (.so or .dll)")
-    with _lock:
-        if (found.flavour, file) not in _plugins:
-            _load_plugins(found, file)
-            _plugins.add((found.flavour, file))
-
-
-def loaded_plugins(flavour: str) -> list[str]:
-    """The plugin libraries that were loaded for a flavour here, sorted."""
-    with _lock:
-        return sorted(str(path) for each, path in _plugins if each == flavour)
-
-
-def _load_plugins(found: Library, file: Path) -> None:
-    trt: Any = found.module
-    if hasattr(trt, "init_libnvinfer_plugins"):
-        trt.init_libnvinfer_plugins(found.logger, "")
-    registry = trt.get_plugin_registry()
-    before = len(registry.all_creators)
-    try:
-        loaded = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        raise EngineError(
-            f"the plugin library {file} cannot be loaded: {_one_line(str(error))}. It must be a shared library for "
-            f"this platform, built against {found.flavour} {found.version}, and what it links to must be found as well"
-        ) from error
-    if len(registry.all_creators) > before:
-        return
-    if any(hasattr(loaded, entry) for entry in ("getCreators", "getPluginCreators")):
-        with found.logger.collect() as errors:
-            handle = registry.load_library(str(file))
-        if handle is None:
-            raise EngineError(
-                f"{found.flavour} {found.version} registered no plugin of {file}; it said: {words(errors)}. It refuses "
-                "a library of which a plugin is registered already, or that was built against another version"
-            )
-    else:
-        log.warning(
-            "%s was loaded but registered no new plugin with %s %s: it was loaded before by other means, or built "
-            "against another flavour of TensorRT",
-            file,
-            found.flavour,
-            found.version,
-        )
-
-
 def require_gpu(what: str) -> None:
-    """Does nothing if there is a CUDA device.
+    """Raise if there is no CUDA device.
 
     Args:
         what: What needs one, as the subject of a sentence: ``"running a TensorRT engine"``.
 
     Raises:
-        NoGpuError: If ``torch.cuda.is_available()`` is False; it tells a PyTorch built without CUDA from a machine
-            whose driver or device is missing or hidden.
+        NoGpuError: If ``torch.cuda.is_available()`` is False. It says whether PyTorch was built without CUDA, or the
+            driver or device is missing or hidden.
     """
     if torch.cuda.is_available():
         return

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from graphcache.engines.bindings import torch_dtype
 from graphcache.engines.engine import Engine
-from graphcache.engines.library import words
+from graphcache.engines.library import join_messages
 from graphcache.errors import EngineError, shown
 
 
 def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
     """Replace weights of an engine, enqueued on a stream; returns once the given tensors may be changed again.
 
-    TensorRT leaves undefined what happens if work of the engine is pending on another stream
-    (``IRefitter::refitCudaEngineAsync``); its contexts stay valid.
+    The behaviour is undefined while work of the engine is pending on another stream
+    (``IRefitter::refitCudaEngineAsync``). Its contexts stay valid.
 
     Args:
         engine: Built with ``refittable``.
-        weights: By the engine's own names, of the number of elements and the dtype that it was built with. Nothing is
-            cast; shapes are TensorRT's affair.
+        weights: By the engine's own names, with the number of elements and the dtype that it was built with. Nothing
+            is cast, and shapes are not compared.
         stream: A raw handle.
 
     Raises:
@@ -32,8 +32,9 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
             with others. Nothing changed then. If TensorRT refuses in the end, some of them may have been replaced.
     """
     trt = engine.trt
-    with engine.said() as said:
-        refitter, names = _refitter(engine)
+    with engine.collect_errors() as said:
+        refitter = engine.refitter()
+        names = [] if refitter is None else list(refitter.get_all_weights())
         if not names:
             raise EngineError(
                 f"{engine.name} takes no new weights; build it with refittable=True, or with the names of some weights"
@@ -41,40 +42,28 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
         given = {name: _checked(engine, refitter, names, name, value) for name, value in weights.items()}
         for name, (dtype, value) in given.items():
             if not refitter.set_named_weights(name, trt.Weights(dtype, value.data_ptr(), value.numel())):
-                raise EngineError(f"{engine.name}: weights {name!r} were refused: {words(said)}")
+                raise EngineError(f"{engine.name}: weights {name!r} were refused: {join_messages(said)}")
         if missing := list(refitter.get_missing_weights()):
             raise EngineError(
                 f"{engine.name}: {', '.join(missing)} must be given together with {', '.join(given)}; nothing changed"
             )
         if not refitter.refit_cuda_engine_async(stream):
             raise EngineError(
-                f"{engine.name}: TensorRT refused to refit: {words(said)}. Some weights may have been replaced: refit "
-                f"again with all of them, or load the engine again"
+                f"{engine.name}: TensorRT refused to refit: {join_messages(said)}. Some weights may have been "
+                f"replaced: refit again with all of them, or load the engine again"
             )
 
 
 def by_engine_names(weights: Mapping[str, Tensor], names: object) -> Mapping[str, Tensor]:
     """The same weights under an engine's own names.
 
-    Args:
-        weights: By either kind of name.
-        names: From the engine's names to others, or to tuples and lists that begin with one, as Torch-TensorRT's
-            ``weight_name_map`` has them; anything but a mapping says that the names are the engine's.
+    ``names`` maps them to others, or to sequences that begin with one, as Torch-TensorRT's ``weight_name_map`` does.
+    Without such a mapping the names are the engine's already.
     """
     if not isinstance(names, Mapping):
         return weights
     others = {own: name[0] if isinstance(name, (list, tuple)) else name for own, name in names.items()}
     return {own: weights[name] for own, name in others.items() if name in weights} or weights
-
-
-def _refitter(engine: Engine) -> tuple[Any, list[str]]:
-    """TensorRT's refitter of an engine, and the names of what it replaces; there are none if there is no refitter."""
-    try:
-        refitter = engine.trt.Refitter(engine.parts[1], engine.library.logger)
-    except TypeError:
-        # How the bindings tell that TensorRT made none.
-        return None, []
-    return refitter, list(refitter.get_all_weights())
 
 
 def _checked(engine: Engine, refitter: Any, names: list[str], name: str, value: Any) -> tuple[Any, Tensor]:

@@ -99,22 +99,8 @@ def _from_torch() -> bool:
     return frame is not None and frame.f_globals.get("__name__", "").startswith("torch.")
 
 
-class unwatched:
-    """Inside, :class:`HostReads` notices nothing: for code of this package that a watched module calls.
-
-    Every eager call of an engine enters it; a generator would take twice as long.
-    """
-
-    __slots__ = ("_token",)
-
-    def __enter__(self) -> None:
-        self._token = is_unwatched.set(True)
-
-    def __exit__(self, *_: object) -> None:
-        is_unwatched.reset(self._token)
-
-
 is_unwatched: ContextVar[bool] = ContextVar("graphcache_unwatched", default=False)
+"""Set while code of this package runs that a watched module calls: :class:`HostReads` notices nothing then."""
 
 
 def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:

@@ -1,12 +1,9 @@
-"""One engine as an ``nn.Module``: eager execution on the caller's stream."""
+"""One engine as an ``nn.Module``."""
 
 from __future__ import annotations
 
-import secrets
-import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
-from weakref import WeakSet
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,51 +11,46 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphcache.capture import engine_scope
-from graphcache.capture.engine_like import EngineLike
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
 from graphcache.engines.context import Context
-from graphcache.engines.engine import Engine
-from graphcache.engines.library import words
-from graphcache.engines.pool import ContextPool
-from graphcache.engines.probe import output_shapes
+from graphcache.engines.library import join_messages
+from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import (
     Cause,
-    ClosedError,
     ConfigError,
     EngineError,
-    EngineExecutionError,
     EngineFormatError,
     InputCountError,
     Reason,
 )
-from graphcache.events import Span
-from graphcache.graphs import driver
-from graphcache.graphs.lane import Lane, own_stream
-from graphcache.graphs.operations import unwatched
+from graphcache.events import GraphsAlone, Observer, Observers, Span, check_observer
+from graphcache.features import features
+from graphcache.graphs.lane import own_stream
+from graphcache.graphs.operations import is_unwatched
 from graphcache.modules.controls import controls
-from graphcache.modules.engine_controls import EngineControls, report_to
+from graphcache.modules.engine_runner import EngineCall
+from graphcache.modules.engine_settings import EngineSettings
 from graphcache.modules.engine_source import Source
-from graphcache.modules.engine_state import EngineBase, tensor_of
-from graphcache.modules.operator import alive, call_engine, describe_call
+from graphcache.modules.engine_state import tensor_of
 
 _T = TypeVar("_T")
 
 
-class EngineModule(EngineBase, EngineControls, EngineLike):
+class EngineModule(EngineSettings):
     """A TensorRT engine that is called like a module: tensors in, tensors out.
 
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
     captured once and replayed from then on.
 
-    It never casts, and never moves a tensor to another device unless multi-device safe mode is on. Inputs may be 0-d,
+    Nothing is cast, and no tensor is moved to another device unless multi-device safe mode is on. Inputs may be 0-d,
     empty and non-contiguous. A host shape tensor may lie on the CPU, where it costs nothing, or on the device, where
     reading it waits for the stream. Outputs are fresh tensors of the caller's; they never require gradients. Calls from
     several threads follow one another.
 
-    Its ``state_dict`` holds the engine. A copy, or what a pickle makes of it in another process, is a module of its own
-    with the engine deserialised anew; a deep copy shares the bytes.
+    Its ``state_dict`` holds the engine. A copy, and a pickle in another process, is a module of its own with the engine
+    deserialised again; a deep copy shares the bytes.
 
     Args:
         serialized_engine: The engine file's bytes; ``None`` for a module that is empty until ``load_state_dict``.
@@ -120,103 +112,6 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
         self._attach(self.deserialised(data, input_binding_names, output_binding_names, name))
         self._bytes = tensor_of(data)
 
-    def _begin(self) -> None:
-        """Everything of this process, which no copy has."""
-        self._context: Context | None = None
-        # Wrapped modules that may hold graphs, and so contexts, of this engine.
-        self.users: WeakSet[Any] = WeakSet()
-        # Goes up whenever a captured graph of this engine would no longer do what a call does.
-        self.epoch = 0
-        self._cached: Any = None
-        self._making_cache = threading.Lock()
-        # Contexts that a capture of the caller's has recorded; that graph may be replayed as long as this module lives.
-        self._recorded_elsewhere: list[Context] = []
-        self._refitted = False
-        self.identity = secrets.token_hex(16)
-        """By which programs that were traced in this process find the module."""
-        alive[self.identity] = self
-
-    def _attach(self, engine: Engine) -> None:
-        self.engine = engine
-        self.name = engine.name
-        self.input_binding_names = [binding.name for binding in engine.inputs]
-        self.output_binding_names = [binding.name for binding in engine.outputs]
-        self.host_inputs = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
-        self.contexts = ContextPool(engine)
-        """Contexts for graphs; what runs eagerly has one of its own."""
-        self._refitted = False
-        if "lane" not in self.__dict__:
-            self.device = engine.device
-            self.lane = Lane(self.device.index)
-
-    def set_optimization_profile(self, profile: int | Literal["auto"] | None) -> None:
-        """Use one optimisation profile for every call, or (``None``, ``"auto"``) whichever fits, the current one first.
-
-        Raises:
-            ConfigError: If the engine has no such profile.
-        """
-        if profile == "auto":
-            profile = None
-        self.check_profile(profile, self.engine)
-        self.epoch += self._profile != profile
-        self._profile = profile
-
-    def set_use_output_allocator(self, enable: bool) -> bool:
-        """Let TensorRT allocate the outputs of every call, even those whose shape is known beforehand.
-
-        Returns:
-            What was set before.
-        """
-        before, self._use_output_allocator = self._use_output_allocator, bool(enable)
-        self.epoch += before != self._use_output_allocator
-        return before
-
-    @property
-    def uses_output_allocator(self) -> bool:
-        """Whether TensorRT allocates the outputs of every call."""
-        return self.requires_output_allocator or self._use_output_allocator
-
-    @property
-    def profile_choice(self) -> int | None:
-        """The profile chosen with :meth:`set_optimization_profile`, if any."""
-        return self._profile
-
-    def get_streamable_device_memory_budget(self) -> int:
-        """Bytes of weights that may be streamed; 0 if the engine was not built for it."""
-        return self.engine.streamable_bytes
-
-    def get_automatic_device_memory_budget(self) -> int:
-        """The budget that TensorRT would choose for the device memory that is free now, in bytes."""
-        return self.engine.automatic_weight_budget
-
-    def get_device_memory_budget(self) -> int:
-        """Bytes of the streamable weights that are kept on the device."""
-        return self.engine.weight_budget
-
-    def set_device_memory_budget(self, budget_bytes: int) -> int:
-        """Keep fewer or more of the streamable weights on the device.
-
-        Waits for the engine's work and drops every graph of it: a budget cannot change while contexts live. Below the
-        full budget the engine runs eagerly, with the reason ``weight_streaming``.
-
-        Args:
-            budget_bytes: 0 to :meth:`get_streamable_device_memory_budget`.
-
-        Returns:
-            The budget that is set now, in bytes.
-
-        Raises:
-            ConfigError: If the engine streams no weights, or for a budget outside that range.
-            EngineError: If a session or a capture of the caller's still uses the engine. The budget is unchanged.
-        """
-        for user in list(self.users):
-            controls(user).clear()
-        with self.lane.lock:
-            self.lane.release(self._drop_contexts)
-            self.engine.set_weight_budget(budget_bytes)
-            self.epoch += 1
-        return self.engine.weight_budget
-
     def refit(self, weights: Mapping[str, Tensor], *, wait: bool = True) -> None:
         """Replace weights of an engine that was built with ``refittable``.
 
@@ -236,8 +131,7 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
             CudaError: If the engine ran last on a stream that is being captured. The weights are unchanged.
             EngineError: If the engine cannot take them. What was captured is dropped all the same.
         """
-        if self.engine.closed:
-            raise ClosedError(f"{self.name} was closed; load it again")
+        self.check_open()
         if not isinstance(weights, Mapping):
             raise ConfigError(
                 f"{self.name}: weights are of type {type(weights).__name__}; expected a mapping of names to tensors"
@@ -262,12 +156,35 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
             elif not direct:
                 caller.wait_stream(stream)
 
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell an observer of the engine's eager runs, and of its own graphs under ``set_cudagraphs_mode(True)``.
+
+        Graphs of a wrapped module are told by that module, see :meth:`CachedModule.observe`.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            ConfigError: For an object without ``before`` and ``after``.
+        """
+        self.check_open()
+        check_observer(observer)
+        if self._observers is None:
+            self._observers = Observers()
+        ends = self._observers.add(observer), self.with_graphs().observe(GraphsAlone(observer))
+
+        def end() -> None:
+            for each in ends:
+                each()
+
+        return end
+
     def forbids_capture(self) -> Cause | None:
-        """Why no call of this engine can be captured as things stand, without trying; ``None`` if nothing is known."""
+        """Why no call of this engine can be captured now; ``None`` if nothing is known that prevents it."""
         if self.uses_output_allocator:
             return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
-        if (profiled := self.forbids_profiled()) is not None:
-            return profiled
+        if self.profiling_enabled:
+            return Cause(Reason.PROFILING, self.name)
         if self.engine.streamable_bytes and self.engine.weight_budget < self.engine.streamable_bytes:
             return Cause(Reason.WEIGHT_STREAMING, self.name)
         for binding in self.engine.outputs:
@@ -301,19 +218,20 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
 
         Raises:
             InputError: One of its kinds, for the first input that is wrong.
+            ClosedError: If the engine was closed.
         """
-        if self.engine.closed:
-            raise ClosedError(f"{self.name} was closed; load it again")
+        self.check_open()
         if modes.get().multi_device_safe:
             inputs = self.moved(inputs)
         bindings = self.engine.inputs
         check_inputs(self.name, bindings, inputs, self.device)
-        # What is read on the host is read once, here.
+        # Values that TensorRT reads on the host are read once, here.
         inputs = [
             value.detach().cpu() if binding.on_host else value for binding, value in zip(bindings, inputs, strict=True)
         ]
         if self._profile is None:
-            current = self._context.profile if self._context is not None else 0
+            context = self._runner.context
+            current = context.profile if context is not None else 0
             return inputs, choose_profile(self.name, bindings, inputs, current, self.engine.profiles)
         for binding, value in zip(bindings, inputs, strict=True):
             if not binding.fits(value, self._profile):
@@ -345,32 +263,59 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
         """
         if is_compiling():
             return self._traced(args, kwargs)
-        session = engine_scope.current.get()
-        if session is None and modes.get().graphs == "subgraph":
-            return self._through_cache()(*args, **kwargs)
-        with torch.cuda.device(self.device), unwatched():
-            inputs, profile = self.checked(self.bind(args, kwargs))
-            outputs = self._record(session, inputs, profile) if session is not None else self._run_told(inputs, profile)
+        session, mode = engine_scope.current.get(), modes.get()
+        if session is None and mode.graphs == "subgraph":
+            return self.with_graphs()(*args, **kwargs)
+        if torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                return EngineModule.forward(self, *args, **kwargs)
+        # No context manager: Ctrl-C in its __enter__ would leave the variable set.
+        watched = is_unwatched.get()
+        try:
+            is_unwatched.set(True)
+            inputs = self.bind(args, kwargs)
+            allocator = self.requires_output_allocator or self._use_output_allocator
+            simple = session is None and not allocator and not mode.multi_device_safe
+            layout, plan = self._runner.find(inputs, self._profile) if simple else (None, None)
+            if plan is not None:
+                outputs = self._run(EngineCall(inputs, plan.profile, layout, plan))
+            else:
+                inputs, profile = self.checked(inputs)
+                if session is not None:
+                    outputs = self._record(session, inputs, profile)
+                else:
+                    outputs = self._run(EngineCall(inputs, profile, layout, None, allocator))
+        finally:
+            is_unwatched.set(watched)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    def _run(self, call: EngineCall) -> list[Tensor]:
+        """Run eagerly. Observers are told of it."""
+        observers = self._observers
+        if observers is None or not observers.active:
+            return self._runner.run(call)
+        with observers.told("eager", self.name, Span(done=True)):
+            return self._runner.run(call)
+
     def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What a tracer sees of a call: one operation, and whatever stands before and after it."""
+        """A call as a tracer sees it: one operation."""
         inputs = self.bind(args, kwargs)
-        # First, as it sees to it that the bytes are up to date.
+        # First, since it brings the bytes up to date.
         call = self._described()
-        outputs = call_engine(inputs, self._bytes, call)
+        outputs = torch.ops.graphcache.execute_engine.default(inputs, self._bytes, call)
         return outputs[0] if len(self.output_binding_names) == 1 else tuple(outputs)
 
     def _described(self) -> str:
+        """The description of the engine in a traced program, a constant for tracers."""
         if self.engine.aliases:
             raise EngineError(
-                f"{self.name} updates an input in place, which a traced program cannot say; call it outside of what is "
-                f"exported or compiled"
+                f"{self.name} updates an input in place, which a traced program cannot express; call it outside of the "
+                f"exported or compiled part"
             )
         with _disable_current_modes(), torch.cuda.device(self.device):
             if not self.output_shapes:
                 self.output_shapes = output_shapes(self.engine).text
-            return describe_call(self)
+            return features.describe_engine(self)
 
     # What torch.compiler.assume_constant_result sets; calling that would import torch's compiler, which takes a second.
     _described._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -379,21 +324,16 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
         if "engine" not in self.__dict__:
             return
-        # Without the lane's lock, under which nobody may hear of it.
+        # Without the lane's lock, under which no event may be delivered.
         cached, self._cached = self._cached, None
         if cached is not None:
             controls(cached).close()
         with self.lane.lock:
             self._drop_contexts()
-            self._recorded_elsewhere.clear()
+            self._runner.recorded.clear()
             if not self.engine.closed:
                 self.lane.close()
                 self.engine.close()
-
-    def _drop_contexts(self) -> None:
-        self._context = None
-        self.forget_outputs()
-        self.contexts.clear()
 
     def extra_repr(self) -> str:
         if "engine" not in self.__dict__:
@@ -402,90 +342,20 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
         outputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.outputs)
         return f"{self.name}, ({inputs}) -> ({outputs})"
 
-    def _through_cache(self) -> Any:
+    def with_graphs(self) -> Any:
+        """This engine behind a cache of graphs of its own, as ``set_cudagraphs_mode(True)`` uses it."""
         if self._cached is None:
             with self._making_cache:
                 if self._cached is None:
-                    from graphcache.modules.cached_module import CachedModule
-
-                    self._cached = CachedModule(self)
+                    self._cached = features.graph_backend(self)
         return self._cached
-
-    def _run_told(self, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
-        """Run the engine, and tell the observers of it."""
-        if self._observers is None or not self._observers.active:
-            return self._run(inputs, profile)
-        with self._observers.told("eager", self.name, Span(done=True)):
-            return self._run(inputs, profile)
-
-    def _run(self, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
-        with self.lane.lock:
-            context = self._context
-            if context is None:
-                if driver.is_capturing(torch.cuda.current_stream().cuda_stream):
-                    raise EngineExecutionError(
-                        f"{self.name}: the current stream is being captured, and the engine has never run eagerly, "
-                        f"so that it has nothing that could be captured; before the capture, call it once with these "
-                        f"shapes under set_cudagraphs_mode(False)"
-                    )
-                # Its own scratch memory: a capture of the caller's may take this context over.
-                scratch = torch.empty(self.engine.scratch_bytes, dtype=torch.uint8, device=self.device)
-                context = self._context = Context(self.engine, scratch)
-                report_to(self, context)
-            caller = torch.cuda.current_stream()
-            if driver.is_capturing(caller.cuda_stream):
-                self._context = None
-                self._recorded_elsewhere.append(context)
-                return self._enqueue(context, inputs, profile, caller.cuda_stream)
-            if caller.cuda_stream != 0:
-                self.lane.enter(caller.cuda_stream)
-                return self._enqueue(context, inputs, profile, caller.cuda_stream)
-            # On the legacy default stream TensorRT would synchronise the device at every call.
-            side = own_stream(self.device.index, "side")
-            side.wait_stream(caller)
-            self.lane.enter(side.cuda_stream)
-            try:
-                with torch.cuda.stream(side):
-                    outputs = self._enqueue(context, inputs, profile, side.cuda_stream)
-            finally:
-                caller.wait_stream(side)
-            for tensor in outputs:
-                if tensor.is_cuda:
-                    tensor.record_stream(caller)
-            return outputs
 
     def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
         """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""
-        made: list[Tensor | None] = []
-        for binding, shape in zip(self.engine.outputs, context.output_shapes(), strict=True):
-            if shape is None or (allocator and not binding.on_host):
-                made.append(None)
-            else:
-                made.append(torch.empty(shape, dtype=binding.dtype, device="cpu" if binding.on_host else self.device))
-        return made
-
-    def _enqueue(self, context: Context, inputs: Sequence[Tensor], profile: int, stream: int) -> list[Tensor]:
-        context.set_inputs(inputs, profile, stream)
-        allocator = self.uses_output_allocator
-        ahead = self._ahead.take(context.output_shapes(), stream) if self._ahead is not None and not allocator else None
-        outputs = ahead or self.new_outputs(context, allocator=allocator)
-        context.set_outputs(outputs)
-        with self.engine.said() as said:
-            if not context.enqueue(stream):
-                context.check_grown()
-                raise EngineExecutionError(f"{self.name}: TensorRT refused to run: {words(said)}")
-        if any(binding.on_host for binding in self.engine.outputs):
-            torch.cuda.current_stream().synchronize()
-        answer = [
-            context.grown_output(binding.name) if value is None else value
-            for binding, value in zip(self.engine.outputs, outputs, strict=True)
-        ]
-        context.let_go()
-        if self._ahead is not None:
-            self._ahead.make(answer, stream)
-        return answer
+        return self._runner.new_outputs(context, allocator=allocator)
 
     def _record(self, scope: engine_scope.EngineScope, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
+        """Enqueue into the capture of the module around, or refuse it."""
         if (cause := self.forbids_capture()) is not None:
             raise scope.refusal(cause)
         context = scope.context_of(self)
@@ -495,7 +365,7 @@ class EngineModule(EngineBase, EngineControls, EngineLike):
         if any(output is None for output in outputs):
             raise scope.refusal(Cause(Reason.OUTPUT_ALLOCATOR, self.name))
         context.set_outputs(outputs)
-        with self.engine.said() as said:
+        with self.engine.collect_errors() as said:
             if not context.enqueue(stream):
-                raise scope.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, words(said)))
+                raise scope.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, join_messages(said)))
         return [output for output in outputs if output is not None]

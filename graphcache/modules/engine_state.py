@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from graphcache.capture.engine_like import EngineLike
 from graphcache.engines.engine import Engine
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, shown
 from graphcache.features import features
@@ -23,18 +24,14 @@ from graphcache.modules.engine_source import Source
 _WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
 """Attributes that a module without an engine does not have."""
 _OF_THIS_PROCESS = _WITH_AN_ENGINE | {
-    "_context",
+    "_runner",
     "users",
     "epoch",
     "_cached",
     "_making_cache",
-    "_recorded_elsewhere",
     "_refitted",
     "identity",
-    # What EngineControls sets for the process: observers, a profiler, memory, compiled kernels.
-    "_ahead",
     "_observers",
-    "_profiler",
     "_runtime",
 }
 """Attributes that no copy has."""
@@ -52,7 +49,7 @@ class EngineState:
         requires_output_allocator: Whether TensorRT allocates the outputs.
         profile: The optimisation profile that was chosen, if any.
         output_shapes: How shapes of outputs follow from those of inputs, as
-            :class:`~graphcache.engines.expressions.OutputShapes` writes it; empty where that is not known.
+            :class:`~graphcache.engines.output_shapes.OutputShapes` writes it; empty where that is not known.
     """
 
     engine: Tensor
@@ -90,21 +87,17 @@ class EngineState:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-class EngineBase(nn.Module):
+class EngineBase(EngineLike):
     """The part of an engine's module that holds the engine, and carries it into states, copies and pickles.
 
     The bytes are kept as one ``uint8`` tensor on the CPU: a ``state_dict`` and an exported program refer to it, so that
     saving a module needs no second copy of its engine. No parameter and no buffer: ``.to()`` and ``.half()`` leave it.
     """
 
-    name: str
-    engine: Engine
-    input_binding_names: list[str]
     output_binding_names: list[str]
     requires_output_allocator: bool
     output_shapes: str
     keep_kernels: bool
-    epoch: int
     source: Source | None
     _bytes: Tensor
     _refitted: bool

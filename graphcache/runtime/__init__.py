@@ -6,7 +6,7 @@ engines concerns those of a module at any depth, and is given back as it was fou
 """
 
 from graphcache.cache.arbiter import set_process_budget
-from graphcache.engines.kernels import RuntimeCache
+from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.runtime.cudagraphs import enable_cudagraphs
 from graphcache.runtime.kernels import runtime_cache
 from graphcache.runtime.modes import (

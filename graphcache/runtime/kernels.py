@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graphcache.engines.kernels import RuntimeCache
+from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import ConfigError, shown
 from graphcache.events import log
 from graphcache.runtime.engines import check_bool

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from graphcache.config import Specialization, modes
-from graphcache.engines.kernels import RuntimeCache
+from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import ConfigError, shown
 from graphcache.runtime.engines import engines_of_all
 

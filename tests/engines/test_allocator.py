@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.engines import allocator, engine, library
-from graphcache.engines.allocator import GrowingOutputs
+from graphcache.engines.allocator import OutputAllocators
 from graphcache.engines.engine import Engine
 from graphcache.errors import EngineExecutionError
 from tests.engines import fake_tensorrt
@@ -23,7 +23,7 @@ class Growing:
 
     def __init__(self) -> None:
         self.engine = Engine(serialize("positive"), name="net")
-        self.outputs = GrowingOutputs(self.engine)
+        self.outputs = OutputAllocators(self.engine)
         self.context: IExecutionContext = self.engine.new_context()
 
     def run(self, count: int) -> int | None:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.engines import build as room
-from graphcache.engines.build import Input, build, profiles
+from graphcache.engines.build import build
 from graphcache.engines.library import Library, MessageLog
+from graphcache.engines.profiles import Input, profiles
 from graphcache.errors import ConfigError, EngineBuildError, NoGpuError
 
 X = Input("x", (-1, 64), axes=("batch", None))

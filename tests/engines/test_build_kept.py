@@ -26,7 +26,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """What is really built, over a TensorRT that writes down what it was asked for."""
     calls: list[Any] = []
 
-    def made(found: Library, onnx: Any, progress: Any, **options: Any) -> bytes:
+    def made(found: Library, onnx: Any, options: Any, progress: Any) -> bytes:
         calls.append(onnx)
         if onnx == b"bad":
             raise EngineBuildError("no such layer")
@@ -104,7 +104,8 @@ def test_two_processes_build_a_real_engine_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     networks = pytest.importorskip("tests.gpu.networks")
     (tmp_path / "m.onnx").write_bytes(networks.mlp8()[0])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GRAPHCACHE_CACHE_DIR": str(tmp_path / "cache")}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "GRAPHCACHE_CACHE_DIR": str(tmp_path / "cache")}
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.engines import build_key as room
-from graphcache.engines import library
+from graphcache.engines import plugins
 from graphcache.engines.build_key import NotKeyed, build_key, external_files
 from graphcache.engines.library import Library
 
@@ -110,7 +110,7 @@ def test_plugins_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = tmp_path / "plugin.so"
     plugin.write_bytes(b"1")
     before = key()
-    monkeypatch.setattr(library, "_plugins", {("tensorrt_rtx", plugin), ("tensorrt", tmp_path / "other.so")})
+    monkeypatch.setattr(plugins, "_plugins", {("tensorrt_rtx", plugin), ("tensorrt", tmp_path / "other.so")})
     first = key()
     plugin.write_bytes(b"2")
     assert len({before, first, key()}) == 3

@@ -66,7 +66,7 @@ class Runner:
         outputs = self.set(*inputs, profile=profile)
         assert self.context.enqueue(self.stream)
         return [
-            self.context.grown_output(binding.name) if value is None else value
+            self.context.allocated_output(binding.name) if value is None else value
             for binding, value in zip(self.engine.outputs, outputs, strict=True)
         ]
 
@@ -102,7 +102,7 @@ def test_any_sequence_of_shapes_profiles_and_layouts(steps: list[tuple[int, str]
             (y,) = run(x, profile=int(count > 4))
             assert torch.equal(y, before * 3 + 1)
             assert torch.equal(x, before)
-            run.context.let_go()
+            run.context.release_references()
 
 
 def test_several_inputs_and_outputs(fake: Torch) -> None:
@@ -234,7 +234,7 @@ def test_an_address_that_is_refused(fake: Torch) -> None:
 def test_scratch_memory_that_is_too_small(fake: Torch) -> None:
     run = Runner(fake, "affine", scratch=999)
     run.set(rows(fake, 2))
-    with run.engine.said() as said:
+    with run.engine.collect_errors() as said:
         assert not run.context.enqueue(run.stream)
     assert "no device memory was set" in said[0]
 
@@ -267,7 +267,7 @@ def test_host_values_outlive_the_call(fake: Torch) -> None:
     run(x, stop)
     stop[0] = 99
     del stop
-    run.context.let_go()
+    run.context.release_references()
     assert sorted(run.context._held) == ["stop"]
     (y,) = run.set(x, torch.tensor([7]))
     assert y is not None
@@ -300,14 +300,14 @@ def test_outputs_of_unknown_shape(fake: Torch) -> None:
         x = fake.driver.heap.tensor(values)
         assert run.set(x) == [None]
         kept.append((run(x)[0], x[x > 0].clone()))
-        run.context.let_go()
+        run.context.release_references()
     assert all(torch.equal(got, wanted) for got, wanted in kept)
 
 
 def test_without_an_allocator_it_would_have_been_refused(fake: Torch) -> None:
     run = Runner(fake, "positive")
     run.context.set_inputs([fake.driver.heap.tensor([1, 2])], 0, run.stream)
-    with run.engine.said() as said:
+    with run.engine.collect_errors() as said:
         assert not run.context.enqueue(run.stream)
     assert "known only at run time" in said[0]
 
@@ -319,7 +319,7 @@ def test_back_to_an_address_of_the_callers(fake: Torch) -> None:
         run.context.set_inputs([x], 0, run.stream)
         run.context.set_outputs([None])
         assert run.context.enqueue(run.stream)
-        assert torch.equal(run.context.grown_output("y"), x * 3 + 1)
+        assert torch.equal(run.context.allocated_output("y"), x * 3 + 1)
         run.told.clear()
         assert torch.equal(run(x)[0], x * 3 + 1)
         assert run.told[:2] == ["set_output_allocator", "set_tensor_address"]
@@ -396,14 +396,14 @@ def test_nothing_outlives_a_context(fake: Torch) -> None:
     assert fake.driver.heap.blocks == {}
 
 
-def test_let_go_drops_what_the_caller_gave(fake: Torch) -> None:
+def test_release_references_drops_what_the_caller_gave(fake: Torch) -> None:
     run = Runner(fake, "affine")
     x = rows(fake, 2)
     place = x.data_ptr()
     (y,) = run(x)
     del x
     assert fake.driver.heap.find(place, 4) is not None, "TensorRT may still read it"
-    run.context.let_go()
+    run.context.release_references()
     assert fake.driver.heap.find(place, 4) is None
     assert y.tolist()[0][0] == 1.0
 

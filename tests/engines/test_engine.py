@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import re
 import types
 import weakref
@@ -140,7 +141,7 @@ def test_contexts_use_memory_of_the_callers_and_share_compiled_kernels(fake: Tor
     gc.collect()
     engine.new_context()
     assert engine._config is config
-    assert engine.parts == (engine._runtime, engine._engine, engine._kernels, config)
+    assert engine.native_handles == (engine._runtime, engine._engine, engine._kernels, config)
 
 
 def test_flavours_without_kernels_compiled_at_run_time(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,3 +366,33 @@ def test_the_real_runtime_takes_the_logger(flavour: str, monkeypatch: pytest.Mon
     assert isinstance(found.logger, module.ILogger)
     with pytest.raises(TypeError):
         fake_tensorrt.Runtime(object())
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (
+            ["node_of_y", "  Reformatting CopyNode for Input Tensor 0"],
+            ["node_of_y", "Reformatting CopyNode for Input Tensor 0"],
+        ),
+        ([{"Name": "node_of_y", "LayerType": "gemm"}], ["node_of_y"]),
+        ([], []),
+    ],
+)
+def test_names_of_layers(fake: Torch, monkeypatch: pytest.MonkeyPatch, layers: list[Any], names: list[str]) -> None:
+    text = json.dumps({"Layers": layers, "Bindings": ["x", "y"]})
+    monkeypatch.setattr(fake_tensorrt.EngineInspector, "get_engine_information", lambda self, form: text)
+    engine = Engine(serialize("affine"))
+    assert engine.layers() == names
+    assert engine.layer_information() == text
+
+
+def test_a_tensorrt_without_an_inspector_has_no_layers(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(serialize("affine"))
+    monkeypatch.setattr(fake_tensorrt.EngineInspector, "get_engine_information", lambda self, form: None)
+    assert engine.layers() == []
+    monkeypatch.delattr(fake_tensorrt.ICudaEngine, "create_engine_inspector")
+    assert engine.layers() == []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines.header import Header, check_header, read_header
+from graphcache.engines.header import EngineHeader, check_header, read_header
 from graphcache.errors import EngineError, EngineFormatError, EngineVersionError
 from tests.engines.fake_tensorrt import serialize
 
@@ -23,7 +23,7 @@ def refusal(data: bytes, kind: type[EngineError]) -> str:
 @given(versions, st.integers(0, 2**64 - 1), st.binary(max_size=20))
 def test_reads_length_and_version(version: tuple[int, ...], nbytes: int, tail: bytes) -> None:
     data = serialize("affine", version=version, nbytes=nbytes)[:28] + tail
-    assert read_header(data) == Header(nbytes, ".".join(map(str, version)))
+    assert read_header(data) == EngineHeader(nbytes, ".".join(map(str, version)))
 
 
 @given(st.binary(max_size=60))

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from graphcache.engines import library as room
-from graphcache.engines.library import library, load_plugin_library, require_gpu, words
+from graphcache.engines import plugins
+from graphcache.engines.library import join_messages, library, require_gpu
+from graphcache.engines.plugins import load_plugin_library
 from graphcache.errors import ConfigError, EngineError, NoGpuError, TensorRTNotFoundError
+from tests.engines.test_gate import interrupted_at
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx", "tensorrt_lean")
 KEPT: list[Any] = []
@@ -67,7 +70,7 @@ def stand_in(name: str, version: str = "1.2.3") -> Any:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_found", {})
-    monkeypatch.setattr(room, "_plugins", set())
+    monkeypatch.setattr(plugins, "_plugins", set())
     monkeypatch.delenv("GRAPHCACHE_TENSORRT", raising=False)
     for name in FLAVOURS:
         monkeypatch.setitem(sys.modules, name, None)
@@ -261,12 +264,30 @@ def test_ctrl_c_inside_tensorrt_is_raised_afterwards(logger: Any) -> None:
         pass
 
 
-def test_words() -> None:
+@pytest.mark.parametrize("inner", [True, False])
+def test_ctrl_c_at_any_place_ends_the_collecting(logger: Any, caplog: pytest.LogCaptureFixture, inner: bool) -> None:
+    def collect() -> None:
+        with logger.collect():
+            if inner:
+                with logger.collect():
+                    pass
+
+    for step in range(1, 100):
+        come = interrupted_at(step, collect, room.__file__)
+        caplog.clear()
+        logger.log(Severity.ERROR, "said")
+        assert [record.levelname for record in caplog.records] == ["ERROR"], step
+        if not come:
+            break
+    assert 5 < step < 99
+
+
+def test_messages_in_one_line() -> None:
     echo = "[checkMacros.cpp::catchCudaError::229] Error Code 1"
-    assert words([]) == words(["", " \n"]) == "nothing"
-    assert words(["a\n  b.", "a b", "c"]) == "a b; c"
-    assert words(["Error 4", echo]) == "Error 4"
-    assert words([echo]) == echo
+    assert join_messages([]) == join_messages(["", " \n"]) == "nothing"
+    assert join_messages(["a\n  b.", "a b", "c"]) == "a b; c"
+    assert join_messages(["Error 4", echo]) == "Error 4"
+    assert join_messages([echo]) == echo
 
 
 class Loader:

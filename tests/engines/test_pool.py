@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.engines import allocator, context, engine, library
-from graphcache.engines.context import Context
+from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
-from graphcache.engines.pool import ContextPool
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch, installed

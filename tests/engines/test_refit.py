@@ -19,7 +19,7 @@ SCALE = {"scale.a": torch.tensor([5.0, 6.0]), "scale.b": torch.tensor([1.0, 1.0]
 
 
 def held(owner: Engine) -> dict[str, list[float]]:
-    return {name: value.tolist() for name, value in owner.parts[1]._weights.items()}
+    return {name: value.tolist() for name, value in owner.native_handles[1]._weights.items()}
 
 
 BEFORE = {"scale.a": [2.0, 3.0], "scale.b": [0.0, 0.0], "shift": [1.0, 1.0]}

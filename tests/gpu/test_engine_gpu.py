@@ -284,7 +284,7 @@ def test_output_allocator_runs_eagerly_with_a_reason(load):
     assert close(fast(x), networks.mlp8_reference(x))
 
 
-def test_grown_outputs_belong_to_the_caller(load):
+def test_allocated_outputs_belong_to_the_caller(load):
     engine = load("two_outputs")
     with graphcache.runtime.enable_output_allocator(engine):
         kept = []

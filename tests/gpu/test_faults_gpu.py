@@ -16,8 +16,7 @@ from graphcache import Reason
 from graphcache.cache.lru import GraphCache
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.capture import torch_recorder as record_torch
-from graphcache.engines.context import Context
-from graphcache.engines.pool import ContextPool
+from graphcache.engines.context import Context, ContextPool
 from graphcache.errors import CudaError, Refusal
 from graphcache.graphs import capture, driver, executables
 from graphcache.graphs.cuda import CudaGraph

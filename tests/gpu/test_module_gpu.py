@@ -79,7 +79,7 @@ def test_two_engines_with_torch_between_are_one_graph(load):
             assert torch.allclose(fast(x), model(x), rtol=1e-3, atol=1e-5)
     info = fast.cache_info()
     assert (info.captures, info.hits, info.eager) == (6, 12, {})
-    assert not fast.first._recorded_elsewhere
+    assert not fast.first._runner.recorded
 
 
 def test_one_engine_called_twice_in_a_graph(load):

@@ -16,9 +16,9 @@ from torch.export import Dim
 
 import graphcache
 from graphcache import EngineModule
-from graphcache.engines.probe import output_shapes
+from graphcache.engines.output_shapes import output_shapes
 from graphcache.errors import EngineVersionError, PackageError
-from graphcache.modules.operator import call_engine, unload_engines
+from graphcache.export.op_kernel import call_engine, unload_engines
 from tests.gpu.test_refit_gpu import outside_support
 
 if not torch.cuda.is_available():

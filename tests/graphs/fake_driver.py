@@ -1229,6 +1229,9 @@ class Torch:
             _cuda_beginAllocateCurrentThreadToPool=self.pools.begin,
             _cuda_endAllocateToPool=self.pools.end,
             _cuda_releasePool=self.pools.release,
+            _cuda_getCurrentRawStream=self.raw_stream,
+            # Devices are the CPU, which has no index.
+            _cuda_getDevice=lambda: None,
         )
         self.current_index = 0
         self.capability = (9, 0)

@@ -20,7 +20,7 @@ from graphcache import EngineModule, Reason
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.errors import ConfigError, EngineVersionError, ModeConflictError
 from graphcache.graphs import buffers
-from graphcache.modules import adopted, adoption, engine_controls
+from graphcache.modules import adopted, adoption
 from graphcache.modules.adopted import AdoptedEngine
 from graphcache.modules.foreign import described, is_foreign
 from graphcache.runtime import enable_cudagraphs, enable_output_allocator, weight_streaming
@@ -43,7 +43,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(*MODULES, engine_controls, adopted, adoption, patch=monkeypatch) as fake:
+    with installed(*MODULES, adopted, adoption, patch=monkeypatch) as fake:
         monkeypatch.setattr(fake.cuda, "device_count", lambda: 1, raising=False)
         yield prepare(fake, monkeypatch)
 

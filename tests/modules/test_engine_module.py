@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
+from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch import fast_path, preconditions
@@ -45,7 +46,7 @@ from graphcache.graphs import buffers, driver, verify
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
 from graphcache.modules import engine as room
-from graphcache.modules import engine_controls
+from graphcache.modules import engine_runner
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
@@ -53,12 +54,13 @@ from tests.graphs.fake_driver import Stream, Torch, Violation, address, installe
 from tests.helpers import dispatcher_of, graphs_of, in_threads, outcomes, reason, wrap_recorded
 
 SHORT = ("fresh", "into", "into", "change", "back", "set epoch")
-MODULES = (allocator, context, engine, library, verify, room, record_engine)
+MODULES = (allocator, context, engine, library, verify, room, engine_runner, record_engine)
 
 
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     fake_tensorrt.use(patch)
     patch.setattr(fake_tensorrt, "device", fake.driver)
+    patch.setattr(context_groups, "MAX_CHECK_SECONDS", float("inf"))
     patch.setattr(fast_path, "raw_stream", fake.raw_stream)
     for each in (preconditions, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)
@@ -352,9 +354,9 @@ def test_what_happened_while_tensorrt_asked_for_memory_is_told(
 
     def empty(*shape: Any, **options: Any) -> Tensor:
         if (
-            module._context is not None
+            module._runner.context is not None
             and options["dtype"] is torch.uint8
-            and "y" in module._context._growing._installed
+            and "y" in module._runner.context._allocators._installed
         ):
             raise error
         return real(*shape, **options)
@@ -901,8 +903,8 @@ def test_a_capture_of_the_callers(fake: Torch) -> None:
         x.fill_(5)
         driver.call("cuGraphLaunch", executable, handle)
         assert torch.equal(y, x * 3 + 1)
-    (recorded,) = module._recorded_elsewhere
-    assert recorded is not module._context
+    (recorded,) = module._runner.recorded
+    assert recorded is not module._runner.context
 
 
 def test_a_capture_of_the_callers_before_any_eager_call_is_refused_and_not_spoilt(fake: Torch) -> None:
@@ -1176,7 +1178,7 @@ def test_two_engines_are_one_graph(whole: Torch) -> None:
     )
     fast.close()
     for each in engines:
-        assert not each._recorded_elsewhere
+        assert not each._runner.recorded
         each.close()
     gc.collect()
     assert "graphs" not in whole.driver.leaked()
@@ -1193,7 +1195,7 @@ def test_one_engine_twice_in_a_graph(whole: Torch) -> None:
 
 
 def test_outputs_that_were_made_ahead_are_the_calls_own(whole: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_controls, "torch", whole)
+    monkeypatch.setattr(engine_runner, "torch", whole)
     modules = load("affine"), load("affine")
     x = rows(whole, 2)
     for module in modules:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, EngineModule
+from graphcache.engines.registry import traced_engines
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, EngineVersionError
 from graphcache.modules import engine_state
 from graphcache.modules.engine_state import bytes_of, tensor_of
-from graphcache.modules.operator import traced_engines
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes

@@ -15,7 +15,6 @@ import graphcache
 from graphcache import EngineModule, Reason
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.graphs import buffers, driver
-from graphcache.modules import engine_controls
 from tests.effort import share
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import dispatcher_of, graphs_of, outcomes
@@ -25,7 +24,7 @@ from tests.modules.test_engine_module import MODULES, load, numbers, prepare
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
     """Whole modules are captured by the driver, as they are where tensors lie on a CUDA device."""
-    with installed(*MODULES, engine_controls, patch=monkeypatch) as fake:
+    with installed(*MODULES, patch=monkeypatch) as fake:
         monkeypatch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
         monkeypatch.setattr(buffers, "torch", fake)
         yield prepare(fake, monkeypatch)
@@ -101,7 +100,7 @@ def test_its_memory_grows_and_never_shrinks(whole: Torch) -> None:
     seen = []
     for count in (4, 32, 2, 16, 32, 1):
         fast(whole.driver.heap.tensor([1.0] * count))
-        (allocator,) = engine._context._growing._allocators.values()
+        (allocator,) = engine._runner.context._allocators._allocators.values()
         seen.append(allocator.buffer.numel())
     assert seen == sorted(seen)
     assert seen[1] == seen[-1] >= 32 * 4
@@ -211,7 +210,7 @@ def test_inside_a_capture_of_the_callers_everything_enqueues_into_it(whole: Torc
 @settings(max_examples=share(30, 10))
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=1, max_size=12), st.booleans())
 def test_any_calls(steps: list[tuple[int, int]], excluded: bool) -> None:
-    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, engine_controls, patch=patch) as fake:
+    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
         patch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
         patch.setattr(buffers, "torch", fake)
         prepare(fake, patch)

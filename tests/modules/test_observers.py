@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache.errors import ConfigError
-from graphcache.modules import engine_controls
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, dispatcher_of, frozen, in_threads, mlp, same
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
@@ -38,7 +37,7 @@ class Notes:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(*MODULES, engine_controls, patch=monkeypatch) as fake:
+    with installed(*MODULES, patch=monkeypatch) as fake:
         yield prepare(fake, monkeypatch)
 
 

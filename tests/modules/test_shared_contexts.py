@@ -49,7 +49,7 @@ def captured(module: EngineModule, fake: Torch, *counts: int, **options: Any) ->
 
 
 def test_so_many_graphs_have_one_context(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_contexts, "MOST", 2)
+    monkeypatch.setattr(shared_contexts, "MAX_GRAPHS_PER_CONTEXT", 2)
     module = load("affine")
     fast = captured(module, fake, 1, 2, 3)
     assert (fast.cache_info().graphs, made_contexts(module)) == (3, 2)
@@ -57,8 +57,20 @@ def test_so_many_graphs_have_one_context(fake: Torch, monkeypatch: pytest.Monkey
     assert made_contexts(module) == 5
 
 
+def test_a_context_whose_check_takes_long_has_no_further_graphs(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_contexts, "MAX_CHECK_SECONDS", 0)
+    module = load("affine")
+    fast = captured(module, fake, 1, 2, 3, 4)
+    assert (fast.cache_info().graphs, made_contexts(module)) == (4, 4)
+    for start, count in enumerate([4, 1, 2, 3]):
+        x = rows(fake, count, start)
+        assert torch.equal(fast(x), x * 3 + 1)
+    fast.clear()
+    assert len(module.contexts) == 4
+
+
 def test_an_evicted_graph_makes_room_in_its_context(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_contexts, "MOST", 2)
+    monkeypatch.setattr(shared_contexts, "MAX_GRAPHS_PER_CONTEXT", 2)
     module = load("affine")
     fast = captured(module, fake, 1, 2, 3, max_graphs=2)
     before = made_contexts(module)
@@ -266,7 +278,7 @@ def test_any_sequence_of_shapes(calls: list[tuple[int, bool]], most: int, graphs
     calls = [(8 if 4 < count < 8 else count, cleared) for count, cleared in calls]
     with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
         prepare(fake, patch)
-        patch.setattr(shared_contexts, "MOST", most)
+        patch.setattr(shared_contexts, "MAX_GRAPHS_PER_CONTEXT", most)
         module = load("affine")
         fast = graphcache.wrap(module, max_graphs=graphs)
         for start, (count, cleared) in enumerate(calls):

@@ -9,14 +9,13 @@ import pytest
 from torch import nn
 
 from graphcache import EngineModule
-from graphcache.modules import engine_controls
 from tests.graphs.fake_driver import Torch, installed
 from tests.modules.test_engine_module import MODULES, load, prepare
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(*MODULES, engine_controls, patch=monkeypatch) as fake:
+    with installed(*MODULES, patch=monkeypatch) as fake:
         yield prepare(fake, monkeypatch)
 
 

@@ -17,7 +17,7 @@ from torch.export import Dim, export
 
 import graphcache
 from graphcache import EngineModule
-from graphcache.engines.expressions import OutputShapes, Size
+from graphcache.engines.output_shapes import OutputShapes, Size
 from graphcache.errors import (
     EngineError,
     EngineExecutionError,
@@ -26,9 +26,10 @@ from graphcache.errors import (
     InputDtypeError,
     InputRankError,
 )
+from graphcache.export import op_kernel
+from graphcache.export.op_kernel import call_engine, execute_engine, unload_engines
+from graphcache.export.op_schema import EngineSpec, describe_engine, read_spec
 from graphcache.graphs import native
-from graphcache.modules import operator
-from graphcache.modules.operator import Call, call_engine, execute_engine, read_call, unload_engines
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
 from tests.standins import Mixed, engines, in_a_new_process
@@ -138,7 +139,7 @@ def test_rules_that_are_given_are_not_looked_for(fake: Torch, monkeypatch: pytes
 
 
 def test_an_engine_that_updates_its_inputs_cannot_be_exported(fake: Torch) -> None:
-    with pytest.raises(EngineError, match="updates an input in place, which a traced program cannot say"):
+    with pytest.raises(EngineError, match="updates an input in place, which a traced program cannot express"):
         exported(EngineModule(serialize("cache")), torch.ones(3), dynamic=None)
 
 
@@ -221,11 +222,11 @@ def test_a_program_runs_the_module_that_was_traced_while_it_lives(fake: Torch) -
     module = mixed()
     program = exported(module, X).module()
     program(X)
-    assert operator._loaded == {}
+    assert op_kernel._loaded == {}
     del module
     gc.collect()
     assert torch.allclose(program(X), wanted(X))
-    assert len(operator._loaded) == 1
+    assert len(op_kernel._loaded) == 1
     assert unload_engines() == 1
     assert unload_engines() == 0
     assert torch.allclose(program(X), wanted(X))
@@ -236,7 +237,7 @@ def test_a_module_that_was_closed_leaves_the_program_its_bytes(fake: Torch) -> N
     program = exported(module, X).module()
     module.engine.close()
     assert torch.allclose(program(X), wanted(X))
-    assert len(operator._loaded) == 1
+    assert len(op_kernel._loaded) == 1
 
 
 def test_a_copy_with_other_weights_is_not_taken_for_the_module(fake: Torch, tmp_path: Path) -> None:
@@ -265,8 +266,8 @@ def test_an_engine_is_deserialised_once_for_all_calls_and_threads(fake: Torch, m
     module.close()
     del module
     made: list[Any] = []
-    load = operator._load
-    monkeypatch.setattr(operator, "_load", lambda *given: made.append(given) or load(*given))
+    load = op_kernel._load
+    monkeypatch.setattr(op_kernel, "_load", lambda *given: made.append(given) or load(*given))
     for _ in range(3):
         assert torch.allclose(execute_engine([X], data.clone(), text)[0], X * 3 + 1)
     assert len(made) == 1
@@ -303,7 +304,7 @@ def test_answers_require_no_gradients(fake: Torch) -> None:
 
 def described(module: EngineModule) -> str:
     module.output_shapes = OutputShapes(((Size(((1, ((0, 0),)),)), Size(plus=4)),)).text
-    return operator.describe_call(module)
+    return describe_engine(module)
 
 
 @pytest.mark.parametrize(
@@ -317,19 +318,19 @@ def described(module: EngineModule) -> str:
 def test_text_of_another_release(fake: Torch, change: dict[str, Any], message: str) -> None:
     tree = {**json.loads(described(EngineModule(serialize("affine")))), **change}
     with pytest.raises(EngineFormatError, match=message):
-        read_call(json.dumps(tree))
+        read_spec(json.dumps(tree))
 
 
 @given(st.one_of(st.text(max_size=20), st.sampled_from(["5", "[]", "null", "{}", '{"version": 1}'])))
 def test_text_that_is_none(text: str) -> None:
     with pytest.raises(EngineFormatError):
-        read_call(text)
+        read_spec(text)
 
 
 def test_a_call_is_written_and_read(fake: Torch) -> None:
     text = described(EngineModule(serialize("affine"), name="net"))
-    call, rules = read_call(text)
-    assert isinstance(call, Call)
+    call, rules = read_spec(text)
+    assert isinstance(call, EngineSpec)
     assert (call.text, call.name, call.inputs, call.outputs) == (text, "net", ["x"], ["y"])
     assert rules.of([(3, 4)]) == [(3, 4)]
 

@@ -10,7 +10,7 @@ import pytest
 
 import graphcache
 from graphcache import EngineModule
-from graphcache.engines import kept_kernels as kernels
+from graphcache.engines import kernel_cache
 from graphcache.engines.store import user_store
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, IRuntimeCache, serialize
@@ -69,7 +69,7 @@ def test_they_are_those_of_one_engine_version_and_device(fake: Torch, monkeypatc
     other = EngineModule(serialize("scaled"), keep_kernels=True)
     other(fake.driver.heap.tensor([1.0, 2.0]))
     other.close()
-    monkeypatch.setattr(kernels, "_device", lambda: "another")
+    monkeypatch.setattr(kernel_cache, "_device", lambda: "another")
     assert len(run(fake, 2)) == 1
     assert len({each.key for each in user_store().entries()}) == 3
 
@@ -79,7 +79,7 @@ def test_kernels_that_tensorrt_refuses_are_compiled_again(fake: Torch, caplog: p
     (entry,) = user_store().entries()
     user_store().put(entry.kind, entry.key, b"not what TensorRT wrote", entry.note)
     assert len(run(fake, 2)) == 1
-    assert "TensorRT refused the kernels that were kept for Affine; they are compiled again" in caplog.text
+    assert "compiled kernels that were kept for Affine were refused by TensorRT" in caplog.text
 
 
 def test_saving_while_it_serves(fake: Torch) -> None:
@@ -122,10 +122,10 @@ def test_a_folder_that_cannot_be_used_is_no_error(
 def test_nobody_waits_long_for_a_lock_that_another_holds(
     fake: Torch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(kernel_cache, "_LOCK_SECONDS", 0.05)
     module = EngineModule(serialize("affine"), keep_kernels=True)
     module(rows(fake, 2))
-    with user_store().lock(module.engine._kept.key):  # type: ignore[union-attr]
+    with user_store().lock(module.engine._own_kernels.key):  # type: ignore[union-attr]
         assert not module.save_kernels()
     assert "kernels cannot be kept" in caplog.text
     assert module.save_kernels()

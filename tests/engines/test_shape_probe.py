@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from graphcache.engines import allocator, context, engine, library, probe
+from graphcache.engines import allocator, context, engine, library
+from graphcache.engines import output_shapes as probe
 from graphcache.engines.engine import Engine
-from graphcache.engines.expressions import Size
-from graphcache.engines.probe import output_shapes
+from graphcache.engines.output_shapes import Size, output_shapes
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IO, NETWORKS, IExecutionContext, Network, serialize
 from tests.graphs.fake_driver import Torch, installed

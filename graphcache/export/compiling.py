@@ -1,4 +1,4 @@
-"""From a module of PyTorch to a cached engine in one call."""
+"""``graphcache.compile``: from a PyTorch module to a cached engine in one call."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import require_gpu
 from graphcache.errors import ConfigError, EngineBuildError, is_a, shown
+from graphcache.export.onnx_export import export, open_sizes, resized
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_source import Source
-from graphcache.modules.onnx_export import export, open_sizes, resized
 from graphcache.modules.progress import bar
 from graphcache.modules.transparent import is_training
 
 TOLERANCE = 5e-3
-"""Relative, of the norm: TensorRT multiplies in TF32 where torch may not, which alone makes 1e-3."""
+"""Relative error of the norm. TensorRT multiplies in TF32 where torch may not, which alone makes 1e-3."""
 
 
 def compile(
@@ -37,12 +37,12 @@ def compile(
 ) -> CachedModule:
     """A TensorRT engine of a module, behind a cache of CUDA graphs.
 
-    The module is exported (``torch.export``, then ONNX), built, loaded, and held against the module itself on the
-    examples and on the smallest and largest open sizes, before it is returned. The module is left as it was. Types are
-    those of the module: nothing is lowered to fp16 here, call ``module.half()`` before.
+    The module is exported (``torch.export``, then ONNX), and the engine built, loaded, and compared with the module on
+    the examples and on the smallest and largest open sizes. The module is left as it was. Types are those of the
+    module: for fp16 call ``module.half()`` before.
 
-    It needs a CUDA device, since an engine that nobody has run is nothing to return. Without one,
-    ``torch.onnx.export`` and :func:`graphcache.build` make an engine to be loaded elsewhere.
+    It needs a CUDA device, to compare. Without one, ``torch.onnx.export`` and :func:`graphcache.build` make an engine
+    to be loaded elsewhere.
 
     Args:
         module: In ``eval`` mode. It takes tensors, and returns a tensor or a tuple or list of tensors.
@@ -108,7 +108,7 @@ def compile(
 
 
 def compare(module: nn.Module, engine: EngineModule, inputs: Sequence[Tensor], tolerance: float) -> None:
-    """Hold an engine's answers against those of the module it was made of.
+    """Compare an engine's answers with those of the module it was made of.
 
     Raises:
         EngineBuildError: Naming the output and how far it is off.
@@ -167,4 +167,5 @@ def _examples(inputs: Sequence[Tensor], dims: Sequence[Mapping[int, Any]]) -> li
 
 
 def _flat(answer: Any) -> list[Tensor]:
+    """The outputs as a list."""
     return [answer] if isinstance(answer, Tensor) else list(answer)

@@ -13,7 +13,7 @@ from torch.export import Dim
 
 import graphcache
 from graphcache.errors import ConfigError, EngineBuildError
-from graphcache.modules.onnx_export import Exported, export, open_sizes, resized
+from graphcache.export.onnx_export import Exported, export, open_sizes, resized
 from tests.helpers import Fn, mlp, tensors
 
 onnx = pytest.importorskip("onnx")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines.expressions import OutputShapes, Size, fit
+from graphcache.engines.output_shapes import OutputShapes, Size, fit
 
 N, M = (0, 0), (1, 2)
 
@@ -163,10 +163,3 @@ def test_what_is_no_rule_raises_and_nothing_else(tree: Any) -> None:
 def test_damaged_text(text: str) -> None:
     with pytest.raises(ValueError):
         OutputShapes.read(text)
-
-
-def test_how_a_rule_reads() -> None:
-    assert str(Size(((2, (N, M)), (1, (M,))), -1, 4)) == (
-        "(2*input 0 axis 0*input 1 axis 2 + input 1 axis 2 + -1) // 4"
-    )
-    assert str(Size(plus=3)) == "3"

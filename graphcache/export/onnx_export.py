@@ -1,4 +1,4 @@
-"""From a module to an ONNX model with open sizes, by way of ``torch.export``."""
+"""Exports a module as an ONNX model with open sizes, through ``torch.export``."""
 
 from __future__ import annotations
 
@@ -149,16 +149,19 @@ def resized(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
 
 
 def _at(which: int, size: int, dim: Any) -> int:
+    """The smallest (0), usual (1) or largest (2) size of an axis."""
     return size if dim is None else (max(int(dim.min), 1), size, int(dim.max))[which]
 
 
 def _names(module: nn.Module, count: int) -> list[str]:
+    """Names of so many inputs, from the signature of ``forward``."""
     parameters = inspect.signature(module.forward).parameters.values()
     names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     return [*names[:count], *(f"input_{index}" for index in range(len(names), count))]
 
 
 def _shapes(module: nn.Module, dims: Sequence[Mapping[int, Any]]) -> Any:
+    """``dynamic_shapes`` of ``torch.export.export``, which wants those of ``*args`` in a tuple."""
     if not any(dims):
         return None
     parameters = inspect.signature(module.forward).parameters.values()
@@ -184,5 +187,6 @@ def _dim(where: str, name: str, sizes: Any) -> tuple[int, int, Any]:
 
 
 def _told(error: Exception) -> str:
+    """An exception of torch in one line of at most 1000 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:1000]}"

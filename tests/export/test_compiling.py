@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache.errors import ConfigError, EngineBuildError, NoGpuError
-from graphcache.modules import compiling
-from graphcache.modules.compiling import distance
+from graphcache.export import compiling
+from graphcache.export.compiling import distance
 from tests.engines.fake_tensorrt import IO, NETWORKS, Network, serialize
 from tests.graphs.fake_driver import Torch
 from tests.helpers import mlp, outcomes, tensors

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import graphcache
 from graphcache import Reason
-from graphcache.engines.kernels import RuntimeCache
+from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import ClosedError, ConfigError
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import DynamicShapesKernelSpecializationStrategy as Strategy
@@ -25,9 +25,7 @@ from tests.modules.test_engine_module import MODULES, load, numbers, prepare, ro
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    from graphcache.modules import engine_controls
-
-    with installed(*MODULES, engine_controls, patch=monkeypatch) as fake:
+    with installed(*MODULES, patch=monkeypatch) as fake:
         yield prepare(fake, monkeypatch)
 
 
@@ -105,10 +103,10 @@ def test_outputs_made_ahead_go_with_the_engine(fake: Torch) -> None:
     engine = load("affine")
     engine.set_pre_allocated_outputs(True)
     engine(rows(fake, 2))
-    assert engine._ahead is not None
-    assert engine._ahead._made
+    assert engine._runner.preallocated is not None
+    assert engine._runner.preallocated._made
     engine.close()
-    assert engine._ahead._made == []
+    assert engine._runner.preallocated._made == []
 
 
 def test_outputs_made_ahead_for_one_stream_serve_no_other(fake: Torch) -> None:

@@ -1,0 +1,1 @@
+"""From PyTorch to engines, and engines in traced programs: ONNX export, ``compile``, the operator of programs."""

@@ -1,0 +1,217 @@
+"""Eager runs of one engine, on the caller's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphcache.engines.context import ALIGNMENT, Context, LayoutPlan
+from graphcache.engines.engine import Engine
+from graphcache.engines.library import join_messages
+from graphcache.errors import EngineExecutionError
+from graphcache.graphs import driver
+from graphcache.graphs.lane import Lane, own_stream
+
+Layout = tuple[object, ...]
+"""Shapes, dtypes and devices of contiguous, aligned inputs, with what the choice of a profile depends on."""
+
+_MAX_PLANS = 1024
+"""Layouts of one engine that are remembered. One takes about a kilobyte."""
+
+
+class EngineCall(NamedTuple):
+    """One eager call.
+
+    Args:
+        inputs: Checked, or of a layout that has a plan.
+        profile: The optimisation profile that fits them.
+        layout: Their layout; ``None`` if it is not to be remembered.
+        plan: The plan of the layout, if it ran before.
+        allocator: Whether TensorRT allocates all outputs.
+    """
+
+    inputs: Sequence[Tensor]
+    profile: int
+    layout: Layout | None = None
+    plan: LayoutPlan | None = None
+    allocator: bool = False
+
+
+class EngineRunner:
+    """Runs an engine with one context. The first call of a layout is checked, later ones follow its plan.
+
+    The plan says which profile fits and which shapes the outputs have, so that TensorRT is asked for nothing and told
+    only what differs from the call before. Inputs on the host, of tensor subclasses, or that have to be copied have no
+    plan, nor have outputs that are allocated by TensorRT or written on the host.
+    """
+
+    def __init__(self) -> None:
+        self.profiler: Any = None
+        """An ``IProfiler`` for new contexts."""
+        self.preallocated: PreallocatedOutputs | None = None
+        self.context: Context | None = None
+        """The context of eager calls. The next capture of the caller's takes it over."""
+        self.recorded: list[Context] = []
+        """Contexts in graphs of the caller's, which may be replayed as long as the engine lives."""
+        self._plans: dict[Layout, LayoutPlan] = {}
+
+    def attach(self, engine: Engine, lane: Lane) -> None:
+        """Run this engine from now on, in the order of a lane."""
+        self._engine, self._lane = engine, lane
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop the context, all plans, and outputs that were made for the next call."""
+        self.context = None
+        self._plans.clear()
+        if self.preallocated is not None:
+            self.preallocated = PreallocatedOutputs()
+
+    def find(self, inputs: Sequence[Any], chosen: int | None) -> tuple[Layout | None, LayoutPlan | None]:
+        """The layout of inputs, and its plan if it ran before; ``None`` for inputs of a kind that has no plan.
+
+        Args:
+            inputs: As the caller gave them, not checked.
+            chosen: The optimisation profile that the caller chose, if any.
+        """
+        # The active profile is preferred if several fit.
+        found: list[object] = [chosen, self.context.profile if self.context is not None else 0]
+        try:
+            for value in inputs:
+                if type(value) is not Tensor or not value.is_contiguous():
+                    return None, None
+                address = value.data_ptr()
+                # Empty tensors, and those without memory, have none.
+                if not address or address % ALIGNMENT:
+                    return None, None
+                found += (value.shape, value.dtype, value.device)
+        except RuntimeError:
+            # Sparse, nested and vmapped tensors.
+            return None, None
+        layout = tuple(found)
+        return layout, self._plans.get(layout)
+
+    def run(self, call: EngineCall) -> list[Tensor]:
+        """Run the engine on the current stream; the outputs are the caller's.
+
+        Raises:
+            EngineExecutionError: If TensorRT refuses to run.
+        """
+        lane = self._lane
+        with lane.lock:
+            stream = torch._C._cuda_getCurrentRawStream(lane.index)
+            capturing = driver.is_capturing(stream)
+            context = self.context
+            if context is None:
+                context = self._new_context(capturing)
+            if capturing:
+                self.context = None
+                self.recorded.append(context)
+                return self._run_checked(context, call, stream, capturing=True)
+            run = self._run_planned if call.plan is not None else self._run_checked
+            if stream:
+                if stream != lane.stream:
+                    lane.enter(stream)
+                return run(context, call, stream)
+            # On the legacy default stream TensorRT would synchronise the device at every call.
+            caller, side = torch.cuda.current_stream(), own_stream(lane.index, "side")
+            side.wait_stream(caller)
+            lane.enter(side.cuda_stream)
+            try:
+                with torch.cuda.stream(side):
+                    outputs = run(context, call, side.cuda_stream)
+            finally:
+                caller.wait_stream(side)
+            for tensor in outputs:
+                if tensor.is_cuda:
+                    tensor.record_stream(caller)
+            return outputs
+
+    def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
+        """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""
+        made: list[Tensor | None] = []
+        for binding, shape in zip(self._engine.outputs, context.output_shapes(), strict=True):
+            if shape is None or (allocator and not binding.on_host):
+                made.append(None)
+            else:
+                device = torch.device("cpu") if binding.on_host else self._engine.device
+                made.append(torch.empty(shape, dtype=binding.dtype, device=device))
+        return made
+
+    def _new_context(self, capturing: bool) -> Context:
+        """A context with scratch memory of its own, which a capture of the caller's may take over."""
+        engine = self._engine
+        if capturing:
+            raise EngineExecutionError(
+                f"{engine.name}: the current stream is being captured, and the engine has never run eagerly, so that "
+                f"it has no context that could be captured; before the capture, call it once with these shapes under "
+                f"set_cudagraphs_mode(False)"
+            )
+        scratch = torch.empty(engine.scratch_bytes, dtype=torch.uint8, device=engine.device)
+        context = self.context = Context(engine, scratch)
+        if self.profiler is not None:
+            context.report_to(self.profiler)
+        return context
+
+    def _run_planned(self, context: Context, call: EngineCall, stream: int) -> list[Tensor]:
+        """Run inputs of a known layout, outside of captures."""
+        plan, engine = call.plan, self._engine
+        assert plan is not None
+        outputs = self.preallocated.take(plan.output_shapes, stream) if self.preallocated is not None else None
+        if outputs is None:
+            outputs = []
+            for binding, shape in zip(engine.outputs, plan.output_shapes, strict=True):
+                outputs.append(torch.empty(shape, dtype=binding.dtype, device=engine.device))
+        context.run(plan, call.inputs, outputs, stream)
+        if self.preallocated is not None:
+            self.preallocated.make(outputs, stream)
+        return outputs
+
+    def _run_checked(self, context: Context, call: EngineCall, stream: int, *, capturing: bool = False) -> list[Tensor]:
+        """Run checked inputs, and remember their layout."""
+        engine = self._engine
+        context.set_inputs(call.inputs, call.profile, stream)
+        ahead = None if capturing or call.allocator else self.preallocated
+        outputs: Sequence[Tensor | None] | None = ahead.take(context.output_shapes(), stream) if ahead else None
+        if outputs is None:
+            outputs = self.new_outputs(context, allocator=call.allocator)
+        context.set_outputs(outputs)
+        with engine.collect_errors() as said:
+            if not context.enqueue(stream):
+                context.check_allocated()
+                raise EngineExecutionError(f"{engine.name}: TensorRT refused to run: {join_messages(said)}")
+        if any(binding.on_host for binding in engine.outputs):
+            torch.cuda.current_stream().synchronize()
+        answer = [
+            context.allocated_output(binding.name) if value is None else value
+            for binding, value in zip(engine.outputs, outputs, strict=True)
+        ]
+        if call.layout is not None and not capturing and (plan := context.plan()) is not None:
+            if len(self._plans) >= _MAX_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[call.layout] = plan
+        context.release_references()
+        if self.preallocated is not None and not capturing:
+            self.preallocated.make(answer, stream)
+        return answer
+
+
+class PreallocatedOutputs:
+    """Outputs for the next call of an engine, made at the end of the one before."""
+
+    def __init__(self) -> None:
+        self._made: list[Tensor] = []
+        self._stream = 0
+
+    def take(self, shapes: Sequence[tuple[int, ...] | None], stream: int) -> list[Tensor] | None:
+        """The outputs that were made, if they are of these shapes and for this stream (a raw handle)."""
+        made, self._made = self._made, []
+        return made if made and self._stream == stream and [tuple(each.shape) for each in made] == [*shapes] else None
+
+    def make(self, like: Sequence[Tensor], stream: int) -> None:
+        """Make outputs like those of a call that was enqueued on the current stream."""
+        self._made = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in like]
+        self._stream = stream
