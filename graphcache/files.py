@@ -23,12 +23,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     most a file whose name begins with ``.graphcache-``, which nobody reads.
 
     Args:
-        path: In a directory that exists. A symbolic link is followed.
+        path: In a directory that exists. A symbolic link is replaced, not followed: somebody else may have made it.
 
     Raises:
         OSError: If it cannot be written.
     """
-    target = os.path.realpath(path)
+    target = os.path.abspath(path)
     directory = os.path.dirname(target)
     temporary = os.path.join(directory, f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)

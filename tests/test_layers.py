@@ -15,6 +15,7 @@ RANKS = {
     "config": 0,
     "events": 0,
     "version": 0,
+    "extras": 0,
     "files": 0,
     "compiled_library": 0,
     "cache": 2,

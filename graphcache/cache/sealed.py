@@ -37,7 +37,7 @@ def write_sealed(path: Path, kind: str, version: int, body: Any) -> None:
     """Write a file in one step, durably.
 
     Args:
-        path: Of the file; its directory must exist. A symbolic link is followed.
+        path: Of the file; its directory must exist. A symbolic link is replaced.
         kind: What the file holds, such as ``"graphcache.manifest"``.
         version: Of what it holds.
         body: What it holds, as JSON has it.

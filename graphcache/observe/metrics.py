@@ -12,11 +12,11 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from graphcache.errors import ConfigError, shown
+from graphcache.extras import optional
 from graphcache.modules.cached import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
 from graphcache.observe.counters import checked
-from graphcache.observe.extras import optional
 
 
 class Collector:

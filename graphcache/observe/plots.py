@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 from graphcache.observe.result import Result
 
 EAGER, GRAPH, CAPTURE = "#b45309", "#0f766e", "#4338ca"

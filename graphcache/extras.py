@@ -1,4 +1,4 @@
-"""Packages that are not installed with graphcache, imported where they are needed."""
+"""Optional packages, imported where they are needed."""
 
 from __future__ import annotations
 
