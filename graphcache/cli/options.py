@@ -39,7 +39,7 @@ seed_option = click.option(
 def _refuse_watch(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     """Say what replaces an option that was removed in 0.2.0."""
     if value:
-        raise click.UsageError("--watch was removed: the table at the end has hits, captures and eager calls.", ctx)
+        raise click.UsageError("--watch was removed: the summary at the end says how calls ended.", ctx)
 
 
 removed_watch_option = click.option(

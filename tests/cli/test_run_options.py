@@ -184,7 +184,7 @@ def test_the_last_line_is_the_verdict(run):
 def test_the_live_view_was_removed_which_is_said(run):
     found = run(*MLP, "--watch")
     assert found.exit_code == 2
-    assert "--watch was removed: the table at the end has hits, captures and eager calls." in found.stderr
+    assert "--watch was removed: the summary at the end says how calls ended." in found.stderr
 
 
 def test_nothing_is_left_of_files_when_answers_are_wrong(run, folder, monkeypatch):
