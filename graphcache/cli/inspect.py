@@ -26,10 +26,9 @@ from graphcache.cli.output import one_line, print_json, stdout, table
 from graphcache.cli.targets import Target, resolve
 from graphcache.engines.header import read_header
 from graphcache.engines.layers import layers_of
-from graphcache.errors import NoGpuError, Refusal
+from graphcache.errors import NoGpuError
 from graphcache.graphs.buffers import nbytes_of
 from graphcache.modules.controls import controls
-from graphcache.modules.described import described
 from graphcache.modules.factories import is_factory
 from graphcache.observe.breaks import find_capture_breaks
 
@@ -148,20 +147,16 @@ def _parameters(module: nn.Module) -> list[str]:
 def _capturable(found: Target, shapes: Sequence[Specs]) -> dict[str, Any]:
     """Whether calls can be captured: what the doctor finds, and what comes of capturing them."""
     generator = torch.Generator().manual_seed(0)
+    calls = [found.call(point, generator) for point in points(shapes)]
+    # Room for all of them, so that no graph is evicted before its memory is counted.
+    room = max(graphcache.GraphConfig.max_graphs, len(calls))
     why: list[str] = []
-    graphs = 0
-    with graphcache.wrap(found.module) as fast, torch.no_grad():
-        for point in points(shapes):
-            call = found.call(point, generator)
+    with graphcache.wrap(found.module, max_graphs=room, max_bytes=None) as fast, torch.no_grad():
+        for call in calls:
             if not isinstance(found.module, graphcache.EngineModule):
                 # An engine has no lines, and reads on the host what is part of its signature.
                 why += [one_line(str(each)) for each in find_capture_breaks(found.module, *call.args, **call.kwargs)]
-            try:
-                args, kwargs, signature, inputs = described(fast, call.args, call.kwargs)
-            except Refusal as refusal:
-                why.append(one_line(str(refusal.cause)))
-                continue
-            cause = fast._misses.prepare(signature, inputs, args, kwargs)
+            cause = controls(fast).try_capture(*call.args, **call.kwargs)
             if cause is not None and not why:
                 why.append(one_line(str(cause)))
         graphs = controls(fast).cache_info().nbytes

@@ -14,9 +14,8 @@ import click
 from graphcache import CachedModule, CacheInfo, Reason
 from graphcache.cli.targets import Call, Target
 from graphcache.cli.timing import difference, timed, timed_apart
-from graphcache.errors import GraphCacheError, Refusal
+from graphcache.errors import GraphCacheError
 from graphcache.modules.controls import controls
-from graphcache.modules.described import described
 from graphcache.modules.factories import raised
 from graphcache.observe.result import Measured
 
@@ -159,9 +158,5 @@ def outcome(before: CacheInfo, after: CacheInfo) -> str:
 
 def nbytes_of(fast: CachedModule, call: Call) -> int:
     """What the graph of a call owns, in bytes; 0 if there is none."""
-    try:
-        _, _, signature, _ = described(fast, call.args, call.kwargs)
-    except Refusal:
-        return 0
-    entry = fast._entries.get(signature)
-    return 0 if entry is None else entry.nbytes
+    graph = controls(fast).graph_for(*call.args, **call.kwargs)
+    return 0 if graph is None else int(graph.nbytes)

@@ -18,9 +18,10 @@ from graphcache.cache.manifest import Manifest
 from graphcache.cache.places import place_of
 from graphcache.cache.seen import Seen, advise_axes
 from graphcache.config import GraphConfig
-from graphcache.errors import CaptureError, ConfigError, Refusal, shown
+from graphcache.errors import CaptureError, Cause, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Subscriber, log
 from graphcache.graphs.buffers import put
+from graphcache.graphs.graph import Graph
 from graphcache.modules.arguments import arguments_of
 from graphcache.modules.bucketed import Bucketed
 from graphcache.modules.conditions import is_compiling
@@ -236,6 +237,39 @@ class Accounted(StandIn):
                 capture ...
         """
         return explain(self._whole, *args, **kwargs)
+
+    def graph_for(self, *args: Any, **kwargs: Any) -> Graph | None:
+        """The graph that answers such a call, or ``None``; without arguments the graph that was used last.
+
+        Example:
+            >>> from graphcache import CachedModule
+            >>> fast = CachedModule(nn.ReLU())
+            >>> _ = fast(torch.zeros(2))
+            >>> fast.graph_for(torch.ones(2)).nbytes, fast.graph_for(torch.ones(3))
+            (16, None)
+        """
+        if not args and not kwargs:
+            entry = max(list(self._entries.values()), key=lambda each: each.used, default=None)
+        else:
+            try:
+                entry = self._entries.get(described(self._whole, args, kwargs)[2])
+            except Refusal:
+                return None
+        return None if entry is None else entry.graph.graph
+
+    def try_capture(self, *args: Any, **kwargs: Any) -> Cause | None:
+        """Run a call eagerly and capture it; return why it has no graph, or ``None`` if it has one.
+
+        Example:
+            >>> from graphcache import CachedModule
+            >>> CachedModule(nn.Dropout()).try_capture(torch.zeros(2)).reason.value
+            'random'
+        """
+        try:
+            args, kwargs, signature, inputs = described(self._whole, args, kwargs)
+        except Refusal as refusal:
+            return refusal.cause
+        return self._misses.prepare(signature, inputs, args, kwargs)
 
     def advise_buckets(
         self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0
