@@ -246,7 +246,7 @@ class Accounted(StandIn):
             >>> fast = CachedModule(nn.ReLU())
             >>> _ = fast(torch.zeros(2))
             >>> fast.graph_for(torch.ones(2)).nbytes, fast.graph_for(torch.ones(3))
-            (16, None)
+            (8, None)
         """
         if not args and not kwargs:
             entry = max(list(self._entries.values()), key=lambda each: each.used, default=None)
