@@ -9,7 +9,7 @@ from graphcache.errors import ExtraNotFoundError
 
 EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "plots": ("matplotlib",),
+    "plots": ("jinja2", "matplotlib"),
     "metrics": ("prometheus_client",),
     "tensors": ("safetensors",),
     "nvtx": ("nvtx",),

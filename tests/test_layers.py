@@ -46,6 +46,7 @@ OWNERS = {
     "starlette": "serving",
     "safetensors": "package",
     "filelock": "engines",
+    "jinja2": "observe",
     "matplotlib": "observe",
     "nvtx": "observe",
     "prometheus_client": "observe",
