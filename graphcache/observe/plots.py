@@ -118,7 +118,7 @@ def _outcomes(figures: Any, result: Result) -> Any:
         return None
     counted = result.outcomes()
     rows = sorted(counted, key=lambda index: -counted[index].total())[:_MAX_ROWS]
-    kinds = [kind for kind in dict.fromkeys(["hit", "capture", *(call.outcome for call in result.calls)])]
+    kinds = list(dict.fromkeys(["hit", "capture", *(call.outcome for call in result.calls)]))
     greys = itertools.cycle(_GREYS)
     figure, axes = _figure(figures, 0.9 + 0.27 * len(rows))
     left = [0.0] * len(rows)

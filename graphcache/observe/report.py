@@ -13,7 +13,11 @@ from graphcache.observe.plots import plots
 from graphcache.observe.result import Measured, Result
 
 _HEADINGS = (
-    ("latencies", "Latency of hits", "The share of calls that took at most this long; the dots are the medians."),
+    (
+        "latencies",
+        "Latency of hits",
+        "The share of calls that took at most this long. The dots are the medians; the slowest calls may be off the plot.",
+    ),
     ("cumulative", "Time so far", "Captures included, in the order of the calls."),
     ("outcomes", "Outcomes of the calls", "By inputs, the most frequent first."),
     ("memory", "Memory of the graphs", "What each owned at the end of the run."),
