@@ -16,12 +16,13 @@ _HEADINGS = (
     (
         "latencies",
         "Latency of hits",
-        "The share of calls that took at most this long. The dots are the medians; the slowest calls may be off the plot.",
+        "The share of calls that took at most this long. Dots are medians; the slowest calls may be off the plot.",
     ),
     ("cumulative", "Time so far", "Captures included, in the order of the calls."),
     ("outcomes", "Outcomes of the calls", "By inputs, the most frequent first."),
     ("memory", "Memory of the graphs", "What each owned at the end of the run."),
 )
+_BY_NAME = {reason.value: reason for reason in Reason}
 _INPUTS = ("inputs", "hits", "captures", "eager", "eagerly", "graph", "capture", "bytes")
 _REASONS = ("reason", "calls", "what was seen", "what would change it")
 
@@ -96,7 +97,7 @@ def _reasons(result: Result) -> list[Sequence[str]]:
     """A row for each reason, the most frequent first."""
     counts = Counter(call.outcome for call in result.calls if call.outcome not in ("hit", "capture"))
     return [
-        (name, str(count), result.reasons.get(name, Reason(name).sentence), Reason(name).remedy)
+        (name, str(count), result.reasons.get(name, _BY_NAME[name].sentence), _BY_NAME[name].remedy)
         for name, count in counts.most_common()
     ]
 
