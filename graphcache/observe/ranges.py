@@ -17,24 +17,7 @@ from graphcache.modules.cached import CachedModule
 from graphcache.modules.controls import controls
 
 
-class Ranges:
-    """Ranges that are drawn until :meth:`close`; a context manager, which closes them."""
-
-    def __init__(self, undo: ExitStack) -> None:
-        self._undo = undo
-
-    def close(self) -> None:
-        """Draw no more ranges; a second call does nothing."""
-        self._undo.close()
-
-    def __enter__(self) -> Ranges:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
+def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> ExitStack:
     """Draw NVTX ranges around the captures and eager calls of a module and of its parts from now on.
 
     Args:
@@ -43,7 +26,7 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
             hooks keep it from the fast path.
 
     Returns:
-        The ranges, to be closed.
+        A context manager that ends it; so does its method ``close``.
 
     Raises:
         ConfigError: If ``module`` is not wrapped.
@@ -84,7 +67,7 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> Ranges:
 
         undo.callback(module.register_forward_pre_hook(before).remove)
         undo.callback(module.register_forward_hook(after, always_call=True).remove)
-    return Ranges(undo)
+    return undo
 
 
 def _functions() -> tuple[Callable[[str], object], Callable[[], object]]:

@@ -16,7 +16,7 @@ _HEADINGS = (
     (
         "latencies",
         "Latency of hits",
-        "The share of calls that took at most this long. Dots are medians; the slowest calls may be off the plot.",
+        "Share of calls that took at most this long. Dots: medians. The slowest may be off the plot.",
     ),
     ("cumulative", "Time so far", "Captures included, in the order of the calls."),
     ("outcomes", "Outcomes of the calls", "By inputs, the most frequent first."),

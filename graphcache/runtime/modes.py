@@ -53,23 +53,23 @@ def enable_cudagraphs(
     check_bool("enable_cudagraphs(strict=...)", strict)
     if cuda_graph_strategy is not None:
         RuntimeSettings(cuda_graph_strategy=cuda_graph_strategy)
-    is_wrapped = isinstance(compiled_module, CachedModule)
-    if is_wrapped and options:
-        name = controls(compiled_module).ledger.name
+    known = compiled_module if isinstance(compiled_module, CachedModule) else None
+    if known is not None and options:
+        name = controls(known).ledger.name
         raise ConfigError(f"{name} is wrapped already, so options have no effect; give them to wrap()")
     if strict and (names := _names_with_allocator(compiled_module)):
         raise ModeConflictError(
             f"CUDA graphs and a dynamic output allocator are incompatible, and {', '.join(names)} uses one; leave "
             f"strict=False to run it eagerly, or switch the allocator off"
         )
-    fast = compiled_module if is_wrapped else wrapped(compiled_module, GraphConfig.of(options))
+    fast = wrapped(compiled_module, GraphConfig.of(options)) if known is None else known
     whole = not isinstance(unwrapped(fast), EngineModule) and controls(fast).captures_whole
     token = modes.set(replace(modes.get(), graphs="whole_graph" if whole else "subgraph"))
     try:
         yield fast
     finally:
         modes.reset(token)
-        if not is_wrapped:
+        if known is None:
             controls(fast).close()
 
 
