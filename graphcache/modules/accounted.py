@@ -248,13 +248,14 @@ class Accounted(StandIn):
             >>> fast.graph_for(torch.ones(2)).nbytes, fast.graph_for(torch.ones(3))
             (8, None)
         """
-        if not args and not kwargs:
-            entry = max(list(self._entries.values()), key=lambda each: each.used, default=None)
-        else:
+        entry = max(list(self._entries.values()), key=lambda each: each.used, default=None)
+        if args or kwargs:
             try:
-                entry = self._entries.get(described(self._whole, args, kwargs)[2])
+                args, kwargs, signature, _ = described(self._whole, args, kwargs)
             except Refusal:
                 return None
+            padded = self._bucketed.target(signature, args, kwargs) if self._bucketed is not None else None
+            entry = self._entries.get(padded or signature)
         return None if entry is None else entry.graph.graph
 
     def try_capture(self, *args: Any, **kwargs: Any) -> Cause | None:
