@@ -161,14 +161,15 @@ def test_others_may_read_what_is_written_as_they_may_any_file(tmp_path):
     assert stat.S_IMODE(sealed.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-def test_a_symbolic_link_goes_on_pointing_to_the_file(tmp_path):
+def test_a_symbolic_link_is_replaced_and_what_it_led_to_stays(tmp_path):
     target, link = tmp_path / "there" / "file", tmp_path / "link"
     target.parent.mkdir()
+    target.write_bytes(b"somebody else's")
     link.symlink_to(target)
     write_sealed(link, "kind", 1, "body")
-    assert link.is_symlink()
-    assert read_sealed(target, "kind", 1) == "body"
-    assert [each.name for each in target.parent.iterdir()] == ["file"]
+    assert not link.is_symlink()
+    assert read_sealed(link, "kind", 1) == "body"
+    assert target.read_bytes() == b"somebody else's"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
