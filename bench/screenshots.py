@@ -25,7 +25,6 @@ from torch import Tensor, nn
 import graphcache
 from graphcache.cli import main as command_line
 from graphcache.cli.network import Policy
-from graphcache.cli.watch import view
 from graphcache.observe.report import page
 from graphcache.observe.result import read_result
 
@@ -96,15 +95,6 @@ def shoot(html: Path, path: Path) -> None:
         )
 
 
-def watched() -> RenderableType:
-    """The live view after mixed calls."""
-    fast = graphcache.wrap(Tracker(), max_graphs=4)
-    with torch.no_grad():
-        for rows in (1, 2, 1, 8, 4, 1, 2, 3, 16, 1, 2, 1, 3):
-            fast(torch.randn(rows, 48))
-    return view(fast)
-
-
 def explained() -> RenderableType:
     """What ``explain`` prints of a call that has no graph, and of one that has."""
     fast = graphcache.wrap(Policy(), max_graphs=4)
@@ -151,7 +141,7 @@ def drawn(shown: RenderableType, title: str) -> str:
     return text.replace("Fira Code", "DejaVu Sans Mono")
 
 
-VIEWS = {"watch": watched, "explain": explained, "doctor": examined}
+VIEWS = {"explain": explained, "doctor": examined}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

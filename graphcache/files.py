@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     most a file whose name begins with ``.graphcache-``, which nobody reads.
 
     Args:
-        path: In a directory that exists. A symbolic link is followed.
+        path: In a directory that exists. A symbolic link stays, and what it points to is replaced.
 
     Raises:
         OSError: If it cannot be written.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from graphcache.files import open_regular, replacing
+from graphcache.files import TEMPORARY, open_regular, replacing
 from tests.helpers import in_threads
 
 
@@ -43,16 +44,40 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_is_followed_and_the_mode_is_the_users(tmp_path: Path) -> None:
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_bytes(b"somebody else's")
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
     with replacing(tmp_path / "link") as file:
         file.write(b"new")
+    assert (tmp_path / "folder" / "file").read_bytes() == b"somebody else's"
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_bytes() == b"new"
+
+
+def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with replacing(tmp_path / "link" / "file") as file:
+        file.write(b"new")
     assert (tmp_path / "folder" / "file").read_bytes() == b"new"
-    assert (tmp_path / "link").is_symlink()
+
+
+def test_the_mode_is_the_users(tmp_path: Path) -> None:
+    with replacing(tmp_path / "file") as file:
+        file.write(b"new")
     mask = os.umask(0)
     os.umask(mask)
-    assert stat.S_IMODE((tmp_path / "folder" / "file").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_name_that_is_taken_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / "victim").write_bytes(b"somebody else's")
+    (tmp_path / f"{TEMPORARY}guessed.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError), replacing(tmp_path / "file"):
+        pytest.fail("it was opened")
+    assert (tmp_path / "victim").read_bytes() == b"somebody else's"
 
 
 def test_writers_at_once_leave_the_file_of_one_of_them(tmp_path: Path) -> None:

@@ -943,7 +943,7 @@ CURES: dict[str, Cure] = {
     ),
     # what a call does besides answering
     "writes are noticed before anything runs twice": Cure(
-        both(replace(effects, "written", nothing), replace(effects, "_written", lambda *_: None)),
+        both(replace(effects, "written", nothing), replace(effects, "_written", lambda *_: iter(()))),
         lambda: changed_otherwise(
             lambda self: self.parameter.add_(1), parameter=lambda: nn.Parameter(torch.zeros(1), requires_grad=False)
         ),
@@ -960,7 +960,7 @@ CURES: dict[str, Cure] = {
         EFFECTS + "test_an_effect_is_noticed_and_named[a buffer past PyTorch]",
     ),
     "attributes that change are noticed": Cure(
-        replace(effects, "_changed_objects", lambda *_: None),
+        replace(effects, "_changed_objects", lambda *_: iter(())),
         lambda: changed_otherwise(lambda self: setattr(self, "count", self.count + 1), count=int),
         EFFECTS + "test_state_is_changed_exactly_once_per_call[False-number]",
     ),
@@ -972,7 +972,7 @@ CURES: dict[str, Cure] = {
     "generators are noticed": Cure(
         both(
             replace(effects, "torch", Instead(torch, Generator=_No)),
-            replace(effects, "_changed_objects", lambda *_: None),
+            replace(effects, "_changed_objects", lambda *_: iter(())),
             replace(host, "torch", Instead(torch, Generator=_No)),
         ),
         _a_generator_of_its_own_runs_ahead,
@@ -980,7 +980,7 @@ CURES: dict[str, Cure] = {
     ),
     "context variables are noticed": Cure(
         both(
-            replace(effects, "_changed_process_state", lambda *_: None),
+            replace(effects, "_changed_process_state", lambda *_: iter(())),
             replace(code_nodes.VariableNode, "differs", _never),
         ),
         _a_context_variable_is_set_for_nobody,

@@ -20,7 +20,7 @@ import hashlib
 import random
 import sys
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,8 @@ from graphcache.keys.values import same
 
 MAX_CONTENTS = 64 << 20
 """Bytes of tensors on the CPU whose contents are compared before and after an observed run."""
+MAX_REPORTED = 64
+"""Changes of Python state that are reported."""
 
 
 @dataclass
@@ -75,12 +77,15 @@ class Watched:
         arguments: That of the arguments of the call.
         inputs: The tensors among the arguments, in the order of the call key.
         path_here: Names the submodule that is at work, for a message.
+        report: Told of every effect and of its operation, while that runs; of changes of state at the end, without an
+            operation. Otherwise only the first effect is looked for.
     """
 
     module: StateSnapshot
     arguments: StateSnapshot
     inputs: Sequence[Tensor]
     path_here: Callable[[], str]
+    report: Callable[[Cause, str], object] | None = None
 
 
 def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
@@ -95,7 +100,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     Raises:
         Exception: Whatever the call raises. It has had its effects then, as without an observer.
     """
-    host = HostActivity(watched.path_here)
+    host = HostActivity(watched.path_here, watched.report)
     operations = _Operations(watched, host)
     host.reads = not operations.devices
     host.entered, host.left = operations.enter_opaque, operations.leave_opaque
@@ -108,18 +113,23 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         during.enter_context(host)
         value = run(*args, **kwargs)
     cause, submodule = operations.cause, operations.submodule
-    if cause is None:
+    if cause is None or watched.report is not None:
         after = _process_state(operations.devices)
         if not operations.ran_opaque:
             # Every operation was seen. If none of them drew random numbers, another thread did.
             before["torch"] = after["torch"]
+    if watched.report is not None:
+        objects = _changed_objects(watched, MAX_REPORTED)
+        for change in (*_changed_process_state(before, after), *objects, *_written(watched, contents)):
+            watched.report(change, "")
+    if cause is None:
         cause, submodule = host.cause, host.submodule
-        cause = cause or _changed_process_state(before, after) or _changed_objects(watched)
+        cause = cause or next(_changed_process_state(before, after), None) or next(_changed_objects(watched, 1), None)
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
             submodule = ""
             cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
-        cause = cause or _written(watched, contents)
+        cause = cause or next(_written(watched, contents), None)
     return Effects(
         value,
         cause,
@@ -173,7 +183,7 @@ class _Operations(DispatchMode):
         self._host.paused = True
         try:
             if drawn and not all(map(torch.equal, generators, _generators(self.devices))):
-                self._note(Reason.RANDOM, str(func))
+                self._note(Reason.RANDOM, func, str(func))
             self._after(func, args, kwargs, leaves, out)
         finally:
             self._host.paused = False
@@ -181,10 +191,10 @@ class _Operations(DispatchMode):
 
     def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor]) -> None:
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            self._note(Reason.RANDOM, str(func))
+            self._note(Reason.RANDOM, func, str(func))
         for tensor in written(func, args, kwargs):
             if self._is_foreign(storage_of(tensor)):
-                self._note(Reason.MUTATES, self._place(tensor) or str(func))
+                self._note(Reason.MUTATES, func, self._place(tensor) or str(func))
         for tensor in leaves:
             address = storage_of(tensor)
             if self._is_foreign(address) and address not in self._inputs:
@@ -252,9 +262,13 @@ class _Operations(DispatchMode):
             f"args[{self._inputs[address]}]" if address in self._inputs else self._watched.module.path_of(tensor)
         )
 
-    def _note(self, reason: Reason, where: str) -> None:
+    def _note(self, reason: Reason, func: Any, where: str) -> None:
         # What an engine does with memory of its own is no change that a replay would leave out.
-        if self.cause is None and not is_unwatched.get():
+        if is_unwatched.get():
+            return
+        if self._watched.report is not None:
+            self._watched.report(Cause(reason, where), str(func))
+        if self.cause is None:
             self.cause = Cause(reason, where)
             if not where.startswith(("self", "args", "kwargs")):
                 self.submodule = self._watched.path_here()
@@ -286,17 +300,16 @@ def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:
     return found
 
 
-def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -> Cause | None:
+def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -> Iterator[Cause]:
     """Tensors that were written, by their version counters and contents."""
     for snapshot in (watched.module, watched.arguments):
         for node in snapshot.written():
             if not snapshot.ignores(node.path):
-                return Cause(Reason.MUTATES, node.path, "the tensor was written in place")
+                yield Cause(Reason.MUTATES, node.path, "the tensor was written in place")
     for path, tensor, before in contents:
         now = _bytes(tensor)
         if now.shape != before.shape or not torch.equal(now, before):
-            return Cause(Reason.MUTATES, path, "the tensor has other contents")
-    return None
+            yield Cause(Reason.MUTATES, path, "the tensor has other contents")
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -307,12 +320,11 @@ def _bytes(tensor: Tensor) -> Tensor:
     return memory.as_strided(shape, strides, tensor.storage_offset() * size)
 
 
-def _changed_objects(watched: Watched) -> Cause | None:
+def _changed_objects(watched: Watched, limit: int) -> Iterator[Cause]:
     """Python state that the call changed."""
     for snapshot in (watched.module, watched.arguments):
-        for change in snapshot.changes(limit=1):
-            return Cause(Reason.RANDOM if change.is_random else Reason.MUTATES, change.path, change.detail)
-    return None
+        for change in snapshot.changes(limit):
+            yield Cause(Reason.RANDOM if change.is_random else Reason.MUTATES, change.path, change.detail)
 
 
 def _process_state(devices: Sequence[int]) -> dict[str, Any]:
@@ -329,19 +341,19 @@ def _process_state(devices: Sequence[int]) -> dict[str, Any]:
     return found
 
 
-def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Cause | None:
+def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Cause]:
+    """Random generators, context variables and modes that the call changed."""
     if not all(map(torch.equal, before["torch"], after["torch"])):
-        return Cause(Reason.RANDOM, "torch", "the generator moved on")
+        yield Cause(Reason.RANDOM, "torch", "the generator moved on")
     for name in ("random", "numpy"):
         if name in before and before[name] != after[name]:
-            return Cause(Reason.RANDOM, name, "the generator moved on")
+            yield Cause(Reason.RANDOM, name, "the generator moved on")
     for variable, value in after["context"].items():
         old = before["context"].get(variable)
         if old is not value and not same(old, value):
-            return Cause(Reason.MUTATES, f"the context variable {variable.name!r}", "it was set")
+            yield Cause(Reason.MUTATES, f"the context variable {variable.name!r}", "it was set")
     if before["modes"] != after["modes"]:
-        return Cause(Reason.MUTATES, "the grad mode or default dtype", "it was set")
-    return None
+        yield Cause(Reason.MUTATES, "the grad mode or default dtype", "it was set")
 
 
 def _generators(devices: Sequence[int]) -> list[Tensor]:

@@ -81,9 +81,10 @@ class HostActivity:
 
     Args:
         path_here: Names the submodule that is at work.
+        report: Told of everything noticed, and of the function, while that runs.
     """
 
-    def __init__(self, path_here: Callable[[], str]) -> None:
+    def __init__(self, path_here: Callable[[], str], report: Callable[[Cause, str], object] | None = None) -> None:
         self.cause: Cause | None = None
         """The first thing noticed that no graph repeats."""
         self.submodule = ""
@@ -105,6 +106,7 @@ class HostActivity:
         self._kinds: dict[type, int] = {}
         self._acquired: list[int] = []
         self._path_here = path_here
+        self._report = report
 
     def __enter__(self) -> HostActivity:
         sys.setprofile(self._event)
@@ -186,8 +188,13 @@ class HostActivity:
                 self._note(Reason.HOST_READ, "lock.release", "another thread is let go on")
 
     def _note(self, reason: Reason, where: str, detail: str = "") -> None:
-        if self.cause is None and not _is_compiling():
-            self.cause, self.submodule = Cause(reason, where, detail), self._path_here()
+        if (self.cause is not None and self._report is None) or _is_compiling():
+            return
+        cause = Cause(reason, where, detail)
+        if self._report is not None:
+            self._report(cause, where)
+        if self.cause is None:
+            self.cause, self.submodule = cause, self._path_here()
 
 
 def _ignore(*_: object) -> None:

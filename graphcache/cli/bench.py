@@ -19,6 +19,7 @@ from graphcache.cli.options import (
     include_option,
     json_option,
     points,
+    removed_watch_option,
     seed_option,
     shapes_option,
     strategy_option,
@@ -38,7 +39,6 @@ from graphcache.cli.summary import summary_of, tabulated
 from graphcache.cli.targets import Target, resolve
 from graphcache.cli.timing import spread
 from graphcache.cli.verdict import Verdict, verdict
-from graphcache.cli.watch import Watch
 from graphcache.modules.controls import controls
 from graphcache.observe.result import Inputs, Result
 
@@ -58,7 +58,7 @@ from graphcache.observe.result import Inputs, Result
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the result, for graphcache report."
 )
-@click.option("--watch", is_flag=True, help="Show the cache on stderr while it runs.")
+@removed_watch_option
 @device_option
 @strategy_option
 @include_option
@@ -72,7 +72,6 @@ def bench(
     max_graphs: int | None,
     max_bytes: int | None,
     output: Path | None,
-    watch: bool,
     device: str | None,
     strategy: str,
     include: Sequence[str],
@@ -101,17 +100,15 @@ def bench(
     with (
         graphcache.wrap(found.module, **options) as fast,
         torch.no_grad(),
-        progress("" if watch else "Running") as show,
-        Watch(fast, enabled=watch) as seen,
+        progress("Running") as show,
     ):
         causes = Causes(fast, *controls(fast).parts.values())
         traffic = []
         for index, number in enumerate(_traffic(len(made), calls, seed)):
-            if not watch and index % 64 == 0:
+            if index % 64 == 0:
                 show(f"Call {index + 1} of {calls}")
             with refused(found, made[number]):
                 traffic.append((number, turn(found, fast, made[number], graph_first=index % 2 == 0)[0]))
-            seen.update()
         held = tuple(Inputs(call.label, nbytes_of(fast, call)) for call in made)
     names = dict.fromkeys(each.outcome for _, each in traffic if each.outcome not in ("hit", "capture"))
     tensorrt = any(isinstance(part, graphcache.EngineModule) for part in found.module.modules())

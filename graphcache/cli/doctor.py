@@ -26,9 +26,9 @@ from graphcache.cli.options import ShapesCommand, Specs, device_option, json_opt
 from graphcache.cli.output import ComparisonFailed, one_line, print_json, progress, stdout, table
 from graphcache.engines.library import Flavour, library, require_gpu
 from graphcache.errors import CudaError, GraphCacheError, NoGpuError, TensorRTNotFoundError
+from graphcache.extras import EXTRAS as EXTRAS
 from graphcache.factories import raised
 from graphcache.graphs import driver
-from graphcache.observe.extras import EXTRAS as EXTRAS
 
 Verdict = Literal["ok", "warning", "failed", "not here"]
 

@@ -146,11 +146,12 @@ def _parameters(module: nn.Module) -> list[str]:
 def _capturable(found: Target, shapes: Sequence[Specs]) -> dict[str, Any]:
     """Whether calls can be captured: what the doctor finds, and what comes of capturing them."""
     generator = torch.Generator().manual_seed(0)
+    calls = [found.call(point, generator) for point in points(shapes)]
+    # Room for all of them, so that no graph is evicted before its memory is counted.
+    room = max(graphcache.GraphConfig.max_graphs, len(calls))
     why: list[str] = []
-    graphs = 0
-    with graphcache.wrap(found.module) as fast, torch.no_grad():
-        for point in points(shapes):
-            call = found.call(point, generator)
+    with graphcache.wrap(found.module, max_graphs=room, max_bytes=None) as fast, torch.no_grad():
+        for call in calls:
             if not isinstance(found.module, graphcache.EngineModule):
                 # An engine has no lines, and reads on the host what is part of its signature.
                 why += [one_line(str(each)) for each in find_capture_breaks(found.module, *call.args, **call.kwargs)]

@@ -14,8 +14,8 @@ import torch
 import graphcache
 from graphcache.engines.library import Flavour, library
 from graphcache.errors import CudaError, GraphCacheError
+from graphcache.extras import EXTRAS
 from graphcache.graphs import driver
-from graphcache.observe.extras import EXTRAS
 
 _DISTRIBUTIONS = {"prometheus_client": "prometheus-client"}
 VARIABLES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +106,6 @@ def measure(
     iterations: int,
     duration: float,
     warm_up: int,
-    show: Callable[[], object],
 ) -> Turns:
     """Make one call again and again.
 
@@ -117,7 +116,6 @@ def measure(
         iterations: How often at least it is measured.
         duration: For how many seconds at least.
         warm_up: How often it is made beforehand.
-        show: Called between calls.
 
     Raises:
         click.ClickException: If the module raises.
@@ -128,12 +126,10 @@ def measure(
         gathered = Turns(call, first, answer=answer)
         for _ in range(warm_up):
             turn(found, fast, call)
-            show()
         end = time.monotonic() + duration
         while len(gathered.turns) < iterations or time.monotonic() < end:
             each, gathered.answer = turn(found, fast, call)
             gathered.turns.append(each)
-            show()
     return gathered
 
 
@@ -163,4 +159,4 @@ def outcome(before: CacheInfo, after: CacheInfo) -> str:
 def nbytes_of(fast: CachedModule, call: Call) -> int:
     """What the graph of a call owns, in bytes; 0 if there is none."""
     graph = controls(fast).graph_for(*call.args, **call.kwargs)
-    return 0 if graph is None else graph.nbytes
+    return 0 if graph is None else int(graph.nbytes)

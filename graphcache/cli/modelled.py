@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from graphcache.cli.output import one_line
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 
 FORBIDDING = {
     "NonZero": "the shape of its output depends on the values",

@@ -36,6 +36,17 @@ seed_option = click.option(
 )
 
 
+def _refuse_watch(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Say what replaces an option that was removed in 0.2.0."""
+    if value:
+        raise click.UsageError("--watch was removed: the summary at the end says how calls ended.", ctx)
+
+
+removed_watch_option = click.option(
+    "--watch", is_flag=True, hidden=True, expose_value=False, callback=_refuse_watch, help="Removed."
+)
+
+
 class ShapesType(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
     """The type of an option that takes shapes."""
 

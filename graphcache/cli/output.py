@@ -7,9 +7,8 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +23,7 @@ from graphcache.cli.timing import Latency
 from graphcache.engines.library import library
 from graphcache.errors import GraphCacheError
 from graphcache.events import Event, RanEagerly
+from graphcache.files import replacing
 from graphcache.modules.controls import controls
 
 _PLAIN_WIDTH = 120
@@ -80,21 +80,16 @@ def writing(target: Path, option: str) -> Iterator[IO[bytes]]:
     """
     if target.is_dir():
         raise click.ClickException(f"{target} is a directory; choose another {option}")
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise unwritable(target, option, error) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
+    with ExitStack() as replaced:
         try:
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(target)
+            file = replaced.enter_context(replacing(target))
         except OSError as error:
             raise unwritable(target, option, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield file
+        try:
+            replaced.close()
+        except OSError as error:
+            raise unwritable(target, option, error) from error
 
 
 def check_writable(target: Path | None, option: str) -> None:
@@ -116,12 +111,6 @@ def check_writable(target: Path | None, option: str) -> None:
 def unwritable(target: Path, option: str, error: OSError) -> click.ClickException:
     """What to raise when a file cannot be written."""
     return click.ClickException(f"{target} cannot be written ({error.strerror}); choose another {option}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from graphcache.cli.build import check_onnx
 from graphcache.cli.output import one_line
 from graphcache.cli.targets import Call
 from graphcache.cli.timing import RELATIVE
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 
 
 class OnnxRuntime:

@@ -20,6 +20,7 @@ from graphcache.cli.options import (
     include_option,
     json_option,
     points,
+    removed_watch_option,
     seed_option,
     shapes_option,
     strategy_option,
@@ -41,7 +42,6 @@ from graphcache.cli.reference import OnnxRuntime
 from graphcache.cli.targets import Target, resolve
 from graphcache.cli.timing import spread
 from graphcache.cli.verdict import Verdict, verdict
-from graphcache.cli.watch import Watch
 from graphcache.modules.controls import controls
 from graphcache.observe.result import Inputs, Result
 
@@ -100,7 +100,7 @@ from graphcache.observe.result import Inputs, Result
     metavar="FILE",
     help="Write every measured call as JSON, for graphcache report.",
 )
-@click.option("--watch", is_flag=True, help="Show the cache on stderr while it runs.")
+@removed_watch_option
 @device_option
 @strategy_option
 @include_option
@@ -118,7 +118,6 @@ def run(
     compare: Literal["eager", "onnxruntime"],
     onnx: Path | None,
     export_times: Path | None,
-    watch: bool,
     device: str | None,
     strategy: str,
     include: Sequence[str],
@@ -154,13 +153,11 @@ def run(
     with (
         graphcache.wrap(found.module, **options) as fast,
         torch.no_grad(),
-        progress("" if watch else "Running") as show,
-        Watch(fast, enabled=watch) as seen,
+        progress("Running") as show,
     ):
         causes = Causes(fast, *controls(fast).parts.values())
         for call in calls:
-            if not watch:
-                show(f"Running {call.label}")
+            show(f"Running {call.label}")
             rows.append(
                 measure(
                     found,
@@ -169,7 +166,6 @@ def run(
                     iterations=iterations,
                     duration=duration,
                     warm_up=warm_up,
-                    show=seen.update,
                 )
             )
         held = tuple(Inputs(row.call.label, nbytes_of(fast, row.call)) for row in rows)

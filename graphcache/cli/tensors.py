@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.cli.output import one_line, writing
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 
 
 def load_inputs(path: Path) -> dict[str, Tensor]:

@@ -86,12 +86,11 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
 
 def timed_apart(call: Callable[[], Any], device: torch.device) -> tuple[Any, int, int]:
     """The same, with what it took the host to enqueue the call as the last."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
-    wait()
+    _wait(device)
     start = time.perf_counter_ns()
     answer = call()
     enqueued = time.perf_counter_ns()
-    wait()
+    _wait(device)
     return answer, time.perf_counter_ns() - start, enqueued - start
 
 
@@ -122,5 +121,7 @@ def _tolerance(tensor: Tensor) -> float:
     return RELATIVE * float(tensor.double().nan_to_num(posinf=0.0, neginf=0.0).abs().max())
 
 
-def _nothing() -> None:
-    pass
+def _wait(device: torch.device) -> None:
+    """Wait until a device is idle. The current device may be another one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

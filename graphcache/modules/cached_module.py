@@ -391,9 +391,12 @@ class CachedModule(StandIn):
             entry = max(list(state.graphs.entries.values()), key=lambda each: each.used, default=None)
         else:
             try:
-                entry = state.graphs.entries.get(state.dispatcher.target.describe(args, kwargs).key)
+                call = state.dispatcher.target.describe(args, kwargs)
             except Refusal:
                 return None
+            padding = state.dispatcher.padding
+            padded = None if padding is None else padding.target(call)
+            entry = state.graphs.entries.get(padded or call.key)
         return None if entry is None else entry.graph.graph
 
     def try_capture(self, *args: Any, **kwargs: Any) -> Cause | None:

@@ -1,12 +1,7 @@
-"""What in a module forbids a graph, with the line that does it; found by one eager call, on the CPU as well.
-
-On the CPU the tensors of the call, and the module's own, are taken for tensors of a device: what the call makes without
-saying where lies on the host then, as it would with CUDA, and moving from one to the other is a copy.
-"""
+"""Every operation of a call that prevents a graph, found by one observed eager call."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,35 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphcache.capture.effects import Watched, observe, snapshot_of
+from graphcache.capture.host_activity import is_available
 from graphcache.config import graphs_off
-from graphcache.errors import ConfigError, Refusal
+from graphcache.errors import ConfigError, Reason, Refusal
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.keys.call_key import describe, substitute
+from graphcache.keys.guards import ModuleGuard
+from graphcache.keys.script_state import script_constants
+from graphcache.keys.state_snapshot import StateSnapshot
+from graphcache.keys.state_walk import StateTooLarge
+from graphcache.keys.values import Unobservable
 from graphcache.modules.cached_module import CachedModule
+from graphcache.modules.controls import controls
+from graphcache.modules.module_guards import keeps_its_own_state
 from graphcache.observe.findings import Break as Break
-from graphcache.observe.findings import Findings, tensors_in
-from graphcache.observe.watching import Functions, Operations
+from graphcache.observe.findings import Findings, Place
+from graphcache.observe.watching import Functions, Operations, Placement, tensors_in
 
 
 def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Break]:
-    """Every operation of one call that forbids a graph of it, in the order of their first occurrence.
+    """Every operation of one call that prevents a graph of it, in the order of their first occurrence.
 
-    The module is called once, eagerly, on copies of the tensors; each find is noted and the call goes on. What it does
-    to itself (running statistics, counters) happens as in any call; random numbers are drawn from a copy of the
-    generators. Found is what this call does: a branch that it does not take is not looked into. Gradients, which are no
-    operation, are for ``explain`` to tell.
+    The module is called once, eagerly, on copies of the tensors, and is observed as the first call of a wrapped module
+    is; all effects are noted, not only the first. Random numbers are drawn from a copy of the generators; other effects
+    on the module (running statistics, counters) happen as in any call. A branch that the call does not take is not
+    looked into. Gradients are not an operation; ``explain`` tells about them.
 
     Args:
-        module: Any module; a wrapped one is looked into without its graphs.
+        module: Any module. A wrapped module is looked into without its graphs.
         args: Positional arguments of the call.
         kwargs: Keyword arguments.
 
     Returns:
-        One :class:`Break` for each line, operation and reason; nothing if the call can be captured as far as it shows.
+        One :class:`Break` for each line, operation and reason; an empty list if nothing was found.
 
     Raises:
-        ConfigError: If ``module`` is no module.
+        ConfigError: If ``module`` is not a module, or a profiler uses the profile hook of the interpreter.
         Exception: Whatever the module raises for these arguments.
 
     Example:
@@ -52,34 +56,50 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         >>> [(found.reason.value, found.operation) for found in find_capture_breaks(Scaled(), torch.ones(3))]
         [('host_read', 'Tensor.item')]
     """
+    ignore: Sequence[str] = ()
     if isinstance(module, CachedModule):
-        module = module._module
+        ignore, module = controls(module).config.ignore, controls(module).module
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
+    if not is_available():
+        raise ConfigError("a profiler uses sys.setprofile, which find_capture_breaks needs; stop the profiler first")
     try:
-        _, inputs = describe(args, kwargs)
-        inputs = _copies(inputs)
+        inputs: Sequence[Tensor] = _copies(describe(args, kwargs)[1])
         args, kwargs = substitute(args, kwargs, inputs)
     except Refusal:
-        # Something that cannot be copied; then the call is made with what was given.
+        # An argument cannot be copied; the call gets what was given.
         inputs = tensors_in((args, kwargs))
-    findings = Findings(module, inputs, sys._getframe())
-    before = findings.attributes()
-    devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
+    findings, placement = Findings(module, find_capture_breaks.__code__), Placement([*inputs, *_state(module)])
+    try:
+        state = ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state).snapshot(), snapshot_of(args, kwargs)
+    except (StateTooLarge, Unobservable) as error:
+        # Calls of the module run eagerly for that. The operations are looked at all the same.
+        findings.add(Break(Reason.UNOBSERVED, "the state", Place(), str(error), Reason.UNOBSERVED.remedy))
+        state = StateSnapshot([]), StateSnapshot([])
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with Functions(findings, placement), Operations(findings, placement):
+            return module(*args, **kwargs)
+
     with ExitStack() as during:
-        during.enter_context(torch.random.fork_rng(devices))
+        during.enter_context(torch.random.fork_rng({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda}))
         during.enter_context(graphs_off())
         during.enter_context(compiled_runs_eagerly())
-        # What TorchScript does to optimise a module is no part of the call: it compares the constants.
+        # TorchScript optimises a module while it runs, and compares its constants for that.
         during.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
-        during.enter_context(Functions(findings))
-        during.enter_context(Operations(findings))
-        module(*args, **kwargs)
-    findings.compare(before)
+        observe(call, args, kwargs, Watched(*state, inputs, str, findings.effect))
     return list(findings.found.values())
 
 
+def _state(module: nn.Module) -> list[Tensor]:
+    """The tensors that ``module.cuda()`` moves."""
+    scripts = [each for each in module.modules() if isinstance(each, torch.jit.ScriptModule)]
+    constants = [tensor for each in scripts for tensor in script_constants(each)]
+    return [*module.parameters(), *module.buffers(), *constants]
+
+
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the inputs, which require gradients where the inputs do."""
     copies = static_copies(tensors)
     for tensor, copy in zip(tensors, copies, strict=True):
         if tensor.requires_grad and torch.is_grad_enabled():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from inspect import Signature as Function
 
 from graphcache.dispatch.argument_names import arguments_of
 from graphcache.errors import ConfigError, shown
@@ -12,20 +11,19 @@ from graphcache.events import Captured, Event
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
-from graphcache.modules.info import CacheInfo
 
 _COUNTED = ("hits", "captures", "evictions", "eager", "padded")
-_TOLD = 8
+_MAX_TOLD = 8
 
 
 class Counters:
-    """The counters of one wrapped module, and of the parts that it captures one by one.
+    """The counters of a wrapped module, and of the parts that it captures one by one.
 
     Args:
         module: The wrapped module.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If ``module`` is not wrapped.
 
     Example:
         >>> import torch, graphcache
@@ -36,23 +34,26 @@ class Counters:
     """
 
     def __init__(self, module: CachedModule) -> None:
-        self._module = checked(module)
+        self._controls = controls(module)
+        self._module = module
 
     def read(self) -> dict[str, int]:
         """``hits``, ``captures``, ``evictions``, ``eager`` and ``padded`` so far."""
-        return _counts(controls(self._module).cache_info())
+        info = self._controls.cache_info()
+        return {name: sum(info.eager.values()) if name == "eager" else getattr(info, name) for name in _COUNTED}
 
     @contextmanager
     def expect(self, **counts: int) -> Iterator[None]:
-        """Raise at the end of the block unless exactly so many were counted in it; what is not named may be anything.
+        """Raise at the end of the block unless exactly so many were counted in it.
 
         Args:
-            counts: ``hits``, ``captures``, ``evictions``, ``eager`` (all reasons together) or ``padded``.
+            counts: ``hits``, ``captures``, ``evictions``, ``eager`` (all reasons together) or ``padded``. The others
+                may be anything.
 
         Raises:
-            ConfigError: For another name, or what is no count; at once.
-            AssertionError: If it was otherwise, with what was counted and what the captures were of. An exception of
-                the block goes through instead.
+            ConfigError: For another name, or for what is not a count; before the block.
+            AssertionError: If other numbers were counted, with the captured calls. An exception of the block has
+                precedence.
         """
         for name, count in counts.items():
             if name not in _COUNTED:
@@ -61,27 +62,26 @@ class Counters:
         if not counts:
             raise ConfigError("nothing is expected; name a counter, such as expect(captures=2)")
         before = self.read()
-        captured: list[str] = []
-        with _heard(self._module, captured):
+        with _captures(self._module) as captured:
             yield
         after = self.read()
         seen = {name: after[name] - before[name] for name in counts}
         if seen != counts:
             wanted, got = (", ".join(f"{name}={count}" for name, count in each.items()) for each in (counts, seen))
-            raise AssertionError(f"{controls(self._module).ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
+            raise AssertionError(f"{self._controls.ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
 
 
 @contextmanager
 def assert_max_captures(module: CachedModule, most: int) -> Iterator[None]:
-    """Raise at the end of the block if it captured more graphs than it should, parts included.
+    """Raise at the end of the block if more graphs were captured in it, those of parts included.
 
     Args:
         module: A wrapped module.
-        most: How many captures are right.
+        most: The largest number of captures.
 
     Raises:
-        ConfigError: If ``module`` is not wrapped or ``most`` is no count; at once.
-        AssertionError: If there were more, naming the signatures. An exception of the block goes through instead.
+        ConfigError: If ``module`` is not wrapped or ``most`` is not a count; before the block.
+        AssertionError: If there were more, with the captured calls. An exception of the block has precedence.
 
     Example:
         >>> import torch, graphcache
@@ -89,58 +89,46 @@ def assert_max_captures(module: CachedModule, most: int) -> Iterator[None]:
         >>> with assert_max_captures(fast, 1):
         ...     _ = fast(torch.zeros(3)), fast(torch.ones(3))
     """
-    checked(module)
+    counters = Counters(module)
     _check_count("most", most)
-    before = controls(module).cache_info().captures
-    captured: list[str] = []
-    with _heard(module, captured):
+    before = counters.read()["captures"]
+    with _captures(module) as captured:
         yield
-    seen = controls(module).cache_info().captures - before
+    seen = counters.read()["captures"] - before
     if seen > most:
-        raise AssertionError(
-            f"{controls(module).ledger.name}: expected at most {most} captures; saw {seen}{_told(captured)}"
-        )
-
-
-def checked(module: CachedModule) -> CachedModule:
-    """The module itself.
-
-    Raises:
-        ConfigError: If it is not wrapped.
-    """
-    if not isinstance(module, CachedModule):
-        raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
-    return module
-
-
-def _counts(info: CacheInfo) -> dict[str, int]:
-    return {name: sum(info.eager.values()) if name == "eager" else getattr(info, name) for name in _COUNTED}
+        name = controls(module).ledger.name
+        raise AssertionError(f"{name}: expected at most {most} captures; saw {seen}{_told(captured)}")
 
 
 def _check_count(name: str, count: object) -> None:
+    """Raise for anything but a whole number from 0 on."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ConfigError(f"{name}={shown(count)}: expected a whole number, 0 or more")
 
 
 @contextmanager
-def _heard(module: CachedModule, captured: list[str]) -> Iterator[None]:
-    """Inside, what is captured is written down in words."""
+def _captures(module: CachedModule) -> Iterator[list[str]]:
+    """A list to which every captured call of a module and of its parts is added, in words."""
+    captured: list[str] = []
 
-    def hearer(names: Function | Sequence[str]) -> Callable[[Event], None]:
+    def listen_to(each: CachedModule) -> None:
+        names = arguments_of(controls(each).module)
+
         def hear(event: Event) -> None:
             if isinstance(event, Captured) and isinstance(event.key, tuple):
                 captured.append(str(CallSpec(event.key, names)))
 
-        return hear
+        listening.callback(controls(each).subscribe(hear))
 
     with ExitStack() as listening:
         for each in (module, *controls(module).parts.values()):
-            listening.callback(controls(each).subscribe(hearer(arguments_of(controls(each).module))))
-        yield
+            listen_to(each)
+        yield captured
 
 
 def _told(captured: list[str]) -> str:
+    """The captured calls, as the end of a message."""
     if not captured:
         return ""
-    more = f"; and {len(captured) - _TOLD} more" if len(captured) > _TOLD else ""
-    return f". Captured: {'; '.join(captured[:_TOLD])}{more}"
+    more = f"; and {len(captured) - _MAX_TOLD} more" if len(captured) > _MAX_TOLD else ""
+    return f". Captured: {'; '.join(captured[:_MAX_TOLD])}{more}"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from graphcache.errors import ConfigError
+from graphcache.files import replacing
 from graphcache.graphs.dot import dot_of
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
-from graphcache.observe.counters import checked
 
 
 def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Path:
@@ -21,8 +21,8 @@ def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **k
 
     Args:
         module: A wrapped module.
-        path: Of the file, which is written over.
-        args: Arguments of a call that has a graph. Without any the graph that was used last is taken.
+        path: Of the file, which is replaced.
+        args: Arguments of a call that has a graph. Without arguments, the graph that was used last is written.
         kwargs: Likewise.
 
     Returns:
@@ -49,11 +49,11 @@ def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **k
         }
         <BLANKLINE>
     """
-    public = controls(checked(module))
-    graph = public.graph_for(*args, **kwargs)
+    graph = controls(module).graph_for(*args, **kwargs)
     if graph is None:
         which = "for this call; explain() tells why" if args or kwargs else "yet; call it, or prepare() it"
-        raise ConfigError(f"{public.ledger.name} has no graph {which}")
-    target = Path(path)
-    target.write_text(dot_of(graph), encoding="utf-8")
-    return target
+        raise ConfigError(f"{controls(module).ledger.name} has no graph {which}")
+    text = dot_of(graph)
+    with replacing(path) as file:
+        file.write(text.encode())
+    return Path(path)

@@ -1,40 +1,47 @@
-"""What was found in a module that forbids a graph, and what is known of its tensors while it is looked for."""
+"""What prevents a graph, with source lines and submodules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import inspect
+import linecache
+import re
+import sys
 from dataclasses import dataclass, replace
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from graphcache.errors import Reason
-from graphcache.graphs.operations import storage_of
-from graphcache.keys.script_state import script_constants, script_state
-from graphcache.observe.places import Place, Places, assignment
+from graphcache.capture.blame import path_here
+from graphcache.errors import Cause, Reason
+from graphcache.keys.user_code import is_library
 
-STAY = "keep the value on the device, or graph the parts around it (include=[…])"
-COPY = "make it once and register_buffer it, or pass it as an argument"
-ON_DEVICE = "give it device=… of a tensor of the call, or make it once and register_buffer it"
-FIXED = "keep the shape fixed, such as with torch.where or a mask that is multiplied in; or move it out of the module"
-STATE = "keep the state outside the module, or in a tensor that is passed and returned"
-_PLAIN = (bool, int, float, complex, str, bytes)
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A line of source.
+
+    Args:
+        file: Its path, as Python knows it; empty if there is none.
+        line: Counted from 1; 0 if it is not known.
+        code: The line itself, without indentation; empty if there is no source.
+        module: Path of the submodule whose code it is; empty for the module itself.
+    """
+
+    file: str = ""
+    line: int = 0
+    code: str = ""
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """An operation that no graph can hold.
+    """An operation that prevents a graph.
 
     Args:
-        reason: What a call of the module would run eagerly for.
-        operation: What was called, such as ``"Tensor.item"``.
+        reason: The reason for which a call of the module would run eagerly.
+        operation: The function that was called, such as ``"Tensor.item"``, or what was changed.
         place: The line, and the submodule whose code it is.
-        detail: What about it; empty where the reason says it all.
+        detail: More about it; empty if the reason says all.
         remedy: What would change it.
         times: How often the call did it at this line.
     """
@@ -60,115 +67,100 @@ class Break:
 
 
 class Findings:
-    """What was found, and what is known of tensors."""
+    """The breaks of one call.
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Tensor], frame: FrameType) -> None:
-        state = [*module.parameters(), *module.buffers()]
-        for each in module.modules():
-            if isinstance(each, torch.jit.ScriptModule):
-                state += script_constants(each)
-        self.on_cpu = not any(tensor.is_cuda for tensor in (*inputs, *state))
-        self.found: dict[tuple[Any, ...], Break] = {}
-        # References, so that no storage is freed and its identity used again.
-        self._host: dict[int, Tensor] = {}
-        self._made: dict[int, Tensor] = {}
-        self._given = {storage_of(tensor): tensor for tensor in (*inputs, *state)}
-        self._module = module
-        self._places = Places(module)
-        self._frame = frame
+    Args:
+        module: The module that is called.
+        caller: The code of the function that calls it; frames outside of it are not looked at.
+    """
+
+    def __init__(self, module: nn.Module, caller: CodeType) -> None:
+        self.found: dict[tuple[Reason, str, Place], Break] = {}
+        self.called = ""
+        """The outermost function of PyTorch that is running, as users call it."""
+        self.muted = False
+        """Set while something runs that has been noted as a whole."""
+        self._module, self._caller = module, caller
+        self._changed: set[str] = set()
 
     def note(self, reason: Reason, operation: str, remedy: str, detail: str = "") -> None:
-        """Write down what the innermost operation does, unless an operation around it was found already."""
-        if _quiet.get():
-            return
-        called = _called.get()
-        self._add(reason, called or operation, self._places.here(self._frame), detail, remedy)
+        """Note the operation that is running."""
+        if not self.muted:
+            self.add(Break(reason, self.called or operation, self._here(), detail, remedy))
 
-    def attributes(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-        """The plain attributes of every submodule."""
-        return {name: (each, _attributes_of(each)) for name, each in self._module.named_modules()}
-
-    def compare(self, before: Mapping[str, tuple[nn.Module, dict[str, Any]]]) -> None:
-        """Note the attributes that the call has changed."""
-        for name, (each, old) in before.items():
-            now = _attributes_of(each)
-            for key in old.keys() | now.keys():
-                new = now.get(key)
-                if new is old.get(key) or (isinstance(new, _PLAIN) and new == old.get(key)):
-                    continue
-                place = assignment(each, key, name)
-                self._add(Reason.MUTATES, f"attribute {key!r}", place, "a replay would leave it as it is", STATE)
-
-    def is_host(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies on the host, or would with CUDA.
-
-        What is neither of the call, nor registered, nor made by an operation stays there: ``module.cuda()`` does not
-        move it.
-        """
-        if not self.on_cpu:
-            return tensor.device.type == "cpu"
-        key = storage_of(tensor)
-        return key in self._host or (key not in self._made and key not in self._given)
-
-    def is_foreign(self, tensor: Tensor) -> bool:
-        """Whether a tensor's memory was there before the call."""
-        return storage_of(tensor) not in self._made
-
-    def made(self, tensors: Iterable[Tensor], taken: set[int]) -> None:
-        """Remember what the call made; ``taken`` are storages that its operation was given."""
-        for tensor in tensors:
-            if (key := storage_of(tensor)) not in taken:
-                self._made[key] = tensor
-
-    def put(self, tensors: Iterable[Tensor], *, on_host: bool) -> None:
-        """Remember where tensors lie."""
-        for tensor in tensors:
-            if on_host:
-                self._host[storage_of(tensor)] = tensor
-            else:
-                self._host.pop(storage_of(tensor), None)
-
-    def _add(self, reason: Reason, operation: str, place: Place, detail: str, remedy: str) -> None:
-        key = (reason, operation, place)
+    def add(self, found: Break) -> None:
+        """Note a break, or count it if it is known."""
+        key = (found.reason, found.operation, found.place)
         known = self.found.get(key)
-        self.found[key] = (
-            Break(reason, operation, place, detail, remedy) if known is None else replace(known, times=known.times + 1)
+        self.found[key] = found if known is None else replace(known, times=known.times + 1)
+
+    def effect(self, cause: Cause, operation: str) -> None:
+        """Note an effect of the call, as :func:`graphcache.capture.effects.observe` reports it."""
+        if cause.reason is Reason.HOST_READ and operation.startswith("Tensor."):
+            # The modes note reads of tensors: they know which tensors lie on the host.
+            return
+        if operation:
+            self._changed.add(cause.where)
+            self.note(cause.reason, operation, cause.reason.remedy, cause.detail)
+            return
+        if cause.reason is Reason.RANDOM:
+            known = any(reason is Reason.RANDOM for reason, _, _ in self.found)
+        else:
+            known = cause.where in self._changed
+            self._changed.add(cause.where)
+        if not known:
+            self.add(self._state_change(cause))
+
+    def _here(self) -> Place:
+        """The innermost line of the user's that is running; where there is none, that of a layer of PyTorch."""
+        frame: FrameType | None = sys._getframe(1)
+        line = layer = None
+        while line is None and frame is not None and frame.f_code is not self._caller:
+            name = frame.f_globals.get("__name__")
+            if not frame.f_code.co_filename.startswith("<frozen") and not (name is not None and is_library(name)):
+                line = frame
+            elif layer is None and str(name).startswith("torch.nn.modules.") and name != nn.Module.__module__:
+                layer = frame
+            frame = frame.f_back
+        found, submodule = line or layer, path_here(self._module)
+        if found is None:
+            return Place(module=submodule)
+        file, number = found.f_code.co_filename, found.f_lineno or 0
+        return Place(file, number, linecache.getline(file, number).strip(), submodule)
+
+    def _state_change(self, cause: Cause) -> Break:
+        """The break for a change of state that was found after the call, such as of ``self.blocks[2].calls``."""
+        module, submodule, attribute = self._module, "", ""
+        root, *parts = re.sub(r"\[(?:'([^']*)'|(\d+))\]", r".\1\2", cause.where).split(".")
+        for part in parts if root == "self" else []:
+            child = dict(module.named_children()).get(part)
+            if child is None:
+                attribute = part
+                break
+            module, submodule = child, f"{submodule}.{part}".removeprefix(".")
+        place = _assignment(module, attribute, submodule) if attribute else Place(module=submodule)
+        operation = f"attribute {attribute!r}" if attribute else cause.where
+        remedy = "keep the state outside the module, or in a tensor that is passed and returned"
+        if cause.reason is Reason.RANDOM:
+            remedy = cause.reason.remedy
+        return Break(
+            cause.reason, operation, place, f"{cause.where}: {cause.detail}; a replay would not do that", remedy
         )
 
 
-def _attributes_of(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, torch.jit.ScriptModule):
-        return {name.removeprefix("."): value for name, value in script_state(module).items()}
-    return {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors anywhere in a value."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def inside(name: str) -> Iterator[None]:
-    """Inside, operations are called by this name, unless they are by another one already."""
-    if not name or _called.get():
-        yield
-        return
-    token = _called.set(name)
+def _assignment(module: nn.Module, attribute: str, name: str) -> Place:
+    """The line of a module's class, outside of its constructor, that assigns an attribute; or that of ``forward``."""
+    pattern = re.compile(rf"\b\w+\.{re.escape(attribute)}\b\s*(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)")
     try:
-        yield
-    finally:
-        _called.reset(token)
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Inside, nothing is noted: it has been."""
-    token = _quiet.set(True)
-    try:
-        yield
-    finally:
-        _quiet.reset(token)
-
-
-_called: ContextVar[str] = ContextVar("graphcache_called", default="")
-_quiet: ContextVar[bool] = ContextVar("graphcache_quiet", default=False)
+        file = inspect.getsourcefile(type(module)) or ""
+        lines, first = inspect.getsourcelines(type(module))
+        function = ""
+        for number, line in enumerate(lines, first):
+            if (defined := re.match(r"\s*(?:async\s+)?def\s+(\w+)", line)) is not None:
+                function = defined[1]
+            if function != "__init__" and pattern.search(line):
+                return Place(file, number, line.strip(), name)
+        return Place(file, inspect.unwrap(type(module).forward).__code__.co_firstlineno, "", name)
+    except (OSError, TypeError, AttributeError):
+        # A class without a file, or compiled.
+        return Place(module=name)

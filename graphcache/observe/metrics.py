@@ -1,7 +1,6 @@
-"""The counters of wrapped modules for Prometheus, read when they are scraped: a call costs nothing more.
+"""The counters of wrapped modules for Prometheus. They are read when they are scraped, so that a call costs no more.
 
-``prometheus_client`` is imported when a collector is made. Metrics are labelled by module and reason, never by shape:
-a label for each shape would be a time series for each shape.
+Metrics are labelled by module and reason, never by shape: every shape would be a time series of its own.
 """
 
 from __future__ import annotations
@@ -12,25 +11,33 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from graphcache.errors import ConfigError, shown
+from graphcache.extras import optional
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
-from graphcache.observe.counters import checked
-from graphcache.observe.extras import optional
+
+_METRICS = (
+    ("Counter", "graphcache_replays", "Calls answered by a graph.", "hits"),
+    ("Counter", "graphcache_captures", "Graphs captured.", "captures"),
+    ("Counter", "graphcache_evictions", "Graphs closed, whatever the cause.", "evictions"),
+    ("Gauge", "graphcache_graphs", "Graphs held.", "graphs"),
+    ("Gauge", "graphcache_bytes", "Memory that the graphs own, on a device partly an estimate.", "nbytes"),
+)
+"""Type, name and description of each metric, and the field of ``cache_info()`` that it shows."""
 
 
 class Collector:
     """A collector of ``prometheus_client``, which the caller registers.
 
-    It holds no module: one that nobody else keeps is no longer told of.
+    It holds its modules weakly: the metrics of a module end with the module.
 
     Args:
-        modules: Wrapped modules, told under their own names.
-        named: Wrapped modules under other names.
+        modules: Wrapped modules, labelled with their own names.
+        named: Wrapped modules with other labels.
 
     Raises:
         ExtraNotFoundError: If ``prometheus_client`` is not installed.
-        ConfigError: For what is not wrapped, or two modules of one name.
+        ConfigError: If a module is not wrapped, or two modules have one name.
 
     Example:
         >>> import torch, graphcache, prometheus_client
@@ -43,29 +50,28 @@ class Collector:
     """
 
     def __init__(self, *modules: CachedModule, **named: CachedModule) -> None:
-        self._families = optional("prometheus_client.core", "a collector for Prometheus")
+        self._client = optional("prometheus_client.core", "a collector for Prometheus")
         self._modules: WeakValueDictionary[str, CachedModule] = WeakValueDictionary()
         self._lock = threading.Lock()
-        for module in modules:
-            self.add(module)
-        for name, each in named.items():
-            self.add(each, name=name)
+        for name, module in (*(("", each) for each in modules), *named.items()):
+            self.add(module, name=name)
 
     def add(self, module: CachedModule, *, name: str = "") -> None:
-        """Tell of one more module from now on.
+        """Collect the metrics of one more module.
 
         Args:
             module: A wrapped module.
-            name: The label it gets; its own name if empty.
+            name: Its label; its own name if empty.
 
         Raises:
-            ConfigError: For what is not wrapped, or a name that another module has here.
+            ConfigError: If the module is not wrapped, or another module has this label.
         """
-        label = name or checked(module).ledger.name
+        own = controls(module).ledger.name
+        label = name or own
         if not isinstance(label, str):
             raise ConfigError(f"name={shown(name)}: expected text")
         with self._lock:
-            if self._modules.get(label, module) is not checked(module):
+            if self._modules.get(label, module) is not module:
                 raise ConfigError(
                     f"there is another module named {label!r} here; give one of them another name, such as "
                     f"add(module, name='{label}_2')"
@@ -73,45 +79,30 @@ class Collector:
             self._modules[label] = module
 
     def describe(self) -> list[Any]:
-        """The metrics without their values, so that registering reads nothing."""
-        return list(self._made({}))
+        """The metrics without values: registering reads nothing."""
+        return list(self._families({}))
 
     def collect(self) -> Iterator[Any]:
-        """The metrics as they are now."""
+        """The metrics with the values of now."""
         with self._lock:
             modules = dict(self._modules)
-        return self._made({label: controls(module).cache_info() for label, module in modules.items()})
+        return self._families({label: controls(module).cache_info() for label, module in modules.items()})
 
-    def _made(self, infos: dict[str, CacheInfo]) -> Iterator[Any]:
-        core = self._families
-        counters = {
-            "graphcache_replays": ("Calls answered by a graph.", "hits"),
-            "graphcache_captures": ("Graphs captured.", "captures"),
-            "graphcache_evictions": ("Graphs closed, whatever the cause.", "evictions"),
-        }
-        for name, (text, field) in counters.items():
-            family = core.CounterMetricFamily(name, text, labels=["module"])
+    def _families(self, infos: dict[str, CacheInfo]) -> Iterator[Any]:
+        """Each metric with its samples."""
+        for kind, name, text, field in _METRICS:
+            family = getattr(self._client, f"{kind}MetricFamily")(name, text, labels=["module"])
             for label, info in infos.items():
                 family.add_metric([label], getattr(info, field))
             yield family
-        eager = core.CounterMetricFamily("graphcache_eager", "Calls answered without a graph.", labels=_BY_REASON)
+        eager = self._client.CounterMetricFamily(
+            "graphcache_eager", "Calls answered without a graph.", labels=["module", "reason"]
+        )
+        seconds = self._client.SummaryMetricFamily(
+            "graphcache_capture_seconds", "Time spent capturing.", labels=["module"]
+        )
         for label, info in infos.items():
             for reason, count in info.eager.items():
                 eager.add_metric([label, reason.value], count)
-        yield eager
-        seconds = core.SummaryMetricFamily("graphcache_capture_seconds", "Time spent capturing.", labels=["module"])
-        for label, info in infos.items():
             seconds.add_metric([label], count_value=info.captures, sum_value=info.capture_seconds)
-        yield seconds
-        gauges = {
-            "graphcache_graphs": ("Graphs held.", "graphs"),
-            "graphcache_bytes": ("Memory that the graphs own, on a device partly an estimate.", "nbytes"),
-        }
-        for name, (text, field) in gauges.items():
-            family = core.GaugeMetricFamily(name, text, labels=["module"])
-            for label, info in infos.items():
-                family.add_metric([label], getattr(info, field))
-            yield family
-
-
-_BY_REASON = ["module", "reason"]
+        yield from (eager, seconds)

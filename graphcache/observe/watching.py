@@ -1,13 +1,19 @@
-"""Looks at what a call does: at its operations below autograd, and at the functions of PyTorch by name."""
+"""Modes that notice what a CUDA capture refuses: reads by the host, pageable copies, shapes that depend on values.
+
+On the CPU the tensors of the call, and the module's own, count as tensors of a device. A tensor that the call makes
+without a device lies on the host then, as it would with CUDA, and a move from one to the other is a copy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.dispatch_mode import DispatchMode
@@ -18,195 +24,183 @@ from graphcache.graphs.operations import (
     puts_by_mask,
     refuse_by_tag,
     storage_of,
-    written,
 )
-from graphcache.observe.findings import COPY, FIXED, ON_DEVICE, STAY, Findings, inside, tensors_in, unheard
+from graphcache.observe.findings import Findings
 
+STAY = "keep the value on the device, or graph the parts around it (include=[…])"
+COPY = "make it once and register_buffer it, or pass it as an argument"
+ON_DEVICE = "give it device=… of a tensor of the call, or make it once and register_buffer it"
+FIXED = "keep the shape fixed, such as with torch.where or a mask that is multiplied in; or move it out of the module"
+_TO_HOST = "a copy to the host, which waits for it"
+_FROM_HOST = "a copy from pageable host memory"
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
 _MOVES = frozenset({"to", "cpu", "cuda"})
 _FROM_DATA = frozenset({"tensor", "as_tensor", "asarray"})
-_VALUES = "its values are copied from pageable host memory"
+_CONSTRUCTORS = frozenset({*_device_constructors(), torch.from_numpy})
+
+
+class Placement:
+    """Which tensors lie on the host, or would with CUDA.
+
+    Args:
+        tensors: The tensors of the call and the module's own.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.on_cpu = not any(tensor.is_cuda for tensor in tensors)
+        # References, so that no memory is freed and its identity used again.
+        self._on_device = {storage_of(tensor): tensor for tensor in tensors}
+
+    def is_host(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies on the host. ``module.cuda()`` does not move one that is not registered."""
+        return storage_of(tensor) not in self._on_device if self.on_cpu else tensor.device.type == "cpu"
+
+    def put(self, tensors: Iterable[Tensor], *, on_host: bool) -> None:
+        """Remember where the memory of tensors lies."""
+        for tensor in tensors:
+            if on_host:
+                self._on_device.pop(storage_of(tensor), None)
+            else:
+                self._on_device[storage_of(tensor)] = tensor
 
 
 class Operations(DispatchMode):
     """Looks at operations, below autograd."""
 
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, placement: Placement) -> None:
         super().__init__()
-        self._findings = findings
+        self._findings, self._placement = findings, placement
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, findings = kwargs or {}, self._findings
+        kwargs, placement = kwargs or {}, self._placement
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
         given = tensors_in((args, kwargs))
-        on_host = [tensor for tensor in given if findings.is_host(tensor)]
-        drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        before = _generators(given) if drawn else []
+        on_host = [tensor for tensor in given if placement.is_host(tensor)]
         if not given or len(on_host) < len(given):
-            self._look(func, args, kwargs, on_host, given)
+            self._look(func, args, kwargs, on_host)
         out = self.higher_order(func, args, kwargs) if is_higher_order(func) else func(*args, **kwargs)
-        if drawn and not all(map(torch.equal, before, _generators(given))):
-            findings.note(Reason.RANDOM, str(func), Reason.RANDOM.remedy)
-        results = tensors_in(out)
-        findings.made(results, set() if func is torch.ops.aten.lift_fresh.default else set(map(storage_of, given)))
-        if findings.on_cpu and given and len(on_host) == len(given):
-            findings.put(results, on_host=True)
-        elif not findings.on_cpu and func is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking"):
-            self._moved(given, results)
+        results, taken = tensors_in(out), set(map(storage_of, given))
+        fresh = [tensor for tensor in results if storage_of(tensor) not in taken]
+        placement.put(fresh, on_host=bool(given) and len(on_host) == len(given))
+        if not placement.on_cpu and func is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking"):
+            for old, new in zip(given, results, strict=False):
+                if old.device.type != new.device.type and old.numel():
+                    remedy, detail = (STAY, _TO_HOST) if old.is_cuda else (COPY, _FROM_HOST)
+                    self._findings.note(Reason.HOST_READ, "aten._to_copy", remedy, detail)
         return out
 
-    def _look(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        on_host: Sequence[Tensor],
-        given: Sequence[Tensor],
-    ) -> None:
-        findings = self._findings
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on_host: Sequence[Tensor]) -> None:
+        """Note why no capture holds an operation, before it runs."""
+        findings, placement = self._findings, self._placement
         try:
             refuse_by_tag(func, args, kwargs)
         except Refusal as refusal:
             reason = refusal.cause.reason
             findings.note(reason, str(func), FIXED if reason is Reason.DATA_DEPENDENT else STAY, refusal.cause.detail)
         else:
-            if not is_higher_order(func) and puts_by_mask(func, args) and not findings.is_host(args[2]):
+            if not is_higher_order(func) and puts_by_mask(func, args) and not placement.is_host(args[2]):
                 findings.note(Reason.DATA_DEPENDENT, str(func), FIXED, "the mask says how many elements are written")
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            findings.note(Reason.RANDOM, str(func), Reason.RANDOM.remedy, "from a generator of its own")
-        if any(findings.is_foreign(tensor) for tensor in written(func, args, kwargs)):
-            findings.note(Reason.MUTATES, str(func), Reason.MUTATES.remedy)
         if func is torch.ops.aten.copy_.default:
-            pinned = not findings.on_cpu and given[1:] and given[1].is_pinned()
+            pinned = not placement.on_cpu and args[1].is_pinned()
             if on_host and args[0].numel() and not pinned:
                 findings.note(Reason.HOST_READ, str(func), COPY, "a copy between pageable host memory and the device")
         elif any(tensor.dim() and tensor.numel() for tensor in on_host):
-            # One without dimensions is read where it lies, and is no more than a number.
-            findings.note(Reason.HOST_READ, str(func), ON_DEVICE, "a tensor that lies on the host takes part")
-
-    def _moved(self, given: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        for old, new in zip(given, results, strict=False):
-            if old.device.type == new.device.type or not old.numel():
-                continue
-            if old.is_cuda:
-                self._findings.note(Reason.HOST_READ, "aten._to_copy", STAY, "a copy to the host, which waits for it")
-            else:
-                self._findings.note(Reason.HOST_READ, "aten._to_copy", COPY, "a copy from pageable host memory")
+            # A tensor without dimensions is read where it lies, as a number.
+            findings.note(Reason.HOST_READ, str(func), ON_DEVICE, "an operand lies on the host")
 
 
 class Functions(TorchFunctionMode):
-    """Looks at what is called of PyTorch by name: what the host learns past the dispatcher, and where tensors go."""
+    """Looks at functions of PyTorch by name: reads past the dispatcher, and where tensors go."""
 
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, placement: Placement) -> None:
         super().__init__()
-        self._findings = findings
+        self._findings, self._placement = findings, placement
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, findings = kwargs or {}, self._findings
-        name = getattr(func, "__name__", "")
+        findings, outer = self._findings, self._findings.called
+        findings.called = outer or _name_of(func)
+        try:
+            return self._call(func, args, kwargs or {})
+        finally:
+            findings.called = outer
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function, and note what of it the dispatcher does not show."""
+        findings, placement, name = self._findings, self._placement, getattr(func, "__name__", "")
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        with inside(_name_of(func, name)):
-            if first is not None and name in _READS and not findings.is_host(first):
-                findings.note(Reason.HOST_READ, f"Tensor.{name}", STAY)
-                with unheard():
-                    return func(*args, **kwargs)
-            if first is not None and name in ("__getitem__", "__setitem__") and _has_list(args[1]):
-                detail = "indices in a Python list are copied from the host"
-                findings.note(Reason.HOST_READ, f"Tensor.{name}", COPY, detail)
-                with unheard():
-                    return func(*args, **kwargs)
-            if name == "new_tensor" and len(args) > 1 and not isinstance(args[1], Tensor):
-                out = self._from_data(func, f"Tensor.{name}", args, kwargs)
-                findings.put([out], on_host=False)
-                return out
-            if is_checked_on_the_host(func, args, kwargs) and findings.on_cpu:
-                with unheard():
-                    return func(*args, **kwargs)
-            if func in _CONSTRUCTORS:
-                return self._constructed(func, name, args, kwargs)
-            if first is not None and name in _MOVES and findings.on_cpu:
-                return self._moved(func, name, first, args, kwargs)
-            return func(*args, **kwargs)
+        if first is not None and name in _READS and not placement.is_host(first):
+            findings.note(Reason.HOST_READ, f"Tensor.{name}", STAY)
+            return self._muted(func, args, kwargs)
+        if is_checked_on_the_host(func, args, kwargs) and placement.on_cpu:
+            return self._muted(func, args, kwargs)
+        if func in _CONSTRUCTORS or name == "new_tensor":
+            return self._construct(func, name, args, kwargs)
+        if first is not None and name in _MOVES and placement.on_cpu:
+            return self._move(func, name, args, kwargs)
+        return func(*args, **kwargs)
 
-    def _constructed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        findings, device = self._findings, kwargs.get("device")
-        on_host = device is None or torch.device(device).type == "cpu"
-        if findings.on_cpu:
-            # An object was taken from a tensor of the call; a name was written there.
-            on_host = device is None or (isinstance(device, str) and device == "cpu")
-        if not on_host and name in _FROM_DATA and not isinstance(args[0] if args else None, Tensor):
-            out = self._from_data(func, f"torch.{name}", args, kwargs)
+    def _construct(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a tensor, and note the copy if its values come from Python and it lies on the device."""
+        placement, device = self._placement, kwargs.get("device")
+        if name == "new_tensor":
+            on_host, from_data = placement.is_host(args[0]), not isinstance(args[1], Tensor)
         else:
-            out = func(*args, **kwargs)
-        if findings.on_cpu and not (name in ("as_tensor", "asarray") and args and isinstance(args[0], Tensor)):
-            findings.put(tensors_in(out), on_host=on_host)
-        return out
-
-    def _from_data(self, func: Any, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A tensor of Python values: they are copied, if there are any."""
+            # On the CPU a device object was taken from a tensor of the call; a name was written there.
+            on_host = device is None or device == "cpu" or (not placement.on_cpu and torch.device(device).type == "cpu")
+            from_data = name in _FROM_DATA and not (args and isinstance(args[0], Tensor))
         out = func(*args, **kwargs)
-        if out.numel():
-            self._findings.note(Reason.HOST_READ, operation, COPY, _VALUES)
+        if from_data and not on_host and out.numel():
+            detail = "its values are copied from pageable host memory"
+            self._findings.note(Reason.HOST_READ, f"torch.{name}", COPY, detail)
+        if placement.on_cpu and (from_data or name not in (*_FROM_DATA, "new_tensor")):
+            placement.put(tensors_in(out), on_host=on_host)
         return out
 
-    def _moved(self, func: Any, name: str, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """On the CPU, where nothing is copied: do as if."""
-        findings = self._findings
-        to_host = _to_host(findings, name, args[1:], kwargs)
-        if to_host is None or to_host == findings.is_host(first) or not first.numel():
+    def _move(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Move a tensor on the CPU, where nothing is copied, as if it were copied."""
+        first, to_host = args[0], _to_host(self._placement, name, args[1:], kwargs)
+        if to_host is None or to_host == self._placement.is_host(first) or not first.numel():
             return func(*args, **kwargs)
         if not (to_host and kwargs.get("non_blocking")):
-            detail = "a copy to the host, which waits for it" if to_host else "a copy from pageable host memory"
-            findings.note(Reason.HOST_READ, f"Tensor.{name}", STAY if to_host else COPY, detail)
-        with unheard():
-            out = first.clone() if name == "cuda" else func(*args, **kwargs).clone()
-        findings.put([out], on_host=to_host)
+            remedy, detail = (STAY, _TO_HOST) if to_host else (COPY, _FROM_HOST)
+            self._findings.note(Reason.HOST_READ, f"Tensor.{name}", remedy, detail)
+        out = self._muted(lambda: (first if name == "cuda" else func(*args, **kwargs)).clone(), (), {})
+        self._placement.put([out], on_host=to_host)
         return out
 
+    def _muted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function whose operations are not noted one by one."""
+        outer, self._findings.muted = self._findings.muted, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._findings.muted = outer
 
-def _to_host(findings: Findings, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
+
+def _to_host(placement: Placement, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
     """Whether ``to``, ``cpu`` or ``cuda`` would move a tensor to the host; ``None`` if it stays where it is."""
     if name != "to":
         return name == "cpu"
-    for value in (*args, kwargs.get("device"), kwargs.get("other")):
-        if isinstance(value, str):
-            return value == "cpu"
-        if isinstance(value, Tensor):
-            return findings.is_host(value)
-        if isinstance(value, torch.device):
-            # As of a tensor of the call.
-            return False
-    return None
+    values = (*args, kwargs.get("device"), kwargs.get("other"))
+    target = next((value for value in values if isinstance(value, (str, Tensor, torch.device))), None)
+    # A device object was taken from a tensor of the call; it does not equal the name.
+    return target if target is None else placement.is_host(target) if isinstance(target, Tensor) else target == "cpu"
 
 
-def _has_list(index: Any) -> bool:
-    return any(isinstance(each, list) and each for each in (index if isinstance(index, tuple) else (index,)))
-
-
-def _generators(given: Sequence[Tensor]) -> list[Tensor]:
-    indices = sorted({tensor.device.index for tensor in given if tensor.is_cuda})
-    if not indices and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        indices = [torch.cuda.current_device()]
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in indices)]
-
-
-def _name_of(func: Any, name: str) -> str:
-    """What a user calls a function of PyTorch's; empty for what is no call of one."""
+def _name_of(func: Any) -> str:
+    """The name by which users call a function of PyTorch; empty for an attribute."""
+    name = getattr(func, "__name__", "")
     if not name or name == "__get__":
         return ""
-    kind = getattr(func, "__objclass__", None)
-    return f"Tensor.{name}" if kind is not None or hasattr(Tensor, name) else f"torch.{name}"
+    is_method = getattr(func, "__objclass__", None) is not None or hasattr(Tensor, name)
+    return f"Tensor.{name}" if is_method else f"torch.{name}"
 
 
-def _constructors() -> frozenset[Any]:
-    from torch.utils._device import _device_constructors
-
-    return frozenset({*_device_constructors(), torch.from_numpy})
-
-
-_CONSTRUCTORS = _constructors()
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors anywhere in a value."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -1,23 +1,26 @@
 """Modes and context managers, named as in ``torch_tensorrt.runtime``.
 
 A mode belongs to the current context (:mod:`contextvars`): it nests, it is restored on every exit, and it does not leak
-into other threads or tasks. That differs from Torch-TensorRT, where a mode is global to the process. What is set on
-engines concerns those of a module at any depth, and is given back as it was found.
+into other threads or tasks. In Torch-TensorRT a mode is global to the process. Settings of engines concern all engines
+of a module at any depth, and every block restores what it found.
 """
 
 from graphcache.cache.arbiter import set_process_budget
 from graphcache.engines.kernel_cache import RuntimeCache
-from graphcache.runtime.cudagraphs import enable_cudagraphs
-from graphcache.runtime.kernels import runtime_cache
+from graphcache.runtime.engines import enable_output_allocator, enable_pre_allocated_outputs, optimization_profile
 from graphcache.runtime.modes import (
+    enable_cudagraphs,
     get_cudagraphs_mode,
     get_whole_cudagraphs_mode,
     set_cudagraphs_mode,
     set_multi_device_safe_mode,
 )
-from graphcache.runtime.outputs import enable_output_allocator, enable_pre_allocated_outputs
-from graphcache.runtime.profiles import optimization_profile
-from graphcache.runtime.settings import RuntimeSettings, runtime_config, set_dynamic_shapes_kernel_strategy
+from graphcache.runtime.settings import (
+    RuntimeSettings,
+    runtime_cache,
+    runtime_config,
+    set_dynamic_shapes_kernel_strategy,
+)
 from graphcache.runtime.streaming import weight_streaming
 
 __all__ = [

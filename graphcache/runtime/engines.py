@@ -1,67 +1,171 @@
-"""The engines of a module, for whatever is set on all of them."""
+"""Settings of all engines of a module, for the length of a ``with`` block."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal, TypeVar
 
 from torch import nn
 
-from graphcache.errors import ConfigError, shown
+from graphcache.config import modes
+from graphcache.errors import ConfigError, ModeConflictError, shown
 from graphcache.modules.cached_module import CachedModule
+from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.foreign import is_foreign
 
+T = TypeVar("T")
 
-def engines_of(module: nn.Module) -> list[tuple[str, EngineModule]]:
-    """The engines of a module, wrapped or not, at any depth, each once, with names for messages.
+
+@contextmanager
+def enable_output_allocator(module: nn.Module, *, strict: bool = False) -> Iterator[nn.Module]:
+    """Let TensorRT allocate the outputs of every engine in the module, for the length of a ``with`` block.
+
+    Their calls run eagerly meanwhile, with the reason ``output_allocator``.
+
+    Args:
+        module: An engine or a module with engines at any depth.
+        strict: Refuse while graphs are switched on, as Torch-TensorRT does.
+
+    Yields:
+        The module.
 
     Raises:
-        ConfigError: For what is no module, or one with engines of Torch-TensorRT that nobody has adopted.
+        ModeConflictError: If ``strict``, and graphs are on in this context.
+        ConfigError: If ``module`` is not a module.
+    """
+    check_bool("enable_output_allocator(strict=...)", strict)
+    if strict and modes.get().graphs in ("subgraph", "whole_graph"):
+        raise ModeConflictError(
+            "CUDA graphs and a dynamic output allocator are incompatible, and graphs are switched on here; leave "
+            "strict=False to run the engines eagerly, or call set_cudagraphs_mode(False) first"
+        )
+    with swapped(engines_of(module), lambda engine, enable: engine.set_use_output_allocator(enable), True):
+        yield module
+
+
+@contextmanager
+def enable_pre_allocated_outputs(module: nn.Module) -> Iterator[nn.Module]:
+    """Allocate the outputs of each engine's next eager call at the end of the one before, for the length of a block.
+
+    The caller owns what a call returns, and no two calls return the same memory.
+
+    Args:
+        module: An engine or a module with engines at any depth. A module without engines is left alone.
+
+    Yields:
+        The module.
+
+    Raises:
+        ConfigError: If ``module`` is not a module.
+
+    Example:
+        >>> with enable_pre_allocated_outputs(nn.ReLU()) as module:
+        ...     module
+        ReLU()
+    """
+    with swapped(engines_of(module), lambda engine, enable: engine.set_pre_allocated_outputs(enable), True):
+        yield module
+
+
+@contextmanager
+def optimization_profile(module: nn.Module, profile: int | Literal["auto"] | None) -> Iterator[nn.Module]:
+    """Let every engine of a module use one optimisation profile, for the length of a ``with`` block.
+
+    A change drops the graphs of the engine. Outside of such blocks an engine uses any profile that fits, the current
+    one first, and keeps graphs of different profiles side by side.
+
+    Args:
+        module: An engine or a module with engines at any depth.
+        profile: The index of a profile; ``"auto"`` or ``None`` for any that fits.
+
+    Yields:
+        The module.
+
+    Raises:
+        ConfigError: If an engine has no such profile, or for any other value. No engine is changed then.
+    """
+    if profile != "auto" and profile is not None and (isinstance(profile, bool) or not isinstance(profile, int)):
+        raise ConfigError(f"profile={shown(profile)}: expected the index of a profile, 'auto' or None")
+    with swapped(engines_of(module), _swap_profile, None if profile == "auto" else profile):
+        yield module
+
+
+def _swap_profile(engine: EngineModule, profile: int | None) -> int | None:
+    """Choose the profile of an engine and return the one before."""
+    before = engine.profile_choice
+    engine.set_optimization_profile(profile)
+    return before
+
+
+@contextmanager
+def swapped(engines: Sequence[EngineModule], swap: Callable[[EngineModule, T], T], value: T) -> Iterator[None]:
+    """Set something on several engines, and set what was there before at the end of the block.
+
+    Args:
+        engines: The engines.
+        swap: Sets the value of one engine and returns the value before.
+        value: The value inside the block.
+    """
+    with ExitStack() as undo:
+        for engine in engines:
+            undo.callback(swap, engine, swap(engine, value))
+        yield
+
+
+def engines_of(module: nn.Module) -> list[EngineModule]:
+    """The engines of a module, wrapped or not, at any depth, each once.
+
+    Raises:
+        ConfigError: If ``module`` is not a module, or has engines of Torch-TensorRT that were not adopted.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
-    found: dict[EngineModule, str] = {}
-    inner = module._module if isinstance(module, CachedModule) else module
-    for name, each in inner.named_modules():
-        engine = each._module if isinstance(each, CachedModule) else each
+    found: dict[EngineModule, None] = {}
+    for name, each in unwrapped(module).named_modules():
+        engine = unwrapped(each)
         if isinstance(engine, EngineModule):
-            found.setdefault(engine, name or engine.name)
+            found[engine] = None
         elif is_foreign(engine):
             raise ConfigError(
                 f"{name or type(engine).__name__} is Torch-TensorRT's and nobody has adopted its engine; give the "
                 f"module that graphcache.wrap or enable_cudagraphs returns, or use torch_tensorrt.runtime"
             )
-    return [(name, engine) for engine, name in found.items()]
+    return list(found)
 
 
-def engines_of_all(function: str, targets: nn.Module | Sequence[nn.Module]) -> list[tuple[str, EngineModule]]:
+def engines_of_all(function: str, targets: nn.Module | Sequence[nn.Module]) -> list[EngineModule]:
     """The engines of one module or of several, each once.
 
     Args:
-        function: What asks, for messages.
+        function: The name of the caller, for messages.
         targets: The modules.
 
     Raises:
-        ConfigError: For what is no module, or modules without an engine.
+        ConfigError: If ``targets`` are not modules, or have no engine.
     """
     if isinstance(targets, nn.Module):
         targets = [targets]
     if not isinstance(targets, (list, tuple)):
         raise ConfigError(f"{function}: {shown(targets)} is neither a module nor a list or tuple of modules")
-    found: dict[EngineModule, str] = {}
-    for target in targets:
-        for name, engine in engines_of(target):
-            found.setdefault(engine, name)
+    found = dict.fromkeys(engine for target in targets for engine in engines_of(target))
     if not found:
         raise ConfigError(f"{function}: there is no TensorRT engine in what was given; expected one or more")
-    return [(name, engine) for engine, name in found.items()]
+    return list(found)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of a wrapped one; any other module itself."""
+    inner: nn.Module = controls(module).module if isinstance(module, CachedModule) else module
+    return inner
 
 
 def check_bool(function: str, mode: object) -> None:
     """Raise for anything but ``True`` and ``False``.
 
     Raises:
-        ConfigError: Then.
+        ConfigError: For anything else.
     """
     if not isinstance(mode, bool):
         raise ConfigError(f"{function} takes True or False, not {shown(mode)}")

@@ -1,4 +1,4 @@
-"""How TensorRT-RTX compiles kernels at run time."""
+"""How TensorRT-RTX compiles kernels at run time, and where it keeps them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import nn
 from graphcache.config import Specialization, modes
 from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import ConfigError, shown
-from graphcache.runtime.engines import engines_of_all
+from graphcache.events import log
+from graphcache.modules.engine import EngineModule
+from graphcache.runtime.engines import check_bool, engines_of_all, swapped
 
 CudaGraphStrategy = Literal["disabled", "whole_graph_capture"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeSettings:
-    """What an engine's execution contexts are made with. It is not part of an engine file.
+    """Settings of an engine's execution contexts. They are not part of an engine file.
 
     Args:
-        dynamic_shapes_kernel_specialization_strategy: ``"lazy"`` compiles kernels for a shape beside the calls,
-            ``"eager"`` within the first one, ``"none"`` not at all. ``None`` for ``"eager"``, or ``"none"`` with
-            TensorRT-RTX 1.4, which answers wrongly otherwise. A graph keeps the kernels it was captured with.
+        dynamic_shapes_kernel_specialization_strategy: ``"lazy"`` compiles kernels for a shape in the background,
+            ``"eager"`` during the first call, ``"none"`` never. ``None`` means ``"eager"``, but ``"none"`` with
+            TensorRT-RTX 1.4, whose specialised kernels are wrong. A graph keeps the kernels it was captured with.
         cuda_graph_strategy: ``"whole_graph_capture"`` lets bare engines use graphs, which are graphcache's.
         runtime_cache: Where compiled kernels go: the path of a file, a :class:`RuntimeCache`, or ``None`` for memory.
 
@@ -42,10 +44,9 @@ class RuntimeSettings:
     runtime_cache: str | os.PathLike[str] | RuntimeCache | None = None
 
     def __post_init__(self) -> None:
-        strategy, name = self.dynamic_shapes_kernel_specialization_strategy, "cuda_graph_strategy"
-        if strategy is not None:
-            _one_of("dynamic_shapes_kernel_specialization_strategy", strategy, get_args(Specialization))
-        _one_of(name, self.cuda_graph_strategy, get_args(CudaGraphStrategy))
+        if (strategy := self.dynamic_shapes_kernel_specialization_strategy) is not None:
+            _check("dynamic_shapes_kernel_specialization_strategy", strategy, get_args(Specialization))
+        _check("cuda_graph_strategy", self.cuda_graph_strategy, get_args(CudaGraphStrategy))
         if self.runtime_cache is not None and not isinstance(self.runtime_cache, (str, os.PathLike, RuntimeCache)):
             raise ConfigError(f"runtime_cache={shown(self.runtime_cache)}: expected a path, a RuntimeCache or None")
 
@@ -66,42 +67,36 @@ class RuntimeSettings:
 def runtime_config(
     target_or_targets: nn.Module | Sequence[nn.Module], **overrides: Any
 ) -> Iterator[nn.Module | Sequence[nn.Module]]:
-    """Let all engines of some modules be run with other settings, for the length of a ``with`` block.
+    """Run all engines of some modules with other settings, for the length of a ``with`` block.
 
-    Their graphs and contexts are dropped at the start and at the end, if anything changes.
+    If a setting changes, the graphs and contexts of the engine are dropped at the start and at the end.
 
     Args:
         target_or_targets: An engine or a module with engines at any depth, or several.
-        **overrides: Fields of :class:`RuntimeSettings`; what is not given stays as it is.
+        **overrides: Fields of :class:`RuntimeSettings`; all others stay as they are.
 
     Yields:
-        What was given.
+        The first argument.
 
     Raises:
         ConfigError: For an unknown setting, a bad value, or modules without an engine.
     """
     wanted = RuntimeSettings().merge(**overrides)
     engines = engines_of_all("runtime_config", target_or_targets)
-    cache = wanted.runtime_cache
-    if isinstance(cache, (str, os.PathLike)):
-        cache = RuntimeCache(cache)
-        cache.load()
+    changes: dict[str, Any] = {}
+    if "dynamic_shapes_kernel_specialization_strategy" in overrides:
+        changes["specialization"] = wanted.dynamic_shapes_kernel_specialization_strategy
     with ExitStack() as undo:
-        if isinstance(wanted.runtime_cache, (str, os.PathLike)) and cache is not None:
-            undo.callback(cache.save)
-        if "cuda_graph_strategy" in overrides:
-            graphs: Literal["subgraph"] | None = None if wanted.cuda_graph_strategy == "disabled" else "subgraph"
-            if graphs is not None and modes.get().graphs is None:
-                undo.callback(modes.reset, modes.set(replace(modes.get(), graphs=graphs)))
-        for _, engine in engines:
-            strategy, kernels = engine.runtime_choice
-            if "dynamic_shapes_kernel_specialization_strategy" in overrides:
-                strategy = wanted.dynamic_shapes_kernel_specialization_strategy
-            if "runtime_cache" in overrides:
-                kernels = cache
-            before = engine.runtime_choice
-            engine.configure_runtime(strategy, kernels)
-            undo.callback(engine.configure_runtime, *before)
+        if "runtime_cache" in overrides:
+            cache = wanted.runtime_cache
+            if isinstance(cache, (str, os.PathLike)):
+                cache = RuntimeCache(cache)
+                cache.load()
+                undo.callback(cache.save)
+            changes["kernels"] = cache
+        if wanted.cuda_graph_strategy != "disabled" and modes.get().graphs is None:
+            undo.callback(modes.reset, modes.set(replace(modes.get(), graphs="subgraph")))
+        undo.enter_context(swapped(engines, _swap_runtime, changes))
         yield target_or_targets
 
 
@@ -118,10 +113,62 @@ def set_dynamic_shapes_kernel_strategy(
         ConfigError: For a bad value, or modules without an engine.
     """
     RuntimeSettings(dynamic_shapes_kernel_specialization_strategy=strategy)
-    for _, engine in engines_of_all("set_dynamic_shapes_kernel_strategy", target_or_targets):
-        engine.configure_runtime(strategy, engine.runtime_choice[1])
+    for engine in engines_of_all("set_dynamic_shapes_kernel_strategy", target_or_targets):
+        _swap_runtime(engine, {"specialization": strategy})
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+@contextmanager
+def runtime_cache(
+    target_or_targets: nn.Module | Sequence[nn.Module],
+    path: str | os.PathLike[str] | Any = "",
+    autosave: bool = True,
+) -> Iterator[RuntimeCache]:
+    """Share what TensorRT-RTX compiles among all engines of some modules, for the length of a ``with`` block.
+
+    Args:
+        target_or_targets: An engine or a module with engines at any depth, or several.
+        path: A file, loaded at the start if it exists; or an open file-like object with ``read`` and ``write``, which
+            the caller opens, positions and closes. Empty for neither.
+        autosave: Save there at the end. An error is logged then, and not raised.
+
+    Yields:
+        The cache.
+
+    Raises:
+        ConfigError: For modules without an engine, or a ``path`` that is neither a path nor such an object.
+        OSError: If the file exists and cannot be read.
+    """
+    check_bool("runtime_cache(autosave=...)", autosave)
+    is_path = isinstance(path, (str, os.PathLike))
+    if not is_path and not (hasattr(path, "read") and hasattr(path, "write")):
+        raise ConfigError(f"path={shown(path)}: expected a path, or an object with read and write")
+    cache = RuntimeCache(path if is_path else "")
+    if is_path:
+        cache.load()
+    else:
+        cache.load_from_stream(path)
+    try:
+        with runtime_config(target_or_targets, runtime_cache=cache):
+            yield cache
+    finally:
+        if autosave:
+            try:
+                if is_path:
+                    cache.save()
+                else:
+                    cache.save_to_stream(path)
+            except Exception as error:
+                log.warning("compiled kernels were not saved: %s: %s", type(error).__name__, error)
+
+
+def _swap_runtime(engine: EngineModule, changes: dict[str, Any]) -> dict[str, Any]:
+    """Change some parameters of ``configure_runtime`` and return all of them as they were."""
+    before = dict(zip(("specialization", "kernels"), engine.runtime_choice, strict=True))
+    engine.configure_runtime(**before | changes)
+    return before
+
+
+def _check(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise for anything but one of the allowed values."""
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}")

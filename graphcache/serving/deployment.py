@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graphcache.errors import ConfigError, GraphCacheError, ServingError, shown
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 from graphcache.serving.auth import check_configured
 from graphcache.serving.ingress import Forward, Ingress, Settled
 from graphcache.serving.limits import Limits

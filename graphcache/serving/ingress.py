@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphcache.errors import ConfigError
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 from graphcache.serving.app import make_app
 from graphcache.serving.backend import ModelSpec
 from graphcache.serving.limits import Limits

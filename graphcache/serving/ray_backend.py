@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from graphcache.errors import UnavailableError, UnknownModelError
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 from graphcache.serving.backend import ModelSpec
 from graphcache.serving.batching import Batcher
 from graphcache.serving.kinds import written_kind

@@ -17,7 +17,7 @@ from torch import Tensor
 from graphcache.buckets.spec import Buckets
 from graphcache.errors import ConfigError, CudaError, UnavailableError, shown
 from graphcache.events import log
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 from graphcache.serving.backend import ModelSpec
 from graphcache.serving.kinds import Kind, read_kind
 from graphcache.serving.runner import Runner

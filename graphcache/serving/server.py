@@ -17,7 +17,7 @@ from typing import Any
 
 from graphcache.errors import ServingError
 from graphcache.events import log
-from graphcache.observe.extras import optional
+from graphcache.extras import optional
 from graphcache.serving.deployment import APPLICATION, front
 from graphcache.serving.transport import told
 

@@ -17,7 +17,7 @@ def test_a_view_is_drawn_and_refers_to_nothing_outside(name):
     ElementTree.fromstring(text)
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("https://www.textualize.io", "")
     assert "@font-face" not in text
-    said = {"watch": "data_dependent", "explain": "dim&#160;0:&#160;77&#160;→&#160;78", "doctor": "screenshots.py:"}
+    said = {"explain": "dim&#160;0:&#160;77&#160;→&#160;78", "doctor": "screenshots.py:"}
     assert said[name] in text
 
 
@@ -38,8 +38,8 @@ def test_without_a_browser_one_line_says_so(monkeypatch, tmp_path):
 
 
 def test_one_view_alone(tmp_path):
-    screenshots.main(["--only", "watch", "--out", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["watch.svg"]
+    screenshots.main(["--only", "explain", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["explain.svg"]
 
 
 def test_those_in_the_pages_are_there_and_small():

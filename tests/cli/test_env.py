@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import graphcache
 from graphcache.cli import machine, main
-from graphcache.observe.extras import EXTRAS
+from graphcache.extras import EXTRAS
 
 
 def test_versions_devices_and_settings(monkeypatch):

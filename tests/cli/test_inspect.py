@@ -6,6 +6,9 @@ import struct
 
 import pytest
 import torch
+from torch import nn
+
+import graphcache
 
 
 @pytest.fixture
@@ -36,6 +39,18 @@ def test_what_cannot_be_captured_is_told_with_its_lines(facts, cli):
     assert "nets.py:18: Tensor.__getitem__" in second
     said = cli("inspect", "nets.py:Picky", "--shapes", "x:8").stdout
     assert re.search(r"^capturable +no *\n +\S*nets\.py:17: ", said, re.M)
+
+
+def test_no_graph_is_evicted_before_its_memory_is_counted(facts):
+    sizes = range(1, graphcache.GraphConfig.max_graphs + 4)
+    shapes = [word for size in sizes for word in ("--shapes", f"input:{size}x16")]
+    found = facts("nets.py:mlp", *shapes)["capturable"]
+    with graphcache.wrap(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), max_graphs=1000) as fast:
+        with torch.no_grad():
+            for size in sizes:
+                fast(torch.zeros(size, 16))
+        assert fast.cache_info().graphs == len(sizes)
+        assert found == {"yes": True, "why": [], "graph_bytes": fast.cache_info().nbytes}
 
 
 def test_without_shapes_nothing_is_tried(facts):

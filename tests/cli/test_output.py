@@ -1,6 +1,7 @@
 """What goes where: results to stdout, progress to stderr and only where somebody watches."""
 
 import io
+import os
 import sys
 
 import click
@@ -24,6 +25,7 @@ from graphcache.cli.output import (
     writing,
 )
 from graphcache.cli.timing import Latency
+from graphcache.files import TEMPORARY
 
 
 @pytest.mark.parametrize("watched", [True, False])
@@ -95,6 +97,23 @@ def test_a_file_takes_its_place_in_one_step_or_not_at_all(tmp_path):
         assert target.read_bytes() == b"old"
     assert target.read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_file_is_written_by_the_one_atomic_writer(tmp_path):
+    with writing(tmp_path / "result", "--output"):
+        [temporary] = tmp_path.iterdir()
+        assert temporary.name.startswith(TEMPORARY)
+
+
+def test_a_disk_that_is_full_is_told_with_the_option(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    match = r"result cannot be written \(No space left on device\); choose another --output"
+    with pytest.raises(click.ClickException, match=match), writing(tmp_path / "result", "--output"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", [".", "nowhere/file"])

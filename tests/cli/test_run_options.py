@@ -181,10 +181,10 @@ def test_the_last_line_is_the_verdict(run):
     assert row["verdict"]["kind"] == "no launches"
 
 
-def test_the_watch_shows_the_cache_at_the_end_where_nobody_watches(run):
+def test_the_live_view_was_removed_which_is_said(run):
     found = run(*MLP, "--watch")
-    assert "input: float32[8, 16]  replays" in found.stderr
-    assert "signature" not in found.stdout
+    assert found.exit_code == 2
+    assert "--watch was removed: the summary at the end says how calls ended." in found.stderr
 
 
 def test_nothing_is_left_of_files_when_answers_are_wrong(run, folder, monkeypatch):

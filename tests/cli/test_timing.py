@@ -22,6 +22,14 @@ def test_percentiles_of_a_hundred():
     assert Latency.of([]) is None
 
 
+def test_the_device_of_the_module_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    device = torch.device("cuda:1")
+    timed(lambda: waited.append("call"), device)
+    assert waited == [device, "call", device]
+
+
 def test_timed_returns_the_answer_and_a_time():
     answer, nanoseconds = timed(lambda: 7, torch.device("cpu"))
     assert answer == 7

@@ -1,9 +1,15 @@
 """The doctor names every line that forbids a graph, and no other."""
 
 import contextlib
+import functools
 import inspect
+import queue
+import random
 import re
+import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -166,8 +172,8 @@ def test_the_call_leaves_the_tensors_and_the_generator_alone():
     x, before = torch.ones(3), torch.get_rng_state()
     assert [each.reason for each in find_capture_breaks(module, x)] == [
         Reason.RANDOM,
-        Reason.MUTATES,
         Reason.HOST_READ,
+        Reason.MUTATES,
     ]
     assert torch.equal(x, torch.ones(3))
     assert torch.equal(torch.get_rng_state(), before)
@@ -177,6 +183,124 @@ def test_a_wrapped_module_is_looked_into_without_its_graphs():
     fast = graphcache.wrap(Fn(lambda m, x: x * x.sum().item()))
     assert len(find_capture_breaks(fast, torch.ones(3))) == 1
     assert outcomes(fast) == (0, 0, {})
+
+
+class Counts(nn.Module):
+    """State in attributes, in containers, and in a submodule that is called by another."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self.seen = {"sizes": []}
+
+    def forward(self, x):
+        self.count += 1
+        self.other = self.count == 1
+        self.seen["sizes"].append(len(x))
+        setattr(self, "hidden", len(x))  # noqa: B010
+        return self.where(x)
+
+    def where(self, x):
+        return self.found(x)
+
+
+class Holds(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.parts = nn.ModuleList([inner])
+
+    def forward(self, x):
+        return functools.reduce(lambda value, part: part(value), self.parts, x)
+
+
+def test_the_innermost_line_of_the_user_and_the_module_whose_code_it_is():
+    inner = Counts()
+    inner.found = lambda x: x * x.sum().item()
+    found = find_capture_breaks(Holds(inner), torch.zeros(1))[0].place
+    assert (found.file, found.module) == (__file__, "parts.0")
+    assert found.code == "inner.found = lambda x: x * x.sum().item()"
+
+
+def test_changed_state_is_found_at_any_depth_with_the_line_that_assigns_it():
+    inner = Counts()
+    inner.found = torch.relu
+    found = {each.operation: each for each in find_capture_breaks(Holds(inner), torch.zeros(1))}
+    assert {name: each.place.code for name, each in found.items()} == {
+        "attribute 'count'": "self.count += 1",
+        "attribute 'other'": "self.other = self.count == 1",
+        "attribute 'seen'": "",
+        "attribute 'hidden'": "",
+    }
+    assert {(each.reason, each.place.module) for each in found.values()} == {(Reason.MUTATES, "parts.0")}
+    lines, first = inspect.getsourcelines(Counts)
+    for name in ("count", "other"):
+        place = found[f"attribute {name!r}"].place
+        assert lines[place.line - first].strip() == place.code
+    for name in ("seen", "hidden"):
+        # No line assigns it: that of forward.
+        assert lines[found[f"attribute {name!r}"].place.line - first].strip() == "def forward(self, x):"
+    assert "self.parts[0].seen['sizes']: " in found["attribute 'seen'"].detail
+
+
+def test_a_class_without_source_has_no_line():
+    kind = type("Made", (nn.Module,), {"forward": lambda self, x: (setattr(self, "n", 1), x)[1]})
+    kind.forward.__code__ = kind.forward.__code__.replace(co_filename="<made>")
+    [found] = find_capture_breaks(kind(), torch.zeros(1))
+    assert (found.operation, found.place.code) == ("attribute 'n'", "")
+
+
+def _written_past_the_dispatcher(m, x):
+    m.state.numpy()[0] += 1
+    return x * 2
+
+
+EFFECTS = {
+    "clock": (lambda m, x: x + time.time() * 0, Reason.RANDOM, "time.time"),
+    "random of Python": (lambda m, x: x * random.random(), Reason.RANDOM, "Random.random"),
+    "random of NumPy": (lambda m, x: x * float(np.random.rand()), Reason.RANDOM, "numpy"),
+    "a generator of its own": (lambda m, x: x + torch.rand(3, generator=m.own).to(x), Reason.RANDOM, "torch.rand"),
+    "a queue": (lambda m, x: (m.queue.put(1), x * 2)[1], Reason.HOST_READ, "SimpleQueue.put"),
+    "an argument": (lambda m, x, log: (log.append(1), x * 2)[1], Reason.MUTATES, "args[1]"),
+    "past the dispatcher": (_written_past_the_dispatcher, Reason.MUTATES, "attribute 'state'"),
+}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_every_effect_of_an_observed_call_is_found(name):
+    function, reason, operation = EFFECTS[name]
+    module = Fn(function, own=torch.Generator().manual_seed(1), queue=queue.SimpleQueue())
+    module.register_buffer("state", torch.zeros(3))
+    args = [torch.ones(3), *([[]] if name == "an argument" else [])]
+    found = find_capture_breaks(module, *args)
+    assert operation in {each.operation for each in found if each.reason is reason}, list(map(str, found))
+    fast = graphcache.wrap(module)
+    fast(*args)
+    [seen] = fast.cache_info().eager
+    assert seen in {each.reason for each in found}
+
+
+def test_state_that_is_ignored_is_no_break():
+    module = Fn(lambda m, x: (m.calls.append(1), x * 2)[1], calls=[])
+    assert [each.operation for each in find_capture_breaks(module, torch.ones(3))] == ["attribute 'calls'"]
+    assert find_capture_breaks(graphcache.wrap(module, ignore=["self.calls"]), torch.ones(3)) == []
+
+
+def test_state_that_cannot_be_watched_is_told_and_operations_all_the_same(monkeypatch):
+    monkeypatch.setattr("graphcache.keys.state_walk.MAX_ENTRIES", 10)
+    module = Fn(lambda m, x: x * x.sum().item(), table=list(range(1000)))
+    first, second = find_capture_breaks(module, torch.ones(3))
+    assert (first.reason, first.place.line) == (Reason.UNOBSERVED, 0)
+    assert second.operation == "Tensor.item"
+
+
+def test_under_a_profiler_it_says_what_to_do():
+    before = sys.getprofile()
+    sys.setprofile(lambda *_: None)
+    try:
+        with pytest.raises(ConfigError, match="stop the profiler first"):
+            find_capture_breaks(nn.ReLU(), torch.ones(3))
+    finally:
+        sys.setprofile(before)
 
 
 def test_keyword_arguments_and_what_cannot_be_copied():

@@ -70,15 +70,15 @@ def test_too_much_is_everything_with_an_error_in_the_log(fake, caplog):
         weights.device_budget = 10**30
         assert weights.device_budget == 4096
     [record] = [each for each in caplog.records if each.levelno == logging.ERROR]
-    assert "is more than the 4096 that can be streamed" in record.getMessage()
+    assert "to 4096 bytes, the size of all streamable weights" in record.getMessage()
 
 
 @pytest.mark.parametrize(
     ("network", "budget", "error", "message"),
     [
         ("streaming", -1, EngineError, r"^device_budget=-1: a budget cannot be negative; expected 0 to 4096 bytes$"),
-        ("affine", 1, EngineError, r"^there is nothing to stream: no engine here was built for it"),
-        ("affine", 0, EngineError, r"^there is nothing to stream"),
+        ("affine", 1, EngineError, r"^no engine here was built to stream its weights"),
+        ("affine", 0, EngineError, r"^no engine here was built to stream"),
         ("streaming", 1.5, ConfigError, r"^device_budget=1\.5: expected a whole number of bytes$"),
         ("streaming", True, ConfigError, r"^device_budget=True: expected a whole number"),
         ("streaming", None, ConfigError, r"^device_budget=None: expected a whole number"),
@@ -122,10 +122,10 @@ def test_shares_never_exceed_what_was_given_nor_what_an_engine_has(streamable, b
             self.now = nbytes
 
     weights = weight_streaming(nn.ReLU())
-    weights._engines = [("", Engine(most)) for most in streamable]
+    weights._engines = [Engine(most) for most in streamable]
     weights._streamable = streamable
     if sum(streamable):
         weights.device_budget = budget
-        given_out = [engine.now for _, engine in weights._engines]
+        given_out = [engine.now for engine in weights._engines]
         assert all(0 <= now <= most for now, most in zip(given_out, streamable, strict=True))
         assert min(budget, sum(streamable)) - len(streamable) < sum(given_out) <= max(budget, 0)

@@ -1,4 +1,4 @@
-"""Packages that are not installed with graphcache, imported where they are needed."""
+"""Optional packages, imported where they are needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graphcache.errors import ExtraNotFoundError
 
 EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "plots": ("matplotlib",),
+    "plots": ("jinja2", "matplotlib"),
     "metrics": ("prometheus_client",),
     "tensors": ("safetensors",),
     "nvtx": ("nvtx",),

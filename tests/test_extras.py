@@ -8,7 +8,7 @@ import pytest
 
 import graphcache
 from graphcache.errors import ExtraNotFoundError, GraphCacheError
-from graphcache.observe.extras import EXTRAS, optional
+from graphcache.extras import EXTRAS, optional
 
 PROJECT = tomllib.loads((Path(graphcache.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))[
     "project"
