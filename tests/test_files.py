@@ -44,15 +44,16 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_a_link_is_followed_and_the_mode_is_the_users(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "file").write_bytes(b"somebody else's")
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
     with replacing(tmp_path / "link") as file:
         file.write(b"new")
-    assert (tmp_path / "folder" / "file").read_bytes() == b"somebody else's"
-    assert not (tmp_path / "link").is_symlink()
-    assert (tmp_path / "link").read_bytes() == b"new"
+    assert (tmp_path / "folder" / "file").read_bytes() == b"new"
+    assert (tmp_path / "link").is_symlink()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "folder" / "file").stat().st_mode) == 0o666 & ~mask
 
 
 def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
