@@ -76,7 +76,7 @@ class Bucketed:
         self._generation = misses.generation
         self._lock = threading.Lock()
         self._host_values = len(self._engine.host_inputs) if self._engine is not None else 0
-        self._measures = misses.admission.policy == "worthwhile"
+        self._measures = misses.admission.measures_replays
         self._beside = beside
         self.padded = 0
         """Hits of calls that were padded."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.admission import Admission
 from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.signature import Signature
+from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, Refusal
@@ -75,7 +75,7 @@ class Captures:
         self._training: list[bool] = []
         self.blocks = Blocks()
         """What could not be captured."""
-        self.admission = Admission(cache, config.capture)
+        self.admission = admission_for(config.capture, cache)
         """Decides what is captured; hears of evictions from whoever holds the cache."""
         self.remembered = Remembered(cache.entries, self._engine)
         """What calls were like, for a manifest."""
@@ -261,7 +261,7 @@ class Captures:
 
     def _replay_seconds(self, recorded: Recorded, inputs: Sequence[Tensor]) -> float | None:
         """What a replay takes the host, which is what an eager call is measured by too."""
-        if self.admission.policy != "worthwhile":
+        if not self.admission.measures_replays:
             return None
         hosts = self._engine.host_inputs if self._engine is not None else ()
         given = [value for index, value in enumerate(inputs) if index not in hosts]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from graphcache.cache.admission import Known
 from graphcache.cache.wording import Words, differences, distance, words_of
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, ClosedError, ConfigError, Reason, Refusal
@@ -228,7 +227,7 @@ def _look(fast: CachedModule, signature: Signature) -> Explained:
     misses, names = fast._misses, arguments_of(fast._module)
     entry = fast._entries.get(signature)
     words = words_of(signature, names)
-    known = misses.admission.known().get(signature, _UNKNOWN)
+    known = misses.admission.known(signature)
     hits = entry.hits if entry is not None else 0
     found = Explained(
         str(words) + "".join(f", {name} {value}" for name, value in words.modes.items()),
@@ -243,7 +242,7 @@ def _look(fast: CachedModule, signature: Signature) -> Explained:
         return found
     if entry is not None:
         return replace(found, outcome="capture", note="the module has changed since its graph was captured")
-    cause, note = misses.admission.outlook(signature), ""
+    cause, note = misses.admission.ask(signature), ""
     if (blocked := misses.blocks.look(signature, misses._guard.version + has_changed)) is not None:
         cause, wait = blocked
         if wait is not None:
@@ -336,6 +335,3 @@ def _duration(seconds: float) -> str:
 
 def _nothing() -> None:
     """The host has nothing to wait for."""
-
-
-_UNKNOWN = Known(0, 0, None, None, None)

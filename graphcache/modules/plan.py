@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphcache.cache.admission import Admission
-from graphcache.cache.estimates import Estimate
+from graphcache.cache.costs import Estimate
 from graphcache.cache.padder import Fit
 from graphcache.cache.signature import Signature
 from graphcache.errors import Cause
@@ -51,13 +51,10 @@ class Plan:
         """
         if self.calls >= self._look:
             self._look = 2 * self.calls + 4
-            known = admission.known()
-            bucket, own = known.get(target), known.get(signature)
-            replay = None if bucket is None else bucket.replay
-            eager = None if own is None else own.eager
+            bucket, own = admission.known(target), admission.known(signature)
+            replay = bucket.replay
+            eager = bucket.eager if own.eager is None else own.eager
             if self.eager.count:
                 eager = self.eager.value
-            elif eager is None and bucket is not None:
-                eager = bucket.eager
             self._pays = replay is None or eager is None or replay + self.padding.value < eager
         return self._pays

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphcache.cache.admission import Known
+from graphcache.cache.costs import Known
 from graphcache.cache.lru import Entry
 from graphcache.cache.served import ManifestEntry
 from graphcache.cache.spec import Spec, spec_of
@@ -59,11 +59,11 @@ class Remembered:
             self._characters += len(spec.text) if spec is not None else 0
             self._forget()
 
-    def served(self, known: Mapping[Any, Known], part: str = "") -> tuple[list[ManifestEntry], int]:
+    def served(self, known: Callable[[Any], Known], part: str = "") -> tuple[list[ManifestEntry], int]:
         """What becomes a manifest.
 
         Args:
-            known: What admission knows of signatures.
+            known: What admission knows of a signature.
             part: The submodule that these calls are of; empty for the module itself.
 
         Returns:
@@ -74,7 +74,7 @@ class Remembered:
         found = []
         for signature, spec in specs.items():
             if spec is not None:
-                seen, entry = known.get(signature, _UNKNOWN), self._entries.get(signature)
+                seen, entry = known(signature), self._entries.get(signature)
                 times = (None if each is None else min(each, 9e8) for each in (seen.eager, seen.replay, seen.capture))
                 nbytes = min(entry.nbytes, _LONGEST) if entry is not None else 0
                 found.append(ManifestEntry(spec, seen.calls, part, nbytes, *times))
@@ -91,9 +91,6 @@ class Remembered:
                 continue
             spec = self._specs.pop(oldest)
             self._characters -= len(spec.text) if spec is not None else 0
-
-
-_UNKNOWN = Known(0, 0, None, None, None)
 
 
 def _told(args: tuple[Any, ...], hosts: tuple[int, ...]) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ def served(fast: CachedModule) -> tuple[Manifest, int]:
     entries: list[ManifestEntry] = []
     untold = 0
     for part, each in _targets(fast).items():
-        found, left = each._misses.remembered.served(each._misses.admission.known(), part)
+        found, left = each._misses.remembered.served(each._misses.admission.known, part)
         entries += found
         untold += left
     return Manifest(environment(fast._module), entries), untold

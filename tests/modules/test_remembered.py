@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache import Reason
-from graphcache.cache.admission import Known
+from graphcache.cache.costs import Known
 from graphcache.cache.lru import Entry
 from graphcache.cache.spec import spec_of
 from graphcache.modules import remembered
@@ -39,7 +39,7 @@ def test_the_longest_unseen_without_a_graph_goes_first(keys: list[int], captured
             found.note(key, (key,), {})
             order = [each for each in order if each != key] + [key]
         assert len(found) <= 8 + len(entries)
-        kept = {entry.spec for entry in found.served({})[0]}
+        kept = {entry.spec for entry in found.served(lambda key: Known())[0]}
         for key in entries:
             assert spec_of((key,), {}) in kept
         for key in order[-8:]:
@@ -61,7 +61,7 @@ def test_an_entry_holds_what_is_known() -> None:
     found.note("a", (torch.zeros(2),), {"n": 1})
     found.note("b", (torch.zeros(3),), {})
     found.note("odd", (Reason.GRAD,), {})
-    (a, b), untold = found.served({"a": Known(7, 5, 1e-3, 1e-4, 0.5)}, "part")
+    (a, b), untold = found.served(lambda key: Known(7, 5, 1e-3, 1e-4, 0.5) if key == "a" else Known(), "part")
     assert (a.hits, a.part, a.nbytes, a.eager_seconds, a.replay_seconds, a.capture_seconds) == (
         7, "part", 40, 1e-3, 1e-4, 0.5
     )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.estimates import LARGEST, Estimate, Mean, checked_seconds
+from graphcache.cache.costs import LARGEST, Estimate, Mean, checked_seconds
 from graphcache.errors import ConfigError
 
 times = st.floats(1e-7, 10.0)
