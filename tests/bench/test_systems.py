@@ -4,68 +4,76 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bench import measure, networks, peers
-from bench.peers.inference_models_cache import InferenceModels
-from bench.peers.plain import PlainEngine, kernel_strategy
-from bench.peers.torch_compile import Compiled
-from bench.peers.torch_tensorrt_modules import TorchTensorRT
+from bench import measure, networks, systems
+from bench.systems.plain import PlainEngine, kernel_strategy
+from bench.systems.torch_compile import Compiled
+from bench.systems.torch_tensorrt_modules import TorchTensorRT
 from tests.bench.fakes import CPU, bundle, right, sentences, work
 
 CUDA = torch.device("cuda", 0)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where there is no GPU")
 
 
-@pytest.mark.parametrize("name", peers.SYSTEMS)
+@pytest.fixture(autouse=True)
+def tf32_is_put_back(clean_context):
+    """A network on a device multiplies in TF32, which is a setting of the process."""
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_a_system_is_called_what_it_is_registered_as(name):
-    peer = peers.SYSTEMS[name]()
+    peer = systems.SYSTEMS[name]()
     assert peer.name == name
-    assert peer.kind in peers.FLOORS
+    assert peer.kind in systems.FLOORS
     assert peer.burst >= 1
-    assert peers.SYSTEMS[name]() is not peer
+    assert systems.SYSTEMS[name]() is not peer
 
 
-@pytest.mark.parametrize("name", peers.SYSTEMS)
+@pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_peers_are_compared_with_a_mode_of_graphcache_of_their_kind(name):
-    peer = peers.SYSTEMS[name]()
+    peer = systems.SYSTEMS[name]()
     ours = name.startswith(("graphcache", "raw"))
     assert (peer.rival is None) is ours
     assert peer.exact is ours
     if not ours:
-        rival = peers.SYSTEMS[peer.rival]()
+        rival = systems.SYSTEMS[peer.rival]()
         assert rival.name.startswith("graphcache")
         assert rival.kind == peer.kind
     for mode in peer.also:
-        other = peers.SYSTEMS[mode]()
+        other = systems.SYSTEMS[mode]()
         assert other.name.startswith("graphcache")
         assert (other.kind, mode == peer.rival) == (peer.kind, False)
 
 
 def test_tensorrt_rtxs_graphs_are_compared_with_both_ways_to_keep_buffers():
-    peer = peers.SYSTEMS["rtx-graphs"]()
+    peer = systems.SYSTEMS["rtx-graphs"]()
     assert (peer.rival, peer.also) == ("graphcache-into", ("graphcache-session",))
-    assert [name for name in peers.SYSTEMS if peers.SYSTEMS[name]().also] == ["rtx-graphs"]
+    assert [name for name in systems.SYSTEMS if systems.SYSTEMS[name]().also] == ["rtx-graphs"]
 
 
-@pytest.mark.parametrize("kind", peers.FLOORS)
+@pytest.mark.parametrize("kind", systems.FLOORS)
 def test_each_kind_has_a_floor(kind):
-    assert peers.SYSTEMS[peers.FLOORS[kind]]().kind == kind
+    assert systems.SYSTEMS[systems.FLOORS[kind]]().kind == kind
 
 
 @without_gpu
-@pytest.mark.parametrize("name", peers.SYSTEMS)
+@pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_a_system_that_cannot_run_says_why_in_a_line(name, tmp_path):
     made = bundle(tmp_path, "mlp8")
     on_cuda = measure.Work(made, [2], work(made).pool, CUDA, calls=50)
-    found = measure.measure(peers.SYSTEMS[name](), on_cuda, [lambda: None])
+    found = measure.measure(systems.SYSTEMS[name](), on_cuda, [lambda: None])
     assert found["reason"]
     assert "\n" not in found["reason"]
     assert "closing" not in found
     assert "total_us" not in found
 
 
-@pytest.mark.parametrize("name", peers.SYSTEMS)
+@pytest.mark.parametrize("name", systems.SYSTEMS)
 def test_closing_what_was_never_loaded_does_nothing(name):
-    peer = peers.SYSTEMS[name]()
+    peer = systems.SYSTEMS[name]()
     peer.close()
     peer.close()
 
@@ -75,14 +83,12 @@ def test_closing_what_was_never_loaded_does_nothing(name):
     [
         ("torch-tensorrt-cpp", "torch_tensorrt"),
         ("torch-tensorrt-python", "torch_tensorrt"),
-        ("inference-models", "inference_models"),
-        ("aitune", "aitune"),
     ],
 )
 def test_a_peer_whose_package_is_absent_names_it(name, package, monkeypatch):
     # None in sys.modules is how Python marks a module that must not be found.
     monkeypatch.setitem(sys.modules, package, None)
-    reason = peers.SYSTEMS[name]().available()
+    reason = systems.SYSTEMS[name]().available()
     assert reason is not None
     assert reason.startswith("not installed: ")
     assert package in reason
@@ -129,31 +135,6 @@ def test_torch_tensorrt_is_given_the_same_bytes_and_its_mode_is_put_back(torch_t
         "name": "words",
         "settings": "settings for gpu 0",
     }
-
-
-def test_torch_tensorrts_mode_is_put_back_when_its_module_refuses(torch_tensorrt, tmp_path):
-    def refuse(**_):
-        raise RuntimeError("other ABI\nand more")
-
-    torch_tensorrt.runtime.TorchTensorRTModule = refuse
-    found = measure.measure(TorchTensorRT("cpp"), work(bundle(tmp_path)), [lambda: None])
-    assert "other ABI" in found["reason"] or found["reason"].startswith("not installed")
-    peer = TorchTensorRT("cpp")
-    with pytest.raises(RuntimeError, match="other ABI"):
-        peer.load(bundle(tmp_path), CUDA, [1])
-    peer.close()
-    assert torch_tensorrt.log[-1] is False
-
-
-def test_a_torch_tensorrt_without_the_python_runtime_says_so(torch_tensorrt, tmp_path):
-    del torch_tensorrt.runtime.PythonTorchTensorRTModule
-    with pytest.raises(RuntimeError, match=r"torch_tensorrt 9\.9 has no PythonTorchTensorRTModule"):
-        TorchTensorRT("python").load(bundle(tmp_path), CUDA, [1])
-
-
-def test_inference_models_runs_engines_of_one_input_alone(tmp_path):
-    with pytest.raises(RuntimeError, match="it runs engines of one input; words has 2"):
-        InferenceModels().load(sentences(tmp_path), CUDA, [2])
 
 
 def test_a_compilation_for_each_shape_has_pytorchs_limit(tmp_path):
@@ -234,12 +215,6 @@ def test_whole_graphs_are_asked_for_where_there_are_any(plain):
         plain.new_context(whole_graphs=True)
 
 
-def test_other_packages_get_the_same_kernels(plain):
-    theirs = plain.for_others()
-    assert theirs.num_io_tensors == 2
-    assert theirs.create_execution_context().config.dynamic_shapes_kernel_specialization_strategy == "EAGER"
-
-
 def test_networks_are_ones_own_and_frozen():
     one, other = networks.torch_network("policy"), networks.torch_network("policy")
     assert one is not other
@@ -253,8 +228,8 @@ def test_networks_are_ones_own_and_frozen():
 
 
 def test_a_model_without_a_network_is_refused():
-    with pytest.raises(SystemExit, match="silero has no torch network here"):
-        networks.torch_network("silero")
+    with pytest.raises(SystemExit, match="resnet has no torch network here"):
+        networks.torch_network("resnet")
 
 
 def test_the_vision_transformer_answers_each_image_by_itself():

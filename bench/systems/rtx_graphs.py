@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.peers.base import Peer
-from bench.peers.plain import PlainEngine
+from bench.systems.base import Peer
+from bench.systems.plain import PlainEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

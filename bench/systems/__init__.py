@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench.peers.aitune_cache import AITune
-from bench.peers.base import Peer as Peer
-from bench.peers.floor import Floor, TorchFloor
-from bench.peers.graphcache_modes import Fresh, Into, Module, Session
-from bench.peers.graphed_callables import GraphedCallables
-from bench.peers.inference_models_cache import InferenceModels
-from bench.peers.rtx_graphs import RtxGraphs
-from bench.peers.tensorrt_eager import TensorRTEager
-from bench.peers.torch_compile import Compiled
-from bench.peers.torch_tensorrt_modules import TorchTensorRT
+from bench.systems.base import Peer as Peer
+from bench.systems.floor import Floor, TorchFloor
+from bench.systems.graphcache_modes import Fresh, Into, Module, Session
+from bench.systems.graphed_callables import GraphedCallables
+from bench.systems.rtx_graphs import RtxGraphs
+from bench.systems.tensorrt_eager import TensorRTEager
+from bench.systems.torch_compile import Compiled
+from bench.systems.torch_tensorrt_modules import TorchTensorRT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,8 +27,6 @@ SYSTEMS: Mapping[str, Callable[[], Peer]] = {
     "rtx-graphs-copy": lambda: RtxGraphs(copied=True),
     "torch-tensorrt-cpp": lambda: TorchTensorRT("cpp"),
     "torch-tensorrt-python": lambda: TorchTensorRT("python"),
-    "inference-models": InferenceModels,
-    "aitune": AITune,
     "raw-torch": TorchFloor,
     "graphcache-torch": Module,
     "graphed-callables": GraphedCallables,
@@ -42,5 +38,5 @@ SYSTEMS: Mapping[str, Callable[[], Peer]] = {
 FLOORS = {"engine": "raw", "torch": "raw-torch"}
 """What systems of a kind take turns with."""
 
-PACKAGES = ("torch-tensorrt-rtx", "torch-tensorrt", "inference-models", "aitune", "triton")
+PACKAGES = ("torch-tensorrt-rtx", "torch-tensorrt", "triton")
 """Distributions whose versions are recorded, beyond those of :func:`bench.record.environment`."""

@@ -84,24 +84,9 @@ class PlainEngine:
                 raise RuntimeError(f"shape {tuple(value.shape)} of {name} was refused")
             context.set_tensor_address(name, value.data_ptr())
 
-    def for_others(self) -> Any:
-        """The engine, for packages that make contexts without settings: theirs get the kernels that all have here."""
-        return _SameKernels(self)
-
     def new_output(self, context: Any) -> Tensor:
         """Memory for the output of the inputs that were set, and its address told."""
         (name,) = self.bundle.outputs
         output = torch.empty(tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=self.device)
         context.set_tensor_address(name, output.data_ptr())
         return output
-
-
-class _SameKernels:
-    def __init__(self, engine: PlainEngine) -> None:
-        self._engine = engine
-
-    def create_execution_context(self) -> Any:
-        return self._engine.new_context()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine.engine, name)

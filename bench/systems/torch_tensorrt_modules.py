@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.peers.base import Peer
-from bench.peers.borrowed import not_installed
+from bench.systems.base import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class TorchTensorRT(Peer):
         self._set_mode: Callable[[bool], object] | None = None
 
     def available(self) -> str | None:
-        return not_installed("torch_tensorrt")
+        return None if find_spec("torch_tensorrt") else "not installed: torch_tensorrt"
 
     def load(self, bundle: store.Bundle, device: torch.device, sizes: Sequence[int]) -> Callable[..., Tensor]:
         import torch_tensorrt

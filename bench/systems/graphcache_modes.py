@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from bench import networks
-from bench.peers.base import Peer
+from bench.systems.base import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
