@@ -14,8 +14,8 @@ Each key is a rent-or-buy problem. An eager call pays rent: what a replay would 
 Time, in here, is what eager execution of all calls would have taken so far, without stalls. It stands still while
 nothing is called.
 
-The constants were chosen on the traces of ``tests/cache/test_worthwhile_traces.py``: 280 of them, under six sets of
-measured costs, three seeds, 8 and 16 graphs. The geometric mean of total time over the offline optimum is 1.10.
+The constants were chosen on traces like those of ``tests/cache/test_worthwhile_traces.py``: 280 of them, under six sets
+of measured costs, three seeds, 8 and 16 graphs. The geometric mean of total time over the offline optimum is 1.10.
 """
 
 from __future__ import annotations
