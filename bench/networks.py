@@ -233,22 +233,6 @@ def pooled(tokens: Tensor, attention_mask: Tensor) -> Tensor:
     return mean / mean.norm(dim=-1, keepdim=True)
 
 
-class TokenEncoder(nn.Module):
-    """The MiniLM-L6 encoder without pooling.
-
-    Args:
-        encoder: With it.
-    """
-
-    def __init__(self, encoder: SentenceEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and mask to ``(batch, length, 384)``."""
-        return self.encoder.tokens(input_ids, attention_mask)
-
-
 class _EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()

@@ -1,154 +1,114 @@
-"""One row of the suite: an engine, some of its shapes, and the systems of one kind, in turn with their floor."""
+"""One row of the table, in this process: an engine, some of its shapes, and systems in turn with their floor.
+
+``python -m bench`` starts it. What was measured is written after each system: a process that ends early keeps it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bench import calls as calls_of
-from bench import limits, measure
+from bench import measure, record, store, systems
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from bench import store
-    from bench.lost import LostDevice
-    from bench.peers import Peer
-    from bench.suite import Deadline, Plan
-
+SEED = 0
 POOL = 8
 """Calls of each size, each with tensors of its own."""
 
 
-class Row:
-    """Measures systems, each alone with the floor, and keeps what it found as it goes.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure one row and record it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.row", description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--engine", required=True, metavar="NAME")
+    parser.add_argument("--shapes", type=int, default=1, metavar="N")
+    parser.add_argument("--systems", nargs="+", required=True, metavar="NAME")
+    parser.add_argument("--calls", type=int, default=1000, metavar="N")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--default-stream", action="store_true")
+    options = parser.parse_args(arguments)
+    device = record.require_cuda("bench")
+    facts = environment()
+    bundle = store.load(options.engines, options.engine)
+    sizes = calls_of.spread(bundle, options.shapes)
+    row: dict[str, Any] = {"engine": bundle.name, "facts": dict(bundle.facts), "sizes": sizes, "systems": {}}
+
+    def note() -> None:
+        record.write("row", {"environment": facts, "row": row}, options.out)
+
+    pool = calls_of.pool(bundle, sizes, POOL, device)
+    work = measure.Work(bundle, sizes, pool, device, options.calls, options.seconds, SEED)
+    with record.stream_scope(options.default_stream), torch.inference_mode():
+        measure_row(work, options.systems, row["systems"], note)
+    return 0
+
+
+def measure_row(work: measure.Work, names: Sequence[str], found: dict[str, Any], note: Callable[[], object]) -> None:
+    """Measure systems of one kind, each alone with the floor.
 
     Args:
-        plan: How.
-        deadline: When to stop.
-        lost: Who goes on if a system costs this process its device.
-        floor: Makes the floor.
-        bundle: The engine.
-        sizes: Of the shapes.
-        result: Where figures go, by name, under ``systems``.
-        noted: Called whenever something was put there.
+        work: What every system does.
+        names: The systems; their floor is measured too.
+        found: Figures of each system by name.
+        note: Called whenever something was added to them.
     """
-
-    def __init__(
-        self,
-        plan: Plan,
-        deadline: Deadline,
-        lost: LostDevice,
-        floor: Callable[[], Peer],
-        bundle: store.Bundle,
-        sizes: Sequence[int],
-        result: dict[str, Any],
-        noted: Callable[[], object],
-    ) -> None:
-        self._plan = plan
-        self._noted = noted
-        self._deadline = deadline
-        self._lost = lost
-        self._floor = floor()
-        self._bundle = bundle
-        self._sizes = sizes
-        self._result = result
-        self._systems: dict[str, Any] = result["systems"]
-
-    def measure(self, names: Sequence[str]) -> None:
-        """Measure these systems, and the floor before them; whatever cannot be measured gets a reason."""
-        wanted = [name for name in names if name != self._floor.name]
-        if self._deadline.passed():
-            self._leave_out([self._floor.name, *wanted])
-        elif self._lost.known:
-            self._elsewhere(names)
-        else:
-            try:
-                self._here(wanted)
-            except Exception as error:
-                if self._lost.before_this():
-                    self._elsewhere([name for name in names if name not in self._systems])
-                self._missing(names, {"reason": measure.first_line(error), "failed": True})
-
-    def _here(self, wanted: Sequence[str]) -> None:
-        pool = calls_of.pool(self._bundle, self._sizes, POOL, self._plan.device)
-        plan = self._plan
-        work = measure.Work(self._bundle, self._sizes, pool, plan.device, plan.calls, plan.seconds, plan.seed)
-        self._result.setdefault("buffer_bytes_per_shape", buffer_bytes(work))
-        figures = measure.measure(self._floor, work)
-        if "reason" in figures and self._lost.before_this():
-            raise RuntimeError(figures["reason"])
-        self._lost.measured += 1
-        self._note(self._floor.name, figures)
-        if "reason" in figures:
-            self._missing(wanted, {"reason": f"there is no {self._floor.name} to take turns with"})
-            return
-        if nodes := getattr(self._floor, "nodes", None):
-            figures["nodes"] = nodes
-            allowed = self._result["buffer_bytes_per_shape"] + limits.NODE_BYTES * sum(nodes) // len(nodes)
-            figures["allowed_bytes_per_shape"] = allowed
-        try:
-            self._in_turn(work, wanted)
-        finally:
-            closed = measure.close(self._floor)
-            # Nothing can be given back to a device that is lost, whoever lost it.
-            figures |= {} if self._lost.known else closed
-
-    def _in_turn(self, work: measure.Work, wanted: Sequence[str]) -> None:
-        for index, name in enumerate(wanted):
-            if self._deadline.passed():
-                self._leave_out(wanted[index:])
-                return
-            launches = [self._floor.timed(call.inputs) for call in work.pool]
-            floor = [launch for launch in launches if launch is not None]
-            self._note(name, measure.measure(self._plan.systems[name](), work, floor))
-            self._lost.measured += 1
-            if "reason" in self._systems[name] and self._lost.noticed():
-                self._elsewhere(wanted[index + 1 :])
-                return
-
-    def _elsewhere(self, names: Sequence[str]) -> None:
-        if not names:
-            return
-        left = self._deadline.left()
-        if left is not None and left <= 0:
-            self._leave_out(names)
-            return
-        row = self._lost.measure(self._bundle, len(self._sizes), names, left)
-        if "buffer_bytes_per_shape" in row:
-            self._result.setdefault("buffer_bytes_per_shape", row["buffer_bytes_per_shape"])
-        for name, figures in row["systems"].items():
-            if "kind" in figures:
-                self._systems.setdefault(name, {**figures, "other_process": True})
-                self._noted()
+    made = {name: systems.SYSTEMS[name]() for name in names}
+    floor_name = systems.FLOORS[next(iter(made.values())).kind]
+    floor = systems.SYSTEMS[floor_name]()
+    found[floor_name] = figures = measure.measure(floor, work)
+    if nodes := getattr(floor, "nodes", None):
+        figures["nodes"] = nodes
+    note()
+    try:
+        for name, system in made.items():
+            if name == floor_name:
+                continue
+            if "reason" in figures:
+                reason = f"there is no {floor_name} to take turns with"
+                found[name] = {**measure.about(system), "reason": reason}
             else:
-                self._missing([name], figures)
-
-    def _leave_out(self, names: Sequence[str]) -> None:
-        self._missing(names, {"reason": f"left out, since {self._deadline.seconds:g} s were over", "left_out": True})
-
-    def _missing(self, names: Sequence[str], why: Mapping[str, Any]) -> None:
-        for name in names:
-            if name not in self._systems:
-                peer = self._floor if name == self._floor.name else self._plan.systems[name]()
-                self._note(name, {**measure.about(peer), **why})
-
-    def _note(self, name: str, figures: dict[str, Any]) -> None:
-        self._systems[name] = figures
-        where = f"[{self._deadline.elapsed():6.1f} s] {self._result['engine']}, {len(self._sizes)} shapes, {name}"
-        print(f"{where}: {summary(figures)}", file=sys.stderr, flush=True)
-        self._noted()
+                launches = [floor.timed(call.inputs) for call in work.pool]
+                found[name] = measure.measure(system, work, [launch for launch in launches if launch is not None])
+            where = f"{work.bundle.name} x {len(work.sizes)}, {name}"
+            print(f"{where}: {summary(found[name])}", file=sys.stderr, flush=True)
+            note()
+            if "reason" in found[name] and measure.device_lost(work.device):
+                # Every further call would fail. The parent measures the others in another process.
+                return
+    finally:
+        figures |= measure.close(floor)
+        note()
 
 
-def buffer_bytes(work: measure.Work) -> int:
-    """Bytes that a shape's inputs and outputs take, on average over the shapes."""
-    calls = [work.first(size) for size in work.sizes]
-    return sum(tensor.nbytes for call in calls for tensor in (*call.inputs, call.answer)) // len(calls)
-
-
-def summary(figures: Mapping[str, Any]) -> str:
-    """What was found of one system, in a line."""
+def summary(figures: dict[str, Any]) -> str:
+    """The figures of one system in a line."""
     if "reason" in figures:
         return str(figures["reason"])
     total, cpu = figures["total_us"]["p50"], figures["cpu_burst_us"]["p50"]
     return f"{total} µs, {figures['total_over_raw']} of raw, {cpu} µs of CPU"
+
+
+def environment() -> dict[str, Any]:
+    """What figures depend on."""
+    # Torch-TensorRT makes "tensorrt" another name of TensorRT-RTX when it is imported, and graphcache would find that
+    # first: so the flavour is settled before. Without any, torch networks are still measured.
+    from graphcache.engines.library import library
+    from graphcache.errors import TensorRTNotFoundError
+
+    with suppress(TensorRTNotFoundError):
+        os.environ["GRAPHCACHE_TENSORRT"] = library().flavour
+    return record.environment(SEED)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

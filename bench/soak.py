@@ -4,8 +4,8 @@ Traffic over the 64 batch sizes of mlp8 comes in phases. Each has a dozen favour
 strays; from phase to phase most favourites are others. The cache holds 16 graphs, so that graphs are evicted and
 captured again all the time. Every hundredth answer is held against the bare engine and against torch on the CPU.
 
-At ten points the device's memory, the process's, its file descriptors and everything that graphcache and the driver
-made are counted. After the first tenth, in which every size is seen, nothing may grow.
+At ten points the device's memory, the process's, its file descriptors, graphs and contexts are counted. After the first
+tenth, in which every size is seen, nothing may grow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import random
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from torch import Tensor
 from bench import record, store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 SEED = 0
 MAX_GRAPHS = 16
@@ -76,48 +75,6 @@ def traffic(sizes: Sequence[int], calls: int, seed: int = SEED) -> list[int]:
     return sequence[:calls]
 
 
-class Made:
-    """What the driver made and was not told to destroy, by kind; installed for the length of a ``with`` block."""
-
-    def __init__(self) -> None:
-        self.alive: Counter[str] = Counter()
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what passes through :mod:`graphcache.graphs.driver`; a replay does not."""
-        from graphcache.graphs import driver
-
-        call, end_capture = driver.call, driver.end_capture
-
-        def counted_call(name: str, *args: Any) -> Any:
-            made = call(name, *args)
-            if name in _MADE:
-                self.alive[_MADE[name]] += 1
-            elif name in _DESTROYED:
-                self.alive[_DESTROYED[name]] -= 1
-            return made
-
-        def counted_end(stream: Any) -> Any:
-            graph = end_capture(stream)
-            self.alive["graphs"] += graph is not None
-            return graph
-
-        driver.call, driver.end_capture = counted_call, counted_end
-        try:
-            yield
-        finally:
-            driver.call, driver.end_capture = call, end_capture
-
-
-_MADE = {"cuGraphInstantiateWithParams": "executables", "cuEventCreate": "events", "cuStreamCreate": "streams"}
-_DESTROYED = {
-    "cuGraphExecDestroy": "executables",
-    "cuGraphDestroy": "graphs",
-    "cuEventDestroy": "events",
-    "cuStreamDestroy": "streams",
-}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the traffic, print one row per point, record everything."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
@@ -132,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = record.require_cuda("bench.soak")
     bundle = store.load(options.engines, "mlp8")
     settings = {"isolation": options.isolation, "max_graphs": MAX_GRAPHS}
-    made = Made()
-    with record.stream_scope(options.default_stream), torch.inference_mode(), made.counting():
-        result, failures = _run(bundle, device, options.calls, settings, made)
+    with record.stream_scope(options.default_stream), torch.inference_mode():
+        result, failures = _run(bundle, device, options.calls, settings)
     payload = {
         "benchmark": "soak",
         "environment": record.environment(SEED),
@@ -147,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     file = record.write("soak", payload, options.out)
     columns = ["calls", "captures", "allocated MiB", "reserved MiB", "device MiB", "host MiB", "files"]
-    columns += ["graphs", "contexts", "executables", "events"]
+    columns += ["graphs", "contexts"]
     record.table(f"{result['calls']} calls, {len(bundle.sizes())} sizes, {MAX_GRAPHS} graphs", columns, _rows(result))
     print(
         f"{result['checked']} answers checked, largest error {result['largest_error_to_eager']:.2g} (bare engine) and "
@@ -165,13 +121,12 @@ def _rows(result: dict[str, Any]) -> list[list[object]]:
     for point in result["points"]:
         sizes = [point[f"{name}_bytes"] / 2**20 for name in ("allocated", "reserved", "device", "host")]
         counts = [point[name] for name in ("file_descriptors", "graph_objects", "context_objects")]
-        counts += [point["executables"], point["events"]]
         rows.append([point["calls"], point["captures"], *sizes, *counts])
     return rows
 
 
 def _run(
-    bundle: store.Bundle, device: torch.device, calls: int, settings: dict[str, Any], made: Made
+    bundle: store.Bundle, device: torch.device, calls: int, settings: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     import graphcache
 
@@ -208,7 +163,7 @@ def _run(
                         f"(allowed {_REPLAY_TOLERANCE}), {to_torch:.3g} to torch (allowed {store.TOLERANCE})"
                     )
         del answer
-        points.append({"calls": end, **_count(fast, engine, made)})
+        points.append({"calls": end, **_count(fast)})
         _tell(points[-1], perf_counter() - start)
     seconds = perf_counter() - start
     info = fast.cache_info()
@@ -218,14 +173,11 @@ def _run(
     if info.hits + info.captures != calls:
         failures.append(f"{info.hits} hits and {info.captures} captures for {calls} calls")
     fast.close()
-    after = _count(fast, engine, made)
-    failures += [
-        f"after closing, {after[name]} {name} are left"
-        for name in ("graph_objects", "graphs", "executables")
-        if after[name]
-    ]
+    after = _count(fast)
+    if after["graph_objects"]:
+        failures.append(f"after closing, {after['graph_objects']} graphs are left")
     engine.close()
-    if left := _count(fast, engine, made)["context_objects"]:
+    if left := _count(fast)["context_objects"]:
         failures.append(f"after closing the engine, {left} contexts are left")
     return {
         "calls": calls,
@@ -242,7 +194,7 @@ def _run(
     }, failures
 
 
-def _count(fast: Any, engine: Any, made: Made) -> dict[str, int]:
+def _count(fast: Any) -> dict[str, int]:
     from graphcache.engines.context import Context
     from graphcache.graphs.cuda import CudaGraph
 
@@ -261,8 +213,6 @@ def _count(fast: Any, engine: Any, made: Made) -> dict[str, int]:
         "file_descriptors": _file_descriptors(),
         "graph_objects": kinds[CudaGraph],
         "context_objects": kinds[Context],
-        "engine_contexts": len(engine.engine.contexts),
-        **{name: made.alive[name] for name in ("graphs", "executables", "events", "streams")},
     }
 
 
@@ -280,12 +230,8 @@ def _grown(points: Sequence[dict[str, int]]) -> list[str]:
 
 
 def _beyond_budget(points: Sequence[dict[str, int]]) -> list[str]:
-    from graphcache.graphs.executables import MOST
-
-    limits = {"cached_graphs": MAX_GRAPHS, "graph_objects": MAX_GRAPHS, "graphs": MAX_GRAPHS}
-    limits["executables"] = MOST * MAX_GRAPHS
     # One context per graph, one for the graph that is captured before another is evicted, and the bare engine's.
-    limits |= {"context_objects": MAX_GRAPHS + 2, "engine_contexts": MAX_GRAPHS + 2, "events": 2, "streams": 2}
+    limits = {"cached_graphs": MAX_GRAPHS, "graph_objects": MAX_GRAPHS, "context_objects": MAX_GRAPHS + 2}
     return [
         f"{point[name]} {name} after {point['calls']} calls, expected {limit} at most"
         for point in points

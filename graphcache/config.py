@@ -82,7 +82,7 @@ class GraphConfig:
         exclude: Names of submodules, or patterns of them such as ``"*.nms"``, that no graph is to hold. The whole has
             none then, the largest submodules without them have.
         capture: ``"first"`` captures every signature at its first call. ``"worthwhile"`` captures one when its eager
-            calls have lost about as much time as a capture takes, keeps the graphs that save most, and drops a graph
+            calls have lost 0.4 times what a capture takes, keeps the graphs that save most, and drops a graph
             that is no faster than eager execution; an account bounds what captures may take of the whole time.
             ``"prepared"`` captures only what ``prepare`` was given.
         capture_in: ``"foreground"`` captures within the call. ``"background"`` answers eagerly, with the reason

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.admission import Admission
 from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.blocks import Blocks
 from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.room import Room
 from graphcache.cache.seen import Seen
+from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.recorder import Recorded, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
@@ -61,7 +61,7 @@ class CaptureManager:
         """Which calls there were, and how often, noted at misses."""
         self.denials = Blocks()
         """Keys that could not be captured."""
-        self.admission = Admission(self.graphs, config.capture)
+        self.admission = admission_for(config.capture, self.graphs)
         """Decides what is captured."""
         self.arbiter: Arbiter | None = None
         """Of the device of the last capture."""
@@ -246,7 +246,7 @@ class CaptureManager:
 
     def _replay_seconds(self, recorded: Recorded, call: Call) -> float | None:
         """What a replay takes the host, which is what an eager call is measured by too."""
-        if self.admission.policy != "worthwhile":
+        if not self.admission.measures_replays:
             return None
         given = self.target.graph_inputs(call.tensors)
         taken = []

@@ -7,7 +7,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graphcache.cache.admission import Known
 from graphcache.dispatch.argument_names import arguments_of
 from graphcache.errors import Cause
 from graphcache.keys.call_spec import CallSpec
@@ -18,7 +17,6 @@ Status = Literal["captured", "changed", "evicted", "denied", "new"]
 
 OFTEN = 8
 """Eager calls of a key after which it is saved although it has no graph."""
-_UNKNOWN = Known(0, 0, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +113,12 @@ def views_of(fast: StandIn, keys: list[Hashable] | None = None) -> list[KeyView]
     """
     captures, names = state_of(fast).dispatcher.captures, arguments_of(state_of(fast).module)
     entries, seen = captures.graphs.entries, captures.seen
-    known, changed = captures.admission.known(), captures.target.guard.has_changed()
+    changed = captures.target.guard.has_changed()
     if keys is None:
-        keys = list(dict.fromkeys([*list(entries), *seen.keys(), *known]))
+        keys = list(dict.fromkeys([*list(entries), *seen.keys()]))
     found = []
     for key in keys:
-        entry, account = entries.get(key), known.get(key, _UNKNOWN)
+        entry, account = entries.get(key), captures.admission.known(key)
         status: Status = "new" if account.capture is None else "evicted"
         cause = retry_after = None
         if entry is not None:
@@ -128,7 +126,7 @@ def views_of(fast: StandIn, keys: list[Hashable] | None = None) -> list[KeyView]
         elif (denial := captures.denials.look(key, captures.version + changed)) is not None:
             status, (cause, retry_after) = "denied", denial
         else:
-            cause = captures.admission.outlook(key)
+            cause = captures.admission.ask(key)
         hits = 0 if entry is None else entry.hits
         had_graph = entry is not None or account.capture is not None
         found.append(

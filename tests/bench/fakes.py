@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import calls, measure, store
-from bench.peers import Peer
+from bench.systems import Peer
 
 CPU = torch.device("cpu")
 WEIGHT = torch.linspace(-1, 1, 12).reshape(4, 3)

@@ -1,206 +1,124 @@
-import argparse
+"""The suite, on the host: rows in processes that are simulated, over systems that need no device."""
+
+from __future__ import annotations
+
 import json
-import sys
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
 
 from bench import __main__ as command
-from bench import limits, models, peers, record, suite
+from bench import calls, measure, models, record, row, systems
 from tests.bench.fakes import CPU, Fake, bundle, right
 
 
-def options(tmp_path, **given):
-    known = {"out": tmp_path / "out", "name": "suite", "gate": False, "max_seconds": None, "default_stream": False}
-    known["apart"] = False
-    known["engines"] = tmp_path
-    return argparse.Namespace(**{**known, **given})
+def exact(name: str, function: Any = right, **more: Any) -> Any:
+    return lambda: Fake(name, function, exact=True, **more)
 
 
 @pytest.fixture
-def floors(monkeypatch):
-    """Fakes in the place of both floors."""
+def fakes(monkeypatch, tmp_path):
+    """Systems that run on the host, and rows that are measured in this process. What is started is noted."""
+    made = {
+        "raw": exact("raw", timed=lambda inputs: lambda: right(inputs[0])),
+        "graphcache": exact("graphcache"),
+        "absent": lambda: Fake("absent", reason="not installed: absent"),
+    }
+    started: list[list[str]] = []
 
-    def floor(name, kind):
-        return lambda: Fake(name, kind=kind, exact=True, timed=lambda inputs: lambda: right(inputs[0]))
+    def run(arguments):
+        started.append(list(arguments))
+        names = arguments[arguments.index("--systems") + 1 : arguments.index("--calls")]
+        if "dies" in names[:1]:
+            return -11, None
+        net = bundle(tmp_path, "net")
+        sizes = calls.spread(net, int(arguments[arguments.index("--shapes") + 1]))
+        found: dict[str, Any] = {}
+        work = measure.Work(net, sizes, calls.pool(net, sizes, 2, CPU), CPU, calls=50)
+        alive = names[: names.index("dies")] if "dies" in names else names
+        row.measure_row(work, alive, found, lambda: None)
+        systems_row = {"engine": "net", "facts": {"kind": "rows"}, "sizes": sizes, "systems": found}
+        return 0, {"environment": {"device": "fake"}, "row": systems_row}
 
-    monkeypatch.setitem(peers.SYSTEMS, "raw", floor("raw", "engine"))
-    monkeypatch.setitem(peers.SYSTEMS, "raw-torch", floor("raw-torch", "torch"))
+    bundle(tmp_path, "net")
+    monkeypatch.setattr(systems, "SYSTEMS", made)
+    monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr(record, "require_cuda", lambda what: CPU)
+    return made, started
 
 
-def run(tmp_path, given=None, **systems):
-    makers = {name.replace("_", "-"): lambda made=made, name=name: made(name) for name, made in systems.items()}
-    plan = suite.Plan([bundle(tmp_path, "net")], (1, 2), makers, CPU, calls=50)
-    code = command.run(plan, {"device": "fake"}, {"calls": 50}, options(tmp_path, **(given or {})))
-    return code, json.loads((tmp_path / "out" / f"{(given or {}).get('name', 'suite')}.json").read_text())
+def run(tmp_path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = command.main(["--engines", str(tmp_path), "--out", str(tmp_path / "out"), "--shapes", "1", "2", *arguments])
+    return code, json.loads((tmp_path / "out" / "suite.json").read_text())
 
 
-def exact(function=right, **more):
-    return lambda name: Fake(name.replace("_", "-"), function, exact=True, **more)
-
-
-def test_a_run_prints_a_table_and_writes_what_it_found(tmp_path, floors, capsys):
-    absent = exact(reason="not installed: aitune")
-    code, payload = run(tmp_path, {"name": "mine"}, graphcache=exact(), aitune=absent)
-    out, _ = capsys.readouterr()
+def test_a_run_prints_tables_and_writes_what_it_found(tmp_path, fakes, capsys):
+    code, payload = run(tmp_path)
+    out = capsys.readouterr().out
     assert code == 0
+    assert "not measured: absent (net x 1): not installed: absent" in out
     assert "graphcache" in out
-    assert "not measured: aitune (net x 1, net x 2): not installed: aitune" in out
-    assert out.splitlines()[-1] == f"written to {tmp_path / 'out' / 'mine.json'}"
-    assert payload["complete"] is True
+    assert (payload["complete"], payload["failures"]) == (True, [])
     assert payload["environment"] == {"device": "fake"}
-    assert payload["engines"]["net"]["engine_sha256"]
     assert [each["sizes"] for each in payload["results"]] == [[2], [1, 8]]
-    assert payload["failures"] == []
-    assert payload["limits_not_met"] == limits.shortfalls(payload["results"])
+    assert set(payload["results"][0]["systems"]) == {"raw", "graphcache", "absent"}
+    assert command.main(["--table", str(tmp_path / "out" / "suite.json")]) == 0
+    table = capsys.readouterr().out
+    assert "| `graphcache` |" in table
+    assert "one shape" in table
 
 
-def test_wrong_answers_of_graphcache_fail_the_run(tmp_path, floors, capsys):
-    code, payload = run(tmp_path, {"gate": True}, graphcache=exact(lambda x: right(x) + 1))
-    out, _ = capsys.readouterr()
+def test_wrong_answers_of_graphcache_fail_the_run(tmp_path, fakes, capsys):
+    fakes[0]["graphcache"] = exact("graphcache", lambda x: right(x) + 1)
+    code, payload = run(tmp_path)
     assert code == 1
-    assert len(payload["failures"]) == 2
-    assert "FAILED: net, 1 shapes, graphcache: 16 of 16 answers" not in out
-    assert "FAILED: net, 1 shapes, graphcache: 8 of 8 answers were wrong before timing" in out
+    assert "answers were wrong before timing" in payload["failures"][0]
 
 
-def test_wrong_answers_of_a_peer_do_not(tmp_path, floors):
-    code, payload = run(tmp_path, aitune=lambda name: Fake(name, lambda x: right(x) + 1, rival="graphcache"))
-    assert code == 0
-    assert "were wrong" in payload["results"][0]["systems"]["aitune"]["reason"]
+def test_a_process_that_dies_takes_one_system_with_it(tmp_path, fakes):
+    made, started = fakes
+    absent = made.pop("absent")
+    made |= {"dies": exact("dies"), "absent": absent}
+    code, payload = run(tmp_path, "--shapes", "1")
+    assert code == 1
+    [result] = payload["results"]
+    assert result["systems"]["dies"]["reason"] == "the process was ended by signal 11 and recorded nothing"
+    assert "total_us" in result["systems"]["graphcache"]
+    assert result["systems"]["absent"]["reason"] == "not installed: absent"
+    assert len(started) == 3
 
 
-@pytest.mark.parametrize(("gate", "code"), [(True, 3), (False, 0)])
-def test_the_gate_decides_what_a_missed_limit_means(tmp_path, floors, capsys, gate, code):
-    found, payload = run(tmp_path, {"gate": gate}, graphcache=exact())
-    out, _ = capsys.readouterr()
-    assert found == code
-    # The three other modes at least were not shown.
-    assert len(payload["limits_not_met"]) >= 3
-    assert f"{'GATE' if gate else 'not met'}: graphcache-isolated was not among the systems" in out
-
-
-def test_an_interrupted_run_says_where_its_results_are(tmp_path, floors, capsys):
-    def interrupted(x):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, graphcache=exact(interrupted))
-    out, _ = capsys.readouterr()
-    file = tmp_path / "out" / "suite.json"
-    assert out.splitlines()[-1] == f"interrupted; what was measured is in {file}"
-    payload = json.loads(file.read_text())
-    assert payload["complete"] is False
-    assert "total_us" in payload["results"][0]["systems"]["raw"]
-
-
-def test_something_must_be_measured_or_shown(capsys):
-    with pytest.raises(SystemExit) as left:
-        command.main([])
-    assert left.value.code == 2
-    assert "give --engines DIR to measure, or --table FILE" in capsys.readouterr().err
+def test_a_device_that_is_lost_ends_the_row(tmp_path, fakes, monkeypatch):
+    monkeypatch.setattr(measure, "device_lost", lambda device: True)
+    net, found = bundle(tmp_path, "net"), {}
+    work = measure.Work(net, [2], calls.pool(net, [2], 2, CPU), CPU, calls=50)
+    row.measure_row(work, ["absent", "graphcache"], found, lambda: None)
+    assert set(found) == {"raw", "absent"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--systems", "raw", "no-such"], "unknown systems: no-such; there are raw, graphcache"),
-        (["--shapes", "0"], "whole numbers, 1 or more"),
-        (["--calls", "0"], "whole numbers, 1 or more"),
-        ([], "no engines in"),
-        (["--only", "mlp8", "silero", "minilm_tokens"], "minilm_tokens, silero: what is stored as the answer is not"),
-        (["--table", "x.json", "--systems", "no-such"], "unknown systems: no-such"),
+        ([], "give --engines DIR to measure, or --table FILE"),
+        (["--engines", "nowhere"], "no engines in nowhere"),
+        (["--engines", "nowhere", "--systems", "none"], "unknown systems: none; there are raw,"),
+        (["--engines", "nowhere", "--shapes", "0"], "1 or more"),
     ],
 )
-def test_usage(tmp_path, capsys, arguments, said):
-    with pytest.raises(SystemExit) as left:
-        command.main(["--engines", str(tmp_path / "empty"), *arguments])
-    assert left.value.code == 2
-    assert said in capsys.readouterr().err
+def test_bad_arguments_exit_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as refused:
+        command.main(arguments)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_what_a_lost_device_leaves_is_measured_with_the_same_settings_in_another_process(
-    tmp_path, floors, monkeypatch, capsys
-):
-    asked = []
-
-    def again(module, arguments, name):
-        asked.append((module, arguments, name))
-        about = {"kind": "engine", "rival": None, "exact": True, "reason": "not today"}
-        systems = arguments[arguments.index("--systems") + 1 : arguments.index("--calls")]
-        return {"results": [{"systems": dict.fromkeys(systems, about)}]}
-
-    def loses(x):
-        monkeypatch.setattr(command.measure, "device_lost", lambda device: True)
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(command.processes, "again", again)
-    given = {"default_stream": True, "max_seconds": 1000.0}
-    code, payload = run(tmp_path, given, graphcache=exact(loses), graphcache_isolated=exact())
-    assert code == 1
-    assert [each["systems"]["graphcache-isolated"]["reason"] for each in payload["results"]] == ["not today"] * 2
-    (module, arguments, name), _ = asked
-    assert (module, name) == ("bench", "suite")
-    options_ = command._parser().parse_args(arguments)
-    assert (options_.engines, options_.only, options_.shapes) == (tmp_path, ["net"], [1])
-    assert (options_.systems, options_.calls, options_.seconds) == (["graphcache-isolated"], 50, 5.0)
-    assert options_.default_stream
-    assert 0 < options_.max_seconds < 1000
-    assert asked[1][1][asked[1][1].index("--systems") + 1 :][:2] == ["graphcache", "graphcache-isolated"]
+@pytest.mark.parametrize("text", ["", "[]", '{"benchmark": "soak"}'])
+def test_what_is_no_result_of_the_suite_is_refused(text, tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=r"result\.json"):
+        command.main(["--table", str(file)])
 
 
-def test_another_process_that_was_interrupted_recorded_nothing(tmp_path, floors, monkeypatch):
-    def loses(x):
-        monkeypatch.setattr(command.measure, "device_lost", lambda device: True)
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(command.processes, "again", lambda *rest: {"results": []})
-    _, payload = run(tmp_path, graphcache=exact(loses), graphcache_isolated=exact())
-    reason = payload["results"][0]["systems"]["graphcache-isolated"]["reason"]
-    assert reason == "a process of its own was interrupted"
-
-
-def test_one_file_holds_a_whole_run(tmp_path, floors):
-    run(tmp_path, graphcache=exact())
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["suite.json"]
-
-
-def test_a_table_is_printed_of_what_was_recorded(tmp_path, floors, capsys):
-    run(tmp_path, graphcache=exact())
-    capsys.readouterr()
-    file = tmp_path / "out" / "suite.json"
-    assert command.main(["--table", str(file), "--shapes", "2", "--systems", "graphcache"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert f"[suite.json]({file})" in lines[0]
-    assert lines[2].startswith("| System | net, 2 shapes in turn |")
-    assert lines[4].startswith("| `graphcache` | ")
-    assert len(lines) == 5
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where there is no GPU")
-def test_without_a_gpu_the_command_says_so(tmp_path):
-    bundle(tmp_path, "net")
-    with pytest.raises(SystemExit, match="bench runs TensorRT engines, which needs a CUDA device"):
-        command.main(["--engines", str(tmp_path)])
-
-
-def test_a_result_is_written_whole_or_not_at_all(tmp_path):
-    file = record.write("suite-1.5", {"value": 1}, tmp_path)
-    with pytest.raises(ValueError, match="Out of range float"):
-        record.write("suite-1.5", {"value": float("nan")}, tmp_path)
-    assert file == tmp_path / "suite-1.5.json"
-    assert json.loads(file.read_text()) == {"value": 1}
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_results_name_the_tensorrt_that_was_loaded(monkeypatch):
-    for name in ("tensorrt", "tensorrt_lean"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.4.0.76"))
-    assert record.environment(0)["tensorrt"] == "tensorrt_rtx 1.4.0.76"
-
-
-def test_there_is_an_engine_for_every_number_of_shapes_that_is_asked_for_by_default():
-    assert "vit" in models.MODELS
-    assert models.POLICY_BATCH[2] - models.POLICY_BATCH[0] + 1 >= max(command.SHAPES)
+def test_every_model_that_readme_builds_is_there():
+    assert {"mlp8", "policy", "minilm", "vit", "mobilenet"} == set(models.MODELS)

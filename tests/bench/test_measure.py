@@ -1,5 +1,4 @@
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -7,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import measure, networks
-from bench.peers.graphcache_modes import Fresh, Into, Module, Session
-from tests.bench.fakes import CPU, Clock, Fake, bundle, raising, right, work
+from bench.systems.graphcache_modes import Fresh, Into, Module, Session
+from tests.bench.fakes import Clock, Fake, bundle, raising, right, work
 
 
 @pytest.fixture
@@ -45,25 +44,6 @@ def test_the_floor_is_left_open_and_takes_turns_with_nobody(net):
     found = measure.measure(peer, work(net))
     assert found["total_over_raw"] == 1.0
     assert peer.log == ["load fake"]
-
-
-def test_only_what_is_timed_is_bound_to_a_core(net, monkeypatch):
-    """What a system starts when it is loaded would stay on that core as well."""
-    seen, bound = [], []
-
-    @contextmanager
-    def quietest():
-        bound.append(True)
-        yield 0
-        bound.pop()
-
-    monkeypatch.setattr(measure.cores, "quietest", quietest)
-    peer = Fake(function=lambda x: (seen.append(bool(bound)), right(x))[1])
-    found = measure.measure(peer, work(net), floor_of([]))
-    assert "reason" not in found, found
-    assert not seen[0]
-    assert not seen[-1], "answers are checked again afterwards"
-    assert sum(seen) >= found["total_us"]["n"] + found["cpu_burst_us"]["n"] * peer.burst
 
 
 def test_a_floor_that_fails_is_closed(net):
@@ -124,30 +104,6 @@ def test_a_system_that_is_not_there_is_not_loaded(net):
     found = measure.measure(peer, work(net), floor_of([]))
     assert (found["reason"], found.get("failed")) == ("not installed: thing", None)
     assert "load fake" not in peer.log
-
-
-def test_an_error_while_closing_is_noted_beside_the_figures(net):
-    peer = Fake()
-    peer.close = raising(RuntimeError("stuck"))
-    found = measure.measure(peer, work(net), floor_of([]))
-    assert found["closing"] == "RuntimeError: stuck"
-    assert "total_us" in found
-
-
-def test_an_interrupt_is_nobodys_reason(net):
-    with pytest.raises(KeyboardInterrupt):
-        measure.measure(Fake(function=raising(KeyboardInterrupt())), work(net), floor_of([]))
-
-
-def test_what_a_system_prints_is_kept_out_of_the_table(net, capsys):
-    def chatty(x):
-        print("hello")
-        return right(x)
-
-    measure.measure(Fake(function=chatty), work(net), floor_of([]))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "hello" in err
 
 
 def test_a_slow_system_makes_fewer_calls(net):
@@ -218,32 +174,10 @@ def test_what_never_becomes_steady_is_said_not_to():
     assert (seconds, passes) == (None, measure.MOST_PASSES)
 
 
-def test_a_single_pass_is_made_however_long_it_takes():
-    clock = Clock()
-    assert measure.become_steady(lambda: clock.pass_by(100), lambda: 0, clock) == (0, 1, 100)
-
-
 def settled(busy_until):
     clock = Clock()
     quiet = measure.settle(10.0, clock.pass_by, clock, lambda: min(clock.now, busy_until))
     return quiet, clock.now
-
-
-def test_a_process_that_compiles_in_the_background_is_waited_for():
-    assert settled(0.0) == (True, pytest.approx(0.05))
-    quiet, waited = settled(2.0)
-    assert quiet
-    assert 2.0 <= waited < 2.2
-
-
-def test_nobody_waits_for_ever():
-    quiet, waited = settled(1e9)
-    assert not quiet
-    assert waited == pytest.approx(10, abs=0.1)
-
-
-def test_memory_is_unknown_on_the_host():
-    assert measure.at_rest(CPU) is None
 
 
 class _OnHost:

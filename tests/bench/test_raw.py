@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bench import measure, networks, peers, raw
-from bench.peers.graphed_callables import GraphedCallables
+from bench import measure, networks, raw, systems
+from bench.systems.graphed_callables import GraphedCallables
 from tests.bench.fakes import CPU, bundle
 
 
@@ -93,5 +93,5 @@ def test_graphed_callables_need_no_cuda_to_be_made(tmp_path):
 
 
 def test_what_is_recorded_of_every_system_is_the_same():
-    for make in peers.SYSTEMS.values():
+    for make in systems.SYSTEMS.values():
         assert set(measure.about(make())) == {"kind", "rival", "also", "exact"}

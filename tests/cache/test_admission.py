@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache.admission import Admission
-from graphcache.cache.books import OVERHEAD
+from graphcache.cache import admission as admission_module
+from graphcache.cache.costs import Known
 from graphcache.cache.lru import Entry, GraphCache, clock, recency
+from graphcache.cache.worthwhile import OVERHEAD, PRICE, Worthwhile, admission_for
 from graphcache.errors import ConfigError, Reason
 from tests.effort import share
 from tests.helpers import in_threads
@@ -45,7 +46,8 @@ class Served:
         self.cache: GraphCache[Graph] = GraphCache(
             max_graphs=slots, max_bytes=options.pop("max_bytes", None), on_evict=self.evicted
         )
-        self.admission = Admission(self.cache, **options)
+        self.admission = admission_for(options.pop("policy", "worthwhile"), self.cache)
+        assert not options
         self.nbytes = nbytes
         self.eager = self.total = self.dearest = 0.0
         self.captures: list[Hashable] = []
@@ -105,15 +107,6 @@ def oracle(count: int, times: Times) -> float:
 time = st.floats(1e-5, 1e-2)
 
 
-@given(time, time, st.floats(0, 1.0), st.integers(1, 400))
-def test_one_signature_takes_at_most_twice_what_an_oracle_would(eager, replay, capture, count):
-    times = (eager, replay, capture)
-    served = taught(times)
-    for _ in range(count):
-        served.call("a")
-    assert served.total <= 2 * oracle(count, times) + eager + 1e-9
-
-
 signatures = st.integers(0, 7)
 costs = st.tuples(st.floats(1e-5, 1e-3), st.floats(0.05, 1.3), st.floats(1e-4, 0.1))
 
@@ -155,9 +148,9 @@ def test_a_good_year_does_not_pay_for_a_bad_hour():
 # ---- when
 
 
-def test_a_signature_is_captured_when_it_has_lost_what_a_capture_takes():
+def test_a_key_is_captured_when_it_has_lost_its_price():
     served = taught()
-    assert served.until_captured("a") == math.ceil(CAPTURE / (EAGER - REPLAY)) + 1
+    assert served.until_captured("a") == math.ceil(PRICE * CAPTURE / (EAGER - REPLAY)) + 1
 
 
 def test_one_call_is_never_enough():
@@ -179,7 +172,7 @@ def test_the_more_a_replay_saves_the_sooner(shares):
 
 def test_before_anything_was_measured_a_capture_is_taken_for_fifty_eager_calls():
     # Of which a replay is taken to save seven tenths.
-    assert Served().until_captured("a") == math.ceil(50 / 0.7) + 1
+    assert Served().until_captured("a") == math.ceil(PRICE * 50 / 0.7) + 1
 
 
 def test_a_slow_first_call_makes_no_difference():
@@ -193,17 +186,9 @@ def test_signatures_that_were_not_measured_are_judged_by_those_that_were():
     served = Served()
     for _ in range(1000):
         served.call("a")
-    # The next is cheaper too: captures have paid for themselves, though not yet twice.
-    assert served.until_captured("b") == math.ceil(CAPTURE / (EAGER - REPLAY)) + 1
-
-
-def test_captures_that_pay_for_themselves_make_the_next_ones_cheaper_to_an_eighth():
-    served = Served(slots=8)
-    for key in "abc":
-        served.until_captured(key)
-        for _ in range(5000):
-            served.call(key)
-    assert served.until_captured("d") <= math.ceil(CAPTURE / (EAGER - REPLAY) / 8) + 2
+    price = math.ceil(PRICE * CAPTURE / (EAGER - REPLAY))
+    # It may take until the next look before it is seen what "a" has earned meanwhile.
+    assert price < served.until_captured("b") <= price + 16
 
 
 def test_while_captures_have_not_paid_nothing_is_captured_and_the_cause_says_so():
@@ -226,7 +211,8 @@ def test_a_loop_over_more_signatures_than_fit_keeps_the_graphs_it_has():
     for index in range(40_000):
         served.call(index % 24)
     assert (len(served.captures), served.evictions) == (16, [])
-    assert served.admission.account().crowded > 10_000
+    refused = next(key for key in range(24) if key not in served.cache)
+    assert "about as hot" in str(served.admission.ask(refused))
 
 
 def test_a_signature_clearly_hotter_takes_the_place_of_the_coldest():
@@ -255,8 +241,9 @@ def test_what_stays_hot_is_captured_however_hot_the_others_were(slots):
     assert served.until_captured("new") < 3000
 
 
-def test_a_hot_signature_is_captured_in_the_midst_of_others_that_are_called_once():
-    served = Served(slots=4, remembered=64)
+def test_a_hot_signature_is_captured_in_the_midst_of_others_that_are_called_once(monkeypatch):
+    monkeypatch.setattr(admission_module, "REMEMBERED", 64)
+    served = Served(slots=4)
     fresh = 0
     while "hot" not in served.cache:
         assert fresh < 20_000
@@ -319,38 +306,6 @@ def test_however_many_graphs_an_eager_call_rarely_looks_at_all_of_them(monkeypat
 # ---- after a graph is gone
 
 
-def test_after_an_eviction_before_it_paid_the_price_doubles_each_time():
-    served = taught()
-    waits = []
-    for _ in range(4):
-        # Another signature's hits pay for what is tried here.
-        served.admission._books.credit = 1.0
-        served.admission._books._lately_saved = 0.0
-        waits.append(served.until_captured("a") - 1)
-        served.cache.evict("a")
-    price = CAPTURE / (EAGER - REPLAY)
-    assert waits == [math.ceil(times * price) for times in (1, 2, 4, 8)]
-
-
-def test_a_graph_that_has_paid_may_come_back_at_the_same_price():
-    served = taught()
-    first = served.until_captured("a")
-    for _ in range(50):
-        served.call("a")
-    served.cache.evict("a")
-    assert served.until_captured("a") <= first
-
-
-def test_a_capture_that_failed_is_paid_for_and_doubles_the_price():
-    served = taught()
-    while served.admission.ask("a") is not None:
-        served.admission.ran("a", EAGER)
-    served.admission.failed("a", CAPTURE)
-    assert served.admission.account().capture_seconds == CAPTURE
-    served.admission._books.credit = 1.0
-    assert served.until_captured("a") == math.ceil(2 * CAPTURE / (EAGER - REPLAY)) + 1
-
-
 def test_a_graph_that_is_no_faster_is_dropped_and_not_tried_again():
     served = Served((EAGER, EAGER, CAPTURE))
     for _ in range(5000):
@@ -369,20 +324,37 @@ def test_it_is_tried_again_when_eager_calls_have_become_slower():
     assert "a" in served.cache
 
 
-def test_replays_that_become_slow_are_noticed_where_they_are_sampled():
-    served = Served()
-    served.until_captured("a")
-    assert served.admission.replayed("a", REPLAY) is None
-    found = [served.admission.replayed("a", 3 * EAGER) for _ in range(40)][-1]
-    assert found.reason is Reason.NOT_WORTH_IT
-    assert served.admission.replayed("unknown", 1.0) is None
-
-
 def test_one_eager_call_is_not_enough_to_call_a_graph_slow():
     served = Served()
     served.admission.ran("a", EAGER)
     served.cache.put("a", Graph())
     assert served.admission.captured("a", CAPTURE, replay=2 * EAGER) is None
+
+
+def test_after_a_capture_that_failed_a_key_has_to_lose_its_price_again():
+    served = taught()
+    while served.admission.ask("a") is not None:
+        served.admission.ran("a", EAGER)
+    served.admission.failed("a", CAPTURE)
+    assert served.admission.account().capture_seconds == CAPTURE
+    assert served.until_captured("a") > math.ceil(PRICE * CAPTURE / (EAGER - REPLAY))
+
+
+def test_after_an_eviction_a_key_has_to_lose_its_price_again():
+    served = taught()
+    first = served.until_captured("a")
+    for _ in range(50):
+        served.call("a")
+    served.cache.evict("a")
+    assert served.until_captured("a") >= first - 1
+
+
+@pytest.mark.parametrize("charged", [1e-3, 10e-3])
+def test_what_was_charged_has_to_be_earned_first(charged):
+    free, served = taught().until_captured("a"), taught()
+    served.admission.charge(charged)
+    assert served.until_captured("a") >= max(free, charged / (OVERHEAD * EAGER) - 1)
+    assert served.admission.account().capture_seconds == pytest.approx(charged + CAPTURE)
 
 
 # ---- the other policies
@@ -395,23 +367,40 @@ def test_first_captures_at_once_and_keeps_what_is_slow():
         assert not served.call(key)
     assert served.cache.rank is recency
     assert list(served.cache) == list("cdef")
+    assert served.admission.known("f") == (2, 1, EAGER, 2 * EAGER, CAPTURE)
 
 
-def test_prepared_captures_what_is_prepared_and_nothing_else():
+def test_prepared_captures_nothing_by_itself():
     served = Served(policy="prepared")
     for _ in range(1000):
         served.call("a")
     assert (served.captures, set(served.causes)) == ([], {Reason.NOT_PREPARED})
-    assert served.admission.ask("a", preparing=True) is None
+    assert served.admission.known("a").calls == 1000
 
 
-def test_what_is_prepared_is_captured_whatever_the_account_says():
-    served = taught(keys="ab")
-    served.until_captured("a")
-    assert served.admission.ask("b", preparing=True) is None
+# ---- costs of keys
 
 
-# ---- the books
+def test_what_is_known_of_a_key():
+    served = Served()
+    calls = served.until_captured("a")
+    for _ in range(10):
+        served.call("a")
+    served.admission.ran("b", 1.0)
+    assert served.admission.known("a") == (calls + 10, 10, *map(pytest.approx, USUAL))
+    assert served.admission.known("b") == (1, 0, 1.0, None, None)
+    assert served.admission.known("c") == Known()
+
+
+@given(st.lists(st.integers(0, 500), max_size=300), st.integers(1, 8))
+def test_costs_are_bounded_and_the_last_key_is_always_known(keys, remembered):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(admission_module, "REMEMBERED", remembered)
+        served = Served(slots=2)
+        for key in keys:
+            served.call(key)
+            assert served.admission.known(key).calls
+            assert sum(served.admission.known(key).calls > 0 for key in set(keys)) <= remembered + 2
 
 
 def test_the_account_adds_up():
@@ -433,45 +422,8 @@ def test_hits_of_a_graph_count_when_it_is_evicted_too():
     assert served.admission.account().saved_seconds == pytest.approx(1000 * (EAGER - REPLAY))
 
 
-def test_what_is_known_of_a_signature():
-    served = Served()
-    calls = served.until_captured("a")
-    for _ in range(10):
-        served.call("a")
-    served.admission.ran("b", 1.0)
-    known = served.admission.known()
-    assert known["a"] == (calls + 10, 10, pytest.approx(EAGER), pytest.approx(REPLAY), pytest.approx(CAPTURE))
-    assert known["b"] == (1, 0, 1.0, None, None)
-
-
-@given(st.lists(st.integers(0, 500), max_size=300), st.integers(1, 8))
-def test_books_are_bounded_and_the_last_signature_is_always_known(keys, remembered):
-    served = Served(slots=2, remembered=remembered)
-    for key in keys:
-        served.call(key)
-        assert key in served.admission.known()
-        assert len(served.admission) <= remembered + 2
-
-
-def test_what_was_forgotten_begins_anew():
-    served = taught()
-    for _ in range(30):
-        served.call("a")
-    served.admission.forget()
-    assert len(served.admission) == 0
-    assert served.until_captured("a") > 30
-
-
-def test_a_graph_that_left_without_a_word_is_noticed():
-    served = Served()
-    served.until_captured("a")
-    del served.cache.entries["a"]
-    assert served.admission.account().saved_seconds == 0.0
-    assert served.until_captured("a") > 1
-
-
 def test_a_graph_that_was_evicted_before_it_was_booked_is_paid_for_all_the_same():
-    admission = Admission(GraphCache(max_graphs=1))
+    admission = Worthwhile(GraphCache(max_graphs=1))
     assert admission.captured("a", 0.5, replay=0.1) is None
     assert admission.account().capture_seconds == 0.5
 
@@ -479,9 +431,9 @@ def test_a_graph_that_was_evicted_before_it_was_booked_is_paid_for_all_the_same(
 def test_an_eager_call_of_a_signature_that_has_a_graph_is_counted():
     served = Served()
     served.until_captured("a")
-    before = served.admission.known()["a"].calls
+    before = served.admission.known("a").calls
     served.admission.ran("a", EAGER)
-    assert served.admission.known()["a"].calls == before + 1
+    assert served.admission.known("a").calls == before + 1
     assert "a" in served.cache
 
 
@@ -489,30 +441,18 @@ def test_an_eager_call_of_a_signature_that_has_a_graph_is_counted():
 def test_times_that_cannot_be_are_refused_and_change_nothing(seconds):
     served = Served()
     served.until_captured("a")
-    before = (served.admission.account(), served.admission.known())
+    before = (served.admission.account(), served.admission.known("a"))
     good = {"eager": 1.0, "replay": 1.0, "capture": 1.0}
     for attempt in (
         lambda: served.admission.ran("a", seconds),
         lambda: served.admission.captured("a", seconds),
         lambda: served.admission.failed("a", seconds),
-        lambda: served.admission.replayed("a", seconds),
+        lambda: served.admission.charge(seconds),
         *(lambda name=name: served.admission.learn("a", **{**good, name: seconds}) for name in good),
     ):
         with pytest.raises(ConfigError, match="expected a time in seconds"):
             attempt()
-    assert (served.admission.account(), served.admission.known()) == before
-
-
-@pytest.mark.parametrize("policy", ["always", "", None, 1, ["first"]])
-def test_a_policy_there_is_not_is_refused(policy):
-    with pytest.raises(ConfigError, match=r"capture=.* is not an option; expected one of 'first', 'worthwhile'"):
-        Admission(GraphCache(max_graphs=1), policy)
-
-
-@pytest.mark.parametrize("remembered", [0, -1, 1.5, True, None, "9"])
-def test_a_bound_that_is_none_is_refused(remembered):
-    with pytest.raises(ConfigError, match="remembered="):
-        Admission(GraphCache(max_graphs=1), remembered=remembered)
+    assert (served.admission.account(), served.admission.known("a")) == before
 
 
 def test_times_that_are_all_zero_do_no_harm():
@@ -536,7 +476,7 @@ def test_threads_may_all_use_it():
             served.admission.account()
 
     in_threads(work, 4)
-    assert sum(known.calls for known in served.admission.known().values()) == 4 * calls
+    assert sum(served.admission.known(key).calls for key in range(5)) == 4 * calls
     assert len(served.cache) <= 2
 
 
@@ -560,49 +500,45 @@ def test_it_may_be_called_with_the_lock_of_the_cache_held_while_others_ask():
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever is called in whatever order, books stay bounded and finite, and agree with the cache."""
+    """Whatever is called in whatever order, costs stay bounded and finite."""
 
     keys = st.integers(0, 6)
     seconds = st.sampled_from([0.0, 1e-6, 2e-4, 5e-3, 3.0, 1e9])
 
     @initialize(slots=st.integers(1, 3), policy=st.sampled_from(["first", "worthwhile", "prepared"]))
     def start(self, slots, policy):
-        self.served = Served(slots=slots, policy=policy, remembered=4)
+        self.served = Served(slots=slots, policy=policy)
 
-    @rule(key=keys, preparing=st.booleans())
-    def ask(self, key, preparing):
-        cause = self.served.admission.ask(key, preparing=preparing)
-        assert cause is None or cause.reason in (
-            Reason.COLD,
-            Reason.NOT_WORTH_IT,
-            Reason.NOT_PREPARED,
-            Reason.OVER_BUDGET,
-        )
+    @rule(key=keys)
+    def ask(self, key):
+        cause = self.served.admission.ask(key)
+        reasons = (Reason.COLD, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED, Reason.OVER_BUDGET)
+        assert cause is None or cause.reason in reasons
 
     @rule(key=keys, seconds=seconds, count=st.sampled_from([1, 2, 40]))
     def ran(self, key, seconds, count):
         for _ in range(count):
             self.served.admission.ran(key, seconds)
 
-    @rule(key=keys, seconds=seconds, replay=st.none() | seconds, stored=st.booleans())
-    def captured(self, key, seconds, replay, stored):
+    @rule(key=keys, seconds=seconds, replay=st.none() | seconds, preparing=st.booleans(), stored=st.booleans())
+    def captured(self, key, seconds, replay, preparing, stored):
         if stored:
             self.served.cache.put(key, Graph())
-        self.served.admission.captured(key, seconds, replay=replay)
+        self.served.admission.captured(key, seconds, replay=replay, preparing=preparing)
 
     @rule(key=keys, seconds=seconds)
     def failed(self, key, seconds):
         self.served.admission.failed(key, seconds)
 
-    @rule(key=keys, seconds=seconds)
-    def replayed(self, key, seconds):
-        self.served.admission.replayed(key, seconds)
+    @rule(seconds=seconds)
+    def charge(self, seconds):
+        self.served.admission.charge(seconds)
 
     @rule(key=keys, eager=seconds, replay=seconds, capture=seconds)
     def learn(self, key, eager, replay, capture):
         self.served.admission.learn(key, eager=eager, replay=replay, capture=capture)
 
-    @rule(key=keys, hits=st.sampled_from([1, 1000, -1]))
+    @rule(key=keys, hits=st.sampled_from([1, 1000]))
     def hit(self, key, hits):
         if key in self.served.cache.entries:
             self.served.cache.entries[key].hits += hits
@@ -611,44 +547,17 @@ class AnyOrder(RuleBasedStateMachine):
     def evict(self, key):
         self.served.cache.evict(key)
 
-    @rule()
-    def forget(self):
-        self.served.admission.forget()
-
     @invariant()
-    def books_are_in_order(self):
+    def costs_are_in_order(self):
         if not hasattr(self, "served"):
             return
         admission, cache = self.served.admission, self.served.cache
         account = admission.account()
-        assert all(math.isfinite(figure) for figure in (*vars_of(account), admission._books.credit))
-        assert len(admission) <= 4 + len(cache)
-        assert set(admission._books.kept) <= set(cache.entries)
-        assert not set(admission._books.kept) & set(admission._books.seen)
-        assert all(math.isfinite(admission.worth(key, entry)) for key, entry in cache.entries.items())
+        assert all(math.isfinite(getattr(account, name)) for name in account.__slots__)
+        for key, entry in cache.entries.items():
+            assert math.isfinite(cache.rank(key, entry))
+            assert admission.known(key).hits >= entry.hits or admission.known(key) == Known()
 
 
-def vars_of(account: Any) -> list[float]:
-    return [getattr(account, name) for name in account.__slots__]
-
-
-def test_any_order_of_calls_leaves_the_books_in_order():
+def test_any_order_of_calls_leaves_the_costs_in_order():
     run_state_machine_as_test(AnyOrder, settings=settings(max_examples=share(120, 20), stateful_step_count=40))
-
-
-@pytest.mark.parametrize(("policy", "reason"), [("first", None), ("prepared", Reason.NOT_PREPARED)])
-def test_the_outlook_of_a_policy(policy, reason):
-    outlook = Admission(GraphCache(max_graphs=2), policy).outlook("key")
-    assert (outlook and outlook.reason) is reason
-
-
-def test_the_outlook_is_the_answer_and_changes_nothing():
-    asked, looked = (Admission(GraphCache(max_graphs=2)) for _ in range(2))
-    for admission in (asked, looked):
-        admission.learn("key", eager=1e-3, replay=1e-4, capture=1.0)
-    for _ in range(20):
-        assert looked.outlook("key").reason is Reason.COLD
-        assert (asked.ask("key") is None) == (looked.ask("key") is None)
-        for admission in (asked, looked):
-            admission.ran("key", 1e-3)
-    assert asked.known() == looked.known()

@@ -48,15 +48,17 @@ def test_what_was_measured_shows() -> None:
 
 
 def test_replays_that_save_show_too() -> None:
-    fast = graphcache.wrap(mlp())
+    fast = graphcache.wrap(mlp(), capture="worthwhile")
     x = torch.ones(2, 4)
-    fast(x)
+    fast.prepare(x)
     [signature] = graphs_of(fast).entries
     dispatcher_of(fast).captures.admission.learn(signature, eager=2.0, replay=0.5, capture=1.0)
     for _ in range(4):
         fast(x)
     info = fast.cache_info()
-    assert (info.eager_seconds, info.saved_seconds) == (8.0, 6.0)
+    # A replay was measured here too, and took less than the 0.5 seconds that were learnt.
+    assert abs(info.eager_seconds - 8.0) < 0.01
+    assert 6.0 <= info.saved_seconds <= 8.0
     assert info.process_nbytes >= info.nbytes > 0
 
 
