@@ -97,11 +97,11 @@ def test_the_largest_is_captured_first_and_all_have_run_before(order: list[int])
     captured: list[int] = []
     attempt = dispatcher_of(fast).target.recorder.attempt
 
-    def noted(args: Any, *others: Any, **options: Any) -> Any:
+    def noted(call: Any, **options: Any) -> Any:
         if not captured:
             assert ran == [8, 5, 3, 2, 1], "all of them, before any capture"
-        captured.append(len(args[0]))
-        return attempt(args, *others, **options)
+        captured.append(len(call.args[0]))
+        return attempt(call, **options)
 
     dispatcher_of(fast).target.recorder.attempt = noted
     assert fast.prepare(*xs(*order)).signatures == 5
