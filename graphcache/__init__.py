@@ -21,6 +21,7 @@ from graphcache.export.compiling import compile as compile
 from graphcache.export.op_kernel import unload_engines as unload_engines
 from graphcache.export.op_schema import describe_engine as _describe_engine
 from graphcache.features import features as _features
+from graphcache.integrations.torch_tensorrt.adoption import Adoption as _Adoption
 from graphcache.modules.cached_module import CachedModule as CachedModule
 from graphcache.modules.controls import controls as controls
 from graphcache.modules.engine import EngineModule as EngineModule
@@ -46,3 +47,4 @@ _features.padding = _padding_of
 _features.advise_buckets = _advise
 _features.graph_backend = CachedModule
 _features.describe_engine = _describe_engine
+_features.adopt = _Adoption

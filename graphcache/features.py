@@ -35,6 +35,8 @@ class Features:
 
     save: Callable[..., None]
     """Writes a module as a package file: :func:`graphcache.persist.saving.save`."""
+    adopt: Callable[..., Any]
+    """Puts engines of graphcache in the place of modules of Torch-TensorRT, until its ``end()``."""
     graph_backend: Callable[[Any], Any]
     """Puts a bare engine behind a cache of graphs, for ``set_cudagraphs_mode(True)``."""
     describe_engine: Callable[[Any], str]

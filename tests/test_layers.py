@@ -31,6 +31,7 @@ RANKS = {
     "persist": 6,
     "buckets": 6,
     "export": 6,
+    "integrations": 6,
     "runtime": 6,
     "observe": 7,
     "debug": 8,

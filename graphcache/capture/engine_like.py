@@ -14,6 +14,14 @@ from graphcache.engines.engine import Engine
 from graphcache.errors import Cause
 from graphcache.graphs.lane import Lane
 
+_TORCH_TENSORRT = ("PythonTorchTensorRTModule", "TorchTensorRTModule")
+"""The classes of Torch-TensorRT whose modules hold one engine each."""
+
+
+def is_foreign(module: object) -> bool:
+    """Whether something is a module of Torch-TensorRT that holds an engine, by the names of its classes."""
+    return isinstance(module, nn.Module) and any(each.__name__ in _TORCH_TENSORRT for each in type(module).__mro__)
+
 
 class EngineLike(nn.Module):
     """A module that runs one TensorRT engine."""

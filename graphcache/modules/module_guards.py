@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.engine_like import EngineLike, is_foreign
 from graphcache.engines.registry import traced_engines
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.foreign import is_foreign
 
 
 def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True) -> ModuleGuard:

@@ -235,7 +235,9 @@ def _is_users(definer: type | None) -> bool:
     """Whether what a class defines is the module's own: neither every module has it nor one of ours."""
     if definer is None or definer is nn.Module or definer is object:
         return False
-    return not definer.__module__.startswith(("graphcache.modules.engine", "graphcache.modules.adopted"))
+    return not definer.__module__.startswith(
+        ("graphcache.modules.engine", "graphcache.integrations.torch_tensorrt.adopted_engine")
+    )
 
 
 def _no_change(*_: Any) -> None:

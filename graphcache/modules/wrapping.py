@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from graphcache.config import GraphConfig
-from graphcache.modules.adoption import Adoption
+from graphcache.features import features
 from graphcache.modules.cached_module import CachedModule, ends_with
 
 
@@ -45,7 +45,7 @@ def wrapped(module: nn.Module, config: GraphConfig) -> CachedModule:
     Raises:
         ConfigError: As :func:`wrap`.
     """
-    adoption = Adoption(module, config.runtime)
+    adoption = features.adopt(module, config.runtime)
     try:
         fast = CachedModule(adoption.module, config)
     except BaseException:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import graphcache
-from graphcache.modules.adopted import AdoptedEngine
-from graphcache.modules.foreign import is_foreign
+from graphcache.capture.engine_like import is_foreign
+from graphcache.integrations.torch_tensorrt.adopted_engine import AdoptedEngine
 
 torch_tensorrt = pytest.importorskip("torch_tensorrt")
 

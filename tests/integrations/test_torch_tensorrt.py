@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import EngineModule, Reason
+from graphcache.capture.engine_like import is_foreign
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.errors import ConfigError, EngineVersionError, ModeConflictError
 from graphcache.graphs import buffers
-from graphcache.modules import adopted, adoption
-from graphcache.modules.adopted import AdoptedEngine
-from graphcache.modules.foreign import described, is_foreign
+from graphcache.integrations.torch_tensorrt import adopted_engine, adoption
+from graphcache.integrations.torch_tensorrt.adopted_engine import AdoptedEngine
+from graphcache.integrations.torch_tensorrt.foreign import described
 from graphcache.runtime import enable_cudagraphs, enable_output_allocator, weight_streaming
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
-from tests.modules import fake_torch_tensorrt as theirs
+from tests.integrations import fake_torch_tensorrt as theirs
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
@@ -43,7 +44,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(*MODULES, adopted, adoption, patch=monkeypatch) as fake:
+    with installed(*MODULES, adopted_engine, adoption, patch=monkeypatch) as fake:
         monkeypatch.setattr(fake.cuda, "device_count", lambda: 1, raising=False)
         yield prepare(fake, monkeypatch)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphcache.integrations.torch_tensorrt.foreign import Foreign
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.foreign import Foreign
 
 
 class AdoptedEngine(EngineModule):

@@ -8,11 +8,12 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from graphcache.capture.engine_like import is_foreign
 from graphcache.config import Runtime
 from graphcache.errors import ConfigError, GraphCacheError
 from graphcache.events import log
-from graphcache.modules.adopted import AdoptedEngine
-from graphcache.modules.foreign import described, is_foreign
+from graphcache.integrations.torch_tensorrt.adopted_engine import AdoptedEngine
+from graphcache.integrations.torch_tensorrt.foreign import described
 
 
 class Adoption:

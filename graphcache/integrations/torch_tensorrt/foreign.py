@@ -15,9 +15,6 @@ from typing import Any
 
 from torch import nn
 
-KINDS = ("PythonTorchTensorRTModule", "TorchTensorRTModule")
-"""The classes of modules that hold one engine each."""
-
 _NAME, _DEVICE, _ENGINE, _INPUTS, _OUTPUTS, _ALLOCATOR = 1, 2, 3, 4, 5, 9
 _BETWEEN = "%"
 
@@ -49,11 +46,6 @@ class Foreign:
     as_list: bool = False
 
 
-def is_foreign(module: object) -> bool:
-    """Whether something is a module of Torch-TensorRT that holds an engine, by the names of its classes."""
-    return isinstance(module, nn.Module) and any(each.__name__ in KINDS for each in type(module).__mro__)
-
-
 def described(module: nn.Module) -> Foreign | str:
     """What a module of Torch-TensorRT runs, or why it can be run by nobody else.
 
@@ -82,7 +74,7 @@ def described(module: nn.Module) -> Foreign | str:
         settings=getattr(module, "settings", None),
         weight_name_map=getattr(module, "weight_name_map", None),
         requires_output_allocator=bool(state.get(_ALLOCATOR) == "1" if allocator is None else allocator),
-        as_list=any(each.__name__ == KINDS[0] for each in type(module).__mro__),
+        as_list=any(each.__name__ == "PythonTorchTensorRTModule" for each in type(module).__mro__),
     )
 
 

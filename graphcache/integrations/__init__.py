@@ -1,0 +1,1 @@
+"""Other libraries whose modules graphcache runs."""
