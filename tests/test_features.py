@@ -20,6 +20,8 @@ def test_what_is_absent_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(cached, "features", Features())
     fast = graphcache.wrap(mlp())
     with pytest.raises(ExtraNotFoundError, match="the feature save is not there; expected that"):
-        fast.save(tmp_path / "m.gcache")
+        fast.save(tmp_path / "m.gcache", manifest=False)
+    with pytest.raises(ExtraNotFoundError, match="the feature manifest_of is not there; expected that"):
+        fast.save_manifest(tmp_path / "m.json")
     assert issubclass(ExtraNotFoundError, GraphCacheError)
     assert engine_state.features is here

@@ -37,6 +37,8 @@ from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
 from graphcache.keys.values import same
 
+_MISSING: Any = object()
+
 MAX_CONTENTS = 64 << 20
 """Bytes of tensors on the CPU whose contents are compared before and after an observed run."""
 MAX_REPORTED = 64
@@ -349,11 +351,21 @@ def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Ite
         if name in before and before[name] != after[name]:
             yield Cause(Reason.RANDOM, name, "the generator moved on")
     for variable, value in after["context"].items():
-        old = before["context"].get(variable)
+        old = before["context"].get(variable, _MISSING)
+        if old is _MISSING:
+            old = _default_of(variable)
         if old is not value and not same(old, value):
             yield Cause(Reason.MUTATES, f"the context variable {variable.name!r}", "it was set")
     if before["modes"] != after["modes"]:
         yield Cause(Reason.MUTATES, "the grad mode or default dtype", "it was set")
+
+
+def _default_of(variable: contextvars.ContextVar[Any]) -> Any:
+    """What a context variable is where nobody has set it; one that is set to this is in the context since then."""
+    try:
+        return contextvars.Context().run(variable.get)
+    except LookupError:
+        return None
 
 
 def _generators(devices: Sequence[int]) -> list[Tensor]:

@@ -24,7 +24,7 @@ from graphcache import Reason
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of
 from graphcache.errors import CaptureError
 from graphcache.keys.guards import ModuleGuard
-from tests.helpers import Fn, frozen, graphs_of, mlp, outcomes, replays, same
+from tests.helpers import Fn, frozen, graphs_of, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 VARIABLE: contextvars.ContextVar[int] = contextvars.ContextVar("VARIABLE", default=0)
@@ -395,3 +395,18 @@ def test_paths_that_are_ignored_reach_into_parts(ignore: list[str], captured: se
     found = {name for name, part in fast.parts.items() if graphs_of(part).entries}
     # The linear layers inside count nothing, and are captured where the parts are not.
     assert {name for name in found if not name.endswith("linear")} == captured
+
+
+def test_a_context_variable_that_is_set_to_its_default_is_no_effect() -> None:
+    variable: contextvars.ContextVar[bool] = contextvars.ContextVar("variable", default=False)
+
+    def forward(_: Any, x: Tensor, value: bool) -> Tensor:
+        before = variable.get()
+        variable.set(True)
+        variable.set(value)
+        return x + 1 + before
+
+    def run(value: bool) -> Reason | None:
+        return contextvars.Context().run(reason, graphcache.wrap(Fn(forward), ignore=["*variable*"]), X, value)
+
+    assert (run(False), run(True)) == (None, Reason.MUTATES)

@@ -219,7 +219,9 @@ def test_behind_wrap_it_is_captured(name: str) -> None:
         return x * 2
 
     fast = graphcache.wrap(Fn(forward), ignore=["LOG*"])
-    fast(X)
+    # Twice, for somebody may have given the process a factory of log records, which is followed from the second call on.
+    for _ in range(2):
+        fast(X)
     assert replays(fast, X)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphcache import CachedModule, Reason
+from graphcache import Reason
 from graphcache.cli import canary as cage
 from graphcache.cli.canary import Products, canary, overwrite
+from graphcache.dispatch.dispatcher import Dispatcher
 
 CPU = torch.device("cpu")
 HITS = 3
@@ -46,8 +47,8 @@ def test_every_answer_is_a_replay_and_right():
 
 def test_it_overwrites_while_the_others_are_kept_and_before_they_answer(monkeypatch, after_overwriting):
     seen = []
-    hit = CachedModule._hit
-    monkeypatch.setattr(CachedModule, "_hit", lambda *args, **names: (seen.append("hit"), hit(*args, **names))[1])
+    hit = Dispatcher.replay
+    monkeypatch.setattr(Dispatcher, "replay", lambda *args, **names: (seen.append("hit"), hit(*args, **names))[1])
     after_overwriting(lambda taken, turn: seen.append("overwritten"))
     canary(CPU)
     assert seen == ["overwritten", "hit", "hit", "overwritten", "hit"]
@@ -80,14 +81,14 @@ def test_a_graph_whose_memory_was_overwritten_is_found(monkeypatch, after_overwr
 
 
 def test_the_least_error_is_found(monkeypatch):
-    right = CachedModule._hit
+    right = Dispatcher.replay
 
     def nudged(*args, **names):
         answer = right(*args, **names)
         answer[-1, -1] = answer[-1, -1].nextafter(torch.tensor(9.0))
         return answer
 
-    monkeypatch.setattr(CachedModule, "_hit", nudged)
+    monkeypatch.setattr(Dispatcher, "replay", nudged)
     found = canary(CPU)
     assert len(found.wrong) == HITS
     assert all("Mismatched elements: 1 / 8192" in each for each in found.wrong)

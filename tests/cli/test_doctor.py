@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import graphcache
-from graphcache import CachedModule, CacheInfo, Cause, Reason
+from graphcache import CacheInfo, Cause, Reason
 from graphcache.cli import main
 from graphcache.cli.canary import Outcome
 from graphcache.cli.doctor import (
@@ -27,6 +27,7 @@ from graphcache.cli.doctor import (
     check_tensorrt,
     check_versions,
 )
+from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.errors import ConfigError, CudaError, TensorRTNotFoundError
 from graphcache.graphs import driver
 
@@ -158,8 +159,8 @@ def test_a_failed_check_ends_with_1_and_the_others_are_still_made(sound, monkeyp
 
 def test_a_wrong_answer_of_a_real_graph_ends_with_3(monkeypatch):
     monkeypatch.setattr(MODULE, "EXTRAS", {})
-    right = CachedModule._hit
-    monkeypatch.setattr(CachedModule, "_hit", lambda *args, **names: right(*args, **names) + 1)
+    right = Dispatcher.replay
+    monkeypatch.setattr(Dispatcher, "replay", lambda *args, **names: right(*args, **names) + 1)
     found = doctor("--json")
     assert found.exit_code == 3
     assert found.stderr.startswith("Error: graphs gave wrong answers: ")
