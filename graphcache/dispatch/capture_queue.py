@@ -11,6 +11,7 @@ from typing import Any
 from graphcache.cache.room import Room
 from graphcache.capture.effects import Effects
 from graphcache.capture.recorder import Recorded, Sharing, nothing
+from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch.call_snapshot import CallSnapshot
 from graphcache.dispatch.capture_manager import CaptureManager
 from graphcache.dispatch.targets import ModuleTarget
@@ -27,8 +28,8 @@ PENDING = Cause(Reason.PENDING)
 class CaptureQueue:
     """What is captured in the background for one module, or waits for it.
 
-    The call of an engine is handed over as it is. That of a PyTorch module is observed while it runs for its caller, and
-    handed over if it has no effects.
+    The call of an engine is handed over as it is. That of a PyTorch module is observed while it runs for its caller,
+    and handed over if it has no effects.
 
     Args:
         captures: Captures calls of the module and keeps the graphs.
@@ -152,7 +153,7 @@ class CaptureQueue:
         return PENDING
 
     @property
-    def _recorder(self) -> Any:
+    def _recorder(self) -> TorchRecorder:
         target = self._captures.target
         assert isinstance(target, ModuleTarget)
         return target.torch_recorder

@@ -40,8 +40,8 @@ class CachedModule(StandIn):
     It takes what the module takes and returns what the module returns. Names, parameters, ``state_dict`` and every
     other attribute are the module's own, which is left exactly as it was; an attribute that is set here is set there.
     Where both have a name (``config``, ``save``), it is the module's; :func:`graphcache.controls` gives that of this
-    class. Methods of it that call ``forward`` or a submodule (``generate``) use the graphs, unless it has hooks, or they
-    are generators or coroutines. A call that cannot be captured is answered eagerly, counted and logged once.
+    class. Methods of it that call ``forward`` or a submodule (``generate``) use the graphs, unless it has hooks, or
+    they are generators or coroutines. A call that cannot be captured is answered eagerly, counted and logged once.
 
     Args:
         module: An engine, or any other module.
@@ -61,6 +61,10 @@ class CachedModule(StandIn):
         >>> torch.equal(fast(x), fast(x)), fast.cache_info().hits
         (True, 1)
     """
+
+    _graphcache: Wrapped
+    _graphcache_table: Any
+    """Native code that answers calls, if there is any."""
 
     keeps_its_own_state = True
     """Counters and caches here are no state of the module's, when one wrapped module contains another."""
@@ -200,7 +204,7 @@ class CachedModule(StandIn):
         return self._graphcache.manifest
 
     @property
-    def parts(self) -> dict[str, CachedModule]:
+    def parts(self) -> dict[str, Any]:
         """The submodules that are captured one by one, and those taken apart on the way to them, by name.
 
         With ``strategy="auto"`` they are found when the whole is refused.
@@ -210,12 +214,13 @@ class CachedModule(StandIn):
             >>> list(wrap(nn.Sequential(nn.ReLU()), strategy="per_submodule", include=["0"]).parts)
             ['0']
         """
-        return self._graphcache.submodules.named()
+        found: dict[str, Any] = self._graphcache.submodules.named()
+        return found
 
     @property
     def captures_whole(self) -> bool:
         """Whether calls are to be captured as a whole, rather than by submodules from the start."""
-        return self._graphcache.submodules.whole
+        return bool(self._graphcache.submodules.whole)
 
     def session(self, *args: Any, **kwargs: Any) -> Session:
         """A graph of this call with its buffers in the caller's hands; it is not part of the cache.

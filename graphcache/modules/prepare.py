@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from graphcache.config import graphs_off
 from graphcache.dispatch.preparing import Preparation, prepared_together, preparing
@@ -58,7 +57,7 @@ class Job:
         path: Of the manifest that lists it; empty for a call that was given.
     """
 
-    target: nn.Module
+    target: StandIn
     call: Example
     modes: Callable[[], AbstractContextManager[object]] = nullcontext
     measured: dict[str, float] | None = None

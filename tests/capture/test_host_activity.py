@@ -219,7 +219,7 @@ def test_behind_wrap_it_is_captured(name: str) -> None:
         return x * 2
 
     fast = graphcache.wrap(Fn(forward), ignore=["LOG*"])
-    # Twice, for somebody may have given the process a factory of log records, which is followed from the second call on.
+    # Twice: somebody may have set a factory of log records, which is followed from the second call on.
     for _ in range(2):
         fast(X)
     assert replays(fast, X)
