@@ -10,7 +10,7 @@ A call of a wrapped module goes through these steps, from top to bottom::
           answer
             eager                    graphs are off here, the call needs gradients, or the key was denied
             submodules               the whole is not to be captured: submodules answer with graphs of their own
-            admission                may it be captured? "first": yes; "worthwhile": once it pays; "prepared": no
+            admission                "first": capture; "worthwhile": once it pays; "prepared": not now
             capture                  CaptureManager: reserve bytes, record, verify, insert; or deny the key
             background               CaptureQueue: answer eagerly, record on a copy of the call in another thread
 
@@ -19,8 +19,8 @@ Who decides what:
 * A *key* says that two calls run the same operations on the same layouts. It holds structure, shapes, strides, dtypes,
   devices, constants, grad and inference mode, and the settings of PyTorch (``keys/ambient.py``).
 * A *guard* says that the module is still what it was when a graph was proven: an engine by its epoch, any other module
-            admission                "first": capture; "worthwhile": once it pays; "prepared": not now
-  what a stale graph wrote is dropped. A call that writes into the caller's tensors asks before.
+  by everything that a call can reach (``keys/guards.py``). On CUDA it is asked after the launch, while the device
+  works; what a stale graph wrote is dropped. A call that writes into the caller's tensors asks before.
 * *Effects* (``capture/effects.py``): the first run of a key is observed, for the caller. Only a call that is a function
   of its tensors is recorded.
 * *Verification* (``graphs/verify.py``): a new graph has to give the eager answers.
