@@ -71,16 +71,16 @@ class DispatcherHost:
         if answer is STALE:
             return NO_ANSWER
         # The caller's call was noted by its own sizes.
-        self._dispatcher.captures.seen.note(call.key, call.args, call.kwargs, -1)
+        self._dispatcher.captures.keys.note(call.key, call.args, call.kwargs, -1)
         return answer
 
     def capture(self, call: Call) -> Any:
         # No caller made it, but hits of such calls are to be known by their sizes.
-        self._dispatcher.captures.seen.note(call.key, call.args, call.kwargs, 0)
+        self._dispatcher.captures.keys.note(call.key, call.args, call.kwargs, 0)
         return self._dispatcher.answer(call, admitted=True)
 
     def denied(self, key: Key) -> Cause | None:
-        return self._captures.denials.cause(key, self.version)
+        return self._captures.keys.denial(key, self.version)
 
     def cold(self, call: Call) -> Cause | None:
         return self._dispatcher.admit(call)
@@ -162,7 +162,7 @@ def padding_of(option: Any, dispatcher: Dispatcher) -> Bucketed:
 def advise(dispatcher: Dispatcher, trace: Any, most: Any, *, argument: Any) -> Advice:
     """Buckets for one argument of a wrapped module; see :func:`~graphcache.buckets.advisor.advise_buckets`."""
     hits = {key: entry.hits for key, entry in list(dispatcher.entries.items())}
-    shapes = dispatcher.captures.seen.shapes(hits)
+    shapes = dispatcher.captures.keys.shapes(hits)
     return advise_buckets(dispatcher.target.module, dispatcher.ledger.name, shapes, argument, trace, most)
 
 

@@ -16,7 +16,7 @@ from graphcache.buckets.host import Host, Key, Run
 from graphcache.buckets.independence import dependence, observed_outputs
 from graphcache.buckets.padder import Arguments, Fit, Padder
 from graphcache.buckets.padding import varied
-from graphcache.cache.blocks import Blocks
+from graphcache.cache.key_table import KeyTable
 from graphcache.capture.effects import Effects
 from graphcache.capture.engine_like import EngineLike
 from graphcache.config import graphs_off
@@ -42,7 +42,7 @@ class Proofs:
         self._padder = padder
         self._found: OrderedDict[tuple[int, Key], tuple[int, Padder]] = OrderedDict()
         """By the module's generation and the key: the module's version and what crops the answers."""
-        self._refused = Blocks(_MAX_KEYS)
+        self._refused = KeyTable(size=_MAX_KEYS)
         self._lock = threading.Lock()
 
     def found(self, key: Key) -> Padder | None:
@@ -52,7 +52,7 @@ class Proofs:
 
     def refused(self, key: Key) -> Cause | None:
         """Why a bucket is not to be tried this time."""
-        return self._refused.cause((self._host.generation, key), self._host.version)
+        return self._refused.denial((self._host.generation, key), self._host.version)
 
     def is_refused(self, key: Key) -> bool:
         """Whether a bucket is not to be tried, without counting a call."""
@@ -61,7 +61,7 @@ class Proofs:
 
     def refuse(self, key: Key, cause: Cause) -> Cause:
         """Remember why a bucket is not padded to, which is returned."""
-        self._refused.block((self._host.generation, key), cause, self._host.version)
+        self._refused.deny((self._host.generation, key), cause, self._host.version)
         return cause
 
     def prove(self, call: Call, fit: Fit, key: Key, effects: Effects, *, alone: bool = False) -> Padder | Cause:

@@ -7,18 +7,14 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from graphcache.cache.costs import KeyCosts, Known, Mean, checked_seconds
+from graphcache.cache.key_table import KeyTable
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.errors import Cause
-
-REMEMBERED = 1024
-"""Keys without a graph whose costs are kept. The key that was not called for longest is forgotten first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +41,7 @@ class Admission:
 
     Args:
         cache: The graphs. A hit is counted in the cache's entry alone, and read from there.
+        keys: Where the costs of each key are kept; a table of its own if ``None``.
         refusal: The cause for which misses run eagerly; ``None`` if they are captured.
 
     Example:
@@ -60,14 +57,14 @@ class Admission:
     measures_replays = False
     """Whether decisions depend on the time of replays, so that :meth:`captured` is to be given one."""
 
-    def __init__(self, cache: GraphCache[Any], refusal: Cause | None = None) -> None:
+    def __init__(self, cache: GraphCache[Any], keys: KeyTable | None = None, refusal: Cause | None = None) -> None:
         self._cache = cache
+        self._keys = KeyTable(cache.entries) if keys is None else keys
         self._refusal = refusal
-        self._costs: OrderedDict[Hashable, KeyCosts] = OrderedDict()
         self._nbytes = Mean(0.0)
         self._now = 0.0
         self._eager_seconds = self._saved_seconds = self._capture_seconds = 0.0
-        self._lock = threading.Lock()
+        self._lock = self._keys.lock
 
     def ask(self, key: Hashable) -> Cause | None:
         """Why a miss is to run eagerly; ``None`` if it is to be captured.
@@ -156,7 +153,7 @@ class Admission:
     def evicted(self, key: Hashable, entry: Entry[Any]) -> None:
         """Note that a graph has left the cache; for its ``on_evict``."""
         with self._lock:
-            if (costs := self._costs.get(key)) is not None:
+            if (costs := self._costs_of(key)) is not None:
                 self._count_hits([(costs, entry.hits)])
                 costs.counted = costs.owed = 0
 
@@ -179,12 +176,12 @@ class Admission:
 
     def known(self, key: Hashable) -> Known:
         """Counts and times of a key; nothing but zeros and ``None`` if it was never called or has been forgotten."""
-        costs, entry = self._costs.get(key), self._cache.entries.get(key)
+        costs, entry = self._costs_of(key), self._cache.entries.get(key)
         return Known() if costs is None else costs.known(entry.hits if entry is not None else 0)
 
     def expected_nbytes(self, key: Hashable) -> int:
         """Memory that a graph of the key will own: that of its last one, else the mean of all graphs."""
-        costs = self._costs.get(key)
+        costs = self._costs_of(key)
         return costs.nbytes if costs is not None and costs.nbytes else math.ceil(self._nbytes.value)
 
     def account(self) -> Account:
@@ -193,19 +190,17 @@ class Admission:
             self._settle()
             return Account(self._eager_seconds, self._saved_seconds, self._capture_seconds)
 
+    def _costs_of(self, key: Hashable) -> KeyCosts | None:
+        """The costs of a key, if it is remembered. It takes no lock."""
+        state = self._keys.get(key)
+        return None if state is None else state.costs
+
     def _find(self, key: Hashable) -> KeyCosts:
-        """The costs of a key, which is the last to be forgotten from now on."""
-        costs = self._costs.get(key)
-        if costs is not None:
-            self._costs.move_to_end(key)
-            return costs
-        costs = self._costs[key] = KeyCosts(self._now)
-        entries = self._cache.entries
-        while len(self._costs) > REMEMBERED + len(entries):
-            oldest, forgotten = self._costs.popitem(last=False)
-            if oldest in entries:
-                self._costs[oldest] = forgotten
-        return costs
+        """The costs of a key, which is the last to be forgotten from now on. The lock is held."""
+        state = self._keys.used(key)
+        if state.costs is None:
+            state.costs = KeyCosts(self._now)
+        return state.costs
 
     def _settle(self) -> None:
         """Count the hits of all graphs since the last time."""
@@ -213,7 +208,7 @@ class Admission:
             [
                 (costs, entry.hits)
                 for key, entry in list(self._cache.entries.items())
-                if (costs := self._costs.get(key)) is not None and entry.hits != costs.counted
+                if (costs := self._costs_of(key)) is not None and entry.hits != costs.counted
             ]
         )
 

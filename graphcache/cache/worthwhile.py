@@ -25,6 +25,7 @@ from typing import Any
 
 from graphcache.cache.admission import Admission
 from graphcache.cache.costs import LARGEST, Estimate, KeyCosts, Mean
+from graphcache.cache.key_table import KeyTable
 from graphcache.cache.lru import Entry, GraphCache
 from graphcache.config import Capture
 from graphcache.errors import Cause, Reason, Refusal
@@ -55,7 +56,7 @@ _NOT_WORTH_IT = Cause(Reason.NOT_WORTH_IT)
 _NOT_PREPARED = Cause(Reason.NOT_PREPARED)
 
 
-def admission_for(policy: Capture, cache: GraphCache[Any]) -> Admission:
+def admission_for(policy: Capture, cache: GraphCache[Any], keys: KeyTable | None = None) -> Admission:
     """The admission policy of a module.
 
     Example:
@@ -63,8 +64,8 @@ def admission_for(policy: Capture, cache: GraphCache[Any]) -> Admission:
         <Reason.NOT_PREPARED: 'not_prepared'>
     """
     if policy == "worthwhile":
-        return Worthwhile(cache)
-    return Admission(cache, _NOT_PREPARED if policy == "prepared" else None)
+        return Worthwhile(cache, keys)
+    return Admission(cache, keys, _NOT_PREPARED if policy == "prepared" else None)
 
 
 class Worthwhile(Admission):
@@ -87,8 +88,8 @@ class Worthwhile(Admission):
 
     measures_replays = True
 
-    def __init__(self, cache: GraphCache[Any]) -> None:
-        super().__init__(cache)
+    def __init__(self, cache: GraphCache[Any], keys: KeyTable | None = None) -> None:
+        super().__init__(cache, keys)
         # Over all keys, for those that were not measured.
         self._typical_eager, self._typical_share, self._any_capture = Mean(0.0), Mean(_PRIOR_SHARE), Estimate()
         self._credit = 0.0
@@ -99,7 +100,7 @@ class Worthwhile(Admission):
 
     def ask(self, key: Any) -> Cause | None:
         with self._lock:
-            costs = self._costs.get(key)
+            costs = self._costs_of(key)
             if costs is None or costs.eager.count < 2:
                 # The first call of a key takes longer than the others: it is no measure.
                 return _COLD
@@ -122,7 +123,7 @@ class Worthwhile(Admission):
 
     def worth(self, key: Any, entry: Entry[Any]) -> float:
         """The value of a graph, to rank it by; for each byte where bytes are bounded. It takes no lock."""
-        costs = self._costs.get(key)
+        costs = self._costs_of(key)
         if costs is None:
             return 0.0
         value = self._value(costs, entry.hits - costs.counted)
@@ -149,7 +150,7 @@ class Worthwhile(Admission):
             if nbytes is not None:
                 raise
             victims = []
-        found = [self._costs.get(key) for key, _ in victims]
+        found = [self._costs_of(key) for key, _ in victims]
         self._victims_value = sum(self._value(costs) for costs in found if costs is not None)
 
     def _note_eager(self, costs: KeyCosts, seconds: float) -> None:

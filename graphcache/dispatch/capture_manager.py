@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.arbiter import Arbiter, arbiter
-from graphcache.cache.blocks import Blocks
 from graphcache.cache.churn import ChurnWatch
+from graphcache.cache.key_table import KeyTable
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.room import Room
-from graphcache.cache.seen import Seen
 from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.recorder import Recorded, Sharing
 from graphcache.capture.run_gate import RunGate
@@ -57,11 +56,9 @@ class CaptureManager:
         self.graphs: GraphCache[Recorded] = GraphCache(
             max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=self._evicted
         )
-        self.seen = Seen()
-        """Which calls there were, and how often, noted at misses."""
-        self.denials = Blocks()
-        """Keys that could not be captured."""
-        self.admission = admission_for(config.capture, self.graphs)
+        self.keys = KeyTable(self.graphs.entries)
+        """What is known of every key: its calls, denial and costs."""
+        self.admission = admission_for(config.capture, self.graphs, self.keys)
         """Decides what is captured."""
         self.arbiter: Arbiter | None = None
         """Of the device of the last capture."""
@@ -90,7 +87,7 @@ class CaptureManager:
             self.generation += 1
             self.graphs.clear(wait=wait)
             self._churn.forget()
-            self.denials.clear()
+            self.keys.allow_all()
             if not isinstance(self.target.guard, EngineGuard):
                 # It keeps what the module held when it was looked at, such as weights that were replaced since.
                 self.target.guard.forget()
@@ -102,7 +99,7 @@ class CaptureManager:
         if self.training_changed():
             self._training = self.target.training_flags()
             self.generation += 1
-            self.denials.clear()
+            self.keys.allow_all()
 
     def notice_device(self, call: Call) -> None:
         """Note whether calls concern a CUDA device."""
@@ -114,11 +111,11 @@ class CaptureManager:
 
     def denial(self, call: Call) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
-        return self.needs_grad(call.tensors) or self.denials.cause(call.key, self.version)
+        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.version)
 
     def deny(self, key: Hashable, cause: Cause, version: int | None = None) -> None:
         """Remember why a key has no graph, under the version of the guard (that of now if ``None``)."""
-        self.denials.block(key, cause, self.version if version is None else version)
+        self.keys.deny(key, cause, self.version if version is None else version)
 
     def needs_grad(self, tensors: Sequence[Tensor]) -> Cause | None:
         """Why the grad mode forbids a graph, if it does."""
@@ -169,7 +166,7 @@ class CaptureManager:
                 self._drop_broken()
             if known is not None and outcome is known.graph:
                 # It was captured before the module changed, and is right all the same: its replay gave this answer too.
-                self.denials.forget(call.key)
+                self.keys.allow(call.key)
                 known.hits += 1
                 known.used = clock()
                 return answer, None
@@ -260,7 +257,7 @@ class CaptureManager:
         for function in self.on_evict:
             function()
         self.admission.evicted(key, entry)
-        self.seen.retire(key, entry.hits)
+        self.keys.retire(key, entry.hits)
         self.ledger.evicted(Evicted(key, entry.hits))
 
     def _drop_broken(self) -> None:

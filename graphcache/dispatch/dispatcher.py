@@ -211,7 +211,7 @@ class Dispatcher:
     def miss(self, call: Call) -> Any:
         """Answer a call that no graph of its key has answered."""
         self.captures.notice_device(call)
-        self.captures.seen.note(call.key, call.args, call.kwargs)
+        self.captures.keys.note(call.key, call.args, call.kwargs)
         if self.padding is not None and not self.closed and self.forbidden() is None:
             answer = self.padding.answer(call)
             if answer is not NO_ANSWER:

@@ -112,7 +112,7 @@ def views_of(fast: StandIn, keys: list[Hashable] | None = None) -> list[KeyView]
         keys: Which keys; ``None`` for all that are remembered.
     """
     captures, names = state_of(fast).dispatcher.captures, arguments_of(state_of(fast).module)
-    entries, seen = captures.graphs.entries, captures.seen
+    entries, seen = captures.graphs.entries, captures.keys
     changed = captures.target.guard.has_changed()
     if keys is None:
         keys = list(dict.fromkeys([*list(entries), *seen.keys()]))
@@ -123,7 +123,7 @@ def views_of(fast: StandIn, keys: list[Hashable] | None = None) -> list[KeyView]
         cause = retry_after = None
         if entry is not None:
             status = "changed" if changed or entry.graph.version != captures.version else "captured"
-        elif (denial := captures.denials.look(key, captures.version + changed)) is not None:
+        elif (denial := captures.keys.look(key, captures.version + changed)) is not None:
             status, (cause, retry_after) = "denied", denial
         else:
             cause = captures.admission.ask(key)

@@ -675,7 +675,7 @@ def test_padded_calls_count_by_their_own_sizes(capture_in: str, beside: None) ->
     wanted = [({0: (3, 4)}, 3), ({0: (4, 4)}, 2), ({0: (2, 4)}, 1)]
 
     def seen() -> list[Any]:
-        return dispatcher_of(fast).captures.seen.shapes(
+        return dispatcher_of(fast).captures.keys.shapes(
             {key: entry.hits for key, entry in graphs_of(fast).entries.items()}
         )
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache import admission as admission_module
+from graphcache.cache import key_table
 from graphcache.cache.costs import Known
 from graphcache.cache.lru import Entry, GraphCache, clock, recency
 from graphcache.cache.worthwhile import OVERHEAD, PRICE, Worthwhile, admission_for
@@ -242,7 +242,7 @@ def test_what_stays_hot_is_captured_however_hot_the_others_were(slots):
 
 
 def test_a_hot_signature_is_captured_in_the_midst_of_others_that_are_called_once(monkeypatch):
-    monkeypatch.setattr(admission_module, "REMEMBERED", 64)
+    monkeypatch.setattr(key_table.KeyTable.__init__, "__defaults__", ((), 64))
     served = Served(slots=4)
     fresh = 0
     while "hot" not in served.cache:
@@ -395,7 +395,7 @@ def test_what_is_known_of_a_key():
 @given(st.lists(st.integers(0, 500), max_size=300), st.integers(1, 8))
 def test_costs_are_bounded_and_the_last_key_is_always_known(keys, remembered):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(admission_module, "REMEMBERED", remembered)
+        patch.setattr(key_table.KeyTable.__init__, "__defaults__", ((), remembered))
         served = Served(slots=2)
         for key in keys:
             served.call(key)

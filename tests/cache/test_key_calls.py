@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.seen import Seen
+from graphcache.cache.key_table import KeyTable
 from tests.helpers import in_threads
 
 
-def counts(seen: Seen, hits: dict[Any, int]) -> dict[Any, int]:
+def counts(seen: KeyTable, hits: dict[Any, int]) -> dict[Any, int]:
     """How often each shape of the first argument was seen."""
     return {shapes[0]: calls for shapes, calls in seen.shapes(hits) if calls}
 
@@ -19,7 +19,7 @@ def counts(seen: Seen, hits: dict[Any, int]) -> dict[Any, int]:
 @given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["note", "hit", "evict", "padded"])), max_size=60))
 def test_every_call_counts_once_by_its_own_shape(steps: list[tuple[int, str]]) -> None:
     """Against a plain count: notes, hits of graphs that are there or went, and hits lent to other sizes."""
-    seen, wanted = Seen(), Counter[tuple[int, int]]()
+    seen, wanted = KeyTable(), Counter[tuple[int, int]]()
     hits: dict[Any, int] = {}
     for size, what in steps:
         if what == "evict":
@@ -40,7 +40,7 @@ def test_every_call_counts_once_by_its_own_shape(steps: list[tuple[int, str]]) -
 
 
 def test_an_argument_has_its_position_or_its_name() -> None:
-    seen = Seen()
+    seen = KeyTable()
     seen.note("a", (torch.zeros(2, 3), 5), {})
     seen.note("b", (), {"x": torch.zeros(4, 3), "y": torch.zeros(9)})
     seen.note("c", ([torch.zeros(7, 3)],), {})
@@ -48,7 +48,7 @@ def test_an_argument_has_its_position_or_its_name() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    seen = Seen(size=3)
+    seen = KeyTable(size=3)
     for size in (1, 2, 3, 1, 4):
         seen.note(size, (torch.zeros(size),), {})
     assert len(seen) == 3
@@ -58,7 +58,7 @@ def test_what_is_remembered_is_bounded() -> None:
 
 
 def test_threads() -> None:
-    seen = Seen(size=8)
+    seen = KeyTable(size=8)
 
     def work(index: int) -> None:
         for step in range(200):
@@ -70,7 +70,7 @@ def test_threads() -> None:
 
 
 def test_calls_of_a_signature_with_the_hits_of_its_graph():
-    seen = Seen()
+    seen = KeyTable()
     x = torch.zeros(2)
     for _ in range(3):
         seen.note("a", (x,), {})
