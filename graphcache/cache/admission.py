@@ -67,22 +67,11 @@ class Admission:
         self._lock = self._keys.lock
 
     def ask(self, key: Hashable) -> Cause | None:
-        """Why a miss is to run eagerly; ``None`` if it is to be captured.
-
-        Returns:
-            A cause with the reason ``COLD``, ``NOT_WORTH_IT``, ``NOT_PREPARED`` or ``OVER_BUDGET``.
-        """
+        """Why a miss is to run eagerly; ``None`` if it is to be captured."""
         return self._refusal
 
     def ran(self, key: Hashable, seconds: float) -> int:
-        """Note an eager call and its time.
-
-        Returns:
-            The number of eager calls of the key so far.
-
-        Raises:
-            ConfigError: If ``seconds`` cannot be a time.
-        """
+        """Note an eager call and its time; how many eager calls of the key there were."""
         seconds = checked_seconds(seconds, "seconds")
         with self._lock:
             costs = self._find(key)
@@ -96,19 +85,10 @@ class Admission:
     def captured(
         self, key: Hashable, seconds: float, *, replay: float | None = None, preparing: bool = False
     ) -> Cause | None:
-        """Note that a graph is in the cache, and what its capture took.
+        """Note that a graph is in the cache; a cause if the caller should evict it, being no faster than eager.
 
-        Args:
-            key: Of the call.
-            seconds: Time that the capture added to the call.
-            replay: Time of a replay; ``None`` if it was not measured.
-            preparing: Whether no call waited for the capture; then serving does not have to earn it.
-
-        Returns:
-            The cause for which the caller should evict the graph: it is no faster than eager execution.
-
-        Raises:
-            ConfigError: If ``seconds`` or ``replay`` cannot be a time.
+        ``seconds`` is what the capture added to the call, ``replay`` the time of a replay if it was measured. With
+        ``preparing`` no call waited for the capture, and serving does not have to earn it.
         """
         seconds = checked_seconds(seconds, "seconds")
         replay = None if replay is None else checked_seconds(replay, "replay")
@@ -125,27 +105,14 @@ class Admission:
             return self._note_times(costs)
 
     def failed(self, key: Hashable, seconds: float, *, preparing: bool = False) -> None:
-        """Note that a capture gave no graph; the key has to earn the next attempt from the beginning.
-
-        Args:
-            key: Of the call.
-            seconds: Time that the attempt added to the call.
-            preparing: As for :meth:`captured`.
-
-        Raises:
-            ConfigError: If ``seconds`` cannot be a time.
-        """
+        """Note that a capture gave no graph; the key has to earn the next attempt from the beginning."""
         seconds = checked_seconds(seconds, "seconds")
         with self._lock:
             self._find(key).owed = 0
             self._spend(seconds, preparing)
 
     def charge(self, seconds: float) -> None:
-        """Note time that was spent for graphs besides captures.
-
-        Raises:
-            ConfigError: If ``seconds`` cannot be a time.
-        """
+        """Note time that was spent for graphs besides captures."""
         seconds = checked_seconds(seconds, "seconds")
         with self._lock:
             self._spend(seconds, False)
@@ -158,11 +125,7 @@ class Admission:
                 costs.counted = costs.owed = 0
 
     def learn(self, key: Hashable, *, eager: float, replay: float, capture: float) -> None:
-        """Take over times that were measured in another process, in seconds.
-
-        Raises:
-            ConfigError: If one of them cannot be a time.
-        """
+        """Take over times that were measured in another process, in seconds."""
         eager, replay = checked_seconds(eager, "eager"), checked_seconds(replay, "replay")
         capture = checked_seconds(capture, "capture")
         with self._lock:

@@ -96,11 +96,7 @@ class Arbiter:
                 self._caches.append(weakref.ref(cache))
 
     def set_budget(self, max_bytes: int | None) -> None:
-        """Change the budget. What it no longer holds goes now, but for pinned graphs.
-
-        Raises:
-            ConfigError: If it is not a whole number of bytes, 1 or more, or ``None``.
-        """
+        """Change the budget. What it no longer holds goes now, but for pinned graphs."""
         max_bytes = checked_budget(max_bytes, "max_bytes")
         with self._lock:
             self._max_bytes = max_bytes
@@ -109,18 +105,9 @@ class Arbiter:
         claim.release()
 
     def reserve(self, nbytes: int) -> Reservation:
-        """Evict the coldest graphs of all caches until ``nbytes`` more fit, and keep that room.
+        """Evict the coldest graphs of all caches until ``nbytes`` more fit, and keep that room until it is released.
 
-        Args:
-            nbytes: What is about to be allocated.
-
-        Returns:
-            The room, to be released when the graph is in its cache, where it counts from then on.
-
-        Raises:
-            Refusal: With :attr:`Reason.OVER_BUDGET`, if it does not fit beside what is pinned, shared and reserved;
-                then nothing was evicted.
-            ConfigError: If ``nbytes`` is not a number of bytes.
+        Raises a ``Refusal``, having evicted nothing, if they cannot fit beside what is pinned, shared and reserved.
         """
         if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
             raise ConfigError(f"nbytes={shown(nbytes)}: expected a whole number of bytes, 0 or more")
@@ -207,12 +194,6 @@ _lock = threading.Lock()
 def arbiter(device: object) -> Arbiter:
     """The one arbiter of a device in this process.
 
-    Args:
-        device: ``"cpu"``, ``"cuda:0"`` and so on, or the ``torch.device``.
-
-    Raises:
-        ConfigError: If it is no device, or ``GRAPHCACHE_PROCESS_MAX_BYTES`` is set to something that is no budget.
-
     Example:
         >>> arbiter("cuda:0") is arbiter("cuda:0")
         True
@@ -253,9 +234,6 @@ def set_process_budget(max_bytes: int | None, *, device: object = None) -> None:
 
 def checked_budget(max_bytes: object, what: str) -> int | None:
     """A budget in bytes as it can be.
-
-    Raises:
-        ConfigError: For anything but ``None`` and a whole number, 1 or more.
 
     Example:
         >>> checked_budget(1, "max_bytes")

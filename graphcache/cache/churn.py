@@ -38,13 +38,7 @@ class Churn:
     keys: tuple[Hashable, ...]
 
     def advice(self, cache: GraphCache[Any], capture: str, names: Function | Sequence[str] = ()) -> str:
-        """What was seen, and what would help here.
-
-        Args:
-            cache: Where the graphs are.
-            capture: The policy by which they came there.
-            names: The signature of the function that is called, or the names of its positional arguments.
-        """
+        """What was seen, and what would help here."""
         seen, ways = self._evictions(cache) if 2 * self.again >= WINDOW else self._new_keys(names)
         if capture == "first":
             ways.append("capture only what pays for itself with capture='worthwhile'")
@@ -122,15 +116,7 @@ class ChurnWatch:
         self._said = False
 
     def captured(self, key: Hashable, hits: int) -> Churn | None:
-        """Note a capture.
-
-        Args:
-            key: Of the call.
-            hits: How many calls graphs have answered so far, all of them together.
-
-        Returns:
-            What was seen, the first time that captures are in vain.
-        """
+        """Note a capture; what was seen, the first time that captures are in vain."""
         if self._said:
             return None
         # Not the key itself, which may be large; two of one hash would be counted as one.

@@ -123,9 +123,6 @@ class KeyCosts:
 def checked_seconds(seconds: object, what: str) -> float:
     """A time as it can be.
 
-    Raises:
-        ConfigError: For what is no number, is negative, or is longer than thirty years.
-
     Example:
         >>> checked_seconds(1, "seconds")
         1.0

@@ -41,11 +41,7 @@ class Denial:
     calls: int = 0
 
     def wait(self, version: int) -> int | None:
-        """How many calls run eagerly before a capture is tried again; ``None`` for all of them.
-
-        Args:
-            version: That of the module's guard now.
-        """
+        """How many calls run eagerly before a capture is tried again; ``None`` for all of them."""
         doublings = min(self.times - 1, _MAX_DOUBLINGS)
         if self.cause.reason in _EFFECTS or version != self.version:
             return max(0, (1 << doublings if doublings else 0) - self.calls)

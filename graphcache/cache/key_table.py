@@ -118,11 +118,7 @@ class KeyTable:
         return hits if state is None else max(state.calls + hits, 0)
 
     def shapes(self, hits: Mapping[Hashable, int]) -> list[tuple[Shapes, int]]:
-        """The shapes of the calls of each key, and how many there were.
-
-        Args:
-            hits: Of the graphs that are there.
-        """
+        """The shapes of the calls of each key, and how many there were."""
         with self.lock:
             return [
                 (state.shapes, max(state.calls + hits.get(key, 0), 0))
@@ -133,24 +129,13 @@ class KeyTable:
     # ---- denials
 
     def deny(self, key: Hashable, cause: Cause, version: int = 0) -> None:
-        """Remember that a key could not be captured; doubles the wait if it was denied before.
-
-        Args:
-            key: The key.
-            cause: Why.
-            version: That of the module's guard.
-        """
+        """Remember that a key could not be captured; doubles the wait if it was denied before."""
         with self.lock:
             state = self.used(key)
             state.denial = Denial(cause, version, 1 if state.denial is None else state.denial.times + 1)
 
     def denial(self, key: Hashable, version: int = 0) -> Cause | None:
-        """Why a call of a key runs eagerly, which counts it; ``None`` if a capture may be tried.
-
-        Args:
-            key: The key.
-            version: That of the module's guard now.
-        """
+        """Why a call of a key runs eagerly, which counts it; ``None`` if a capture may be tried."""
         with self.lock:
             state = self._states.get(key)
             if state is None or state.denial is None or state.denial.wait(version) == 0:
@@ -160,12 +145,7 @@ class KeyTable:
             return state.denial.cause
 
     def look(self, key: Hashable, version: int = 0) -> tuple[Cause, int | None] | None:
-        """Why a key is denied, without counting a call of it.
-
-        Returns:
-            The cause, and after how many calls another capture is tried, ``None`` for never; ``None`` if it is not
-            denied.
-        """
+        """Why a key is denied, and after how many calls a capture is tried again (``None``: never). Counts no call."""
         with self.lock:
             state = self._states.get(key)
             if state is None or state.denial is None:

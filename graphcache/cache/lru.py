@@ -218,14 +218,7 @@ class GraphCache(Generic[G]):
     def put(self, key: Hashable, graph: G, *, pinned: bool = False, reservation: Reservation | None = None) -> Entry[G]:
         """Store a graph, evicting first what must go; a graph already stored under ``key`` is replaced.
 
-        Args:
-            key: What finds it.
-            graph: What to store; the cache closes it one day.
-            pinned: Whether it stays whatever comes.
-            reservation: Room that was kept for it, which ends here; the graph may be larger.
-
-        Raises:
-            Refusal: If there is no room to be made. The graph was closed, the cache is unchanged.
+        Without room, raises a ``Refusal``: the graph is closed and the cache unchanged.
         """
         room = Reservation(graph.nbytes, self._release)
         try:
@@ -247,13 +240,7 @@ class GraphCache(Generic[G]):
         return entry
 
     def evict(self, key: Hashable, *, only: Entry[G] | None = None, wait: bool = False) -> bool:
-        """Drop and close one graph; whether there was one.
-
-        Args:
-            key: Of the graph.
-            only: Leave alone what else is stored under ``key`` by now, and what was pinned meanwhile.
-            wait: As in :meth:`Owner.close`.
-        """
+        """Drop and close one graph; whether there was one."""
         with self._lock:
             entry = self.entries.get(key)
             if entry is None or (only is not None and (entry is not only or entry.pinned)):
@@ -263,11 +250,7 @@ class GraphCache(Generic[G]):
         return True
 
     def clear(self, *, wait: bool = True) -> None:
-        """Drop and close every graph, pinned ones too, even if closing one of them raises.
-
-        Args:
-            wait: As in :meth:`Owner.close`.
-        """
+        """Drop and close every graph, pinned ones too, even if closing one of them raises."""
         with ExitStack() as each:
             for key in reversed(list(self.entries)):
                 each.callback(self.evict, key, wait=wait)

@@ -31,15 +31,7 @@ class Room:
         """What was reserved in the cache itself, if anything."""
 
     def take(self, nbytes: int, key: Hashable) -> None:
-        """Make room, as far as one knows what the graph will own; twice does nothing.
-
-        Args:
-            nbytes: That estimate.
-            key: What the graph will be stored under.
-
-        Raises:
-            Refusal: With ``OVER_BUDGET``, if there is none to be made.
-        """
+        """Make room, as far as one knows what the graph will own; twice does nothing."""
         most = self._cache.max_bytes
         if most is not None and self._cache.nbytes + nbytes > most and self.own is None:
             self.own = self._held.enter_context(self._cache.reserve(nbytes, instead_of=key))
@@ -47,11 +39,7 @@ class Room:
             self._shared = self._held.enter_context(self._arbiter.reserve(nbytes))
 
     def settle(self, nbytes: int) -> None:
-        """Reserve what the graph really owns, now that it is there.
-
-        Raises:
-            Refusal: With ``OVER_BUDGET``, if the process has no room for it.
-        """
+        """Reserve what the graph really owns, now that it is there."""
         if self._arbiter.max_bytes is not None:
             if self._shared is not None:
                 self._shared.release()

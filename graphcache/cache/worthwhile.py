@@ -136,11 +136,7 @@ class Worthwhile(Admission):
         return _CROWDED if self._value(costs) < HOTTER * self._victims_value else None
 
     def _look(self, nbytes: int | None = None) -> None:
-        """Count all hits, and see what the graphs are worth that would go for one more.
-
-        Raises:
-            Refusal: If a graph of ``nbytes`` cannot have room.
-        """
+        """Count all hits, and see what the graphs are worth that would go for one more."""
         self._misses = 0
         self._settle()
         try:

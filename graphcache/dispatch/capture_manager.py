@@ -78,11 +78,7 @@ class CaptureManager:
         return self.target.guard.version
 
     def clear(self, *, wait: bool = True) -> None:
-        """Drop every graph, and forget all denials.
-
-        Args:
-            wait: Wait for the last replays.
-        """
+        """Drop every graph, and forget all denials."""
         with self.lock:
             self.generation += 1
             self.graphs.clear(wait=wait)
@@ -133,14 +129,7 @@ class CaptureManager:
         return entry is not None and entry.graph.version == self.version
 
     def capture(self, call: Call) -> tuple[Any, Cause | None]:
-        """Answer a call, and keep a graph of it or deny its key. The lock is held.
-
-        Returns:
-            The answer, and why there is no graph.
-
-        Raises:
-            Exception: Whatever the module raises for these arguments.
-        """
+        """Answer a call and keep its graph, or deny its key: the answer, and why there is no graph. Under the lock."""
         with self.ledger.span("capture") as span:
             answer, cause = self._capture(call)
             span.done = cause is None
@@ -191,29 +180,14 @@ class CaptureManager:
         return Room(self.graphs, self.arbiter)
 
     def reserve(self, room: Room, call: Call) -> None:
-        """Make room for the graph of a call.
-
-        Raises:
-            Refusal: With ``OVER_BUDGET``, if there is none to be made.
-        """
+        """Make room for the graph of a call."""
         nbytes = self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes
         room.take(nbytes, call.key)
 
     def keep(
         self, call: Call, outcome: Recorded | Cause, seconds: float, room: Room, preparation: Preparation | None = None
     ) -> Cause | None:
-        """Keep the graph of a call, or deny its key.
-
-        Args:
-            call: The call.
-            outcome: The graph, or why there is none.
-            seconds: What the capture added to the call.
-            room: What was reserved.
-            preparation: What the capture belongs to, if nobody waited for it.
-
-        Returns:
-            Why there is no graph.
-        """
+        """Keep the graph of a call, or deny its key; why there is no graph."""
         key = call.key
         if isinstance(outcome, Recorded):
             try:

@@ -61,11 +61,7 @@ class CaptureQueue:
         return self.submit(self._capture, call)
 
     def run_and_submit(self, call: Call) -> tuple[Any, Cause]:
-        """Answer a call of a PyTorch module eagerly, and have it captured if it has no effects.
-
-        Returns:
-            The answer, and why it is no graph's.
-        """
+        """Answer a call of a PyTorch module eagerly, and have it captured if it has no effects; why it ran eagerly."""
 
         def begin(effects: Effects) -> None:
             if not self.is_pending(call.key):
@@ -100,12 +96,7 @@ class CaptureQueue:
         return value, cause or PENDING
 
     def submit_like(self, effects: Effects, call: Call) -> None:
-        """Have a call captured that nobody made. The lock is held.
-
-        Args:
-            effects: None, of a call that was made and is like it; otherwise the module would not be run.
-            call: The call.
-        """
+        """Have a call captured that nobody made, after one like it had no effects. The lock is held."""
         if not self.is_pending(call.key):
             self.submit(partial(self._capture, effects=effects, is_made_up=True), call)
 
@@ -163,13 +154,7 @@ class CaptureQueue:
         return self._captures.hits + sum(self._captures.ledger.eager.copy().values())
 
     def _capture(self, snapshot: CallSnapshot, effects: Effects | None = None, is_made_up: bool = False) -> None:
-        """Capture a call that was answered eagerly; in the thread of the worker.
-
-        Args:
-            snapshot: The call.
-            effects: What was observed of it; ``None`` for an engine.
-            is_made_up: Whether ``effects`` are those of another call, so that this one is observed first.
-        """
+        """Capture a call that was answered eagerly; in the thread of the worker."""
         captures, call = self._captures, snapshot.call
         start = time.perf_counter()
         with captures.ledger.span("capture") as span, captures.room(call) as room:

@@ -37,7 +37,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -51,7 +51,7 @@ from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
 from graphcache.dispatch.preconditions import current_device, forbidden, several_devices
 from graphcache.dispatch.preparing import preparing
-from graphcache.dispatch.targets import EngineGuard, Target
+from graphcache.dispatch.targets import EngineGuard, Submodules, Target
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
@@ -64,24 +64,6 @@ Hit = Callable[[Entry[Recorded], Call], Any]
 """Replays an entry for a call; an answer, or ``STALE``."""
 Otherwise = Callable[[Cause, Call], Any]
 """Answers a call without a graph, for a reason."""
-
-
-class Submodules(Protocol):
-    """The submodules of a wrapped module that are captured one by one."""
-
-    whole: bool
-    """Whether the module is to be captured as a whole."""
-    excluded: tuple[str, ...]
-    """Names of submodules that are kept out of graphs."""
-
-    def in_use(self) -> AbstractContextManager[object]:
-        """Inside, calls of the submodules use their graphs."""
-
-    def divide(self, cause: Cause) -> bool:
-        """Find the submodules if one of them may be to blame for a refusal; whether there are any."""
-
-    def look_again(self) -> None:
-        """The module has changed."""
 
 
 class Dispatcher:
@@ -134,13 +116,7 @@ class Dispatcher:
     # ---- a call
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call.
-
-        Raises:
-            CaptureError: If the call cannot be captured and ``on_failure="raise"``.
-            ClosedError: If the module was closed.
-            Exception: Whatever the module raises for these arguments.
-        """
+        """Answer a call."""
         try:
             call = self.target.describe(args, kwargs)
         except Refusal as refusal:
@@ -250,12 +226,7 @@ class Dispatcher:
         return answer
 
     def _decide(self, call: Call, admitted: bool, hit: Hit) -> tuple[Any, Any, Otherwise | None]:
-        """What is done about a call. Under the lock.
-
-        Returns:
-            The answer of a graph or of a capture, and why that gave no graph if nobody waits for the call; or why there
-            is none yet, and what answers the call when the lock is released.
-        """
+        """The answer, why the whole has no graph, and what answers the call without the lock. Under the lock."""
         entry, cause = self._entries.get(call.key), self.captures.denial(call)
         if cause is not None:
             return None, cause, self._eager_call
@@ -337,11 +308,7 @@ class Dispatcher:
         return self.eager(cause if reason is None else Cause(reason), args, kwargs)
 
     def tell(self, cause: Cause) -> None:
-        """Count an eager call.
-
-        Raises:
-            CaptureError: With ``on_failure="raise"``, unless it was asked for.
-        """
+        """Count an eager call."""
         self.ledger.ran_eagerly(cause)
         if self.config.on_failure == "raise" and cause.reason not in _NO_FAILURES:
             raise CaptureError(f"{self.ledger.name}: {cause}")
@@ -349,16 +316,7 @@ class Dispatcher:
     # ---- beside the calls
 
     def prepare(self, call: Call) -> Cause | None:
-        """Capture a call that nobody waits for, or where the whole cannot be captured, the submodules that it calls.
-
-        Returns:
-            Why the whole has no graph; ``None`` if it has one, or was not to have one.
-
-        Raises:
-            CaptureError: If a submodule cannot be captured and ``on_failure="raise"``.
-            ClosedError: If the module was closed.
-            Exception: Whatever the module raises for these arguments.
-        """
+        """Capture a call that nobody waits for, or the submodules that it calls; why the whole has no graph."""
         self.check_open()
         if (reason := self.forbidden()) is not None:
             return Cause(reason)
@@ -386,12 +344,7 @@ class Dispatcher:
         return self.captures.capture(call)[1]
 
     def capture_alone(self, call: Call) -> Recorded:
-        """A graph of a call that shares no outputs with others and is in no cache.
-
-        Raises:
-            CaptureError: If the call cannot be captured, with the cause.
-            Exception: Whatever the module raises for these arguments.
-        """
+        """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
         if (reason := self.forbidden()) is not None:
             cause: Recorded | Cause = Cause(reason)
         elif self.submodules.excluded:
@@ -443,20 +396,12 @@ class Dispatcher:
         return self._guard.has_changed() or self.captures.training_changed()
 
     def check_open(self) -> None:
-        """Raise if the module was closed.
-
-        Raises:
-            ClosedError: Then.
-        """
+        """Raise if the module was closed."""
         if self.closed:
             raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
 
     def clear(self, *, wait: bool = True) -> None:
-        """Drop every graph and forget all denials; captures in the background are not kept.
-
-        Args:
-            wait: Wait for the last replays.
-        """
+        """Drop every graph and forget all denials; captures in the background are not kept."""
         with self.captures.lock:
             self.queue.cancel()
             self.captures.clear(wait=wait)

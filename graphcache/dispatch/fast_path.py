@@ -158,24 +158,16 @@ def put(
 def open_to(call: Any, into: Any) -> None:
     """Let calls of two methods of modules come to the compiled library before they come to Python.
 
-    It answers those whose module has a table in ``_table``, unless hooks are to be run or something is being compiled;
+    It answers those whose module has a table in ``_graphcache_table``, unless hooks are to be run or something is being compiled;
     what it leaves alone runs the methods as they are written. What reads their code, such as ``torch.compile``, notices
     nothing.
-
-    Args:
-        call: The function behind ``__call__``.
-        into: That behind ``forward_into``.
     """
     if (library := native.loaded()) is not None:
         library.open(call, into, global_hooks, global_pre_hooks, vars(torch.compiler))
 
 
 def launcher(graph: Graph) -> Callable[[], None]:
-    """What launches a pinned graph on the current stream: :meth:`~graphcache.graphs.graph.Graph.launch`, or compiled.
-
-    Args:
-        graph: A graph that is pinned.
-    """
+    """What launches a pinned graph on the current stream: its ``launch``, or native code that does the same."""
     executables = graph.executables if isinstance(graph, CudaGraph) else None
     if executables is None or (table := new_table()) is None:
         return graph.launch

@@ -16,13 +16,7 @@ from graphcache.graphs.operations import storage_of
 
 
 def targets_of(out: Any, recorded: Recorded, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-    """The tensors in ``out``, if a graph can write its outputs straight into them; ``None`` if it cannot.
-
-    Args:
-        out: Whatever the caller gave.
-        recorded: The graph of the call.
-        inputs: Of the call. A graph may read them after it began to write.
-    """
+    """The tensors in ``out``, if a graph can write its outputs straight into them; ``None`` if it cannot."""
     leaves, structure = _flat(out)
     if not recorded.whole or not all(type(leaf) is Tensor and leaf.layout is torch.strided for leaf in leaves):
         return None
@@ -36,16 +30,7 @@ def targets_of(out: Any, recorded: Recorded, inputs: Sequence[Tensor]) -> list[T
 
 
 def copy_into(out: Any, answer: Any, name: str) -> None:
-    """Copy an answer into tensors of the same structure, all of it or nothing.
-
-    Args:
-        out: The tensors.
-        answer: What the module returned.
-        name: Of the module, for messages.
-
-    Raises:
-        OutputMismatchError: If they do not fit; nothing was copied.
-    """
+    """Copy an answer into tensors of the same structure, all of it or nothing."""
     targets, structure = _flat(out)
     leaves, wanted = pytree.tree_flatten(answer)
     if structure != wanted:

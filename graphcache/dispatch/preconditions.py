@@ -34,11 +34,7 @@ def several_devices() -> bool:
 
 
 def forbidden(*, cuda: bool) -> Reason | None:
-    """What forbids graphs at this moment, in this context, whatever the arguments.
-
-    Args:
-        cuda: Whether the call concerns a CUDA device.
-    """
+    """What forbids graphs at this moment, in this context, whatever the arguments."""
     if modes.get().off:
         return Reason.DISABLED
     if dispatch_modes() or has_function_modes() or transforms() is not None or is_tracing():

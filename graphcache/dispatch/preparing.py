@@ -38,12 +38,7 @@ class Preparation:
         return len(self._there())
 
     def keep(self, entries: Mapping[Hashable, Entry[Any]], key: Hashable) -> None:
-        """Let nothing evict a graph from now on, if it is there.
-
-        Args:
-            entries: The cache's.
-            key: Of the graph.
-        """
+        """Let nothing evict a graph from now on, if it is there."""
         entry = entries.get(key)
         if entry is not None:
             self._kept.setdefault(entry, (entries, key, entry.pinned))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from graphcache.capture.engine_recorder import EngineRecorder
 from graphcache.capture.recorder import Recorder
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
+from graphcache.errors import Cause
 from graphcache.keys.call import Call, call_of
 from graphcache.keys.guards import ModuleGuard
 
@@ -85,11 +87,7 @@ class ModuleTarget:
         self.recorder: Recorder = self.torch_recorder
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The call of these arguments.
-
-        Raises:
-            Refusal: If no key describes it.
-        """
+        """The call of these arguments."""
         return call_of(args, kwargs)
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -131,12 +129,7 @@ class EngineTarget:
         self.recorder: Recorder = EngineRecorder(self.engine, self._config)
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The call of these arguments. Its key holds the values of host shape tensors, which a graph freezes.
-
-        Raises:
-            Refusal: If no key describes it.
-            InputError: If the engine has no such inputs.
-        """
+        """The call of these arguments. Its key holds the values of host shape tensors, which a graph freezes."""
         if kwargs or self._binds:
             args, kwargs = tuple(self.engine.bind(args, kwargs)), {}
         if modes.get().multi_device_safe:
@@ -162,3 +155,21 @@ class EngineTarget:
 
 
 Target = EngineTarget | ModuleTarget
+
+
+class Submodules(Protocol):
+    """The submodules of a wrapped module that are captured one by one."""
+
+    whole: bool
+    """Whether the module is to be captured as a whole."""
+    excluded: tuple[str, ...]
+    """Names of submodules that are kept out of graphs."""
+
+    def in_use(self) -> AbstractContextManager[object]:
+        """Inside, calls of the submodules use their graphs."""
+
+    def divide(self, cause: Cause) -> bool:
+        """Find the submodules if one of them may be to blame for a refusal; whether there are any."""
+
+    def look_again(self) -> None:
+        """The module has changed."""

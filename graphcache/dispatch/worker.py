@@ -59,16 +59,10 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Job, dropped: Job = nothing, answered: Callable[[], int] | None = None) -> bool:
-        """Do a job later.
+        """Do a job later; ``False`` if too many wait, and then neither function is ever called.
 
-        Args:
-            job: The job.
-            dropped: Called instead of it, if the worker is stopped before.
-            answered: How many calls were answered so far, beside which the job is done. The next job waits for
-                :data:`CALLS_BETWEEN` of them, or a while.
-
-        Returns:
-            ``False`` if too many wait already; then neither will be called.
+        ``dropped`` is called in place of a job that is never begun. The next job waits until :data:`CALLS_BETWEEN`
+        calls were answered beside this one, as ``answered`` counts them, or a while.
         """
         with self._lock:
             if self._thread is None:
