@@ -292,8 +292,8 @@ class Reason(enum.Enum):
     )
     PENDING = (
         "pending",
-        "a graph of the signature is being captured beside the calls, or waits for it",
-        "leave it as it is, or use capture_in='foreground'",
+        "a graph of the module is being captured by another thread, or in the background",
+        "leave it as it is: later calls have the graph; prepare() makes graphs before there are calls",
     )
     NOT_WORTH_IT = (
         "not_worth_it",

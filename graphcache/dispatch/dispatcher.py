@@ -26,8 +26,9 @@ Who decides what:
 * *Verification* (``graphs/verify.py``): a new graph has to give the eager answers.
 * A *denial* remembers why a key has no graph, and when to try again.
 
-Locks: ``CaptureManager.lock`` is held while a call is captured, and by whoever drops graphs. A hit takes none but that
-of the graph's lane. Subscribers are called when this thread holds no lock.
+Locks: ``CaptureManager.lock`` is held while a call is captured, and by whoever drops graphs. Calls of other threads
+that would have to wait for it run eagerly (``pending``). A hit takes no lock but that of the graph's lane. Subscribers
+are called when this thread holds none.
 
 Whatever raises on the way to a graph, the caller has the answer of eager execution, once per call.
 """
@@ -98,15 +99,10 @@ class Dispatcher:
         self.submodules: Submodules
         """Set by whoever makes the dispatcher, since they have dispatchers of their own."""
         self.padding: Padding | None = None
-        self._entries = self.captures.graphs.entries
+        self.entries: Mapping[Hashable, Entry[Recorded]] = self.captures.graphs.entries
         self._guard = target.guard
         self._in_background = config.capture_in == "background"
         self._off = disabled_by_environment()
-
-    @property
-    def entries(self) -> Mapping[Hashable, Entry[Recorded]]:
-        """The graphs that are there."""
-        return self._entries
 
     @property
     def closed(self) -> bool:
@@ -147,7 +143,7 @@ class Dispatcher:
 
     def entry_of(self, call: Call) -> Entry[Recorded] | None:
         """The graph that may answer a call, if there is one."""
-        entry = self._entries.get(call.key)
+        entry = self.entries.get(call.key)
         if entry is None or entry.graph.version != self._guard.version or self.forbidden() is not None:
             return None
         return entry
@@ -201,11 +197,6 @@ class Dispatcher:
             call: The call.
             admitted: Whether it was admitted already.
             hit: What replays a graph.
-
-        Raises:
-            CaptureError: If the call cannot be captured and ``on_failure="raise"``.
-            ClosedError: If the module was closed.
-            Exception: Whatever the module raises for these arguments.
         """
         self.check_open()
         if (reason := self.forbidden()) is not None:
@@ -216,9 +207,14 @@ class Dispatcher:
         if not self._may_have_changed() and (cause := self.captures.denial(call)) is not None:
             # Without the lock, which a capture of another call may hold.
             return self.eager(cause, call.args, call.kwargs)
-        with self.captures.lock:
+        if not self.captures.lock.acquire(timeout=_FOREVER if admitted else 0):
+            # Another thread captures.
+            return self.not_yet(PENDING, call)
+        try:
             self.refresh()
             answer, cause, otherwise = self._decide(call, admitted, hit or self.replay)
+        finally:
+            self.captures.lock.release()
         if otherwise is not None:
             return otherwise(cause, call)
         if cause is not None:
@@ -227,7 +223,7 @@ class Dispatcher:
 
     def _decide(self, call: Call, admitted: bool, hit: Hit) -> tuple[Any, Any, Otherwise | None]:
         """The answer, why the whole has no graph, and what answers the call without the lock. Under the lock."""
-        entry, cause = self._entries.get(call.key), self.captures.denial(call)
+        entry, cause = self.entries.get(call.key), self.captures.denial(call)
         if cause is not None:
             return None, cause, self._eager_call
         if entry is not None and entry.graph.version == self.captures.version:
@@ -332,7 +328,7 @@ class Dispatcher:
         self.refresh()
         if self.captures.is_current(call.key):
             if (preparation := preparing.get()) is not None:
-                preparation.keep(self._entries, call.key)
+                preparation.keep(self.entries, call.key)
             return None
         if (cause := self.captures.denial(call)) is not None:
             return cause
@@ -408,6 +404,7 @@ class Dispatcher:
             self.submodules.look_again()
 
 
+_FOREVER = -1.0
 _AS_IT_IS: AbstractContextManager[object] = nullcontext()
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
 _NO_FAILURES = _ALWAYS_EAGER | {Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED}

@@ -158,7 +158,7 @@ def put(
 def open_to(call: Any, into: Any) -> None:
     """Let calls of two methods of modules come to the compiled library before they come to Python.
 
-    It answers those whose module has a table in ``_graphcache_table``, unless hooks are to be run or something is being compiled;
+    It answers those whose module has a ``_graphcache_table``, unless hooks are to be run or something is compiled;
     what it leaves alone runs the methods as they are written. What reads their code, such as ``torch.compile``, notices
     nothing.
     """

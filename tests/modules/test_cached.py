@@ -620,13 +620,45 @@ def test_threads_share_one_module():
 
     in_threads(work)
     assert fast.cache_info().graphs <= 3
-    assert set(fast.cache_info().eager) <= {Reason.CAPTURE_FAILED}
+    assert set(fast.cache_info().eager) <= {Reason.CAPTURE_FAILED, Reason.PENDING}
 
 
 def test_threads_that_ask_for_the_same_graph_capture_it_once():
     fast = graphcache.wrap(mlp())
     in_threads(lambda index: [fast(X) for _ in range(10)])
-    assert outcomes(fast) == (39, 1, {})
+    hits, captures, eager = outcomes(fast)
+    assert (hits + captures + sum(eager.values()), captures) == (40, 1)
+    assert set(eager) <= {Reason.PENDING}, "nobody waits for a capture of another thread"
+
+
+def test_a_call_waits_for_no_capture_of_another_thread():
+    captures, may_go_on = threading.Event(), threading.Event()
+    x, thread = torch.ones(2), threading.current_thread()
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    class Waits:
+        def before(self, kind, module):
+            if threading.current_thread() is not thread:
+                captures.set()
+                assert may_go_on.wait(60)
+
+        def after(self, kind, module, seconds, done):
+            pass
+
+    fast = graphcache.wrap(Slow())
+    fast.observe(Waits())
+    other = threading.Thread(target=fast, args=(torch.ones(3),))
+    other.start()
+    assert captures.wait(60)
+    assert same(fast(x), x + 1)
+    assert outcomes(fast) == (0, 0, {Reason.PENDING: 1})
+    may_go_on.set()
+    other.join()
+    assert same(fast(x), x + 1)
+    assert outcomes(fast) == (0, 2, {Reason.PENDING: 1})
 
 
 def test_threads_on_modules_of_their_own_and_on_shared_weights():
