@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import pickle
+import threading
 import weakref
 from typing import Any
 
