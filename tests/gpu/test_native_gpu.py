@@ -10,7 +10,7 @@ from torch import nn
 from graphcache.config import graphs_off
 from graphcache.graphs import native
 from graphcache.graphs.native.probe import disagreement
-from tests.helpers import in_threads, wrap_recorded
+from tests.helpers import dispatcher_of, in_threads, wrap_recorded
 
 SIZE = 64
 
