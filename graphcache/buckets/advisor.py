@@ -90,20 +90,7 @@ def advise_buckets(
     trace: Any,
     most: Any,
 ) -> Advice:
-    """Buckets for one argument of a module.
-
-    Args:
-        module: The module.
-        name: What messages call it.
-        calls: Calls that it had: position or name of an argument -> its shape, and how many there were.
-        argument: Name or position.
-        trace: Shapes with how often each was seen; ``None`` for those of ``calls``, where the argument has as many
-            dimensions as in most of them.
-        most: How many buckets an axis may have, on every axis where the shapes differ; or axis -> how many.
-
-    Raises:
-        ConfigError: Naming the field, or if no shape of the argument was seen.
-    """
+    """Buckets for one argument of a module."""
     if trace is None:
         if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
             raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
@@ -125,13 +112,6 @@ def advise_buckets(
 
 def advise(trace: Any, most: Any) -> Advice:
     """The buckets for the axes of an input that add the least padding to a trace.
-
-    Args:
-        trace: Shapes of one input with how often each was seen: a mapping, or pairs.
-        most: Axis -> how many buckets it may have; or how many each axis may have on which the shapes differ.
-
-    Raises:
-        ConfigError: Naming the field, for a trace that is none, shapes of several ranks, or an axis that is not there.
 
     Example:
         >>> advise([((1, 8), 100), ((7, 8), 5), ((64, 8), 1)], 2).option()
@@ -176,9 +156,6 @@ def best_buckets(weights: Mapping[int, int], most: int) -> tuple[int, ...]:
 
     is the least padding of the first j sizes in k runs. A further run never costs more than the one before saved, so
     the first that saves nothing is the last. ``weights`` tells what a step of padding costs the calls of each size.
-
-    Raises:
-        ConfigError: For more sizes than can be gone through.
 
     Example:
         >>> best_buckets({1: 100, 7: 5, 8: 5, 64: 1}, 3)

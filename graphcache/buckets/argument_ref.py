@@ -36,9 +36,6 @@ def find_argument(key: str | int, signature: Signature | Sequence[str], where: s
 
     Names of arguments in place of a signature need not be identifiers.
 
-    Raises:
-        ConfigError: If there is no such argument; the message begins with ``where``.
-
     Example:
         >>> import inspect
         >>> find_argument("y", inspect.signature(lambda x, y=0: x), "option")

@@ -70,10 +70,6 @@ class Bucketed:
         """Answer a call through its bucket, or ``NO_ANSWER``. Its arguments stay as they are.
 
         The module is open, and nothing turns graphs off.
-
-        Raises:
-            CaptureError: If the call must not be padded and ``on_failure="raise"``.
-            Exception: Whatever the module raises for these arguments.
         """
         host, target, owed = self._host, call, None
         plan = self._plan(call)

@@ -151,11 +151,7 @@ class DispatcherHost:
 
 
 def padding_of(option: Any, dispatcher: Dispatcher) -> Bucketed:
-    """What pads the calls of one module.
-
-    Raises:
-        ConfigError: Naming the field, for buckets that the module cannot have.
-    """
+    """What pads the calls of one module."""
     return Bucketed(option, DispatcherHost(dispatcher))
 
 

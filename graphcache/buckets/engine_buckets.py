@@ -10,12 +10,7 @@ from graphcache.errors import ConfigError, shown
 
 
 def engine_buckets(buckets: Buckets, module: EngineLike) -> Buckets:
-    """The buckets that the engine takes. Sizes that were listed must fit a profile; ``"powers_of_two"`` are sorted out.
-
-    Raises:
-        ConfigError: Naming the field, for a size outside every profile, an axis or input that is not there, or an input
-            that is read on the host.
-    """
+    """The buckets that the engine takes: listed sizes must fit a profile, powers of two are chosen to."""
     inputs = module.engine.inputs
     sizes = dict(buckets.sizes)
     for key in buckets.inputs:

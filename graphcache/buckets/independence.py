@@ -32,13 +32,6 @@ def dependence(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], padde
     """What differs when a call is padded; ``None`` if nothing does. Each axis is tried alone, then all together.
 
     The module is called up to nine times for each axis. Of a call that fills its buckets, the start is tried.
-
-    Returns:
-        One sentence, which names the axis and the output.
-
-    Raises:
-        ConfigError: If an argument has not the axis that has buckets, or cannot hold the fill.
-        Exception: Whatever the module raises for the exact call.
     """
     found = padder.sizes(args, kwargs)
     if isinstance(found, str):
@@ -65,11 +58,6 @@ def observed_outputs(
     run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], padder: Padder
 ) -> dict[int, dict[int, str]]:
     """Which axes of the answer grow with which axes of the inputs, for :meth:`Padder.with_outputs`.
-
-    Raises:
-        ConfigError: If an output does not grow from the size of the axis to its bucket (a product of two axes, a
-            number of rows found in the data), so that it cannot be cropped, or the call cannot be padded.
-        Exception: Whatever the module raises.
 
     Example:
         >>> import inspect

@@ -77,19 +77,11 @@ class Padder:
                 raise ConfigError(f"buckets[{key!r}]: a mask that cannot be passed by its name; expected one that can")
 
     def with_outputs(self, outputs: Mapping[int, Mapping[int, str]]) -> Padder:
-        """The same, cropping these axes of the answer.
-
-        Raises:
-            ConfigError: Naming the field.
-        """
+        """The same, cropping these axes of the answer."""
         return Padder(self.buckets.with_outputs(outputs), self._signature)
 
     def fit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit | str:
-        """What a call is padded to, or in words why it cannot be padded.
-
-        Raises:
-            ConfigError: If an argument has not the axis that has buckets.
-        """
+        """What a call is padded to, or in words why it cannot be padded."""
         sizes = self.sizes(args, kwargs)
         if isinstance(sizes, str):
             return sizes
@@ -105,9 +97,6 @@ class Padder:
         """The sizes of a call by the names of its axes, or in words why it has none.
 
         An argument that is absent or ``None`` is passed over.
-
-        Raises:
-            ConfigError: If an argument has not the axis that has buckets.
         """
         found: dict[str, int] = {}
         for key, ref in self._refs.items():
@@ -134,9 +123,6 @@ class Padder:
 
         One tensor given several times stays one tensor, if it is padded alike each time. ``margin`` replaces the fill
         values, but for those of masks.
-
-        Raises:
-            ConfigError: For a fill value that an input's dtype has not.
         """
         new_args, new_kwargs = list(args), dict(kwargs)
         device = None
@@ -158,11 +144,7 @@ class Padder:
         return tuple(new_args), new_kwargs
 
     def crop(self, fit: Fit, answer: Any) -> Any:
-        """What a call of the real sizes would have answered; a cropped tensor may share memory with the answer.
-
-        Raises:
-            ConfigError: If it is not said which axes to crop, or the answer has not the axes or sizes that were said.
-        """
+        """What a call of the real sizes would have answered; a cropped tensor may share memory with the answer."""
         if self.buckets.outputs is None:
             raise ConfigError("outputs: it is not said which axes to crop; expected Buckets(..., outputs=...)")
         # Taking a single tensor apart and putting it together takes longer than cropping it.

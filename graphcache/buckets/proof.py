@@ -65,18 +65,7 @@ class Proofs:
         return cause
 
     def prove(self, call: Call, fit: Fit, key: Key, effects: Effects, *, alone: bool = False) -> Padder | Cause:
-        """Find out whether a call that was answered may be padded; after a call with effects nothing is run again.
-
-        Args:
-            call: The call as it is.
-            fit: What it is padded to.
-            key: That of the padded call.
-            effects: What the call did.
-            alone: Whether no caller is to run the module at the same time.
-
-        Returns:
-            What crops padded calls, or why there must be none.
-        """
+        """Find out whether a call that was answered may be padded; after a call with effects nothing is run again."""
         if effects.cause is not None:
             return self.refuse(key, effects.cause)
         try:

@@ -130,11 +130,7 @@ class Buckets:
         return option if type(option) is Buckets else cls(option)
 
     def with_outputs(self, outputs: Mapping[int, Mapping[int, str]]) -> Buckets:
-        """The same inputs with these outputs.
-
-        Raises:
-            ConfigError: Naming the field.
-        """
+        """The same inputs with these outputs."""
         other = copy(self)
         other.outputs = self._output_axes(outputs)
         return other
@@ -157,11 +153,7 @@ class Buckets:
         return sizes[place] if place < len(sizes) else None
 
     def target(self, argument: str | int, shape: Sequence[int]) -> tuple[int, ...] | None:
-        """The shape that an input is padded to; ``None`` if it is larger than the largest bucket.
-
-        Raises:
-            ConfigError: For an argument without buckets, or a shape without the axis.
-        """
+        """The shape that an input is padded to; ``None`` if it is larger than the largest bucket."""
         if argument not in self.inputs:
             raise ConfigError(f"buckets[{shown(argument)}]: there are none; expected one of {list(self.inputs)}")
         target = list(shape)
@@ -173,11 +165,7 @@ class Buckets:
         return tuple(target)
 
     def places(self, argument: str | int, rank: int) -> list[int]:
-        """The axes of an input of so many dimensions that have buckets, counted from the front.
-
-        Raises:
-            ConfigError: If there is no such axis, or one is named twice.
-        """
+        """The axes of an input of so many dimensions that have buckets, counted from the front."""
         found: list[int] = []
         for axis in self.inputs[argument]:
             where = f"buckets[{argument!r}][{axis.axis}]"

@@ -54,22 +54,7 @@ def read_bindings(engine: Any, trt: Any) -> tuple[Binding, ...]:
 
 
 def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Any], device: torch.device) -> None:
-    """Compare inputs with their bindings, all but the profile ranges.
-
-    Args:
-        engine_name: For the messages.
-        bindings: The input bindings, in the order of a call.
-        inputs: The inputs of a call.
-        device: The engine's device.
-
-    Raises:
-        InputCountError: For too many or too few.
-        InputTypeError: For anything but a dense tensor.
-        InputDtypeError: For another dtype than the binding's.
-        InputDeviceError: For another device; host shape tensors may lie anywhere.
-        InputRankError: For another number of dimensions.
-        ProfileRangeError: For another size where the engine has a fixed one.
-    """
+    """Compare inputs with their bindings, all but the profile ranges."""
     if len(inputs) != len(bindings):
         names = ", ".join(binding.name for binding in bindings)
         raise InputCountError(f"{engine_name} takes {len(bindings)} inputs ({names}), {len(inputs)} were given")
@@ -107,11 +92,7 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
 def choose_profile(
     engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Tensor], current: int, count: int
 ) -> int:
-    """The optimisation profile for checked inputs: the current one if it fits, else the first that does.
-
-    Raises:
-        ProfileRangeError: If none fits, with every profile's ranges for the first input that fits none.
-    """
+    """The optimisation profile for checked inputs: the current one if it fits, else the first that does."""
     profiles: list[int] = [current, *range(count)]
     for profile in profiles:
         if all(binding.fits(value, profile) for binding, value in zip(bindings, inputs, strict=True)):

@@ -26,11 +26,7 @@ class NotKeyed(Exception):
 
 
 def build_key(found: Library, onnx: str | os.PathLike[str] | bytes, options: Mapping[str, Any]) -> str:
-    """A digest of the model, its external weights, all options, TensorRT and its plugins, and the device.
-
-    Raises:
-        NotKeyed: If a file cannot be read, or an option has a wrong type.
-    """
+    """A digest of the model, its external weights, all options, TensorRT and its plugins, and the device."""
     made = hashlib.sha256()
 
     def add(what: bytes) -> None:

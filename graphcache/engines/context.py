@@ -88,14 +88,7 @@ class Context:
         self._context.profiler = profiler
 
     def set_inputs(self, inputs: Sequence[Tensor], profile: int, stream: int) -> None:
-        """Set profile, shapes, addresses and host values for checked inputs.
-
-        Args:
-            inputs: In the order of the engine's inputs. Those that are not contiguous or not 256-byte aligned are
-                copied, on the current stream.
-            profile: The optimisation profile that fits them.
-            stream: Where the profile switch is enqueued, a raw handle; the next enqueue must be on it too.
-        """
+        """Set profile, shapes, addresses and host values for checked inputs."""
         self._plan = None
         with self.engine.collect_errors() as said:
             self._set_profile(profile, stream, said)
@@ -148,14 +141,7 @@ class Context:
         return self._plan
 
     def run(self, plan: LayoutPlan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
-        """Enqueue inputs of a known layout outside of captures. TensorRT is told the differences to the last call.
-
-        Args:
-            plan: Of inputs of the same shapes and dtypes, by any context of the engine.
-            inputs: Contiguous, aligned, not empty.
-            outputs: Memory for all outputs.
-            stream: A raw handle.
-        """
+        """Enqueue inputs of a known layout outside of captures. TensorRT is told the differences to the last call."""
         with self.engine.collect_errors() as said:
             if plan is not self._plan:
                 self._change_plan(plan, inputs, stream, said)

@@ -188,12 +188,7 @@ class Engine:
         return int(self._engine.get_weight_streaming_automatic_budget()) if self.streamable_bytes else 0
 
     def set_weight_budget(self, nbytes: int) -> None:
-        """Keep at most ``nbytes`` bytes of the streamable weights on the device.
-
-        Raises:
-            ConfigError: If the engine streams no weights, or for a budget outside 0 to all of them.
-            EngineError: While contexts of the engine live, or if TensorRT refuses. The budget is unchanged.
-        """
+        """Keep at most ``nbytes`` bytes of the streamable weights on the device."""
         if not self.streamable_bytes:
             raise ConfigError(f"{self.name} was not built for weight streaming; build it with weight_streaming=True")
         if not 0 <= nbytes <= self.streamable_bytes:

@@ -53,11 +53,7 @@ class EnqueueGate:
             self._inside.discard(token)
 
     def exclusive(self, function: Callable[..., _T], *args: object) -> _T:
-        """Call a function while no other thread is inside.
-
-        Raises:
-            RuntimeError: In a thread that is in :meth:`shared`: it would wait for itself.
-        """
+        """Call a function while no other thread is inside."""
         thread = get_ident()
         if thread in self._exclusive:
             return function(*args)

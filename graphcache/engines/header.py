@@ -38,12 +38,7 @@ def read_header(serialized: bytes) -> EngineHeader | None:
 
 
 def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -> None:
-    """Refuse bytes that this flavour and version of TensorRT cannot run, before it sees them.
-
-    Raises:
-        EngineFormatError: If there are no bytes, they are another file's, or fewer than the header says.
-        EngineVersionError: If another version of TensorRT-RTX built them.
-    """
+    """Refuse bytes that this flavour and version of TensorRT cannot run, before it sees them."""
     if len(serialized) == 0:
         raise EngineFormatError(f"{label}: expected the bytes of an engine, got none; was the file written completely?")
     if flavour != "tensorrt_rtx":

@@ -55,13 +55,6 @@ def library(name: str | None = None) -> Library:
 
     The order is ``tensorrt``, ``tensorrt_rtx``, ``tensorrt_lean``. Each is imported once; every later call returns the
     same object, from any thread. A failed search is not remembered.
-
-    Args:
-        name: ``"tensorrt"``, ``"tensorrt_rtx"`` (or ``"rtx"``) or ``"tensorrt_lean"`` (or ``"lean"``).
-
-    Raises:
-        ConfigError: If the argument or the environment names something else.
-        TensorRTNotFoundError: If the named one, or all three, cannot be imported.
     """
     wanted = _named(name)
     candidates = _FLAVOURS if wanted is None else (wanted,)
@@ -145,9 +138,6 @@ class MessageLog:
         """The texts of the errors that TensorRT logs on this thread until the block is left, oldest first.
 
         Blocks may nest; each gets what arrives while it is open.
-
-        Raises:
-            KeyboardInterrupt: When the block is left, if Ctrl-C arrived while TensorRT called the logger.
         """
         return _Collecting(self._thread)
 
@@ -239,15 +229,7 @@ def one_line(text: str) -> str:
 
 
 def require_gpu(what: str) -> None:
-    """Raise if there is no CUDA device.
-
-    Args:
-        what: What needs one, as the subject of a sentence: ``"running a TensorRT engine"``.
-
-    Raises:
-        NoGpuError: If ``torch.cuda.is_available()`` is False. It says whether PyTorch was built without CUDA, or the
-            driver or device is missing or hidden.
-    """
+    """Raise if there is no CUDA device."""
     if torch.cuda.is_available():
         return
     if torch.version.cuda is None:

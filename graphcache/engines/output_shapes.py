@@ -92,11 +92,7 @@ class OutputShapes:
 
     @classmethod
     def read(cls, text: str) -> OutputShapes:
-        """From the JSON of :attr:`text`.
-
-        Raises:
-            ValueError: For another text.
-        """
+        """From the JSON of :attr:`text`."""
         try:
             return cls(tuple(tuple(_size(size) for size in output) for output in json.loads(text)))
         except (TypeError, KeyError, RecursionError) as error:
@@ -109,12 +105,6 @@ def output_shapes(engine: Engine) -> OutputShapes:
     It makes an execution context and sets shapes on it; nothing runs. Axes that TensorRT refuses to change alone are
     changed together with others of the same range. That one of them may also be 1, and is broadcast, is not part of
     the rule. Host shape tensors take values at random, so that a size that depends on them is unknown.
-
-    Args:
-        engine: On the current device.
-
-    Raises:
-        EngineExecutionError: If TensorRT makes no context.
     """
     points: list[Point] = []
     found: list[list[tuple[int, ...]]] = []
@@ -140,10 +130,6 @@ def fit(points: Sequence[Point], sizes: Sequence[int]) -> Size | None:
 
     In this order: a constant; one axis, scaled, shifted, divided and rounded down, as a stride does; the sum of two
     axes and a constant, as a concatenation makes; a product of axes, as flattening makes.
-
-    Args:
-        points: Sizes of the same axes at each of them.
-        sizes: What was observed there.
 
     Example:
         >>> fit([{(0, 0): n} for n in range(1, 12)], [(n + 1) // 2 for n in range(1, 12)])

@@ -50,14 +50,6 @@ class Input:
 def profiles(inputs: Sequence[Input], shapes: Mapping[str, ShapeSpec] | None) -> list[dict[str, Range]]:
     """The optimisation profiles that ``shapes`` asks for, checked against the model's inputs.
 
-    Args:
-        inputs: The model's inputs.
-        shapes: As in :func:`graphcache.build`.
-
-    Returns:
-        One dictionary per profile, from the name of an input to its (min, opt, max). Empty if nothing was asked for
-        and the model leaves nothing open.
-
     Example:
         >>> profiles([Input("x", (-1, 64))], {"x": ((1, 64), (4, 64), (8, 64))})
         [{'x': ((1, 64), (4, 64), (8, 64))}]

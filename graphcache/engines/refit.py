@@ -20,16 +20,6 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
 
     The behaviour is undefined while work of the engine is pending on another stream
     (``IRefitter::refitCudaEngineAsync``). Its contexts stay valid.
-
-    Args:
-        engine: Built with ``refittable``.
-        weights: By the engine's own names, with the number of elements and the dtype that it was built with. Nothing
-            is cast, and shapes are not compared.
-        stream: A raw handle.
-
-    Raises:
-        EngineError: For an engine that takes none, an unknown name, another size or dtype, or weights that go together
-            with others. Nothing changed then. If TensorRT refuses in the end, some of them may have been replaced.
     """
     trt = engine.trt
     with engine.collect_errors() as said:

@@ -140,11 +140,7 @@ class Store:
         return sorted(found, key=lambda each: -each.used)
 
     def prune(self, max_bytes: int) -> tuple[int, int]:
-        """Remove the least recently used entries until ``max_bytes`` are left, and temporary files of killed writers.
-
-        Returns:
-            How many entries, and how many bytes.
-        """
+        """Remove the least recently used entries until ``max_bytes`` are left: how many entries, how many bytes."""
         removed = nbytes = total = 0
         for each in self.entries():
             total += each.nbytes

@@ -34,17 +34,7 @@ class Exported:
 
 
 def open_sizes(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any) -> list[dict[int, Any]]:
-    """Which axes of which inputs are open, checked: for each input, axis -> a ``torch.export.Dim``.
-
-    Args:
-        module: Whose ``forward`` names the inputs.
-        inputs: Examples.
-        dynamic: Name or position of an input -> axis -> ``(smallest, largest)`` or a ``torch.export.Dim``; axes that
-            always have the same size share a ``Dim``.
-
-    Raises:
-        ConfigError: Naming the field.
-    """
+    """Which axes of which inputs are open, checked: for each input, axis -> a ``torch.export.Dim``."""
     if dynamic is None:
         return [{} for _ in inputs]
     if not is_a(dynamic, Mapping):
@@ -75,18 +65,7 @@ def open_sizes(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any) -> lis
 
 
 def export(module: nn.Module, inputs: Sequence[Tensor], dims: Sequence[Mapping[int, Any]]) -> Exported:
-    """The module as an ONNX model.
-
-    Args:
-        module: In ``eval`` mode, with tensors as its only arguments.
-        inputs: Examples, whose sizes are the usual ones.
-        dims: As :func:`open_sizes` gives them.
-
-    Raises:
-        EngineBuildError: If ``torch.export`` or the ONNX exporter cannot take the module; or the ``onnx`` extra is not
-            installed.
-        ConfigError: If the module returns anything but a tensor, or a tuple or list of tensors.
-    """
+    """The module as an ONNX model."""
     # An example of size 0 or 1 would be taken for a size that never changes (torch.export, "0/1 specialization").
     examples = tuple(
         resized(value, {axis: min(max(value.shape[axis], 2), dim.max) for axis, dim in axes.items()})

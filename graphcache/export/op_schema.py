@@ -61,11 +61,7 @@ class EngineSpec:
 
 @lru_cache(maxsize=256)
 def read_spec(text: str) -> tuple[EngineSpec, OutputShapes]:
-    """The description in a traced program.
-
-    Raises:
-        EngineFormatError: If another release wrote it, or it is damaged.
-    """
+    """The description in a traced program."""
     try:
         tree = json.loads(text)
         version = tree.get("version")
@@ -84,11 +80,7 @@ def read_spec(text: str) -> tuple[EngineSpec, OutputShapes]:
 
 
 def describe_engine(module: EngineModule) -> str:
-    """The text of an :class:`EngineSpec` for a program that calls a module now.
-
-    Args:
-        module: With an engine.
-    """
+    """The text of an :class:`EngineSpec` for a program that calls a module now."""
     engine = module.engine
     return EngineSpec(
         version=_VERSION,

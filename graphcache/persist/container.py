@@ -34,13 +34,6 @@ def write_parts(path: str | os.PathLike[str], parts: Mapping[str, bytes]) -> Non
     """Write a container in one step: what was at ``path`` stays until the new one is complete.
 
     The same parts give the same bytes.
-
-    Args:
-        path: The file, in a directory that exists.
-        parts: Contents by name, the header first.
-
-    Raises:
-        OSError: If it cannot be written.
     """
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, data in parts.items():
@@ -92,23 +85,11 @@ class Container:
         return list(self._parts)
 
     def header(self) -> PackageHeader:
-        """The header, checked.
-
-        Raises:
-            PackageError: If it is missing, too large, damaged or of another version.
-        """
+        """The header, checked."""
         return read_header(self.read(HEADER), self.path)
 
     def read(self, name: str, expected: Part | None = None) -> bytes:
-        """The contents of a part.
-
-        Args:
-            name: The part.
-            expected: Its size and digest according to the header; ``None`` for the header, whose size is bounded.
-
-        Raises:
-            PackageError: If it is missing or not what the header says.
-        """
+        """The contents of a part."""
         if name not in self._parts:
             raise damaged(self.path, name, "it is missing")
         nbytes = self._parts[name].file_size

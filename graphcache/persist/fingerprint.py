@@ -26,9 +26,6 @@ def environment(module: nn.Module) -> dict[str, str]:
     An engine is known by the bytes of its file, any other module by its classes and the names, shapes and dtypes of its
     parameters and buffers: retrained weights are the same module.
 
-    Args:
-        module: The module, not wrapped.
-
     Example:
         >>> one, other = (environment(nn.Linear(2, width)) for width in (3, 4))
         >>> [name for name in one if one[name] != other[name]]

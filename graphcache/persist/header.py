@@ -103,11 +103,7 @@ class PackageHeader:
 
 
 def read_header(data: bytes, path: str) -> PackageHeader:
-    """The header of the package at a path, checked.
-
-    Raises:
-        PackageError: If it is damaged or of another version; the message names the field.
-    """
+    """The header of the package at a path, checked."""
     try:
         tree = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError, MemoryError) as error:

@@ -75,11 +75,7 @@ class ManifestEntry:
 
     @classmethod
     def of_json(cls, tree: Any) -> ManifestEntry:
-        """An entry from what a file holds.
-
-        Raises:
-            ValueError: If that is none, or a number in it is none.
-        """
+        """An entry from what a file holds."""
         if type(tree) is not dict or tree.keys() != {*_FIELDS, "call"}:
             raise ValueError(f"an entry is {shown(tree)}; expected the fields call, {', '.join(_FIELDS)}")
         return cls(CallSpec.of_json(tree["call"]), **{name: tree[name] for name in _FIELDS})
@@ -162,11 +158,7 @@ class Manifest:
         object.__setattr__(self, "problems", tuple(problems))
 
     def merge(self, other: Manifest) -> Manifest:
-        """The calls of both: hits added up, the least seconds and the most bytes of what was measured.
-
-        Raises:
-            ConfigError: If they are of different environments, naming what differs.
-        """
+        """The calls of both: hits added up, the least seconds and the most bytes of what was measured."""
         for name, left, right in differences(self.environment, other.environment):
             raise ConfigError(
                 f"environment[{name!r}]: {left} here, {right} in the other; expected manifests of one environment"

@@ -11,21 +11,13 @@ from graphcache.errors import ConfigError, shown
 
 
 def options_of(config: GraphConfig) -> dict[str, Any]:
-    """The options of a wrapper, as JSON has them.
-
-    Raises:
-        ConfigError: For buckets that JSON cannot hold.
-    """
+    """The options of a wrapper, as JSON has them."""
     found = {field.name: getattr(config, field.name) for field in fields(config)}
     return {**found, "include": list(config.include), "buckets": _plain(config.buckets)}
 
 
 def config_of(options: Mapping[str, Any]) -> GraphConfig:
-    """The options that :func:`options_of` gave, without those of version 0.1 that were removed.
-
-    Raises:
-        ConfigError: For an unknown option, or a bad value.
-    """
+    """The options that :func:`options_of` gave, without those of version 0.1 that were removed."""
     known = {field.name for field in fields(GraphConfig)}
     kept = {name: value for name, value in options.items() if name not in REMOVED}
     if unknown := sorted(kept.keys() - known):

@@ -58,12 +58,6 @@ def plan(
     An entry's bytes are those its graph owned, or those of its inputs if they are more. An entry whose capture was
     never measured counts no seconds: whoever captures has to watch the clock.
 
-    Args:
-        entries: Of one module.
-        max_graphs: How many graphs may be captured.
-        max_bytes: Bytes that they may own together; ``None`` for no bound.
-        max_seconds: What capturing them may take; ``None`` for no bound.
-
     Example:
         >>> from graphcache.keys.call_spec import CallSpec
         >>> seen = [ManifestEntry(CallSpec.of((torch.zeros(n),), {}), hits=n, nbytes=100 * n) for n in (1, 2, 3)]
@@ -84,16 +78,7 @@ def plan(
 
 
 def choose(fast: StandIn, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
-    """The calls of a manifest that are worth a capture here.
-
-    Args:
-        fast: The wrapped module, whose budgets count for the module and each of its parts.
-        given: The manifest, or its path.
-        seconds: What captures may take together; ``None`` for no bound.
-
-    Raises:
-        ConfigError: For a path that is none.
-    """
+    """The calls of a manifest that are worth a capture here."""
     here = environment(controls(fast).module)
     if isinstance(given, Manifest):
         manifest, path = given, "the manifest"
@@ -158,11 +143,7 @@ def _example(entry: ManifestEntry, target: StandIn) -> Example:
 
 
 def with_host_values(engine: EngineLike, args: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of an engine with the values of its host shape tensors.
-
-    Raises:
-        ValueError: If values are not those of the engine's host shape tensors.
-    """
+    """Arguments of an engine with the values of its host shape tensors."""
     hosts = [(index, binding) for index, binding in enumerate(engine.engine.inputs) if binding.on_host]
     if len(hosts) != len(given) or any(index >= len(args) for index, _ in hosts):
         raise ValueError(f"values of {len(given)} host shape tensors for {len(args)} inputs; expected {len(hosts)}")
