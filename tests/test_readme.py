@@ -1,11 +1,12 @@
-"""The README and the pages of docs: every snippet runs, every table says what the code says, every link leads on.
+"""The README and the pages of docs: snippets run, generated tables say what code and results say, links exist.
 
-``python -m tests.test_readme`` writes the generated tables anew.
+``python -m tests.test_readme`` writes the generated tables and the picture of the README anew.
 """
 
 import ast
 import contextvars
 import inspect
+import json
 import pkgutil
 import re
 from dataclasses import MISSING, fields
@@ -16,14 +17,17 @@ import pytest
 import yaml
 
 import graphcache
+from bench.table import over_graphcache
 from graphcache import GraphConfig, Reason
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {path: path.read_text(encoding="utf-8") for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = "\n".join(PAGES.values())
-LONGEST = 420
-"""Lines of the README: it is a manual, not the library's; what goes on belongs into a page of docs."""
+MAX_WORDS = 1200
+"""Words of the README. Everything else belongs into a page of docs."""
+PICTURE = ROOT / "docs" / "gain.svg"
+RESULTS = ROOT / "bench" / "results"
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -88,7 +92,135 @@ def errors_tree():
     return f"```text\n{inspect.cleandoc(block)}\n```"
 
 
-GENERATED = {"options": options_table, "reasons": reasons_table, "errors": errors_tree}
+MODELS = {
+    "mlp8": "MLP, 8 layers (TensorRT engine)",
+    "policy": "Robot policy, 3 layers (TensorRT engine)",
+    "mlp": "MLP, 8 layers (PyTorch)",
+    "resnet18": "ResNet-18, one image (PyTorch)",
+    "bert": "Small BERT, 12 layers (PyTorch)",
+}
+"""The models of the picture, as ``bench.compare_commits`` calls them and as readers do."""
+
+
+def gain_picture():
+    """The picture of the README: eager calls and hits of ``compare-h200.json``, the fastest of three processes."""
+    measured = json.loads((RESULTS / "compare-h200.json").read_text(encoding="utf-8"))["models"]
+    width, left, scale, height = 860, 316, 400, 96 + 54 * len(MODELS)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+        "<style>text { font: 14px Helvetica, Arial, sans-serif } .bold { font-weight: bold }</style>",
+        "<title>Time of one call, eagerly and through graphcache</title>",
+        f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff" stroke="#d0d7de"/>',
+        '<text x="20" y="32" class="bold" fill="#1f2328">Time of one call on an H200</text>',
+    ]
+    for row, (name, label) in enumerate(MODELS.items()):
+        eager, hit = (measured[name]["new"][kind]["us"]["least"] for kind in ("eager", "hit"))
+        y, share = 56 + 54 * row, hit / eager
+        faster = f'<tspan class="bold">{1 / share:.1f} times as fast</tspan>'
+        lines += [
+            f'<text x="{left - 12}" y="{y + 24}" text-anchor="end" fill="#1f2328">{label}</text>',
+            f'<rect x="{left}" y="{y}" width="{scale}" height="18" fill="#afb8c1"/>',
+            f'<text x="{left + scale + 8}" y="{y + 14}" fill="#59636e">{eager:,.0f} µs</text>',
+            f'<rect x="{left}" y="{y + 20}" width="{share * scale:.0f}" height="18" fill="#1a7f37"/>',
+            f'<text x="{left + share * scale + 8:.0f}" y="{y + 34}" fill="#1a7f37">{hit:,.0f} µs, {faster}</text>',
+        ]
+    legend = ((left, "#afb8c1", "eager"), (left + 90, "#1a7f37", "graphcache, a hit"))
+    for x, colour, text in legend:
+        lines += [
+            f'<rect x="{x}" y="{height - 30}" width="14" height="14" fill="{colour}"/>',
+            f'<text x="{x + 20}" y="{height - 18}" fill="#59636e">{text}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def results_of(name, engine, shapes):
+    """One row of the suite's file ``name``: an engine, called with so many shapes in turn."""
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    return next(each for each in found if each["engine"] == engine and len(each["sizes"]) == shapes)
+
+
+MLP8, POLICY, MINILM = "mlp8 (16 kernels)", "policy network (3 kernels)", "MiniLM-L6"
+PEERS = [
+    (f"{MLP8}, one shape", "suite-peers-h200", "mlp8", 1),
+    (f"{MLP8}, 8 shapes", "suite-peers-h200", "mlp8", 8),
+    (f"{POLICY}, one shape", "suite-peers-h200", "policy", 1),
+    (f"{POLICY}, 8 shapes", "suite-peers-h200", "policy", 8),
+    (f"{MINILM}, one length", "suite-peers-minilm-h200", "minilm", 1),
+    (f"{MINILM}, 8 lengths", "suite-peers-minilm-in-turn-h200", "minilm", 8),
+    ("MobileNetV3-small, one shape", "suite-peers-mobilenet-h200", "mobilenet", 1),
+]
+"""Rows with other systems: title, file, engine, shapes. TensorRT-RTX 1.4, which the other systems need."""
+HITS = [
+    (f"{MLP8}, one shape", "suite-mlp8-h200", "mlp8", 1),
+    (f"{MLP8}, 8 shapes", "suite-mlp8-h200", "mlp8", 8),
+    (f"{MLP8}, 32 shapes", "suite-mlp8-h200", "mlp8", 32),
+    (f"{POLICY}, one shape", "suite-policy-h200", "policy", 1),
+    (f"{POLICY}, 8 shapes", "suite-policy-h200", "policy", 8),
+    (f"{POLICY}, 32 shapes", "suite-policy-h200", "policy", 32),
+    ("ViT-tiny, one shape", "suite-vit-h200", "vit", 1),
+    ("ViT-tiny, 8 shapes", "suite-vit-h200", "vit", 8),
+    ("MobileNetV3-small, one shape", "suite-models-h200", "mobilenet", 1),
+    ("MobileNetV3-small, 8 shapes", "suite-models-h200", "mobilenet", 8),
+]
+"""Rows of graphcache alone, with the specialised kernels of TensorRT-RTX 1.5."""
+
+
+def hits_table():
+    """Every way to get a hit: its time over that of the bare launch, and its CPU time."""
+    ways = ("graphcache-session", "graphcache-into", "graphcache", "graphcache-copy")
+    rows = [
+        "| Engine | bare launch, µs | session | `forward_into` | call | call with copies |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, name, engine, shapes in HITS:
+        systems = results_of(name, engine, shapes)["systems"]
+        cells = [
+            f"{systems[way]['total_over_raw']:.2f}, {systems[way]['cpu_burst_us']['p50']:.1f}" if way in systems else ""
+            for way in ways
+        ]
+        rows.append(f"| {title} | {systems['raw']['total_us']['p50']:.0f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def peers_table():
+    """Other systems: their time over that of the mode of graphcache that promises as much."""
+    columns = {
+        "tensorrt": "TensorRT eager",
+        "torch-tensorrt-cpp": "Torch-TensorRT, C++ runtime",
+        "torch-tensorrt-python": "Torch-TensorRT, Python runtime",
+        "rtx-graphs-copy": "TensorRT-RTX's graphs, copied in and out",
+        "rtx-graphs": "TensorRT-RTX's graphs, caller's buffers",
+    }
+    rows = [f"| Engine | graphcache, µs | {' | '.join(columns.values())} |", "|---" * (2 + len(columns)) + "|"]
+    for title, name, engine, shapes in PEERS:
+        result = results_of(name, engine, shapes)
+        cells = [over_graphcache(each, result).replace("wrong", "wrong answers") for each in columns]
+        rows.append(f"| {title} | {result['systems']['graphcache']['total_us']['p50']:.0f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def compared_table():
+    """The short table of the README: mlp8 with eight shapes in turn, in µs."""
+    columns = {
+        "raw": "Graphs launched by hand",
+        "graphcache": "graphcache",
+        "rtx-graphs": "TensorRT-RTX's own graphs",
+        "tensorrt": "TensorRT eager",
+        "torch-tensorrt-cpp": "Torch-TensorRT, C++ runtime",
+    }
+    systems = results_of("suite-peers-h200", "mlp8", 8)["systems"]
+    cells = [f"{systems[name]['total_us']['p50']:.0f}" for name in columns]
+    return f"| {' | '.join(columns.values())} |\n{'|---' * len(columns)}|\n| {' | '.join(cells)} |"
+
+
+GENERATED = {
+    "options": options_table,
+    "reasons": reasons_table,
+    "errors": errors_tree,
+    "compared": compared_table,
+    "hits": hits_table,
+    "peers": peers_table,
+}
 
 
 def section(name, text=TEXT):
@@ -97,9 +229,13 @@ def section(name, text=TEXT):
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_generated_tables_say_what_the_code_says(name):
+def test_generated_tables_say_what_code_and_results_say(name):
     expected = GENERATED[name]()
     assert section(name) == expected, "python -m tests.test_readme writes it anew"
+
+
+def test_the_picture_shows_what_was_measured():
+    assert PICTURE.read_text(encoding="utf-8") == gain_picture(), "python -m tests.test_readme writes it anew"
 
 
 def test_every_option_and_every_error_class_is_in_its_table():
@@ -199,6 +335,23 @@ def test_links_lead_somewhere():
                 assert not anchor or anchor in anchors_of(PAGES[to]), f"{path.name}: {target} has no such heading"
 
 
+def test_files_named_in_the_text_exist():
+    named = set(re.findall(r"`((?:graphcache|tests|bench)/[\w/.]+)`", TEXT))
+    assert "graphcache/dispatch/dispatcher.py" in named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+GONE = r"\b(templates?|live view|signatures?|rooms|doors|outputs=\"view\"|record_trace|StaleOutputError)\b"
+
+
+def test_hand_written_text_speaks_of_nothing_that_is_gone():
+    """Generated tables follow the code, which has tests of its own."""
+    for path, text in PAGES.items():
+        for name in GENERATED:
+            text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", "", text, flags=re.DOTALL)
+        assert re.findall(GONE, FENCE.sub("", text)) == [], path.name
+
+
 def anchors_of(text):
     """What the headings of a page can be linked to as."""
     titles = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.M)
@@ -209,7 +362,7 @@ def test_every_page_is_linked_from_the_readme_and_begins_with_its_title():
     for path, text in PAGES.items():
         assert text.startswith("# ")
         assert path == README or f"](docs/{path.name})" in PAGES[README]
-    assert PAGES[README].count("\n") <= LONGEST
+    assert len(PAGES[README].split()) <= MAX_WORDS
 
 
 def shown_by(text):
@@ -231,12 +384,9 @@ def test_a_test_that_is_not_there_would_be_found():
     assert shown_by("| a | [`test_nothing`](tests/test_readme.py) |") == [("test_nothing", "tests/test_readme.py")]
 
 
-def test_there_is_room_for_benchmarks():
-    assert "<!-- benchmarks -->" in PAGES[README]
-
-
 def write():
-    """Put the generated tables in their places."""
+    """Write the generated tables and the picture."""
+    PICTURE.write_text(gain_picture(), encoding="utf-8")
     for path, text in PAGES.items():
         for name, table in GENERATED.items():
             before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->"
