@@ -76,12 +76,12 @@ class GraphConfig:
     Args:
         strategy: ``"whole_graph"`` captures the module as one graph, ``"per_submodule"`` captures its engines (or
             ``include``) one by one and runs the rest eagerly. ``"auto"`` tries the first; where something forbids it,
-            it captures the largest submodules around that. It remembers by signature which of the two it is.
+            it captures the largest submodules around that. It remembers which of the two it is for each call key.
         include: Names of submodules, as ``named_modules()`` gives them, that are captured where the whole is not. Empty
             means every engine in the module with ``"per_submodule"``, and whatever it finds with ``"auto"``.
         exclude: Names of submodules, or patterns of them such as ``"*.nms"``, that no graph is to hold. The whole has
             none then, the largest submodules without them have.
-        capture: ``"first"`` captures every signature at its first call. ``"worthwhile"`` captures one when its eager
+        capture: ``"first"`` captures every call key at its first call. ``"worthwhile"`` captures one when its eager
             calls have lost 0.4 times what a capture takes, keeps the graphs that save most, and drops a graph
             that is no faster than eager execution; an account bounds what captures may take of the whole time.
             ``"prepared"`` captures only what ``prepare`` was given.
@@ -271,7 +271,7 @@ _OFF = {safe: Modes(graphs="off", multi_device_safe=safe) for safe in (False, Tr
 class graphs_off:
     """Inside, wrapped modules of this context run eagerly: they are part of a call that is being captured."""
 
-    # No generator, and nothing made anew: each eager call of a signature that is still cold goes through it.
+    # No generator, and nothing made anew: each eager call of a key that is still cold goes through it.
     __slots__ = ("_token",)
 
     def __enter__(self) -> None:

@@ -213,7 +213,7 @@ class Reason(enum.Enum):
     CAPTURE_FAILED = (
         "capture_failed",
         "the capture failed",
-        "see what was said of it; the signature is tried again after some calls",
+        "see the message; the call key is tried again after some calls",
     )
     EMPTY_GRAPH = (
         "empty_graph",
@@ -287,8 +287,8 @@ class Reason(enum.Enum):
     )
     COLD = (
         "cold",
-        "the signature has not been called often enough, as yet, for a graph to pay for its capture",
-        "leave it as it is, prepare the signature, or use capture='first'",
+        "calls of this key are too few so far for a graph to pay for its capture",
+        "leave it as it is, prepare the call, or use capture='first'",
     )
     PENDING = (
         "pending",
@@ -297,12 +297,12 @@ class Reason(enum.Enum):
     )
     NOT_WORTH_IT = (
         "not_worth_it",
-        "a graph of the signature was no faster than eager execution, so it was dropped",
+        "a graph of this call was no faster than eager execution, so it was dropped",
         "leave it eager; capture='first' keeps graphs whatever they save",
     )
     NOT_PREPARED = (
         "not_prepared",
-        "only prepared signatures are captured, and this is none of them",
+        "only prepared calls are captured, and this one is not prepared",
         "give its shapes to prepare(), or use capture='worthwhile'",
     )
     PADDING = (

@@ -5,7 +5,7 @@
     {"format": "graphcache result", "version": 1,
      "target": "nets.py:mlp", "environment": {"device": "CPU, x86_64, 2 threads", "torch": "2.13.0"},
      "inputs": [{"label": "x:8x64", "nbytes": 4096}],
-     "reasons": {"cold": "cold: the signature has not been called often enough …"},
+     "reasons": {"cold": "cold: calls of this key are too few so far …"},
      "calls": [[0, "capture", 5210.5, 180.2], [0, "hit", 41.3, 179.8]]}
 
 A call is its inputs' number, its outcome, what it took and what it took eagerly, in microseconds. ``nbytes`` is what
