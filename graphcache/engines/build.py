@@ -68,14 +68,7 @@ def build(
         raise ConfigError(f"workspace={workspace!r}: expected a number of bytes, 1 or more, or None")
     if type(cache) is not bool:
         raise ConfigError(f"cache={shown(cache)}: expected True or False")
-    found = find(library)
-    if not hasattr(found.module, "Builder"):
-        raise EngineBuildError(
-            f"{found.flavour} {found.version} runs engines but cannot build them; pass library='tensorrt_rtx', which "
-            "needs no GPU to build, or library='tensorrt'"
-        )
-    if found.flavour == "tensorrt":
-        require_gpu("building an engine with the full TensorRT")
+    found = _builder(library)
     options = {
         "shapes": shapes,
         "weight_streaming": weight_streaming,
@@ -96,6 +89,19 @@ def build(
         return make()
     name = os.path.basename(onnx) if isinstance(onnx, str | os.PathLike) else ""
     return user_store().get_or_make("engine", key, make, {"name": str(name), found.flavour: found.version})
+
+
+def _builder(name: str | None) -> Library:
+    """The TensorRT to build with."""
+    found = find(name)
+    if not hasattr(found.module, "Builder"):
+        raise EngineBuildError(
+            f"{found.flavour} {found.version} runs engines but cannot build them; pass library='tensorrt_rtx', which "
+            "needs no GPU to build, or library='tensorrt'"
+        )
+    if found.flavour == "tensorrt":
+        require_gpu("building an engine with the full TensorRT")
+    return found
 
 
 def _build(found: Library, onnx: Any, options: Mapping[str, Any], progress: Progress | None) -> bytes:

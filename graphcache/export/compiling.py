@@ -72,13 +72,7 @@ def compile(
         fast = graphcache.compile(policy, torch.randn(8, 48, device="cuda"), dynamic={"x": {0: (1, 64)}})
         y = fast(torch.randn(3, 48, device="cuda"))
     """
-    if not is_a(module, nn.Module) or is_a(module, CachedModule, EngineModule):
-        raise ConfigError(f"cannot compile {shown(module)}: expected an nn.Module of PyTorch that is not wrapped")
-    if any(map(is_training, module.modules())):
-        raise ConfigError(f"{type(module).__name__} is in training mode; call module.eval() first")
-    inputs: Any = (example_inputs,) if is_a(example_inputs, Tensor) else example_inputs
-    if not is_a(inputs, tuple, list) or not inputs or not all(is_a(each, Tensor) for each in inputs):
-        raise ConfigError(f"example_inputs={shown(example_inputs)}: expected a tensor, or a sequence of tensors")
+    inputs = _checked_inputs(module, example_inputs)
     bound = TOLERANCE if tolerance is None else tolerance
     if type(bound) not in (int, float) or not 0 <= bound < 1:
         raise ConfigError(f"tolerance={shown(tolerance)}: expected a part of the norm, from 0 to below 1")
@@ -105,6 +99,20 @@ def compile(
             raise
         step()
     return CachedModule(engine, config, name=label)
+
+
+def _checked_inputs(module: object, example_inputs: Any) -> Sequence[Tensor]:
+    """The inputs of a call of a module that can be compiled."""
+    if not is_a(module, nn.Module) or is_a(module, CachedModule, EngineModule):
+        raise ConfigError(f"cannot compile {shown(module)}: expected an nn.Module of PyTorch that is not wrapped")
+    assert isinstance(module, nn.Module)
+    if any(map(is_training, module.modules())):
+        raise ConfigError(f"{type(module).__name__} is in training mode; call module.eval() first")
+    inputs = (example_inputs,) if is_a(example_inputs, Tensor) else example_inputs
+    if not is_a(inputs, tuple, list) or not inputs or not all(is_a(each, Tensor) for each in inputs):
+        raise ConfigError(f"example_inputs={shown(example_inputs)}: expected a tensor, or a sequence of tensors")
+    found: Sequence[Tensor] = inputs
+    return found
 
 
 def compare(module: nn.Module, engine: EngineModule, inputs: Sequence[Tensor], tolerance: float) -> None:
