@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from graphcache import CachedModule, CacheInfo, Reason
-from graphcache.cli.targets import Call, Target
+from graphcache.cli.targets import Target, TargetCall
 from graphcache.cli.timing import difference, timed, timed_apart
 from graphcache.errors import GraphCacheError
 from graphcache.factories import raised
@@ -56,7 +56,7 @@ class Turns:
         answer: The last one's.
     """
 
-    call: Call
+    call: TargetCall
     first: Turn
     turns: list[Turn] = field(default_factory=list)
     answer: Any = None
@@ -72,7 +72,7 @@ class Turns:
         return list(dict.fromkeys(turn.outcome for turn in self.turns if turn.outcome not in ("hit", "capture")))
 
 
-def turn(found: Target, fast: CachedModule, call: Call, *, graph_first: bool = False) -> tuple[Turn, Any]:
+def turn(found: Target, fast: CachedModule, call: TargetCall, *, graph_first: bool = False) -> tuple[Turn, Any]:
     """Make a call in both ways.
 
     Args:
@@ -101,7 +101,7 @@ def turn(found: Target, fast: CachedModule, call: Call, *, graph_first: bool = F
 def measure(
     found: Target,
     fast: CachedModule,
-    call: Call,
+    call: TargetCall,
     *,
     iterations: int,
     duration: float,
@@ -134,7 +134,7 @@ def measure(
 
 
 @contextmanager
-def refused(found: Target, call: Call) -> Iterator[None]:
+def refused(found: Target, call: TargetCall) -> Iterator[None]:
     """Inside, what the module raises becomes one line."""
     try:
         yield
@@ -156,7 +156,7 @@ def outcome(before: CacheInfo, after: CacheInfo) -> str:
     return "hit" if after.hits > before.hits else str(Reason.DISABLED.value)
 
 
-def nbytes_of(fast: CachedModule, call: Call) -> int:
+def nbytes_of(fast: CachedModule, call: TargetCall) -> int:
     """What the graph of a call owns, in bytes; 0 if there is none."""
     graph = controls(fast).graph_for(*call.args, **call.kwargs)
     return 0 if graph is None else int(graph.nbytes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from graphcache.cli.onnx import Node, serialize
+from graphcache.cli.onnx import OnnxNode, serialize
 
 OBSERVATION = 48
 ACTION = 12
@@ -41,15 +41,18 @@ class Policy(nn.Module):
     def to_onnx(self) -> bytes:
         """The same network as an ONNX model with an open batch axis; input ``observation``, output ``action``."""
         last = len(self.weights) - 1
-        nodes = [Node("MatMul", ["observation", "w0"], "m0"), Node("Relu", ["m0"], "h0")]
+        nodes = [OnnxNode("MatMul", ["observation", "w0"], "m0"), OnnxNode("Relu", ["m0"], "h0")]
         for index in range(1, last):
             before = f"h{index - 1}"
             nodes += [
-                Node("MatMul", [before, f"w{index}"], f"m{index}"),
-                Node("Relu", [f"m{index}"], f"r{index}"),
-                Node("Add", [before, f"r{index}"], f"h{index}"),
+                OnnxNode("MatMul", [before, f"w{index}"], f"m{index}"),
+                OnnxNode("Relu", [f"m{index}"], f"r{index}"),
+                OnnxNode("Add", [before, f"r{index}"], f"h{index}"),
             ]
-        nodes += [Node("MatMul", [f"h{last - 1}", f"w{last}"], f"m{last}"), Node("Tanh", [f"m{last}"], "action")]
+        nodes += [
+            OnnxNode("MatMul", [f"h{last - 1}", f"w{last}"], f"m{last}"),
+            OnnxNode("Tanh", [f"m{last}"], "action"),
+        ]
         weights = {f"w{index}": weight for index, weight in enumerate(self.weights)}
         return serialize(nodes, weights, {"observation": ["n", OBSERVATION]}, {"action": ["n", ACTION]})
 

@@ -18,7 +18,7 @@ _OPSET = 17
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class OnnxNode:
     """One operation.
 
     Args:
@@ -33,7 +33,7 @@ class Node:
 
 
 def serialize(
-    nodes: Sequence[Node],
+    nodes: Sequence[OnnxNode],
     weights: Mapping[str, Tensor],
     inputs: Mapping[str, Sequence[int | str]],
     outputs: Mapping[str, Sequence[int | str]],
@@ -61,7 +61,7 @@ def serialize(
     return _field(1, _IR_VERSION) + _field(7, graph) + _field(8, _field(2, _OPSET))
 
 
-def _node(node: Node) -> bytes:
+def _node(node: OnnxNode) -> bytes:
     inputs = b"".join(_field(1, name.encode()) for name in node.inputs)
     return inputs + _field(2, node.output.encode()) + _field(4, node.kind.encode())
 

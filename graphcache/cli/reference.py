@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphcache.cli.build import check_onnx
 from graphcache.cli.output import one_line
-from graphcache.cli.targets import Call
+from graphcache.cli.targets import TargetCall
 from graphcache.cli.timing import RELATIVE
 from graphcache.extras import optional
 
@@ -37,7 +37,7 @@ class OnnxRuntime:
             raise click.ClickException(f"{path} does not run under onnxruntime: {one_line(error)}") from error
         self._path = path
 
-    def difference(self, call: Call, answer: Any) -> str | None:
+    def difference(self, call: TargetCall, answer: Any) -> str | None:
         """How an answer differs from the model's, in one line; ``None`` if it does not.
 
         Floating values must agree to a thousandth of the largest: other kernels add in another order.

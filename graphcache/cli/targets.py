@@ -23,7 +23,7 @@ from graphcache.factories import is_factory, named_object, raised
 
 
 @dataclass(frozen=True)
-class Call:
+class TargetCall:
     """One set of inputs.
 
     Args:
@@ -53,7 +53,7 @@ class Target:
     module: nn.Module
     device: torch.device
 
-    def call(self, point: Mapping[str, Spec], generator: torch.Generator) -> Call:
+    def call(self, point: Mapping[str, Spec], generator: torch.Generator) -> TargetCall:
         """A call with random values: floating ones normally distributed, integers 0 or 1, which any table can look up.
 
         Args:
@@ -69,7 +69,7 @@ class Target:
             {name: _random(spec.shapes[0], _dtype(spec), generator, self.device) for name, spec in point.items()}
         )
 
-    def given(self, inputs: Mapping[str, Tensor]) -> Call:
+    def given(self, inputs: Mapping[str, Tensor]) -> TargetCall:
         """A call with tensors that were given.
 
         Args:
@@ -89,9 +89,9 @@ class Target:
             name: inputs[name] if binding.on_host else inputs[name].to(self.device)
             for name, binding in bindings.items()
         }
-        return Call(_label(moved), tuple(moved.values()), {}, moved)
+        return TargetCall(_label(moved), tuple(moved.values()), {}, moved)
 
-    def _bound(self, inputs: dict[str, Tensor]) -> Call:
+    def _bound(self, inputs: dict[str, Tensor]) -> TargetCall:
         label = _label(inputs)
         try:
             bound = inspect.signature(self.module.forward).bind(**inputs)
@@ -100,11 +100,11 @@ class Target:
             raise click.ClickException(
                 f"{self.name} cannot be called with {label}: {error}; the parameters of its forward are {parameters}"
             ) from error
-        return Call(label, bound.args, bound.kwargs, inputs)
+        return TargetCall(label, bound.args, bound.kwargs, inputs)
 
     def _engine_call(
         self, module: graphcache.EngineModule, point: Mapping[str, Spec], generator: torch.Generator
-    ) -> Call:
+    ) -> TargetCall:
         bindings = {binding.name: binding for binding in module.engine.inputs}
         for name, spec in point.items():
             if name not in bindings:
@@ -125,7 +125,7 @@ class Target:
                 inputs[name] = _random(shape, binding.dtype, generator, self.device)
         shown = {name: point[name].shapes[0] if name in point else bindings[name].shape for name in bindings}
         label = " ".join(f"{name}:{written(shape)}" for name, shape in shown.items())
-        return Call(label, tuple(inputs.values()), {}, inputs)
+        return TargetCall(label, tuple(inputs.values()), {}, inputs)
 
 
 def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from graphcache.cli import main
 from graphcache.cli.network import Policy
-from graphcache.cli.onnx import Node, serialize
+from graphcache.cli.onnx import OnnxNode, serialize
 from tests.engines import fake_tensorrt
 
 COMMANDS = sorted(name for name, command in main.commands.items() if not isinstance(command, click.Group))
@@ -76,7 +76,7 @@ def test_every_command_has_examples():
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_run(cli, folder, example):
     weights = {"w": torch.ones(8, 2)}
-    nodes = [Node("MatMul", ["x", "w"], "y")]
+    nodes = [OnnxNode("MatMul", ["x", "w"], "y")]
     (folder / "model.onnx").write_bytes(serialize(nodes, weights, {"x": ["n", 8]}, {"y": ["n", 2]}))
     if "model.engine" in example:
         cli("build", "model.onnx", "--shapes", "x:1x8:4x8:8x8")

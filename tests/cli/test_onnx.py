@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.cli.network import OBSERVATION, Confident, Policy, observations
-from graphcache.cli.onnx import Node, serialize
+from graphcache.cli.onnx import OnnxNode, serialize
 
 
 @given(st.integers(0, 2**40))
 def test_sizes_are_written_as_protocol_buffers_write_them(size):
     onnx = pytest.importorskip("onnx")
-    model = onnx.load_from_string(serialize([Node("Relu", ["x"], "y")], {}, {"x": [size, "n"]}, {"y": [size, "n"]}))
+    model = onnx.load_from_string(serialize([OnnxNode("Relu", ["x"], "y")], {}, {"x": [size, "n"]}, {"y": [size, "n"]}))
     dims = model.graph.input[0].type.tensor_type.shape.dim
     assert (dims[0].dim_value, dims[1].dim_param) == (size, "n")
 

@@ -167,10 +167,10 @@ def test_what_is_refused(run, args, code, message):
 
 def test_fewer_outputs_than_the_model_are_a_difference(folder):
     pytest.importorskip("onnxruntime")
-    from graphcache.cli.targets import Call
+    from graphcache.cli.targets import TargetCall
 
     x = torch.zeros(1, 48)
-    call = Call("x", (x,), {}, {"observation": x})
+    call = TargetCall("x", (x,), {}, {"observation": x})
     assert OnnxRuntime(folder / "policy.onnx").difference(call, ()) == "0 outputs, onnxruntime gives 1"
 
 
