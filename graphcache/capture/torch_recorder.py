@@ -23,9 +23,9 @@ from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
 from graphcache.graphs.capture import as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
+from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.higher_order import compiled_runs_eagerly
-from graphcache.graphs.host import HostGraph
 from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads, storage_of
 from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
@@ -246,7 +246,7 @@ class TorchRecorder:
             call.call(static)
         if found := reads.read or reads.asked:
             raise reads.refusal(found, self._name)
-        graph = HostGraph.record(lambda: call.run(static).tensors, writable, self._host_lock)
+        graph = CpuTape.record(lambda: call.run(static).tensors, writable, self._host_lock)
         self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
         return graph
 

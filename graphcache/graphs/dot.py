@@ -12,15 +12,15 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs import driver
+from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.host import HostGraph
 
 
 def dot_of(graph: Any) -> str:
     """The nodes and edges of a graph. On CUDA the driver writes them, with kernels, their parameters and addresses.
 
     Args:
-        graph: A :class:`CudaGraph` or a :class:`HostGraph`.
+        graph: A :class:`CudaGraph` or a :class:`CpuTape`.
 
     Raises:
         ClosedError: If it was closed.
@@ -28,9 +28,9 @@ def dot_of(graph: Any) -> str:
     """
     if isinstance(graph, CudaGraph):
         return _told_by_the_driver(graph)
-    if isinstance(graph, HostGraph):
+    if isinstance(graph, CpuTape):
         return "\n".join(_lines(graph)) + "\n"
-    raise CudaError(f"a graph of type {type(graph).__name__} cannot be drawn; expected a CudaGraph or a HostGraph")
+    raise CudaError(f"a graph of type {type(graph).__name__} cannot be drawn; expected a CudaGraph or a CpuTape")
 
 
 def _told_by_the_driver(graph: CudaGraph) -> str:
@@ -44,7 +44,7 @@ def _told_by_the_driver(graph: CudaGraph) -> str:
             return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _lines(graph: HostGraph) -> Iterator[str]:
+def _lines(graph: CpuTape) -> Iterator[str]:
     steps, inputs = graph.steps()
     yield "digraph host_graph {"
     yield "  node [shape=box, fontname=monospace];"

@@ -37,7 +37,7 @@ _Fill = tuple[Any, Any, int]
 _Level = Callable[[], AbstractContextManager[Any]]
 
 
-class HostGraph:
+class CpuTape:
     """A recorded call; see :class:`~graphcache.graphs.graph.Graph` for the contract."""
 
     def __init__(self, inputs: Sequence[Tensor], tape: _Tape, outputs: Sequence[Tensor], lock: threading.RLock) -> None:
@@ -50,7 +50,7 @@ class HostGraph:
         self._nbytes = nbytes_of(inputs)
 
     @classmethod
-    def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> HostGraph:
+    def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
         """Run ``body`` once and keep what it did.
 
         Args:
@@ -75,7 +75,7 @@ class HostGraph:
             raise why from None
 
     @classmethod
-    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: _Level) -> HostGraph:
+    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: _Level) -> CpuTape:
         """A graph of one run of ``body``; ``level`` sets where operators are seen."""
         tape = _Tape()
         try:
