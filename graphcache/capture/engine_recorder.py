@@ -25,9 +25,9 @@ from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.stream_order import StreamOrder, own_stream
 from graphcache.graphs.verify import Round, largest_gap, perturb, repeats, verify
 from graphcache.keys.call import Call
 
@@ -63,7 +63,7 @@ class EngineRecorder:
         outcome: Recorded | Cause
         try:
             begin()
-            lane = Lane(module.device.index) if sharing is Sharing.NOTHING else module.lane
+            lane = StreamOrder(module.device.index) if sharing is Sharing.NOTHING else module.lane
             shares = self._contexts.shares and sharing is Sharing.ALL
             with capturing(lane), torch.inference_mode(False), torch.no_grad():
                 scratch = lane.scratch(module.engine.scratch_bytes)
@@ -116,7 +116,7 @@ class EngineRecorder:
         given: Sequence[Tensor],
         profile: int,
         answer: list[Tensor],
-        lane: Lane,
+        lane: StreamOrder,
         context: Context,
         shared: bool,
     ) -> CudaGraph:
@@ -202,7 +202,7 @@ class _EngineIO:
         static: Sequence[Tensor],
         plain: Sequence[bool],
         outputs: Sequence[Tensor],
-        lane: Lane,
+        lane: StreamOrder,
         *,
         full_edges: bool,
     ) -> None:

@@ -26,8 +26,8 @@ from graphcache.graphs.capture import as_if_capturing, capturing, forget_workspa
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.higher_order import compiled_runs_eagerly
-from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads, storage_of
+from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
 from graphcache.keys.call import Call
 from graphcache.keys.guards import ModuleGuard
@@ -58,7 +58,7 @@ class TorchRecorder:
         self._guard = guard
         self._verified, self._full_edges = config.verify, config.recording.full_edges
         self._host_lock = threading.RLock()
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, StreamOrder] = {}
         self._passing = 0
 
     def attempt(
@@ -252,7 +252,7 @@ class TorchRecorder:
 
     def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
         # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
-        lane = self._lanes.setdefault(index, Lane(index)) if shares else Lane(index)
+        lane = self._lanes.setdefault(index, StreamOrder(index)) if shares else StreamOrder(index)
         scope = EngineScope(lane)
 
         @contextmanager

@@ -28,7 +28,7 @@ from graphcache.graphs import driver, native
 from graphcache.graphs.allocator import allocator
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.lane import Lane
+from graphcache.graphs.stream_order import StreamOrder
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.call import Call
 from graphcache.keys.call_key import describe_layout, is_flat
@@ -197,7 +197,7 @@ def new_table() -> Any:
         log.debug("hits are answered in Python: %s", error)
         return None
     return library.Table(
-        (CudaGraph, Lane, Entry, Modes),
+        (CudaGraph, StreamOrder, Entry, Modes),
         modes,
         ticks,
         raw_stream,

@@ -20,12 +20,14 @@ from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Body
-from graphcache.graphs.lane import Lane, capture_lock, own_stream
 from graphcache.graphs.pointers import CannotBind
 from graphcache.graphs.slots import Slot
+from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream
 
 
-def capture_enqueue(enqueue: Callable[[int], bool], lane: Lane, where: str, said: Callable[[], str] = str) -> Any:
+def capture_enqueue(
+    enqueue: Callable[[int], bool], lane: StreamOrder, where: str, said: Callable[[], str] = str
+) -> Any:
     """Capture work that allocates nothing and says itself whether it could be enqueued, such as a TensorRT engine.
 
     The work must have run once before, outside of any capture, with the same shapes.
@@ -73,7 +75,7 @@ def record_torch(
     inputs: Sequence[Tensor],
     direct: Sequence[bool],
     expected: Sequence[Tensor],
-    lane: Lane,
+    lane: StreamOrder,
     keep: object,
     release: Callable[[], object],
     where: str,
@@ -181,7 +183,7 @@ def refusal_of(error: Exception, where: str) -> Refusal:
 
 
 @contextmanager
-def capturing(lane: Lane) -> Iterator[torch.cuda.ExternalStream]:
+def capturing(lane: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
     """Hold the device's capture lock and the lane, with everything ordered on the capture stream.
 
     Inside, the capture stream is current and follows what the caller's stream did so far; afterwards the caller's

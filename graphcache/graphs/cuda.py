@@ -14,8 +14,8 @@ from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.executables import Executables
-from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.stream_order import StreamOrder, own_stream
 
 _empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
@@ -56,7 +56,7 @@ class CudaGraph:
         *,
         inputs: Sequence[Slot],
         outputs: Sequence[Slot],
-        lane: Lane,
+        lane: StreamOrder,
         keep: object,
         release: Callable[[], object],
         pool_bytes: int = 0,

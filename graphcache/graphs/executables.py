@@ -9,8 +9,8 @@ from typing import Any
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.lane import Lane
 from graphcache.graphs.slots import Slot
+from graphcache.graphs.stream_order import StreamOrder
 
 MOST = 8
 """How many executables a small graph may have. Torch's allocator hands out what was freed last: a loop that makes an
@@ -68,7 +68,9 @@ class Executables:
 
     __slots__ = ("_captured", "_inputs", "_lane", "_pointers", "handles", "nbytes", "table", "width")
 
-    def __init__(self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int, lane: Lane) -> None:
+    def __init__(
+        self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int, lane: StreamOrder
+    ) -> None:
         nodes = driver.node_count(captured)
         self._captured = captured
         self._lane = lane

@@ -28,7 +28,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import allocator, buffers, capture, copies, copy_kernel, cuda, lane, pointers, pool, slots
+from graphcache.graphs import (
+    allocator,
+    buffers,
+    capture,
+    copies,
+    copy_kernel,
+    cuda,
+    pointers,
+    pool,
+    slots,
+    stream_order,
+)
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -1298,16 +1309,16 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         return
     fake, made = Torch(Driver()), []
     # Streams that earlier tests were given belong to another driver.
-    own_stream, initialise = functools.cache(lane.own_stream.__wrapped__), cuda.CudaGraph.__init__
+    own_stream, initialise = functools.cache(stream_order.own_stream.__wrapped__), cuda.CudaGraph.__init__
 
-    lanes: list[weakref.ref[lane.Lane]] = []
-    make_lane = lane.Lane.__init__
+    lanes: list[weakref.ref[stream_order.StreamOrder]] = []
+    make_lane = stream_order.StreamOrder.__init__
 
-    def remember_lane(self: lane.Lane, index: int) -> None:
+    def remember_lane(self: stream_order.StreamOrder, index: int) -> None:
         make_lane(self, index)
         lanes.append(weakref.ref(self))
 
-    patch.setattr(lane.Lane, "__init__", remember_lane)
+    patch.setattr(stream_order.StreamOrder, "__init__", remember_lane)
 
     def remember(self: cuda.CudaGraph, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
@@ -1317,7 +1328,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (buffers, capture, copy_kernel, cuda, lane, pointers, pool, slots, *others):
+    for module in (buffers, capture, copy_kernel, cuda, stream_order, pointers, pool, slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)
@@ -1328,7 +1339,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(cuda, "_empty_like", fake.empty_like)
     patch.setattr(allocator, "_empty_like", fake.empty_like)
     patch.setattr(allocator, "_direct_allocator", lambda: None)
-    for module in (cuda, lane):
+    for module in (cuda, stream_order):
         patch.setattr(module, "_raw_stream", fake.raw_stream)
     try:
         yield fake
@@ -1353,7 +1364,7 @@ class Affine:
         lane: Whose scratch memory is used.
     """
 
-    def __init__(self, fake: Torch, size: int, owner: lane.Lane) -> None:
+    def __init__(self, fake: Torch, size: int, owner: stream_order.StreamOrder) -> None:
         self.fake = fake
         self.lane = owner
         self.scratch = owner.scratch(size * 4)

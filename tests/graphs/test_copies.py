@@ -18,9 +18,9 @@ from graphcache.graphs.copies import copy_after, copy_before, find_copies, order
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import edges_of, make_all_full
-from graphcache.graphs.lane import Lane
 from graphcache.graphs.pointers import CannotBind, Pointer
 from graphcache.graphs.slots import Slot
+from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import (
     Affine,
@@ -96,7 +96,7 @@ def run(graph: Any, patched: Sequence[tuple[Pointer, int]] = ()) -> None:
 )
 def test_copies_before_and_after(way: str, before: list[int], after: list[int]) -> None:
     with installed() as fake:
-        heap, lane, kernels = fake.driver.heap, Lane(0), kernels_of(fake, way)
+        heap, lane, kernels = fake.driver.heap, StreamOrder(0), kernels_of(fake, way)
         ins = [(heap.tensor([-1.0] * size), heap.tensor(range(size))) for size in before]
         outs = [(heap.tensor([-1.0] * size), heap.tensor([9.0] * size)) for size in after]
         order: list[int] = []
@@ -147,7 +147,7 @@ def between(fake: Torch, kernels: CopyKernels | None, *, programmatic: bool, **o
             fake.driver.launch(scale, [pointer(x), pointer(y)], stream, programmatic=programmatic)
         return True
 
-    graph = capture_enqueue(with_copies(enqueue, [(x, source)], [(out, y)], kernels), Lane(0), "")
+    graph = capture_enqueue(with_copies(enqueue, [(x, source)], [(out, y)], kernels), StreamOrder(0), "")
     order_copies(graph, kernels, **options)
     edges = sorted(edges_of(graph), key=lambda edge: int(edge.start))
     source.fill_(7)
@@ -185,7 +185,7 @@ def test_a_driver_that_knows_no_early_launch(fake: Torch) -> None:
 
 
 def test_a_refusal_between_copies(fake: Torch, kernels: CopyKernels | None) -> None:
-    work = Affine(fake, SIZE, Lane(0))
+    work = Affine(fake, SIZE, StreamOrder(0))
     work.accepts = False
     x, y = fake.empty_like(work.x), fake.empty_like(work.y)
     with pytest.raises(Refusal, match="not_capturable"):
@@ -194,7 +194,7 @@ def test_a_refusal_between_copies(fake: Torch, kernels: CopyKernels | None) -> N
 
 
 def test_a_copy_that_the_driver_refuses(fake: Torch, kernels: CopyKernels | None) -> None:
-    work = Affine(fake, SIZE, Lane(0))
+    work = Affine(fake, SIZE, StreamOrder(0))
     name = "cuMemcpyDtoDAsync" if kernels is None else "cuLaunchKernel"
     fake.driver.fail(name, "INVALID_VALUE")
     pairs = [(work.x, fake.empty_like(work.x))]
@@ -299,7 +299,7 @@ def test_a_node_of_several_tensors_is_pointed_elsewhere_once(
     functions = None
     if library == "compiled":
         functions = compiled_way.use(request.getfixturevalue("compiled"), fake, monkeypatch)
-    kernels, owner = kernels_of(fake, "kernels"), Lane(0)
+    kernels, owner = kernels_of(fake, "kernels"), StreamOrder(0)
     x, y, total, *outside = fresh(fake, 6)
 
     def add(memory: Memory) -> None:

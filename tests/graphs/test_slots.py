@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.graphs.lane import Lane
 from graphcache.graphs.pointers import Pointer
 from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs.fake_driver import Affine, Torch, installed
 from tests.helpers import same
 
@@ -65,7 +65,7 @@ def test_fresh_is_like_the_buffer_and_memory_of_its_own(fake: Torch, make: Any) 
 
 
 def test_what_compiled_code_is_told(fake: Torch) -> None:
-    (slot,) = Affine(fake, 4, Lane(0)).bound().inputs
+    (slot,) = Affine(fake, 4, StreamOrder(0)).bound().inputs
     mask, nbytes, ((kernel, node, params, context, word, offset),) = slot.raw
     (pointer,) = slot.pointers
     assert (mask, nbytes, kernel, context, offset) == (ALIGNMENT - 1, 16, True, 0, 0)

@@ -20,7 +20,7 @@ from graphcache.graphs.pool import MemoryPool
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 
 
-class Lane:
+class StreamOrder:
     """Keeps launches that share memory one after another, whichever streams and threads they come from.
 
     A thread holds ``lock`` while it enqueues. A launch on the stream of the previous one is ordered by the stream
