@@ -25,7 +25,7 @@ from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
+from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.stream_order import StreamOrder, own_stream
 from graphcache.graphs.verify import Round, largest_gap, perturb, repeats, verify

@@ -20,7 +20,7 @@ from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Body
-from graphcache.graphs.pointers import CannotBind
+from graphcache.graphs.param_patching import CannotBind
 from graphcache.graphs.slots import Slot
 from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream
 

@@ -14,7 +14,7 @@ from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, CopyKernel, CopyKernels
 from graphcache.graphs.edges import begin_early, edges_of, make_full
-from graphcache.graphs.pointers import COPY_ADDRESSES, CannotBind, Pointer, copy_pointer, is_flat, nodes_of
+from graphcache.graphs.param_patching import COPY_ADDRESSES, CannotBind, Pointer, copy_pointer, is_flat, nodes_of
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """(to, from); dense tensors of equal layout."""

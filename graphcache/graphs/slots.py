@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache.graphs.buffers import extent_of, hollow_like, put
-from graphcache.graphs.pointers import Pointer
+from graphcache.graphs.param_patching import Pointer
 
 ALIGNMENT = 256
 """In bytes: what TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""

@@ -35,7 +35,7 @@ from graphcache.graphs import (
     copies,
     copy_kernel,
     cuda,
-    pointers,
+    param_patching,
     pool,
     slots,
     stream_order,
@@ -1328,7 +1328,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (buffers, capture, copy_kernel, cuda, stream_order, pointers, pool, slots, *others):
+    for module in (buffers, capture, copy_kernel, cuda, stream_order, param_patching, pool, slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)
@@ -1402,7 +1402,7 @@ class Affine:
         """A graph whose kernels are pointed at the caller's tensors."""
         others = [self.fake.empty_like(self.x), self.fake.empty_like(self.y)]
         graph, second = self.capture(), self.capture(*others)
-        found = pointers.find_pointers(graph, second, [self.x, self.y], others)
+        found = param_patching.find_pointers(graph, second, [self.x, self.y], others)
         room.call("cuGraphDestroy", second)
         return self._graph(graph, [slots.Slot(self.x, found[0], ALIGNMENT)], [slots.Slot(self.y, found[1], ALIGNMENT)])
 

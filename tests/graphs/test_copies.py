@@ -18,7 +18,7 @@ from graphcache.graphs.copies import copy_after, copy_before, find_copies, order
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import edges_of, make_all_full
-from graphcache.graphs.pointers import CannotBind, Pointer
+from graphcache.graphs.param_patching import CannotBind, Pointer
 from graphcache.graphs.slots import Slot
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way

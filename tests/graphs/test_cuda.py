@@ -238,7 +238,7 @@ def test_several_outputs(fake: Torch) -> None:
     mine, others = [x, double, same, more], [heap.empty(4) for _ in range(4)]
     x, double, same, more = others
     second = fake_driver.capture.capture_enqueue(enqueue, owner, "")
-    found = fake_driver.pointers.find_pointers(first, second, mine, others)
+    found = fake_driver.param_patching.find_pointers(first, second, mine, others)
     driver.call("cuGraphDestroy", second)
     made = CudaGraph(
         first,

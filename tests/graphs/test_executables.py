@@ -28,7 +28,7 @@ from graphcache.graphs.executables import (
     UNKNOWN,
     Executables,
 )
-from graphcache.graphs.pointers import find_pointers
+from graphcache.graphs.param_patching import find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.graphs.pointers import Pointer
+from graphcache.graphs.param_patching import Pointer
 from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs.fake_driver import Affine, Torch, installed
