@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 from graphcache.dispatch import targets
-from graphcache.graphs import capture, cuda, driver, slots, stream_order
+from graphcache.graphs import capture, cuda, driver, io_slots, stream_order
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
 LANE = "tests/graphs/test_stream_order.py::"
@@ -50,7 +50,9 @@ CURES: dict[str, tuple[TakeOut, str]] = {
         CAPTURE + "test_no_collection_inside",
     ),
     "a tensor that is not aligned is copied": (
-        around(slots.Slot, "__init__", lambda original, self, buffer, pointers, _: original(self, buffer, pointers, 1)),
+        around(
+            io_slots.IoSlot, "__init__", lambda original, self, buffer, pointers, _: original(self, buffer, pointers, 1)
+        ),
         CUDA + "test_an_unaligned_out_is_refused_by_kernels_and_taken_by_copies",
     ),
     "an engine's graphs of before a refit are stale": (

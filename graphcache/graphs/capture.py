@@ -20,8 +20,8 @@ from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Body
+from graphcache.graphs.io_slots import IoSlot
 from graphcache.graphs.param_patching import CannotBind
-from graphcache.graphs.slots import Slot
 from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream
 
 
@@ -150,7 +150,7 @@ def record_torch(
         except CannotBind as why:
             raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
         pointers = [next(found) if copied else [] for _, copied in pairs]
-        slots = [Slot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
+        slots = [IoSlot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
         undo.pop_all()
     return CudaGraph(
         captured,

@@ -14,7 +14,7 @@ from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.executables import Executables
-from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
 from graphcache.graphs.stream_order import StreamOrder, own_stream
 
 _empty_like: Callable[[Tensor], Tensor] = torch.empty_like
@@ -25,7 +25,7 @@ _is_inference_mode = torch.is_inference_mode_enabled
 class CudaGraph:
     """An instantiated CUDA graph; see :class:`~graphcache.graphs.graph.Graph` for the contract.
 
-    Each input and output is a :class:`~graphcache.graphs.slots.Slot`. One with pointers costs a comparison of
+    Each input and output is a :class:`~graphcache.graphs.io_slots.IoSlot`. One with pointers costs a comparison of
     addresses, and some µs when none of the graph's :class:`~graphcache.graphs.executables.Executables` is pointed at
     the caller's tensor. One without is copied.
 
@@ -54,8 +54,8 @@ class CudaGraph:
         self,
         captured: Any,
         *,
-        inputs: Sequence[Slot],
-        outputs: Sequence[Slot],
+        inputs: Sequence[IoSlot],
+        outputs: Sequence[IoSlot],
         lane: StreamOrder,
         keep: object,
         release: Callable[[], object],

@@ -9,7 +9,7 @@ from typing import Any
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.slots import Slot
+from graphcache.graphs.io_slots import IoSlot
 from graphcache.graphs.stream_order import StreamOrder
 
 MOST = 8
@@ -69,7 +69,7 @@ class Executables:
     __slots__ = ("_captured", "_inputs", "_lane", "_pointers", "handles", "nbytes", "table", "width")
 
     def __init__(
-        self, captured: Any, inputs: Sequence[Slot], outputs: Sequence[Slot], stream: int, lane: StreamOrder
+        self, captured: Any, inputs: Sequence[IoSlot], outputs: Sequence[IoSlot], stream: int, lane: StreamOrder
     ) -> None:
         nodes = driver.node_count(captured)
         self._captured = captured

@@ -35,9 +35,9 @@ from graphcache.graphs import (
     copies,
     copy_kernel,
     cuda,
+    io_slots,
     param_patching,
     pool,
-    slots,
     stream_order,
 )
 from graphcache.graphs import driver as room
@@ -1328,7 +1328,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (buffers, capture, copy_kernel, cuda, stream_order, param_patching, pool, slots, *others):
+    for module in (buffers, capture, copy_kernel, cuda, stream_order, param_patching, pool, io_slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)
@@ -1404,7 +1404,9 @@ class Affine:
         graph, second = self.capture(), self.capture(*others)
         found = param_patching.find_pointers(graph, second, [self.x, self.y], others)
         room.call("cuGraphDestroy", second)
-        return self._graph(graph, [slots.Slot(self.x, found[0], ALIGNMENT)], [slots.Slot(self.y, found[1], ALIGNMENT)])
+        return self._graph(
+            graph, [io_slots.IoSlot(self.x, found[0], ALIGNMENT)], [io_slots.IoSlot(self.y, found[1], ALIGNMENT)]
+        )
 
     def copying(self) -> cuda.CudaGraph:
         """A graph that begins and ends with nodes that copy."""
@@ -1413,13 +1415,13 @@ class Affine:
         work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
         graph = capture.capture_enqueue(work, self.lane, "affine")
         found = copies.find_copies(graph, [source, target], kernels)
-        return self._graph(graph, [slots.Slot(self.x, found[0], 1)], [slots.Slot(self.y, found[1], 1)])
+        return self._graph(graph, [io_slots.IoSlot(self.x, found[0], 1)], [io_slots.IoSlot(self.y, found[1], 1)])
 
     def staged(self) -> cuda.CudaGraph:
         """A graph whose input and output are copied by operations of their own."""
-        return self._graph(self.capture(), [slots.Slot(self.x, [], 1)], [slots.Slot(self.y, [], 1)])
+        return self._graph(self.capture(), [io_slots.IoSlot(self.x, [], 1)], [io_slots.IoSlot(self.y, [], 1)])
 
-    def _graph(self, graph: Any, inputs: list[slots.Slot], outputs: list[slots.Slot]) -> cuda.CudaGraph:
+    def _graph(self, graph: Any, inputs: list[io_slots.IoSlot], outputs: list[io_slots.IoSlot]) -> cuda.CudaGraph:
         return cuda.CudaGraph(
             graph,
             inputs=inputs,

@@ -18,8 +18,8 @@ from graphcache.graphs.copies import copy_after, copy_before, find_copies, order
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import edges_of, make_all_full
+from graphcache.graphs.io_slots import IoSlot
 from graphcache.graphs.param_patching import CannotBind, Pointer
-from graphcache.graphs.slots import Slot
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import (
@@ -315,7 +315,7 @@ def test_a_node_of_several_tensors_is_pointed_elsewhere_once(
     graph = capture_enqueue(work, owner, "")
     order_copies(graph, kernels)
     slots = [
-        Slot(own, places, 1) for own, places in zip((x, y, total), find_copies(graph, outside, kernels), strict=True)
+        IoSlot(own, places, 1) for own, places in zip((x, y, total), find_copies(graph, outside, kernels), strict=True)
     ]
     made = CudaGraph(
         graph,

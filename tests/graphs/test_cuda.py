@@ -20,7 +20,7 @@ from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import cuda, driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.executables import EXECUTABLE_BYTES, MOST, NODE_BYTES
-from graphcache.graphs.slots import Slot
+from graphcache.graphs.io_slots import IoSlot
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
 from tests.graphs import fake_driver
@@ -242,8 +242,8 @@ def test_several_outputs(fake: Torch) -> None:
     driver.call("cuGraphDestroy", second)
     made = CudaGraph(
         first,
-        inputs=[Slot(mine[0], found[0], 256)],
-        outputs=[Slot(mine[1], copied, 1), Slot(mine[2], found[2], 256), Slot(mine[3], [], 1)],
+        inputs=[IoSlot(mine[0], found[0], 256)],
+        outputs=[IoSlot(mine[1], copied, 1), IoSlot(mine[2], found[2], 256), IoSlot(mine[3], [], 1)],
         lane=owner,
         keep=mine,
         release=lambda: driver.call("cuGraphDestroy", first),
@@ -492,8 +492,8 @@ def test_accounts_for_memory(fake: Torch) -> None:
     halves = whole[:SIZE], whole[SIZE:]
     shared = CudaGraph(
         captured,
-        inputs=[Slot(halves[0], [], 1)],
-        outputs=[Slot(halves[1], [], 1)],
+        inputs=[IoSlot(halves[0], [], 1)],
+        outputs=[IoSlot(halves[1], [], 1)],
         lane=work.lane,
         keep=None,
         release=lambda: driver.call("cuGraphDestroy", captured),

@@ -28,8 +28,8 @@ from graphcache.graphs.executables import (
     UNKNOWN,
     Executables,
 )
+from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
 from graphcache.graphs.param_patching import find_pointers
-from graphcache.graphs.slots import ALIGNMENT, Slot
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Affine, Torch, address, installed, pointer
@@ -59,7 +59,7 @@ class Nodes:
                 fake.driver.launch(kernel, [pointer(tensor) for tensor in each], int(self.stream))
             graphs.append(driver.end_capture(self.stream))
         found = find_pointers(*graphs, *tensors)
-        slots = [Slot(tensor, places, ALIGNMENT) for tensor, places in zip(tensors[0], found, strict=True)]
+        slots = [IoSlot(tensor, places, ALIGNMENT) for tensor, places in zip(tensors[0], found, strict=True)]
         self.nodes = nodes
         self.lane = StreamOrder(0)
         self.all = Executables(graphs[0], slots[:2], slots[2:], int(self.stream), self.lane)
@@ -216,7 +216,7 @@ def test_a_large_graph_has_one(fake: Torch, count: int, most: int) -> None:
 
 def test_nothing_to_point_at_nothing_to_vary(fake: Torch) -> None:
     captured = Affine(fake, 4, StreamOrder(0)).capture()
-    slots = [Slot(fake.driver.heap.empty(4), [], 1) for _ in range(2)]
+    slots = [IoSlot(fake.driver.heap.empty(4), [], 1) for _ in range(2)]
     alone = Executables(captured, slots[:1], slots[1:], 0, StreamOrder(0))
     assert [alone.aim([0, 0]) for _ in range(100)] == alone.handles * 100
     alone.launched([0])
@@ -357,7 +357,7 @@ def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     blocks = Blocks(fake, made[0].outputs[0].buffer, 2 * count + 2)
     for module in (cuda, allocator):
         monkeypatch.setattr(module, "_empty_like", blocks)
-    monkeypatch.setattr(Slot, "fresh", lambda slot: blocks(slot.buffer))
+    monkeypatch.setattr(IoSlot, "fresh", lambda slot: blocks(slot.buffer))
     inputs = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(2)]
     functions = compiled_way.use(compiled, fake, monkeypatch)
     stream = fake.new_stream()

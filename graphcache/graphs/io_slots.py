@@ -14,7 +14,7 @@ ALIGNMENT = 256
 """In bytes: what TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""
 
 
-class Slot:
+class IoSlot:
     """One input or output of a graph.
 
     Args:
