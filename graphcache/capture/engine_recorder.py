@@ -20,8 +20,8 @@ from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
-from graphcache.graphs.copies import find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import copy_kernels
+from graphcache.graphs.copy_nodes import find_copies, order_copies, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph

@@ -15,8 +15,8 @@ from torch.cuda import graphs as torch_graphs
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
-from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies
 from graphcache.graphs.copy_kernel import copy_kernels
+from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Body

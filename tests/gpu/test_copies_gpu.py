@@ -13,8 +13,8 @@ import graphcache
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.graphs import driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copies import copy_after, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, copy_kernels
+from graphcache.graphs.copy_nodes import copy_after, find_copies, order_copies, with_copies
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.stream_order import StreamOrder
 from tests.helpers import graphs_of, wrap_recorded

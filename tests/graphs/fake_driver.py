@@ -32,8 +32,8 @@ from graphcache.graphs import (
     allocator,
     buffers,
     capture,
-    copies,
     copy_kernel,
+    copy_nodes,
     cuda,
     io_slots,
     param_patching,
@@ -1093,7 +1093,7 @@ class Driver:
 
 def _copies(memory: Memory, copies: bytes) -> None:
     """The kernel of copy nodes. Nobody says in which order it makes them."""
-    words = [int.from_bytes(copies[start : start + 8], "little") for start in range(0, len(copies), 8)]
+    words = [int.from_bytes(copy_nodes[start : start + 8], "little") for start in range(0, len(copy_nodes), 8)]
     read = [
         (to, memory.read(source, nbytes))
         for source, to, nbytes in zip(words[::3], words[1::3], words[2::3], strict=True)
@@ -1412,9 +1412,9 @@ class Affine:
         """A graph that begins and ends with nodes that copy."""
         source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
         kernels = copy_kernel.copy_kernels(self.lane.index)
-        work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
+        work = copy_nodes.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
         graph = capture.capture_enqueue(work, self.lane, "affine")
-        found = copies.find_copies(graph, [source, target], kernels)
+        found = copy_nodes.find_copies(graph, [source, target], kernels)
         return self._graph(graph, [io_slots.IoSlot(self.x, found[0], 1)], [io_slots.IoSlot(self.y, found[1], 1)])
 
     def staged(self) -> cuda.CudaGraph:

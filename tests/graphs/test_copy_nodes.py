@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError, Refusal
-from graphcache.graphs import copies, copy_kernel, driver
+from graphcache.graphs import copy_kernel, copy_nodes, driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
+from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import edges_of, make_all_full
 from graphcache.graphs.io_slots import IoSlot
@@ -168,7 +168,7 @@ def test_work_waits_for_its_inputs_whatever_it_was_launched_with(
 
 
 def test_without_order_the_stand_in_finds_the_race(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "make_full", lambda graph, edges: 0)
+    monkeypatch.setattr(copy_nodes, "make_full", lambda graph, edges: 0)
     with pytest.raises(Violation, match="not waited for"):
         between(fake, kernels_of(fake, "kernels"), programmatic=True)
 
