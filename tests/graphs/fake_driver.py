@@ -1093,7 +1093,7 @@ class Driver:
 
 def _copies(memory: Memory, copies: bytes) -> None:
     """The kernel of copy nodes. Nobody says in which order it makes them."""
-    words = [int.from_bytes(copy_nodes[start : start + 8], "little") for start in range(0, len(copy_nodes), 8)]
+    words = [int.from_bytes(copies[start : start + 8], "little") for start in range(0, len(copies), 8)]
     read = [
         (to, memory.read(source, nbytes))
         for source, to, nbytes in zip(words[::3], words[1::3], words[2::3], strict=True)
