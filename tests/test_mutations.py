@@ -1019,7 +1019,7 @@ CURES: dict[str, Cure] = {
     "reads through the dispatcher are refused": Cure(
         both(
             replace(cpu_tape, "refuse_by_tag", nothing),
-            around(cpu_tape._Tape, "_keep", _keep_no_numbers),
+            around(cpu_tape._Recorder, "_keep", _keep_no_numbers),
             replace(record_torch, "_Reads", _NoReads),
             replace(record_torch, "verify", nothing),
         ),
@@ -1027,7 +1027,7 @@ CURES: dict[str, Cure] = {
         RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[item]",
     ),
     "a refusal that the module swallows counts": Cure(
-        lambda patch: patch.setattr(cpu_tape._Tape, "refused", _never_refused, raising=False),
+        lambda patch: patch.setattr(cpu_tape._Recorder, "refused", _never_refused, raising=False),
         _a_swallowed_refusal_freezes_a_path,
         RECORD + "test_a_refusal_that_the_module_swallows_is_still_one",
     ),

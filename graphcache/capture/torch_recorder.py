@@ -22,7 +22,7 @@ from graphcache.capture.trial_call import TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
-from graphcache.graphs.capture import as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
+from graphcache.graphs.capture import TorchCall, as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.higher_order import compiled_runs_eagerly
@@ -283,16 +283,18 @@ class TorchRecorder:
             if reads.asked:
                 raise reads.refusal(reads.asked, self._name)
             graph = record_torch(
-                lambda: run(static),
-                inputs=[packed(tensor) for tensor in static],
-                direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
-                expected=expected,
-                lane=lane,
-                keep=call.kept(),
-                release=scope.close,
-                where=self._name,
-                shared=shares,
-                full_edges=self._full_edges,
+                TorchCall(
+                    lambda: run(static),
+                    inputs=[packed(tensor) for tensor in static],
+                    direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
+                    expected=expected,
+                    lane=lane,
+                    keep=call.kept(),
+                    release=scope.close,
+                    where=self._name,
+                    shared=shares,
+                    full_edges=self._full_edges,
+                )
             )
             try:
                 self._verify(graph, call, static, expected, run)

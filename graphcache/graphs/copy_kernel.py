@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,8 @@ Copies = ctypes.c_uint64 * (3 * MOST)
 """The kernel's only argument: from, to and the number of bytes, for each copy."""
 
 _THREADS = 256
+"""Of a block."""
+
 _WAITS = (9, 0)
 """The least compute capability at which a kernel can be launched while the one before still runs, and wait for it."""
 
@@ -119,30 +122,17 @@ end:
 """
 
 
+@dataclass(frozen=True, slots=True)
 class CopyKernel:
-    """The kernel, loaded on one device.
+    """The kernel, loaded on one device."""
 
-    Args:
-        function: A ``CUfunction``.
-        waits: Whether it waits by itself for what comes before it, so that it may begin earlier.
-    """
-
-    __slots__ = ("function", "waits")
-
-    def __init__(self, function: Any, waits: bool) -> None:
-        self.function = function
-        self.waits = waits
+    function: Any
+    """A ``CUfunction``."""
+    waits: bool
+    """Whether it waits by itself for what comes before it, so that it may begin earlier."""
 
     def launch(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
-        """Enqueue copies, of which none reads what another one writes.
-
-        Args:
-            copies: At most :data:`MOST` (to, from, number of bytes), of at most :data:`LARGEST` bytes each.
-            stream: A raw handle.
-
-        Raises:
-            CudaError: If the driver refuses.
-        """
+        """Enqueue at most :data:`MOST` copies (to, from, number of bytes), of which none reads what another writes."""
         values = Copies()
         for index, (to, source, nbytes) in enumerate(copies):
             values[3 * index : 3 * index + 3] = [source, to, nbytes]
@@ -152,14 +142,12 @@ class CopyKernel:
         driver.call("cuLaunchKernel", self.function, *grid, _THREADS, 1, 1, 0, stream, ctypes.addressof(arguments), 0)
 
 
+@dataclass(frozen=True, slots=True)
 class CopyKernels:
-    """The kernels of one device: one for copies before some work, and one for those behind it."""
+    """The kernels of one device: for copies before some work, and for copies after it."""
 
-    __slots__ = ("after", "before")
-
-    def __init__(self, before: CopyKernel, after: CopyKernel) -> None:
-        self.before = before
-        self.after = after
+    before: CopyKernel
+    after: CopyKernel
 
     def __contains__(self, function: int) -> bool:
         return function in (int(self.before.function), int(self.after.function))
@@ -167,34 +155,25 @@ class CopyKernels:
 
 @cache
 def copy_kernels(index: int) -> CopyKernels | None:
-    """The kernels, kept for good; ``None``, said once, if the driver does not take them, where its own copies do.
+    """The kernels, kept for good; ``None`` if the driver refuses them: its own copies do too.
 
     Not to be called within a capture, which loading code might break.
-
-    Args:
-        index: The device's.
     """
     waits = torch.cuda.get_device_capability(index) >= _WAITS
     try:
         with driver.on_device(index):
             module = driver.call("cuModuleLoadData", ptx(waits).encode() + b"\0")
-            before = CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy"), waits=False)
-            if not waits:
-                return CopyKernels(before, before)
-            return CopyKernels(
-                before, CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy_after"), waits=True)
-            )
+            before = after = CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy"), waits=False)
+            if waits:
+                after = CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy_after"), waits=True)
+            return CopyKernels(before, after)
     except CudaError as error:
         log.debug("copies are the driver's own on device %d: %s", index, error)
         return None
 
 
 def ptx(waits: bool) -> str:
-    """The source.
-
-    Args:
-        waits: Whether with ``graphcache_copy_after``, which devices before compute capability 9.0 cannot have.
-    """
+    """The source; ``graphcache_copy_after`` needs compute capability 9.0."""
     nbytes = ctypes.sizeof(Copies)
     entries = _ENTRY.format(name="graphcache_copy", nbytes=nbytes, wait="")
     if waits:

@@ -39,7 +39,7 @@ def _from_driver(graph: CudaGraph) -> str:
 
 def _tape_lines(graph: CpuTape) -> Iterator[str]:
     """A tape's inputs, operations and outputs as nodes, and an edge from each value to its users."""
-    steps, inputs = graph.steps()
+    inputs, steps, outputs = graph.recorded()
     yield "digraph host_graph {"
     yield "  node [shape=box, fontname=monospace];"
     positions = {id(tensor): index for index, tensor in enumerate(inputs)}
@@ -56,7 +56,7 @@ def _tape_lines(graph: CpuTape) -> Iterator[str]:
             if slot is not None:
                 # An operation that writes in place answers with what it was given.
                 made[slot] = step
-    for index, slot in enumerate(graph.output_slots()):
+    for index, slot in enumerate(outputs):
         yield f"  output{index} [label={_quoted(f'output {index}')}, style=rounded];"
         if slot in made:
             yield f"  step{made[slot]} -> output{index};"

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from graphcache.graphs import (
-    allocator,
     buffers,
     capture,
     copy_kernel,
@@ -1337,8 +1336,6 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
     patch.setattr(torch.Tensor, "clone", lambda tensor, **options: fake.driver.heap.clone(tensor, **options))
     patch.setattr(cuda, "_empty_like", fake.empty_like)
-    patch.setattr(allocator, "_empty_like", fake.empty_like)
-    patch.setattr(allocator, "_direct_allocator", lambda: None)
     for module in (cuda, stream_order):
         patch.setattr(module, "_raw_stream", fake.raw_stream)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import capture, driver
 from graphcache.graphs.buffers import packed
-from graphcache.graphs.capture import capture_enqueue, capturing, record_torch, refusal_of
+from graphcache.graphs.capture import TorchCall, capture_enqueue, capturing, record_torch, refusal_of
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.stream_order import StreamOrder, capture_lock
 from tests.graphs.fake_driver import Affine, Memory, Torch, address, installed, pointer
@@ -256,15 +256,17 @@ class Module:
     def record(self, direct: Sequence[bool] = (True, True), transposed: bool = True, shared: bool = False) -> CudaGraph:
         second = torch.empty(2, 2).t() if transposed else torch.empty(2, 2)
         return record_torch(
-            self,
-            inputs=[self.x, self.y],
-            direct=direct,
-            expected=[torch.empty(2, 2), second],
-            lane=self.lane,
-            keep=None,
-            release=self.release,
-            where="net",
-            shared=shared,
+            TorchCall(
+                self,
+                inputs=[self.x, self.y],
+                direct=direct,
+                expected=[torch.empty(2, 2), second],
+                lane=self.lane,
+                keep=None,
+                release=self.release,
+                where="net",
+                shared=shared,
+            )
         )
 
 
@@ -299,14 +301,16 @@ def test_an_expanded_input_is_copied_by_a_node_of_the_graph(fake: Torch) -> None
 
     static = row.expand(2, 2)
     graph = record_torch(
-        body,
-        inputs=[packed(static)],
-        direct=[True],
-        expected=[torch.empty(2, 2)],
-        lane=module.lane,
-        keep=None,
-        release=module.release,
-        where="net",
+        TorchCall(
+            body,
+            inputs=[packed(static)],
+            direct=[True],
+            expected=[torch.empty(2, 2)],
+            lane=module.lane,
+            keep=None,
+            release=module.release,
+            where="net",
+        )
     )
     assert graph.copies == 0
     for step in range(3):
@@ -399,14 +403,16 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
     module = Module(fake)
     with pytest.raises(Refusal) as caught:
         record_torch(
-            module,
-            inputs=[module.x],
-            direct=[True],
-            expected=[module.x],
-            lane=module.lane,
-            keep=None,
-            release=list,
-            where="net",
+            TorchCall(
+                module,
+                inputs=[module.x],
+                direct=[True],
+                expected=[module.x],
+                lane=module.lane,
+                keep=None,
+                release=list,
+                where="net",
+            )
         )
     assert caught.value.cause.reason is Reason.CAPTURE_FAILED
     assert sound(fake)
@@ -426,7 +432,11 @@ def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.
 
 def test_a_body_that_does_nothing(fake: Torch) -> None:
     with pytest.raises(Refusal) as caught:
-        record_torch(list, inputs=[], direct=[], expected=[], lane=StreamOrder(0), keep=None, release=list, where="net")
+        record_torch(
+            TorchCall(
+                list, inputs=[], direct=[], expected=[], lane=StreamOrder(0), keep=None, release=list, where="net"
+            )
+        )
     assert caught.value.cause.reason is Reason.EMPTY_GRAPH
     assert sound(fake)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError
-from graphcache.graphs import allocator, cuda, driver
+from graphcache.graphs import cuda, driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.executables import (
     ADDRESSES,
@@ -355,8 +355,7 @@ def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     lane = StreamOrder(0)
     made: list[CudaGraph] = [Affine(fake, 6, lane).bound() for _ in range(count)]
     blocks = Blocks(fake, made[0].outputs[0].buffer, 2 * count + 2)
-    for module in (cuda, allocator):
-        monkeypatch.setattr(module, "_empty_like", blocks)
+    monkeypatch.setattr(cuda, "_empty_like", blocks)
     monkeypatch.setattr(IoSlot, "fresh", lambda slot: blocks(slot.buffer))
     inputs = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(2)]
     functions = compiled_way.use(compiled, fake, monkeypatch)
