@@ -112,9 +112,7 @@ def padded_gap(got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float |
     least one step of the dtype, since an element near zero carries the rounding of the terms it is a sum of. Products
     in TF32 have the mantissa of float16, and its tolerance. With ``exactly``, only the same bits will do.
     """
-    if same_bits(got, wanted):
-        return None
-    if not exactly and got.dtype == wanted.dtype and _within(got, wanted, 0.0, times=PADDED, coarse=True):
+    if same_bits(got, wanted) or (not exactly and _within(got, wanted, 0.0, times=PADDED, coarse=True)):
         return None
     return largest_gap(got, wanted)
 
@@ -187,13 +185,17 @@ def _within(got: Tensor, wanted: Tensor, more: Tensor | float, *, times: float =
 
 
 def _coarse_tolerances(tensor: Tensor) -> tuple[float, float]:
-    """The tolerances of :func:`padded_gap`, once."""
+    """The relative and absolute tolerance of :func:`padded_gap`."""
     dtype = tensor.dtype
-    tf32 = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
-    if tensor.is_cuda and dtype in (torch.float32, torch.complex64) and tf32:
+    if tensor.is_cuda and dtype in (torch.float32, torch.complex64) and _has_tf32():
         dtype = torch.float16
     rtol, atol = default_tolerances(dtype)
     return rtol, max(atol, torch.finfo(dtype).eps) if dtype.is_floating_point or dtype.is_complex else atol
+
+
+def _has_tf32() -> bool:
+    """Whether cuDNN or cuBLAS may multiply in TF32."""
+    return torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
 
 
 def _wide(tensor: Tensor) -> Tensor:
