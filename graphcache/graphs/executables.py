@@ -178,7 +178,10 @@ class Executables:
 
     def _find(self, wanted: list[int]) -> int | None:
         """Which executable points there."""
-        return next((index for index in range(len(self.handles)) if self._row(index) == wanted), None)
+        for index in range(len(self.handles)):
+            if self._row(index) == wanted:
+                return index
+        return None
 
     def _nearest(self, wanted: Sequence[int]) -> int:
         """The executable that differs in the fewest addresses; of several, the first one from the hand on."""
