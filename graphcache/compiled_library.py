@@ -27,6 +27,8 @@ from graphcache.files import check_owner, user_cache
 
 _TIMEOUT = 600
 _SHOWN = 2000
+_COMPILERS = {"C": ("CC", ("cc", "gcc", "clang")), "C++": ("CXX", ("c++", "g++", "clang++"))}
+"""For each language the variable that names its compiler, and the programs to look for if it is not set."""
 
 
 class NotUsable(Exception):
@@ -110,18 +112,13 @@ def keep(library: Path, key: str) -> Path:
     return path
 
 
-def find_compiler(variable: str, names: tuple[str, ...], language: str, advice: str) -> list[str]:
-    """The compiler that an environment variable names, or the first of ``names`` that there is.
-
-    Args:
-        variable: Such as ``CXX``; it may contain options.
-        names: Programs to look for if it is not set.
-        language: For the message.
-        advice: What to install, for the message.
+def compiler(language: str) -> list[str]:
+    """The compiler of a language, ``"C"`` or ``"C++"``: what ``CC`` or ``CXX`` names, with options, or the first found.
 
     Raises:
         CompileError: If there is none.
     """
+    variable, names = _COMPILERS[language]
     if given := shlex.split(os.environ.get(variable, "")):
         if shutil.which(given[0]) is None:
             told = os.environ[variable]
@@ -130,7 +127,7 @@ def find_compiler(variable: str, names: tuple[str, ...], language: str, advice: 
     for name in names:
         if (found := shutil.which(name)) is not None:
             return [found]
-    raise CompileError(f"there is no {language} compiler; install {advice}, or name one in {variable}")
+    raise CompileError(f"there is no {language} compiler; install {names[1]} or {names[2]}, or name one in {variable}")
 
 
 def make(key: str, command: Callable[[Path], list[str]], check: Callable[[Path], None] | None = None) -> Path:

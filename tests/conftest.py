@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from graphcache.compiled_library import compiler
 from graphcache.config import Modes, modes
 from graphcache.dispatch import worker as background
 from graphcache.errors import CompileError
 from graphcache.graphs import native
-from graphcache.graphs.native.build import build, compiler
+from graphcache.graphs.native.build import build
 from graphcache.keys import ambient
 from tests import effort, shared
 
@@ -82,7 +83,7 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def compiled() -> Any:
     """The compiled library, made once per source for all workers; only without a C++ compiler its users are skipped."""
     try:
-        compiler()
+        compiler("C++")
     except CompileError as why:
         pytest.skip(str(why))
     with shared.alone("compile"), pytest.MonkeyPatch.context() as patch:

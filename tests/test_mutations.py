@@ -41,7 +41,7 @@ from graphcache.capture import recorder as record
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
 from graphcache.dispatch import preconditions as conditions
-from graphcache.graphs import host
+from graphcache.graphs import cpu_tape
 from graphcache.graphs import verify as judge
 from graphcache.keys import call as key_of_call
 from graphcache.keys import call_key, code_nodes, guards, state_nodes, value_nodes
@@ -431,7 +431,7 @@ def _a_write_of_the_tape_happens() -> bool:
     kept = torch.zeros(3)
     static = [torch.ones(3)]
     with suppress(graphcache.errors.Refusal):
-        host.HostGraph.record(lambda: [kept.add_(1), static[0] * 2][1:], static, threading.RLock())
+        cpu_tape.CpuTape.record(lambda: [kept.add_(1), static[0] * 2][1:], static, threading.RLock())
     return bool(kept.any())
 
 
@@ -795,7 +795,7 @@ CACHED = "tests/modules/test_cached.py::"
 ANSWERS = "tests/modules/test_answers.py::"
 SIGNATURE = "tests/keys/test_call_key.py::"
 LRU = "tests/cache/test_lru.py::"
-HOST = "tests/graphs/test_host.py::"
+HOST = "tests/graphs/test_cpu_tape.py::"
 STRATEGY = "tests/modules/test_strategy.py::"
 
 CURES: dict[str, Cure] = {
@@ -973,7 +973,7 @@ CURES: dict[str, Cure] = {
         both(
             replace(effects, "torch", Instead(torch, Generator=_No)),
             replace(effects, "_changed_objects", lambda *_: iter(())),
-            replace(host, "torch", Instead(torch, Generator=_No)),
+            replace(cpu_tape, "torch", Instead(torch, Generator=_No)),
         ),
         _a_generator_of_its_own_runs_ahead,
         EFFECTS + "test_a_generator_of_the_modules_own_advances_as_in_eager",
@@ -1002,7 +1002,7 @@ CURES: dict[str, Cure] = {
         EFFECTS + "test_while_somebody_profiles_nothing_is_captured",
     ),
     "the tape refuses writes before they happen": Cure(
-        replace(host, "written", nothing),
+        replace(cpu_tape, "written", nothing),
         _a_write_of_the_tape_happens,
         HOST + "test_writes_into_memory_that_outlives_the_call_are_refused_before_they_happen",
     ),
@@ -1018,8 +1018,8 @@ CURES: dict[str, Cure] = {
     ),
     "reads through the dispatcher are refused": Cure(
         both(
-            replace(host, "refuse_by_tag", nothing),
-            around(host._Tape, "_keep", _keep_no_numbers),
+            replace(cpu_tape, "refuse_by_tag", nothing),
+            around(cpu_tape._Recorder, "_keep", _keep_no_numbers),
             replace(record_torch, "_Reads", _NoReads),
             replace(record_torch, "verify", nothing),
         ),
@@ -1027,7 +1027,7 @@ CURES: dict[str, Cure] = {
         RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[item]",
     ),
     "a refusal that the module swallows counts": Cure(
-        lambda patch: patch.setattr(host._Tape, "refused", _never_refused, raising=False),
+        lambda patch: patch.setattr(cpu_tape._Recorder, "refused", _never_refused, raising=False),
         _a_swallowed_refusal_freezes_a_path,
         RECORD + "test_a_refusal_that_the_module_swallows_is_still_one",
     ),
@@ -1063,12 +1063,12 @@ CURES: dict[str, Cure] = {
     ),
     # answers
     "inputs are copied in": Cure(
-        replace(host.HostGraph, "replay", _without_copying_in),
+        replace(cpu_tape.CpuTape, "replay", _without_copying_in),
         _a_replay_answers_for_the_inputs_of_the_capture,
         HOST + "test_a_replay_equals_eager_bit_for_bit",
     ),
     "outputs are the caller's": Cure(
-        around(host.HostGraph, "replay", _into_the_same_memory),
+        around(cpu_tape.CpuTape, "replay", _into_the_same_memory),
         _an_answer_shares_memory_with_the_next_one,
         HOST + "test_outputs_are_fresh_and_intact_after_later_replays",
     ),
@@ -1133,7 +1133,7 @@ CURES: dict[str, Cure] = {
         LRU + "test_a_graph_larger_than_the_budget_is_refused_and_closed_and_nothing_else_changes",
     ),
     "a closed graph refuses": Cure(
-        replace(host.HostGraph, "_open_inputs", lambda self: self._inputs or []),
+        replace(cpu_tape.CpuTape, "_open_inputs", lambda self: self._inputs or []),
         _a_graph_closed_by_another_thread_is_an_error,
         HOST + "test_close_is_idempotent_and_later_replays_say_what_to_do",
     ),

@@ -7,34 +7,34 @@ from contextlib import nullcontext
 import pytest
 
 from graphcache.dispatch import targets
-from graphcache.graphs import capture, cuda, driver, lane, slots
+from graphcache.graphs import capture, cuda, driver, io_slots, stream_order
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
-LANE = "tests/graphs/test_lane.py::"
+LANE = "tests/graphs/test_stream_order.py::"
 CUDA = "tests/graphs/test_cuda.py::"
 CAPTURE = "tests/graphs/test_capture.py::"
 ENGINE = "tests/modules/test_engine_module.py::"
 
 
-def _enter_without_waiting(self: lane.Lane, stream: int) -> None:
+def _enter_without_waiting(self: stream_order.StreamOrder, stream: int) -> None:
     self.stream, self.handle = stream, driver.binding().CUstream(stream)
 
 
 CURES: dict[str, tuple[TakeOut, str]] = {
     "launches on several streams are ordered": (
-        replace(lane.Lane, "enter", _enter_without_waiting),
+        replace(stream_order.StreamOrder, "enter", _enter_without_waiting),
         CUDA + "test_any_inputs_on_any_streams",
     ),
     "a graph is destroyed after its last launch": (
-        replace(lane.Lane, "_due", lambda self, wait: len(self._releases)),
+        replace(stream_order.StreamOrder, "_due", lambda self, wait: len(self._releases)),
         CUDA + "test_close_waits_for_the_last_launch",
     ),
     "an evicted graph stays until its last launch has finished": (
-        replace(lane.Lane, "_due", lambda self, wait: len(self._releases)),
+        replace(stream_order.StreamOrder, "_due", lambda self, wait: len(self._releases)),
         ENGINE + "test_an_eviction_waits_for_no_replay_and_frees_nothing_early",
     ),
     "what was put off is made up for": (
-        replace(lane.Lane, "reap", nothing),
+        replace(stream_order.StreamOrder, "reap", nothing),
         LANE + "test_what_was_put_off_is_made_up_for",
     ),
     "nothing is waited for inside a capture": (
@@ -50,7 +50,9 @@ CURES: dict[str, tuple[TakeOut, str]] = {
         CAPTURE + "test_no_collection_inside",
     ),
     "a tensor that is not aligned is copied": (
-        around(slots.Slot, "__init__", lambda original, self, buffer, pointers, _: original(self, buffer, pointers, 1)),
+        around(
+            io_slots.IoSlot, "__init__", lambda original, self, buffer, pointers, _: original(self, buffer, pointers, 1)
+        ),
         CUDA + "test_an_unaligned_out_is_refused_by_kernels_and_taken_by_copies",
     ),
     "an engine's graphs of before a refit are stale": (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
 from graphcache.errors import Cause
-from graphcache.graphs.lane import Lane
+from graphcache.graphs.stream_order import StreamOrder
 
 _TORCH_TENSORRT = ("PythonTorchTensorRTModule", "TorchTensorRTModule")
 """The classes of Torch-TensorRT whose modules hold one engine each."""
@@ -36,7 +36,7 @@ class EngineLike(nn.Module):
     engine: Engine
     contexts: ContextPool
     device: torch.device
-    lane: Lane
+    lane: StreamOrder
     users: WeakSet[Any]
     """Wrapped modules that may hold graphs of the engine; each is cleared before it changes."""
     epoch: int

@@ -20,14 +20,14 @@ from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
-from graphcache.graphs.copies import find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import copy_kernels
+from graphcache.graphs.copy_nodes import find_copies, order_copies, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.lane import Lane, own_stream
-from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
-from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
+from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
+from graphcache.graphs.stream_order import StreamOrder, own_stream
 from graphcache.graphs.verify import Round, largest_gap, perturb, repeats, verify
 from graphcache.keys.call import Call
 
@@ -63,7 +63,7 @@ class EngineRecorder:
         outcome: Recorded | Cause
         try:
             begin()
-            lane = Lane(module.device.index) if sharing is Sharing.NOTHING else module.lane
+            lane = StreamOrder(module.device.index) if sharing is Sharing.NOTHING else module.lane
             shares = self._contexts.shares and sharing is Sharing.ALL
             with capturing(lane), torch.inference_mode(False), torch.no_grad():
                 scratch = lane.scratch(module.engine.scratch_bytes)
@@ -116,7 +116,7 @@ class EngineRecorder:
         given: Sequence[Tensor],
         profile: int,
         answer: list[Tensor],
-        lane: Lane,
+        lane: StreamOrder,
         context: Context,
         shared: bool,
     ) -> CudaGraph:
@@ -202,7 +202,7 @@ class _EngineIO:
         static: Sequence[Tensor],
         plain: Sequence[bool],
         outputs: Sequence[Tensor],
-        lane: Lane,
+        lane: StreamOrder,
         *,
         full_edges: bool,
     ) -> None:
@@ -243,7 +243,7 @@ class _EngineIO:
                 pointers = find_pointers(first, second, ours, others)
             undo.pop_all()
         places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
-        return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
+        return self._graph(first, [IoSlot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
 
     def copying(self) -> CudaGraph:
         """A graph that begins and ends with nodes that copy, which are pointed at the caller's tensors.
@@ -269,7 +269,7 @@ class _EngineIO:
                 raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
             undo.pop_all()
         places = [next(found) if each else [] for each in copied]
-        return self._graph(captured, [Slot(own, place, 1) for own, place in zip(ours, places, strict=True)])
+        return self._graph(captured, [IoSlot(own, place, 1) for own, place in zip(ours, places, strict=True)])
 
     def _capture(self, enqueue: Callable[[int], bool]) -> Any:
         with self._module.engine.collect_errors() as said:
@@ -290,7 +290,7 @@ class _EngineIO:
         self._context.set_inputs(inputs, self._profile, stream)
         self._context.set_outputs(list(given))
 
-    def _graph(self, captured: Any, slots: Sequence[Slot]) -> CudaGraph:
+    def _graph(self, captured: Any, slots: Sequence[IoSlot]) -> CudaGraph:
         count = len(self._inputs)
         return CudaGraph(
             captured,

@@ -11,7 +11,7 @@ from torch import Tensor
 from graphcache.capture.engine_like import EngineLike
 from graphcache.engines.context import Context
 from graphcache.errors import Cause, Refusal
-from graphcache.graphs.lane import Lane
+from graphcache.graphs.stream_order import StreamOrder
 
 
 class EngineScope:
@@ -24,7 +24,7 @@ class EngineScope:
         lane: The lane of the graph; the contexts share its scratch memory.
     """
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: StreamOrder) -> None:
         self._lane = lane
         self._contexts: list[tuple[EngineLike, Context]] = []
         self._calls = 0

@@ -22,12 +22,12 @@ from graphcache.capture.trial_call import TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
-from graphcache.graphs.capture import as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
+from graphcache.graphs.capture import TorchCall, as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
+from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.higher_order import compiled_runs_eagerly
-from graphcache.graphs.host import HostGraph
-from graphcache.graphs.lane import Lane
 from graphcache.graphs.operations import HostReads, storage_of
+from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
 from graphcache.keys.call import Call
 from graphcache.keys.guards import ModuleGuard
@@ -58,7 +58,7 @@ class TorchRecorder:
         self._guard = guard
         self._verified, self._full_edges = config.verify, config.recording.full_edges
         self._host_lock = threading.RLock()
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, StreamOrder] = {}
         self._passing = 0
 
     def attempt(
@@ -246,13 +246,13 @@ class TorchRecorder:
             call.call(static)
         if found := reads.read or reads.asked:
             raise reads.refusal(found, self._name)
-        graph = HostGraph.record(lambda: call.run(static).tensors, writable, self._host_lock)
+        graph = CpuTape.record(lambda: call.run(static).tensors, writable, self._host_lock)
         self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
         return graph
 
     def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
         # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
-        lane = self._lanes.setdefault(index, Lane(index)) if shares else Lane(index)
+        lane = self._lanes.setdefault(index, StreamOrder(index)) if shares else StreamOrder(index)
         scope = EngineScope(lane)
 
         @contextmanager
@@ -283,16 +283,18 @@ class TorchRecorder:
             if reads.asked:
                 raise reads.refusal(reads.asked, self._name)
             graph = record_torch(
-                lambda: run(static),
-                inputs=[packed(tensor) for tensor in static],
-                direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
-                expected=expected,
-                lane=lane,
-                keep=call.kept(),
-                release=scope.close,
-                where=self._name,
-                shared=shares,
-                full_edges=self._full_edges,
+                TorchCall(
+                    lambda: run(static),
+                    inputs=[packed(tensor) for tensor in static],
+                    direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
+                    expected=expected,
+                    lane=lane,
+                    keep=call.kept(),
+                    release=scope.close,
+                    where=self._name,
+                    shared=shares,
+                    full_edges=self._full_edges,
+                )
             )
             try:
                 self._verify(graph, call, static, expected, run)

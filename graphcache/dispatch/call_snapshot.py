@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphcache.graphs.buffers import static_copies
-from graphcache.graphs.lane import own_stream
+from graphcache.graphs.stream_order import own_stream
 from graphcache.keys.ambient import has_modes
 from graphcache.keys.call import Call
 from graphcache.keys.call_key import describe, substitute

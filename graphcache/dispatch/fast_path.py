@@ -25,10 +25,9 @@ from graphcache.dispatch.targets import EngineGuard, EngineTarget, Target
 from graphcache.errors import CudaError
 from graphcache.events import log
 from graphcache.graphs import driver, native
-from graphcache.graphs.allocator import allocator
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.lane import Lane
+from graphcache.graphs.stream_order import StreamOrder
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.call import Call
 from graphcache.keys.call_key import describe_layout, is_flat
@@ -151,7 +150,7 @@ def put(
         tuple([slot.raw for slot in slots]),
         tuple([slot.buffer for slot in outputs]),
         # A device's memory comes from where the buffer's came from.
-        tuple([None if slot.buffer.is_cuda else allocator(slot.buffer) for slot in outputs]),
+        tuple([None if slot.buffer.is_cuda else slot.fresh for slot in outputs]),
     )
 
 
@@ -189,14 +188,14 @@ def new_table() -> Any:
         log.debug("hits are answered in Python: %s", error)
         return None
     return library.Table(
-        (CudaGraph, Lane, Entry, Modes),
+        (CudaGraph, StreamOrder, Entry, Modes),
         modes,
         ticks,
         raw_stream,
         # Torch knows its streams by numbers that can be compared without a call of Python's.
         raw_stream is getattr(torch._C, "_cuda_getCurrentRawStream", None),
         current_device if several_devices() else None,
-        driver.failure_of,
+        driver.failure,
         (torch.cuda.OutOfMemoryError, CudaError),
         functions,
     )

@@ -1,1 +1,1 @@
-"""One graph: captured, replayed, verified, destroyed. The only room that captures and launches."""
+"""One CUDA graph: captured, patched, launched, verified, destroyed. Only this layer captures and launches."""

@@ -12,17 +12,7 @@ def static_copy(tensor: Tensor) -> Tensor:
     """A buffer of the same shape, strides, dtype, device and attributes, holding the same values.
 
     The strides are kept because an operation's result may depend on them. Elements that overlap (an expanded tensor)
-    overlap in the buffer too, which is then written through :func:`packed`.
-
-    Args:
-        tensor: A strided tensor on any device, of any shape, 0-d and empty ones too.
-
-    Returns:
-        A tensor that is not part of any autograd graph and that may be written in any grad mode.
-
-    Example:
-        >>> static_copy(torch.zeros(3, 4).t()).stride()
-        (1, 4)
+    overlap in the buffer too, which is then written through :func:`packed`. It can be written in any grad mode.
     """
     with torch.inference_mode(False), torch.no_grad():
         buffer = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -32,14 +22,7 @@ def static_copy(tensor: Tensor) -> Tensor:
 
 
 def static_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A :func:`static_copy` of each tensor; one tensor given several times has one buffer, several times.
-
-    Example:
-        >>> x = torch.zeros(2)
-        >>> one, other, again = static_copies([x, torch.zeros(2), x])
-        >>> one is again, one is other
-        (True, False)
-    """
+    """A :func:`static_copy` of each tensor; one tensor given several times has one buffer, several times."""
     made = {id(tensor): static_copy(tensor) for tensor in {id(each): each for each in tensors}.values()}
     return [made[id(tensor)] for tensor in tensors]
 
@@ -47,12 +30,8 @@ def static_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 def packed(tensor: Tensor) -> Tensor:
     """The memory of a tensor as one that can be written: the tensor itself, unless elements of it overlap.
 
-    Axes that were expanded have size 1 then. What overlaps in another way (windows that slide) is the whole block of
-    memory from the first element to the last.
-
-    Example:
-        >>> packed(torch.zeros(3, 1).expand(3, 4)).shape
-        torch.Size([3, 1])
+    Axes that were expanded have size 1 then. Elements that overlap in another way (windows that slide) become the whole
+    block of memory from the first element to the last.
     """
     if tensor.is_contiguous() or not _overlaps(tensor):
         return tensor
@@ -64,20 +43,15 @@ def packed(tensor: Tensor) -> Tensor:
 
 
 def put(buffer: Tensor, tensor: Tensor) -> None:
-    """Copy a tensor into a static buffer, as :func:`packed` gave it, of a tensor of the same shape.
-
-    Where the buffer was packed, the tensor has the strides of what it was packed of.
-    """
+    """Copy a tensor into a static buffer of the same layout, which may be :func:`packed`."""
     buffer.copy_(tensor if tensor.shape == buffer.shape else packed(tensor))
 
 
 def poison(tensors: Sequence[Tensor], *, indices: int = -1) -> None:
-    """Overwrite tensors with what no right answer is: NaN where they are floating, ``indices`` and ``True`` elsewhere.
+    """Overwrite tensors with wrong values: NaN where they are floating, ``indices`` and ``True`` elsewhere.
 
-    Args:
-        tensors: Tensors without overlapping elements.
-        indices: For integers. Static inputs get 0, which is hardly ever an invalid index: a graph that reads one by
-            mistake must give a wrong answer, not an access out of bounds.
+    Static inputs get ``indices=0``, a valid index almost everywhere: a graph that reads one by mistake must give a
+    wrong answer, not an access out of bounds.
     """
     with torch.inference_mode(False), torch.no_grad():
         for tensor in tensors:
@@ -102,10 +76,7 @@ def is_plain_copy(tensor: Tensor, buffer: Tensor) -> bool:
 
 
 def hollow_like(tensor: Tensor) -> Tensor:
-    """A tensor that looks like a dense one, on the same device, and has no memory: to allocate others by.
-
-    Reading or writing it is an error, and on a device an access to address 0.
-    """
+    """A tensor of the same layout and device without memory, to allocate others by; it must not be read or written."""
     with torch.inference_mode(False):
         made = tensor.new_empty_strided(tensor.shape, tensor.stride())
         made.untyped_storage().resize_(0)
@@ -127,7 +98,7 @@ def nbytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory. It says so of some interleaved layouts that share none."""
+    """Whether two elements may share memory; also true of some interleaved layouts that share none."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:

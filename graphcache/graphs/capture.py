@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -15,33 +16,23 @@ from torch.cuda import graphs as torch_graphs
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
-from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies
 from graphcache.graphs.copy_kernel import copy_kernels
+from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Body
-from graphcache.graphs.lane import Lane, capture_lock, own_stream
-from graphcache.graphs.pointers import CannotBind
-from graphcache.graphs.slots import Slot
+from graphcache.graphs.io_slots import IoSlot
+from graphcache.graphs.param_patching import CannotBind
+from graphcache.graphs.process_wide import process_wide
+from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream
 
 
-def capture_enqueue(enqueue: Callable[[int], bool], lane: Lane, where: str, said: Callable[[], str] = str) -> Any:
-    """Capture work that allocates nothing and says itself whether it could be enqueued, such as a TensorRT engine.
+def capture_enqueue(
+    enqueue: Callable[[int], bool], lane: StreamOrder, where: str, messages: Callable[[], str] = str
+) -> Any:
+    """Capture work that allocates nothing and returns whether it could be enqueued, such as a TensorRT engine.
 
-    The work must have run once before, outside of any capture, with the same shapes.
-
-    Args:
-        enqueue: Enqueues the work on a stream (a raw handle); ``False`` if it refused.
-        lane: Whose device it is.
-        where: The engine's name.
-        said: What TensorRT said, for the message.
-
-    Returns:
-        A ``CUgraph``, to be destroyed by the caller.
-
-    Raises:
-        Refusal: If the work refused or failed.
-        CudaError: If the driver failed for another reason.
+    It has run before with the same shapes, outside of any capture. The caller destroys the returned ``CUgraph``.
     """
     stream = own_stream(lane.index, "capture")
     handle = driver.binding().CUstream(stream.cuda_stream)
@@ -54,114 +45,122 @@ def capture_enqueue(enqueue: Callable[[int], bool], lane: Lane, where: str, said
         except BaseException as error:
             accepted = error
         captured = driver.end_capture(handle)
-    if isinstance(accepted, BaseException) or not accepted or captured is None:
-        if captured is not None:
-            driver.call("cuGraphDestroy", captured)
-        if isinstance(accepted, BaseException):
-            try:
-                raise accepted
-            finally:
-                # The exception refers to this frame: no cycle may keep buffers until the next collection.
-                accepted = False
-        raise Refusal(Reason.NOT_CAPTURABLE, where, said() or "the enqueue was refused or invalidated the capture")
-    return captured
+    if captured is not None:
+        if accepted and not isinstance(accepted, BaseException):
+            return captured
+        driver.call("cuGraphDestroy", captured)
+    if isinstance(accepted, BaseException):
+        try:
+            raise accepted
+        finally:
+            # The exception refers to this frame: no cycle may keep buffers until the next collection.
+            accepted = False
+    raise Refusal(Reason.NOT_CAPTURABLE, where, messages() or "the enqueue was refused or invalidated the capture")
 
 
-def record_torch(
-    body: Body,
-    *,
-    inputs: Sequence[Tensor],
-    direct: Sequence[bool],
-    expected: Sequence[Tensor],
-    lane: Lane,
-    keep: object,
-    release: Callable[[], object],
-    where: str,
-    shared: bool = False,
-    full_edges: bool = False,
-) -> CudaGraph:
+@dataclass(frozen=True, slots=True)
+class TorchCall:
+    """PyTorch operations to be captured. They have run before, on the capture stream, outside of any capture."""
+
+    body: Body
+    _: KW_ONLY
+    inputs: Sequence[Tensor]
+    """Static inputs."""
+    direct: Sequence[bool]
+    """For each input whether the caller's tensor has the same layout, so that one plain copy moves it."""
+    expected: Sequence[Tensor]
+    """What the body returned when it ran before."""
+    lane: StreamOrder
+    keep: object
+    """What the body refers to beyond its own closure."""
+    release: Callable[[], object]
+    """Called once the graph is gone."""
+    where: str
+    """The module's name, for messages."""
+    shared: bool = False
+    """Whether other graphs use the lane's memory pool too, so that no graph is charged for it."""
+    full_edges: bool = False
+    """Whether every kernel waits for the ones before it, however it was launched."""
+
+
+def record_torch(call: TorchCall) -> CudaGraph:
     """Capture PyTorch operations, and engines between them; what they allocate comes from the lane's memory pool.
 
     Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors.
 
-    The capture is the driver's and the pool is PyTorch's. ``torch.cuda.CUDAGraph`` would do
-    both, but a failed capture leaves it, the allocator and the random number generator half way through
-    (pytorch/pytorch#92684, #190348).
-
-    The body must have run before, on the capture stream, outside of any capture.
-
-    Args:
-        body: Runs the call on ``inputs`` and returns its outputs.
-        inputs: Static inputs.
-        direct: For each whether the caller's tensor has the same layout, so that one plain copy moves it.
-        expected: What the body returned when it ran before.
-        lane: Orders this graph's launches.
-        keep: What the body refers to beyond its own closure.
-        release: Called once the graph is gone.
-        where: The module's name.
-        shared: Whether other graphs use the lane's memory pool too, so that no graph is charged for it.
-        full_edges: Whether every kernel waits for the ones before it, however it was launched.
-
     Raises:
         Refusal: If the body did something that cannot be captured.
     """
-    sources, targets = [torch.empty_like(each) for each in inputs], [torch.empty_like(each) for each in expected]
-    whole = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
-    pool, kernels = lane.pool(), copy_kernels(lane.index)
+    sources = [torch.empty_like(each) for each in call.inputs]
+    targets = [torch.empty_like(each) for each in call.expected]
+    whole = [plain and is_dense(static) for plain, static in zip(call.direct, call.inputs, strict=True)]
+    pool, kernels = call.lane.pool(), copy_kernels(call.lane.index)
     outputs: list[Tensor] = []
 
     def enqueue(stream: int) -> bool:
-        given = zip(inputs, sources, whole, strict=True)
+        given = zip(call.inputs, sources, whole, strict=True)
         copy_before([(static, source) for static, source, copied in given if copied], stream, kernels)
-        outputs.extend(body())
+        outputs.extend(call.body())
         made = zip(targets, outputs, strict=True)
         copy_after([(target, output) for target, output in made if _copies_whole(output, target)], stream, kernels)
         return True
 
-    # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this lane or another,
-    # and lose when this lane is closed (pytorch/pytorch#193402). So each capture starts and ends without, and finds
-    # its workspace in the pool of its own lane, where it stays.
-    forget_workspaces()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), quiet_collector(), pool.allocating():
-            captured = capture_enqueue(enqueue, lane, where)
-    except Refusal:
-        raise
-    except Exception as error:
-        raise refusal_of(error, where) from error
-    finally:
-        forget_workspaces()
+    captured = _capture_torch(call, enqueue)
+    with ExitStack() as undo:
+        undo.callback(driver.call, "cuGraphDestroy", captured)
+        copied = [*whole, *(_copies_whole(output, target) for output, target in zip(outputs, targets, strict=True))]
+        moved = [tensor for tensor, each in zip([*sources, *targets], copied, strict=True) if each]
+        if call.full_edges:
+            make_all_full(captured)
+        order_copies(captured, kernels, early=not call.full_edges)
+        try:
+            found = iter(find_copies(captured, moved, kernels))
+        except CannotBind as why:
+            raise Refusal(Reason.CAPTURE_FAILED, call.where, str(why)) from why
+        pointers = [next(found) if each else [] for each in copied]
+        slots = [IoSlot(own, each, 1) for own, each in zip([*call.inputs, *outputs], pointers, strict=True)]
+        undo.pop_all()
+
+    release = call.release
 
     def destroy() -> None:
         driver.call("cuGraphDestroy", captured)
         release()
 
-    with ExitStack() as undo:
-        undo.callback(driver.call, "cuGraphDestroy", captured)
-        pairs = list(zip(sources, whole, strict=True))
-        pairs += [(target, _copies_whole(output, target)) for output, target in zip(outputs, targets, strict=True)]
-        if full_edges:
-            make_all_full(captured)
-        order_copies(captured, kernels, early=not full_edges)
-        try:
-            found = iter(find_copies(captured, [tensor for tensor, copied in pairs if copied], kernels))
-        except CannotBind as why:
-            raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
-        pointers = [next(found) if copied else [] for _, copied in pairs]
-        slots = [Slot(buffer, places, 1) for buffer, places in zip([*inputs, *outputs], pointers, strict=True)]
-        undo.pop_all()
     return CudaGraph(
         captured,
-        inputs=slots[: len(inputs)],
-        outputs=slots[len(inputs) :],
-        lane=lane,
-        keep=(keep, body, pool),
+        inputs=slots[: len(call.inputs)],
+        outputs=slots[len(call.inputs) :],
+        lane=call.lane,
+        keep=(call.keep, call.body, pool),
         release=destroy,
-        pool_bytes=0 if shared else pool.nbytes,
+        pool_bytes=0 if call.shared else pool.nbytes,
     )
 
 
+def _capture_torch(call: TorchCall, enqueue: Callable[[int], bool]) -> Any:
+    """Capture with PyTorch allocating in the lane's pool.
+
+    The capture is the driver's. A capture of ``torch.cuda.CUDAGraph`` that fails leaves the allocator and the random
+    number generator half way through (pytorch/pytorch#92684, #190348).
+    """
+    # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this lane or another,
+    # and lose when this lane is closed (pytorch/pytorch#193402). So each capture starts and ends without, and finds
+    # its workspace in the pool of its own lane, where it stays.
+    forget_workspaces()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), quiet_collector(), call.lane.pool().allocating():
+            return capture_enqueue(enqueue, call.lane, call.where)
+    except Refusal:
+        raise
+    except Exception as error:
+        raise refusal_of(error, call.where) from error
+    finally:
+        forget_workspaces()
+
+
 def _copies_whole(output: Tensor, target: Tensor) -> bool:
+    """Whether one plain copy moves an output."""
     return is_dense(output) and output.stride() == target.stride()
 
 
@@ -181,11 +180,10 @@ def refusal_of(error: Exception, where: str) -> Refusal:
 
 
 @contextmanager
-def capturing(lane: Lane) -> Iterator[torch.cuda.ExternalStream]:
-    """Hold the device's capture lock and the lane, with everything ordered on the capture stream.
+def capturing(lane: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
+    """Hold the device's capture lock and the lane; the capture stream is current and follows the caller's stream.
 
-    Inside, the capture stream is current and follows what the caller's stream did so far; afterwards the caller's
-    stream follows it, and is current again, whatever happened.
+    Afterwards the caller's stream follows the capture stream and is current again, whatever happened.
     """
     with capture_lock(lane.index), lane.lock, torch.cuda.device(lane.index):
         before = torch.cuda.current_stream()
@@ -207,51 +205,44 @@ def as_if_capturing() -> Iterator[None]:
     """Inside, modules that ask PyTorch whether this thread captures are told that it does, though it runs eagerly.
 
     Some take another path then: Transformers do not look into attention masks, since the host cannot read them. The
-    graph gives the answers of that path, so that these are the eager answers that it is held against.
+    graph gives the answers of that path, so it is verified against that path.
     """
     _pretending.depth = getattr(_pretending, "depth", 0) + 1
-    with _patch_lock:
-        _users.append(None)
-        torch_graphs._cuda_isCurrentStreamCapturing = _is_capturing  # type: ignore[attr-defined]
     try:
-        yield
+        with _patched_question():
+            yield
     finally:
         _pretending.depth -= 1
-        with _patch_lock:
-            _users.pop()
-            if not _users:
-                torch_graphs._cuda_isCurrentStreamCapturing = _ask_driver  # type: ignore[attr-defined]
 
 
 _ask_driver: Callable[[], bool] = torch_graphs._cuda_isCurrentStreamCapturing  # type: ignore[attr-defined]
 _pretending = threading.local()
-_patch_lock = threading.Lock()
-_users: list[None] = []
-"""One for each block of :func:`as_if_capturing` that is entered, in any thread."""
 
 
-def _is_capturing() -> bool:
-    return bool(getattr(_pretending, "depth", 0)) or _ask_driver()
-
-
+@process_wide
 @contextmanager
-def quiet_collector() -> Iterator[None]:
-    """Inside, in any thread, no garbage is collected: that may destroy CUDA objects of anybody, which a capture in the
-    collecting thread does not survive."""
-    with _collector_lock:
-        if not _quiet:
-            _quiet.append(gc.isenabled())
-            gc.disable()
-        _quiet.append(True)
+def _patched_question() -> Iterator[None]:
+    """Inside, PyTorch asks :func:`_is_capturing`."""
+    torch_graphs._cuda_isCurrentStreamCapturing = _is_capturing  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        with _collector_lock:
-            _quiet.pop()
-            if len(_quiet) == 1 and _quiet.pop():
-                gc.enable()
+        torch_graphs._cuda_isCurrentStreamCapturing = _ask_driver  # type: ignore[attr-defined]
 
 
-_collector_lock = threading.Lock()
-_quiet: list[bool] = []
-"""Whether the collector was enabled before, then one element for each block that is entered."""
+def _is_capturing() -> bool:
+    """Whether this thread captures, or is inside of :func:`as_if_capturing`."""
+    return bool(getattr(_pretending, "depth", 0)) or _ask_driver()
+
+
+@process_wide
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Inside, no thread collects garbage: that may destroy CUDA objects, which ends a capture in the same thread."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -3,15 +3,18 @@
 A node that the driver makes of a copy moves one tensor, and pointing it elsewhere takes the host twice as long as
 pointing a kernel (1.3 against 0.6 µs for an input and an output, H200, driver 580): the driver checks the memory anew.
 
-The kernel is written in PTX, the driver's own assembly, which it translates for whatever device there is. So neither a
-compiler nor a library of CUDA is needed.
+The kernel is written in PTX, which the driver translates for whatever device there is: neither a compiler nor a library
+of CUDA is needed.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -30,6 +33,8 @@ Copies = ctypes.c_uint64 * (3 * MOST)
 """The kernel's only argument: from, to and the number of bytes, for each copy."""
 
 _THREADS = 256
+"""Of a block."""
+
 _WAITS = (9, 0)
 """The least compute capability at which a kernel can be launched while the one before still runs, and wait for it."""
 
@@ -40,109 +45,22 @@ _PTX = """
 {entries}
 """
 
-# A row of blocks for each copy. Addresses may change with every launch, and so may what they are divisible by: 16 bytes
-# at a time and a rest of single ones, or else 4 at a time, or else single bytes.
-_ENTRY = """
-.visible .entry {name}(.param .align 8 .b8 copies[{nbytes}])
-{{
-  .reg .pred %done;
-  .reg .b16 %byte;
-  .reg .b32 %block, %threads, %index, %a, %b, %c, %d;
-  .reg .b64 %copy, %from, %to, %nbytes, %first, %step, %at, %end, %source, %target, %odd;
-  {wait}
-  mov.u32 %index, %ctaid.y;
-  mul.wide.u32 %at, %index, 24;
-  mov.b64 %copy, copies;
-  add.s64 %copy, %copy, %at;
-  ld.param.u64 %from, [%copy];
-  ld.param.u64 %to, [%copy+8];
-  ld.param.u64 %nbytes, [%copy+16];
-  cvta.to.global.u64 %from, %from;
-  cvta.to.global.u64 %to, %to;
-  mov.u32 %threads, %ntid.x;
-  mov.u32 %block, %ctaid.x;
-  mov.u32 %index, %tid.x;
-  mad.lo.u32 %index, %block, %threads, %index;
-  cvt.u64.u32 %first, %index;
-  mov.u32 %block, %nctaid.x;
-  mul.wide.u32 %step, %block, %threads;
-  or.b64 %odd, %from, %to;
-  and.b64 %odd, %odd, 15;
-  setp.eq.u64 %done, %odd, 0;
-  @%done bra sixteen;
-  or.b64 %odd, %odd, %nbytes;
-  and.b64 %odd, %odd, 3;
-  setp.eq.u64 %done, %odd, 0;
-  @%done bra four;
-  mov.b64 %at, %first;
-  bra one;
-sixteen:
-  and.b64 %end, %nbytes, -16;
-  shl.b64 %at, %first, 4;
-  shl.b64 %odd, %step, 4;
-next_sixteen:
-  setp.ge.u64 %done, %at, %end;
-  @%done bra rest;
-  add.s64 %source, %from, %at;
-  add.s64 %target, %to, %at;
-  ld.global.v4.u32 {{%a, %b, %c, %d}}, [%source];
-  st.global.v4.u32 [%target], {{%a, %b, %c, %d}};
-  add.s64 %at, %at, %odd;
-  bra next_sixteen;
-rest:
-  add.s64 %at, %end, %first;
-  bra one;
-four:
-  shl.b64 %at, %first, 2;
-  shl.b64 %odd, %step, 2;
-next_four:
-  setp.ge.u64 %done, %at, %nbytes;
-  @%done bra end;
-  add.s64 %source, %from, %at;
-  add.s64 %target, %to, %at;
-  ld.global.u32 %a, [%source];
-  st.global.u32 [%target], %a;
-  add.s64 %at, %at, %odd;
-  bra next_four;
-one:
-  setp.ge.u64 %done, %at, %nbytes;
-  @%done bra end;
-  add.s64 %source, %from, %at;
-  add.s64 %target, %to, %at;
-  ld.global.u8 %byte, [%source];
-  st.global.u8 [%target], %byte;
-  add.s64 %at, %at, %step;
-  bra one;
-end:
-  ret;
-}}
-"""
+_SOURCE = Path(__file__).with_name("copy_kernel.ptx")
+"""A row of blocks for each copy, 16 bytes at a time and a rest of single bytes, or 4 at a time, or single bytes: the
+alignment of addresses may change with every launch."""
 
 
+@dataclass(frozen=True, slots=True)
 class CopyKernel:
-    """The kernel, loaded on one device.
+    """The kernel, loaded on one device."""
 
-    Args:
-        function: A ``CUfunction``.
-        waits: Whether it waits by itself for what comes before it, so that it may begin earlier.
-    """
-
-    __slots__ = ("function", "waits")
-
-    def __init__(self, function: Any, waits: bool) -> None:
-        self.function = function
-        self.waits = waits
+    function: Any
+    """A ``CUfunction``."""
+    waits: bool
+    """Whether it waits by itself for what comes before it, so that it may begin earlier."""
 
     def launch(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
-        """Enqueue copies, of which none reads what another one writes.
-
-        Args:
-            copies: At most :data:`MOST` (to, from, number of bytes), of at most :data:`LARGEST` bytes each.
-            stream: A raw handle.
-
-        Raises:
-            CudaError: If the driver refuses.
-        """
+        """Enqueue at most :data:`MOST` copies (to, from, number of bytes), of which none reads what another writes."""
         values = Copies()
         for index, (to, source, nbytes) in enumerate(copies):
             values[3 * index : 3 * index + 3] = [source, to, nbytes]
@@ -152,14 +70,12 @@ class CopyKernel:
         driver.call("cuLaunchKernel", self.function, *grid, _THREADS, 1, 1, 0, stream, ctypes.addressof(arguments), 0)
 
 
+@dataclass(frozen=True, slots=True)
 class CopyKernels:
-    """The kernels of one device: one for copies before some work, and one for those behind it."""
+    """The kernels of one device: for copies before some work, and for copies after it."""
 
-    __slots__ = ("after", "before")
-
-    def __init__(self, before: CopyKernel, after: CopyKernel) -> None:
-        self.before = before
-        self.after = after
+    before: CopyKernel
+    after: CopyKernel
 
     def __contains__(self, function: int) -> bool:
         return function in (int(self.before.function), int(self.after.function))
@@ -167,37 +83,28 @@ class CopyKernels:
 
 @cache
 def copy_kernels(index: int) -> CopyKernels | None:
-    """The kernels, kept for good; ``None``, said once, if the driver does not take them, where its own copies do.
+    """The kernels, kept for good; ``None`` if the driver refuses them: its own copies do too.
 
     Not to be called within a capture, which loading code might break.
-
-    Args:
-        index: The device's.
     """
     waits = torch.cuda.get_device_capability(index) >= _WAITS
     try:
         with driver.on_device(index):
             module = driver.call("cuModuleLoadData", ptx(waits).encode() + b"\0")
-            before = CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy"), waits=False)
-            if not waits:
-                return CopyKernels(before, before)
-            return CopyKernels(
-                before, CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy_after"), waits=True)
-            )
+            before = after = CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy"), waits=False)
+            if waits:
+                after = CopyKernel(driver.call("cuModuleGetFunction", module, b"graphcache_copy_after"), waits=True)
+            return CopyKernels(before, after)
     except CudaError as error:
         log.debug("copies are the driver's own on device %d: %s", index, error)
         return None
 
 
 def ptx(waits: bool) -> str:
-    """The source.
-
-    Args:
-        waits: Whether with ``graphcache_copy_after``, which devices before compute capability 9.0 cannot have.
-    """
-    nbytes = ctypes.sizeof(Copies)
-    entries = _ENTRY.format(name="graphcache_copy", nbytes=nbytes, wait="")
+    """The source; ``graphcache_copy_after`` needs compute capability 9.0."""
+    entry, nbytes = Template("\n" + _SOURCE.read_text(encoding="ascii")), ctypes.sizeof(Copies)
+    entries = entry.substitute(name="graphcache_copy", nbytes=nbytes, wait="")
     if waits:
-        entries += _ENTRY.format(name="graphcache_copy_after", nbytes=nbytes, wait="griddepcontrol.wait;")
+        entries += entry.substitute(name="graphcache_copy_after", nbytes=nbytes, wait="griddepcontrol.wait;")
     version, target = ("7.8", "sm_90") if waits else ("6.3", "sm_75")
     return _PTX.format(version=version, target=target, entries=entries)

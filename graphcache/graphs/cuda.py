@@ -14,8 +14,8 @@ from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.executables import Executables
-from graphcache.graphs.lane import Lane, own_stream
-from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
+from graphcache.graphs.stream_order import StreamOrder, own_stream
 
 _empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
@@ -25,38 +25,32 @@ _is_inference_mode = torch.is_inference_mode_enabled
 class CudaGraph:
     """An instantiated CUDA graph; see :class:`~graphcache.graphs.graph.Graph` for the contract.
 
-    Each input and output is a :class:`~graphcache.graphs.slots.Slot`. One with pointers costs a comparison of
-    addresses, and some µs when none of the graph's :class:`~graphcache.graphs.executables.Executables` is pointed at
-    the caller's tensor. One without is copied.
+    An input or output whose slot has pointers costs a comparison of addresses, and some µs when no executable is
+    pointed at the caller's tensor. One without is copied. The outputs of the next call are allocated after the launch,
+    while the device works.
 
-    The outputs of the next call are allocated after the launch: while the device works.
-
-    Native code replays it too, by its public attributes, which only a holder of the lane's
-    lock may change.
+    Native code replays it too, by its public attributes, which only a holder of the lane's lock may change.
 
     Args:
-        captured: The ``CUgraph``. Whoever made it destroys it, in ``release``.
+        captured: The ``CUgraph``, destroyed by ``release``.
         inputs: In the order of a call.
         outputs: In the order of the answer.
         lane: Orders this graph's launches with everything that shares memory with it.
         keep: Whatever the captured kernels refer to: contexts, scratch memory, memory pools, weights.
-        release: Gives that back; called once, after the last launch has finished.
+        release: Called once, after the last launch has finished, or when the graph cannot be made.
         pool_bytes: What of the lane's memory this graph alone uses.
-
-    Raises:
-        Refusal: If the graph has no nodes. ``release`` was called then, as it is when instantiating fails.
     """
 
-    # What the compiled short way reads and writes too stands at a fixed place.
+    # Native code reads and writes these at fixed offsets.
     __slots__ = ("__dict__", "__weakref__", "executables", "ready", "ready_inference", "ready_stream")
 
     def __init__(
         self,
         captured: Any,
         *,
-        inputs: Sequence[Slot],
-        outputs: Sequence[Slot],
-        lane: Lane,
+        inputs: Sequence[IoSlot],
+        outputs: Sequence[IoSlot],
+        lane: StreamOrder,
         keep: object,
         release: Callable[[], object],
         pool_bytes: int = 0,
@@ -64,8 +58,8 @@ class CudaGraph:
         self.executables: Executables | None = None
         with ExitStack() as undo:
             undo.callback(release)
-            self._nodes = driver.node_count(captured)
-            if self._nodes == 0:
+            self.nodes = driver.node_count(captured)
+            if self.nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
             stream = own_stream(lane.index, "capture").cuda_stream
             self.executables = Executables(captured, inputs, outputs, stream, lane)
@@ -84,17 +78,9 @@ class CudaGraph:
         self._release = release
         self._context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
         self._pool_bytes = pool_bytes
-        self._nbytes = self._account()
-        # What the static buffers are launched with.
+        self.nbytes = self._account()
+        # The executable that is pointed at the static buffers.
         self.pinned: Any = None
-
-    @property
-    def nodes(self) -> int:
-        return self._nodes
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
 
     @property
     def copies(self) -> int:
@@ -102,13 +88,13 @@ class CudaGraph:
         return sum(not slot.pointers for slot in (*self.inputs, *self.outputs))
 
     def _account(self) -> int:
+        """The bytes of buffers, executables, the pool, and the outputs that lie ready for the next call."""
         assert self.executables is not None
-        # The outputs of the next call lie ready beside the buffers.
         buffers = nbytes_of([slot.buffer for slot in (*self.inputs, *self.outputs)])
         return buffers + sum(slot.nbytes for slot in self.outputs) + self._pool_bytes + self.executables.nbytes
 
     def _is_elsewhere(self) -> bool:
-        """Whether the legacy default stream is another device's here, or nobody's (in a thread that used no CUDA)."""
+        """Whether the legacy default stream here is another device's, or no context is current."""
         code, context = self._current_context()
         return bool(code) or int(context) != self._context
 
@@ -181,15 +167,12 @@ class CudaGraph:
                 raise driver.failure("cuGraphLaunch", code)
 
     def let_go(self) -> None:
-        """Give up the memory of outputs that copy nodes hand out: other graphs of the lane may use it in between.
-
-        It is not for a graph whose static outputs are shown, and ends what :meth:`poison` and :meth:`pin` are good for.
-        """
+        """Give the memory of outputs that copy nodes hand out to other graphs of the lane; ends poison and pin."""
         with self.lane.lock:
             for slot in self.outputs:
                 if slot.pointers:
                     slot.let_go()
-            self._nbytes = self._account()
+            self.nbytes = self._account()
 
     def poison(self) -> None:
         with self.lane.lock:
@@ -216,14 +199,13 @@ class CudaGraph:
             self.lane.release(destroy, wait=wait)
 
     def __del__(self) -> None:
-        # Nobody closed it: the executables must not stay behind, unless the process is going down anyway.
         if getattr(self, "executables", None) is not None and not sys.is_finalizing():
-            # On a lost device nothing can be given back, and there is nobody to tell.
+            # On a lost device nothing can be given back.
             with suppress(CudaError):
                 self.close(wait=False)
 
     def _addresses(self, answer: Sequence[Tensor]) -> list[int]:
-        """Where the next launch writes, of tensors for the outputs; 0 for those that are copied afterwards."""
+        """Where the next launch writes; 0 for outputs that are copied afterwards."""
         addresses = []
         for slot, tensor in zip(self.outputs, answer, strict=True):
             address = tensor.data_ptr() if slot.pointers else 0
@@ -233,13 +215,13 @@ class CudaGraph:
         return addresses
 
     def _prepare_next(self, executables: Executables, stream: int) -> None:
-        """The outputs of the next call, while the device works."""
+        """Allocate the outputs of the next call, while the device works."""
         self.ready = None
         try:
             ready = [_empty_like(slot.buffer) for slot in self.outputs]
             executables.launched(self._addresses(ready))
         except (torch.cuda.OutOfMemoryError, CudaError):
-            # This call has its answer; the next one will say what is wrong, if it still is.
+            # This call has its answer; the next one raises, if it still has to.
             return
         self.ready, self.ready_stream, self.ready_inference = ready, stream, _is_inference_mode()
 
@@ -256,4 +238,4 @@ def _lies_as(tensor: Tensor, buffer: Tensor) -> bool:
 
 
 def _nothing() -> None:
-    """What is left to release when a graph is closed: it must not keep alive what it kept before."""
+    """The ``release`` of a closed graph, which keeps nothing alive."""

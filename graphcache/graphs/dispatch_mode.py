@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _eval_frame: Any = torch._C._dynamo.eval_frame
 _CAN_SKIP = all(hasattr(_eval_frame, n) for n in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction"))
 
-
 _FUNCTIONS = (FunctionType, MethodType, partial, nn.Module)
 
 
@@ -28,10 +27,10 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     then skips ``__torch_dispatch__`` and everything that it calls. A version of PyTorch without such marks wraps it.
 
     Under any other mode Dynamo skips every function that it is to compile. A function compiled with ``fullgraph=True``
-    then raises. ``torch.cond``, ``while_loop``, ``map``, ``scan``, ``associative_scan`` and ``flex_attention`` compile
-    themselves in eager mode and raise too, and Dynamo keeps that failure for the rest of the process. Under this one
-    they compile and run as they do without a mode. A higher-order operator is given to ``__torch_dispatch__``, which
-    hands it to :meth:`higher_order`. Of a function that Inductor compiled, only calls of library kernels are seen.
+    then raises, and so do ``torch.cond``, ``scan``, ``flex_attention`` and others that compile themselves in eager
+    mode. Dynamo keeps that failure for the rest of the process. Under this mode they compile and run as they do without
+    one. A higher-order operator is given to ``__torch_dispatch__``, which hands it to :meth:`higher_order`. Of a
+    function that Inductor compiled, only calls of library kernels are seen.
     """
 
     supports_higher_order_operators = True
@@ -45,16 +44,7 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def higher_order(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a higher-order operator, with the functions that it calls under this mode.
-
-        Args:
-            func: The operator, such as ``torch.ops.higher_order.cond``.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            What the operator returns.
-        """
+        """Run a higher-order operator, such as ``torch.ops.higher_order.cond``, with its functions under this mode."""
         # Operators of this base class refuse anything but a graph module.
         if not any(each.__name__ == "BaseHOP" for each in type(func).__mro__):
             args, kwargs = pytree.tree_map_only(_FUNCTIONS, self._under, (args, kwargs))

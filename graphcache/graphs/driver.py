@@ -15,11 +15,7 @@ from graphcache.errors import CudaError
 
 @cache
 def binding() -> Any:
-    """``cuda.bindings.driver``.
-
-    Raises:
-        CudaError: If cuda-python is not installed.
-    """
+    """``cuda.bindings.driver``."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -28,14 +24,7 @@ def binding() -> Any:
 
 
 def call(name: str, *args: Any) -> Any:
-    """Call a driver function by name.
-
-    Returns:
-        Nothing, its one result, or a tuple of its results.
-
-    Raises:
-        CudaError: With the function's name and the driver's code, if it fails.
-    """
+    """Call a driver function: its one result, a tuple of several, or ``None``; raises :class:`CudaError` on failure."""
     code, *results = getattr(binding(), name)(*args)
     if int(code) != 0:
         raise failure(name, code)
@@ -43,11 +32,7 @@ def call(name: str, *args: Any) -> Any:
 
 
 def addresses(*names: str) -> tuple[int, ...]:
-    """Where driver functions lie, as the C interface of CUDA 12 declares them, for compiled code.
-
-    Raises:
-        CudaError: If the driver lacks one of them.
-    """
+    """Addresses of driver functions, as the C interface of CUDA 12 declares them, for compiled code."""
     found = []
     for name in names:
         # 12.0 is where CUDA_KERNEL_NODE_PARAMS became what it is; 1 leaves out the per-thread default stream.
@@ -73,10 +58,10 @@ def is_capturing(stream: int) -> bool:
 
 @contextmanager
 def on_device(index: int) -> Iterator[None]:
-    """Inside, the driver works in the context that torch uses for a device.
+    """Inside, the current context is the one that torch uses for a device.
 
-    Outside, a thread may have another one, or none at all if it has not used CUDA yet. Events are made in the one that
-    is current, and stream 0, the legacy default stream, is that of the one that is current.
+    A thread may have another one, or none if it has not used CUDA yet. Events belong to the current context, and so
+    does stream 0, the legacy default stream.
     """
     call("cuCtxPushCurrent", primary_context(index))
     try:
@@ -106,17 +91,8 @@ def new_event() -> Any:
     return call("cuEventCreate", binding().CUevent_flags.CU_EVENT_DISABLE_TIMING)
 
 
-def has_passed(event: Any) -> bool:
-    """Whether everything that a recorded event stands behind has finished; the host does not wait."""
-    return _is_ready("cuEventQuery", event)
-
-
-def is_idle(stream: Any) -> bool:
-    """Whether everything on a stream, which is not being captured, has finished; the host does not wait."""
-    return _is_ready("cuStreamQuery", stream)
-
-
-def _is_ready(query: str, handle: Any) -> bool:
+def is_finished(query: str, handle: Any) -> bool:
+    """Whether a stream or event has finished (``cuStreamQuery``, ``cuEventQuery``), without waiting for it."""
     (code,) = getattr(binding(), query)(handle)
     if code == binding().CUresult.CUDA_ERROR_NOT_READY:
         return False
@@ -126,7 +102,7 @@ def _is_ready(query: str, handle: Any) -> bool:
 
 
 def order(event: Any, before: Any, after: Any) -> None:
-    """What is on stream ``after`` from now on waits for what is on stream ``before`` by now; the host does not."""
+    """Later work on stream ``after`` waits for earlier work on stream ``before``; the host does not wait."""
     call("cuEventRecord", event, before)
     call("cuStreamWaitEvent", after, event, 0)
 
@@ -137,27 +113,17 @@ def begin_capture(stream: Any) -> None:
 
 
 def end_capture(stream: Any) -> Any:
-    """End a capture that may have failed.
-
-    Returns:
-        The graph, or ``None`` if the capture was invalidated. Either way the stream is usable again.
-
-    Raises:
-        CudaError: If the stream was not being captured by this thread.
-    """
+    """End a capture: the graph, or ``None`` if the capture was invalidated. The stream is usable again either way."""
     driver = binding()
     code, graph = driver.cuStreamEndCapture(stream)
     if int(code) == 0:
         return graph
-    invalidated = (
-        driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
-        driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED,
-    )
-    if code in invalidated:
-        if graph is not None and int(graph):
-            driver.cuGraphDestroy(graph)
-        return None
-    raise failure("cuStreamEndCapture", code)
+    results = driver.CUresult
+    if code not in (results.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, results.CUDA_ERROR_STREAM_CAPTURE_UNJOINED):
+        raise failure("cuStreamEndCapture", code)
+    if graph is not None and int(graph):
+        driver.cuGraphDestroy(graph)
+    return None
 
 
 def node_count(graph: Any) -> int:
@@ -167,13 +133,7 @@ def node_count(graph: Any) -> int:
 
 
 def instantiate(graph: Any, stream: Any = None) -> Any:
-    """An executable graph.
-
-    Args:
-        graph: A ``CUgraph``.
-        stream: Where to upload it, so that the first launch costs no more than the others; the host waits for that.
-            Without a stream, the first launch uploads it.
-    """
+    """An executable graph, uploaded on ``stream``, for which the host waits; otherwise by its first launch."""
     driver = binding()
     params = driver.CUDA_GRAPH_INSTANTIATE_PARAMS()
     if stream is None:
@@ -190,29 +150,16 @@ def instantiate(graph: Any, stream: Any = None) -> Any:
 
 
 def failure(name: str, code: Any) -> CudaError:
-    """What to raise when a driver function answered with anything but success.
-
-    Args:
-        name: The function's.
-        code: A ``CUresult``.
-    """
-    return CudaError(f"{name} failed with {code.name} ({int(code)}){_hint(code.name)}")
-
-
-def failure_of(name: str, code: int) -> CudaError:
-    """What to raise when a driver function that compiled code has called answered with a number.
-
-    Args:
-        name: The function's.
-        code: Anything but 0.
-    """
+    """The error to raise when a driver function returned ``code``, a ``CUresult`` or its number."""
     try:
-        return failure(name, binding().CUresult(code))
+        known = binding().CUresult(int(code)).name
     except ValueError:
         return CudaError(f"{name} failed with code {code}, which this cuda-python does not know")
+    return CudaError(f"{name} failed with {known} ({int(code)}){_hint(known)}")
 
 
 def _hint(name: str) -> str:
+    """What to do about an error."""
     if name in ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"):
         return "; an earlier kernel of this process failed and the CUDA context is lost: restart the process"
     if name in ("CUDA_ERROR_NOT_INITIALIZED", "CUDA_ERROR_DEINITIALIZED"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,7 @@ from graphcache.graphs import driver
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Node ``end`` waits for node ``start``.
-
-    Args:
-        start: A ``CUgraphNode``.
-        end: Another one.
-        data: A ``CUgraphEdgeData``.
-    """
+    """Node ``end`` waits for node ``start``, as the ``CUgraphEdgeData`` says."""
 
     start: Any
     end: Any
@@ -40,15 +34,7 @@ def edges_of(graph: Any) -> list[Edge]:
 
 
 def make_full(graph: Any, edges: Iterable[Edge]) -> int:
-    """Replace programmatic edges by full ones: their ends wait until everything of their starts has ended.
-
-    Args:
-        graph: A ``CUgraph``.
-        edges: Of it; full ones stay as they are.
-
-    Returns:
-        How many were replaced.
-    """
+    """Replace programmatic edges by full ones, whose ends wait for the end of their starts; returns how many."""
     chosen = [edge for edge in edges if edge.is_programmatic]
     for edge in chosen:
         _call("cuGraphRemoveDependencies", graph, [edge.start], [edge.end], [edge.data], 1)
@@ -58,7 +44,7 @@ def make_full(graph: Any, edges: Iterable[Edge]) -> int:
 
 
 def make_all_full(graph: Any) -> int:
-    """The same for all of a graph.
+    """The same for all edges.
 
     For kernels that do not wait where they should, as TensorRT-RTX has on GPUs it was not made for: they give other
     answers from run to run.
@@ -67,14 +53,9 @@ def make_all_full(graph: Any) -> int:
 
 
 def begin_early(graph: Any, edge: Edge) -> None:
-    """Let a kernel that waits by itself be launched as soon as all blocks of the one before have begun.
+    """Let a kernel that begins with ``griddepcontrol.wait`` be launched once all blocks of the one before have begun.
 
-    Args:
-        graph: A ``CUgraph``.
-        edge: Between two kernels, of which the second one executes ``griddepcontrol.wait`` before anything else.
-
-    Raises:
-        CudaError: If the driver refuses; then the edge is as it was.
+    If the driver refuses, the edge stays as it was and :class:`CudaError` is raised.
     """
     api = driver.binding()
     data = api.CUgraphEdgeData()
@@ -89,6 +70,5 @@ def begin_early(graph: Any, edge: Edge) -> None:
 
 
 def _call(name: str, *args: Any) -> Any:
-    # In cuda-python 12 the functions that know of programmatic edges have another name.
-    named: Callable[..., Any] | None = getattr(driver.binding(), f"{name}_v2", None)
-    return driver.call(name if named is None else f"{name}_v2", *args)
+    """Call the function that takes edge data, which cuda-python 12 names ``_v2``."""
+    return driver.call(f"{name}_v2" if hasattr(driver.binding(), f"{name}_v2") else name, *args)

@@ -12,10 +12,11 @@ Body = Callable[[], Sequence[Tensor]]
 
 
 class Graph(Protocol):
-    """One recorded call, with its static buffers. It owns them, and everything the recording refers to.
+    """One recorded call. It owns its static buffers and everything else the recording refers to.
 
-    A replay puts the inputs in, launches, and hands fresh outputs out, all in the order of the caller's stream. Replays
-    of one graph from several threads and streams follow one another; none sees another's inputs or outputs.
+    A replay runs in the order of the caller's stream. Replays of one graph from several threads and streams follow one
+    another; none sees another's inputs or outputs. After :meth:`close`, a replay
+    raises :class:`~graphcache.errors.ClosedError`.
     """
 
     @property
@@ -27,44 +28,25 @@ class Graph(Protocol):
         """Memory that only this graph keeps alive, in bytes."""
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        """Run the graph on other inputs.
+        """Run the graph on inputs of the captured shapes, strides, dtypes and device, which are not changed.
 
-        Args:
-            inputs: As many tensors as were captured, of the same shapes, strides, dtypes and device. They are not
-                changed.
-            out: Where the outputs go: tensors of the outputs' shapes, strides and dtypes, as torch allocates them.
-                ``None`` for fresh ones.
-
-        Returns:
-            ``out``, or fresh tensors that belong to the caller.
-
-        Raises:
-            ClosedError: After :meth:`close`.
+        The outputs are ``out``, tensors of the outputs' layouts, or fresh tensors that belong to the caller.
         """
 
     def accepts(self, out: Sequence[Tensor]) -> bool:
-        """Whether :meth:`replay` could write straight into these tensors, were they no part of its inputs."""
+        """Whether :meth:`replay` could write straight into these tensors if they overlap no input."""
 
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Use the static buffers from now on, for :meth:`launch`.
-
-        Returns:
-            The static inputs and outputs. They stay where they are until :meth:`replay` or :meth:`close`.
-        """
+        """The static inputs and outputs, for :meth:`launch`; they stay valid until :meth:`replay` or :meth:`close`."""
 
     def launch(self) -> None:
-        """Run on the static inputs, into the static outputs, in the order of the caller's stream; nothing else.
-
-        Raises:
-            ClosedError: After :meth:`close`.
-        """
+        """Run on the static inputs, into the static outputs."""
 
     def poison(self) -> None:
-        """Overwrite static inputs and outputs (with NaN, or -1), so that a replay that does not read or write shows."""
+        """Overwrite static inputs and outputs (with NaN, 0, or -1): a replay that does not read or write them shows."""
 
     def close(self, *, wait: bool = True) -> None:
-        """Release everything, never before the last replay has finished; a second time does nothing.
+        """Release everything once the last replay has finished; a second time does nothing.
 
-        Args:
-            wait: Wait for that replay. Otherwise what it uses goes when it has finished, and somebody looks.
+        Without ``wait`` the host does not wait for that replay: what it uses is released at a later call.
         """

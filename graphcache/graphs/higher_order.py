@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch._higher_order_ops import utils
+
+from graphcache.graphs.process_wide import process_wide
 
 
 @contextmanager
@@ -22,19 +23,15 @@ def compiled_runs_eagerly() -> Iterator[None]:
     run eagerly too. Dynamo is imported only when the first higher-order operator is called.
     """
     with ExitStack() as stance:
-
-        def begin() -> None:
+        if "torch._dynamo" in sys.modules or sys.getprofile() is not None or _COMPILES_ITSELF is None:
             stance.enter_context(_eager_stance())
-
-        if "torch._dynamo" in sys.modules or sys.getprofile() is not None or _ENTERED is None:
-            begin()
             yield
             return
 
         def event(frame: FrameType, kind: str, _: Any) -> None:
-            if frame.f_code is _ENTERED:
+            if frame.f_code is _COMPILES_ITSELF:
                 sys.setprofile(None)
-                begin()
+                stance.enter_context(_eager_stance())
 
         sys.setprofile(event)
         try:
@@ -43,30 +40,18 @@ def compiled_runs_eagerly() -> Iterator[None]:
             sys.setprofile(None)
 
 
-@contextmanager
-def _eager_stance() -> Iterator[None]:
-    """Set the stance while any thread is inside: the last one to leave sets back what the first one found."""
-    with _lock:
-        _stances.append(torch.compiler.set_stance("force_eager") if not _stances else _stances[-1])
-    try:
-        yield
-    finally:
-        with _lock:
-            stance = _stances.pop()
-            if not _stances:
-                stance.__exit__(None, None, None)
+@process_wide
+def _eager_stance() -> AbstractContextManager[Any]:
+    """The stance of ``torch.compile`` in which nothing is compiled."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
-_lock = threading.Lock()
-_stances: list[Any] = []
-"""The stance that is set, once for each user."""
-
-
-def _entered() -> CodeType | None:
+def _code_before_compiling() -> CodeType | None:
     """The code that every higher-order operator runs before it compiles itself."""
     function = getattr(utils, "setup_compilation_env", None)
     code = getattr(getattr(function, "__wrapped__", None), "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 
-_ENTERED = _entered()
+_COMPILES_ITSELF = _code_before_compiling()

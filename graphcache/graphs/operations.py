@@ -1,4 +1,4 @@
-"""What can be told of a PyTorch operation from outside: what it writes, reads on the host, or makes up as it goes."""
+"""What an operator of PyTorch writes, and what of it the host reads, judged by schema, tags and arguments."""
 
 from __future__ import annotations
 
@@ -23,32 +23,18 @@ _ASKS |= {"_is_view", "_version", "is_inference"}
 _MASKS = (torch.bool, torch.uint8)
 _PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
 
-_WAITING = frozenset(
-    {
-        "aten::_linalg_check_errors",
-        "aten::_linalg_svd",
-        "aten::linalg_matrix_exp",
-        "aten::_nested_from_padded",
-        "aten::_nested_tensor_from_mask",
-        "aten::_nested_tensor_from_mask_left_aligned",
-    }
+_WAITING = (
+    *("aten::_linalg_check_errors", "aten::_linalg_svd", "aten::linalg_matrix_exp", "aten::_nested_from_padded"),
+    *("aten::_nested_tensor_from_mask", "aten::_nested_tensor_from_mask_left_aligned"),
 )
-"""Operators that carry no tag and whose CUDA kernels nevertheless copy a value to the host and wait for it."""
+"""Operators without a tag whose CUDA kernels copy a value to the host and wait for it."""
 
-_RUNNING_STATISTICS = frozenset(
-    {
-        "aten::native_batch_norm",
-        "aten::cudnn_batch_norm",
-        "aten::miopen_batch_norm",
-        "aten::batch_norm_update_stats",
-        "aten::batch_norm_gather_stats",
-        "aten::batch_norm_gather_stats_with_counts",
-    }
+_RUNNING_STATISTICS = (
+    *("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm", "aten::batch_norm_update_stats"),
+    *("aten::batch_norm_gather_stats", "aten::batch_norm_gather_stats_with_counts"),
 )
 """Operators that write ``running_mean`` and ``running_var``. Their schemas do not say so, and no version counter moves.
-
-Those with an argument ``training`` write them only where it is true.
-"""
+Those with an argument ``training`` write them only where it is true."""
 
 _READS_A_CONDITION = frozenset({"cond", "while_loop", "while_loop_stack_output"})
 
@@ -57,13 +43,11 @@ _CHECKED_ON_THE_HOST = frozenset({"one_hot", "quantile", "nanquantile"})
 
 
 class HostReads(TorchFunctionMode):
-    """Inside, notices what the host learns of tensors past the dispatcher.
+    """Notices what the host learns of tensors past the dispatcher.
 
-    Some operations take another path while such a mode is active, so it is for looking only, never for recording.
-
-    Args:
-        inputs: Whose standing (where their memory begins, whether they require gradients) no signature shows, so that
-            who asks for it may take another path for the next caller's.
+    No call key holds where an input's memory begins or whether it requires gradients: who asks for that may take
+    another path for the next caller's input. Some operations take another path while such a mode is active, so it is
+    never active while a call is recorded.
     """
 
     def __init__(self, inputs: Sequence[Tensor] = ()) -> None:
@@ -71,7 +55,7 @@ class HostReads(TorchFunctionMode):
         self.read = ""
         """The first read of any tensor's memory, such as ``tolist`` or ``numpy``."""
         self.asked = ""
-        """The first question after the standing of an input, or of a view of one."""
+        """The first such question about an input, or a view of one."""
         self._inputs = {storage_of(tensor) for tensor in inputs}
 
     def __torch_function__(
@@ -92,7 +76,7 @@ class HostReads(TorchFunctionMode):
 
 def _from_torch() -> bool:
     """Whether PyTorch's own code asks: without gradients, it computes the same for any ``requires_grad``."""
-    # Frames of this package are between the code and the mode.
+    # Skip this package's frames between the code and the mode.
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "").startswith("graphcache."):
         frame = frame.f_back
@@ -100,15 +84,11 @@ def _from_torch() -> bool:
 
 
 is_unwatched: ContextVar[bool] = ContextVar("graphcache_unwatched", default=False)
-"""Set while code of this package runs that a watched module calls: :class:`HostReads` notices nothing then."""
+"""Set while a watched module runs code of this package: :class:`HostReads` notices nothing then."""
 
 
 def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
-    """Raise for an operation that no CUDA capture can hold.
-
-    Raises:
-        Refusal: With :attr:`Reason.HOST_READ` or :attr:`Reason.DATA_DEPENDENT`, naming it.
-    """
+    """Raise a :class:`Refusal` for an operation that no CUDA capture can hold."""
     if is_higher_order(func):
         if func._name in _READS_A_CONDITION:
             raise Refusal(Reason.HOST_READ, str(func), "the host reads the condition")
@@ -131,7 +111,7 @@ def is_higher_order(func: Any) -> bool:
 
 
 def _has_fixed_shape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that is tagged otherwise makes a shape that depends on no value here."""
+    """Whether the shape that an operator makes depends on no value here, though its tag says so."""
     if func is torch.ops.aten.index.Tensor:
         return not _has_mask(args[1])
     if func is torch.ops.aten.repeat_interleave.Tensor:
@@ -145,17 +125,12 @@ def puts_by_mask(func: Any, args: Sequence[Any]) -> bool:
 
 
 def _has_mask(indices: Any) -> bool:
+    """Whether a mask is among indices."""
     return any(isinstance(index, Tensor) and index.dtype in _MASKS for index in flatten(indices))
 
 
 def is_checked_on_the_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function reads values only to check them, and only on the CPU: CUDA captures it.
-
-    Args:
-        func: An operator, or the function of PyTorch that calls it.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-    """
+    """Whether an operator (or PyTorch's function) reads values only to check them on the CPU: CUDA captures it."""
     name = func._opname if isinstance(func, torch._ops.OpOverload) else getattr(func, "__name__", "")
     if name == "one_hot":
         # Without a number of classes it reads the greatest value for the shape of its answer.
@@ -164,34 +139,12 @@ def is_checked_on_the_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any
     return name in _CHECKED_ON_THE_HOST
 
 
-def is_annotation(func: Any) -> bool:
-    """Whether an operator only tells the profiler where the call is: a graph does without it."""
-    return bool(func.namespace == "profiler")
-
-
-def knows_no_values(func: Any) -> bool:
-    """Whether what an operator returns besides tensors depends on layouts and dtypes alone, as of ``is_same_size``.
-
-    Asked once :func:`refuse_by_tag` has let it pass: PyTorch's own operators that read values are told by that.
-    """
-    return func.namespace in ("aten", "prims")
-
-
 def decompose_composite(mode: TorchDispatchMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run a composite operator so that a dispatch mode sees the operators it consists of.
+    """Run a composite operator in ``__torch_dispatch__`` of a mode, so that the mode sees its parts.
 
-    With gradients or under ``no_grad`` composites are taken apart before they reach a mode. Under ``inference_mode``,
-    and for inference tensors anywhere, they arrive whole: ``batch_norm``, ``dropout`` and ``is_nonzero`` tell nothing
-    of what they write, draw or read.
-
-    Args:
-        mode: The mode that was given the operator; inside its ``__torch_dispatch__`` it is not active.
-        func: The operator.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        What the operator returns; ``NotImplemented`` if it is not composite, or is to be taken as a whole.
+    Composites reach a mode whole under ``inference_mode`` and for inference tensors. Nothing shows then what
+    ``batch_norm``, ``dropout`` and ``is_nonzero`` write, draw or read. ``NotImplemented`` is returned for an operator
+    that is not composite, or is to be taken as a whole.
     """
     if not _is_composite(func) or is_checked_on_the_host(func, args, kwargs):
         return NotImplemented
@@ -202,6 +155,7 @@ def decompose_composite(mode: TorchDispatchMode, func: Any, args: Sequence[Any],
 
 @cache
 def _is_composite(func: Any) -> bool:
+    """Whether an operator is made of others."""
     if not isinstance(func, torch._ops.OpOverload):
         return False
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -210,7 +164,7 @@ def _is_composite(func: Any) -> bool:
 
 
 def written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes into, by its schema or by what is known of operators with a wrong one."""
+    """The tensors that an operation writes into, by its schema or, where that is wrong, by name."""
     found: list[Tensor] = []
     for index, name in _written_arguments(func):
         value = args[index] if index < len(args) else kwargs.get(name)
@@ -232,13 +186,14 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
         return tuple(each for each, info in zip(named, infos, strict=True) if info is not None and info.is_write)
     if schema.name in _RUNNING_STATISTICS:
         return tuple(each for each in named if each[1] in ("running_mean", "running_var"))
-    # PyTorch's convention for writing the first argument; the collectives of c10d keep it and do not say so.
+    # PyTorch's convention for writing the first argument, which c10d's collectives follow without saying so.
     if schema.name.endswith("_") and not schema.name.endswith("__"):
         return tuple(named[:1])
     return ()
 
 
 def _trains(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """The argument ``training``; true for an operator without it."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.name == "training":
             return bool(args[index] if index < len(args) else kwargs.get("training"))

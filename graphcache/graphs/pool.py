@@ -13,15 +13,10 @@ class MemoryPool:
     """A private pool of PyTorch's allocator, held until this object is gone.
 
     What is freed in it during a capture is used again by later allocations in it, and by nothing else: the graph still
-    reads and writes there. When the pool is gone, its memory is cached by the allocator like that of any freed tensor,
-    and goes back to the driver with ``torch.cuda.empty_cache()`` or when memory runs short.
+    reads and writes there. When the pool is gone, the allocator caches its memory like that of any freed tensor.
 
-    ``torch.cuda.MemPool`` is the same pool with a destructor that frees at once, which torch does not allow while any
-    thread allocates into any pool: a garbage collection at such a moment aborts the process (seen with 2.11 on an
-    H100). Giving up a reference, as is done here, is allowed always.
-
-    Args:
-        index: The CUDA device.
+    The destructor of ``torch.cuda.MemPool`` frees at once, which aborts the process while any thread allocates into any
+    pool (seen with 2.11 on an H100). Giving up a reference, as is done here, is always allowed.
     """
 
     def __init__(self, index: int) -> None:
@@ -47,8 +42,8 @@ class MemoryPool:
     @property
     def nbytes(self) -> int:
         """What the pool has taken from the device, in bytes."""
-        # All segments of the process: asked for one pool, torch 2.11 drops references to its id that it does not own.
-        # From the 257th pool on, whose number is no immortal object any more, that corrupts Python's memory.
+        # All segments of the process: asked for one pool, torch 2.11 drops references to its id that it does not own,
+        # which corrupts Python's memory from the 257th pool on.
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == self.id)
 

@@ -14,29 +14,23 @@ from graphcache.graphs.buffers import packed, poison, static_copy
 from graphcache.graphs.graph import Graph
 
 SPREADS = 4
-"""Where eager execution does not repeat itself bit for bit, a replay may be so many times further from it than three
-eager runs are from each other. Three runs show a part of the range that sums in another order reach."""
+"""A replay may be so many times further from eager execution than three eager runs are from each other, which show a
+part of the range that sums in another order reach."""
 
 UNORDERED = 16
-"""Eager runs of one call may differ by so many default tolerances, element by element: sums in another order (atomics,
-split reductions) stay below. What differs more is taken for random numbers or a clock, which a graph would freeze."""
+"""Eager runs of one call may differ by so many default tolerances per element: sums in another order stay below. What
+differs more is taken for random numbers or a clock, which a graph would freeze."""
 
 PADDED = 8
-"""A call of other sizes may differ by so many default tolerances. It runs other kernels, which split their sums in
-another way, so that no bits can be compared; a layer adds about one step of the dtype, of which float32's tolerance has
-11, the others' one or two."""
+"""A padded call may differ by so many default tolerances: its kernels split their sums in another way. A layer adds
+about one step of the dtype, of which float32's tolerance has 11, the others' one or two."""
 
 
 class Round(NamedTuple):
-    """Inputs to verify a graph with, and the eager outputs for them.
-
-    Args:
-        name: What messages call the inputs.
-        inputs: As many as the graph has.
-        expected: The eager outputs.
-    """
+    """Inputs to verify a graph with, and the eager outputs for them."""
 
     name: str
+    """What messages call the inputs."""
     inputs: Sequence[Tensor]
     expected: Sequence[Tensor]
 
@@ -48,17 +42,9 @@ Eager = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = "") -> None:
     """Replay on the inputs of each round, then on those of the first again; outputs are poisoned before each replay.
 
-    Rounds with other values find values that the host read and the capture froze. The last replay finds a graph that
-    only works once.
-
-    Args:
-        graph: The new graph.
-        rounds: The first holds the inputs of the capture, the others inputs of :func:`perturb`.
-        again: Runs the call eagerly, where a replay differs: it says whether eager execution repeats itself.
-        where: The engine or module, for the message.
-
-    Raises:
-        Refusal: With :attr:`Reason.MISMATCH`, saying which output differed, by how much, on which inputs.
+    Rounds with other values (of :func:`perturb`) find values that the host read and the capture froze. The last replay
+    finds a graph that only works once. ``again`` is called where a replay differs, to see whether eager execution
+    repeats itself. A graph that fails is refused with :attr:`Reason.MISMATCH`.
     """
     first: Round | None = None
     for each in rounds:
@@ -69,6 +55,7 @@ def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = 
 
 
 def _check(graph: Graph, given: Round, again: Eager, where: str) -> None:
+    """Replay one round."""
     out = [torch.empty_like(tensor) for tensor in given.expected]
     poison(out)
     graph.poison()
@@ -82,17 +69,9 @@ def _check(graph: Graph, given: Round, again: Eager, where: str) -> None:
 def disagreement(
     got: Sequence[Tensor], expected: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]
 ) -> tuple[int, float] | None:
-    """The first output that is not what eager execution gives, and how far it is from it; ``None`` if all are.
+    """The first output that differs from the eager one, and by how much; ``None`` if all agree.
 
-    Args:
-        got: The outputs.
-        expected: The eager outputs.
-        again: Runs eagerly once more; called twice, and only where bits differ.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> disagreement([x], [x], lambda: [x]), disagreement([x, x + 1], [x, x], lambda: [x, x])
-        (None, (1, 1.0))
+    ``again`` runs eagerly once more. It is called twice, and only where bits differ.
     """
     runs = [expected]
     for index, (tensor, wanted) in enumerate(zip(got, expected, strict=True)):
@@ -108,23 +87,13 @@ def disagreement(
 def agrees(got: Tensor, runs: Sequence[Tensor]) -> bool:
     """Whether a tensor is what eager execution gives.
 
-    It has the bits of a run. Where the runs differ among themselves, each element may be as far from the first run as
-    :data:`SPREADS` times the spread of the runs and the default tolerance of ``torch.testing.assert_close`` for the
-    dtype.
-
-    Args:
-        got: The tensor.
-        runs: What three eager runs gave.
-
-    Example:
-        >>> one, other = torch.tensor([1.0]), torch.tensor([1.01])
-        >>> agrees(torch.tensor([1.03]), [one, one, other]), agrees(torch.tensor([1.03]), [one, one, one])
-        (True, False)
+    It has the bits of an eager run. Where the runs differ among themselves, each element may be as far from the first
+    run as :data:`SPREADS` times the spread of the runs plus the default tolerance of ``torch.testing.assert_close``.
     """
     first = runs[0]
     if any(same_bits(got, run) for run in runs):
         return True
-    if got.shape != first.shape or got.dtype != first.dtype or all(same_bits(first, run) for run in runs[1:]):
+    if not _comparable(got, first) or all(same_bits(first, run) for run in runs[1:]):
         return False
     values = torch.stack([_wide(run) for run in runs])
     spread = (values.amax(0) - values.amin(0)).nan_to_num(nan=0.0)
@@ -132,44 +101,25 @@ def agrees(got: Tensor, runs: Sequence[Tensor]) -> bool:
 
 
 def repeats(second: Tensor, first: Tensor) -> bool:
-    """Whether two eager runs of one call gave the same, but for the order of sums; see :data:`UNORDERED`."""
+    """Whether two eager runs of one call agree but for the order of sums; see :data:`UNORDERED`."""
     return same_bits(second, first) or _within(second, first, 0.0, times=UNORDERED)
 
 
 def padded_gap(got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float | None:
-    """How far the answer of a padded call is from that of the exact one; ``None`` if it may be so far.
+    """How far the cropped answer of a padded call is from that of the exact one; ``None`` if it may be so far.
 
     Per element :data:`PADDED` times the default tolerance of ``torch.testing.assert_close``. The absolute part is at
     least one step of the dtype, since an element near zero carries the rounding of the terms it is a sum of. Products
-    in TF32 have the mantissa of float16, and its tolerance.
-
-    Args:
-        got: The cropped answer.
-        wanted: The exact one.
-        exactly: Whether it must have the same bits.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> padded_gap(x * (1 + 1e-6), x), padded_gap(x * 2, x)
-        (None, 1.0)
+    in TF32 have the mantissa of float16, and its tolerance. With ``exactly``, only the same bits will do.
     """
-    if same_bits(got, wanted):
-        return None
-    if not exactly and got.dtype == wanted.dtype and _within(got, wanted, 0.0, times=PADDED, coarse=True):
+    if same_bits(got, wanted) or (not exactly and _within(got, wanted, 0.0, times=PADDED, coarse=True)):
         return None
     return largest_gap(got, wanted)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits; NaN equals NaN of the same bits, 0.0 not -0.0.
-
-    Example:
-        >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
-        False
-    """
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return left.numel() == 0 or torch.equal(_bits(left), _bits(right))
+    """Whether two tensors have the same shape, dtype and bits; NaN equals NaN of the same bits, 0.0 not -0.0."""
+    return _comparable(left, right) and (left.numel() == 0 or torch.equal(_bits(left), _bits(right)))
 
 
 def all_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
@@ -177,7 +127,7 @@ def all_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     pairs = list(zip(left, right, strict=True))
     if not pairs:
         return True
-    if not all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs):
+    if not all(_comparable(a, b) for a, b in pairs):
         return False
     first, second = (torch.cat([_bits(each).view(torch.uint8) for each in side]) for side in (left, right))
     return torch.equal(first, second)
@@ -185,7 +135,7 @@ def all_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 def largest_gap(left: Tensor, right: Tensor) -> float:
     """The largest difference of two elements; infinite where shapes or dtypes differ, or one of them is not finite."""
-    if left.shape != right.shape or left.dtype != right.dtype:
+    if not _comparable(left, right):
         return float("inf")
     one, other = _wide(left), _wide(right)
     alike = (one == other) | (one.isnan() & other.isnan())
@@ -197,17 +147,9 @@ def perturb(inputs: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]
     """Other values of the same kind, which differ from each other.
 
     Floating values are rotated by one place, halved, and raised by a quarter and a little more from one element to the
-    next; then all may be negated, so that what depends on the sign shows. Integers and booleans are rotated on the CPU,
-    where an index that no longer fits raises. On a device they stay as they are: a kernel would read out of bounds
+    next; ``negative`` negates them, so that what depends on the sign shows. Integers and booleans are rotated on the
+    CPU, where an index that no longer fits raises. On a device they stay as they are: a kernel would read out of bounds
     there, and a value that the host reads there cannot be captured anyway.
-
-    Args:
-        inputs: Strided tensors.
-        negative: Whether to negate floating values.
-
-    Example:
-        >>> perturb([torch.tensor([2.0, 4.0]), torch.tensor([5, 6, 7])])
-        [tensor([2.2500, 1.2812]), tensor([7, 5, 6])]
     """
     changed = []
     with torch.inference_mode(False), torch.no_grad():
@@ -233,7 +175,7 @@ _STEPS = 7
 
 def _within(got: Tensor, wanted: Tensor, more: Tensor | float, *, times: float = 1.0, coarse: bool = False) -> bool:
     """Whether each element is as near as some default tolerances and ``more``; what is not finite must be equal."""
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+    if not _comparable(got, wanted):
         return False
     rtol, atol = _coarse_tolerances(wanted) if coarse else default_tolerances(wanted.dtype)
     one, other = _wide(got), _wide(wanted)
@@ -243,6 +185,7 @@ def _within(got: Tensor, wanted: Tensor, more: Tensor | float, *, times: float =
 
 
 def _coarse_tolerances(tensor: Tensor) -> tuple[float, float]:
+    """The relative and absolute tolerance of :func:`padded_gap`."""
     dtype = tensor.dtype
     if tensor.is_cuda and dtype in (torch.float32, torch.complex64) and _has_tf32():
         dtype = torch.float16
@@ -251,6 +194,7 @@ def _coarse_tolerances(tensor: Tensor) -> tuple[float, float]:
 
 
 def _has_tf32() -> bool:
+    """Whether cuDNN or cuBLAS may multiply in TF32."""
     return torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
 
 
@@ -260,7 +204,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
 
 
+def _comparable(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape and dtype."""
+    return left.shape == right.shape and left.dtype == right.dtype
+
+
 def _bits(tensor: Tensor) -> Tensor:
+    """The memory of a tensor's values as bytes."""
     dense = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     dense.copy_(tensor.detach().reshape(-1))
     return dense if tensor.dtype is torch.bool else dense.view(torch.uint8)

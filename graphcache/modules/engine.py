@@ -27,8 +27,8 @@ from graphcache.errors import (
 )
 from graphcache.events import GraphsAlone, Observer, Observers, Span, check_observer
 from graphcache.features import features
-from graphcache.graphs.lane import own_stream
 from graphcache.graphs.operations import is_unwatched
+from graphcache.graphs.stream_order import own_stream
 from graphcache.modules.controls import controls
 from graphcache.modules.engine_runner import EngineCall
 from graphcache.modules.engine_settings import EngineSettings

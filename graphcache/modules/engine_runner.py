@@ -13,7 +13,7 @@ from graphcache.engines.engine import Engine
 from graphcache.engines.library import join_messages
 from graphcache.errors import EngineExecutionError
 from graphcache.graphs import driver
-from graphcache.graphs.lane import Lane, own_stream
+from graphcache.graphs.stream_order import StreamOrder, own_stream
 
 Layout = tuple[object, ...]
 """Shapes, dtypes and devices of contiguous, aligned inputs, with what the choice of a profile depends on."""
@@ -58,7 +58,7 @@ class EngineRunner:
         """Contexts in graphs of the caller's, which may be replayed as long as the engine lives."""
         self._plans: dict[Layout, LayoutPlan] = {}
 
-    def attach(self, engine: Engine, lane: Lane) -> None:
+    def attach(self, engine: Engine, lane: StreamOrder) -> None:
         """Run this engine from now on, in the order of a lane."""
         self._engine, self._lane = engine, lane
         self.drop()

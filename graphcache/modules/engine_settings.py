@@ -14,7 +14,7 @@ from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.engines.registry import alive
 from graphcache.errors import ClosedError, ConfigError, shown
 from graphcache.events import Observers
-from graphcache.graphs.lane import Lane
+from graphcache.graphs.stream_order import StreamOrder
 from graphcache.modules.controls import controls
 from graphcache.modules.engine_runner import EngineRunner, PreallocatedOutputs
 from graphcache.modules.engine_state import EngineBase
@@ -61,7 +61,7 @@ class EngineSettings(EngineBase):
         self._refitted = False
         if "lane" not in self.__dict__:
             self.device = engine.device
-            self.lane = Lane(self.device.index)
+            self.lane = StreamOrder(self.device.index)
         self._runner.attach(engine, self.lane)
 
     def set_optimization_profile(self, profile: int | Literal["auto"] | None) -> None:

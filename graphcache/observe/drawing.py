@@ -8,9 +8,9 @@ from typing import Any
 
 from graphcache.errors import ConfigError
 from graphcache.files import replacing
-from graphcache.graphs.dot import dot_of
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
+from graphcache.observe.dot import dot_of
 
 
 def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Path:

@@ -17,6 +17,7 @@ from torch.export import Dim, export
 
 import graphcache
 from graphcache import EngineModule
+from graphcache.compiled_library import compiler
 from graphcache.engines.output_shapes import OutputShapes, Size
 from graphcache.errors import (
     EngineError,
@@ -29,7 +30,6 @@ from graphcache.errors import (
 from graphcache.export import op_kernel
 from graphcache.export.op_kernel import call_engine, execute_engine, unload_engines
 from graphcache.export.op_schema import EngineSpec, describe_engine, read_spec
-from graphcache.graphs import native
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
 from tests.standins import Mixed, engines, in_a_new_process
@@ -337,6 +337,6 @@ def test_a_call_is_written_and_read(fake: Torch) -> None:
 
 def compiler_or_skip() -> None:
     try:
-        native.build.compiler()
+        compiler("C++")
     except graphcache.errors.CompileError as why:
         pytest.skip(str(why))

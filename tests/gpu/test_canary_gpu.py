@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache.graphs.lane import own_stream
+from graphcache.graphs.stream_order import own_stream
 from tests.helpers import dispatcher_of, graphs_of, wrap_recorded
 
 if not torch.cuda.is_available():

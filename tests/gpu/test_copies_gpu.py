@@ -13,10 +13,10 @@ import graphcache
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.graphs import driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copies import copy_after, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, copy_kernels
+from graphcache.graphs.copy_nodes import copy_after, find_copies, order_copies, with_copies
 from graphcache.graphs.edges import edges_of
-from graphcache.graphs.lane import Lane
+from graphcache.graphs.stream_order import StreamOrder
 from tests.helpers import graphs_of, wrap_recorded
 
 if not torch.cuda.is_available():
@@ -59,7 +59,7 @@ SIZES = st.one_of(st.integers(1, 70), st.integers(1, 20_000), st.sampled_from([L
 @given(st.lists(st.tuples(SIZES, *[st.integers(0, 17)] * 3), min_size=1, max_size=2 * MOST + 1), st.booleans())
 def test_every_byte_and_no_other(tensors, inwards):
     """Captured between some addresses, then pointed at others that are aligned otherwise."""
-    kernels, lane = copy_kernels(0), Lane(0)
+    kernels, lane = copy_kernels(0), StreamOrder(0)
     static, outside, others = [], [], []
     for seed, (nbytes, at, first, second) in enumerate(tensors):
         for kept, offset in ((static, at), (outside, first), (others, second)):
@@ -92,7 +92,7 @@ def test_every_byte_and_no_other(tensors, inwards):
 
 def test_it_waits_for_the_work_that_it_is_launched_beside(kernels):
     """Work that ends long after the copy behind it could begin, a thousand times over, with other values each time."""
-    lane, rows = Lane(0), 1 << 20
+    lane, rows = StreamOrder(0), 1 << 20
     x, y, out = (torch.zeros(rows, device="cuda") for _ in range(3))
     parts = [(out[start : start + 1024], y[start : start + 1024]) for start in range(0, rows, rows // MOST)]
 

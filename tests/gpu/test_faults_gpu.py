@@ -20,7 +20,7 @@ from graphcache.engines.context import Context, ContextPool
 from graphcache.errors import CudaError, Refusal
 from graphcache.graphs import capture, driver, executables
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.lane import Lane, own_stream
+from graphcache.graphs.stream_order import StreamOrder, own_stream
 from tests.helpers import wrap_recorded
 
 if not torch.cuda.is_available():
@@ -50,13 +50,13 @@ ENGINE: list[Target] = [
     (Context, "set_inputs"),
     (Context, "set_outputs"),
     (Context, "enqueue"),
-    (Lane, "scratch"),
+    (StreamOrder, "scratch"),
     (record_engine, "perturbed"),
     (record_engine, "verify"),
 ]
 TORCH: list[Target] = [
     *DRIVER,
-    (Lane, "pool"),
+    (StreamOrder, "pool"),
     (capture, "order_copies"),
     (capture, "find_copies"),
     (record_torch, "static_copy"),

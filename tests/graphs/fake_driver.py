@@ -28,7 +28,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.graphs import allocator, buffers, capture, copies, copy_kernel, cuda, lane, pointers, pool, slots
+from graphcache.graphs import (
+    buffers,
+    capture,
+    copy_kernel,
+    copy_nodes,
+    cuda,
+    io_slots,
+    param_patching,
+    pool,
+    stream_order,
+)
 from graphcache.graphs import driver as room
 
 ALIGNMENT = 256
@@ -1298,16 +1308,16 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         return
     fake, made = Torch(Driver()), []
     # Streams that earlier tests were given belong to another driver.
-    own_stream, initialise = functools.cache(lane.own_stream.__wrapped__), cuda.CudaGraph.__init__
+    own_stream, initialise = functools.cache(stream_order.own_stream.__wrapped__), cuda.CudaGraph.__init__
 
-    lanes: list[weakref.ref[lane.Lane]] = []
-    make_lane = lane.Lane.__init__
+    lanes: list[weakref.ref[stream_order.StreamOrder]] = []
+    make_lane = stream_order.StreamOrder.__init__
 
-    def remember_lane(self: lane.Lane, index: int) -> None:
+    def remember_lane(self: stream_order.StreamOrder, index: int) -> None:
         make_lane(self, index)
         lanes.append(weakref.ref(self))
 
-    patch.setattr(lane.Lane, "__init__", remember_lane)
+    patch.setattr(stream_order.StreamOrder, "__init__", remember_lane)
 
     def remember(self: cuda.CudaGraph, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
@@ -1317,7 +1327,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (buffers, capture, copy_kernel, cuda, lane, pointers, pool, slots, *others):
+    for module in (buffers, capture, copy_kernel, cuda, stream_order, param_patching, pool, io_slots, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)
@@ -1326,9 +1336,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
     patch.setattr(torch.Tensor, "clone", lambda tensor, **options: fake.driver.heap.clone(tensor, **options))
     patch.setattr(cuda, "_empty_like", fake.empty_like)
-    patch.setattr(allocator, "_empty_like", fake.empty_like)
-    patch.setattr(allocator, "_direct_allocator", lambda: None)
-    for module in (cuda, lane):
+    for module in (cuda, stream_order):
         patch.setattr(module, "_raw_stream", fake.raw_stream)
     try:
         yield fake
@@ -1353,7 +1361,7 @@ class Affine:
         lane: Whose scratch memory is used.
     """
 
-    def __init__(self, fake: Torch, size: int, owner: lane.Lane) -> None:
+    def __init__(self, fake: Torch, size: int, owner: stream_order.StreamOrder) -> None:
         self.fake = fake
         self.lane = owner
         self.scratch = owner.scratch(size * 4)
@@ -1391,24 +1399,26 @@ class Affine:
         """A graph whose kernels are pointed at the caller's tensors."""
         others = [self.fake.empty_like(self.x), self.fake.empty_like(self.y)]
         graph, second = self.capture(), self.capture(*others)
-        found = pointers.find_pointers(graph, second, [self.x, self.y], others)
+        found = param_patching.find_pointers(graph, second, [self.x, self.y], others)
         room.call("cuGraphDestroy", second)
-        return self._graph(graph, [slots.Slot(self.x, found[0], ALIGNMENT)], [slots.Slot(self.y, found[1], ALIGNMENT)])
+        return self._graph(
+            graph, [io_slots.IoSlot(self.x, found[0], ALIGNMENT)], [io_slots.IoSlot(self.y, found[1], ALIGNMENT)]
+        )
 
     def copying(self) -> cuda.CudaGraph:
         """A graph that begins and ends with nodes that copy."""
         source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
         kernels = copy_kernel.copy_kernels(self.lane.index)
-        work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
+        work = copy_nodes.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
         graph = capture.capture_enqueue(work, self.lane, "affine")
-        found = copies.find_copies(graph, [source, target], kernels)
-        return self._graph(graph, [slots.Slot(self.x, found[0], 1)], [slots.Slot(self.y, found[1], 1)])
+        found = copy_nodes.find_copies(graph, [source, target], kernels)
+        return self._graph(graph, [io_slots.IoSlot(self.x, found[0], 1)], [io_slots.IoSlot(self.y, found[1], 1)])
 
     def staged(self) -> cuda.CudaGraph:
         """A graph whose input and output are copied by operations of their own."""
-        return self._graph(self.capture(), [slots.Slot(self.x, [], 1)], [slots.Slot(self.y, [], 1)])
+        return self._graph(self.capture(), [io_slots.IoSlot(self.x, [], 1)], [io_slots.IoSlot(self.y, [], 1)])
 
-    def _graph(self, graph: Any, inputs: list[slots.Slot], outputs: list[slots.Slot]) -> cuda.CudaGraph:
+    def _graph(self, graph: Any, inputs: list[io_slots.IoSlot], outputs: list[io_slots.IoSlot]) -> cuda.CudaGraph:
         return cuda.CudaGraph(
             graph,
             inputs=inputs,

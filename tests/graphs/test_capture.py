@@ -14,9 +14,9 @@ from torch import Tensor
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import capture, driver
 from graphcache.graphs.buffers import packed
-from graphcache.graphs.capture import capture_enqueue, capturing, record_torch, refusal_of
+from graphcache.graphs.capture import TorchCall, capture_enqueue, capturing, record_torch, refusal_of
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.lane import Lane, capture_lock
+from graphcache.graphs.stream_order import StreamOrder, capture_lock
 from tests.graphs.fake_driver import Affine, Memory, Torch, address, installed, pointer
 
 SIZE = 6
@@ -30,7 +30,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
 
 @pytest.fixture
 def work(fake: Torch) -> Affine:
-    return Affine(fake, SIZE, Lane(0))
+    return Affine(fake, SIZE, StreamOrder(0))
 
 
 def sound(fake: Torch) -> bool:
@@ -226,7 +226,7 @@ class Module:
     def __init__(self, fake: Torch) -> None:
         self.fake = fake
         self.x, self.y = (fake.driver.heap.tensor(range(4)).reshape(2, 2) for _ in range(2))
-        self.lane = Lane(0)
+        self.lane = StreamOrder(0)
         self.modes: list[tuple[bool, bool]] = []
         self.releases = 0
         self.fails: BaseException | None = None
@@ -256,15 +256,17 @@ class Module:
     def record(self, direct: Sequence[bool] = (True, True), transposed: bool = True, shared: bool = False) -> CudaGraph:
         second = torch.empty(2, 2).t() if transposed else torch.empty(2, 2)
         return record_torch(
-            self,
-            inputs=[self.x, self.y],
-            direct=direct,
-            expected=[torch.empty(2, 2), second],
-            lane=self.lane,
-            keep=None,
-            release=self.release,
-            where="net",
-            shared=shared,
+            TorchCall(
+                self,
+                inputs=[self.x, self.y],
+                direct=direct,
+                expected=[torch.empty(2, 2), second],
+                lane=self.lane,
+                keep=None,
+                release=self.release,
+                where="net",
+                shared=shared,
+            )
         )
 
 
@@ -299,14 +301,16 @@ def test_an_expanded_input_is_copied_by_a_node_of_the_graph(fake: Torch) -> None
 
     static = row.expand(2, 2)
     graph = record_torch(
-        body,
-        inputs=[packed(static)],
-        direct=[True],
-        expected=[torch.empty(2, 2)],
-        lane=module.lane,
-        keep=None,
-        release=module.release,
-        where="net",
+        TorchCall(
+            body,
+            inputs=[packed(static)],
+            direct=[True],
+            expected=[torch.empty(2, 2)],
+            lane=module.lane,
+            keep=None,
+            release=module.release,
+            where="net",
+        )
     )
     assert graph.copies == 0
     for step in range(3):
@@ -399,14 +403,16 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
     module = Module(fake)
     with pytest.raises(Refusal) as caught:
         record_torch(
-            module,
-            inputs=[module.x],
-            direct=[True],
-            expected=[module.x],
-            lane=module.lane,
-            keep=None,
-            release=list,
-            where="net",
+            TorchCall(
+                module,
+                inputs=[module.x],
+                direct=[True],
+                expected=[module.x],
+                lane=module.lane,
+                keep=None,
+                release=list,
+                where="net",
+            )
         )
     assert caught.value.cause.reason is Reason.CAPTURE_FAILED
     assert sound(fake)
@@ -426,7 +432,11 @@ def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.
 
 def test_a_body_that_does_nothing(fake: Torch) -> None:
     with pytest.raises(Refusal) as caught:
-        record_torch(list, inputs=[], direct=[], expected=[], lane=Lane(0), keep=None, release=list, where="net")
+        record_torch(
+            TorchCall(
+                list, inputs=[], direct=[], expected=[], lane=StreamOrder(0), keep=None, release=list, where="net"
+            )
+        )
     assert caught.value.cause.reason is Reason.EMPTY_GRAPH
     assert sound(fake)
 
@@ -496,12 +506,12 @@ def test_who_waits_for_the_graph_to_go_is_told_once(fake: Torch) -> None:
 
 def test_a_graph_is_charged_for_a_pool_of_its_own_alone(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module(fake)
-    mine, other = ({"total_size": 1000, "segment_pool_id": lane.pool().id} for lane in (module.lane, Lane(0)))
+    mine, other = ({"total_size": 1000, "segment_pool_id": lane.pool().id} for lane in (module.lane, StreamOrder(0)))
     monkeypatch.setattr(fake.cuda, "memory_snapshot", lambda: [mine, {**mine, "total_size": 500}, other, other])
     own, shared = (module.record(shared=shared).nbytes for shared in (False, True))
     assert own == shared + 1500
     assert module.lane.pool_nbytes == 1500
-    assert Lane(0).pool_nbytes == 0
+    assert StreamOrder(0).pool_nbytes == 0
 
 
 def test_memory_of_outputs_is_given_up_where_nothing_shows_them(fake: Torch) -> None:
@@ -532,8 +542,8 @@ def test_memory_of_outputs_that_are_copied_by_an_operation_is_kept(fake: Torch) 
 # ---- capturing
 
 
-def entered(fake: Torch, body: Callable[[int], None]) -> tuple[Lane, int]:
-    lane, caller = Lane(0), fake.new_stream()
+def entered(fake: Torch, body: Callable[[int], None]) -> tuple[StreamOrder, int]:
+    lane, caller = StreamOrder(0), fake.new_stream()
     with fake.on(caller):
         with capturing(lane) as stream:
             assert fake.raw_stream(0) == stream.cuda_stream == lane.stream
@@ -545,7 +555,7 @@ def entered(fake: Torch, body: Callable[[int], None]) -> tuple[Lane, int]:
 def test_the_capture_stream_follows_the_callers_and_the_callers_follows_it(fake: Torch) -> None:
     tensor = fake.driver.heap.empty(4)
     kernel = fake.driver.kernel([8], lambda memory, x: memory.write(address(x), b"1234"))
-    lane, caller = Lane(0), fake.new_stream()
+    lane, caller = StreamOrder(0), fake.new_stream()
     with fake.on(caller):
         fake.driver.launch(kernel, [pointer(tensor)], caller.cuda_stream)
         with capturing(lane) as stream:
@@ -556,7 +566,7 @@ def test_the_capture_stream_follows_the_callers_and_the_callers_follows_it(fake:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_the_callers_stream_is_current_again_whatever_happened(fake: Torch, error: type[BaseException]) -> None:
-    lane, caller = Lane(0), fake.new_stream()
+    lane, caller = StreamOrder(0), fake.new_stream()
     with fake.on(caller):
         with pytest.raises(error), capturing(lane):
             raise error
@@ -569,7 +579,7 @@ def test_the_callers_stream_is_current_again_whatever_happened(fake: Torch, erro
 
 
 def test_the_lane_is_ordered_around_it(fake: Torch) -> None:
-    lane, tensor = Lane(0), fake.driver.heap.empty(4)
+    lane, tensor = StreamOrder(0), fake.driver.heap.empty(4)
     kernel = fake.driver.kernel([8], lambda memory, x: memory.write(address(x), b"1234"))
     earlier = fake.new_stream().cuda_stream
     lane.enter(earlier)

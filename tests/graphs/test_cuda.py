@@ -20,8 +20,8 @@ from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import cuda, driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.executables import EXECUTABLE_BYTES, MOST, NODE_BYTES
-from graphcache.graphs.lane import Lane
-from graphcache.graphs.slots import Slot
+from graphcache.graphs.io_slots import IoSlot
+from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
 from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Affine, Stream, Torch, address, installed, pointer
@@ -39,13 +39,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
 
 @pytest.fixture(params=KINDS)
 def graph(fake: Torch, request: pytest.FixtureRequest) -> CudaGraph:
-    made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), request.param)()
+    made: CudaGraph = getattr(Affine(fake, SIZE, StreamOrder(0)), request.param)()
     return made
 
 
 @pytest.fixture
 def bound(fake: Torch) -> CudaGraph:
-    return Affine(fake, SIZE, Lane(0)).bound()
+    return Affine(fake, SIZE, StreamOrder(0)).bound()
 
 
 def given_to(fake: Torch, start: float = 0.0, **options: Any) -> Tensor:
@@ -84,7 +84,7 @@ def test_any_inputs_on_any_streams(
 ) -> None:
     """Every answer is right, stays intact, belongs to the caller, and nothing races or is read after it was freed."""
     with pytest.MonkeyPatch.context() as patch, installed(patch=patch) as fake:
-        made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+        made: CudaGraph = getattr(Affine(fake, SIZE, StreamOrder(0)), kind)()
         streams = [Stream(fake.driver, 0), fake.new_stream(), fake.new_stream()]
         same = given_to(fake, 100)
         kept: list[tuple[Tensor, Tensor]] = []
@@ -123,7 +123,7 @@ def test_any_inputs_on_any_streams(
 
 @pytest.mark.parametrize("make", [lambda x: x.reshape(2, 3).t().reshape(-1), lambda x: x.repeat_interleave(2)[::2]])
 def test_strided_inputs_are_copied_by_an_operation(fake: Torch, make: Callable[[Tensor], Tensor]) -> None:
-    staged = Affine(fake, SIZE, Lane(0)).staged()
+    staged = Affine(fake, SIZE, StreamOrder(0)).staged()
     x = make(given_to(fake))
     for _ in range(2):
         assert right(staged.replay([x]), x)
@@ -202,7 +202,7 @@ def test_nothing_is_written_where_it_is_read(
 ) -> None:
     """A kernel may read after another one has begun to write; copy nodes do too, before the last one ends."""
     compiled_way.use(compiled, fake, monkeypatch)
-    made: CudaGraph = getattr(Affine(fake, 96, Lane(0)), kind)()
+    made: CudaGraph = getattr(Affine(fake, 96, StreamOrder(0)), kind)()
     memory = fake.driver.heap.tensor([float(index) for index in range(256)])
     x, out = memory[read // 4 :][:96], memory[written // 4 :][:96]
     _, into, _ = compiled_way.single(made, x)
@@ -217,7 +217,7 @@ def test_nothing_is_written_where_it_is_read(
 
 def test_several_outputs(fake: Torch) -> None:
     """2 x, which a copy node takes out, x itself, which a kernel writes, and x + 1, which is copied afterwards."""
-    heap, owner = fake.driver.heap, Lane(0)
+    heap, owner = fake.driver.heap, StreamOrder(0)
     x, double, same, more = (heap.empty(4) for _ in range(4))
     outside = heap.empty(4)
 
@@ -234,16 +234,16 @@ def test_several_outputs(fake: Torch) -> None:
         return True
 
     first = fake_driver.capture.capture_enqueue(enqueue, owner, "")
-    (copied,) = fake_driver.copies.find_copies(first, [outside], None)
+    (copied,) = fake_driver.copy_nodes.find_copies(first, [outside], None)
     mine, others = [x, double, same, more], [heap.empty(4) for _ in range(4)]
     x, double, same, more = others
     second = fake_driver.capture.capture_enqueue(enqueue, owner, "")
-    found = fake_driver.pointers.find_pointers(first, second, mine, others)
+    found = fake_driver.param_patching.find_pointers(first, second, mine, others)
     driver.call("cuGraphDestroy", second)
     made = CudaGraph(
         first,
-        inputs=[Slot(mine[0], found[0], 256)],
-        outputs=[Slot(mine[1], copied, 1), Slot(mine[2], found[2], 256), Slot(mine[3], [], 1)],
+        inputs=[IoSlot(mine[0], found[0], 256)],
+        outputs=[IoSlot(mine[1], copied, 1), IoSlot(mine[2], found[2], 256), IoSlot(mine[3], [], 1)],
         lane=owner,
         keep=mine,
         release=lambda: driver.call("cuGraphDestroy", first),
@@ -274,12 +274,12 @@ def test_out(fake: Torch, graph: CudaGraph) -> None:
 
 def test_an_unaligned_out_is_refused_by_kernels_and_taken_by_copies(fake: Torch) -> None:
     x, out = given_to(fake), [fake.driver.heap.empty(SIZE, offset=4)]
-    made = Affine(fake, SIZE, Lane(0)).bound()
+    made = Affine(fake, SIZE, StreamOrder(0)).bound()
     with pytest.raises(CudaError, match=rf"^an output at {out[0].data_ptr():#x} is not aligned to 256 bytes$"):
         made.replay([x], out)
     assert right(made.replay([x]), x)
     for kind in ("copying", "staged"):
-        made = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+        made = getattr(Affine(fake, SIZE, StreamOrder(0)), kind)()
         assert right(made.replay([x], out), x)
 
 
@@ -392,7 +392,7 @@ def test_a_failing_launch(fake: Torch, graph: CudaGraph, after: int) -> None:
 )
 def test_wherever_the_driver_fails_an_answer_is_right_or_an_error(kind: str, ran: int, after: int, out: bool) -> None:
     with installed() as fake:
-        made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+        made: CudaGraph = getattr(Affine(fake, SIZE, StreamOrder(0)), kind)()
         name = f"cuGraphExec{'Kernel' if kind == 'bound' else 'Memcpy'}NodeSetParams"
         kept = []
         for step in range(ran):
@@ -437,7 +437,7 @@ def test_no_memory_for_the_next_outputs_does_not_lose_the_answer(fake: Torch, gr
 @pytest.mark.parametrize("kind", ["bound", "copying"])
 def test_an_allocator_that_aligns_to_less(fake: Torch, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The graph must never go on writing into what was handed out before, nor hand out what nothing wrote."""
-    made: CudaGraph = getattr(Affine(fake, SIZE, Lane(0)), kind)()
+    made: CudaGraph = getattr(Affine(fake, SIZE, StreamOrder(0)), kind)()
     heap = fake.driver.heap
     monkeypatch.setattr(cuda, "_empty_like", lambda tensor: heap.empty(tensor.shape, offset=16).fill_(-1))
     kept = []
@@ -459,7 +459,7 @@ def test_a_graph_without_nodes_is_refused_and_released(fake: Torch) -> None:
             empty,
             inputs=[],
             outputs=[],
-            lane=Lane(0),
+            lane=StreamOrder(0),
             keep=None,
             release=lambda: driver.call("cuGraphDestroy", empty),
         )
@@ -469,7 +469,7 @@ def test_a_graph_without_nodes_is_refused_and_released(fake: Torch) -> None:
 
 @pytest.mark.parametrize("name", ["cuGraphGetNodes", "cuStreamCreate", "cuGraphInstantiateWithParams"])
 def test_what_fails_while_it_is_made_is_released(fake: Torch, name: str) -> None:
-    work = Affine(fake, SIZE, Lane(0))
+    work = Affine(fake, SIZE, StreamOrder(0))
     stream = driver.new_stream()
     driver.begin_capture(stream)
     work.enqueue(int(stream))
@@ -482,7 +482,7 @@ def test_what_fails_while_it_is_made_is_released(fake: Torch, name: str) -> None
 
 
 def test_accounts_for_memory(fake: Torch) -> None:
-    work = Affine(fake, SIZE, Lane(0))
+    work = Affine(fake, SIZE, StreamOrder(0))
     made = work.bound()
     assert made.nodes == 2
     assert made.nbytes == 3 * 4 * SIZE + MOST * (EXECUTABLE_BYTES + 2 * NODE_BYTES)
@@ -492,8 +492,8 @@ def test_accounts_for_memory(fake: Torch) -> None:
     halves = whole[:SIZE], whole[SIZE:]
     shared = CudaGraph(
         captured,
-        inputs=[Slot(halves[0], [], 1)],
-        outputs=[Slot(halves[1], [], 1)],
+        inputs=[IoSlot(halves[0], [], 1)],
+        outputs=[IoSlot(halves[1], [], 1)],
         lane=work.lane,
         keep=None,
         release=lambda: driver.call("cuGraphDestroy", captured),
@@ -548,7 +548,7 @@ def test_close_waits_for_the_last_launch(fake: Torch, bound: CudaGraph) -> None:
 
 
 def test_close_while_its_stream_is_captured_is_put_off(fake: Torch) -> None:
-    owner = Lane(0)
+    owner = StreamOrder(0)
     one, two = Affine(fake, SIZE, owner).bound(), Affine(fake, SIZE, owner).bound()
     stream = fake.new_stream()
     with fake.on(stream):
@@ -571,7 +571,7 @@ def test_close_while_its_stream_is_captured_is_put_off(fake: Torch) -> None:
 
 
 def test_a_graph_that_nobody_closed(fake: Torch) -> None:
-    made = Affine(fake, SIZE, Lane(0)).bound()
+    made = Affine(fake, SIZE, StreamOrder(0)).bound()
     with fake.on(fake.new_stream()):
         made.replay([given_to(fake)])
     del made
@@ -583,7 +583,7 @@ def test_a_graph_that_nobody_closed(fake: Torch) -> None:
 def test_a_graph_that_nobody_closed_goes_quietly_with_a_lost_device(
     fake: Torch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, said = Affine(fake, SIZE, Lane(0)).bound(), []
+    made, said = Affine(fake, SIZE, StreamOrder(0)).bound(), []
     made.replay([given_to(fake)])
     fake.driver.lost = "ILLEGAL_ADDRESS"
     monkeypatch.setattr(sys, "unraisablehook", said.append)
@@ -593,7 +593,7 @@ def test_a_graph_that_nobody_closed_goes_quietly_with_a_lost_device(
 
 
 def test_a_release_that_fails_still_lets_go_of_the_memory(fake: Torch) -> None:
-    work = Affine(fake, SIZE, Lane(0))
+    work = Affine(fake, SIZE, StreamOrder(0))
     made = work.bound()
     with fake.on(fake.new_stream()):
         made.replay([given_to(fake)])

@@ -335,7 +335,7 @@ def test_memory_behind_the_end_is_an_illegal_address(fake: Torch) -> None:
 
 
 def test_unordered_streams_race(fake: Torch) -> None:
-    work = Affine(fake, 4, fake_driver.lane.Lane(0))
+    work = Affine(fake, 4, fake_driver.stream_order.StreamOrder(0))
     work.x.fill_(1)
     one, two = stream_of(fake), stream_of(fake)
     work.enqueue(int(one))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError
-from graphcache.graphs import allocator, cuda, driver
+from graphcache.graphs import cuda, driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.executables import (
     ADDRESSES,
@@ -28,9 +28,9 @@ from graphcache.graphs.executables import (
     UNKNOWN,
     Executables,
 )
-from graphcache.graphs.lane import Lane
-from graphcache.graphs.pointers import find_pointers
-from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
+from graphcache.graphs.param_patching import find_pointers
+from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Affine, Torch, address, installed, pointer
 
@@ -59,9 +59,9 @@ class Nodes:
                 fake.driver.launch(kernel, [pointer(tensor) for tensor in each], int(self.stream))
             graphs.append(driver.end_capture(self.stream))
         found = find_pointers(*graphs, *tensors)
-        slots = [Slot(tensor, places, ALIGNMENT) for tensor, places in zip(tensors[0], found, strict=True)]
+        slots = [IoSlot(tensor, places, ALIGNMENT) for tensor, places in zip(tensors[0], found, strict=True)]
         self.nodes = nodes
-        self.lane = Lane(0)
+        self.lane = StreamOrder(0)
         self.all = Executables(graphs[0], slots[:2], slots[2:], int(self.stream), self.lane)
         fake.driver.calls.clear()
 
@@ -215,9 +215,9 @@ def test_a_large_graph_has_one(fake: Torch, count: int, most: int) -> None:
 
 
 def test_nothing_to_point_at_nothing_to_vary(fake: Torch) -> None:
-    captured = Affine(fake, 4, Lane(0)).capture()
-    slots = [Slot(fake.driver.heap.empty(4), [], 1) for _ in range(2)]
-    alone = Executables(captured, slots[:1], slots[1:], 0, Lane(0))
+    captured = Affine(fake, 4, StreamOrder(0)).capture()
+    slots = [IoSlot(fake.driver.heap.empty(4), [], 1) for _ in range(2)]
+    alone = Executables(captured, slots[:1], slots[1:], 0, StreamOrder(0))
     assert [alone.aim([0, 0]) for _ in range(100)] == alone.handles * 100
     alone.launched([0])
 
@@ -261,7 +261,7 @@ class Ring:
 def test_a_loop_ends_with_nothing_but_launches(
     fake: Torch, monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int
 ) -> None:
-    made: CudaGraph = Affine(fake, 6, Lane(0)).bound()
+    made: CudaGraph = Affine(fake, 6, StreamOrder(0)).bound()
     ring, turn = Ring(fake, made.outputs[0].buffer, outputs), itertools.count()
     monkeypatch.setattr(cuda, "_empty_like", ring)
     given_ = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(inputs)]
@@ -277,7 +277,7 @@ def test_a_loop_ends_with_nothing_but_launches(
 
 
 def test_what_is_pinned_stays_so_whatever_the_others_did(fake: Torch) -> None:
-    made: CudaGraph = Affine(fake, 6, Lane(0)).bound()
+    made: CudaGraph = Affine(fake, 6, StreamOrder(0)).bound()
     given_ = [fake.driver.heap.tensor([float(start)] * 6) for start in range(3)]
     for step in range(90):
         made.replay([given_[step % 3]])
@@ -303,7 +303,7 @@ def test_compiled_code_chooses_as_python_does(
     with pytest.MonkeyPatch.context() as patch, installed(patch=patch) as fake, torch.no_grad():
         functions = compiled_way.use(compiled, fake, patch)
         stream = fake.new_stream()
-        graphs = [Affine(fake, 6, Lane(0)).bound() for _ in range(2)]
+        graphs = [Affine(fake, 6, StreamOrder(0)).bound() for _ in range(2)]
         tensors = [fake.driver.heap.tensor([float(start)] * 6) for start in range(6)]
         answers = [fake.empty_like(tensors[0]) for _ in range(6)]
         with fake.on(stream):
@@ -352,12 +352,11 @@ def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     fake: Torch, monkeypatch: pytest.MonkeyPatch, compiled: Any, way: str, count: int
 ) -> None:
     """What lies ready for one graph is in the others' way: each gets other memory every time, which costs no time."""
-    lane = Lane(0)
+    lane = StreamOrder(0)
     made: list[CudaGraph] = [Affine(fake, 6, lane).bound() for _ in range(count)]
     blocks = Blocks(fake, made[0].outputs[0].buffer, 2 * count + 2)
-    for module in (cuda, allocator):
-        monkeypatch.setattr(module, "_empty_like", blocks)
-    monkeypatch.setattr(Slot, "fresh", lambda slot: blocks(slot.buffer))
+    monkeypatch.setattr(cuda, "_empty_like", blocks)
+    monkeypatch.setattr(IoSlot, "fresh", lambda slot: blocks(slot.buffer))
     inputs = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(2)]
     functions = compiled_way.use(compiled, fake, monkeypatch)
     stream = fake.new_stream()

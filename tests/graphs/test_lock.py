@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from graphcache.graphs import native
-from graphcache.graphs.lane import Lane
+from graphcache.graphs.stream_order import StreamOrder
 from tests.helpers import in_threads
 
 
@@ -127,7 +127,7 @@ def test_the_librarys_takes_no_arguments(compiled: Any) -> None:
 
 
 def test_lanes_have_it(make: Callable[[], Any]) -> None:
-    assert type(Lane(0).lock) is type(make())
+    assert type(StreamOrder(0).lock) is type(make())
 
 
 class Stopped(Exception):

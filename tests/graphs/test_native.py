@@ -21,15 +21,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphcache.cli import main
-from graphcache.compiled_library import NotUsable, folder, keep
+from graphcache.compiled_library import NotUsable, compiler, folder, keep
 from graphcache.errors import CompileError, ConfigError, CudaError
 from graphcache.graphs import driver, native
 from graphcache.graphs.native import build as room
-from graphcache.graphs.native import store
 from graphcache.graphs.native.__main__ import main as as_program
-from graphcache.graphs.native.build import build, compiler
+from graphcache.graphs.native.build import SOURCE, build, find, key
 from graphcache.graphs.native.probe import disagreement
-from graphcache.graphs.native.store import find, key
 
 PACKAGE = str(Path(native.__file__).parents[3])
 
@@ -225,9 +223,9 @@ def test_of_another_torch_or_source(library: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     for changed in ("hit.cpp", "build.py", "answer.h"):
         other = tmp_path / changed
-        shutil.copytree(store.SOURCE.parent, other)
+        shutil.copytree(SOURCE.parent, other)
         with monkeypatch.context() as patch:
-            patch.setattr(store, "SOURCE", other / "hit.cpp")
+            patch.setattr(room, "SOURCE", other / "hit.cpp")
             assert key() == before
             with open(other / changed, "ab") as file:
                 file.write(b"\n")
@@ -274,7 +272,7 @@ def test_no_compiler_and_no_place(home: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(home))
     with pytest.raises(CompileError, match=r"^there is no C\+\+ compiler; install g\+\+ or clang\+\+"):
-        compiler()
+        compiler("C++")
     blocked = home.parent / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
@@ -322,6 +320,6 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failures_by_number() -> None:
     real = pytest.importorskip("cuda.bindings.driver")
-    assert str(driver.failure_of("cuGraphLaunch", 999)) == "cuGraphLaunch failed with CUDA_ERROR_UNKNOWN (999)"
-    assert str(driver.failure_of("cuGraphLaunch", 123456)).startswith("cuGraphLaunch failed with")
+    assert str(driver.failure("cuGraphLaunch", 999)) == "cuGraphLaunch failed with CUDA_ERROR_UNKNOWN (999)"
+    assert str(driver.failure("cuGraphLaunch", 123456)).startswith("cuGraphLaunch failed with")
     assert real.CUresult(999).name == "CUDA_ERROR_UNKNOWN"

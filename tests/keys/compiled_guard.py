@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from graphcache.compiled_library import load
+from graphcache.compiled_library import compiler, load
 from graphcache.errors import CompileError
-from graphcache.keys.native.compiler import build, compiler
+from graphcache.keys.native.compiler import build
 from graphcache.keys.native.probe import prepare
 
 
 def compile_guard(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The library, compiled once for all workers of a session; skips where there is no C compiler."""
     try:
-        compiler()
+        compiler("C")
     except CompileError as why:
         pytest.skip(str(why))
     with pytest.MonkeyPatch.context() as patch:

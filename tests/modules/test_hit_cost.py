@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import graphcache
-from graphcache.graphs import allocator, cuda
+from graphcache.graphs import cuda
+from graphcache.graphs.io_slots import IoSlot
 from graphcache.keys import native
 from tests.helpers import Fn, graphs_of, wrap_recorded
 from tests.keys.compiled_guard import compile_guard
@@ -111,8 +112,8 @@ def test_subscribers_and_verification_are_no_part_of_a_hit() -> None:
 @pytest.mark.parametrize("io", ["bind", "copy"])
 def test_a_hit_of_an_engine(fake: Torch, monkeypatch: pytest.MonkeyPatch, io: str) -> None:  # noqa: F811
     answers = itertools.cycle([rows(fake, 2), rows(fake, 2)])
-    for module in (cuda, allocator):
-        monkeypatch.setattr(module, "_empty_like", lambda _: next(answers))
+    monkeypatch.setattr(cuda, "_empty_like", lambda _: next(answers))
+    monkeypatch.setattr(IoSlot, "fresh", lambda _: next(answers))
     fast = wrap_recorded(load("affine"), io=io)
     inputs = [rows(fake, 2, start) for start in range(2)]
     out = fake.driver.heap.tensor(inputs[0] * 0)

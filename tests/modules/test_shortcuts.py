@@ -24,6 +24,7 @@ from graphcache.config import Modes, modes
 from graphcache.dispatch import fast_path
 from graphcache.errors import CudaError
 from graphcache.graphs import driver, native
+from graphcache.graphs.io_slots import IoSlot
 from graphcache.keys.guards import ModuleGuard
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
@@ -420,15 +421,12 @@ def test_forgetting_in_the_middle_of_a_call(fake: Torch, monkeypatch: pytest.Mon
     """Allocating may run any code, such as finalizers; the call goes on with what it has found."""
     warm = Warm(fake)
 
-    def allocator(buffer: Tensor) -> Callable[[], Tensor]:
-        def allocate() -> Tensor:
-            dispatcher_of(warm.fast).fast_path.clear()
-            gc.collect()
-            return fake.empty_like(buffer)
+    def fresh(slot: IoSlot) -> Tensor:
+        dispatcher_of(warm.fast).fast_path.clear()
+        gc.collect()
+        return fake.empty_like(slot.buffer)
 
-        return allocate
-
-    monkeypatch.setattr(fast_path, "allocator", allocator)
+    monkeypatch.setattr(IoSlot, "fresh", fresh)
     x = rows(fake, 2)
     warm.up(x)
     with torch.no_grad(), fake.on(warm.stream):

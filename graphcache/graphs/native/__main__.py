@@ -10,14 +10,7 @@ from graphcache.graphs.native.probe import disagreement
 
 
 def main(arguments: list[str]) -> int:
-    """Compile, or look at what was compiled.
-
-    Args:
-        arguments: Nothing, or the path of a library to hold against Python.
-
-    Returns:
-        The exit code: 0 if all went well.
-    """
+    """Compile, or compare the library at a path with Python; the exit code is 0 if all went well."""
     if arguments:
         difference = disagreement(load(Path(arguments[0])))
         if difference is not None:

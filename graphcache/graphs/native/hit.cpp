@@ -1,7 +1,7 @@
-// The short way of a hit, compiled: what graphcache/graphs/single.py and CachedModule.__call__ do in Python.
+// A hit in native code: what Dispatcher.__call__ (dispatch/dispatcher.py) and CudaGraph.replay (graphs/cuda.py) do.
 //
 // There is one source of truth, the Python objects. Which outputs are ready, on which stream a lane ran last: all of it
-// stands in __slots__ of CudaGraph, Lane and Entry, and is read and written here at the offsets that their member
+// stands in __slots__ of CudaGraph, StreamOrder and Entry, and is read and written here at the offsets that their member
 // descriptors name; where a graph's executables point stands in the table of executables.py. So the general way, in
 // Python, may run between any two calls.
 //

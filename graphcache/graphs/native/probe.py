@@ -22,10 +22,10 @@ class _Mode(DispatchMode):
 
 
 def disagreement(library: Any) -> str | None:
-    """What a library and Python say differently; ``None`` if nothing was found.
+    """What a library and Python see differently; ``None`` if nothing was found.
 
-    Devices are looked at if CUDA is in use already. It is asked in a thread of its own: what the caller is within, such
-    as autocast or a dispatch mode, belongs to the caller's thread, and would be taken for a lie of the library's.
+    CUDA tensors are compared if CUDA is in use already. It runs in a thread of its own: the caller's autocast or
+    dispatch mode would be taken for a fault of the library.
     """
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(_disagreement, library).result()

@@ -12,7 +12,7 @@
 
 namespace {
 
-// A place in the graph where an address stands, as pointers.py found it.
+// A place in the graph where an address stands, as param_patching.py found it.
 struct Pointer {
   bool kernel;
   void *node, *params, *context;

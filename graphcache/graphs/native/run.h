@@ -93,7 +93,7 @@ PyObject* table_run(Table* self, PyObject* given) {
   if (!PyArg_ParseTuple(given, "OOOOOKO:run", &graph, &lane, &lock, &executables, &index, &executable, &otherwise))
     return nullptr;
   if (!state.executables.is_of(graph) || !state.stream.is_of(lane))
-    return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a Lane");
+    return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a StreamOrder");
   if (!Py_IS_TYPE(lock, lock_type)) return Py_NewRef(otherwise);
   auto* made = reinterpret_cast<Run*>(run_type->tp_alloc(run_type, 0));
   if (made == nullptr) return nullptr;

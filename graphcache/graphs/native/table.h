@@ -86,7 +86,7 @@ PyObject* table_put(Table* self, PyObject* given) {
                         &places, &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
     return nullptr;
   if (!state.hits.is_of(entry) || !state.executables.is_of(graph) || !state.stream.is_of(lane))
-    return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a Lane");
+    return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a StreamOrder");
   // What was made before there was a library has a lock of Python's.
   if (!Py_IS_TYPE(lock, lock_type)) Py_RETURN_FALSE;
   Using record(new Record);

@@ -6,7 +6,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from graphcache.compiled_library import NotUsable, find, find_compiler, key_of, make
+from graphcache.compiled_library import NotUsable, compiler, find, key_of, make
 from graphcache.errors import CompileError
 
 SOURCE = Path(__file__).with_name("guard.c")
@@ -15,15 +15,6 @@ SOURCE = Path(__file__).with_name("guard.c")
 def key() -> str:
     """What the library has to agree with: the source, how it is compiled, Python, the machine; no version of torch."""
     return key_of([SOURCE, SOURCE.with_name("compiler.py"), *sorted(SOURCE.parent.glob("*.h"))])
-
-
-def compiler() -> list[str]:
-    """The C compiler: ``CC``, or the first of ``cc``, ``gcc`` and ``clang`` that there is.
-
-    Raises:
-        CompileError: If there is none.
-    """
-    return find_compiler("CC", ("cc", "gcc", "clang"), "C", "gcc or clang")
 
 
 def command(target: Path) -> list[str]:
@@ -40,7 +31,7 @@ def command(target: Path) -> list[str]:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise CompileError(f"{include} has no Python.h; install Python's headers (python{version}-dev on Debian)")
     flags = ["-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,now"]
-    return [*compiler(), *flags, "-isystem", str(include), str(SOURCE), "-o", str(target)]
+    return [*compiler("C"), *flags, "-isystem", str(include), str(SOURCE), "-o", str(target)]
 
 
 def build() -> Path:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from graphcache.graphs.buffers import extent_of, hollow_like, put
-from graphcache.graphs.pointers import Pointer
+from graphcache.graphs.param_patching import Pointer
 
 ALIGNMENT = 256
 """In bytes: what TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""
 
 
-class Slot:
+class IoSlot:
     """One input or output of a graph.
 
     Args:
@@ -36,11 +36,7 @@ class Slot:
         return bool(self.pointers and address and not address & self.mask)
 
     def take(self, tensor: Tensor) -> int:
-        """Use an input's values at the next launch: where they are, or through the static buffer.
-
-        Returns:
-            The address to point the graph at; 0 if it cannot be pointed anywhere.
-        """
+        """The address of an input for the next launch: the tensor's, or the static buffer's after a copy."""
         address = tensor.data_ptr()
         if self.fits(address):
             return address
@@ -48,7 +44,7 @@ class Slot:
         return self.address
 
     def let_go(self) -> None:
-        """Give up the buffer's memory and keep its looks, where nothing reads it but the graph that writes it."""
+        """Give up the buffer's memory and keep its layout, where nothing reads it but the graph that writes it."""
         self.buffer = hollow_like(self.buffer)
 
     @property
@@ -58,7 +54,7 @@ class Slot:
 
     @property
     def raw(self) -> tuple[int, int, tuple[tuple[bool, int, int, int, int, int], ...]]:
-        """For compiled code: ``mask``, the size of the buffer in bytes, and the pointers."""
+        """For native code: ``mask``, the size of the buffer in bytes, and the pointers."""
         return self.mask, self.nbytes, tuple([pointer.raw for pointer in self.pointers])
 
     def fresh(self) -> Tensor:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import CudaError
-from graphcache.graphs import capture, driver, lane
-from graphcache.graphs.lane import Lane, capture_lock
+from graphcache.graphs import capture, driver, stream_order
+from graphcache.graphs.stream_order import StreamOrder, capture_lock
 from tests.graphs.fake_driver import Affine, Driver, Memory, Torch, Violation, address, installed, pointer
 from tests.helpers import in_threads
 
@@ -34,7 +34,7 @@ def writer(fake: Torch) -> int:
 def test_an_event_between_two_launches_exactly_where_the_stream_changed(order: list[int]) -> None:
     with installed() as fake:
         streams = [fake.new_stream().cuda_stream for _ in range(3)]
-        owner, shared, kernel = Lane(0), fake.driver.heap.empty(8), writer(fake)
+        owner, shared, kernel = StreamOrder(0), fake.driver.heap.empty(8), writer(fake)
         fake.driver.calls.clear()
         for index in order:
             owner.enter(streams[index])
@@ -55,7 +55,7 @@ def test_without_a_lane_the_stand_in_sees_the_race(fake: Torch) -> None:
 
 
 def test_the_legacy_stream_is_a_stream_like_any_other(fake: Torch) -> None:
-    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     shared, kernel = fake.driver.heap.empty(8), writer(fake)
     for each in (0, stream, 0):
         owner.enter(each)
@@ -63,7 +63,7 @@ def test_the_legacy_stream_is_a_stream_like_any_other(fake: Torch) -> None:
 
 
 def test_a_captured_stream_cannot_be_waited_for(fake: Torch) -> None:
-    owner, one, two = Lane(0), fake.new_stream().cuda_stream, fake.new_stream().cuda_stream
+    owner, one, two = StreamOrder(0), fake.new_stream().cuda_stream, fake.new_stream().cuda_stream
     owner.enter(one)
     handle = owner.handle
     driver.begin_capture(handle)
@@ -82,7 +82,7 @@ def test_a_captured_stream_cannot_be_waited_for(fake: Torch) -> None:
 
 @pytest.mark.parametrize("name", ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuStreamIsCapturing"])
 def test_a_stream_is_entered_only_when_it_waits(fake: Torch, name: str) -> None:
-    owner, one, two = Lane(0), fake.new_stream().cuda_stream, fake.new_stream().cuda_stream
+    owner, one, two = StreamOrder(0), fake.new_stream().cuda_stream, fake.new_stream().cuda_stream
     shared, kernel = fake.driver.heap.empty(8), writer(fake)
     owner.enter(one)
     fake.driver.launch(kernel, [pointer(shared)], one)
@@ -95,7 +95,7 @@ def test_a_stream_is_entered_only_when_it_waits(fake: Torch, name: str) -> None:
 
 
 def test_threads_on_streams_of_their_own(fake: Torch) -> None:
-    owner, shared, kernel = Lane(0), fake.driver.heap.empty(8), writer(fake)
+    owner, shared, kernel = StreamOrder(0), fake.driver.heap.empty(8), writer(fake)
     streams = [fake.new_stream().cuda_stream for _ in range(4)]
 
     def work(index: int) -> None:
@@ -115,7 +115,7 @@ def test_threads_on_streams_of_their_own(fake: Torch) -> None:
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=6))
 def test_scratch_grows_by_being_replaced(sizes: list[int]) -> None:
     with installed():
-        owner, largest, kept = Lane(0), -1, []
+        owner, largest, kept = StreamOrder(0), -1, []
         for size in sizes:
             before = owner._scratch
             made = owner.scratch(size)
@@ -132,13 +132,13 @@ def test_scratch_grows_by_being_replaced(sizes: list[int]) -> None:
 
 def test_scratch_may_be_written_in_any_mode(fake: Torch) -> None:
     with torch.inference_mode():
-        made = Lane(0).scratch(16)
+        made = StreamOrder(0).scratch(16)
     assert not made.is_inference()
     made.fill_(1)
 
 
 def test_one_pool_until_it_is_closed(fake: Torch) -> None:
-    owner = Lane(0)
+    owner = StreamOrder(0)
     pool = owner.pool()
     assert owner.pool() is pool
     owner.close()
@@ -149,7 +149,7 @@ def test_one_pool_until_it_is_closed(fake: Torch) -> None:
 
 
 def test_waiting_is_for_the_last_launch_and_for_nothing_else(fake: Torch) -> None:
-    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     fake.driver.calls.clear()
     owner.wait()
     assert fake.driver.calls == []
@@ -170,7 +170,7 @@ def test_waiting_is_for_the_last_launch_and_for_nothing_else(fake: Torch) -> Non
 
 
 def test_release_waits_for_the_last_launch(fake: Torch) -> None:
-    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     seen: list[str] = []
     owner.release(lambda: seen.append("at once"))
     assert seen == ["at once"]
@@ -181,7 +181,7 @@ def test_release_waits_for_the_last_launch(fake: Torch) -> None:
 
 
 def test_release_is_put_off_while_the_stream_is_captured(fake: Torch) -> None:
-    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
     driver.begin_capture(owner.handle)
     seen: list[int] = []
@@ -196,7 +196,7 @@ def test_release_is_put_off_while_the_stream_is_captured(fake: Torch) -> None:
 
 
 def test_release_that_could_not_wait_is_made_up_for(fake: Torch) -> None:
-    owner = Lane(0)
+    owner = StreamOrder(0)
     owner.enter(fake.new_stream().cuda_stream)
     seen: list[int] = []
     fake.driver.fail("cuStreamSynchronize")
@@ -208,7 +208,7 @@ def test_release_that_could_not_wait_is_made_up_for(fake: Torch) -> None:
 
 
 def test_a_release_that_fails_does_not_take_the_others_with_it(fake: Torch) -> None:
-    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
     driver.begin_capture(owner.handle)
     seen: list[int] = []
@@ -226,7 +226,7 @@ def test_a_release_that_fails_does_not_take_the_others_with_it(fake: Torch) -> N
 
 
 def test_an_action_may_release_more(fake: Torch) -> None:
-    owner, seen = Lane(0), []
+    owner, seen = StreamOrder(0), []
     owner.enter(fake.new_stream().cuda_stream)
 
     def outer() -> None:
@@ -241,7 +241,7 @@ def test_an_action_may_release_more(fake: Torch) -> None:
 
 
 def test_an_action_that_does_not_wait_runs_when_its_launch_has_finished(fake: Torch) -> None:
-    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
     seen: list[int] = []
     fake.driver.busy.add(stream)
@@ -260,7 +260,7 @@ def test_an_action_that_does_not_wait_runs_when_its_launch_has_finished(fake: To
 
 
 def test_where_nothing_runs_no_event_is_made(fake: Torch) -> None:
-    owner = Lane(0)
+    owner = StreamOrder(0)
     owner.enter(fake.new_stream().cuda_stream)
     seen: list[int] = []
     owner.release(lambda: seen.append(1), wait=False)
@@ -270,7 +270,7 @@ def test_where_nothing_runs_no_event_is_made(fake: Torch) -> None:
 
 def test_what_is_not_finished_keeps_what_comes_after_it(fake: Torch) -> None:
     """The lane's launches follow one another, whichever stream they are on; so do its releases."""
-    owner, streams = Lane(0), [fake.new_stream().cuda_stream for _ in range(2)]
+    owner, streams = StreamOrder(0), [fake.new_stream().cuda_stream for _ in range(2)]
     seen: list[int] = []
     owner.enter(streams[0])
     fake.driver.busy.add(streams[0])
@@ -287,7 +287,7 @@ def test_what_is_not_finished_keeps_what_comes_after_it(fake: Torch) -> None:
 
 @pytest.mark.parametrize("last", ["wait", "capturing", "close", "gone"])
 def test_what_was_put_off_is_made_up_for(fake: Torch, last: str) -> None:
-    owner, stream = Lane(0), fake.new_stream().cuda_stream
+    owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
     seen: list[int] = []
     fake.driver.busy.add(stream)
@@ -308,7 +308,7 @@ def test_what_was_put_off_is_made_up_for(fake: Torch, last: str) -> None:
 @pytest.mark.parametrize("wait", [True, False])
 def test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers(fake: Torch, wait: bool) -> None:
     """Asking for an event from a thread that captures invalidates its capture, whatever stream the event is of."""
-    owner, stream, other = Lane(0), fake.new_stream(), fake.new_stream()
+    owner, stream, other = StreamOrder(0), fake.new_stream(), fake.new_stream()
     owner.enter(stream.cuda_stream)
     seen: list[int] = []
     with fake.on(other):
@@ -325,7 +325,7 @@ def test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers(fake: To
 
 @pytest.mark.parametrize("function", ["cuStreamQuery", "cuEventCreate", "cuEventRecord", "cuEventQuery"])
 def test_a_release_that_could_not_be_guarded_is_made_up_for(fake: Torch, function: str) -> None:
-    owner = Lane(0)
+    owner = StreamOrder(0)
     owner.enter(fake.new_stream().cuda_stream)
     seen: list[int] = []
     fake.driver.busy.add(owner.stream)
@@ -341,7 +341,7 @@ def test_a_release_that_could_not_be_guarded_is_made_up_for(fake: Torch, functio
 
 
 def test_a_closed_lane_can_be_used_again(fake: Torch) -> None:
-    owner = Lane(0)
+    owner = StreamOrder(0)
     streams = [fake.new_stream().cuda_stream for _ in range(2)]
     for _ in range(2):
         for stream in streams:
@@ -354,7 +354,7 @@ def test_a_closed_lane_can_be_used_again(fake: Torch) -> None:
 
 
 def test_closing_while_captured_keeps_everything_for_the_capture(fake: Torch) -> None:
-    owner = Lane(0)
+    owner = StreamOrder(0)
     work = Affine(fake, 4, owner)
     work.x.fill_(1)
     stream = fake.new_stream().cuda_stream
@@ -372,9 +372,9 @@ def test_closing_while_captured_keeps_everything_for_the_capture(fake: Torch) ->
 
 
 def test_own_streams(fake: Torch) -> None:
-    capture, side = lane.own_stream(0, "capture"), lane.own_stream(0, "side")
-    assert lane.own_stream(0, "capture") is capture
-    assert len({capture.cuda_stream, side.cuda_stream, lane.own_stream(1, "side").cuda_stream, 0}) == 4
+    capture, side = stream_order.own_stream(0, "capture"), stream_order.own_stream(0, "side")
+    assert stream_order.own_stream(0, "capture") is capture
+    assert len({capture.cuda_stream, side.cuda_stream, stream_order.own_stream(1, "side").cuda_stream, 0}) == 4
     for stream in (capture, side):
         assert not fake.driver.streams[stream.cuda_stream].blocking
 

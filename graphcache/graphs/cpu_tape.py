@@ -24,9 +24,7 @@ from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.operations import (
     decompose_composite,
     flatten,
-    is_annotation,
     is_higher_order,
-    knows_no_values,
     puts_by_mask,
     refuse_by_tag,
     storage_of,
@@ -34,24 +32,28 @@ from graphcache.graphs.operations import (
 )
 
 _Fill = tuple[Any, Any, int]
+"""A container of arguments, the place in it, and the slot of the value that a replay puts there."""
+_Step = tuple[Callable[..., Any], list[Any], dict[str, Any], list[_Fill], Any]
+"""Operator, arguments, keyword arguments, fills, and the slots of its results."""
 _Level = Callable[[], AbstractContextManager[Any]]
 
 
-class HostGraph:
+class CpuTape:
     """A recorded call; see :class:`~graphcache.graphs.graph.Graph` for the contract."""
 
-    def __init__(self, inputs: Sequence[Tensor], tape: _Tape, outputs: Sequence[Tensor], lock: threading.RLock) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor], tape: _Recorder, outputs: Sequence[Tensor], lock: threading.RLock
+    ) -> None:
         self._inputs: list[Tensor] | None = list(inputs)
         self._steps = tape.steps
-        self._slots = tape.slot_count
         self._outputs = [tape.slot_of(tensor) for tensor in outputs]
         self._lock = lock
         self._pinned: list[Tensor] = []
-        self._nbytes = nbytes_of(inputs)
+        self.nbytes = nbytes_of(inputs)
 
     @classmethod
-    def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> HostGraph:
-        """Run ``body`` once and keep what it did.
+    def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
+        """Run ``body`` once on the static inputs and keep what it did.
 
         Args:
             body: Runs the call on ``inputs`` and returns its outputs.
@@ -75,9 +77,9 @@ class HostGraph:
             raise why from None
 
     @classmethod
-    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: _Level) -> HostGraph:
+    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: _Level) -> CpuTape:
         """A graph of one run of ``body``; ``level`` sets where operators are seen."""
-        tape = _Tape()
+        tape = _Recorder()
         try:
             with torch.inference_mode(False), torch.no_grad(), level(), compiled_runs_eagerly(), tape:
                 outputs = body()
@@ -95,10 +97,6 @@ class HostGraph:
     @property
     def nodes(self) -> int:
         return len(self._steps)
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         with self._lock, torch.no_grad(), torch._C._DisableAutocast():
@@ -127,21 +125,19 @@ class HostGraph:
             for target, tensor in zip(self._pinned, self._run(), strict=True):
                 target.copy_(tensor)
 
-    def steps(self) -> tuple[list[Any], list[Tensor]]:
-        """The recorded operations and the static inputs, to be looked at."""
-        return list(self._steps), self._open_inputs()
-
-    def output_slots(self) -> list[int]:
-        """Where the outputs stand among what the operations make."""
-        return list(self._outputs)
+    def recorded(self) -> tuple[list[Tensor], list[_Step], list[int]]:
+        """The static inputs, the operations, and the slots of the outputs among what the operations make."""
+        return self._open_inputs(), list(self._steps), list(self._outputs)
 
     def _open_inputs(self) -> list[Tensor]:
+        """The static inputs, unless the graph was closed."""
         if self._inputs is None:
             raise ClosedError("the graph was closed; call the module again to capture a new one")
         return self._inputs
 
     def _run(self) -> list[Tensor]:
-        values: list[Any] = [None] * self._slots
+        """Repeat the operations: fresh outputs."""
+        values: dict[int, Any] = {}
         for func, args, kwargs, fills, results in self._steps:
             for container, place, slot in fills:
                 container[place] = values[slot]
@@ -151,9 +147,8 @@ class HostGraph:
             if type(results) is int:
                 values[results] = result
             elif results is not None:
-                for slot, item in zip(results, flatten(result), strict=True):
-                    if slot is not None:
-                        values[slot] = item
+                items = zip(results, flatten(result), strict=True)
+                values |= {slot: item for slot, item in items if slot is not None}
         return [values[slot] for slot in self._outputs]
 
     def poison(self) -> None:
@@ -166,26 +161,21 @@ class HostGraph:
             self._steps, self._pinned = [], []
 
 
-class _Tape(DispatchMode):
-    """Records every operation, with references to where each tensor came from."""
+class _Recorder(DispatchMode):
+    """Records every operation, and where each tensor came from."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[_Fill], Any]] = []
-        self.slot_count = 0
+        self.steps: list[_Step] = []
         self.refused: Refusal | None = None
-        # Strong references, so that no id is used twice while recording.
+        # Slots by tensor; the references keep ids from being used twice.
         self._made: dict[int, tuple[int, Tensor]] = {}
+        # Storages that the call has made, and those of them that hold a Python number.
         self._own: set[int] = set()
-        # Python numbers, and tensors made of them.
         self._lifted: set[int] = set()
 
     def slot_of(self, tensor: Tensor) -> int:
-        """Where a replay finds this output.
-
-        Raises:
-            Refusal: If no recorded operation made the tensor.
-        """
+        """The slot of an output."""
         made = self._made.get(id(tensor))
         if made is None:
             raise Refusal(Reason.OUTPUT, detail="an output was not made by any operation of the call")
@@ -202,23 +192,20 @@ class _Tape(DispatchMode):
             raise
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator and keep it."""
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
         refuse_by_tag(func, args, kwargs)
         if is_higher_order(func):
             raise Refusal(Reason.CAPTURE_FAILED, str(func), "a host graph cannot hold a higher-order operator")
-        if is_annotation(func):
+        if func.namespace == "profiler":
+            # It only tells the profiler where the call is.
             return func(*args, **kwargs)
         lifted = func is torch.ops.aten.lift_fresh.default
         if lifted:
             # A constant made inside the call; a replay may write into it, so it needs a new one each time.
             func = torch.ops.aten.clone.default
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            raise Refusal(Reason.RANDOM, str(func))
-        if any(storage_of(tensor) not in self._own for tensor in written(func, args, kwargs)):
-            raise Refusal(Reason.MUTATES, str(func))
-        if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
-            raise Refusal(Reason.DATA_DEPENDENT, str(func))
+        self._refuse(func, args, kwargs)
         leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
         if func.is_view and not any(id(value) in self._made for value in leaves):
             # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
@@ -239,8 +226,17 @@ class _Tape(DispatchMode):
             self._lifted |= made
         return out
 
+    def _refuse(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise for an operator that draws random numbers, writes foreign memory, or writes where values say."""
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            raise Refusal(Reason.RANDOM, str(func))
+        if any(storage_of(tensor) not in self._own for tensor in written(func, args, kwargs)):
+            raise Refusal(Reason.MUTATES, str(func))
+        if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
+            raise Refusal(Reason.DATA_DEPENDENT, str(func))
+
     def _template(self, value: Any, fills: list[_Fill]) -> Any:
-        """A copy of an argument in which places can be filled; tensors of outside stay as they are."""
+        """A copy of an argument in which recorded tensors can be filled in; other tensors stay as they are."""
         if isinstance(value, (list, tuple)):
             copy = [self._template(item, fills) for item in value]
             self._refer(copy, value, fills)
@@ -248,6 +244,7 @@ class _Tape(DispatchMode):
         return value
 
     def _refer(self, copy: Any, original: Any, fills: list[_Fill]) -> None:
+        """Note which items of a container a replay fills in."""
         items = original.items() if isinstance(original, dict) else enumerate(original)
         for place, item in items:
             if isinstance(item, Tensor) and (made := self._made.get(id(item))) is not None:
@@ -255,22 +252,20 @@ class _Tape(DispatchMode):
                 fills.append((copy, place, made[0]))
 
     def _keep(self, out: Any, func: Any) -> Any:
-        """Where a replay puts what an operation made; ``[]`` if that is numbers only, which a replay need not make."""
+        """The slots of an operation's results; ``[]`` if they are numbers only, which a replay need not make."""
         if isinstance(out, Tensor):
             return self._slot(out)
         if out is None:
             return None
         found = flatten(out)
-        if not all(item is None or isinstance(item, Tensor) for item in found) and not knows_no_values(func):
+        # PyTorch's own operators return numbers that depend on layouts alone, as is_same_size does: those that read
+        # values were refused by their tags.
+        knows_values = func.namespace not in ("aten", "prims")
+        if knows_values and not all(item is None or isinstance(item, Tensor) for item in found):
             raise Refusal(Reason.HOST_READ, str(func))
         slots = [self._slot(item) if isinstance(item, Tensor) else None for item in found]
         return slots if any(slot is not None for slot in slots) else []
 
     def _slot(self, tensor: Tensor) -> int:
-        made = self._made.get(id(tensor))
-        if made is not None:
-            return made[0]
-        slot = self.slot_count
-        self.slot_count += 1
-        self._made[id(tensor)] = (slot, tensor)
-        return slot
+        """The slot of a tensor that an operation returned."""
+        return self._made.setdefault(id(tensor), (len(self._made), tensor))[0]

@@ -20,41 +20,33 @@ from graphcache.graphs.pool import MemoryPool
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 
 
-class Lane:
-    """Keeps launches that share memory one after another, whichever streams and threads they come from.
+class StreamOrder:
+    """A lane: launches on one device that share memory run one after another, whichever streams and threads call.
 
     A thread holds ``lock`` while it enqueues. A launch on the stream of the previous one is ordered by the stream
-    itself and costs one comparison; on another stream it waits, on the device, for the previous one.
-
-    Not for streams that were destroyed: a stream that a lane has seen must outlive its next use.
-
-    Args:
-        index: The CUDA device.
+    itself and costs one comparison; on another stream it waits, on the device, for the previous one. A stream must
+    outlive the lane's next launch.
     """
 
-    # What the compiled short way reads too stands at a fixed place.
+    # Native code reads these at fixed offsets.
     __slots__ = ("__dict__", "__weakref__", "last", "stream")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.lock = native.new_lock()
         self.stream = -1
-        # Of the executables that were launched last, their table: what they are known by.
+        # The table of the executables that were launched last.
         self.last: object = None
         self.handle: Any = None
         self._handles: dict[int, Any] = {}
         self._event: Any = None
         self._scratch: Tensor | None = None
         self._pool: MemoryPool | None = None
-        # What gives memory back, in order, each with an event that stands behind it and all before it, if any.
+        # Actions that give memory back, in order, each with an event recorded after it and all before it, if any.
         self._releases: deque[tuple[Callable[[], None], Any]] = deque()
 
     def enter(self, stream: int) -> None:
-        """Make ``stream`` (a raw handle) the stream of the next launch, ordered after the previous one.
-
-        Raises:
-            CudaError: If the previous stream is being captured: nothing can be ordered after what it ran before.
-        """
+        """Make ``stream`` (a raw handle) the stream of the next launch, ordered after the previous one."""
         if stream == self.stream:
             return
         handle = self._handles.get(stream)
@@ -62,24 +54,24 @@ class Lane:
             handle = self._handles[stream] = driver.binding().CUstream(stream)
         if self.handle is not None:
             with driver.on_device(self.index):
-                if driver.is_capturing(self.stream):
-                    raise CudaError(
-                        f"stream {self.stream:#x}, where this module ran last, is being captured, so a launch on "
-                        f"stream {stream:#x} cannot wait for it; use one stream for both, or call again when the "
-                        f"capture has ended"
-                    )
+                self._refuse_if_captured(
+                    f"a launch on stream {stream:#x} cannot wait for it; use one stream for both, or call again when "
+                    f"the capture has ended"
+                )
                 if self._event is None:
                     self._event = driver.new_event()
                 driver.order(self._event, self.handle, handle)
         self.stream, self.handle = stream, handle
 
+    def _refuse_if_captured(self, so: str) -> None:
+        """Raise if the stream of the last launch is being captured: nothing can wait for that launch."""
+        if driver.is_capturing(self.stream):
+            raise CudaError(f"stream {self.stream:#x}, where this module ran last, is being captured, so {so}")
+
     def scratch(self, nbytes: int) -> Tensor:
-        """Memory shared by all work of the lane, at least 256-byte aligned.
+        """At least ``nbytes`` bytes shared by all work of the lane, at least 256-byte aligned.
 
         It grows by being replaced: a graph that baked the address of a smaller one keeps that one alive.
-
-        Returns:
-            A ``uint8`` tensor of at least ``nbytes`` elements.
         """
         if self._scratch is None or self._scratch.numel() < nbytes:
             with torch.inference_mode(False):
@@ -89,8 +81,8 @@ class Lane:
     def pool(self) -> MemoryPool:
         """The memory pool of what PyTorch allocates in this lane's captures.
 
-        The lane's graphs share it: one graph's temporaries may lie where another's outputs are. That is right as long
-        as they never run at once, and as outputs are copied out before the next launch, which the lane sees to.
+        One graph's temporaries may lie where another's outputs are: the lane's graphs never run at once, and outputs
+        are copied out before the next launch.
         """
         if self._pool is None:
             self._pool = MemoryPool(self.index)
@@ -104,19 +96,15 @@ class Lane:
     def release(self, action: Callable[[], None], *, wait: bool = True) -> None:
         """Run ``action``, which gives memory back, once the last launch of the lane has finished.
 
-        That is now, after waiting for it. Where the host may not wait (``wait=False``, or a capture is under way on the
-        lane's stream or on the caller's) it is at the next release or :meth:`reap` that may, or that finds it finished.
+        Where the host may not wait for that (``wait=False``, or the lane's or the caller's stream is being captured),
+        the action runs at a later release or :meth:`reap`.
         """
         with self.lock:
             self._releases.append((action, None))
             self.reap(wait=wait)
 
     def reap(self, *, wait: bool = False) -> None:
-        """Run what was released and is due: each of them, even if one raises, and in their order.
-
-        Args:
-            wait: Wait for the last launch first, so that all is due.
-        """
+        """Run the releases that no launch is in the way of, in their order, each even if one raises."""
         with self.lock:
             if not self._releases:
                 return
@@ -132,16 +120,16 @@ class Lane:
         if self.handle is None:
             return len(self._releases)
         if driver.is_capturing(self.stream) or driver.is_capturing(_raw_stream(self.index)):
-            # A capturing thread may neither wait nor ask.
+            # A capturing thread may neither wait nor query.
             return 0
         if wait:
             driver.call("cuStreamSynchronize", self.handle)
             return len(self._releases)
-        if driver.is_idle(self.handle):
+        if driver.is_finished("cuStreamQuery", self.handle):
             return len(self._releases)
         action, event = self._releases[-1]
         if event is None:
-            # One that was never recorded would count as passed.
+            # An event that was never recorded would count as finished.
             with ExitStack() as undo:
                 event = driver.new_event()
                 undo.callback(driver.call, "cuEventDestroy", event)
@@ -151,43 +139,31 @@ class Lane:
         count = 0
         for index, (_, event) in enumerate(self._releases, start=1):
             if event is not None:
-                if not driver.has_passed(event):
+                if not driver.is_finished("cuEventQuery", event):
                     break
                 count = index
         return count
 
     def wait(self) -> None:
-        """Wait, on the host, for the last launch of the lane.
-
-        Raises:
-            CudaError: If its stream is being captured: nobody can wait for it then.
-        """
+        """Wait, on the host, for the last launch of the lane."""
         with self.lock:
             if self.handle is None:
                 return
             with driver.on_device(self.index):
-                if driver.is_capturing(self.stream):
-                    raise CudaError(
-                        f"stream {self.stream:#x}, where this module ran last, is being captured, so nothing can wait "
-                        f"for it; do this when the capture has ended"
-                    )
+                self._refuse_if_captured("nothing can wait for it; do this when the capture has ended")
                 driver.call("cuStreamSynchronize", self.handle)
 
     def close(self, *, wait: bool = True) -> None:
-        """Give back event and scratch memory once the last launch has finished; the lane can be used again.
-
-        Args:
-            wait: As in :meth:`release`.
-        """
+        """Give back event, pool and scratch memory once the last launch has finished; the lane can be used again."""
         self.release(self._forget, wait=wait)
 
     def __del__(self) -> None:
-        # What was put off must not stay behind with nobody to run it, unless the process is going down anyway.
         if (getattr(self, "_releases", None) or getattr(self, "_event", None)) and not sys.is_finalizing():
             with suppress(Exception):
                 self.close()
 
     def _forget(self) -> None:
+        """Forget streams and memory."""
         self.stream, self.handle, self.last = -1, None, None
         self._handles.clear()
         self._scratch = self._pool = None
@@ -204,19 +180,15 @@ def capture_lock(index: int) -> threading.RLock:
 
 @cache
 def own_stream(index: int, purpose: str) -> torch.cuda.ExternalStream:
-    """A stream of this process that nobody else is handed, never destroyed; one per device and purpose.
+    """A stream that nobody else is handed, never destroyed; one per device and purpose.
 
-    ``torch.cuda.Stream()`` hands out 32 streams in turn, so that work of another library could land in a capture.
-
-    Args:
-        index: The CUDA device.
-        purpose: ``"capture"``, or ``"side"`` for callers on the legacy default stream, where TensorRT would
-            synchronise the device.
+    ``torch.cuda.Stream()`` hands out 32 streams in turn, so that work of another library could land in a capture. The
+    purposes are ``"capture"``, and ``"side"`` for callers on the legacy default stream, where TensorRT would
+    synchronise the device.
     """
     with torch.cuda.device(index):
         torch.cuda.current_stream()
         # A thread that has not used CUDA yet has no context to make a stream in.
         with driver.on_device(index):
-            return torch.cuda.ExternalStream(  # type: ignore[no-untyped-call]
-                int(driver.new_stream()), device=index
-            )
+            handle = int(driver.new_stream())
+            return torch.cuda.ExternalStream(handle, device=index)  # type: ignore[no-untyped-call]

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.graphs.lane import Lane
-from graphcache.graphs.pointers import Pointer
-from graphcache.graphs.slots import ALIGNMENT, Slot
+from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
+from graphcache.graphs.param_patching import Pointer
+from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs.fake_driver import Affine, Torch, installed
 from tests.helpers import same
 
@@ -28,13 +28,13 @@ SOMEWHERE = Pointer(None, 0, lambda *_: (0,), (), None)
 
 @given(st.integers(0, 600), st.sampled_from([1, 16, 64, 256]))
 def test_fits_where_it_is_aligned_and_not_at_the_null_address(address: int, alignment: int) -> None:
-    slot = Slot(torch.zeros(4), [SOMEWHERE], alignment)
+    slot = IoSlot(torch.zeros(4), [SOMEWHERE], alignment)
     assert slot.fits(address) is (address > 0 and address % alignment == 0)
-    assert not Slot(torch.zeros(4), [], alignment).fits(address), "without pointers nothing does"
+    assert not IoSlot(torch.zeros(4), [], alignment).fits(address), "without pointers nothing does"
 
 
 def test_takes_an_aligned_tensor_where_it_is(fake: Torch) -> None:
-    slot = Slot(fake.driver.heap.tensor([0, 0, 0, 0]), [SOMEWHERE], ALIGNMENT)
+    slot = IoSlot(fake.driver.heap.tensor([0, 0, 0, 0]), [SOMEWHERE], ALIGNMENT)
     x = fake.driver.heap.tensor([1, 2, 3, 4])
     assert slot.take(x) == x.data_ptr()
     assert slot.buffer.tolist() == [0, 0, 0, 0]
@@ -42,13 +42,13 @@ def test_takes_an_aligned_tensor_where_it_is(fake: Torch) -> None:
 
 @pytest.mark.parametrize("offset", [4, 16, 128])
 def test_takes_an_unaligned_tensor_through_its_buffer(fake: Torch, offset: int) -> None:
-    slot = Slot(fake.driver.heap.tensor([0, 0, 0, 0]), [SOMEWHERE], ALIGNMENT)
+    slot = IoSlot(fake.driver.heap.tensor([0, 0, 0, 0]), [SOMEWHERE], ALIGNMENT)
     assert slot.take(fake.driver.heap.tensor([5, 6, 7, 8], offset=offset)) == slot.buffer.data_ptr() == slot.address
     assert slot.buffer.tolist() == [5, 6, 7, 8]
 
 
 def test_takes_everything_through_its_buffer_without_pointers(fake: Torch) -> None:
-    slot = Slot(fake.driver.heap.tensor([0, 0, 0, 0]), [], 1)
+    slot = IoSlot(fake.driver.heap.tensor([0, 0, 0, 0]), [], 1)
     for values in ([1, 2, 3, 4], [5, 6, 7, 8]):
         assert slot.take(fake.driver.heap.tensor(values)) == 0
         assert slot.buffer.tolist() == values
@@ -59,13 +59,13 @@ def test_takes_everything_through_its_buffer_without_pointers(fake: Torch) -> No
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.reshape(2, 2).t(), lambda x: x.to(torch.int64)])
 def test_fresh_is_like_the_buffer_and_memory_of_its_own(fake: Torch, make: Any) -> None:
     buffer = make(fake.driver.heap.tensor([1, 2, 3, 4]))
-    one, two = (Slot(buffer, [], 1).fresh() for _ in range(2))
+    one, two = (IoSlot(buffer, [], 1).fresh() for _ in range(2))
     assert len({buffer.data_ptr(), one.data_ptr(), two.data_ptr()}) == 3
     assert same(one.copy_(buffer), buffer)
 
 
 def test_what_compiled_code_is_told(fake: Torch) -> None:
-    (slot,) = Affine(fake, 4, Lane(0)).bound().inputs
+    (slot,) = Affine(fake, 4, StreamOrder(0)).bound().inputs
     mask, nbytes, ((kernel, node, params, context, word, offset),) = slot.raw
     (pointer,) = slot.pointers
     assert (mask, nbytes, kernel, context, offset) == (ALIGNMENT - 1, 16, True, 0, 0)

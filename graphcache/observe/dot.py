@@ -12,28 +12,21 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs import driver
+from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.host import HostGraph
 
 
 def dot_of(graph: Any) -> str:
-    """The nodes and edges of a graph. On CUDA the driver writes them, with kernels, their parameters and addresses.
-
-    Args:
-        graph: A :class:`CudaGraph` or a :class:`HostGraph`.
-
-    Raises:
-        ClosedError: If it was closed.
-        CudaError: If the driver fails, or if the graph is of a kind that cannot be told.
-    """
+    """The nodes and edges of a graph. On CUDA the driver writes them, with kernels, their parameters and addresses."""
     if isinstance(graph, CudaGraph):
-        return _told_by_the_driver(graph)
-    if isinstance(graph, HostGraph):
-        return "\n".join(_lines(graph)) + "\n"
-    raise CudaError(f"a graph of type {type(graph).__name__} cannot be drawn; expected a CudaGraph or a HostGraph")
+        return _from_driver(graph)
+    if isinstance(graph, CpuTape):
+        return "\n".join(_tape_lines(graph)) + "\n"
+    raise CudaError(f"a graph of type {type(graph).__name__} cannot be drawn; expected a CudaGraph or a CpuTape")
 
 
-def _told_by_the_driver(graph: CudaGraph) -> str:
+def _from_driver(graph: CudaGraph) -> str:
+    """What ``cuGraphDebugDotPrint`` writes."""
     with graph.lane.lock:
         if graph.executables is None:
             raise ClosedError("the graph was closed; call the module again to capture a new one")
@@ -44,25 +37,26 @@ def _told_by_the_driver(graph: CudaGraph) -> str:
             return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _lines(graph: HostGraph) -> Iterator[str]:
-    steps, inputs = graph.steps()
+def _tape_lines(graph: CpuTape) -> Iterator[str]:
+    """A tape's inputs, operations and outputs as nodes, and an edge from each value to its users."""
+    inputs, steps, outputs = graph.recorded()
     yield "digraph host_graph {"
     yield "  node [shape=box, fontname=monospace];"
-    places = {id(tensor): index for index, tensor in enumerate(inputs)}
+    positions = {id(tensor): index for index, tensor in enumerate(inputs)}
     for index, tensor in enumerate(inputs):
         yield f"  input{index} [label={_quoted(f'input {index}: {_shape(tensor)}')}, style=rounded];"
     made: dict[int, int] = {}
     for step, (func, args, kwargs, fills, results) in enumerate(steps):
         yield f"  step{step} [label={_quoted(str(func))}];"
         sources = {f"step{made[slot]}" for _, _, slot in fills if slot in made}
-        sources |= {f"input{places[id(leaf)]}" for leaf in _leaves((args, kwargs)) if id(leaf) in places}
+        sources |= {f"input{positions[id(leaf)]}" for leaf in _leaves((args, kwargs)) if id(leaf) in positions}
         for source in sorted(sources):
             yield f"  {source} -> step{step};"
         for slot in results if isinstance(results, list) else [results]:
             if slot is not None:
                 # An operation that writes in place answers with what it was given.
                 made[slot] = step
-    for index, slot in enumerate(graph.output_slots()):
+    for index, slot in enumerate(outputs):
         yield f"  output{index} [label={_quoted(f'output {index}')}, style=rounded];"
         if slot in made:
             yield f"  step{made[slot]} -> output{index};"

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.graphs import driver, pointers
-from graphcache.graphs.pointers import CannotBind, find_pointers
+from graphcache.graphs import driver, param_patching
+from graphcache.graphs.param_patching import CannotBind, find_pointers
 from tests.graphs import fake_driver
 from tests.graphs.fake_driver import CUDA_MEMCPY3D, CUmemorytype, Torch, installed, integer, pointer
 
@@ -59,7 +59,7 @@ class Found:
     fake: Torch
     graph: Any
     tensors: list[Tensor]
-    places: list[list[pointers.Pointer]]
+    places: list[list[param_patching.Pointer]]
 
     def pointed_at(self, tensors: Sequence[Tensor]) -> list[list[bytes]]:
         """What each node of the executable holds once all pointers are set."""
@@ -71,7 +71,7 @@ class Found:
         return [node.arguments for node in self.fake.driver.executables[int(executable)].nodes.values()]
 
 
-def point(place: pointers.Pointer, executable: Any, tensor: Tensor) -> None:
+def point(place: param_patching.Pointer, executable: Any, tensor: Tensor) -> None:
     place.word.value = tensor.data_ptr() + place.offset
     driver.call(place.setter.__name__, executable, *place.arguments)
 
@@ -208,7 +208,7 @@ def test_tensors_that_were_allocated_one_after_the_other_are_told_apart(sizes: l
 
         patch.setattr(fake, "empty_like", carve)
         ours = [carve(torch.empty(64 * size)) for size in sizes]
-        others = pointers.elsewhere(ours)
+        others = param_patching.elsewhere(ours)
         assert len({other.data_ptr() - one.data_ptr() for one, other in zip(ours, others, strict=True)}) == len(ours)
         kernel = fake.driver.kernel([8] * len(sizes), nothing)
         graphs = [
@@ -386,7 +386,7 @@ def test_differing_counts_and_kinds_of_nodes(fake: Torch) -> None:
 
 def test_too_many_nodes(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = fake.driver.kernel([8], nothing)
-    monkeypatch.setattr(pointers, "MAX_NODES", 3)
+    monkeypatch.setattr(param_patching, "MAX_NODES", 3)
 
     def record(count: int) -> Record:
         def each(tensors: list[Tensor], stream: int) -> None:
@@ -462,7 +462,7 @@ def test_captures_of_other_tensors_than_said(fake: Torch) -> None:
 
 
 def test_fields_of_a_copy_are_found_by_a_mark(fake: Torch) -> None:
-    offsets = pointers._copy_field_offsets()
+    offsets = param_patching._copy_field_offsets()
     params = CUDA_MEMCPY3D()
     for name, offset in offsets.items():
         ctypes.c_uint64.from_address(params.getPtr() + offset).value = 0x1234
@@ -473,9 +473,9 @@ def test_fields_of_a_copy_are_found_by_a_mark(fake: Torch) -> None:
 def test_fields_of_the_real_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     real = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
     monkeypatch.setattr(driver, "binding", lambda: real)
-    theirs = pointers._copy_field_offsets()
+    theirs = param_patching._copy_field_offsets()
     monkeypatch.setattr(driver, "binding", lambda: fake_driver.Driver)
-    assert theirs == pointers._copy_field_offsets()
+    assert theirs == param_patching._copy_field_offsets()
 
 
 @pytest.mark.parametrize("by_kern", [False, True])

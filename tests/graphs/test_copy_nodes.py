@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError, Refusal
-from graphcache.graphs import copies, copy_kernel, driver
+from graphcache.graphs import copy_kernel, copy_nodes, driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copies import copy_after, copy_before, find_copies, order_copies, with_copies
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
+from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies, with_copies
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.edges import edges_of, make_all_full
-from graphcache.graphs.lane import Lane
-from graphcache.graphs.pointers import CannotBind, Pointer
-from graphcache.graphs.slots import Slot
+from graphcache.graphs.io_slots import IoSlot
+from graphcache.graphs.param_patching import CannotBind, Pointer
+from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import (
     Affine,
@@ -96,7 +96,7 @@ def run(graph: Any, patched: Sequence[tuple[Pointer, int]] = ()) -> None:
 )
 def test_copies_before_and_after(way: str, before: list[int], after: list[int]) -> None:
     with installed() as fake:
-        heap, lane, kernels = fake.driver.heap, Lane(0), kernels_of(fake, way)
+        heap, lane, kernels = fake.driver.heap, StreamOrder(0), kernels_of(fake, way)
         ins = [(heap.tensor([-1.0] * size), heap.tensor(range(size))) for size in before]
         outs = [(heap.tensor([-1.0] * size), heap.tensor([9.0] * size)) for size in after]
         order: list[int] = []
@@ -147,7 +147,7 @@ def between(fake: Torch, kernels: CopyKernels | None, *, programmatic: bool, **o
             fake.driver.launch(scale, [pointer(x), pointer(y)], stream, programmatic=programmatic)
         return True
 
-    graph = capture_enqueue(with_copies(enqueue, [(x, source)], [(out, y)], kernels), Lane(0), "")
+    graph = capture_enqueue(with_copies(enqueue, [(x, source)], [(out, y)], kernels), StreamOrder(0), "")
     order_copies(graph, kernels, **options)
     edges = sorted(edges_of(graph), key=lambda edge: int(edge.start))
     source.fill_(7)
@@ -168,7 +168,7 @@ def test_work_waits_for_its_inputs_whatever_it_was_launched_with(
 
 
 def test_without_order_the_stand_in_finds_the_race(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "make_full", lambda graph, edges: 0)
+    monkeypatch.setattr(copy_nodes, "make_full", lambda graph, edges: 0)
     with pytest.raises(Violation, match="not waited for"):
         between(fake, kernels_of(fake, "kernels"), programmatic=True)
 
@@ -185,7 +185,7 @@ def test_a_driver_that_knows_no_early_launch(fake: Torch) -> None:
 
 
 def test_a_refusal_between_copies(fake: Torch, kernels: CopyKernels | None) -> None:
-    work = Affine(fake, SIZE, Lane(0))
+    work = Affine(fake, SIZE, StreamOrder(0))
     work.accepts = False
     x, y = fake.empty_like(work.x), fake.empty_like(work.y)
     with pytest.raises(Refusal, match="not_capturable"):
@@ -194,7 +194,7 @@ def test_a_refusal_between_copies(fake: Torch, kernels: CopyKernels | None) -> N
 
 
 def test_a_copy_that_the_driver_refuses(fake: Torch, kernels: CopyKernels | None) -> None:
-    work = Affine(fake, SIZE, Lane(0))
+    work = Affine(fake, SIZE, StreamOrder(0))
     name = "cuMemcpyDtoDAsync" if kernels is None else "cuLaunchKernel"
     fake.driver.fail(name, "INVALID_VALUE")
     pairs = [(work.x, fake.empty_like(work.x))]
@@ -299,7 +299,7 @@ def test_a_node_of_several_tensors_is_pointed_elsewhere_once(
     functions = None
     if library == "compiled":
         functions = compiled_way.use(request.getfixturevalue("compiled"), fake, monkeypatch)
-    kernels, owner = kernels_of(fake, "kernels"), Lane(0)
+    kernels, owner = kernels_of(fake, "kernels"), StreamOrder(0)
     x, y, total, *outside = fresh(fake, 6)
 
     def add(memory: Memory) -> None:
@@ -315,7 +315,7 @@ def test_a_node_of_several_tensors_is_pointed_elsewhere_once(
     graph = capture_enqueue(work, owner, "")
     order_copies(graph, kernels)
     slots = [
-        Slot(own, places, 1) for own, places in zip((x, y, total), find_copies(graph, outside, kernels), strict=True)
+        IoSlot(own, places, 1) for own, places in zip((x, y, total), find_copies(graph, outside, kernels), strict=True)
     ]
     made = CudaGraph(
         graph,

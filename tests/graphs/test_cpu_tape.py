@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import packed, static_copy
-from graphcache.graphs.host import HostGraph
+from graphcache.graphs.cpu_tape import CpuTape
 from tests.helpers import frozen, in_threads, same
 
 TORCH = torch.Generator().manual_seed(3)
@@ -23,14 +23,14 @@ def floats(*shape: int) -> Tensor:
     return torch.randn(shape, generator=TORCH)
 
 
-def record(function: Callable[..., Any], *inputs: Tensor) -> HostGraph:
+def record(function: Callable[..., Any], *inputs: Tensor) -> CpuTape:
     static = [static_copy(each) for each in inputs]
 
     def body() -> Sequence[Tensor]:
         made = function(*static)
         return list(made) if isinstance(made, (tuple, list)) else [made]
 
-    return HostGraph.record(body, [packed(each) for each in static], threading.RLock())
+    return CpuTape.record(body, [packed(each) for each in static], threading.RLock())
 
 
 def refused(function: Callable[..., Any], *inputs: Tensor) -> Reason:
@@ -391,7 +391,7 @@ def test_close_is_idempotent_and_later_replays_say_what_to_do():
 def test_closing_gives_back_static_buffers_and_constants_but_not_outputs():
     static = [floats(3)]
     kept = [torch.ones(3)]
-    graph = HostGraph.record(lambda: [static[0] * 2 + kept[0]], static, threading.RLock())
+    graph = CpuTape.record(lambda: [static[0] * 2 + kept[0]], static, threading.RLock())
     gone = [weakref.ref(static[0]), weakref.ref(kept[0])]
     (made,) = graph.replay([floats(3)])
     static.clear()
@@ -406,7 +406,7 @@ def test_closing_gives_back_static_buffers_and_constants_but_not_outputs():
 
 def test_poison_shows_a_graph_that_does_not_put_its_inputs_in():
     static = [floats(3)]
-    graph = HostGraph.record(lambda: [static[0] * 2], static, threading.RLock())
+    graph = CpuTape.record(lambda: [static[0] * 2], static, threading.RLock())
     graph.poison()
     assert static[0].isnan().all()
     assert graph.replay([torch.ones(3)])[0].tolist() == [2.0] * 3

@@ -14,23 +14,16 @@ from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, CopyKernel, CopyKernels
 from graphcache.graphs.edges import begin_early, edges_of, make_full
-from graphcache.graphs.pointers import COPY_ADDRESSES, CannotBind, Pointer, copy_pointer, is_flat, nodes_of
+from graphcache.graphs.param_patching import COPY_ADDRESSES, CannotBind, Pointer, copy_pointer, is_flat, nodes_of
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""(to, from); dense tensors of equal layout."""
+"""(to, from): dense tensors of equal layout, of which none overlap."""
 
 
 def with_copies(
     enqueue: Callable[[int], bool], before: Pairs, after: Pairs, kernels: CopyKernels | None
 ) -> Callable[[int], bool]:
-    """The same work with copies before and after it, which become nodes of the graph.
-
-    Args:
-        enqueue: The work.
-        before: The copies before it.
-        after: The copies after it.
-        kernels: As for :func:`copy_before`.
-    """
+    """The same work with copies before and after it, which become nodes of the graph."""
 
     def enqueue_all(stream: int) -> bool:
         copy_before(before, stream, kernels)
@@ -43,16 +36,7 @@ def with_copies(
 
 
 def copy_before(pairs: Pairs, stream: int, kernels: CopyKernels | None) -> None:
-    """Enqueue copies into a capture; see :func:`order_copies`.
-
-    Args:
-        pairs: What to copy; nothing of it overlaps.
-        stream: A raw handle.
-        kernels: What moves small tensors, up to eight at once; ``None`` for the driver's own copies.
-
-    Raises:
-        CudaError: If the driver refuses.
-    """
+    """Enqueue copies into a capture, before the work; without kernels they are the driver's own copies."""
     _copy(pairs, stream, None if kernels is None else kernels.before)
 
 
@@ -61,21 +45,27 @@ def copy_after(pairs: Pairs, stream: int, kernels: CopyKernels | None) -> None:
     _copy(pairs, stream, None if kernels is None else kernels.after)
 
 
+def _copy(pairs: Pairs, stream: int, kernel: CopyKernel | None) -> None:
+    """Enqueue copies: small tensors by the kernel, :data:`MOST` in each launch, the others by the driver."""
+    small: list[tuple[int, int, int]] = []
+    for target, source in pairs:
+        nbytes = target.numel() * target.element_size()
+        if kernel is not None and 0 < nbytes <= LARGEST:
+            small.append((target.data_ptr(), source.data_ptr(), nbytes))
+        elif nbytes:
+            driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
+    if kernel is not None:
+        for start in range(0, len(small), MOST):
+            kernel.launch(small[start : start + MOST], stream)
+
+
 def order_copies(graph: Any, kernels: CopyKernels | None, *, early: bool = True) -> None:
-    """See to it that copies run when they should, whatever the work between them was launched with.
+    """Set the edges of copy kernels, whatever the work between them was launched with.
 
-    Work whose first kernel is launched programmatically, as some of TensorRT's are, would begin beside a kernel that
-    copies its inputs, where it waits for the driver's own copies. Those kernels get full edges. A kernel that copies
-    what the last one has written waits by itself, where it can, and so is launched early: of the 2.4 µs that both
-    copies take in a graph of three small kernels, that saves 0.4 (H200, driver 580).
-
-    Args:
-        graph: A ``CUgraph``.
-        kernels: What the copies were enqueued with.
-        early: Whether anything may begin before what it waits for has ended.
-
-    Raises:
-        CudaError: If the driver refuses.
+    Work whose first kernel is launched programmatically, as some of TensorRT's are, waits for the driver's own copies,
+    but would begin beside a kernel that copies its inputs. Those kernels get full edges. With ``early``, the kernel
+    that copies the outputs is launched early where it waits by itself: of the 2.4 µs that both copies take in a graph
+    of three small kernels, that saves 0.4 (H200, driver 580).
     """
     if kernels is None:
         return
@@ -91,17 +81,16 @@ def order_copies(graph: Any, kernels: CopyKernels | None, *, early: bool = True)
                 begin_early(graph, edge)
 
 
+def _runs(node: Any, kernel: CopyKernel | None = None) -> bool:
+    """Whether a node launches a kernel: any, or the given one."""
+    kinds = driver.binding().CUgraphNodeType
+    if driver.call("cuGraphNodeGetType", node) != kinds.CU_GRAPH_NODE_TYPE_KERNEL:
+        return False
+    return kernel is None or int(driver.call("cuGraphKernelNodeGetParams", node).func) == int(kernel.function)
+
+
 def find_copies(graph: Any, tensors: Sequence[Tensor], kernels: CopyKernels | None) -> list[list[Pointer]]:
-    """The nodes that copy exactly the given tensors.
-
-    Args:
-        graph: A ``CUgraph`` in which each tensor is copied from or to as a whole.
-        tensors: What is copied.
-        kernels: What the copies were enqueued with.
-
-    Raises:
-        CannotBind: If one of them is not.
-    """
+    """For each tensor, the one node that copies exactly it; raises :class:`CannotBind` if that is none or several."""
     indices = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     found: list[list[Pointer]] = [[] for _ in tensors]
@@ -123,28 +112,8 @@ def find_copies(graph: Any, tensors: Sequence[Tensor], kernels: CopyKernels | No
     return found
 
 
-def _runs(node: Any, kernel: CopyKernel | None = None) -> bool:
-    """Whether a node is a kernel's: of any, or of a given one."""
-    kinds = driver.binding().CUgraphNodeType
-    if driver.call("cuGraphNodeGetType", node) != kinds.CU_GRAPH_NODE_TYPE_KERNEL:
-        return False
-    return kernel is None or int(driver.call("cuGraphKernelNodeGetParams", node).func) == int(kernel.function)
-
-
-def _copy(pairs: Pairs, stream: int, kernel: CopyKernel | None) -> None:
-    small: list[tuple[int, int, int]] = []
-    for target, source in pairs:
-        nbytes = target.numel() * target.element_size()
-        if kernel is not None and 0 < nbytes <= LARGEST:
-            small.append((target.data_ptr(), source.data_ptr(), nbytes))
-        elif nbytes:
-            driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
-    if kernel is not None:
-        for start in range(0, len(small), MOST):
-            kernel.launch(small[start : start + MOST], stream)
-
-
 def _in_copy_node(node: Any) -> Iterator[tuple[int, int, Pointer]]:
+    """Address, size and pointer of each end of a copy node."""
     params = driver.call("cuGraphMemcpyNodeGetParams", node)
     if is_flat(params):
         for field in COPY_ADDRESSES:
@@ -152,6 +121,7 @@ def _in_copy_node(node: Any) -> Iterator[tuple[int, int, Pointer]]:
 
 
 def _in_kernel(node: Any, kernels: CopyKernels) -> Iterator[tuple[int, int, Pointer]]:
+    """The same of each copy that a node of the copy kernel makes."""
     params = driver.call("cuGraphKernelNodeGetParams", node)
     if int(params.func) not in kernels:
         return
