@@ -44,7 +44,7 @@ from graphcache.dispatch import preconditions as conditions
 from graphcache.graphs import host
 from graphcache.graphs import verify as judge
 from graphcache.keys import call as key_of_call
-from graphcache.keys import call_key, code_nodes, guards, state_nodes, value_nodes
+from graphcache.keys import call_key, guards, state_nodes, value_nodes
 from graphcache.modules import forward_patch as routes
 from graphcache.modules import wrapped
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
@@ -981,7 +981,7 @@ CURES: dict[str, Cure] = {
     "context variables are noticed": Cure(
         both(
             replace(effects, "_changed_process_state", lambda *_: iter(())),
-            replace(code_nodes.VariableNode, "differs", _never),
+            replace(state_nodes.VariableNode, "differs", _never),
         ),
         _a_context_variable_is_set_for_nobody,
         EFFECTS + "test_an_effect_is_noticed_and_named[a context variable]",

@@ -22,19 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.keys.code_nodes import CellNode, ClassNode, FunctionNode, VariableNode
 from graphcache.keys.script_state import settle
 from graphcache.keys.state_nodes import (
     MISSING,
     AttributesNode,
+    CellNode,
+    ClassNode,
+    FunctionNode,
     ItemsNode,
     MembersNode,
     NamesNode,
     Node,
+    ObjectArrayNode,
     ObjectNode,
+    ScriptNode,
     SlotsNode,
     TableNode,
     ThreadLocalNode,
+    VariableNode,
     slots_of,
 )
 from graphcache.keys.user_code import (
@@ -45,7 +50,7 @@ from graphcache.keys.user_code import (
     module_attributes,
     names_environment,
 )
-from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, ObjectArrayNode, ScriptNode, TensorNode
+from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, TensorNode
 from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
 MAX_CONTAINERS = 50_000
@@ -61,6 +66,7 @@ MAX_ARRAY_BYTES = 1 << 20
 _LOGGING = (logging.Logger, logging.Handler, logging.Filterer)
 _MACHINERY = (concurrent.futures.Executor, concurrent.futures.Future, asyncio.AbstractEventLoop, threading.Thread)
 
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
 _NOT_CALLED = frozenset(
     {
@@ -137,15 +143,18 @@ class StateWalk:
     def _visit(self, parent: Node | None, key: str, value: Any) -> None:
         kind = type(value)
         if isinstance(value, Tensor):
-            self._tensor(parent, key, value)
+            tensor = TensorNode(parent, key, value)
+            self.tensors.append(tensor)
+            if value.__dict__:
+                self._follow(AttributesNode(tensor, "", value.__dict__))
         elif isinstance(value, type):
             self._class(value, follow=True)
         elif isinstance(value, (enum.Enum, BaseException, *_LOGGING, *_MACHINERY)):
             return
         elif kind in _TABLES:
             members = not key and isinstance(parent, AttributesNode)
-            self._table(MembersNode(parent, key, value) if members else TableNode(parent, key, value))
-        elif kind in (list, tuple, set, frozenset, collections.deque):
+            self._follow((MembersNode if members else TableNode)(parent, key, value))
+        elif kind in _SEQUENCES:
             self._items(parent, key, value)
         elif kind is types.FunctionType:
             self._function(parent, key, value)
@@ -153,7 +162,7 @@ class StateWalk:
             self._push(parent, key, value.__func__)
             self._push(parent, f"{key}.__self__", value.__self__)
         elif kind is types.CellType:
-            self._cell(parent, key, value)
+            self._follow(CellNode(parent, key, value))
         elif kind in BUILTIN_METHODS:
             if not isinstance(value.__self__, types.ModuleType):
                 self._push(parent, f"{key}.__self__", value.__self__)
@@ -162,9 +171,7 @@ class StateWalk:
         elif isinstance(value, weakref.ref):
             self._push(parent, f"{key}()", value())
         elif kind is contextvars.ContextVar:
-            variable = VariableNode(parent, key, value)
-            self._add(variable, 1)
-            self._push(variable, ".get()", variable.state)
+            self._follow(VariableNode(parent, key, value))
         elif kind in (functools.partial, functools.partialmethod):
             for name in ("func", "args", "keywords"):
                 self._push(parent, f"{key}.{name}", getattr(value, name))
@@ -176,44 +183,29 @@ class StateWalk:
         else:
             self._object(parent, key, value)
 
-    def _tensor(self, parent: Node | None, key: str, value: Tensor) -> None:
-        node = TensorNode(parent, key, value)
-        self.tensors.append(node)
-        if value.__dict__:
-            self._table(AttributesNode(node, "", value.__dict__))
-
-    def _table(self, node: TableNode) -> None:
-        keys, values = node.state
-        self._add(node, len(keys))
-        for name, item in zip(keys, values, strict=True):
-            if not is_plain(item):
+    def _follow(self, node: Node) -> None:
+        """Remember an object, and follow what is in its places."""
+        names, values = node.state
+        self._add(node, len(names))
+        for name, item in zip(names, values, strict=True):
+            if not is_plain(item) and item is not MISSING:
                 self._stack.append((node, node.end(name), item))
             if not is_plain(name):
                 self._stack.append((node, "[a key]", name))
 
     def _items(self, parent: Node | None, key: str, value: Any) -> None:
-        if isinstance(value, tuple):
-            # A tuple cannot change; what it holds may.
-            self._entries += len(value)
-            for index, item in enumerate(tuple.__iter__(value)):
-                self._push(parent, f"{key}[{index}]", item)
+        if not isinstance(value, tuple):
+            self._follow(ItemsNode(parent, key, value))
             return
-        containers = (list, set, frozenset, collections.deque)
-        node = (ItemsNode if isinstance(value, containers) else ObjectArrayNode)(parent, key, value)
-        self._add(node, len(node.state))
-        for index, item in enumerate(node.state):
-            if not is_plain(item):
-                self._stack.append((node, node.end(index), item))
-
-    def _cell(self, parent: Node | None, key: str, value: types.CellType) -> None:
-        node = CellNode(parent, key, value)
-        self._add(node, 1)
-        self._push(node, "", node.state)
+        # A tuple cannot change; what it holds may.
+        self._entries += len(value)
+        for index, item in enumerate(tuple.__iter__(value)):
+            self._push(parent, f"{key}[{index}]", item)
 
     def _function(self, parent: Node | None, key: str, value: types.FunctionType) -> None:
         code, module = value.__code__, value.__globals__.get("__name__")
         if value.__dict__:
-            self._table(AttributesNode(parent, key, value.__dict__))
+            self._follow(AttributesNode(parent, key, value.__dict__))
         if _is_machinery(module):
             return
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
@@ -276,38 +268,30 @@ class StateWalk:
         if _is_machinery(module) and not isinstance(value, nn.Module):
             return
         if isinstance(value, threading.local):
-            local = ThreadLocalNode(parent, key, value)
-            self._add(local, len(local.state))
-            for name, item in local.state.items():
-                self._push(local, f".{name}", item)
+            self._follow(ThreadLocalNode(parent, key, value))
             return
         if array_state(value) is not None:
             self._array(ArrayNode(parent, key, value))
             if getattr(getattr(value, "dtype", None), "hasobject", False):
-                self._items(parent, key, value)
+                self._follow(ObjectArrayNode(parent, key, value))
             return
         if isinstance(value, dict):
-            self._table(TableNode(parent, key, value))
-        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            self._follow(TableNode(parent, key, value))
+        elif isinstance(value, _SEQUENCES):
             self._items(parent, key, value)
         if isinstance(value, torch.jit.ScriptModule):
             settle(value)
-            self._script(parent, key, value)
+            node = ScriptNode(parent, key, value)
+            self._follow(node)
+            for name, child in value.named_children():
+                self._push(node, f".{name}", child)
         self._attributes(parent, key, value)
         hidden = hidden_state(value)
         if hidden is not None:
-            node = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(parent, key, value)
-            self._add(node, 1)
+            advances = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(parent, key, value)
+            self._add(advances, 1)
             for item in hidden[1]:
-                self._push(node, "", item)
-
-    def _script(self, parent: Node | None, key: str, value: torch.jit.ScriptModule) -> None:
-        node = ScriptNode(parent, key, value)
-        self._add(node, len(node.state))
-        for name, item in node.state.items():
-            self._push(node, name, item)
-        for name, child in value.named_children():
-            self._push(node, f".{name}", child)
+                self._push(advances, "", item)
 
     def _attributes(self, parent: Node | None, key: str, value: Any) -> None:
         kind = type(value)
@@ -318,14 +302,11 @@ class StateWalk:
             return
         self._add(ObjectNode(parent, key, value), 1)
         if slots:
-            node = SlotsNode(parent, key, value, slots)
-            self._add(node, len(slots))
-            for (name, _), item in zip(slots, node.state, strict=True):
-                self._push(node, node.end(name), item)
+            self._follow(SlotsNode(parent, key, value, slots))
         if table is not None:
             # Seen under the object's own path, and once.
             self._seen.add(id(table))
-            self._table(AttributesNode(parent, key, table))
+            self._follow(AttributesNode(parent, key, table))
         for each in kind.__mro__:
             self._class(each, follow=True)
 
