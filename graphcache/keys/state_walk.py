@@ -250,11 +250,10 @@ class StateWalk:
             return
         node = NamesNode(None, str(table.get("__name__", "globals")), table, found)
         self._add(node, len(found))
-        for name, value in zip(found, node.state, strict=True):
+        for name, value in zip(*node.state, strict=True):
             if isinstance(value, types.FunctionType):
                 self._hops.setdefault(id(value), hops + 1)
-                self._push(node, node.end(name), value)
-            elif isinstance(value, type):
+            if isinstance(value, type):
                 self._class(value, follow=False)
             elif value is not MISSING:
                 self._push(node, node.end(name), value)
