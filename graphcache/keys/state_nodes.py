@@ -130,6 +130,14 @@ class TableNode(Node):
         kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
         return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
 
+    def differs(self) -> bool:
+        # As in every other node, but without copies: most tables of a module are empty.
+        names, values = self.state
+        kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
+        if dict.__len__(self.target) != len(names):
+            return True
+        return not (all(map(is_, kind.values(self.target), values)) and all(map(is_, kind.keys(self.target), names)))
+
     def end(self, name: Any) -> str:
         return f"[{short(name)}]" if isinstance(name, (str, int)) else f"[a {type(name).__name__}]"
 
