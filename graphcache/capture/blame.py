@@ -19,9 +19,6 @@ from graphcache.errors import Cause
 def path_here(module: nn.Module) -> str:
     """The name of the innermost submodule whose method is running now; empty for the module itself, or for none.
 
-    Args:
-        module: Whose submodules are looked for.
-
     Example:
         >>> class Asks(nn.Module):
         ...     def forward(self):
@@ -34,14 +31,7 @@ def path_here(module: nn.Module) -> str:
 
 
 def located(cause: Cause, error: BaseException, module: nn.Module, name: str) -> Cause:
-    """The same cause with the submodule in which an exception was raised.
-
-    Args:
-        cause: What is known of it.
-        error: The exception, or one that was raised while it was handled.
-        module: Whose submodules are looked for.
-        name: What the cause calls the module itself.
-    """
+    """The same cause with the submodule in which an exception was raised."""
     path, seen = "", set()
     raised: BaseException | None = error
     while not path and raised is not None and id(raised) not in seen:

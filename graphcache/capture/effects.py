@@ -91,17 +91,7 @@ class Watched:
 
 
 def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
-    """Run a call once and tell everything it did besides returning.
-
-    Args:
-        run: What is called.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        watched: What can be reached from outside.
-
-    Raises:
-        Exception: Whatever the call raises. It has had its effects then, as without an observer.
-    """
+    """Run a call once and tell everything it did besides returning."""
     host = HostActivity(watched.path_here, watched.report)
     operations = _Operations(watched, host)
     host.reads = not operations.devices
@@ -383,11 +373,6 @@ def unseen_functions(effects: Effects, snapshot: StateSnapshot) -> dict[types.Co
 
 
 def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSnapshot:
-    """What can be reached from the arguments of a call.
-
-    Raises:
-        StateTooLarge: If there is more than can be watched.
-        Unobservable: For an iterator whose position cannot be read.
-    """
+    """What can be reached from the arguments of a call."""
     roots = [(f"args[{index}]", value) for index, value in enumerate(args)]
     return StateSnapshot([*roots, *((f"kwargs[{name!r}]", value) for name, value in kwargs.items())])

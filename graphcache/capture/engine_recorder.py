@@ -33,12 +33,7 @@ from graphcache.keys.call import Call
 
 
 class EngineRecorder:
-    """Records one engine: a context, static buffers and a graph per signature, on the engine's scratch memory.
-
-    Args:
-        module: The engine.
-        config: Options of the wrapped module.
-    """
+    """Records one engine: a context, static buffers and a graph per signature, on the engine's scratch memory."""
 
     def __init__(self, module: EngineLike, config: GraphConfig) -> None:
         self._module = module
@@ -220,12 +215,7 @@ class _EngineIO:
         self._direct = [*module.device_only(plain), *(True for _ in outputs)]
 
     def bound(self) -> CudaGraph:
-        """A graph whose kernels are pointed at the caller's tensors.
-
-        Raises:
-            CannotBind: If not all places where addresses stand can be found.
-            Refusal: If the engine cannot be captured.
-        """
+        """A graph whose kernels are pointed at the caller's tensors."""
         ours = [*self._inputs, *self._outputs]
         with ExitStack() as undo:
             first = self._capture(self._context.enqueue)
@@ -246,11 +236,7 @@ class _EngineIO:
         return self._graph(first, [Slot(own, found, ALIGNMENT) for own, found in zip(ours, places, strict=True)])
 
     def copying(self) -> CudaGraph:
-        """A graph that begins and ends with nodes that copy, which are pointed at the caller's tensors.
-
-        Raises:
-            Refusal: If the engine cannot be captured.
-        """
+        """A graph that begins and ends with nodes that copy, which are pointed at the caller's tensors."""
         ours = [*self._inputs, *self._outputs]
         others = [torch.empty_like(tensor) for tensor in ours]
         copied = [direct and own.numel() > 0 for own, direct in zip(ours, self._direct, strict=True)]

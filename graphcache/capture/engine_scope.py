@@ -19,9 +19,6 @@ class EngineScope:
 
     The calls are counted, so that the warm-up, the capture and the run on other values find the same context for the
     same call, with its shapes set and its kernels compiled.
-
-    Args:
-        lane: The lane of the graph; the contexts share its scratch memory.
     """
 
     def __init__(self, lane: Lane) -> None:

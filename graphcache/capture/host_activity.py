@@ -78,10 +78,6 @@ class HostActivity:
 
     A mode of PyTorch would see reads of tensors too, but makes some operations take another path; the hook changes
     nothing. It belongs to one user at a time: see :func:`is_available`.
-
-    Args:
-        path_here: Names the submodule that is at work.
-        report: Told of everything noticed, and of the function, while that runs.
     """
 
     def __init__(self, path_here: Callable[[], str], report: Callable[[Cause, str], object] | None = None) -> None:

@@ -39,14 +39,6 @@ class Answer:
 
     Leaves are tensors that the call made (each handed out once, however often it appears), inputs and views of
     inputs, and plain values, which the signature determines or verification finds changing.
-
-    Args:
-        value: What the module returned.
-        inputs: The tensors it was called with.
-        lasting: Parameters, buffers and whatever else outlives the call.
-
-    Raises:
-        Refusal: For an answer that a replay could not give.
     """
 
     def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:

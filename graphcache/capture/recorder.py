@@ -21,15 +21,7 @@ Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 
 
 class Recorded:
-    """A graph, and how its outputs become the module's answer.
-
-    Args:
-        graph: The graph.
-        build: Makes the answer of the graph's outputs and the caller's inputs.
-        whole: Whether the answer's leaves are the graph's outputs, all of them and in their order.
-        bare: Whether the answer is the graph's only output itself.
-        places: For each tensor of the call, which input of the graph it is; ``None`` if each is an input of its own.
-    """
+    """A graph, and how its outputs become the module's answer."""
 
     __slots__ = (
         "_first",
@@ -116,25 +108,10 @@ class Recorder(Protocol):
         begin: Callable[[], object] = nothing,
         known: Recorded | None = None,
     ) -> tuple[Any, Recorded | Cause]:
-        """Answer a call, and capture it if that can be done.
-
-        Args:
-            call: The call.
-            sharing: What memory the graph may share.
-            begin: Called when the arguments are known to be right, before anything is allocated for the graph; it may
-                raise a :class:`~graphcache.errors.Refusal`.
-            known: A graph of the same key, from before something changed: it is kept if the call did the very same.
-
-        Returns:
-            The eager answer, and either the graph or why there is none.
-        """
+        """Answer a call, and capture it if that can be done."""
 
     def release(self, *, wait: bool = True) -> None:
-        """Give back what the graphs shared; they were closed before.
-
-        Args:
-            wait: Wait for the last replays, so that what closing put off is given back too.
-        """
+        """Give back what the graphs shared; they were closed before."""
 
     @property
     def shared_nbytes(self) -> int:

@@ -39,15 +39,7 @@ Running = Callable[[], AbstractContextManager[object]]
 
 
 class TorchRecorder:
-    """Records any module: on the CPU as a host graph, on CUDA as a graph with a memory pool of its own.
-
-    Args:
-        module: Whose parameters and buffers the call depends on.
-        run: What is called, ``module`` itself or its ``forward``.
-        name: For messages.
-        config: Options of the wrapped module.
-        guard: What the graphs of the module depend on.
-    """
+    """Records any module: on the CPU as a host graph, on CUDA as a graph with a memory pool of its own."""
 
     def __init__(
         self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
@@ -75,11 +67,7 @@ class TorchRecorder:
         return effects.value, self.record(call, effects, sharing=sharing, begin=begin, known=known)
 
     def observe(self, call: Call) -> Effects:
-        """Run a call for the caller, and tell whether a graph may repeat it.
-
-        Raises:
-            Exception: Whatever the module raises for these arguments.
-        """
+        """Run a call for the caller, and tell whether a graph may repeat it."""
         args, kwargs = call.args, call.kwargs
         if not is_available():
             return self._unobserved(args, kwargs, "the profile hook of the interpreter is in use (sys.setprofile)")
@@ -115,19 +103,7 @@ class TorchRecorder:
         known: Recorded | None = None,
         running: Running = nullcontext,
     ) -> Recorded | Cause:
-        """Capture a call that was observed to be a function of its tensors.
-
-        Args:
-            call: The call.
-            effects: What was observed.
-            sharing: As for :meth:`attempt`.
-            begin: Likewise.
-            known: Likewise.
-            running: Entered around each run of the module.
-
-        Returns:
-            The graph, or why there is none.
-        """
+        """Capture a call that was observed to be a function of its tensors."""
         inputs = call.tensors
         run = self.again(effects.version, running)
         state, version = [*self._weights(), *effects.outside], effects.version
@@ -160,12 +136,7 @@ class TorchRecorder:
         return recorded
 
     def again(self, version: int, running: Running = nullcontext) -> Callable[..., Any]:
-        """What runs the module once more, of which a call was observed to have no effects in the state of then.
-
-        Args:
-            version: That of the guard then.
-            running: Entered around each run. If it is given, a run in another state is refused.
-        """
+        """What runs the module once more, of which a call was observed to have no effects in the state of then."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with running(), graphs_off():
@@ -176,14 +147,7 @@ class TorchRecorder:
         return run
 
     def check_unchanged(self, version: int) -> None:
-        """See to it that nothing that the module reaches has changed since a call was observed.
-
-        Args:
-            version: That of the guard then.
-
-        Raises:
-            Refusal: With :attr:`Reason.MUTATES`.
-        """
+        """See to it that nothing that the module reaches has changed since a call was observed."""
         # What the comparison asks of tensors is no read of the module's.
         with torch._C.DisableTorchFunction():
             change = self._guard.change()
@@ -341,12 +305,7 @@ class TorchRecorder:
 
 
 class _Reads(HostReads):
-    """Notices what the host learns, and where.
-
-    Args:
-        inputs: As for :class:`~graphcache.graphs.operations.HostReads`.
-        module: Whose submodules are told apart.
-    """
+    """Notices what the host learns, and where."""
 
     def __init__(self, inputs: Sequence[Tensor], module: nn.Module) -> None:
         super().__init__(inputs)

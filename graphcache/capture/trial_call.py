@@ -35,11 +35,7 @@ class TrialCall:
         self._state = state
 
     def run(self, static: Sequence[Tensor]) -> Answer:
-        """Call the module on other tensors.
-
-        Raises:
-            Refusal: If the answer is of another layout than the first one was.
-        """
+        """Call the module on other tensors."""
         answer = Answer(self.call(static), self._spread(static), self._state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")

@@ -31,7 +31,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.call import Call
-from graphcache.keys.call_key import describe_layout, is_flat
+from graphcache.keys.call_key import is_flat
 
 _FUNCTIONS = (
     "cuGraphLaunch",
@@ -73,9 +73,8 @@ class FastPath:
         guard = self._target.guard
         # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
         epoch = guard.epoch if isinstance(guard, EngineGuard) else entry.graph.version
-        layout = describe_layout(call.args)
-        if self._known.get(layout) != (entry, epoch):
-            self._known[layout] = entry, epoch
+        if self._known.get(call.key) != (entry, epoch):
+            self._known[call.key] = entry, epoch
             put(
                 table,
                 call.args,

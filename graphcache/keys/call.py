@@ -41,14 +41,6 @@ class Call(NamedTuple):
 
 
 def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Describe a call.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Raises:
-        Refusal: With :attr:`Reason.ARGUMENT`, for an argument that can be neither copied nor told apart by value.
-    """
+    """Describe a call."""
     key, tensors = describe(args, kwargs)
     return Call(key, tensors, args, kwargs)

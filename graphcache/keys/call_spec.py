@@ -47,20 +47,12 @@ class CallSpec:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], names: Function | Sequence[str] = ()) -> CallSpec:
-        """The spec of a call, under the modes of this moment.
-
-        Raises:
-            Refusal: With ``Reason.ARGUMENT``, for arguments that no key describes.
-        """
+        """The spec of a call, under the modes of this moment."""
         return cls(describe(args, kwargs)[0], names)
 
     @classmethod
     def of_json(cls, tree: Any) -> CallSpec:
-        """The spec of a tree that :attr:`json` gave.
-
-        Raises:
-            ValueError: If that is none.
-        """
+        """The spec of a tree that :attr:`json` gave."""
         try:
             found = cls(_decoded(tree))
             if found.unsaveable:
@@ -182,14 +174,7 @@ class CallSpec:
         return len(self.diff(other)), apart
 
     def example(self, device: torch.device | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the call: zeros, laid out alike. It has to be one that a file can hold.
-
-        Args:
-            device: Where tensors lie; those that lay on the CPU beside others on a device lie on the CPU.
-
-        Raises:
-            RuntimeError: If there is no memory for them.
-        """
+        """Arguments of the call: zeros, laid out alike. It has to be one that a file can hold."""
         found = self.contents
         mixed = any(spec.device.type != "cpu" for spec in found.tensors)
         made: list[torch.Tensor] = []

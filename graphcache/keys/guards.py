@@ -41,13 +41,6 @@ class ModuleGuard:
     buffers by name, place and layout, attributes and containers at any depth, hooks, training flags, classes, closures,
     and the globals that methods name.
 
-    Args:
-        module: The module.
-        ignore: Paths that the user promises not to matter, such as ``self.calls``.
-        skips: Tells submodules that keep their own account, such as engines.
-        engines: Finds these submodules; the ``epoch`` of each changes with it.
-        hooks: Whether hooks of the module itself, and of all modules, run within what is captured.
-
     Example:
         >>> module = nn.Sequential(nn.ReLU())
         >>> guard = ModuleGuard(module)
@@ -102,11 +95,7 @@ class ModuleGuard:
         return is_stale
 
     def is_stale(self, grad: bool) -> bool:
-        """Whether no graph may answer a call.
-
-        Args:
-            grad: Whether the call records gradients, which a parameter may have begun to want.
-        """
+        """Whether no graph may answer a call."""
         return not self.holds() or (grad and self.requires_grad())
 
     @property
@@ -122,12 +111,7 @@ class ModuleGuard:
         return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
 
     def snapshot(self) -> StateSnapshot:
-        """The state of the module now, for a run that is to be observed; that of before if nothing has changed.
-
-        Raises:
-            StateTooLarge: If there is more than can be watched.
-            Unobservable: For an iterator whose position cannot be read.
-        """
+        """The state of the module now, for a run that is to be observed; that of before if nothing has changed."""
         if self._snapshot is not None and self._epoch_now() == self._epoch and self._snapshot.renew():
             return self._snapshot
         self.forget()

@@ -132,10 +132,6 @@ class KeyContents:
 def contents_of(key: Any) -> KeyContents:
     """What is in a key; of something else, nothing but the thing itself as text.
 
-    Args:
-        key: As :func:`~graphcache.keys.call_key.describe` makes it; the values that an engine reads on the host may
-            follow.
-
     Example:
         >>> from graphcache.keys.call_key import describe
         >>> contents_of(describe((torch.zeros(2), [0.5]), {"flip": True})[0]).kwargs

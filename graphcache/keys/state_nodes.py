@@ -50,13 +50,7 @@ class Change(NamedTuple):
 
 
 class Node:
-    """One object of a snapshot: the names of the places in it, and what each holds.
-
-    Args:
-        parent: The node that it was reached through; ``None`` for a root.
-        key: Its name or index there, in the form of a path's end: ``".h"``, ``"[0]"``, or a root's name.
-        target: The object.
-    """
+    """One object of a snapshot: the names of the places in it, and what each holds."""
 
     __slots__ = ("key", "parent", "state", "target")
 
@@ -184,14 +178,7 @@ class MembersNode(TableNode):
 
 
 class NamesNode(Node):
-    """Some names of a dictionary, such as the globals that a function reads.
-
-    Args:
-        parent: As for :class:`Node`.
-        key: As for :class:`Node`.
-        target: The dictionary.
-        names: The names.
-    """
+    """Some names of a dictionary, such as the globals that a function reads."""
 
     __slots__ = ("names",)
 
@@ -262,14 +249,7 @@ class ObjectArrayNode(ItemsNode):
 
 
 class SlotsNode(Node):
-    """The ``__slots__`` of an object.
-
-    Args:
-        parent: As for :class:`Node`.
-        key: As for :class:`Node`.
-        target: The object.
-        slots: Names, with what reads them.
-    """
+    """The ``__slots__`` of an object."""
 
     __slots__ = ("slots",)
 

@@ -28,16 +28,6 @@ from graphcache.keys.value_nodes import TensorNode
 class StateSnapshot:
     """The Python state and the tensors that can be reached from some objects.
 
-    Args:
-        roots: Objects, each with the name that paths begin with, such as ``("self", module)``.
-        ignore: Paths that are left out; ``*`` stands for anything.
-        skips: Tells objects that are not followed, such as modules that keep their own account.
-        functions: Code whose globals are followed too, with these globals.
-
-    Raises:
-        StateTooLarge: If there is more than can be watched.
-        Unobservable: For an iterator whose position cannot be read.
-
     Example:
         >>> state = {"calls": [0]}
         >>> snapshot = StateSnapshot([("state", state)])
@@ -70,11 +60,7 @@ class StateSnapshot:
         self._rest: list[Node] = []
 
     def changes(self, limit: int = 16) -> list[Change]:
-        """What differs now from what was found, by value; in the order of the walk.
-
-        Args:
-            limit: No more than so many are told.
-        """
+        """What differs now from what was found, by value; in the order of the walk."""
         found: list[Change] = []
         for node in (*self.nodes, *self.tensors):
             if node.differs():

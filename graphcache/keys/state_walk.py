@@ -87,12 +87,7 @@ class StateTooLarge(Exception):
 
 
 class StateWalk:
-    """One walk over what can be reached.
-
-    Args:
-        ignores: Tells paths that are left out; ``None`` if there are none.
-        skips: Tells objects that are not followed.
-    """
+    """One walk over what can be reached."""
 
     def __init__(self, ignores: Callable[[str], bool] | None, skips: Skips | None) -> None:
         self.nodes: list[Node] = []
@@ -117,12 +112,7 @@ class StateWalk:
         """Methods whose names no code that was followed mentions."""
 
     def walk(self, roots: Sequence[tuple[str, object]]) -> None:
-        """Follow some objects, each with the name that its path begins with.
-
-        Raises:
-            StateTooLarge: If there is more than can be watched.
-            Unobservable: For an iterator whose position cannot be read.
-        """
+        """Follow some objects, each with the name that its path begins with."""
         self._stack += [(None, name, value) for name, value in reversed(roots)]
         deadline = time.perf_counter() + MAX_SECONDS
         steps = 0
@@ -218,13 +208,7 @@ class StateWalk:
         self.globals_of(code, value.__globals__, self._hops.get(id(value), 0))
 
     def globals_of(self, code: types.CodeType, table: dict[str, Any], hops: int = 0) -> None:
-        """Follow the globals that a function of the user's names.
-
-        Args:
-            code: Of the function.
-            table: Its globals.
-            hops: How many functions lead to it by their globals.
-        """
+        """Follow the globals that a function of the user's names."""
         if code in self.covered or hops > MAX_HOPS:
             return
         self.covered.update(code_inside(code))
@@ -310,12 +294,7 @@ class StateWalk:
             self._class(each, follow=True)
 
     def _class(self, kind: type, *, follow: bool) -> None:
-        """What a class of the user's defines, or a module of PyTorch's.
-
-        Args:
-            kind: The class.
-            follow: Whether its methods are followed too: those of the objects that were reached may run.
-        """
+        """What a class of the user's defines, or a module of PyTorch's."""
         library = is_library(kind.__module__)
         if library and not issubclass(kind, nn.Module):
             return

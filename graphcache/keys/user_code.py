@@ -94,24 +94,14 @@ def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
 
 
 def names_environment(names: GlobalNames, table: dict[str, Any]) -> bool:
-    """Whether a function names what reads the environment of the process.
-
-    Args:
-        names: Of its code.
-        table: Its globals.
-    """
+    """Whether a function names what reads the environment of the process."""
     loaded = any(table.get(name) is reads for name in names.loaded for reads in (os.environ, os.getenv))
     attributes = module_attributes(names, table)
     return loaded or any(module is os and attribute in ("environ", "getenv") for module, attribute in attributes)
 
 
 def module_attributes(names: GlobalNames, table: dict[str, Any]) -> list[tuple[types.ModuleType, str]]:
-    """The attributes of modules that a function names, such as ``relu`` of ``torch.nn.functional``.
-
-    Args:
-        names: Of its code.
-        table: Its globals.
-    """
+    """The attributes of modules that a function names, such as ``relu`` of ``torch.nn.functional``."""
     found = []
     for first, *rest in names.attributes:
         value = table.get(first)

@@ -116,12 +116,6 @@ def hidden_state(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
 
     Only what a call may *advance* is found here. It is no part of a guard, but for caches: a call that was seen not to
     advance a generator gives the same answer wherever the generator stands.
-
-    Returns:
-        A comparable state and the objects to follow; ``None`` for an object without such a state.
-
-    Raises:
-        Unobservable: If the object is an iterator whose position cannot be read.
     """
     for kinds, read in _READERS:
         if isinstance(value, kinds):
