@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, Reason, config
 from graphcache.cache.lru import GraphCache
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.modules.wrapped import state_of
 

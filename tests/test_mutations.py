@@ -37,7 +37,7 @@ from graphcache import CachedModule
 from graphcache.cache import lru
 from graphcache.capture import effects, host_activity, trial_call
 from graphcache.capture import output_layout as answers
-from graphcache.capture import recorder as record
+from graphcache.capture import recording as record
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
 from graphcache.dispatch import preconditions as conditions
@@ -743,6 +743,9 @@ class _NoReads(nullcontext):  # type: ignore[type-arg]
 
     def __init__(self, *_: Any) -> None:
         super().__init__(self)
+
+    def check(self, *_: Any) -> None:
+        """Refuses nothing."""
 
 
 _No = type("_No", (), {})

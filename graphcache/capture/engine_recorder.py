@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphcache.capture.context_groups import SharedContexts
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
+from graphcache.capture.recording import Recorded, Sharing, nothing, refill
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
 from graphcache.engines.library import join_messages

@@ -17,7 +17,7 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_scope import EngineScope
 from graphcache.capture.host_activity import is_available
 from graphcache.capture.output_layout import Answer
-from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
+from graphcache.capture.recording import Recorded, Sharing, nothing, refill
 from graphcache.capture.trial_call import TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
@@ -48,7 +48,7 @@ class TorchRecorder:
         self._run = run
         self._name = name
         self._guard = guard
-        self._verified, self._full_edges = config.verify, config.recording.full_edges
+        self._config = config
         self._host_lock = threading.RLock()
         self._lanes: dict[int, Lane] = {}
         self._passing = 0
@@ -69,14 +69,14 @@ class TorchRecorder:
     def observe(self, call: Call) -> Effects:
         """Run a call for the caller, and tell whether a graph may repeat it."""
         args, kwargs = call.args, call.kwargs
-        if not is_available():
-            return self._unobserved(args, kwargs, "the profile hook of the interpreter is in use (sys.setprofile)")
         try:
-            watched = Watched(
-                self._guard.snapshot(), snapshot_of(args, kwargs), call.tensors, lambda: path_here(self._module)
-            )
+            if not is_available():
+                raise Unobservable("the profile hook of the interpreter is in use (sys.setprofile)")
+            snapshots = self._guard.snapshot(), snapshot_of(args, kwargs)
         except (StateTooLarge, Unobservable) as error:
-            return self._unobserved(args, kwargs, str(error))
+            with graphs_off():
+                return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=str(error)))
+        watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module))
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
         effects.version = self._guard.version
@@ -89,10 +89,6 @@ class TorchRecorder:
             effects.cause = Cause(Reason.UNOBSERVED, detail=f"it is observed once more, for it came to run {names}")
         return effects
 
-    def _unobserved(self, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Effects:
-        with graphs_off():
-            return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=why))
-
     def record(
         self,
         call: Call,
@@ -103,14 +99,16 @@ class TorchRecorder:
         known: Recorded | None = None,
         running: Running = nullcontext,
     ) -> Recorded | Cause:
-        """Capture a call that was observed to be a function of its tensors."""
-        inputs = call.tensors
+        """Capture a call that was observed to be a function of its tensors; a cause says why that failed.
+
+        ``running`` is entered around each run of the module; the others are as for :meth:`attempt`.
+        """
         run = self.again(effects.version, running)
-        state, version = [*self._weights(), *effects.outside], effects.version
+        state = [*self._weights(), *effects.outside]
         inference = torch.is_inference_mode_enabled()
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
-                if known is not None and self._is_proven(known, inputs, effects, state):
+                if known is not None and self._is_proven(known, call.tensors, effects, state):
                     known.version = self._guard.version
                     self._guard.arm()
                     return known
@@ -118,14 +116,13 @@ class TorchRecorder:
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if running is nullcontext else run(*call.args, **call.kwargs)
                 recorded = self._record(run, call, value, state, shares=sharing is Sharing.ALL)
-                if not inference and _has_inference_tensors(value, inputs):
+                if not inference and _has_inference_tensors(value, call.tensors):
                     # The call entered inference mode by itself.
                     recorded.answer_in_inference_mode()
-        except Refusal as refusal:
-            return located(refusal.cause, refusal, self._module, self._name)
         except Exception as error:
-            return located(refusal_of(error, self._name).cause, error, self._module, self._name)
-        if (change := self._guard.change()) is not None or version != self._guard.version:
+            cause = error.cause if isinstance(error, Refusal) else refusal_of(error, self._name).cause
+            return located(cause, error, self._module, self._name)
+        if (change := self._guard.change()) is not None or effects.version != self._guard.version:
             recorded.close()
             self._guard.forget()
             if change is None:
@@ -136,7 +133,10 @@ class TorchRecorder:
         return recorded
 
     def again(self, version: int, running: Running = nullcontext) -> Callable[..., Any]:
-        """What runs the module once more, of which a call was observed to have no effects in the state of then."""
+        """What runs the module once more, which had no effects under this version of the guard.
+
+        If ``running`` is given, it is entered around each run, and a run in another state is refused.
+        """
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with running(), graphs_off():
@@ -147,7 +147,7 @@ class TorchRecorder:
         return run
 
     def check_unchanged(self, version: int) -> None:
-        """See to it that nothing that the module reaches has changed since a call was observed."""
+        """Refuse unless nothing that the module reaches has changed since this version of the guard."""
         # What the comparison asks of tensors is no read of the module's.
         with torch._C.DisableTorchFunction():
             change = self._guard.change()
@@ -155,6 +155,22 @@ class TorchRecorder:
             raise Refusal(Reason.MUTATES, change.path, f"{change.detail}, after the call was observed")
         if version != self._guard.version:
             raise Refusal(Reason.MUTATES, detail="the state of the module changed after the call was observed")
+
+    @property
+    def shared_nbytes(self) -> int:
+        return sum(lane.pool_nbytes for lane in self._lanes.values())
+
+    @property
+    def passing_nbytes(self) -> int:
+        return self._passing
+
+    def take_broken(self) -> list[Graph]:
+        return []
+
+    def release(self, *, wait: bool = True) -> None:
+        for lane in self._lanes.values():
+            lane.close(wait=wait)
+        self._lanes.clear()
 
     def _is_proven(self, known: Recorded, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
         """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
@@ -174,65 +190,41 @@ class TorchRecorder:
     def _record(
         self, run: Callable[..., Any], call: Call, value: Any, state: Sequence[Tensor], *, shares: bool
     ) -> Recorded:
-        inputs = call.tensors
-        devices = {tensor.device for tensor in (*inputs, *self._weights())}
+        """Record a call that has returned ``value`` on the device that its tensors are on."""
+        devices = {tensor.device for tensor in (*call.tensors, *self._weights())}
         devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
-        answer = Answer(value, inputs, state)
+        answer = Answer(value, call.tensors, state)
         trial = TrialCall(run, call, answer, state)
-        index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
+        index = next((device.index for device in devices if device.type == "cuda"), None)
         graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)
         bare = answer.is_whole and isinstance(value, Tensor)
         return Recorded(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
 
-    @property
-    def shared_nbytes(self) -> int:
-        return sum(lane.pool_nbytes for lane in self._lanes.values())
-
-    @property
-    def passing_nbytes(self) -> int:
-        return self._passing
-
-    def take_broken(self) -> list[Graph]:
-        return []
-
-    def release(self, *, wait: bool = True) -> None:
-        for lane in self._lanes.values():
-            lane.close(wait=wait)
-        self._lanes.clear()
-
     def _on_host(self, call: TrialCall) -> Graph:
+        """Record a call on the CPU."""
         static = [static_copy(tensor) for tensor in call.inputs]
         writable = [packed(tensor) for tensor in static]
-        expected = call.eager(static, "a second time", call.answer.tensors)
+        expected = call.run(static).tensors
+        call.compare(expected)
         with compiled_runs_eagerly(), _Reads(static, self._module) as reads:
             call.call(static)
-        if found := reads.read or reads.asked:
-            raise reads.refusal(found, self._name)
+        reads.check(reads.read or reads.asked, self._name)
         graph = HostGraph.record(lambda: call.run(static).tensors, writable, self._host_lock)
         self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
         return graph
 
     def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
+        """Capture a call on a CUDA device."""
         # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
         lane = self._lanes.setdefault(index, Lane(index)) if shares else Lane(index)
         scope = EngineScope(lane)
-
-        @contextmanager
-        def engines_recorded() -> Iterator[None]:
-            with scope.run():
-                try:
-                    yield
-                finally:
-                    if scope.refused is not None:
-                        raise Refusal(scope.refused.reason, scope.refused.where, scope.refused.detail)
-
         most = 0
 
         def run(static: Sequence[Tensor]) -> list[Tensor]:
             nonlocal most
-            with engines_recorded(), as_if_capturing():
+            with scope.run(), as_if_capturing():
                 outputs = call.run(static).tensors
             most = max(most, torch.cuda.memory_allocated(index) + nbytes_of(outputs))
             return outputs
@@ -240,12 +232,11 @@ class TorchRecorder:
         with capturing(lane):
             static = [static_copy(tensor) for tensor in call.inputs]
             expected = [tensor.clone() for tensor in run(static)]
-            call.compare(expected, call.answer.tensors, "a second time")
+            call.compare(expected)
             # A read of device memory invalidates the capture by itself.
-            with engines_recorded(), compiled_runs_eagerly(), _Reads(static, self._module) as reads:
+            with scope.run(), compiled_runs_eagerly(), _Reads(static, self._module) as reads:
                 call.call(static)
-            if reads.asked:
-                raise reads.refusal(reads.asked, self._name)
+            reads.check(reads.asked, self._name)
             graph = record_torch(
                 lambda: run(static),
                 inputs=[packed(tensor) for tensor in static],
@@ -256,7 +247,7 @@ class TorchRecorder:
                 release=scope.close,
                 where=self._name,
                 shared=shares,
-                full_edges=self._full_edges,
+                full_edges=self._config.recording.full_edges,
             )
             try:
                 self._verify(graph, call, static, expected, run)
@@ -300,12 +291,12 @@ class TorchRecorder:
                     continue
                 yield Round(name, others, wanted)
 
-        if self._verified:
+        if self._config.verify:
             verify(graph, rounds(), again, where=self._name)
 
 
 class _Reads(HostReads):
-    """Notices what the host learns, and where."""
+    """Notices what the host learns, and in which submodule of ``module``."""
 
     def __init__(self, inputs: Sequence[Tensor], module: nn.Module) -> None:
         super().__init__(inputs)
@@ -320,10 +311,11 @@ class _Reads(HostReads):
             self._path = path_here(self._module)
         return found
 
-    def refusal(self, what: str, name: str) -> Refusal:
-        """What says of a module called ``name`` that the host learnt something."""
-        cause = at(Cause(Reason.HOST_READ, what), self._path or "", name)
-        return Refusal(cause.reason, cause.where, cause.detail)
+    def check(self, learnt: str, name: str) -> None:
+        """Refuse the module called ``name`` if the host learnt something."""
+        if learnt:
+            cause = at(Cause(Reason.HOST_READ, learnt), self._path or "", name)
+            raise Refusal(cause.reason, cause.where, cause.detail)
 
 
 def _has_inference_tensors(value: Any, inputs: Sequence[Tensor]) -> bool:

@@ -17,7 +17,7 @@ from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.room import Room
 from graphcache.cache.seen import Seen
 from graphcache.cache.worthwhile import admission_for
-from graphcache.capture.recorder import Recorded, Sharing
+from graphcache.capture.recording import Recorded, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.argument_names import arguments_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from graphcache.cache.room import Room
 from graphcache.capture.effects import Effects
-from graphcache.capture.recorder import Recorded, Sharing, nothing
+from graphcache.capture.recording import Recorded, Sharing, nothing
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch.call_snapshot import CallSnapshot
 from graphcache.dispatch.capture_manager import CaptureManager

@@ -42,7 +42,7 @@ from typing import Any, Protocol
 import torch
 
 from graphcache.cache.lru import Entry, clock
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.dispatch.capture_manager import CaptureManager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphcache.cache.lru import Entry, ticks
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.config import Modes, modes
 from graphcache.dispatch.preconditions import (
     current_device,

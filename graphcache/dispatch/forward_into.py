@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.dispatch.overlap import is_cut_short, overlap, touches
 from graphcache.errors import OutputMismatchError
 from graphcache.graphs.operations import storage_of

@@ -271,7 +271,9 @@ class StateWalk:
         self._attributes(parent, key, value)
         hidden = hidden_state(value)
         if hidden is not None:
-            advances = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(parent, key, value)
+            advances = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(
+                parent, key, value
+            )
             self._add(advances, 1)
             for item in hidden[1]:
                 self._push(advances, "", item)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.dispatch.fast_path import launcher
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphcache.cache.lru import GraphCache
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.dispatch.dispatcher import STALE
 from graphcache.errors import CaptureError, ClosedError, Reason

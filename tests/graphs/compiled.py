@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.lru import Entry
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recorded
 from graphcache.dispatch import fast_path
 from graphcache.graphs import driver as room
 from graphcache.graphs import native
