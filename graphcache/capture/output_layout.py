@@ -31,7 +31,7 @@ class View:
         given = inputs[self.index]
         if self.itself:
             return given
-        return given.as_strided(self.shape, self.strides, given._storagefset() + self.offset)
+        return given.as_strided(self.shape, self.strides, given.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Answer:
         given = self._inputs[index]
         if leaf.dtype is not given.dtype or leaf.is_conj() != given.is_conj() or leaf.is_neg() != given.is_neg():
             raise Refusal(Reason.ALIASES_STATE, f"args[{index}]", "an output reinterprets the memory of an input")
-        return View(index, leaf.shape, leaf.stride(), int(leaf._storagefset() - given._storagefset()), itself=False)
+        return View(index, leaf.shape, leaf.stride(), int(leaf.storage_offset() - given.storage_offset()), itself=False)
 
 
 def _storage(tensor: Tensor) -> int:

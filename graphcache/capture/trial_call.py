@@ -43,13 +43,11 @@ class TrialCall:
     def compare(self, outputs: Sequence[Tensor]) -> None:
         """Refuse outputs of a second run that differ from the first one's: eager execution has to repeat itself."""
         if list(map(_strides, outputs)) != list(map(_strides, self.answer.tensors)):
-            raise Refusal(Reason.NONDETERMINISTIC, detail="the outputs had other strides when run a second time")
+            raise Refusal(Reason.NONDETERMINISTIC, detail="the outputs had other strides when run again")
         for index, (left, right) in enumerate(zip(outputs, self.answer.tensors, strict=True)):
             if not repeats(left, right.detach()):
-                gap = f"{largest_gap(left, right):.3g}"
-                raise Refusal(
-                    Reason.NONDETERMINISTIC, detail=f"output {index} differed by {gap} when run a second time"
-                )
+                gap = largest_gap(left, right)
+                raise Refusal(Reason.NONDETERMINISTIC, detail=f"output {index} differed by {gap:.3g} when run again")
 
     def let_go(self) -> None:
         """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""
