@@ -21,8 +21,8 @@ import random
 import sys
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ class Effects:
         outside: The tensors that it read and did not make, one for each memory.
         trace: A digest of its operations, their constants and the memory of outside that they used.
         functions: The functions of the user's that ran, with their globals.
-        operators: Names of the higher-order operators that it called.
         version: That of the module's guard when the call ran.
     """
 
@@ -66,7 +65,6 @@ class Effects:
     outside: list[Tensor] = field(default_factory=list)
     trace: bytes = b""
     functions: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
-    operators: tuple[str, ...] = ()
     version: int = 0
 
 
@@ -91,46 +89,41 @@ class Watched:
 
 
 def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
-    """Run a call once and tell everything it did besides returning."""
+    """Run a call once and tell everything it did besides returning.
+
+    If it raises, it has had its effects, as without an observer.
+    """
     host = HostActivity(watched.path_here, watched.report)
     operations = _Operations(watched, host)
     host.reads = not operations.devices
     host.entered, host.left = operations.enter_opaque, operations.leave_opaque
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
-    with ExitStack() as during:
-        # Finalizers of other objects would be taken for what the call does.
-        during.enter_context(quiet_collector())
-        during.enter_context(operations)
-        during.enter_context(host)
+    # Finalizers of other objects would be taken for what the call does.
+    with quiet_collector(), operations, host:
         value = run(*args, **kwargs)
-    cause, submodule = operations.cause, operations.submodule
-    if cause is None or watched.report is not None:
-        after = _process_state(operations.devices)
-        if not operations.ran_opaque:
-            # Every operation was seen. If none of them drew random numbers, another thread did.
-            before["torch"] = after["torch"]
+    after = _process_state(operations.devices)
+    if not operations.ran_opaque:
+        # Every operation was seen. If none of them drew random numbers, another thread did.
+        before["torch"] = after["torch"]
+
+    def changed(limit: int) -> Iterator[Cause]:
+        return chain(_changed_process_state(before, after), _changed_objects(watched, limit))
+
     if watched.report is not None:
-        objects = _changed_objects(watched, MAX_REPORTED)
-        for change in (*_changed_process_state(before, after), *objects, *_written(watched, contents)):
+        for change in (*changed(MAX_REPORTED), *_written(watched, contents)):
             watched.report(change, "")
+    cause, submodule = operations.cause, operations.submodule
     if cause is None:
         cause, submodule = host.cause, host.submodule
-        cause = cause or next(_changed_process_state(before, after), None) or next(_changed_objects(watched, 1), None)
+        cause = cause or next(changed(1), None)
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
             submodule = ""
             cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
         cause = cause or next(_written(watched, contents), None)
-    return Effects(
-        value,
-        cause,
-        submodule,
-        list(operations.outside.values()),
-        operations.digest(),
-        host.functions,
-        tuple(operations.operators),
-    )
+    outside = list(operations.outside.values())
+    return Effects(value, cause, submodule, outside, operations.digest(), host.functions)
 
 
 class _Operations(DispatchMode):
@@ -141,7 +134,6 @@ class _Operations(DispatchMode):
         self.cause: Cause | None = None
         self.submodule = ""
         self.outside: dict[int, Tensor] = {}
-        self.operators: list[str] = []
         self.devices = sorted({t.device.index or 0 for t in watched.inputs if t.is_cuda} | watched.module.cuda_devices)
         self._watched = watched
         self._host = host
@@ -159,21 +151,18 @@ class _Operations(DispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "_schema", None) is None:
-            self.operators.append(str(func))
             return self.higher_order(func, args, kwargs)
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
+        drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         self._host.paused = True
         try:
             leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
-            drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
             generators = _generators(self.devices) if drawn else []
             self._before(func, args, kwargs, leaves)
-        finally:
             self._host.paused = False
-        out = func(*args, **kwargs)
-        self._host.paused = True
-        try:
+            out = func(*args, **kwargs)
+            self._host.paused = True
             if drawn and not all(map(torch.equal, generators, _generators(self.devices))):
                 self._note(Reason.RANDOM, func, str(func))
             self._after(func, args, kwargs, leaves, out)
@@ -187,10 +176,7 @@ class _Operations(DispatchMode):
         for tensor in written(func, args, kwargs):
             if self._is_foreign(storage_of(tensor)):
                 self._note(Reason.MUTATES, func, self._place(tensor) or str(func))
-        for tensor in leaves:
-            address = storage_of(tensor)
-            if self._is_foreign(address) and address not in self._inputs:
-                self.outside.setdefault(address, tensor)
+        self._reads(leaves)
 
     def _after(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor], out: Any
@@ -212,6 +198,13 @@ class _Operations(DispatchMode):
         made = tuple([_layout(tensor)[1:] for tensor in results])
         self._trace.append((str(func), inputs, repr(constants), repr(values), made))
 
+    def _reads(self, tensors: Sequence[Tensor]) -> None:
+        """Note the memory of outside that is read, but for that of the inputs."""
+        for tensor in tensors:
+            address = storage_of(tensor)
+            if self._is_foreign(address) and address not in self._inputs:
+                self.outside.setdefault(address, tensor)
+
     def _is_foreign(self, address: int) -> bool:
         """Whether memory was there before the call."""
         return address not in self._made and (not self._given or address in self._given[-1])
@@ -220,12 +213,9 @@ class _Operations(DispatchMode):
         """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
         self.ran_opaque = True
         tensors = [value for value in given if isinstance(value, Tensor)]
-        addresses = [storage_of(tensor) for tensor in tensors]
-        for address, tensor in zip(addresses, tensors, strict=True):
-            if self._is_foreign(address) and address not in self._inputs:
-                self.outside.setdefault(address, tensor)
+        self._reads(tensors)
         self._trace.append(("opaque", identity, tuple(map(self._name, tensors))))
-        self._given.append(set(addresses))
+        self._given.append(set(map(storage_of, tensors)))
 
     def leave_opaque(self, returned: Any) -> None:
         """Note what it has made."""
@@ -240,8 +230,7 @@ class _Operations(DispatchMode):
 
     def _name(self, tensor: Tensor) -> Hashable:
         """What a tensor is called in the trace: a number for memory of the call, the address for memory of outside."""
-        address = storage_of(tensor)
-        layout = _layout(tensor)
+        address, layout = storage_of(tensor), _layout(tensor)
         if address in self._made:
             return ("made", self._made[address][0], *layout)
         if address in self._inputs:
