@@ -284,9 +284,8 @@ def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:
 def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -> Iterator[Cause]:
     """Tensors that were written, by their version counters and contents."""
     for snapshot in (watched.module, watched.arguments):
-        for node in snapshot.written():
-            if not snapshot.ignores(node.path):
-                yield Cause(Reason.MUTATES, node.path, "the tensor was written in place")
+        for change in snapshot.written():
+            yield Cause(Reason.MUTATES, change.path, change.detail)
     for path, tensor, before in contents:
         now = _bytes(tensor)
         if now.shape != before.shape or not torch.equal(now, before):

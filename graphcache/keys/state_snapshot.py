@@ -28,6 +28,15 @@ from graphcache.keys.value_nodes import TensorNode
 class StateSnapshot:
     """The Python state and the tensors that can be reached from some objects.
 
+    ``StateTooLarge`` is raised if there is more than can be watched, ``Unobservable`` for an iterator whose position
+    cannot be read.
+
+    Args:
+        roots: Objects, each with the name that paths begin with, such as ``("self", module)``.
+        ignore: Paths that are left out; ``*`` stands for anything.
+        skips: Tells objects that are not followed, such as modules that keep their own account.
+        functions: Code whose globals are followed too, with these globals.
+
     Example:
         >>> state = {"calls": [0]}
         >>> snapshot = StateSnapshot([("state", state)])
@@ -52,26 +61,29 @@ class StateSnapshot:
             walk.globals_of(code, table)
         walk.walk(())
         walk.finish()
-        self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
+        self.tensors, self.covered = walk.tensors, walk.covered
+        self._nodes: list[Node] = [node for node in walk.nodes if node.guarded]
+        self._hidden = [node for node in walk.nodes if not node.guarded]
         self.broken: Change | None = None
         """Why :meth:`holds` said that the snapshot is of the past."""
-        self._armed = False
+        self.armed = False
+        """Whether :meth:`arm` was called."""
         self._native: native.Guard | None = None
         self._rest: list[Node] = []
 
     def changes(self, limit: int = 16) -> list[Change]:
-        """What differs now from what was found, by value; in the order of the walk."""
+        """What differs now from what was found, by value; no more than ``limit`` differences are told."""
         found: list[Change] = []
-        for node in (*self.nodes, *self.tensors):
+        for node in (*self._nodes, *self._hidden, *self.tensors):
             if node.differs():
                 found += [change for change in node.changes() if not self.ignores(change.path)]
             if len(found) >= limit:
                 break
         return found[:limit]
 
-    def written(self) -> list[TensorNode]:
+    def written(self) -> list[Change]:
         """The tensors that operations wrote into since, or that gradients were accumulated for."""
-        return [node for node in self.tensors if node.is_written]
+        return [Change(node.path, "the tensor was written in place") for node in self.tensors if node.is_written]
 
     def holds(self) -> bool:
         """Whether everything is as it was found, for a graph: generators may have moved on, values of tensors changed.
@@ -89,36 +101,19 @@ class StateSnapshot:
         """Whether it holds; if so, it tells the effects of what happens from now on."""
         if not self.holds():
             return False
-        for node in (*self.tensors, *(node for node in self.nodes if not node.guarded)):
+        for node in (*self.tensors, *self._hidden):
             node.renew()
-        return self.broken is None
+        return True
 
     def arm(self) -> None:
         """Compare in native code from now on, if it is loaded."""
-        self._armed = True
+        self.armed = True
         kind = native.guard_type()
         if kind is None:
             return
         guard = kind()
         self._rest = [node for node in self._guarded() if not _is_guarded(node, guard)]
         self._native = guard
-
-    @property
-    def is_armed(self) -> bool:
-        """Whether it was asked to compare in native code."""
-        return self._armed
-
-    def _compare(self, nodes: Sequence[Node]) -> bool:
-        """Whether objects that differ by identity have the same values; these objects are expected from now on."""
-        for node in nodes:
-            for change in node.renew():
-                if not self.ignores(change.path):
-                    self.broken = change
-                    return False
-        if self._armed and (nodes or self._native is None):
-            # With the objects of now, or because the native guard has been compiled meanwhile.
-            self.arm()
-        return True
 
     @property
     def cuda_devices(self) -> set[int]:
@@ -142,8 +137,20 @@ class StateSnapshot:
         return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
 
     def _guarded(self) -> Iterator[Node]:
-        yield from (node for node in self.nodes if node.guarded)
+        yield from self._nodes
         yield from self.tensors
+
+    def _compare(self, nodes: Sequence[Node]) -> bool:
+        """Whether objects that differ by identity have the same values; these objects are expected from now on."""
+        for node in nodes:
+            for change in node.renew():
+                if not self.ignores(change.path):
+                    self.broken = change
+                    return False
+        if self.armed and (nodes or self._native is None):
+            # With the objects of now, or because the native guard has been compiled meanwhile.
+            self.arm()
+        return True
 
 
 def _is_guarded(node: Node, guard: native.Guard) -> bool:

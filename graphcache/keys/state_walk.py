@@ -69,11 +69,11 @@ _MACHINERY = (concurrent.futures.Executor, concurrent.futures.Future, asyncio.Ab
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
 _NOT_CALLED = frozenset(
-    {
-        *("__init__", "__new__", "__del__", "__init_subclass__", "__repr__", "__str__", "__dir__", "__sizeof__"),
-        *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
-        "__class_getitem__",
-    }
+    f"__{name}__"
+    for name in (
+        *("init", "new", "del", "init_subclass", "class_getitem", "repr", "str", "dir", "sizeof"),
+        *("reduce", "reduce_ex", "getstate", "setstate", "copy", "deepcopy"),
+    )
 )
 """Special methods that a call of an object that exists does not come to by itself."""
 _TRACERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "torch.export", "torch._export")
