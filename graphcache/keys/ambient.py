@@ -13,16 +13,15 @@ from torch.utils._device import DeviceContext
 
 State = tuple[Hashable, ...]
 
-_NAMES = """
-    float32_matmul_precision deterministic_algorithms deterministic_algorithms_warn_only
-    deterministic_fill_uninitialized_memory
-    cublas_allow_tf32 cublas_allow_fp16_accumulation cublas_allow_fp16_reduced_precision_reduction
-    cublas_allow_bf16_reduced_precision_reduction cpu_allow_fp16_reduced_precision_reduction
-    cudnn_allow_tf32 cudnn_enabled cudnn_benchmark cudnn_deterministic
-    mkldnn_enabled mkldnn_deterministic onednn_allow_tf32
-    flash_sdp_enabled mem_efficient_sdp_enabled math_sdp_enabled cudnn_sdp_enabled overrideable_sdp_enabled
-    math_sdp_allow_fp16_bf16_reduction
-""".split()
+_NAMES = (
+    *("float32_matmul_precision", "deterministic_algorithms", "deterministic_algorithms_warn_only"),
+    *("deterministic_fill_uninitialized_memory", "cublas_allow_tf32", "cublas_allow_fp16_accumulation"),
+    *("cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction"),
+    *("cpu_allow_fp16_reduced_precision_reduction", "cudnn_allow_tf32", "cudnn_enabled", "cudnn_benchmark"),
+    *("cudnn_deterministic", "mkldnn_enabled", "mkldnn_deterministic", "onednn_allow_tf32", "flash_sdp_enabled"),
+    *("mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled", "overrideable_sdp_enabled"),
+    "math_sdp_allow_fp16_bf16_reduction",
+)
 """What of PyTorch is asked, as far as this version has it, by the end of the function's name."""
 _GETTERS: tuple[Callable[[], Hashable], ...] = (
     torch.get_default_dtype,

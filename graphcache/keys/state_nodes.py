@@ -32,6 +32,8 @@ _REPLACED = frozenset({"forward", "__getstate__"})
 """What a wrapped module replaces in the dictionaries of its parts while one of its calls is under way."""
 
 
+State = tuple[Sequence[Any], Sequence[Any]]
+"""Names and values."""
 Slots = dict[str, types.MemberDescriptorType]
 
 
@@ -109,17 +111,15 @@ class Node:
         old, self.state = self.state, self.read()
         return list(self.compare(old, self.state))
 
-    def guard(self, native: Any) -> bool:
-        """Have a native guard compare the object; ``False`` if it cannot."""
-        return False
+    def guard(self, native: Any) -> None:
+        """Have a native guard compare the object; a ``TypeError`` or ``ValueError`` says that it cannot."""
+        raise TypeError
 
 
 class TableNode(Node):
     """A dictionary: its keys and values, in order."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         # A subclass may have methods of its own, which are no way to look at it.
         kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
         return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
@@ -135,21 +135,18 @@ class TableNode(Node):
     def end(self, name: Any) -> str:
         return f"[{short(name)}]" if isinstance(name, (str, int)) else f"[a {type(name).__name__}]"
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         native.add_dict(self.target, *self.state)
-        return True
 
 
 class AttributesNode(TableNode):
     """The ``__dict__`` of an object."""
 
-    __slots__ = ()
-
     def end(self, name: Any) -> str:
         # The tables of a module are no level of their own.
         return "" if name in ("_modules", "_parameters", "_buffers") else f".{name}"
 
-    def read(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         names, values = super().read()
         if not any(name in self.target and _stands_in(self.target[name]) for name in _REPLACED):
             return names, values
@@ -160,18 +157,16 @@ class AttributesNode(TableNode):
             found.update(value.own if _stands_in(value) else {name: value})
         return tuple(found), tuple(found.values())
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         names, values = self.state
         if dict.__len__(self.target) == len(names) and all(map(is_, dict.values(self.target), values)):
-            return super().guard(native)
-        native.add_names(self.target, names, values, ())
-        return True
+            super().guard(native)
+        else:
+            native.add_names(self.target, names, values, ())
 
 
 class MembersNode(TableNode):
     """The parameters, buffers or submodules of a module."""
-
-    __slots__ = ()
 
     def end(self, name: Any) -> str:
         return f"[{name}]" if str(name).isdigit() else f".{name}"
@@ -186,39 +181,35 @@ class NamesNode(Node):
         self.names = names
         super().__init__(parent, key, target)
 
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         return self.names, tuple([self.target.get(name, MISSING) for name in self.names])
 
-    def guard(self, native: Any) -> bool:
-        return _guard_names(native, self.target, self.state)
+    def guard(self, native: Any) -> None:
+        _guard_names(native, self.target, self.state)
 
 
 class ClassNode(Node):
     """What a class defines: methods and plain attributes."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         found = {name: value for name, value in vars(self.target).items() if name not in IGNORED_CLASS_NAMES}
         return tuple(found), tuple(found.values())
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         # A class shows its dictionary through a proxy.
         (table,) = gc.get_referents(vars(self.target))
-        return _guard_names(native, table, self.state)
+        _guard_names(native, table, self.state)
 
 
 class ItemsNode(Node):
     """A list, deque or set, or a subclass of one: its items."""
-
-    __slots__ = ()
 
     def items(self) -> Sequence[Any]:
         """The items now, past a subclass's own ``__iter__``, which may have effects."""
         kinds: tuple[Any, ...] = (list, collections.deque, set, frozenset)
         return next(tuple(kind.__iter__(self.target)) for kind in kinds if isinstance(self.target, kind))
 
-    def read(self) -> tuple[range, Sequence[Any]]:
+    def read(self) -> State:
         items = self.items()
         return range(len(items)), items
 
@@ -231,21 +222,18 @@ class ItemsNode(Node):
         else:
             yield from super().compare(old, new)
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         native.add_items(self.target, self.state[1])
-        return True
 
 
 class ObjectArrayNode(ItemsNode):
     """The objects in a NumPy array."""
 
-    __slots__ = ()
-
     def items(self) -> Sequence[Any]:
         return tuple(self.target.ravel().tolist())
 
-    def guard(self, native: Any) -> bool:
-        return False
+    def guard(self, native: Any) -> None:
+        raise TypeError
 
 
 class SlotsNode(Node):
@@ -257,21 +245,18 @@ class SlotsNode(Node):
         self.slots = slots
         super().__init__(parent, key, target)
 
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         return tuple(self.slots), tuple([_slot(self.target, descriptor) for descriptor in self.slots.values()])
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         for descriptor, value in zip(self.slots.values(), self.state[1], strict=True):
             native.add_slot(self.target, descriptor, *_present(value))
-        return True
 
 
 class ObjectNode(Node):
     """An object: its class, and which dictionary holds its attributes."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         table = getattr(self.target, "__dict__", None)
         return ("__class__", "__dict__"), (type(self.target), table if type(table) is dict else None)
 
@@ -282,29 +267,24 @@ class ObjectNode(Node):
         elif table is not table_now:
             yield Change(f"{self.path}.__dict__", "is another dictionary")
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         kind, table = self.state[1]
         native.add_class(self.target, kind)
         if table is not None:
             native.add_dict_of(self.target, table)
-        return True
 
 
 class ThreadLocalNode(Node):
     """What the current thread sees of a ``threading.local``."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         return tuple(self.target.__dict__), tuple(self.target.__dict__.values())
 
 
 class CellNode(Node):
     """A variable that a function closes over."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         try:
             return ("",), (self.target.cell_contents,)
         except ValueError:
@@ -313,26 +293,21 @@ class CellNode(Node):
     def end(self, name: Any) -> str:
         return ""
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         native.add_cell(self.target, *_present(*self.state[1]))
-        return True
 
 
 class VariableNode(Node):
     """A context variable, as the current context has it."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         return ("get()",), (self.target.get(MISSING),)
 
 
 class FunctionNode(Node):
     """A function: its code and its default values."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         parts = (self.target.__code__, self.target.__defaults__, self.target.__kwdefaults__)
         return ("__code__", "__defaults__", "__kwdefaults__"), parts
 
@@ -340,18 +315,16 @@ class FunctionNode(Node):
         if not all(map(is_, old[1], new[1])):
             yield Change(self.path, "has other code or default values")
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         native.add_function(self.target, self.state[1])
-        return True
 
 
 class ScriptNode(Node):
     """A TorchScript module: what C++ holds of it, and makes a new object of whenever it is asked."""
 
-    __slots__ = ()
     is_alike = staticmethod(same)
 
-    def read(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def read(self) -> State:
         found = script_state(self.target)
         return tuple(found), tuple(found.values())
 
@@ -382,6 +355,7 @@ def difference(old: Any, new: Any) -> str:
 
 
 def _stands_in(value: Any) -> bool:
+    """Whether a wrapped module has put something in the place of an attribute."""
     return bool(getattr(type(value), "stands_in", False))
 
 
@@ -397,9 +371,8 @@ def _present(value: Any) -> tuple[Any, ...]:
     return () if value is MISSING else (value,)
 
 
-def _guard_names(native: Any, table: dict[str, Any], state: tuple[tuple[str, ...], tuple[Any, ...]]) -> bool:
+def _guard_names(native: Any, table: dict[str, Any], state: State) -> None:
     """Have a native guard compare some names of a dictionary, and that it lacks those without a value."""
     found = dict(zip(*state, strict=True))
     present = {name: value for name, value in found.items() if value is not MISSING}
     native.add_names(table, tuple(present), tuple(present.values()), tuple(found.keys() - present.keys()))
-    return True

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from graphcache.keys import native
 from graphcache.keys.state_nodes import Change, Node
 from graphcache.keys.state_walk import Skips, StateWalk
-from graphcache.keys.value_nodes import TensorNode
 
 
 class StateSnapshot:
@@ -156,10 +155,11 @@ class StateSnapshot:
 def _is_guarded(node: Node, guard: native.Guard) -> bool:
     """Whether a native guard compares a node from now on."""
     try:
-        return node.guard(guard)
+        node.guard(guard)
     except (TypeError, ValueError):
         # An object of a kind that it does not take, or that changed this moment.
         return False
+    return True
 
 
 def is_strided(tensor: Tensor) -> bool:

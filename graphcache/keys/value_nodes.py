@@ -40,15 +40,12 @@ class TensorNode(Node):
         """Whether an operation wrote into the tensor or a view of it, or a gradient was accumulated."""
         return version_of(self.target) != self.version or gradient_of(self.target) is not self.gradient
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         native.add_tensor(self.target)
-        return True
 
 
 class ArrayNode(Node):
     """A NumPy array or a buffer of Python's, with its contents."""
-
-    __slots__ = ()
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +66,6 @@ class ArrayNode(Node):
 class HiddenNode(Node):
     """An object that shows its state by no attribute, such as a generator; only the effects of a call compare it."""
 
-    __slots__ = ()
-
     guarded = False
 
     def read(self) -> Any:
@@ -88,8 +83,6 @@ class HiddenNode(Node):
 
 class CacheNode(HiddenNode):
     """A function with a cache. A graph does not call it: the next call has to fill a cache that was cleared."""
-
-    __slots__ = ()
 
     guarded = True
 
