@@ -12,6 +12,7 @@ from torch import Tensor
 from graphcache.capture.context_groups import SharedContexts
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.recording import Recorded, Sharing, nothing, refill
+from graphcache.capture.trial_call import check_repeats
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
 from graphcache.engines.library import join_messages
@@ -28,7 +29,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.lane import Lane, own_stream
 from graphcache.graphs.pointers import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.slots import ALIGNMENT, Slot
-from graphcache.graphs.verify import Round, largest_gap, perturb, repeats, verify
+from graphcache.graphs.verify import Round, perturb, verify
 from graphcache.keys.call import Call
 
 
@@ -38,6 +39,7 @@ class EngineRecorder:
     def __init__(self, module: EngineLike, config: GraphConfig) -> None:
         self._module = module
         self._config = config
+        self._recording = config.recording
         self._contexts = SharedContexts(module, config)
         self._passing = 0
 
@@ -63,7 +65,7 @@ class EngineRecorder:
                 scratch = lane.scratch(module.engine.scratch_bytes)
                 own = [value.detach() for value in given]
                 with self._contexts.one(scratch, profile) if shares else self._own(scratch) as (context, keep):
-                    engine_call = _EngineCall(module, context, profile, own, lane, self._config.recording.full_edges)
+                    engine_call = _EngineCall(module, context, profile, own, lane, self._recording.full_edges)
                     graph = self._capture(engine_call, own, answer, shares)
                     keep(graph)
                 outcome = Recorded(graph, _build, whole=True, bare=len(module.engine.outputs) == 1)
@@ -122,10 +124,7 @@ class EngineRecorder:
         passing = [tensor for each in rounds[1:] for tensor in (*each.inputs, *each.expected)]
         self._passing = max(self._passing, nbytes_of([*expected, *passing, *again]))
         answer += expected
-        for index, (left, right) in enumerate(zip(again, expected, strict=True)):
-            if not repeats(left, right):
-                detail = f"output {index} differed by {largest_gap(left, right):.3g} between two runs"
-                raise Refusal(Reason.NONDETERMINISTIC, module.name, detail)
+        check_repeats(again, expected, module.name)
 
         def verified(graph: CudaGraph) -> CudaGraph:
             if self._config.verify:
@@ -142,7 +141,7 @@ class EngineRecorder:
                 refill(call.static, others)
             return graph
 
-        if self._config.recording.bind:
+        if self._recording.bind:
             try:
                 return verified(call.bound())
             except CannotBind as why:

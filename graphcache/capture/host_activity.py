@@ -14,6 +14,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -189,19 +190,14 @@ def is_available() -> bool:
 
 def _is_ours(frame: types.FrameType) -> bool:
     """Whether this package runs, by itself or in the standard library: an engine or another wrapped module inside."""
-    caller: types.FrameType | None = frame
-    while caller is not None and caller.f_globals.get("__name__") in ("threading", "queue", "contextlib"):
-        caller = caller.f_back
-    return caller is not None and str(caller.f_globals.get("__name__")).startswith("graphcache.")
+    names = (each.f_globals.get("__name__") for each, _ in walk_stack(frame))
+    outer = next((name for name in names if name not in ("threading", "queue", "contextlib")), None)
+    return str(outer).startswith("graphcache.")
 
 
-def _is_inside(module_name: str, frame: types.FrameType | None) -> bool:
+def _is_inside(module_name: str, frame: types.FrameType) -> bool:
     """Whether code of a module is on the stack."""
-    while frame is not None:
-        if frame.f_globals.get("__name__") == module_name:
-            return True
-        frame = frame.f_back
-    return False
+    return any(each.f_globals.get("__name__") == module_name for each, _ in walk_stack(frame))
 
 
 def _kind_of(owner: Any) -> int:

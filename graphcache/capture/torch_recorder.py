@@ -49,6 +49,7 @@ class TorchRecorder:
         self._name = name
         self._guard = guard
         self._config = config
+        self._recording = config.recording
         self._host_lock = threading.RLock()
         self._lanes: dict[int, Lane] = {}
         self._passing = 0
@@ -247,7 +248,7 @@ class TorchRecorder:
                 release=scope.close,
                 where=self._name,
                 shared=shares,
-                full_edges=self._config.recording.full_edges,
+                full_edges=self._recording.full_edges,
             )
             try:
                 self._verify(graph, call, static, expected, run)

@@ -44,10 +44,7 @@ class TrialCall:
         """Refuse outputs of a second run that differ from the first one's: eager execution has to repeat itself."""
         if list(map(_strides, outputs)) != list(map(_strides, self.answer.tensors)):
             raise Refusal(Reason.NONDETERMINISTIC, detail="the outputs had other strides when run again")
-        for index, (left, right) in enumerate(zip(outputs, self.answer.tensors, strict=True)):
-            if not repeats(left, right.detach()):
-                gap = largest_gap(left, right)
-                raise Refusal(Reason.NONDETERMINISTIC, detail=f"output {index} differed by {gap:.3g} when run again")
+        check_repeats(outputs, [tensor.detach() for tensor in self.answer.tensors])
 
     def let_go(self) -> None:
         """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""
@@ -61,6 +58,14 @@ class TrialCall:
     def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs in the places of the tensors of the call."""
         return inputs if self.places is None else [inputs[place] for place in self.places]
+
+
+def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: str = "") -> None:
+    """Refuse outputs that differ from those of the same call before."""
+    for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
+        if not repeats(left, right):
+            detail = f"output {index} differed by {largest_gap(left, right):.3g} between two runs"
+            raise Refusal(Reason.NONDETERMINISTIC, where, detail)
 
 
 def _detached(tensor: Tensor) -> Tensor:

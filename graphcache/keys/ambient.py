@@ -48,7 +48,9 @@ def ambient_state() -> State:
         ...     ambient_state() == before
         False
     """
-    return (*map(call, _GETTERS), *(_modes() if _stack_length() else ()))
+    modes = map(_stack_at, range(_stack_length()))
+    # Any other mode than that of a device forbids graphs, so it is enough that it shows.
+    return (*map(call, _GETTERS), *(mode.device if type(mode) is DeviceContext else "mode" for mode in modes))
 
 
 def ambient_number() -> int:
@@ -82,9 +84,3 @@ def has_function_modes() -> bool:
     """
     length = _stack_length()
     return length > 0 and any(type(_stack_at(index)) is not DeviceContext for index in range(length))
-
-
-def _modes() -> list[Hashable]:
-    modes = [_stack_at(index) for index in range(_stack_length())]
-    # Any other mode forbids graphs, so it is enough that it shows.
-    return [mode.device if type(mode) is DeviceContext else "mode" for mode in modes]

@@ -17,19 +17,16 @@ LIBRARIES = frozenset(
 
 
 class GlobalNames(NamedTuple):
-    """The globals that a code object names.
-
-    Args:
-        loaded: Names that are read.
-        stored: Names that are assigned or deleted.
-        attributes: For names that are read: the attributes taken from them at once, as in ``torch.nn.functional``.
-        mentioned: Every name in it, of attributes and methods too.
-    """
+    """The globals that a code object names."""
 
     loaded: frozenset[str]
+    """Names that are read."""
     stored: frozenset[str]
+    """Names that are assigned or deleted."""
     attributes: frozenset[tuple[str, ...]]
+    """For names that are read: the attributes taken from them at once, as in ``torch.nn.functional``."""
     mentioned: frozenset[str]
+    """Every name in it, of attributes and methods too."""
 
 
 def is_library(module_name: Any) -> bool:
@@ -55,28 +52,22 @@ def global_names(code: types.CodeType) -> GlobalNames:
     loaded: set[str] = set()
     stored: set[str] = set()
     attributes: set[tuple[str, ...]] = set()
-    mentioned = set(code.co_names)
-    chain: tuple[str, ...] = ()
-    for instruction in dis.get_instructions(code):
-        name = instruction.opname
-        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
-            chain = (instruction.argval,)
-            loaded.add(instruction.argval)
-            continue
-        if name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
-            chain = (*chain, instruction.argval)
-            attributes.add(chain)
-            continue
-        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            stored.add(instruction.argval)
-        chain = ()
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner = global_names(constant)
-            loaded |= inner.loaded
-            stored |= inner.stored
-            attributes |= inner.attributes
-            mentioned |= inner.mentioned
+    mentioned: set[str] = set()
+    for each in code_inside(code):
+        mentioned.update(each.co_names)
+        chain: tuple[str, ...] = ()
+        for instruction in dis.get_instructions(each):
+            name = instruction.opname
+            if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+                chain = (instruction.argval,)
+                loaded.add(instruction.argval)
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+                chain = (*chain, instruction.argval)
+                attributes.add(chain)
+            else:
+                chain = ()
+            if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                stored.add(instruction.argval)
     return GlobalNames(frozenset(loaded), frozenset(stored), frozenset(attributes), frozenset(mentioned))
 
 
