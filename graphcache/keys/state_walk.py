@@ -22,34 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphcache.keys import state_nodes as nodes
+from graphcache.keys import user_code
 from graphcache.keys.script_state import settle
-from graphcache.keys.state_nodes import (
-    MISSING,
-    AttributesNode,
-    CellNode,
-    ClassNode,
-    FunctionNode,
-    ItemsNode,
-    MembersNode,
-    NamesNode,
-    Node,
-    ObjectArrayNode,
-    ObjectNode,
-    ScriptNode,
-    SlotsNode,
-    TableNode,
-    ThreadLocalNode,
-    VariableNode,
-    slots_of,
-)
-from graphcache.keys.user_code import (
-    code_inside,
-    function_of,
-    global_names,
-    is_library,
-    module_attributes,
-    names_environment,
-)
+from graphcache.keys.state_nodes import MISSING, Node
 from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, TensorNode
 from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
@@ -136,14 +112,14 @@ class StateWalk:
             tensor = TensorNode(parent, key, value)
             self.tensors.append(tensor)
             if value.__dict__:
-                self._follow(AttributesNode(tensor, "", value.__dict__))
+                self._follow(nodes.AttributesNode(tensor, "", value.__dict__))
         elif isinstance(value, type):
             self._class(value, follow=True)
         elif isinstance(value, (enum.Enum, BaseException, *_LOGGING, *_MACHINERY)):
             return
         elif kind in _TABLES:
-            members = not key and isinstance(parent, AttributesNode)
-            self._follow((MembersNode if members else TableNode)(parent, key, value))
+            members = not key and isinstance(parent, nodes.AttributesNode)
+            self._follow((nodes.MembersNode if members else nodes.TableNode)(parent, key, value))
         elif kind in _SEQUENCES:
             self._items(parent, key, value)
         elif kind is types.FunctionType:
@@ -152,7 +128,7 @@ class StateWalk:
             self._push(parent, key, value.__func__)
             self._push(parent, f"{key}.__self__", value.__self__)
         elif kind is types.CellType:
-            self._follow(CellNode(parent, key, value))
+            self._follow(nodes.CellNode(parent, key, value))
         elif kind in BUILTIN_METHODS:
             if not isinstance(value.__self__, types.ModuleType):
                 self._push(parent, f"{key}.__self__", value.__self__)
@@ -161,13 +137,13 @@ class StateWalk:
         elif isinstance(value, weakref.ref):
             self._push(parent, f"{key}()", value())
         elif kind is contextvars.ContextVar:
-            self._follow(VariableNode(parent, key, value))
+            self._follow(nodes.VariableNode(parent, key, value))
         elif kind in (functools.partial, functools.partialmethod):
             for name in ("func", "args", "keywords"):
                 self._push(parent, f"{key}.{name}", getattr(value, name))
         elif self._skips is not None and self._skips(value):
             # It keeps its own account; what it stands for may hold state all the same.
-            self._add(ObjectNode(parent, key, value), 1)
+            self._add(nodes.ObjectNode(parent, key, value), 1)
             if "module" in (vars(value) if hasattr(value, "__dict__") else ()):
                 self._push(parent, key, vars(value)["module"])
         else:
@@ -185,7 +161,7 @@ class StateWalk:
 
     def _items(self, parent: Node | None, key: str, value: Any) -> None:
         if not isinstance(value, tuple):
-            self._follow(ItemsNode(parent, key, value))
+            self._follow(nodes.ItemsNode(parent, key, value))
             return
         # A tuple cannot change; what it holds may.
         self._entries += len(value)
@@ -195,30 +171,30 @@ class StateWalk:
     def _function(self, parent: Node | None, key: str, value: types.FunctionType) -> None:
         code, module = value.__code__, value.__globals__.get("__name__")
         if value.__dict__:
-            self._follow(AttributesNode(parent, key, value.__dict__))
+            self._follow(nodes.AttributesNode(parent, key, value.__dict__))
         if _is_machinery(module):
             return
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
             self._push(parent, f"{key}.{name}", cell)
         for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
             self._push(parent, f"{key}.__defaults__", default)
-        if is_library(module):
+        if user_code.is_library(module):
             return
-        self._add(FunctionNode(parent, key, value), 1)
+        self._add(nodes.FunctionNode(parent, key, value), 1)
         self.globals_of(code, value.__globals__, self._hops.get(id(value), 0))
 
     def globals_of(self, code: types.CodeType, table: dict[str, Any], hops: int = 0) -> None:
         """Follow the globals that a function of the user's names."""
         if code in self.covered or hops > MAX_HOPS:
             return
-        self.covered.update(code_inside(code))
-        names = global_names(code)
+        self.covered.update(user_code.code_inside(code))
+        names = user_code.global_names(code)
         self._mention(names.mentioned)
         self._names(table, names.loaded | names.stored, hops)
-        if names_environment(names, table):
+        if user_code.names_environment(names, table):
             self._push(None, "os.environ", vars(os.environ)["_data"])
-        for module, attribute in module_attributes(names, table):
-            if is_library(module.__name__):
+        for module, attribute in user_code.module_attributes(names, table):
+            if user_code.is_library(module.__name__):
                 self._used.setdefault(module, set()).add(attribute)
             else:
                 self._names(vars(module), {attribute}, hops)
@@ -226,13 +202,13 @@ class StateWalk:
     def finish(self) -> None:
         """Remember what was named of libraries, which somebody may replace; it is not followed."""
         for module, names in self._used.items():
-            self._add(NamesNode(None, module.__name__, vars(module), tuple(sorted(names))), len(names))
+            self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))), len(names))
 
     def _names(self, table: dict[str, Any], names: set[str] | frozenset[str], hops: int) -> None:
         found = tuple(sorted(name for name in names if name in table or name not in _BUILTINS))
         if not found:
             return
-        node = NamesNode(None, str(table.get("__name__", "globals")), table, found)
+        node = nodes.NamesNode(None, str(table.get("__name__", "globals")), table, found)
         self._add(node, len(found))
         for name, value in zip(*node.state, strict=True):
             if isinstance(value, types.FunctionType):
@@ -251,20 +227,20 @@ class StateWalk:
         if _is_machinery(module) and not isinstance(value, nn.Module):
             return
         if isinstance(value, threading.local):
-            self._follow(ThreadLocalNode(parent, key, value))
+            self._follow(nodes.ThreadLocalNode(parent, key, value))
             return
         if array_state(value) is not None:
             self._array(ArrayNode(parent, key, value))
             if getattr(getattr(value, "dtype", None), "hasobject", False):
-                self._follow(ObjectArrayNode(parent, key, value))
+                self._follow(nodes.ObjectArrayNode(parent, key, value))
             return
         if isinstance(value, dict):
-            self._follow(TableNode(parent, key, value))
+            self._follow(nodes.TableNode(parent, key, value))
         elif isinstance(value, _SEQUENCES):
             self._items(parent, key, value)
         if isinstance(value, torch.jit.ScriptModule):
             settle(value)
-            node = ScriptNode(parent, key, value)
+            node = nodes.ScriptNode(parent, key, value)
             self._follow(node)
             for name, child in value.named_children():
                 self._push(node, f".{name}", child)
@@ -282,33 +258,33 @@ class StateWalk:
         kind = type(value)
         table = getattr(value, "__dict__", None)
         table = table if type(table) is dict else None
-        slots = slots_of(kind)
+        slots = nodes.slots_of(kind)
         if table is None and not slots:
             return
-        self._add(ObjectNode(parent, key, value), 1)
+        self._add(nodes.ObjectNode(parent, key, value), 1)
         if slots:
-            self._follow(SlotsNode(parent, key, value, slots))
+            self._follow(nodes.SlotsNode(parent, key, value, slots))
         if table is not None:
             # Seen under the object's own path, and once.
             self._seen.add(id(table))
-            self._follow(AttributesNode(parent, key, table))
+            self._follow(nodes.AttributesNode(parent, key, table))
         for each in kind.__mro__:
             self._class(each, follow=True)
 
     def _class(self, kind: type, *, follow: bool) -> None:
-        """What a class of the user's defines, or a module of PyTorch's."""
-        library = is_library(kind.__module__)
+        """What a class of the user's defines, or a module of PyTorch's; ``follow`` for one whose methods may run."""
+        library = user_code.is_library(kind.__module__)
         if library and not issubclass(kind, nn.Module):
             return
         if kind not in self._classes:
             self._classes.add(kind)
-            self._add(ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
+            self._add(nodes.ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
         if library or kind in self._followed:
             return
         if follow:
             self._followed.add(kind)
         for name, value in vars(kind).items():
-            function = function_of(value)
+            function = user_code.function_of(value)
             if follow and function is not None:
                 self._method(f"{kind.__qualname__}.{name}", name, function)
             elif function is None and not name.startswith("__") and name != "_abc_impl":
@@ -329,6 +305,7 @@ class StateWalk:
                 self._push(None, path, function)
 
     def _array(self, node: ArrayNode) -> None:
+        """Remember an array, if not too much of arrays is to be compared."""
         self._array_bytes += node.nbytes
         if self._array_bytes > MAX_ARRAY_BYTES:
             raise StateTooLarge(f"{node.path}: an array of {node.nbytes} bytes would be compared at every call")
@@ -336,7 +313,7 @@ class StateWalk:
 
     def _push(self, parent: Node | None, key: str, value: Any) -> None:
         if not is_plain(value):
-            self._stack.append((parent, key if parent is not None or key else "", value))
+            self._stack.append((parent, key, value))
 
     def _add(self, node: Node, entries: int) -> None:
         self.nodes.append(node)
