@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from graphcache.keys import native
 from graphcache.keys.state_nodes import Change, Node
 from graphcache.keys.state_walk import Skips, StateWalk
+from graphcache.keys.value_nodes import memory_of
 
 
 class StateSnapshot:
@@ -125,11 +126,8 @@ class StateSnapshot:
 
     def path_of(self, tensor: Tensor) -> str:
         """Where the memory of a tensor was found; empty if nowhere."""
-        address = _storage_address(tensor)
-        for node in self.tensors:
-            if address and _storage_address(node.target) == address:
-                return node.path
-        return ""
+        memory = memory_of(tensor)
+        return next((node.path for node in self.tensors if memory and memory_of(node.target) == memory), "")
 
     def ignores(self, path: str) -> bool:
         """Whether a path, or one that it lies under, is to be left out."""
@@ -167,10 +165,3 @@ def is_strided(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
         return False
     return bool(tensor.numel()) and not tensor.is_nested and not tensor._is_zerotensor()
-
-
-def _storage_address(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        return 0

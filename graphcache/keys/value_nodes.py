@@ -103,6 +103,11 @@ def gradient_of(tensor: Tensor) -> Tensor | None:
     return _asked(lambda each: each.grad if each.is_leaf else None, tensor)
 
 
+def memory_of(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor, for as long as the tensor lives; 0 for a tensor without any."""
+    return _asked(lambda each: int(each.untyped_storage()._cdata), tensor) or 0
+
+
 def _place(x: Tensor) -> tuple[Any, ...]:
     layout = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
     return (*layout, x.requires_grad, x.is_conj(), x.is_neg())
