@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from graphcache.keys.call_key import Signature, describe
+from graphcache.keys.call_key import CallKey, describe
 
 
 class Call(NamedTuple):
@@ -25,7 +25,7 @@ class Call(NamedTuple):
         [tensor([0., 0.])]
     """
 
-    key: Signature
+    key: CallKey
     tensors: Sequence[Tensor]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphcache.errors import Reason, Refusal, shown
 from graphcache.keys.ambient import ambient_number
 
-Signature = tuple[Hashable, ...]
+CallKey = tuple[Hashable, ...]
 
 STATE_PARTS = 3
 """Parts of a key before those of the arguments: grad mode, inference mode, autocast with the ambient state."""
@@ -32,7 +32,7 @@ _is_inference = torch.is_inference_mode_enabled
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
-def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, Sequence[Tensor]]:
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallKey, Sequence[Tensor]]:
     """The key of a call, and the tensors in it, depth first; a :class:`~graphcache.errors.Refusal` if it has none.
 
     Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
@@ -64,7 +64,7 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     return (*_state(tensors), *parts, *_repeats(tensors)), tensors
 
 
-def describe_flat(args: tuple[Any, ...]) -> Signature | None:
+def describe_flat(args: tuple[Any, ...]) -> CallKey | None:
     """The key of positional plain tensors; ``None`` if there is anything else."""
     parts: list[Hashable] = []
     for value in args:
@@ -76,7 +76,7 @@ def describe_flat(args: tuple[Any, ...]) -> Signature | None:
     return (*_state(args), *parts, *_repeats(args))
 
 
-def is_flat(key: Signature, args: tuple[Any, ...]) -> bool:
+def is_flat(key: CallKey, args: tuple[Any, ...]) -> bool:
     """Whether a key says of positional tensors, without gradients, no more than their layout does.
 
     Example:
@@ -186,7 +186,7 @@ def _replace(value: Any, tensors: Any) -> Any:
     return value
 
 
-def _state(tensors: Sequence[Tensor]) -> Signature:
+def _state(tensors: Sequence[Tensor]) -> CallKey:
     grad = tuple([value.requires_grad for value in tensors]) if _is_grad_enabled() else False
     return grad, _is_inference(), _around()
 
@@ -197,7 +197,7 @@ def _around() -> Hashable:
     return (number, autocast) if number else autocast
 
 
-def _repeats(tensors: Sequence[Tensor]) -> Signature:
+def _repeats(tensors: Sequence[Tensor]) -> CallKey:
     """Which tensors are the same object as an earlier one; nothing in the usual case, that none is."""
     places: dict[int, int] = {}
     first = [places.setdefault(id(value), index) for index, value in enumerate(tensors)]

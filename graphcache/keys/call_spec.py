@@ -8,8 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import Parameter
-from inspect import Signature as Function
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -43,10 +42,10 @@ class CallSpec:
     """
 
     key: Any
-    names: Function | Sequence[str] = ()
+    names: Signature | Sequence[str] = ()
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], names: Function | Sequence[str] = ()) -> CallSpec:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], names: Signature | Sequence[str] = ()) -> CallSpec:
         """The spec of a call, under the modes of this moment."""
         return cls(describe(args, kwargs)[0], names)
 
@@ -210,7 +209,7 @@ class CallSpec:
     def _parts(self) -> dict[str, tuple[TensorSpec | str, bool]]:
         """Path of everything in the arguments: what is there, and whether that is a container."""
         names = self.names
-        if isinstance(names, Function):
+        if isinstance(names, Signature):
             kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
             names = [each.name for each in names.parameters.values() if each.kind in kinds]
         args = [(names[i] if i < len(names) else f"args[{i}]", value) for i, value in enumerate(self.contents.args)]
