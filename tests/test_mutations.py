@@ -1076,7 +1076,7 @@ CURES: dict[str, Cure] = {
         HOST + "test_outputs_are_fresh_and_intact_after_later_replays",
     ),
     "an answer is an inference tensor where eager ones are": Cure(
-        replace(record.Recorded, "answer_in_inference_mode", nothing),
+        replace(record.Recording, "answer_in_inference_mode", nothing),
         _an_answer_is_no_inference_tensor,
         RECORD + "test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always",
     ),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphcache.capture.context_groups import SharedContexts
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recording import Recorded, Sharing, nothing, refill
+from graphcache.capture.recording import Recording, Sharing, nothing, refill
 from graphcache.capture.trial_call import check_repeats
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
@@ -49,14 +49,14 @@ class EngineRecorder:
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
-        known: Recorded | None = None,
-    ) -> tuple[Any, Recorded | Cause]:
+        known: Recording | None = None,
+    ) -> tuple[Any, Recording | Cause]:
         module = self._module
         given, profile = module.checked(module.bind(call.args, call.kwargs))
         if (cause := module.forbids_capture()) is not None:
             return self._eagerly(call), cause
         answer: list[Tensor] = []
-        outcome: Recorded | Cause
+        outcome: Recording | Cause
         try:
             begin()
             lane = Lane(module.device.index) if sharing is Sharing.NOTHING else module.lane
@@ -68,7 +68,7 @@ class EngineRecorder:
                     engine_call = _EngineCall(module, context, profile, own, lane, self._recording.full_edges)
                     graph = self._capture(engine_call, own, answer, shares)
                     keep(graph)
-                outcome = Recorded(graph, _build, whole=True, bare=len(module.engine.outputs) == 1)
+                outcome = Recording(graph, _build, whole=True, bare=len(module.engine.outputs) == 1)
         except Exception as error:
             outcome = error.cause if isinstance(error, Refusal) else refusal_of(error, module.name).cause
         if not answer:

@@ -18,7 +18,7 @@ Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 """Makes the answer of a graph's outputs and the caller's inputs."""
 
 
-class Recorded:
+class Recording:
     """A graph, and how its outputs become the module's answer.
 
     Args:
@@ -103,8 +103,8 @@ class Recorder(Protocol):
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
-        known: Recorded | None = None,
-    ) -> tuple[Any, Recorded | Cause]:
+        known: Recording | None = None,
+    ) -> tuple[Any, Recording | Cause]:
         """Answer a call eagerly, and capture it; the second item is the graph, or says why there is none.
 
         Args:

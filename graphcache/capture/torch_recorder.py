@@ -17,7 +17,7 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_scope import EngineScope
 from graphcache.capture.host_activity import is_available
 from graphcache.capture.output_layout import Answer
-from graphcache.capture.recording import Recorded, Sharing, nothing, refill
+from graphcache.capture.recording import Recording, Sharing, nothing, refill
 from graphcache.capture.trial_call import TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
@@ -60,8 +60,8 @@ class TorchRecorder:
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
-        known: Recorded | None = None,
-    ) -> tuple[Any, Recorded | Cause]:
+        known: Recording | None = None,
+    ) -> tuple[Any, Recording | Cause]:
         effects = self.observe(call)
         if effects.cause is not None:
             return effects.value, effects.cause
@@ -97,9 +97,9 @@ class TorchRecorder:
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
-        known: Recorded | None = None,
+        known: Recording | None = None,
         running: Running = nullcontext,
-    ) -> Recorded | Cause:
+    ) -> Recording | Cause:
         """Capture a call that was observed to be a function of its tensors; a cause says why that failed.
 
         ``running`` is entered around each run of the module; the others are as for :meth:`attempt`.
@@ -173,7 +173,7 @@ class TorchRecorder:
             lane.close(wait=wait)
         self._lanes.clear()
 
-    def _is_proven(self, known: Recorded, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
+    def _is_proven(self, known: Recording, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
         """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
         if known.trace != effects.trace or self._guard.has_engines:
             # What an engine does inside is in no trace.
@@ -190,7 +190,7 @@ class TorchRecorder:
 
     def _record(
         self, run: Callable[..., Any], call: Call, value: Any, state: Sequence[Tensor], *, shares: bool
-    ) -> Recorded:
+    ) -> Recording:
         """Record a call that has returned ``value`` on the device that its tensors are on."""
         devices = {tensor.device for tensor in (*call.tensors, *self._weights())}
         devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
@@ -201,7 +201,7 @@ class TorchRecorder:
         index = next((device.index for device in devices if device.type == "cuda"), None)
         graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)
         bare = answer.is_whole and isinstance(value, Tensor)
-        return Recorded(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
+        return Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
 
     def _on_host(self, call: TrialCall) -> Graph:
         """Record a call on the CPU."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphcache.cache.lru import Entry, ticks
-from graphcache.capture.recording import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.config import Modes, modes
 from graphcache.dispatch.preconditions import (
     current_device,
@@ -55,10 +55,10 @@ class FastPath:
         self._table: Any = None
         self._asked = self._observed = False
         self._lock = threading.Lock()
-        self._known: dict[Hashable, tuple[Entry[Recorded], int]] = {}
+        self._known: dict[Hashable, tuple[Entry[Recording], int]] = {}
         self._ambient = ambient_state()
 
-    def remember(self, call: Call, entry: Entry[Recorded]) -> None:
+    def remember(self, call: Call, entry: Entry[Recording]) -> None:
         """Let native code answer calls of this layout, if there is such code and it can."""
         if self._asked and self._table is None:
             return
@@ -111,7 +111,7 @@ class FastPath:
 def put(
     table: Any,
     args: tuple[Any, ...],
-    entry: Entry[Recorded],
+    entry: Entry[Recording],
     *,
     engine: Any = None,
     epoch: int | None = None,
