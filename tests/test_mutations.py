@@ -1055,7 +1055,7 @@ CURES: dict[str, Cure] = {
         "",
     ),
     "plain values are compared": Cure(
-        replace(answers.Answer, "layout", None),
+        replace(answers.OutputLayout, "layout", None),
         _a_plain_value_is_frozen,
         ANSWERS + "test_layouts_tell_apart_what_a_graph_could_not_change",
     ),

@@ -44,7 +44,7 @@ class _Plain:
         return self.value
 
 
-class Answer:
+class OutputLayout:
     """The structure of an answer, and where each of its leaves comes from.
 
     Leaves are tensors that the call made (each handed out once, however often it appears), inputs and views of

@@ -16,7 +16,7 @@ from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, u
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_scope import EngineScope
 from graphcache.capture.host_activity import is_available
-from graphcache.capture.output_layout import Answer
+from graphcache.capture.output_layout import OutputLayout
 from graphcache.capture.recording import Recording, Sharing, nothing, refill
 from graphcache.capture.trial_call import TrialCall
 from graphcache.config import GraphConfig, graphs_off
@@ -179,7 +179,7 @@ class TorchRecorder:
             # What an engine does inside is in no trace.
             return False
         try:
-            wanted = Answer(effects.value, inputs, state).tensors
+            wanted = OutputLayout(effects.value, inputs, state).tensors
             return all_same_bits(known.replay([tensor.detach() for tensor in inputs]), wanted)
         except (ClosedError, Refusal):
             return False
@@ -196,7 +196,7 @@ class TorchRecorder:
         devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
-        answer = Answer(value, call.tensors, state)
+        answer = OutputLayout(value, call.tensors, state)
         trial = TrialCall(run, call, answer, state)
         index = next((device.index for device in devices if device.type == "cuda"), None)
         graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.capture.output_layout import Answer
+from graphcache.capture.output_layout import OutputLayout
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.verify import largest_gap, repeats
 from graphcache.keys.call import Call
@@ -17,7 +17,7 @@ from graphcache.keys.call_key import substitute
 class TrialCall:
     """One call of a module, repeatable on other tensors. ``state`` is what outlives the call."""
 
-    def __init__(self, run: Callable[..., Any], call: Call, answer: Answer, state: Sequence[Tensor]) -> None:
+    def __init__(self, run: Callable[..., Any], call: Call, answer: OutputLayout, state: Sequence[Tensor]) -> None:
         self._function = run
         found: dict[int, int] = {}
         places = [found.setdefault(id(tensor), len(found)) for tensor in call.tensors]
@@ -28,9 +28,9 @@ class TrialCall:
         self.answer = answer
         self._state = state
 
-    def run(self, static: Sequence[Tensor]) -> Answer:
+    def run(self, static: Sequence[Tensor]) -> OutputLayout:
         """Call the module on other tensors; the answer has to have the layout of the first one."""
-        answer = Answer(self.call(static), self._spread(static), self._state)
+        answer = OutputLayout(self.call(static), self._spread(static), self._state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer
