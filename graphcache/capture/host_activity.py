@@ -133,7 +133,7 @@ class HostActivity:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
         elif kind == _LOCK and not _is_ours(frame):
             self._lock(function.__name__, id(owner))
-        elif kind == _CLASS and issubclass(owner, datetime.date):
+        elif kind == _CLASS and isinstance(owner, type) and issubclass(owner, datetime.date):
             if function.__name__ in ("now", "today", "utcnow"):
                 self._clock(frame, f"{owner.__name__}.{function.__name__}")
         elif kind == _MODULE:

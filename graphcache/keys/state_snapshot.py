@@ -61,9 +61,7 @@ class StateSnapshot:
             walk.globals_of(code, table)
         walk.walk(())
         walk.finish()
-        self.tensors, self.covered = walk.tensors, walk.covered
-        self._nodes: list[Node] = [node for node in walk.nodes if node.guarded]
-        self._hidden = [node for node in walk.nodes if not node.guarded]
+        self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
         self.broken: Change | None = None
         """Why :meth:`holds` said that the snapshot is of the past."""
         self.armed = False
@@ -74,7 +72,7 @@ class StateSnapshot:
     def changes(self, limit: int = 16) -> list[Change]:
         """What differs now from what was found, by value; no more than ``limit`` differences are told."""
         found: list[Change] = []
-        for node in (*self._nodes, *self._hidden, *self.tensors):
+        for node in (*self.nodes, *self.tensors):
             if node.differs():
                 found += [change for change in node.changes() if not self.ignores(change.path)]
             if len(found) >= limit:
@@ -101,7 +99,7 @@ class StateSnapshot:
         """Whether it holds; if so, it tells the effects of what happens from now on."""
         if not self.holds():
             return False
-        for node in (*self.tensors, *self._hidden):
+        for node in (*self.tensors, *(node for node in self.nodes if not node.guarded)):
             node.renew()
         return True
 
@@ -134,7 +132,7 @@ class StateSnapshot:
         return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
 
     def _guarded(self) -> Iterator[Node]:
-        yield from self._nodes
+        yield from (node for node in self.nodes if node.guarded)
         yield from self.tensors
 
     def _compare(self, nodes: Sequence[Node]) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from graphcache.keys.state_nodes import Change, Node
 from graphcache.keys.values import array_state, hidden_state, is_generator_of_randomness
 
+_Answer = TypeVar("_Answer")
 _PLACE = ("address", "shape", "strides", "dtype", "device", "requires_grad", "conjugation", "sign bit")
 
 
@@ -113,7 +114,7 @@ def _place(x: Tensor) -> tuple[Any, ...]:
     return (*layout, x.requires_grad, x.is_conj(), x.is_neg())
 
 
-def _asked(question: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+def _asked(question: Callable[[Tensor], _Answer], tensor: Tensor) -> _Answer | None:
     """What a tensor answers; ``None`` for one that cannot be asked."""
     try:
         return question(tensor)
