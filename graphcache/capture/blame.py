@@ -43,13 +43,7 @@ def located(cause: Cause, error: BaseException, module: nn.Module, name: str) ->
 
 
 def at(cause: Cause, path: str, name: str) -> Cause:
-    """The same cause with a submodule before what it says of the place.
-
-    Example:
-        >>> from graphcache.errors import Reason
-        >>> at(Cause(Reason.HOST_READ, "Tensor.tolist"), "head.nms", "net").where
-        'head.nms: Tensor.tolist'
-    """
+    """The same cause with a submodule before what it says of the place."""
     if not path or cause.where == path:
         return cause
     return replace(cause, where=path if cause.where in ("", name) else f"{path}: {cause.where}")

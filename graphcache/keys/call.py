@@ -18,11 +18,6 @@ class Call(NamedTuple):
         tensors: The tensors among its arguments, in the order of the key.
         args: Positional arguments.
         kwargs: Keyword arguments.
-
-    Example:
-        >>> import torch
-        >>> call_of((torch.zeros(2), 3), {}).tensors
-        [tensor([0., 0.])]
     """
 
     key: CallKey

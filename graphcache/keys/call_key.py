@@ -77,14 +77,7 @@ def describe_flat(args: tuple[Any, ...]) -> CallKey | None:
 
 
 def is_flat(key: CallKey, args: tuple[Any, ...]) -> bool:
-    """Whether a key says of positional tensors, without gradients, no more than their layout does.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> with torch.no_grad():
-        ...     [is_flat(describe(args, {})[0], args) for args in ((x,), (x, x), (x, 1))]
-        [True, False, False]
-    """
+    """Whether a key says of positional tensors, without gradients, no more than their layout does."""
     # Four parts for each tensor: nothing is pending and none is repeated.
     if len(key) != STATE_PARTS + 4 * len(args) or type(key[-1]) is not torch.device:
         return False
@@ -94,12 +87,7 @@ def is_flat(key: CallKey, args: tuple[Any, ...]) -> bool:
 
 
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
-    """The same arguments in new containers, with other tensors where :func:`describe` found tensors, in its order.
-
-    Example:
-        >>> substitute(([torch.zeros(1)], 5), {}, [torch.ones(1)])
-        (([tensor([1.])], 5), {})
-    """
+    """The same arguments in new containers, with other tensors where :func:`describe` found tensors, in its order."""
     remaining = iter(tensors)
     new_args = _replace(args, remaining)
     return new_args, _replace(kwargs, remaining)

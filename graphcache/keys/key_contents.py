@@ -116,13 +116,7 @@ class KeyContents:
 
 
 def contents_of(key: Any) -> KeyContents:
-    """What is in a key; of something else, nothing but the thing itself as text.
-
-    Example:
-        >>> from graphcache.keys.call_key import describe
-        >>> contents_of(describe((torch.zeros(2), [0.5]), {"flip": True})[0]).kwargs
-        {'flip': True}
-    """
+    """What is in a key; of something else, nothing but the thing itself as text."""
     try:
         return _Reader(key).contents()
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -131,12 +125,7 @@ def contents_of(key: Any) -> KeyContents:
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a fresh tensor.
-
-    Example:
-        >>> contiguous((2, 0, 3))
-        (3, 3, 1)
-    """
+    """The strides of a fresh tensor."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -145,12 +134,7 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def short_name(value: object) -> str:
-    """A dtype, layout or memory format without the name of its module.
-
-    Example:
-        >>> short_name(torch.float32)
-        'float32'
-    """
+    """A dtype, layout or memory format without the name of its module."""
     return str(value).removeprefix("torch.")
 
 

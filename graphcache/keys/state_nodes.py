@@ -140,11 +140,13 @@ class TableNode(Node):
 
 
 class AttributesNode(TableNode):
-    """The ``__dict__`` of an object."""
+    """The ``__dict__`` of an object, or the parameters, buffers or submodules of a module."""
 
     def end(self, name: Any) -> str:
         # The tables of a module are no level of their own.
-        return "" if name in ("_modules", "_parameters", "_buffers") else f".{name}"
+        if name in ("_modules", "_parameters", "_buffers"):
+            return ""
+        return f"[{name}]" if str(name).isdigit() else f".{name}"
 
     def read(self) -> State:
         names, values = super().read()
@@ -163,13 +165,6 @@ class AttributesNode(TableNode):
             super().guard(native)
         else:
             native.add_names(self.target, names, values, ())
-
-
-class MembersNode(TableNode):
-    """The parameters, buffers or submodules of a module."""
-
-    def end(self, name: Any) -> str:
-        return f"[{name}]" if str(name).isdigit() else f".{name}"
 
 
 class NamesNode(Node):
@@ -202,15 +197,13 @@ class ClassNode(Node):
 
 
 class ItemsNode(Node):
-    """A list, deque or set, or a subclass of one: its items."""
-
-    def items(self) -> Sequence[Any]:
-        """The items now, past a subclass's own ``__iter__``, which may have effects."""
-        kinds: tuple[Any, ...] = (list, collections.deque, set, frozenset)
-        return next(tuple(kind.__iter__(self.target)) for kind in kinds if isinstance(self.target, kind))
+    """A list, deque or set, a subclass of one, or a NumPy array of objects: its items."""
 
     def read(self) -> State:
-        items = self.items()
+        # Past a subclass's own __iter__, which may have effects.
+        kinds: tuple[Any, ...] = (list, collections.deque, set, frozenset)
+        kind = next((kind for kind in kinds if isinstance(self.target, kind)), None)
+        items = tuple(self.target.ravel().tolist() if kind is None else kind.__iter__(self.target))
         return range(len(items)), items
 
     def end(self, name: Any) -> str:
@@ -224,16 +217,6 @@ class ItemsNode(Node):
 
     def guard(self, native: Any) -> None:
         native.add_items(self.target, self.state[1])
-
-
-class ObjectArrayNode(ItemsNode):
-    """The objects in a NumPy array."""
-
-    def items(self) -> Sequence[Any]:
-        return tuple(self.target.ravel().tolist())
-
-    def guard(self, native: Any) -> None:
-        raise TypeError
 
 
 class SlotsNode(Node):

@@ -119,7 +119,7 @@ class StateWalk:
             return
         elif kind in _TABLES:
             members = not key and isinstance(parent, nodes.AttributesNode)
-            self._follow((nodes.MembersNode if members else nodes.TableNode)(parent, key, value))
+            self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
         elif kind in _SEQUENCES:
             self._items(parent, key, value)
         elif kind is types.FunctionType:
@@ -232,7 +232,7 @@ class StateWalk:
         if array_state(value) is not None:
             self._array(ArrayNode(parent, key, value))
             if getattr(getattr(value, "dtype", None), "hasobject", False):
-                self._follow(nodes.ObjectArrayNode(parent, key, value))
+                self._follow(nodes.ItemsNode(parent, key, value))
             return
         if isinstance(value, dict):
             self._follow(nodes.TableNode(parent, key, value))

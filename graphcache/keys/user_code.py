@@ -30,12 +30,7 @@ class GlobalNames(NamedTuple):
 
 
 def is_library(module_name: Any) -> bool:
-    """Whether code of a module is a library's, by the module's ``__name__``.
-
-    Example:
-        >>> is_library("torch.nn.modules.linear"), is_library("my_model.layers")
-        (True, False)
-    """
+    """Whether code of a module is a library's, by the module's ``__name__``."""
     if not isinstance(module_name, str):
         return True
     return module_name.partition(".")[0] in LIBRARIES
@@ -43,12 +38,7 @@ def is_library(module_name: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def global_names(code: types.CodeType) -> GlobalNames:
-    """The globals that a code object names, with those of the functions defined inside it.
-
-    Example:
-        >>> global_names((lambda: math.pi).__code__).attributes
-        frozenset({('math', 'pi')})
-    """
+    """The globals that a code object names, with those of the functions defined inside it."""
     loaded: set[str] = set()
     stored: set[str] = set()
     attributes: set[tuple[str, ...]] = set()
@@ -117,12 +107,7 @@ def _may_hold_state(value: Any) -> bool:
 
 
 def function_of(attribute: Any) -> types.FunctionType | None:
-    """The Python function behind an attribute of a class: a method, property, static method or cached property.
-
-    Example:
-        >>> function_of(property(lambda self: 1)).__name__, function_of([].append)
-        ('<lambda>', None)
-    """
+    """The Python function behind an attribute of a class: a method, property, static method or cached property."""
     if isinstance(attribute, (staticmethod, classmethod)):
         attribute = attribute.__func__
     elif isinstance(attribute, property):
