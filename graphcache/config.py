@@ -22,7 +22,7 @@ Specialization = Literal["lazy", "eager", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recording:
+class RecordingOptions:
     """How graphs of engines are recorded.
 
     Args:
@@ -37,7 +37,7 @@ class Recording:
     contexts: Contexts = "auto"
 
 
-RECORDING = {"auto": Recording(), "full": Recording(bind=False, full_edges=True, contexts="private")}
+RECORDING = {"auto": RecordingOptions(), "full": RecordingOptions(bind=False, full_edges=True, contexts="private")}
 """By ``isolation``."""
 
 _ISOLATION = "use isolation='full' where graphs of an engine answer wrongly or fail"
@@ -181,7 +181,7 @@ class GraphConfig:
             raise ConfigError(f"verify={shown(self.verify)}: expected True or False")
 
     @property
-    def recording(self) -> Recording:
+    def recording(self) -> RecordingOptions:
         """How graphs of engines are recorded."""
         return RECORDING[self.isolation]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, Reason, config
 from graphcache.cache.lru import GraphCache
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.modules.wrapped import state_of
 
@@ -46,7 +46,7 @@ def wrap_recorded(
 ) -> CachedModule:
     """``graphcache.wrap``, with engines recorded in one way of those between which ``isolation`` chooses."""
     with pytest.MonkeyPatch.context() as patch:
-        chosen = config.Recording(bind=io == "bind", full_edges=edges == "full", contexts=contexts)
+        chosen = config.RecordingOptions(bind=io == "bind", full_edges=edges == "full", contexts=contexts)
         patch.setitem(config.RECORDING, "auto", chosen)
         return graphcache.wrap(module, **options)
 
@@ -178,6 +178,6 @@ def dispatcher_of(fast: nn.Module) -> Dispatcher:
     return state_of(fast).dispatcher
 
 
-def graphs_of(fast: nn.Module) -> GraphCache[Recorded]:
+def graphs_of(fast: nn.Module) -> GraphCache[Recording]:
     """The graphs of a wrapped module as a whole."""
     return state_of(fast).graphs

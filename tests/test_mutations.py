@@ -37,14 +37,14 @@ from graphcache import CachedModule
 from graphcache.cache import lru
 from graphcache.capture import effects, host_activity, trial_call
 from graphcache.capture import output_layout as answers
-from graphcache.capture import recorder as record
+from graphcache.capture import recording as record
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
 from graphcache.dispatch import preconditions as conditions
 from graphcache.graphs import cpu_tape
 from graphcache.graphs import verify as judge
 from graphcache.keys import call as key_of_call
-from graphcache.keys import call_key, code_nodes, guards, state_nodes, value_nodes
+from graphcache.keys import call_key, guards, state_nodes, value_nodes
 from graphcache.modules import forward_patch as routes
 from graphcache.modules import wrapped
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
@@ -744,6 +744,9 @@ class _NoReads(nullcontext):  # type: ignore[type-arg]
     def __init__(self, *_: Any) -> None:
         super().__init__(self)
 
+    def check(self, *_: Any) -> None:
+        """Refuses nothing."""
+
 
 _No = type("_No", (), {})
 _never_refused = property(lambda tape: None, lambda tape, refusal: None)
@@ -981,7 +984,7 @@ CURES: dict[str, Cure] = {
     "context variables are noticed": Cure(
         both(
             replace(effects, "_changed_process_state", lambda *_: iter(())),
-            replace(code_nodes.VariableNode, "differs", _never),
+            replace(state_nodes.VariableNode, "differs", _never),
         ),
         _a_context_variable_is_set_for_nobody,
         EFFECTS + "test_an_effect_is_noticed_and_named[a context variable]",
@@ -1052,7 +1055,7 @@ CURES: dict[str, Cure] = {
         "",
     ),
     "plain values are compared": Cure(
-        replace(answers.Answer, "layout", None),
+        replace(answers.OutputLayout, "layout", None),
         _a_plain_value_is_frozen,
         ANSWERS + "test_layouts_tell_apart_what_a_graph_could_not_change",
     ),
@@ -1073,7 +1076,7 @@ CURES: dict[str, Cure] = {
         HOST + "test_outputs_are_fresh_and_intact_after_later_replays",
     ),
     "an answer is an inference tensor where eager ones are": Cure(
-        replace(record.Recorded, "answer_in_inference_mode", nothing),
+        replace(record.Recording, "answer_in_inference_mode", nothing),
         _an_answer_is_no_inference_tensor,
         RECORD + "test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always",
     ),

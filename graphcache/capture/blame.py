@@ -7,8 +7,9 @@ nothing, and hooks, which would change what the modules are, are not needed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import replace
+from traceback import walk_stack, walk_tb
 from types import FrameType
 
 from torch import nn
@@ -19,9 +20,6 @@ from graphcache.errors import Cause
 def path_here(module: nn.Module) -> str:
     """The name of the innermost submodule whose method is running now; empty for the module itself, or for none.
 
-    Args:
-        module: Whose submodules are looked for.
-
     Example:
         >>> class Asks(nn.Module):
         ...     def forward(self):
@@ -30,42 +28,29 @@ def path_here(module: nn.Module) -> str:
         >>> whole["head"][0]()
         'head.0'
     """
-    return _innermost(module, _outwards(sys._getframe(1)))
+    return _innermost(module, [frame for frame, _ in walk_stack(sys._getframe(1))])
 
 
 def located(cause: Cause, error: BaseException, module: nn.Module, name: str) -> Cause:
-    """The same cause with the submodule in which an exception was raised.
-
-    Args:
-        cause: What is known of it.
-        error: The exception, or one that was raised while it was handled.
-        module: Whose submodules are looked for.
-        name: What the cause calls the module itself.
-    """
+    """The same cause with the submodule in which an exception was raised."""
     path, seen = "", set()
     raised: BaseException | None = error
     while not path and raised is not None and id(raised) not in seen:
         seen.add(id(raised))
-        path = _innermost(module, _inwards(raised))
+        path = _innermost(module, [frame for frame, _ in walk_tb(raised.__traceback__)][::-1])
         raised = raised.__cause__ or raised.__context__
     return at(cause, path, name)
 
 
 def at(cause: Cause, path: str, name: str) -> Cause:
-    """The same cause with a submodule before what it says of the place.
-
-    Example:
-        >>> from graphcache.errors import Reason
-        >>> at(Cause(Reason.HOST_READ, "Tensor.tolist"), "head.nms", "net").where
-        'head.nms: Tensor.tolist'
-    """
+    """The same cause with a submodule before what it says of the place."""
     if not path or cause.where == path:
         return cause
     return replace(cause, where=path if cause.where in ("", name) else f"{path}: {cause.where}")
 
 
-def _innermost(module: nn.Module, frames: Iterable[FrameType]) -> str:
-    """The name of the first submodule among what methods were called on."""
+def _innermost(module: nn.Module, frames: Sequence[FrameType]) -> str:
+    """The name of the first submodule, from the innermost frame on, among what methods were called on."""
     names: dict[int, str] | None = None
     for frame in frames:
         code = frame.f_code
@@ -76,18 +61,3 @@ def _innermost(module: nn.Module, frames: Iterable[FrameType]) -> str:
             if id(owner) in names:
                 return names[id(owner)]
     return ""
-
-
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _inwards(error: BaseException) -> Iterator[FrameType]:
-    """The frames that an exception has left, innermost first."""
-    found, traceback = [], error.__traceback__
-    while traceback is not None:
-        found.append(traceback.tb_frame)
-        traceback = traceback.tb_next
-    return reversed(found)

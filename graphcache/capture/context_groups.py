@@ -59,10 +59,6 @@ class SharedContexts:
     closed, and nothing is shared any more.
 
     Not for several threads at once: the engine's lane is held.
-
-    Args:
-        module: The engine.
-        config: Options of the wrapped module.
     """
 
     def __init__(self, module: EngineLike, config: GraphConfig) -> None:
@@ -82,12 +78,7 @@ class SharedContexts:
 
     @contextmanager
     def one(self, scratch: Tensor, profile: int) -> Iterator[tuple[Context, Callable[[CudaGraph], object]]]:
-        """A context to capture with, and a function to call with the captured graph.
-
-        Args:
-            scratch: As :class:`~graphcache.engines.context.Context` takes it.
-            profile: The optimisation profile that it will be used with: switching it is no change of shapes.
-        """
+        """A context to capture with, and a function to call with the captured graph."""
         shared = self._with_room(scratch, profile)
         graphs = shared.live()
         before = self._answers(graphs)
@@ -101,11 +92,7 @@ class SharedContexts:
         self._check(shared, graphs, before)
 
     def release(self, *, wait: bool) -> None:
-        """Give back the contexts that no graph needs any more, once the last replay is over, and forget the others.
-
-        Args:
-            wait: Wait for that replay.
-        """
+        """Give back the contexts that no graph needs any more, once the last replay is over, and forget the others."""
         unused = [shared.context for shared in self._open if not shared.live()]
         self._open.clear()
 

@@ -21,8 +21,8 @@ import random
 import sys
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ class Effects:
         outside: The tensors that it read and did not make, one for each memory.
         trace: A digest of its operations, their constants and the memory of outside that they used.
         functions: The functions of the user's that ran, with their globals.
-        operators: Names of the higher-order operators that it called.
         version: That of the module's guard when the call ran.
     """
 
@@ -66,7 +65,6 @@ class Effects:
     outside: list[Tensor] = field(default_factory=list)
     trace: bytes = b""
     functions: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
-    operators: tuple[str, ...] = ()
     version: int = 0
 
 
@@ -93,14 +91,7 @@ class Watched:
 def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
     """Run a call once and tell everything it did besides returning.
 
-    Args:
-        run: What is called.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        watched: What can be reached from outside.
-
-    Raises:
-        Exception: Whatever the call raises. It has had its effects then, as without an observer.
+    If it raises, it has had its effects, as without an observer.
     """
     host = HostActivity(watched.path_here, watched.report)
     operations = _Operations(watched, host)
@@ -108,39 +99,31 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     host.entered, host.left = operations.enter_opaque, operations.leave_opaque
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
-    with ExitStack() as during:
-        # Finalizers of other objects would be taken for what the call does.
-        during.enter_context(quiet_collector())
-        during.enter_context(operations)
-        during.enter_context(host)
+    # Finalizers of other objects would be taken for what the call does.
+    with quiet_collector(), operations, host:
         value = run(*args, **kwargs)
-    cause, submodule = operations.cause, operations.submodule
-    if cause is None or watched.report is not None:
-        after = _process_state(operations.devices)
-        if not operations.ran_opaque:
-            # Every operation was seen. If none of them drew random numbers, another thread did.
-            before["torch"] = after["torch"]
+    after = _process_state(operations.devices)
+    if not operations.ran_opaque:
+        # Every operation was seen. If none of them drew random numbers, another thread did.
+        before["torch"] = after["torch"]
+
+    def changed(limit: int) -> Iterator[Cause]:
+        return chain(_changed_process_state(before, after), _changed_objects(watched, limit))
+
     if watched.report is not None:
-        objects = _changed_objects(watched, MAX_REPORTED)
-        for change in (*_changed_process_state(before, after), *objects, *_written(watched, contents)):
+        for change in (*changed(MAX_REPORTED), *_written(watched, contents)):
             watched.report(change, "")
+    cause, submodule = operations.cause, operations.submodule
     if cause is None:
         cause, submodule = host.cause, host.submodule
-        cause = cause or next(_changed_process_state(before, after), None) or next(_changed_objects(watched, 1), None)
+        cause = cause or next(changed(1), None)
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
             submodule = ""
             cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
         cause = cause or next(_written(watched, contents), None)
-    return Effects(
-        value,
-        cause,
-        submodule,
-        list(operations.outside.values()),
-        operations.digest(),
-        host.functions,
-        tuple(operations.operators),
-    )
+    outside = list(operations.outside.values())
+    return Effects(value, cause, submodule, outside, operations.digest(), host.functions)
 
 
 class _Operations(DispatchMode):
@@ -151,7 +134,6 @@ class _Operations(DispatchMode):
         self.cause: Cause | None = None
         self.submodule = ""
         self.outside: dict[int, Tensor] = {}
-        self.operators: list[str] = []
         self.devices = sorted({t.device.index or 0 for t in watched.inputs if t.is_cuda} | watched.module.cuda_devices)
         self._watched = watched
         self._host = host
@@ -169,21 +151,18 @@ class _Operations(DispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "_schema", None) is None:
-            self.operators.append(str(func))
             return self.higher_order(func, args, kwargs)
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
+        drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         self._host.paused = True
         try:
             leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
-            drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
             generators = _generators(self.devices) if drawn else []
             self._before(func, args, kwargs, leaves)
-        finally:
             self._host.paused = False
-        out = func(*args, **kwargs)
-        self._host.paused = True
-        try:
+            out = func(*args, **kwargs)
+            self._host.paused = True
             if drawn and not all(map(torch.equal, generators, _generators(self.devices))):
                 self._note(Reason.RANDOM, func, str(func))
             self._after(func, args, kwargs, leaves, out)
@@ -197,10 +176,7 @@ class _Operations(DispatchMode):
         for tensor in written(func, args, kwargs):
             if self._is_foreign(storage_of(tensor)):
                 self._note(Reason.MUTATES, func, self._place(tensor) or str(func))
-        for tensor in leaves:
-            address = storage_of(tensor)
-            if self._is_foreign(address) and address not in self._inputs:
-                self.outside.setdefault(address, tensor)
+        self._reads(leaves)
 
     def _after(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor], out: Any
@@ -222,6 +198,13 @@ class _Operations(DispatchMode):
         made = tuple([_layout(tensor)[1:] for tensor in results])
         self._trace.append((str(func), inputs, repr(constants), repr(values), made))
 
+    def _reads(self, tensors: Sequence[Tensor]) -> None:
+        """Note the memory of outside that is read, but for that of the inputs."""
+        for tensor in tensors:
+            address = storage_of(tensor)
+            if self._is_foreign(address) and address not in self._inputs:
+                self.outside.setdefault(address, tensor)
+
     def _is_foreign(self, address: int) -> bool:
         """Whether memory was there before the call."""
         return address not in self._made and (not self._given or address in self._given[-1])
@@ -230,12 +213,9 @@ class _Operations(DispatchMode):
         """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
         self.ran_opaque = True
         tensors = [value for value in given if isinstance(value, Tensor)]
-        addresses = [storage_of(tensor) for tensor in tensors]
-        for address, tensor in zip(addresses, tensors, strict=True):
-            if self._is_foreign(address) and address not in self._inputs:
-                self.outside.setdefault(address, tensor)
+        self._reads(tensors)
         self._trace.append(("opaque", identity, tuple(map(self._name, tensors))))
-        self._given.append(set(addresses))
+        self._given.append(set(map(storage_of, tensors)))
 
     def leave_opaque(self, returned: Any) -> None:
         """Note what it has made."""
@@ -250,8 +230,7 @@ class _Operations(DispatchMode):
 
     def _name(self, tensor: Tensor) -> Hashable:
         """What a tensor is called in the trace: a number for memory of the call, the address for memory of outside."""
-        address = storage_of(tensor)
-        layout = _layout(tensor)
+        address, layout = storage_of(tensor), _layout(tensor)
         if address in self._made:
             return ("made", self._made[address][0], *layout)
         if address in self._inputs:
@@ -305,9 +284,8 @@ def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:
 def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -> Iterator[Cause]:
     """Tensors that were written, by their version counters and contents."""
     for snapshot in (watched.module, watched.arguments):
-        for node in snapshot.written():
-            if not snapshot.ignores(node.path):
-                yield Cause(Reason.MUTATES, node.path, "the tensor was written in place")
+        for change in snapshot.written():
+            yield Cause(Reason.MUTATES, change.path, change.detail)
     for path, tensor, before in contents:
         now = _bytes(tensor)
         if now.shape != before.shape or not torch.equal(now, before):
@@ -383,11 +361,6 @@ def unseen_functions(effects: Effects, snapshot: StateSnapshot) -> dict[types.Co
 
 
 def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSnapshot:
-    """What can be reached from the arguments of a call.
-
-    Raises:
-        StateTooLarge: If there is more than can be watched.
-        Unobservable: For an iterator whose position cannot be read.
-    """
+    """What can be reached from the arguments of a call."""
     roots = [(f"args[{index}]", value) for index, value in enumerate(args)]
     return StateSnapshot([*roots, *((f"kwargs[{name!r}]", value) for name, value in kwargs.items())])

@@ -19,9 +19,6 @@ class EngineScope:
 
     The calls are counted, so that the warm-up, the capture and the run on other values find the same context for the
     same call, with its shapes set and its kernels compiled.
-
-    Args:
-        lane: The lane of the graph; the contexts share its scratch memory.
     """
 
     def __init__(self, lane: StreamOrder) -> None:
@@ -57,13 +54,15 @@ class EngineScope:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """Inside, engines find this scope."""
+        """Inside, engines find this scope; at the end the first cause that one of them gave is raised."""
         self._calls = 0
         token = current.set(self)
         try:
             yield
         finally:
             current.reset(token)
+            if self.refused is not None:
+                raise Refusal(self.refused.reason, self.refused.where, self.refused.detail)
 
 
 current: ContextVar[EngineScope | None] = ContextVar("graphcache_recording", default=None)

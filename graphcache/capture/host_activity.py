@@ -14,6 +14,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -28,41 +29,23 @@ from graphcache.keys.values import is_generator_of_randomness
 _READS = frozenset({"numpy", "tolist", "data_ptr"})
 _CLOCKS = frozenset(
     {
-        time.time,
-        time.time_ns,
-        time.perf_counter,
-        time.perf_counter_ns,
-        time.monotonic,
-        time.monotonic_ns,
-        time.process_time,
-        time.process_time_ns,
-        time.thread_time,
-        time.localtime,
-        time.gmtime,
+        *(time.time, time.time_ns, time.perf_counter, time.perf_counter_ns, time.monotonic, time.monotonic_ns),
+        *(time.process_time, time.process_time_ns, time.thread_time, time.localtime, time.gmtime),
     }
 )
 _HANDOFFS: frozenset[types.CodeType] = frozenset(
-    function.__code__
-    for function in (
-        threading.Thread.start,
-        threading.Thread.join,
-        threading.Condition.wait,
-        threading.Condition.notify,
-        threading.Event.wait,
-        threading.Event.set,
-        threading.Barrier.wait,
-        queue.Queue.put,
-        queue.Queue.get,
-        concurrent.futures.Future.result,
-        concurrent.futures.Future.exception,
-        concurrent.futures.ThreadPoolExecutor.submit,
-        multiprocessing.pool.Pool.apply,
-        multiprocessing.pool.Pool.apply_async,
-        multiprocessing.pool.Pool.map,
-        multiprocessing.pool.Pool.map_async,
-        multiprocessing.pool.Pool.starmap,
-        multiprocessing.pool.Pool.imap,
-    )
+    vars(kind)[name].__code__
+    for kind, names in {
+        threading.Thread: ("start", "join"),
+        threading.Condition: ("wait", "notify"),
+        threading.Event: ("wait", "set"),
+        threading.Barrier: ("wait",),
+        queue.Queue: ("put", "get"),
+        concurrent.futures.Future: ("result", "exception"),
+        concurrent.futures.ThreadPoolExecutor: ("submit",),
+        multiprocessing.pool.Pool: ("apply", "apply_async", "map", "map_async", "starmap", "imap"),
+    }.items()
+    for name in names
 )
 """Functions that give work to another thread, or wait for it."""
 
@@ -78,10 +61,6 @@ class HostActivity:
 
     A mode of PyTorch would see reads of tensors too, but makes some operations take another path; the hook changes
     nothing. It belongs to one user at a time: see :func:`is_available`.
-
-    Args:
-        path_here: Names the submodule that is at work.
-        report: Told of everything noticed, and of the function, while that runs.
     """
 
     def __init__(self, path_here: Callable[[], str], report: Callable[[Cause, str], object] | None = None) -> None:
@@ -91,8 +70,6 @@ class HostActivity:
         """The submodule that was at work then."""
         self.functions: dict[types.CodeType, dict[str, Any]] = {}
         """The functions of the user's that ran, with their globals."""
-        self.paused = False
-        """Set while code of this package runs within the call."""
         self.reads = True
         """Whether reads of tensors' memory count, as on the CPU; of CUDA's, the capture decides by itself."""
         self.compiled = False
@@ -101,6 +78,8 @@ class HostActivity:
         """Told when code that works past the dispatcher begins: which, and what it is given."""
         self.left: Callable[[Any], object] = _ignore
         """Told when it ends, and what it returns."""
+        self.paused = False
+        """Set while code of this package runs within the call."""
         self._opaque: set[types.CodeType] = set()
         self._known: set[types.CodeType] = set()
         self._kinds: dict[type, int] = {}
@@ -154,12 +133,8 @@ class HostActivity:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
         elif kind == _LOCK and not _is_ours(frame):
             self._lock(function.__name__, id(owner))
-        elif kind == _CLASS:
-            if (
-                isinstance(owner, type)
-                and issubclass(owner, datetime.date)
-                and function.__name__ in ("now", "today", "utcnow")
-            ):
+        elif kind == _CLASS and isinstance(owner, type) and issubclass(owner, datetime.date):
+            if function.__name__ in ("now", "today", "utcnow"):
                 self._clock(frame, f"{owner.__name__}.{function.__name__}")
         elif kind == _MODULE:
             self._function_of_module(frame, function)
@@ -173,8 +148,8 @@ class HostActivity:
             self._clock(frame, f"time.{function.__name__}")
 
     def _clock(self, frame: types.FrameType, name: str) -> None:
-        """Libraries read clocks for reasons of their own, such as logging."""
-        if not is_library(frame.f_globals.get("__name__")) and not _is_logging(frame):
+        """Note a clock that the user's code reads; handlers of the log read clocks for reasons of their own."""
+        if not is_library(frame.f_globals.get("__name__")) and not _is_inside("logging", frame):
             self._note(Reason.RANDOM, name, "a clock is read, which a graph would stop")
 
     def _lock(self, name: str, identity: int) -> None:
@@ -188,7 +163,8 @@ class HostActivity:
                 self._note(Reason.HOST_READ, "lock.release", "another thread is let go on")
 
     def _note(self, reason: Reason, where: str, detail: str = "") -> None:
-        if (self.cause is not None and self._report is None) or _is_compiling():
+        # What Dynamo does while it compiles a function happens once.
+        if (self.cause is not None and self._report is None) or _is_inside(_COMPILER, sys._getframe(1)):
             return
         cause = Cause(reason, where, detail)
         if self._report is not None:
@@ -207,16 +183,6 @@ def _given_to(frame: types.FrameType) -> Sequence[Any]:
     return given["inputs"] if "inputs" in given else (*given["args"], *given["kwargs"].values())
 
 
-def _is_compiling() -> bool:
-    """Whether Dynamo compiles a function, and with it everything that runs on the current stack."""
-    frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == _COMPILER:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def is_available() -> bool:
     """Whether nobody else has the profile hook, such as ``cProfile``: what it is told would be lost."""
     return sys.getprofile() is None
@@ -224,19 +190,14 @@ def is_available() -> bool:
 
 def _is_ours(frame: types.FrameType) -> bool:
     """Whether this package runs, by itself or in the standard library: an engine or another wrapped module inside."""
-    caller: types.FrameType | None = frame
-    while caller is not None and caller.f_globals.get("__name__") in ("threading", "queue", "contextlib"):
-        caller = caller.f_back
-    return caller is not None and str(caller.f_globals.get("__name__")).startswith("graphcache.")
+    names = (each.f_globals.get("__name__") for each, _ in walk_stack(frame))
+    outer = next((name for name in names if name not in ("threading", "queue", "contextlib")), None)
+    return str(outer).startswith("graphcache.")
 
 
-def _is_logging(frame: types.FrameType | None) -> bool:
-    """Whether a record of the log is being made or handled, for which handlers of others read clocks."""
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "logging":
-            return True
-        frame = frame.f_back
-    return False
+def _is_inside(module_name: str, frame: types.FrameType) -> bool:
+    """Whether code of a module is on the stack."""
+    return any(each.f_globals.get("__name__") == module_name for each, _ in walk_stack(frame))
 
 
 def _kind_of(owner: Any) -> int:

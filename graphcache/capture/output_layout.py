@@ -34,54 +34,34 @@ class View:
         return given.as_strided(self.shape, self.strides, given.storage_offset() + self.offset)
 
 
-class Answer:
+@dataclass(frozen=True)
+class _Plain:
+    """A plain value, which the key determines or verification finds changing."""
+
+    value: Any
+
+    def of(self, inputs: Sequence[Tensor]) -> Any:
+        return self.value
+
+
+class OutputLayout:
     """The structure of an answer, and where each of its leaves comes from.
 
     Leaves are tensors that the call made (each handed out once, however often it appears), inputs and views of
-    inputs, and plain values, which the signature determines or verification finds changing.
-
-    Args:
-        value: What the module returned.
-        inputs: The tensors it was called with.
-        lasting: Parameters, buffers and whatever else outlives the call.
-
-    Raises:
-        Refusal: For an answer that a replay could not give.
+    ``inputs``, and plain values. An answer that a replay could not give raises a :class:`~graphcache.errors.Refusal`:
+    one that shares memory with ``lasting``, which are parameters, buffers and whatever else outlives the call.
     """
 
     def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:
-        leaves, self._tree = pytree.tree_flatten(value, is_leaf=_is_size)
-        kept = {_storage(tensor) for tensor in lasting}
-        owners = {_storage(tensor): index for index, tensor in reversed(list(enumerate(inputs)))}
+        # A size is a tuple to pytree, which would give back a tuple.
+        leaves, self._tree = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
+        self._inputs = inputs
+        self._lasting = set(map(_storage, lasting))
+        self._owners = {_storage(tensor): index for index, tensor in reversed(list(enumerate(inputs)))}
+        self._made: dict[int, int] = {}
         self.tensors: list[Tensor] = []
-        self._places: list[int | View | _Plain] = []
-        self.plain: list[Any] = []
-        made: dict[int, int] = {}
-        overlapping = len(owners) < len({id(tensor) for tensor in inputs})
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
-                    raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
-                if leaf.requires_grad and not any(leaf is tensor for tensor in inputs):
-                    raise Refusal(Reason.GRAD, detail="an output requires gradients")
-                if _storage(leaf) in kept:
-                    raise Refusal(Reason.ALIASES_STATE, detail="an output shares memory with a parameter or buffer")
-                if leaf.numel() and _storage(leaf) in owners:
-                    if overlapping:
-                        raise Refusal(Reason.ALIASES_STATE, detail="an output is a view of inputs that overlap")
-                    self._places.append(self._view(leaf, inputs, owners[_storage(leaf)]))
-                else:
-                    if id(leaf) not in made:
-                        made[id(leaf)] = len(self.tensors)
-                        self.tensors.append(leaf)
-                    self._places.append(made[id(leaf)])
-            elif isinstance(leaf, _PLAIN):
-                self._places.append(_Plain(leaf))
-                self.plain.append(leaf)
-            else:
-                raise Refusal(
-                    Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}"
-                )
+        """The tensors that the call made."""
+        self._places = [self._place(leaf) for leaf in leaves]
 
     @property
     def layout(self) -> object:
@@ -100,7 +80,7 @@ class Answer:
 
     def let_go(self) -> None:
         """Drop the tensors; what :meth:`builder` made needs none of them."""
-        self.tensors = []
+        self.tensors, self._inputs = [], ()
 
     def builder(self) -> Callable[[list[Tensor], Sequence[Tensor]], Any]:
         """A function of fresh outputs and of the caller's inputs that gives the whole answer."""
@@ -119,28 +99,38 @@ class Answer:
 
         return build
 
-    def _view(self, leaf: Tensor, inputs: Sequence[Tensor], index: int) -> View:
-        same = next((place for place, tensor in enumerate(inputs) if tensor is leaf), None)
-        if same is not None:
-            return View(same, leaf.shape, leaf.stride(), 0, itself=True)
-        given = inputs[index]
+    def _place(self, leaf: Any) -> int | View | _Plain:
+        """Where a leaf comes from; a tensor that the call made is added to :attr:`tensors`."""
+        if isinstance(leaf, _PLAIN):
+            return _Plain(leaf)
+        if not isinstance(leaf, Tensor):
+            raise Refusal(Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}")
+        if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
+            raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
+        if leaf.requires_grad and not any(leaf is tensor for tensor in self._inputs):
+            raise Refusal(Reason.GRAD, detail="an output requires gradients")
+        if _storage(leaf) in self._lasting:
+            raise Refusal(Reason.ALIASES_STATE, detail="an output shares memory with a parameter or buffer")
+        if leaf.numel() and _storage(leaf) in self._owners:
+            return self._view(leaf, self._owners[_storage(leaf)])
+        place = self._made.setdefault(id(leaf), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(leaf)
+        return place
+
+    def _view(self, leaf: Tensor, index: int) -> View:
+        """The view of an input that an output is."""
+        if len(self._owners) < len({id(tensor) for tensor in self._inputs}):
+            raise Refusal(Reason.ALIASES_STATE, detail="an output is a view of inputs that overlap")
+        itself = next((place for place, tensor in enumerate(self._inputs) if tensor is leaf), None)
+        if itself is not None:
+            return View(itself, leaf.shape, leaf.stride(), 0, itself=True)
+        given = self._inputs[index]
         if leaf.dtype is not given.dtype or leaf.is_conj() != given.is_conj() or leaf.is_neg() != given.is_neg():
             raise Refusal(Reason.ALIASES_STATE, f"args[{index}]", "an output reinterprets the memory of an input")
         return View(index, leaf.shape, leaf.stride(), int(leaf.storage_offset() - given.storage_offset()), itself=False)
 
 
-@dataclass(frozen=True)
-class _Plain:
-    value: Any
-
-    def of(self, inputs: Sequence[Tensor]) -> Any:
-        return self.value
-
-
-def _is_size(value: Any) -> bool:
-    # A tuple to pytree, which would give back a tuple.
-    return isinstance(value, torch.Size)
-
-
 def _storage(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor; raises for one without any, such as a sparse one."""
     return int(tensor.untyped_storage()._cdata)

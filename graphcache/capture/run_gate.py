@@ -20,9 +20,6 @@ class RunGate:
     A caller that comes meanwhile waits until the capture has run the module once, which is measured, and goes before
     its next run. A thread that is inside may enter again, and may enter gates of other modules.
 
-    Args:
-        module: The module.
-
     Example:
         >>> gate = RunGate(nn.ReLU())
         >>> with gate.shared():
@@ -32,54 +29,116 @@ class RunGate:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self._running = 0
-        """Threads that are inside :meth:`shared`."""
-        self._alone = False
-        """Whether a thread is inside :meth:`exclusive`."""
-        self._wanted = 0
-        """Threads that wait to run the module alone."""
         self._turn = 0
-        """How many threads have run it alone so far."""
-        self._queued = 0
-        """Callers that wait."""
-        self._owed = 0
-        """Those of them that have waited for a run already, and go before the next one."""
+        """How many threads have run the module alone so far."""
         self.waits = 0
         """How many callers have waited for a run of a background capture, or wait now."""
         self.wait_seconds = 0.0
         """How long these callers have waited, together."""
-        with _all.condition:
-            _all.gates.add(self)
+        self.forget_threads()
+        with _process.condition:
+            _process.gates.add(self)
+
+    def forget_threads(self) -> None:
+        """Only the current thread is there, as after a fork."""
+        self._running = int(self in _inside.depths)
+        """Threads that are inside :meth:`shared`."""
+        self._runs_alone = False
+        """Whether a thread is inside :meth:`exclusive`."""
+        self._wanted = 0
+        """Threads that wait to run the module alone."""
+        self._queued = 0
+        """Callers that wait."""
+        self._owed = 0
+        """Those of them that have waited for a run already, and go before the next one."""
 
     @property
     def is_idle(self) -> bool:
         """Whether nobody runs the module through this gate."""
-        return not self._running and not self._alone
+        return not self._running and not self._runs_alone
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Inside, the caller runs the module, possibly beside other callers."""
         depths = _inside.depths
-        depth = depths.get(self, 0)
-        if not depth:
+        outermost = self not in depths
+        if outermost:
             self._enter()
-        depths[self] = depth + 1
+        depths[self] = depths.get(self, 0) + 1
         try:
             yield
         finally:
-            _leave(self, depth)
-            if not depth:
-                with _all.condition:
+            depths[self] -= 1
+            if outermost:
+                del depths[self]
+                with _process.condition:
                     self._running -= 1
                     if not self._running:
-                        _all.condition.notify_all()
+                        _process.condition.notify_all()
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` inside :meth:`shared`."""
+        with self.shared():
+            return function(*args, **kwargs)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Inside, the module is run by this thread alone. Not to be entered by a caller that runs the module."""
+        # All of them at once: a caller may be inside one of them and go on into another.
+        gates = [gate for gate in self._overlapping() if gate not in _inside.depths]
+        with _process.condition:
+            for gate in gates:
+                gate.want()
+            try:
+                _process.condition.wait_for(lambda: all(gate.is_free for gate in gates))
+            finally:
+                for gate in gates:
+                    gate.want(-1)
+                _process.condition.notify_all()
+            for gate in gates:
+                gate.begin_alone()
+        try:
+            yield
+        finally:
+            with _process.condition:
+                for gate in gates:
+                    gate.end_alone()
+                _process.condition.notify_all()
+
+    # The next four are called with the condition held.
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a thread may run the module alone now."""
+        return self.is_idle and not self._owed
+
+    def want(self, threads: int = 1) -> None:
+        """Count the threads that wait to run the module alone."""
+        self._wanted += threads
+
+    def begin_alone(self) -> None:
+        """The current thread runs the module alone from now on."""
+        self._runs_alone = True
+        _inside.depths[self] = 1
+
+    def end_alone(self) -> None:
+        """Let others run the module, those that wait first."""
+        del _inside.depths[self]
+        self._runs_alone = False
+        self._turn += 1
+        self._owed = self._queued
+
+    def shares_with(self, modules: set[int]) -> bool:
+        """Whether any of these modules, by identity, is a part of the gate's module."""
+        module = self._module()
+        return module is not None and not modules.isdisjoint(map(id, module.modules()))
 
     def _enter(self) -> None:
         # Whoever waits to run alone may be waiting for the gates that this thread is inside.
         nested = bool(_inside.depths)
-        with _all.condition:
+        with _process.condition:
             # Otherwise it goes first, so that callers in turn do not keep it waiting for ever.
-            if self._alone or (self._wanted and not nested):
+            if self._runs_alone or (self._wanted and not nested):
                 self._wait(nested)
             self._running += 1
 
@@ -88,62 +147,25 @@ class RunGate:
         self.waits += 1
         self._queued += 1
         try:
-            _all.condition.wait_for(
-                lambda: not self._alone and (nested or not self._wanted or self._turn != turn),
+            _process.condition.wait_for(
+                lambda: not self._runs_alone and (nested or not self._wanted or self._turn != turn),
             )
         finally:
             self._queued -= 1
             self._owed -= self._turn != turn
             self.wait_seconds += time.perf_counter() - start
-            _all.condition.notify_all()
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Inside, the module is run by this thread alone. Not to be entered by a caller that runs the module."""
-        depths = _inside.depths
-        # All of them at once: a caller may be inside one of them and go on into another.
-        gates = [gate for gate in self._overlapping() if not depths.get(gate)]
-        with _all.condition:
-            for gate in gates:
-                gate._wanted += 1
-            try:
-                _all.condition.wait_for(lambda: all(gate.is_idle and not gate._owed for gate in gates))
-            finally:
-                for gate in gates:
-                    gate._wanted -= 1
-                _all.condition.notify_all()
-            for gate in gates:
-                gate._alone = True
-                depths[gate] = 1
-        try:
-            yield
-        finally:
-            with _all.condition:
-                for gate in gates:
-                    _leave(gate, 0)
-                    gate._alone = False
-                    gate._turn += 1
-                    gate._owed = gate._queued
-                _all.condition.notify_all()
+            _process.condition.notify_all()
 
     def _overlapping(self) -> Sequence[RunGate]:
         """The gates of modules that share a submodule with this one, its own among them."""
         module = self._module()
-        if module is None:
-            return [self]
-        own = set(map(id, module.modules()))
-        with _all.condition:
-            gates = list(_all.gates)
-        others = [(gate, gate._module()) for gate in gates if gate is not self]
-        return [self, *(gate for gate, each in others if each is not None and own & set(map(id, each.modules())))]
-
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``function`` inside :meth:`shared`."""
-        with self.shared():
-            return function(*args, **kwargs)
+        own = set(map(id, module.modules())) if module is not None else set()
+        with _process.condition:
+            gates = list(_process.gates)
+        return [self, *(gate for gate in gates if gate is not self and gate.shares_with(own))]
 
 
-class _All:
+class _Process:
     """Every gate of the process, and the one lock of them all."""
 
     def __init__(self) -> None:
@@ -154,9 +176,7 @@ class _All:
         """Forget the threads that are not here."""
         self.condition = threading.Condition()
         for gate in self.gates:
-            gate._running = int(gate in _inside.depths)
-            gate._alone = False
-            gate._wanted = gate._queued = gate._owed = 0
+            gate.forget_threads()
 
 
 class _Inside(threading.local):
@@ -166,14 +186,7 @@ class _Inside(threading.local):
         self.depths: dict[RunGate, int] = {}
 
 
-def _leave(gate: RunGate, depth: int) -> None:
-    if depth:
-        _inside.depths[gate] = depth
-    else:
-        del _inside.depths[gate]
-
-
-_all = _All()
+_process = _Process()
 _inside = _Inside()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_all.after_fork)
+    os.register_at_fork(after_in_child=_process.after_fork)

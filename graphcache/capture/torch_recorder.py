@@ -16,8 +16,8 @@ from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, u
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_scope import EngineScope
 from graphcache.capture.host_activity import is_available
-from graphcache.capture.output_layout import Answer
-from graphcache.capture.recorder import Recorded, Sharing, nothing, refill
+from graphcache.capture.output_layout import OutputLayout
+from graphcache.capture.recording import Recording, Sharing, nothing, refill
 from graphcache.capture.trial_call import TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
@@ -39,15 +39,7 @@ Running = Callable[[], AbstractContextManager[object]]
 
 
 class TorchRecorder:
-    """Records any module: on the CPU as a host graph, on CUDA as a graph with a memory pool of its own.
-
-    Args:
-        module: Whose parameters and buffers the call depends on.
-        run: What is called, ``module`` itself or its ``forward``.
-        name: For messages.
-        config: Options of the wrapped module.
-        guard: What the graphs of the module depend on.
-    """
+    """Records any module: on the CPU as a host graph, on CUDA as a graph with a memory pool of its own."""
 
     def __init__(
         self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
@@ -56,7 +48,8 @@ class TorchRecorder:
         self._run = run
         self._name = name
         self._guard = guard
-        self._verified, self._full_edges = config.verify, config.recording.full_edges
+        self._config = config
+        self._recording = config.recording
         self._host_lock = threading.RLock()
         self._lanes: dict[int, StreamOrder] = {}
         self._passing = 0
@@ -67,28 +60,24 @@ class TorchRecorder:
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
-        known: Recorded | None = None,
-    ) -> tuple[Any, Recorded | Cause]:
+        known: Recording | None = None,
+    ) -> tuple[Any, Recording | Cause]:
         effects = self.observe(call)
         if effects.cause is not None:
             return effects.value, effects.cause
         return effects.value, self.record(call, effects, sharing=sharing, begin=begin, known=known)
 
     def observe(self, call: Call) -> Effects:
-        """Run a call for the caller, and tell whether a graph may repeat it.
-
-        Raises:
-            Exception: Whatever the module raises for these arguments.
-        """
+        """Run a call for the caller, and tell whether a graph may repeat it."""
         args, kwargs = call.args, call.kwargs
-        if not is_available():
-            return self._unobserved(args, kwargs, "the profile hook of the interpreter is in use (sys.setprofile)")
         try:
-            watched = Watched(
-                self._guard.snapshot(), snapshot_of(args, kwargs), call.tensors, lambda: path_here(self._module)
-            )
+            if not is_available():
+                raise Unobservable("the profile hook of the interpreter is in use (sys.setprofile)")
+            snapshots = self._guard.snapshot(), snapshot_of(args, kwargs)
         except (StateTooLarge, Unobservable) as error:
-            return self._unobserved(args, kwargs, str(error))
+            with graphs_off():
+                return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=str(error)))
+        watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module))
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
         effects.version = self._guard.version
@@ -101,10 +90,6 @@ class TorchRecorder:
             effects.cause = Cause(Reason.UNOBSERVED, detail=f"it is observed once more, for it came to run {names}")
         return effects
 
-    def _unobserved(self, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Effects:
-        with graphs_off():
-            return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=why))
-
     def record(
         self,
         call: Call,
@@ -112,29 +97,19 @@ class TorchRecorder:
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
-        known: Recorded | None = None,
+        known: Recording | None = None,
         running: Running = nullcontext,
-    ) -> Recorded | Cause:
-        """Capture a call that was observed to be a function of its tensors.
+    ) -> Recording | Cause:
+        """Capture a call that was observed to be a function of its tensors; a cause says why that failed.
 
-        Args:
-            call: The call.
-            effects: What was observed.
-            sharing: As for :meth:`attempt`.
-            begin: Likewise.
-            known: Likewise.
-            running: Entered around each run of the module.
-
-        Returns:
-            The graph, or why there is none.
+        ``running`` is entered around each run of the module; the others are as for :meth:`attempt`.
         """
-        inputs = call.tensors
         run = self.again(effects.version, running)
-        state, version = [*self._weights(), *effects.outside], effects.version
+        state = [*self._weights(), *effects.outside]
         inference = torch.is_inference_mode_enabled()
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
-                if known is not None and self._is_proven(known, inputs, effects, state):
+                if known is not None and self._is_proven(known, call.tensors, effects, state):
                     known.version = self._guard.version
                     self._guard.arm()
                     return known
@@ -142,14 +117,13 @@ class TorchRecorder:
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if running is nullcontext else run(*call.args, **call.kwargs)
                 recorded = self._record(run, call, value, state, shares=sharing is Sharing.ALL)
-                if not inference and _has_inference_tensors(value, inputs):
+                if not inference and _has_inference_tensors(value, call.tensors):
                     # The call entered inference mode by itself.
                     recorded.answer_in_inference_mode()
-        except Refusal as refusal:
-            return located(refusal.cause, refusal, self._module, self._name)
         except Exception as error:
-            return located(refusal_of(error, self._name).cause, error, self._module, self._name)
-        if (change := self._guard.change()) is not None or version != self._guard.version:
+            cause = error.cause if isinstance(error, Refusal) else refusal_of(error, self._name).cause
+            return located(cause, error, self._module, self._name)
+        if (change := self._guard.change()) is not None or effects.version != self._guard.version:
             recorded.close()
             self._guard.forget()
             if change is None:
@@ -160,11 +134,9 @@ class TorchRecorder:
         return recorded
 
     def again(self, version: int, running: Running = nullcontext) -> Callable[..., Any]:
-        """What runs the module once more, of which a call was observed to have no effects in the state of then.
+        """What runs the module once more, which had no effects under this version of the guard.
 
-        Args:
-            version: That of the guard then.
-            running: Entered around each run. If it is given, a run in another state is refused.
+        If ``running`` is given, it is entered around each run, and a run in another state is refused.
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -176,14 +148,7 @@ class TorchRecorder:
         return run
 
     def check_unchanged(self, version: int) -> None:
-        """See to it that nothing that the module reaches has changed since a call was observed.
-
-        Args:
-            version: That of the guard then.
-
-        Raises:
-            Refusal: With :attr:`Reason.MUTATES`.
-        """
+        """Refuse unless nothing that the module reaches has changed since this version of the guard."""
         # What the comparison asks of tensors is no read of the module's.
         with torch._C.DisableTorchFunction():
             change = self._guard.change()
@@ -191,36 +156,6 @@ class TorchRecorder:
             raise Refusal(Reason.MUTATES, change.path, f"{change.detail}, after the call was observed")
         if version != self._guard.version:
             raise Refusal(Reason.MUTATES, detail="the state of the module changed after the call was observed")
-
-    def _is_proven(self, known: Recorded, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
-        """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
-        if known.trace != effects.trace or self._guard.has_engines:
-            # What an engine does inside is in no trace.
-            return False
-        try:
-            wanted = Answer(effects.value, inputs, state).tensors
-            return all_same_bits(known.replay([tensor.detach() for tensor in inputs]), wanted)
-        except (ClosedError, Refusal):
-            return False
-
-    def _weights(self) -> list[Tensor]:
-        """Every parameter and buffer."""
-        return [*self._module.parameters(), *self._module.buffers()]
-
-    def _record(
-        self, run: Callable[..., Any], call: Call, value: Any, state: Sequence[Tensor], *, shares: bool
-    ) -> Recorded:
-        inputs = call.tensors
-        devices = {tensor.device for tensor in (*inputs, *self._weights())}
-        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
-        if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
-            raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
-        answer = Answer(value, inputs, state)
-        trial = TrialCall(run, call, answer, state)
-        index = next(iter(devices)).index if any(device.type == "cuda" for device in devices) else None
-        graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)
-        bare = answer.is_whole and isinstance(value, Tensor)
-        return Recorded(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
 
     @property
     def shared_nbytes(self) -> int:
@@ -238,37 +173,59 @@ class TorchRecorder:
             lane.close(wait=wait)
         self._lanes.clear()
 
+    def _is_proven(self, known: Recording, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
+        """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
+        if known.trace != effects.trace or self._guard.has_engines:
+            # What an engine does inside is in no trace.
+            return False
+        try:
+            wanted = OutputLayout(effects.value, inputs, state).tensors
+            return all_same_bits(known.replay([tensor.detach() for tensor in inputs]), wanted)
+        except (ClosedError, Refusal):
+            return False
+
+    def _weights(self) -> list[Tensor]:
+        """Every parameter and buffer."""
+        return [*self._module.parameters(), *self._module.buffers()]
+
+    def _record(
+        self, run: Callable[..., Any], call: Call, value: Any, state: Sequence[Tensor], *, shares: bool
+    ) -> Recording:
+        """Record a call that has returned ``value`` on the device that its tensors are on."""
+        devices = {tensor.device for tensor in (*call.tensors, *self._weights())}
+        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
+        if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
+            raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
+        answer = OutputLayout(value, call.tensors, state)
+        trial = TrialCall(run, call, answer, state)
+        index = next((device.index for device in devices if device.type == "cuda"), None)
+        graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)
+        bare = answer.is_whole and isinstance(value, Tensor)
+        return Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
+
     def _on_host(self, call: TrialCall) -> Graph:
+        """Record a call on the CPU."""
         static = [static_copy(tensor) for tensor in call.inputs]
         writable = [packed(tensor) for tensor in static]
-        expected = call.eager(static, "a second time", call.answer.tensors)
+        expected = call.run(static).tensors
+        call.compare(expected)
         with compiled_runs_eagerly(), _Reads(static, self._module) as reads:
             call.call(static)
-        if found := reads.read or reads.asked:
-            raise reads.refusal(found, self._name)
+        reads.check(reads.read or reads.asked, self._name)
         graph = CpuTape.record(lambda: call.run(static).tensors, writable, self._host_lock)
         self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
         return graph
 
     def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
+        """Capture a call on a CUDA device."""
         # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
         lane = self._lanes.setdefault(index, StreamOrder(index)) if shares else StreamOrder(index)
         scope = EngineScope(lane)
-
-        @contextmanager
-        def engines_recorded() -> Iterator[None]:
-            with scope.run():
-                try:
-                    yield
-                finally:
-                    if scope.refused is not None:
-                        raise Refusal(scope.refused.reason, scope.refused.where, scope.refused.detail)
-
         most = 0
 
         def run(static: Sequence[Tensor]) -> list[Tensor]:
             nonlocal most
-            with engines_recorded(), as_if_capturing():
+            with scope.run(), as_if_capturing():
                 outputs = call.run(static).tensors
             most = max(most, torch.cuda.memory_allocated(index) + nbytes_of(outputs))
             return outputs
@@ -276,12 +233,11 @@ class TorchRecorder:
         with capturing(lane):
             static = [static_copy(tensor) for tensor in call.inputs]
             expected = [tensor.clone() for tensor in run(static)]
-            call.compare(expected, call.answer.tensors, "a second time")
+            call.compare(expected)
             # A read of device memory invalidates the capture by itself.
-            with engines_recorded(), compiled_runs_eagerly(), _Reads(static, self._module) as reads:
+            with scope.run(), compiled_runs_eagerly(), _Reads(static, self._module) as reads:
                 call.call(static)
-            if reads.asked:
-                raise reads.refusal(reads.asked, self._name)
+            reads.check(reads.asked, self._name)
             graph = record_torch(
                 TorchCall(
                     lambda: run(static),
@@ -293,7 +249,7 @@ class TorchRecorder:
                     release=scope.close,
                     where=self._name,
                     shared=shares,
-                    full_edges=self._full_edges,
+                    full_edges=self._recording.full_edges,
                 )
             )
             try:
@@ -338,17 +294,12 @@ class TorchRecorder:
                     continue
                 yield Round(name, others, wanted)
 
-        if self._verified:
+        if self._config.verify:
             verify(graph, rounds(), again, where=self._name)
 
 
 class _Reads(HostReads):
-    """Notices what the host learns, and where.
-
-    Args:
-        inputs: As for :class:`~graphcache.graphs.operations.HostReads`.
-        module: Whose submodules are told apart.
-    """
+    """Notices what the host learns, and in which submodule of ``module``."""
 
     def __init__(self, inputs: Sequence[Tensor], module: nn.Module) -> None:
         super().__init__(inputs)
@@ -363,10 +314,11 @@ class _Reads(HostReads):
             self._path = path_here(self._module)
         return found
 
-    def refusal(self, what: str, name: str) -> Refusal:
-        """What says of a module called ``name`` that the host learnt something."""
-        cause = at(Cause(Reason.HOST_READ, what), self._path or "", name)
-        return Refusal(cause.reason, cause.where, cause.detail)
+    def check(self, learnt: str, name: str) -> None:
+        """Refuse the module called ``name`` if the host learnt something."""
+        if learnt:
+            cause = at(Cause(Reason.HOST_READ, learnt), self._path or "", name)
+            raise Refusal(cause.reason, cause.where, cause.detail)
 
 
 def _has_inference_tensors(value: Any, inputs: Sequence[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from graphcache.cache.key_table import KeyTable
 from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.room import Room
 from graphcache.cache.worthwhile import admission_for
-from graphcache.capture.recorder import Recorded, Sharing
+from graphcache.capture.recording import Recording, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.argument_names import arguments_of
@@ -53,7 +53,7 @@ class CaptureManager:
         """Held while a call is captured, and by whoever drops graphs."""
         # A share of the device's memory is known when the first capture has told which device it is.
         max_bytes = None if config.max_bytes == "auto" else config.max_bytes
-        self.graphs: GraphCache[Recorded] = GraphCache(
+        self.graphs: GraphCache[Recording] = GraphCache(
             max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=self._evicted
         )
         self.keys = KeyTable(self.graphs.entries)
@@ -163,11 +163,11 @@ class CaptureManager:
                 self.graphs.evict(call.key)
             return answer, self.keep(call, outcome, time.perf_counter() - start, room, preparation)
 
-    def capture_alone(self, call: Call) -> Recorded | Cause:
+    def capture_alone(self, call: Call) -> Recording | Cause:
         """A graph of a call that shares no outputs with others and is in no cache, or why there is none."""
         with self.lock, self.gate.shared(), self.ledger.span("capture") as span:
             _, outcome = self.target.recorder.attempt(call, sharing=Sharing.SCRATCH)
-            span.done = isinstance(outcome, Recorded)
+            span.done = isinstance(outcome, Recording)
             return outcome
 
     def room(self, call: Call) -> Room:
@@ -185,11 +185,11 @@ class CaptureManager:
         room.take(nbytes, call.key)
 
     def keep(
-        self, call: Call, outcome: Recorded | Cause, seconds: float, room: Room, preparation: Preparation | None = None
+        self, call: Call, outcome: Recording | Cause, seconds: float, room: Room, preparation: Preparation | None = None
     ) -> Cause | None:
         """Keep the graph of a call, or deny its key; why there is no graph."""
         key = call.key
-        if isinstance(outcome, Recorded):
+        if isinstance(outcome, Recording):
             try:
                 self.graphs.shared = self.target.recorder.shared_nbytes
                 room.settle(outcome.nbytes)
@@ -200,7 +200,7 @@ class CaptureManager:
             except Exception as error:
                 # Closing an evicted graph failed. This call has its answer all the same.
                 outcome = refusal_of(error, self.ledger.name).cause
-        if not isinstance(outcome, Recorded):
+        if not isinstance(outcome, Recording):
             self.admission.failed(key, seconds, preparing=preparation is not None)
             self.deny(key, outcome)
             return outcome
@@ -215,7 +215,7 @@ class CaptureManager:
         preparation.keep(self.graphs.entries, key)
         return slower
 
-    def _replay_seconds(self, recorded: Recorded, call: Call) -> float | None:
+    def _replay_seconds(self, recorded: Recording, call: Call) -> float | None:
         """What a replay takes the host, which is what an eager call is measured by too."""
         if not self.admission.measures_replays:
             return None
@@ -227,7 +227,7 @@ class CaptureManager:
             taken.append(time.perf_counter() - start)
         return min(taken)
 
-    def _evicted(self, key: Hashable, entry: Entry[Recorded]) -> None:
+    def _evicted(self, key: Hashable, entry: Entry[Recording]) -> None:
         for function in self.on_evict:
             function()
         self.admission.evicted(key, entry)

@@ -10,7 +10,7 @@ from typing import Any
 
 from graphcache.cache.room import Room
 from graphcache.capture.effects import Effects
-from graphcache.capture.recorder import Recorded, Sharing, nothing
+from graphcache.capture.recording import Recording, Sharing, nothing
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch.call_snapshot import CallSnapshot
 from graphcache.dispatch.capture_manager import CaptureManager
@@ -177,7 +177,7 @@ class CaptureQueue:
             finally:
                 captures.lock.release()
 
-    def _record(self, call: Call, effects: Effects | None, is_made_up: bool, room: Room) -> Recorded | Cause:
+    def _record(self, call: Call, effects: Effects | None, is_made_up: bool, room: Room) -> Recording | Cause:
         """The graph of a call, or why there is none."""
         captures = self._captures
         begin = partial(captures.reserve, room, call)
@@ -199,6 +199,6 @@ class CaptureQueue:
             return refusal_of(error, captures.ledger.name).cause
 
 
-def _close(outcome: Recorded | Cause) -> None:
-    if isinstance(outcome, Recorded):
+def _close(outcome: Recording | Cause) -> None:
+    if isinstance(outcome, Recording):
         outcome.close()

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 
 from graphcache.cache.lru import Entry, clock
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.dispatch.capture_manager import CaptureManager
@@ -61,7 +61,7 @@ from graphcache.keys.call import Call
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
 
-Hit = Callable[[Entry[Recorded], Call], Any]
+Hit = Callable[[Entry[Recording], Call], Any]
 """Replays an entry for a call; an answer, or ``STALE``."""
 Otherwise = Callable[[Cause, Call], Any]
 """Answers a call without a graph, for a reason."""
@@ -99,7 +99,7 @@ class Dispatcher:
         self.submodules: Submodules
         """Set by whoever makes the dispatcher, since they have dispatchers of their own."""
         self.padding: Padding | None = None
-        self.entries: Mapping[Hashable, Entry[Recorded]] = self.captures.graphs.entries
+        self.entries: Mapping[Hashable, Entry[Recording]] = self.captures.graphs.entries
         self._guard = target.guard
         self._in_background = config.capture_in == "background"
         self._off = disabled_by_environment()
@@ -141,14 +141,14 @@ class Dispatcher:
             self.fast_path.remember(call, entry)
             return True
 
-    def entry_of(self, call: Call) -> Entry[Recorded] | None:
+    def entry_of(self, call: Call) -> Entry[Recording] | None:
         """The graph that may answer a call, if there is one."""
         entry = self.entries.get(call.key)
         if entry is None or entry.graph.version != self._guard.version or self.forbidden() is not None:
             return None
         return entry
 
-    def replay(self, entry: Entry[Recorded], call: Call, out: list[torch.Tensor] | None = None) -> Any:
+    def replay(self, entry: Entry[Recording], call: Call, out: list[torch.Tensor] | None = None) -> Any:
         """The hit: replay a graph, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive.
 
         Args:
@@ -163,7 +163,7 @@ class Dispatcher:
             span.done = answer is not STALE
             return answer
 
-    def _replay(self, entry: Entry[Recorded], call: Call, out: list[torch.Tensor] | None) -> Any:
+    def _replay(self, entry: Entry[Recording], call: Call, out: list[torch.Tensor] | None) -> Any:
         # On a device the guard is asked while the device works, unless the launch cannot be taken back.
         first = out is not None or not self.captures.on_cuda
         if first and self._guard.is_stale(call.records_gradients):
@@ -339,17 +339,17 @@ class Dispatcher:
             return refusal.cause
         return self.captures.capture(call)[1]
 
-    def capture_alone(self, call: Call) -> Recorded:
+    def capture_alone(self, call: Call) -> Recording:
         """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
         if (reason := self.forbidden()) is not None:
-            cause: Recorded | Cause = Cause(reason)
+            cause: Recording | Cause = Cause(reason)
         elif self.submodules.excluded:
             text = ", ".join(self.submodules.excluded)
             raise CaptureError(f"{self.ledger.name}: {text} is excluded, so that there is no graph of the whole")
         else:
             with self.on_device(call):
                 cause = self.captures.needs_grad(call.tensors) or self.captures.capture_alone(call)
-        if isinstance(cause, Recorded):
+        if isinstance(cause, Recording):
             return cause
         raise CaptureError(f"{self.ledger.name}: {cause}")
 

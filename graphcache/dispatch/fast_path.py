@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphcache.cache.lru import Entry, ticks
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.config import Modes, modes
 from graphcache.dispatch.preconditions import (
     current_device,
@@ -30,7 +30,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.call import Call
-from graphcache.keys.call_key import describe_layout, is_flat
+from graphcache.keys.call_key import is_flat
 
 _FUNCTIONS = (
     "cuGraphLaunch",
@@ -54,10 +54,10 @@ class FastPath:
         self._table: Any = None
         self._asked = self._observed = False
         self._lock = threading.Lock()
-        self._known: dict[Hashable, tuple[Entry[Recorded], int]] = {}
+        self._known: dict[Hashable, tuple[Entry[Recording], int]] = {}
         self._ambient = ambient_state()
 
-    def remember(self, call: Call, entry: Entry[Recorded]) -> None:
+    def remember(self, call: Call, entry: Entry[Recording]) -> None:
         """Let native code answer calls of this layout, if there is such code and it can."""
         if self._asked and self._table is None:
             return
@@ -72,9 +72,8 @@ class FastPath:
         guard = self._target.guard
         # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
         epoch = guard.epoch if isinstance(guard, EngineGuard) else entry.graph.version
-        layout = describe_layout(call.args)
-        if self._known.get(layout) != (entry, epoch):
-            self._known[layout] = entry, epoch
+        if self._known.get(call.key) != (entry, epoch):
+            self._known[call.key] = entry, epoch
             put(
                 table,
                 call.args,
@@ -111,7 +110,7 @@ class FastPath:
 def put(
     table: Any,
     args: tuple[Any, ...],
-    entry: Entry[Recorded],
+    entry: Entry[Recording],
     *,
     engine: Any = None,
     epoch: int | None = None,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.dispatch.overlap import is_cut_short, overlap, touches
 from graphcache.errors import OutputMismatchError
 from graphcache.graphs.operations import storage_of
 
 
-def targets_of(out: Any, recorded: Recorded, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+def targets_of(out: Any, recorded: Recording, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """The tensors in ``out``, if a graph can write its outputs straight into them; ``None`` if it cannot."""
     leaves, structure = _flat(out)
     if not recorded.whole or not all(type(leaf) is Tensor and leaf.layout is torch.strided for leaf in leaves):

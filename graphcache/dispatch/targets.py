@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_recorder import EngineRecorder
-from graphcache.capture.recorder import Recorder
+from graphcache.capture.recording import Recorder
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import Cause

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from graphcache.keys.call_key import Signature, describe
+from graphcache.keys.call_key import CallKey, describe
 
 
 class Call(NamedTuple):
@@ -18,14 +18,9 @@ class Call(NamedTuple):
         tensors: The tensors among its arguments, in the order of the key.
         args: Positional arguments.
         kwargs: Keyword arguments.
-
-    Example:
-        >>> import torch
-        >>> call_of((torch.zeros(2), 3), {}).tensors
-        [tensor([0., 0.])]
     """
 
-    key: Signature
+    key: CallKey
     tensors: Sequence[Tensor]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -41,14 +36,6 @@ class Call(NamedTuple):
 
 
 def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Describe a call.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Raises:
-        Refusal: With :attr:`Reason.ARGUMENT`, for an argument that can be neither copied nor told apart by value.
-    """
+    """Describe a call."""
     key, tensors = describe(args, kwargs)
     return Call(key, tensors, args, kwargs)

@@ -1,7 +1,6 @@
 """The call key: what distinguishes the arguments of one call from those of another, and its tensors in order.
 
-Two calls with equal signatures run the same operations on tensors of the same layout, so one captured graph answers
-both. A call of plain tensors is described without looking for anything else; every other structure is walked.
+Two calls with equal keys run the same operations on tensors of the same layout, so one graph answers both.
 :class:`graphcache.keys.call_spec.CallSpec` describes a key to people and in files.
 """
 
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphcache.errors import Reason, Refusal, shown
 from graphcache.keys.ambient import ambient_number
 
-Signature = tuple[Hashable, ...]
+CallKey = tuple[Hashable, ...]
 
 STATE_PARTS = 3
 """Parts of a key before those of the arguments: grad mode, inference mode, autocast with the ambient state."""
@@ -33,26 +32,15 @@ _is_inference = torch.is_inference_mode_enabled
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
-def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, Sequence[Tensor]]:
-    """The signature of a call, and the tensors in it, depth first.
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallKey, Sequence[Tensor]]:
+    """The key of a call, and the tensors in it, depth first; a :class:`~graphcache.errors.Refusal` if it has none.
 
     Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
     ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), pending conjugations
     and negations, one tensor given twice from two, the grad mode, which tensors require gradients while it is on,
-    attributes that Python code gave a tensor, inference mode, autocast, and the ambient state of PyTorch
-    (:mod:`graphcache.keys.ambient`).
-
-    Not told apart are values of tensors, and different tensors that overlap from ones that don't.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments; their order counts, since a module may depend on it.
-
-    Returns:
-        A hashable signature, and the tensors.
-
-    Raises:
-        Refusal: With :attr:`Reason.ARGUMENT`, for an argument that can be neither copied nor told apart by value.
+    attributes that Python code gave a tensor, inference mode, autocast, the ambient state of PyTorch
+    (:mod:`graphcache.keys.ambient`), and the order of keyword arguments. Not told apart are values of tensors, and
+    different tensors that overlap from ones that don't.
 
     Example:
         >>> one, _ = describe((torch.zeros(2, 3), 1), {})
@@ -64,8 +52,8 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     tensors: list[Tensor] = []
     try:
         # Inside, as nested tensors, plain and strided as they seem, have no shape to ask for.
-        if not kwargs and (signature := describe_flat(args)) is not None:
-            return signature, args
+        if not kwargs and (key := describe_flat(args)) is not None:
+            return key, args
         _walk(args, "args", parts, tensors)
         _walk(kwargs, "kwargs", parts, tensors)
     except Refusal:
@@ -76,19 +64,8 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, 
     return (*_state(tensors), *parts, *_repeats(tensors)), tensors
 
 
-def describe_flat(args: tuple[Any, ...]) -> Signature | None:
-    """The signature of positional plain tensors, ``None`` if there is anything else: what a hit pays for.
-
-    Every attribute of a tensor costs 0.05 µs, which is why there is a path of its own for a single one.
-    """
-    if len(args) == 1:
-        value = args[0]
-        if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
-            return None
-        if value.__dict__:
-            return None
-        if not _is_grad_enabled() and not _is_any_autocast_enabled():
-            return False, _is_inference(), _around(), value.dtype, value.shape, value.stride(), value.device
+def describe_flat(args: tuple[Any, ...]) -> CallKey | None:
+    """The key of positional plain tensors; ``None`` if there is anything else."""
     parts: list[Hashable] = []
     for value in args:
         if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
@@ -99,60 +76,18 @@ def describe_flat(args: tuple[Any, ...]) -> Signature | None:
     return (*_state(args), *parts, *_repeats(args))
 
 
-def describe_layout(args: tuple[Any, ...]) -> Hashable:
-    """What must agree for a graph to be launched on plain tensors without harm; ``None`` for anything else.
-
-    It says less than a signature: nothing of gradients, autocast, and pending conjugations and negations.
-    """
-    try:
-        if len(args) == 1:
-            value = args[0]
-            if type(value) is Tensor and value.layout is _strided:
-                return _is_inference(), Tensor, value.dtype, value.shape, value.stride(), value.device
-            return None
-        if any(type(value) is not Tensor or value.layout is not _strided for value in args):
-            return None
-        if len({id(value) for value in args}) < len(args):
-            return None
-        parts: list[Hashable] = [_is_inference()]
-        for value in args:
-            parts += (value.dtype, value.shape, value.stride(), value.device)
-        return tuple(parts)
-    except RuntimeError:
-        # Tensors without strides.
-        return None
-
-
-def is_flat(signature: Signature, args: tuple[Any, ...]) -> bool:
-    """Whether a signature says of positional tensors, without gradients, no more than their layout does.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> with torch.no_grad():
-        ...     [is_flat(describe(args, {})[0], args) for args in ((x,), (x, x), (x, 1))]
-        [True, False, False]
-    """
+def is_flat(key: CallKey, args: tuple[Any, ...]) -> bool:
+    """Whether a key says of positional tensors, without gradients, no more than their layout does."""
     # Four parts for each tensor: nothing is pending and none is repeated.
-    around = signature[2]
+    if len(key) != STATE_PARTS + 4 * len(args) or type(key[-1]) is not torch.device:
+        return False
+    grad, _, around = key[:STATE_PARTS]
     without_autocast = around is None or (type(around) is tuple and type(around[0]) is int and around[1] is None)
-    return len(signature) == STATE_PARTS + 4 * len(args) and signature[0] is False and without_autocast
+    return grad is False and without_autocast
 
 
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
-    """The same arguments with other tensors in the places where :func:`describe` found tensors.
-
-    Args:
-        args: Positional arguments of the call that was described.
-        kwargs: Its keyword arguments.
-        tensors: As many tensors as were found, in the same order.
-
-    Returns:
-        Positional and keyword arguments of the same structure; neither shares a container with the originals.
-
-    Example:
-        >>> substitute(([torch.zeros(1)], 5), {}, [torch.ones(1)])
-        (([tensor([1.])], 5), {})
-    """
+    """The same arguments in new containers, with other tensors where :func:`describe` found tensors, in its order."""
     remaining = iter(tensors)
     new_args = _replace(args, remaining)
     return new_args, _replace(kwargs, remaining)
@@ -239,7 +174,7 @@ def _replace(value: Any, tensors: Any) -> Any:
     return value
 
 
-def _state(tensors: Sequence[Tensor]) -> Signature:
+def _state(tensors: Sequence[Tensor]) -> CallKey:
     grad = tuple([value.requires_grad for value in tensors]) if _is_grad_enabled() else False
     return grad, _is_inference(), _around()
 
@@ -250,7 +185,7 @@ def _around() -> Hashable:
     return (number, autocast) if number else autocast
 
 
-def _repeats(tensors: Sequence[Tensor]) -> Signature:
+def _repeats(tensors: Sequence[Tensor]) -> CallKey:
     """Which tensors are the same object as an earlier one; nothing in the usual case, that none is."""
     places: dict[int, int] = {}
     first = [places.setdefault(id(value), index) for index, value in enumerate(tensors)]

@@ -8,8 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import Parameter
-from inspect import Signature as Function
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -43,24 +42,16 @@ class CallSpec:
     """
 
     key: Any
-    names: Function | Sequence[str] = ()
+    names: Signature | Sequence[str] = ()
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], names: Function | Sequence[str] = ()) -> CallSpec:
-        """The spec of a call, under the modes of this moment.
-
-        Raises:
-            Refusal: With ``Reason.ARGUMENT``, for arguments that no key describes.
-        """
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], names: Signature | Sequence[str] = ()) -> CallSpec:
+        """The spec of a call, under the modes of this moment."""
         return cls(describe(args, kwargs)[0], names)
 
     @classmethod
     def of_json(cls, tree: Any) -> CallSpec:
-        """The spec of a tree that :attr:`json` gave.
-
-        Raises:
-            ValueError: If that is none.
-        """
+        """The spec of a tree that :attr:`json` gave; a ``ValueError`` for any other."""
         try:
             found = cls(_decoded(tree))
             if found.unsaveable:
@@ -135,15 +126,10 @@ class CallSpec:
             on["autocast"] = ", ".join(f"{kind} {short_name(dtype)}" for kind, dtype in found.autocast)
         return on
 
-    @cached_property
+    @property
     def values(self) -> dict[str, TensorSpec | str]:
         """Path of each argument, such as ``x`` or ``batch['ids'][0]``, and the tensor or constant there."""
-        return {path: value for path, value, is_container in self._walked() if not is_container}
-
-    @cached_property
-    def structure(self) -> dict[str, str]:
-        """Path of each container, and what it is."""
-        return {path: str(value) for path, value, is_container in self._walked() if is_container}
+        return {path: value for path, (value, is_container) in self._parts.items() if not is_container}
 
     def __str__(self) -> str:
         return ", ".join(f"{path}: {value}" for path, value in self.values.items()) or "no arguments"
@@ -157,8 +143,8 @@ class CallSpec:
     def diff(self, other: CallSpec) -> list[str]:
         """What differs, one line each, from this call to the other."""
         found: list[str] = []
-        for path in {**self.structure, **other.structure, **self.values, **other.values}:
-            old, new = (each.structure.get(path) or each.values.get(path, _ABSENT) for each in (self, other))
+        for path in {**self._parts, **other._parts}:
+            old, new = (each._parts.get(path, (_ABSENT,))[0] for each in (self, other))
             if isinstance(old, TensorSpec) and isinstance(new, TensorSpec):
                 found += old.diff(new, path)
             elif old != new:
@@ -167,10 +153,8 @@ class CallSpec:
             before, after = (each.modes.get(name, "off") for each in (self, other))
             if before != after:
                 found.append(f"{name}: {before} → {after}")
-        for before, after in zip(self._beside(), other._beside(), strict=True):
-            if before != after:
-                found.append(f"{before or 'nothing else'} → {after or 'nothing else'}")
-        return found
+        beside = zip(self._beside(), other._beside(), strict=True)
+        return found + [f"{old or 'nothing else'} → {new or 'nothing else'}" for old, new in beside if old != new]
 
     def distance(self, other: CallSpec) -> tuple[int, float]:
         """How far two calls lie apart: in how many things they differ, then by how much their sizes do."""
@@ -184,11 +168,7 @@ class CallSpec:
     def example(self, device: torch.device | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the call: zeros, laid out alike. It has to be one that a file can hold.
 
-        Args:
-            device: Where tensors lie; those that lay on the CPU beside others on a device lie on the CPU.
-
-        Raises:
-            RuntimeError: If there is no memory for them.
+        Tensors that lay on the CPU beside others on a device lie on the CPU, all others on ``device``.
         """
         found = self.contents
         mixed = any(spec.device.type != "cpu" for spec in found.tensors)
@@ -225,16 +205,19 @@ class CallSpec:
         values = f"values read on the host {shown(found.host_values)}" if found.host_values else ""
         return same, values, found.rest
 
-    def _walked(self) -> Iterator[tuple[str, TensorSpec | str, bool]]:
-        """Path of everything in the arguments, what is there, and whether that is a container."""
+    @cached_property
+    def _parts(self) -> dict[str, tuple[TensorSpec | str, bool]]:
+        """Path of everything in the arguments: what is there, and whether that is a container."""
         names = self.names
-        if isinstance(names, Function):
+        if isinstance(names, Signature):
             kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
             names = [each.name for each in names.parameters.values() if each.kind in kinds]
-        for index, value in enumerate(self.contents.args):
-            yield from _walk(value, names[index] if index < len(names) else f"args[{index}]")
-        for name, value in self.contents.kwargs.items():
-            yield from _walk(value, name)
+        args = [(names[i] if i < len(names) else f"args[{i}]", value) for i, value in enumerate(self.contents.args)]
+        return {
+            path: (found, is_container)
+            for name, value in (*args, *self.contents.kwargs.items())
+            for path, found, is_container in _walk(value, name)
+        }
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]:

@@ -21,7 +21,6 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks_always_called",
 )
 
-
 MAX_FUNCTIONS = 4096
 """How many functions are followed that only runs have found."""
 
@@ -90,10 +89,7 @@ class ModuleGuard:
         return self._snapshot is not None and not self.holds()
 
     def stale_since(self, version: int) -> Callable[[bool], bool]:
-        """What tells whether a graph that was proven under a version may answer no call, as :meth:`is_stale` does.
-
-        The graph is valid in the ambient state of now alone.
-        """
+        """:meth:`is_stale` for one graph, which was proven under a version and in the ambient state of now."""
         ambient = ambient_state()
 
         def is_stale(grad: bool) -> bool:
@@ -102,11 +98,7 @@ class ModuleGuard:
         return is_stale
 
     def is_stale(self, grad: bool) -> bool:
-        """Whether no graph may answer a call.
-
-        Args:
-            grad: Whether the call records gradients, which a parameter may have begun to want.
-        """
+        """Whether no graph may answer a call; one that records gradients also if a parameter wants them."""
         return not self.holds() or (grad and self.requires_grad())
 
     @property
@@ -124,20 +116,14 @@ class ModuleGuard:
     def snapshot(self) -> StateSnapshot:
         """The state of the module now, for a run that is to be observed; that of before if nothing has changed.
 
-        Raises:
-            StateTooLarge: If there is more than can be watched.
-            Unobservable: For an iterator whose position cannot be read.
+        Raises ``StateTooLarge`` or ``Unobservable`` if it cannot be watched.
         """
         if self._snapshot is not None and self._epoch_now() == self._epoch and self._snapshot.renew():
             return self._snapshot
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
-        found = StateSnapshot(
-            [("self", self._module), *hooks],
-            ignore=self._ignore,
-            skips=self._skips,
-            functions=self._functions,
-        )
+        roots = [("self", self._module), *hooks]
+        found = StateSnapshot(roots, ignore=self._ignore, skips=self._skips, functions=self._functions)
         self._engines = self._find_engines(self._module) if self._find_engines is not None else ()
         self._epoch = self._epoch_now()
         self._snapshot = found
@@ -145,21 +131,13 @@ class ModuleGuard:
 
     def change(self) -> Change | None:
         """What has changed since :meth:`snapshot`, values of tensors too; ``None`` if nothing has."""
-        if self._snapshot is None:
-            return None
-        for change in self._snapshot.changes(limit=1):
-            return change
-        for node in self._snapshot.written():
-            return Change(node.path, "the tensor was written in place")
-        return None
+        snapshot = self._snapshot
+        return next(iter((*snapshot.changes(limit=1), *snapshot.written())), None) if snapshot is not None else None
 
     @property
     def has_engines(self) -> bool:
         """Whether submodules that keep their own account take part."""
         return bool(self._engines)
-
-    def _epoch_now(self) -> int:
-        return sum([each.epoch for each in self._engines])
 
     def forget(self) -> None:
         """Take everything for changed: no graph is valid until it was proven again."""
@@ -169,7 +147,7 @@ class ModuleGuard:
 
     def arm(self) -> None:
         """Compare in native code from now on, for there is a graph to be guarded."""
-        if self._snapshot is not None and not self._snapshot.is_armed:
+        if self._snapshot is not None and not self._snapshot.armed:
             self._snapshot.arm()
 
     def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:
@@ -179,3 +157,7 @@ class ModuleGuard:
             self._functions.clear()
         self._functions.update(functions)
         self.forget()
+
+    def _epoch_now(self) -> int:
+        """The epochs of all engines, of which each only goes up."""
+        return sum([each.epoch for each in self._engines])

@@ -21,14 +21,6 @@ _DEEPEST = 32
 class TensorSpec:
     """A tensor without its values; sizes and strides in elements.
 
-    Args:
-        dtype: Its dtype.
-        shape: Its sizes.
-        stride: Its strides.
-        device: Where it lies.
-        pending: Whether a conjugation and a negation are pending.
-        attributes: Those that Python code gave it, as text.
-
     Example:
         >>> print(TensorSpec(torch.float32, (8, 64), (64, 1), torch.device("cpu")))
         float32[8, 64]
@@ -39,7 +31,9 @@ class TensorSpec:
     stride: tuple[int, ...]
     device: torch.device
     pending: tuple[bool, bool] = (False, False)
+    """Whether a conjugation and a negation are pending."""
     attributes: str = ""
+    """Those that Python code gave it, as text."""
 
     @property
     def layout(self) -> str:
@@ -86,15 +80,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class CodeSpec:
-    """A value that only code can make again: an enumeration, a named tuple, a registered container.
-
-    Args:
-        text: What it is, such as ``"Mode.FAST"``.
-        items: What it contains, by the end of the item's path.
-    """
+    """A value that only code can make again: an enumeration, a named tuple, a registered container."""
 
     text: str
+    """What it is, such as ``"Mode.FAST"``."""
     items: tuple[tuple[str, Any], ...] = ()
+    """What it contains, by the end of the item's path."""
 
     def __repr__(self) -> str:
         return self.text
@@ -102,45 +93,30 @@ class CodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class KeyContents:
-    """What is in a key.
-
-    Args:
-        args: Positional arguments, with a :class:`TensorSpec` for each tensor.
-        kwargs: Keyword arguments, likewise.
-        tensors: The tensors in them, in order.
-        repeats: For each tensor, the place of the first that is the same object.
-        host_values: For each input that an engine reads on the host, its values.
-        grad: Whether gradients are recorded; or, if they are, which tensors require them.
-        inference: Whether the call runs in inference mode.
-        autocast: Kinds of devices, with the dtype that autocast casts to.
-        settings: The number of the settings of PyTorch in this process (:mod:`graphcache.keys.ambient`).
-        rest: The key as text, if it could not be read.
-    """
+    """What is in a key."""
 
     args: tuple[Any, ...] = ()
+    """Positional arguments, with a :class:`TensorSpec` for each tensor."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     tensors: tuple[TensorSpec, ...] = ()
+    """The tensors in the arguments, in order."""
     repeats: tuple[int, ...] = ()
+    """For each tensor, the place of the first that is the same object."""
     host_values: tuple[Any, ...] = ()
+    """For each input that an engine reads on the host, its values."""
     grad: bool | tuple[bool, ...] = False
+    """Whether gradients are recorded; or, if they are, which tensors require them."""
     inference: bool = False
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    """Kinds of devices, with the dtype that autocast casts to."""
     settings: int = 0
+    """The number of PyTorch's settings in this process (:mod:`graphcache.keys.ambient`)."""
     rest: str = ""
+    """The key as text, if it could not be read."""
 
 
 def contents_of(key: Any) -> KeyContents:
-    """What is in a key; of something else, nothing but the thing itself as text.
-
-    Args:
-        key: As :func:`~graphcache.keys.call_key.describe` makes it; the values that an engine reads on the host may
-            follow.
-
-    Example:
-        >>> from graphcache.keys.call_key import describe
-        >>> contents_of(describe((torch.zeros(2), [0.5]), {"flip": True})[0]).kwargs
-        {'flip': True}
-    """
+    """What is in a key; of something else, nothing but the thing itself as text."""
     try:
         return _Reader(key).contents()
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -149,12 +125,7 @@ def contents_of(key: Any) -> KeyContents:
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a fresh tensor.
-
-    Example:
-        >>> contiguous((2, 0, 3))
-        (3, 3, 1)
-    """
+    """The strides of a fresh tensor."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -163,12 +134,7 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def short_name(value: object) -> str:
-    """A dtype, layout or memory format without the name of its module.
-
-    Example:
-        >>> short_name(torch.float32)
-        'float32'
-    """
+    """A dtype, layout or memory format without the name of its module."""
     return str(value).removeprefix("torch.")
 
 

@@ -13,12 +13,6 @@ def script_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
 
     TorchScript hands out copies of its containers. Their items are listed in their place, with the length of each, so
     that two states are compared item by item: tensors by identity, numbers and strings by value.
-
-    Args:
-        module: Scripted, traced, frozen or loaded.
-
-    Returns:
-        The values by the end of their path.
     """
     held: Any = module._c
     found: dict[str, Any] = {}

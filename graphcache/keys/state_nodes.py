@@ -1,24 +1,40 @@
 """What is remembered of one object of a snapshot, by kind: how it is compared, and how a native guard compares it.
 
-Each kind keeps a shallow copy. An object that is new can only be reached through a container that changed, so that
-comparing the shallow copies of all containers finds every change.
+Each kind keeps a shallow copy. A new object can only be reached through a container that changed, so that comparing the
+shallow copies of all containers finds every change.
 """
 
 from __future__ import annotations
 
 import collections
+import gc
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
+from graphcache.keys.script_state import script_state
 from graphcache.keys.values import same, short
 
 MISSING: Any = object()
 """Stands for an attribute, a global or a cell without a value."""
 
+IGNORED_CLASS_NAMES = frozenset(
+    {
+        *("__init__", "__slotnames__", "__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
+        *("__doc__", "__signature__", "__text_signature__", "__abstractmethods__", "__parameters__", "__weakref__"),
+        *("__dict__", "_abc_impl"),
+    }
+)
+"""Attributes that Python and its libraries put on classes while they are looked at, copied, pickled or compiled."""
+
 _REPLACED = frozenset({"forward", "__getstate__"})
 """What a wrapped module replaces in the dictionaries of its parts while one of its calls is under way."""
+
+
+State = tuple[Sequence[Any], Sequence[Any]]
+"""Names and values."""
+Slots = dict[str, types.MemberDescriptorType]
 
 
 class Change(NamedTuple):
@@ -36,18 +52,14 @@ class Change(NamedTuple):
 
 
 class Node:
-    """One object of a snapshot.
-
-    Args:
-        parent: The node that it was reached through; ``None`` for a root.
-        key: Its name or index there, in the form of a path's end: ``".h"``, ``"[0]"``, or a root's name.
-        target: The object.
-    """
+    """One object of a snapshot: the names of the places in it, and what each holds."""
 
     __slots__ = ("key", "parent", "state", "target")
 
     guarded = True
     """Whether a guard compares it; otherwise only the effects of a call do."""
+    is_alike: Callable[[Any, Any], bool] = staticmethod(is_)
+    """The quick comparison of what one place holds; what is not alike is compared by value."""
 
     def __init__(self, parent: Node | None, key: str, target: Any) -> None:
         self.parent = parent
@@ -65,17 +77,30 @@ class Node:
                 return "".join(reversed(parts))
             node = node.parent
 
-    def read(self) -> Any:
-        """The state of the object now, which later changes of the object do not reach."""
-        raise NotImplementedError
+    def end(self, name: Any) -> str:
+        """The end of the path of a place."""
+        return f".{name}"
 
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        """The differences of two states, by value."""
+    def read(self) -> Any:
+        """Names and values now, which later changes of the object do not reach."""
         raise NotImplementedError
 
     def differs(self) -> bool:
         """Whether the object may have changed: a quick comparison, by identity where there are objects inside."""
-        return bool(self.read() != self.state)
+        names, values = self.state
+        names_now, now = self.read()
+        return len(now) != len(values) or not all(map(self.is_alike, now, values)) or names_now != names
+
+    def compare(self, old: Any, new: Any) -> Iterator[Change]:
+        """The differences of two states, by value."""
+        before, now = (dict(zip(*each, strict=True)) for each in (old, new))
+        found = False
+        for name in {**before, **now}:
+            if change := difference(before.get(name, MISSING), now.get(name, MISSING)):
+                found = True
+                yield Change(self.path + self.end(name), change)
+        if not found and list(before) != list(now):
+            yield Change(self.path, "has its entries in another order")
 
     def changes(self) -> list[Change]:
         """The differences from what is remembered to what is there now."""
@@ -86,104 +111,64 @@ class Node:
         old, self.state = self.state, self.read()
         return list(self.compare(old, self.state))
 
-    def guard(self, native: Any) -> bool:
-        """Have a native guard compare the object; ``False`` if it cannot."""
-        return False
+    def guard(self, native: Any) -> None:
+        """Have a native guard compare the object; a ``TypeError`` or ``ValueError`` says that it cannot."""
+        raise TypeError
 
 
 class TableNode(Node):
     """A dictionary: its keys and values, in order."""
 
-    __slots__ = ()
-
-    # A subclass may have methods of its own, which are no way to look at it.
-    def _keys(self) -> Iterable[Any]:
-        if isinstance(self.target, collections.OrderedDict):
-            return collections.OrderedDict.keys(self.target)
-        return dict.keys(self.target)
-
-    def _values(self) -> Iterable[Any]:
-        if isinstance(self.target, collections.OrderedDict):
-            return collections.OrderedDict.values(self.target)
-        return dict.values(self.target)
-
-    def read(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(self._keys()), tuple(self._values())
-
-    def end(self, key: Any) -> str:
-        """The end of the path of the value under ``key``."""
-        return f"[{short(key)}]" if isinstance(key, (str, int)) else f"[a {type(key).__name__}]"
+    def read(self) -> State:
+        # A subclass may have methods of its own, which are no way to look at it.
+        kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
+        return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
 
     def differs(self) -> bool:
-        keys, values = self.state
-        if dict.__len__(self.target) != len(keys):
+        # As in every other node, but without copies: most tables of a module are empty.
+        names, values = self.state
+        kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
+        if dict.__len__(self.target) != len(names):
             return True
-        return not (all(map(is_, self._values(), values)) and all(map(is_, self._keys(), keys)))
+        return not (all(map(is_, kind.values(self.target), values)) and all(map(is_, kind.keys(self.target), names)))
 
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        before, now = (dict(zip(*each, strict=True)) for each in (old, new))
-        found = False
-        for key in {**before, **now}:
-            change = difference(before.get(key, MISSING), now.get(key, MISSING))
-            if change:
-                found = True
-                yield Change(self.path + self.end(key), change)
-        if not found and list(before) != list(now):
-            yield Change(self.path, "has its entries in another order")
+    def end(self, name: Any) -> str:
+        return f"[{short(name)}]" if isinstance(name, (str, int)) else f"[a {type(name).__name__}]"
 
-    def guard(self, native: Any) -> bool:
+    def guard(self, native: Any) -> None:
         native.add_dict(self.target, *self.state)
-        return True
 
 
 class AttributesNode(TableNode):
-    """The ``__dict__`` of an object."""
+    """The ``__dict__`` of an object, or the parameters, buffers or submodules of a module."""
 
-    __slots__ = ()
-
-    def end(self, key: Any) -> str:
+    def end(self, name: Any) -> str:
         # The tables of a module are no level of their own.
-        return "" if key in ("_modules", "_parameters", "_buffers") else f".{key}"
+        if name in ("_modules", "_parameters", "_buffers"):
+            return ""
+        return f"[{name}]" if str(name).isdigit() else f".{name}"
 
-    def read(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        keys, values = super().read()
-        if any(name in self.target and _stands_in(self.target[name]) for name in _REPLACED):
-            # For as long as a call of a wrapped module is under way, perhaps in another thread.
-            found = dict(zip(keys, values, strict=True))
-            for name in _REPLACED & found.keys():
-                if _stands_in(value := found.pop(name)):
-                    found.update(value.own)
-                else:
-                    found[name] = value
-            return tuple(found), tuple(found.values())
-        return keys, values
+    def read(self) -> State:
+        names, values = super().read()
+        if not any(name in self.target and _stands_in(self.target[name]) for name in _REPLACED):
+            return names, values
+        # For as long as a call of a wrapped module is under way, perhaps in another thread.
+        found = dict(zip(names, values, strict=True))
+        for name in _REPLACED & found.keys():
+            value = found.pop(name)
+            found.update(value.own if _stands_in(value) else {name: value})
+        return tuple(found), tuple(found.values())
 
-    def guard(self, native: Any) -> bool:
-        keys, values = self.state
-        if dict.__len__(self.target) == len(keys) and all(map(is_, self._values(), values)):
-            return super().guard(native)
-        native.add_names(self.target, keys, values, ())
-        return True
-
-
-class MembersNode(TableNode):
-    """The parameters, buffers or submodules of a module."""
-
-    __slots__ = ()
-
-    def end(self, key: Any) -> str:
-        return f"[{key}]" if str(key).isdigit() else f".{key}"
+    def guard(self, native: Any) -> None:
+        names, values = self.state
+        if dict.__len__(self.target) == len(names) and all(map(is_, dict.values(self.target), values)):
+            super().guard(native)
+        else:
+            native.add_names(self.target, names, values, ())
 
 
 class NamesNode(Node):
-    """Some names of a dictionary, such as the globals that a function reads.
-
-    Args:
-        parent: As for :class:`Node`.
-        key: As for :class:`Node`.
-        target: The dictionary.
-        names: The names.
-    """
+    """Some names of a dictionary, such as the globals that a function reads."""
 
     __slots__ = ("names",)
 
@@ -191,146 +176,148 @@ class NamesNode(Node):
         self.names = names
         super().__init__(parent, key, target)
 
-    def read(self) -> tuple[Any, ...]:
-        return tuple([self.target.get(name, MISSING) for name in self.names])
+    def read(self) -> State:
+        return self.names, tuple([self.target.get(name, MISSING) for name in self.names])
 
-    @staticmethod
-    def end(name: str) -> str:
-        """The end of the path of a name's value."""
-        return f".{name}"
+    def guard(self, native: Any) -> None:
+        _guard_names(native, self.target, self.state)
 
-    def differs(self) -> bool:
-        return not all(map(is_, self.read(), self.state))
 
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        for name, before, now in zip(self.names, old, new, strict=True):
-            if change := difference(before, now):
-                yield Change(self.path + self.end(name), change)
+class ClassNode(Node):
+    """What a class defines: methods and plain attributes."""
 
-    def guard(self, native: Any) -> bool:
-        native.add_names(self.target, *split(dict(zip(self.names, self.state, strict=True))))
-        return True
+    def read(self) -> State:
+        found = {name: value for name, value in vars(self.target).items() if name not in IGNORED_CLASS_NAMES}
+        return tuple(found), tuple(found.values())
+
+    def guard(self, native: Any) -> None:
+        # A class shows its dictionary through a proxy.
+        (table,) = gc.get_referents(vars(self.target))
+        _guard_names(native, table, self.state)
 
 
 class ItemsNode(Node):
-    """A list, deque or set, or a subclass of one: its items."""
+    """A list, deque or set, a subclass of one, or a NumPy array of objects: its items."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[Any, ...]:
+    def read(self) -> State:
         # Past a subclass's own __iter__, which may have effects.
         kinds: tuple[Any, ...] = (list, collections.deque, set, frozenset)
-        return next(tuple(kind.__iter__(self.target)) for kind in kinds if isinstance(self.target, kind))
+        kind = next((kind for kind in kinds if isinstance(self.target, kind)), None)
+        items = tuple(self.target.ravel().tolist() if kind is None else kind.__iter__(self.target))
+        return range(len(items)), items
 
-    @staticmethod
-    def end(index: int) -> str:
-        """The end of the path of an item."""
-        return f"[{index}]"
-
-    def differs(self) -> bool:
-        now = self.read()
-        return len(now) != len(self.state) or not all(map(is_, now, self.state))
+    def end(self, name: Any) -> str:
+        return f"[{name}]"
 
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if len(old) != len(new):
-            yield Change(self.path, f"had {len(old)} items and has {len(new)}")
-            return
-        for index, (before, now) in enumerate(zip(old, new, strict=True)):
-            if change := difference(before, now):
-                yield Change(self.path + self.end(index), change)
+        if old[0] != new[0]:
+            yield Change(self.path, f"had {len(old[0])} items and has {len(new[0])}")
+        else:
+            yield from super().compare(old, new)
 
-    def guard(self, native: Any) -> bool:
-        native.add_items(self.target, self.state)
-        return True
+    def guard(self, native: Any) -> None:
+        native.add_items(self.target, self.state[1])
 
 
 class SlotsNode(Node):
-    """The ``__slots__`` of an object.
-
-    Args:
-        parent: As for :class:`Node`.
-        key: As for :class:`Node`.
-        target: The object.
-        slots: Names and descriptors.
-    """
+    """The ``__slots__`` of an object."""
 
     __slots__ = ("slots",)
 
-    def __init__(
-        self, parent: Node | None, key: str, target: Any, slots: tuple[tuple[str, types.MemberDescriptorType], ...]
-    ) -> None:
+    def __init__(self, parent: Node | None, key: str, target: Any, slots: Slots) -> None:
         self.slots = slots
         super().__init__(parent, key, target)
 
-    def read(self) -> tuple[Any, ...]:
-        return tuple([_slot(self.target, descriptor) for _, descriptor in self.slots])
+    def read(self) -> State:
+        return tuple(self.slots), tuple([_slot(self.target, descriptor) for descriptor in self.slots.values()])
 
-    @staticmethod
-    def end(name: str) -> str:
-        """The end of the path of a slot's value."""
-        return f".{name}"
-
-    def differs(self) -> bool:
-        return not all(map(is_, self.read(), self.state))
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        for (name, _), before, now in zip(self.slots, old, new, strict=True):
-            if change := difference(before, now):
-                yield Change(self.path + self.end(name), change)
-
-    def guard(self, native: Any) -> bool:
-        for (_, descriptor), value in zip(self.slots, self.state, strict=True):
-            native.add_slot(self.target, descriptor, *(() if value is MISSING else (value,)))
-        return True
+    def guard(self, native: Any) -> None:
+        for descriptor, value in zip(self.slots.values(), self.state[1], strict=True):
+            native.add_slot(self.target, descriptor, *_present(value))
 
 
 class ObjectNode(Node):
     """An object: its class, and which dictionary holds its attributes."""
 
-    __slots__ = ()
-
-    def read(self) -> tuple[type, Any]:
+    def read(self) -> State:
         table = getattr(self.target, "__dict__", None)
-        return type(self.target), table if type(table) is dict else None
-
-    def differs(self) -> bool:
-        return not all(map(is_, self.read(), self.state))
+        return ("__class__", "__dict__"), (type(self.target), table if type(table) is dict else None)
 
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if old[0] is not new[0]:
-            yield Change(f"{self.path}.__class__", f"{old[0].__name__} became {new[0].__name__}")
-        elif old[1] is not new[1]:
+        (kind, table), (kind_now, table_now) = old[1], new[1]
+        if kind is not kind_now:
+            yield Change(f"{self.path}.__class__", f"{kind.__name__} became {kind_now.__name__}")
+        elif table is not table_now:
             yield Change(f"{self.path}.__dict__", "is another dictionary")
 
-    def guard(self, native: Any) -> bool:
-        kind, table = self.state
+    def guard(self, native: Any) -> None:
+        kind, table = self.state[1]
         native.add_class(self.target, kind)
         if table is not None:
             native.add_dict_of(self.target, table)
-        return True
 
 
 class ThreadLocalNode(Node):
     """What the current thread sees of a ``threading.local``."""
 
-    __slots__ = ()
+    def read(self) -> State:
+        return tuple(self.target.__dict__), tuple(self.target.__dict__.values())
 
-    def read(self) -> dict[str, Any]:
-        return dict(self.target.__dict__)
 
-    def differs(self) -> bool:
-        now = self.read()
-        return len(now) != len(self.state) or not all(map(is_, now.values(), self.state.values()))
+class CellNode(Node):
+    """A variable that a function closes over."""
+
+    def read(self) -> State:
+        try:
+            return ("",), (self.target.cell_contents,)
+        except ValueError:
+            return ("",), (MISSING,)
+
+    def end(self, name: Any) -> str:
+        return ""
+
+    def guard(self, native: Any) -> None:
+        native.add_cell(self.target, *_present(*self.state[1]))
+
+
+class VariableNode(Node):
+    """A context variable, as the current context has it."""
+
+    def read(self) -> State:
+        return ("get()",), (self.target.get(MISSING),)
+
+
+class FunctionNode(Node):
+    """A function: its code and its default values."""
+
+    def read(self) -> State:
+        parts = (self.target.__code__, self.target.__defaults__, self.target.__kwdefaults__)
+        return ("__code__", "__defaults__", "__kwdefaults__"), parts
 
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        for name in {**old, **new}:
-            if change := difference(old.get(name, MISSING), new.get(name, MISSING)):
-                yield Change(f"{self.path}.{name}", change)
+        if not all(map(is_, old[1], new[1])):
+            yield Change(self.path, "has other code or default values")
+
+    def guard(self, native: Any) -> None:
+        native.add_function(self.target, self.state[1])
 
 
-def slots_of(kind: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
+class ScriptNode(Node):
+    """A TorchScript module: what C++ holds of it, and makes a new object of whenever it is asked."""
+
+    is_alike = staticmethod(same)
+
+    def read(self) -> State:
+        found = script_state(self.target)
+        return tuple(found), tuple(found.values())
+
+    def end(self, name: Any) -> str:
+        return str(name)
+
+
+def slots_of(kind: type) -> Slots:
     """The ``__slots__`` of a class and its bases, with what reads them."""
-    found: dict[str, types.MemberDescriptorType] = {}
+    found: Slots = {}
     for each in kind.__mro__:
         declared = each.__dict__.get("__slots__", ())
         for name in (declared,) if isinstance(declared, str) else tuple(declared):
@@ -338,7 +325,7 @@ def slots_of(kind: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
             descriptor = each.__dict__.get(mangled)
             if isinstance(descriptor, types.MemberDescriptorType):
                 found.setdefault(mangled, descriptor)
-    return tuple(found.items())
+    return found
 
 
 def difference(old: Any, new: Any) -> str:
@@ -351,6 +338,7 @@ def difference(old: Any, new: Any) -> str:
 
 
 def _stands_in(value: Any) -> bool:
+    """Whether a wrapped module has put something in the place of an attribute."""
     return bool(getattr(type(value), "stands_in", False))
 
 
@@ -361,7 +349,13 @@ def _slot(target: Any, descriptor: types.MemberDescriptorType) -> Any:
         return MISSING
 
 
-def split(names: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...], tuple[str, ...]]:
-    """Names with values, their values, and names without."""
-    present = {name: value for name, value in names.items() if value is not MISSING}
-    return tuple(present), tuple(present.values()), tuple([name for name in names if name not in present])
+def _present(value: Any) -> tuple[Any, ...]:
+    """The value, or nothing for a place without one."""
+    return () if value is MISSING else (value,)
+
+
+def _guard_names(native: Any, table: dict[str, Any], state: State) -> None:
+    """Have a native guard compare some names of a dictionary, and that it lacks those without a value."""
+    found = dict(zip(*state, strict=True))
+    present = {name: value for name, value in found.items() if value is not MISSING}
+    native.add_names(table, tuple(present), tuple(present.values()), tuple(found.keys() - present.keys()))

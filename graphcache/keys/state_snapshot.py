@@ -22,21 +22,20 @@ from torch import Tensor, nn
 from graphcache.keys import native
 from graphcache.keys.state_nodes import Change, Node
 from graphcache.keys.state_walk import Skips, StateWalk
-from graphcache.keys.value_nodes import TensorNode
+from graphcache.keys.value_nodes import memory_of
 
 
 class StateSnapshot:
     """The Python state and the tensors that can be reached from some objects.
+
+    ``StateTooLarge`` is raised if there is more than can be watched, ``Unobservable`` for an iterator whose position
+    cannot be read.
 
     Args:
         roots: Objects, each with the name that paths begin with, such as ``("self", module)``.
         ignore: Paths that are left out; ``*`` stands for anything.
         skips: Tells objects that are not followed, such as modules that keep their own account.
         functions: Code whose globals are followed too, with these globals.
-
-    Raises:
-        StateTooLarge: If there is more than can be watched.
-        Unobservable: For an iterator whose position cannot be read.
 
     Example:
         >>> state = {"calls": [0]}
@@ -65,16 +64,13 @@ class StateSnapshot:
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
         self.broken: Change | None = None
         """Why :meth:`holds` said that the snapshot is of the past."""
-        self._armed = False
+        self.armed = False
+        """Whether :meth:`arm` was called."""
         self._native: native.Guard | None = None
         self._rest: list[Node] = []
 
     def changes(self, limit: int = 16) -> list[Change]:
-        """What differs now from what was found, by value; in the order of the walk.
-
-        Args:
-            limit: No more than so many are told.
-        """
+        """What differs now from what was found, by value; no more than ``limit`` differences are told."""
         found: list[Change] = []
         for node in (*self.nodes, *self.tensors):
             if node.differs():
@@ -83,9 +79,9 @@ class StateSnapshot:
                 break
         return found[:limit]
 
-    def written(self) -> list[TensorNode]:
+    def written(self) -> list[Change]:
         """The tensors that operations wrote into since, or that gradients were accumulated for."""
-        return [node for node in self.tensors if node.is_written]
+        return [Change(node.path, "the tensor was written in place") for node in self.tensors if node.is_written]
 
     def holds(self) -> bool:
         """Whether everything is as it was found, for a graph: generators may have moved on, values of tensors changed.
@@ -105,34 +101,17 @@ class StateSnapshot:
             return False
         for node in (*self.tensors, *(node for node in self.nodes if not node.guarded)):
             node.renew()
-        return self.broken is None
+        return True
 
     def arm(self) -> None:
         """Compare in native code from now on, if it is loaded."""
-        self._armed = True
+        self.armed = True
         kind = native.guard_type()
         if kind is None:
             return
         guard = kind()
         self._rest = [node for node in self._guarded() if not _is_guarded(node, guard)]
         self._native = guard
-
-    @property
-    def is_armed(self) -> bool:
-        """Whether it was asked to compare in native code."""
-        return self._armed
-
-    def _compare(self, nodes: Sequence[Node]) -> bool:
-        """Whether objects that differ by identity have the same values; these objects are expected from now on."""
-        for node in nodes:
-            for change in node.renew():
-                if not self.ignores(change.path):
-                    self.broken = change
-                    return False
-        if self._armed and (nodes or self._native is None):
-            # With the objects of now, or because the native guard has been compiled meanwhile.
-            self.arm()
-        return True
 
     @property
     def cuda_devices(self) -> set[int]:
@@ -145,11 +124,8 @@ class StateSnapshot:
 
     def path_of(self, tensor: Tensor) -> str:
         """Where the memory of a tensor was found; empty if nowhere."""
-        address = _storage_address(tensor)
-        for node in self.tensors:
-            if address and _storage_address(node.target) == address:
-                return node.path
-        return ""
+        memory = memory_of(tensor)
+        return next((node.path for node in self.tensors if memory and memory_of(node.target) == memory), "")
 
     def ignores(self, path: str) -> bool:
         """Whether a path, or one that it lies under, is to be left out."""
@@ -159,14 +135,27 @@ class StateSnapshot:
         yield from (node for node in self.nodes if node.guarded)
         yield from self.tensors
 
+    def _compare(self, nodes: Sequence[Node]) -> bool:
+        """Whether objects that differ by identity have the same values; these objects are expected from now on."""
+        for node in nodes:
+            for change in node.renew():
+                if not self.ignores(change.path):
+                    self.broken = change
+                    return False
+        if self.armed and (nodes or self._native is None):
+            # With the objects of now, or because the native guard has been compiled meanwhile.
+            self.arm()
+        return True
+
 
 def _is_guarded(node: Node, guard: native.Guard) -> bool:
     """Whether a native guard compares a node from now on."""
     try:
-        return node.guard(guard)
+        node.guard(guard)
     except (TypeError, ValueError):
         # An object of a kind that it does not take, or that changed this moment.
         return False
+    return True
 
 
 def is_strided(tensor: Tensor) -> bool:
@@ -174,10 +163,3 @@ def is_strided(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
         return False
     return bool(tensor.numel()) and not tensor.is_nested and not tensor._is_zerotensor()
-
-
-def _storage_address(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        return 0

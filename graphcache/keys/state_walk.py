@@ -22,30 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.keys.code_nodes import CellNode, ClassNode, FunctionNode, VariableNode
+from graphcache.keys import state_nodes as nodes
+from graphcache.keys import user_code
 from graphcache.keys.script_state import settle
-from graphcache.keys.state_nodes import (
-    MISSING,
-    AttributesNode,
-    ItemsNode,
-    MembersNode,
-    NamesNode,
-    Node,
-    ObjectNode,
-    SlotsNode,
-    TableNode,
-    ThreadLocalNode,
-    slots_of,
-)
-from graphcache.keys.user_code import (
-    code_inside,
-    function_of,
-    global_names,
-    is_library,
-    module_attributes,
-    names_environment,
-)
-from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, ObjectArrayNode, ScriptNode, TensorNode
+from graphcache.keys.state_nodes import MISSING, Node
+from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, TensorNode
 from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
 MAX_CONTAINERS = 50_000
@@ -61,13 +42,14 @@ MAX_ARRAY_BYTES = 1 << 20
 _LOGGING = (logging.Logger, logging.Handler, logging.Filterer)
 _MACHINERY = (concurrent.futures.Executor, concurrent.futures.Future, asyncio.AbstractEventLoop, threading.Thread)
 
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
 _NOT_CALLED = frozenset(
-    {
-        *("__init__", "__new__", "__del__", "__init_subclass__", "__repr__", "__str__", "__dir__", "__sizeof__"),
-        *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
-        "__class_getitem__",
-    }
+    f"__{name}__"
+    for name in (
+        *("init", "new", "del", "init_subclass", "class_getitem", "repr", "str", "dir", "sizeof"),
+        *("reduce", "reduce_ex", "getstate", "setstate", "copy", "deepcopy"),
+    )
 )
 """Special methods that a call of an object that exists does not come to by itself."""
 _TRACERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "torch.export", "torch._export")
@@ -81,12 +63,7 @@ class StateTooLarge(Exception):
 
 
 class StateWalk:
-    """One walk over what can be reached.
-
-    Args:
-        ignores: Tells paths that are left out; ``None`` if there are none.
-        skips: Tells objects that are not followed.
-    """
+    """One walk over what can be reached."""
 
     def __init__(self, ignores: Callable[[str], bool] | None, skips: Skips | None) -> None:
         self.nodes: list[Node] = []
@@ -111,12 +88,7 @@ class StateWalk:
         """Methods whose names no code that was followed mentions."""
 
     def walk(self, roots: Sequence[tuple[str, object]]) -> None:
-        """Follow some objects, each with the name that its path begins with.
-
-        Raises:
-            StateTooLarge: If there is more than can be watched.
-            Unobservable: For an iterator whose position cannot be read.
-        """
+        """Follow some objects, each with the name that its path begins with."""
         self._stack += [(None, name, value) for name, value in reversed(roots)]
         deadline = time.perf_counter() + MAX_SECONDS
         steps = 0
@@ -137,15 +109,18 @@ class StateWalk:
     def _visit(self, parent: Node | None, key: str, value: Any) -> None:
         kind = type(value)
         if isinstance(value, Tensor):
-            self._tensor(parent, key, value)
+            tensor = TensorNode(parent, key, value)
+            self.tensors.append(tensor)
+            if value.__dict__:
+                self._follow(nodes.AttributesNode(tensor, "", value.__dict__))
         elif isinstance(value, type):
             self._class(value, follow=True)
         elif isinstance(value, (enum.Enum, BaseException, *_LOGGING, *_MACHINERY)):
             return
         elif kind in _TABLES:
-            members = not key and isinstance(parent, AttributesNode)
-            self._table(MembersNode(parent, key, value) if members else TableNode(parent, key, value))
-        elif kind in (list, tuple, set, frozenset, collections.deque):
+            members = not key and isinstance(parent, nodes.AttributesNode)
+            self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
+        elif kind in _SEQUENCES:
             self._items(parent, key, value)
         elif kind is types.FunctionType:
             self._function(parent, key, value)
@@ -153,7 +128,7 @@ class StateWalk:
             self._push(parent, key, value.__func__)
             self._push(parent, f"{key}.__self__", value.__self__)
         elif kind is types.CellType:
-            self._cell(parent, key, value)
+            self._follow(nodes.CellNode(parent, key, value))
         elif kind in BUILTIN_METHODS:
             if not isinstance(value.__self__, types.ModuleType):
                 self._push(parent, f"{key}.__self__", value.__self__)
@@ -162,87 +137,64 @@ class StateWalk:
         elif isinstance(value, weakref.ref):
             self._push(parent, f"{key}()", value())
         elif kind is contextvars.ContextVar:
-            variable = VariableNode(parent, key, value)
-            self._add(variable, 1)
-            self._push(variable, ".get()", variable.state)
+            self._follow(nodes.VariableNode(parent, key, value))
         elif kind in (functools.partial, functools.partialmethod):
             for name in ("func", "args", "keywords"):
                 self._push(parent, f"{key}.{name}", getattr(value, name))
         elif self._skips is not None and self._skips(value):
             # It keeps its own account; what it stands for may hold state all the same.
-            self._add(ObjectNode(parent, key, value), 1)
+            self._add(nodes.ObjectNode(parent, key, value), 1)
             if "module" in (vars(value) if hasattr(value, "__dict__") else ()):
                 self._push(parent, key, vars(value)["module"])
         else:
             self._object(parent, key, value)
 
-    def _tensor(self, parent: Node | None, key: str, value: Tensor) -> None:
-        node = TensorNode(parent, key, value)
-        self.tensors.append(node)
-        if value.__dict__:
-            self._table(AttributesNode(node, "", value.__dict__))
-
-    def _table(self, node: TableNode) -> None:
-        keys, values = node.state
-        self._add(node, len(keys))
-        for name, item in zip(keys, values, strict=True):
-            if not is_plain(item):
+    def _follow(self, node: Node) -> None:
+        """Remember an object, and follow what is in its places."""
+        names, values = node.state
+        self._add(node, len(names))
+        for name, item in zip(names, values, strict=True):
+            if not is_plain(item) and item is not MISSING:
                 self._stack.append((node, node.end(name), item))
             if not is_plain(name):
                 self._stack.append((node, "[a key]", name))
 
     def _items(self, parent: Node | None, key: str, value: Any) -> None:
-        if isinstance(value, tuple):
-            # A tuple cannot change; what it holds may.
-            self._entries += len(value)
-            for index, item in enumerate(tuple.__iter__(value)):
-                self._push(parent, f"{key}[{index}]", item)
+        if not isinstance(value, tuple):
+            self._follow(nodes.ItemsNode(parent, key, value))
             return
-        containers = (list, set, frozenset, collections.deque)
-        node = (ItemsNode if isinstance(value, containers) else ObjectArrayNode)(parent, key, value)
-        self._add(node, len(node.state))
-        for index, item in enumerate(node.state):
-            if not is_plain(item):
-                self._stack.append((node, node.end(index), item))
-
-    def _cell(self, parent: Node | None, key: str, value: types.CellType) -> None:
-        node = CellNode(parent, key, value)
-        self._add(node, 1)
-        self._push(node, "", node.state)
+        # A tuple cannot change; what it holds may.
+        self._entries += len(value)
+        for index, item in enumerate(tuple.__iter__(value)):
+            self._push(parent, f"{key}[{index}]", item)
 
     def _function(self, parent: Node | None, key: str, value: types.FunctionType) -> None:
         code, module = value.__code__, value.__globals__.get("__name__")
         if value.__dict__:
-            self._table(AttributesNode(parent, key, value.__dict__))
+            self._follow(nodes.AttributesNode(parent, key, value.__dict__))
         if _is_machinery(module):
             return
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
             self._push(parent, f"{key}.{name}", cell)
         for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
             self._push(parent, f"{key}.__defaults__", default)
-        if is_library(module):
+        if user_code.is_library(module):
             return
-        self._add(FunctionNode(parent, key, value), 1)
+        self._add(nodes.FunctionNode(parent, key, value), 1)
         self.globals_of(code, value.__globals__, self._hops.get(id(value), 0))
 
     def globals_of(self, code: types.CodeType, table: dict[str, Any], hops: int = 0) -> None:
-        """Follow the globals that a function of the user's names.
-
-        Args:
-            code: Of the function.
-            table: Its globals.
-            hops: How many functions lead to it by their globals.
-        """
+        """Follow the globals that a function of the user's names."""
         if code in self.covered or hops > MAX_HOPS:
             return
-        self.covered.update(code_inside(code))
-        names = global_names(code)
+        self.covered.update(user_code.code_inside(code))
+        names = user_code.global_names(code)
         self._mention(names.mentioned)
         self._names(table, names.loaded | names.stored, hops)
-        if names_environment(names, table):
+        if user_code.names_environment(names, table):
             self._push(None, "os.environ", vars(os.environ)["_data"])
-        for module, attribute in module_attributes(names, table):
-            if is_library(module.__name__):
+        for module, attribute in user_code.module_attributes(names, table):
+            if user_code.is_library(module.__name__):
                 self._used.setdefault(module, set()).add(attribute)
             else:
                 self._names(vars(module), {attribute}, hops)
@@ -250,19 +202,18 @@ class StateWalk:
     def finish(self) -> None:
         """Remember what was named of libraries, which somebody may replace; it is not followed."""
         for module, names in self._used.items():
-            self._add(NamesNode(None, module.__name__, vars(module), tuple(sorted(names))), len(names))
+            self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))), len(names))
 
     def _names(self, table: dict[str, Any], names: set[str] | frozenset[str], hops: int) -> None:
         found = tuple(sorted(name for name in names if name in table or name not in _BUILTINS))
         if not found:
             return
-        node = NamesNode(None, str(table.get("__name__", "globals")), table, found)
+        node = nodes.NamesNode(None, str(table.get("__name__", "globals")), table, found)
         self._add(node, len(found))
-        for name, value in zip(found, node.state, strict=True):
+        for name, value in zip(*node.state, strict=True):
             if isinstance(value, types.FunctionType):
                 self._hops.setdefault(id(value), hops + 1)
-                self._push(node, node.end(name), value)
-            elif isinstance(value, type):
+            if isinstance(value, type):
                 self._class(value, follow=False)
             elif value is not MISSING:
                 self._push(node, node.end(name), value)
@@ -276,78 +227,64 @@ class StateWalk:
         if _is_machinery(module) and not isinstance(value, nn.Module):
             return
         if isinstance(value, threading.local):
-            local = ThreadLocalNode(parent, key, value)
-            self._add(local, len(local.state))
-            for name, item in local.state.items():
-                self._push(local, f".{name}", item)
+            self._follow(nodes.ThreadLocalNode(parent, key, value))
             return
         if array_state(value) is not None:
             self._array(ArrayNode(parent, key, value))
             if getattr(getattr(value, "dtype", None), "hasobject", False):
-                self._items(parent, key, value)
+                self._follow(nodes.ItemsNode(parent, key, value))
             return
         if isinstance(value, dict):
-            self._table(TableNode(parent, key, value))
-        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            self._follow(nodes.TableNode(parent, key, value))
+        elif isinstance(value, _SEQUENCES):
             self._items(parent, key, value)
         if isinstance(value, torch.jit.ScriptModule):
             settle(value)
-            self._script(parent, key, value)
+            node = nodes.ScriptNode(parent, key, value)
+            self._follow(node)
+            for name, child in value.named_children():
+                self._push(node, f".{name}", child)
         self._attributes(parent, key, value)
         hidden = hidden_state(value)
         if hidden is not None:
-            node = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(parent, key, value)
-            self._add(node, 1)
+            advances = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(
+                parent, key, value
+            )
+            self._add(advances, 1)
             for item in hidden[1]:
-                self._push(node, "", item)
-
-    def _script(self, parent: Node | None, key: str, value: torch.jit.ScriptModule) -> None:
-        node = ScriptNode(parent, key, value)
-        self._add(node, len(node.state))
-        for name, item in node.state.items():
-            self._push(node, name, item)
-        for name, child in value.named_children():
-            self._push(node, f".{name}", child)
+                self._push(advances, "", item)
 
     def _attributes(self, parent: Node | None, key: str, value: Any) -> None:
         kind = type(value)
         table = getattr(value, "__dict__", None)
         table = table if type(table) is dict else None
-        slots = slots_of(kind)
+        slots = nodes.slots_of(kind)
         if table is None and not slots:
             return
-        self._add(ObjectNode(parent, key, value), 1)
+        self._add(nodes.ObjectNode(parent, key, value), 1)
         if slots:
-            node = SlotsNode(parent, key, value, slots)
-            self._add(node, len(slots))
-            for (name, _), item in zip(slots, node.state, strict=True):
-                self._push(node, node.end(name), item)
+            self._follow(nodes.SlotsNode(parent, key, value, slots))
         if table is not None:
             # Seen under the object's own path, and once.
             self._seen.add(id(table))
-            self._table(AttributesNode(parent, key, table))
+            self._follow(nodes.AttributesNode(parent, key, table))
         for each in kind.__mro__:
             self._class(each, follow=True)
 
     def _class(self, kind: type, *, follow: bool) -> None:
-        """What a class of the user's defines, or a module of PyTorch's.
-
-        Args:
-            kind: The class.
-            follow: Whether its methods are followed too: those of the objects that were reached may run.
-        """
-        library = is_library(kind.__module__)
+        """What a class of the user's defines, or a module of PyTorch's; ``follow`` for one whose methods may run."""
+        library = user_code.is_library(kind.__module__)
         if library and not issubclass(kind, nn.Module):
             return
         if kind not in self._classes:
             self._classes.add(kind)
-            self._add(ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
+            self._add(nodes.ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
         if library or kind in self._followed:
             return
         if follow:
             self._followed.add(kind)
         for name, value in vars(kind).items():
-            function = function_of(value)
+            function = user_code.function_of(value)
             if follow and function is not None:
                 self._method(f"{kind.__qualname__}.{name}", name, function)
             elif function is None and not name.startswith("__") and name != "_abc_impl":
@@ -368,6 +305,7 @@ class StateWalk:
                 self._push(None, path, function)
 
     def _array(self, node: ArrayNode) -> None:
+        """Remember an array, if not too much of arrays is to be compared."""
         self._array_bytes += node.nbytes
         if self._array_bytes > MAX_ARRAY_BYTES:
             raise StateTooLarge(f"{node.path}: an array of {node.nbytes} bytes would be compared at every call")
@@ -375,7 +313,7 @@ class StateWalk:
 
     def _push(self, parent: Node | None, key: str, value: Any) -> None:
         if not is_plain(value):
-            self._stack.append((parent, key if parent is not None or key else "", value))
+            self._stack.append((parent, key, value))
 
     def _add(self, node: Node, entries: int) -> None:
         self.nodes.append(node)

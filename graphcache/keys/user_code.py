@@ -17,28 +17,20 @@ LIBRARIES = frozenset(
 
 
 class GlobalNames(NamedTuple):
-    """The globals that a code object names.
-
-    Args:
-        loaded: Names that are read.
-        stored: Names that are assigned or deleted.
-        attributes: For names that are read: the attributes taken from them at once, as in ``torch.nn.functional``.
-        mentioned: Every name in it, of attributes and methods too.
-    """
+    """The globals that a code object names."""
 
     loaded: frozenset[str]
+    """Names that are read."""
     stored: frozenset[str]
+    """Names that are assigned or deleted."""
     attributes: frozenset[tuple[str, ...]]
+    """For names that are read: the attributes taken from them at once, as in ``torch.nn.functional``."""
     mentioned: frozenset[str]
+    """Every name in it, of attributes and methods too."""
 
 
 def is_library(module_name: Any) -> bool:
-    """Whether code of a module is a library's, by the module's ``__name__``.
-
-    Example:
-        >>> is_library("torch.nn.modules.linear"), is_library("my_model.layers")
-        (True, False)
-    """
+    """Whether code of a module is a library's, by the module's ``__name__``."""
     if not isinstance(module_name, str):
         return True
     return module_name.partition(".")[0] in LIBRARIES
@@ -46,37 +38,26 @@ def is_library(module_name: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def global_names(code: types.CodeType) -> GlobalNames:
-    """The globals that a code object names, with those of the functions defined inside it.
-
-    Example:
-        >>> global_names((lambda: math.pi).__code__).attributes
-        frozenset({('math', 'pi')})
-    """
+    """The globals that a code object names, with those of the functions defined inside it."""
     loaded: set[str] = set()
     stored: set[str] = set()
     attributes: set[tuple[str, ...]] = set()
-    mentioned = set(code.co_names)
-    chain: tuple[str, ...] = ()
-    for instruction in dis.get_instructions(code):
-        name = instruction.opname
-        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
-            chain = (instruction.argval,)
-            loaded.add(instruction.argval)
-            continue
-        if name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
-            chain = (*chain, instruction.argval)
-            attributes.add(chain)
-            continue
-        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            stored.add(instruction.argval)
-        chain = ()
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner = global_names(constant)
-            loaded |= inner.loaded
-            stored |= inner.stored
-            attributes |= inner.attributes
-            mentioned |= inner.mentioned
+    mentioned: set[str] = set()
+    for each in code_inside(code):
+        mentioned.update(each.co_names)
+        chain: tuple[str, ...] = ()
+        for instruction in dis.get_instructions(each):
+            name = instruction.opname
+            if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+                chain = (instruction.argval,)
+                loaded.add(instruction.argval)
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+                chain = (*chain, instruction.argval)
+                attributes.add(chain)
+            else:
+                chain = ()
+            if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                stored.add(instruction.argval)
     return GlobalNames(frozenset(loaded), frozenset(stored), frozenset(attributes), frozenset(mentioned))
 
 
@@ -94,24 +75,14 @@ def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
 
 
 def names_environment(names: GlobalNames, table: dict[str, Any]) -> bool:
-    """Whether a function names what reads the environment of the process.
-
-    Args:
-        names: Of its code.
-        table: Its globals.
-    """
+    """Whether a function names what reads the environment of the process."""
     loaded = any(table.get(name) is reads for name in names.loaded for reads in (os.environ, os.getenv))
     attributes = module_attributes(names, table)
     return loaded or any(module is os and attribute in ("environ", "getenv") for module, attribute in attributes)
 
 
 def module_attributes(names: GlobalNames, table: dict[str, Any]) -> list[tuple[types.ModuleType, str]]:
-    """The attributes of modules that a function names, such as ``relu`` of ``torch.nn.functional``.
-
-    Args:
-        names: Of its code.
-        table: Its globals.
-    """
+    """The attributes of modules that a function names, such as ``relu`` of ``torch.nn.functional``."""
     found = []
     for first, *rest in names.attributes:
         value = table.get(first)
@@ -136,12 +107,7 @@ def _may_hold_state(value: Any) -> bool:
 
 
 def function_of(attribute: Any) -> types.FunctionType | None:
-    """The Python function behind an attribute of a class: a method, property, static method or cached property.
-
-    Example:
-        >>> function_of(property(lambda self: 1)).__name__, function_of([].append)
-        ('<lambda>', None)
-    """
+    """The Python function behind an attribute of a class: a method, property, static method or cached property."""
     if isinstance(attribute, (staticmethod, classmethod)):
         attribute = attribute.__func__
     elif isinstance(attribute, property):

@@ -1,16 +1,16 @@
-"""What is remembered of objects that hold values: tensors, arrays, generators, caches and TorchScript modules."""
+"""What is remembered of objects that hold values: tensors, arrays, generators and caches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from graphcache.keys.script_state import script_state
-from graphcache.keys.state_nodes import MISSING, Change, ItemsNode, Node, difference
-from graphcache.keys.values import array_state, hidden_state, is_generator_of_randomness, same
+from graphcache.keys.state_nodes import Change, Node
+from graphcache.keys.values import array_state, hidden_state, is_generator_of_randomness
 
+_Answer = TypeVar("_Answer")
 _PLACE = ("address", "shape", "strides", "dtype", "device", "requires_grad", "conjugation", "sign bit")
 
 
@@ -41,18 +41,12 @@ class TensorNode(Node):
         """Whether an operation wrote into the tensor or a view of it, or a gradient was accumulated."""
         return version_of(self.target) != self.version or gradient_of(self.target) is not self.gradient
 
-    def guard(self, native: Any) -> bool:
-        try:
-            native.add_tensor(self.target)
-        except TypeError:
-            return False
-        return True
+    def guard(self, native: Any) -> None:
+        native.add_tensor(self.target)
 
 
 class ArrayNode(Node):
     """A NumPy array or a buffer of Python's, with its contents."""
-
-    __slots__ = ()
 
     @property
     def nbytes(self) -> int:
@@ -62,27 +56,16 @@ class ArrayNode(Node):
     def read(self) -> Any:
         return array_state(self.target)
 
+    def differs(self) -> bool:
+        return bool(self.read() != self.state)
+
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
         if old != new:
             yield Change(self.path, "has other contents or another layout")
 
 
-class ObjectArrayNode(ItemsNode):
-    """The objects in a NumPy array."""
-
-    __slots__ = ()
-
-    def read(self) -> tuple[Any, ...]:
-        return tuple(self.target.ravel().tolist())
-
-    def guard(self, native: Any) -> bool:
-        return False
-
-
 class HiddenNode(Node):
     """An object that shows its state by no attribute, such as a generator; only the effects of a call compare it."""
-
-    __slots__ = ()
 
     guarded = False
 
@@ -102,58 +85,38 @@ class HiddenNode(Node):
 class CacheNode(HiddenNode):
     """A function with a cache. A graph does not call it: the next call has to fill a cache that was cleared."""
 
-    __slots__ = ()
-
     guarded = True
-
-
-class ScriptNode(Node):
-    """A TorchScript module: what C++ holds of it."""
-
-    __slots__ = ()
-
-    def read(self) -> dict[str, Any]:
-        return script_state(self.target)
-
-    def differs(self) -> bool:
-        now = self.read()
-        return now.keys() != self.state.keys() or not all(map(same, now.values(), self.state.values()))
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        for name in {**old, **new}:
-            if change := difference(old.get(name, MISSING), new.get(name, MISSING)):
-                yield Change(f"{self.path}{name}", change)
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's memory is and how it is read; the object itself where that cannot be told."""
-    try:
-        return (
-            tensor.data_ptr(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-            tensor.device,
-            tensor.requires_grad,
-            tensor.is_conj(),
-            tensor.is_neg(),
-        )
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        # Sparse tensors and uninitialised parameters have no address.
-        return (id(tensor),)
+    # Sparse tensors and uninitialised parameters have no address.
+    return _asked(_place, tensor) or (id(tensor),)
 
 
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was written in place; ``None`` where that is not counted, as of inference tensors."""
-    try:
-        return None if tensor.is_inference() else tensor._version
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        return None
+    return _asked(lambda each: None if each.is_inference() else each._version, tensor)
 
 
 def gradient_of(tensor: Tensor) -> Tensor | None:
     """The gradient of a leaf: accumulated, or assigned."""
+    return _asked(lambda each: each.grad if each.is_leaf else None, tensor)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor, for as long as the tensor lives; 0 for a tensor without any."""
+    return _asked(lambda each: int(each.untyped_storage()._cdata), tensor) or 0
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    layout = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
+    return (*layout, x.requires_grad, x.is_conj(), x.is_neg())
+
+
+def _asked(question: Callable[[Tensor], _Answer], tensor: Tensor) -> _Answer | None:
+    """What a tensor answers; ``None`` for one that cannot be asked."""
     try:
-        return tensor.grad if tensor.is_leaf else None
+        return question(tensor)
     except (RuntimeError, ValueError, NotImplementedError, TypeError):
         return None

@@ -19,6 +19,7 @@ import sys
 import types
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,48 +28,22 @@ from torch import Tensor
 from graphcache.errors import shown
 
 PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    torch.Size,
-    torch.device,
-    slice,
-    range,
-    pathlib.PurePath,
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
-    decimal.Decimal,
-    fractions.Fraction,
-    uuid.UUID,
+    *(bool, int, float, complex, str, bytes, slice, range),
+    *(torch.Size, torch.device),
+    *(datetime.date, datetime.time, datetime.timedelta),
+    *(decimal.Decimal, fractions.Fraction, pathlib.PurePath, uuid.UUID),
 )
 """Types that are compared by value: immutable, without references to other objects that could change."""
 
 ATOMS = frozenset(
     {
         *PLAIN,
-        type(None),
-        type(Ellipsis),
-        type(NotImplemented),
-        datetime.datetime,
-        pathlib.PosixPath,
-        pathlib.WindowsPath,
-        torch.dtype,
-        torch.layout,
-        torch.memory_format,
-        re.Pattern,
-        types.ModuleType,
-        types.CodeType,
-        types.GenericAlias,
-        types.UnionType,
-        types.MethodDescriptorType,
-        types.WrapperDescriptorType,
-        types.GetSetDescriptorType,
-        types.MemberDescriptorType,
-        property,
+        *(type(None), type(Ellipsis), type(NotImplemented), property, re.Pattern),
+        *(datetime.datetime, pathlib.PosixPath, pathlib.WindowsPath),
+        *(torch.dtype, torch.layout, torch.memory_format),
+        *(types.ModuleType, types.CodeType, types.GenericAlias, types.UnionType),
+        *(types.MethodDescriptorType, types.WrapperDescriptorType),
+        *(types.GetSetDescriptorType, types.MemberDescriptorType),
     }
 )
 """Exact types that hold nothing to be followed."""
@@ -112,16 +87,10 @@ class Unobservable(Exception):
 
 
 def hidden_state(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """The state of an object that shows it by no attribute, and the objects that it refers to.
+    """The state of an object that shows it by no attribute, and the objects that it refers to; ``None`` if it has none.
 
     Only what a call may *advance* is found here. It is no part of a guard, but for caches: a call that was seen not to
     advance a generator gives the same answer wherever the generator stands.
-
-    Returns:
-        A comparable state and the objects to follow; ``None`` for an object without such a state.
-
-    Raises:
-        Unobservable: If the object is an iterator whose position cannot be read.
     """
     for kinds, read in _READERS:
         if isinstance(value, kinds):
@@ -183,14 +152,12 @@ def _read_iterator(value: Any) -> tuple[Any, tuple[Any, ...]]:
     """The position of an iterator of Python's own, by its ``__reduce__``."""
     if isinstance(value, itertools.count):
         return repr(value), ()
-    try:
-        parts = value.__reduce__()
-    except Exception as error:
-        raise Unobservable(f"the position of a {type(value).__name__} cannot be read") from error
-    if not isinstance(parts, tuple):
-        raise Unobservable(f"the position of a {type(value).__name__} cannot be read")
-    flat = [item for part in parts[1:] for item in (part if isinstance(part, tuple) else (part,))]
-    return tuple(map(_plain_or_id, flat)), tuple(flat)
+    with suppress(Exception):
+        reduced = value.__reduce__()
+        if isinstance(reduced, tuple):
+            flat = [item for part in reduced[1:] for item in (part if isinstance(part, tuple) else (part,))]
+            return tuple(map(_plain_or_id, flat)), tuple(flat)
+    raise Unobservable(f"the position of a {type(value).__name__} cannot be read")
 
 
 def _plain_or_id(value: Any) -> Any:

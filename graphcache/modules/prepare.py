@@ -18,7 +18,7 @@ from graphcache.dispatch.preparing import Preparation, prepared_together, prepar
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
 from graphcache.features import features
-from graphcache.keys.call_key import Signature
+from graphcache.keys.call_key import CallKey
 from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, example
@@ -165,9 +165,9 @@ class _Work:
         self.problems: list[ManifestProblem] = []
         self.left_out = 0
 
-    def warm(self, jobs: Sequence[Job], step: Callable[[], None]) -> list[tuple[Job, Signature]]:
+    def warm(self, jobs: Sequence[Job], step: Callable[[], None]) -> list[tuple[Job, CallKey]]:
         """Run every call eagerly, once for each signature; those that ran, in the same order."""
-        found: dict[tuple[int, Signature], tuple[Job, Signature]] = {}
+        found: dict[tuple[int, CallKey], tuple[Job, CallKey]] = {}
         for job in jobs:
             step()
             if time.monotonic() > self._half:
@@ -191,9 +191,7 @@ class _Work:
                 torch.cuda.current_stream(device_of(state_of(target).module)).synchronize()
         return list(found.values())
 
-    def capture(
-        self, warm: Sequence[tuple[Job, Signature]], preparation: Preparation, step: Callable[[], None]
-    ) -> None:
+    def capture(self, warm: Sequence[tuple[Job, CallKey]], preparation: Preparation, step: Callable[[], None]) -> None:
         """Capture what ran, and note what cannot be captured."""
         label = ""
 
@@ -230,7 +228,7 @@ class _Work:
                 if cause is not None:
                     self.refused.append(Refused(label, cause))
 
-    def _run(self, job: Job, found: dict[tuple[int, Signature], Any]) -> Signature:
+    def _run(self, job: Job, found: dict[tuple[int, CallKey], Any]) -> CallKey:
         dispatcher = state_of(job.target).dispatcher
         call = dispatcher.target.describe(*job.call.make())
         if (id(job.target), call.key) not in found and call.key not in dispatcher.entries:

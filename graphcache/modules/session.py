@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.dispatch.fast_path import launcher
 
 
@@ -30,7 +30,7 @@ class Session:
         tensor([0., 3.])
     """
 
-    def __init__(self, recorded: Recorded) -> None:
+    def __init__(self, recorded: Recording) -> None:
         self._recorded = recorded
         static, outputs = recorded.graph.pin()
         self.inputs: Sequence[Tensor] = tuple(recorded.spread(static))

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphcache.cache.lru import GraphCache
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
@@ -52,7 +52,7 @@ class Wrapped:
         return self.dispatcher.config
 
     @property
-    def graphs(self) -> GraphCache[Recorded]:
+    def graphs(self) -> GraphCache[Recording]:
         """The graphs of the module as a whole."""
         return self.dispatcher.captures.graphs
 

@@ -11,7 +11,7 @@ import torch
 
 import graphcache
 from graphcache.capture import effects
-from graphcache.keys import code_nodes, state_nodes, state_walk, value_nodes
+from graphcache.keys import state_nodes, state_walk, value_nodes
 from tests.capture import actions, changing, places
 from tests.capture.actions import Action, Draw
 from tests.capture.programs import Drive, Program, Recipe
@@ -80,12 +80,19 @@ EFFECTS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "_written": (changing.rebinds_a_weight, ("attribute",)),
 }
 FOLLOWED: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "CellNode": (changing.counts, ("attribute", "closure")),
+    "ItemsNode": (changing.counts, ("attribute", "list")),
+    "TableNode": (changing.counts, ("attribute", "dict")),
+    "SlotsNode": (changing.counts, ("attribute", "slots")),
+    "ThreadLocalNode": (changing.counts, ("attribute", "thread local")),
+}
+"""Kinds of nodes whose places are followed."""
+STEPS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "_function": (changing.counts, ("attribute", "default argument")),
-    "_cell": (changing.counts, ("attribute", "closure")),
     "_array": (changing.counts, ("attribute", "NumPy array")),
     "_class": (changing.counts, ("attribute", "class")),
     "_items": (changing.counts, ("attribute", "list")),
-    "_table": (changing.counts, ("attribute", "dict")),
+    "_follow": (changing.counts, ("attribute", "dict")),
     "_object": (changing.counts, ("attribute", "object")),
 }
 """Steps of the walk."""
@@ -95,7 +102,7 @@ FOLLOWED: dict[str, tuple[Make, tuple[str, ...]]] = {
 def test_a_node_that_does_not_compare(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_wrong(*NODES[name])
     monkeypatch.setattr(
-        next(vars(each)[name] for each in (value_nodes, code_nodes, state_nodes) if name in vars(each)),
+        next(vars(each)[name] for each in (value_nodes, state_nodes) if name in vars(each)),
         "differs",
         never,
     )
@@ -110,7 +117,21 @@ def test_an_effect_that_is_not_looked_for(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_something_that_is_not_followed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_of_node_that_is_not_followed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = state_walk.StateWalk._follow
+    kind = getattr(state_nodes, name)
+
+    def follow(self: Any, node: Any) -> None:
+        if type(node) is not kind:
+            original(self, node)
+
     assert not is_wrong(*FOLLOWED[name])
-    monkeypatch.setattr(state_walk.StateWalk, name, nothing)
+    monkeypatch.setattr(state_walk.StateWalk, "_follow", follow)
     assert is_wrong(*FOLLOWED[name])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_the_walk_that_is_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_wrong(*STEPS[name])
+    monkeypatch.setattr(state_walk.StateWalk, name, nothing)
+    assert is_wrong(*STEPS[name])

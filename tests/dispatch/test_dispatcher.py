@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.cache.lru import Entry
-from graphcache.capture.recorder import Recorded
+from graphcache.capture.recording import Recording
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.dispatch.dispatcher import STALE
 from graphcache.errors import CaptureError, ClosedError, Reason
@@ -29,7 +29,7 @@ class Slow:
         self.cache = self.dispatcher.captures.graphs
         self.hits = 0
 
-    def hit(self, entry: Entry[Recorded], call: Call) -> Any:
+    def hit(self, entry: Entry[Recording], call: Call) -> Any:
         self.hits += 1
         return entry.graph.build(entry.graph.replay(call.tensors), call.tensors)
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import graphcache
 from graphcache import CachedModule, Reason
-from graphcache.capture.output_layout import Answer
+from graphcache.capture.output_layout import OutputLayout
 from graphcache.errors import Refusal
 from tests.helpers import Fn, frozen, outcomes, same, structures
 
@@ -243,18 +243,18 @@ def test_an_empty_tensor_is_handed_back_too():
 def test_layouts_tell_apart_what_a_graph_could_not_change():
     inputs = [X]
     values = [X * 2, [X * 2], (X * 2, 1), (X * 2, True), (X * 2, X), (X * 2, X[0]), X.double(), torch.zeros(3), None]
-    layouts = [Answer(value, inputs).layout for value in values]
+    layouts = [OutputLayout(value, inputs).layout for value in values]
     assert all((left == right) == (i == j) for i, left in enumerate(layouts) for j, right in enumerate(layouts))
 
 
 def test_a_view_that_reads_an_input_as_another_dtype_is_refused():
     with pytest.raises(Refusal, match="reinterprets the memory of an input") as refused:
-        Answer(X.view(torch.int32), [X])
+        OutputLayout(X.view(torch.int32), [X])
     assert refused.value.cause.reason is Reason.ALIASES_STATE
 
 
 def test_a_builder_uses_the_inputs_of_its_own_call():
-    build = Answer((X[0], X * 2, 5), [X]).builder()
+    build = OutputLayout((X[0], X * 2, 5), [X]).builder()
     other, made = X + 1, X * 3
     view, fresh, plain = build([made], [other])
     assert view.data_ptr() == other.data_ptr()

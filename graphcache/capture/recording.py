@@ -1,7 +1,4 @@
-"""From a call to a verified graph that repeats it: the transaction of a capture.
-
-Either everything is made and handed over, or nothing is left and a cause says why. The caller is answered both ways.
-"""
+"""What a capture makes of a call: a verified graph that repeats it, and how the graph's outputs become the answer."""
 
 from __future__ import annotations
 
@@ -18,31 +15,23 @@ from graphcache.graphs.graph import Graph
 from graphcache.keys.call import Call
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
+"""Makes the answer of a graph's outputs and the caller's inputs."""
 
 
-class Recorded:
+class Recording:
     """A graph, and how its outputs become the module's answer.
 
     Args:
         graph: The graph.
-        build: Makes the answer of the graph's outputs and the caller's inputs.
+        build: Makes the answer.
         whole: Whether the answer's leaves are the graph's outputs, all of them and in their order.
         bare: Whether the answer is the graph's only output itself.
         places: For each tensor of the call, which input of the graph it is; ``None`` if each is an input of its own.
     """
 
     __slots__ = (
-        "_first",
-        "_places",
-        "bare",
-        "build",
-        "graph",
-        "has_fast_path",
-        "nbytes",
-        "replay",
-        "trace",
-        "version",
-        "whole",
+        *("_first", "_places", "bare", "build", "graph", "has_fast_path"),
+        *("nbytes", "replay", "trace", "version", "whole"),
     )
 
     def __init__(
@@ -82,16 +71,12 @@ class Recorded:
 
         self.replay, self.has_fast_path = in_inference_mode, False
 
-    def _replay_distinct(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        return self.graph.replay(self.distinct(inputs), out)
-
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""
         self.graph.close(wait=wait)
 
-
-def nothing() -> None:
-    """Begins without asking for anything."""
+    def _replay_distinct(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
+        return self.graph.replay(self.distinct(inputs), out)
 
 
 class Sharing(enum.Enum):
@@ -105,6 +90,10 @@ class Sharing(enum.Enum):
     """No memory, so that nobody waits for the capture nor for a launch."""
 
 
+def nothing() -> None:
+    """Begins without asking for anything."""
+
+
 class Recorder(Protocol):
     """Makes graphs of one module's calls."""
 
@@ -114,9 +103,9 @@ class Recorder(Protocol):
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
-        known: Recorded | None = None,
-    ) -> tuple[Any, Recorded | Cause]:
-        """Answer a call, and capture it if that can be done.
+        known: Recording | None = None,
+    ) -> tuple[Any, Recording | Cause]:
+        """Answer a call eagerly, and capture it; the second item is the graph, or says why there is none.
 
         Args:
             call: The call.
@@ -124,17 +113,10 @@ class Recorder(Protocol):
             begin: Called when the arguments are known to be right, before anything is allocated for the graph; it may
                 raise a :class:`~graphcache.errors.Refusal`.
             known: A graph of the same key, from before something changed: it is kept if the call did the very same.
-
-        Returns:
-            The eager answer, and either the graph or why there is none.
         """
 
     def release(self, *, wait: bool = True) -> None:
-        """Give back what the graphs shared; they were closed before.
-
-        Args:
-            wait: Wait for the last replays, so that what closing put off is given back too.
-        """
+        """Give back what the graphs shared, which were closed before; wait for the last replays first."""
 
     @property
     def shared_nbytes(self) -> int:
