@@ -15,7 +15,7 @@ from graphcache.errors import shown
 from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, varied
-from graphcache.modules.key_view import views_of
+from graphcache.modules.explain import views_of
 from graphcache.modules.prepare import Chosen, Job, ManifestProblem
 from graphcache.modules.transparent import StandIn
 from graphcache.modules.wrapped import state_of
