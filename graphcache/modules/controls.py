@@ -10,11 +10,7 @@ from graphcache.modules.transparent import StandIn, Yielding
 
 
 class Controls:
-    """The public names of :class:`~graphcache.modules.cached_module.CachedModule`, none of them hidden by the module's.
-
-    Args:
-        fast: The wrapped module.
-    """
+    """The public names of :class:`CachedModule`, none of them hidden by the module's."""
 
     __slots__ = ("_fast",)
 
@@ -41,14 +37,10 @@ class Controls:
 def controls(fast: StandIn) -> Controls:
     """What graphcache adds to a wrapped module: ``cache_info``, ``config``, ``clear``, ``save`` and so on.
 
-    Each of these is also an attribute of the wrapped module, unless the module itself has an attribute of that name,
-    which wins there.
+    Each of these is also an attribute of the wrapped module, unless the module has an attribute of that name itself.
 
     Args:
         fast: What :func:`graphcache.wrap` returned.
-
-    Returns:
-        An object with the public methods and properties of :class:`CachedModule`.
 
     Raises:
         ConfigError: For anything else.

@@ -47,36 +47,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Example:
-    """A call that can be made, as often as it is needed.
-
-    Args:
-        label: What messages call it.
-        nbytes: Bytes of its tensors.
-        make: Gives its arguments; what it makes of shapes, it makes anew each time.
-    """
+    """A call that can be made, as often as it is needed."""
 
     label: str
+    """What messages call it."""
     nbytes: int
+    """Bytes of its tensors."""
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    """Gives its arguments; what it makes of shapes, it makes anew each time."""
 
 
 def example(given: Any, module: nn.Module) -> Example:
-    """A call from what was given for it.
-
-    Args:
-        given: A :class:`Call`, a tuple of positional arguments, or one tensor. For an engine also the shape of its
-            only input, a shape or tensor for each input in a sequence, or some by name; inputs of fixed shape may be
-            left out. What stands for a host shape tensor are its values.
-        module: What will be called.
-
-    Raises:
-        ConfigError: For anything else.
-        InputError: One of its kinds, for shapes that the engine cannot take.
-
-    Example:
-        >>> example((torch.zeros(2, 3), 5), nn.Identity()).label
-        'float32[2, 3]'
-    """
+    """A call of a module, or what :meth:`CachedModule.prepare` takes for one; by name, fixed shapes may be left out."""
     if is_a(given, Call):
         return _of_arguments(tuple(given.args), dict(given.kwargs))
     if is_a(given, Tensor):
@@ -98,8 +80,7 @@ def example(given: Any, module: nn.Module) -> Example:
 def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give floating tensors values that differ from one another, always the same ones.
 
-    A graph that reads its inputs in the wrong places would pass a comparison on zeros. Integers stay zero, which is
-    hardly ever an invalid index.
+    A graph that reads its inputs in the wrong places would pass a comparison on zeros. Integers stay valid indices.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():

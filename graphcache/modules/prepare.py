@@ -29,17 +29,14 @@ from graphcache.modules.wrapped import state_of
 
 @dataclass(frozen=True, slots=True)
 class ManifestProblem:
-    """Why a manifest, or an entry of one, was ignored.
-
-    Args:
-        path: Of the file.
-        field: Where in it; empty for the file as a whole.
-        text: What was seen there and what was expected.
-    """
+    """Why a manifest, or an entry of one, was ignored."""
 
     path: str
+    """Of the file."""
     field: str
+    """Where in it; empty for the file as a whole."""
     text: str
+    """What was seen there and what was expected."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.field}: {self.text}" if self.field else f"{self.path}: {self.text}"
@@ -47,21 +44,17 @@ class ManifestProblem:
 
 @dataclass(frozen=True)
 class Job:
-    """One call to prepare.
-
-    Args:
-        target: The wrapped module, or a part of it.
-        call: The call.
-        modes: Makes a context in which it is prepared.
-        measured: What it was measured to take in another process, in seconds.
-        path: Of the manifest that lists it; empty for a call that was given.
-    """
+    """One call to prepare."""
 
     target: StandIn
+    """The wrapped module, or a part of it."""
     call: Example
     modes: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Makes a context in which it is prepared."""
     measured: dict[str, float] | None = None
+    """What it took in another process, in seconds."""
     path: str = ""
+    """Of the manifest that lists it; empty for a call that was given."""
 
 
 class Chosen(NamedTuple):
@@ -84,9 +77,9 @@ class Prepared:
     """What a preparation gave.
 
     Args:
-        signatures: How many signatures have a graph now, of the module and of its parts.
-        seconds: What it took, in seconds.
-        nbytes: Memory that these graphs own, in bytes.
+        signatures: How many call keys have a graph now, of the module and of its parts.
+        seconds: What it took.
+        nbytes: Memory that these graphs own.
         refused: Calls without a graph, with the causes.
         left_out: Calls that were not tried, for lack of time or of room in the budget.
         problems: What was wrong with a manifest, and was ignored.
