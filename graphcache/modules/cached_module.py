@@ -61,9 +61,6 @@ class CachedModule(StandIn):
     _graphcache_table: Any
     """The native table that answers calls, if there is one. Native code finds it by this name."""
 
-    keeps_its_own_state = True
-    """Counters and caches here are no state of the module's, when one wrapped module contains another."""
-
     def __init__(
         self,
         module: nn.Module,
@@ -383,7 +380,7 @@ class CachedModule(StandIn):
         memo[id(self)] = copied = again(copy.deepcopy(state.module, memo), state.config, state.name)
         return copied
 
-    def _calling(self) -> AbstractContextManager[object]:
+    def _graphcache_context(self) -> AbstractContextManager[object]:
         """While a method of the module runs, calls of the module and of its submodules use their graphs."""
         state = self._graphcache
         if state.dispatcher.closed or isinstance(state.module, EngineLike) or is_compiling():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def bar(title: str, steps: int, wanted: bool | None = None) -> Iterator[Callable[[], None]]:
     """Draws how many of some steps are done while a block runs, if stderr is a terminal and a bar is wanted.
 
-    Gives a function to call after each step. The bar is drawn then alone: a thread that draws would run beside captures.
+    Gives a function to call after each step. It is drawn by these: a thread that draws would run beside captures.
     """
     if wanted is False or not steps or not sys.stderr.isatty():
         yield lambda: None
