@@ -136,7 +136,7 @@ class Wrapped:
 
 
 def state_of(fast: nn.Module) -> Wrapped:
-    """What graphcache keeps for a :class:`~graphcache.modules.cached_module.CachedModule`."""
+    """What graphcache keeps for a :class:`CachedModule`."""
     found: Wrapped = fast.__dict__["_graphcache"]
     return found
 
@@ -160,17 +160,7 @@ def new_dispatcher(
     user: object,
     publish: Callable[[Any], object],
 ) -> Dispatcher:
-    """The dispatcher of a module.
-
-    Args:
-        module: The module.
-        config: Options.
-        run: What a call calls; the module itself if ``None``.
-        ledger: Hears of captures, evictions and eager calls.
-        gate: Keeps background captures and callers apart.
-        user: Who holds the graphs; an engine tells it before it does what no graph may survive.
-        publish: Takes the native table of the module.
-    """
+    """The dispatcher of a module, or of ``run`` in its place, for ``user``, who holds the graphs."""
     target: Target
     if isinstance(module, EngineLike):
         target = EngineTarget(module, run or module, config, user)
