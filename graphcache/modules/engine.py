@@ -294,7 +294,7 @@ class EngineModule(EngineSettings):
 
     def close(self) -> None:
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
-        if "engine" not in self.__dict__:
+        if not self.holds_engine:
             return
         # Without the lane's lock, under which no event may be delivered.
         cached, self._cached = self._cached, None
@@ -308,10 +308,12 @@ class EngineModule(EngineSettings):
                 self.engine.close()
 
     def extra_repr(self) -> str:
-        if "engine" not in self.__dict__:
+        if not self.holds_engine:
             return "empty"
-        inputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.inputs)
-        outputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.outputs)
+        inputs, outputs = (
+            ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in bindings)
+            for bindings in (self.engine.inputs, self.engine.outputs)
+        )
         return f"{self.name}, ({inputs}) -> ({outputs})"
 
     def with_graphs(self) -> Any:

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from graphcache.cache.lru import GraphCache
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recorder import Recorded
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
@@ -35,30 +33,16 @@ class Wrapped:
     def __init__(self, dispatcher: Dispatcher, submodules: Any) -> None:
         self.dispatcher = dispatcher
         self.submodules = submodules
+        self.name = dispatcher.ledger.name
+        """The name in messages."""
+        self.module = dispatcher.target.module
+        self.config = dispatcher.config
+        self.graphs = dispatcher.captures.graphs
+        """The graphs of the module as a whole."""
         self.ends: list[Callable[[], object]] = []
         """Called after the module was closed."""
         self.manifest: Any = None
         """The calls that the package it was loaded from lists."""
-
-    @property
-    def name(self) -> str:
-        """What messages call the module."""
-        return self.dispatcher.ledger.name
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that was wrapped."""
-        return self.dispatcher.target.module
-
-    @property
-    def config(self) -> GraphConfig:
-        """The options."""
-        return self.dispatcher.config
-
-    @property
-    def graphs(self) -> GraphCache[Recorded]:
-        """The graphs of the module as a whole."""
-        return self.dispatcher.captures.graphs
 
     def parts(self) -> list[Wrapped]:
         """What is captured one by one now, without parts of parts."""
