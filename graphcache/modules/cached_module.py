@@ -50,8 +50,8 @@ class CachedModule(StandIn):
         ConfigError: If ``module`` is not a module, is wrapped already, or has nothing for the strategy to capture.
 
     Example:
-        >>> import torch
-        >>> fast = CachedModule(nn.Linear(4, 2).requires_grad_(False))
+        >>> import torch, graphcache
+        >>> fast = graphcache.wrap(torch.nn.Linear(4, 2).requires_grad_(False))
         >>> x = torch.ones(3, 4)
         >>> torch.equal(fast(x), fast(x)), fast.cache_info().hits
         (True, 1)
@@ -142,8 +142,8 @@ class CachedModule(StandIn):
             Exception: As :meth:`forward`.
 
         Example:
-            >>> import torch
-            >>> fast, y = CachedModule(nn.ReLU()), torch.empty(2)
+            >>> import torch, graphcache
+            >>> fast, y = graphcache.wrap(torch.nn.ReLU()), torch.empty(2)
             >>> fast.forward_into(y, torch.tensor([-1.0, 3.0]))
             tensor([0., 3.])
         """
@@ -223,8 +223,8 @@ class CachedModule(StandIn):
             Exception: Whatever the module raises for a call that was given. Nothing was captured then.
 
         Example:
-            >>> import torch
-            >>> fast = CachedModule(nn.ReLU(), GraphConfig(capture="prepared"))
+            >>> import torch, graphcache
+            >>> fast = graphcache.wrap(torch.nn.ReLU(), capture="prepared")
             >>> fast.prepare((torch.zeros(2),), (torch.zeros(3),)).signatures
             2
         """
@@ -311,8 +311,8 @@ class CachedModule(StandIn):
             ConfigError: Naming the field, or if no shape of the argument was seen.
 
         Example:
-            >>> import graphcache, torch
-            >>> fast = graphcache.wrap(nn.ReLU())
+            >>> import torch, graphcache
+            >>> fast = graphcache.wrap(torch.nn.ReLU())
             >>> for rows in (1, 2, 7, 8, 8):
             ...     _ = fast(torch.zeros(rows, 4))
             >>> fast.advise_buckets(most=2).option()

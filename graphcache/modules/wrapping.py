@@ -30,7 +30,7 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
 
     Example:
         >>> import torch, graphcache
-        >>> fast = graphcache.wrap(nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
+        >>> fast = graphcache.wrap(torch.nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
         >>> fast(torch.zeros(1, 4)).shape
         torch.Size([1, 2])
     """
