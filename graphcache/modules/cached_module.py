@@ -22,17 +22,17 @@ from graphcache.events import Ledger, Observer, Observers, Subscriber, log
 from graphcache.features import features
 from graphcache.graphs.graph import Graph
 from graphcache.modules.explain import Explanation, explain
-from graphcache.modules.forward_patch import Routes, has_hooks
+from graphcache.modules.forward_patch import ForwardPatches, has_hooks
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session
-from graphcache.modules.submodules import Parts
-from graphcache.modules.transparent import StandIn, gives_way
+from graphcache.modules.submodules import Submodules
+from graphcache.modules.transparent import TransparentModule, overridable
 from graphcache.modules.wrapped import Shared, Wrapped, name_of, new_dispatcher, state_of
 
 
-@gives_way
-class CachedModule(StandIn):
+@overridable
+class CachedModule(TransparentModule):
     """A module that replays a CUDA graph (on the CPU: a host graph) for each call key.
 
     Parameters, ``state_dict`` and all other attributes are the module's own, which is left as it was; an attribute that
@@ -100,7 +100,7 @@ class CachedModule(StandIn):
             user=self,
             publish=publish,
         )
-        dispatcher.submodules = submodules = Parts(module, config, part)
+        dispatcher.submodules = submodules = Submodules(module, config, part)
         if config.buckets is not None:
             dispatcher.padding = features.padding(config.buckets, dispatcher)
         own["_graphcache"] = Wrapped(dispatcher, submodules)
@@ -385,7 +385,7 @@ class CachedModule(StandIn):
         state = self._graphcache
         if state.dispatcher.closed or isinstance(state.module, EngineLike) or is_compiling():
             return nullcontext()
-        return Routes(lambda: (self, *state.submodules.active())).active()
+        return ForwardPatches(lambda: (self, *state.submodules.active())).active()
 
 
 def again(module: Any, config: Any, name: str) -> CachedModule:

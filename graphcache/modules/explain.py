@@ -12,7 +12,7 @@ from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
 Outcome = Literal["hit", "capture", "eager"]
@@ -166,7 +166,7 @@ class Explanation:
         }
 
 
-def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
+def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation:
     """Say what becomes of a call, or of all calls so far.
 
     With arguments it says what the next such call would do, under the modes of this moment; the module is not run.
@@ -191,7 +191,7 @@ def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
         >>> call.outcome, call.differs
         ('capture', ('`input` dim 1: 77 → 78',))
     """
-    if not isinstance(module, StandIn):
+    if not isinstance(module, TransparentModule):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
     state_of(module).dispatcher.check_open()
     control = controls(module)
@@ -206,7 +206,7 @@ def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(control.ledger.name, tuple(found), control.cache_info(), parts)
 
 
-def views_of(fast: StandIn, keys: list[Hashable] | None = None) -> list[KeyView]:
+def views_of(fast: TransparentModule, keys: list[Hashable] | None = None) -> list[KeyView]:
     """What is known of some keys of a wrapped module, or of all that are remembered."""
     captures, names = state_of(fast).dispatcher.captures, arguments_of(state_of(fast).module)
     entries, seen = captures.graphs.entries, captures.seen
@@ -243,7 +243,9 @@ def views_of(fast: StandIn, keys: list[Hashable] | None = None) -> list[KeyView]
     return found
 
 
-def _of_call(module: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[CallSpec]) -> Explained:
+def _of_call(
+    module: TransparentModule, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[CallSpec]
+) -> Explained:
     """What the next call with these arguments would do."""
     dispatcher = state_of(module).dispatcher
     try:

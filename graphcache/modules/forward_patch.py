@@ -12,21 +12,21 @@ from typing import Any
 from torch import nn
 
 from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, is_compiling
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
-_NAMES = ("forward", "__getstate__")
-"""What stands in a module's ``__dict__`` while calls are under way."""
+_PATCHED = ("forward", "__getstate__")
+"""What is patched in a module's ``__dict__`` while calls are under way."""
 
 
-class _Standing:
-    """A value in a module's ``__dict__`` while calls are under way. A copy or a pickle holds what it stands for."""
+class _Patch:
+    """A value in a module's ``__dict__`` while calls are under way. A copy or a pickle holds what it replaces."""
 
     __slots__ = ("module", "own")
 
     name: str
     stands_in = True
-    """Snapshots of the module's state see what it stands for, which is ``own``."""
+    """Snapshots of the module's state see ``own`` in its place."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -42,8 +42,8 @@ class _Standing:
         return (_given, (self.own[self.name],)) if self.own else (getattr, (self.module, self.name))
 
 
-class Route(_Standing):
-    """Stands in the place of a module's ``forward`` while calls are under way that have it as a part."""
+class ForwardPatch(_Patch):
+    """Replaces a module's ``forward`` while calls are under way that have it as a part."""
 
     __slots__ = ("original", "parts")
     name = "forward"
@@ -52,7 +52,7 @@ class Route(_Standing):
         super().__init__(module)
         # Whatever the user has put there is what the part runs, and is put back afterwards.
         self.original: Callable[..., Any] = module.forward
-        self.parts: dict[Routes | None, StandIn] = {}
+        self.parts: dict[ForwardPatches | None, TransparentModule] = {}
         """Who has it as a part: a module may be one of several wrapped ones, or stand in two places of one."""
 
     def __getattr__(self, name: str) -> Any:
@@ -77,8 +77,8 @@ class Route(_Standing):
             _active.reset(token)
 
 
-class State(_Standing):
-    """Stands in the place of a module's ``__getstate__`` beside a route: what is copied and pickled has neither."""
+class StatePatch(_Patch):
+    """Replaces a module's ``__getstate__`` beside a :class:`ForwardPatch`: what is copied and pickled has neither."""
 
     __slots__ = ()
     name = "__getstate__"
@@ -86,25 +86,25 @@ class State(_Standing):
     def __call__(self) -> Any:
         state = self.own[self.name]() if self.own else type(self.module).__getstate__(self.module)  # type: ignore[no-untyped-call]
         # A tuple is that of a class with slots.
-        return tuple(map(_unrouted, state)) if type(state) is tuple else _unrouted(state)
+        return tuple(map(_unpatched, state)) if type(state) is tuple else _unpatched(state)
 
 
-def _unrouted(state: Any) -> Any:
+def _unpatched(state: Any) -> Any:
     """The attributes of a module as they are at rest; anything else as it is."""
     if type(state) is not dict:
         return state
-    # Copied in one step: other threads lay and remove routes meanwhile.
+    # Copied in one step: other threads patch meanwhile.
     found = state.copy()
     _restore(found)
     return found
 
 
 def _restore(attributes: dict[str, Any]) -> None:
-    """Put back what the user had in the place of routes."""
-    for name in _NAMES:
-        if isinstance(standing := attributes.get(name), _Standing):
+    """Put back what the user had in the place of patches."""
+    for name in _PATCHED:
+        if isinstance(patch := attributes.get(name), _Patch):
             del attributes[name]
-            attributes.update(standing.own)
+            attributes.update(patch.own)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -117,7 +117,7 @@ def _given(value: Any) -> Any:
     return value
 
 
-class Routes:
+class ForwardPatches:
     """While active, calls of the parts go through their graphs; outside, and in other threads, nothing has changed.
 
     A part keeps its place, its name and its hooks: only the ``forward`` that its ``__call__`` finds is another one, for
@@ -127,9 +127,9 @@ class Routes:
         parts: Gives the wrapped parts as they are now.
     """
 
-    def __init__(self, parts: Callable[[], tuple[StandIn, ...]]) -> None:
+    def __init__(self, parts: Callable[[], tuple[TransparentModule, ...]]) -> None:
         self._parts = parts
-        self._installed: dict[StandIn, None] = {}
+        self._installed: dict[TransparentModule, None] = {}
         self._calls = 0
 
     @contextmanager
@@ -156,28 +156,28 @@ class Routes:
                     while self._installed:
                         self._remove(self._installed.popitem()[0])
 
-    def _install(self, part: StandIn) -> None:
+    def _install(self, part: TransparentModule) -> None:
         """Lead calls of a part to its graphs."""
         module = state_of(part).module
-        route = vars(module).get("forward")
-        if not isinstance(route, Route):
-            route = Route(module)
-            vars(module).update(__getstate__=State(module), forward=route)
+        patch = vars(module).get("forward")
+        if not isinstance(patch, ForwardPatch):
+            patch = ForwardPatch(module)
+            vars(module).update(__getstate__=StatePatch(module), forward=patch)
         if state_of(part).dispatcher.target.run is not module:
-            state_of(part).run_from_now(route.original)
-        route.parts[self] = part
+            state_of(part).run_from_now(patch.original)
+        patch.parts[self] = part
         self._installed[part] = None
 
-    def _remove(self, part: StandIn) -> None:
+    def _remove(self, part: TransparentModule) -> None:
         """Undo :meth:`_install`; the last one to leave puts everything back."""
         attributes = vars(state_of(part).module)
-        route = attributes.get("forward")
-        if isinstance(route, Route):
-            route.parts.pop(self, None)
-            if not route.parts:
+        patch = attributes.get("forward")
+        if isinstance(patch, ForwardPatch):
+            patch.parts.pop(self, None)
+            if not patch.parts:
                 _restore(attributes)
 
 
-_active: ContextVar[Routes | None] = ContextVar("graphcache_routes", default=None)
+_active: ContextVar[ForwardPatches | None] = ContextVar("graphcache_forward_patches", default=None)
 _lock = threading.Lock()
-"""Held while routes are laid or taken away: those of several wrapped modules may lead through the same part."""
+"""Held while modules are patched: several wrapped modules may have the same part."""

@@ -11,7 +11,7 @@ from torch import nn
 from graphcache.capture.engine_like import EngineLike, is_foreign
 from graphcache.engines.registry import traced_engines
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 
 
 def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True) -> ModuleGuard:
@@ -34,4 +34,8 @@ def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hook
 
 def keeps_its_own_state(value: Any) -> bool:
     """Whether what a call changes in an object is no state that a replay would leave out (engines, wrapped modules)."""
-    return isinstance(value, StandIn) or bool(getattr(type(value), "keeps_its_own_state", False)) or is_foreign(value)
+    return (
+        isinstance(value, TransparentModule)
+        or bool(getattr(type(value), "keeps_its_own_state", False))
+        or is_foreign(value)
+    )

@@ -23,7 +23,7 @@ from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, example
 from graphcache.modules.progress import bar
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
 
@@ -46,7 +46,7 @@ class ManifestProblem:
 class Job:
     """One call to prepare."""
 
-    target: StandIn
+    target: TransparentModule
     """The wrapped module, or a part of it."""
     call: Example
     modes: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -109,7 +109,7 @@ class Prepared:
 
 
 def prepare(
-    fast: StandIn, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
+    fast: TransparentModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
 ) -> Prepared:
     """What :meth:`CachedModule.prepare` does."""
     start, name = time.monotonic(), state_of(fast).name
@@ -141,7 +141,7 @@ def prepare(
 class _Work:
     """The two phases, and what is noted on the way."""
 
-    def __init__(self, fast: StandIn, deadline: float | None, start: float) -> None:
+    def __init__(self, fast: TransparentModule, deadline: float | None, start: float) -> None:
         self._fast = fast
         self._deadline = math.inf if deadline is None else start + deadline
         # What is warm and never captured was in vain.

@@ -17,12 +17,12 @@ from torch import nn
 from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, ConfigError, Reason
-from graphcache.modules.forward_patch import Routes
+from graphcache.modules.forward_patch import ForwardPatches
 from graphcache.modules.info import CacheInfo
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
-Make = Callable[[str, nn.Module, GraphConfig], StandIn]
+Make = Callable[[str, nn.Module, GraphConfig], TransparentModule]
 
 _DIVISIBLE = frozenset(
     {
@@ -44,7 +44,7 @@ _DIVISIBLE = frozenset(
 """What one submodule may be to blame for, so that others can be captured without it."""
 
 
-class Parts:
+class Submodules:
     """The submodules of one module that are captured one by one, its parts.
 
     With ``strategy="auto"`` and no ``include`` there are none until the whole is refused for something that a single
@@ -70,29 +70,29 @@ class Parts:
         # Candidates hold nothing that is excluded.
         self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
-        self._here = {name: make(name, part, self._options(fixed, name)) for name, part in named.items()}
+        self._parts = {name: make(name, part, self._options(fixed, name)) for name, part in named.items()}
         self.past: CacheInfo | None = None
         """The account of parts that stand in the module no more."""
-        self._active = tuple(self._here.values())
+        self._active = tuple(self._parts.values())
         self._found = False
         self.whole = isinstance(module, EngineLike) or (config.strategy != "per_submodule" and not self.excluded)
         """Whether the module is to be captured as a whole."""
-        self._routes = Routes(self.active)
+        self._patches = ForwardPatches(self.active)
         if not self.whole:
             self.find()
 
     def in_use(self) -> AbstractContextManager[object]:
         """Inside, calls of the parts use their graphs."""
-        return self._routes.active()
+        return self._patches.active()
 
-    def active(self) -> tuple[StandIn, ...]:
+    def active(self) -> tuple[TransparentModule, ...]:
         """The parts that stand in the module now, without parts of parts."""
         return self._active
 
-    def named(self) -> dict[str, StandIn]:
+    def named(self) -> dict[str, TransparentModule]:
         """The parts, and parts of parts, by their names within the module."""
         found = {}
-        for name, part in self._here.items():
+        for name, part in self._parts.items():
             found[name] = part
             found.update({f"{name}.{inner}": each for inner, each in state_of(part).submodules.named().items()})
         return found
@@ -121,14 +121,14 @@ class Parts:
         with self._lock:
             if self._found:
                 return
-            here: dict[str, StandIn] = {}
+            here: dict[str, TransparentModule] = {}
             for name, child in _candidates(self._module, self.excluded).items():
-                known = self._here.get(name)
+                known = self._parts.get(name)
                 if known is None or state_of(known).module is not child:
                     known = self._make(name, child, self._options(self._own, name))
                 here[name] = known
-            gone = [part for name, part in self._here.items() if here.get(name) is not part]
-            self._here, self._active, self._found = here, tuple(here.values()), True
+            gone = [part for name, part in self._parts.items() if here.get(name) is not part]
+            self._parts, self._active, self._found = here, tuple(here.values()), True
         for part in gone:
             # Not closed: a call in another thread may be on its way through it.
             state_of(part).clear(wait=False)
@@ -141,7 +141,7 @@ class Parts:
         if name not in dict(self._module.named_modules()) or not name:
             return
         self.find()
-        for own, part in self._here.items():
+        for own, part in self._parts.items():
             if name.startswith(f"{own}."):
                 state_of(part).submodules.reach(name[len(own) + 1 :])
 
@@ -230,7 +230,7 @@ def _candidates(module: nn.Module, excluded: Collection[str] = ()) -> dict[str, 
         for key, child in parent.named_children():
             name = f"{prefix}{key}"
             # One that stands in several places is found once.
-            if id(child) in seen or isinstance(child, StandIn) or name in excluded:
+            if id(child) in seen or isinstance(child, TransparentModule) or name in excluded:
                 continue
             seen.add(id(child))
             if _is_closed(child):

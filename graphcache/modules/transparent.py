@@ -1,4 +1,4 @@
-"""A module that stands for another one, under its names."""
+"""A module with the attributes of another one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Self, TypeVar
 
 from torch import nn
 
-_S = TypeVar("_S", bound="type[StandIn]")
+_S = TypeVar("_S", bound="type[TransparentModule]")
 _KEPT = frozenset({"forward", "forward_into", "load_state_dict", "state_dict", "train", "training"})
-"""Public names that do not give way: they do what the other module's do, or are called at every hit."""
+"""Public names that are not overridden: they do what the other module's do, or are called at every hit."""
 _SPECIAL = ("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__")
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -21,10 +21,10 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 def _table(name: str) -> property:
     """A table of the other module, also after that module has replaced it."""
 
-    def get(self: StandIn) -> Any:
+    def get(self: TransparentModule) -> Any:
         return getattr(self._graphcache_module, name)
 
-    def ignore(self: StandIn, value: Any) -> None:
+    def ignore(self: TransparentModule, value: Any) -> None:
         """``nn.Module.__init__`` sets tables of its own."""
 
     return property(get, ignore)
@@ -35,7 +35,7 @@ def is_training(module: nn.Module) -> bool:
     return bool(getattr(module, "training", False))
 
 
-class StandIn(nn.Module):
+class TransparentModule(nn.Module):
     """Parameters, buffers, submodules, ``state_dict``, training flag and attributes are those of the other module.
 
     There is no level in between: ``named_modules()`` gives the names that the other module gives. What is set or
@@ -95,7 +95,7 @@ class StandIn(nn.Module):
         """An attribute of the other module; its methods run as :meth:`_graphcache_context` says."""
         module = self._graphcache_module
         value = getattr(module, name)
-        return Method(self, value) if isinstance(value, MethodType) and value.__self__ is module else value
+        return ModuleMethod(self, value) if isinstance(value, MethodType) and value.__self__ is module else value
 
     def _graphcache_context(self) -> AbstractContextManager[object]:
         """What a method of the other module that is reached through this one runs inside."""
@@ -137,7 +137,7 @@ class StandIn(nn.Module):
 
 @cache
 def _with_special(kind: Any, names: tuple[str, ...]) -> Any:
-    """A class of stand-ins for modules whose class has some special methods, which Python looks up there alone."""
+    """A transparent class for modules whose class has some special methods, which Python looks up there alone."""
 
     def forwarded(name: str) -> Callable[..., Any]:
         return lambda self, *args: getattr(self._graphcache_module, name)(*args)
@@ -146,19 +146,19 @@ def _with_special(kind: Any, names: tuple[str, ...]) -> Any:
     return type(kind.__name__, (kind,), {**own, **{name: forwarded(name) for name in names}}) if names else kind
 
 
-class Method:
-    """A method of a module that was reached through its stand-in, and returns that in the place of the module."""
+class ModuleMethod:
+    """A method of a module that is reached through a transparent one, which it returns in the place of the module."""
 
-    def __init__(self, standin: StandIn, method: MethodType) -> None:
-        self._standin = standin
+    def __init__(self, transparent: TransparentModule, method: MethodType) -> None:
+        self._transparent = transparent
         self._method = method
         self.__wrapped__ = method
         self.__doc__ = method.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._standin._graphcache_context():
+        with self._transparent._graphcache_context():
             answer = self._method(*args, **kwargs)
-        return self._standin if answer is self._method.__self__ else answer
+        return self._transparent if answer is self._method.__self__ else answer
 
     def __getattr__(self, name: str) -> Any:
         if name == "_method":
@@ -166,7 +166,7 @@ class Method:
         return getattr(self._method, name)
 
     def __eq__(self, other: object) -> bool:
-        return self._method == (other._method if isinstance(other, Method) else other)
+        return self._method == (other._method if isinstance(other, ModuleMethod) else other)
 
     def __hash__(self) -> int:
         return hash(self._method)
@@ -175,11 +175,11 @@ class Method:
         return repr(self._method)
 
     def __reduce__(self) -> Any:
-        return getattr, (self._standin, self._method.__name__)
+        return getattr, (self._transparent, self._method.__name__)
 
 
-class Yielding:
-    """A function or property of a stand-in that gives way where the other module has an attribute of that name."""
+class Overridable:
+    """A function or property of a transparent module; an attribute of that name of the other module overrides it."""
 
     def __init__(self, name: str, value: Any) -> None:
         self.value = value
@@ -187,7 +187,7 @@ class Yielding:
         self._inherited = hasattr(nn.Module, name)
         self.__doc__ = value.__doc__
 
-    def __get__(self, instance: StandIn | None, owner: type[StandIn]) -> Any:
+    def __get__(self, instance: TransparentModule | None, owner: type[TransparentModule]) -> Any:
         if instance is None:
             return self.value.__get__(None, owner)
         module = instance._graphcache_module
@@ -201,13 +201,13 @@ class Yielding:
         return self.value.__get__(instance, owner)
 
 
-def gives_way(kind: _S) -> _S:
-    """Let the public names of a class of stand-ins, and those of ``nn.Module``, give way to the other module's own."""
+def overridable(kind: _S) -> _S:
+    """Let the other module override the public names of a transparent class, and those of ``nn.Module``."""
     names = {name for each in kind.__mro__ if each is not object for name in vars(each)}
     for name in sorted(names - _KEPT):
         value = getattr_static(kind, name)
         if not name.startswith("_") and (isinstance(value, property) or isfunction(value)):
-            setattr(kind, name, Yielding(name, value))
+            setattr(kind, name, Overridable(name, value))
     return kind
 
 

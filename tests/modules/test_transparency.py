@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, GraphConfig, controls
 from graphcache.errors import ConfigError
-from graphcache.modules.forward_patch import Route, State
+from graphcache.modules.forward_patch import ForwardPatch, StatePatch
 from graphcache.observe.counters import Counters
 from tests.helpers import Fn, frozen, mlp, outcomes
 
@@ -359,8 +359,8 @@ def test_a_part_whose_forward_the_user_set_is_copied_with_it() -> None:
 def test_a_route_that_a_copy_meets_is_the_copys_own_forward() -> None:
     # Of a thread that had looked for __getstate__ when another one laid the route.
     part = frozen(nn.Linear(4, 4))
-    route = Route(part)
-    state = {**vars(part), "forward": route, "__getstate__": State(part)}
+    route = ForwardPatch(part)
+    state = {**vars(part), "forward": route, "__getstate__": StatePatch(part)}
     again = copy.deepcopy(part, {})
     memo = {id(part): again}
     assert copy.deepcopy(route, memo) == again.forward
@@ -368,5 +368,5 @@ def test_a_route_that_a_copy_meets_is_the_copys_own_forward() -> None:
     loaded, forward = pickle.loads(pickle.dumps((part, route)))
     assert forward == loaded.forward
     part.forward = torch.relu
-    assert copy.deepcopy(Route(part)) is torch.relu
-    assert pickle.loads(pickle.dumps(Route(part))) is torch.relu
+    assert copy.deepcopy(ForwardPatch(part)) is torch.relu
+    assert pickle.loads(pickle.dumps(ForwardPatch(part))) is torch.relu
