@@ -79,7 +79,7 @@ class Submodules:
         """Whether the module is to be captured as a whole."""
         self._patches = ForwardPatches(self.active)
         if not self.whole:
-            self.find()
+            self.discover()
 
     def in_use(self) -> AbstractContextManager[object]:
         """Inside, calls of the parts use their graphs."""
@@ -100,7 +100,7 @@ class Submodules:
     def divide(self, cause: Cause) -> bool:
         """Find the parts if a call was refused for what one of them may be to blame for; whether there are any."""
         if cause.reason in _DIVISIBLE or (cause.reason is Reason.GRAD and self._has_engines()):
-            self.find()
+            self.discover()
         return bool(self._active)
 
     def _options(self, config: GraphConfig, name: str) -> GraphConfig:
@@ -114,7 +114,7 @@ class Submodules:
         """Whether there are engines to find, which record no gradients in any case."""
         return self._finds and any(isinstance(each, EngineLike) for each in self._module.modules())
 
-    def find(self) -> None:
+    def discover(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
         if not self._finds or self._found:
             return
@@ -136,20 +136,20 @@ class Submodules:
             with self._lock:
                 self.past = account if self.past is None else self.past + account
 
-    def reach(self, name: str) -> None:
+    def expand_to(self, name: str) -> None:
         """Find the parts on the way to a submodule; a name that is none does nothing."""
         if name not in dict(self._module.named_modules()) or not name:
             return
-        self.find()
+        self.discover()
         for own, part in self._parts.items():
             if name.startswith(f"{own}."):
-                state_of(part).submodules.reach(name[len(own) + 1 :])
+                state_of(part).submodules.expand_to(name[len(own) + 1 :])
 
     def look_again(self) -> None:
         """Find the parts anew when they are needed next: the module has changed."""
         self._found = False
         if not self.whole:
-            self.find()
+            self.discover()
 
 
 def _within(path: str, prefix: str) -> list[str]:

@@ -108,7 +108,7 @@ def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, se
     problems = list(manifest.problems)
     for part in {entry.part for entry in manifest.entries}:
         # What was found in another process because the whole was refused there.
-        state_of(fast).submodules.reach(part)
+        state_of(fast).submodules.expand_to(part)
     targets = _targets(fast)
     by_part: dict[str, list[ManifestEntry]] = {}
     for index, entry in enumerate(manifest.entries):
