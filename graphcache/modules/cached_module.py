@@ -28,7 +28,7 @@ from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session
 from graphcache.modules.submodules import Submodules
 from graphcache.modules.transparent import TransparentModule, overridable
-from graphcache.modules.wrapped import Shared, Wrapped, name_of, new_dispatcher, state_of
+from graphcache.modules.wrapped import PartContext, Wrapped, name_of, new_dispatcher, state_of
 
 
 @overridable
@@ -67,7 +67,7 @@ class CachedModule(TransparentModule):
         config: GraphConfig | None = None,
         *,
         name: str = "",
-        part_of: Shared | None = None,
+        part_of: PartContext | None = None,
     ) -> None:
         if isinstance(module, CachedModule):
             raise ConfigError(f"{state_of(module).name} is wrapped already; use it as it is, or wrap its .module")
@@ -76,7 +76,7 @@ class CachedModule(TransparentModule):
             raise ConfigError(f"expected an nn.Module, got {kind}; graphcache.load makes one of an engine")
         super().__init__(module)
         config, own_name = config or GraphConfig(), name or name_of(module)
-        shared = part_of or Shared(Observers(), RunGate(module))
+        shared = part_of or PartContext(Observers(), RunGate(module))
         is_found = part_of is not None and config.strategy == "auto"
         # Past nn.Module's __setattr__, which would make submodules of modules.
         own, this = self.__dict__, weakref.ref(self)

@@ -20,7 +20,7 @@ from graphcache.modules.info import CacheInfo
 from graphcache.modules.module_guards import module_guard
 
 
-class Shared(NamedTuple):
+class PartContext(NamedTuple):
     """What a wrapped module and the submodules of it that are captured one by one have in common."""
 
     observers: Observers
