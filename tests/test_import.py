@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import graphcache
-from graphcache.modules.transparent import Yielding
+from graphcache.modules.transparent import Overridable
 
 PACKAGE = Path(graphcache.__file__).parent
 FORBIDDEN = (
@@ -91,7 +91,10 @@ def members():
                 if base.__module__.startswith("graphcache"):
                     # Most names give way to those of the module that is wrapped.
                     own.update(
-                        {each: kept.value if isinstance(kept, Yielding) else kept for each, kept in vars(base).items()}
+                        {
+                            each: kept.value if isinstance(kept, Overridable) else kept
+                            for each, kept in vars(base).items()
+                        }
                     )
             for member, found in own.items():
                 if not member.startswith("_") and (inspect.isfunction(found) or isinstance(found, property)):

@@ -45,8 +45,7 @@ from graphcache.graphs import cpu_tape
 from graphcache.graphs import verify as judge
 from graphcache.keys import call as key_of_call
 from graphcache.keys import call_key, guards, state_nodes, value_nodes
-from graphcache.modules import forward_patch as routes
-from graphcache.modules import wrapped
+from graphcache.modules import forward_patch, wrapped
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -1147,7 +1146,7 @@ CURES: dict[str, Cure] = {
     ),
     # parts
     "at rest a part is what it was": Cure(
-        replace(routes.Routes, "_remove", nothing),
+        replace(forward_patch.ForwardPatches, "_remove", nothing),
         _a_part_is_left_patched,
         STRATEGY + "test_at_rest_the_parts_are_what_they_were_even_after_an_exception",
     ),

@@ -6,26 +6,22 @@ from inspect import getattr_static
 from typing import Any
 
 from graphcache.errors import ConfigError
-from graphcache.modules.transparent import StandIn, Yielding
+from graphcache.modules.transparent import Overridable, TransparentModule
 
 
 class Controls:
-    """The public names of :class:`~graphcache.modules.cached_module.CachedModule`, none of them hidden by the module's.
-
-    Args:
-        fast: The wrapped module.
-    """
+    """The public names of :class:`CachedModule`, none of them hidden by the module's."""
 
     __slots__ = ("_fast",)
 
-    def __init__(self, fast: StandIn) -> None:
+    def __init__(self, fast: TransparentModule) -> None:
         self._fast = fast
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         value = getattr_static(type(self._fast), name, None)
-        if isinstance(value, Yielding):
+        if isinstance(value, Overridable):
             value = value.value
         if value is None:
             raise AttributeError(f"graphcache has nothing that is called {name!r} for a wrapped module")
@@ -38,17 +34,13 @@ class Controls:
         return f"controls({self._fast!r})"
 
 
-def controls(fast: StandIn) -> Controls:
+def controls(fast: TransparentModule) -> Controls:
     """What graphcache adds to a wrapped module: ``cache_info``, ``config``, ``clear``, ``save`` and so on.
 
-    Each of these is also an attribute of the wrapped module, unless the module itself has an attribute of that name,
-    which wins there.
+    Each of these is also an attribute of the wrapped module, unless the module has an attribute of that name itself.
 
     Args:
         fast: What :func:`graphcache.wrap` returned.
-
-    Returns:
-        An object with the public methods and properties of :class:`CachedModule`.
 
     Raises:
         ConfigError: For anything else.
@@ -63,6 +55,6 @@ def controls(fast: StandIn) -> Controls:
         >>> fast.config["width"], graphcache.controls(fast).config.max_graphs
         (4, 8)
     """
-    if not isinstance(fast, StandIn):
+    if not isinstance(fast, TransparentModule):
         raise ConfigError(f"expected a wrapped module, got {type(fast).__name__}; graphcache.wrap makes one")
     return Controls(fast)

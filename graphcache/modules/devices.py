@@ -9,12 +9,7 @@ from graphcache.modules.engine import EngineModule
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's calls run: an engine's device, that of the first parameter or buffer, else CUDA if there is one.
-
-    Example:
-        >>> device_of(nn.Linear(2, 3))
-        device(type='cpu')
-    """
+    """Where a module's calls run: an engine's device, that of a parameter or buffer, or CUDA if there is one."""
     for each in module.modules():
         if isinstance(each, EngineModule):
             return torch.device(each.device)

@@ -17,14 +17,7 @@ from graphcache.engines.context import Context
 from graphcache.engines.library import join_messages
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
-from graphcache.errors import (
-    Cause,
-    ConfigError,
-    EngineError,
-    EngineFormatError,
-    InputCountError,
-    Reason,
-)
+from graphcache.errors import Cause, ConfigError, EngineError, EngineFormatError, InputCountError, Reason
 from graphcache.events import GraphsAlone, Observer, Observers, Span, check_observer
 from graphcache.features import features
 from graphcache.graphs.operations import is_unwatched
@@ -44,25 +37,21 @@ class EngineModule(EngineSettings):
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
     captured once and replayed from then on.
 
-    Nothing is cast, and no tensor is moved to another device unless multi-device safe mode is on. Inputs may be 0-d,
-    empty and non-contiguous. A host shape tensor may lie on the CPU, where it costs nothing, or on the device, where
-    reading it waits for the stream. Outputs are fresh tensors of the caller's; they never require gradients. Calls from
-    several threads follow one another.
-
-    Its ``state_dict`` holds the engine. A copy, and a pickle in another process, is a module of its own with the engine
-    deserialised again; a deep copy shares the bytes.
+    Nothing is cast, and no tensor is moved to another device unless multi-device safe mode is on. Reading a host shape
+    tensor that lies on the device waits for the stream. Outputs are fresh tensors of the caller's; they never require
+    gradients. Calls from several threads follow one another. ``state_dict``, copies and pickles hold the engine, which
+    they deserialise again; a deep copy shares the bytes.
 
     Args:
         serialized_engine: The engine file's bytes; ``None`` for a module that is empty until ``load_state_dict``.
         input_binding_names: Inputs in the order of a call; ``None`` for the engine's own order.
         output_binding_names: Outputs in the order of the answer; ``None`` for the engine's own order.
         name: What messages call it.
-        settings: Kept as an attribute for code that reads it, as Torch-TensorRT's modules do; not looked at.
-        weight_name_map: Kept as an attribute, for refitting.
+        settings: Kept as an attribute for code that reads it, as Torch-TensorRT's modules do; not used.
+        weight_name_map: Names of weights for :meth:`refit`, as Torch-TensorRT has them.
         requires_output_allocator: Whether some output's shape depends on the data, so that TensorRT allocates it.
-        keep_kernels: Keep the kernels that TensorRT-RTX compiles for new shapes in this user's cache folder, so that
-            later processes take them from there. They are written when the module is closed, by :meth:`save_kernels`,
-            or when the process ends.
+        keep_kernels: Keep the kernels that TensorRT-RTX compiles for new shapes in this user's cache folder, for later
+            processes. They are written by :meth:`close`, :meth:`save_kernels`, or when the process ends.
 
     Raises:
         EngineError: One of its kinds, for bytes that are no engine of this machine.
@@ -120,11 +109,10 @@ class EngineModule(EngineSettings):
 
         Args:
             weights: By the engine's own names, or by those that ``weight_name_map`` gives for them (such as the names
-                in a ``state_dict``); further names that it does not give are not looked at. Of the number of elements
-                and the dtype that the engine was built with. They may be changed again once this returns.
+                in a ``state_dict``); further names are ignored. Of the number of elements and the dtype that the engine
+                was built with. They may be changed again once this returns.
             wait: Wait until the new weights are in place. Otherwise they are put in place in the order of the caller's
-                stream, and later calls on any stream follow. Work on another stream is waited for in any case, which
-                TensorRT demands (``IRefitter::refitCudaEngineAsync``).
+                stream, and later calls on any stream follow; only work on another stream is waited for.
 
         Raises:
             ConfigError: For anything but a mapping.
@@ -137,12 +125,12 @@ class EngineModule(EngineSettings):
                 f"{self.name}: weights are of type {type(weights).__name__}; expected a mapping of names to tensors"
             )
         mapped = by_engine_names(weights, self.weight_name_map)
-        for user in list(self.users):
-            controls(user).clear(wait=wait)
+        self._drop_graphs(wait=wait)
         with self.lane.lock, torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
             direct = not wait and caller.cuda_stream != 0
             stream = caller if direct else own_stream(self.device.index, "side")
+            # TensorRT demands it, see IRefitter::refitCudaEngineAsync.
             if self.lane.stream != stream.cuda_stream:
                 self.lane.wait()
             # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
@@ -159,10 +147,7 @@ class EngineModule(EngineSettings):
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell an observer of the engine's eager runs, and of its own graphs under ``set_cudagraphs_mode(True)``.
 
-        Graphs of a wrapped module are told by that module, see :meth:`CachedModule.observe`.
-
-        Returns:
-            A function that ends it.
+        Returns a function that ends it. For graphs of a wrapped module see :meth:`CachedModule.observe`.
 
         Raises:
             ConfigError: For an object without ``before`` and ``after``.
@@ -193,11 +178,7 @@ class EngineModule(EngineSettings):
         return None
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """Inputs in the order of the bindings, from positional and keyword arguments.
-
-        Raises:
-            InputCountError: For a name the engine does not have, one given twice, or one missing.
-        """
+        """Inputs in the order of the bindings, from positional and keyword arguments."""
         if not kwargs:
             return list(args)
         names = self.input_binding_names
@@ -214,12 +195,7 @@ class EngineModule(EngineSettings):
         return [*args, *(kwargs[name] for name in names[len(args) :])]
 
     def checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], int]:
-        """Inputs that the engine can take, and the profile that fits them.
-
-        Raises:
-            InputError: One of its kinds, for the first input that is wrong.
-            ClosedError: If the engine was closed.
-        """
+        """Inputs that the engine can take, and the profile that fits them; an ``InputError`` for one that is wrong."""
         self.check_open()
         if modes.get().multi_device_safe:
             inputs = self.moved(inputs)
@@ -248,11 +224,7 @@ class EngineModule(EngineSettings):
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the engine.
-
-        Args:
-            args: Inputs in the order of ``input_binding_names``.
-            kwargs: Further inputs by name.
+        """Run the engine on inputs in the order of ``input_binding_names``, or by name.
 
         Returns:
             The output, or a tuple of the outputs if there are several.
@@ -322,7 +294,7 @@ class EngineModule(EngineSettings):
 
     def close(self) -> None:
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
-        if "engine" not in self.__dict__:
+        if not self.holds_engine:
             return
         # Without the lane's lock, under which no event may be delivered.
         cached, self._cached = self._cached, None
@@ -336,10 +308,12 @@ class EngineModule(EngineSettings):
                 self.engine.close()
 
     def extra_repr(self) -> str:
-        if "engine" not in self.__dict__:
+        if not self.holds_engine:
             return "empty"
-        inputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.inputs)
-        outputs = ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in self.engine.outputs)
+        inputs, outputs = (
+            ", ".join(f"{b.name}: {b.dtype} {list(b.shape)}" for b in bindings)
+            for bindings in (self.engine.inputs, self.engine.outputs)
+        )
         return f"{self.name}, ({inputs}) -> ({outputs})"
 
     def with_graphs(self) -> Any:

@@ -23,21 +23,16 @@ _MAX_PLANS = 1024
 
 
 class EngineCall(NamedTuple):
-    """One eager call.
-
-    Args:
-        inputs: Checked, or of a layout that has a plan.
-        profile: The optimisation profile that fits them.
-        layout: Their layout; ``None`` if it is not to be remembered.
-        plan: The plan of the layout, if it ran before.
-        allocator: Whether TensorRT allocates all outputs.
-    """
+    """One eager call."""
 
     inputs: Sequence[Tensor]
+    """Checked, or of a layout that has a plan."""
     profile: int
     layout: Layout | None = None
+    """The layout of the inputs; ``None`` if it is not to be remembered."""
     plan: LayoutPlan | None = None
     allocator: bool = False
+    """Whether TensorRT allocates all outputs."""
 
 
 class EngineRunner:
@@ -71,12 +66,7 @@ class EngineRunner:
             self.preallocated = PreallocatedOutputs()
 
     def find(self, inputs: Sequence[Any], chosen: int | None) -> tuple[Layout | None, LayoutPlan | None]:
-        """The layout of inputs, and its plan if it ran before; ``None`` for inputs of a kind that has no plan.
-
-        Args:
-            inputs: As the caller gave them, not checked.
-            chosen: The optimisation profile that the caller chose, if any.
-        """
+        """The layout of unchecked inputs, and its plan if it ran before; ``None`` for inputs that have no plan."""
         # The active profile is preferred if several fit.
         found: list[object] = [chosen, self.context.profile if self.context is not None else 0]
         try:
@@ -95,11 +85,7 @@ class EngineRunner:
         return layout, self._plans.get(layout)
 
     def run(self, call: EngineCall) -> list[Tensor]:
-        """Run the engine on the current stream; the outputs are the caller's.
-
-        Raises:
-            EngineExecutionError: If TensorRT refuses to run.
-        """
+        """Run the engine on the current stream; the outputs are the caller's."""
         lane = self._lane
         with lane.lock:
             stream = torch._C._cuda_getCurrentRawStream(lane.index)
@@ -162,9 +148,10 @@ class EngineRunner:
         assert plan is not None
         outputs = self.preallocated.take(plan.output_shapes, stream) if self.preallocated is not None else None
         if outputs is None:
-            outputs = []
-            for binding, shape in zip(engine.outputs, plan.output_shapes, strict=True):
-                outputs.append(torch.empty(shape, dtype=binding.dtype, device=engine.device))
+            outputs = [
+                torch.empty(shape, dtype=binding.dtype, device=engine.device)
+                for binding, shape in zip(engine.outputs, plan.output_shapes, strict=True)
+            ]
         context.run(plan, call.inputs, outputs, stream)
         if self.preallocated is not None:
             self.preallocated.make(outputs, stream)

@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
-import threading
 from typing import Any, Literal
-from weakref import WeakSet
 
 from graphcache.config import Specialization
-from graphcache.engines.context import ContextPool
-from graphcache.engines.engine import Engine
 from graphcache.engines.kernel_cache import RuntimeCache
-from graphcache.engines.registry import alive
 from graphcache.errors import ClosedError, ConfigError, shown
-from graphcache.events import Observers
-from graphcache.graphs.stream_order import StreamOrder
-from graphcache.modules.controls import controls
-from graphcache.modules.engine_runner import EngineRunner, PreallocatedOutputs
+from graphcache.modules.engine_runner import PreallocatedOutputs
 from graphcache.modules.engine_state import EngineBase
 
 
 class EngineSettings(EngineBase):
-    """The state of an engine's module, and everything that may be set on it.
+    """What may be set on an engine's module. A setting takes effect with the next call; graphs of before are stale."""
 
-    A setting concerns one engine and takes effect with its next call. One that a graph depends on makes the engine's
-    graphs stale.
-    """
-
-    input_binding_names: list[str]
-    output_binding_names: list[str]
-    requires_output_allocator: bool
     _use_output_allocator: bool
     _unowned = False
-
-    def _begin(self) -> None:
-        """Set up what belongs to this process, and is no part of a copy."""
-        self._runner = EngineRunner()
-        # Wrapped modules that may hold graphs, and so contexts, of this engine.
-        self.users: WeakSet[Any] = WeakSet()
-        # Goes up whenever a captured graph of this engine would no longer do what a call does.
-        self.epoch = 0
-        self._cached: Any = None
-        self._observers: Observers | None = None
-        self._making_cache = threading.Lock()
-        self._refitted = False
-        self._runtime: tuple[Specialization | None, RuntimeCache | None] = (None, None)
-        self.identity = secrets.token_hex(16)
-        """By which programs that were traced in this process find the module."""
-        alive[self.identity] = self
-
-    def _attach(self, engine: Engine) -> None:
-        """Take an engine."""
-        self.engine = engine
-        self.name = engine.name
-        self.input_binding_names = [binding.name for binding in engine.inputs]
-        self.output_binding_names = [binding.name for binding in engine.outputs]
-        self.host_inputs = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
-        self.contexts = ContextPool(engine)
-        """Contexts for graphs; eager calls have one of their own."""
-        self._refitted = False
-        if "lane" not in self.__dict__:
-            self.device = engine.device
-            self.lane = StreamOrder(self.device.index)
-        self._runner.attach(engine, self.lane)
 
     def set_optimization_profile(self, profile: int | Literal["auto"] | None) -> None:
         """Use one optimisation profile for every call, or (``None``, ``"auto"``) whichever fits, the current one first.
@@ -77,11 +30,7 @@ class EngineSettings(EngineBase):
         self._profile = profile
 
     def set_use_output_allocator(self, enable: bool) -> bool:
-        """Let TensorRT allocate the outputs of every call, even those whose shape is known beforehand.
-
-        Returns:
-            What was set before.
-        """
+        """Let TensorRT allocate the outputs of every call, or no longer; return what was set before."""
         before, self._use_output_allocator = self._use_output_allocator, bool(enable)
         self.epoch += before != self._use_output_allocator
         return before
@@ -118,14 +67,13 @@ class EngineSettings(EngineBase):
             budget_bytes: 0 to :meth:`get_streamable_device_memory_budget`.
 
         Returns:
-            The budget that is set now, in bytes.
+            The budget that TensorRT set, in bytes.
 
         Raises:
             ConfigError: If the engine streams no weights, or for a budget outside that range.
             EngineError: If a session or a capture of the caller's still uses the engine. The budget is unchanged.
         """
-        for user in list(self.users):
-            controls(user).clear()
+        self._drop_graphs()
         with self.lane.lock:
             self.lane.release(self._drop_contexts)
             self.engine.set_weight_budget(budget_bytes)
@@ -165,10 +113,7 @@ class EngineSettings(EngineBase):
         """Make the outputs of the next eager call at the end of each one, while the device works.
 
         They are used by a call on the same stream whose outputs have the same shapes. No two calls return the same
-        memory. Replays do not need it.
-
-        Returns:
-            What was set before.
+        memory. Replays do not need it. Returns what was set before.
         """
         before = self.use_pre_allocated_outputs
         self._runner.preallocated = PreallocatedOutputs() if _bool("enable", enable) else None
@@ -204,8 +149,7 @@ class EngineSettings(EngineBase):
         """
         self.check_open()
         if self._runtime != (specialization, kernels):
-            for user in list(self.users):
-                controls(user).clear()
+            self._drop_graphs()
             with self.lane.lock:
                 self.lane.release(self._drop_contexts)
                 self.engine.configure(specialization, kernels)
@@ -218,18 +162,9 @@ class EngineSettings(EngineBase):
         return self._runtime
 
     def check_open(self) -> None:
-        """Raise if the engine was closed.
-
-        Raises:
-            ClosedError: Then.
-        """
+        """Raise a ``ClosedError`` if the engine was closed."""
         if self.engine.closed:
             raise ClosedError(f"{self.name} was closed; load it again")
-
-    def _drop_contexts(self) -> None:
-        """Drop the contexts that no graph uses."""
-        self._runner.drop()
-        self.contexts.clear()
 
     def _set_profiler(self, profiler: Any) -> None:
         """Exchange the profiler. It cannot be taken off a context."""
@@ -240,7 +175,7 @@ class EngineSettings(EngineBase):
 
 
 def _bool(name: str, value: object) -> bool:
-    """A truth value, or a ``ConfigError``."""
+    """The value, if it is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={shown(value)}: expected True or False")
     return value

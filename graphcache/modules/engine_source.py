@@ -19,23 +19,16 @@ _EXTERNAL_DATA = b"\x0a\x08location\x12"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What an engine was built from, to build it again elsewhere.
-
-    Args:
-        onnx: The model, without external data.
-        options: Keyword arguments of ``graphcache.build``, as JSON has them.
-    """
+    """What an engine was built from, to build it again elsewhere."""
 
     onnx: bytes
+    """The model, without external data."""
     options: Mapping[str, Any]
+    """Keyword arguments of ``graphcache.build``, as JSON has them."""
 
     @classmethod
     def of(cls, onnx: Any, options: Any) -> Source:
-        """A source from what :meth:`EngineModule.save` was given.
-
-        Raises:
-            ConfigError: For what is no ONNX model or no option.
-        """
+        """A source from what :meth:`EngineModule.save` was given, checked."""
         if is_a(onnx, str, os.PathLike):
             try:
                 onnx = Path(onnx).read_bytes()

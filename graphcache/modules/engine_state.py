@@ -1,24 +1,34 @@
-"""What of an engine's module outlives its process: in a ``state_dict``, in copies, in pickles."""
+"""The part of an engine's module that holds the engine, and carries it into a ``state_dict``, copies and pickles."""
 
 from __future__ import annotations
 
 import copy
 import ctypes
 import os
+import secrets
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from graphcache.capture.engine_like import EngineLike
+from graphcache.config import Specialization
+from graphcache.engines.context import ContextPool
 from graphcache.engines.engine import Engine
+from graphcache.engines.kernel_cache import RuntimeCache
+from graphcache.engines.registry import alive
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, shown
+from graphcache.events import Observers
 from graphcache.features import features
 from graphcache.fields import FieldError, read_fields
+from graphcache.graphs.stream_order import StreamOrder
 from graphcache.modules.controls import controls
+from graphcache.modules.engine_runner import EngineRunner
 from graphcache.modules.engine_source import Source
 
 _WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
@@ -39,39 +49,23 @@ _OF_THIS_PROCESS = _WITH_AN_ENGINE | {
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EngineState:
-    """One engine's module as plain data.
-
-    Args:
-        engine: The engine file's bytes, as a ``uint8`` tensor on the CPU.
-        inputs: Inputs in the order of a call.
-        outputs: Outputs in the order of the answer.
-        name: The name in messages.
-        requires_output_allocator: Whether TensorRT allocates the outputs.
-        profile: The optimisation profile that was chosen, if any.
-        output_shapes: How shapes of outputs follow from those of inputs, as
-            :class:`~graphcache.engines.output_shapes.OutputShapes` writes it; empty where that is not known.
-    """
+    """One engine's module as plain data."""
 
     engine: Tensor
+    """The engine file's bytes, as a ``uint8`` tensor on the CPU."""
     inputs: list[str]
     outputs: list[str]
     name: str
     requires_output_allocator: bool
     profile: int | None
+    """The optimisation profile that was chosen, if any."""
     output_shapes: str
+    """What :class:`~graphcache.engines.output_shapes.OutputShapes` writes; empty where that is not known."""
     version: Literal[1] = 1
 
     @classmethod
     def of(cls, state: Any, label: str) -> EngineState:
-        """The state that a ``state_dict`` holds, checked.
-
-        Args:
-            state: What :meth:`tree` gave.
-            label: What messages call the module that it is for.
-
-        Raises:
-            EngineFormatError: Naming the field that is missing or not what it should be.
-        """
+        """The state that a ``state_dict`` holds, or an ``EngineFormatError`` with the field that is wrong."""
         try:
             found = read_fields(cls, state)
             return replace(found, engine=_flat_bytes(found.engine))
@@ -88,7 +82,7 @@ class EngineState:
 
 
 class EngineBase(EngineLike):
-    """The part of an engine's module that holds the engine, and carries it into states, copies and pickles.
+    """A module that holds an engine.
 
     The bytes are kept as one ``uint8`` tensor on the CPU: a ``state_dict`` and an exported program refer to it, so that
     saving a module needs no second copy of its engine. No parameter and no buffer: ``.to()`` and ``.half()`` leave it.
@@ -100,20 +94,46 @@ class EngineBase(EngineLike):
     keep_kernels: bool
     source: Source | None
     _bytes: Tensor
-    _refitted: bool
     _profile: int | None
 
     def _begin(self) -> None:
         """Set everything that is of this process, which no copy has."""
-        raise NotImplementedError
+        self._runner = EngineRunner()
+        self.users: WeakSet[Any] = WeakSet()
+        self.epoch = 0
+        self._cached: Any = None
+        self._observers: Observers | None = None
+        self._making_cache = threading.Lock()
+        self._refitted = False
+        self._runtime: tuple[Specialization | None, RuntimeCache | None] = (None, None)
+        self.identity = secrets.token_hex(16)
+        """By which programs that were traced in this process find the module."""
+        alive[self.identity] = self
 
     def _attach(self, engine: Engine) -> None:
         """Take an engine, where there is none or a closed one."""
-        raise NotImplementedError
+        self.engine = engine
+        self.name = engine.name
+        self.input_binding_names = [binding.name for binding in engine.inputs]
+        self.output_binding_names = [binding.name for binding in engine.outputs]
+        self.host_inputs = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
+        self.contexts = ContextPool(engine)
+        """Contexts for graphs; eager calls have one of their own."""
+        self._refitted = False
+        if "lane" not in self.__dict__:
+            self.device = engine.device
+            self.lane = StreamOrder(self.device.index)
+        self._runner.attach(engine, self.lane)
+
+    def _drop_graphs(self, *, wait: bool = True) -> None:
+        """Drop every graph of the engine."""
+        for user in list(self.users):
+            controls(user).clear(wait=wait)
 
     def _drop_contexts(self) -> None:
         """Give back the execution contexts that no graph uses."""
-        raise NotImplementedError
+        self._runner.drop()
+        self.contexts.clear()
 
     def __getattr__(self, name: str) -> Any:
         if name in _WITH_AN_ENGINE:
@@ -134,11 +154,7 @@ class EngineBase(EngineLike):
         return bytes_of(self.engine_tensor())
 
     def engine_tensor(self) -> Tensor:
-        """The same bytes as a ``uint8`` tensor on the CPU, which is the module's own: do not write into it.
-
-        Raises:
-            EngineError: If the engine was refitted, and TensorRT cannot serialise it again.
-        """
+        """The same bytes as a ``uint8`` tensor on the CPU, which is the module's own: do not write into it."""
         if self._refitted:
             with self.lane.lock:
                 self.lane.wait()
@@ -149,19 +165,11 @@ class EngineBase(EngineLike):
     def deserialised(
         self, data: bytes, inputs: Sequence[str] | None, outputs: Sequence[str] | None, name: str
     ) -> Engine:
-        """An engine of this module's options on the current device.
-
-        Raises:
-            EngineError: As :class:`~graphcache.engines.engine.Engine`.
-        """
+        """An engine of this module's options on the current device."""
         return Engine(data, inputs=inputs, outputs=outputs, name=name, keep_kernels=self.keep_kernels)
 
     def save_kernels(self) -> bool:
-        """Write the kernels that were compiled since, where ``keep_kernels`` is on, for processes that start meanwhile.
-
-        Returns:
-            Whether there was something new.
-        """
+        """Write the kernels that were compiled since, where ``keep_kernels`` is on; whether there were any."""
         return self.engine.save_kernels()
 
     def lies_at(self, place: tuple[int, int]) -> bool:
@@ -169,11 +177,7 @@ class EngineBase(EngineLike):
         return place == (self._bytes.data_ptr(), self._bytes.numel())
 
     def check_profile(self, profile: int | None, engine: Engine) -> None:
-        """Refuse a profile that an engine does not have.
-
-        Raises:
-            ConfigError: Naming those that it has.
-        """
+        """Refuse a profile that an engine does not have."""
         if profile is not None and (type(profile) is not int or not 0 <= profile < engine.profiles):
             raise ConfigError(f"{self.name} has optimisation profiles 0 to {engine.profiles - 1}, not {profile}")
 
@@ -197,9 +201,8 @@ class EngineBase(EngineLike):
 
         Raises:
             EngineFormatError: If that is no state of an engine.
-            EngineError: As the constructor; or if a session or a capture of the caller's still uses the engine that
-                would be replaced, or the module is wrapped and the other engine reads other inputs on the host.
-                The module is unchanged.
+            EngineError: As the constructor; if a session or a capture of the caller's still uses the present engine; or
+                if the module is wrapped and the other engine reads other inputs on the host. The module is unchanged.
         """
         given = EngineState.of(state, self.name or "the engine")
         if self._has(given):
@@ -217,8 +220,8 @@ class EngineBase(EngineLike):
     def save(self, path: str | os.PathLike[str], *, onnx: Any = None, build: Mapping[str, Any] | None = None) -> None:
         """Write the engine as a package, for :func:`graphcache.load` of another process or machine.
 
-        The file holds the engine's bytes, its names and options, and what it was built by and for. It is written in one
-        step. It holds no code and nothing is pickled.
+        The file holds the engine's bytes, its names and options, and what it was built by and for. It holds no code and
+        nothing is pickled.
 
         Args:
             path: The file, in a directory that exists; ``.gcache`` is the usual ending.
@@ -257,8 +260,7 @@ class EngineBase(EngineLike):
             raise EngineError(
                 f"{self.name} is wrapped, and the other engine reads other inputs on the host; wrap it after loading"
             )
-        for user in list(self.users):
-            controls(user).clear()
+        self._drop_graphs()
         with self.lane.lock:
             self.lane.release(self._drop_contexts)
             if live := len(self.engine.contexts):
@@ -312,12 +314,7 @@ class EngineBase(EngineLike):
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """The contents of a contiguous ``uint8`` tensor on the CPU.
-
-    Example:
-        >>> bytes_of(tensor_of(b"engine"))
-        b'engine'
-    """
+    """The contents of a contiguous ``uint8`` tensor on the CPU."""
     return ctypes.string_at(tensor.data_ptr(), tensor.numel())
 
 

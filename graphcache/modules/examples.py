@@ -47,36 +47,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Example:
-    """A call that can be made, as often as it is needed.
-
-    Args:
-        label: What messages call it.
-        nbytes: Bytes of its tensors.
-        make: Gives its arguments; what it makes of shapes, it makes anew each time.
-    """
+    """A call that can be made, as often as it is needed."""
 
     label: str
+    """What messages call it."""
     nbytes: int
+    """Bytes of its tensors."""
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    """Gives its arguments; what it makes of shapes, it makes anew each time."""
 
 
 def example(given: Any, module: nn.Module) -> Example:
-    """A call from what was given for it.
-
-    Args:
-        given: A :class:`Call`, a tuple of positional arguments, or one tensor. For an engine also the shape of its
-            only input, a shape or tensor for each input in a sequence, or some by name; inputs of fixed shape may be
-            left out. What stands for a host shape tensor are its values.
-        module: What will be called.
-
-    Raises:
-        ConfigError: For anything else.
-        InputError: One of its kinds, for shapes that the engine cannot take.
-
-    Example:
-        >>> example((torch.zeros(2, 3), 5), nn.Identity()).label
-        'float32[2, 3]'
-    """
+    """A call of a module, or what :meth:`CachedModule.prepare` takes for one; by name, fixed shapes may be left out."""
     if is_a(given, Call):
         return _of_arguments(tuple(given.args), dict(given.kwargs))
     if is_a(given, Tensor):
@@ -98,8 +80,7 @@ def example(given: Any, module: nn.Module) -> Example:
 def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give floating tensors values that differ from one another, always the same ones.
 
-    A graph that reads its inputs in the wrong places would pass a comparison on zeros. Integers stay zero, which is
-    hardly ever an invalid index.
+    A graph that reads its inputs in the wrong places would pass a comparison on zeros. Integers stay valid indices.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
@@ -109,6 +90,7 @@ def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """A call with these arguments."""
     try:
         tensors = [each for each in _tensors((args, kwargs)) if each.layout is torch.strided]
     except Exception:
@@ -120,10 +102,12 @@ def _of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """The plain tensors in arguments."""
     return (leaf for leaf in pytree.tree_leaves(value) if type(leaf) in (Tensor, nn.Parameter) and not leaf.is_nested)
 
 
 def _by_name(engine: EngineModule, given: Sequence[Any]) -> dict[str, Any]:
+    """Shapes and tensors by the names of an engine's inputs."""
     names = engine.input_binding_names
     # A bare shape is that of the only input. An empty one may also be no inputs at all, which there is no engine of.
     each = [given] if _is_shape(given) and len(names) == 1 else list(given)
@@ -136,29 +120,27 @@ def _by_name(engine: EngineModule, given: Sequence[Any]) -> dict[str, Any]:
 
 
 def _of_shapes(engine: EngineModule, given: Mapping[Any, Any]) -> Example:
+    """A call of an engine from shapes and tensors by name."""
     bindings = {binding.name: binding for binding in engine.engine.inputs}
     for name in given:
         if name not in bindings:
             raise InputCountError(f"{engine.name} has no input {shown(name)}; its inputs are {', '.join(bindings)}")
-    found: list[tuple[Binding, Any]] = []
+    found: list[tuple[Binding, Any, tuple[int, ...]]] = []
     for name, binding in bindings.items():
         if name not in given and (-1 in binding.shape or binding.on_host):
             raise InputCountError(f"input {name!r} of {engine.name} is missing; its shape {binding.shape} is open")
         value = given.get(name, binding.shape)
-        if not isinstance(value, Tensor):
-            value = _checked(engine, binding, value)
-        found.append((binding, value))
+        is_tensor = isinstance(value, Tensor)
+        found.append((binding, value, tuple(value.shape) if is_tensor else _checked(engine, binding, value)))
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        made = tuple(value if isinstance(value, Tensor) else _made(engine, binding, value) for binding, value in found)
-        varied(tuple(each for each, (_, value) in zip(made, found, strict=True) if each is not value), {})
-        return made, {}
+        """The tensors that were given, and new ones for shapes."""
+        new = {b.name: _made(engine, b, shape) for b, value, shape in found if not isinstance(value, Tensor)}
+        varied(tuple(new.values()), {})
+        return tuple(new.get(b.name, value) for b, value, _ in found), {}
 
-    shapes = [tuple(value.shape) if isinstance(value, Tensor) else value for _, value in found]
-    sizes = zip(found, shapes, strict=True)
-    nbytes = sum(0 if binding.on_host else math.prod(shape) * binding.dtype.itemsize for (binding, _), shape in sizes)
-    written = (f"{b.name}:{'x'.join(map(str, shape)) or '[]'}" for (b, _), shape in zip(found, shapes, strict=True))
-    return Example(" ".join(written), nbytes, make)
+    nbytes = sum(0 if b.on_host else math.prod(shape) * b.dtype.itemsize for b, _, shape in found)
+    return Example(" ".join(f"{b.name}:{'x'.join(map(str, shape)) or '[]'}" for b, _, shape in found), nbytes, make)
 
 
 def _checked(engine: EngineModule, binding: Binding, value: Any) -> tuple[int, ...]:
@@ -180,6 +162,7 @@ def _checked(engine: EngineModule, binding: Binding, value: Any) -> tuple[int, .
 
 
 def _made(engine: EngineModule, binding: Binding, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of zeros, or of host values."""
     if binding.on_host:
         return torch.tensor(shape, dtype=binding.dtype).reshape(binding.shape)
     with torch.inference_mode(False), torch.no_grad():
@@ -187,6 +170,7 @@ def _made(engine: EngineModule, binding: Binding, shape: tuple[int, ...]) -> Ten
 
 
 def _is_shape(value: Any) -> bool:
+    """Whether something is a sequence of sizes."""
     return isinstance(value, (tuple, list)) and all(
         isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63 for size in value
     )

@@ -3,52 +3,105 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from graphcache.dispatch.argument_names import arguments_of
 from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.controls import controls
 from graphcache.modules.info import CacheInfo
-from graphcache.modules.key_view import Costs, KeyView, view_of_call, views_of
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
 Outcome = Literal["hit", "capture", "eager"]
+Status = Literal["captured", "changed", "evicted", "denied", "new"]
 
 _SHOWN = 20
+_OFTEN = 8
+"""Eager calls of a key after which it is saved although it has no graph."""
 _PASSING = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD})
 """Reasons that say nothing of the operations, so that another call may well have a graph."""
+_NOTES = {
+    "changed": "the module has changed since its graph was captured",
+    "evicted": "it had a graph, which was evicted",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a call without a graph, a replay and the capture of a key took, in seconds; ``None`` if not measured."""
+
+    eager: float | None = None
+    replay: float | None = None
+    capture: float | None = None
+
+    @property
+    def break_even(self) -> float | None:
+        """Replays after which the capture is paid for; ``inf`` if never, ``None`` if that is not known."""
+        if self.eager is None or self.replay is None or self.capture is None:
+            return None
+        saving = self.eager - self.replay
+        return math.ceil(self.capture / saving) if saving > 0 else math.inf
+
+    def __str__(self) -> str:
+        known = {name: value for name in ("eager", "replay", "capture") if (value := getattr(self, name)) is not None}
+        if not known:
+            return ""
+        text = ", ".join(f"{name} {_duration(value)}" for name, value in known.items())
+        calls = self.break_even
+        if calls is None:
+            return text
+        return f"{text}: " + ("a replay saves nothing" if math.isinf(calls) else f"paid for after {calls} replays")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyView:
+    """What is known of one key."""
+
+    spec: CallSpec
+    status: Status
+    """``"captured"``, or why it is not: the module has ``"changed"`` since, the graph was ``"evicted"``, a capture was
+    ``"denied"``, or the key is ``"new"``."""
+    cause: Cause | None
+    """Why its next call runs eagerly."""
+    retry_after: int | None
+    """How many calls of a denied key run eagerly before another capture is tried; ``None`` for all."""
+    calls: int
+    """How many calls of it there were, as far as is remembered."""
+    answered: int
+    """Likewise, with those that were padded to it, and without those that were captured."""
+    hits: int
+    nbytes: int
+    costs: Costs
+    is_worth_saving: bool
+    """Whether it had a graph, or was called often without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """What becomes of the calls of one signature.
-
-    Args:
-        call: Its arguments in words.
-        outcome: Of the next call: ``"hit"``, ``"capture"`` or ``"eager"``.
-        cause: Why it runs eagerly.
-        calls: How many there were, as far as is remembered.
-        hits: How many the graph that there is now has answered.
-        nbytes: Bytes that the graph owns.
-        costs: What they take.
-        nearest: The most similar call that has a graph, in words; empty if none is worth a look.
-        differs: What differs from that one to this one, one line each.
-        note: What else is to be known.
-    """
+    """What becomes of the calls of one key."""
 
     call: str
+    """Its arguments in words."""
     outcome: Outcome
+    """Of the next call."""
     cause: Cause | None = None
+    """Why it runs eagerly."""
     calls: int = 0
+    """How many there were, as far as is remembered."""
     hits: int = 0
+    """How many the graph that there is now has answered."""
     nbytes: int = 0
+    """Bytes that the graph owns."""
     costs: Costs = field(default_factory=Costs)
     nearest: str = ""
+    """The most similar call that has a graph, in words; empty if none is worth a look."""
     differs: tuple[str, ...] = ()
+    """What differs from that one to this one, one line each."""
     note: str = ""
+    """What else is to be known."""
 
     def __str__(self) -> str:
         what = {"hit": f"replays ({self.hits} so far)", "capture": "is captured at its next call"}
@@ -76,19 +129,15 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a wrapped module does with its calls; ``print`` it.
-
-    Args:
-        module: Its name.
-        calls: By signature; those with a graph first, then those called most.
-        account: The account so far.
-        parts: The same for the parts that are captured one by one.
-    """
+    """What a wrapped module does with its calls; ``print`` it."""
 
     module: str
+    """Its name."""
     calls: tuple[Explained, ...]
+    """By key; those with a graph first, then those called most."""
     account: CacheInfo
     parts: tuple[Explanation, ...] = ()
+    """The same for the submodules that are captured one by one."""
 
     def __str__(self) -> str:
         info = self.account
@@ -117,16 +166,15 @@ class Explanation:
         }
 
 
-def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
+def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation:
     """Say what becomes of a call, or of all calls so far.
 
-    With arguments it says what the next such call would do, under the modes of this moment. Without arguments it goes
-    through every signature that is remembered. The module is not run. Times are those that its calls and captures have
-    taken; with ``capture="worthwhile"`` all of them are measured, otherwise some.
+    With arguments it says what the next such call would do, under the modes of this moment; the module is not run.
+    With ``capture="worthwhile"`` the times of all calls are measured, otherwise those of some.
 
     Args:
         module: A wrapped module.
-        args: Arguments of a call, which is not made.
+        args: Arguments of a call.
         kwargs: Likewise.
 
     Raises:
@@ -143,7 +191,7 @@ def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
         >>> call.outcome, call.differs
         ('capture', ('`input` dim 1: 77 → 78',))
     """
-    if not isinstance(module, StandIn):
+    if not isinstance(module, TransparentModule):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
     state_of(module).dispatcher.check_open()
     control = controls(module)
@@ -158,30 +206,71 @@ def explain(module: StandIn, *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(control.ledger.name, tuple(found), control.cache_info(), parts)
 
 
-def _of_call(module: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[CallSpec]) -> Explained:
+def views_of(fast: TransparentModule, keys: list[Hashable] | None = None) -> list[KeyView]:
+    """What is known of some keys of a wrapped module, or of all that are remembered."""
+    captures, names = state_of(fast).dispatcher.captures, arguments_of(state_of(fast).module)
+    entries, seen = captures.graphs.entries, captures.keys
+    changed = captures.target.guard.has_changed()
+    if keys is None:
+        keys = list(dict.fromkeys([*list(entries), *seen.keys()]))
+    found = []
+    for key in keys:
+        entry, account = entries.get(key), captures.admission.known(key)
+        status: Status = "new" if account.capture is None else "evicted"
+        cause = retry_after = None
+        if entry is not None:
+            status = "changed" if changed or entry.graph.version != captures.version else "captured"
+        elif (denial := captures.keys.look(key, captures.version + changed)) is not None:
+            status, (cause, retry_after) = "denied", denial
+        else:
+            cause = captures.admission.ask(key)
+        hits = 0 if entry is None else entry.hits
+        had_graph = entry is not None or account.capture is not None
+        found.append(
+            KeyView(
+                CallSpec(key, names),
+                status,
+                cause,
+                retry_after,
+                calls=seen.calls(key, hits),
+                answered=account.calls,
+                hits=hits,
+                nbytes=0 if entry is None else entry.nbytes,
+                costs=Costs(account.eager, account.replay, account.capture),
+                is_worth_saving=had_graph or account.calls - account.hits >= _OFTEN,
+            )
+        )
+    return found
+
+
+def _of_call(
+    module: TransparentModule, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[CallSpec]
+) -> Explained:
     """What the next call with these arguments would do."""
+    dispatcher = state_of(module).dispatcher
     try:
-        call = view_of_call(module, args, kwargs)
+        call = dispatcher.target.describe(args, kwargs)
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
-    found = _of_key(call.key, graphs)
-    if call.forbidden is not None:
-        found = replace(found, outcome="eager", cause=call.forbidden, nearest="", differs=())
-    elif call.by_parts:
+    padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
+    reason = dispatcher.forbidden()
+    forbidden = Cause(reason) if reason is not None else dispatcher.captures.needs_grad(call.tensors)
+    [view] = views_of(module, [padded or call.key])
+    found = _of_key(view, graphs)
+    if forbidden is not None:
+        found = replace(found, outcome="eager", cause=forbidden, nearest="", differs=())
+    elif dispatcher.config.strategy == "per_submodule":
         found = replace(found, outcome="eager", cause=None, note="its parts are captured one by one")
-    if call.unpadded is not None:
-        note = f"it is padded: {', '.join(call.unpadded.diff(call.key.spec))}"
-        found = replace(found, call=str(call.unpadded), note=note)
+    if padded is not None:
+        own = CallSpec(call.key, view.spec.names)
+        found = replace(found, call=str(own), note=f"it is padded: {', '.join(own.diff(view.spec))}")
     return found
 
 
 def _of_key(view: KeyView, graphs: Sequence[CallSpec]) -> Explained:
     """What becomes of the calls of one key, whatever the modes of this moment."""
     outcome: Outcome = "hit" if view.status == "captured" else "capture" if view.cause is None else "eager"
-    note = {
-        "changed": "the module has changed since its graph was captured",
-        "evicted": "it had a graph, which was evicted",
-    }.get(view.status, "")
+    note = _NOTES.get(view.status, "")
     if view.status == "denied" and view.retry_after == 0:
         note = "it is looked at again at its next call"
     elif view.status == "denied" and view.retry_after is not None:
@@ -202,3 +291,11 @@ def _of_key(view: KeyView, graphs: Sequence[CallSpec]) -> Explained:
         differs,
         note,
     )
+
+
+def _duration(seconds: float) -> str:
+    """A time with three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"

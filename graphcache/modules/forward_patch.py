@@ -12,28 +12,26 @@ from typing import Any
 from torch import nn
 
 from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, is_compiling
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
+_PATCHED = ("forward", "__getstate__")
+"""What is patched in a module's ``__dict__`` while calls are under way."""
 
-class _Standing:
-    """A value in a module's ``__dict__`` while calls are under way. A copy or a pickle holds what it stands for.
 
-    Args:
-        module: The module.
-        name: Under which it stands there.
-        own: What the user had put there, if anything.
-    """
+class _Patch:
+    """A value in a module's ``__dict__`` while calls are under way. A copy or a pickle holds what it replaces."""
 
-    __slots__ = ("module", "name", "own")
+    __slots__ = ("module", "own")
 
+    name: str
     stands_in = True
-    """Snapshots of the module's state see what it stands for, which is ``own``."""
+    """Snapshots of the module's state see ``own`` in its place."""
 
-    def __init__(self, module: nn.Module, name: str, own: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.name = name
-        self.own = own
+        self.own: dict[str, Any] = {key: value for key, value in vars(module).items() if key == self.name}
+        """What the user had put there, if anything."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.own:
@@ -44,20 +42,17 @@ class _Standing:
         return (_given, (self.own[self.name],)) if self.own else (getattr, (self.module, self.name))
 
 
-class Route(_Standing):
-    """Stands in the place of a module's ``forward`` while calls are under way that have it as a part.
-
-    Args:
-        module: The module.
-    """
+class ForwardPatch(_Patch):
+    """Replaces a module's ``forward`` while calls are under way that have it as a part."""
 
     __slots__ = ("original", "parts")
+    name = "forward"
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(module, "forward", {key: each for key, each in vars(module).items() if key == "forward"})
+        super().__init__(module)
         # Whatever the user has put there is what the part runs, and is put back afterwards.
         self.original: Callable[..., Any] = module.forward
-        self.parts: dict[Routes | None, StandIn] = {}
+        self.parts: dict[ForwardPatches | None, TransparentModule] = {}
         """Who has it as a part: a module may be one of several wrapped ones, or stand in two places of one."""
 
     def __getattr__(self, name: str) -> Any:
@@ -69,60 +64,47 @@ class Route(_Standing):
         return self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
-            # A compiled function calls the module: what is compiled holds no graphs.
-            return self.original(*args, **kwargs)
-        part = self.parts.get(_active.get())
-        if part is None:
-            return self.original(*args, **kwargs)
-        if state_of(part).dispatcher.target.run is self.module and has_hooks(self.module):
-            # They have run already, and running the module would run them once more.
+        # What is compiled holds no graphs.
+        part = None if is_compiling() else self.parts.get(_active.get())
+        # Hooks of the module have run already, and running the module would run them once more.
+        if part is None or (state_of(part).dispatcher.target.run is self.module and has_hooks(self.module)):
             return self.original(*args, **kwargs)
         token = _active.set(None)
         try:
-            # Global hooks have run already: this is the forward of a module that was called.
-            if global_hooks or global_pre_hooks:
-                return part.forward(*args, **kwargs)
-            return part(*args, **kwargs)
+            # So have global hooks: this is the forward of a module that was called.
+            return (part.forward if global_hooks or global_pre_hooks else part)(*args, **kwargs)
         finally:
             _active.reset(token)
 
 
-class State(_Standing):
-    """Stands in the place of a module's ``__getstate__`` beside a route: what is copied and pickled has neither.
+class StatePatch(_Patch):
+    """Replaces a module's ``__getstate__`` beside a :class:`ForwardPatch`: what is copied and pickled has neither."""
 
-    Args:
-        route: The route.
-    """
-
-    __slots__ = ("_route",)
-
-    def __init__(self, route: Route) -> None:
-        module = route.module
-        super().__init__(
-            module, "__getstate__", {key: each for key, each in vars(module).items() if key == "__getstate__"}
-        )
-        self._route = route
+    __slots__ = ()
+    name = "__getstate__"
 
     def __call__(self) -> Any:
         state = self.own[self.name]() if self.own else type(self.module).__getstate__(self.module)  # type: ignore[no-untyped-call]
-        if type(state) is tuple:
-            # Of a class with slots.
-            return tuple(map(unrouted, state))
-        return unrouted(state)
+        # A tuple is that of a class with slots.
+        return tuple(map(_unpatched, state)) if type(state) is tuple else _unpatched(state)
 
 
-def unrouted(state: Any) -> Any:
-    """The attributes of a module without what stands there while calls are under way; anything else as it is."""
+def _unpatched(state: Any) -> Any:
+    """The attributes of a module as they are at rest; anything else as it is."""
     if type(state) is not dict:
         return state
-    # Copied in one step: other threads lay and remove routes meanwhile.
+    # Copied in one step: other threads patch meanwhile.
     found = state.copy()
-    for name in ("forward", "__getstate__"):
-        if isinstance(standing := found.get(name), _Standing):
-            del found[name]
-            found.update(standing.own)
+    _restore(found)
     return found
+
+
+def _restore(attributes: dict[str, Any]) -> None:
+    """Put back what the user had in the place of patches."""
+    for name in _PATCHED:
+        if isinstance(patch := attributes.get(name), _Patch):
+            del attributes[name]
+            attributes.update(patch.own)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -131,26 +113,24 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _given(value: Any) -> Any:
+    """What a pickle calls to have a value."""
     return value
 
 
-class Routes:
+class ForwardPatches:
     """While active, calls of the parts go through their graphs; outside, and in other threads, nothing has changed.
 
     A part keeps its place, its name and its hooks: only the ``forward`` that its ``__call__`` finds is another one, for
-    as long as a call of the whole is under way. At rest the module is exactly what it was.
+    as long as a call of the whole is under way.
 
     Args:
         parts: Gives the wrapped parts as they are now.
     """
 
-    def __init__(self, parts: Callable[[], tuple[StandIn, ...]]) -> None:
+    def __init__(self, parts: Callable[[], tuple[TransparentModule, ...]]) -> None:
         self._parts = parts
-        self._installed: dict[StandIn, None] = {}
+        self._installed: dict[TransparentModule, None] = {}
         self._calls = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._parts())
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -176,29 +156,28 @@ class Routes:
                     while self._installed:
                         self._remove(self._installed.popitem()[0])
 
-    def _install(self, part: StandIn) -> None:
+    def _install(self, part: TransparentModule) -> None:
+        """Lead calls of a part to its graphs."""
         module = state_of(part).module
-        route = vars(module).get("forward")
-        if not isinstance(route, Route):
-            route = Route(module)
-            vars(module).update(__getstate__=State(route), forward=route)
+        patch = vars(module).get("forward")
+        if not isinstance(patch, ForwardPatch):
+            patch = ForwardPatch(module)
+            vars(module).update(__getstate__=StatePatch(module), forward=patch)
         if state_of(part).dispatcher.target.run is not module:
-            state_of(part).run_from_now(route.original)
-        route.parts[self] = part
+            state_of(part).run_from_now(patch.original)
+        patch.parts[self] = part
         self._installed[part] = None
 
-    def _remove(self, part: StandIn) -> None:
+    def _remove(self, part: TransparentModule) -> None:
+        """Undo :meth:`_install`; the last one to leave puts everything back."""
         attributes = vars(state_of(part).module)
-        route = attributes.get("forward")
-        if isinstance(route, Route):
-            route.parts.pop(self, None)
-            if not route.parts:
-                for name in ("forward", "__getstate__"):
-                    if isinstance(standing := attributes.get(name), _Standing):
-                        del attributes[name]
-                        attributes.update(standing.own)
+        patch = attributes.get("forward")
+        if isinstance(patch, ForwardPatch):
+            patch.parts.pop(self, None)
+            if not patch.parts:
+                _restore(attributes)
 
 
-_active: ContextVar[Routes | None] = ContextVar("graphcache_routes", default=None)
+_active: ContextVar[ForwardPatches | None] = ContextVar("graphcache_forward_patches", default=None)
 _lock = threading.Lock()
-"""Held while routes are laid or taken away: those of several wrapped modules may lead through the same part."""
+"""Held while modules are patched: several wrapped modules may have the same part."""

@@ -11,16 +11,13 @@ from torch import nn
 from graphcache.capture.engine_like import EngineLike, is_foreign
 from graphcache.engines.registry import traced_engines
 from graphcache.keys.guards import ModuleGuard
+from graphcache.modules.transparent import TransparentModule
 
 
 def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True) -> ModuleGuard:
-    """The guard of a module.
+    """The guard of a module for graphs of ``user``, whom engines inside tell before they do what none may survive.
 
-    Args:
-        module: The module.
-        user: Whoever holds the graphs; engines inside tell it before they do what no graph may survive.
-        ignore: Paths that do not matter.
-        hooks: Whether what is captured runs the hooks of the module itself; its ``forward`` alone does not.
+    ``hooks`` says whether what is captured runs the hooks of the module itself; its ``forward`` alone does not.
     """
     # Who holds the graphs holds this too.
     weak = weakref.ref(user)
@@ -36,8 +33,9 @@ def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hook
 
 
 def keeps_its_own_state(value: Any) -> bool:
-    """Whether what a call changes in an object (contexts, buffers, counters) is no state that a replay would leave out.
-
-    That is so for engines, wrapped modules and the modules of Torch-TensorRT.
-    """
-    return bool(getattr(type(value), "keeps_its_own_state", False)) or is_foreign(value)
+    """Whether what a call changes in an object is no state that a replay would leave out (engines, wrapped modules)."""
+    return (
+        isinstance(value, TransparentModule)
+        or bool(getattr(type(value), "keeps_its_own_state", False))
+        or is_foreign(value)
+    )

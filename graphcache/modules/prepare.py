@@ -6,8 +6,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,23 +23,20 @@ from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, example
 from graphcache.modules.progress import bar
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestProblem:
-    """Why a manifest, or an entry of one, was ignored.
-
-    Args:
-        path: Of the file.
-        field: Where in it; empty for the file as a whole.
-        text: What was seen there and what was expected.
-    """
+    """Why a manifest, or an entry of one, was ignored."""
 
     path: str
+    """Of the file."""
     field: str
+    """Where in it; empty for the file as a whole."""
     text: str
+    """What was seen there and what was expected."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.field}: {self.text}" if self.field else f"{self.path}: {self.text}"
@@ -47,21 +44,17 @@ class ManifestProblem:
 
 @dataclass(frozen=True)
 class Job:
-    """One call to prepare.
+    """One call to prepare."""
 
-    Args:
-        target: The wrapped module, or a part of it.
-        call: The call.
-        modes: Makes a context in which it is prepared.
-        measured: What it was measured to take in another process, in seconds.
-        path: Of the manifest that lists it; empty for a call that was given.
-    """
-
-    target: StandIn
+    target: TransparentModule
+    """The wrapped module, or a part of it."""
     call: Example
     modes: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Makes a context in which it is prepared."""
     measured: dict[str, float] | None = None
+    """What it took in another process, in seconds."""
     path: str = ""
+    """Of the manifest that lists it; empty for a call that was given."""
 
 
 class Chosen(NamedTuple):
@@ -84,9 +77,9 @@ class Prepared:
     """What a preparation gave.
 
     Args:
-        signatures: How many signatures have a graph now, of the module and of its parts.
-        seconds: What it took, in seconds.
-        nbytes: Memory that these graphs own, in bytes.
+        signatures: How many call keys have a graph now, of the module and of its parts.
+        seconds: What it took.
+        nbytes: Memory that these graphs own.
         refused: Calls without a graph, with the causes.
         left_out: Calls that were not tried, for lack of time or of room in the budget.
         problems: What was wrong with a manifest, and was ignored.
@@ -116,10 +109,10 @@ class Prepared:
 
 
 def prepare(
-    fast: StandIn, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
+    fast: TransparentModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
 ) -> Prepared:
     """What :meth:`CachedModule.prepare` does."""
-    start = time.monotonic()
+    start, name = time.monotonic(), state_of(fast).name
     _check_options(given, pin, deadline, progress)
     state_of(fast).dispatcher.check_open()
     work = _Work(fast, deadline, start)
@@ -133,30 +126,22 @@ def prepare(
         work.left_out += chosen.left_out
         work.problems += chosen.problems
     preparation = Preparation(pin=pin)
-    with bar(f"Preparing {state_of(fast).name}", 2 * len(jobs), progress) as step:
+    with bar(f"Preparing {name}", 2 * len(jobs), progress) as step:
         warm = work.warm(jobs, step)
         with prepared_together(preparation):
             work.capture(warm, preparation, step)
-    done = Prepared(
-        len(preparation),
-        time.monotonic() - start,
-        preparation.nbytes,
-        tuple(work.refused),
-        work.left_out,
-        tuple(work.problems),
-    )
-    if done.problems:
-        log.warning(
-            "%s: of a manifest was ignored: %s", state_of(fast).name, "; ".join(str(each) for each in done.problems)
-        )
-    log.info("%s: %s", state_of(fast).name, done)
+    seconds, refused, problems = time.monotonic() - start, tuple(work.refused), tuple(work.problems)
+    done = Prepared(len(preparation), seconds, preparation.nbytes, refused, work.left_out, problems)
+    if problems:
+        log.warning("%s: of a manifest was ignored: %s", name, "; ".join(map(str, problems)))
+    log.info("%s: %s", name, done)
     return done
 
 
 class _Work:
     """The two phases, and what is noted on the way."""
 
-    def __init__(self, fast: StandIn, deadline: float | None, start: float) -> None:
+    def __init__(self, fast: TransparentModule, deadline: float | None, start: float) -> None:
         self._fast = fast
         self._deadline = math.inf if deadline is None else start + deadline
         # What is warm and never captured was in vain.
@@ -166,25 +151,16 @@ class _Work:
         self.left_out = 0
 
     def warm(self, jobs: Sequence[Job], step: Callable[[], None]) -> list[tuple[Job, CallKey]]:
-        """Run every call eagerly, once for each signature; those that ran, in the same order."""
+        """Run every call eagerly, once for each key; those that ran, in the same order."""
         found: dict[tuple[int, CallKey], tuple[Job, CallKey]] = {}
         for job in jobs:
             step()
             if time.monotonic() > self._half:
                 self.left_out += 1
                 continue
-            try:
-                with job.modes():
-                    signature = self._run(job, found)
-            except ClosedError:
-                raise
-            except Refusal as refusal:
-                self.refused.append(Refused(job.call.label, refusal.cause))
-                continue
-            except Exception as error:
-                self._noted(job, error)
-                continue
-            found.setdefault((id(job.target), signature), (job, signature))
+            with self._noted(job):
+                key = self._run(job, found)
+                found.setdefault((id(job.target), key), (job, key))
         for target in {id(job.target): job.target for job, _ in found.values()}.values():
             if state_of(target).dispatcher.captures.on_cuda:
                 # What went wrong on the device shows here, with nothing captured.
@@ -212,23 +188,16 @@ class _Work:
                 dispatcher = state_of(job.target).dispatcher
                 if (learnt := job.measured) is not None and key not in dispatcher.entries:
                     dispatcher.captures.admission.learn(key, **learnt)
-                try:
-                    with job.modes():
-                        made = dispatcher.target.describe(*job.call.make())
-                        with dispatcher.on_device(made):
-                            cause = dispatcher.prepare(made._replace(key=key))
-                except CaptureError:
-                    # Of a part, with on_failure="raise"; it was heard.
-                    continue
-                except ClosedError:
-                    raise
-                except Exception as error:
-                    self._noted(job, error)
-                    continue
-                if cause is not None:
-                    self.refused.append(Refused(label, cause))
+                # One of a part, with on_failure="raise", was heard.
+                with self._noted(job), suppress(CaptureError):
+                    made = dispatcher.target.describe(*job.call.make())
+                    with dispatcher.on_device(made):
+                        cause = dispatcher.prepare(made._replace(key=key))
+                    if cause is not None:
+                        self.refused.append(Refused(label, cause))
 
     def _run(self, job: Job, found: dict[tuple[int, CallKey], Any]) -> CallKey:
+        """Run a call eagerly, unless one of its key ran or has a graph; its key."""
         dispatcher = state_of(job.target).dispatcher
         call = dispatcher.target.describe(*job.call.make())
         if (id(job.target), call.key) not in found and call.key not in dispatcher.entries:
@@ -240,15 +209,23 @@ class _Work:
                 dispatcher.target.run(*call.args, **call.kwargs)
         return call.key
 
-    def _noted(self, job: Job, error: Exception) -> None:
-        """Note what a call of a manifest raised; one that was given is the caller's to mend."""
-        if not job.path:
-            raise error
-        text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        self.problems.append(ManifestProblem(job.path, "call", text))
+    @contextmanager
+    def _noted(self, job: Job) -> Iterator[None]:
+        """In the modes of a call, notes why it has no graph; an error of a call that was given is the caller's."""
+        try:
+            with job.modes():
+                yield
+        except Refusal as refusal:
+            self.refused.append(Refused(job.call.label, refusal.cause))
+        except Exception as error:
+            if isinstance(error, ClosedError) or not job.path:
+                raise
+            text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            self.problems.append(ManifestProblem(job.path, "call", text))
 
 
 def _check_options(given: Sequence[Any], pin: object, deadline: object, progress: object) -> None:
+    """Raise a ``ConfigError`` for an option that is none."""
     if not given:
         raise ConfigError("prepare() was given nothing; expected calls, shapes, a manifest or its path")
     if not isinstance(pin, bool):

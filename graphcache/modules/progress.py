@@ -9,21 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(title: str, steps: int, wanted: bool | None = None) -> Iterator[Callable[[], None]]:
-    """Shows how many of some steps are done while a block runs, if stderr is a terminal; otherwise nothing.
+    """Draws how many of some steps are done while a block runs, if stderr is a terminal and a bar is wanted.
 
-    It is drawn at the steps alone: a thread that draws would run beside captures.
-
-    Args:
-        title: What it says beside the bar.
-        steps: How many there are.
-        wanted: ``False`` for no bar at all.
-
-    Yields:
-        A function to call after each step.
-
-    Example:
-        >>> with bar("Preparing", 2) as step:
-        ...     step()
+    Gives a function to call after each step. It is drawn by these: a thread that draws would run beside captures.
     """
     if wanted is False or not steps or not sys.stderr.isatty():
         yield lambda: None

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graphcache.capture.recording import Recording
+from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import launcher
+from graphcache.errors import CaptureError, Refusal
+from graphcache.graphs.buffers import put
 
 
 class Session:
-    """One signature of a module, for loops that keep their buffers: :meth:`run` is the launch and nothing else.
+    """One call key of a module, for loops that keep their buffers: :meth:`run` is the launch and nothing else.
 
     Write into ``inputs``, call :meth:`run`, read ``outputs``, all on one stream. Nothing is checked, copied or
     allocated: a weight that was replaced, or an engine that was refitted, since the session was made, is not seen.
@@ -53,3 +57,17 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def open_session(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Session:
+    """What :meth:`CachedModule.session` does."""
+    dispatcher.check_open()
+    try:
+        call = dispatcher.target.describe(args, kwargs)
+    except Refusal as refusal:
+        raise CaptureError(f"{dispatcher.ledger.name}: {refusal.cause}") from refusal
+    session = Session(dispatcher.capture_alone(call))
+    with torch.no_grad():
+        for static, tensor in zip(session.inputs, dispatcher.target.graph_inputs(call.tensors), strict=True):
+            put(static, tensor)
+    return session

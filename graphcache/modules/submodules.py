@@ -1,25 +1,28 @@
-"""The parts of a wrapped module: named by its options, or found when the whole cannot be captured."""
+"""The submodules that are captured one by one: named by options, or found when the whole cannot be captured."""
 
 from __future__ import annotations
 
+import difflib
 import re
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
-from graphcache.errors import Cause, Reason
-from graphcache.modules.forward_patch import Routes
+from graphcache.errors import Cause, ConfigError, Reason
+from graphcache.modules.forward_patch import ForwardPatches
 from graphcache.modules.info import CacheInfo
-from graphcache.modules.strategy import candidates, find_excluded, find_parts
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
-Make = Callable[[str, nn.Module, GraphConfig], StandIn]
+Make = Callable[[str, nn.Module, GraphConfig], TransparentModule]
 
 _DIVISIBLE = frozenset(
     {
@@ -41,22 +44,18 @@ _DIVISIBLE = frozenset(
 """What one submodule may be to blame for, so that others can be captured without it."""
 
 
-class Parts:
-    """The wrapped parts of one module.
+class Submodules:
+    """The submodules of one module that are captured one by one, its parts.
 
     With ``strategy="auto"`` and no ``include`` there are none until the whole is refused for something that a single
-    submodule may be to blame for. Then every child is a part. One that is refused in its turn has its own children as
-    parts, and so on: only what leads to the culprit is taken apart, and the largest submodules beside that way are
-    captured. Each remembers by signature what came of it, so that one call may have a graph of the whole, and another
-    one graphs of parts.
+    submodule may be to blame for. Then every child is a part. A part that is refused has its own children as parts, and
+    so on. Each module has a key table of its own, so that one call may have a graph of the whole, and another one
+    graphs of parts.
 
     Args:
         module: The wrapped module.
         config: Its options.
         make: Wraps a part, by its name within the module and its options.
-
-    Raises:
-        ConfigError: For names that are none, or strategies with nothing to capture.
     """
 
     def __init__(self, module: nn.Module, config: GraphConfig, make: Make) -> None:
@@ -64,76 +63,72 @@ class Parts:
         self._config = config
         self._make = make
         self._lock = threading.Lock()
-        self.excluded = find_excluded(module, config)
+        self.excluded = _excluded(module, config)
         """Names of submodules that are kept out of graphs, so that the whole has none."""
-        named = find_parts(module, config)
+        named = _named_parts(module, config)
         self._finds = config.strategy == "auto" and not named and not isinstance(module, EngineLike)
         # Candidates hold nothing that is excluded.
         self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
-        self._here = {name: make(name, part, self._options(fixed, name)) for name, part in named.items()}
+        self._parts = {name: make(name, part, self._options(fixed, name)) for name, part in named.items()}
         self.past: CacheInfo | None = None
         """The account of parts that stand in the module no more."""
-        self._active = tuple(self._here.values())
+        self._active = tuple(self._parts.values())
         self._found = False
         self.whole = isinstance(module, EngineLike) or (config.strategy != "per_submodule" and not self.excluded)
         """Whether the module is to be captured as a whole."""
-        self._routes = Routes(self.active)
+        self._patches = ForwardPatches(self.active)
         if not self.whole:
-            self.find()
+            self.discover()
 
     def in_use(self) -> AbstractContextManager[object]:
         """Inside, calls of the parts use their graphs."""
-        return self._routes.active()
+        return self._patches.active()
 
-    def active(self) -> tuple[StandIn, ...]:
+    def active(self) -> tuple[TransparentModule, ...]:
         """The parts that stand in the module now, without parts of parts."""
         return self._active
 
-    def named(self) -> dict[str, StandIn]:
+    def named(self) -> dict[str, TransparentModule]:
         """The parts, and parts of parts, by their names within the module."""
         found = {}
-        for name, part in self._here.items():
+        for name, part in self._parts.items():
             found[name] = part
             found.update({f"{name}.{inner}": each for inner, each in state_of(part).submodules.named().items()})
         return found
 
     def divide(self, cause: Cause) -> bool:
-        """Find the parts if a call was refused for what one of them may be to blame for.
-
-        Returns:
-            Whether there are any.
-        """
+        """Find the parts if a call was refused for what one of them may be to blame for; whether there are any."""
         if cause.reason in _DIVISIBLE or (cause.reason is Reason.GRAD and self._has_engines()):
-            self.find()
+            self.discover()
         return bool(self._active)
 
     def _options(self, config: GraphConfig, name: str) -> GraphConfig:
-        """Those of a part, whose own paths begin with ``self``."""
+        """The options of a part; its paths begin with ``self``."""
         ends = [f"[{each}]" if each.isdigit() else f".{each}" for each in name.split(".")]
         prefix = "self" + "".join(ends)
         found = (each for path in config.ignore for each in _within(path, prefix))
         return replace(config, ignore=tuple(dict.fromkeys(found)))
 
     def _has_engines(self) -> bool:
-        # They record no gradients in any case; of a model in training that has none, nothing would be captured.
+        """Whether there are engines to find, which record no gradients in any case."""
         return self._finds and any(isinstance(each, EngineLike) for each in self._module.modules())
 
-    def find(self) -> None:
+    def discover(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
         if not self._finds or self._found:
             return
         with self._lock:
             if self._found:
                 return
-            here: dict[str, StandIn] = {}
-            for name, child in candidates(self._module, self.excluded):
-                known = self._here.get(name)
+            here: dict[str, TransparentModule] = {}
+            for name, child in _candidates(self._module, self.excluded).items():
+                known = self._parts.get(name)
                 if known is None or state_of(known).module is not child:
                     known = self._make(name, child, self._options(self._own, name))
                 here[name] = known
-            gone = [part for name, part in self._here.items() if here.get(name) is not part]
-            self._here, self._active, self._found = here, tuple(here.values()), True
+            gone = [part for name, part in self._parts.items() if here.get(name) is not part]
+            self._parts, self._active, self._found = here, tuple(here.values()), True
         for part in gone:
             # Not closed: a call in another thread may be on its way through it.
             state_of(part).clear(wait=False)
@@ -141,24 +136,20 @@ class Parts:
             with self._lock:
                 self.past = account if self.past is None else self.past + account
 
-    def reach(self, name: str) -> None:
-        """Find the parts on the way to one of them, if there is such a one.
-
-        Args:
-            name: Of a submodule; any other text does nothing.
-        """
+    def expand_to(self, name: str) -> None:
+        """Find the parts on the way to a submodule; a name that is none does nothing."""
         if name not in dict(self._module.named_modules()) or not name:
             return
-        self.find()
-        for own, part in self._here.items():
+        self.discover()
+        for own, part in self._parts.items():
             if name.startswith(f"{own}."):
-                state_of(part).submodules.reach(name[len(own) + 1 :])
+                state_of(part).submodules.expand_to(name[len(own) + 1 :])
 
     def look_again(self) -> None:
         """Find the parts anew when they are needed next: the module has changed."""
         self._found = False
         if not self.whole:
-            self.find()
+            self.discover()
 
 
 def _within(path: str, prefix: str) -> list[str]:
@@ -176,3 +167,112 @@ def _within(path: str, prefix: str) -> list[str]:
     if not found and re.match(re.escape(path).replace(r"\*", ".*") + r"[.[]", prefix):
         return ["self"]
     return found
+
+
+def _named_parts(module: nn.Module, config: GraphConfig) -> dict[str, nn.Module]:
+    """The submodules that ``include`` names, or without it the engines, by name; ``{}`` where they are to be found."""
+    if config.strategy == "whole_graph" or isinstance(module, EngineLike):
+        return {}
+    names = _submodules(module)
+    for name in config.include:
+        if name not in names:
+            raise ConfigError(f"include names {name!r}{_near(name, names)}")
+    chosen = {name: names[name] for name in config.include}
+    excluded = _excluded(module, config)
+    for name in chosen:
+        if outer := next((other for other in chosen if name.startswith(f"{other}.")), None):
+            raise ConfigError(f"include names both {outer!r} and {name!r}, which is inside it; name one of them")
+        if clash := next((other for other in excluded if _shares(name, other)), None):
+            raise ConfigError(
+                f"include names {name!r} and exclude matches {clash!r}, of which one is inside the other; name one of "
+                f"them"
+            )
+    if config.strategy == "auto":
+        return chosen
+    if not chosen:
+        engines = {name: part for name, part in names.items() if isinstance(part, EngineLike)}
+        chosen = {name: part for name, part in engines.items() if not any(_shares(name, each) for each in excluded)}
+    if not chosen:
+        what = "contains no engine that is not excluded" if excluded else "contains no engine"
+        raise ConfigError(
+            f"strategy='per_submodule': {type(module).__name__} {what}; name the submodules to capture, such as "
+            f"include={list(names)[:2]}"
+        )
+    return chosen
+
+
+def _excluded(module: nn.Module, config: GraphConfig) -> tuple[str, ...]:
+    """The names of submodules that ``exclude`` keeps out of graphs; those inside them are kept out with them."""
+    if not config.exclude:
+        return ()
+    names = _submodules(module)
+    found: dict[str, None] = {}
+    for pattern in config.exclude:
+        matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matched:
+            raise ConfigError(f"exclude names {pattern!r}{_near(pattern, names)}")
+        found.update(dict.fromkeys(matched))
+    excluded = tuple(name for name in found if not any(name.startswith(f"{other}.") for other in found))
+    if config.strategy == "auto" and not _candidates(module, excluded):
+        raise ConfigError(
+            f"exclude={list(config.exclude)} leaves nothing of {type(module).__name__} that could be captured; exclude "
+            f"less, or call the module itself"
+        )
+    return excluded
+
+
+def _candidates(module: nn.Module, excluded: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The largest submodules that are called by themselves, are not wrapped already, and hold nothing excluded."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def search(parent: nn.Module, prefix: str) -> None:
+        for key, child in parent.named_children():
+            name = f"{prefix}{key}"
+            # One that stands in several places is found once.
+            if id(child) in seen or isinstance(child, TransparentModule) or name in excluded:
+                continue
+            seen.add(id(child))
+            if _is_closed(child):
+                found[name] = child
+            # A list of modules is never called, and what holds something excluded is not captured as a whole.
+            elif type(child).forward is nn.Module.forward or any(each.startswith(f"{name}.") for each in excluded):
+                search(child, f"{name}.")
+            else:
+                found[name] = child
+
+    if not _is_closed(module):
+        search(module, "")
+    return found
+
+
+def _submodules(module: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule that Python calls."""
+    names = dict(module.named_modules())
+    closed = tuple(f"{name}." if name else "" for name, each in names.items() if _is_closed(each))
+    return {name: each for name, each in names.items() if name and not name.startswith(closed)}
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """Whether TorchScript or Dynamo runs what is inside of a module, so that no graph could stand in for a part."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if isinstance(module, torch.jit.ScriptModule) or (
+        dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    ):
+        return True
+    return module._compiled_call_impl is not None
+
+
+def _shares(name: str, other: str) -> bool:
+    """Whether one of two submodules is the other one, or inside it."""
+    return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
+
+
+def _near(name: str, names: Collection[str]) -> str:
+    """The end of a message about a name that is none."""
+    near = difflib.get_close_matches(name, names, n=3) or list(names)[:8]
+    return (
+        f", which is no submodule; did you mean {', '.join(near)}?"
+        if near
+        else ", but there are no submodules that Python calls"
+    )

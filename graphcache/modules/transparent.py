@@ -1,4 +1,4 @@
-"""A module that stands for another one, under its names."""
+"""A module with the attributes of another one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Self, TypeVar
 
 from torch import nn
 
-_S = TypeVar("_S", bound="type[StandIn]")
+_S = TypeVar("_S", bound="type[TransparentModule]")
 _KEPT = frozenset({"forward", "forward_into", "load_state_dict", "state_dict", "train", "training"})
-"""Public names that do not give way: they do what the other module's do, or are called at every hit."""
+"""Public names that are not overridden: they do what the other module's do, or are called at every hit."""
 _SPECIAL = ("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__")
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -21,10 +21,10 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 def _table(name: str) -> property:
     """A table of the other module, also after that module has replaced it."""
 
-    def get(self: StandIn) -> Any:
-        return getattr(self._module, name)
+    def get(self: TransparentModule) -> Any:
+        return getattr(self._graphcache_module, name)
 
-    def ignore(self: StandIn, value: Any) -> None:
+    def ignore(self: TransparentModule, value: Any) -> None:
         """``nn.Module.__init__`` sets tables of its own."""
 
     return property(get, ignore)
@@ -35,28 +35,25 @@ def is_training(module: nn.Module) -> bool:
     return bool(getattr(module, "training", False))
 
 
-class StandIn(nn.Module):
+class TransparentModule(nn.Module):
     """Parameters, buffers, submodules, ``state_dict``, training flag and attributes are those of the other module.
 
     There is no level in between: ``named_modules()`` gives the names that the other module gives. What is set or
-    deleted here is set or deleted there, except ``forward``: one that is set here replaces that of this object.
-
-    Args:
-        module: The other module; left as it is.
+    deleted here is set or deleted there, except ``forward``: one that is set here replaces that of this object. Private
+    names of this object begin with ``_graphcache``, so that they hide none of the other module.
     """
 
-    _module: nn.Module
+    _graphcache_module: nn.Module
 
     def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Self:
         kind: Any = cls
-        special = tuple(name for name in _SPECIAL if hasattr(type(module), name))
-        made: Self = super().__new__(_with_special(kind, special))
+        made: Self = super().__new__(_with_special(kind, tuple(n for n in _SPECIAL if hasattr(type(module), n))))
         return made
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         # For code that reads tables past the attributes, as torch.compile does.
-        self.__dict__.update({name: getattr(module, name) for name in _TABLES}, _module=module)
+        self.__dict__.update({name: getattr(module, name) for name in _TABLES}, _graphcache_module=module)
 
     _parameters = _table("_parameters")
     _buffers = _table("_buffers")
@@ -66,106 +63,102 @@ class StandIn(nn.Module):
     @property
     def module(self) -> nn.Module:
         """The other module."""
-        return self._module
+        return self._graphcache_module
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_module":
+        if name == "_graphcache_module":
             raise AttributeError(f"{type(self).__name__} was not initialised")
-        return self._reached(name)
+        return self._graphcache_get(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":
             # With a hook, calls take the way on which they meet it.
             if name not in self.__dict__:
-                self.__dict__["_replaced"] = self.register_forward_pre_hook(_no_change)
+                self.__dict__["_graphcache_hook"] = self.register_forward_pre_hook(_no_change)
             self.__dict__[name] = value
-        elif name.startswith("__") or "_module" not in self.__dict__:
+        elif name.startswith("__") or "_graphcache_module" not in self.__dict__:
             object.__setattr__(self, name, value)
         else:
-            setattr(self._module, name, value)
+            setattr(self._graphcache_module, name, value)
 
     def __delattr__(self, name: str) -> None:
         if name == "forward" and name in self.__dict__:
             del self.__dict__[name]
-            self.__dict__.pop("_replaced").remove()
+            self.__dict__.pop("_graphcache_hook").remove()
         else:
-            delattr(self._module, name)
+            delattr(self._graphcache_module, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *dir(self._module)})
+        return sorted({*object.__dir__(self), *dir(self._graphcache_module)})
 
-    def _reached(self, name: str) -> Any:
-        """An attribute of the other module; its methods run as :meth:`_calling` says."""
-        value = getattr(self._module, name)
-        return Method(self, value) if isinstance(value, MethodType) and value.__self__ is self._module else value
+    def _graphcache_get(self, name: str) -> Any:
+        """An attribute of the other module; its methods run as :meth:`_graphcache_context` says."""
+        module = self._graphcache_module
+        value = getattr(module, name)
+        return ModuleMethod(self, value) if isinstance(value, MethodType) and value.__self__ is module else value
 
-    def _calling(self) -> AbstractContextManager[object]:
+    def _graphcache_context(self) -> AbstractContextManager[object]:
         """What a method of the other module that is reached through this one runs inside."""
         return nullcontext()
 
     def train(self, mode: bool = True) -> Any:
         """Set the module's training flag, and those of all its submodules."""
-        self._module.train(mode)
+        self._graphcache_module.train(mode)
         return self
 
     @property
     def training(self) -> bool:
         """The module's training flag."""
-        return "_module" in self.__dict__ and is_training(self._module)
+        return "_graphcache_module" in self.__dict__ and is_training(self._graphcache_module)
 
     @training.setter
     def training(self, mode: bool) -> None:
         """``nn.Module.__init__`` sets a flag of its own."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._graphcache_module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the module in place, as its own ``compile`` does."""
-        self._module.compile(*args, **kwargs)
+        self._graphcache_module.compile(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own state, under its own names."""
-        return self._module.state_dict(*args, **kwargs)
+        return self._graphcache_module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load into the module."""
-        return self._module.load_state_dict(*args, **kwargs)
+        return self._graphcache_module.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._module._load_from_state_dict(*args, **kwargs)
+        self._graphcache_module._load_from_state_dict(*args, **kwargs)
 
 
 @cache
 def _with_special(kind: Any, names: tuple[str, ...]) -> Any:
-    """A class of stand-ins for modules whose class has some special methods, which Python looks up there alone."""
+    """A transparent class for modules whose class has some special methods, which Python looks up there alone."""
 
-    def reaches(name: str) -> Callable[..., Any]:
-        return lambda self, *args: getattr(self._module, name)(*args)
+    def forwarded(name: str) -> Callable[..., Any]:
+        return lambda self, *args: getattr(self._graphcache_module, name)(*args)
 
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), {**own, **{name: reaches(name) for name in names}}) if names else kind
+    return type(kind.__name__, (kind,), {**own, **{name: forwarded(name) for name in names}}) if names else kind
 
 
-class Method:
-    """A method of a module that was reached through what stands for it.
+class ModuleMethod:
+    """A method of a module that is reached through a transparent one, which it returns in the place of the module."""
 
-    Args:
-        standin: What stands for the module, and is returned where the method returns the module.
-        method: The module's own, bound to the module.
-    """
-
-    def __init__(self, standin: StandIn, method: MethodType) -> None:
-        self._standin = standin
+    def __init__(self, transparent: TransparentModule, method: MethodType) -> None:
+        self._transparent = transparent
         self._method = method
         self.__wrapped__ = method
         self.__doc__ = method.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._standin._calling():
+        with self._transparent._graphcache_context():
             answer = self._method(*args, **kwargs)
-        return self._standin if answer is self._method.__self__ else answer
+        return self._transparent if answer is self._method.__self__ else answer
 
     def __getattr__(self, name: str) -> Any:
         if name == "_method":
@@ -173,7 +166,7 @@ class Method:
         return getattr(self._method, name)
 
     def __eq__(self, other: object) -> bool:
-        return self._method == (other._method if isinstance(other, Method) else other)
+        return self._method == (other._method if isinstance(other, ModuleMethod) else other)
 
     def __hash__(self) -> int:
         return hash(self._method)
@@ -182,16 +175,11 @@ class Method:
         return repr(self._method)
 
     def __reduce__(self) -> Any:
-        return getattr, (self._standin, self._method.__name__)
+        return getattr, (self._transparent, self._method.__name__)
 
 
-class Yielding:
-    """A name of a stand-in that gives way where the other module has an attribute of that name.
-
-    Args:
-        name: The name.
-        value: What the stand-in has under it: a function or a property.
-    """
+class Overridable:
+    """A function or property of a transparent module; an attribute of that name of the other module overrides it."""
 
     def __init__(self, name: str, value: Any) -> None:
         self.value = value
@@ -199,30 +187,27 @@ class Yielding:
         self._inherited = hasattr(nn.Module, name)
         self.__doc__ = value.__doc__
 
-    def __get__(self, instance: StandIn | None, owner: type[StandIn]) -> Any:
+    def __get__(self, instance: TransparentModule | None, owner: type[TransparentModule]) -> Any:
         if instance is None:
             return self.value.__get__(None, owner)
-        module = instance._module
-        if self._inherited:
-            own = self._name in vars(module) or _is_users(_definer(type(module), self._name))
-        else:
-            definer = _definer(type(module), self._name)
-            own = definer is None or _is_users(definer)
-        if own:
+        module = instance._graphcache_module
+        definer = _definer(type(module), self._name)
+        # What every module has is the user's own where it was set; any other name may also be made up by __getattr__.
+        if _is_users(definer) or (self._name in vars(module) if self._inherited else definer is None):
             try:
-                return instance._reached(self._name)
+                return instance._graphcache_get(self._name)
             except AttributeError:
                 pass
         return self.value.__get__(instance, owner)
 
 
-def gives_way(kind: _S) -> _S:
-    """Let the public names of a class of stand-ins, and those of ``nn.Module``, give way to the other module's own."""
+def overridable(kind: _S) -> _S:
+    """Let the other module override the public names of a transparent class, and those of ``nn.Module``."""
     names = {name for each in kind.__mro__ if each is not object for name in vars(each)}
     for name in sorted(names - _KEPT):
         value = getattr_static(kind, name)
         if not name.startswith("_") and (isinstance(value, property) or isfunction(value)):
-            setattr(kind, name, Yielding(name, value))
+            setattr(kind, name, Overridable(name, value))
     return kind
 
 

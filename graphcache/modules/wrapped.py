@@ -4,64 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from graphcache.cache.lru import GraphCache
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recording import Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
-from graphcache.events import Ledger
+from graphcache.errors import Refusal
+from graphcache.events import Ledger, Observers
+from graphcache.graphs.graph import Graph
 from graphcache.modules.info import CacheInfo
 from graphcache.modules.module_guards import module_guard
 
 
-class Wrapped:
-    """The dispatcher of a wrapped module, its submodules that are captured one by one, and its end.
+class PartContext(NamedTuple):
+    """What a wrapped module and the submodules of it that are captured one by one have in common."""
 
-    Args:
-        dispatcher: Answers the calls.
-        submodules: What is captured where the whole is not.
-    """
+    observers: Observers
+    gate: RunGate
+
+
+class Wrapped:
+    """The dispatcher of a wrapped module, its submodules that are captured one by one, and its end."""
 
     def __init__(self, dispatcher: Dispatcher, submodules: Any) -> None:
         self.dispatcher = dispatcher
         self.submodules = submodules
+        self.name = dispatcher.ledger.name
+        """The name in messages."""
+        self.module = dispatcher.target.module
+        self.config = dispatcher.config
+        self.graphs = dispatcher.captures.graphs
+        """The graphs of the module as a whole."""
         self.ends: list[Callable[[], object]] = []
         """Called after the module was closed."""
         self.manifest: Any = None
         """The calls that the package it was loaded from lists."""
-
-    @property
-    def name(self) -> str:
-        """What messages call the module."""
-        return self.dispatcher.ledger.name
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that was wrapped."""
-        return self.dispatcher.target.module
-
-    @property
-    def config(self) -> GraphConfig:
-        """The options."""
-        return self.dispatcher.config
-
-    @property
-    def graphs(self) -> GraphCache[Recording]:
-        """The graphs of the module as a whole."""
-        return self.dispatcher.captures.graphs
 
     def parts(self) -> list[Wrapped]:
         """What is captured one by one now, without parts of parts."""
         return [state_of(part) for part in self.submodules.active()]
 
     def cache_info(self) -> CacheInfo:
-        """The account so far, with that of the parts."""
+        """The counters so far, with those of the parts."""
         captures, ledger = self.dispatcher.captures, self.dispatcher.ledger
         account = captures.admission.account()
         padding = self.dispatcher.padding
@@ -89,12 +77,22 @@ class Wrapped:
             own += replace(past, eager={})
         return own
 
-    def clear(self, *, wait: bool = True) -> None:
-        """Drop every graph and forget all denials, of the parts too.
+    def graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph | None:
+        """The graph that answers a call; without arguments the graph that was used last."""
+        if not args and not kwargs:
+            entry = max(list(self.graphs.entries.values()), key=lambda each: each.used, default=None)
+        else:
+            try:
+                call = self.dispatcher.target.describe(args, kwargs)
+            except Refusal:
+                return None
+            padding = self.dispatcher.padding
+            padded = None if padding is None else padding.target(call)
+            entry = self.graphs.entries.get(padded or call.key)
+        return None if entry is None else entry.graph.graph
 
-        Args:
-            wait: Wait for the last replays, and for captures in the background.
-        """
+    def clear(self, *, wait: bool = True) -> None:
+        """Drop every graph and forget all denials, of the parts too; ``wait`` for replays and captures under way."""
         wait = wait or self.config.capture_in == "background"
         with self.dispatcher.captures.lock:
             self.dispatcher.clear(wait=wait)
@@ -122,13 +120,18 @@ class Wrapped:
 
 
 def state_of(fast: nn.Module) -> Wrapped:
-    """What graphcache keeps for a wrapped module.
-
-    Args:
-        fast: A :class:`~graphcache.modules.cached_module.CachedModule`.
-    """
+    """What graphcache keeps for a :class:`CachedModule`."""
     found: Wrapped = fast.__dict__["_graphcache"]
     return found
+
+
+def name_of(module: nn.Module) -> str:
+    """The name in messages: the module's own ``name`` if it is text, otherwise that of its class."""
+    try:
+        name = getattr(module, "name", "")
+    except Exception:
+        name = ""
+    return name if isinstance(name, str) and name else type(module).__name__
 
 
 def new_dispatcher(
@@ -141,17 +144,7 @@ def new_dispatcher(
     user: object,
     publish: Callable[[Any], object],
 ) -> Dispatcher:
-    """The dispatcher of a module.
-
-    Args:
-        module: The module.
-        config: Options.
-        run: What a call calls; the module itself if ``None``.
-        ledger: Hears of captures, evictions and eager calls.
-        gate: Keeps background captures and callers apart.
-        user: Who holds the graphs; an engine tells it before it does what no graph may survive.
-        publish: Takes the native table of the module.
-    """
+    """The dispatcher of a module, or of ``run`` in its place, for ``user``, who holds the graphs."""
     target: Target
     if isinstance(module, EngineLike):
         target = EngineTarget(module, run or module, config, user)

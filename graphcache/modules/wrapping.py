@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
 
 from graphcache.config import GraphConfig
 from graphcache.features import features
-from graphcache.modules.cached_module import CachedModule, ends_with
+from graphcache.modules.cached_module import CachedModule
+from graphcache.modules.wrapped import state_of
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:
@@ -28,7 +30,7 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
 
     Example:
         >>> import torch, graphcache
-        >>> fast = graphcache.wrap(nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
+        >>> fast = graphcache.wrap(torch.nn.Linear(4, 2).requires_grad_(False), max_graphs=8)
         >>> fast(torch.zeros(1, 4)).shape
         torch.Size([1, 2])
     """
@@ -36,15 +38,7 @@ def wrap(module: nn.Module, **options: Any) -> CachedModule:
 
 
 def wrapped(module: nn.Module, config: GraphConfig) -> CachedModule:
-    """A module behind a cache, with engines of Torch-TensorRT adopted until it is closed.
-
-    Args:
-        module: As for :func:`wrap`.
-        config: Options.
-
-    Raises:
-        ConfigError: As :func:`wrap`.
-    """
+    """What :func:`wrap` does, for options that are checked."""
     adoption = features.adopt(module, config.runtime)
     try:
         fast = CachedModule(adoption.module, config)
@@ -52,5 +46,6 @@ def wrapped(module: nn.Module, config: GraphConfig) -> CachedModule:
         adoption.end()
         raise
     if adoption:
-        ends_with(fast, adoption.end)
+        # Called once, when it is closed or when nobody holds it any more.
+        state_of(fast).ends.append(weakref.finalize(fast, adoption.end))
     return fast

@@ -15,9 +15,9 @@ from graphcache.errors import shown
 from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, varied
-from graphcache.modules.key_view import views_of
+from graphcache.modules.explain import views_of
 from graphcache.modules.prepare import Chosen, Job, ManifestProblem
-from graphcache.modules.transparent import StandIn
+from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.manifest import Manifest, ManifestEntry, differences
@@ -28,7 +28,7 @@ _LARGEST = 2**40
 """Bytes, likewise."""
 
 
-def served(fast: StandIn) -> tuple[Manifest, int]:
+def served(fast: TransparentModule) -> tuple[Manifest, int]:
     """What a module and its parts have served, as a manifest, and how many calls no file can hold."""
     entries: list[ManifestEntry] = []
     left_out = 0
@@ -77,8 +77,17 @@ def plan(
     return chosen
 
 
-def choose(fast: StandIn, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
-    """The calls of a manifest that are worth a capture here."""
+def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
+    """The calls of a manifest that are worth a capture here.
+
+    Args:
+        fast: The wrapped module, whose budgets count for the module and each of its parts.
+        given: The manifest, or its path.
+        seconds: What captures may take together; ``None`` for no bound.
+
+    Raises:
+        ConfigError: For a path that is none.
+    """
     here = environment(controls(fast).module)
     if isinstance(given, Manifest):
         manifest, path = given, "the manifest"
@@ -93,7 +102,7 @@ def choose(fast: StandIn, given: str | os.PathLike[str] | Manifest, seconds: flo
     problems = list(manifest.problems)
     for part in {entry.part for entry in manifest.entries}:
         # What was found in another process because the whole was refused there.
-        state_of(fast).submodules.reach(part)
+        state_of(fast).submodules.expand_to(part)
     targets = _targets(fast)
     by_part: dict[str, list[ManifestEntry]] = {}
     for index, entry in enumerate(manifest.entries):
@@ -121,12 +130,12 @@ def _measured(entry: ManifestEntry) -> dict[str, float] | None:
     return known if len(known) == len(times) else None
 
 
-def _targets(fast: StandIn) -> dict[str, StandIn]:
+def _targets(fast: TransparentModule) -> dict[str, TransparentModule]:
     """The module and its parts, by name."""
     return {"": fast, **controls(fast).parts}
 
 
-def _example(entry: ManifestEntry, target: StandIn) -> Example:
+def _example(entry: ManifestEntry, target: TransparentModule) -> Example:
     """The call of an entry, for a module or a part."""
     module = controls(target).module
     device = device_of(module)

@@ -210,7 +210,7 @@ def spec_of(name: str, module: nn.Module) -> ModelSpec:
     Raises:
         ConfigError: If it is no engine, whose inputs and outputs nobody knows but its maker.
     """
-    inner = module._module if isinstance(module, CachedModule) else module
+    inner = controls(module).module if isinstance(module, CachedModule) else module
     if not isinstance(inner, EngineModule):
         raise ConfigError(
             f"{name} is a {type(inner).__name__}, whose inputs and outputs are not known; give its ModelSpec as "

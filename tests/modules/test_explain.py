@@ -15,8 +15,7 @@ import graphcache
 from graphcache import Buckets, Reason
 from graphcache.config import graphs_off
 from graphcache.errors import ClosedError, ConfigError
-from graphcache.modules.explain import explain
-from graphcache.modules.key_view import Costs
+from graphcache.modules.explain import Costs, explain
 from tests.helpers import Fn, dispatcher_of, frozen, mlp, outcomes
 
 

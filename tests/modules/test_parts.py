@@ -477,7 +477,7 @@ def test_any_tree_answers_as_it_does_and_is_left_as_it_was(module):
 @given(st.text(max_size=12) | st.sampled_from(["", ".", "head", "head.nms.", "more", "more.0.x", "head..nms"]))
 def test_any_name_of_a_part_is_answered(name):
     fast = graphcache.wrap(frozen(Detector(Selects())))
-    state_of(fast).submodules.reach(name)
+    state_of(fast).submodules.expand_to(name)
     assert set(fast.parts) <= {"body", "more.0", "more.1", "head", "head.score", "head.nms", "head.box"}
     assert same(fast(X), fast.module(X))
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, GraphConfig, controls
 from graphcache.errors import ConfigError
-from graphcache.modules.forward_patch import Route, State
+from graphcache.modules.forward_patch import ForwardPatch, StatePatch
 from graphcache.observe.counters import Counters
 from tests.helpers import Fn, frozen, mlp, outcomes
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 PUBLIC = sorted(name for name in dir(CachedModule) if not name.startswith("_") and not hasattr(nn.Module, name))
-SHARED = ["forward_into", "keeps_its_own_state", "training"]
+SHARED = ["forward_into", "training"]
 
 
 class Decoder(nn.Module):
@@ -138,6 +138,36 @@ def test_no_public_name_hides_one_of_the_module(name: str) -> None:
     Counters(fast).read()
     controls(fast).clear()
     controls(fast).close()
+
+
+OWN = ["_misses", "_cache", "_engine", "_table", "_config", "_module", "_replaced", "_calling", "_dispatcher"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_no_private_name_hides_one_of_the_module(name: str) -> None:
+    module = mlp()
+    setattr(module, name, 7)
+    fast = graphcache.wrap(module)
+    assert getattr(fast, name) == 7
+    setattr(fast, name, 8)
+    assert getattr(module, name) == getattr(fast, name) == 8
+    for _ in range(2):
+        assert torch.equal(fast(X), module(X))
+    assert controls(fast).cache_info().hits == 1
+    assert getattr(copy.deepcopy(fast), name) == getattr(pickle.loads(pickle.dumps(fast)), name) == 8
+    delattr(fast, name)
+    assert not hasattr(module, name)
+    assert not hasattr(fast, name)
+
+
+def test_all_private_names_of_graphcache_have_its_prefix() -> None:
+    fast = graphcache.wrap(mlp())
+    fast.forward = fast.forward
+    theirs = {*dir(nn.Module), *vars(nn.Module())}
+    names = {*vars(fast), *(name for kind in type(fast).__mro__ if kind is not nn.Module for name in vars(kind))}
+    ours = [name for name in names - theirs if name.startswith("_") and not name.startswith("__")]
+    assert ours
+    assert [name for name in ours if not name.startswith("_graphcache")] == []
 
 
 @pytest.mark.parametrize("name", ["cache_info", "clear", "close", "parts", "config", "module", "ledger"])
@@ -329,8 +359,8 @@ def test_a_part_whose_forward_the_user_set_is_copied_with_it() -> None:
 def test_a_route_that_a_copy_meets_is_the_copys_own_forward() -> None:
     # Of a thread that had looked for __getstate__ when another one laid the route.
     part = frozen(nn.Linear(4, 4))
-    route = Route(part)
-    state = {**vars(part), "forward": route, "__getstate__": State(route)}
+    route = ForwardPatch(part)
+    state = {**vars(part), "forward": route, "__getstate__": StatePatch(part)}
     again = copy.deepcopy(part, {})
     memo = {id(part): again}
     assert copy.deepcopy(route, memo) == again.forward
@@ -338,5 +368,5 @@ def test_a_route_that_a_copy_meets_is_the_copys_own_forward() -> None:
     loaded, forward = pickle.loads(pickle.dumps((part, route)))
     assert forward == loaded.forward
     part.forward = torch.relu
-    assert copy.deepcopy(Route(part)) is torch.relu
-    assert pickle.loads(pickle.dumps(Route(part))) is torch.relu
+    assert copy.deepcopy(ForwardPatch(part)) is torch.relu
+    assert pickle.loads(pickle.dumps(ForwardPatch(part))) is torch.relu
