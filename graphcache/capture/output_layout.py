@@ -62,6 +62,8 @@ class OutputLayout:
         self.tensors: list[Tensor] = []
         """The tensors that the call made."""
         self._places = [self._place(leaf) for leaf in leaves]
+        self.is_inference = any(tensor.is_inference() for tensor in self.tensors)
+        """Whether the call made inference tensors."""
 
     @property
     def layout(self) -> object:

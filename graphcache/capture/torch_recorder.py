@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from graphcache.capture.blame import at, located, path_here
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
@@ -26,7 +25,7 @@ from graphcache.graphs.capture import TorchCall, as_if_capturing, capturing, for
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.higher_order import compiled_runs_eagerly
-from graphcache.graphs.operations import HostReads, storage_of
+from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
 from graphcache.keys.call import Call
@@ -116,8 +115,8 @@ class TorchRecorder:
                 begin()
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if running is nullcontext else run(*call.args, **call.kwargs)
-                recorded = self._record(run, call, value, state, shares=sharing is Sharing.ALL)
-                if not inference and _has_inference_tensors(value, call.tensors):
+                recorded, answer = self._record(run, call, value, state, shares=sharing is Sharing.ALL)
+                if not inference and answer.is_inference:
                     # The call entered inference mode by itself.
                     recorded.answer_in_inference_mode()
         except Exception as error:
@@ -190,7 +189,7 @@ class TorchRecorder:
 
     def _record(
         self, run: Callable[..., Any], call: Call, value: Any, state: Sequence[Tensor], *, shares: bool
-    ) -> Recording:
+    ) -> tuple[Recording, OutputLayout]:
         """Record a call that has returned ``value`` on the device that its tensors are on."""
         devices = {tensor.device for tensor in (*call.tensors, *self._weights())}
         devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
@@ -201,7 +200,7 @@ class TorchRecorder:
         index = next((device.index for device in devices if device.type == "cuda"), None)
         graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)
         bare = answer.is_whole and isinstance(value, Tensor)
-        return Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
+        return Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places), answer
 
     def _on_host(self, call: TrialCall) -> Graph:
         """Record a call on the CPU."""
@@ -319,13 +318,6 @@ class _Reads(HostReads):
         if learnt:
             cause = at(Cause(Reason.HOST_READ, learnt), self._path or "", name)
             raise Refusal(cause.reason, cause.where, cause.detail)
-
-
-def _has_inference_tensors(value: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether outputs that the call made are inference tensors."""
-    given = {storage_of(tensor) for tensor in inputs}
-    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return any(leaf.is_inference() and storage_of(leaf) not in given for leaf in leaves)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import EnumType
@@ -143,8 +144,7 @@ class _Reader:
 
     def __init__(self, key: Any) -> None:
         self._state: Sequence[Any] = key[:STATE_PARTS]
-        self._parts: Sequence[Any] = key[STATE_PARTS:]
-        self._at = 0
+        self._parts = deque[Any](key[STATE_PARTS:])
         self._depth = 0
         self._tensors: list[TensorSpec] = []
 
@@ -160,22 +160,17 @@ class _Reader:
             while type(self._peek()) is torch.dtype:
                 args += (self._value(),)
         count = len(self._tensors)
-        repeats = tuple(range(count))
+        repeats = list(range(count))
         if self._peek() == REPEATS:
-            repeats = tuple(self._parts[self._at + 1 : self._at + 1 + count])
-            self._at += 1 + count
-        hosts = tuple(self._parts[self._at :])
+            _, *repeats = [self._parts.popleft() for _ in range(1 + count)]
+        hosts = tuple(self._parts)
         if any(type(values) not in (tuple, type(None)) for values in hosts):
             raise ValueError("it does not end where it should")
         tensors = tuple(self._tensors)
-        return KeyContents(args, kwargs, tensors, repeats, hosts, grad, inference, autocast or (), settings)
+        return KeyContents(args, kwargs, tensors, tuple(repeats), hosts, grad, inference, autocast or (), settings)
 
     def _peek(self) -> Any:
-        return self._parts[self._at] if self._at < len(self._parts) else None
-
-    def _next(self) -> Any:
-        self._at += 1
-        return self._parts[self._at - 1]
+        return self._parts[0] if self._parts else None
 
     def _starts(self, *first: object) -> bool:
         """Whether the next part is a tuple that begins with one of these."""
@@ -184,7 +179,7 @@ class _Reader:
 
     def _value(self) -> Any:
         """The next argument, item or constant."""
-        part = self._next()
+        part = self._parts.popleft()
         if type(part) is torch.dtype:
             return self._tensor(part)
         kind, *content = part
@@ -225,12 +220,12 @@ class _Reader:
 
     def _tensor(self, dtype: torch.dtype) -> TensorSpec:
         """The tensor whose dtype was read."""
-        shape, stride, device = self._next(), self._next(), self._next()
+        shape, stride, device = (self._parts.popleft() for _ in range(3))
         pending, attributes = (False, False), ""
         if self._starts(True, False):
-            pending = self._next()
+            pending = self._parts.popleft()
         if self._peek() == ATTRIBUTES:
-            self._next()
+            self._parts.popleft()
             attributes = shown(self._value())
         device = torch.device(device) if type(device) is str else device
         self._tensors.append(TensorSpec(dtype, tuple(shape), tuple(stride), device, pending, attributes))

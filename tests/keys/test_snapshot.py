@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -116,3 +117,36 @@ def test_large_tensors_are_no_bound_of_their_own(few: None) -> None:
     fast = graphcache.wrap(nn.Linear(4, 4000).requires_grad_(False))
     fast(X)
     assert replays(fast, X)
+
+
+def _renamed(owner: Any, old: str, new: str) -> None:
+    value = getattr(owner, old)
+    delattr(owner, old)
+    setattr(owner, new, value)
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_an_attribute_that_has_only_another_name_is_noticed(armed: bool) -> None:
+    kind = type("Holder", (), {"last": 3.5, "__module__": "my_model"})
+    local = threading.local()
+    local.last = 3.5
+    for owner in (kind, local):
+        snapshot = StateSnapshot([("state", owner)])
+        if armed:
+            snapshot.arm()
+        assert snapshot.holds()
+        _renamed(owner, "last", "latest")
+        assert {change.path.rpartition(".")[2] for change in snapshot.changes()} == {"last", "latest"}
+        assert not snapshot.holds()
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_an_object_in_an_array_is_compared(armed: bool) -> None:
+    array = np.array([[1], None], dtype=object)
+    snapshot = StateSnapshot([("state", array)])
+    if armed:
+        snapshot.arm()
+    assert snapshot.holds()
+    array[1] = [2]
+    assert [change.path for change in snapshot.changes()] == ["state[1]"]
+    assert not snapshot.holds()
