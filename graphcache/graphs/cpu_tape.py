@@ -260,8 +260,8 @@ class _Recorder(DispatchMode):
         found = flatten(out)
         # PyTorch's own operators return numbers that depend on layouts alone, as is_same_size does: those that read
         # values were refused by their tags.
-        knows_values = func.namespace not in ("aten", "prims")
-        if knows_values and not all(item is None or isinstance(item, Tensor) for item in found):
+        may_read_values = func.namespace not in ("aten", "prims")
+        if may_read_values and not all(item is None or isinstance(item, Tensor) for item in found):
             raise Refusal(Reason.HOST_READ, str(func))
         slots = [self._slot(item) if isinstance(item, Tensor) else None for item in found]
         return slots if any(slot is not None for slot in slots) else []
