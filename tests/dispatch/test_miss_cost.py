@@ -1,4 +1,4 @@
-"""What a captured miss of an engine calls, counted instead of timed: functions of the package, and the files they are in.
+"""What a captured miss of an engine calls, counted instead of timed: functions of the package, and their files.
 
 The target is 250 calls in 20 files: a miss should be short enough to be read in one go.
 """
