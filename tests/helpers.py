@@ -173,6 +173,13 @@ def structures(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
+def settled(fast: Any) -> Any:
+    """The module, when nothing is captured beside its calls any more."""
+    for pending in list(dispatcher_of(fast).queue._pending.values()):
+        assert pending.done.wait(60)
+    return fast
+
+
 def dispatcher_of(fast: nn.Module) -> Dispatcher:
     """What answers the calls of a wrapped module, for tests that have to look inside."""
     return state_of(fast).dispatcher

@@ -10,7 +10,7 @@ from torch import nn
 from graphcache.config import graphs_off
 from graphcache.graphs import native
 from graphcache.graphs.native.probe import disagreement
-from tests.helpers import in_threads, wrap_recorded
+from tests.helpers import dispatcher_of, in_threads, wrap_recorded
 
 SIZE = 64
 
@@ -28,9 +28,9 @@ def wraps(compiled, monkeypatch):
         # Whoever remembers the first graph asks for the library; each asks once.
         for way, library in (("python", None), ("compiled", compiled)):
             monkeypatch.setattr(native, "loaded", lambda library=library: library)
-            made[way]._shortcuts.table()
-        assert made["python"]._shortcuts.table() is None
-        assert made["compiled"]._shortcuts.table() is not None
+            dispatcher_of(made[way]).fast_path.table()
+        assert dispatcher_of(made["python"]).fast_path.table() is None
+        assert dispatcher_of(made["compiled"]).fast_path.table() is not None
         return made
 
     return wrap

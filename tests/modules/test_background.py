@@ -22,7 +22,7 @@ from graphcache.dispatch import worker as background
 from graphcache.dispatch.worker import CALLS_BETWEEN, Worker
 from graphcache.errors import ClosedError
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same
+from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same, settled
 from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -33,13 +33,6 @@ def nothing_is_left() -> Iterator[None]:
     yield
     for worker in list(background._workers.values()):
         worker.stop()
-
-
-def settled(fast: Any) -> Any:
-    """The module, when nothing is captured beside its calls any more."""
-    for pending in list(dispatcher_of(fast).queue._pending.values()):
-        assert pending.done.wait(60)
-    return fast
 
 
 class Gate:

@@ -791,7 +791,7 @@ def test_an_enqueue_into_a_capture_meets_no_other(fake: Torch, monkeypatch: pyte
 
 
 def made_contexts(module: EngineModule) -> int:
-    return sum(each.engine is module.engine._engine for each in IExecutionContext.made)
+    return sum(each.engine is module.engine.native_handles[1] for each in IExecutionContext.made)
 
 
 def test_the_context_of_an_evicted_graph_serves_the_next_one(fake: Torch) -> None:
@@ -849,7 +849,7 @@ def test_closing_gives_everything_back(fake: Torch) -> None:
     fast = graphcache.wrap(module)
     x = rows(fake, 2)
     kept = [module(x), fast(x), fast(x)]
-    contexts = [weakref.ref(each) for each in IExecutionContext.made if each.engine is module.engine._engine]
+    contexts = [weakref.ref(each) for each in IExecutionContext.made if each.engine is module.engine.native_handles[1]]
     assert len(contexts) == 2
     fast.close()
     module.close()
@@ -872,7 +872,7 @@ def test_closing_an_engine_closes_the_graphs_it_made_itself(fake: Torch) -> None
         graphcache.runtime.set_cudagraphs_mode(True)
         for _ in range(3):
             assert torch.equal(module(rows(fake, 2)), rows(fake, 2) * 3 + 1)
-        assert module._cached.cache_info().hits == 2
+        assert module.with_graphs().cache_info().hits == 2
 
     contextvars.copy_context().run(body)
     module.close()

@@ -155,7 +155,7 @@ def test_who_owns_outputs_is_kept_and_changes_nothing(fake: Torch) -> None:
 
 
 def contexts_of(engine: Any) -> set[Any]:
-    return {each._specialization for each in IExecutionContext.made if each.engine is engine.engine._engine}
+    return {each._specialization for each in IExecutionContext.made if each.engine is engine.engine.native_handles[1]}
 
 
 def test_how_kernels_are_compiled_is_that_of_contexts_made_afterwards(fake: Torch) -> None:

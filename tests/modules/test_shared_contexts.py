@@ -243,7 +243,7 @@ def test_nothing_is_kept_alive(fake: Torch) -> None:
     fast.close()
     module.close()
     gc.collect()
-    assert not [each for each in IExecutionContext.made if each.engine is module.engine._engine]
+    assert not [each for each in IExecutionContext.made if each.engine is module.engine.native_handles[1]]
     assert fake.driver.leaked() == {}
 
 
