@@ -25,11 +25,11 @@ from graphcache.integrations.torch_tensorrt import adopted_engine, adoption
 from graphcache.integrations.torch_tensorrt.adopted_engine import AdoptedEngine
 from graphcache.integrations.torch_tensorrt.foreign import described
 from graphcache.runtime import enable_cudagraphs, enable_output_allocator, weight_streaming
+from tests.engine_modules import MODULES, load, prepare, rows
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
 from tests.integrations import fake_torch_tensorrt as theirs
-from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "python 2.11": theirs.PythonTorchTensorRTModule,

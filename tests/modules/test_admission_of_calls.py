@@ -15,9 +15,9 @@ from graphcache.cache import arbiter as room
 from graphcache.cache.arbiter import arbiter, set_process_budget
 from graphcache.dispatch import dispatcher as misses
 from graphcache.errors import ConfigError
+from tests.engine_modules import fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.graphs.fake_driver import Torch
 from tests.helpers import Fn, dispatcher_of, graphs_of, mlp, same
-from tests.modules.test_engine_module import fake, load, rows  # noqa: F401 - the fixture is used by its name
 
 
 class Clock:

@@ -21,9 +21,9 @@ from graphcache.dispatch import call_snapshot as later
 from graphcache.dispatch import worker as background
 from graphcache.dispatch.worker import CALLS_BETWEEN, Worker
 from graphcache.errors import ClosedError
+from tests.engine_modules import MODULES, load, prepare, rows
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same, settled
-from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 

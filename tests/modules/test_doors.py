@@ -20,10 +20,10 @@ from graphcache.dispatch import fast_path
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.cached_module import CachedModule as Class
+from tests.engine_modules import rows
 from tests.graphs.fake_driver import Torch
 from tests.helpers import Fn, in_threads
 from tests.modules import test_shortcuts
-from tests.modules.test_engine_module import rows
 from tests.modules.test_shortcuts import Warm
 
 # The stand-ins of the compiled short way, which this is the way into.

@@ -15,12 +15,12 @@ import graphcache
 from graphcache import Reason
 from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import ClosedError, ConfigError
+from tests.engine_modules import MODULES, load, numbers, prepare, rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import DynamicShapesKernelSpecializationStrategy as Strategy
 from tests.engines.fake_tensorrt import IExecutionContext, IProfiler
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import in_threads, reason
-from tests.modules.test_engine_module import MODULES, load, numbers, prepare, rows
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ from graphcache.engines.registry import traced_engines
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, EngineVersionError
 from graphcache.modules import engine_state
 from graphcache.modules.engine_state import bytes_of, tensor_of
+from tests.engine_modules import MODULES, numbers, prepare, rows
+from tests.engine_modules import load as load_engine
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
-from tests.modules.test_engine_module import MODULES, numbers, prepare, rows
-from tests.modules.test_engine_module import load as load_engine
 
 
 @pytest.fixture

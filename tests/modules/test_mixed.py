@@ -16,9 +16,9 @@ from graphcache import EngineModule, Reason
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.graphs import buffers, driver
 from tests.effort import share
+from tests.engine_modules import MODULES, load, numbers, prepare
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import dispatcher_of, graphs_of, outcomes
-from tests.modules.test_engine_module import MODULES, load, numbers, prepare
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from graphcache.modules import devices, examples
 from graphcache.modules import prepare as room
 from graphcache.persist import fingerprint, served_calls
 from graphcache.persist.manifest import ManifestEntry
+from tests import engine_modules as engines
+from tests.engine_modules import load, rows
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import (
     Fn,
@@ -43,8 +45,6 @@ from tests.helpers import (
     structures,
     tensors,
 )
-from tests.modules import test_engine_module as engines
-from tests.modules.test_engine_module import load, rows
 
 on_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 

@@ -19,8 +19,8 @@ from graphcache.runtime import (
     set_cudagraphs_mode,
     set_multi_device_safe_mode,
 )
+from tests.engine_modules import load, rows
 from tests.helpers import outcomes, reason
-from tests.modules.test_engine_module import load, rows
 
 
 class Deep(nn.Module):

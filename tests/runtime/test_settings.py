@@ -22,8 +22,8 @@ from graphcache.runtime import (
     set_cudagraphs_mode,
     set_dynamic_shapes_kernel_strategy,
 )
+from tests.engine_modules import load, rows
 from tests.engines import fake_tensorrt
-from tests.modules.test_engine_module import load, rows
 
 
 def choices(engines: Any) -> list[Any]:
