@@ -21,8 +21,8 @@ from graphcache.dispatch import worker as background
 from graphcache.errors import CaptureError, ClosedError, ConfigError, ExtraNotFoundError
 from graphcache.features import features
 from graphcache.graphs.verify import largest_gap
+from tests.dispatch.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
 from tests.helpers import Fn, calls, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, same, settled, strides
-from tests.modules.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
 
 ROWS = {0: [2, 4, 8]}
 
