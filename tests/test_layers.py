@@ -157,6 +157,16 @@ def test_every_layer_has_been_looked_at():
     assert {"cache", "graphs", "engines", "modules", "runtime", "observe", "debug", "cli", ""} <= seen
 
 
+TESTS = Path(__file__).parent
+OTHER_TESTS = {"bench", "contracts", "gpu"}
+"""Folders of tests that are of no layer."""
+
+
+def test_folders_of_tests_are_layers():
+    folders = {path.name for path in TESTS.iterdir() if (path / "__init__.py").is_file()}
+    assert folders - OTHER_TESTS <= {name for name in RANKS if (PACKAGE / name).is_dir()}
+
+
 # ---- import cycles
 
 
