@@ -11,9 +11,10 @@ from torch import Tensor
 from graphcache import EngineModule
 from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
+from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch import fast_path, preconditions
 from graphcache.engines import allocator, context, engine, library
-from graphcache.graphs import verify
+from graphcache.graphs import buffers, verify
 from graphcache.modules import engine as room
 from graphcache.modules import engine_runner
 from tests.engines import fake_tensorrt
@@ -32,6 +33,12 @@ def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     for each in (preconditions, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)
     return fake
+
+
+def capture_by_driver(fake: Torch, patch: pytest.MonkeyPatch) -> None:
+    """Have whole modules captured by the driver, as they are where tensors lie on a CUDA device."""
+    patch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
+    patch.setattr(buffers, "torch", fake)
 
 
 @pytest.fixture(params=["python", "compiled"])

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
 from graphcache.capture import engine_recorder as record_engine
-from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.errors import (
     CaptureError,
     ClosedError,
@@ -38,11 +37,11 @@ from graphcache.errors import (
     Refusal,
     TensorRTNotFoundError,
 )
-from graphcache.graphs import buffers, driver
+from graphcache.graphs import driver
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
 from graphcache.modules import engine_runner
-from tests.engine_modules import MODULES, load, made_contexts, numbers, prepare, rows
+from tests.engine_modules import MODULES, capture_by_driver, load, made_contexts, numbers, prepare, rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
@@ -1112,8 +1111,7 @@ class Chain(nn.Module):
 @pytest.fixture
 def whole(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> Torch:
     """Whole modules are captured by the driver, as they are where tensors lie on a CUDA device."""
-    monkeypatch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
-    monkeypatch.setattr(buffers, "torch", fake)
+    capture_by_driver(fake, monkeypatch)
     return fake
 
 

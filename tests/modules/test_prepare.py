@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Call, Manifest, Reason
-from graphcache.cache import arbiter as shared
 from graphcache.cache.arbiter import set_process_budget
 from graphcache.dispatch import capture_manager
 from graphcache.dispatch import dispatcher as misses
@@ -40,6 +39,7 @@ from tests.helpers import (
     in_threads,
     mlp,
     outcomes,
+    own_budgets,
     reason,
     same,
     structures,
@@ -169,8 +169,7 @@ def test_more_than_fit_are_not_captured_in_vain() -> None:
 
 
 def test_bytes_of_the_module_and_of_the_process_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_arbiters", {})
-    monkeypatch.setattr(shared, "_default", [])
+    own_budgets(monkeypatch)
     probe = graphcache.wrap(mlp())
     nbytes = probe.prepare(*xs(8)).nbytes
     probe.close()
