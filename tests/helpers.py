@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, Reason, config
+from graphcache.cache import arbiter
 from graphcache.cache.lru import GraphCache
 from graphcache.capture.recording import Recording
 from graphcache.dispatch.dispatcher import Dispatcher
@@ -171,6 +172,19 @@ def structures(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         ),
         max_leaves=6,
     )
+
+
+def settled(fast: Any) -> Any:
+    """The module, when nothing is captured beside its calls any more."""
+    for pending in list(dispatcher_of(fast).queue._pending.values()):
+        assert pending.done.wait(60)
+    return fast
+
+
+def own_budgets(patch: pytest.MonkeyPatch) -> None:
+    """No graphs and no budget of another test's count."""
+    patch.setattr(arbiter, "_arbiters", {})
+    patch.setattr(arbiter, "_default", [])
 
 
 def dispatcher_of(fast: nn.Module) -> Dispatcher:

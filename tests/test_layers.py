@@ -1,4 +1,7 @@
-"""A room imports only rooms below it, wherever in the file the import stands."""
+"""Layers, import cycles, and how long files and functions are.
+
+A layer imports only layers below it, wherever in the file the import stands.
+"""
 
 import ast
 from pathlib import Path
@@ -6,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import graphcache
+from tests.test_import import imported
 
 PACKAGE = Path(graphcache.__file__).parent
 
-# Rooms of one rank do not import each other, but for those of the ground floor.
+# Layers of one rank do not import each other, but for those of rank 0.
 RANKS = {
     "errors": 0,
     "config": 0,
@@ -58,13 +62,13 @@ OWNERS = {
     "nvtx": "observe",
     "prometheus_client": "observe",
 }
-"""The only room that imports a library."""
+"""The only layer that imports a library."""
 
 ALSO = {("graphcache.modules.progress", "rich")}
 """Who else may, inside a function: a bar that is drawn on a terminal alone."""
 
 
-def room_of(module):
+def layer_of(module):
     """``"graphcache.cache.lru"`` -> ``"cache"``, ``"graphcache"`` -> ``""``."""
     return [*module.split("."), ""][1]
 
@@ -88,9 +92,9 @@ def imports(source, module, *, is_package):
                 kept = parents[: len(parents) - node.level + is_package]
                 base = ".".join([*kept, *([node.module] if node.module else [])])
             for alias in node.names:
-                # ``from graphcache import cache`` imports a room, ``from graphcache import wrap`` the package.
-                is_room = base == "graphcache" and alias.name in RANKS
-                yield f"{base}.{alias.name}" if is_room else base, node.lineno
+                # ``from graphcache import cache`` imports a layer, ``from graphcache import wrap`` the package.
+                is_layer = base == "graphcache" and alias.name in RANKS
+                yield f"{base}.{alias.name}" if is_layer else base, node.lineno
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "importlib.import_module",
             "import_module",
@@ -103,18 +107,18 @@ def imports(source, module, *, is_package):
 
 def violations(source, module, *, is_package=False):
     """What in some source breaks the order, in words."""
-    own = room_of(module)
+    own = layer_of(module)
     if own not in RANKS:
-        return [f"{module}: the room {own!r} has no place in the order; give it one in RANKS"]
+        return [f"{module}: the layer {own!r} has no rank; give it one in RANKS"]
     found = []
     for name, line in imports(source, module, is_package=is_package):
         top = name.split(".")[0]
         if top == "graphcache":
-            other = room_of(name)
-            ground_floor = RANKS.get(other) == RANKS[own] == 0
+            other = layer_of(name)
+            both_lowest = RANKS.get(other) == RANKS[own] == 0
             if other not in RANKS:
-                found.append(f"{module}:{line} imports {name}, a room without a place in the order")
-            elif other != own and RANKS[other] >= RANKS[own] and not ground_floor:
+                found.append(f"{module}:{line} imports {name}, a layer without a rank")
+            elif other != own and RANKS[other] >= RANKS[own] and not both_lowest:
                 found.append(f"{module}:{line} imports {name}, which is not below {own or 'the package'}")
         elif top in OWNERS and OWNERS[top] != own and (module, top) not in ALSO:
             found.append(f"{module}:{line} imports {name}, which is for {OWNERS[top]} only")
@@ -125,16 +129,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
-def test_a_room_imports_only_rooms_below(path):
+def test_a_layer_imports_only_layers_below(path):
     source = path.read_text(encoding="utf-8")
     assert violations(source, module_of(path), is_package=path.name == "__init__.py") == []
 
 
 def test_an_engines_module_imports_nothing_that_imports_the_cache_of_graphs():
-    """Also inside functions and for types alone: what is above it is given to it through ``hooks``."""
+    """Also inside functions and for types alone: what is above it is given to it through ``features``."""
     files = {module_of(path): path for path in FILES}
     found = {"graphcache"}
-    left = [f"graphcache.{name}" for name in ("modules.engine", "modules.shared_contexts", "export.op_kernel")]
+    left = [f"graphcache.{name}" for name in ("modules.engine", "capture.context_groups", "export.op_kernel")]
     while left:
         module = left.pop()
         if module in found or module not in files:
@@ -148,9 +152,174 @@ def test_an_engines_module_imports_nothing_that_imports_the_cache_of_graphs():
     assert "graphcache.modules.cached_module" not in found
 
 
-def test_every_room_has_been_looked_at():
-    seen = {room_of(module_of(path)) for path in FILES}
+def test_every_layer_has_been_looked_at():
+    seen = {layer_of(module_of(path)) for path in FILES}
     assert {"cache", "graphs", "engines", "modules", "runtime", "observe", "debug", "cli", ""} <= seen
+
+
+TESTS = Path(__file__).parent
+OTHER_TESTS = {"bench", "contracts", "gpu"}
+"""Folders of tests that are of no layer."""
+
+
+def test_folders_of_tests_are_layers():
+    folders = {path.name for path in TESTS.iterdir() if (path / "__init__.py").is_file()}
+    assert folders - OTHER_TESTS <= {name for name in RANKS if (PACKAGE / name).is_dir()}
+
+
+# ---- import cycles
+
+
+def edges(sources):
+    """From each file to the files it imports, also under ``TYPE_CHECKING`` and inside functions.
+
+    Args:
+        sources: Source by module name; packages under their own name.
+    """
+    packages = {name.rpartition(".")[0] for name in sources}
+    found = {}
+    for module, source in sources.items():
+        found[module] = set()
+        for node in ast.walk(ast.parse(source)):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                parents = module.split(".")
+                kept = parents[: len(parents) - node.level + (module in packages)] if node.level else []
+                base = ".".join([*kept, *([node.module] if node.module else [])])
+                # Of a package, either one of its files or what is in its __init__.
+                names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in sources else base for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+                names = [each.value for each in node.args[:1] if isinstance(each, ast.Constant)]
+            found[module].update(name for name in names if name in sources and name != module)
+    return found
+
+
+def cycles(graph):
+    """The strongly connected components of more than one file, by the algorithm of Tarjan."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(file):
+        index[file] = low[file] = len(index)
+        stack.append(file)
+        for other in graph[file]:
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[file] = min(low[file], low[other])
+        if low[file] == index[file]:
+            place = stack.index(file)
+            component = stack[place:]
+            del stack[place:]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for file in graph:
+        if file not in index:
+            visit(file)
+    return found
+
+
+def test_no_files_import_each_other_in_a_cycle():
+    sources = {module_of(path): path.read_text(encoding="utf-8") for path in FILES}
+    graph = edges(sources)
+    assert len(graph["graphcache"]) > 20
+    assert cycles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "other"),
+    [
+        ("from p.b import x", "import p.a"),
+        ("from p import b", "from p.a import x"),
+        ("from . import b", "from .a import x"),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import b", "from p import a"),
+        ("def f():\n    import p.b", "def g():\n    from p.a import f"),
+        ("import importlib\nimportlib.import_module('p.b')", "import p.a"),
+    ],
+)
+def test_a_cycle_is_found(source, other):
+    assert cycles(edges({"p": "", "p.a": source, "p.b": other})) == [["p.a", "p.b"]]
+
+
+def test_a_cycle_of_three_and_none():
+    three = {"p": "", "p.a": "import p.b", "p.b": "import p.c", "p.c": "import p.a", "p.d": "import p.a"}
+    assert cycles(edges(three)) == [["p.a", "p.b", "p.c"]]
+    assert cycles(edges({**three, "p.c": ""})) == []
+
+
+# ---- what importing graphcache imports
+
+ONLY_WHEN_NEEDED = {
+    "click",
+    "cuda",
+    "ray",
+    "rich",
+    "sympy",
+    "tensorrt",
+    "tensorrt_lean",
+    "tensorrt_rtx",
+}
+
+
+def test_importing_graphcache_imports_no_library_that_only_some_calls_need():
+    found = imported("import graphcache")
+    assert "graphcache.dispatch.dispatcher" in found
+    assert {name.split(".")[0] for name in found} & ONLY_WHEN_NEEDED == set()
+    assert not {name for name in found if name.startswith("torch._dynamo")}
+
+
+# ---- sizes
+
+MOST_LINES_OF_A_FILE = 400
+LONG_FILES = {
+    "dispatch/dispatcher.py": 468,
+    "modules/cached_module.py": 540,
+}
+"""Files that are longer, with their lines. Entries may only shrink or go."""
+
+MOST_LINES_OF_A_FUNCTION = 70
+LONG_FUNCTIONS = {
+    "capture/engine_recorder.py:_capture": 74,
+    "cli/run.py:run": 98,
+    "cli/serve.py:serve": 87,
+    "engines/build.py:build": 80,
+    "export/compiling.py:compile": 82,
+    "graphs/capture.py:record_torch": 92,
+    "serving/deployment.py:deployment": 128,
+}
+"""Functions that are longer, docstring included. Entries may only shrink or go."""
+
+
+def long_files():
+    """Lines of the files of the package, native code too, that have too many."""
+    files = [*FILES, *(path for path in PACKAGE.rglob("*") if path.suffix in {".c", ".cc", ".cpp", ".cu", ".h"})]
+    counted = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    return {name: lines for name, lines in counted.items() if lines > MOST_LINES_OF_A_FILE}
+
+
+def long_functions():
+    """Lines of the functions of the package that have too many; of several of one name in a file, the most."""
+    found = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines, name = node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.name}"
+                if lines > MOST_LINES_OF_A_FUNCTION:
+                    found[name] = max(lines, found.get(name, 0))
+    return found
+
+
+@pytest.mark.parametrize(("count", "allowed"), [(long_files, LONG_FILES), (long_functions, LONG_FUNCTIONS)])
+def test_nothing_is_longer_than_it_should_be_but_for_what_was(count, allowed):
+    found = count()
+    grown = {name: lines for name, lines in found.items() if lines > allowed.get(name, 0)}
+    assert grown == {}, "too long: divide it, or make it shorter"
+    assert set(allowed) <= set(found), "no longer too long: take it out of the list"
+
+
+# ---- the checks find what they look for
 
 
 @pytest.mark.parametrize(
@@ -180,8 +349,8 @@ def test_every_room_has_been_looked_at():
         ("graphcache.engines.engine", "from cuda.bindings import driver", "which is for graphs only"),
         ("graphcache.cache.lru", "import importlib\nimportlib.import_module('cuda.bindings')", "lru:2 imports cuda"),
         ("graphcache.modules.cached_module", "import click", "which is for cli only"),
-        ("graphcache.attic.box", "", "has no place in the order"),
-        ("graphcache.cli.demo", "import graphcache.attic", "a room without a place in the order"),
+        ("graphcache.attic.box", "", "has no rank"),
+        ("graphcache.cli.demo", "import graphcache.attic", "a layer without a rank"),
     ],
 )
 def test_what_breaks_the_order_is_found(module, source, message):

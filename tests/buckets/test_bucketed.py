@@ -21,9 +21,8 @@ from graphcache.dispatch import worker as background
 from graphcache.errors import CaptureError, ClosedError, ConfigError, ExtraNotFoundError
 from graphcache.features import features
 from graphcache.graphs.verify import largest_gap
-from tests.helpers import Fn, calls, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, same, strides
-from tests.modules.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
-from tests.modules.test_background import settled
+from tests.dispatch.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
+from tests.helpers import Fn, calls, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, same, settled, strides
 
 ROWS = {0: [2, 4, 8]}
 
@@ -634,11 +633,10 @@ def test_a_trial_that_ends_when_the_module_is_another_one_counts_for_nothing(bes
     fast(x)
     assert trying.wait(60)
     module.eval()
-    waiting = list(dispatcher_of(fast).queue._pending.values())
     # The next call waits for the one run of the trial that is under way.
     go.set()
     assert close(fast(x), x - x.mean(0))
-    assert all(each.done.wait(60) for each in waiting)
+    settled(fast)
     for _ in range(6):
         assert close(fast(x), x - x.mean(0))
         settled(fast)

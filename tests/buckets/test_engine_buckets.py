@@ -16,9 +16,9 @@ from graphcache.buckets import padder, padding
 from graphcache.buckets.engine_buckets import engine_buckets
 from graphcache.errors import ConfigError, InputCountError, InputDtypeError, ProfileRangeError
 from tests.effort import share
+from tests.engine_modules import MODULES, load, prepare, rows
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes, wrap_recorded
-from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 
 @pytest.fixture

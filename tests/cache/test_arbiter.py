@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache import arbiter as arbiters
 from graphcache.cache.arbiter import VARIABLE, Arbiter, arbiter, checked_budget, set_process_budget
 from graphcache.cache.lru import GraphCache, clock
 from graphcache.errors import ConfigError, Reason, Refusal
 from tests.effort import share
-from tests.helpers import in_threads
+from tests.helpers import in_threads, own_budgets
 
 
 class Memory:
@@ -49,8 +48,7 @@ class Meter:
 @pytest.fixture(autouse=True)
 def own_arbiters(monkeypatch):
     """No arbiter and no budget of another test's."""
-    monkeypatch.setattr(arbiters, "_arbiters", {})
-    monkeypatch.setattr(arbiters, "_default", [])
+    own_budgets(monkeypatch)
     monkeypatch.delenv(VARIABLE, raising=False)
 
 

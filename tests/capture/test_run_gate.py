@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import CachedModule, Reason
+from graphcache import Reason
 from graphcache.capture.run_gate import RunGate
-from tests.helpers import dispatcher_of, frozen
+from tests.helpers import frozen, settled
 
 PATIENCE = 60
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -222,12 +222,6 @@ def test_a_fork_does_not_wait_for_threads_of_its_parent() -> None:
     alone.result(PATIENCE)
 
 
-def finished(fast: CachedModule) -> None:
-    """Wait for the captures beside the calls."""
-    for later in list(dispatcher_of(fast).queue._pending.values()):
-        assert later.done.wait(PATIENCE)
-
-
 def test_a_wrapped_module_inside_another_is_run_by_its_background_capture_and_not_captured() -> None:
     linear = frozen(nn.Linear(4, 4))
     inner = graphcache.wrap(linear)
@@ -242,7 +236,7 @@ def test_a_wrapped_module_inside_another_is_run_by_its_background_capture_and_no
 
     fast = graphcache.wrap(Outer(), capture_in="background")
     assert torch.equal(fast(X), linear(X) * 2)
-    finished(fast)
+    settled(fast)
     assert torch.equal(fast(X), linear(X) * 2)
     assert (fast.cache_info().captures, fast.cache_info().hits) == (1, 1)
     assert inner.cache_info().captures == 0
@@ -258,7 +252,7 @@ def test_the_first_call_of_a_key_is_answered_by_the_callers_own_run() -> None:
 
     fast = graphcache.wrap(Tells(), capture_in="background", ignore=["*"])
     assert torch.equal(fast(X), X + 1)
-    finished(fast)
+    settled(fast)
     assert fast.cache_info().eager == {Reason.PENDING: 1}
     assert fast.cache_info().captures == 1
     assert threads[0] == threading.get_ident()
@@ -288,7 +282,7 @@ def test_calls_of_other_keys_wait_for_at_most_one_run_of_a_background_capture() 
     calls: list[Future[None]] = [start(call, size) for size in range(1, 9) for _ in range(3)]
     for each in calls:
         each.result(PATIENCE)
-    finished(fast)
+    settled(fast)
     background = [names for names in together if any("graphcache" in name for name in names)]
     assert background
     assert all(len(names) == 1 for names in background)

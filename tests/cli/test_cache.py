@@ -21,7 +21,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GRAPHCACHE_CACHE_DIR", str(tmp_path))
     for index, key in enumerate(("aaaa", "bbbb")):
         user_store().put("engine", key, bytes(2_000_000), {"name": f"{key}.onnx", "tensorrt_rtx": "1.5.0.114"})
-        os.utime(user_store()._path("engine", key), (index, index))
+        (path,) = (each.path for each in user_store().entries() if each.key == key)
+        os.utime(path, (index, index))
     return tmp_path
 
 

@@ -388,7 +388,7 @@ def test_a_context_survives_its_engine(fake: Torch) -> None:
 def test_nothing_outlives_a_context(fake: Torch) -> None:
     run = Runner(fake, "affine")
     run(rows(fake, 2))
-    gone = [weakref.ref(each) for each in (run.context, run.trt, run.engine._engine, run.engine)]
+    gone = [weakref.ref(each) for each in (run.context, run.trt, run.engine.native_handles[1], run.engine)]
     run.engine.close()
     run.__dict__.clear()
     gc.collect()

@@ -135,20 +135,19 @@ def test_contexts_use_memory_of_the_callers_and_share_compiled_kernels(fake: Tor
     engine = Engine(serialize("affine"))
     one, two = engine.new_context(), engine.new_context()
     assert one is not two
-    config = engine._config
+    runtime, made, kernels, config = engine.native_handles
     assert config.get_execution_context_allocation_strategy().name == "USER_MANAGED"
     assert config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
     gc.collect()
     engine.new_context()
-    assert engine._config is config
-    assert engine.native_handles == (engine._runtime, engine._engine, engine._kernels, config)
+    assert engine.native_handles == (runtime, made, kernels, config)
 
 
 def test_flavours_without_kernels_compiled_at_run_time(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(fake_tensorrt, "DynamicShapesKernelSpecializationStrategy")
     engine = Engine(serialize("affine"))
     engine.new_context()
-    assert engine._kernels is None
+    assert engine.native_handles[2] is None
 
 
 def test_no_context(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +162,7 @@ def test_no_context(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_closing_drops_everything(fake: Torch) -> None:
     engine = Engine(serialize("affine"))
     context = engine.new_context()
-    gone = [weakref.ref(each) for each in (engine._engine, engine._runtime, engine._config, engine._kernels)]
+    gone = [weakref.ref(each) for each in engine.native_handles]
     engine.close()
     engine.close()
     assert engine.closed

@@ -12,10 +12,10 @@ import graphcache
 from graphcache import EngineModule
 from graphcache.engines import kernel_cache
 from graphcache.engines.store import user_store
+from tests.engine_modules import rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, IRuntimeCache, serialize
 from tests.graphs.fake_driver import Torch
-from tests.modules.test_engine_module import rows
 from tests.standins import engines, in_a_new_process
 
 

@@ -35,8 +35,12 @@ def never() -> bytes:
     raise AssertionError("it was made again")
 
 
+def path_of(store: Store, key: str) -> Path:
+    return next(each.path for each in store.entries() if each.key == key)
+
+
 def aged(store: Store, key: str, seconds: float) -> None:
-    path = store._path("engine", key)
+    path = path_of(store, key)
     then = time.time() - seconds
     os.utime(path, (then, then))
 
@@ -68,7 +72,7 @@ def test_an_entry_that_was_changed_is_made_again(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         store = Store(Path(name), 10_000)
         store.put("engine", "a", b"made" * 9, {"name": "n"})
-        path = store._path("engine", "a")
+        path = path_of(store, "a")
         content = bytearray(path.read_bytes())
         place = data.draw(st.integers(0, len(content) - 1))
         if data.draw(st.booleans()):
@@ -183,7 +187,7 @@ def test_what_is_larger_than_the_bound_is_given_and_not_kept(store: Store, caplo
 def test_pruning(store: Store) -> None:
     for index, key in enumerate("abc"):
         store.put("kernels", key, bytes(1000), {})
-        os.utime(store._path("kernels", key), (index, index))
+        os.utime(path_of(store, key), (index, index))
     old, young = (store.folder / f"{TEMPORARY}{name}.tmp" for name in ("old", "young"))
     for path in (old, young):
         path.write_bytes(b"half of an engine")
@@ -245,7 +249,7 @@ def test_where_the_users_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_note_of_any_kind_is_harmless(store: Store) -> None:
     store.put("engine", "a", b"data", {})
-    path = store._path("engine", "a")
+    path = path_of(store, "a")
     for note in (b"[1]", b"{", b"\xff"):
         data = bytearray(path.read_bytes()[: room._HEAD.size])
         data[-4:] = len(note).to_bytes(4, "little")
@@ -259,7 +263,7 @@ def test_all_files_are_readable_by_whom_the_user_lets(store: Store) -> None:
     store.put("engine", "a", b"data", {})
     mask = os.umask(0)
     os.umask(mask)
-    assert stat.S_IMODE(store._path("engine", "a").stat().st_mode) == 0o644 & ~mask
+    assert stat.S_IMODE(path_of(store, "a").stat().st_mode) == 0o644 & ~mask
 
 
 def ignored(*_: Any) -> None:
@@ -275,7 +279,7 @@ def test_a_time_that_cannot_be_set_changes_nothing(store: Store, monkeypatch: py
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_what_others_may_write_is_not_loaded(store: Store, caplog: pytest.LogCaptureFixture, what: str) -> None:
     store.put("engine", "a", b"data", {})
-    (store._path("engine", "a") if what == "file" else store.folder).chmod(0o777)
+    (path_of(store, "a") if what == "file" else store.folder).chmod(0o777)
     assert store.get("engine", "a") is None
     assert "may be written by others, and engines are trusted" in caplog.text
     assert store.get_or_make("engine", "a", lambda: b"made", {}) == b"made"

@@ -222,11 +222,10 @@ def test_a_program_runs_the_module_that_was_traced_while_it_lives(fake: Torch) -
     module = mixed()
     program = exported(module, X).module()
     program(X)
-    assert op_kernel._loaded == {}
+    assert unload_engines() == 0
     del module
     gc.collect()
     assert torch.allclose(program(X), wanted(X))
-    assert len(op_kernel._loaded) == 1
     assert unload_engines() == 1
     assert unload_engines() == 0
     assert torch.allclose(program(X), wanted(X))
@@ -237,7 +236,7 @@ def test_a_module_that_was_closed_leaves_the_program_its_bytes(fake: Torch) -> N
     program = exported(module, X).module()
     module.engine.close()
     assert torch.allclose(program(X), wanted(X))
-    assert len(op_kernel._loaded) == 1
+    assert unload_engines() == 1
 
 
 def test_a_copy_with_other_weights_is_not_taken_for_the_module(fake: Torch, tmp_path: Path) -> None:

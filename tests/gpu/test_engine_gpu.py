@@ -314,10 +314,10 @@ def test_set_cudagraphs_mode_switches_bare_engines(load):
         graphcache.runtime.set_cudagraphs_mode(True)
         for _ in range(3):
             assert close(engine(x), networks.mlp8_reference(x))
-        assert engine._cached.cache_info().hits == 2
+        assert engine.with_graphs().cache_info().hits == 2
         graphcache.runtime.set_cudagraphs_mode(False)
         assert close(engine(x), networks.mlp8_reference(x))
-        assert engine._cached.cache_info().hits == 2
+        assert engine.with_graphs().cache_info().hits == 2
 
     contextvars.copy_context().run(body)
 
@@ -470,7 +470,7 @@ def test_an_uncapturable_bare_engine_in_subgraph_mode(load):
         graphcache.runtime.set_cudagraphs_mode(True)
         for _ in range(3):
             assert torch.equal(engine(x), x)
-        assert engine._cached.cache_info().eager == {Reason.NOT_CAPTURABLE: 3}
+        assert engine.with_graphs().cache_info().eager == {Reason.NOT_CAPTURABLE: 3}
 
     contextvars.copy_context().run(body)
 

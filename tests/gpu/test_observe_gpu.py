@@ -16,8 +16,8 @@ from graphcache import Reason, debug
 from graphcache.cli import main
 from graphcache.observe import Collector, nvtx_ranges
 from graphcache.observe.breaks import find_capture_breaks
+from tests.dispatch.test_hit_cost import counted
 from tests.helpers import Fn, frozen
-from tests.modules.test_hit_cost import counted
 from tests.observe import broken
 from tests.observe.test_breaks import marked, named
 

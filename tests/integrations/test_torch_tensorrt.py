@@ -18,18 +18,16 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import EngineModule, Reason
 from graphcache.capture.engine_like import is_foreign
-from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.errors import ConfigError, EngineVersionError, ModeConflictError
-from graphcache.graphs import buffers
 from graphcache.integrations.torch_tensorrt import adopted_engine, adoption
 from graphcache.integrations.torch_tensorrt.adopted_engine import AdoptedEngine
 from graphcache.integrations.torch_tensorrt.foreign import described
 from graphcache.runtime import enable_cudagraphs, enable_output_allocator, weight_streaming
+from tests.engine_modules import MODULES, capture_by_driver, load, prepare, rows
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
 from tests.integrations import fake_torch_tensorrt as theirs
-from tests.modules.test_engine_module import MODULES, load, prepare, rows
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "python 2.11": theirs.PythonTorchTensorRTModule,
@@ -52,8 +50,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
 @pytest.fixture
 def whole(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> Torch:
     """Whole modules are captured by the driver."""
-    monkeypatch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
-    monkeypatch.setattr(buffers, "torch", fake)
+    capture_by_driver(fake, monkeypatch)
     return fake
 
 

@@ -28,9 +28,9 @@ import graphcache
 from graphcache import CachedModule, Reason, Session
 from graphcache.errors import CaptureError, ClosedError, EngineError, ProfileRangeError
 from tests.effort import share
+from tests.engine_modules import MODULES, load, prepare
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import graphs_of, wrap_recorded
-from tests.modules.test_engine_module import MODULES, load, prepare
 
 MOST = 3
 IN_A_CAPTURE = [

@@ -8,7 +8,6 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
-from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
-from graphcache.capture.torch_recorder import TorchRecorder
-from graphcache.dispatch import fast_path, preconditions
-from graphcache.engines import allocator, context, engine, library
 from graphcache.errors import (
     CaptureError,
     ClosedError,
@@ -42,11 +37,11 @@ from graphcache.errors import (
     Refusal,
     TensorRTNotFoundError,
 )
-from graphcache.graphs import buffers, driver, verify
+from graphcache.graphs import driver
 from graphcache.graphs.edges import edges_of
 from graphcache.graphs.executables import HEAD
-from graphcache.modules import engine as room
 from graphcache.modules import engine_runner
+from tests.engine_modules import MODULES, capture_by_driver, load, made_contexts, numbers, prepare, rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
@@ -54,41 +49,6 @@ from tests.graphs.fake_driver import Stream, Torch, Violation, address, installe
 from tests.helpers import dispatcher_of, graphs_of, in_threads, outcomes, reason, wrap_recorded
 
 SHORT = ("fresh", "into", "into", "change", "back", "set epoch")
-MODULES = (allocator, context, engine, library, verify, room, engine_runner, record_engine)
-
-
-def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
-    fake_tensorrt.use(patch)
-    patch.setattr(fake_tensorrt, "device", fake.driver)
-    patch.setattr(context_groups, "MAX_CHECK_SECONDS", float("inf"))
-    patch.setattr(fast_path, "raw_stream", fake.raw_stream)
-    for each in (preconditions, context):
-        patch.setattr(each, "is_capturing", fake.is_capturing)
-    return fake
-
-
-@pytest.fixture(params=["python", "compiled"])
-def fake(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Torch]:
-    with installed(*MODULES, patch=monkeypatch) as fake:
-        prepare(fake, monkeypatch)
-        if request.param == "compiled":
-            functions = compiled_way.use(request.getfixturevalue("compiled"), fake, monkeypatch)
-            yield fake
-            assert functions.raised == []
-        else:
-            yield fake
-
-
-def load(network: str, **options: Any) -> EngineModule:
-    return EngineModule(serialize(network), name=network, **options)
-
-
-def rows(fake: Torch, count: int, start: float = 0.0) -> Tensor:
-    return fake.driver.heap.tensor([[start + row + column for column in range(4)] for row in range(count)])
-
-
-def numbers(fake: Torch, *values: float) -> Tensor:
-    return fake.driver.heap.tensor(values)
 
 
 def graph_of(fast: CachedModule) -> Any:
@@ -790,10 +750,6 @@ def test_an_enqueue_into_a_capture_meets_no_other(fake: Torch, monkeypatch: pyte
     assert all(found == [True] for found in met if True in found)
 
 
-def made_contexts(module: EngineModule) -> int:
-    return sum(each.engine is module.engine._engine for each in IExecutionContext.made)
-
-
 def test_the_context_of_an_evicted_graph_serves_the_next_one(fake: Torch) -> None:
     module = load("affine")
     fast = wrap_recorded(module, max_graphs=2, contexts="private")
@@ -849,7 +805,7 @@ def test_closing_gives_everything_back(fake: Torch) -> None:
     fast = graphcache.wrap(module)
     x = rows(fake, 2)
     kept = [module(x), fast(x), fast(x)]
-    contexts = [weakref.ref(each) for each in IExecutionContext.made if each.engine is module.engine._engine]
+    contexts = [weakref.ref(each) for each in IExecutionContext.made if each.engine is module.engine.native_handles[1]]
     assert len(contexts) == 2
     fast.close()
     module.close()
@@ -872,7 +828,7 @@ def test_closing_an_engine_closes_the_graphs_it_made_itself(fake: Torch) -> None
         graphcache.runtime.set_cudagraphs_mode(True)
         for _ in range(3):
             assert torch.equal(module(rows(fake, 2)), rows(fake, 2) * 3 + 1)
-        assert module._cached.cache_info().hits == 2
+        assert module.with_graphs().cache_info().hits == 2
 
     contextvars.copy_context().run(body)
     module.close()
@@ -1155,8 +1111,7 @@ class Chain(nn.Module):
 @pytest.fixture
 def whole(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> Torch:
     """Whole modules are captured by the driver, as they are where tensors lie on a CUDA device."""
-    monkeypatch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
-    monkeypatch.setattr(buffers, "torch", fake)
+    capture_by_driver(fake, monkeypatch)
     return fake
 
 

@@ -20,9 +20,9 @@ from graphcache import EngineModule
 from graphcache.errors import ClosedError, EngineExecutionError, InputCountError, InputDtypeError, ProfileRangeError
 from graphcache.graphs import driver
 from graphcache.modules import engine_runner
+from tests.engine_modules import load, numbers, rows
 from tests.engines.fake_tensorrt import IExecutionContext
 from tests.graphs.fake_driver import Torch
-from tests.modules.test_engine_module import load, numbers, rows
 from tests.standins import engines
 
 PACKAGE = str(Path(graphcache.__file__).parent)

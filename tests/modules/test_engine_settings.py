@@ -15,12 +15,12 @@ import graphcache
 from graphcache import Reason
 from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.errors import ClosedError, ConfigError
+from tests.engine_modules import MODULES, load, numbers, prepare, rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import DynamicShapesKernelSpecializationStrategy as Strategy
 from tests.engines.fake_tensorrt import IExecutionContext, IProfiler
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import in_threads, reason
-from tests.modules.test_engine_module import MODULES, load, numbers, prepare, rows
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_who_owns_outputs_is_kept_and_changes_nothing(fake: Torch) -> None:
 
 
 def contexts_of(engine: Any) -> set[Any]:
-    return {each._specialization for each in IExecutionContext.made if each.engine is engine.engine._engine}
+    return {each._specialization for each in IExecutionContext.made if each.engine is engine.engine.native_handles[1]}
 
 
 def test_how_kernels_are_compiled_is_that_of_contexts_made_afterwards(fake: Torch) -> None:

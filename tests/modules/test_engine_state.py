@@ -22,11 +22,11 @@ from graphcache.engines.registry import traced_engines
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, EngineVersionError
 from graphcache.modules import engine_state
 from graphcache.modules.engine_state import bytes_of, tensor_of
+from tests.engine_modules import MODULES, numbers, prepare, rows
+from tests.engine_modules import load as load_engine
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import outcomes
-from tests.modules.test_engine_module import MODULES, numbers, prepare, rows
-from tests.modules.test_engine_module import load as load_engine
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_weights_that_were_refitted_are_part_of_the_state(fake: Torch) -> None:
 def test_an_engine_that_cannot_be_serialised_again(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load_engine("refittable")
     module.refit({"shift": torch.tensor([5.0, 5.0])})
-    monkeypatch.setattr(type(module.engine._engine), "serialize", lambda self: None)
+    monkeypatch.setattr(type(module.engine.native_handles[1]), "serialize", lambda self: None)
     with pytest.raises(EngineError, match=r"TensorRT does not serialise it: nothing\. Keep the file it came from"):
         module.state_dict()
 

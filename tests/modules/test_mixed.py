@@ -13,20 +13,18 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import EngineModule, Reason
-from graphcache.capture.torch_recorder import TorchRecorder
-from graphcache.graphs import buffers, driver
+from graphcache.graphs import driver
 from tests.effort import share
+from tests.engine_modules import MODULES, capture_by_driver, load, numbers, prepare
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import dispatcher_of, graphs_of, outcomes
-from tests.modules.test_engine_module import MODULES, load, numbers, prepare
 
 
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
     """Whole modules are captured by the driver, as they are where tensors lie on a CUDA device."""
     with installed(*MODULES, patch=monkeypatch) as fake:
-        monkeypatch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
-        monkeypatch.setattr(buffers, "torch", fake)
+        capture_by_driver(fake, monkeypatch)
         yield prepare(fake, monkeypatch)
 
 
@@ -211,8 +209,7 @@ def test_inside_a_capture_of_the_callers_everything_enqueues_into_it(whole: Torc
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=1, max_size=12), st.booleans())
 def test_any_calls(steps: list[tuple[int, int]], excluded: bool) -> None:
     with pytest.MonkeyPatch.context() as patch, installed(*MODULES, patch=patch) as fake:
-        patch.setattr(TorchRecorder, "_on_host", lambda self, call: self._on_cuda(call, 0, False))
-        patch.setattr(buffers, "torch", fake)
+        capture_by_driver(fake, patch)
         prepare(fake, patch)
         model = Mixed(load("positive", requires_output_allocator=True))
         fast = graphcache.wrap(model, max_graphs=2, exclude=["between"] if excluded else ())

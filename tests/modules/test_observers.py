@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache.errors import ConfigError
+from tests.dispatch.test_hit_cost import calls_of
+from tests.engine_modules import MODULES, load, prepare, rows
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, dispatcher_of, frozen, in_threads, mlp, same
-from tests.modules.test_engine_module import MODULES, load, prepare, rows
-from tests.modules.test_hit_cost import calls_of
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Call, Manifest, Reason
-from graphcache.cache import arbiter as shared
 from graphcache.cache.arbiter import set_process_budget
 from graphcache.dispatch import capture_manager
 from graphcache.dispatch import dispatcher as misses
@@ -28,6 +27,8 @@ from graphcache.modules import devices, examples
 from graphcache.modules import prepare as room
 from graphcache.persist import fingerprint, served_calls
 from graphcache.persist.manifest import ManifestEntry
+from tests import engine_modules as engines
+from tests.engine_modules import load, rows
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import (
     Fn,
@@ -38,13 +39,12 @@ from tests.helpers import (
     in_threads,
     mlp,
     outcomes,
+    own_budgets,
     reason,
     same,
     structures,
     tensors,
 )
-from tests.modules import test_engine_module as engines
-from tests.modules.test_engine_module import load, rows
 
 on_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 
@@ -169,8 +169,7 @@ def test_more_than_fit_are_not_captured_in_vain() -> None:
 
 
 def test_bytes_of_the_module_and_of_the_process_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_arbiters", {})
-    monkeypatch.setattr(shared, "_default", [])
+    own_budgets(monkeypatch)
     probe = graphcache.wrap(mlp())
     nbytes = probe.prepare(*xs(8)).nbytes
     probe.close()

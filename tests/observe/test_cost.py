@@ -7,8 +7,8 @@ import torch
 
 import graphcache
 from graphcache.observe import Collector, nvtx_ranges
+from tests.dispatch.test_hit_cost import counted
 from tests.helpers import Fn
-from tests.modules.test_hit_cost import counted
 
 pytest.importorskip("prometheus_client")
 pytest.importorskip("nvtx")

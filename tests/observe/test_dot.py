@@ -10,8 +10,8 @@ from graphcache import debug
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs import driver
 from graphcache.observe.dot import dot_of
+from tests.engine_modules import fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.helpers import graphs_of
-from tests.modules.test_engine_module import fake, load, rows  # noqa: F401 - the fixture is used by its name
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from graphcache.errors import CudaError
 from graphcache.modules.devices import device_of
 from graphcache.persist import fingerprint
 from graphcache.persist.fingerprint import environment
+from tests.engine_modules import fake, load  # noqa: F401 - the fixture is used by its name
 from tests.graphs.fake_driver import Torch
 from tests.helpers import mlp
-from tests.modules.test_engine_module import fake, load  # noqa: F401 - the fixture is used by its name
 
 
 def test_the_same_module_in_another_process_with_other_weights() -> None:

@@ -33,11 +33,11 @@ from graphcache.modules.engine_source import Source
 from graphcache.persist import loading, saving
 from graphcache.persist.container import part_of, write_parts
 from graphcache.persist.options import config_of, options_of
+from tests.engine_modules import rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
 from tests.helpers import bits, mlp, same, tensors
-from tests.modules.test_engine_module import rows
 from tests.standins import Mixed, engines, in_a_new_process
 
 OF_0_1 = Path(__file__).parent

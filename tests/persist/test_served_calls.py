@@ -14,9 +14,9 @@ import graphcache
 from graphcache.keys.call_spec import CallSpec
 from graphcache.persist.manifest import ManifestEntry
 from graphcache.persist.served_calls import plan, with_host_values
+from tests.engine_modules import fake, load  # noqa: F401 - the fixture is used by its name
 from tests.graphs.fake_driver import Torch
 from tests.helpers import mlp
-from tests.modules.test_engine_module import fake, load  # noqa: F401 - the fixture is used by its name
 from tests.persist.test_manifest import entries
 
 

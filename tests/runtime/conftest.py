@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from graphcache import EngineModule
+from tests.engine_modules import MODULES, load, prepare
 from tests.graphs.fake_driver import Torch, installed
-from tests.modules.test_engine_module import MODULES, load, prepare
 
 
 @pytest.fixture

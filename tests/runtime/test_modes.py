@@ -19,8 +19,8 @@ from graphcache.runtime import (
     set_cudagraphs_mode,
     set_multi_device_safe_mode,
 )
-from tests.helpers import reason
-from tests.modules.test_engine_module import load, rows
+from tests.engine_modules import load, rows
+from tests.helpers import outcomes, reason
 
 
 class Deep(nn.Module):
@@ -48,15 +48,15 @@ def own_context():
 def test_switched_on_engines_use_graphs_at_any_depth(fake):
     module, x = Deep(), rows(fake, 2)
     module(x)
-    assert module.engine._cached is None
+    assert outcomes(module.engine.with_graphs()) == (0, 0, {})
     set_cudagraphs_mode(True)
     for _ in range(3):
         assert torch.equal(module(x), x * 3 + 1)
-    info = module.engine._cached.cache_info()
+    info = module.engine.with_graphs().cache_info()
     assert (info.captures, info.hits) == (1, 2)
     set_cudagraphs_mode(False)
     assert torch.equal(module(x), x * 3 + 1)
-    assert module.engine._cached.cache_info().hits == 2
+    assert module.engine.with_graphs().cache_info().hits == 2
 
 
 def test_the_graphs_of_a_bare_engine_wait_while_they_are_switched_off(fake):
@@ -64,8 +64,8 @@ def test_the_graphs_of_a_bare_engine_wait_while_they_are_switched_off(fake):
     for mode in (True, False, True, False, True):
         set_cudagraphs_mode(mode)
         assert torch.equal(module(x), x * 3 + 1)
-    assert module.engine._cached.cache_info().captures == 1
-    assert module.engine._cached.cache_info().hits == 2
+    assert module.engine.with_graphs().cache_info().captures == 1
+    assert module.engine.with_graphs().cache_info().hits == 2
 
 
 def test_inside_a_block_for_one_module_others_are_as_they_were(fake):
@@ -74,10 +74,10 @@ def test_inside_a_block_for_one_module_others_are_as_they_were(fake):
         assert get_cudagraphs_mode()
         fast(x)
         other(x)
-        assert other.engine._cached is not None, "engines use graphs where the mode says so"
+        assert outcomes(other.engine.with_graphs()) == (0, 1, {}), "engines use graphs where the mode says so"
     assert not get_cudagraphs_mode()
     other(x)
-    assert other.engine._cached.cache_info().hits == 0
+    assert other.engine.with_graphs().cache_info().hits == 0
 
 
 def test_a_whole_graph_leaves_bare_engines_of_others_eager(fake):
@@ -85,7 +85,7 @@ def test_a_whole_graph_leaves_bare_engines_of_others_eager(fake):
     with enable_cudagraphs(mine):
         assert get_whole_cudagraphs_mode()
         other(x)
-    assert other.engine._cached is None
+    assert outcomes(other.engine.with_graphs()) == (0, 0, {})
 
 
 def test_switched_off_a_wrapped_module_is_off_with_its_parts(fake):
@@ -126,14 +126,13 @@ def test_modes_of_a_thread_are_its_own(fake):
 
     def work() -> None:
         module(x)
-        seen.append((get_cudagraphs_mode(), module.engine._cached))
+        seen.append((get_cudagraphs_mode(), outcomes(module.engine.with_graphs())))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(False, None)]
+    assert seen == [(False, (0, 0, {}))]
     thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))
     thread.start()
     thread.join()
-    assert seen[1] == (True, module.engine._cached)
-    assert module.engine._cached is not None
+    assert seen[1] == (True, (0, 1, {}))

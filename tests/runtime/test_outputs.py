@@ -8,8 +8,8 @@ import graphcache
 from graphcache import Reason
 from graphcache.errors import ConfigError
 from graphcache.runtime import enable_output_allocator, enable_pre_allocated_outputs
+from tests.engine_modules import load, rows
 from tests.helpers import reason, replays
-from tests.modules.test_engine_module import load, rows
 
 BOTH = {
     enable_output_allocator: lambda engine: engine.uses_output_allocator,

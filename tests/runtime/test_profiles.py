@@ -9,8 +9,8 @@ from torch import nn
 import graphcache
 from graphcache.errors import ConfigError, ProfileRangeError
 from graphcache.runtime import optimization_profile
+from tests.engine_modules import load, numbers, rows
 from tests.helpers import replays
-from tests.modules.test_engine_module import load, numbers, rows
 
 
 def test_inside_one_profile_is_used_and_outside_whichever_fits(fake):

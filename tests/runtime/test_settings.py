@@ -22,8 +22,8 @@ from graphcache.runtime import (
     set_cudagraphs_mode,
     set_dynamic_shapes_kernel_strategy,
 )
+from tests.engine_modules import load, rows
 from tests.engines import fake_tensorrt
-from tests.modules.test_engine_module import load, rows
 
 
 def choices(engines: Any) -> list[Any]:
@@ -94,7 +94,7 @@ def test_graphs_of_tensorrt_rtx_are_graphs_of_the_engines(fake):
         assert get_cudagraphs_mode()
         for _ in range(3):
             engine(rows(fake, 2))
-        assert engine._cached.cache_info().hits == 2
+        assert engine.with_graphs().cache_info().hits == 2
     assert modes.get().graphs is None
     set_cudagraphs_mode(False)
     with runtime_config(engine, cuda_graph_strategy="whole_graph_capture"):

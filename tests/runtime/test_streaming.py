@@ -12,8 +12,8 @@ import graphcache
 from graphcache import Reason
 from graphcache.errors import ConfigError, EngineError
 from graphcache.runtime import weight_streaming
+from tests.engine_modules import load, numbers
 from tests.helpers import reason, replays
-from tests.modules.test_engine_module import load, numbers
 
 
 def test_a_budget_is_divided_in_proportion_and_given_back(nested):

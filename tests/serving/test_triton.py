@@ -14,8 +14,8 @@ from graphcache.errors import EngineFormatError, GraphCacheError, PackageError, 
 from graphcache.serving import triton_backend
 from graphcache.serving.backend import ModelSpec, TensorSpec
 from graphcache.serving.triton import config_pbtxt, describe_file, export
+from tests.engine_modules import numbers, rows
 from tests.engines.fake_tensorrt import serialize
-from tests.modules.test_engine_module import numbers, rows
 from tests.persist.test_packages import repacked
 from tests.serving.fake_triton import DTYPES, Server
 from tests.serving.models import spec

@@ -11,13 +11,12 @@ import torch
 
 import graphcache
 from graphcache import Reason
-from graphcache.cache import arbiter as room
 from graphcache.cache.arbiter import arbiter, set_process_budget
 from graphcache.dispatch import dispatcher as misses
 from graphcache.errors import ConfigError
+from tests.engine_modules import fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.graphs.fake_driver import Torch
-from tests.helpers import Fn, dispatcher_of, graphs_of, mlp, same
-from tests.modules.test_engine_module import fake, load, rows  # noqa: F401 - the fixture is used by its name
+from tests.helpers import Fn, dispatcher_of, graphs_of, mlp, own_budgets, same
 
 
 class Clock:
@@ -142,8 +141,7 @@ def test_an_engine_is_admitted_too(fake: Torch) -> None:  # noqa: F811
 
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(room, "_arbiters", {})
-    monkeypatch.setattr(room, "_default", [])
+    own_budgets(monkeypatch)
     return set_process_budget
 
 

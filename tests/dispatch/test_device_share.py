@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import graphcache
+from tests.engine_modules import load, rows
 from tests.graphs.fake_driver import Driver, Torch
 from tests.helpers import mlp
-from tests.modules.test_engine_module import load, rows
 from tests.standins import engines
 
 MEMORY = 2**36

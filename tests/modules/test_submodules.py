@@ -17,7 +17,7 @@ import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.errors import CaptureError, ConfigError
 from graphcache.modules.wrapped import state_of
-from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, replays, same
+from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, replays, same, settled
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -338,8 +338,7 @@ def test_parts_in_the_background(detector):
     for _ in range(12):
         assert same(fast(X), detector(X))
         for each in (fast, *fast.parts.values()):
-            for later in list(dispatcher_of(each).queue._pending.values()):
-                assert later.done.wait(60)
+            settled(each)
     assert captured(fast) == {"body", "more.0", "more.1", "head.score", "head.box"}
     fast.close()
 

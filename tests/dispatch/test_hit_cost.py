@@ -19,9 +19,9 @@ import graphcache
 from graphcache.graphs import cuda
 from graphcache.graphs.io_slots import IoSlot
 from graphcache.keys import native
+from tests.engine_modules import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.helpers import Fn, graphs_of, wrap_recorded
 from tests.keys.compiled_guard import compile_guard
-from tests.modules.test_engine_module import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
 
 MOST_ON_THE_HOST = 55
 """For one plain tensor, with a graph of one operation and the compiled guard. 46 now."""

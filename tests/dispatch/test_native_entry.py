@@ -20,14 +20,14 @@ from graphcache.dispatch import fast_path
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.cached_module import CachedModule as Class
+from tests.dispatch import test_fast_path
+from tests.dispatch.test_fast_path import Warm
+from tests.engine_modules import rows
 from tests.graphs.fake_driver import Torch
 from tests.helpers import Fn, in_threads
-from tests.modules import test_shortcuts
-from tests.modules.test_engine_module import rows
-from tests.modules.test_shortcuts import Warm
 
 # The stand-ins of the compiled short way, which this is the way into.
-fake, warm = test_shortcuts.fake, test_shortcuts.warm
+fake, warm = test_fast_path.fake, test_fast_path.warm
 
 
 def entered(call: Any) -> set[str]:

@@ -19,11 +19,11 @@ from graphcache.capture import context_groups as shared_contexts
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.errors import Refusal
 from graphcache.graphs.cuda import CudaGraph
+from tests.engine_modules import MODULES, load, made_contexts, prepare, rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import dispatcher_of, graphs_of, in_threads, outcomes, wrap_recorded
-from tests.modules.test_engine_module import MODULES, load, made_contexts, prepare, rows
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_nothing_is_kept_alive(fake: Torch) -> None:
     fast.close()
     module.close()
     gc.collect()
-    assert not [each for each in IExecutionContext.made if each.engine is module.engine._engine]
+    assert not [each for each in IExecutionContext.made if each.engine is module.engine.native_handles[1]]
     assert fake.driver.leaked() == {}
 
 

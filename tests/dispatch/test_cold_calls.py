@@ -172,7 +172,7 @@ def test_cold_calls_of_an_engine_are_right_for_every_shape(fake_engine):
 
 @pytest.fixture
 def fake_engine(monkeypatch):
-    from tests.modules.test_engine_module import load
+    from tests.engine_modules import load
     from tests.standins import engines
 
     with engines(monkeypatch, streams=False):

@@ -21,9 +21,9 @@ from graphcache.dispatch import call_snapshot as later
 from graphcache.dispatch import worker as background
 from graphcache.dispatch.worker import CALLS_BETWEEN, Worker
 from graphcache.errors import ClosedError
+from tests.engine_modules import MODULES, load, prepare, rows
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same
-from tests.modules.test_engine_module import MODULES, load, prepare, rows
+from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same, settled
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -33,13 +33,6 @@ def nothing_is_left() -> Iterator[None]:
     yield
     for worker in list(background._workers.values()):
         worker.stop()
-
-
-def settled(fast: Any) -> Any:
-    """The module, when nothing is captured beside its calls any more."""
-    for pending in list(dispatcher_of(fast).queue._pending.values()):
-        assert pending.done.wait(60)
-    return fast
 
 
 class Gate:

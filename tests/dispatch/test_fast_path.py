@@ -26,10 +26,10 @@ from graphcache.errors import CudaError
 from graphcache.graphs import driver, native
 from graphcache.graphs.io_slots import IoSlot
 from graphcache.keys.guards import ModuleGuard
+from tests.engine_modules import MODULES, load, numbers, prepare, rows
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import dispatcher_of, graphs_of, in_threads, wrap_recorded
-from tests.modules.test_engine_module import MODULES, load, numbers, prepare, rows
 
 KERNEL = "cuGraphExecKernelNodeSetParams"
 
