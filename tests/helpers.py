@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, Reason, config
-from graphcache.cache import arbiter
-from graphcache.cache.lru import GraphCache
+from graphcache.cache import device_budget
+from graphcache.cache.graph_cache import GraphCache
 from graphcache.capture.recording import Recording
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.modules.wrapped import state_of
@@ -183,8 +183,8 @@ def settled(fast: Any) -> Any:
 
 def own_budgets(patch: pytest.MonkeyPatch) -> None:
     """No graphs and no budget of another test's count."""
-    patch.setattr(arbiter, "_arbiters", {})
-    patch.setattr(arbiter, "_default", [])
+    patch.setattr(device_budget, "_budgets", {})
+    patch.setattr(device_budget, "_default", [])
 
 
 def dispatcher_of(fast: nn.Module) -> Dispatcher:

@@ -69,7 +69,7 @@ ALSO = {("graphcache.modules.progress", "rich")}
 
 
 def layer_of(module):
-    """``"graphcache.cache.lru"`` -> ``"cache"``, ``"graphcache"`` -> ``""``."""
+    """``"graphcache.cache.graph_cache"`` -> ``"cache"``, ``"graphcache"`` -> ``""``."""
     return [*module.split("."), ""][1]
 
 
@@ -325,7 +325,7 @@ def test_nothing_is_longer_than_it_should_be_but_for_what_was(count, allowed):
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ("graphcache.cache.lru", "from graphcache.graphs.cuda import CudaGraph", "which is not below cache"),
+        ("graphcache.cache.graph_cache", "from graphcache.graphs.cuda import CudaGraph", "which is not below cache"),
         ("graphcache.graphs.cuda", "def f():\n    import graphcache.engines.engine", "graphs.cuda:2 imports"),
         ("graphcache.engines.engine", "from graphcache import cache", "imports graphcache.cache, which is not below"),
         ("graphcache.engines.engine", "from ..modules import cached", "imports graphcache.modules, which"),
@@ -344,10 +344,14 @@ def test_nothing_is_longer_than_it_should_be_but_for_what_was(count, allowed):
         ("graphcache.cli.bench", "import matplotlib", "which is for observe only"),
         ("graphcache.runtime", "import graphcache.cli.demo", "imports graphcache.cli.demo"),
         ("graphcache.serving.app", "from graphcache.cli import main", "imports graphcache.cli"),
-        ("graphcache.errors", "from graphcache.cache import lru", "which is not below errors"),
+        ("graphcache.errors", "from graphcache.cache import graph_cache", "which is not below errors"),
         ("graphcache.modules.engine", "import tensorrt_rtx", "which is for engines only"),
         ("graphcache.engines.engine", "from cuda.bindings import driver", "which is for graphs only"),
-        ("graphcache.cache.lru", "import importlib\nimportlib.import_module('cuda.bindings')", "lru:2 imports cuda"),
+        (
+            "graphcache.cache.graph_cache",
+            "import importlib\nimportlib.import_module('cuda.bindings')",
+            "graph_cache:2 imports cuda",
+        ),
         ("graphcache.modules.cached_module", "import click", "which is for cli only"),
         ("graphcache.attic.box", "", "has no rank"),
         ("graphcache.cli.demo", "import graphcache.attic", "a layer without a rank"),
@@ -361,7 +365,7 @@ def test_what_breaks_the_order_is_found(module, source, message):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("graphcache.cache.lru", "from graphcache.errors import Reason\nfrom graphcache.cache import blocks"),
+        ("graphcache.cache.graph_cache", "from graphcache.errors import Reason\nfrom graphcache.cache import blocks"),
         ("graphcache.config", "from graphcache.errors import ConfigError"),
         ("graphcache.modules.cached_module", "from graphcache.graphs import host\nfrom . import engine"),
         ("graphcache.cli.demo", "import graphcache\nfrom graphcache import Reason\nimport rich.table"),

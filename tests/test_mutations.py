@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 import graphcache
 from graphcache import CachedModule
-from graphcache.cache import lru
+from graphcache.cache import graph_cache
 from graphcache.capture import effects, host_activity, trial_call
 from graphcache.capture import output_layout as answers
 from graphcache.capture import recording as record
@@ -619,7 +619,7 @@ def _more_bytes_than_agreed() -> bool:
 
 
 def _a_graph_that_was_dropped_stays_open() -> bool:
-    cache: lru.GraphCache[Memory] = lru.GraphCache(max_graphs=1)
+    cache: graph_cache.GraphCache[Memory] = graph_cache.GraphCache(max_graphs=1)
     owners = [Memory() for _ in range(3)]
     for index, owner in enumerate(owners):
         cache.put(index, owner)
@@ -628,7 +628,7 @@ def _a_graph_that_was_dropped_stays_open() -> bool:
 
 
 def _a_graph_that_was_refused_stays_open() -> bool:
-    cache: lru.GraphCache[Memory] = lru.GraphCache(max_graphs=1, max_bytes=1)
+    cache: graph_cache.GraphCache[Memory] = graph_cache.GraphCache(max_graphs=1, max_bytes=1)
     owner = Memory(2)
     with pytest.raises(graphcache.errors.Refusal):
         cache.put("key", owner)
@@ -796,7 +796,7 @@ RECORD = "tests/capture/test_torch_recorder.py::"
 CACHED = "tests/modules/test_cached_module.py::"
 ANSWERS = "tests/capture/test_output_layout.py::"
 SIGNATURE = "tests/keys/test_call_key.py::"
-LRU = "tests/cache/test_lru.py::"
+LRU = "tests/cache/test_graph_cache.py::"
 HOST = "tests/graphs/test_cpu_tape.py::"
 STRATEGY = "tests/modules/test_strategy.py::"
 
@@ -1111,23 +1111,23 @@ CURES: dict[str, Cure] = {
     ),
     # the cache
     "room is made for a new graph": Cure(
-        replace(lru.GraphCache, "victims", nothing),
+        replace(graph_cache.GraphCache, "victims", nothing),
         _more_graphs_than_agreed,
         LRU + "test_the_least_recently_used_goes_first",
     ),
     "bytes count": Cure(
-        replace(lru.GraphCache, "_fits", lambda self, nbytes: True),
+        replace(graph_cache.GraphCache, "_fits", lambda self, nbytes: True),
         _more_bytes_than_agreed,
         CACHED + "test_the_budget_in_bytes_holds_after_every_call",
     ),
     "what leaves the cache is closed": Cure(
-        replace(lru.GraphCache, "_close", nothing),
+        replace(graph_cache.GraphCache, "_close", nothing),
         _a_graph_that_was_dropped_stays_open,
         LRU + "test_the_least_recently_used_goes_first",
     ),
     "what the cache refuses is closed": Cure(
         around(
-            lru.GraphCache,
+            graph_cache.GraphCache,
             "put",
             lambda original, self, key, graph, **options: original(self, key, Instead(graph, close=nothing), **options),
         ),

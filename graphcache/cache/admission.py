@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphcache.cache.costs import KeyCosts, Known, Mean, checked_seconds
+from graphcache.cache.graph_cache import Entry, GraphCache
 from graphcache.cache.key_table import KeyTable
-from graphcache.cache.lru import Entry, GraphCache
 from graphcache.errors import Cause
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from inspect import Signature as Function
 from typing import Any
 
-from graphcache.cache.lru import GraphCache
+from graphcache.cache.graph_cache import GraphCache
 from graphcache.keys.call_spec import CallSpec
 from graphcache.keys.key_contents import TensorSpec
 

@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from contextlib import ExitStack
 from typing import Any
 
-from graphcache.cache.arbiter import Arbiter
-from graphcache.cache.lru import GraphCache
+from graphcache.cache.device_budget import DeviceBudget
+from graphcache.cache.graph_cache import GraphCache
 from graphcache.cache.reservation import Reservation
 
 
@@ -19,12 +19,12 @@ class Room:
 
     Args:
         cache: Where the graph will go.
-        arbiter: Of its device.
+        budget: Of its device.
     """
 
-    def __init__(self, cache: GraphCache[Any], arbiter: Arbiter) -> None:
+    def __init__(self, cache: GraphCache[Any], budget: DeviceBudget) -> None:
         self._cache = cache
-        self._arbiter = arbiter
+        self._budget = budget
         self._held = ExitStack()
         self._shared: Reservation | None = None
         self.own: Reservation | None = None
@@ -35,15 +35,15 @@ class Room:
         most = self._cache.max_bytes
         if most is not None and self._cache.nbytes + nbytes > most and self.own is None:
             self.own = self._held.enter_context(self._cache.reserve(nbytes, instead_of=key))
-        if self._arbiter.max_bytes is not None and self._shared is None:
-            self._shared = self._held.enter_context(self._arbiter.reserve(nbytes))
+        if self._budget.max_bytes is not None and self._shared is None:
+            self._shared = self._held.enter_context(self._budget.reserve(nbytes))
 
     def settle(self, nbytes: int) -> None:
         """Reserve what the graph really owns, now that it is there."""
-        if self._arbiter.max_bytes is not None:
+        if self._budget.max_bytes is not None:
             if self._shared is not None:
                 self._shared.release()
-            self._shared = self._held.enter_context(self._arbiter.reserve(nbytes))
+            self._shared = self._held.enter_context(self._budget.reserve(nbytes))
 
     def __enter__(self) -> Room:
         return self

@@ -25,8 +25,8 @@ from typing import Any
 
 from graphcache.cache.admission import Admission
 from graphcache.cache.costs import LARGEST, Estimate, KeyCosts, Mean
+from graphcache.cache.graph_cache import Entry, GraphCache
 from graphcache.cache.key_table import KeyTable
-from graphcache.cache.lru import Entry, GraphCache
 from graphcache.config import Capture
 from graphcache.errors import Cause, Reason, Refusal
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.cache.arbiter import Arbiter, arbiter
 from graphcache.cache.churn import ChurnWatch
+from graphcache.cache.device_budget import DeviceBudget, budget_of
+from graphcache.cache.graph_cache import Entry, GraphCache, clock
 from graphcache.cache.key_table import KeyTable
-from graphcache.cache.lru import Entry, GraphCache, clock
 from graphcache.cache.room import Room
 from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.recording import Recording, Sharing
@@ -60,7 +60,7 @@ class CaptureManager:
         """What is known of every key: its calls, denial and costs."""
         self.admission = admission_for(config.capture, self.graphs, self.keys)
         """Decides what is captured."""
-        self.arbiter: Arbiter | None = None
+        self.device_budget: DeviceBudget | None = None
         """Of the device of the last capture."""
         self.on_evict: list[Callable[[], object]] = []
         """Called whenever a graph goes."""
@@ -175,9 +175,9 @@ class CaptureManager:
         device = self.target.device_of(call.tensors)
         if self.config.max_bytes == "auto" and self.graphs.max_bytes is None and device is not None:
             self.graphs.max_bytes = int(driver.total_memory(device.index) * _DEVICE_SHARE)
-        self.arbiter = arbiter(device or torch.device("cpu"))
-        self.arbiter.register(self.graphs)
-        return Room(self.graphs, self.arbiter)
+        self.device_budget = budget_of(device or torch.device("cpu"))
+        self.device_budget.register(self.graphs)
+        return Room(self.graphs, self.device_budget)
 
     def reserve(self, room: Room, call: Call) -> None:
         """Make room for the graph of a call."""

@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 
-from graphcache.cache.lru import Entry, clock
+from graphcache.cache.graph_cache import Entry, clock
 from graphcache.capture.recording import Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from graphcache.cache.lru import Entry, ticks
+from graphcache.cache.graph_cache import Entry, ticks
 from graphcache.capture.recording import Recording
 from graphcache.config import Modes, modes
 from graphcache.dispatch.preconditions import (

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from graphcache.cache.lru import Entry
+from graphcache.cache.graph_cache import Entry
 
 
 class Preparation:

@@ -14,19 +14,33 @@ from torch.utils._device import DeviceContext
 State = tuple[Hashable, ...]
 
 _NAMES = (
-    *("float32_matmul_precision", "deterministic_algorithms", "deterministic_algorithms_warn_only"),
-    *("deterministic_fill_uninitialized_memory", "cublas_allow_tf32", "cublas_allow_fp16_accumulation"),
-    *("cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction"),
-    *("cpu_allow_fp16_reduced_precision_reduction", "cudnn_allow_tf32", "cudnn_enabled", "cudnn_benchmark"),
-    *("cudnn_deterministic", "mkldnn_enabled", "mkldnn_deterministic", "onednn_allow_tf32", "flash_sdp_enabled"),
-    *("mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled", "overrideable_sdp_enabled"),
-    "math_sdp_allow_fp16_bf16_reduction",
+    "_get_float32_matmul_precision",
+    "_get_cublas_allow_tf32",
+    "_get_cublas_allow_fp16_accumulation",
+    "_get_cublas_allow_fp16_reduced_precision_reduction",
+    "_get_cublas_allow_bf16_reduced_precision_reduction",
+    "_get_cpu_allow_fp16_reduced_precision_reduction",
+    "_get_cudnn_allow_tf32",
+    "_get_cudnn_enabled",
+    "_get_cudnn_benchmark",
+    "_get_cudnn_deterministic",
+    "_get_mkldnn_enabled",
+    "_get_mkldnn_deterministic",
+    "_get_onednn_allow_tf32",
+    "_get_flash_sdp_enabled",
+    "_get_mem_efficient_sdp_enabled",
+    "_get_math_sdp_enabled",
+    "_get_cudnn_sdp_enabled",
+    "_get_overrideable_sdp_enabled",
+    "_get_math_sdp_allow_fp16_bf16_reduction",
+    "_get_deterministic_algorithms",
+    "_get_deterministic_algorithms_warn_only",
+    "_get_deterministic_fill_uninitialized_memory",
 )
-"""What of PyTorch is asked, as far as this version has it, by the end of the function's name."""
 _GETTERS: tuple[Callable[[], Hashable], ...] = (
     torch.get_default_dtype,
     lambda: forward_ad._current_level,
-    *[getattr(torch._C, f"_get_{name}") for name in _NAMES if hasattr(torch._C, f"_get_{name}")],
+    *[getattr(torch._C, name) for name in _NAMES if hasattr(torch._C, name)],
 )
 _stack_length: Callable[[], int] = torch._C._len_torch_function_stack
 _stack_at: Callable[[int], Any] = torch._C._get_function_stack_at
@@ -48,9 +62,7 @@ def ambient_state() -> State:
         ...     ambient_state() == before
         False
     """
-    modes = map(_stack_at, range(_stack_length()))
-    # Any other mode than that of a device forbids graphs, so it is enough that it shows.
-    return (*map(call, _GETTERS), *(mode.device if type(mode) is DeviceContext else "mode" for mode in modes))
+    return (*map(call, _GETTERS), *(_modes() if _stack_length() else ()))
 
 
 def ambient_number() -> int:
@@ -84,3 +96,9 @@ def has_function_modes() -> bool:
     """
     length = _stack_length()
     return length > 0 and any(type(_stack_at(index)) is not DeviceContext for index in range(length))
+
+
+def _modes() -> list[Hashable]:
+    modes = [_stack_at(index) for index in range(_stack_length())]
+    # Any other mode forbids graphs, so it is enough that it shows.
+    return [mode.device if type(mode) is DeviceContext else "mode" for mode in modes]

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from graphcache.cache import key_table
 from graphcache.cache.costs import Known
-from graphcache.cache.lru import Entry, GraphCache, clock, recency
+from graphcache.cache.graph_cache import Entry, GraphCache, clock, recency
 from graphcache.cache.worthwhile import OVERHEAD, PRICE, Worthwhile, admission_for
 from graphcache.errors import ConfigError, Reason
 from tests.effort import share

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.cache.churn import HITS, MOST_OF_THEM, WINDOW, Churn, ChurnWatch, varies_most
-from graphcache.cache.lru import GraphCache
+from graphcache.cache.graph_cache import GraphCache
 from graphcache.keys.call_key import describe
 from graphcache.keys.call_spec import CallSpec
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from graphcache.cache.lru import GraphCache, clock
+from graphcache.cache.graph_cache import GraphCache, clock
 from graphcache.cache.worthwhile import OVERHEAD, Worthwhile
 from tests.effort import share
 

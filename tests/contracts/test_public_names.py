@@ -41,7 +41,7 @@ def test_a_contract_names_public_names_only(path):
 @pytest.mark.parametrize(
     "source",
     [
-        "from graphcache.cache.lru import GraphCache",
+        "from graphcache.cache.graph_cache import GraphCache",
         "import graphcache.dispatch.dispatcher",
         "from graphcache import _save",
         "fast._graphcache",

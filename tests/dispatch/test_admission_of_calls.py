@@ -11,7 +11,7 @@ import torch
 
 import graphcache
 from graphcache import Reason
-from graphcache.cache.arbiter import arbiter, set_process_budget
+from graphcache.cache.device_budget import budget_of, set_process_budget
 from graphcache.dispatch import dispatcher as misses
 from graphcache.errors import ConfigError
 from tests.engine_modules import fake, load, rows  # noqa: F401 - the fixture is used by its name
@@ -155,7 +155,7 @@ def test_modules_share_a_budget_and_the_coldest_graph_of_all_goes(budget: Any) -
             inputs = torch.ones(count, 4)
             assert same(fast(inputs), fast.module(inputs))
             assert same(fast(inputs), fast.module(inputs))
-            assert arbiter("cpu").nbytes <= nbytes * 4
+            assert budget_of("cpu").nbytes <= nbytes * 4
     assert one.cache_info().evictions + other.cache_info().evictions >= 4
     assert (one.cache_info().hits, other.cache_info().hits) == (5, 4)
 
@@ -164,12 +164,12 @@ def test_a_module_that_is_gone_is_out_of_the_account(budget: Any) -> None:
     budget(1 << 30)
     fast = graphcache.wrap(mlp())
     fast(torch.ones(2, 4))
-    assert arbiter("cpu").nbytes > 0
+    assert budget_of("cpu").nbytes > 0
     gone = weakref.ref(fast)
     del fast
     gc.collect()
     assert gone() is None
-    assert arbiter("cpu").nbytes == 0
+    assert budget_of("cpu").nbytes == 0
 
 
 def test_a_graph_that_does_not_fit_the_process_is_refused_with_a_reason(budget: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache.cache.lru import Entry
+from graphcache.cache.graph_cache import Entry
 from graphcache.capture.recording import Recording
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.dispatch.dispatcher import STALE

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Reason
-from graphcache.cache.lru import GraphCache
+from graphcache.cache.graph_cache import GraphCache
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.engines.context import Context, ContextPool

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.cache.lru import Entry
+from graphcache.cache.graph_cache import Entry
 from graphcache.capture.recording import Recording
 from graphcache.dispatch import fast_path
 from graphcache.graphs import driver as room

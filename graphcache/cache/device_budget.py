@@ -3,7 +3,7 @@
 Each module's cache has a budget of its own, and knows nothing of the others. What they own together is bounded here:
 whoever is about to capture reserves, and the coldest graphs of any cache go first.
 
-Locks. An arbiter's lock is held only to look and to count: under it no cache is changed, no graph closed, no other
+Locks. A budget's lock is held only to look and to count: under it no cache is changed, no graph closed, no other
 lock taken and no foreign code called. Evictions come after it was given back, one by one; a cache's lock is held while
 the graph is taken out of it, and given back before its ``on_evict`` is told and the graph closed. So no thread ever
 waits for one of these locks while it holds another, whatever else it holds: a module's own lock, say, under which it
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from graphcache.cache.lru import Entry, GraphCache
+from graphcache.cache.graph_cache import Entry, GraphCache
 from graphcache.cache.reservation import Reservation
 from graphcache.errors import ConfigError, Reason, Refusal, shown
 
@@ -44,7 +44,7 @@ class _Claim(Reservation):
         return max(self.nbytes, sum(entry.nbytes for _, _, entry in self.victims))
 
 
-class Arbiter:
+class DeviceBudget:
     """A budget in bytes that several caches share.
 
     Caches are held weakly: one that is collected is gone from the account. What is not reserved before it is allocated
@@ -60,14 +60,14 @@ class Arbiter:
         >>> class Graph:
         ...     nbytes = 8
         ...     def close(self, *, wait=True): print("closed")
-        >>> arbiter, one, other = Arbiter(10), GraphCache(max_graphs=9), GraphCache(max_graphs=9)
-        >>> arbiter.register(one)
-        >>> arbiter.register(other)
+        >>> budget, one, other = DeviceBudget(10), GraphCache(max_graphs=9), GraphCache(max_graphs=9)
+        >>> budget.register(one)
+        >>> budget.register(other)
         >>> entry = one.put("a", Graph())
-        >>> with arbiter.reserve(8):
+        >>> with budget.reserve(8):
         ...     entry = other.put("b", Graph())
         closed
-        >>> len(one), arbiter.nbytes
+        >>> len(one), budget.nbytes
         (0, 8)
     """
 
@@ -186,23 +186,23 @@ class Arbiter:
         return self._max_bytes is None or nbytes <= self._max_bytes
 
 
-_arbiters: dict[str, Arbiter] = {}
+_budgets: dict[str, DeviceBudget] = {}
 _default: list[int | None] = []
 _lock = threading.Lock()
 
 
-def arbiter(device: object) -> Arbiter:
-    """The one arbiter of a device in this process.
+def budget_of(device: object) -> DeviceBudget:
+    """The one budget of a device in this process.
 
     Example:
-        >>> arbiter("cuda:0") is arbiter("cuda:0")
+        >>> budget_of("cuda:0") is budget_of("cuda:0")
         True
     """
     name = _name_of(device)
     with _lock:
-        found = _arbiters.get(name)
+        found = _budgets.get(name)
         if found is None:
-            found = _arbiters[name] = Arbiter(_default[0] if _default else _budget_from_environment())
+            found = _budgets[name] = DeviceBudget(_default[0] if _default else _budget_from_environment())
         return found
 
 
@@ -218,16 +218,16 @@ def set_process_budget(max_bytes: int | None, *, device: object = None) -> None:
 
     Example:
         >>> set_process_budget(256 * 2**20, device="cuda:7")
-        >>> arbiter("cuda:7").max_bytes
+        >>> budget_of("cuda:7").max_bytes
         268435456
     """
     max_bytes = checked_budget(max_bytes, "max_bytes")
     if device is not None:
-        arbiter(device).set_budget(max_bytes)
+        budget_of(device).set_budget(max_bytes)
         return
     with _lock:
         _default[:] = [max_bytes]
-        found = list(_arbiters.values())
+        found = list(_budgets.values())
     for each in found:
         each.set_budget(max_bytes)
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache.lru import GraphCache, clock
+from graphcache.cache.graph_cache import GraphCache, clock
 from graphcache.errors import Reason, Refusal
 from tests.effort import share
 from tests.helpers import in_threads

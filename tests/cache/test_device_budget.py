@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache.arbiter import VARIABLE, Arbiter, arbiter, checked_budget, set_process_budget
-from graphcache.cache.lru import GraphCache, clock
+from graphcache.cache.device_budget import VARIABLE, DeviceBudget, budget_of, checked_budget, set_process_budget
+from graphcache.cache.graph_cache import GraphCache, clock
 from graphcache.errors import ConfigError, Reason, Refusal
 from tests.effort import share
 from tests.helpers import in_threads, own_budgets
@@ -47,12 +47,12 @@ class Meter:
 
 @pytest.fixture(autouse=True)
 def own_arbiters(monkeypatch):
-    """No arbiter and no budget of another test's."""
+    """No budget and no budget of another test's."""
     own_budgets(monkeypatch)
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
-def caches(judge: Arbiter, count: int = 2, **options) -> list[GraphCache[Memory]]:
+def caches(judge: DeviceBudget, count: int = 2, **options) -> list[GraphCache[Memory]]:
     found: list[GraphCache[Memory]] = [GraphCache(max_graphs=9, **options) for _ in range(count)]
     for cache in found:
         judge.register(cache)
@@ -63,7 +63,7 @@ def caches(judge: Arbiter, count: int = 2, **options) -> list[GraphCache[Memory]
 
 
 def test_the_coldest_graph_of_any_cache_goes_first():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     one, other = caches(judge)
     for cache, key in ((one, "a"), (other, "b"), (one, "c")):
         cache.put(key, Memory(10))
@@ -75,7 +75,7 @@ def test_the_coldest_graph_of_any_cache_goes_first():
 
 
 def test_as_few_as_will_do_go():
-    judge = Arbiter(10)
+    judge = DeviceBudget(10)
     one, other = caches(judge)
     for index in range(5):
         (one if index % 2 else other).put(index, Memory(2))
@@ -84,7 +84,7 @@ def test_as_few_as_will_do_go():
 
 
 def test_without_a_budget_nothing_goes():
-    judge = Arbiter()
+    judge = DeviceBudget()
     (cache,) = caches(judge, 1)
     cache.put("a", Memory(10**15))
     with judge.reserve(10**15):
@@ -93,7 +93,7 @@ def test_without_a_budget_nothing_goes():
 
 
 def test_pinned_graphs_and_what_is_shared_stay():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     one, other = caches(judge)
     one.put("a", Memory(10), pinned=True)
     other.put("b", Memory(10))
@@ -105,7 +105,7 @@ def test_pinned_graphs_and_what_is_shared_stay():
 
 
 def test_what_cannot_fit_is_refused_and_nothing_goes():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     (cache,) = caches(judge, 1)
     cache.put("a", Memory(10))
     with pytest.raises(Refusal, match="budget of the process is 30 bytes") as refused:
@@ -115,7 +115,7 @@ def test_what_cannot_fit_is_refused_and_nothing_goes():
 
 
 def test_what_is_reserved_is_not_reserved_twice():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     with judge.reserve(20) as room:
         with pytest.raises(Refusal, match="20 bytes of all modules"):
             judge.reserve(11)
@@ -125,7 +125,7 @@ def test_what_is_reserved_is_not_reserved_twice():
 
 
 def test_a_cache_that_is_registered_twice_is_counted_once():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     (cache,) = caches(judge, 1)
     judge.register(cache)
     cache.put("a", Memory(10))
@@ -133,7 +133,7 @@ def test_a_cache_that_is_registered_twice_is_counted_once():
 
 
 def test_a_cache_that_is_collected_is_gone():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     one, other = caches(judge)
     one.put("a", Memory(20))
     gone = weakref.ref(one)
@@ -148,7 +148,7 @@ def test_a_cache_that_is_collected_is_gone():
 
 
 def test_a_graph_that_cannot_be_closed_ends_the_reservation():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     (cache,) = caches(judge, 1, on_evict=lambda key, entry: 1 / 0)
     cache.put("a", Memory(20))
     with pytest.raises(ZeroDivisionError):
@@ -157,7 +157,7 @@ def test_a_graph_that_cannot_be_closed_ends_the_reservation():
 
 
 def test_a_graph_that_was_replaced_meanwhile_is_left_alone():
-    judge = Arbiter(30)
+    judge = DeviceBudget(30)
     replaced = []
 
     def told(key, entry):
@@ -173,7 +173,7 @@ def test_a_graph_that_was_replaced_meanwhile_is_left_alone():
 
 @pytest.mark.parametrize("wanted", [1, 5, 6])
 def test_what_is_still_leaving_for_one_is_not_promised_to_another(wanted):
-    judge = Arbiter(10)
+    judge = DeviceBudget(10)
     asked = []
 
     def told(key, entry):
@@ -197,7 +197,7 @@ def test_what_is_still_leaving_for_one_is_not_promised_to_another(wanted):
 
 
 def test_a_smaller_budget_is_kept_at_once():
-    judge = Arbiter(100)
+    judge = DeviceBudget(100)
     one, other = caches(judge)
     for index in range(10):
         (one if index % 2 else other).put(index, Memory(10))
@@ -207,7 +207,7 @@ def test_a_smaller_budget_is_kept_at_once():
 
 
 def test_a_budget_smaller_than_what_is_pinned_leaves_that_and_refuses_more():
-    judge = Arbiter(100)
+    judge = DeviceBudget(100)
     (cache,) = caches(judge, 1)
     cache.put("a", Memory(10), pinned=True)
     cache.put("b", Memory(10))
@@ -223,40 +223,40 @@ def test_a_budget_smaller_than_what_is_pinned_leaves_that_and_refuses_more():
 
 
 def test_there_is_one_arbiter_for_each_device():
-    assert arbiter("cuda:0") is arbiter(torch.device("cuda", 0))
-    assert arbiter("cuda:0") is not arbiter("cuda:1")
-    assert arbiter(torch.device("cpu")) is arbiter("cpu")
+    assert budget_of("cuda:0") is budget_of(torch.device("cuda", 0))
+    assert budget_of("cuda:0") is not budget_of("cuda:1")
+    assert budget_of(torch.device("cpu")) is budget_of("cpu")
 
 
 def test_a_process_budget_holds_for_devices_used_later_too():
-    before = arbiter("cuda:0")
+    before = budget_of("cuda:0")
     set_process_budget(100)
-    assert (before.max_bytes, arbiter("cuda:1").max_bytes) == (100, 100)
+    assert (before.max_bytes, budget_of("cuda:1").max_bytes) == (100, 100)
     set_process_budget(50, device="cuda:1")
-    assert (before.max_bytes, arbiter("cuda:1").max_bytes) == (100, 50)
+    assert (before.max_bytes, budget_of("cuda:1").max_bytes) == (100, 50)
     set_process_budget(None)
-    assert (before.max_bytes, arbiter("cuda:1").max_bytes, arbiter("cuda:2").max_bytes) == (None, None, None)
+    assert (before.max_bytes, budget_of("cuda:1").max_bytes, budget_of("cuda:2").max_bytes) == (None, None, None)
 
 
 def test_the_environment_sets_it_unless_something_else_was_said(monkeypatch):
     monkeypatch.setenv(VARIABLE, " 1000 ")
-    assert arbiter("cuda:0").max_bytes == 1000
+    assert budget_of("cuda:0").max_bytes == 1000
     set_process_budget(None)
-    assert (arbiter("cuda:0").max_bytes, arbiter("cuda:1").max_bytes) == (None, None)
+    assert (budget_of("cuda:0").max_bytes, budget_of("cuda:1").max_bytes) == (None, None)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "1e9", "9" * 31])
 def test_an_environment_that_means_nothing_is_refused(monkeypatch, text):
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(ConfigError, match=r"GRAPHCACHE_PROCESS_MAX_BYTES=.*expected a whole number of bytes"):
-        arbiter("cuda:0")
+        budget_of("cuda:0")
 
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, True, "1", [], 10.0**30])
 def test_a_budget_that_means_nothing_is_refused_and_nothing_changes(budget):
-    judge = Arbiter(7)
+    judge = DeviceBudget(7)
     for attempt in (
-        lambda: Arbiter(budget),
+        lambda: DeviceBudget(budget),
         lambda: judge.set_budget(budget),
         lambda: set_process_budget(budget),
         lambda: set_process_budget(budget, device="cuda:0"),
@@ -264,19 +264,19 @@ def test_a_budget_that_means_nothing_is_refused_and_nothing_changes(budget):
     ):
         with pytest.raises(ConfigError, match=r"max_bytes=.*expected a whole number of bytes, 1 or more, or None"):
             attempt()
-    assert (judge.max_bytes, arbiter("cuda:0").max_bytes) == (7, None)
+    assert (judge.max_bytes, budget_of("cuda:0").max_bytes) == (7, None)
 
 
 @pytest.mark.parametrize("device", ["", "cuda", "cuda:", "cuda:-1", "cuda:x", 0, None, [], object(), "cuda:0 "])
 def test_what_is_no_device_is_refused(device):
     with pytest.raises(ConfigError, match="expected 'cpu' or a device with its index"):
-        arbiter(device)
+        budget_of(device)
 
 
 @pytest.mark.parametrize("nbytes", [-1, 1.5, True, None, "1"])
 def test_what_is_no_number_of_bytes_is_refused(nbytes):
     with pytest.raises(ConfigError, match="nbytes="):
-        Arbiter(7).reserve(nbytes)
+        DeviceBudget(7).reserve(nbytes)
 
 
 # ---- threads
@@ -285,7 +285,7 @@ def test_what_is_no_number_of_bytes_is_refused(nbytes):
 @settings(max_examples=15)
 @given(st.integers(20, 60), st.integers(0, 1000))
 def test_with_every_graph_reserved_the_budget_holds_at_every_moment(budget, seed):
-    judge, meter = Arbiter(budget), Meter()
+    judge, meter = DeviceBudget(budget), Meter()
     every = caches(judge, 3)
     refused: list[int] = []
 
@@ -308,7 +308,7 @@ def test_with_every_graph_reserved_the_budget_holds_at_every_moment(budget, seed
 
 
 def test_modules_that_evict_from_each_other_do_not_wait_for_each_other():
-    judge = Arbiter(10)
+    judge = DeviceBudget(10)
     every = caches(judge, 3)
     locks = [threading.RLock() for _ in every]
 
@@ -340,7 +340,7 @@ def test_modules_that_evict_from_each_other_do_not_wait_for_each_other():
 
 
 def test_reserving_with_a_module_s_lock_held_waits_for_no_other_module():
-    judge = Arbiter(8)
+    judge = DeviceBudget(8)
     every = caches(judge, 2)
     locks = [threading.RLock(), threading.RLock()]
 
@@ -361,11 +361,11 @@ def test_reserving_with_a_module_s_lock_held_waits_for_no_other_module():
 
 
 class AgainstAList(RuleBasedStateMachine):
-    """An arbiter over two caches against a list of (cache, key, bytes, pinned), oldest use first."""
+    """A budget over two caches against a list of (cache, key, bytes, pinned), oldest use first."""
 
     @initialize(budget=st.none() | st.integers(1, 20))
     def start(self, budget):
-        self.judge = Arbiter(budget)
+        self.judge = DeviceBudget(budget)
         self.caches = caches(self.judge)
         self.limit = float("inf") if budget is None else budget
         self.model: list[tuple[int, int, int, bool]] = []
