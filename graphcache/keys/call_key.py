@@ -187,6 +187,8 @@ def _around() -> Hashable:
 
 def _repeats(tensors: Sequence[Tensor]) -> CallKey:
     """Which tensors are the same object as an earlier one; nothing in the usual case, that none is."""
+    if not tensors[1:]:
+        return ()
     places: dict[int, int] = {}
     first = [places.setdefault(id(value), index) for index, value in enumerate(tensors)]
     return () if len(places) == len(tensors) else (REPEATS, *first)
