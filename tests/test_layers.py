@@ -274,19 +274,16 @@ def test_importing_graphcache_imports_no_library_that_only_some_calls_need():
 
 MOST_LINES_OF_A_FILE = 400
 LONG_FILES = {
-    "dispatch/dispatcher.py": 468,
-    "modules/cached_module.py": 540,
+    "dispatch/dispatcher.py": 410,
 }
 """Files that are longer, with their lines. Entries may only shrink or go."""
 
 MOST_LINES_OF_A_FUNCTION = 70
 LONG_FUNCTIONS = {
-    "capture/engine_recorder.py:_capture": 74,
     "cli/run.py:run": 98,
     "cli/serve.py:serve": 87,
-    "engines/build.py:build": 80,
-    "export/compiling.py:compile": 82,
-    "graphs/capture.py:record_torch": 92,
+    "engines/build.py:build": 73,
+    "export/compiling.py:compile": 76,
     "serving/deployment.py:deployment": 128,
 }
 """Functions that are longer, docstring included. Entries may only shrink or go."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.cuda import graphs as torch_graphs
 
-from graphcache.errors import Reason, Refusal
+from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
 from graphcache.graphs.copy_kernel import copy_kernels
@@ -172,7 +172,7 @@ def forget_workspaces() -> None:
 def refusal_of(error: Exception, where: str) -> Refusal:
     """Why a capture failed, read from what CUDA and PyTorch say of it."""
     text = str(error).strip().split("\n")[0]
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, CudaError) and "OUT_OF_MEMORY" in text):
         return Refusal(Reason.OUT_OF_MEMORY, where, text)
     if "captur" in text and any(word in text for word in ("unsupported", "not permitted", "Cannot copy between")):
         return Refusal(Reason.HOST_READ, where, text)

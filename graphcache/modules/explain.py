@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from graphcache.dispatch.argument_names import arguments_of
+from graphcache.dispatch.capture_queue import PENDING
 from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.controls import controls
@@ -208,7 +209,8 @@ def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation
 
 def views_of(fast: TransparentModule, keys: list[Hashable] | None = None) -> list[KeyView]:
     """What is known of some keys of a wrapped module, or of all that are remembered."""
-    captures, names = state_of(fast).dispatcher.captures, arguments_of(state_of(fast).module)
+    dispatcher, names = state_of(fast).dispatcher, arguments_of(state_of(fast).module)
+    captures = dispatcher.captures
     entries, seen = captures.graphs.entries, captures.keys
     changed = captures.target.guard.has_changed()
     if keys is None:
@@ -220,6 +222,8 @@ def views_of(fast: TransparentModule, keys: list[Hashable] | None = None) -> lis
         cause = retry_after = None
         if entry is not None:
             status = "changed" if changed or entry.graph.version != captures.version else "captured"
+        elif dispatcher.queue.is_pending(key):
+            cause = PENDING
         elif (denial := captures.keys.look(key, captures.version + changed)) is not None:
             status, (cause, retry_after) = "denied", denial
         else:

@@ -20,7 +20,8 @@ from graphcache import Reason
 from graphcache.dispatch import call_snapshot as later
 from graphcache.dispatch import worker as background
 from graphcache.dispatch.worker import CALLS_BETWEEN, Worker
-from graphcache.errors import ClosedError
+from graphcache.errors import Cause, ClosedError
+from graphcache.modules.explain import explain
 from tests.engine_modules import MODULES, load, prepare, rows
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same, settled
@@ -191,9 +192,12 @@ def test_calls_are_answered_while_a_graph_is_made() -> None:
         assert same(fast(X), fast.module(X))
     assert gate.reached.wait(60)
     assert fast.cache_info().eager == {Reason.PENDING: 5}
+    for [call] in (explain(fast).calls, explain(fast, X).calls):
+        assert (call.outcome, call.cause) == ("eager", Cause(Reason.PENDING))
     gate.open.set()
     settled(fast)
     assert same(fast(X), fast.module(X))
+    assert explain(fast, X).calls[0].outcome == "hit"
     info = fast.cache_info()
     assert (info.captures, info.hits, info.eager) == (1, 1, {Reason.PENDING: 5})
 

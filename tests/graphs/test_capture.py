@@ -344,6 +344,8 @@ def test_workspaces_are_cleared_before_and_after(fake: Torch) -> None:
 
 FAILURES = [
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), Reason.OUT_OF_MEMORY, "CUDA out of memory. Tried"),
+    (CudaError("cuGraphInstantiate failed with CUDA_ERROR_OUT_OF_MEMORY (2)"), Reason.OUT_OF_MEMORY, "cuGraphInst"),
+    (CudaError("cuGraphInstantiate failed with CUDA_ERROR_UNKNOWN (999)"), Reason.CAPTURE_FAILED, "CudaError: cuG"),
     (
         RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with"),
         Reason.HOST_READ,
