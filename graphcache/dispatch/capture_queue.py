@@ -46,7 +46,7 @@ class CaptureQueue:
 
     def cancel(self) -> None:
         """Keep nothing of what is pending. The lock of the module is held."""
-        for snapshot in self._pending.values():
+        for snapshot in list(self._pending.values()):
             snapshot.cancelled = True
 
     def finish(self) -> None:
