@@ -35,7 +35,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class _Plain:
+class _PlainOutput:
     """A plain value, which the key determines or verification finds changing."""
 
     value: Any
@@ -101,10 +101,10 @@ class OutputLayout:
 
         return build
 
-    def _place(self, leaf: Any) -> int | View | _Plain:
+    def _place(self, leaf: Any) -> int | View | _PlainOutput:
         """Where a leaf comes from; a tensor that the call made is added to :attr:`tensors`."""
         if isinstance(leaf, _PLAIN):
-            return _Plain(leaf)
+            return _PlainOutput(leaf)
         if not isinstance(leaf, Tensor):
             raise Refusal(Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}")
         if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:

@@ -52,7 +52,7 @@ from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
 from graphcache.dispatch.preconditions import current_device, forbidden, several_devices
 from graphcache.dispatch.preparing import preparing
-from graphcache.dispatch.targets import EngineGuard, Submodules, Target
+from graphcache.dispatch.targets import EngineGuard, SubmoduleGraphs, Target
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
@@ -96,7 +96,7 @@ class Dispatcher:
         self.captures.on_evict.append(self.fast_path.clear)
         ledger.observers.on_change.add(self.fast_path)
         self.fast_path.observed(bool(ledger.observers.active))
-        self.submodules: Submodules
+        self.submodules: SubmoduleGraphs
         """Set by whoever makes the dispatcher, since they have dispatchers of their own."""
         self.padding: Padding | None = None
         self.entries: Mapping[Hashable, Entry[Recording]] = self.captures.graphs.entries

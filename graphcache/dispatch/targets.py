@@ -157,7 +157,7 @@ class EngineTarget:
 Target = EngineTarget | ModuleTarget
 
 
-class Submodules(Protocol):
+class SubmoduleGraphs(Protocol):
     """The submodules of a wrapped module that are captured one by one."""
 
     whole: bool

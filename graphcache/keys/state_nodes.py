@@ -51,7 +51,7 @@ class Change(NamedTuple):
     is_random: bool = False
 
 
-class Node:
+class StateNode:
     """One object of a snapshot: the names of the places in it, and what each holds."""
 
     __slots__ = ("key", "parent", "state", "target")
@@ -61,7 +61,7 @@ class Node:
     is_alike: Callable[[Any, Any], bool] = staticmethod(is_)
     """The quick comparison of what one place holds; what is not alike is compared by value."""
 
-    def __init__(self, parent: Node | None, key: str, target: Any) -> None:
+    def __init__(self, parent: StateNode | None, key: str, target: Any) -> None:
         self.parent = parent
         self.key = key
         self.target = target
@@ -116,7 +116,7 @@ class Node:
         raise TypeError
 
 
-class TableNode(Node):
+class TableNode(StateNode):
     """A dictionary: its keys and values, in order."""
 
     def read(self) -> State:
@@ -167,12 +167,12 @@ class AttributesNode(TableNode):
             native.add_names(self.target, names, values, ())
 
 
-class NamesNode(Node):
+class NamesNode(StateNode):
     """Some names of a dictionary, such as the globals that a function reads."""
 
     __slots__ = ("names",)
 
-    def __init__(self, parent: Node | None, key: str, target: dict[str, Any], names: tuple[str, ...]) -> None:
+    def __init__(self, parent: StateNode | None, key: str, target: dict[str, Any], names: tuple[str, ...]) -> None:
         self.names = names
         super().__init__(parent, key, target)
 
@@ -183,7 +183,7 @@ class NamesNode(Node):
         _guard_names(native, self.target, self.state)
 
 
-class ClassNode(Node):
+class ClassNode(StateNode):
     """What a class defines: methods and plain attributes."""
 
     def read(self) -> State:
@@ -196,7 +196,7 @@ class ClassNode(Node):
         _guard_names(native, table, self.state)
 
 
-class ItemsNode(Node):
+class ItemsNode(StateNode):
     """A list, deque or set, a subclass of one, or a NumPy array of objects: its items."""
 
     def read(self) -> State:
@@ -219,12 +219,12 @@ class ItemsNode(Node):
         native.add_items(self.target, self.state[1])
 
 
-class SlotsNode(Node):
+class SlotsNode(StateNode):
     """The ``__slots__`` of an object."""
 
     __slots__ = ("slots",)
 
-    def __init__(self, parent: Node | None, key: str, target: Any, slots: Slots) -> None:
+    def __init__(self, parent: StateNode | None, key: str, target: Any, slots: Slots) -> None:
         self.slots = slots
         super().__init__(parent, key, target)
 
@@ -236,7 +236,7 @@ class SlotsNode(Node):
             native.add_slot(self.target, descriptor, *_present(value))
 
 
-class ObjectNode(Node):
+class ObjectNode(StateNode):
     """An object: its class, and which dictionary holds its attributes."""
 
     def read(self) -> State:
@@ -257,14 +257,14 @@ class ObjectNode(Node):
             native.add_dict_of(self.target, table)
 
 
-class ThreadLocalNode(Node):
+class ThreadLocalNode(StateNode):
     """What the current thread sees of a ``threading.local``."""
 
     def read(self) -> State:
         return tuple(self.target.__dict__), tuple(self.target.__dict__.values())
 
 
-class CellNode(Node):
+class CellNode(StateNode):
     """A variable that a function closes over."""
 
     def read(self) -> State:
@@ -280,14 +280,14 @@ class CellNode(Node):
         native.add_cell(self.target, *_present(*self.state[1]))
 
 
-class VariableNode(Node):
+class VariableNode(StateNode):
     """A context variable, as the current context has it."""
 
     def read(self) -> State:
         return ("get()",), (self.target.get(MISSING),)
 
 
-class FunctionNode(Node):
+class FunctionNode(StateNode):
     """A function: its code and its default values."""
 
     def read(self) -> State:
@@ -302,7 +302,7 @@ class FunctionNode(Node):
         native.add_function(self.target, self.state[1])
 
 
-class ScriptNode(Node):
+class ScriptNode(StateNode):
     """A TorchScript module: what C++ holds of it, and makes a new object of whenever it is asked."""
 
     is_alike = staticmethod(same)

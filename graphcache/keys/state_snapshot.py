@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.keys import native
-from graphcache.keys.state_nodes import Change, Node
+from graphcache.keys.state_nodes import Change, StateNode
 from graphcache.keys.state_walk import Skips, StateWalk
 from graphcache.keys.value_nodes import memory_of
 
@@ -67,7 +67,7 @@ class StateSnapshot:
         self.armed = False
         """Whether :meth:`arm` was called."""
         self._native: native.Guard | None = None
-        self._rest: list[Node] = []
+        self._rest: list[StateNode] = []
 
     def changes(self, limit: int = 16) -> list[Change]:
         """What differs now from what was found, by value; no more than ``limit`` differences are told."""
@@ -131,11 +131,11 @@ class StateSnapshot:
         """Whether a path, or one that it lies under, is to be left out."""
         return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
 
-    def _guarded(self) -> Iterator[Node]:
+    def _guarded(self) -> Iterator[StateNode]:
         yield from (node for node in self.nodes if node.guarded)
         yield from self.tensors
 
-    def _compare(self, nodes: Sequence[Node]) -> bool:
+    def _compare(self, nodes: Sequence[StateNode]) -> bool:
         """Whether objects that differ by identity have the same values; these objects are expected from now on."""
         for node in nodes:
             for change in node.renew():
@@ -148,7 +148,7 @@ class StateSnapshot:
         return True
 
 
-def _is_guarded(node: Node, guard: native.Guard) -> bool:
+def _is_guarded(node: StateNode, guard: native.Guard) -> bool:
     """Whether a native guard compares a node from now on."""
     try:
         node.guard(guard)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from graphcache.keys import state_nodes as nodes
 from graphcache.keys import user_code
 from graphcache.keys.script_state import settle
-from graphcache.keys.state_nodes import MISSING, Node
+from graphcache.keys.state_nodes import MISSING, StateNode
 from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, TensorNode
 from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
 
@@ -66,7 +66,7 @@ class StateWalk:
     """One walk over what can be reached."""
 
     def __init__(self, ignores: Callable[[str], bool] | None, skips: Skips | None) -> None:
-        self.nodes: list[Node] = []
+        self.nodes: list[StateNode] = []
         """What was found, but for tensors."""
         self.tensors: list[TensorNode] = []
         self.covered: set[types.CodeType] = set()
@@ -76,7 +76,7 @@ class StateWalk:
         self._seen: set[int] = set()
         # What is looked at lives only here sometimes: an id may be used again once its object is gone.
         self._held: list[Any] = []
-        self._stack: list[tuple[Node | None, str, Any]] = []
+        self._stack: list[tuple[StateNode | None, str, Any]] = []
         self._entries = 0
         self._array_bytes = 0
         self._classes: set[type] = set()
@@ -106,7 +106,7 @@ class StateWalk:
             if slow or len(self.nodes) > MAX_CONTAINERS or self._entries > MAX_ENTRIES:
                 raise StateTooLarge(self._largest())
 
-    def _visit(self, parent: Node | None, key: str, value: Any) -> None:
+    def _visit(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
         if isinstance(value, Tensor):
             tensor = TensorNode(parent, key, value)
@@ -149,7 +149,7 @@ class StateWalk:
         else:
             self._object(parent, key, value)
 
-    def _follow(self, node: Node) -> None:
+    def _follow(self, node: StateNode) -> None:
         """Remember an object, and follow what is in its places."""
         names, values = node.state
         self._add(node, len(names))
@@ -159,7 +159,7 @@ class StateWalk:
             if not is_plain(name):
                 self._stack.append((node, "[a key]", name))
 
-    def _items(self, parent: Node | None, key: str, value: Any) -> None:
+    def _items(self, parent: StateNode | None, key: str, value: Any) -> None:
         if not isinstance(value, tuple):
             self._follow(nodes.ItemsNode(parent, key, value))
             return
@@ -168,7 +168,7 @@ class StateWalk:
         for index, item in enumerate(tuple.__iter__(value)):
             self._push(parent, f"{key}[{index}]", item)
 
-    def _function(self, parent: Node | None, key: str, value: types.FunctionType) -> None:
+    def _function(self, parent: StateNode | None, key: str, value: types.FunctionType) -> None:
         code, module = value.__code__, value.__globals__.get("__name__")
         if value.__dict__:
             self._follow(nodes.AttributesNode(parent, key, value.__dict__))
@@ -218,7 +218,7 @@ class StateWalk:
             elif value is not MISSING:
                 self._push(node, node.end(name), value)
 
-    def _object(self, parent: Node | None, key: str, value: Any) -> None:
+    def _object(self, parent: StateNode | None, key: str, value: Any) -> None:
         """An object of any class: its items if it is a container, its attributes, slots and hidden state."""
         kind = type(value)
         module = str(kind.__module__)
@@ -254,7 +254,7 @@ class StateWalk:
             for item in hidden[1]:
                 self._push(advances, "", item)
 
-    def _attributes(self, parent: Node | None, key: str, value: Any) -> None:
+    def _attributes(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
         table = getattr(value, "__dict__", None)
         table = table if type(table) is dict else None
@@ -311,11 +311,11 @@ class StateWalk:
             raise StateTooLarge(f"{node.path}: an array of {node.nbytes} bytes would be compared at every call")
         self._add(node, 1)
 
-    def _push(self, parent: Node | None, key: str, value: Any) -> None:
+    def _push(self, parent: StateNode | None, key: str, value: Any) -> None:
         if not is_plain(value):
             self._stack.append((parent, key, value))
 
-    def _add(self, node: Node, entries: int) -> None:
+    def _add(self, node: StateNode, entries: int) -> None:
         self.nodes.append(node)
         self._entries += entries
 
@@ -323,7 +323,7 @@ class StateWalk:
         """Which attribute has the most below it, and how much was found."""
         counts: collections.Counter[str] = collections.Counter()
         for node in self.nodes:
-            top: Node = node
+            top: StateNode = node
             while top.parent is not None and top.parent.parent is not None:
                 top = top.parent
             counts[top.path] += 1

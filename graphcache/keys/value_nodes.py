@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from graphcache.keys.state_nodes import Change, Node
+from graphcache.keys.state_nodes import Change, StateNode
 from graphcache.keys.values import array_state, hidden_state, is_generator_of_randomness
 
 _Answer = TypeVar("_Answer")
 _PLACE = ("address", "shape", "strides", "dtype", "device", "requires_grad", "conjugation", "sign bit")
 
 
-class TensorNode(Node):
+class TensorNode(StateNode):
     """A tensor: where its memory is and how it is laid out, and for the effects of a call its version counter."""
 
     __slots__ = ("gradient", "version")
@@ -45,7 +45,7 @@ class TensorNode(Node):
         native.add_tensor(self.target)
 
 
-class ArrayNode(Node):
+class ArrayNode(StateNode):
     """A NumPy array or a buffer of Python's, with its contents."""
 
     @property
@@ -64,7 +64,7 @@ class ArrayNode(Node):
             yield Change(self.path, "has other contents or another layout")
 
 
-class HiddenNode(Node):
+class HiddenNode(StateNode):
     """An object that shows its state by no attribute, such as a generator; only the effects of a call compare it."""
 
     guarded = False

@@ -49,9 +49,9 @@ def make_app(
 
     Example:
         >>> from torch import nn
-        >>> from graphcache.serving.backend import ModelSpec, TensorSpec
+        >>> from graphcache.serving.backend import ModelSpec, TensorMetadata
         >>> from graphcache.serving.local import LocalBackend
-        >>> x, y = TensorSpec("x", "float32", (-1,)), TensorSpec("y", "float32", (-1,))
+        >>> x, y = TensorMetadata("x", "float32", (-1,)), TensorMetadata("y", "float32", (-1,))
         >>> spec = ModelSpec("relu", ("1",), (x,), (y,), "pytorch")
         >>> app = make_app(LocalBackend({"relu": nn.ReLU()}, specs={"relu": spec}))
         >>> # uvicorn.run(app)

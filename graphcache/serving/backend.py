@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorMetadata:
     """One input or output of a model.
 
     Args:
@@ -38,8 +38,8 @@ class ModelSpec:
 
     name: str
     versions: tuple[str, ...]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
     platform: str
 
 

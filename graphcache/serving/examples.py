@@ -13,7 +13,7 @@ from torch import Tensor
 from graphcache.buckets.spec import Buckets
 from graphcache.errors import ConfigError, shown
 from graphcache.modules.engine import EngineModule
-from graphcache.serving.backend import TensorSpec
+from graphcache.serving.backend import TensorMetadata
 from graphcache.serving.batching import Batcher, Tensors, argument_names
 
 
@@ -98,7 +98,7 @@ def input_names(name: str, arguments: inspect.Signature | Sequence[str]) -> list
     return list(found)
 
 
-def specs_of(examples: Sequence[Tensors], axes: Mapping[str, Sequence[int]]) -> tuple[TensorSpec, ...]:
+def specs_of(examples: Sequence[Tensors], axes: Mapping[str, Sequence[int]]) -> tuple[TensorMetadata, ...]:
     """Names, dtypes and shapes of some tensors; -1 where an axis is open, or differs from one example to the next.
 
     Args:
@@ -107,7 +107,7 @@ def specs_of(examples: Sequence[Tensors], axes: Mapping[str, Sequence[int]]) -> 
 
     Example:
         >>> specs_of([{"x": torch.zeros(1, 5, 2)}, {"x": torch.zeros(1, 6, 2)}], {"x": [0]})
-        (TensorSpec(name='x', dtype='float32', shape=(-1, -1, 2)),)
+        (TensorMetadata(name='x', dtype='float32', shape=(-1, -1, 2)),)
     """
     found = []
     for name, first in examples[0].items():
@@ -115,5 +115,5 @@ def specs_of(examples: Sequence[Tensors], axes: Mapping[str, Sequence[int]]) -> 
         shape = [size if all(other[at] == size for other in same) else -1 for at, size in enumerate(first.shape)]
         for axis in axes.get(name, ()):
             shape[axis] = -1
-        found.append(TensorSpec(name, str(first.dtype).removeprefix("torch."), tuple(shape)))
+        found.append(TensorMetadata(name, str(first.dtype).removeprefix("torch."), tuple(shape)))
     return tuple(found)

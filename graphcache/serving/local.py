@@ -24,7 +24,7 @@ from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
-from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.backend import ModelSpec, TensorMetadata
 
 _T = TypeVar("_T")
 
@@ -43,8 +43,8 @@ class LocalBackend:
         ConfigError: If a model is no module, has no spec, or one of several versions.
 
     Example:
-        >>> from graphcache.serving.backend import ModelSpec, TensorSpec
-        >>> x, y = TensorSpec("x", "float32", (-1,)), TensorSpec("y", "float32", (-1,))
+        >>> from graphcache.serving.backend import ModelSpec, TensorMetadata
+        >>> x, y = TensorMetadata("x", "float32", (-1,)), TensorMetadata("y", "float32", (-1,))
         >>> spec = ModelSpec("relu", ("1",), (x,), (y,), "pytorch")
         >>> with LocalBackend({"relu": nn.ReLU()}, specs={"relu": spec}) as backend:
         ...     backend.prepare()
@@ -220,5 +220,5 @@ def spec_of(name: str, module: nn.Module) -> ModelSpec:
     return ModelSpec(name, ("1",), inputs, outputs, "tensorrt")
 
 
-def _tensor(binding: Binding) -> TensorSpec:
-    return TensorSpec(binding.name, str(binding.dtype).removeprefix("torch."), binding.shape)
+def _tensor(binding: Binding) -> TensorMetadata:
+    return TensorMetadata(binding.name, str(binding.dtype).removeprefix("torch."), binding.shape)

@@ -14,7 +14,7 @@ from graphcache.errors import ServingError, shown
 from graphcache.modules.cached_module import CachedModule
 from graphcache.persist.container import Container
 from graphcache.persist.loading import load
-from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.backend import ModelSpec, TensorMetadata
 from graphcache.serving.local import spec_of
 from graphcache.serving.protocol.dtypes import datatype_of
 from graphcache.serving.repository import NAME
@@ -55,7 +55,7 @@ def describe_file(path: Path, name: str) -> ModelSpec:
     [engine_] = header.engines
     try:
         bindings = {
-            each["name"]: TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in engine_.bindings
+            each["name"]: TensorMetadata(each["name"], each["dtype"], tuple(each["shape"])) for each in engine_.bindings
         }
         inputs, outputs = (tuple(bindings[name] for name in names) for names in (engine_.inputs, engine_.outputs))
     except (KeyError, TypeError) as error:
@@ -78,7 +78,7 @@ def config_pbtxt(spec: ModelSpec, file: str, prepare: Sequence[Shapes] = ()) -> 
         ServingError: For a dtype that Triton does not have.
 
     Example:
-        >>> spec = ModelSpec("m", ("1",), (TensorSpec("x", "float32", (-1, 4)),), (), "tensorrt")
+        >>> spec = ModelSpec("m", ("1",), (TensorMetadata("x", "float32", (-1, 4)),), (), "tensorrt")
         >>> print(config_pbtxt(spec, "model.engine").splitlines()[4])
           { name: "x" data_type: TYPE_FP32 dims: [ -1, 4 ] }
     """
@@ -161,7 +161,7 @@ def _check(shapes: Shapes, spec: ModelSpec) -> None:
             )
 
 
-def _tensor(spec: TensorSpec) -> str:
+def _tensor(spec: TensorMetadata) -> str:
     head = f"  {{ name: {_quoted(spec.name)} data_type: TYPE_{datatype_of(spec.dtype)}"
     # Triton has no tensors without dimensions but by reshaping.
     if not spec.shape:
@@ -179,7 +179,7 @@ def facts(spec: ModelSpec) -> dict[str, Any]:
     """Names, datatypes and shapes, for whoever prints them.
 
     Example:
-        >>> facts(ModelSpec("m", ("1",), (TensorSpec("x", "int8", (2,)),), (), "tensorrt"))["inputs"]
+        >>> facts(ModelSpec("m", ("1",), (TensorMetadata("x", "int8", (2,)),), (), "tensorrt"))["inputs"]
         [{'name': 'x', 'dtype': 'int8', 'shape': [2]}]
     """
     return {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.errors import UnavailableError, UnknownModelError
-from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.backend import ModelSpec, TensorMetadata
 from graphcache.serving.protocol.dtypes import DTYPES
 from tests.helpers import frozen
 
@@ -18,7 +18,7 @@ def spec(
     name: str, inputs: dict[str, tuple], outputs: dict[str, tuple], versions: tuple[str, ...] = ("1",)
 ) -> ModelSpec:
     """From ``{"x": ("float32", (-1, 4))}``."""
-    made = [tuple(TensorSpec(each, *given) for each, given in side.items()) for side in (inputs, outputs)]
+    made = [tuple(TensorMetadata(each, *given) for each, given in side.items()) for side in (inputs, outputs)]
     return ModelSpec(name, versions, *made, "pytorch")
 
 

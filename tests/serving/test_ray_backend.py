@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graphcache.errors import InputRankError, ServingError, UnavailableError, UnknownModelError
-from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.backend import ModelSpec, TensorMetadata
 from graphcache.serving.replica import Described
 from graphcache.serving.rows import with_rows
 from graphcache.serving.transport import pack, unpack
@@ -19,7 +19,7 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("the extra ray is not installed", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
 
-SPEC = ModelSpec("net", ("1",), (TensorSpec("x", "float32", (-1, -1)),), (), "pytorch")
+SPEC = ModelSpec("net", ("1",), (TensorMetadata("x", "float32", (-1, -1)),), (), "pytorch")
 
 
 class Method:

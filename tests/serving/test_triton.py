@@ -12,7 +12,7 @@ import graphcache
 from graphcache import EngineModule
 from graphcache.errors import EngineFormatError, GraphCacheError, PackageError, ServingError
 from graphcache.serving import triton_backend
-from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.backend import ModelSpec, TensorMetadata
 from graphcache.serving.triton import config_pbtxt, describe_file, export
 from tests.engine_modules import numbers, rows
 from tests.engines.fake_tensorrt import serialize
@@ -38,7 +38,11 @@ def engine(tmp_path):
 def test_a_folder_of_an_engine(fake, engine, tmp_path, monkeypatch):
     described = export(engine, tmp_path / "policy", prepare=[{"x": (2, 4)}, {"x": (3, 4)}])
     assert described == ModelSpec(
-        "policy", ("1",), (TensorSpec("x", "float32", (-1, 4)),), (TensorSpec("y", "float32", (-1, 4)),), "tensorrt"
+        "policy",
+        ("1",),
+        (TensorMetadata("x", "float32", (-1, 4)),),
+        (TensorMetadata("y", "float32", (-1, 4)),),
+        "tensorrt",
     )
     written = {str(each.relative_to(tmp_path / "policy")) for each in (tmp_path / "policy").rglob("*")}
     assert written == {"config.pbtxt", "1", "1/model.py", "1/model.engine"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphcache.errors import shown
-from graphcache.serving.backend import ModelSpec, TensorSpec
+from graphcache.serving.backend import ModelSpec, TensorMetadata
 from graphcache.serving.protocol.dtypes import datatype_of
 from graphcache.serving.protocol.problems import RequestError
 from graphcache.serving.protocol.request import InferenceRequest
@@ -33,7 +33,7 @@ def model_metadata(spec: ModelSpec) -> dict[str, Any]:
         ServingError: If a tensor has a dtype that the protocol does not have.
 
     Example:
-        >>> spec = ModelSpec("m", ("1",), (TensorSpec("x", "float32", (-1, 4)),), (), "tensorrt")
+        >>> spec = ModelSpec("m", ("1",), (TensorMetadata("x", "float32", (-1, 4)),), (), "tensorrt")
         >>> model_metadata(spec)["inputs"]
         [{'name': 'x', 'datatype': 'FP32', 'shape': [-1, 4]}]
     """
@@ -55,7 +55,7 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
         ServingError: If a tensor has a dtype that the protocol does not have.
 
     Example:
-        >>> spec = ModelSpec("m", ("1",), (TensorSpec("x", "float32", (-1, 4)),), (), "tensorrt")
+        >>> spec = ModelSpec("m", ("1",), (TensorMetadata("x", "float32", (-1, 4)),), (), "tensorrt")
         >>> model_config(spec)["input"]
         [{'name': 'x', 'data_type': 'TYPE_FP32', 'dims': [-1, 4]}]
     """
@@ -104,9 +104,9 @@ def check_request(spec: ModelSpec, request: InferenceRequest) -> None:
             )
 
 
-def _names(specs: Sequence[TensorSpec]) -> str:
+def _names(specs: Sequence[TensorMetadata]) -> str:
     return ", ".join(each.name for each in specs) or "none"
 
 
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
+def _tensor(spec: TensorMetadata) -> dict[str, Any]:
     return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": list(spec.shape)}
