@@ -165,12 +165,9 @@ class DeviceBudget:
         return found
 
     def _held(self) -> int:
-        taken = self._taken()
         # An entry that is leaving for a claim is in the claim.
-        double = sum(
-            entry.nbytes for cache in self._alive() for entry in list(cache.entries.values()) if id(entry) in taken
-        )
-        return sum(cache.nbytes for cache in self._alive()) - double + sum(claim.held for claim in self._claims)
+        taken = self._taken()
+        return sum(each.nbytes_without(taken) for each in self._alive()) + sum(claim.held for claim in self._claims)
 
     def _taken(self) -> set[int]:
         return {id(entry) for claim in self._claims for _, _, entry in claim.victims}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 from contextlib import ExitStack
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -47,10 +47,6 @@ class Entry(Generic[G]):
         self.used = clock()
 
 
-_PATIENCE = (None,) * 4
-"""How often room is made anew that another thread, or a listener told of an eviction, has taken; then it is kept."""
-
-
 def recency(key: Hashable, entry: Entry[Any]) -> float:
     """When an entry was last used: the rank that makes the least recently used the coldest."""
     return entry.used
@@ -60,9 +56,9 @@ class GraphCache(Generic[G]):
     """A bounded mapping from keys to graphs. It owns the graphs: what leaves it is closed.
 
     ``entries`` may be read without the lock (a dictionary look-up is atomic); everything that changes the cache takes
-    it. The cache never holds more than ``max_graphs`` graphs or ``max_bytes`` bytes, not even while inserting. What
-    leaves is closed without the lock, so that a thread that only wants to evict waits for nobody's ``on_evict``; until
-    it is closed its bytes count.
+    it. It never holds more than ``max_graphs`` graphs, nor graphs of more than ``max_bytes`` bytes. What leaves is
+    closed without the lock, so that a thread that only wants to evict waits for nobody's ``on_evict``; until it is
+    closed its bytes count too. Whoever wants the peak in the budget reserves before the graph is captured.
 
     Args:
         max_graphs: How many graphs fit, at least 1.
@@ -112,7 +108,13 @@ class GraphCache(Generic[G]):
     @property
     def nbytes(self) -> int:
         """Bytes owned by all graphs together, with what they share and what is just being closed."""
-        return self.shared + self._leaving + sum(entry.nbytes for entry in list(self.entries.values()))
+        return self.nbytes_without(())
+
+    def nbytes_without(self, entries: Container[int]) -> int:
+        """The same without some entries, by ``id``. Read while others change the cache, never too little."""
+        # What leaves is counted as leaving before it is taken out.
+        held = sum(entry.nbytes for entry in list(self.entries.values()) if id(entry) not in entries)
+        return held + self._leaving + self.shared
 
     def victims(self, nbytes: int = 0, *, instead_of: Hashable = None) -> list[tuple[Hashable, Entry[G]]]:
         """What would have to go so that one more graph of ``nbytes`` bytes fits, coldest first; nothing goes.
@@ -149,36 +151,6 @@ class GraphCache(Generic[G]):
                 break
         return found
 
-    def make_room(
-        self,
-        nbytes: int = 0,
-        *,
-        instead_of: Hashable = None,
-        keep: Reservation | None = None,
-        given: Reservation | None = None,
-    ) -> None:
-        """Evict until one more graph of ``nbytes`` bytes fits.
-
-        Args:
-            nbytes: What the graph owns.
-            instead_of: A key whose graph goes in any case.
-            keep: A reservation that begins when the room is found.
-            given: One that ends then.
-
-        Raises:
-            Refusal: With :attr:`Reason.OVER_BUDGET`, if it cannot; then nothing was evicted.
-        """
-        with self._lock:
-            if given in self._reserved:
-                self._reserved.remove(given)
-            leaving = self.victims(nbytes, instead_of=instead_of)
-            if instead_of in self.entries:
-                leaving.insert(0, (instead_of, self.entries[instead_of]))
-            self._take(leaving)
-            if keep is not None:
-                self._reserved.append(keep)
-        self._close(leaving)
-
     def reserve(self, nbytes: int, *, instead_of: Hashable = None) -> Reservation:
         """Make room for a graph that is still to be captured, and keep it: the peak stays in the budget too.
 
@@ -190,7 +162,7 @@ class GraphCache(Generic[G]):
             The room, for :meth:`put` or until its ``release()``.
 
         Raises:
-            Refusal: As :meth:`make_room`.
+            Refusal: With :attr:`Reason.OVER_BUDGET`, if it cannot be had; then nothing was evicted.
 
         Example:
             >>> class Graph:
@@ -203,40 +175,37 @@ class GraphCache(Generic[G]):
             closed
         """
         reservation = Reservation(nbytes, self._release)
+        with self._lock:
+            leaving = self._make_room(nbytes, instead_of)
+            self._reserved.append(reservation)
         try:
-            for keep in (*_PATIENCE, reservation):
-                self.make_room(nbytes, instead_of=instead_of, keep=keep)
-                with self._lock:
-                    if keep is None and self._has_room(nbytes, instead_of):
-                        self._reserved.append(reservation)
-                        break
+            self._close(leaving)
         except BaseException:
             reservation.release()
             raise
         return reservation
 
     def put(self, key: Hashable, graph: G, *, pinned: bool = False, reservation: Reservation | None = None) -> Entry[G]:
-        """Store a graph, evicting first what must go; a graph already stored under ``key`` is replaced.
+        """Store a graph in place of what must go, such as a graph that is stored under ``key``.
 
-        Without room, raises a ``Refusal``: the graph is closed and the cache unchanged.
+        Without room, raises a ``Refusal``: the graph is closed and the cache unchanged. If what goes cannot be closed,
+        raises why; the graph is closed and not in the cache.
         """
-        room = Reservation(graph.nbytes, self._release)
         try:
-            for keep in (*_PATIENCE, room):
-                self.make_room(graph.nbytes, instead_of=key, keep=keep, given=reservation)
-                with self._lock:
-                    if keep is None and not self._has_room(graph.nbytes, key):
-                        continue
-                    room.release()
-                    leaving = [(key, self.entries[key])] if key in self.entries else []
-                    self._take(leaving)
-                    entry = self.entries[key] = Entry(graph, pinned=pinned)
-                    break
+            with self._lock:
+                if reservation in self._reserved:
+                    self._reserved.remove(reservation)
+                leaving = self._make_room(graph.nbytes, key)
+                entry = self.entries[key] = Entry(graph, pinned=pinned)
         except BaseException:
-            room.release()
             graph.close()
             raise
-        self._close(leaving)
+        try:
+            self._close(leaving)
+        except BaseException:
+            entry.pinned = False
+            self.evict(key, only=entry)
+            raise
         return entry
 
     def evict(self, key: Hashable, *, only: Entry[G] | None = None, wait: bool = False) -> bool:
@@ -255,13 +224,18 @@ class GraphCache(Generic[G]):
             for key in reversed(list(self.entries)):
                 each.callback(self.evict, key, wait=wait)
 
-    def _has_room(self, nbytes: int, instead_of: Hashable) -> bool:
-        return instead_of not in self.entries and not self.victims(nbytes)
+    def _make_room(self, nbytes: int, instead_of: Hashable) -> list[tuple[Hashable, Entry[G]]]:
+        """Take out what has to go, to be closed when the lock was given back."""
+        leaving = self.victims(nbytes, instead_of=instead_of)
+        if instead_of in self.entries:
+            leaving.insert(0, (instead_of, self.entries[instead_of]))
+        self._take(leaving)
+        return leaving
 
     def _take(self, items: list[tuple[Hashable, Entry[G]]]) -> None:
         for key, entry in items:
-            del self.entries[key]
             self._leaving += entry.nbytes
+            del self.entries[key]
 
     def _close(self, items: list[tuple[Hashable, Entry[G]]], *, wait: bool = False) -> None:
         """Close what was taken, in order, all of it even if one raises."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -46,16 +47,16 @@ class Meter:
 
 
 @pytest.fixture(autouse=True)
-def own_arbiters(monkeypatch):
+def no_budgets_of_others(monkeypatch):
     """No budget and no budget of another test's."""
     own_budgets(monkeypatch)
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
-def caches(judge: DeviceBudget, count: int = 2, **options) -> list[GraphCache[Memory]]:
+def caches(shared: DeviceBudget, count: int = 2, **options) -> list[GraphCache[Memory]]:
     found: list[GraphCache[Memory]] = [GraphCache(max_graphs=9, **options) for _ in range(count)]
     for cache in found:
-        judge.register(cache)
+        shared.register(cache)
     return found
 
 
@@ -63,166 +64,166 @@ def caches(judge: DeviceBudget, count: int = 2, **options) -> list[GraphCache[Me
 
 
 def test_the_coldest_graph_of_any_cache_goes_first():
-    judge = DeviceBudget(30)
-    one, other = caches(judge)
+    shared = DeviceBudget(30)
+    one, other = caches(shared)
     for cache, key in ((one, "a"), (other, "b"), (one, "c")):
         cache.put(key, Memory(10))
     one.entries["a"].used = clock()
-    with judge.reserve(10):
+    with shared.reserve(10):
         assert (list(one), list(other)) == (["a", "c"], [])
-    with judge.reserve(20):
+    with shared.reserve(20):
         assert (list(one), list(other)) == (["a"], [])
 
 
 def test_as_few_as_will_do_go():
-    judge = DeviceBudget(10)
-    one, other = caches(judge)
+    shared = DeviceBudget(10)
+    one, other = caches(shared)
     for index in range(5):
         (one if index % 2 else other).put(index, Memory(2))
-    with judge.reserve(3):
+    with shared.reserve(3):
         assert sorted([*one, *other]) == [2, 3, 4]
 
 
 def test_without_a_budget_nothing_goes():
-    judge = DeviceBudget()
-    (cache,) = caches(judge, 1)
+    shared = DeviceBudget()
+    (cache,) = caches(shared, 1)
     cache.put("a", Memory(10**15))
-    with judge.reserve(10**15):
-        assert judge.nbytes == 2 * 10**15
+    with shared.reserve(10**15):
+        assert shared.nbytes == 2 * 10**15
     assert list(cache) == ["a"]
 
 
 def test_pinned_graphs_and_what_is_shared_stay():
-    judge = DeviceBudget(30)
-    one, other = caches(judge)
+    shared = DeviceBudget(30)
+    one, other = caches(shared)
     one.put("a", Memory(10), pinned=True)
     other.put("b", Memory(10))
     other.shared = 5
-    with judge.reserve(15):
+    with shared.reserve(15):
         assert (list(one), list(other)) == (["a"], [])
     with pytest.raises(Refusal, match=r"16 bytes wanted; 15 bytes of all modules are pinned, shared or reserved"):
-        judge.reserve(16)
+        shared.reserve(16)
 
 
 def test_what_cannot_fit_is_refused_and_nothing_goes():
-    judge = DeviceBudget(30)
-    (cache,) = caches(judge, 1)
+    shared = DeviceBudget(30)
+    (cache,) = caches(shared, 1)
     cache.put("a", Memory(10))
     with pytest.raises(Refusal, match="budget of the process is 30 bytes") as refused:
-        judge.reserve(31)
+        shared.reserve(31)
     assert refused.value.cause.reason is Reason.OVER_BUDGET
-    assert (list(cache), judge.nbytes) == (["a"], 10)
+    assert (list(cache), shared.nbytes) == (["a"], 10)
 
 
 def test_what_is_reserved_is_not_reserved_twice():
-    judge = DeviceBudget(30)
-    with judge.reserve(20) as room:
+    shared = DeviceBudget(30)
+    with shared.reserve(20) as room:
         with pytest.raises(Refusal, match="20 bytes of all modules"):
-            judge.reserve(11)
+            shared.reserve(11)
         room.release()
-        judge.reserve(30).release()
-    assert judge.nbytes == 0
+        shared.reserve(30).release()
+    assert shared.nbytes == 0
 
 
 def test_a_cache_that_is_registered_twice_is_counted_once():
-    judge = DeviceBudget(30)
-    (cache,) = caches(judge, 1)
-    judge.register(cache)
+    shared = DeviceBudget(30)
+    (cache,) = caches(shared, 1)
+    shared.register(cache)
     cache.put("a", Memory(10))
-    assert judge.nbytes == 10
+    assert shared.nbytes == 10
 
 
 def test_a_cache_that_is_collected_is_gone():
-    judge = DeviceBudget(30)
-    one, other = caches(judge)
+    shared = DeviceBudget(30)
+    one, other = caches(shared)
     one.put("a", Memory(20))
     gone = weakref.ref(one)
     del one
     gc.collect()
     assert gone() is None
-    assert judge.nbytes == 0
-    with judge.reserve(30):
+    assert shared.nbytes == 0
+    with shared.reserve(30):
         pass
-    judge.register(other)
-    assert len(judge._caches) == 1
+    shared.register(other)
+    assert len(shared._caches) == 1
 
 
 def test_a_graph_that_cannot_be_closed_ends_the_reservation():
-    judge = DeviceBudget(30)
-    (cache,) = caches(judge, 1, on_evict=lambda key, entry: 1 / 0)
+    shared = DeviceBudget(30)
+    (cache,) = caches(shared, 1, on_evict=lambda key, entry: 1 / 0)
     cache.put("a", Memory(20))
     with pytest.raises(ZeroDivisionError):
-        judge.reserve(30)
-    assert (list(cache), judge.nbytes) == ([], 0)
+        shared.reserve(30)
+    assert (list(cache), shared.nbytes) == ([], 0)
 
 
 def test_a_graph_that_was_replaced_meanwhile_is_left_alone():
-    judge = DeviceBudget(30)
+    shared = DeviceBudget(30)
     replaced = []
 
     def told(key, entry):
         if key == "a":
             replaced.append(cache.put("b", Memory(5)))
 
-    (cache,) = caches(judge, 1, on_evict=told)
+    (cache,) = caches(shared, 1, on_evict=told)
     cache.put("a", Memory(10))
     cache.put("b", Memory(10))
-    with judge.reserve(25):
+    with shared.reserve(25):
         assert [cache.entries["b"]] == replaced
 
 
 @pytest.mark.parametrize("wanted", [1, 5, 6])
 def test_what_is_still_leaving_for_one_is_not_promised_to_another(wanted):
-    judge = DeviceBudget(10)
+    shared = DeviceBudget(10)
     asked = []
 
     def told(key, entry):
         if key == "a":
             # Here 2 and 8 bytes are still allocated, and 3 are to come.
             with pytest.raises(Refusal):
-                judge.reserve(wanted)
-            asked.append(judge.nbytes)
+                shared.reserve(wanted)
+            asked.append(shared.nbytes)
 
-    (cache,) = caches(judge, 1, on_evict=told)
+    (cache,) = caches(shared, 1, on_evict=told)
     cache.put("a", Memory(2))
     cache.put("b", Memory(8))
-    with judge.reserve(3):
+    with shared.reserve(3):
         assert asked
         assert asked[0] >= 10
-        assert judge.nbytes == 3
-        judge.reserve(7).release()
+        assert shared.nbytes == 3
+        shared.reserve(7).release()
 
 
 # ---- changing the budget
 
 
 def test_a_smaller_budget_is_kept_at_once():
-    judge = DeviceBudget(100)
-    one, other = caches(judge)
+    shared = DeviceBudget(100)
+    one, other = caches(shared)
     for index in range(10):
         (one if index % 2 else other).put(index, Memory(10))
-    judge.set_budget(35)
+    shared.set_budget(35)
     assert sorted([*one, *other]) == [7, 8, 9]
-    assert (judge.max_bytes, judge.nbytes) == (35, 30)
+    assert (shared.max_bytes, shared.nbytes) == (35, 30)
 
 
 def test_a_budget_smaller_than_what_is_pinned_leaves_that_and_refuses_more():
-    judge = DeviceBudget(100)
-    (cache,) = caches(judge, 1)
+    shared = DeviceBudget(100)
+    (cache,) = caches(shared, 1)
     cache.put("a", Memory(10), pinned=True)
     cache.put("b", Memory(10))
-    judge.set_budget(5)
+    shared.set_budget(5)
     assert list(cache) == ["a"]
     with pytest.raises(Refusal):
-        judge.reserve(0)
-    judge.set_budget(None)
-    judge.reserve(10**9).release()
+        shared.reserve(0)
+    shared.set_budget(None)
+    shared.reserve(10**9).release()
 
 
 # ---- the process
 
 
-def test_there_is_one_arbiter_for_each_device():
+def test_there_is_one_budget_for_each_device():
     assert budget_of("cuda:0") is budget_of(torch.device("cuda", 0))
     assert budget_of("cuda:0") is not budget_of("cuda:1")
     assert budget_of(torch.device("cpu")) is budget_of("cpu")
@@ -254,17 +255,17 @@ def test_an_environment_that_means_nothing_is_refused(monkeypatch, text):
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, True, "1", [], 10.0**30])
 def test_a_budget_that_means_nothing_is_refused_and_nothing_changes(budget):
-    judge = DeviceBudget(7)
+    shared = DeviceBudget(7)
     for attempt in (
         lambda: DeviceBudget(budget),
-        lambda: judge.set_budget(budget),
+        lambda: shared.set_budget(budget),
         lambda: set_process_budget(budget),
         lambda: set_process_budget(budget, device="cuda:0"),
         lambda: checked_budget(budget, "max_bytes"),
     ):
         with pytest.raises(ConfigError, match=r"max_bytes=.*expected a whole number of bytes, 1 or more, or None"):
             attempt()
-    assert (judge.max_bytes, budget_of("cuda:0").max_bytes) == (7, None)
+    assert (shared.max_bytes, budget_of("cuda:0").max_bytes) == (7, None)
 
 
 @pytest.mark.parametrize("device", ["", "cuda", "cuda:", "cuda:-1", "cuda:x", 0, None, [], object(), "cuda:0 "])
@@ -285,8 +286,11 @@ def test_what_is_no_number_of_bytes_is_refused(nbytes):
 @settings(max_examples=15)
 @given(st.integers(20, 60), st.integers(0, 1000))
 def test_with_every_graph_reserved_the_budget_holds_at_every_moment(budget, seed):
-    judge, meter = DeviceBudget(budget), Meter()
-    every = caches(judge, 3)
+    interval = sys.getswitchinterval()
+    # A thread may be stopped between any two steps.
+    sys.setswitchinterval(1e-6)
+    shared, meter = DeviceBudget(budget), Meter()
+    every = caches(shared, 3)
     refused: list[int] = []
 
     def work(index: int) -> None:
@@ -295,21 +299,24 @@ def test_with_every_graph_reserved_the_budget_holds_at_every_moment(budget, seed
             nbytes = 1 + number % 13
             cache = every[number % 3]
             try:
-                with judge.reserve(nbytes):
+                with shared.reserve(nbytes):
                     # Allocated while reserved, and in the cache before the reservation ends.
                     cache.put(number % 5, Memory(nbytes, meter))
             except Refusal:
                 refused.append(1)
 
-    in_threads(work, 4)
+    try:
+        in_threads(work, 4)
+    finally:
+        sys.setswitchinterval(interval)
     assert meter.peak <= budget
-    assert judge.nbytes == meter.now == sum(cache.nbytes for cache in every)
+    assert shared.nbytes == meter.now == sum(cache.nbytes for cache in every)
     assert len(refused) < 4 * 150
 
 
 def test_modules_that_evict_from_each_other_do_not_wait_for_each_other():
-    judge = DeviceBudget(10)
-    every = caches(judge, 3)
+    shared = DeviceBudget(10)
+    every = caches(shared, 3)
     locks = [threading.RLock() for _ in every]
 
     def told(index: int):
@@ -328,7 +335,7 @@ def test_modules_that_evict_from_each_other_do_not_wait_for_each_other():
             with locks[index]:
                 pass
             try:
-                with judge.reserve(4), locks[index]:
+                with shared.reserve(4), locks[index]:
                     every[index].put(count % 4, Memory(4))
             except Refusal:
                 pass
@@ -340,8 +347,8 @@ def test_modules_that_evict_from_each_other_do_not_wait_for_each_other():
 
 
 def test_reserving_with_a_module_s_lock_held_waits_for_no_other_module():
-    judge = DeviceBudget(8)
-    every = caches(judge, 2)
+    shared = DeviceBudget(8)
+    every = caches(shared, 2)
     locks = [threading.RLock(), threading.RLock()]
 
     def work(index: int) -> None:
@@ -349,7 +356,7 @@ def test_reserving_with_a_module_s_lock_held_waits_for_no_other_module():
             # As a module that captures: its own lock first.
             with locks[index]:
                 try:
-                    with judge.reserve(4):
+                    with shared.reserve(4):
                         every[index].put(count % 3, Memory(4))
                 except Refusal:
                     pass
@@ -365,8 +372,8 @@ class AgainstAList(RuleBasedStateMachine):
 
     @initialize(budget=st.none() | st.integers(1, 20))
     def start(self, budget):
-        self.judge = DeviceBudget(budget)
-        self.caches = caches(self.judge)
+        self.shared = DeviceBudget(budget)
+        self.caches = caches(self.shared)
         self.limit = float("inf") if budget is None else budget
         self.model: list[tuple[int, int, int, bool]] = []
         self.rooms = []
@@ -385,9 +392,9 @@ class AgainstAList(RuleBasedStateMachine):
         stuck = sum(size for _, _, size, pin in self.model if pin) + sum(room.nbytes for room in self.rooms)
         if stuck + nbytes > self.limit:
             with pytest.raises(Refusal):
-                self.judge.reserve(nbytes)
+                self.shared.reserve(nbytes)
             return
-        with self.judge.reserve(nbytes):
+        with self.shared.reserve(nbytes):
             self.shrink(nbytes)
             self.caches[which].put(key, Memory(nbytes), pinned=pinned)
         self.model = [item for item in self.model if item[:2] != (which, key)] + [(which, key, nbytes, pinned)]
@@ -395,7 +402,7 @@ class AgainstAList(RuleBasedStateMachine):
     @rule(nbytes=st.integers(0, 8))
     def hold(self, nbytes):
         try:
-            room = self.judge.reserve(nbytes)
+            room = self.shared.reserve(nbytes)
         except Refusal:
             return
         self.shrink(nbytes)
@@ -416,7 +423,7 @@ class AgainstAList(RuleBasedStateMachine):
 
     @rule(budget=st.none() | st.integers(1, 20))
     def set_budget(self, budget):
-        self.judge.set_budget(budget)
+        self.shared.set_budget(budget)
         self.limit = float("inf") if budget is None else budget
         self.shrink(0)
 
@@ -425,7 +432,7 @@ class AgainstAList(RuleBasedStateMachine):
         if hasattr(self, "model"):
             held = [(which, key) for which, cache in enumerate(self.caches) for key in cache]
             assert sorted(held) == sorted(item[:2] for item in self.model)
-            assert self.judge.nbytes == self.held()
+            assert self.shared.nbytes == self.held()
 
 
 def test_the_arbiter_does_what_a_list_would_do():
