@@ -109,7 +109,7 @@ class TorchRecorder:
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 if known is not None and self._is_proven(known, call.tensors, effects, state):
-                    known.version = self._guard.version
+                    known.version = effects.version
                     self._guard.arm()
                     return known
                 begin()
@@ -128,7 +128,7 @@ class TorchRecorder:
             if change is None:
                 return Cause(Reason.MUTATES, detail="the state of the module changed while the call was captured")
             return Cause(Reason.MUTATES, change.path, f"{change.detail}, when the call ran again")
-        recorded.trace, recorded.version = effects.trace, self._guard.version
+        recorded.trace, recorded.version = effects.trace, effects.version
         self._guard.arm()
         return recorded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -74,6 +75,7 @@ class ModuleGuard:
         self._epoch = 0
         self._functions: dict[types.CodeType, dict[str, Any]] = {}
         self._snapshot: StateSnapshot | None = None
+        self._lock = threading.Lock()
         self.version = 0
         """Goes up whenever something has changed. A graph is valid under the version that it was proven under."""
 
@@ -141,9 +143,11 @@ class ModuleGuard:
 
     def forget(self) -> None:
         """Take everything for changed: no graph is valid until it was proven again."""
-        if self._snapshot is not None:
-            self._snapshot = None
-            self.version += 1
+        with self._lock:
+            if self._snapshot is not None:
+                # First: without a snapshot, the version alone tells another thread of the change.
+                self.version += 1
+                self._snapshot = None
 
     def arm(self) -> None:
         """Compare in native code from now on, for there is a graph to be guarded."""

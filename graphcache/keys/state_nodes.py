@@ -106,10 +106,9 @@ class StateNode:
         """The differences from what is remembered to what is there now."""
         return list(self.compare(self.state, self.read()))
 
-    def renew(self) -> list[Change]:
-        """Remember what is there now, and tell how it differs from what was remembered."""
-        old, self.state = self.state, self.read()
-        return list(self.compare(old, self.state))
+    def renew(self) -> None:
+        """Remember what is there now."""
+        self.state = self.read()
 
     def guard(self, native: Any) -> None:
         """Have a native guard compare the object; a ``TypeError`` or ``ValueError`` says that it cannot."""

@@ -66,8 +66,8 @@ class StateSnapshot:
         """Why :meth:`holds` said that the snapshot is of the past."""
         self.armed = False
         """Whether :meth:`arm` was called."""
-        self._native: native.Guard | None = None
-        self._rest: list[StateNode] = []
+        self._native: tuple[native.Guard, list[StateNode]] | None = None
+        """The native guard and the nodes that it does not compare; replaced as one, as other threads ask meanwhile."""
 
     def changes(self, limit: int = 16) -> list[Change]:
         """What differs now from what was found, by value; no more than ``limit`` differences are told."""
@@ -91,8 +91,9 @@ class StateSnapshot:
         """
         if self.broken is not None:
             return False
-        if self._native is not None and self._native.holds():
-            return not any(node.differs() for node in self._rest) or self._compare(self._rest)
+        if (compiled := self._native) is not None and compiled[0].holds():
+            rest = compiled[1]
+            return not any(node.differs() for node in rest) or self._compare(rest)
         return self._compare([node for node in self._guarded() if node.differs()])
 
     def renew(self) -> bool:
@@ -110,8 +111,7 @@ class StateSnapshot:
         if kind is None:
             return
         guard = kind()
-        self._rest = [node for node in self._guarded() if not _is_guarded(node, guard)]
-        self._native = guard
+        self._native = guard, [node for node in self._guarded() if not _is_guarded(node, guard)]
 
     @property
     def cuda_devices(self) -> set[int]:
@@ -138,10 +138,13 @@ class StateSnapshot:
     def _compare(self, nodes: Sequence[StateNode]) -> bool:
         """Whether objects that differ by identity have the same values; these objects are expected from now on."""
         for node in nodes:
-            for change in node.renew():
+            now = node.read()
+            for change in node.compare(node.state, now):
                 if not self.ignores(change.path):
                     self.broken = change
                     return False
+            # Not before: another thread that asks meanwhile has to find the difference too.
+            node.state = now
         if self.armed and (nodes or self._native is None):
             # With the objects of now, or because the native guard has been compiled meanwhile.
             self.arm()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from textwrap import indent
@@ -287,12 +287,20 @@ class Drive:
         program: What is run.
         wrap: What the first twin's module is put behind.
         changes: How likely something is changed from outside before a call.
+        changing: Entered for that with the wrapped module.
     """
 
-    def __init__(self, program: Program, wrap: Callable[[nn.Module], Any], changes: float) -> None:
+    def __init__(
+        self,
+        program: Program,
+        wrap: Callable[[nn.Module], Any],
+        changes: float,
+        changing: Callable[[Any], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._rng = random.Random(program.seed + 1)
         self._program = program
         self._changes = changes
+        self._changing = changing
         code = compile(program.source, f"<program {program.seed}>", "exec")
         self.left, self.right = Twin(code, program.seed), Twin(code, program.seed)
         self.fast = wrap(self.left.net)
@@ -328,7 +336,7 @@ class Drive:
         found = []
         for twin in (self.left, self.right):
             _seed(seed)
-            with torch.no_grad():
+            with torch.no_grad(), self._changing(self.fast):
                 try:
                     twin.changes[index](twin.net, twin.cache)
                     twin.net.requires_grad_(False)

@@ -150,3 +150,26 @@ def test_an_object_in_an_array_is_compared(armed: bool) -> None:
     array[1] = [2]
     assert [change.path for change in snapshot.changes()] == ["state[1]"]
     assert not snapshot.holds()
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_who_asks_while_another_thread_looks_at_a_change_is_told_of_it(
+    armed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"rows": [1, 2], "other": [3]}
+    snapshot = StateSnapshot([("state", state)])
+    if armed:
+        snapshot.arm()
+    told: list[bool] = []
+
+    def asked_within(path: str) -> bool:
+        if not told:
+            told.append(True)
+            # Where a second thread may come between.
+            told[:] = [snapshot.holds()]
+        return False
+
+    monkeypatch.setattr(snapshot, "ignores", asked_within)
+    state["rows"] = [1, 3]
+    assert not snapshot.holds()
+    assert told == [False]
