@@ -50,7 +50,7 @@ from graphcache.dispatch.capture_manager import CaptureManager
 from graphcache.dispatch.capture_queue import PENDING, CaptureQueue
 from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
-from graphcache.dispatch.preconditions import current_device, forbidden, several_devices
+from graphcache.dispatch.preconditions import AS_IT_IS, forbidden, on_device, several_devices
 from graphcache.dispatch.preparing import preparing
 from graphcache.dispatch.targets import EngineGuard, SubmoduleGraphs, Target
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
@@ -204,10 +204,11 @@ class Dispatcher:
         if not self.submodules.whole:
             with self.submodules.in_use():
                 return self.run(*call.args, **call.kwargs)
-        if not self._may_have_changed() and (cause := self.captures.denial(call)) is not None:
+        changed = self._guard.has_changed() or self.captures.training_changed()
+        if not changed and (cause := self.captures.denial(call)) is not None:
             # Without the lock, which a capture of another call may hold.
             return self.eager(cause, call.args, call.kwargs)
-        if not self.captures.lock.acquire(timeout=_FOREVER if admitted else 0):
+        if not self.captures.lock.acquire(timeout=-1 if admitted else 0):
             # Another thread captures.
             return self.not_yet(PENDING, call)
         try:
@@ -225,7 +226,7 @@ class Dispatcher:
         """The answer, why the whole has no graph, and what answers the call without the lock. Under the lock."""
         entry, cause = self.entries.get(call.key), self.captures.denial(call)
         if cause is not None:
-            return None, cause, self._eager_call
+            return None, cause, lambda cause, call: self.eager(cause, call.args, call.kwargs)
         if entry is not None and entry.graph.version == self.captures.version:
             if (answer := hit(entry, call)) is not STALE:
                 return answer, None, None
@@ -274,9 +275,6 @@ class Dispatcher:
         # In subgraph mode an engine would come back here.
         with self.ledger.span("eager"), graphs_off() if self.target.is_engine else self.submodules.in_use():
             return self.run(*args, **kwargs)
-
-    def _eager_call(self, cause: Cause, call: Call) -> Any:
-        return self.eager(cause, call.args, call.kwargs)
 
     def _observed(self, cause: Cause, call: Call) -> Any:
         """Answer a call eagerly, and have it captured in the background if it has no effects."""
@@ -368,11 +366,8 @@ class Dispatcher:
     def on_device(self, call: Call) -> AbstractContextManager[object]:
         """Inside, the device of a call is the current one: what is said of the current stream is said of its stream."""
         if not (self.captures.on_cuda and several_devices()):
-            return _AS_IT_IS
-        device = self.target.device_of(call.tensors)
-        if device is None or device.index == current_device():
-            return _AS_IT_IS
-        return torch.cuda.device(device)
+            return AS_IT_IS
+        return on_device(self.target.device_of(call.tensors))
 
     def refresh(self) -> None:
         """Drop graphs of an engine that has changed; those of another module are proven again. Under the lock."""
@@ -388,9 +383,6 @@ class Dispatcher:
             self.submodules.look_again()
         self.captures.refresh_training()
 
-    def _may_have_changed(self) -> bool:
-        return self._guard.has_changed() or self.captures.training_changed()
-
     def check_open(self) -> None:
         """Raise if the module was closed."""
         if self.closed:
@@ -404,7 +396,5 @@ class Dispatcher:
             self.submodules.look_again()
 
 
-_FOREVER = -1.0
-_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 _ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
 _NO_FAILURES = _ALWAYS_EAGER | {Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED}

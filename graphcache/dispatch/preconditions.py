@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,7 @@ is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCaptu
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 is_inference = torch.is_inference_mode_enabled
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
+AS_IT_IS: AbstractContextManager[object] = nullcontext()
 # Torch fills and empties these two dictionaries and never replaces them.
 global_hooks, global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
 
@@ -31,6 +33,11 @@ global_hooks, global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_fo
 def several_devices() -> bool:
     """Whether there is more than one CUDA device, so that the current one may be another than a graph's."""
     return torch.cuda.device_count() > 1
+
+
+def on_device(device: torch.device | None) -> AbstractContextManager[object]:
+    """Inside, a device is the current one, unless it is so already."""
+    return AS_IT_IS if device is None or device.index == current_device() else torch.cuda.device(device)
 
 
 def forbidden(*, cuda: bool) -> Reason | None:
