@@ -8,11 +8,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _hooks
 
 from graphcache.config import modes
 from graphcache.errors import Reason
-from graphcache.keys.ambient import has_function_modes, is_forward_mode
+from graphcache.keys.ambient import has_function_modes
 
 is_grad_enabled = torch.is_grad_enabled
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
@@ -46,7 +47,8 @@ def forbidden(*, cuda: bool) -> Reason | None:
         return Reason.DISABLED
     if dispatch_modes() or has_function_modes() or transforms() is not None or is_tracing():
         return Reason.TRACING
-    if is_forward_mode():
+    if forward_ad._current_level >= 0:
+        # A replay would leave out derivatives that are computed in forward mode.
         return Reason.GRAD
     if cuda and is_capturing():
         return Reason.OUTER_CAPTURE

@@ -78,11 +78,6 @@ def ambient_number() -> int:
     return number
 
 
-def is_forward_mode() -> bool:
-    """Whether derivatives are computed in forward mode, which a replay would leave out."""
-    return bool(forward_ad._current_level >= 0)
-
-
 def has_modes() -> bool:
     """Whether any function mode is active in this thread, that of a default device too; no other thread has it."""
     return _stack_length() > 0

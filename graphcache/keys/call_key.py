@@ -73,7 +73,9 @@ def describe_flat(args: tuple[Any, ...]) -> CallKey | None:
         if value.__dict__:
             return None
         parts += (value.dtype, value.shape, value.stride(), value.device)
-    return (*_state(args), *parts, *_repeats(args))
+    state = _state(args)
+    # A single tensor is repeated by none.
+    return (*state, *parts, *_repeats(args)) if len(args) > 1 else (*state, *parts)
 
 
 def is_flat(key: CallKey, args: tuple[Any, ...]) -> bool:
@@ -175,20 +177,14 @@ def _replace(value: Any, tensors: Any) -> Any:
 
 
 def _state(tensors: Sequence[Tensor]) -> CallKey:
+    """Grad and inference mode, and what is around: autocast, and the number of an ambient state that is unusual."""
     grad = tuple([value.requires_grad for value in tensors]) if _is_grad_enabled() else False
-    return grad, _is_inference(), _around()
-
-
-def _around() -> Hashable:
-    """Autocast, and the number of the ambient state unless that is the usual one; ``None`` if there is neither."""
     autocast, number = _autocast() if _is_any_autocast_enabled() else None, ambient_number()
-    return (number, autocast) if number else autocast
+    return grad, _is_inference(), (number, autocast) if number else autocast
 
 
 def _repeats(tensors: Sequence[Tensor]) -> CallKey:
     """Which tensors are the same object as an earlier one; nothing in the usual case, that none is."""
-    if not tensors[1:]:
-        return ()
     places: dict[int, int] = {}
     first = [places.setdefault(id(value), index) for index, value in enumerate(tensors)]
     return () if len(places) == len(tensors) else (REPEATS, *first)
