@@ -24,16 +24,16 @@ from tests.helpers import Fn, graphs_of, wrap_recorded
 from tests.keys.compiled_guard import compile_guard
 
 MOST_ON_THE_HOST = 55
-"""For one plain tensor, with a graph of one operation and the compiled guard. 55 now."""
+"""For one plain tensor, with a graph of one operation and the compiled guard. 51 now."""
 
 MOST_BEFORE_THE_GUARD_IS_COMPILED = 340
 """The same, with the 25 objects that the module reaches compared in Python. 333 now."""
 
 MOST_OF_AN_ENGINE = 70
-"""For an engine with one input and one output, in Python, on tensors whose memory comes again. 67 now."""
+"""For an engine with one input and one output, in Python, on tensors whose memory comes again. 63 now."""
 
 MOST_ON_OTHER_MEMORY = 76
-"""The same on memory that was never used before. 73 now, and in one call of 16 some more, which looks for it."""
+"""The same on memory that was never used before. 69 now, and in one call of 16 some more, which looks for it."""
 
 MOST_INTO_THE_SAME_MEMORY = 110
 """Answering into the same tensor from the same tensor."""
