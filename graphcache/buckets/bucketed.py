@@ -21,7 +21,7 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.dispatch.argument_names import arguments_of
 from graphcache.errors import Cause, ConfigError, InputError, Reason
 from graphcache.features import NO_ANSWER
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 
 _MAX_PLANS = 4096
 _NO_FIT = Fit({}, {})
@@ -66,7 +66,7 @@ class Bucketed:
         self.padded = 0
         """Hits of calls that were padded."""
 
-    def answer(self, call: Call) -> Any:
+    def answer(self, call: KeyedCall) -> Any:
         """Answer a call through its bucket, or ``NO_ANSWER``. Its arguments stay as they are.
 
         The module is open, and nothing turns graphs off.
@@ -95,18 +95,18 @@ class Bucketed:
                     return self._captured(plan, call, target)
         return self._observed(plan, call, target) if cause is None else host.eager(call, cause, owed)
 
-    def target(self, call: Call) -> Key | None:
+    def target(self, call: KeyedCall) -> Key | None:
         """The key that a call is padded to; ``None`` if it is not padded, or that was refused."""
         plan = self._plan(call)
         return plan.key if plan.key and not self._proofs.is_refused(plan.key) else None
 
-    def _replayed(self, target: Call) -> Any:
+    def _replayed(self, target: KeyedCall) -> Any:
         """The answer of the bucket's graph to the padded call, or ``NO_ANSWER``."""
         answer = self._host.replay(target)
         self.padded += answer is not NO_ANSWER
         return answer
 
-    def _cold(self, plan: _Plan, call: Call, target: Call) -> Cause | None:
+    def _cold(self, plan: _Plan, call: KeyedCall, target: KeyedCall) -> Cause | None:
         """Why the bucket is not captured or tried because of this call. The lock is held."""
         if not self._host.has_graph(target.key):
             return self._host.cold(target)
@@ -121,7 +121,7 @@ class Bucketed:
         is_ready = self._proofs.found(key) is not None and self._host.has_graph(key)
         return self._host.in_background and self._engine is None and not is_ready
 
-    def _captured(self, plan: _Plan, call: Call, target: Call) -> Any:
+    def _captured(self, plan: _Plan, call: KeyedCall, target: KeyedCall) -> Any:
         """Answer a call and capture its bucket, after it was tried whether that may be padded to. The lock is held."""
         padder = self._proofs.found(target.key)
         if padder is None:
@@ -135,7 +135,7 @@ class Bucketed:
             answer = self._host.capture(target)
         return effects.value if padder is None else padder.crop(plan.fit, answer)
 
-    def _observed(self, plan: _Plan, call: Call, target: Call) -> Any:
+    def _observed(self, plan: _Plan, call: KeyedCall, target: KeyedCall) -> Any:
         """Answer a call as it is; if it has no effects, its bucket is captured or tried in the background."""
         effects = self._host.observe(call)
         # From now on the answer belongs to the caller.
@@ -150,13 +150,13 @@ class Bucketed:
         self._host.tell(effects.cause or _PENDING)
         return answer
 
-    def _prove_later(self, plan: _Plan, call: Call, key: Key, effects: Effects) -> Cause | None:
+    def _prove_later(self, plan: _Plan, call: KeyedCall, key: Key, effects: Effects) -> Cause | None:
         """Try in the background whether a bucket may be padded to; ``None`` if the call cannot be copied."""
         at = self._host.generation, key
         if at in self._proving:
             return _PENDING
 
-        def prove(copy: Call) -> None:
+        def prove(copy: KeyedCall) -> None:
             outcome = self._proofs.prove(copy, plan.fit, key, effects, alone=True)
             if isinstance(outcome, Cause) and effects.version == self._host.version:
                 plan.cause = outcome
@@ -164,11 +164,11 @@ class Bucketed:
         self._proving.add(at)
         return self._host.submit(call, prove, lambda: self._proving.discard(at))
 
-    def _padded(self, fit: Fit, call: Call) -> Call:
+    def _padded(self, fit: Fit, call: KeyedCall) -> KeyedCall:
         """The padded call."""
         return self._host.alike(call, *self._padder.pad(fit, call.args, call.kwargs))
 
-    def _plan(self, call: Call) -> _Plan:
+    def _plan(self, call: KeyedCall) -> _Plan:
         """What the calls of this key are padded to; an engine raises ``InputError`` for what it does not take."""
         at = self._host.generation, call.key
         plan = self._plans.get(at)
@@ -180,7 +180,7 @@ class Bucketed:
                     self._plans.popitem(last=False)
         return plan
 
-    def _new_plan(self, call: Call) -> _Plan:
+    def _new_plan(self, call: KeyedCall) -> _Plan:
         """Fit a call to its buckets."""
         if self._engine is not None:
             self._engine.checked(self._engine.bind(call.args, call.kwargs))

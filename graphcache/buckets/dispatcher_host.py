@@ -20,7 +20,7 @@ from graphcache.dispatch.targets import ModuleTarget
 from graphcache.errors import Cause
 from graphcache.events import QuietLock, log
 from graphcache.features import NO_ANSWER
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 
 
 class DispatcherHost:
@@ -54,18 +54,18 @@ class DispatcherHost:
     def in_background(self) -> bool:
         return self._dispatcher.config.capture_in == "background"
 
-    def refuses(self, call: Call) -> Cause | None:
+    def refuses(self, call: KeyedCall) -> Cause | None:
         if (cause := self._captures.needs_grad(call.tensors)) is None:
             self._dispatcher.refresh()
         return cause
 
-    def alike(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def alike(self, call: KeyedCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         return self._dispatcher.target.describe(args, kwargs)
 
     def has_graph(self, key: Key) -> bool:
         return self._captures.is_current(key)
 
-    def replay(self, call: Call) -> Any:
+    def replay(self, call: KeyedCall) -> Any:
         entry = self._dispatcher.entry_of(call)
         answer = STALE if entry is None else self._dispatcher.replay(entry, call)
         if answer is STALE:
@@ -74,7 +74,7 @@ class DispatcherHost:
         self._dispatcher.captures.keys.note(call.key, call.args, call.kwargs, -1)
         return answer
 
-    def capture(self, call: Call) -> Any:
+    def capture(self, call: KeyedCall) -> Any:
         # No caller made it, but hits of such calls are to be known by their sizes.
         self._dispatcher.captures.keys.note(call.key, call.args, call.kwargs, 0)
         return self._dispatcher.answer(call, admitted=True)
@@ -82,13 +82,13 @@ class DispatcherHost:
     def denied(self, key: Key) -> Cause | None:
         return self._captures.keys.denial(key, self.version)
 
-    def cold(self, call: Call) -> Cause | None:
+    def cold(self, call: KeyedCall) -> Cause | None:
         return self._dispatcher.admit(call)
 
-    def capture_later(self, call: Call, effects: Effects) -> None:
+    def capture_later(self, call: KeyedCall, effects: Effects) -> None:
         self._dispatcher.queue.submit_like(effects, call)
 
-    def eager(self, call: Call, cause: Cause, owed: Key | None = None) -> Any:
+    def eager(self, call: KeyedCall, cause: Cause, owed: Key | None = None) -> Any:
         if owed is None:
             return self._dispatcher.eager(cause, call.args, call.kwargs)
         return self._dispatcher.not_yet(cause, call._replace(key=owed))
@@ -96,7 +96,7 @@ class DispatcherHost:
     def tell(self, cause: Cause) -> None:
         self._dispatcher.tell(cause)
 
-    def observe(self, call: Call) -> Effects:
+    def observe(self, call: KeyedCall) -> Effects:
         if self._dispatcher.target.is_engine:
             with graphs_off():
                 return Effects(self._dispatcher.run(*call.args, **call.kwargs))
@@ -122,7 +122,7 @@ class DispatcherHost:
 
         return self._charged(run)
 
-    def submit(self, call: Call, job: Callable[[Call], None], done: Callable[[], None]) -> Cause | None:
+    def submit(self, call: KeyedCall, job: Callable[[KeyedCall], None], done: Callable[[], None]) -> Cause | None:
         def work(snapshot: CallSnapshot) -> None:
             try:
                 snapshot.run(lambda: job(snapshot.call))

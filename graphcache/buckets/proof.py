@@ -22,7 +22,7 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.config import graphs_off
 from graphcache.errors import Cause, GraphCacheError, InputError, Reason, Refusal, shown
 from graphcache.graphs.capture import refusal_of
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 from graphcache.keys.call_key import substitute
 
 _MAX_KEYS = 1024
@@ -64,7 +64,7 @@ class Proofs:
         self._refused.deny((self._host.generation, key), cause, self._host.version)
         return cause
 
-    def prove(self, call: Call, fit: Fit, key: Key, effects: Effects, *, alone: bool = False) -> Padder | Cause:
+    def prove(self, call: KeyedCall, fit: Fit, key: Key, effects: Effects, *, alone: bool = False) -> Padder | Cause:
         """Find out whether a call that was answered may be padded; after a call with effects nothing is run again."""
         if effects.cause is not None:
             return self.refuse(key, effects.cause)
@@ -85,7 +85,7 @@ class Proofs:
                 self._found.popitem(last=False)
         return padder
 
-    def _tried(self, run: Run, fit: Fit, call: Call) -> Padder:
+    def _tried(self, run: Run, fit: Fit, call: KeyedCall) -> Padder:
         """What crops padded calls; raises ``Refusal`` if an answer depends on padding, or a call has effects."""
         padder, given = self._padder, (call.args, call.kwargs)
         if padder.buckets.outputs is None:
@@ -115,7 +115,7 @@ class Proofs:
         return arguments
 
 
-def _varied(run: Run, call: Call) -> Arguments | None:
+def _varied(run: Run, call: KeyedCall) -> Arguments | None:
     """A call with values that differ, as those of a warm-up often don't; ``None`` if the module refuses them."""
     made = {id(tensor): varied(tensor) for tensor in call.tensors}
     args, kwargs = substitute(call.args, call.kwargs, [made[id(tensor)] for tensor in call.tensors])

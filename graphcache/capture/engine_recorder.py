@@ -30,7 +30,7 @@ from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import StreamOrder, own_stream
 from graphcache.graphs.verify import Round, perturb, verify
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 
 
 class EngineRecorder:
@@ -45,7 +45,7 @@ class EngineRecorder:
 
     def attempt(
         self,
-        call: Call,
+        call: KeyedCall,
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
@@ -98,7 +98,7 @@ class EngineRecorder:
     def release(self, *, wait: bool = True) -> None:
         self._contexts.release(wait=wait)
 
-    def _eagerly(self, call: Call) -> Any:
+    def _eagerly(self, call: KeyedCall) -> Any:
         # In subgraph mode the engine would go through its cache, and come back here.
         with graphs_off():
             return self._module(*call.args, **call.kwargs)

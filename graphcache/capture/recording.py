@@ -12,7 +12,7 @@ from torch import Tensor
 from graphcache.errors import Cause
 from graphcache.graphs.buffers import packed, put
 from graphcache.graphs.graph import Graph
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 """Makes the answer of a graph's outputs and the caller's inputs."""
@@ -99,7 +99,7 @@ class Recorder(Protocol):
 
     def attempt(
         self,
-        call: Call,
+        call: KeyedCall,
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,

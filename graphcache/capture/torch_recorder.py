@@ -28,7 +28,7 @@ from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
@@ -55,7 +55,7 @@ class TorchRecorder:
 
     def attempt(
         self,
-        call: Call,
+        call: KeyedCall,
         *,
         sharing: Sharing = Sharing.ALL,
         begin: Callable[[], object] = nothing,
@@ -66,7 +66,7 @@ class TorchRecorder:
             return effects.value, effects.cause
         return effects.value, self.record(call, effects, sharing=sharing, begin=begin, known=known)
 
-    def observe(self, call: Call) -> Effects:
+    def observe(self, call: KeyedCall) -> Effects:
         """Run a call for the caller, and tell whether a graph may repeat it."""
         args, kwargs = call.args, call.kwargs
         try:
@@ -91,7 +91,7 @@ class TorchRecorder:
 
     def record(
         self,
-        call: Call,
+        call: KeyedCall,
         effects: Effects,
         *,
         sharing: Sharing = Sharing.ALL,
@@ -188,7 +188,7 @@ class TorchRecorder:
         return [*self._module.parameters(), *self._module.buffers()]
 
     def _record(
-        self, run: Callable[..., Any], call: Call, value: Any, state: Sequence[Tensor], *, shares: bool
+        self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor], *, shares: bool
     ) -> tuple[Recording, OutputLayout]:
         """Record a call that has returned ``value`` on the device that its tensors are on."""
         devices = {tensor.device for tensor in (*call.tensors, *self._weights())}

@@ -10,14 +10,14 @@ from torch import Tensor
 from graphcache.capture.output_layout import OutputLayout
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.verify import largest_gap, repeats
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 from graphcache.keys.call_key import substitute
 
 
 class TrialCall:
     """One call of a module, repeatable on other tensors. ``state`` is what outlives the call."""
 
-    def __init__(self, run: Callable[..., Any], call: Call, answer: OutputLayout, state: Sequence[Tensor]) -> None:
+    def __init__(self, run: Callable[..., Any], call: KeyedCall, answer: OutputLayout, state: Sequence[Tensor]) -> None:
         self._function = run
         found: dict[int, int] = {}
         places = [found.setdefault(id(tensor), len(found)) for tensor in call.tensors]

@@ -14,7 +14,7 @@ import torch
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.stream_order import own_stream
 from graphcache.keys.ambient import has_modes
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 from graphcache.keys.call_key import describe, substitute
 
 
@@ -25,11 +25,11 @@ class CallSnapshot:
         call: The call; its tensors are copied, on the current stream.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: KeyedCall) -> None:
         tensors = static_copies(call.tensors)
         args, kwargs = substitute(call.args, call.kwargs, tensors)
         own, _ = describe(args, kwargs)
-        self.call = Call(call.key, tensors, args, kwargs)
+        self.call = KeyedCall(call.key, tensors, args, kwargs)
         """The same call on the copies."""
         # Values of host shape tensors follow in the call's.
         self.is_alike = own == call.key[: len(own)] and not has_modes()

@@ -26,7 +26,7 @@ from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
 from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 
 _REPLAY_SAMPLES = 3
 _DEVICE_SHARE = 0.25
@@ -97,7 +97,7 @@ class CaptureManager:
             self.generation += 1
             self.keys.allow_all()
 
-    def notice_device(self, call: Call) -> None:
+    def notice_device(self, call: KeyedCall) -> None:
         """Note whether calls concern a CUDA device."""
         self.on_cuda = self.on_cuda or self.target.device_of(call.tensors) is not None
 
@@ -105,7 +105,7 @@ class CaptureManager:
         """Whether a training flag was set since it was looked at, so that denials may be of the past."""
         return self.target.training_flags() != self._training
 
-    def denial(self, call: Call) -> Cause | None:
+    def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
         return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.version)
 
@@ -128,14 +128,14 @@ class CaptureManager:
         entry = self.graphs.entries.get(key)
         return entry is not None and entry.graph.version == self.version
 
-    def capture(self, call: Call) -> tuple[Any, Cause | None]:
+    def capture(self, call: KeyedCall) -> tuple[Any, Cause | None]:
         """Answer a call and keep its graph, or deny its key: the answer, and why there is no graph. Under the lock."""
         with self.ledger.span("capture") as span:
             answer, cause = self._capture(call)
             span.done = cause is None
             return answer, cause
 
-    def _capture(self, call: Call) -> tuple[Any, Cause | None]:
+    def _capture(self, call: KeyedCall) -> tuple[Any, Cause | None]:
         preparation = preparing.get()
         start = time.perf_counter()
         known = self.graphs.entries.get(call.key)
@@ -163,14 +163,14 @@ class CaptureManager:
                 self.graphs.evict(call.key)
             return answer, self.keep(call, outcome, time.perf_counter() - start, room, preparation)
 
-    def capture_alone(self, call: Call) -> Recording | Cause:
+    def capture_alone(self, call: KeyedCall) -> Recording | Cause:
         """A graph of a call that shares no outputs with others and is in no cache, or why there is none."""
         with self.lock, self.gate.shared(), self.ledger.span("capture") as span:
             _, outcome = self.target.recorder.attempt(call, sharing=Sharing.SCRATCH)
             span.done = isinstance(outcome, Recording)
             return outcome
 
-    def room(self, call: Call) -> Room:
+    def room(self, call: KeyedCall) -> Room:
         """Reservations for one capture, in the module's budget and in that of the device."""
         device = self.target.device_of(call.tensors)
         if self.config.max_bytes == "auto" and self.graphs.max_bytes is None and device is not None:
@@ -179,13 +179,18 @@ class CaptureManager:
         self.device_budget.register(self.graphs)
         return Room(self.graphs, self.device_budget)
 
-    def reserve(self, room: Room, call: Call) -> None:
+    def reserve(self, room: Room, call: KeyedCall) -> None:
         """Make room for the graph of a call."""
         nbytes = self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes
         room.take(nbytes, call.key)
 
     def keep(
-        self, call: Call, outcome: Recording | Cause, seconds: float, room: Room, preparation: Preparation | None = None
+        self,
+        call: KeyedCall,
+        outcome: Recording | Cause,
+        seconds: float,
+        room: Room,
+        preparation: Preparation | None = None,
     ) -> Cause | None:
         """Keep the graph of a call, or deny its key; why there is no graph."""
         key = call.key
@@ -215,7 +220,7 @@ class CaptureManager:
         preparation.keep(self.graphs.entries, key)
         return slower
 
-    def _replay_seconds(self, recorded: Recording, call: Call) -> float | None:
+    def _replay_seconds(self, recorded: Recording, call: KeyedCall) -> float | None:
         """What a replay takes the host, which is what an eager call is measured by too."""
         if not self.admission.measures_replays:
             return None
@@ -241,7 +246,7 @@ class CaptureManager:
             for key in [key for key, entry in self.graphs.entries.items() if id(entry.graph.graph) in broken]:
                 self.graphs.evict(key)
 
-    def _notice_churn(self, call: Call) -> None:
+    def _notice_churn(self, call: KeyedCall) -> None:
         if (seen := self._churn.captured(call.key, self.hits)) is not None:
             names = arguments_of(self.target.module)
             log.warning("%s: %s", self.ledger.name, seen.advice(self.graphs, self.config.capture, names))

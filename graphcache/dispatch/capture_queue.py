@@ -18,7 +18,7 @@ from graphcache.dispatch.targets import ModuleTarget
 from graphcache.dispatch.worker import worker_of
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.capture import refusal_of
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 
 _LOOKS_EVERY = 0.05
 """Seconds between two looks at whether a capture in the background was cancelled."""
@@ -56,11 +56,11 @@ class CaptureQueue:
             if snapshot.cancelled and not snapshot.is_lost and snapshot.thread is not threading.current_thread():
                 snapshot.done.wait()
 
-    def submit_engine_call(self, call: Call) -> Cause | None:
+    def submit_engine_call(self, call: KeyedCall) -> Cause | None:
         """Have the call of an engine captured; why it runs eagerly meanwhile, ``None`` if it has to be captured now."""
         return self.submit(self._capture, call)
 
-    def run_and_submit(self, call: Call) -> tuple[Any, Cause]:
+    def run_and_submit(self, call: KeyedCall) -> tuple[Any, Cause]:
         """Answer a call of a PyTorch module eagerly, and have it captured if it has no effects; why it ran eagerly."""
 
         def begin(effects: Effects) -> None:
@@ -70,7 +70,7 @@ class CaptureQueue:
         return self.run_observed(call, begin, lambda cause: self._captures.deny(call.key, cause))
 
     def run_observed(
-        self, call: Call, begin: Callable[[Effects], object], refuse: Callable[[Cause], object]
+        self, call: KeyedCall, begin: Callable[[Effects], object], refuse: Callable[[Cause], object]
     ) -> tuple[Any, Cause]:
         """Answer a call of a PyTorch module eagerly, and see what it does.
 
@@ -95,7 +95,7 @@ class CaptureQueue:
                 begin(effects)
         return value, cause or PENDING
 
-    def submit_like(self, effects: Effects, call: Call) -> None:
+    def submit_like(self, effects: Effects, call: KeyedCall) -> None:
         """Have a call captured that nobody made, after one like it had no effects. The lock is held."""
         if not self.is_pending(call.key):
             self.submit(partial(self._capture, effects=effects, is_made_up=True), call)
@@ -103,7 +103,7 @@ class CaptureQueue:
     def submit(
         self,
         job: Callable[[CallSnapshot], object],
-        call: Call,
+        call: KeyedCall,
         *,
         dropped: Callable[[], object] = nothing,
     ) -> Cause | None:
@@ -177,7 +177,7 @@ class CaptureQueue:
             finally:
                 captures.lock.release()
 
-    def _record(self, call: Call, effects: Effects | None, is_made_up: bool, room: Room) -> Recording | Cause:
+    def _record(self, call: KeyedCall, effects: Effects | None, is_made_up: bool, room: Room) -> Recording | Cause:
         """The graph of a call, or why there is none."""
         captures = self._captures
         begin = partial(captures.reserve, room, call)

@@ -3,7 +3,7 @@
 A call of a wrapped module goes through these steps, from top to bottom::
 
     CachedModule.__call__            native code first, if it has a graph for this layout (fast_path.py)
-      Dispatcher.__call__            describe the arguments: a Call with its key (keys/)
+      Dispatcher.__call__            describe the arguments: a KeyedCall with its key (keys/)
         hit: replay                  the key has a graph, nothing forbids it, the guard holds
         miss
           padding                    the call is padded to a bucket, whose graph answers (optional feature)
@@ -56,14 +56,14 @@ from graphcache.dispatch.targets import EngineGuard, SubmoduleGraphs, Target
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
 
-Hit = Callable[[Entry[Recording], Call], Any]
+Hit = Callable[[Entry[Recording], KeyedCall], Any]
 """Replays an entry for a call; an answer, or ``STALE``."""
-Otherwise = Callable[[Cause, Call], Any]
+Otherwise = Callable[[Cause, KeyedCall], Any]
 """Answers a call without a graph, for a reason."""
 
 
@@ -141,14 +141,14 @@ class Dispatcher:
             self.fast_path.remember(call, entry)
             return True
 
-    def entry_of(self, call: Call) -> Entry[Recording] | None:
+    def entry_of(self, call: KeyedCall) -> Entry[Recording] | None:
         """The graph that may answer a call, if there is one."""
         entry = self.entries.get(call.key)
         if entry is None or entry.graph.version != self._guard.version or self.forbidden() is not None:
             return None
         return entry
 
-    def replay(self, entry: Entry[Recording], call: Call, out: list[torch.Tensor] | None = None) -> Any:
+    def replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None = None) -> Any:
         """The hit: replay a graph, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive.
 
         Args:
@@ -163,7 +163,7 @@ class Dispatcher:
             span.done = answer is not STALE
             return answer
 
-    def _replay(self, entry: Entry[Recording], call: Call, out: list[torch.Tensor] | None) -> Any:
+    def _replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None) -> Any:
         # On a device the guard is asked while the device works, unless the launch cannot be taken back.
         first = out is not None or not self.captures.on_cuda
         if first and self._guard.is_stale(call.records_gradients):
@@ -180,7 +180,7 @@ class Dispatcher:
         entry.used = clock()
         return answer
 
-    def miss(self, call: Call) -> Any:
+    def miss(self, call: KeyedCall) -> Any:
         """Answer a call that no graph of its key has answered."""
         self.captures.notice_device(call)
         self.captures.keys.note(call.key, call.args, call.kwargs)
@@ -190,7 +190,7 @@ class Dispatcher:
                 return answer
         return self.answer(call)
 
-    def answer(self, call: Call, *, admitted: bool = False, hit: Hit | None = None) -> Any:
+    def answer(self, call: KeyedCall, *, admitted: bool = False, hit: Hit | None = None) -> Any:
         """Answer a call as it is: from a graph that another thread has captured meanwhile, by a capture, or eagerly.
 
         Args:
@@ -222,7 +222,7 @@ class Dispatcher:
             self._divide(cause, call)
         return answer
 
-    def _decide(self, call: Call, admitted: bool, hit: Hit) -> tuple[Any, Any, Otherwise | None]:
+    def _decide(self, call: KeyedCall, admitted: bool, hit: Hit) -> tuple[Any, Any, Otherwise | None]:
         """The answer, why the whole has no graph, and what answers the call without the lock. Under the lock."""
         entry, cause = self.entries.get(call.key), self.captures.denial(call)
         if cause is not None:
@@ -244,7 +244,7 @@ class Dispatcher:
             self.tell(cause)
         return answer, cause if preparing.get() is not None else None, None
 
-    def admit(self, call: Call) -> Cause | None:
+    def admit(self, call: KeyedCall) -> Cause | None:
         """Why a call runs eagerly although it could be captured; ``None`` if it is to be captured now. Under the lock.
 
         The call of an engine that is to be captured in the background is on its way then.
@@ -276,13 +276,13 @@ class Dispatcher:
         with self.ledger.span("eager"), graphs_off() if self.target.is_engine else self.submodules.in_use():
             return self.run(*args, **kwargs)
 
-    def _observed(self, cause: Cause, call: Call) -> Any:
+    def _observed(self, cause: Cause, call: KeyedCall) -> Any:
         """Answer a call eagerly, and have it captured in the background if it has no effects."""
         answer, cause = self.queue.run_and_submit(call)
         self.tell(cause)
         return answer
 
-    def not_yet(self, cause: Cause, call: Call) -> Any:
+    def not_yet(self, cause: Cause, call: KeyedCall) -> Any:
         """Answer a call whose key may be captured some day; its submodules are left alone until then."""
         self.check_open()
         self.tell(cause)
@@ -309,7 +309,7 @@ class Dispatcher:
 
     # ---- beside the calls
 
-    def prepare(self, call: Call) -> Cause | None:
+    def prepare(self, call: KeyedCall) -> Cause | None:
         """Capture a call that nobody waits for, or the submodules that it calls; why the whole has no graph."""
         self.check_open()
         if (reason := self.forbidden()) is not None:
@@ -322,7 +322,7 @@ class Dispatcher:
             self._divide(cause, call)
         return cause
 
-    def _prepare(self, call: Call) -> Cause | None:
+    def _prepare(self, call: KeyedCall) -> Cause | None:
         self.refresh()
         if self.captures.is_current(call.key):
             if (preparation := preparing.get()) is not None:
@@ -337,7 +337,7 @@ class Dispatcher:
             return refusal.cause
         return self.captures.capture(call)[1]
 
-    def capture_alone(self, call: Call) -> Recording:
+    def capture_alone(self, call: KeyedCall) -> Recording:
         """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
         if (reason := self.forbidden()) is not None:
             cause: Recording | Cause = Cause(reason)
@@ -351,7 +351,7 @@ class Dispatcher:
             return cause
         raise CaptureError(f"{self.ledger.name}: {cause}")
 
-    def _divide(self, cause: Cause | None, call: Call) -> None:
+    def _divide(self, cause: Cause | None, call: KeyedCall) -> None:
         """Run a call once more for the sake of the submodules that it calls, if there are any."""
         if cause is None or self.submodules.divide(cause):
             with self.submodules.in_use():
@@ -363,7 +363,7 @@ class Dispatcher:
         """What forbids graphs at this moment, whatever the arguments."""
         return Reason.DISABLED if self._off else forbidden(cuda=self.captures.on_cuda)
 
-    def on_device(self, call: Call) -> AbstractContextManager[object]:
+    def on_device(self, call: KeyedCall) -> AbstractContextManager[object]:
         """Inside, the device of a call is the current one: what is said of the current stream is said of its stream."""
         if not (self.captures.on_cuda and several_devices()):
             return AS_IT_IS

@@ -29,7 +29,7 @@ from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.keys.ambient import ambient_state
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 from graphcache.keys.call_key import is_flat
 
 _FUNCTIONS = (
@@ -57,7 +57,7 @@ class FastPath:
         self._known: dict[Hashable, tuple[Entry[Recording], int]] = {}
         self._ambient = ambient_state()
 
-    def remember(self, call: Call, entry: Entry[Recording]) -> None:
+    def remember(self, call: KeyedCall, entry: Entry[Recording]) -> None:
         """Let native code answer calls of this layout, if there is such code and it can."""
         if self._asked and self._table is None:
             return

@@ -16,7 +16,7 @@ from graphcache.capture.recording import Recorder
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import Cause
-from graphcache.keys.call import Call, call_of
+from graphcache.keys.call import KeyedCall, call_of
 from graphcache.keys.guards import ModuleGuard
 
 
@@ -86,7 +86,7 @@ class ModuleTarget:
         self.torch_recorder = TorchRecorder(self.module, run, self._name, self._config, self.guard)
         self.recorder: Recorder = self.torch_recorder
 
-    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         """The call of these arguments."""
         return call_of(args, kwargs)
 
@@ -128,7 +128,7 @@ class EngineTarget:
         self.run = run
         self.recorder: Recorder = EngineRecorder(self.engine, self._config)
 
-    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         """The call of these arguments. Its key holds the values of host shape tensors, which a graph freezes."""
         if kwargs or self._binds:
             args, kwargs = tuple(self.engine.bind(args, kwargs)), {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from graphcache.keys.call_key import CallKey, describe
 
 
-class Call(NamedTuple):
+class KeyedCall(NamedTuple):
     """One call of a module.
 
     Args:
@@ -30,12 +30,12 @@ class Call(NamedTuple):
         """Whether the grad mode was on."""
         return self.key[0] is not False
 
-    def with_key_end(self, *values: Any) -> Call:
+    def with_key_end(self, *values: Any) -> KeyedCall:
         """The same call with something more in its key."""
         return self._replace(key=(*self.key, *values))
 
 
-def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
     """Describe a call."""
     key, tensors = describe(args, kwargs)
-    return Call(key, tensors, args, kwargs)
+    return KeyedCall(key, tensors, args, kwargs)

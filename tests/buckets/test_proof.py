@@ -15,7 +15,7 @@ from graphcache.buckets.padder import Fit, Padder
 from graphcache.buckets.proof import Proofs
 from graphcache.buckets.spec import Buckets
 from graphcache.errors import Cause, Reason
-from graphcache.keys.call import Call
+from graphcache.keys.call import KeyedCall
 from tests.helpers import Fn, dispatcher_of, frozen, same
 
 BUCKETS = Buckets({0: {0: [4, 8]}})
@@ -37,7 +37,7 @@ class Tried:
         """The answer of a call, and what came of trying to pad it."""
         fit = self.padder.fit((x,), {})
         assert isinstance(fit, Fit)
-        call = Call(KEY, [x], (x,), {})
+        call = KeyedCall(KEY, [x], (x,), {})
         effects = self.host.observe(call)
         return effects.value, self.proofs.prove(call, fit, KEY, effects)
 

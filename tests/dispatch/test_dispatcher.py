@@ -13,7 +13,7 @@ from graphcache.capture.recording import Recording
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.dispatch.dispatcher import STALE
 from graphcache.errors import CaptureError, ClosedError, Reason
-from graphcache.keys.call import Call, call_of
+from graphcache.keys.call import KeyedCall, call_of
 from graphcache.modules.cached_module import CachedModule
 from tests.helpers import dispatcher_of
 
@@ -29,7 +29,7 @@ class Slow:
         self.cache = self.dispatcher.captures.graphs
         self.hits = 0
 
-    def hit(self, entry: Entry[Recording], call: Call) -> Any:
+    def hit(self, entry: Entry[Recording], call: KeyedCall) -> Any:
         self.hits += 1
         return entry.graph.build(entry.graph.replay(call.tensors), call.tensors)
 
