@@ -4,8 +4,8 @@ from graphcache import debug as debug
 from graphcache import observe as observe
 from graphcache import runtime as runtime
 from graphcache.buckets.advisor import Advice as Advice
-from graphcache.buckets.dispatcher_host import advise as _advise
-from graphcache.buckets.dispatcher_host import padding_of as _padding_of
+from graphcache.buckets.advisor import advise_buckets as _advise
+from graphcache.buckets.bucketed import Bucketed as _Bucketed
 from graphcache.buckets.spec import Axis as Axis
 from graphcache.buckets.spec import Buckets as Buckets
 from graphcache.buckets.spec import Mask as Mask
@@ -43,7 +43,7 @@ _features.manifest_of = _served
 _features.save = _save
 _features.manifest_type = Manifest
 _features.calls_of_manifest = _choose
-_features.padding = _padding_of
+_features.padding = _Bucketed
 _features.advise_buckets = _advise
 _features.graph_backend = CachedModule
 _features.describe_engine = _describe_engine

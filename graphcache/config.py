@@ -63,7 +63,7 @@ def refuse_removed(options: Iterable[str]) -> None:
             raise ConfigError(f"the option {name} was removed in version 0.2: {REMOVED[name]}")
 
 
-class Buckets(Protocol):
+class BucketsLike(Protocol):
     """:class:`graphcache.Buckets`, as it is seen from below."""
 
     sizes: dict[str, tuple[int, ...]]
@@ -128,7 +128,7 @@ class GraphConfig:
     max_bytes: MaxBytes = "auto"
     ignore: tuple[str, ...] = ()
     # A mapping has no hash.
-    buckets: Buckets | Mapping[Any, Any] | None = field(default=None, hash=False)
+    buckets: BucketsLike | Mapping[Any, Any] | None = field(default=None, hash=False)
     verify: bool = True
     isolation: Isolation = "auto"
     runtime: Runtime | None = None

@@ -1,8 +1,8 @@
-"""From the shapes that were seen to the buckets that would have served them with the least padding.
+"""Buckets that would have served the shapes that were seen with the least padding.
 
-One axis at a time, exactly: a call counts by how many elements one step on that axis costs it, which is the product of
-its other sizes, padded as they will be. The axes are gone through again until nothing gets better. With one axis the
-result is the best there is; with several each axis is the best for what the others are.
+One axis at a time, exactly. A call weighs what one step on that axis costs it: the product of its other sizes, padded.
+The axes are gone through again until nothing gets better, so with several axes each is the best for what the others
+are.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torch import nn
-
-from graphcache.buckets.argument_ref import find_argument
+from graphcache.buckets.padder import find_argument
 from graphcache.dispatch.argument_names import arguments_of
+from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.errors import ConfigError, shown
 
 Shape = tuple[int, ...]
 
 MAX_SHAPES = 100_000
 MAX_STEPS = 200_000_000
-"""Squared sizes times buckets of one axis: some ten seconds of Python."""
+"""Squared sizes times buckets of one axis: half a minute of Python."""
 _MAX_ROUNDS = 16
-"""Two axes may pull each other to and fro between results that are equally good."""
+"""Two axes may change each other for ever between results that are equally good."""
 
 
 @dataclass(frozen=True)
@@ -82,32 +81,31 @@ class Advice:
         )
 
 
-def advise_buckets(
-    module: nn.Module,
-    name: str,
-    calls: Iterable[tuple[Mapping[str | int, Shape], int]],
-    argument: Any,
-    trace: Any,
-    most: Any,
-) -> Advice:
-    """Buckets for one argument of a module."""
-    if trace is None:
-        if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
-            raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
-        ref = find_argument(argument, arguments_of(module), f"argument={argument!r}")
-        counts: Counter[Shape] = Counter()
-        ranks: Counter[int] = Counter()
-        for shapes, count in calls:
-            for shape in [shapes[key] for key in (ref.index, ref.name) if key is not None and key in shapes]:
-                counts[shape] += count
-                ranks[len(shape)] += count
-        usual = max(ranks, key=lambda rank: ranks[rank], default=0)
-        trace = {shape: count for shape, count in counts.items() if count and len(shape) == usual}
-        if not trace:
-            raise ConfigError(
-                f"argument={argument!r}: {name} was not called with a tensor there; call it first, or give a trace"
-            )
-    return advise(trace, most)
+def advise_buckets(dispatcher: Dispatcher, trace: Any, most: Any, *, argument: Any) -> Advice:
+    """Buckets for one argument of a wrapped module, from a trace or from the calls that it had."""
+    return advise(_trace_of(dispatcher, argument) if trace is None else trace, most)
+
+
+def _trace_of(dispatcher: Dispatcher, argument: Any) -> Counter[Shape]:
+    """The shapes that an argument had; of several ranks, those of the rank that most calls had."""
+    if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
+        raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
+    ref = find_argument(argument, arguments_of(dispatcher.target.module), f"argument={argument!r}")
+    hits = {key: entry.hits for key, entry in list(dispatcher.entries.items())}
+    counts: Counter[Shape] = Counter()
+    ranks: Counter[int] = Counter()
+    for shapes, count in dispatcher.captures.keys.shapes(hits):
+        for key in (ref.index, ref.name):
+            if count and key is not None and key in shapes:
+                counts[shapes[key]] += count
+                ranks[len(shapes[key])] += count
+    if not counts:
+        raise ConfigError(
+            f"argument={argument!r}: {dispatcher.ledger.name} was not called with a tensor there; call it first, or "
+            f"give a trace"
+        )
+    [(usual, _)] = ranks.most_common(1)
+    return Counter({shape: count for shape, count in counts.items() if len(shape) == usual})
 
 
 def advise(trace: Any, most: Any) -> Advice:
@@ -150,12 +148,8 @@ def best_buckets(weights: Mapping[int, int], most: int) -> tuple[int, ...]:
     """The buckets of one axis that cost the least padding; among equals the fewest.
 
     A size is padded to the smallest bucket that holds it, so the sizes, in order, fall into runs, and the best bucket
-    of a run is its largest size. With W and S the sums of weight and of weight times size of the first sizes,
-
-        cost[k][j] = min over i < j of cost[k - 1][i] + size[j] * (W[j] - W[i]) - (S[j] - S[i])
-
-    is the least padding of the first j sizes in k runs. A further run never costs more than the one before saved, so
-    the first that saves nothing is the last. ``weights`` tells what a step of padding costs the calls of each size.
+    of a run is its largest size. The least padding of the first j sizes in k runs is the least, over all starts of the
+    last run, of the padding before it and the padding in it.
 
     Example:
         >>> best_buckets({1: 100, 7: 5, 8: 5, 64: 1}, 3)
@@ -170,22 +164,25 @@ def best_buckets(weights: Mapping[int, int], most: int) -> tuple[int, ...]:
         )
     if not sizes:
         return ()
+    # Sums over the first sizes: of the weights, and of weight times size.
     weight, work = [0], [0]
     for size in sizes:
         weight.append(weight[-1] + weights[size])
         work.append(work[-1] + weights[size] * size)
-    costs = [0, *(size * w - s for size, w, s in zip(sizes, weight[1:], work[1:], strict=True))]
+
+    def padding(start: int, end: int) -> int:
+        """Of the sizes from ``start`` to ``end``, padded to the last of them."""
+        return sizes[end - 1] * (weight[end] - weight[start]) - (work[end] - work[start])
+
+    ends = range(1, len(sizes) + 1)
+    costs = [0, *(padding(0, end) for end in ends)]
     starts = [[0] * len(costs)]
-    """For each number of runs and each j: where the last run begins."""
+    """For each number of runs and each end: where the last run begins."""
     while len(starts) < most:
-        heights = [cost + done for cost, done in zip(costs, work, strict=True)]
-        better, start = [0], [0]
-        for j, size in enumerate(sizes, 1):
-            found = [height - w * size for height, w in zip(heights[:j], weight, strict=False)]
-            least = min(found)
-            better.append(size * weight[j] - work[j] + least)
-            start.append(found.index(least))
+        start = [0, *(min(range(end), key=lambda at: costs[at] + padding(at, end)) for end in ends)]
+        better = [0, *(costs[start[end]] + padding(start[end], end) for end in ends)]
         if better[-1] == costs[-1]:
+            # A further run never saves more than the one before.
             break
         costs = better
         starts.append(start)
@@ -198,12 +195,7 @@ def best_buckets(weights: Mapping[int, int], most: int) -> tuple[int, ...]:
 
 
 def padded_shape(shape: Sequence[int], sizes: Mapping[int, Sequence[int]]) -> Shape:
-    """A shape with the smallest bucket that holds it on each axis that has buckets, in ascending order.
-
-    Example:
-        >>> padded_shape((3, 5), {0: (2, 4)})
-        (4, 5)
-    """
+    """A shape with the smallest bucket that holds it on each axis that has buckets, in ascending order."""
     target = list(shape)
     for axis, buckets in sizes.items():
         target[axis] = buckets[bisect_left(buckets, target[axis])]

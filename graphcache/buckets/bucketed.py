@@ -1,68 +1,104 @@
 """Calls that lie between buckets: padded to the next one, answered by its graph, cropped.
 
 A call comes here when no graph of its own key has answered it, so that a hit costs the same with buckets and without.
-What fills its bucket already, fits none, or must not be padded, is left to the dispatcher.
+What fills its bucket already, fits none, or must not be padded, is left to the dispatcher. Before the first padded
+answer of a bucket is given, it is tried whether the module bears padding.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from graphcache.buckets.engine_buckets import engine_buckets
-from graphcache.buckets.host import Host, Key
-from graphcache.buckets.padder import Fit, Padder
-from graphcache.buckets.proof import Proofs
+import torch
+
+from graphcache.buckets.independence import Run, proven_padder
+from graphcache.buckets.padder import Arguments, Fit, Padder, engine_buckets
 from graphcache.buckets.spec import Buckets
+from graphcache.cache.denial import Denial
 from graphcache.capture.effects import Effects
 from graphcache.capture.engine_like import EngineLike
+from graphcache.config import graphs_off
 from graphcache.dispatch.argument_names import arguments_of
-from graphcache.errors import Cause, ConfigError, InputError, Reason
+from graphcache.dispatch.call_snapshot import CallSnapshot
+from graphcache.dispatch.capture_queue import PENDING
+from graphcache.dispatch.dispatcher import STALE, Dispatcher
+from graphcache.dispatch.targets import ModuleTarget
+from graphcache.errors import Cause, ConfigError, GraphCacheError, InputError, Reason, Refusal, shown
+from graphcache.events import log
 from graphcache.features import NO_ANSWER
+from graphcache.graphs.capture import refusal_of
 from graphcache.keys.call import KeyedCall
 
 _MAX_PLANS = 4096
-_NO_FIT = Fit({}, {})
-_PENDING = Cause(Reason.PENDING)
+_MAX_BUCKETS = 1024
+"""Beyond these the oldest is forgotten; a bucket is tried again then."""
 _WAITING = (Reason.COLD, Reason.PENDING)
 """Reasons of calls whose bucket will be captured later."""
 
+Value = TypeVar("Value")
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
+class _Bucket:
+    """What is known of the padded calls of one key."""
+
+    key: tuple[Hashable, ...]
+    padder: Padder | None = None
+    """Crops the answers; ``None`` until it was proven that calls may be padded."""
+    version: int = 0
+    """The module's, under which that was proven."""
+    denial: Denial | None = None
+    """Why calls are not padded."""
+    is_tried: bool = False
+    """Whether that is found out in the background now."""
+
+    def proven(self, version: int) -> Padder | None:
+        """What crops the answers, if that was proven under this version of the module."""
+        return self.padder if version == self.version else None
+
+    def is_denied(self, version: int) -> bool:
+        """Whether calls are not to be padded for now."""
+        return self.denial is not None and self.denial.wait(version) != 0
+
+    def deny(self, cause: Cause, version: int) -> Cause:
+        """Remember why calls are not padded."""
+        self.denial = Denial(cause, version, 1 if self.denial is None else self.denial.times + 1)
+        return cause
+
+
+@dataclass(slots=True, eq=False)
 class _Plan:
-    """What the calls of one key are padded to. Without a ``key`` they are not padded; ``cause`` is to be told once."""
+    """What the calls of one key are padded to, if they are; ``cause`` is to be told once."""
 
-    fit: Fit = _NO_FIT
-    key: Key = ()
+    fit: Fit
+    bucket: _Bucket | None = None
     cause: Cause | None = None
 
 
 class Bucketed:
-    """Pads the calls of one module to its buckets.
+    """Pads the calls of one module to its buckets; a ``ConfigError`` names what the module cannot have."""
 
-    Args:
-        option: The ``buckets`` option.
-        host: The dispatcher of the module.
-
-    Raises:
-        ConfigError: Naming the field, for buckets that the module cannot have.
-    """
-
-    def __init__(self, option: Any, host: Host) -> None:
+    def __init__(self, option: Any, dispatcher: Dispatcher) -> None:
+        module = dispatcher.target.module
         buckets = Buckets.of(option)
-        self._engine = host.module if isinstance(host.module, EngineLike) else None
+        self._engine = module if isinstance(module, EngineLike) else None
         if self._engine is not None:
             buckets = engine_buckets(buckets, self._engine)
-        self._host = host
-        self._padder = Padder(buckets, arguments_of(host.module))
-        self._proofs = Proofs(host, self._padder)
-        self._plans: OrderedDict[tuple[int, Key], _Plan] = OrderedDict()
-        """By the module's generation and the key of the call."""
+        self._dispatcher = dispatcher
+        self._captures = dispatcher.captures
+        self._padder = Padder(buckets, arguments_of(module))
+        self._in_background = dispatcher.config.capture_in == "background"
+        self._plans: OrderedDict[Hashable, _Plan] = OrderedDict()
+        self._buckets: OrderedDict[Hashable, _Bucket] = OrderedDict()
+        """Both by a key and the generation: when all denials are forgotten, these are too."""
         self._lock = threading.Lock()
-        self._proving: set[tuple[int, Key]] = set()
-        """Buckets that are tried in the background, by the module's generation and the key of the padded call."""
         self.padded = 0
         """Hits of calls that were padded."""
 
@@ -71,126 +107,230 @@ class Bucketed:
 
         The module is open, and nothing turns graphs off.
         """
-        host, target, owed = self._host, call, None
-        plan = self._plan(call)
-        padder = self._proofs.found(plan.key)
-        if padder is not None and host.has_graph(plan.key):
-            answer = self._replayed(self._padded(plan.fit, call))
-            if answer is not NO_ANSWER:
+        plan, captures = self._plan(call), self._captures
+        if plan.bucket is not None and captures.is_current(plan.bucket.key):
+            padder = plan.bucket.proven(captures.version)
+            if padder is not None and (answer := self._replayed(self._padded(plan.fit, call))) is not NO_ANSWER:
                 return padder.crop(plan.fit, answer)
-        with host.lock:
-            if host.refuses(call) is not None:
-                return NO_ANSWER
-            # What is stale may have been found out of a module that was another one.
-            plan = self._plan(call)
-            cause, plan.cause = plan.cause, None
-            if cause is None:
-                if not plan.key or self._proofs.refused(plan.key) or host.denied(plan.key):
-                    return NO_ANSWER
-                target, owed = self._padded(plan.fit, call), plan.key
-                cause = self._cold(plan, call, target)
-                if cause is not None and cause.reason not in _WAITING:
-                    return NO_ANSWER
-                if cause is None and not self._is_for_background(plan.key):
-                    return self._captured(plan, call, target)
-        return self._observed(plan, call, target) if cause is None else host.eager(call, cause, owed)
+        with captures.lock:
+            answer, otherwise = self._decide(call)
+        return answer if otherwise is None else otherwise()
 
-    def target(self, call: KeyedCall) -> Key | None:
-        """The key that a call is padded to; ``None`` if it is not padded, or that was refused."""
+    def _decide(self, call: KeyedCall) -> tuple[Any, Callable[[], Any] | None]:
+        """The answer of a call whose bucket has no graph or no proof, or what answers it without the lock."""
+        nothing = NO_ANSWER, None
+        if self._captures.needs_grad(call.tensors) is not None:
+            return nothing
+        self._dispatcher.refresh()
+        # The plan that was seen before may be that of a module that was another one.
         plan = self._plan(call)
-        return plan.key if plan.key and not self._proofs.is_refused(plan.key) else None
+        if (cause := plan.cause) is not None:
+            plan.cause = None
+            return None, partial(self._dispatcher.eager, cause, call.args, call.kwargs)
+        bucket = plan.bucket
+        if bucket is None or self._is_refused(bucket):
+            return nothing
+        target = self._padded(plan.fit, call)
+        cause = self._not_now(plan, bucket, call, target)
+        if cause is None:
+            if self._is_for_background(bucket):
+                return None, partial(self._observed, plan, bucket, call, target)
+            return self._captured(plan, bucket, call, target), None
+        if cause.reason not in _WAITING:
+            return nothing
+        # What it takes counts in favour of a graph of the bucket.
+        return None, partial(self._dispatcher.not_yet, cause, call._replace(key=bucket.key))
 
-    def _replayed(self, target: KeyedCall) -> Any:
-        """The answer of the bucket's graph to the padded call, or ``NO_ANSWER``."""
-        answer = self._host.replay(target)
-        self.padded += answer is not NO_ANSWER
-        return answer
+    def target(self, call: KeyedCall) -> tuple[Hashable, ...] | None:
+        """The key that a call is padded to; ``None`` if it is not padded, or that was refused."""
+        bucket = self._plan(call).bucket
+        return None if bucket is None or bucket.is_denied(self._captures.version) else bucket.key
 
-    def _cold(self, plan: _Plan, call: KeyedCall, target: KeyedCall) -> Cause | None:
-        """Why the bucket is not captured or tried because of this call. The lock is held."""
-        if not self._host.has_graph(target.key):
-            return self._host.cold(target)
-        if not self._host.in_background or self._proofs.found(target.key) is not None:
-            return None
-        if (self._host.generation, target.key) in self._proving:
-            return _PENDING
-        return None if self._engine is None else self._prove_later(plan, call, target.key, Effects(None))
-
-    def _is_for_background(self, key: Key) -> bool:
-        """Whether the bucket of a PyTorch module is captured or tried in the background."""
-        is_ready = self._proofs.found(key) is not None and self._host.has_graph(key)
-        return self._host.in_background and self._engine is None and not is_ready
-
-    def _captured(self, plan: _Plan, call: KeyedCall, target: KeyedCall) -> Any:
-        """Answer a call and capture its bucket, after it was tried whether that may be padded to. The lock is held."""
-        padder = self._proofs.found(target.key)
-        if padder is None:
-            effects = self._host.observe(call)
-            outcome = self._proofs.prove(call, plan.fit, target.key, effects)
-            if isinstance(outcome, Cause):
-                self._host.tell(outcome)
-                return effects.value
-        answer = self._replayed(target)
-        if answer is NO_ANSWER:
-            answer = self._host.capture(target)
-        return effects.value if padder is None else padder.crop(plan.fit, answer)
-
-    def _observed(self, plan: _Plan, call: KeyedCall, target: KeyedCall) -> Any:
-        """Answer a call as it is; if it has no effects, its bucket is captured or tried in the background."""
-        effects = self._host.observe(call)
-        # From now on the answer belongs to the caller.
-        answer, effects.value = effects.value, None
-        with self._host.lock:
-            if effects.cause is not None:
-                self._proofs.refuse(target.key, effects.cause)
-            elif not self._host.has_graph(target.key):
-                self._host.capture_later(target, effects)
-            else:
-                self._prove_later(plan, call, target.key, effects)
-        self._host.tell(effects.cause or _PENDING)
-        return answer
-
-    def _prove_later(self, plan: _Plan, call: KeyedCall, key: Key, effects: Effects) -> Cause | None:
-        """Try in the background whether a bucket may be padded to; ``None`` if the call cannot be copied."""
-        at = self._host.generation, key
-        if at in self._proving:
-            return _PENDING
-
-        def prove(copy: KeyedCall) -> None:
-            outcome = self._proofs.prove(copy, plan.fit, key, effects, alone=True)
-            if isinstance(outcome, Cause) and effects.version == self._host.version:
-                plan.cause = outcome
-
-        self._proving.add(at)
-        return self._host.submit(call, prove, lambda: self._proving.discard(at))
-
-    def _padded(self, fit: Fit, call: KeyedCall) -> KeyedCall:
-        """The padded call."""
-        return self._host.alike(call, *self._padder.pad(fit, call.args, call.kwargs))
+    # ---- the bucket of a call
 
     def _plan(self, call: KeyedCall) -> _Plan:
         """What the calls of this key are padded to; an engine raises ``InputError`` for what it does not take."""
-        at = self._host.generation, call.key
-        plan = self._plans.get(at)
-        if plan is None:
-            plan = self._new_plan(call)
-            with self._lock:
-                self._plans[at] = plan
-                if len(self._plans) > _MAX_PLANS:
-                    self._plans.popitem(last=False)
-        return plan
+        at = self._captures.generation, call.key
+        return self._plans.get(at) or self._kept(self._plans, _MAX_PLANS, at, self._new_plan(call))
 
     def _new_plan(self, call: KeyedCall) -> _Plan:
         """Fit a call to its buckets."""
+        generation = self._captures.generation
         if self._engine is not None:
             self._engine.checked(self._engine.bind(call.args, call.kwargs))
         try:
             fit = self._padder.fit(call.args, call.kwargs)
             if isinstance(fit, str) or fit.is_exact or 0 in fit.real.values():
-                return _Plan()
+                return _Plan(Fit({}, {}))
             target = self._padded(fit, call)
             if self._engine is not None:
                 self._engine.checked(target.args)
         except (ConfigError, InputError) as error:
-            return _Plan(cause=Cause(Reason.PADDING, detail=str(error)))
-        return _Plan(fit, target.key)
+            return _Plan(Fit({}, {}), cause=Cause(Reason.PADDING, detail=str(error)))
+        bucket = self._kept(self._buckets, _MAX_BUCKETS, (generation, target.key), _Bucket(target.key))
+        return _Plan(fit, bucket)
+
+    def _kept(self, table: OrderedDict[Hashable, Value], size: int, key: Hashable, value: Value) -> Value:
+        """What a table has for a key, which is ``value`` if it had nothing."""
+        with self._lock:
+            found = table.setdefault(key, value)
+            if len(table) > size:
+                table.popitem(last=False)
+        return found
+
+    def _padded(self, fit: Fit, call: KeyedCall) -> KeyedCall:
+        """The padded call."""
+        return self._dispatcher.target.describe(*self._padder.pad(fit, call.args, call.kwargs))
+
+    def _is_refused(self, bucket: _Bucket) -> bool:
+        """Whether a call is not padded, or its bucket not captured, because of what came of earlier calls."""
+        version = self._captures.version
+        if bucket.denial is not None and bucket.is_denied(version):
+            bucket.denial.calls += 1
+            return True
+        return self._captures.keys.denial(bucket.key, version) is not None
+
+    # ---- captures
+
+    def _replayed(self, target: KeyedCall) -> Any:
+        """The answer of the bucket's graph to the padded call, or ``NO_ANSWER``."""
+        entry = self._dispatcher.entry_of(target)
+        answer = STALE if entry is None else self._dispatcher.replay(entry, target)
+        if answer is STALE:
+            return NO_ANSWER
+        self.padded += 1
+        # The caller's call was noted by its own sizes.
+        self._captures.keys.note(target.key, target.args, target.kwargs, -1)
+        return answer
+
+    def _not_now(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall) -> Cause | None:
+        """Why the bucket is not captured or tried because of this call. The lock is held."""
+        if not self._captures.is_current(target.key):
+            return self._dispatcher.admit(target)
+        if not self._in_background or bucket.proven(self._captures.version) is not None:
+            return None
+        if bucket.is_tried:
+            return PENDING
+        return None if self._engine is None else self._prove_later(plan, bucket, call, Effects(None))
+
+    def _is_for_background(self, bucket: _Bucket) -> bool:
+        """Whether the bucket of a PyTorch module is captured or tried in the background."""
+        is_ready = bucket.proven(self._captures.version) is not None and self._captures.is_current(bucket.key)
+        return self._in_background and self._engine is None and not is_ready
+
+    def _captured(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall) -> Any:
+        """Answer a call and capture its bucket, after it was tried whether that may be padded to. The lock is held."""
+        padder, own = bucket.proven(self._captures.version), None
+        if padder is None:
+            own, effects = self._observe(call)
+            outcome = self._prove(plan, bucket, call, effects)
+            if isinstance(outcome, Cause):
+                self._dispatcher.tell(outcome)
+                return own
+        answer = self._replayed(target)
+        if answer is NO_ANSWER:
+            # No caller made it, but hits of such calls are to be known by their sizes.
+            self._captures.keys.note(target.key, target.args, target.kwargs, 0)
+            answer = self._dispatcher.answer(target, admitted=True)
+        return own if padder is None else padder.crop(plan.fit, answer)
+
+    def _observed(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall) -> Any:
+        """Answer a call as it is; if it has no effects, its bucket is captured or tried in the background."""
+        answer, effects = self._observe(call)
+        with self._captures.lock:
+            if effects.cause is not None:
+                bucket.deny(effects.cause, self._captures.version)
+            elif not self._captures.is_current(target.key):
+                self._dispatcher.queue.submit_like(effects, target)
+            else:
+                self._prove_later(plan, bucket, call, effects)
+        self._dispatcher.tell(effects.cause or PENDING)
+        return answer
+
+    def _observe(self, call: KeyedCall) -> tuple[Any, Effects]:
+        """Answer a call eagerly, and see what it does besides; an engine does nothing."""
+        if self._engine is not None:
+            with graphs_off():
+                return self._dispatcher.run(*call.args, **call.kwargs), Effects(None)
+        found: list[Effects] = []
+        answer, cause = self._dispatcher.queue.run_observed(call, found.append, lambda cause: None)
+        return answer, found[0] if found else Effects(None, cause)
+
+    # ---- proof
+
+    def _prove_later(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, effects: Effects) -> Cause | None:
+        """Try in the background whether a bucket may be padded to; ``None`` if the call cannot be copied."""
+        if bucket.is_tried:
+            return PENDING
+
+        def done() -> None:
+            bucket.is_tried = False
+
+        def work(snapshot: CallSnapshot) -> None:
+            try:
+                outcome = snapshot.run(lambda: self._prove(plan, bucket, snapshot.call, effects, alone=True))
+                if isinstance(outcome, Cause) and effects.version == self._captures.version:
+                    plan.cause = outcome
+            except Exception as error:
+                # The module refuses such arguments; whoever gives them again will see it.
+                log.debug("a call was not tried with padding: %s", error)
+            finally:
+                done()
+
+        bucket.is_tried = True
+        cause = self._dispatcher.queue.submit(work, call, dropped=done)
+        if cause is None:
+            done()
+        return cause
+
+    def _prove(
+        self, plan: _Plan, bucket: _Bucket, call: KeyedCall, effects: Effects, *, alone: bool = False
+    ) -> Padder | Cause:
+        """Find out whether a call that was answered may be padded; after a call with effects nothing is run again."""
+        version, start = self._captures.version, time.perf_counter()
+        if effects.cause is not None:
+            return bucket.deny(effects.cause, version)
+        try:
+            with graphs_off(), torch.no_grad():
+                padder = proven_padder(self._runner(effects, alone), call, plan.fit, self._padder, self._takes)
+        except Refusal as refusal:
+            return bucket.deny(refusal.cause, version)
+        except Exception as error:
+            cause = refusal_of(error, "").cause
+            if cause.reason is Reason.CAPTURE_FAILED:
+                text = str(error) if isinstance(error, GraphCacheError) else f"{type(error).__name__}: {error}"
+                cause = Cause(Reason.PADDING, detail=f"a call of other sizes raised {shown(text)}")
+            return bucket.deny(cause, version)
+        finally:
+            self._captures.admission.charge(time.perf_counter() - start)
+        bucket.padder, bucket.version = padder, effects.version
+        return padder
+
+    def _runner(self, effects: Effects, alone: bool) -> Run:
+        """What runs the module again after a call without effects; it raises ``Refusal`` when a run has effects.
+
+        With ``alone``, no caller runs the module at the same time.
+        """
+        target, gate = self._dispatcher.target, self._dispatcher.gate
+        if not isinstance(target, ModuleTarget):
+            return target.run
+        recorder = target.torch_recorder
+        again = recorder.again(effects.version, gate.exclusive if alone else nullcontext)
+        running: Callable[[], Any] = nullcontext if alone else gate.shared
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with running():
+                answer = again(*args, **kwargs)
+            recorder.check_unchanged(effects.version)
+            return answer
+
+        return run
+
+    def _takes(self, arguments: Arguments) -> bool:
+        """Whether the module takes arguments: an engine only what a profile has."""
+        try:
+            if self._engine is not None:
+                self._engine.checked(arguments[0])
+        except InputError:
+            return False
+        return True

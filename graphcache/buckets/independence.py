@@ -6,7 +6,9 @@ everything that the input holds, and the real part has to stay the same to the l
 calls differs. (A maximum over an axis padded with 0 is right as long as something positive is there.) Where a fill was
 declared, the real values are moved instead, below and above it.
 
-Trying finds a dependence that shows in the call it is given. It proves nothing for other calls.
+A bucket is tried with the first call that goes to it, and with the smallest sizes that would, where modules do what
+they do for no other size (a single row is broadcast). Each is tried with the values of that call and with values that
+differ: zeros, ones and NaN, as in a warm-up, hide most dependences. Trying proves nothing for other calls.
 """
 
 from __future__ import annotations
@@ -20,12 +22,54 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.buckets.padder import Arguments, Fit, Margin, Padder, is_size
+from graphcache.buckets.padding import varied
 from graphcache.buckets.spec import InputAxis, Number
-from graphcache.errors import ConfigError, Refusal, shown
+from graphcache.errors import ConfigError, Reason, Refusal, shown
 from graphcache.graphs.verify import padded_gap
+from graphcache.keys.call import KeyedCall
+from graphcache.keys.call_key import substitute
 
 Run = Callable[..., Any]
 """Runs a module eagerly; it must leave its arguments and itself alone."""
+
+
+def proven_padder(run: Run, call: KeyedCall, fit: Fit, padder: Padder, takes: Callable[[Arguments], bool]) -> Padder:
+    """What crops the answers of a bucket; raises ``Refusal`` if they depend on padding.
+
+    ``takes`` tells whether the module takes arguments at all: no call will have the sizes that no profile has.
+    """
+    given = call.args, call.kwargs
+    if padder.buckets.outputs is None:
+        padder = padder.with_outputs(observed_outputs(run, *given, padder))
+    for arguments in given, _varied(run, call):
+        if arguments is None:
+            continue
+        tried = [arguments]
+        if (sizes := _smallest_sizes(padder, fit)) != fit.real and takes(smallest := padder.start(sizes, *arguments)):
+            tried.append(smallest)
+        for each in tried:
+            if (text := dependence(run, *each, padder)) is not None:
+                raise Refusal(Reason.PADDING, detail=text)
+    return padder
+
+
+def _smallest_sizes(padder: Padder, fit: Fit) -> dict[str, int]:
+    """The smallest sizes that go to the buckets of a fit."""
+    smaller = {name: [size for size in padder.buckets.sizes[name] if size < fit.padded[name]] for name in fit.real}
+    return {name: max(sizes, default=0) + 1 for name, sizes in smaller.items()}
+
+
+def _varied(run: Run, call: KeyedCall) -> Arguments | None:
+    """A call with values that differ, as those of a warm-up often don't; ``None`` if the module refuses them."""
+    made = {id(tensor): varied(tensor) for tensor in call.tensors}
+    args, kwargs = substitute(call.args, call.kwargs, [made[id(tensor)] for tensor in call.tensors])
+    try:
+        run(*args, **kwargs)
+    except (Refusal, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception:
+        return None
+    return args, kwargs
 
 
 def dependence(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], padder: Padder) -> str | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
-from inspect import Signature
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphcache.buckets.argument_ref import find_argument
 from graphcache.buckets.padding import cropped, holds, padded
-from graphcache.buckets.spec import Buckets, InputAxis, Number
+from graphcache.buckets.spec import POWERS_OF_TWO, Buckets, InputAxis, Number
+from graphcache.capture.engine_like import EngineLike
 from graphcache.errors import ConfigError, shown
 
 Margin = Callable[[Tensor, InputAxis], Number]
@@ -21,6 +21,52 @@ Margin = Callable[[Tensor, InputAxis], Number]
 Change = Callable[[Tensor, Mapping[int, InputAxis]], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
+Parameters = Signature | Sequence[str]
+"""Of a module's ``forward``; or the names of an engine's inputs, which need not be identifiers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentRef:
+    """An argument of a function: its position and the name under which it can be passed, ``None`` for what it lacks."""
+
+    index: int | None
+    name: str | None
+
+    def get(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The argument in a call, ``None`` where it is absent."""
+        if self.index is not None and self.index < len(args):
+            return args[self.index]
+        return None if self.name is None else kwargs.get(self.name)
+
+    def put(self, value: Any, args: MutableSequence[Any], kwargs: MutableMapping[str, Any]) -> None:
+        """Replace the argument of a call, or pass it by its name where it is absent."""
+        if self.index is not None and self.index < len(args):
+            args[self.index] = value
+        elif self.name is not None:
+            kwargs[self.name] = value
+
+
+def find_argument(key: str | int, parameters: Parameters, where: str) -> ArgumentRef:
+    """The argument that a name or a position stands for."""
+    if isinstance(parameters, Signature):
+        kinds = {each.name: each.kind for each in parameters.parameters.values()}
+    else:
+        kinds = dict.fromkeys(parameters, Parameter.POSITIONAL_OR_KEYWORD)
+    both = Parameter.POSITIONAL_OR_KEYWORD
+    ordered = [name for name, kind in kinds.items() if kind in (Parameter.POSITIONAL_ONLY, both)]
+    named = [name for name, kind in kinds.items() if kind in (both, Parameter.KEYWORD_ONLY)]
+    if isinstance(key, int):
+        if key < len(ordered):
+            return ArgumentRef(key, ordered[key] if ordered[key] in named else None)
+        if Parameter.VAR_POSITIONAL in kinds.values():
+            return ArgumentRef(key, None)
+        raise ConfigError(f"{where}: there are {len(ordered)} positional arguments; expected the position of one")
+    if key in ordered:
+        return ArgumentRef(ordered.index(key), key if key in named else None)
+    if key in named or Parameter.VAR_KEYWORD in kinds.values():
+        return ArgumentRef(None, key)
+    known = list(dict.fromkeys([*ordered, *named]))
+    raise ConfigError(f"{where}: no argument has this name; expected one of {shown(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +88,7 @@ class Fit:
 
 
 class Padder:
-    """Pads the calls of one module.
-
-    Only arguments themselves are padded: a tensor inside a list or a dictionary has no buckets.
-
-    Args:
-        buckets: Which axes have which buckets.
-        signature: Of the module's ``forward``, so that a name and a position can stand for the same argument; or the
-            names of the arguments.
-
-    Raises:
-        ConfigError: Naming the field, if there is no such argument, or one is named twice.
+    """Pads the calls of one module: arguments that are tensors, not tensors inside a list or a dictionary.
 
     Example:
         >>> import inspect
@@ -66,10 +102,10 @@ class Padder:
         tensor([1., 1., 1.])
     """
 
-    def __init__(self, buckets: Buckets, signature: Signature | Sequence[str]) -> None:
+    def __init__(self, buckets: Buckets, parameters: Parameters) -> None:
         self.buckets = buckets
-        self._signature = signature
-        self._refs = {key: find_argument(key, signature, f"buckets[{key!r}]") for key in buckets.inputs}
+        self._parameters = parameters
+        self._refs = {key: find_argument(key, parameters, f"buckets[{key!r}]") for key in buckets.inputs}
         for key, ref in self._refs.items():
             if (other := next(each for each in self._refs if self._refs[each] == ref)) != key:
                 raise ConfigError(f"buckets[{key!r}] is the argument of buckets[{other!r}]; expected it once")
@@ -78,7 +114,7 @@ class Padder:
 
     def with_outputs(self, outputs: Mapping[int, Mapping[int, str]]) -> Padder:
         """The same, cropping these axes of the answer."""
-        return Padder(self.buckets.with_outputs(outputs), self._signature)
+        return Padder(self.buckets.with_outputs(outputs), self._parameters)
 
     def fit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit | str:
         """What a call is padded to, or in words why it cannot be padded."""
@@ -125,22 +161,19 @@ class Padder:
         values, but for those of masks.
         """
         new_args, new_kwargs = list(args), dict(kwargs)
-        device = None
-        made: dict[Any, Tensor] = {}
-        for key, ref in self._refs.items():
-            value = ref.get(args, kwargs)
-            if value is not None:
-                device = value.device if device is None else device
-                shape, fills = self._margins(fit, key, value, margin)
-                alike = id(value), *shape, *fills.items()
-                if alike not in made:
-                    made[alike] = padded(value, shape, fills) if fills else value
-                ref.put(made[alike], new_args, new_kwargs)
+        given = {key: value for key, ref in self._refs.items() if (value := ref.get(args, kwargs)) is not None}
+        device = next(iter(given.values())).device
         for key, mask in self.buckets.masks.items():
-            if self._refs[key].get(args, kwargs) is None:
-                real = torch.ones([fit.real[symbol] for symbol in mask.axes], dtype=mask.dtype, device=device)
-                shape, fills = self._margins(fit, key, real, margin)
-                self._refs[key].put(padded(real, shape, fills) if fills else real, new_args, new_kwargs)
+            if key not in given:
+                sizes = [fit.real[symbol] for symbol in mask.axes]
+                given[key] = torch.ones(sizes, dtype=mask.dtype, device=device)
+        made: dict[Any, Tensor] = {}
+        for key, value in given.items():
+            shape, fills = self._margins(fit, key, value, margin)
+            alike = id(value), *shape, *fills.items()
+            if alike not in made:
+                made[alike] = padded(value, shape, fills) if fills else value
+            self._refs[key].put(made[alike], new_args, new_kwargs)
         return tuple(new_args), new_kwargs
 
     def crop(self, fit: Fit, answer: Any) -> Any:
@@ -224,3 +257,33 @@ def _check_output(fit: Fit, where: str, tensor: Tensor, axis: int, symbol: str) 
             f"{where}: the output has size {tensor.shape[axis]} there; expected that of {symbol}, which is "
             f"{fit.padded[symbol]}, padded from {fit.real[symbol]}"
         )
+
+
+def engine_buckets(buckets: Buckets, module: EngineLike) -> Buckets:
+    """The buckets that the engine takes: listed sizes must fit a profile, powers of two are chosen to."""
+    inputs = module.engine.inputs
+    sizes = dict(buckets.sizes)
+    for key in buckets.inputs:
+        ref = find_argument(key, module.input_binding_names, f"buckets[{key!r}]")
+        assert ref.index is not None
+        binding = inputs[ref.index]
+        if binding.on_host:
+            raise ConfigError(
+                f"buckets[{key!r}]: {module.name} reads {binding.name!r} on the host, and its values are sizes; "
+                f"expected an input on the device"
+            )
+        for axis, position in zip(buckets.inputs[key], buckets.places(key, len(binding.shape)), strict=True):
+            where = f"buckets[{key!r}][{axis.axis}]"
+            ranges = [profile[position] for profile in binding.ranges]
+            shown_ranges = ", ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in ranges)
+            wanted = sizes[axis.symbol]
+            fitting = tuple(size for size in wanted if any(low <= size <= high for low, high in ranges))
+            if buckets.sizes[axis.symbol] is not POWERS_OF_TWO and fitting != wanted:
+                wrong = next(size for size in wanted if size not in fitting)
+                raise ConfigError(f"{where}: the size {wrong}; expected one that a profile takes: {shown_ranges}")
+            if not fitting:
+                raise ConfigError(
+                    f"{where}='powers_of_two': none of them is a size that a profile takes: {shown_ranges}"
+                )
+            sizes[axis.symbol] = fitting
+    return buckets.with_sizes(sizes)

@@ -36,13 +36,7 @@ def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) ->
 
 
 def cropped(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
-    """The start of a tensor on some axes: the same memory where that is without gaps, a copy otherwise.
-
-    Example:
-        >>> cropped(torch.arange(6).reshape(2, 3), {1: 2})
-        tensor([[0, 1],
-                [3, 4]])
-    """
+    """The start of a tensor on some axes: the same memory where that is without gaps, a copy otherwise."""
     result = tensor
     for axis, size in sizes.items():
         result = result.narrow(axis, 0, size)
@@ -58,10 +52,6 @@ def varied(tensor: Tensor) -> Tensor:
     Floating values are 0.25 to 1.25 times the mean magnitude of those that are given, and 1 where that says nothing.
     They have either sign, unless all that is given is positive: then a logarithm or a root may follow. Booleans are
     mixed. Integers may be indices: of equal ones above 0, every other one becomes smaller by 1; all others stay.
-
-    Example:
-        >>> varied(torch.tensor([3, 3, 3])), varied(torch.tensor([0, 0])), varied(torch.tensor([1, 5]))
-        (tensor([3, 2, 3]), tensor([0, 0]), tensor([1, 5]))
     """
     tensor = tensor.detach()
     generator = torch.Generator().manual_seed(0)
@@ -83,12 +73,7 @@ def varied(tensor: Tensor) -> Tensor:
 
 
 def holds(dtype: torch.dtype, number: Number) -> bool:
-    """Whether a dtype has a number, roundings aside.
-
-    Example:
-        >>> holds(torch.uint8, -1), holds(torch.int32, 0.5), holds(torch.float16, 1e9), holds(torch.float16, -1e999)
-        (False, False, False, True)
-    """
+    """Whether a dtype has a number, roundings aside."""
     if dtype.is_complex or number == 0:
         return True
     if dtype.is_floating_point:

@@ -122,11 +122,7 @@ class Buckets:
 
     @classmethod
     def of(cls, option: Any) -> Buckets:
-        """Buckets from what the option holds: buckets, or a mapping of inputs.
-
-        Raises:
-            ConfigError: Naming the field.
-        """
+        """Buckets from what the option holds: buckets, or a mapping of inputs."""
         return option if type(option) is Buckets else cls(option)
 
     def with_outputs(self, outputs: Mapping[int, Mapping[int, str]]) -> Buckets:
@@ -142,12 +138,7 @@ class Buckets:
         return other
 
     def up(self, symbol: str, size: int) -> int | None:
-        """The smallest bucket that holds a size; ``None`` where none does. An empty axis goes to the smallest.
-
-        Example:
-            >>> Buckets({"x": {0: [2, 8]}}).up("x[0]", 3)
-            8
-        """
+        """The smallest bucket that holds a size; ``None`` where none does. An empty axis goes to the smallest."""
         sizes = self.sizes[symbol]
         place = bisect_left(sizes, size)
         return sizes[place] if place < len(sizes) else None
@@ -178,8 +169,7 @@ class Buckets:
         return found
 
     def _input_axis(self, where: str, usual: str, axis: Any, spec: Any, names: dict[int, str]) -> InputAxis:
-        if type(axis) is not int or not -_MAX_AXES <= axis < _MAX_AXES:
-            raise ConfigError(f"{where}: expected the number of an axis, from the end if it is negative")
+        _check_axis(where, axis)
         if isinstance(spec, Mapping):
             unknown = [key for key in spec if type(key) is not str or key not in ("sizes", "fill", "name")]
             if unknown or "sizes" not in spec:
@@ -224,12 +214,16 @@ class Buckets:
             if not isinstance(axes, Mapping):
                 raise ConfigError(f"{where}={shown(axes)}: expected axes with names, such as {{0: 'x[0]'}}")
             for axis, symbol in axes.items():
-                if type(axis) is not int or not -_MAX_AXES <= axis < _MAX_AXES:
-                    raise ConfigError(f"{where}[{shown(axis)}]: expected the number of an axis")
+                _check_axis(f"{where}[{shown(axis)}]", axis)
                 if type(symbol) is not str or symbol not in self.sizes:
                     raise ConfigError(f"{where}[{axis}]={shown(symbol)}: expected one of {list(self.sizes)}")
             found[place] = dict(axes)
         return found
+
+
+def _check_axis(where: str, axis: object) -> None:
+    if type(axis) is not int or not -_MAX_AXES <= axis < _MAX_AXES:
+        raise ConfigError(f"{where}: expected the number of an axis, from the end if it is negative")
 
 
 def _is_number(fill: object) -> bool:

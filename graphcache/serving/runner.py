@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.buckets.engine_buckets import engine_buckets
+from graphcache.buckets.padder import engine_buckets
 from graphcache.buckets.spec import Buckets
 from graphcache.config import GraphConfig
 from graphcache.errors import ClosedError, ConfigError, InputDtypeError, InputRankError, ProfileRangeError, shown

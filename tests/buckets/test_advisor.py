@@ -6,12 +6,14 @@ from math import prod
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import graphcache
 from graphcache.buckets import advisor
-from graphcache.buckets.advisor import MAX_STEPS, Advice, advise, advise_buckets, best_buckets, padded_shape
+from graphcache.buckets.advisor import MAX_STEPS, Advice, advise, best_buckets, padded_shape
 from graphcache.errors import ConfigError
 
 traces = st.dictionaries(
@@ -215,22 +217,24 @@ def test_odd_numbers_are_named(most: Any) -> None:
 
 class Net(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return x
-
-
-def advised(calls: list[Any], argument: str | int) -> Advice:
-    return advise_buckets(Net(), "Net", calls, argument, None, {0: 9})
+        return x * 1
 
 
 @pytest.mark.parametrize("argument", [0, "x"])
 def test_an_argument_is_found_by_position_and_by_name(argument: str | int) -> None:
-    calls: list[Any] = [({0: (2, 3)}, 1), ({"x": (4, 3), "y": (9,)}, 2), ({}, 5)]
-    assert (advised(calls, argument).calls, advised(calls, argument).option()) == (3, {0: [2, 4]})
-    assert advised(calls, "y").option() == {0: [9]}
+    fast = graphcache.wrap(Net())
+    fast(torch.zeros(2, 3))
     with pytest.raises(ConfigError, match=r"^argument='y': Net was not called with a tensor there"):
-        advised(calls[:1], "y")
+        fast.advise_buckets(argument="y")
+    for _ in range(2):
+        fast(x=torch.zeros(4, 3), y=torch.zeros(9))
+    advice = fast.advise_buckets(most={0: 9}, argument=argument)
+    assert (advice.calls, advice.option()) == (3, {0: [2, 4]})
+    assert fast.advise_buckets(most={0: 9}, argument="y").option() == {0: [9]}
 
 
 def test_of_shapes_of_several_ranks_those_of_most_calls() -> None:
-    calls: list[Any] = [({0: shape}, 1) for shape in [(2, 3), (2,), (3,), (4, 5, 6)]]
-    assert advised(calls, 0).option() == {0: [2, 3]}
+    fast = graphcache.wrap(Net())
+    for shape in [(2, 3), (2,), (3,), (4, 5, 6)]:
+        fast(torch.zeros(shape))
+    assert fast.advise_buckets(most={0: 9}).option() == {0: [2, 3]}

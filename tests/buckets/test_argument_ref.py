@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.buckets.argument_ref import ArgumentRef, find_argument
+from graphcache.buckets.padder import ArgumentRef, find_argument
 from graphcache.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import graphcache
 from graphcache import Buckets, Mask, Reason
 from graphcache.buckets import padder, padding
-from graphcache.buckets.engine_buckets import engine_buckets
+from graphcache.buckets.padder import engine_buckets
 from graphcache.errors import ConfigError, InputCountError, InputDtypeError, ProfileRangeError
 from tests.effort import share
 from tests.engine_modules import MODULES, load, prepare, rows

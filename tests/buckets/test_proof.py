@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,54 +8,51 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
-from graphcache.buckets.dispatcher_host import DispatcherHost
-from graphcache.buckets.host import Host
-from graphcache.buckets.padder import Fit, Padder
-from graphcache.buckets.proof import Proofs
+from graphcache.buckets.bucketed import Bucketed
+from graphcache.buckets.padder import Padder
 from graphcache.buckets.spec import Buckets
 from graphcache.errors import Cause, Reason
-from graphcache.keys.call import KeyedCall
+from graphcache.keys.call import call_of
 from tests.helpers import Fn, dispatcher_of, frozen, same
 
 BUCKETS = Buckets({0: {0: [4, 8]}})
 
 
-KEY = ("key",)
-
-
 class Tried:
-    """The proof of one bucket, for calls with one tensor."""
+    """The proof of buckets, for calls with one tensor."""
 
     def __init__(self, module: nn.Module, buckets: Buckets = BUCKETS, **options: Any) -> None:
         self.fast = graphcache.wrap(module, **options)
-        self.host = DispatcherHost(dispatcher_of(self.fast))
-        self.padder = Padder(buckets, inspect.signature(module.forward))
-        self.proofs = Proofs(self.host, self.padder)
+        self.bucketed = Bucketed(buckets, dispatcher_of(self.fast))
+
+    def bucket(self, x: Tensor) -> Any:
+        """The bucket of a call."""
+        return self.bucketed._plan(call_of((x,), {})).bucket
+
+    def refused(self, x: Tensor) -> bool:
+        """Whether a call is not padded this time, which counts it."""
+        return self.bucketed._is_refused(self.bucket(x))
 
     def __call__(self, x: Tensor) -> tuple[Any, Padder | Cause]:
         """The answer of a call, and what came of trying to pad it."""
-        fit = self.padder.fit((x,), {})
-        assert isinstance(fit, Fit)
-        call = KeyedCall(KEY, [x], (x,), {})
-        effects = self.host.observe(call)
-        return effects.value, self.proofs.prove(call, fit, KEY, effects)
-
-
-def test_a_host_has_what_padding_needs() -> None:
-    host: Host = Tried(Fn(lambda _, x: x)).host
-    assert (host.version, host.generation, host.in_background) == (host.version, 0, False)
+        call = call_of((x,), {})
+        plan = self.bucketed._plan(call)
+        assert plan.bucket is not None
+        answer, effects = self.bucketed._observe(call)
+        return answer, self.bucketed._prove(plan, plan.bucket, call, effects)
 
 
 def test_what_is_found_is_remembered_until_denials_are_forgotten() -> None:
-    tried = Tried(frozen(nn.Linear(2, 5)))
-    answer, found = tried(torch.randn(3, 2))
+    tried, x = Tried(frozen(nn.Linear(2, 5))), torch.randn(3, 2)
+    answer, found = tried(x)
     assert answer.shape == (3, 5)
     assert isinstance(found, Padder)
     assert found.buckets.outputs == {0: {0: "0[0]"}}
-    assert tried.proofs.found(KEY) is found
-    assert (tried.proofs.found(("other",)), tried.proofs.refused(KEY)) == (None, None)
+    assert tried.bucket(x).padder is found
+    assert tried.bucket(x) is tried.bucket(x[:2])
+    assert (tried.bucket(torch.randn(7, 2)).padder, tried.refused(x)) == (None, False)
     tried.fast.clear()
-    assert tried.proofs.found(KEY) is None
+    assert tried.bucket(x).padder is None
 
 
 def test_a_refusal_is_remembered_for_good() -> None:
@@ -65,10 +61,11 @@ def test_a_refusal_is_remembered_for_good() -> None:
     assert same(answer, torch.full((3,), 1 / 3))
     assert isinstance(cause, Cause)
     assert cause.reason is Reason.PADDING
-    assert [tried.proofs.refused(KEY) for _ in range(40)] == [cause] * 40
-    assert tried.proofs.is_refused(KEY)
+    assert all(tried.refused(torch.ones(3)) for _ in range(40))
+    assert tried.bucket(torch.ones(3)).denial.cause is cause
+    assert tried.bucketed.target(call_of((torch.ones(3),), {})) is None
     tried.fast.clear()
-    assert tried.proofs.refused(KEY) is None
+    assert not tried.refused(torch.ones(3))
 
 
 def test_what_changes_itself_runs_once_and_is_tried_again() -> None:
@@ -85,7 +82,7 @@ def test_what_changes_itself_runs_once_and_is_tried_again() -> None:
         assert isinstance(cause, Cause)
         assert cause.reason is Reason.MUTATES
         assert module.count == times, "it ran once"
-        assert [tried.proofs.refused(KEY) is None for _ in range(wait + 1)] == [*[False] * wait, True]
+        assert [tried.refused(x) for _ in range(wait + 1)] == [*[True] * wait, False]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -135,7 +132,7 @@ def test_no_memory_is_no_verdict_on_the_axis(outputs: Any) -> None:
     assert same(answer, torch.full((3,), 2.0))
     assert isinstance(cause, Cause)
     assert cause.reason is Reason.OUT_OF_MEMORY
-    assert [tried.proofs.refused(KEY) is None for _ in range(17)][-1]
+    assert not [tried.refused(torch.ones(3)) for _ in range(17)][-1]
 
 
 def test_what_calls_of_other_sizes_change_is_changed_once() -> None:
@@ -154,7 +151,8 @@ def test_what_the_call_itself_raises_is_raised_and_nothing_remembered() -> None:
     tried = Tried(frozen(nn.Linear(2, 5)))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         tried(torch.ones(3, 7))
-    assert (tried.proofs.found(KEY), tried.proofs.refused(KEY)) == (None, None)
+    bucket = tried.bucket(torch.ones(3, 7))
+    assert (bucket.padder, bucket.denial) == (None, None)
 
 
 def test_modes_are_as_they_were() -> None:
