@@ -163,10 +163,10 @@ class Padder:
         new_args, new_kwargs = list(args), dict(kwargs)
         given = {key: value for key, ref in self._refs.items() if (value := ref.get(args, kwargs)) is not None}
         device = next(iter(given.values())).device
-        for key, mask in self.buckets.masks.items():
-            if key not in given:
+        for name, mask in self.buckets.masks.items():
+            if name not in given:
                 sizes = [fit.real[symbol] for symbol in mask.axes]
-                given[key] = torch.ones(sizes, dtype=mask.dtype, device=device)
+                given[name] = torch.ones(sizes, dtype=mask.dtype, device=device)
         made: dict[Any, Tensor] = {}
         for key, value in given.items():
             shape, fills = self._margins(fit, key, value, margin)
