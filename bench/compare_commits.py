@@ -1,8 +1,8 @@
 """What a hit costs in two checkouts of graphcache, in one run: ``python -m bench.compare_commits --old DIR --new DIR``.
 
 Each measurement is a process of its own, and the two checkouts take turns, so that both see the same machine. In a
-process the answers are checked first. Then a hit and the bare eager call are timed in turn: the CPU time until the call
-has returned, and the time until the device has finished.
+process the answers are checked first. Then a hit, the bare eager call, ``forward_into`` and a launch of a session are
+timed: the CPU time until the call has returned, and the time until the device has finished.
 
 ``--engines`` names a folder made by :mod:`bench.models`; without it only PyTorch modules are measured.
 """
@@ -73,6 +73,7 @@ def measure(name: str, engines: str) -> dict[str, Any]:
     import graphcache
 
     torch.manual_seed(0)
+    truth = None
     if name in MODULES:
         module, inputs = MODULES[name]()
         module = module.eval().cuda()
@@ -84,18 +85,25 @@ def measure(name: str, engines: str) -> dict[str, Any]:
         bundle = load(Path(engines), name)
         eager = graphcache.load(bundle.engine)
         fast = graphcache.wrap(eager)
-        given = tuple(tensor.cuda() for tensor in bundle.cases(8, 1)[0].inputs)
+        case = (bundle.sentences() if bundle.facts["kind"] == "sentences" else bundle.cases(8, 1))[0]
+        given, truth = tuple(tensor.cuda() for tensor in case.inputs), case.answer
     with torch.inference_mode():
         for _ in range(WARM_UP):
             answer = fast(*given)
         wanted = eager(*given)
         torch.testing.assert_close(answer, wanted, rtol=5e-3, atol=5e-3)
+        if truth is not None:
+            torch.testing.assert_close(answer.float().cpu(), truth.float(), rtol=5e-3, atol=5e-3)
         info = fast.cache_info()
         if not info.hits:
             raise SystemExit(f"{name}: no call was a hit: {info}")
         rows = {"hit": _timed(lambda: fast(*given)), "eager": _timed(lambda: eager(*given))}
         out = torch.empty_like(answer)
         rows["forward_into"] = _timed(lambda: fast.forward_into(out, *given))
+        with fast.session(*given) as session:
+            session.run()
+            torch.testing.assert_close(session.outputs, wanted, rtol=5e-3, atol=5e-3)
+            rows["session"] = _timed(session.run)
     return {"name": name, "version": graphcache.__version__, "rows": rows}
 
 
