@@ -35,6 +35,7 @@ _TO_HOST = "a copy to the host, which waits for it"
 _FROM_HOST = "a copy from pageable host memory"
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
 _MOVES = frozenset({"to", "cpu", "cuda"})
+_INDEXING = frozenset({"__getitem__", "__setitem__"})
 _FROM_DATA = frozenset({"tensor", "as_tensor", "asarray"})
 _CONSTRUCTORS = frozenset({*_device_constructors(), torch.from_numpy})
 
@@ -138,6 +139,10 @@ class Functions(TorchFunctionMode):
             return self._muted(func, args, kwargs)
         if is_checked_on_the_host(func, args, kwargs) and placement.on_cpu:
             return self._muted(func, args, kwargs)
+        if first is not None and name in _INDEXING and not placement.is_host(first) and _has_list(args[1]):
+            # PyTorch copies them past the dispatcher.
+            findings.note(Reason.HOST_READ, f"Tensor.{name}", COPY, "indices in a Python list are copied from the host")
+            return self._muted(func, args, kwargs)
         if func in _CONSTRUCTORS or name == "new_tensor":
             return self._construct(func, name, args, kwargs)
         if first is not None and name in _MOVES and placement.on_cpu:
@@ -180,6 +185,11 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self._findings.muted = outer
+
+
+def _has_list(index: Any) -> bool:
+    """Whether a Python list stands among the indices of a tensor."""
+    return any(isinstance(each, list) and each for each in (index if isinstance(index, tuple) else (index,)))
 
 
 def _to_host(placement: Placement, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:

@@ -155,6 +155,9 @@ def test_a_forked_process_is_told_that_cuda_is_gone(load):
         with os.fdopen(read) as pipe:
             said = pipe.read()
         os.waitpid(child, 0)
-        assert said.startswith(("CudaError: ", "RuntimeError: Cannot re-initialize CUDA in forked subprocess")), said
+        # The driver, or PyTorch where it allocates the answer first.
+        assert said.startswith(("CudaError: ", "RuntimeError: Cannot re-init", "AcceleratorError: CUDA error: init")), (
+            said
+        )
         assert "spawn" in said
         assert near(fast(x), mlp8(x))

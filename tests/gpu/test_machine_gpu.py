@@ -452,7 +452,7 @@ def test_two_thousand_steps_over_real_engines(load):
     run_state_machine_as_test(
         Calls,
         settings=settings(
-            max_examples=36,
+            max_examples=40,
             stateful_step_count=100,
             deadline=None,
             derandomize=True,

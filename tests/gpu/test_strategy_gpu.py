@@ -89,10 +89,10 @@ def test_the_largest_parts_around_a_culprit_answer_twelve_shapes(load, name, cap
     fast = graphcache.wrap(model)
     calls = xs()
     with torch.inference_mode():
-        kept = [(fast(x), model(x)) for _ in range(5) for x in calls]
+        kept = [(fast(x), model(x)) for _ in range(ROUNDS) for x in calls]
     assert all(close(got, wanted) for got, wanted in kept)
     info = fast.cache_info()
-    assert sum(info.eager.values()) == 5 * len(SHAPES)
+    assert sum(info.eager.values()) == ROUNDS * len(SHAPES)
     assert set(info.eager) <= reasons, info
     holding = {part for part, each in fast.parts.items() if graphs_of(each).entries}
     assert {"engine", "more.0", "more.1", "head.score"} <= holding
