@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from graphcache.compiled_library import compiler
 from graphcache.config import Modes, modes
-from graphcache.dispatch import worker as background
+from graphcache.dispatch import background
 from graphcache.errors import CompileError
 from graphcache.graphs import native
 from graphcache.graphs.native.build import build
@@ -67,7 +67,7 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # What somebody compiled on this machine is no part of the tests, which compile their own.
     monkeypatch.setenv("GRAPHCACHE_NATIVE", "0")
     # Captures beside the calls follow one another without a rest, where that is not what is tested.
-    monkeypatch.setattr(background, "_LONGEST", 0.0)
+    monkeypatch.setattr(background, "_MAX_REST_SECONDS", 0.0)
     torch.manual_seed(0)
     yield
     left = modes.get()

@@ -15,8 +15,8 @@ from math import prod
 from typing import Any
 
 from graphcache.buckets.padder import find_argument
-from graphcache.dispatch.argument_names import arguments_of
 from graphcache.dispatch.dispatcher import Dispatcher
+from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import ConfigError, shown
 
 Shape = tuple[int, ...]

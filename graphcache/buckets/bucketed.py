@@ -25,11 +25,9 @@ from graphcache.cache.denial import Denial
 from graphcache.capture.effects import Effects
 from graphcache.capture.engine_like import EngineLike
 from graphcache.config import graphs_off
-from graphcache.dispatch.argument_names import arguments_of
-from graphcache.dispatch.call_snapshot import CallSnapshot
-from graphcache.dispatch.capture_queue import PENDING
+from graphcache.dispatch.background import PENDING, CallSnapshot
 from graphcache.dispatch.dispatcher import STALE, Dispatcher
-from graphcache.dispatch.targets import ModuleTarget
+from graphcache.dispatch.targets import ModuleTarget, arguments_of
 from graphcache.errors import Cause, ConfigError, GraphCacheError, InputError, Reason, Refusal, shown
 from graphcache.events import log
 from graphcache.features import NO_ANSWER
@@ -126,7 +124,7 @@ class Bucketed:
         plan = self._plan(call)
         if (cause := plan.cause) is not None:
             plan.cause = None
-            return None, partial(self._dispatcher.eager, cause, call.args, call.kwargs)
+            return None, partial(self._dispatcher.eager, cause, call)
         bucket = plan.bucket
         if bucket is None or self._is_refused(bucket):
             return nothing
@@ -139,7 +137,7 @@ class Bucketed:
         if cause.reason not in _WAITING:
             return nothing
         # What it takes counts in favour of a graph of the bucket.
-        return None, partial(self._dispatcher.not_yet, cause, call._replace(key=bucket.key))
+        return None, partial(self._dispatcher.eager, cause, call._replace(key=bucket.key))
 
     def target(self, call: KeyedCall) -> tuple[Hashable, ...] | None:
         """The key that a call is padded to; ``None`` if it is not padded, or that was refused."""
@@ -241,7 +239,7 @@ class Bucketed:
             if effects.cause is not None:
                 bucket.deny(effects.cause, self._captures.version)
             elif not self._captures.is_current(target.key):
-                self._dispatcher.queue.submit_like(effects, target)
+                self._dispatcher.queue.capture(target, effects, is_made_up=True)
             else:
                 self._prove_later(plan, bucket, call, effects)
         self._dispatcher.tell(effects.cause or PENDING)
@@ -251,10 +249,11 @@ class Bucketed:
         """Answer a call eagerly, and see what it does besides; an engine does nothing."""
         if self._engine is not None:
             with graphs_off():
-                return self._dispatcher.run(*call.args, **call.kwargs), Effects(None)
-        found: list[Effects] = []
-        answer, cause = self._dispatcher.queue.run_observed(call, found.append, lambda cause: None)
-        return answer, found[0] if found else Effects(None, cause)
+                return self._dispatcher.run(call), Effects(None)
+        effects = self._dispatcher.observe(call)
+        # The answer belongs to the caller from now on.
+        answer, effects.value = effects.value, None
+        return answer, effects
 
     # ---- proof
 
@@ -278,7 +277,7 @@ class Bucketed:
                 done()
 
         bucket.is_tried = True
-        cause = self._dispatcher.queue.submit(work, call, dropped=done)
+        cause = self._dispatcher.queue.submit(call, work, done)
         if cause is None:
             done()
         return cause

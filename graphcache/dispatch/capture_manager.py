@@ -1,11 +1,12 @@
-"""Captures of one module: each graph is kept in the cache, or the key is denied."""
+"""What is kept for one wrapped module: its graphs, what is known of its keys, and the captures that make both."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,9 +20,7 @@ from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.recording import Recording, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
-from graphcache.dispatch.argument_names import arguments_of
-from graphcache.dispatch.preparing import Preparation, preparing
-from graphcache.dispatch.targets import EngineGuard, Target
+from graphcache.dispatch.targets import EngineGuard, Target, arguments_of
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
 from graphcache.graphs import driver
@@ -35,14 +34,7 @@ eager execution and other modules."""
 
 
 class CaptureManager:
-    """Captures calls of one module, one at a time, and keeps what came of it.
-
-    Args:
-        target: The module.
-        config: Options.
-        ledger: Hears of captures, evictions and eager calls.
-        gate: Keeps background captures and callers apart.
-    """
+    """Captures calls of one module, one at a time, and keeps what came of it."""
 
     def __init__(self, target: Target, config: GraphConfig, ledger: Ledger, gate: RunGate) -> None:
         self.target = target
@@ -62,7 +54,7 @@ class CaptureManager:
         """Decides what is captured."""
         self.device_budget: DeviceBudget | None = None
         """Of the device of the last capture."""
-        self.on_evict: list[Callable[[], object]] = []
+        self.on_evict: Callable[[], object] = lambda: None
         """Called whenever a graph goes."""
         self.on_cuda = target.is_engine
         """Whether calls concern a CUDA device."""
@@ -77,6 +69,16 @@ class CaptureManager:
         """That of the guard: what was found out of the module under another one may no longer be so."""
         return self.target.guard.version
 
+    @property
+    def hits(self) -> int:
+        """Calls that were answered by a replay."""
+        return self.ledger.retired_hits + sum(entry.hits for entry in list(self.graphs.entries.values()))
+
+    @property
+    def answered(self) -> int:
+        """Calls that were answered, but for those that were captured."""
+        return self.hits + sum(self.ledger.eager.copy().values())
+
     def clear(self, *, wait: bool = True) -> None:
         """Drop every graph, and forget all denials."""
         with self.lock:
@@ -90,20 +92,22 @@ class CaptureManager:
             self.target.recorder.release(wait=wait)
             self.graphs.shared = 0
 
-    def refresh_training(self) -> None:
-        """Forget denials if a training flag was set: what was refused in training may be captured in evaluation."""
-        if self.training_changed():
-            self._training = self.target.training_flags()
-            self.generation += 1
-            self.keys.allow_all()
-
     def notice_device(self, call: KeyedCall) -> None:
         """Note whether calls concern a CUDA device."""
         self.on_cuda = self.on_cuda or self.target.device_of(call.tensors) is not None
 
-    def training_changed(self) -> bool:
-        """Whether a training flag was set since it was looked at, so that denials may be of the past."""
-        return self.target.training_flags() != self._training
+    # ---- denials
+
+    def has_changed(self) -> bool:
+        """Whether the module is known to have changed, so that denials may be of the past."""
+        return self.target.guard.has_changed() or self.target.training_flags() != self._training
+
+    def refresh_training(self) -> None:
+        """Forget denials if a training flag was set: what was refused in training may be captured in evaluation."""
+        if (flags := self.target.training_flags()) != self._training:
+            self._training = flags
+            self.generation += 1
+            self.keys.allow_all()
 
     def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
@@ -123,23 +127,22 @@ class CaptureManager:
             return Cause(Reason.GRAD, detail="a parameter requires gradients")
         return None
 
+    # ---- captures
+
     def is_current(self, key: Hashable) -> bool:
         """Whether there is a graph of a key that was proven under the state of now."""
         entry = self.graphs.entries.get(key)
         return entry is not None and entry.graph.version == self.version
 
+    def running(self) -> AbstractContextManager[object]:
+        """Inside, the module may be run for a caller. An engine may at any time, also beside a background capture."""
+        return nullcontext() if self.target.is_engine else self.gate.shared()
+
     def capture(self, call: KeyedCall) -> tuple[Any, Cause | None]:
         """Answer a call and keep its graph, or deny its key: the answer, and why there is no graph. Under the lock."""
-        with self.ledger.span("capture") as span:
-            answer, cause = self._capture(call)
-            span.done = cause is None
-            return answer, cause
-
-    def _capture(self, call: KeyedCall) -> tuple[Any, Cause | None]:
-        preparation = preparing.get()
         start = time.perf_counter()
         known = self.graphs.entries.get(call.key)
-        with self.room(call) as room:
+        with self.ledger.span("capture") as span, self.room(call) as room:
 
             def begin() -> None:
                 if known is not None:
@@ -147,25 +150,29 @@ class CaptureManager:
                 self.reserve(room, call)
 
             try:
-                with self.gate.shared() if not self.target.is_engine else nullcontext():
+                with self.running():
                     answer, outcome = self.target.recorder.attempt(
                         call, begin=begin, known=None if known is None else known.graph
                     )
             finally:
                 self._drop_broken()
-            if known is not None and outcome is known.graph:
+            if known is None:
+                cause = self.keep(call, outcome, time.perf_counter() - start, room)
+            elif outcome is known.graph:
                 # It was captured before the module changed, and is right all the same: its replay gave this answer too.
                 self.keys.allow(call.key)
                 known.hits += 1
                 known.used = clock()
-                return answer, None
-            if known is not None and call.key in self.graphs.entries:
+                cause = None
+            else:
                 self.graphs.evict(call.key)
-            return answer, self.keep(call, outcome, time.perf_counter() - start, room, preparation)
+                cause = self.keep(call, outcome, time.perf_counter() - start, room)
+            span.done = cause is None
+            return answer, cause
 
     def capture_alone(self, call: KeyedCall) -> Recording | Cause:
         """A graph of a call that shares no outputs with others and is in no cache, or why there is none."""
-        with self.lock, self.gate.shared(), self.ledger.span("capture") as span:
+        with self.lock, self.running(), self.ledger.span("capture") as span:
             _, outcome = self.target.recorder.attempt(call, sharing=Sharing.SCRATCH)
             span.done = isinstance(outcome, Recording)
             return outcome
@@ -184,16 +191,9 @@ class CaptureManager:
         nbytes = self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes
         room.take(nbytes, call.key)
 
-    def keep(
-        self,
-        call: KeyedCall,
-        outcome: Recording | Cause,
-        seconds: float,
-        room: Room,
-        preparation: Preparation | None = None,
-    ) -> Cause | None:
-        """Keep the graph of a call, or deny its key; why there is no graph."""
-        key = call.key
+    def keep(self, call: KeyedCall, outcome: Recording | Cause, seconds: float, room: Room) -> Cause | None:
+        """Keep the graph of a call, or deny its key; why there is no graph. Under the lock."""
+        key, preparation = call.key, preparing.get()
         if isinstance(outcome, Recording):
             try:
                 self.graphs.shared = self.target.recorder.shared_nbytes
@@ -210,20 +210,20 @@ class CaptureManager:
             self.deny(key, outcome)
             return outcome
         self.ledger.captured(Captured(key, seconds, entry.graph.graph.nodes, entry.nbytes))
-        replay = self._replay_seconds(outcome, call)
+        replay = self._replay_seconds(outcome, call) if self.admission.measures_replays else None
         slower = self.admission.captured(key, seconds, replay=replay, preparing=preparation is not None)
         if slower is not None:
             self.graphs.evict(key)
-        if preparation is None:
-            self._notice_churn(call)
-            return None
-        preparation.keep(self.graphs.entries, key)
-        return slower
+        if preparation is not None:
+            preparation.keep(self.graphs.entries, key)
+            return slower
+        if (seen := self._churn.captured(key, self.hits)) is not None:
+            names = arguments_of(self.target.module)
+            log.warning("%s: %s", self.ledger.name, seen.advice(self.graphs, self.config.capture, names))
+        return None
 
-    def _replay_seconds(self, recorded: Recording, call: KeyedCall) -> float | None:
+    def _replay_seconds(self, recorded: Recording, call: KeyedCall) -> float:
         """What a replay takes the host, which is what an eager call is measured by too."""
-        if not self.admission.measures_replays:
-            return None
         given = self.target.graph_inputs(call.tensors)
         taken = []
         for _ in range(_REPLAY_SAMPLES):
@@ -233,8 +233,7 @@ class CaptureManager:
         return min(taken)
 
     def _evicted(self, key: Hashable, entry: Entry[Recording]) -> None:
-        for function in self.on_evict:
-            function()
+        self.on_evict()
         self.admission.evicted(key, entry)
         self.keys.retire(key, entry.hits)
         self.ledger.evicted(Evicted(key, entry.hits))
@@ -246,12 +245,54 @@ class CaptureManager:
             for key in [key for key, entry in self.graphs.entries.items() if id(entry.graph.graph) in broken]:
                 self.graphs.evict(key)
 
-    def _notice_churn(self, call: KeyedCall) -> None:
-        if (seen := self._churn.captured(call.key, self.hits)) is not None:
-            names = arguments_of(self.target.module)
-            log.warning("%s: %s", self.ledger.name, seen.advice(self.graphs, self.config.capture, names))
+
+class Preparation:
+    """The graphs that one preparation makes or finds; inside its ``with`` block nothing evicts them.
+
+    Example:
+        >>> class Graph:
+        ...     nbytes = 8
+        >>> entries = {"8x64": Entry(Graph())}
+        >>> with Preparation() as preparation:
+        ...     preparation.keep(entries, "8x64")
+        ...     entries["8x64"].pinned
+        True
+        >>> entries["8x64"].pinned, len(preparation)
+        (False, 1)
+    """
+
+    def __init__(self, *, pin: bool = False) -> None:
+        self._pin = pin
+        self._kept: dict[Entry[Any], tuple[Mapping[Hashable, Entry[Any]], Hashable, bool]] = {}
 
     @property
-    def hits(self) -> int:
-        """Calls that were answered by a replay."""
-        return self.ledger.retired_hits + sum(entry.hits for entry in list(self.graphs.entries.values()))
+    def nbytes(self) -> int:
+        """Memory that the graphs own, in bytes."""
+        return sum(entry.nbytes for entry in self._there())
+
+    def __len__(self) -> int:
+        return len(self._there())
+
+    def __enter__(self) -> Self:
+        self._token = preparing.set(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        preparing.reset(self._token)
+        for entry, (_, _, before) in self._kept.items():
+            entry.pinned = self._pin or before
+
+    def keep(self, entries: Mapping[Hashable, Entry[Any]], key: Hashable) -> None:
+        """Let nothing evict a graph from now on, if it is there."""
+        entry = entries.get(key)
+        if entry is not None:
+            self._kept.setdefault(entry, (entries, key, entry.pinned))
+            entry.pinned = True
+
+    def _there(self) -> list[Entry[Any]]:
+        # One that was pinned may have been dropped all the same, with all the others.
+        return [entry for entry, (entries, key, _) in self._kept.items() if entries.get(key) is entry]
+
+
+preparing: ContextVar[Preparation | None] = ContextVar("graphcache_preparing", default=None)
+"""What captures of this context belong to; ``None`` while serving."""

@@ -1,18 +1,19 @@
 """The way of a call: hit, miss, eager.
 
-A call of a wrapped module goes through these steps, from top to bottom::
+A call of a wrapped module goes through these functions, from top to bottom::
 
     CachedModule.__call__            native code first, if it has a graph for this layout (fast_path.py)
-      Dispatcher.__call__            describe the arguments: a KeyedCall with its key (keys/)
-        hit: replay                  the key has a graph, nothing forbids it, the guard holds
+      Dispatcher.__call__            describe the arguments: a call with its key (targets.py, keys/)
+        replay                       hit: the key has a graph, nothing forbids it, the guard holds
         miss
+          eager                      graphs are off here, whatever the arguments
           padding                    the call is padded to a bucket, whose graph answers (optional feature)
           answer
-            eager                    graphs are off here, the call needs gradients, or the key was denied
             submodules               the whole is not to be captured: submodules answer with graphs of their own
-            admission                "first": capture; "worthwhile": once it pays; "prepared": not now
-            capture                  CaptureManager: reserve bytes, record, verify, insert; or deny the key
-            background               CaptureQueue: answer eagerly, record on a copy of the call in another thread
+            eager                    the call needs gradients, or its key is denied; another thread captures
+            admit                    "first": capture; "worthwhile": once it pays; "prepared": not now
+            CaptureManager.capture   reserve bytes, record, verify, insert; or deny the key
+            CaptureQueue.capture     in the background: answer eagerly, record a copy of the call in another thread
 
 Who decides what:
 
@@ -37,22 +38,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from graphcache.cache.graph_cache import Entry, clock
+from graphcache.capture.effects import Effects
 from graphcache.capture.recording import Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
-from graphcache.dispatch.capture_manager import CaptureManager
-from graphcache.dispatch.capture_queue import PENDING, CaptureQueue
+from graphcache.dispatch.background import PENDING, CaptureQueue
+from graphcache.dispatch.capture_manager import CaptureManager, preparing
 from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
 from graphcache.dispatch.preconditions import AS_IT_IS, forbidden, on_device, several_devices
-from graphcache.dispatch.preparing import preparing
-from graphcache.dispatch.targets import EngineGuard, SubmoduleGraphs, Target
+from graphcache.dispatch.targets import EngineGuard, ModuleTarget, SubmoduleGraphs, Target
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
@@ -61,10 +62,10 @@ from graphcache.keys.call import KeyedCall
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
 
-Hit = Callable[[Entry[Recording], KeyedCall], Any]
-"""Replays an entry for a call; an answer, or ``STALE``."""
-Otherwise = Callable[[Cause, KeyedCall], Any]
-"""Answers a call without a graph, for a reason."""
+_GRAPHS_OFF = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
+"""The user has turned graphs off, or somebody watches the operations: submodules have no graphs either."""
+_NOT_YET = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED})
+"""The whole may have a graph some day: submodules are left alone until then, and the time of the call counts for it."""
 
 
 class Dispatcher:
@@ -93,7 +94,7 @@ class Dispatcher:
         self.captures = CaptureManager(target, config, ledger, gate)
         self.queue = CaptureQueue(self.captures)
         self.fast_path = FastPath(target, publish)
-        self.captures.on_evict.append(self.fast_path.clear)
+        self.captures.on_evict = self.fast_path.clear
         ledger.observers.on_change.add(self.fast_path)
         self.fast_path.observed(bool(ledger.observers.active))
         self.submodules: SubmoduleGraphs
@@ -116,7 +117,7 @@ class Dispatcher:
         try:
             call = self.target.describe(args, kwargs)
         except Refusal as refusal:
-            return self._undescribed(refusal.cause, args, kwargs)
+            return self._undescribed(refusal.cause, KeyedCall((), (), args, kwargs))
         with self.on_device(call):
             entry = self.entry_of(call)
             answer = STALE if entry is None else self.replay(entry, call)
@@ -151,10 +152,7 @@ class Dispatcher:
     def replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None = None) -> Any:
         """The hit: replay a graph, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive.
 
-        Args:
-            entry: The graph.
-            call: The call.
-            out: The caller's tensors to write into, which fit; fresh ones if ``None``.
+        ``out`` are the caller's tensors to write into, which fit; fresh ones if ``None``.
         """
         if not self.ledger.observers.active:
             return self._replay(entry, call, out)
@@ -184,127 +182,133 @@ class Dispatcher:
         """Answer a call that no graph of its key has answered."""
         self.captures.notice_device(call)
         self.captures.keys.note(call.key, call.args, call.kwargs)
-        if self.padding is not None and not self.closed and self.forbidden() is None:
-            answer = self.padding.answer(call)
-            if answer is not NO_ANSWER:
-                return answer
-        return self.answer(call)
-
-    def answer(self, call: KeyedCall, *, admitted: bool = False, hit: Hit | None = None) -> Any:
-        """Answer a call as it is: from a graph that another thread has captured meanwhile, by a capture, or eagerly.
-
-        Args:
-            call: The call.
-            admitted: Whether it was admitted already.
-            hit: What replays a graph.
-        """
         self.check_open()
         if (reason := self.forbidden()) is not None:
-            return self.eager(Cause(reason), call.args, call.kwargs)
+            return self.eager(Cause(reason), call)
+        if self.padding is not None and (answer := self.padding.answer(call)) is not NO_ANSWER:
+            return answer
+        return self.answer(call)
+
+    def answer(self, call: KeyedCall, *, admitted: bool = False) -> Any:
+        """Answer a call as it is: from a graph that another thread has captured meanwhile, by a capture, or eagerly.
+
+        A call that was ``admitted`` already waits for the capture of another one.
+        """
         if not self.submodules.whole:
             with self.submodules.in_use():
-                return self.run(*call.args, **call.kwargs)
-        changed = self._guard.has_changed() or self.captures.training_changed()
-        if not changed and (cause := self.captures.denial(call)) is not None:
+                return self.run(call)
+        if not self.captures.has_changed() and (cause := self.captures.denial(call)) is not None:
             # Without the lock, which a capture of another call may hold.
-            return self.eager(cause, call.args, call.kwargs)
+            return self.eager(cause, call)
         if not self.captures.lock.acquire(timeout=-1 if admitted else 0):
             # Another thread captures.
-            return self.not_yet(PENDING, call)
+            return self.eager(PENDING, call)
         try:
-            self.refresh()
-            answer, cause, otherwise = self._decide(call, admitted, hit or self.replay)
+            answer, cause = self._decide(call, admitted)
         finally:
             self.captures.lock.release()
-        if otherwise is not None:
-            return otherwise(cause, call)
+        if answer is STALE:
+            return self._run_observed(call) if cause is None else self.eager(cause, call)
         if cause is not None:
-            self._divide(cause, call)
+            self.tell(cause)
+            if preparing.get() is not None:
+                self._divide(cause, call)
         return answer
 
-    def _decide(self, call: KeyedCall, admitted: bool, hit: Hit) -> tuple[Any, Any, Otherwise | None]:
-        """The answer, why the whole has no graph, and what answers the call without the lock. Under the lock."""
-        entry, cause = self.entries.get(call.key), self.captures.denial(call)
-        if cause is not None:
-            return None, cause, lambda cause, call: self.eager(cause, call.args, call.kwargs)
+    def _decide(self, call: KeyedCall, admitted: bool) -> tuple[Any, Cause | None]:
+        """Answer a call from a graph or by a capture, under the lock: the answer, and why there is no graph.
+
+        The answer is ``STALE`` if the call is to run when the lock is released: eagerly if there is a cause, otherwise
+        observed, to be captured in the background.
+        """
+        self.refresh()
+        if (cause := self.captures.denial(call)) is not None:
+            return STALE, cause
+        entry = self.entries.get(call.key)
         if entry is not None and entry.graph.version == self.captures.version:
-            if (answer := hit(entry, call)) is not STALE:
-                return answer, None, None
+            if (answer := self.replay(entry, call)) is not STALE:
+                return answer, None
         elif entry is not None and not self._in_background:
             # It was captured before something changed. Whether it is right still is found out within the call, whatever
             # the policy, as it has been admitted before.
             admitted = True
         if not admitted and preparing.get() is None:
             if (cause := self.admit(call)) is not None:
-                return None, cause, self.not_yet
+                return STALE, cause
             if self._in_background and not self.target.is_engine:
-                return None, PENDING, self._observed
-        answer, cause = self.captures.capture(call)
-        if cause is not None:
-            self.tell(cause)
-        return answer, cause if preparing.get() is not None else None, None
+                return STALE, None
+        return self.captures.capture(call)
 
     def admit(self, call: KeyedCall) -> Cause | None:
         """Why a call runs eagerly although it could be captured; ``None`` if it is to be captured now. Under the lock.
 
         The call of an engine that is to be captured in the background is on its way then.
         """
-        if self.queue.is_pending(call.key):
+        if self._in_background and self.queue.is_pending(call.key):
             return PENDING
         cause = self.captures.admission.ask(call.key)
         if cause is None and self._in_background and self.target.is_engine:
-            return self.queue.submit_engine_call(call)
+            return self.queue.capture(call)
         return cause
 
     # ---- eager calls
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, call: KeyedCall) -> Any:
         """Run the module itself for a caller, while no background capture does."""
-        with nullcontext() if self.target.is_engine else self.gate.shared():
-            return self.target.run(*args, **kwargs)
+        with self.captures.running():
+            return self.target.run(*call.args, **call.kwargs)
 
-    def eager(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call that is not to be captured; submodules of it may be."""
+    def eager(self, cause: Cause, call: KeyedCall) -> Any:
+        """Answer a call without a graph of the whole."""
         self.check_open()
         self.tell(cause)
-        if cause.reason in _ALWAYS_EAGER:
+        if cause.reason in _GRAPHS_OFF:
             with self.ledger.span("eager", traced=False):
-                return self.run(*args, **kwargs)
+                return self.run(call)
+        if cause.reason in _NOT_YET:
+            start = time.perf_counter()
+            with self.ledger.span("eager"), graphs_off():
+                answer = self.run(call)
+            self.captures.admission.ran(call.key, time.perf_counter() - start)
+            return answer
         if not self.target.is_engine:
             self.submodules.divide(cause)
         # In subgraph mode an engine would come back here.
         with self.ledger.span("eager"), graphs_off() if self.target.is_engine else self.submodules.in_use():
-            return self.run(*args, **kwargs)
+            return self.run(call)
 
-    def _observed(self, cause: Cause, call: KeyedCall) -> Any:
-        """Answer a call eagerly, and have it captured in the background if it has no effects."""
-        answer, cause = self.queue.run_and_submit(call)
-        self.tell(cause)
+    def observe(self, call: KeyedCall) -> Effects:
+        """Answer a call of a PyTorch module eagerly, and see what it does."""
+        assert isinstance(self.target, ModuleTarget)
+        with self.ledger.span("eager"), self.captures.running():
+            return self.target.torch_recorder.observe(call)
+
+    def _run_observed(self, call: KeyedCall) -> Any:
+        """Answer a call of a PyTorch module eagerly, and have it captured in the background if it has no effects."""
+        effects = self.observe(call)
+        # The answer belongs to the caller from now on.
+        answer, effects.value = effects.value, None
+        with self.captures.lock:
+            if effects.cause is not None:
+                self.captures.deny(call.key, effects.cause)
+            else:
+                self.queue.capture(call, effects)
+        self.tell(effects.cause or PENDING)
         return answer
 
-    def not_yet(self, cause: Cause, call: KeyedCall) -> Any:
-        """Answer a call whose key may be captured some day; its submodules are left alone until then."""
-        self.check_open()
-        self.tell(cause)
-        start = time.perf_counter()
-        with self.ledger.span("eager"), graphs_off():
-            answer = self.run(*call.args, **call.kwargs)
-        self.captures.admission.ran(call.key, time.perf_counter() - start)
-        return answer
-
-    def _undescribed(self, cause: Cause, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _undescribed(self, cause: Cause, call: KeyedCall) -> Any:
         """Answer a call that no key describes."""
         reason = self.forbidden()
         if reason is None and not self.submodules.whole and not self.closed:
             # The whole was never to be captured, and the submodules may be called with something else.
             with self.submodules.in_use():
-                return self.run(*args, **kwargs)
-        return self.eager(cause if reason is None else Cause(reason), args, kwargs)
+                return self.run(call)
+        return self.eager(cause if reason is None else Cause(reason), call)
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call."""
         self.ledger.ran_eagerly(cause)
-        if self.config.on_failure == "raise" and cause.reason not in _NO_FAILURES:
+        if self.config.on_failure == "raise" and cause.reason not in _GRAPHS_OFF | _NOT_YET:
             raise CaptureError(f"{self.ledger.name}: {cause}")
 
     # ---- beside the calls
@@ -355,7 +359,7 @@ class Dispatcher:
         """Run a call once more for the sake of the submodules that it calls, if there are any."""
         if cause is None or self.submodules.divide(cause):
             with self.submodules.in_use():
-                self.run(*call.args, **call.kwargs)
+                self.run(call)
 
     # ---- state
 
@@ -394,7 +398,3 @@ class Dispatcher:
             self.queue.cancel()
             self.captures.clear(wait=wait)
             self.submodules.look_again()
-
-
-_ALWAYS_EAGER = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
-_NO_FAILURES = _ALWAYS_EAGER | {Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED}

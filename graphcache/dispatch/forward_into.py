@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.capture.recording import Recording
-from graphcache.dispatch.overlap import is_cut_short, overlap, touches
 from graphcache.errors import OutputMismatchError
+from graphcache.graphs.buffers import extent_of, packed
 from graphcache.graphs.operations import storage_of
 
 
@@ -43,7 +44,7 @@ def copy_into(out: Any, answer: Any, name: str) -> None:
         raise OutputMismatchError(f"elements of out share memory, so that it cannot hold what {name} answers")
     with torch.no_grad():
         # What a target is about to overwrite is read first.
-        sources = [(target, leaf.clone() if touches(leaf, targets) else leaf) for target, leaf in pairs.values()]
+        sources = [(target, leaf.clone() if _touches(leaf, targets) else leaf) for target, leaf in pairs.values()]
         for target, leaf in sources:
             with torch.inference_mode(target.is_inference()):
                 target.copy_(leaf)
@@ -67,7 +68,8 @@ def _check(target: Any, leaf: Any, where: str, name: str) -> None:
         raise OutputMismatchError(f"{where} is {target.layout}; {name} answers {leaf.layout}")
     if target.requires_grad:
         raise OutputMismatchError(f"{where} requires gradients, which no answer is written into; give .detach()")
-    if is_cut_short(target):
+    end = target.storage_offset() * target.element_size() + extent_of(target) if _has_address(target) else 0
+    if target.numel() and end > target.untyped_storage().nbytes():
         raise OutputMismatchError(f"{where} has less memory than its shape {list(target.shape)} needs; it was resized")
 
 
@@ -81,3 +83,66 @@ def _flat(out: Any) -> tuple[list[Any], Any]:
 def _shape_of(value: Any) -> str:
     structure = pytree.tree_structure(value)
     return "a tensor" if isinstance(value, Tensor) else f"{structure.num_leaves} values in a {type(value).__name__}"
+
+
+# ---- memory
+
+
+def overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether two elements of dense tensors share memory.
+
+    Example:
+        >>> whole = torch.zeros(4, 4)
+        >>> overlap([whole[:, :2], whole[:, 2:]]), overlap([whole[0], whole]), overlap([torch.zeros(1).expand(4)])
+        (False, True, True)
+    """
+    dense = [(str(each.device), each.data_ptr(), each) for each in tensors if _has_address(each) and each.numel()]
+    groups: list[list[Tensor]] = []
+    end = ("", 0)
+    for device, first, tensor in sorted(dense, key=lambda each: each[:2]):
+        if (device, first) >= end:
+            groups.append([])
+        groups[-1].append(tensor)
+        end = max(end, (device, first + extent_of(tensor)))
+    return any(map(_collide, groups))
+
+
+def _collide(tensors: list[Tensor]) -> bool:
+    """Whether two elements share memory, among tensors whose memory begins within that of the ones before."""
+    if len(tensors) == 1 and packed(tensors[0]) is tensors[0]:
+        return False
+    start = tensors[0].data_ptr()
+    unit = math.gcd(*(value for each in tensors for value in (each.data_ptr() - start, each.element_size())))
+    taken = torch.zeros(max(each.data_ptr() + extent_of(each) - start for each in tensors) // unit, dtype=torch.bool)
+    count = 0
+    for each in tensors:
+        wide = each.element_size() // unit
+        shape, strides = (*each.shape, wide), (*(stride * wide for stride in each.stride()), 1)
+        taken.as_strided(shape, strides, (each.data_ptr() - start) // unit).fill_(True)
+        count += each.numel() * wide
+    return int(taken.sum()) < count
+
+
+def _has_address(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own that strides describe; fake, sparse and wrapped tensors have not."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return False
+    try:
+        tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _touches(leaf: Tensor, targets: Sequence[Tensor]) -> bool:
+    """Whether a tensor lies in memory of the targets."""
+    if not _has_address(leaf):
+        return False
+    first, last = leaf.data_ptr(), leaf.data_ptr() + extent_of(leaf)
+    return any(
+        _has_address(each)
+        and each.device == leaf.device
+        and first < each.data_ptr() + extent_of(each)
+        and each.data_ptr() < last
+        for each in targets
+    )

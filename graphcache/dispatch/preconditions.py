@@ -15,15 +15,12 @@ from graphcache.config import modes
 from graphcache.errors import Reason
 from graphcache.keys.ambient import has_function_modes
 
-is_grad_enabled = torch.is_grad_enabled
-is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 is_compiling = torch.compiler.is_compiling
 is_tracing: Callable[[], bool] = torch._C._is_tracing
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
-is_inference = torch.is_inference_mode_enabled
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
 AS_IT_IS: AbstractContextManager[object] = nullcontext()
 # Torch fills and empties these two dictionaries and never replaces them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -23,9 +24,7 @@ from graphcache.keys.guards import ModuleGuard
 class EngineGuard:
     """The guard of an engine: its epoch, which every change of it raises.
 
-    Args:
-        engine: The engine.
-        user: Whoever holds the graphs; the engine tells it before it does what no graph may survive.
+    The engine clears ``user``, who holds the graphs, before a change that no graph may survive.
     """
 
     def __init__(self, engine: EngineLike, user: object) -> None:
@@ -54,20 +53,12 @@ class EngineGuard:
         return not self.holds()
 
     def requires_grad(self) -> bool:
-        """Engines record no gradients."""
+        """Whether a parameter wants gradients, which engines do not record."""
         return any(each.requires_grad for each in self._engine.parameters())
 
 
 class ModuleTarget:
-    """Any module that is no engine.
-
-    Args:
-        module: The module.
-        run: What a call calls: ``module`` itself or its ``forward``.
-        name: For messages.
-        config: Options of the wrapped module.
-        guard: What graphs of the module depend on.
-    """
+    """Any module that is no engine. ``run`` is what a call calls: the module itself or its ``forward``."""
 
     is_engine = False
 
@@ -104,14 +95,7 @@ class ModuleTarget:
 
 
 class EngineTarget:
-    """A module that runs one engine.
-
-    Args:
-        engine: The module.
-        run: What a call calls.
-        config: Options of the wrapped module.
-        user: Who holds the graphs.
-    """
+    """A module that runs one engine. ``run`` is what a call calls; ``user`` holds the graphs."""
 
     is_engine = True
 
@@ -173,3 +157,14 @@ class SubmoduleGraphs(Protocol):
 
     def look_again(self) -> None:
         """The module has changed."""
+
+
+def arguments_of(module: Any) -> inspect.Signature | Sequence[str]:
+    """What a module's arguments are called, as far as it can be told."""
+    if isinstance(module, EngineLike):
+        return module.input_binding_names
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        # Compiled code, which does not say.
+        return inspect.signature(lambda *args, **kwargs: None)

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from graphcache.dispatch.argument_names import arguments_of
-from graphcache.dispatch.capture_queue import PENDING
+from graphcache.dispatch.background import PENDING
+from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.controls import controls

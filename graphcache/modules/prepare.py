@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphcache.config import graphs_off
-from graphcache.dispatch.preparing import Preparation, prepared_together, preparing
+from graphcache.dispatch.capture_manager import Preparation, preparing
 from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Refusal, is_a, shown
 from graphcache.events import Event, RanEagerly, log
 from graphcache.features import features
@@ -128,7 +128,7 @@ def prepare(
     preparation = Preparation(pin=pin)
     with bar(f"Preparing {name}", 2 * len(jobs), progress) as step:
         warm = work.warm(jobs, step)
-        with prepared_together(preparation):
+        with preparation:
             work.capture(warm, preparation, step)
     seconds, refused, problems = time.monotonic() - start, tuple(work.refused), tuple(work.problems)
     done = Prepared(len(preparation), seconds, preparation.nbytes, refused, work.left_out, problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from graphcache.dispatch.argument_names import arguments_of
+from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
 from graphcache.keys.call_spec import CallSpec

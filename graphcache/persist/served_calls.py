@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graphcache.capture.engine_like import EngineLike
-from graphcache.dispatch.argument_names import arguments_of
+from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import shown
 from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of

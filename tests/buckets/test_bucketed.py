@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
-from graphcache.dispatch import worker as background
+from graphcache.dispatch import background
 from graphcache.errors import CaptureError, ClosedError, ConfigError, ExtraNotFoundError
 from graphcache.features import features
 from graphcache.graphs.verify import largest_gap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 import weakref
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Reason
-from graphcache.dispatch import call_snapshot as later
-from graphcache.dispatch import worker as background
-from graphcache.dispatch.worker import CALLS_BETWEEN, Worker
+from graphcache.dispatch import background
+from graphcache.dispatch.background import CALLS_BETWEEN, Worker
 from graphcache.errors import Cause, ClosedError
 from graphcache.modules.explain import explain
 from tests.engine_modules import MODULES, load, prepare, rows
@@ -54,6 +54,12 @@ class Gate:
 # ---- the worker
 
 
+def submit(worker: Worker, job: Callable[[], object], dropped: Any = None, answered: Any = None) -> bool:
+    """Without ``answered``, enough calls are answered at each look."""
+    many = itertools.count(step=CALLS_BETWEEN)
+    return worker.submit(job, dropped or (lambda: None), answered or (lambda: next(many)))
+
+
 def test_jobs_in_order_and_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     worker, seen, done = Worker("test"), [], threading.Event()
 
@@ -61,7 +67,7 @@ def test_jobs_in_order_and_one_that_fails(caplog: pytest.LogCaptureFixture) -> N
         raise ValueError("mine")
 
     for job in (lambda: seen.append(1), fails, lambda: seen.append(2), done.set):
-        assert worker.submit(job)
+        assert submit(worker, job)
     assert done.wait(60)
     assert seen == [1, 2]
     assert "a job of test failed" in caplog.text
@@ -76,9 +82,9 @@ def test_only_so_many_wait() -> None:
         begun.set()
         assert go.wait(60)
 
-    assert worker.submit(first)
+    assert submit(worker, first)
     assert begun.wait(60)
-    assert [worker.submit(lambda number=number: seen.append(number)) for number in range(4)] == [
+    assert [submit(worker, lambda number=number: seen.append(number)) for number in range(4)] == [
         True,
         True,
         False,
@@ -86,7 +92,7 @@ def test_only_so_many_wait() -> None:
     ]
     go.set()
     done = threading.Event()
-    while not worker.submit(done.set):
+    while not submit(worker, done.set):
         pass
     assert done.wait(60)
     assert seen == [0, 1]
@@ -101,21 +107,21 @@ def test_stopping_drops_what_waits_and_waits_for_what_runs() -> None:
         assert go.wait(60)
         seen.append("first")
 
-    worker.submit(first)
+    submit(worker, first)
     # What runs ends when what waits was dropped, not before.
-    worker.submit(lambda: seen.append("never"), go.set)
+    submit(worker, lambda: seen.append("never"), go.set)
     assert begun.wait(60)
     worker.stop()
     assert seen == ["first"]
     done = threading.Event()
-    worker.submit(done.set)
+    submit(worker, done.set)
     assert done.wait(60), "it starts again"
     worker.stop()
 
 
 def test_the_next_job_waits_for_calls_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_LONGEST", 60.0)
-    monkeypatch.setattr(background, "_TIMES_AS_LONG", 1e9)
+    monkeypatch.setattr(background, "_MAX_REST_SECONDS", 60.0)
+    monkeypatch.setattr(background, "_REST", 1e9)
     worker, calls, looked, seen = Worker("test"), [0], threading.Event(), []
     after: list[int] = []
 
@@ -124,8 +130,8 @@ def test_the_next_job_waits_for_calls_in_between(monkeypatch: pytest.MonkeyPatch
         return calls[0]
 
     first, second = threading.Event(), threading.Event()
-    worker.submit(lambda: (seen.append("first"), first.set()), answered=answered)
-    worker.submit(lambda: (seen.append("second"), after.append(calls[0]), second.set()))
+    submit(worker, lambda: (seen.append("first"), first.set()), answered=answered)
+    submit(worker, lambda: (seen.append("second"), after.append(calls[0]), second.set()))
     assert first.wait(60)
     assert looked.wait(60)
     calls[0] = CALLS_BETWEEN - 1
@@ -139,23 +145,23 @@ def test_the_next_job_waits_for_calls_in_between(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_rest_ends_where_calls_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_LONGEST", 0.01)
+    monkeypatch.setattr(background, "_MAX_REST_SECONDS", 0.01)
     worker, done = Worker("test"), threading.Event()
-    worker.submit(lambda: None, answered=lambda: 0)
-    worker.submit(done.set)
+    submit(worker, lambda: None, answered=lambda: 0)
+    submit(worker, done.set)
     assert done.wait(60)
     worker.stop()
 
 
 def test_stopping_waits_for_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_LONGEST", 600.0)
-    monkeypatch.setattr(background, "_TIMES_AS_LONG", 1e9)
+    monkeypatch.setattr(background, "_MAX_REST_SECONDS", 600.0)
+    monkeypatch.setattr(background, "_REST", 1e9)
     worker, resting = Worker("test"), threading.Event()
-    worker.submit(lambda: None, answered=lambda: resting.set() or 0)
+    submit(worker, lambda: None, answered=lambda: resting.set() or 0)
     assert resting.wait(60)
     worker.stop()
     done = threading.Event()
-    worker.submit(done.set)
+    submit(worker, done.set)
     assert done.wait(60), "it starts again"
     worker.stop()
 
@@ -164,7 +170,7 @@ def test_a_job_keeps_nothing_alive_when_it_is_done() -> None:
     worker, done = Worker("test"), threading.Event()
     tensor = torch.ones(3)
     seen = weakref.ref(tensor)
-    worker.submit(lambda tensor=tensor: done.set())
+    submit(worker, lambda tensor=tensor: done.set())
     assert done.wait(60)
     del tensor
     worker.stop()
@@ -369,7 +375,7 @@ def test_only_what_is_worth_it_is_captured_beside() -> None:
 @given(steps=st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["call", "call", "settle", "epoch", "clear"]))))
 def test_engines(steps: list[tuple[int, str]]) -> None:
     """Whatever happens between a call and its capture; the stand-ins see every race and everything freed early."""
-    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, later, patch=patch) as fake, torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, installed(*MODULES, background, patch=patch) as fake, torch.no_grad():
         prepare(fake, patch)
         module = load("affine")
         fast = beside(module, max_graphs=2)
@@ -394,7 +400,7 @@ def test_engines(steps: list[tuple[int, str]]) -> None:
 
 def test_graphs_have_scratch_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays of two of them need not wait for each other, nor for eager calls."""
-    with installed(*MODULES, later, patch=monkeypatch) as fake, torch.no_grad():
+    with installed(*MODULES, background, patch=monkeypatch) as fake, torch.no_grad():
         prepare(fake, monkeypatch)
         module = load("affine")
         fast = beside(module)

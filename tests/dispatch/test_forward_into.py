@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphcache
-from graphcache.dispatch.forward_into import copy_into
-from graphcache.dispatch.overlap import overlap
+from graphcache.dispatch.forward_into import copy_into, overlap
 from graphcache.errors import ClosedError, OutputMismatchError
 from tests.helpers import Fn, mlp, outcomes
 

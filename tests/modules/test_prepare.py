@@ -19,7 +19,7 @@ from graphcache import Call, Manifest, Reason
 from graphcache.cache.device_budget import set_process_budget
 from graphcache.dispatch import capture_manager
 from graphcache.dispatch import dispatcher as misses
-from graphcache.dispatch.preparing import preparing
+from graphcache.dispatch.capture_manager import preparing
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
 from graphcache.keys import key_contents
 from graphcache.keys.call_spec import CallSpec
