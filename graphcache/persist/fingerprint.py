@@ -25,11 +25,6 @@ def environment(module: nn.Module) -> dict[str, str]:
 
     An engine is known by the bytes of its file, any other module by its classes and the names, shapes and dtypes of its
     parameters and buffers: retrained weights are the same module.
-
-    Example:
-        >>> one, other = (environment(nn.Linear(2, width)) for width in (3, 4))
-        >>> [name for name in one if one[name] != other[name]]
-        ['module']
     """
     device = device_of(module)
     found = {"module": _digest(module), "graphcache": __version__, "torch": str(torch.__version__)}

@@ -22,11 +22,9 @@ from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_source import BUILD_OPTIONS, Source
 from graphcache.modules.engine_state import EngineState, tensor_of
 from graphcache.modules.wrapped import state_of
-from graphcache.persist.container import Container
 from graphcache.persist.fingerprint import environment
-from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader, damaged
 from graphcache.persist.manifest import MOST_BYTES, Manifest, differences
-from graphcache.persist.options import config_of
+from graphcache.persist.package_file import HEADER, Container, PackagedEngine, PackageHeader, config_of, damaged
 
 Rebuild = Literal["never", "if_needed"]
 _ZIP = b"PK\x03\x04"

@@ -264,12 +264,7 @@ class Manifest:
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Name by name, in what two environments differ, and what each of them has.
-
-    Example:
-        >>> list(differences({"torch": "2.6"}, {"torch": "2.7"}))
-        [('torch', "'2.6'", "'2.7'")]
-    """
+    """Name by name, in what two environments differ, and what each of them has."""
     for name in sorted({*one, *other}):
         if one.get(name) != other.get(name):
             left, right = (shown(each[name]) if name in each else "not given" for each in (one, other))

@@ -14,10 +14,8 @@ from graphcache.errors import ConfigError, shown
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.engine_source import Source
 from graphcache.modules.engine_state import bytes_of
-from graphcache.persist.container import part_of, write_parts
-from graphcache.persist.header import HEADER, PackagedEngine, PackageHeader
 from graphcache.persist.manifest import Manifest
-from graphcache.persist.options import options_of
+from graphcache.persist.package_file import HEADER, PackagedEngine, PackageHeader, options_of, part_of, write_parts
 from graphcache.version import __version__
 
 MANIFEST = "manifest.json"
@@ -36,18 +34,7 @@ def save(
 ) -> None:
     """Write a module as a package, as :meth:`EngineModule.save` and :meth:`CachedModule.save` describe it.
 
-    Args:
-        module: The module, not wrapped.
-        path: The file.
-        onnx: The ONNX model of an engine, as a path or as bytes; ``None`` keeps the one that it has.
-        build: Keyword arguments of ``graphcache.build`` for that model.
-        config: The options of its wrapper, if it is wrapped.
-        name: The name of its wrapper.
-        manifest: The calls that its wrapper has served.
-
-    Raises:
-        ConfigError: If the file cannot be written, the state holds more than tensors, or for a bad option.
-        EngineError: If an engine was refitted, and TensorRT cannot serialise it again.
+    ``config``, ``name`` and ``manifest`` are those of its wrapper, if it is wrapped.
     """
     parts: dict[str, bytes] = {}
     engines = {place: each for place, each in module.named_modules() if isinstance(each, EngineModule)}

@@ -57,12 +57,6 @@ def plan(
 
     An entry's bytes are those its graph owned, or those of its inputs if they are more. An entry whose capture was
     never measured counts no seconds: whoever captures has to watch the clock.
-
-    Example:
-        >>> from graphcache.keys.call_spec import CallSpec
-        >>> seen = [ManifestEntry(CallSpec.of((torch.zeros(n),), {}), hits=n, nbytes=100 * n) for n in (1, 2, 3)]
-        >>> [entry.hits for entry in plan(seen, 2, max_bytes=450)]
-        [3, 1]
     """
     chosen: list[ManifestEntry] = []
     for entry in sorted(entries, key=lambda entry: entry.heat):

@@ -12,8 +12,8 @@ from typing import Any
 
 from graphcache.errors import ServingError, shown
 from graphcache.modules.cached_module import CachedModule
-from graphcache.persist.container import Container
 from graphcache.persist.loading import load
+from graphcache.persist.package_file import Container
 from graphcache.serving.backend import ModelSpec, TensorMetadata
 from graphcache.serving.local import spec_of
 from graphcache.serving.protocol.dtypes import datatype_of

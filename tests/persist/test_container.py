@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import PackageError
-from graphcache.persist.container import MOST_HEADER_BYTES, Container, part_of, write_parts
-from graphcache.persist.header import HEADER, Part
+from graphcache.persist.package_file import HEADER, MOST_HEADER_BYTES, Container, Part, part_of, write_parts
 
 PARTS = {HEADER: b'{"a": 1}', "engines/0.engine": bytes(range(256)) * 8, "manifest.json": b"{}"}
 

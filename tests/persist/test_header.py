@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import PackageError
-from graphcache.persist.header import PackagedEngine, PackageHeader, Part, read_header
+from graphcache.persist.package_file import PackagedEngine, PackageHeader, Part, read_header
 
 ENGINE = PackagedEngine(
     module="",

@@ -31,8 +31,7 @@ from graphcache.errors import (
 )
 from graphcache.modules.engine_source import Source
 from graphcache.persist import loading, saving
-from graphcache.persist.container import part_of, write_parts
-from graphcache.persist.options import config_of, options_of
+from graphcache.persist.package_file import config_of, options_of, part_of, write_parts
 from tests.engine_modules import rows
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import serialize
