@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from inspect import Signature
 
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import ConfigError, shown
@@ -35,7 +37,6 @@ class Counters:
 
     def __init__(self, module: CachedModule) -> None:
         self._controls = controls(module)
-        self._module = module
 
     def read(self) -> dict[str, int]:
         """``hits``, ``captures``, ``evictions``, ``eager`` and ``padded`` so far."""
@@ -61,18 +62,38 @@ class Counters:
             _check_count(name, count)
         if not counts:
             raise ConfigError("nothing is expected; name a counter, such as expect(captures=2)")
-        before = self.read()
-        with _captures(self._module) as captured:
+        with self._counted() as (seen, captured):
             yield
-        after = self.read()
-        seen = {name: after[name] - before[name] for name in counts}
+        seen = {name: seen[name] for name in counts}
         if seen != counts:
             wanted, got = (", ".join(f"{name}={count}" for name, count in each.items()) for each in (counts, seen))
             raise AssertionError(f"{self._controls.ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
 
+    @contextmanager
+    def _expect_at_most(self, captures: int) -> Iterator[None]:
+        """What :func:`assert_max_captures` does."""
+        _check_count("most", captures)
+        with self._counted() as (seen, captured):
+            yield
+        if seen["captures"] > captures:
+            raise AssertionError(
+                f"{self._controls.ledger.name}: expected at most {captures} captures; saw {seen['captures']}"
+                f"{_told(captured)}"
+            )
 
-@contextmanager
-def assert_max_captures(module: CachedModule, most: int) -> Iterator[None]:
+    @contextmanager
+    def _counted(self) -> Iterator[tuple[dict[str, int], list[str]]]:
+        """What is counted in the block, filled in at its end, and the captured calls in words."""
+        before, seen, captured = self.read(), dict[str, int](), list[str]()
+        with ExitStack() as listening:
+            for each in (self._controls, *map(controls, self._controls.parts.values())):
+                hear = partial(_note_capture, captured, arguments_of(each.module))
+                listening.callback(each.subscribe(hear))
+            yield seen, captured
+        seen.update({name: count - before[name] for name, count in self.read().items()})
+
+
+def assert_max_captures(module: CachedModule, most: int) -> AbstractContextManager[None]:
     """Raise at the end of the block if more graphs were captured in it, those of parts included.
 
     Args:
@@ -89,15 +110,7 @@ def assert_max_captures(module: CachedModule, most: int) -> Iterator[None]:
         >>> with assert_max_captures(fast, 1):
         ...     _ = fast(torch.zeros(3)), fast(torch.ones(3))
     """
-    counters = Counters(module)
-    _check_count("most", most)
-    before = counters.read()["captures"]
-    with _captures(module) as captured:
-        yield
-    seen = counters.read()["captures"] - before
-    if seen > most:
-        name = controls(module).ledger.name
-        raise AssertionError(f"{name}: expected at most {most} captures; saw {seen}{_told(captured)}")
+    return Counters(module)._expect_at_most(most)
 
 
 def _check_count(name: str, count: object) -> None:
@@ -106,24 +119,9 @@ def _check_count(name: str, count: object) -> None:
         raise ConfigError(f"{name}={shown(count)}: expected a whole number, 0 or more")
 
 
-@contextmanager
-def _captures(module: CachedModule) -> Iterator[list[str]]:
-    """A list to which every captured call of a module and of its parts is added, in words."""
-    captured: list[str] = []
-
-    def listen_to(each: CachedModule) -> None:
-        names = arguments_of(controls(each).module)
-
-        def hear(event: Event) -> None:
-            if isinstance(event, Captured) and isinstance(event.key, tuple):
-                captured.append(str(CallSpec(event.key, names)))
-
-        listening.callback(controls(each).subscribe(hear))
-
-    with ExitStack() as listening:
-        for each in (module, *controls(module).parts.values()):
-            listen_to(each)
-        yield captured
+def _note_capture(captured: list[str], names: Signature | Sequence[str], event: Event) -> None:
+    if isinstance(event, Captured) and isinstance(event.key, tuple):
+        captured.append(str(CallSpec(event.key, names)))
 
 
 def _told(captured: list[str]) -> str:

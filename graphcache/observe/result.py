@@ -20,9 +20,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from graphcache.errors import Reason, ResultError, shown
+from graphcache.fields import FieldError, read_fields
 from graphcache.files import open_regular, replacing
 
 FORMAT = "graphcache result"
@@ -34,14 +35,7 @@ _LONGEST = 1e12
 
 
 class Measured(NamedTuple):
-    """One call.
-
-    Args:
-        inputs: Which of the result's inputs it had.
-        outcome: ``"hit"``, ``"capture"``, or the reason why it ran eagerly.
-        us: What it took, in microseconds.
-        eager_us: What the same call took without graphs.
-    """
+    """One call: the number of its inputs, what became of it, and what it took with graphs and eagerly."""
 
     inputs: int
     outcome: str
@@ -51,12 +45,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of inputs.
-
-    Args:
-        label: Its shapes, such as ``"x:8x64"``.
-        nbytes: Bytes that its graph owned at the end; 0 if it had none.
-    """
+    """One set of inputs: its shapes, and the bytes that its graph owned at the end; 0 if it had none."""
 
     label: str
     nbytes: int = 0
@@ -64,15 +53,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run measured.
-
-    Args:
-        target: What ran, as it was typed.
-        environment: Device and versions.
-        inputs: The sets of inputs.
-        calls: In their order.
-        reasons: Why calls ran eagerly, in words.
-    """
+    """What a run measured. ``reasons`` has in words why calls ran eagerly."""
 
     target: str
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -88,13 +69,7 @@ class Result:
         return found
 
     def break_even(self) -> int | None:
-        """After how many calls all of them together took no longer than eagerly, for good; ``None`` if never.
-
-        Example:
-            >>> calls = (Measured(0, "capture", 90.0, 30.0), *[Measured(0, "hit", 10.0, 30.0)] * 4)
-            >>> Result("x", inputs=(Inputs("x:1"),), calls=calls).break_even()
-            4
-        """
+        """After how many calls all of them together took no longer than eagerly, for good; ``None`` if never."""
         ahead, found = 0.0, None
         for index, call in enumerate(self.calls, 1):
             ahead += call.eager_us - call.us
@@ -105,12 +80,7 @@ class Result:
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON; a reader sees the old file or the new one.
-
-        Raises:
-            OSError: If the file cannot be written; what was there stays.
-            ResultError: If it would be larger than what is read: 64 MiB, some 1.5 million calls.
-        """
+        """Write it as JSON; a reader sees the old file or the new one. A larger one than is read is refused."""
         data = json.dumps(self.tree()).encode()
         if len(data) > _MOST_BYTES:
             raise ResultError(f"{len(data)} bytes; expected at most {_MOST_BYTES}, which is what is read")
@@ -131,11 +101,7 @@ class Result:
 
 
 def read_result(path: str | os.PathLike[str]) -> Result:
-    """Read what :meth:`Result.save` wrote.
-
-    Raises:
-        ResultError: If the file cannot be read, or is no result; the message names the field.
-    """
+    """Read what :meth:`Result.save` wrote; a ``ResultError`` names the field of what is no result."""
     label = shown(os.fspath(path)) if isinstance(path, os.PathLike) else shown(path)
     try:
         with open_regular(path) as file:
@@ -154,41 +120,41 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     return _result(tree, label)
 
 
+@dataclass(frozen=True)
+class _File:
+    """The fields of the JSON."""
+
+    format: Literal["graphcache result"]
+    version: Literal[1]
+    target: str
+    environment: dict[str, str]
+    inputs: list[Inputs]
+    reasons: dict[str, str]
+    calls: list[Any]
+
+
 def _result(tree: Any, label: str) -> Result:
-    def expect(fine: bool, name: str, value: Any, expected: str) -> None:
-        if not fine:
-            raise ResultError(f"{label}: {name} is {shown(value)}; expected {expected}")
-
-    expect(type(tree) is dict, "the whole", tree, "an object")
-    expect(tree.get("format") == FORMAT, "format", tree.get("format"), f"{FORMAT!r}, as graphcache bench -o writes it")
-    expect(tree.get("version") == VERSION, "version", tree.get("version"), f"{VERSION}, which this version reads")
-    expect(type(tree.get("target")) is str, "target", tree.get("target"), "text")
-    for name in ("environment", "reasons"):
-        value = tree.get(name)
-        fine = type(value) is dict and all(type(each) is str for each in value.values())
-        expect(fine, name, value, "an object of texts")
-    for name in ("inputs", "calls"):
-        expect(type(tree.get(name)) is list, name, tree.get(name), "a list")
-    inputs = []
-    for index, each in enumerate(tree["inputs"]):
-        fine = type(each) is dict and type(each.get("label")) is str and _is_count(each.get("nbytes"))
-        expect(fine, f"inputs[{index}]", each, "an object with label (text) and nbytes (a whole number)")
-        inputs.append(Inputs(each["label"], each["nbytes"]))
+    try:
+        file = read_fields(_File, tree)
+    except FieldError as error:
+        raise ResultError(f"{label}: {error}; expected what graphcache bench -o wrote") from error
     calls = []
-    for index, each in enumerate(tree["calls"]):
-        name = f"calls[{index}]"
-        expect(type(each) is list and len(each) == 4, name, each, "a list of four")
+    for index, each in enumerate(file.calls):
+        if type(each) is not list or len(each) != 4:
+            raise ResultError(f"{label}: calls[{index}] is {shown(each)}; expected a list of four")
         number, outcome, *times = each
-        expect(_is_count(number) and number < len(inputs), f"{name}[0]", number, f"one of {len(inputs)} inputs")
-        expect(type(outcome) is str and outcome in OUTCOMES, f"{name}[1]", outcome, "hit, capture or a reason")
-        for place, value in enumerate(times, 2):
-            expect(_is_time(value), f"{name}[{place}]", value, "microseconds")
+        for place, (fine, expected) in enumerate(
+            (
+                (type(number) is int and 0 <= number < len(file.inputs), f"one of {len(file.inputs)} inputs"),
+                (type(outcome) is str and outcome in OUTCOMES, "hit, capture or a reason"),
+                *((_is_time(time), "microseconds") for time in times),
+            )
+        ):
+            if not fine:
+                text = f"calls[{index}][{place}] is {shown(each[place])}; expected {expected}"
+                raise ResultError(f"{label}: {text}")
         calls.append(Measured(number, outcome, float(times[0]), float(times[1])))
-    return Result(tree["target"], tree["environment"], tuple(inputs), tuple(calls), tree["reasons"])
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+    return Result(file.target, file.environment, tuple(file.inputs), tuple(calls), file.reasons)
 
 
 def _is_time(value: Any) -> bool:

@@ -109,8 +109,8 @@ def test_a_report_as_a_page(cli, result, folder):
     [
         (None, "missing.json' cannot be read (No such file or directory); expected a result"),
         ("", "is no JSON"),
-        ("[]", "the whole is []; expected an object"),
-        ("{}", "format is None; expected 'graphcache result', as graphcache bench -o writes it"),
+        ("[]", "it is []; expected an object"),
+        ("{}", "format is missing; expected what graphcache bench -o wrote"),
     ],
 )
 def test_what_is_no_result(cli, folder, content, message):

@@ -9,7 +9,7 @@ import graphcache
 from graphcache import debug
 from graphcache.errors import ClosedError, CudaError
 from graphcache.graphs import driver
-from graphcache.observe.dot import dot_of
+from graphcache.observe.drawing import dot_of
 from tests.engine_modules import fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.helpers import graphs_of
 

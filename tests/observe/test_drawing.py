@@ -11,7 +11,7 @@ from torch import nn
 import graphcache
 from graphcache import debug
 from graphcache.errors import ClosedError, ConfigError, CudaError
-from graphcache.observe.dot import dot_of
+from graphcache.observe.drawing import dot_of
 from tests.helpers import Fn, mlp
 
 
