@@ -20,7 +20,7 @@ from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.recording import Recording, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
-from graphcache.dispatch.targets import EngineGuard, Target, arguments_of
+from graphcache.dispatch.targets import Target, arguments_of
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
 from graphcache.graphs import driver
@@ -86,9 +86,8 @@ class CaptureManager:
             self.graphs.clear(wait=wait)
             self._churn.forget()
             self.keys.allow_all()
-            if not isinstance(self.target.guard, EngineGuard):
-                # It keeps what the module held when it was looked at, such as weights that were replaced since.
-                self.target.guard.forget()
+            # It keeps what the module held when it was looked at, such as weights that were replaced since.
+            self.target.guard.forget()
             self.target.recorder.release(wait=wait)
             self.graphs.shared = 0
 

@@ -69,23 +69,10 @@ _NOT_YET = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.N
 
 
 class Dispatcher:
-    """Answers the calls of one wrapped module.
-
-    Args:
-        target: The module.
-        config: Options.
-        ledger: Hears of captures, evictions and eager calls.
-        gate: Keeps background captures and callers apart.
-        publish: As :class:`~graphcache.dispatch.fast_path.FastPath` takes it.
-    """
+    """Answers the calls of one wrapped module. ``publish`` is as :class:`FastPath` takes it."""
 
     def __init__(
-        self,
-        target: Target,
-        config: GraphConfig,
-        ledger: Ledger,
-        gate: RunGate,
-        publish: Callable[[Any], object],
+        self, target: Target, config: GraphConfig, ledger: Ledger, gate: RunGate, publish: Callable[[Any], object]
     ) -> None:
         self.target = target
         self.config = config
@@ -343,17 +330,17 @@ class Dispatcher:
 
     def capture_alone(self, call: KeyedCall) -> Recording:
         """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
+        outcome: Recording | Cause | str
         if (reason := self.forbidden()) is not None:
-            cause: Recording | Cause = Cause(reason)
+            outcome = Cause(reason)
         elif self.submodules.excluded:
-            text = ", ".join(self.submodules.excluded)
-            raise CaptureError(f"{self.ledger.name}: {text} is excluded, so that there is no graph of the whole")
+            outcome = f"{', '.join(self.submodules.excluded)} is excluded, so that there is no graph of the whole"
         else:
             with self.on_device(call):
-                cause = self.captures.needs_grad(call.tensors) or self.captures.capture_alone(call)
-        if isinstance(cause, Recording):
-            return cause
-        raise CaptureError(f"{self.ledger.name}: {cause}")
+                outcome = self.captures.needs_grad(call.tensors) or self.captures.capture_alone(call)
+        if isinstance(outcome, Recording):
+            return outcome
+        raise CaptureError(f"{self.ledger.name}: {outcome}")
 
     def _divide(self, cause: Cause | None, call: KeyedCall) -> None:
         """Run a call once more for the sake of the submodules that it calls, if there are any."""

@@ -40,6 +40,9 @@ class EngineGuard:
         self.epoch = self._engine.epoch
         """That of the engine when the graphs that are kept now were captured."""
 
+    def forget(self) -> None:
+        """Nothing is kept of an engine but its epoch."""
+
     def holds(self) -> bool:
         """Whether the engine is still the same."""
         return bool(self._engine.epoch == self.epoch)
