@@ -23,7 +23,6 @@ from graphcache.export.op_schema import describe_engine as _describe_engine
 from graphcache.features import features as _features
 from graphcache.integrations.torch_tensorrt.adoption import Adoption as _Adoption
 from graphcache.modules.cached_module import CachedModule as CachedModule
-from graphcache.modules.controls import controls as controls
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.examples import Call as Call
 from graphcache.modules.explain import Explanation as Explanation
@@ -31,6 +30,7 @@ from graphcache.modules.explain import explain as explain
 from graphcache.modules.info import CacheInfo as CacheInfo
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
+from graphcache.modules.transparent import controls as controls
 from graphcache.modules.wrapping import wrap as wrap
 from graphcache.persist.loading import load as load
 from graphcache.persist.manifest import Manifest as Manifest

@@ -37,8 +37,8 @@ class Features:
     """Writes a module as a package file: :func:`graphcache.persist.saving.save`."""
     adopt: Callable[..., Any]
     """Puts engines of graphcache in the place of modules of Torch-TensorRT, until its ``end()``."""
-    graph_backend: Callable[[Any], Any]
-    """Puts a bare engine behind a cache of graphs, for ``set_cudagraphs_mode(True)``."""
+    graph_backend: Callable[..., Any]
+    """Puts a module behind a cache of graphs: :class:`graphcache.CachedModule`."""
     describe_engine: Callable[[Any], str]
     """What a traced program says of an engine, for ``torch.ops.graphcache.execute_engine``."""
     padding: Callable[..., Padding]

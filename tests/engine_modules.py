@@ -16,13 +16,13 @@ from graphcache.dispatch import fast_path, preconditions
 from graphcache.engines import allocator, context, engine, library
 from graphcache.graphs import buffers, verify
 from graphcache.modules import engine as room
-from graphcache.modules import engine_runner
+from graphcache.modules import engine_base, engine_runner
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
 
-MODULES = (allocator, context, engine, library, verify, room, engine_runner, record_engine)
+MODULES = (allocator, context, engine, library, verify, room, engine_base, engine_runner, record_engine)
 
 
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:

@@ -21,7 +21,7 @@ from graphcache.engines import allocator, context, engine, library, output_shape
 from graphcache.graphs import verify
 from graphcache.keys import key_contents
 from graphcache.modules import engine as room
-from graphcache.modules import engine_runner, engine_state, examples, prepare
+from graphcache.modules import engine_base, engine_runner, examples, portable, prepare
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
@@ -33,7 +33,8 @@ MODULES = (
     output_shapes,
     verify,
     room,
-    engine_state,
+    engine_base,
+    portable,
     engine_runner,
     record_engine,
     examples,

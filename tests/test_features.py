@@ -6,7 +6,7 @@ import graphcache
 from graphcache.errors import ExtraNotFoundError, GraphCacheError
 from graphcache.features import Features
 from graphcache.features import features as here
-from graphcache.modules import engine_state
+from graphcache.modules import portable
 from tests.helpers import mlp
 
 
@@ -24,4 +24,4 @@ def test_what_is_absent_says_so(monkeypatch, tmp_path):
     with pytest.raises(ExtraNotFoundError, match="the feature manifest_of is not there; expected that"):
         fast.save_manifest(tmp_path / "m.json")
     assert issubclass(ExtraNotFoundError, GraphCacheError)
-    assert engine_state.features is here
+    assert portable.features is here

@@ -39,7 +39,7 @@ from graphcache.cli.summary import summary_of, tabulated
 from graphcache.cli.targets import Target, resolve
 from graphcache.cli.timing import spread
 from graphcache.cli.verdict import Verdict, verdict
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 from graphcache.observe.result import Inputs, Result
 
 

@@ -31,7 +31,7 @@ from graphcache.cli.output import (
 )
 from graphcache.cli.timing import Latency, difference, timed
 from graphcache.errors import EngineError, TensorRTNotFoundError
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 
 _EVERY = 10
 """One call in so many is of the kind that no graph can answer."""

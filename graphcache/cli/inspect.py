@@ -28,7 +28,7 @@ from graphcache.engines.header import read_header
 from graphcache.errors import NoGpuError
 from graphcache.factories import is_factory
 from graphcache.graphs.buffers import nbytes_of
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 from graphcache.observe.breaks import find_capture_breaks
 
 

@@ -16,7 +16,7 @@ from graphcache.cli.targets import Target, TargetCall
 from graphcache.cli.timing import difference, timed, timed_apart
 from graphcache.errors import GraphCacheError
 from graphcache.factories import raised
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 from graphcache.observe.result import Measured
 
 

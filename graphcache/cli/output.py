@@ -24,7 +24,7 @@ from graphcache.engines.library import library
 from graphcache.errors import GraphCacheError
 from graphcache.events import Event, RanEagerly
 from graphcache.files import replacing
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 
 _PLAIN_WIDTH = 120
 

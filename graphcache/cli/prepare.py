@@ -27,7 +27,7 @@ from graphcache.cli.output import described, environment, one_line, print_json, 
 from graphcache.cli.targets import Target, resolve
 from graphcache.errors import GraphCacheError
 from graphcache.factories import raised
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 
 
 @click.command(cls=ShapesCommand, short_help="Capture calls as a server would, and keep a manifest.")

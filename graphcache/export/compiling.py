@@ -15,7 +15,7 @@ from graphcache.errors import ConfigError, EngineBuildError, is_a, shown
 from graphcache.export.onnx_export import export, open_sizes, resized
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.engine_source import Source
+from graphcache.modules.packaging import Source
 from graphcache.modules.progress import bar
 from graphcache.modules.transparent import is_training
 

@@ -28,7 +28,7 @@ from graphcache.errors import (
 )
 from graphcache.export.op_schema import EngineSpec, read_spec
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.engine_state import bytes_of, on_index
+from graphcache.modules.portable import bytes_of, on_index
 
 _loaded: dict[tuple[object, ...], EngineModule] = {}
 _loading = threading.Lock()

@@ -12,7 +12,7 @@ import torch
 from graphcache.engines.output_shapes import OutputShapes
 from graphcache.errors import EngineFormatError
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.engine_state import bytes_of
+from graphcache.modules.portable import bytes_of
 
 _VERSION = 1
 

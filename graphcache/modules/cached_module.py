@@ -24,6 +24,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.modules.explain import Explanation, explain
 from graphcache.modules.forward_patch import ForwardPatches, has_hooks
 from graphcache.modules.info import CacheInfo
+from graphcache.modules.portable import again
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session
 from graphcache.modules.submodules import Submodules
@@ -374,7 +375,7 @@ class CachedModule(TransparentModule):
         state.dispatcher.check_open()
         return again, (state.module, state.config, state.name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CachedModule:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         state = self._graphcache
         state.dispatcher.check_open()
         memo[id(self)] = copied = again(copy.deepcopy(state.module, memo), state.config, state.name)
@@ -386,8 +387,3 @@ class CachedModule(TransparentModule):
         if state.dispatcher.closed or isinstance(state.module, EngineLike) or is_compiling():
             return nullcontext()
         return ForwardPatches(lambda: (self, *state.submodules.active())).active()
-
-
-def again(module: Any, config: Any, name: str) -> CachedModule:
-    """What copies and pickles of wrapped modules call."""
-    return CachedModule(module, config, name=name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +17,23 @@ from graphcache.capture import engine_scope
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
 from graphcache.engines.context import Context
-from graphcache.engines.library import join_messages
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import Cause, ConfigError, EngineError, EngineFormatError, InputCountError, Reason
-from graphcache.events import GraphsAlone, Observer, Observers, Span, check_observer
+from graphcache.events import GraphsAlone, Observer, Span
 from graphcache.features import features
 from graphcache.graphs.operations import is_unwatched
 from graphcache.graphs.stream_order import own_stream
-from graphcache.modules.controls import controls
-from graphcache.modules.engine_runner import EngineCall
-from graphcache.modules.engine_settings import EngineSettings
-from graphcache.modules.engine_source import Source
-from graphcache.modules.engine_state import tensor_of
+from graphcache.modules.engine_base import EngineBase
+from graphcache.modules.engine_runner import EngineCall, enqueue_into
+from graphcache.modules.packaging import Source
+from graphcache.modules.portable import tensor_of
+from graphcache.modules.transparent import controls
 
-_T = TypeVar("_T")
+_making_cache = threading.Lock()
 
 
-class EngineModule(EngineSettings):
+class EngineModule(EngineBase):
     """A TensorRT engine that is called like a module: tensors in, tensors out.
 
     Bare, it runs eagerly. Behind :func:`graphcache.wrap`, or under ``set_cudagraphs_mode(True)``, each set of shapes is
@@ -88,6 +90,7 @@ class EngineModule(EngineSettings):
         """How shapes of outputs follow from those of inputs, for tracers; found when it is first needed."""
         self.source: Source | None = None
         """What the engine was built from, for packages; see :meth:`save`."""
+        # No parameter and no buffer: .to() and .half() leave it. A state_dict refers to it, without another copy.
         self._bytes = tensor_of(b"")
         self._profile: int | None = None
         self._use_output_allocator = False
@@ -98,8 +101,116 @@ class EngineModule(EngineSettings):
             kind = type(serialized_engine).__name__
             raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
         data = bytes(serialized_engine)
-        self._attach(self.deserialised(data, input_binding_names, output_binding_names, name))
+        self._attach(self._deserialised(data, input_binding_names, output_binding_names, name))
         self._bytes = tensor_of(data)
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """Inputs in the order of the bindings, from positional and keyword arguments."""
+        if not kwargs:
+            return list(args)
+        names = self.input_binding_names
+        if unknown := [name for name in kwargs if name not in names]:
+            raise InputCountError(f"{self.name} has no input {unknown[0]!r}; its inputs are {', '.join(names)}")
+        if len(args) > len(names):
+            raise InputCountError(
+                f"{self.name} takes {len(names)} inputs ({', '.join(names)}), {len(args) + len(kwargs)} were given"
+            )
+        if twice := [name for name in names[: len(args)] if name in kwargs]:
+            raise InputCountError(f"input {twice[0]!r} of {self.name} was given by position and by name")
+        if missing := [name for name in names[len(args) :] if name not in kwargs]:
+            raise InputCountError(f"input {missing[0]!r} of {self.name} is missing; its inputs are {', '.join(names)}")
+        return [*args, *(kwargs[name] for name in names[len(args) :])]
+
+    def moved(self, inputs: Sequence[Any]) -> list[Any]:
+        """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""
+        return [
+            value.to(self.device)
+            if isinstance(value, Tensor) and value.device != self.device and index not in self.host_inputs
+            else value
+            for index, value in enumerate(inputs)
+        ]
+
+    def checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], int]:
+        """Inputs that the engine can take, and the profile that fits them; an ``InputError`` for one that is wrong."""
+        self.check_open()
+        if modes.get().multi_device_safe:
+            inputs = self.moved(inputs)
+        bindings = self.engine.inputs
+        check_inputs(self.name, bindings, inputs, self.device)
+        # Values that TensorRT reads on the host are read once, here.
+        inputs = [
+            value.detach().cpu() if binding.on_host else value for binding, value in zip(bindings, inputs, strict=True)
+        ]
+        if self._profile is None:
+            context = self._runner.context
+            current = context.profile if context is not None else 0
+            return inputs, choose_profile(self.name, bindings, inputs, current, self.engine.profiles)
+        for binding, value in zip(bindings, inputs, strict=True):
+            if not binding.fits(value, self._profile):
+                raise out_of_range(self.name, binding, value, [self._profile])
+        return inputs, self._profile
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the engine on inputs in the order of ``input_binding_names``, or by name.
+
+        Returns:
+            The output, or a tuple of the outputs if there are several.
+
+        Raises:
+            InputError: One of its kinds, for inputs that the engine cannot take; nothing ran.
+            EngineExecutionError: If TensorRT refuses to run.
+        """
+        if is_compiling():
+            return self._traced(args, kwargs)
+        scope, mode = engine_scope.current.get(), modes.get()
+        if scope is None and mode.graphs == "subgraph":
+            return self.with_graphs()(*args, **kwargs)
+        if torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                return EngineModule.forward(self, *args, **kwargs)
+        # No context manager: Ctrl-C in its __enter__ would leave the variable set.
+        watched = is_unwatched.get()
+        try:
+            is_unwatched.set(True)
+            inputs = self.bind(args, kwargs)
+            if scope is not None:
+                outputs = enqueue_into(scope, self, *self.checked(inputs))
+            else:
+                allocator = self.requires_output_allocator or self._use_output_allocator
+                simple = not (allocator or mode.multi_device_safe)
+                layout, plan = self._runner.find(inputs, self._profile) if simple else (None, None)
+                inputs, profile = self.checked(inputs) if plan is None else (inputs, plan.profile)
+                watchers = self._observers
+                with watchers.told("eager", self.name, Span(done=True)) if watchers.active else nullcontext():
+                    outputs = self._runner.run(EngineCall(inputs, profile, layout, plan, allocator))
+        finally:
+            is_unwatched.set(watched)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
+        """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""
+        return self._runner.new_outputs(context.output_shapes(), allocator=allocator)
+
+    def forbids_capture(self) -> Cause | None:
+        """Why no call of this engine can be captured now; ``None`` if nothing is known that prevents it."""
+        if self.uses_output_allocator:
+            return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
+        if self.profiling_enabled:
+            return Cause(Reason.PROFILING, self.name)
+        if self.engine.streamable_bytes and self.engine.weight_budget < self.engine.streamable_bytes:
+            return Cause(Reason.WEIGHT_STREAMING, self.name)
+        for binding in self.engine.outputs:
+            if binding.on_host:
+                return Cause(Reason.HOST_READ, self.name, f"output {binding.name!r} is written to host memory")
+        return None
+
+    def with_graphs(self) -> Any:
+        """This engine behind a cache of graphs of its own, as ``set_cudagraphs_mode(True)`` uses it."""
+        if self._cached is None:
+            with _making_cache:
+                if self._cached is None:
+                    self._cached = features.graph_backend(self)
+        return self._cached
 
     def refit(self, weights: Mapping[str, Tensor], *, wait: bool = True) -> None:
         """Replace weights of an engine that was built with ``refittable``.
@@ -153,9 +264,6 @@ class EngineModule(EngineSettings):
             ConfigError: For an object without ``before`` and ``after``.
         """
         self.check_open()
-        check_observer(observer)
-        if self._observers is None:
-            self._observers = Observers()
         ends = self._observers.add(observer), self.with_graphs().observe(GraphsAlone(observer))
 
         def end() -> None:
@@ -164,133 +272,29 @@ class EngineModule(EngineSettings):
 
         return end
 
-    def forbids_capture(self) -> Cause | None:
-        """Why no call of this engine can be captured now; ``None`` if nothing is known that prevents it."""
-        if self.uses_output_allocator:
-            return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
-        if self.profiling_enabled:
-            return Cause(Reason.PROFILING, self.name)
-        if self.engine.streamable_bytes and self.engine.weight_budget < self.engine.streamable_bytes:
-            return Cause(Reason.WEIGHT_STREAMING, self.name)
-        for binding in self.engine.outputs:
-            if binding.on_host:
-                return Cause(Reason.HOST_READ, self.name, f"output {binding.name!r} is written to host memory")
-        return None
+    def save(self, path: str | os.PathLike[str], *, onnx: Any = None, build: Mapping[str, Any] | None = None) -> None:
+        """Write the engine as a package, for :func:`graphcache.load` of another process or machine.
 
-    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """Inputs in the order of the bindings, from positional and keyword arguments."""
-        if not kwargs:
-            return list(args)
-        names = self.input_binding_names
-        if unknown := [name for name in kwargs if name not in names]:
-            raise InputCountError(f"{self.name} has no input {unknown[0]!r}; its inputs are {', '.join(names)}")
-        if len(args) > len(names):
-            raise InputCountError(
-                f"{self.name} takes {len(names)} inputs ({', '.join(names)}), {len(args) + len(kwargs)} were given"
-            )
-        if twice := [name for name in names[: len(args)] if name in kwargs]:
-            raise InputCountError(f"input {twice[0]!r} of {self.name} was given by position and by name")
-        if missing := [name for name in names[len(args) :] if name not in kwargs]:
-            raise InputCountError(f"input {missing[0]!r} of {self.name} is missing; its inputs are {', '.join(names)}")
-        return [*args, *(kwargs[name] for name in names[len(args) :])]
+        The file holds the engine's bytes, its names and options, and what it was built by and for. It holds no code and
+        nothing is pickled.
 
-    def checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], int]:
-        """Inputs that the engine can take, and the profile that fits them; an ``InputError`` for one that is wrong."""
-        self.check_open()
-        if modes.get().multi_device_safe:
-            inputs = self.moved(inputs)
-        bindings = self.engine.inputs
-        check_inputs(self.name, bindings, inputs, self.device)
-        # Values that TensorRT reads on the host are read once, here.
-        inputs = [
-            value.detach().cpu() if binding.on_host else value for binding, value in zip(bindings, inputs, strict=True)
-        ]
-        if self._profile is None:
-            context = self._runner.context
-            current = context.profile if context is not None else 0
-            return inputs, choose_profile(self.name, bindings, inputs, current, self.engine.profiles)
-        for binding, value in zip(bindings, inputs, strict=True):
-            if not binding.fits(value, self._profile):
-                raise out_of_range(self.name, binding, value, [self._profile])
-        return inputs, self._profile
-
-    def moved(self, inputs: Sequence[Any]) -> list[Any]:
-        """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""
-        return [
-            value.to(self.device)
-            if isinstance(value, Tensor) and value.device != self.device and index not in self.host_inputs
-            else value
-            for index, value in enumerate(inputs)
-        ]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the engine on inputs in the order of ``input_binding_names``, or by name.
-
-        Returns:
-            The output, or a tuple of the outputs if there are several.
+        Args:
+            path: The file, in a directory that exists; ``.gcache`` is the usual ending.
+            onnx: The model that the engine was built from, as a path or as bytes, so that
+                ``load(..., rebuild="if_needed")`` can build it again for another TensorRT or GPU. A module that was
+                loaded from a package with a model keeps it, until it is refitted.
+            build: Keyword arguments of :func:`graphcache.build` for that: ``shapes``, ``weight_streaming``,
+                ``refittable``, ``workspace``.
 
         Raises:
-            InputError: One of its kinds, for inputs that the engine cannot take; nothing ran.
-            EngineExecutionError: If TensorRT refuses to run.
+            ConfigError: If the file cannot be written, or for a bad option.
+            EngineError: If the engine was refitted, and TensorRT cannot serialise it again.
+
+        Example::
+
+            engine.save("policy.gcache", onnx="policy.onnx", build={"shapes": {"x": ((1, 48), (8, 48), (64, 48))}})
         """
-        if is_compiling():
-            return self._traced(args, kwargs)
-        session, mode = engine_scope.current.get(), modes.get()
-        if session is None and mode.graphs == "subgraph":
-            return self.with_graphs()(*args, **kwargs)
-        if torch._C._cuda_getDevice() != self.device.index:
-            with torch.cuda.device(self.device):
-                return EngineModule.forward(self, *args, **kwargs)
-        # No context manager: Ctrl-C in its __enter__ would leave the variable set.
-        watched = is_unwatched.get()
-        try:
-            is_unwatched.set(True)
-            inputs = self.bind(args, kwargs)
-            allocator = self.requires_output_allocator or self._use_output_allocator
-            simple = session is None and not allocator and not mode.multi_device_safe
-            layout, plan = self._runner.find(inputs, self._profile) if simple else (None, None)
-            if plan is not None:
-                outputs = self._run(EngineCall(inputs, plan.profile, layout, plan))
-            else:
-                inputs, profile = self.checked(inputs)
-                if session is not None:
-                    outputs = self._record(session, inputs, profile)
-                else:
-                    outputs = self._run(EngineCall(inputs, profile, layout, None, allocator))
-        finally:
-            is_unwatched.set(watched)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def _run(self, call: EngineCall) -> list[Tensor]:
-        """Run eagerly. Observers are told of it."""
-        observers = self._observers
-        if observers is None or not observers.active:
-            return self._runner.run(call)
-        with observers.told("eager", self.name, Span(done=True)):
-            return self._runner.run(call)
-
-    def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """A call as a tracer sees it: one operation."""
-        inputs = self.bind(args, kwargs)
-        # First, since it brings the bytes up to date.
-        call = self._described()
-        outputs = torch.ops.graphcache.execute_engine.default(inputs, self._bytes, call)
-        return outputs[0] if len(self.output_binding_names) == 1 else tuple(outputs)
-
-    def _described(self) -> str:
-        """The description of the engine in a traced program, a constant for tracers."""
-        if self.engine.aliases:
-            raise EngineError(
-                f"{self.name} updates an input in place, which a traced program cannot express; call it outside of the "
-                f"exported or compiled part"
-            )
-        with _disable_current_modes(), torch.cuda.device(self.device):
-            if not self.output_shapes:
-                self.output_shapes = output_shapes(self.engine).text
-            return features.describe_engine(self)
-
-    # What torch.compiler.assume_constant_result sets; calling that would import torch's compiler, which takes a second.
-    _described._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        features.save(self, path, onnx=onnx, build=build)
 
     def close(self) -> None:
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
@@ -316,30 +320,43 @@ class EngineModule(EngineSettings):
         )
         return f"{self.name}, ({inputs}) -> ({outputs})"
 
-    def with_graphs(self) -> Any:
-        """This engine behind a cache of graphs of its own, as ``set_cudagraphs_mode(True)`` uses it."""
-        if self._cached is None:
-            with self._making_cache:
-                if self._cached is None:
-                    self._cached = features.graph_backend(self)
-        return self._cached
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Inside, another engine may be loaded; if the block raises, engine, names and options are what they were."""
+        state = self.get_extra_state() if self.holds_engine else None
+        before = vars(self).copy()
+        try:
+            yield
+        except BaseException:
+            if state is not None:
+                self.set_extra_state(state)
+                self.source = before["source"]
+            elif self.holds_engine:
+                self.close()
+                for name in vars(self).keys() - before.keys():
+                    delattr(self, name)
+                vars(self).update(before)
+            raise
 
-    def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
-        """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""
-        return self._runner.new_outputs(context, allocator=allocator)
+    def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A call as a tracer sees it: one operation."""
+        inputs = self.bind(args, kwargs)
+        # First, since it brings the bytes up to date.
+        call = self._described()
+        outputs = torch.ops.graphcache.execute_engine.default(inputs, self._bytes, call)
+        return outputs[0] if len(self.output_binding_names) == 1 else tuple(outputs)
 
-    def _record(self, scope: engine_scope.EngineScope, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
-        """Enqueue into the capture of the module around, or refuse it."""
-        if (cause := self.forbids_capture()) is not None:
-            raise scope.refusal(cause)
-        context = scope.context_of(self)
-        stream = torch.cuda.current_stream().cuda_stream
-        context.set_inputs(inputs, profile, stream)
-        outputs = self.new_outputs(context, allocator=False)
-        if any(output is None for output in outputs):
-            raise scope.refusal(Cause(Reason.OUTPUT_ALLOCATOR, self.name))
-        context.set_outputs(outputs)
-        with self.engine.collect_errors() as said:
-            if not context.enqueue(stream):
-                raise scope.refusal(Cause(Reason.NOT_CAPTURABLE, self.name, join_messages(said)))
-        return [output for output in outputs if output is not None]
+    def _described(self) -> str:
+        """The description of the engine in a traced program, a constant for tracers."""
+        if self.engine.aliases:
+            raise EngineError(
+                f"{self.name} updates an input in place, which a traced program cannot express; call it outside of the "
+                f"exported or compiled part"
+            )
+        with _disable_current_modes(), torch.cuda.device(self.device):
+            if not self.output_shapes:
+                self.output_shapes = output_shapes(self.engine).text
+            return features.describe_engine(self)
+
+    # What torch.compiler.assume_constant_result sets; calling that would import torch's compiler, which takes a second.
+    _described._dynamo_marked_constant = True  # type: ignore[attr-defined]

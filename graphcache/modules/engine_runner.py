@@ -1,4 +1,4 @@
-"""Eager runs of one engine, on the caller's stream."""
+"""What enqueues an engine: eager runs on the caller's stream, and captures of the module around it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.engine_scope import EngineScope
 from graphcache.engines.context import ALIGNMENT, Context, LayoutPlan
 from graphcache.engines.engine import Engine
 from graphcache.engines.library import join_messages
-from graphcache.errors import EngineExecutionError
+from graphcache.errors import Cause, EngineExecutionError, Reason
 from graphcache.graphs import driver
 from graphcache.graphs.stream_order import StreamOrder, own_stream
 
@@ -38,15 +40,18 @@ class EngineCall(NamedTuple):
 class EngineRunner:
     """Runs an engine with one context. The first call of a layout is checked, later ones follow its plan.
 
-    The plan says which profile fits and which shapes the outputs have, so that TensorRT is asked for nothing and told
-    only what differs from the call before. Inputs on the host, of tensor subclasses, or that have to be copied have no
-    plan, nor have outputs that are allocated by TensorRT or written on the host.
+    The plan says which profile fits and which shapes the outputs have, so that TensorRT is told only what differs from
+    the call before. Inputs on the host, of tensor subclasses, or that have to be copied have no plan, nor have outputs
+    that are allocated by TensorRT or written on the host.
     """
 
     def __init__(self) -> None:
         self.profiler: Any = None
         """An ``IProfiler`` for new contexts."""
-        self.preallocated: PreallocatedOutputs | None = None
+        self.preallocates = False
+        """Whether the outputs of the next call are made at the end of each one."""
+        self.ahead: tuple[int, list[Tensor]] = 0, []
+        """The stream (a raw handle) and the outputs that were made for the next call on it."""
         self.context: Context | None = None
         """The context of eager calls. The next capture of the caller's takes it over."""
         self.recorded: list[Context] = []
@@ -62,8 +67,7 @@ class EngineRunner:
         """Drop the context, all plans, and outputs that were made for the next call."""
         self.context = None
         self._plans.clear()
-        if self.preallocated is not None:
-            self.preallocated = PreallocatedOutputs()
+        self.ahead = 0, []
 
     def find(self, inputs: Sequence[Any], chosen: int | None) -> tuple[Layout | None, LayoutPlan | None]:
         """The layout of unchecked inputs, and its plan if it ran before; ``None`` for inputs that have no plan."""
@@ -90,25 +94,22 @@ class EngineRunner:
         with lane.lock:
             stream = torch._C._cuda_getCurrentRawStream(lane.index)
             capturing = driver.is_capturing(stream)
-            context = self.context
-            if context is None:
-                context = self._new_context(capturing)
+            context = self.context or self._new_context(capturing)
             if capturing:
                 self.context = None
                 self.recorded.append(context)
-                return self._run_checked(context, call, stream, capturing=True)
-            run = self._run_planned if call.plan is not None else self._run_checked
+                return self._run(context, call._replace(plan=None, layout=None), stream, capturing=True)
             if stream:
                 if stream != lane.stream:
                     lane.enter(stream)
-                return run(context, call, stream)
+                return self._run(context, call, stream)
             # On the legacy default stream TensorRT would synchronise the device at every call.
             caller, side = torch.cuda.current_stream(), own_stream(lane.index, "side")
             side.wait_stream(caller)
             lane.enter(side.cuda_stream)
             try:
                 with torch.cuda.stream(side):
-                    outputs = run(context, call, side.cuda_stream)
+                    outputs = self._run(context, call, side.cuda_stream)
             finally:
                 caller.wait_stream(side)
             for tensor in outputs:
@@ -116,10 +117,10 @@ class EngineRunner:
                     tensor.record_stream(caller)
             return outputs
 
-    def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
-        """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""
+    def new_outputs(self, shapes: Sequence[tuple[int, ...] | None], *, allocator: bool) -> list[Any]:
+        """Memory for outputs of these shapes; ``None`` where TensorRT must allocate."""
         made: list[Tensor | None] = []
-        for binding, shape in zip(self._engine.outputs, context.output_shapes(), strict=True):
+        for binding, shape in zip(self._engine.outputs, shapes, strict=True):
             if shape is None or (allocator and not binding.on_host):
                 made.append(None)
             else:
@@ -142,29 +143,35 @@ class EngineRunner:
             context.report_to(self.profiler)
         return context
 
-    def _run_planned(self, context: Context, call: EngineCall, stream: int) -> list[Tensor]:
-        """Run inputs of a known layout, outside of captures."""
-        plan, engine = call.plan, self._engine
-        assert plan is not None
-        outputs = self.preallocated.take(plan.output_shapes, stream) if self.preallocated is not None else None
-        if outputs is None:
-            outputs = [
-                torch.empty(shape, dtype=binding.dtype, device=engine.device)
-                for binding, shape in zip(engine.outputs, plan.output_shapes, strict=True)
-            ]
-        context.run(plan, call.inputs, outputs, stream)
-        if self.preallocated is not None:
-            self.preallocated.make(outputs, stream)
+    def _run(self, context: Context, call: EngineCall, stream: int, *, capturing: bool = False) -> list[Tensor]:
+        """Enqueue a call, by its plan if it has one; otherwise its layout is remembered."""
+        plan, ahead = call.plan, self.preallocates and not (capturing or call.allocator)
+        if plan is None:
+            context.set_inputs(call.inputs, call.profile, stream)
+        shapes = context.output_shapes() if plan is None else plan.output_shapes
+        outputs: list[Any] = []
+        if ahead:
+            (made_for, made), self.ahead = self.ahead, (0, [])
+            if made_for == stream and [tuple(each.shape) for each in made] == shapes:
+                outputs = made
+        outputs = outputs or self.new_outputs(shapes, allocator=call.allocator)
+        if plan is not None:
+            context.run(plan, call.inputs, outputs, stream)
+        else:
+            outputs = self._enqueue(context, outputs, stream)
+            if call.layout is not None and (plan := context.plan()) is not None:
+                if len(self._plans) >= _MAX_PLANS:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[call.layout] = plan
+            context.release_references()
+        if ahead:
+            # While the device works.
+            self.ahead = stream, [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in outputs]
         return outputs
 
-    def _run_checked(self, context: Context, call: EngineCall, stream: int, *, capturing: bool = False) -> list[Tensor]:
-        """Run checked inputs, and remember their layout."""
+    def _enqueue(self, context: Context, outputs: Sequence[Tensor | None], stream: int) -> list[Tensor]:
+        """Enqueue the inputs that were set; the outputs, with those that TensorRT has allocated."""
         engine = self._engine
-        context.set_inputs(call.inputs, call.profile, stream)
-        ahead = None if capturing or call.allocator else self.preallocated
-        outputs: Sequence[Tensor | None] | None = ahead.take(context.output_shapes(), stream) if ahead else None
-        if outputs is None:
-            outputs = self.new_outputs(context, allocator=call.allocator)
         context.set_outputs(outputs)
         with engine.collect_errors() as said:
             if not context.enqueue(stream):
@@ -172,33 +179,24 @@ class EngineRunner:
                 raise EngineExecutionError(f"{engine.name}: TensorRT refused to run: {join_messages(said)}")
         if any(binding.on_host for binding in engine.outputs):
             torch.cuda.current_stream().synchronize()
-        answer = [
+        return [
             context.allocated_output(binding.name) if value is None else value
             for binding, value in zip(engine.outputs, outputs, strict=True)
         ]
-        if call.layout is not None and not capturing and (plan := context.plan()) is not None:
-            if len(self._plans) >= _MAX_PLANS:
-                del self._plans[next(iter(self._plans))]
-            self._plans[call.layout] = plan
-        context.release_references()
-        if self.preallocated is not None and not capturing:
-            self.preallocated.make(answer, stream)
-        return answer
 
 
-class PreallocatedOutputs:
-    """Outputs for the next call of an engine, made at the end of the one before."""
-
-    def __init__(self) -> None:
-        self._made: list[Tensor] = []
-        self._stream = 0
-
-    def take(self, shapes: Sequence[tuple[int, ...] | None], stream: int) -> list[Tensor] | None:
-        """The outputs that were made, if they are of these shapes and for this stream (a raw handle)."""
-        made, self._made = self._made, []
-        return made if made and self._stream == stream and [tuple(each.shape) for each in made] == [*shapes] else None
-
-    def make(self, like: Sequence[Tensor], stream: int) -> None:
-        """Make outputs like those of a call that was enqueued on the current stream."""
-        self._made = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in like]
-        self._stream = stream
+def enqueue_into(scope: EngineScope, module: EngineLike, inputs: Sequence[Tensor], profile: int) -> list[Tensor]:
+    """Enqueue an engine into the capture of the module around it, or refuse that."""
+    if (cause := module.forbids_capture()) is not None:
+        raise scope.refusal(cause)
+    context = scope.context_of(module)
+    stream = torch.cuda.current_stream().cuda_stream
+    context.set_inputs(inputs, profile, stream)
+    outputs = module.new_outputs(context, allocator=False)
+    if any(output is None for output in outputs):
+        raise scope.refusal(Cause(Reason.OUTPUT_ALLOCATOR, module.name))
+    context.set_outputs(outputs)
+    with module.engine.collect_errors() as said:
+        if not context.enqueue(stream):
+            raise scope.refusal(Cause(Reason.NOT_CAPTURABLE, module.name, join_messages(said)))
+    return [output for output in outputs if output is not None]

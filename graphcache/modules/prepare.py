@@ -19,11 +19,10 @@ from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Ref
 from graphcache.events import Event, RanEagerly, log
 from graphcache.features import features
 from graphcache.keys.call_key import CallKey
-from graphcache.modules.controls import controls
 from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, example
 from graphcache.modules.progress import bar
-from graphcache.modules.transparent import TransparentModule
+from graphcache.modules.transparent import TransparentModule, controls
 from graphcache.modules.wrapped import state_of
 
 

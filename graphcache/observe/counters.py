@@ -12,7 +12,7 @@ from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 
 _COUNTED = ("hits", "captures", "evictions", "eager", "padded")
 _MAX_TOLD = 8

@@ -17,7 +17,7 @@ from graphcache.graphs import driver
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 
 
 def dump_dot(module: CachedModule, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Path:

@@ -14,7 +14,7 @@ import torch
 from graphcache.errors import ConfigError, ExtraNotFoundError, shown
 from graphcache.extras import optional
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.controls import controls
+from graphcache.modules.transparent import controls
 
 
 def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> ExitStack:

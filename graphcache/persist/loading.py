@@ -17,10 +17,10 @@ from graphcache.engines.build import build
 from graphcache.engines.library import library
 from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, is_a, shown
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.engine_source import BUILD_OPTIONS, Source
-from graphcache.modules.engine_state import EngineState, tensor_of
+from graphcache.modules.packaging import BUILD_OPTIONS, Source
+from graphcache.modules.portable import EngineState, tensor_of
+from graphcache.modules.transparent import controls
 from graphcache.modules.wrapped import state_of
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.manifest import MOST_BYTES, Manifest, differences

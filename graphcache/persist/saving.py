@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from graphcache.config import GraphConfig
 from graphcache.errors import ConfigError, shown
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.engine_source import Source
-from graphcache.modules.engine_state import bytes_of
+from graphcache.modules.packaging import Source
+from graphcache.modules.portable import bytes_of
 from graphcache.persist.manifest import Manifest
 from graphcache.persist.package_file import HEADER, PackagedEngine, PackageHeader, options_of, part_of, write_parts
 from graphcache.version import __version__

@@ -12,8 +12,8 @@ from graphcache.capture.engine_like import is_foreign
 from graphcache.config import modes
 from graphcache.errors import ConfigError, ModeConflictError, shown
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.transparent import controls
 
 T = TypeVar("T")
 

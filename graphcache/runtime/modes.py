@@ -13,8 +13,8 @@ from graphcache.capture.engine_like import is_foreign
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import ConfigError, ModeConflictError
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.controls import controls
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.transparent import controls
 from graphcache.modules.wrapping import wrapped
 from graphcache.runtime.engines import check_bool, unwrapped
 from graphcache.runtime.settings import RuntimeSettings

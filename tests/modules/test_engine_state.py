@@ -20,8 +20,8 @@ import graphcache
 from graphcache import CachedModule, EngineModule
 from graphcache.engines.registry import traced_engines
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, EngineVersionError
-from graphcache.modules import engine_state
-from graphcache.modules.engine_state import bytes_of, tensor_of
+from graphcache.modules import portable
+from graphcache.modules.portable import bytes_of, tensor_of
 from tests.engine_modules import MODULES, numbers, prepare, rows
 from tests.engine_modules import load as load_engine
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
@@ -31,7 +31,7 @@ from tests.helpers import outcomes
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(*MODULES, engine_state, patch=monkeypatch) as fake:
+    with installed(*MODULES, portable, patch=monkeypatch) as fake:
         yield prepare(fake, monkeypatch)
 
 

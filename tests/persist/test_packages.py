@@ -29,7 +29,7 @@ from graphcache.errors import (
     NoGpuError,
     PackageError,
 )
-from graphcache.modules.engine_source import Source
+from graphcache.modules.packaging import Source
 from graphcache.persist import loading, saving
 from graphcache.persist.package_file import config_of, options_of, part_of, write_parts
 from tests.engine_modules import rows
