@@ -37,6 +37,7 @@ _FUNCTIONS = (
     "cuGraphExecKernelNodeSetParams",
     "cuGraphExecMemcpyNodeSetParams",
     "cuStreamIsCapturing",
+    "cuCtxGetCurrent",
 )
 
 
@@ -141,6 +142,7 @@ def put(
         executables,
         executables.table,
         graph.index,
+        graph.context,
         engine,
         epoch,
         is_stale,
@@ -171,7 +173,7 @@ def launcher(graph: Graph) -> Callable[[], None]:
         return graph.launch
     assert isinstance(graph, CudaGraph)
     run: Callable[[], None] = table.run(
-        graph, graph.lane, graph.lane.lock, executables, graph.index, int(graph.pinned), graph.launch
+        graph, graph.lane, graph.lane.lock, executables, graph.index, graph.context, int(graph.pinned), graph.launch
     )
     return run
 

@@ -13,6 +13,7 @@ from torch.nn.modules import module as _hooks
 
 from graphcache.config import modes
 from graphcache.errors import Reason
+from graphcache.graphs import driver
 from graphcache.keys.ambient import has_function_modes
 
 is_compiling = torch.compiler.is_compiling
@@ -22,6 +23,8 @@ transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
+_NOT_INITIALIZED = 3
+"""CUDA_ERROR_NOT_INITIALIZED."""
 AS_IT_IS: AbstractContextManager[object] = nullcontext()
 # Torch fills and empties these two dictionaries and never replaces them.
 global_hooks, global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
@@ -47,6 +50,10 @@ def forbidden(*, cuda: bool) -> Reason | None:
     if forward_ad._current_level >= 0:
         # A replay would leave out derivatives that are computed in forward mode.
         return Reason.GRAD
-    if cuda and is_capturing():
-        return Reason.OUTER_CAPTURE
-    return None
+    try:
+        return Reason.OUTER_CAPTURE if cuda and is_capturing() else None
+    except RuntimeError as error:
+        if "initialization error" in str(error):
+            # In a process that was forked after CUDA had started.
+            raise driver.failure("cuStreamIsCapturing", _NOT_INITIALIZED) from error
+        raise

@@ -76,7 +76,7 @@ class CudaGraph:
         self.index = lane.index
         self._keep = keep
         self._release = release
-        self._context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
+        self.context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
         self._pool_bytes = pool_bytes
         self.nbytes = self._account()
         # The executable that is pointed at the static buffers.
@@ -96,7 +96,7 @@ class CudaGraph:
     def _is_elsewhere(self) -> bool:
         """Whether the legacy default stream here is another device's, or no context is current."""
         code, context = self._current_context()
-        return bool(code) or int(context) != self._context
+        return bool(code) or int(context) != self.context
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         stream = _raw_stream(self.index)

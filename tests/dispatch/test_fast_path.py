@@ -99,6 +99,29 @@ def test_hits_are_answered_by_it(fake: Torch, warm: Warm, monkeypatch: pytest.Mo
     assert warm.fast.cache_info().hits == hits + 6
 
 
+def test_on_the_legacy_default_stream_too(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of the current context: a thread that has none takes the way in Python, which finds it."""
+    fast, x = wrap_recorded(load("affine")), rows(fake, 2)
+    with torch.no_grad():
+        for _ in range(4):
+            fast(x)
+        assert torch.equal(fast._graphcache_table.call((x,)), x * 3 + 1)
+
+        def elsewhere(_: int) -> None:
+            with torch.no_grad():
+                fake.driver.strangers.add(threading.get_ident())
+                assert fast._graphcache_table.call((x,)) is None
+                assert torch.equal(fast(x), x * 3 + 1)
+
+        in_threads(elsewhere, 1)
+        with fast.session(x) as session:
+            session.run()
+            fake.driver.calls.clear()
+            session.run()
+            assert fake.driver.calls == ["cuCtxGetCurrent", "cuGraphLaunch"]
+            assert torch.equal(session.outputs, x * 3 + 1)
+
+
 def test_the_driver_is_asked_for_what_the_python_way_asks_for(fake: Torch, warm: Warm) -> None:
     x, out = rows(fake, 2, 5), rows(fake, 2)
     calls = fake.driver.calls

@@ -23,7 +23,7 @@ _u64, _int = ctypes.c_uint64, ctypes.c_int
 
 
 class Functions:
-    """Four functions of the stand-in at addresses that C code can call.
+    """Five functions of the stand-in at addresses that C code can call.
 
     What one of them raises cannot pass through C: it is kept in ``raised``, and the answer is an unknown error.
     """
@@ -36,6 +36,7 @@ class Functions:
             ctypes.CFUNCTYPE(_int, _u64, _u64, _u64)(self._set_kernel),
             ctypes.CFUNCTYPE(_int, _u64, _u64, _u64, _u64)(self._set_copy),
             ctypes.CFUNCTYPE(_int, _u64, ctypes.POINTER(_int))(self._is_capturing),
+            ctypes.CFUNCTYPE(_int, ctypes.POINTER(_u64))(self._current_context),
         ]
         self.addresses = tuple(ctypes.cast(function, ctypes.c_void_p).value for function in self._kept)
 
@@ -52,6 +53,10 @@ class Functions:
 
     def _is_capturing(self, stream: int, status: Any) -> int:
         status[0] = int(self._driver.streams[stream].capture is not None)
+        return 0
+
+    def _current_context(self, context: Any) -> int:
+        context[0] = int(self._driver.cuCtxGetCurrent()[1])
         return 0
 
     def _answer(self, function: Callable[..., Any], *args: Any) -> int:

@@ -24,6 +24,12 @@ Outcome current_stream(State& state, PyObject* index, int device, uint64_t* stre
   return Outcome::done;
 }
 
+// Whether a stream is the one that was captured for: the legacy default stream is that of the current context.
+bool is_here(const State& state, uint64_t stream, uint64_t context) {
+  void* current = nullptr;
+  return stream != 0 || (state.current_context(&current) == 0 && reinterpret_cast<uint64_t>(current) == context);
+}
+
 // Whether the call may go on: what the caller's context forbids, asked without touching anything.
 Outcome may_launch(State& state, const Record& record, uint64_t* stream) {
   PyObject* found = nullptr;
@@ -32,8 +38,7 @@ Outcome may_launch(State& state, const Record& record, uint64_t* stream) {
   if (!modes || !state.off.is_of(modes.get()) || state.off.in(modes.get()) != Py_False) return Outcome::left_alone;
   if (const auto known = current_stream(state, record.index, record.device, stream); known != Outcome::done)
     return known;
-  // The legacy default stream: whose it is has to be asked, in Python.
-  if (*stream == 0) return Outcome::left_alone;
+  if (!is_here(state, *stream, record.context)) return Outcome::left_alone;
   if (state.current_device) {
     Ref device(PyObject_CallNoArgs(state.current_device.get()));
     if (!device) return Outcome::failed;

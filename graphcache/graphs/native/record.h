@@ -47,6 +47,7 @@ struct Record {
   Lock* lock;
   PyObject *entry, *graph, *lane, *executables, *executables_table, *index;
   int device;
+  uint64_t context;  // Of its device.
   PyObject *engine, *epoch, *is_stale, *build;  // Null where there is none.
   uint64_t* table;  // Of the executables; executables.py says what stands where.
   std::vector<Place> places;  // Inputs, then outputs.

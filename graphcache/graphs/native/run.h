@@ -13,7 +13,7 @@ struct Run {
   PyObject_HEAD
   vectorcallfunc call;
   State* state;  // Of the table.
-  uint64_t executable;
+  uint64_t executable, context;
   int device;
   PyObject *table, *graph, *lane, *lock, *executables, *index, *otherwise;
 };
@@ -26,7 +26,7 @@ Outcome run_once(Run& run) {
   State& state = *run.state;
   uint64_t stream = 0;
   if (const auto known = current_stream(state, run.index, run.device, &stream); known != Outcome::done) return known;
-  if (stream == 0) return Outcome::left_alone;
+  if (!is_here(state, stream, run.context)) return Outcome::left_alone;
   Held lock(*reinterpret_cast<Lock*>(run.lock));
   if (!lock) return Outcome::left_alone;
   if (state.executables.in(run.graph) != run.executables || state.stream.number(run.lane) != stream)
@@ -84,13 +84,14 @@ PyType_Spec run_spec = {"_graphcache_hit.Run", sizeof(Run), 0,
 
 PyTypeObject* run_type;
 
-// (graph, lane, lock, executables, index, executable, otherwise)
+// (graph, lane, lock, executables, index, context, executable, otherwise)
 PyObject* table_run(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
   PyObject *graph, *lane, *lock, *executables, *index, *otherwise;
-  unsigned long long executable;
-  if (!PyArg_ParseTuple(given, "OOOOOKO:run", &graph, &lane, &lock, &executables, &index, &executable, &otherwise))
+  unsigned long long context, executable;
+  if (!PyArg_ParseTuple(given, "OOOOOKKO:run", &graph, &lane, &lock, &executables, &index, &context, &executable,
+                        &otherwise))
     return nullptr;
   if (!state.executables.is_of(graph) || !state.stream.is_of(lane))
     return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a StreamOrder");
@@ -100,6 +101,7 @@ PyObject* table_run(Table* self, PyObject* given) {
   made->call = run_call;
   made->state = &state;
   made->executable = executable;
+  made->context = context;
   made->device = device_of(index);
   made->table = Py_NewRef(reinterpret_cast<PyObject*>(self));
   made->graph = Py_NewRef(graph);

@@ -14,6 +14,7 @@ using Launch = int (*)(void* executable, void* stream);
 using SetKernel = int (*)(void* executable, void* node, const void* params);
 using SetCopy = int (*)(void* executable, void* node, const void* params, void* context);
 using IsCapturing = int (*)(void* stream, int* status);
+using CurrentContext = int (*)(void** context);
 
 struct State {
   Ref classes, modes, counter, raw_stream, current_device, fail, quiet, epoch_name;
@@ -27,6 +28,7 @@ struct State {
   SetKernel set_kernel;
   SetCopy set_copy;
   IsCapturing is_capturing;
+  CurrentContext current_context;
   std::unordered_multimap<uint64_t, Using> records;
 };
 

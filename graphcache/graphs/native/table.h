@@ -81,8 +81,9 @@ PyObject* table_put(Table* self, PyObject* given) {
   State& state = *self->state;
   PyObject *args, *entry, *graph, *lane, *lock, *executables, *table, *index, *engine, *epoch, *is_stale, *build, *slots;
   PyObject *places, *buffers, *makers;
-  if (!PyArg_ParseTuple(given, "O!OOOOOOOOOOOOO!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
-                        &executables, &table, &index, &engine, &epoch, &is_stale, &build, &slots, &PyTuple_Type,
+  unsigned long long context;
+  if (!PyArg_ParseTuple(given, "O!OOOOOOOKOOOOOO!O!O!:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock,
+                        &executables, &table, &index, &context, &engine, &epoch, &is_stale, &build, &slots, &PyTuple_Type,
                         &places, &PyTuple_Type, &buffers, &PyTuple_Type, &makers))
     return nullptr;
   if (!state.hits.is_of(entry) || !state.executables.is_of(graph) || !state.stream.is_of(lane))
@@ -104,6 +105,7 @@ PyObject* table_put(Table* self, PyObject* given) {
   record->hold(slots);
   record->index = record->hold(index);
   record->device = device_of(index);
+  record->context = context;
   if (engine != Py_None && epoch == Py_None) return PyErr_Format(PyExc_TypeError, "an engine without an epoch");
   record->engine = record->hold_unless_none(engine);
   record->epoch = record->hold_unless_none(epoch);
@@ -153,10 +155,10 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   if (names != nullptr && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
   PyObject *graph, *lane, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *fail, *quiet;
   int torchs_own;
-  unsigned long long launch, set_kernel, set_copy, is_capturing;
-  if (!PyArg_ParseTuple(given, "(OOOO)OOOpOOO(KKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
+  unsigned long long launch, set_kernel, set_copy, is_capturing, current_context;
+  if (!PyArg_ParseTuple(given, "(OOOO)OOOpOOO(KKKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
                         &raw_stream, &torchs_own, &device, &fail, &quiet, &launch, &set_kernel, &set_copy,
-                        &is_capturing))
+                        &is_capturing, &current_context))
     return nullptr;
   auto state = std::make_unique<State>();
   if (!state->executables.find(graph, "executables") || !state->ready.find(graph, "ready") ||
@@ -165,8 +167,8 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
       !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off"))
     return nullptr;
   if (!PyContextVar_CheckExact(modes) || !PyIter_Check(counter) || launch == 0 || set_kernel == 0 || set_copy == 0 ||
-      is_capturing == 0)
-    return PyErr_Format(PyExc_TypeError, "expected a context variable, an iterator and four addresses");
+      is_capturing == 0 || current_context == 0)
+    return PyErr_Format(PyExc_TypeError, "expected a context variable, an iterator and five addresses");
   state->classes = Py_NewRef(PyTuple_GET_ITEM(given, 0));
   state->modes = Py_NewRef(modes);
   state->counter = Py_NewRef(counter);
@@ -182,6 +184,7 @@ PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   state->set_kernel = reinterpret_cast<SetKernel>(set_kernel);
   state->set_copy = reinterpret_cast<SetCopy>(set_copy);
   state->is_capturing = reinterpret_cast<IsCapturing>(is_capturing);
+  state->current_context = reinterpret_cast<CurrentContext>(current_context);
   auto* made = reinterpret_cast<Table*>(type->tp_alloc(type, 0));
   if (made != nullptr) made->state = state.release();
   return reinterpret_cast<PyObject*>(made);
