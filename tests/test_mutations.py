@@ -1116,12 +1116,12 @@ CURES: dict[str, Cure] = {
         LRU + "test_the_least_recently_used_goes_first",
     ),
     "bytes count": Cure(
-        replace(graph_cache.GraphCache, "_fits", lambda self, nbytes: True),
+        replace(graph_cache.GraphCache, "fits", lambda self, graphs, nbytes: graphs <= self.max_graphs),
         _more_bytes_than_agreed,
         CACHED + "test_the_budget_in_bytes_holds_after_every_call",
     ),
     "what leaves the cache is closed": Cure(
-        replace(graph_cache.GraphCache, "_close", nothing),
+        replace(graph_cache, "_close", nothing),
         _a_graph_that_was_dropped_stays_open,
         LRU + "test_the_least_recently_used_goes_first",
     ),

@@ -1,14 +1,25 @@
-"""The graphs of one module: the coldest first out, under a budget in graphs and in bytes."""
+"""Which graphs are kept: the cache of one module, within its own budget and that of its device.
+
+A graph that is to be captured reserves its bytes first, and one that is stored takes its place; the coldest graphs go,
+of the module or of all modules on the device. So the peak stays within the budgets too.
+
+Locks. One lock serves all caches and budgets. Under it bytes are counted, and graphs are taken out and put in, in one
+step. It is never held while a graph is closed or ``on_evict`` is called, and no other lock is taken under it; what was
+taken out counts until it is closed. So modules that evict from each other can wait for each other only through what
+``on_evict`` or ``close()`` waits for: that must not be a lock that somebody holds while reserving or storing. (A
+capture reserves before it takes the lock of the device's lane, which closing a graph needs.) A hit takes no lock:
+``entries`` may be read without it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Container, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakSet
 
-from graphcache.cache.reservation import Reservation
 from graphcache.errors import Reason, Refusal
 
 
@@ -28,23 +39,27 @@ G = TypeVar("G", bound=Owner)
 ticks = itertools.count(1)
 clock = ticks.__next__
 
+# Re-entrant, since the collector may close a module in the midst of counting.
+_lock = threading.RLock()
+
 
 class Entry(Generic[G]):
-    """A graph in the cache, with when it was last used and how often.
+    """A graph in the cache, with when it was last used and how often. A pinned one is not evicted to make room.
 
-    Whoever replays ``graph`` sets ``used = clock()`` and adds one to ``hits``: the cache is asked for nothing on a hit
-    but one dictionary look-up, and still knows which graph is cold. (A cache that learns of uses only through ``get``
-    evicts what replays hardest.)
+    Whoever replays ``graph`` sets ``used = clock()`` and adds one to ``hits``: a hit asks the cache for a look-up only.
     """
 
     __slots__ = ("graph", "hits", "nbytes", "pinned", "used")
 
-    def __init__(self, graph: G, *, pinned: bool = False) -> None:
+    def __init__(self, graph: G) -> None:
         self.graph = graph
         self.nbytes = graph.nbytes
-        self.pinned = pinned
+        self.pinned = False
         self.hits = 0
         self.used = clock()
+
+
+_Item = tuple["GraphCache[Any]", Hashable, Entry[Any]]
 
 
 def recency(key: Hashable, entry: Entry[Any]) -> float:
@@ -53,29 +68,7 @@ def recency(key: Hashable, entry: Entry[Any]) -> float:
 
 
 class GraphCache(Generic[G]):
-    """A bounded mapping from keys to graphs. It owns the graphs: what leaves it is closed.
-
-    ``entries`` may be read without the lock (a dictionary look-up is atomic); everything that changes the cache takes
-    it. It never holds more than ``max_graphs`` graphs, nor graphs of more than ``max_bytes`` bytes. What leaves is
-    closed without the lock, so that a thread that only wants to evict waits for nobody's ``on_evict``; until it is
-    closed its bytes count too. Whoever wants the peak in the budget reserves before the graph is captured.
-
-    Args:
-        max_graphs: How many graphs fit, at least 1.
-        max_bytes: How many bytes they may own together; ``None`` for no bound.
-        on_evict: Called with key and entry before the graph is closed.
-
-    Example:
-        >>> class Nothing:
-        ...     nbytes = 0
-        ...     def close(self, *, wait=True): print("closed")
-        >>> cache = GraphCache(max_graphs=1)
-        >>> entry = cache.put("a", Nothing())
-        >>> entry = cache.put("b", Nothing())
-        closed
-        >>> list(cache)
-        ['b']
-    """
+    """The graphs of one module by key. It owns them: what leaves it is closed, after ``on_evict(key, entry)``."""
 
     def __init__(
         self,
@@ -87,173 +80,245 @@ class GraphCache(Generic[G]):
         self.entries: dict[Hashable, Entry[G]] = {}
         self.max_graphs = max_graphs
         self.max_bytes = max_bytes
+        self.on_evict = on_evict
+        self.budget = DeviceBudget()
+        """Of the device of the last capture; one without a bound before."""
         self.rank: Callable[[Hashable, Entry[G]], float] = recency
-        """What goes first: the lowest. It is asked with the lock held, and must not ask the cache for anything."""
+        """What goes first: the lowest. It is asked with the lock held, and may take no other."""
         self.shared = 0
-        """Bytes that the graphs use together and no eviction frees, such as scratch memory; they count."""
-        self._on_evict = on_evict
-        self._reserved: list[Reservation] = []
-        self._leaving = 0
-        self._lock = threading.RLock()
+        """Bytes that the graphs use together and no eviction frees, such as scratch memory."""
+        self.held = 0
+        """Bytes of graphs that are not closed yet, and of reservations."""
+        self.reservations: list[Reservation] = []
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __iter__(self) -> Iterator[Hashable]:
-        return iter(list(self.entries))
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self.entries
-
     @property
     def nbytes(self) -> int:
         """Bytes owned by all graphs together, with what they share and what is just being closed."""
-        return self.nbytes_without(())
+        with _lock:
+            return self.held + self.shared - sum(each.nbytes for each in self.reservations)
 
-    def nbytes_without(self, entries: Container[int]) -> int:
-        """The same without some entries, by ``id``. Read while others change the cache, never too little."""
-        # What leaves is counted as leaving before it is taken out.
-        held = sum(entry.nbytes for entry in list(self.entries.values()) if id(entry) not in entries)
-        return held + self._leaving + self.shared
+    def victims(
+        self, nbytes: int = 0, *, instead_of: Hashable = None, graphs: int = 1
+    ) -> list[tuple[Hashable, Entry[G]]]:
+        """What would have to go for a graph of so many bytes, coldest first; a ``Refusal`` if there is no room then.
 
-    def victims(self, nbytes: int = 0, *, instead_of: Hashable = None) -> list[tuple[Hashable, Entry[G]]]:
-        """What would have to go so that one more graph of ``nbytes`` bytes fits, coldest first; nothing goes.
+        Nothing goes, and no lock is taken.
 
         Args:
             nbytes: What the graph owns.
             instead_of: A key whose graph would go in any case; it is not among the victims.
-
-        Raises:
-            Refusal: With :attr:`Reason.OVER_BUDGET`, if it could not fit whatever went.
+            graphs: 0 if only its bytes are wanted, and no place among ``max_graphs``.
         """
         others = [(key, entry) for key, entry in list(self.entries.items()) if key != instead_of]
-        reserved = list(self._reserved)
-        pinned = [entry for _, entry in others if entry.pinned]
-        held = sum(entry.nbytes for entry in pinned)
-        besides = self.shared + self._leaving + sum(each.nbytes for each in reserved)
-        graphs = self.max_graphs - len(reserved)
-        if len(pinned) >= graphs or not self._fits(held + besides + nbytes):
-            taken = f" and {besides} are shared or reserved" if besides else ""
-            raise Refusal(
-                Reason.OVER_BUDGET,
-                detail=f"{nbytes} bytes wanted; {len(pinned)} pinned graphs hold {held} bytes{taken}, the budget is "
-                f"max_graphs={self.max_graphs}, max_bytes={self.max_bytes}",
-            )
-        count, total = len(others), sum(entry.nbytes for _, entry in others) + besides + nbytes
+        replaced = self.entries.get(instead_of)
+        count, held = len(others), self.held + self.shared - (0 if replaced is None else replaced.nbytes)
         found: list[tuple[Hashable, Entry[G]]] = []
-        if count < graphs and self._fits(total):
+        if self.fits(count + graphs, held + nbytes):
             return found
         for key, entry in sorted((item for item in others if not item[1].pinned), key=lambda item: self.rank(*item)):
             found.append((key, entry))
             count -= 1
-            total -= entry.nbytes
-            if count < graphs and self._fits(total):
-                break
-        return found
+            held -= entry.nbytes
+            if self.fits(count + graphs, held + nbytes):
+                return found
+        pinned = sum(entry.nbytes for _, entry in others if entry.pinned)
+        besides = f" and {held - pinned} are shared or reserved" if held > pinned else ""
+        raise Refusal(
+            Reason.OVER_BUDGET,
+            detail=f"{nbytes} bytes wanted; {count} pinned graphs hold {pinned} bytes{besides}, the budget is "
+            f"max_graphs={self.max_graphs}, max_bytes={self.max_bytes}",
+        )
 
-    def reserve(self, nbytes: int, *, instead_of: Hashable = None) -> Reservation:
-        """Make room for a graph that is still to be captured, and keep it: the peak stays in the budget too.
+    def put(self, key: Hashable, graph: G, reservation: Reservation | None = None) -> Entry[G]:
+        """Store a graph in place of what has to go, such as the graph of its key; its reservation ends.
 
-        Args:
-            nbytes: What the graph will own, as far as one knows.
-            instead_of: A key whose graph goes in any case.
-
-        Returns:
-            The room, for :meth:`put` or until its ``release()``.
-
-        Raises:
-            Refusal: With :attr:`Reason.OVER_BUDGET`, if it cannot be had; then nothing was evicted.
-
-        Example:
-            >>> class Graph:
-            ...     nbytes = 8
-            ...     def close(self, *, wait=True): print("closed")
-            >>> cache = GraphCache(max_graphs=9, max_bytes=10)
-            >>> entry = cache.put("a", Graph())
-            >>> with cache.reserve(8) as room:
-            ...     entry = cache.put("b", Graph(), reservation=room)
-            closed
-        """
-        reservation = Reservation(nbytes, self._release)
-        with self._lock:
-            leaving = self._make_room(nbytes, instead_of)
-            self._reserved.append(reservation)
-        try:
-            self._close(leaving)
-        except BaseException:
-            reservation.release()
-            raise
-        return reservation
-
-    def put(self, key: Hashable, graph: G, *, pinned: bool = False, reservation: Reservation | None = None) -> Entry[G]:
-        """Store a graph in place of what must go, such as a graph that is stored under ``key``.
-
-        Without room, raises a ``Refusal``: the graph is closed and the cache unchanged. If what goes cannot be closed,
-        raises why; the graph is closed and not in the cache.
+        Without room, raises a ``Refusal``; if what goes cannot be closed, raises why. The graph is closed then.
         """
         try:
-            with self._lock:
-                if reservation in self._reserved:
-                    self._reserved.remove(reservation)
-                leaving = self._make_room(graph.nbytes, key)
-                entry = self.entries[key] = Entry(graph, pinned=pinned)
+            with _lock:
+                if reservation is not None:
+                    reservation.release()
+                leaving = self.make_room(graph.nbytes, key, graphs=1)
+                entry = self.entries[key] = Entry(graph)
+                self.held += entry.nbytes
         except BaseException:
             graph.close()
             raise
         try:
-            self._close(leaving)
+            _close(leaving, wait=False)
         except BaseException:
-            entry.pinned = False
             self.evict(key, only=entry)
             raise
         return entry
 
-    def evict(self, key: Hashable, *, only: Entry[G] | None = None, wait: bool = False) -> bool:
+    def evict(self, key: Hashable, *, only: Entry[G] | None = None) -> bool:
         """Drop and close one graph; whether there was one."""
-        with self._lock:
+        with _lock:
             entry = self.entries.get(key)
-            if entry is None or (only is not None and (entry is not only or entry.pinned)):
+            if entry is None or (only is not None and entry is not only):
                 return False
-            self._take([(key, entry)])
-        self._close([(key, entry)], wait=wait)
+            leaving = _take_out([(self, key, entry)])
+        _close(leaving, wait=False)
         return True
 
     def clear(self, *, wait: bool = True) -> None:
         """Drop and close every graph, pinned ones too, even if closing one of them raises."""
-        with ExitStack() as each:
-            for key in reversed(list(self.entries)):
-                each.callback(self.evict, key, wait=wait)
+        with _lock:
+            leaving = _take_out([(self, key, entry) for key, entry in self.entries.items()])
+        _close(leaving, wait=wait)
 
-    def _make_room(self, nbytes: int, instead_of: Hashable) -> list[tuple[Hashable, Entry[G]]]:
-        """Take out what has to go, to be closed when the lock was given back."""
-        leaving = self.victims(nbytes, instead_of=instead_of)
+    def make_room(self, nbytes: int, instead_of: Hashable, graphs: int) -> list[_Item]:
+        """Take out what has to go for a graph, here and on the device, to be closed without the lock."""
+        leaving: list[_Item] = [
+            (self, key, entry) for key, entry in self.victims(nbytes, instead_of=instead_of, graphs=graphs)
+        ]
         if instead_of in self.entries:
-            leaving.insert(0, (instead_of, self.entries[instead_of]))
-        self._take(leaving)
-        return leaving
+            leaving.insert(0, (self, instead_of, self.entries[instead_of]))
+        return _take_out(leaving + self.budget.victims(nbytes, leaving))
 
-    def _take(self, items: list[tuple[Hashable, Entry[G]]]) -> None:
-        for key, entry in items:
-            self._leaving += entry.nbytes
-            del self.entries[key]
+    def fits(self, graphs: int, nbytes: int) -> bool:
+        """Whether so many graphs of so many bytes together fit."""
+        return graphs <= self.max_graphs and (self.max_bytes is None or nbytes <= self.max_bytes)
 
-    def _close(self, items: list[tuple[Hashable, Entry[G]]], *, wait: bool = False) -> None:
-        """Close what was taken, in order, all of it even if one raises."""
-        with ExitStack() as each:
-            for key, entry in reversed(items):
-                each.callback(self._left, entry)
-                each.callback(entry.graph.close, wait=wait)
-                if self._on_evict is not None:
-                    each.callback(self._on_evict, key, entry)
 
-    def _left(self, entry: Entry[G]) -> None:
-        with self._lock:
-            self._leaving -= entry.nbytes
+class DeviceBudget:
+    """A budget in bytes that the caches of all modules on a device share; ``None`` is no bound. It holds no cache."""
 
-    def _release(self, reservation: Reservation) -> None:
-        with self._lock:
-            if reservation in self._reserved:
-                self._reserved.remove(reservation)
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
+        self._caches: WeakSet[GraphCache[Any]] = WeakSet()
 
-    def _fits(self, nbytes: int) -> bool:
-        return self.max_bytes is None or nbytes <= self.max_bytes
+    @property
+    def nbytes(self) -> int:
+        """Bytes owned by the graphs of all caches, with what they share and what is reserved."""
+        with _lock:
+            return self._held()
+
+    def register(self, cache: GraphCache[Any]) -> None:
+        """Count a cache from now on, and evict from it when room is needed; twice does nothing."""
+        with _lock:
+            self._caches.add(cache)
+            cache.budget = self
+
+    def set_budget(self, max_bytes: int | None) -> None:
+        """Change the budget. What it no longer holds goes now, but for pinned graphs."""
+        with _lock:
+            self.max_bytes = max_bytes
+            leaving = _take_out(self._coldest(0, [])[0])
+        _close(leaving, wait=True)
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether there is room for so many bytes more. The lock is held."""
+        return self.max_bytes is None or self._held() + nbytes <= self.max_bytes
+
+    def victims(self, nbytes: int, leaving: list[_Item]) -> list[_Item]:
+        """What has to go, besides what is leaving, for so many bytes more; a ``Refusal`` if there is no room then."""
+        if self.max_bytes is None:
+            return []
+        found, held = self._coldest(nbytes, leaving)
+        if held + nbytes > self.max_bytes:
+            raise Refusal(
+                Reason.OVER_BUDGET,
+                detail=f"{nbytes} bytes wanted; {held} bytes of all modules are pinned, shared or reserved, the "
+                f"budget of the process is {self.max_bytes} bytes",
+            )
+        return found
+
+    def _coldest(self, nbytes: int, leaving: list[_Item]) -> tuple[list[_Item], int]:
+        """The coldest graphs of all that have to go, or as many as there are, and the bytes that are held then."""
+        gone = {entry for _, _, entry in leaving}
+        held = self._held() - sum(entry.nbytes for entry in gone)
+        free: list[_Item] = [
+            (cache, key, entry)
+            for cache in self._caches
+            for key, entry in cache.entries.items()
+            if not entry.pinned and entry not in gone
+        ]
+        found: list[_Item] = []
+        for item in sorted(free, key=lambda item: item[2].used):
+            if self.max_bytes is None or held + nbytes <= self.max_bytes:
+                break
+            found.append(item)
+            held -= item[2].nbytes
+        return found, held
+
+    def _held(self) -> int:
+        # A reservation has what is leaving for its sake until that is closed, and not both.
+        return sum(
+            cache.held + cache.shared - sum(min(each.nbytes, each.leaving) for each in cache.reservations)
+            for cache in self._caches
+        )
+
+
+class Reservation:
+    """Bytes of a cache and its device that are kept for one graph, until it is stored or its capture is given up.
+
+    A context manager, which gives them back at the end of its block.
+    """
+
+    def __init__(self, cache: GraphCache[Any]) -> None:
+        self._cache = cache
+        self.nbytes = 0
+        """How many bytes are kept."""
+        self.leaving = 0
+        """Bytes of what goes for its sake and is not closed yet."""
+
+    def take(self, nbytes: int, key: Hashable = None) -> None:
+        """Keep so many bytes for the graph of a key; if they are short graphs go, and are closed before it returns.
+
+        Where only the number of graphs is short, nothing goes before the new graph is there: a capture that fails costs
+        no graph then. Raises a ``Refusal``, with nothing evicted, if there is no room whatever goes.
+        """
+        cache = self._cache
+        with _lock:
+            self.release()
+            has_room = cache.fits(0, cache.held + cache.shared + nbytes) and cache.budget.fits(nbytes)
+            leaving = [] if has_room else cache.make_room(nbytes, key, graphs=0)
+            self.nbytes, self.leaving = nbytes, sum(entry.nbytes for _, _, entry in leaving)
+            cache.reservations.append(self)
+            cache.held += nbytes
+        try:
+            _close(leaving, wait=True, reservation=self)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the bytes back; a second time does nothing."""
+        with _lock:
+            if self in self._cache.reservations:
+                self._cache.reservations.remove(self)
+                self._cache.held -= self.nbytes
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def _take_out(items: list[_Item]) -> list[_Item]:
+    """Take graphs out of their caches; their bytes count until they are closed. The lock is held."""
+    for cache, key, _ in items:
+        del cache.entries[key]
+    return items
+
+
+def _close(items: list[_Item], *, wait: bool, reservation: Reservation | None = None) -> None:
+    """Tell of graphs that were taken out and close them, in order, all of them even if one raises; without the lock."""
+    with ExitStack() as each:
+        for cache, key, entry in reversed(items):
+            each.callback(_closed, cache, entry, reservation)
+            each.callback(entry.graph.close, wait=wait)
+            if cache.on_evict is not None:
+                each.callback(cache.on_evict, key, entry)
+
+
+def _closed(cache: GraphCache[Any], entry: Entry[Any], reservation: Reservation | None) -> None:
+    with _lock:
+        cache.held -= entry.nbytes
+        if reservation is not None:
+            reservation.leaving -= entry.nbytes

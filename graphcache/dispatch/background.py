@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from graphcache.cache.room import Room
+from graphcache.cache.graph_cache import Reservation
 from graphcache.capture.effects import Effects
 from graphcache.capture.recording import Recording, Sharing, nothing
 from graphcache.dispatch.capture_manager import CaptureManager
@@ -137,7 +137,9 @@ class CaptureQueue:
             finally:
                 captures.lock.release()
 
-    def _record(self, call: KeyedCall, effects: Effects | None, is_made_up: bool, room: Room) -> Recording | Cause:
+    def _record(
+        self, call: KeyedCall, effects: Effects | None, is_made_up: bool, room: Reservation
+    ) -> Recording | Cause:
         """The graph of a call, or why there is none."""
         captures, target = self._captures, self._captures.target
         begin = partial(captures.reserve, room, call)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.churn import ChurnWatch
-from graphcache.cache.device_budget import DeviceBudget, budget_of
-from graphcache.cache.graph_cache import Entry, GraphCache, clock
+from graphcache.cache.device_budget import budget_of
+from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, clock
 from graphcache.cache.key_table import KeyTable
-from graphcache.cache.room import Room
 from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.recording import Recording, Sharing
 from graphcache.capture.run_gate import RunGate
@@ -52,8 +51,6 @@ class CaptureManager:
         """What is known of every key: its calls, denial and costs."""
         self.admission = admission_for(config.capture, self.graphs, self.keys)
         """Decides what is captured."""
-        self.device_budget: DeviceBudget | None = None
-        """Of the device of the last capture."""
         self.on_evict: Callable[[], object] = lambda: None
         """Called whenever a graph goes."""
         self.on_cuda = target.is_engine
@@ -176,30 +173,27 @@ class CaptureManager:
             span.done = isinstance(outcome, Recording)
             return outcome
 
-    def room(self, call: KeyedCall) -> Room:
-        """Reservations for one capture, in the module's budget and in that of the device."""
+    def room(self, call: KeyedCall) -> Reservation:
+        """The reservation of one capture, with no bytes yet, in the module's budget and in that of the device."""
         device = self.target.device_of(call.tensors)
         if self.config.max_bytes == "auto" and self.graphs.max_bytes is None and device is not None:
             self.graphs.max_bytes = int(driver.total_memory(device.index) * _DEVICE_SHARE)
-        self.device_budget = budget_of(device or torch.device("cpu"))
-        self.device_budget.register(self.graphs)
-        return Room(self.graphs, self.device_budget)
+        budget_of(device or torch.device("cpu")).register(self.graphs)
+        return Reservation(self.graphs)
 
-    def reserve(self, room: Room, call: KeyedCall) -> None:
+    def reserve(self, room: Reservation, call: KeyedCall) -> None:
         """Make room for the graph of a call."""
         nbytes = self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes
         room.take(nbytes, call.key)
 
-    def keep(self, call: KeyedCall, outcome: Recording | Cause, seconds: float, room: Room) -> Cause | None:
+    def keep(self, call: KeyedCall, outcome: Recording | Cause, seconds: float, room: Reservation) -> Cause | None:
         """Keep the graph of a call, or deny its key; why there is no graph. Under the lock."""
         key, preparation = call.key, preparing.get()
         if isinstance(outcome, Recording):
             try:
                 self.graphs.shared = self.target.recorder.shared_nbytes
-                room.settle(outcome.nbytes)
-                entry = self.graphs.put(key, outcome, reservation=room.own)
+                entry = self.graphs.put(key, outcome, reservation=room)
             except Refusal as refusal:
-                outcome.close()
                 outcome = refusal.cause
             except Exception as error:
                 # Closing an evicted graph failed. This call has its answer all the same.

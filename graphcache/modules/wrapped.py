@@ -65,7 +65,7 @@ class Wrapped:
             eager_seconds=account.eager_seconds,
             saved_seconds=account.saved_seconds,
             budget=self.graphs.max_bytes,
-            process_nbytes=captures.device_budget.nbytes if captures.device_budget is not None else 0,
+            process_nbytes=self.graphs.budget.nbytes,
             waits=self.dispatcher.gate.waits,
             wait_seconds=self.dispatcher.gate.wait_seconds,
         )

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache.graph_cache import GraphCache, clock
+from graphcache.cache.graph_cache import DeviceBudget, GraphCache, Reservation, clock
 from graphcache.errors import Reason, Refusal
 from tests.effort import share
 from tests.helpers import in_threads
@@ -27,6 +27,16 @@ class Memory:
         self.waited = wait
 
 
+def reserve(cache: GraphCache[Memory], nbytes: int) -> Reservation:
+    reservation = Reservation(cache)
+    reservation.take(nbytes)
+    return reservation
+
+
+def pin(cache: GraphCache[Memory], key: str, graph: Memory) -> None:
+    cache.put(key, graph).pinned = True
+
+
 def use(cache: GraphCache[Memory], key: str) -> None:
     entry = cache.entries[key]
     entry.hits += 1
@@ -40,7 +50,7 @@ def test_the_least_recently_used_goes_first():
     cache.put("b", b)
     use(cache, "a")
     cache.put("c", Memory())
-    assert list(cache) == ["a", "c"]
+    assert list(cache.entries) == ["a", "c"]
     assert (a.closed, b.closed) == (0, 1)
 
 
@@ -49,7 +59,7 @@ def test_bytes_are_made_room_for_with_as_few_evictions_as_will_do():
     for key in "abc":
         cache.put(key, Memory(3))
     cache.put("d", Memory(4))
-    assert (list(cache), cache.nbytes) == (["b", "c", "d"], 10)
+    assert (list(cache.entries), cache.nbytes) == (["b", "c", "d"], 10)
 
 
 def test_a_graph_larger_than_the_budget_is_refused_and_closed_and_nothing_else_changes():
@@ -59,7 +69,7 @@ def test_a_graph_larger_than_the_budget_is_refused_and_closed_and_nothing_else_c
     with pytest.raises(Refusal, match=r"11 bytes wanted; 0 pinned graphs hold 0 bytes.* max_bytes=10") as refused:
         cache.put("b", huge)
     assert refused.value.cause.reason is Reason.OVER_BUDGET
-    assert (list(cache), kept.closed, huge.closed) == (["a"], 0, 1)
+    assert (list(cache.entries), kept.closed, huge.closed) == (["a"], 0, 1)
 
 
 def test_a_refused_replacement_leaves_the_graph_that_was_there():
@@ -68,7 +78,7 @@ def test_a_refused_replacement_leaves_the_graph_that_was_there():
     cache.put("a", kept)
     with pytest.raises(Refusal):
         cache.put("a", huge)
-    assert (list(cache), kept.closed, huge.closed) == (["a"], 0, 1)
+    assert (list(cache.entries), kept.closed, huge.closed) == (["a"], 0, 1)
 
 
 def test_a_replaced_graph_is_closed_and_does_not_count_against_the_new_one():
@@ -81,19 +91,19 @@ def test_a_replaced_graph_is_closed_and_does_not_count_against_the_new_one():
 
 def test_pinned_graphs_are_passed_over_and_pinned_all_nothing_fits():
     cache: GraphCache[Memory] = GraphCache(max_graphs=2)
-    cache.put("a", Memory(), pinned=True)
+    pin(cache, "a", Memory())
     cache.put("b", Memory())
-    cache.put("c", Memory(), pinned=True)
-    assert list(cache) == ["a", "c"]
+    pin(cache, "c", Memory())
+    assert list(cache.entries) == ["a", "c"]
     with pytest.raises(Refusal, match="2 pinned graphs"):
         cache.put("d", Memory())
-    assert list(cache) == ["a", "c"]
+    assert list(cache.entries) == ["a", "c"]
 
 
 def test_clear_takes_pinned_graphs_too():
     cache: GraphCache[Memory] = GraphCache(max_graphs=2)
     graph = Memory()
-    cache.put("a", graph, pinned=True)
+    pin(cache, "a", graph)
     cache.clear()
     assert (len(cache), graph.closed, cache.nbytes) == (0, 1, 0)
 
@@ -114,7 +124,7 @@ def test_a_graph_is_closed_even_if_the_one_who_is_told_fails():
     cache.put("a", graph)
     with pytest.raises(ZeroDivisionError):
         cache.evict("a")
-    assert (list(cache), graph.closed) == ([], 1)
+    assert (list(cache.entries), graph.closed) == ([], 1)
 
 
 def test_a_new_graph_is_closed_when_making_room_for_it_fails():
@@ -122,8 +132,8 @@ def test_a_new_graph_is_closed_when_making_room_for_it_fails():
     cache.put("a", Memory())
     new = Memory()
     with pytest.raises(ZeroDivisionError):
-        cache.put("b", new, pinned=True)
-    assert (list(cache), new.closed, cache.nbytes) == ([], 1, 0)
+        pin(cache, "b", new)
+    assert (list(cache.entries), new.closed, cache.nbytes) == ([], 1, 0)
 
 
 def test_what_makes_room_is_not_waited_for_and_what_is_cleared_is():
@@ -176,7 +186,7 @@ def test_what_has_the_lowest_rank_goes_first():
     cache.rank = lambda key, entry: {"a": 2.0, "b": 0.0, "c": 1.0}.get(key, 9.0)
     cache.put("d", Memory())
     cache.put("e", Memory())
-    assert list(cache) == ["a", "d", "e"]
+    assert list(cache.entries) == ["a", "d", "e"]
 
 
 def test_victims_are_named_coldest_first_and_nothing_goes():
@@ -187,7 +197,7 @@ def test_victims_are_named_coldest_first_and_nothing_goes():
     assert [key for key, _ in cache.victims(1)] == []
     assert [key for key, _ in cache.victims(5)] == ["b", "c"]
     assert [key for key, _ in cache.victims(5, instead_of="b")] == ["c"]
-    assert list(cache) == ["a", "b", "c"]
+    assert list(cache.entries) == ["a", "b", "c"]
     with pytest.raises(Refusal, match="11 bytes wanted"):
         cache.victims(11)
 
@@ -198,68 +208,95 @@ def test_room_is_made_by_evicting_the_victims(nbytes):
     for key in "abcd":
         cache.put(key, Memory(2))
     use(cache, "b")
-    expected = [key for key, _ in cache.victims(nbytes)]
-    cache.reserve(nbytes).release()
-    assert [key for key in "acdb" if key not in cache] == expected
+    expected = [key for key, _ in cache.victims(nbytes, graphs=0)]
+    reserve(cache, nbytes).release()
+    assert [key for key in "acdb" if key not in cache.entries] == expected
 
 
 def test_what_is_reserved_is_free_before_the_graph_is_there_and_nobody_else_gets_it():
     cache: GraphCache[Memory] = GraphCache(max_graphs=2, max_bytes=10)
     for key in "ab":
         cache.put(key, Memory(4))
-    with cache.reserve(6) as room:
-        assert list(cache) == ["b"]
+    with reserve(cache, 6) as room:
+        assert list(cache.entries) == ["b"]
         with pytest.raises(Refusal, match=r"5 bytes wanted.* 6 are shared or reserved"):
-            cache.reserve(5)
+            reserve(cache, 5)
         cache.put("c", Memory(6), reservation=room)
-    assert (list(cache), cache.nbytes) == (["b", "c"], 10)
+    assert (list(cache.entries), cache.nbytes) == (["b", "c"], 10)
 
 
-def test_a_reservation_counts_as_a_graph():
-    cache: GraphCache[Memory] = GraphCache(max_graphs=2)
-    cache.put("a", Memory())
-    with cache.reserve(0):
-        assert list(cache) == ["a"]
-        cache.put("b", Memory())
-        assert list(cache) == ["b"]
-        with cache.reserve(0), pytest.raises(Refusal):
-            cache.put("c", Memory())
-    cache.put("c", Memory())
-    assert list(cache) == ["c"]
+def test_a_reservation_evicts_nothing_where_only_the_number_of_graphs_is_short():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, max_bytes=10)
+    cache.put("a", Memory(4))
+    with reserve(cache, 6) as room:
+        assert list(cache.entries) == ["a"]
+        cache.put("b", Memory(6), reservation=room)
+    assert list(cache.entries) == ["b"]
+
+
+def test_a_reservation_that_is_taken_again_replaces_what_it_took():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=10)
+    with reserve(cache, 8) as room:
+        room.take(3)
+        cache.put("a", Memory(7))
+    assert list(cache.entries) == ["a"]
+
+
+def test_the_stale_graph_of_a_key_goes_first_where_bytes_are_short_for_a_new_one():
+    cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=10)
+    for key in "ab":
+        cache.put(key, Memory(5))
+    with Reservation(cache) as room:
+        room.take(5, "b")
+        assert list(cache.entries) == ["a"]
+
+
+def test_a_graph_that_was_not_reserved_makes_room_on_the_device_too():
+    budget = DeviceBudget(10)
+    one, other = GraphCache[Memory](max_graphs=9), GraphCache[Memory](max_graphs=9)
+    budget.register(one)
+    budget.register(other)
+    gone, refused = Memory(8), Memory(11)
+    one.put("a", gone)
+    other.put("b", Memory(4))
+    assert (len(one), gone.closed, budget.nbytes) == (0, 1, 4)
+    with pytest.raises(Refusal, match="the budget of the process is 10 bytes"):
+        other.put("c", refused)
+    assert (list(other.entries), refused.closed) == (["b"], 1)
 
 
 def test_a_graph_may_be_larger_than_what_was_reserved_for_it():
     cache: GraphCache[Memory] = GraphCache(max_graphs=3, max_bytes=10)
     cache.put("a", Memory(6))
-    cache.put("b", Memory(10), reservation=cache.reserve(2))
-    assert (list(cache), cache.nbytes) == (["b"], 10)
+    cache.put("b", Memory(10), reservation=reserve(cache, 2))
+    assert (list(cache.entries), cache.nbytes) == (["b"], 10)
 
 
 def test_a_capture_that_was_given_up_leaves_the_room_to_others():
     cache: GraphCache[Memory] = GraphCache(max_graphs=1, max_bytes=10)
-    room = cache.reserve(10)
+    room = reserve(cache, 10)
     room.release()
     room.release()
     cache.put("a", Memory(10))
-    assert list(cache) == ["a"]
+    assert list(cache.entries) == ["a"]
 
 
 def test_a_reservation_that_cannot_be_had_changes_nothing():
     cache: GraphCache[Memory] = GraphCache(max_graphs=2, max_bytes=10)
-    cache.put("a", Memory(6), pinned=True)
+    pin(cache, "a", Memory(6))
     with pytest.raises(Refusal):
-        cache.reserve(5)
+        reserve(cache, 5)
     cache.put("b", Memory(4))
-    assert list(cache) == ["a", "b"]
+    assert list(cache.entries) == ["a", "b"]
 
 
 def test_a_reservation_ends_though_a_victim_cannot_be_closed():
-    cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=lambda key, entry: 1 / 0)
+    cache: GraphCache[Memory] = GraphCache(max_graphs=1, max_bytes=1, on_evict=lambda key, entry: 1 / 0)
     cache.put("a", Memory())
     with pytest.raises(ZeroDivisionError):
-        cache.reserve(1)
+        reserve(cache, 1)
     cache.put("b", Memory())
-    assert (list(cache), cache.nbytes) == (["b"], 1)
+    assert (list(cache.entries), cache.nbytes) == (["b"], 1)
 
 
 def test_what_the_graphs_share_counts_and_is_not_evicted():
@@ -268,19 +305,16 @@ def test_what_the_graphs_share_counts_and_is_not_evicted():
     cache.put("a", Memory(6))
     assert cache.nbytes == 10
     cache.put("b", Memory(3))
-    assert (list(cache), cache.nbytes) == (["b"], 7)
+    assert (list(cache.entries), cache.nbytes) == (["b"], 7)
     with pytest.raises(Refusal, match="4 are shared or reserved"):
         cache.put("c", Memory(7))
 
 
-def test_only_the_entry_that_was_meant_is_evicted_and_not_if_it_was_pinned_meanwhile():
+def test_only_the_entry_that_was_meant_is_evicted():
     cache: GraphCache[Memory] = GraphCache(max_graphs=2)
     old = cache.put("a", Memory())
     new = cache.put("a", Memory())
     assert not cache.evict("a", only=old)
-    new.pinned = True
-    assert not cache.evict("a", only=new)
-    new.pinned = False
     assert cache.evict("a", only=new)
     assert old.graph.closed == new.graph.closed == 1
 
@@ -304,7 +338,7 @@ def test_graphs_are_closed_without_the_lock_and_count_until_then():
     cache.put("other", Memory(2))
     cache.put("new", Memory(1))
     assert seen == [(8, True)]
-    assert (list(cache), cache.nbytes) == (["new"], 1)
+    assert (list(cache.entries), cache.nbytes) == (["new"], 1)
 
 
 def test_a_listener_may_store_a_graph_while_another_is_stored():
@@ -319,7 +353,7 @@ def test_a_listener_may_store_a_graph_while_another_is_stored():
     cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=tell)
     cache.put("a", graphs["a"])
     cache.put("b", graphs["b"])
-    assert (list(cache), told) == (["x"], ["a", "b"])
+    assert (list(cache.entries), told) == (["x"], ["a", "b"])
     assert {key: graph.closed for key, graph in graphs.items()} == {"a": 1, "b": 1, "x": 0}
 
 
@@ -331,11 +365,11 @@ def test_a_listener_does_not_get_the_room_that_is_reserved():
             cache.put("x", graph)
         refused.append(caught.value)
 
-    cache: GraphCache[Memory] = GraphCache(max_graphs=1, on_evict=tell)
+    cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=1, on_evict=tell)
     cache.put("a", Memory())
-    with cache.reserve(1) as room:
+    with reserve(cache, 1) as room:
         cache.put("b", Memory(), reservation=room)
-    assert (list(cache), graph.closed, len(refused)) == (["b"], 1, 1)
+    assert (list(cache.entries), graph.closed, len(refused)) == (["b"], 1, 1)
 
 
 def test_graphs_that_are_stored_under_one_key_at_once_are_closed_but_for_one():
@@ -381,14 +415,15 @@ class AgainstAModel(RuleBasedStateMachine):
         stuck = [item for item in rest.values() if item[1]]
         if len(stuck) + 1 > self.limits[0] or self.size(stuck) + nbytes > self.limits[1]:
             with pytest.raises(Refusal):
-                self.cache.put(key, graph, pinned=pinned)
+                self.cache.put(key, graph)
             self.closed.append(graph)
             # What became of a graph under the same key has a test of its own.
-            if key in self.model and key not in self.cache:
+            if key in self.model and key not in self.cache.entries:
                 self.drop(key)
             return
-        entry = self.cache.put(key, graph, pinned=pinned)
-        assert (entry.graph, entry.nbytes, entry.pinned, entry.hits) == (graph, nbytes, pinned, 0)
+        entry = self.cache.put(key, graph)
+        assert (entry.graph, entry.nbytes, entry.pinned, entry.hits) == (graph, nbytes, False, 0)
+        entry.pinned = pinned
         if key in self.model:
             self.drop(key)
         while len(self.model) + 1 > self.limits[0] or self.size(self.model.values()) + nbytes > self.limits[1]:
@@ -412,14 +447,13 @@ class AgainstAModel(RuleBasedStateMachine):
     def make_room(self, nbytes):
         before = list(self.model)
         try:
-            self.cache.reserve(nbytes).release()
+            reserve(self.cache, nbytes).release()
         except Refusal:
-            assert set(self.cache) == set(before)
+            assert set(self.cache.entries) == set(before)
             return
         for key in before:
-            if key not in self.cache:
+            if key not in self.cache.entries:
                 self.drop(key)
-        assert len(self.model) < self.limits[0]
         assert self.size(self.model.values()) + nbytes <= self.limits[1]
 
     @rule()

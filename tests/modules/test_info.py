@@ -67,5 +67,5 @@ def test_parts_count_once_in_what_the_process_holds() -> None:
     fast(torch.ones(2, 4))
     info = fast.cache_info()
     assert info.graphs == 2
-    assert info.process_nbytes == dispatcher_of(fast.parts["1"]).captures.device_budget.nbytes
+    assert info.process_nbytes == dispatcher_of(fast.parts["1"]).captures.graphs.budget.nbytes
     assert info.budget is None
