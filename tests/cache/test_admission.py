@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache import key_table
+from graphcache.cache import graph_cache, key_table
 from graphcache.cache.costs import Known
 from graphcache.cache.graph_cache import Entry, GraphCache, clock, recency
 from graphcache.cache.worthwhile import OVERHEAD, PRICE, Worthwhile, admission_for
@@ -211,7 +211,7 @@ def test_a_loop_over_more_signatures_than_fit_keeps_the_graphs_it_has():
     for index in range(40_000):
         served.call(index % 24)
     assert (len(served.captures), served.evictions) == (16, [])
-    refused = next(key for key in range(24) if key not in served.cache)
+    refused = next(key for key in range(24) if key not in served.cache.entries)
     assert "about as hot" in str(served.admission.ask(refused))
 
 
@@ -226,7 +226,7 @@ def test_a_signature_clearly_hotter_takes_the_place_of_the_coldest():
         if index % 20 == 0:
             served.call("b")
     assert served.evictions == ["b"]
-    assert set(served.cache) == {"a", "c"}
+    assert set(served.cache.entries) == {"a", "c"}
 
 
 @given(st.integers(1, 3))
@@ -245,7 +245,7 @@ def test_a_hot_signature_is_captured_in_the_midst_of_others_that_are_called_once
     monkeypatch.setattr(key_table.KeyTable.__init__, "__defaults__", ((), 64))
     served = Served(slots=4)
     fresh = 0
-    while "hot" not in served.cache:
+    while "hot" not in served.cache.entries:
         assert fresh < 20_000
         for _ in range(9):
             served.call(("once", fresh))
@@ -321,7 +321,7 @@ def test_it_is_tried_again_when_eager_calls_have_become_slower():
     served.times = lambda key: (10 * EAGER, EAGER, CAPTURE)
     for _ in range(5000):
         served.call("a")
-    assert "a" in served.cache
+    assert "a" in served.cache.entries
 
 
 def test_one_eager_call_is_not_enough_to_call_a_graph_slow():
@@ -366,7 +366,7 @@ def test_first_captures_at_once_and_keeps_what_is_slow():
         assert served.call(key)
         assert not served.call(key)
     assert served.cache.rank is recency
-    assert list(served.cache) == list("cdef")
+    assert list(served.cache.entries) == list("cdef")
     assert served.admission.known("f") == (2, 1, EAGER, 2 * EAGER, CAPTURE)
 
 
@@ -434,7 +434,7 @@ def test_an_eager_call_of_a_signature_that_has_a_graph_is_counted():
     before = served.admission.known("a").calls
     served.admission.ran("a", EAGER)
     assert served.admission.known("a").calls == before + 1
-    assert "a" in served.cache
+    assert "a" in served.cache.entries
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf, "1", None, True])
@@ -490,7 +490,7 @@ def test_it_may_be_called_with_the_lock_of_the_cache_held_while_others_ask():
         done.set()
 
     thread = threading.Thread(target=ask)
-    with served.cache._lock:
+    with graph_cache._lock:
         # Only a put has to wait; it comes after the last question.
         thread.start()
         served.admission.account()
