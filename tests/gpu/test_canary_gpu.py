@@ -109,7 +109,7 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
     wanted = [module(x).clone() for x in inputs]
     for x in inputs:
         fast(x)
-    keys = list(graphs_of(fast))
+    keys = list(graphs_of(fast).entries)
     assert len(keys) == 3
     work = torch.randn(4096, 4096, device="cuda") / 64
     torch.cuda.synchronize()

@@ -234,7 +234,7 @@ class Calls(RuleBasedStateMachine):
     def evict(self, name: str, which: int) -> None:
         Calls.steps += 1
         fast = self.wrap(name)
-        keys = list(graphs_of(fast))
+        keys = list(graphs_of(fast).entries)
         if keys:
             assert graphs_of(fast).evict(keys[which % len(keys)])
             assert len(graphs_of(fast)) == len(keys) - 1
