@@ -78,25 +78,19 @@ def compile(
         raise ConfigError(f"tolerance={shown(tolerance)}: expected a part of the norm, from 0 to below 1")
     if type(name) is not str:
         raise ConfigError(f"name={shown(name)}: expected text")
-    config = GraphConfig.of(options)
-    dims = open_sizes(module, inputs, dynamic)
+    config, dims = GraphConfig.of(options), open_sizes(module, inputs, dynamic)
     label = name or type(module).__name__
     require_gpu(f"compiling {label}")
     with bar(f"Compiling {label}", 4, progress) as step:
         exported = export(module, inputs, dims)
         step()
-        built = {"shapes": exported.shapes or None, "workspace": workspace}
-        data = build(exported.onnx, cache=cache, **built)  # type: ignore[arg-type]
+        built: Any = {"shapes": exported.shapes or None, "workspace": workspace}
+        data = build(exported.onnx, cache=cache, **built)
         step()
         engine = EngineModule(data, exported.inputs, exported.outputs, name=label, keep_kernels=cache)
         engine.source = Source.of(exported.onnx, built)
         step()
-        try:
-            for each in _examples(inputs, dims):
-                compare(module, engine, each, bound)
-        except BaseException:
-            engine.close()
-            raise
+        _compare_at_all_sizes(module, engine, inputs, dims, bound)
         step()
     return CachedModule(engine, config, name=label)
 
@@ -113,6 +107,27 @@ def _checked_inputs(module: object, example_inputs: Any) -> Sequence[Tensor]:
         raise ConfigError(f"example_inputs={shown(example_inputs)}: expected a tensor, or a sequence of tensors")
     found: Sequence[Tensor] = inputs
     return found
+
+
+def _compare_at_all_sizes(
+    module: nn.Module, engine: EngineModule, inputs: Sequence[Tensor], dims: Sequence[Mapping[int, Any]], bound: float
+) -> None:
+    """Compare the examples, and the smallest and largest sizes; an engine that differs is closed."""
+    examples = [list(inputs)]
+    if any(dims):
+        examples += [
+            [
+                resized(value, {axis: max(int(getattr(dim, end)), 1) for axis, dim in axes.items()})
+                for value, axes in zip(inputs, dims, strict=True)
+            ]
+            for end in ("min", "max")
+        ]
+    try:
+        for each in examples:
+            compare(module, engine, each, bound)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def compare(module: nn.Module, engine: EngineModule, inputs: Sequence[Tensor], tolerance: float) -> None:
@@ -140,12 +155,7 @@ def compare(module: nn.Module, engine: EngineModule, inputs: Sequence[Tensor], t
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The norm of the difference of two tensors as a part of the norm of the second; infinite where only one is finite.
-
-    Example:
-        >>> distance(torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.0])) < 0.05
-        True
-    """
+    """The norm of a difference as a part of the norm of ``other``; infinite where only one of the two is finite."""
     if not other.dtype.is_floating_point:
         return 0.0 if torch.equal(one, other) else float("inf")
     one, other = one.double(), other.double()
@@ -154,20 +164,6 @@ def distance(one: Tensor, other: Tensor) -> float:
         return float("inf")
     off = torch.where(alike, 0.0, one - other).norm().item()
     return off / max(torch.where(other.isfinite(), other, 0.0).norm().item(), 1e-12) if off else 0.0
-
-
-def _examples(inputs: Sequence[Tensor], dims: Sequence[Mapping[int, Any]]) -> list[list[Tensor]]:
-    """The examples, and the same at the smallest and at the largest sizes."""
-    found = [list(inputs)]
-    if any(dims):
-        found += [
-            [
-                resized(value, {axis: max(int(getattr(dim, end)), 1) for axis, dim in axes.items()})
-                for value, axes in zip(inputs, dims, strict=True)
-            ]
-            for end in ("min", "max")
-        ]
-    return found
 
 
 def _flat(answer: Any) -> list[Tensor]:

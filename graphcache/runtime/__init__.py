@@ -7,7 +7,12 @@ of a module at any depth, and every block restores what it found.
 
 from graphcache.cache.device_budget import set_process_budget
 from graphcache.engines.kernel_cache import RuntimeCache
-from graphcache.runtime.engines import enable_output_allocator, enable_pre_allocated_outputs, optimization_profile
+from graphcache.runtime.engines import (
+    enable_output_allocator,
+    enable_pre_allocated_outputs,
+    optimization_profile,
+    weight_streaming,
+)
 from graphcache.runtime.modes import (
     enable_cudagraphs,
     get_cudagraphs_mode,
@@ -21,7 +26,6 @@ from graphcache.runtime.settings import (
     runtime_config,
     set_dynamic_shapes_kernel_strategy,
 )
-from graphcache.runtime.streaming import weight_streaming
 
 __all__ = [
     "RuntimeCache",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 from torch import nn
 
 from graphcache.capture.engine_like import is_foreign
 from graphcache.config import modes
-from graphcache.errors import ConfigError, ModeConflictError, shown
+from graphcache.errors import ConfigError, EngineError, ModeConflictError, shown
+from graphcache.events import log
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.transparent import controls
@@ -88,26 +89,102 @@ def optimization_profile(module: nn.Module, profile: int | Literal["auto"] | Non
     """
     if profile != "auto" and profile is not None and (isinstance(profile, bool) or not isinstance(profile, int)):
         raise ConfigError(f"profile={shown(profile)}: expected the index of a profile, 'auto' or None")
-    with swapped(engines_of(module), _swap_profile, None if profile == "auto" else profile):
+
+    def swap(engine: EngineModule, chosen: int | None) -> int | None:
+        before = engine.profile_choice
+        engine.set_optimization_profile(chosen)
+        return before
+
+    with swapped(engines_of(module), swap, None if profile == "auto" else profile):
         yield module
 
 
-def _swap_profile(engine: EngineModule, profile: int | None) -> int | None:
-    """Choose the profile of an engine and return the one before."""
-    before = engine.profile_choice
-    engine.set_optimization_profile(profile)
-    return before
+class weight_streaming:
+    """Sets and restores the weight budget of all engines in a module together.
+
+    Below the full budget engines run eagerly, with the reason ``weight_streaming``; each change drops their graphs. At
+    the end of a ``with`` block every engine has its previous budget again.
+
+    Args:
+        module: An engine or a module with engines at any depth.
+
+    Raises:
+        ConfigError: If ``module`` is not a module.
+
+    Example::
+
+        with graphcache.runtime.weight_streaming(module) as weights:
+            weights.device_budget = weights.total_device_budget // 2
+            y = module(x)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._engines = engines_of(module)
+        self._streamable = [engine.get_streamable_device_memory_budget() for engine in self._engines]
+        self._before = self._budgets()
+
+    @property
+    def total_device_budget(self) -> int:
+        """Bytes of weights that can be streamed, of all engines together; the largest budget."""
+        return sum(self._streamable)
+
+    @property
+    def device_budget(self) -> int:
+        """Bytes of the streamable weights that are kept on the device now."""
+        return sum(self._budgets())
+
+    @device_budget.setter
+    def device_budget(self, nbytes: int) -> None:
+        """Divide a budget among the engines, in proportion to their streamable weights.
+
+        Raises:
+            EngineError: If no engine streams weights, for a negative budget, or while sessions use an engine. No
+                budget has changed then.
+            ConfigError: For anything but a whole number.
+        """
+        total = self.total_device_budget
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int):
+            raise ConfigError(f"device_budget={shown(nbytes)}: expected a whole number of bytes")
+        if not total:
+            raise EngineError(
+                "no engine here was built to stream its weights; build engines with weight_streaming=True"
+            )
+        if nbytes < 0:
+            raise EngineError(f"device_budget={nbytes}: a budget cannot be negative; expected 0 to {total} bytes")
+        if nbytes > total:
+            log.error("weight budget reduced from %d to %d bytes, the size of all streamable weights", nbytes, total)
+            nbytes = total
+        # Integers throughout: a budget may be larger than the integers that a float can represent.
+        self._set([streamable * nbytes // total for streamable in self._streamable])
+
+    def get_automatic_weight_streaming_budget(self) -> int:
+        """The budget that TensorRT would choose for the memory that is free now, in bytes, of all engines together."""
+        return sum(engine.get_automatic_device_memory_budget() for engine in self._engines)
+
+    def __enter__(self) -> Self:
+        self._before = self._budgets()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._set(self._before)
+
+    def _budgets(self) -> list[int]:
+        """The budget of each engine."""
+        return [engine.get_device_memory_budget() for engine in self._engines]
+
+    def _set(self, budgets: Sequence[int]) -> None:
+        """Set the budget of each engine, or of none if one refuses."""
+        with ExitStack() as undo:
+            for engine, before, budget in zip(self._engines, self._budgets(), budgets, strict=True):
+                if before != budget:
+                    engine.set_device_memory_budget(budget)
+                    undo.callback(engine.set_device_memory_budget, before)
+            undo.pop_all()
 
 
 @contextmanager
 def swapped(engines: Sequence[EngineModule], swap: Callable[[EngineModule, T], T], value: T) -> Iterator[None]:
-    """Set something on several engines, and set what was there before at the end of the block.
-
-    Args:
-        engines: The engines.
-        swap: Sets the value of one engine and returns the value before.
-        value: The value inside the block.
-    """
+    """Set something on several engines for the block; ``swap`` sets it on one and returns what was there before."""
     with ExitStack() as undo:
         for engine in engines:
             undo.callback(swap, engine, swap(engine, value))
@@ -115,11 +192,7 @@ def swapped(engines: Sequence[EngineModule], swap: Callable[[EngineModule, T], T
 
 
 def engines_of(module: nn.Module) -> list[EngineModule]:
-    """The engines of a module, wrapped or not, at any depth, each once.
-
-    Raises:
-        ConfigError: If ``module`` is not a module, or has engines of Torch-TensorRT that were not adopted.
-    """
+    """The engines of a module, wrapped or not, at any depth, each once."""
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
     found: dict[EngineModule, None] = {}
@@ -136,15 +209,7 @@ def engines_of(module: nn.Module) -> list[EngineModule]:
 
 
 def engines_of_all(function: str, targets: nn.Module | Sequence[nn.Module]) -> list[EngineModule]:
-    """The engines of one module or of several, each once.
-
-    Args:
-        function: The name of the caller, for messages.
-        targets: The modules.
-
-    Raises:
-        ConfigError: If ``targets`` are not modules, or have no engine.
-    """
+    """The engines of one module or of several, each once and at least one; messages name the calling function."""
     if isinstance(targets, nn.Module):
         targets = [targets]
     if not isinstance(targets, (list, tuple)):
@@ -162,10 +227,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def check_bool(function: str, mode: object) -> None:
-    """Raise for anything but ``True`` and ``False``.
-
-    Raises:
-        ConfigError: For anything else.
-    """
+    """Raise for anything but ``True`` and ``False``."""
     if not isinstance(mode, bool):
         raise ConfigError(f"{function} takes True or False, not {shown(mode)}")

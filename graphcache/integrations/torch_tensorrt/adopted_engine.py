@@ -16,16 +16,14 @@ class AdoptedEngine(EngineModule):
     """Runs the engine of another module, and stands for that module in everything else: its hooks, its state, its flag.
 
     Like that one it takes numbers in the place of inputs, which a compiled module passes for sizes.
-
-    Args:
-        original: The module of Torch-TensorRT.
-        found: What it runs.
-
-    Raises:
-        EngineError: If its engine cannot be run here.
     """
 
     original: nn.Module
+    """The module of Torch-TensorRT."""
+    holders: int
+    """How many wrapped modules use it."""
+    places: list[tuple[nn.Module, str]]
+    """The modules that have it as a submodule, and under which name."""
     takes_numbers = True
 
     def __init__(self, original: nn.Module, found: Foreign) -> None:
@@ -41,6 +39,8 @@ class AdoptedEngine(EngineModule):
         # Past nn.Module's __setattr__, which would make a submodule of it.
         self.__dict__.update(
             original=original,
+            holders=0,
+            places=[],
             _as_list=found.as_list,
             _forward_hooks=original._forward_hooks,
             _forward_pre_hooks=original._forward_pre_hooks,

@@ -23,16 +23,8 @@ class Adoption:
     and the training flag are that one's. There is a second copy of its weights on the device meanwhile, since the other
     module keeps its own. Whoever wraps the same module twice has the same engines.
 
-    Args:
-        module: Any module; one without such modules is left alone.
-        runtime: ``"graphcache"`` adopts them all or raises, ``"torch_tensorrt"`` adopts none, ``None`` adopts those
-            that can be and leaves the others to Torch-TensorRT, which is logged.
-
-    Raises:
-        ConfigError: With ``"graphcache"``, for a module that cannot be adopted for what it is; with
-            ``"torch_tensorrt"``, for one that has no module of Torch-TensorRT.
-        EngineError: With ``"graphcache"``, for an engine that cannot be run here. Nothing is changed then.
-        TensorRTNotFoundError: Likewise, without any TensorRT.
+    With ``"graphcache"`` all are adopted, or an error is raised and nothing is changed; with ``"torch_tensorrt"`` none;
+    with ``None`` those that can be, and the others are left to Torch-TensorRT, which is logged.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime | None) -> None:
@@ -88,21 +80,21 @@ class Adoption:
                         if id(child) not in made:
                             made[id(child)] = engine
                             self._hold(engine)
-                        engine.__dict__.setdefault("_places", []).append((parent, key))
+                        engine.places.append((parent, key))
                         # Past nn.Module's __setattr__: the same place in the same table.
                         parent._modules[key] = engine
 
     def _hold(self, engine: AdoptedEngine) -> None:
-        engine.__dict__["_holders"] = engine.__dict__.get("_holders", 0) + 1
+        engine.holders += 1
         self._held.append(engine)
 
     def _give_back(self) -> None:
         held, self._held = self._held, []
         for engine in held:
-            engine.__dict__["_holders"] -= 1
-            if engine.__dict__["_holders"]:
+            engine.holders -= 1
+            if engine.holders:
                 continue
-            places = engine.__dict__.pop("_places", [])
+            places, engine.places = engine.places, []
             original = engine.give_back()
             for parent, key in places:
                 # Unless somebody has put something else there.

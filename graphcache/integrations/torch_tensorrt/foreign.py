@@ -23,16 +23,8 @@ _BETWEEN = "%"
 class Foreign:
     """What a module of Torch-TensorRT runs.
 
-    Args:
-        serialized: The engine's bytes.
-        inputs: Names of the inputs in the order of a call; empty for the engine's own order.
-        outputs: Likewise for the outputs.
-        name: The module's name.
-        device: Index of its CUDA device; ``None`` if it does not say.
-        settings: What it was compiled with.
-        weight_name_map: The engine's names of weights, to those of a ``state_dict``.
-        requires_output_allocator: Whether TensorRT allocates its outputs.
-        as_list: Whether several outputs are returned in a list, not in a tuple.
+    Names are in the order of a call; empty for the engine's own order. ``as_list`` says that several outputs are
+    returned in a list, not in a tuple.
     """
 
     serialized: bytes
@@ -47,11 +39,7 @@ class Foreign:
 
 
 def described(module: nn.Module) -> Foreign | str:
-    """What a module of Torch-TensorRT runs, or why it can be run by nobody else.
-
-    Args:
-        module: One of those that :func:`is_foreign` tells.
-    """
+    """What a module of Torch-TensorRT runs, or why it can be run by nobody else."""
     if getattr(module, "aliased_io", None):
         return "an output lies in the memory of an input, which it updates in place"
     if getattr(module, "requires_native_multidevice", False):
