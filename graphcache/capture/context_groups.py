@@ -21,9 +21,8 @@ from graphcache.graphs.verify import all_same_bits, disagreement
 MAX_GRAPHS_PER_CONTEXT = 129
 """A graph that shares a context takes 0.07 MB, another context 74 MB and 30 to 130 ms (evictions-h200.json)."""
 MAX_CHECK_SECONDS = 0.01
-"""Each capture replays all graphs of its context twice. A context whose graphs took longer than this on two captures
-gets no further graphs; once may have been a stall. 7 graphs of ViT (1.46 ms each) reach it, and 129 of mlp8 (40 us
-each) do not (H200)."""
+"""Each capture replays all graphs of its context twice. One that took longer than this gets no further graphs: 7 graphs
+of ViT (1.46 ms each) reach it, and 129 of mlp8 (40 us each) do not (H200)."""
 _MEASURED = ("1.5.", "1.6.")
 """Versions of TensorRT-RTX under which graphs of one context, in turn, were seen to answer rightly (H100, H200). Under
 1.4.0.76 with ``EAGER`` they did not."""
@@ -37,14 +36,12 @@ class Shared:
         context: The context.
         profile: The optimisation profile that it is used with.
         most: How many graphs it may have.
-        slow: How many checks of its graphs took too long.
         graphs: Its graphs, which are checked whenever another one is captured.
     """
 
     context: Context
     profile: int
     most: int
-    slow: int = 0
     graphs: WeakSet[CudaGraph] = field(default_factory=WeakSet)
 
     def live(self) -> list[CudaGraph]:
@@ -138,9 +135,7 @@ class SharedContexts:
         if same:
             # Comparing has waited for the device.
             if time.perf_counter() - start > MAX_CHECK_SECONDS:
-                shared.slow += 1
-                if shared.slow == 2:
-                    shared.most = len(shared.live())
+                shared.most = len(shared.live())
             return
         log.warning(
             "%s: %d graph(s) answered differently once their execution context was used for another shape; they were "
