@@ -92,11 +92,6 @@ class Dispatcher:
         self._in_background = config.capture_in == "background"
         self._off = disabled_by_environment()
 
-    @property
-    def closed(self) -> bool:
-        """Whether the module was closed."""
-        return self.captures.closed
-
     # ---- a call
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -286,7 +281,7 @@ class Dispatcher:
     def _undescribed(self, cause: Cause, call: KeyedCall) -> Any:
         """Answer a call that no key describes."""
         reason = self.forbidden()
-        if reason is None and not self.submodules.whole and not self.closed:
+        if reason is None and not self.submodules.whole and not self.captures.closed:
             # The whole was never to be captured, and the submodules may be called with something else.
             with self.submodules.in_use():
                 return self.run(call)
@@ -376,7 +371,7 @@ class Dispatcher:
 
     def check_open(self) -> None:
         """Raise if the module was closed."""
-        if self.closed:
+        if self.captures.closed:
             raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
 
     def clear(self, *, wait: bool = True) -> None:

@@ -384,6 +384,6 @@ class CachedModule(TransparentModule):
     def _graphcache_context(self) -> AbstractContextManager[object]:
         """While a method of the module runs, calls of the module and of its submodules use their graphs."""
         state = self._graphcache
-        if state.dispatcher.closed or isinstance(state.module, EngineLike) or is_compiling():
+        if state.dispatcher.captures.closed or isinstance(state.module, EngineLike) or is_compiling():
             return nullcontext()
         return ForwardPatches(lambda: (self, *state.submodules.active())).active()

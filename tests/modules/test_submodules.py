@@ -287,7 +287,7 @@ def test_clearing_and_closing_reach_what_was_found(detector):
     assert fast.cache_info().graphs == 5
     parts = list(fast.parts.values())
     fast.close()
-    assert all(dispatcher_of(part).closed for part in parts)
+    assert all(dispatcher_of(part).captures.closed for part in parts)
     assert fast.cache_info().graphs == 0
 
 
