@@ -27,10 +27,10 @@ from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.examples import Call as Call
 from graphcache.modules.explain import Explanation as Explanation
 from graphcache.modules.explain import explain as explain
-from graphcache.modules.info import CacheInfo as CacheInfo
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.transparent import controls as controls
+from graphcache.modules.wrapped import CacheInfo as CacheInfo
 from graphcache.modules.wrapping import wrap as wrap
 from graphcache.persist.loading import load as load
 from graphcache.persist.manifest import Manifest as Manifest

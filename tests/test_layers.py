@@ -64,7 +64,7 @@ OWNERS = {
 }
 """The only layer that imports a library."""
 
-ALSO = {("graphcache.modules.progress", "rich")}
+ALSO = {("graphcache.modules.prepare", "rich")}
 """Who else may, inside a function: a bar that is drawn on a terminal alone."""
 
 

@@ -16,7 +16,7 @@ from graphcache.export.onnx_export import export, open_sizes, resized
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.packaging import Source
-from graphcache.modules.progress import bar
+from graphcache.modules.prepare import bar
 from graphcache.modules.transparent import is_training
 
 TOLERANCE = 5e-3

@@ -14,6 +14,7 @@ from torch import nn
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
+from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import open_to
 from graphcache.dispatch.forward_into import copy_into
 from graphcache.dispatch.preconditions import is_compiling
@@ -23,13 +24,12 @@ from graphcache.features import features
 from graphcache.graphs.graph import Graph
 from graphcache.modules.explain import Explanation, explain
 from graphcache.modules.forward_patch import ForwardPatches, has_hooks
-from graphcache.modules.info import CacheInfo
 from graphcache.modules.portable import again
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session
 from graphcache.modules.submodules import Submodules
 from graphcache.modules.transparent import TransparentModule, overridable
-from graphcache.modules.wrapped import PartContext, Wrapped, name_of, new_dispatcher, state_of
+from graphcache.modules.wrapped import CacheInfo, Wrapped, name_of, state_of, target_of
 
 
 @overridable
@@ -44,8 +44,8 @@ class CachedModule(TransparentModule):
     Args:
         module: An engine, or any other module.
         config: Options; see :class:`~graphcache.config.GraphConfig`.
-        name: What messages call it; the class's name if empty.
-        part_of: For a submodule that is captured by itself, what it shares with the whole.
+        name: What messages call it; the module's own ``name`` or that of its class if empty.
+        part_of: For a submodule that is captured by itself, the dispatcher of the whole.
 
     Raises:
         ConfigError: If ``module`` is not a module, is wrapped already, or has nothing for the strategy to capture.
@@ -68,7 +68,7 @@ class CachedModule(TransparentModule):
         config: GraphConfig | None = None,
         *,
         name: str = "",
-        part_of: PartContext | None = None,
+        part_of: Dispatcher | None = None,
     ) -> None:
         if isinstance(module, CachedModule):
             raise ConfigError(f"{state_of(module).name} is wrapped already; use it as it is, or wrap its .module")
@@ -76,15 +76,14 @@ class CachedModule(TransparentModule):
             kind = type(module).__name__
             raise ConfigError(f"expected an nn.Module, got {kind}; graphcache.load makes one of an engine")
         super().__init__(module)
-        config, own_name = config or GraphConfig(), name or name_of(module)
-        shared = part_of or PartContext(Observers(), RunGate(module))
+        config, name = config or GraphConfig(), name or name_of(module)
         is_found = part_of is not None and config.strategy == "auto"
+        observers = Observers() if part_of is None else part_of.ledger.observers
+        ledger = Ledger(name, quiet=is_found, observers=observers)
+        gate = RunGate(module) if part_of is None else part_of.gate
         # Past nn.Module's __setattr__, which would make submodules of modules.
         own, this = self.__dict__, weakref.ref(self)
         own["_graphcache_table"] = None
-
-        def part(name: str, child: nn.Module, options: GraphConfig) -> CachedModule:
-            return CachedModule(child, options, name=f"{own_name}.{name}" if is_found else name, part_of=shared)
 
         def publish(table: Any) -> None:
             if (fast := this()) is not None:
@@ -92,15 +91,11 @@ class CachedModule(TransparentModule):
                 if table is not None:
                     open_to(CachedModule.__call__, CachedModule.forward_into)
 
-        dispatcher = new_dispatcher(
-            module,
-            config,
-            run=None if part_of is None else module.forward,
-            ledger=Ledger(own_name, quiet=is_found, observers=shared.observers),
-            gate=shared.gate,
-            user=self,
-            publish=publish,
-        )
+        def part(place: str, child: nn.Module, options: GraphConfig) -> CachedModule:
+            return CachedModule(child, options, name=f"{name}.{place}" if is_found else place, part_of=dispatcher)
+
+        target = target_of(module, config, name, self, None if part_of is None else module.forward)
+        dispatcher = Dispatcher(target, config, ledger, gate, publish)
         dispatcher.submodules = submodules = Submodules(module, config, part)
         if config.buckets is not None:
             dispatcher.padding = features.padding(config.buckets, dispatcher)
@@ -136,7 +131,7 @@ class CachedModule(TransparentModule):
         Args:
             out: Tensors in the structure of the answer, of its shapes, dtypes and device, that require no gradients.
             args: What the module takes.
-            kwargs: Likewise.
+            kwargs: What it takes by name.
 
         Raises:
             OutputMismatchError: If ``out`` does not fit the answer. It was not written into.
@@ -204,7 +199,7 @@ class CachedModule(TransparentModule):
 
         A call key holds the grad mode and autocast: prepare under those that will serve. (A manifest brings its own.)
         Given calls are prepared largest first, those of a manifest most-called first, as far as budgets reach. No graph
-        evicts another one of the same preparation.
+        evicts another one of the same preparation. Returns how many keys have a graph now, and what has none.
 
         Args:
             calls: Tuples of positional arguments, single tensors, :class:`graphcache.Call`, manifests, or their paths.
@@ -213,10 +208,6 @@ class CachedModule(TransparentModule):
             pin: Never evict these graphs.
             deadline: Seconds after which no further capture begins; half of them at most go to the eager calls.
             progress: Draw a bar on stderr where that is a terminal; ``None`` means ``True``.
-
-        Returns:
-            How many keys have a graph now, and what was refused, left out or ignored (a manifest that is damaged or of
-            another environment).
 
         Raises:
             ConfigError: For what is no call, or a bad option.
@@ -260,8 +251,7 @@ class CachedModule(TransparentModule):
 
         Args:
             path: Of the file, in a directory that exists; ``.gcache`` is the usual ending.
-            onnx: As :meth:`EngineModule.save` takes it, for a wrapped engine.
-            build: Likewise.
+            onnx: As :meth:`EngineModule.save` takes it, for a wrapped engine; likewise ``build``.
             manifest: Whether the calls that were served are part of it.
 
         Raises:
@@ -290,7 +280,17 @@ class CachedModule(TransparentModule):
 
     def graph_for(self, *args: Any, **kwargs: Any) -> Graph | None:
         """The graph that answers such a call, or ``None``; without arguments the graph that was used last."""
-        return self._graphcache.graph_for(args, kwargs)
+        dispatcher = self._graphcache.dispatcher
+        if not args and not kwargs:
+            entry = max(list(dispatcher.entries.values()), key=lambda each: each.used, default=None)
+        else:
+            try:
+                call = dispatcher.target.describe(args, kwargs)
+            except Refusal:
+                return None
+            padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
+            entry = dispatcher.entries.get(padded or call.key)
+        return None if entry is None else entry.graph.graph
 
     def try_capture(self, *args: Any, **kwargs: Any) -> Cause | None:
         """Run a call eagerly and capture it; return why it has no graph, or ``None`` if it has one."""
@@ -310,14 +310,6 @@ class CachedModule(TransparentModule):
 
         Raises:
             ConfigError: Naming the field, or if no shape of the argument was seen.
-
-        Example:
-            >>> import torch, graphcache
-            >>> fast = graphcache.wrap(torch.nn.ReLU())
-            >>> for rows in (1, 2, 7, 8, 8):
-            ...     _ = fast(torch.zeros(rows, 4))
-            >>> fast.advise_buckets(most=2).option()
-            {0: [2, 8]}
         """
         return features.advise_buckets(self._graphcache.dispatcher, trace, most, argument=argument)
 
@@ -376,9 +368,8 @@ class CachedModule(TransparentModule):
         return again, (state.module, state.config, state.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        state = self._graphcache
-        state.dispatcher.check_open()
-        memo[id(self)] = copied = again(copy.deepcopy(state.module, memo), state.config, state.name)
+        make, (module, config, name) = self.__reduce_ex__(2)
+        memo[id(self)] = copied = make(copy.deepcopy(module, memo), config, name)
         return copied
 
     def _graphcache_context(self) -> AbstractContextManager[object]:

@@ -11,9 +11,8 @@ from graphcache.dispatch.background import PENDING
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.keys.call_spec import CallSpec
-from graphcache.modules.info import CacheInfo
 from graphcache.modules.transparent import TransparentModule, controls
-from graphcache.modules.wrapped import state_of
+from graphcache.modules.wrapped import CacheInfo, state_of
 
 Outcome = Literal["hit", "capture", "eager"]
 Status = Literal["captured", "changed", "evicted", "denied", "new"]

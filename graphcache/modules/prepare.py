@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,9 @@ from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Ref
 from graphcache.events import Event, RanEagerly, log
 from graphcache.features import features
 from graphcache.keys.call_key import CallKey
-from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, example
-from graphcache.modules.progress import bar
 from graphcache.modules.transparent import TransparentModule, controls
-from graphcache.modules.wrapped import state_of
+from graphcache.modules.wrapped import device_of, state_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,37 +110,42 @@ def prepare(
     fast: TransparentModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
 ) -> Prepared:
     """What :meth:`CachedModule.prepare` does."""
-    start, name = time.monotonic(), state_of(fast).name
+    start, state = time.monotonic(), state_of(fast)
     _check_options(given, pin, deadline, progress)
-    state_of(fast).dispatcher.check_open()
-    work = _Work(fast, deadline, start)
+    state.dispatcher.check_open()
+    work = _Work(start, deadline)
     kinds = (str, os.PathLike, features.manifest_type)
-    manifests = [each for each in given if is_a(each, *kinds)]
-    calls = [example(each, state_of(fast).module) for each in given if not is_a(each, *kinds)]
+    calls = [example(each, state.module) for each in given if not is_a(each, *kinds)]
     jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
-    for manifest in manifests:
-        chosen: Chosen = features.calls_of_manifest(fast, manifest, deadline)
-        jobs += chosen.jobs
-        work.left_out += chosen.left_out
-        work.problems += chosen.problems
+    for manifest in given:
+        if is_a(manifest, *kinds):
+            chosen: Chosen = features.calls_of_manifest(fast, manifest, deadline)
+            jobs += chosen.jobs
+            work.left_out += chosen.left_out
+            work.problems += chosen.problems
     preparation = Preparation(pin=pin)
-    with bar(f"Preparing {name}", 2 * len(jobs), progress) as step:
+    with bar(f"Preparing {state.name}", 2 * len(jobs), progress) as step:
         warm = work.warm(jobs, step)
         with preparation:
-            work.capture(warm, preparation, step)
-    seconds, refused, problems = time.monotonic() - start, tuple(work.refused), tuple(work.problems)
-    done = Prepared(len(preparation), seconds, preparation.nbytes, refused, work.left_out, problems)
-    if problems:
-        log.warning("%s: of a manifest was ignored: %s", name, "; ".join(map(str, problems)))
-    log.info("%s: %s", name, done)
+            work.capture(fast, warm, preparation, step)
+    done = Prepared(
+        len(preparation),
+        time.monotonic() - start,
+        preparation.nbytes,
+        tuple(work.refused),
+        work.left_out,
+        tuple(work.problems),
+    )
+    if work.problems:
+        log.warning("%s: of a manifest was ignored: %s", state.name, "; ".join(map(str, work.problems)))
+    log.info("%s: %s", state.name, done)
     return done
 
 
 class _Work:
     """The two phases, and what is noted on the way."""
 
-    def __init__(self, fast: TransparentModule, deadline: float | None, start: float) -> None:
-        self._fast = fast
+    def __init__(self, start: float, deadline: float | None) -> None:
         self._deadline = math.inf if deadline is None else start + deadline
         # What is warm and never captured was in vain.
         self._half = math.inf if deadline is None else start + deadline / 2
@@ -158,15 +162,30 @@ class _Work:
                 self.left_out += 1
                 continue
             with self._noted(job):
-                key = self._run(job, found)
-                found.setdefault((id(job.target), key), (job, key))
-        for target in {id(job.target): job.target for job, _ in found.values()}.values():
+                dispatcher = state_of(job.target).dispatcher
+                call = dispatcher.target.describe(*job.call.make())
+                place = id(job.target), call.key
+                if place not in found and call.key not in dispatcher.entries:
+                    dispatcher.captures.notice_device(call)
+                    if (reason := dispatcher.forbidden()) is not None:
+                        # Of the caller's capture, say, this would become a part.
+                        raise Refusal(reason)
+                    with dispatcher.on_device(call), graphs_off():
+                        dispatcher.target.run(*call.args, **call.kwargs)
+                found.setdefault(place, (job, call.key))
+        for target in dict.fromkeys(job.target for job, _ in found.values()):
             if state_of(target).dispatcher.captures.on_cuda:
                 # What went wrong on the device shows here, with nothing captured.
                 torch.cuda.current_stream(device_of(state_of(target).module)).synchronize()
         return list(found.values())
 
-    def capture(self, warm: Sequence[tuple[Job, CallKey]], preparation: Preparation, step: Callable[[], None]) -> None:
+    def capture(
+        self,
+        fast: TransparentModule,
+        warm: Sequence[tuple[Job, CallKey]],
+        preparation: Preparation,
+        step: Callable[[], None],
+    ) -> None:
         """Capture what ran, and note what cannot be captured."""
         label = ""
 
@@ -176,7 +195,7 @@ class _Work:
                 self.refused.append(Refused(label, event.cause))
 
         with ExitStack() as stack:
-            for part in state_of(self._fast).submodules.named().values():
+            for part in state_of(fast).submodules.named().values():
                 stack.callback(controls(part).subscribe(hear))
             for job, key in warm:
                 step()
@@ -185,28 +204,15 @@ class _Work:
                     continue
                 label = job.call.label
                 dispatcher = state_of(job.target).dispatcher
-                if (learnt := job.measured) is not None and key not in dispatcher.entries:
-                    dispatcher.captures.admission.learn(key, **learnt)
+                if job.measured is not None and key not in dispatcher.entries:
+                    dispatcher.captures.admission.learn(key, **job.measured)
                 # One of a part, with on_failure="raise", was heard.
                 with self._noted(job), suppress(CaptureError):
-                    made = dispatcher.target.describe(*job.call.make())
-                    with dispatcher.on_device(made):
-                        cause = dispatcher.prepare(made._replace(key=key))
+                    call = dispatcher.target.describe(*job.call.make())
+                    with dispatcher.on_device(call):
+                        cause = dispatcher.prepare(call._replace(key=key))
                     if cause is not None:
                         self.refused.append(Refused(label, cause))
-
-    def _run(self, job: Job, found: dict[tuple[int, CallKey], Any]) -> CallKey:
-        """Run a call eagerly, unless one of its key ran or has a graph; its key."""
-        dispatcher = state_of(job.target).dispatcher
-        call = dispatcher.target.describe(*job.call.make())
-        if (id(job.target), call.key) not in found and call.key not in dispatcher.entries:
-            dispatcher.captures.notice_device(call)
-            if (reason := dispatcher.forbidden()) is not None:
-                # Of the caller's capture, say, this would become a part.
-                raise Refusal(reason)
-            with dispatcher.on_device(call), graphs_off():
-                dispatcher.target.run(*call.args, **call.kwargs)
-        return call.key
 
     @contextmanager
     def _noted(self, job: Job) -> Iterator[None]:
@@ -221,6 +227,30 @@ class _Work:
                 raise
             text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
             self.problems.append(ManifestProblem(job.path, "call", text))
+
+
+@contextmanager
+def bar(title: str, steps: int, wanted: bool | None = None) -> Iterator[Callable[[], None]]:
+    """Draw how many steps are done, if stderr is a terminal and a bar is wanted; gives what to call after each.
+
+    It is drawn by these calls: a thread that draws would run beside captures.
+    """
+    if wanted is False or not steps or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as shown_bar:
+        task = shown_bar.add_task(title, total=steps)
+        shown_bar.refresh()
+
+        def step() -> None:
+            shown_bar.advance(task)
+            shown_bar.refresh()
+
+        yield step
 
 
 def _check_options(given: Sequence[Any], pin: object, deadline: object, progress: object) -> None:

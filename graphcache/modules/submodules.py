@@ -18,9 +18,8 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, ConfigError, Reason
 from graphcache.modules.forward_patch import ForwardPatches
-from graphcache.modules.info import CacheInfo
 from graphcache.modules.transparent import TransparentModule
-from graphcache.modules.wrapped import state_of
+from graphcache.modules.wrapped import CacheInfo, state_of
 
 Make = Callable[[str, nn.Module, GraphConfig], TransparentModule]
 

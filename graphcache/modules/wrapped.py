@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
+import torch
 from torch import nn
 
-from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.run_gate import RunGate
+from graphcache.capture.engine_like import EngineLike, is_foreign
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
-from graphcache.errors import Refusal
-from graphcache.events import Ledger, Observers
-from graphcache.graphs.graph import Graph
-from graphcache.modules.info import CacheInfo
-from graphcache.modules.module_guards import module_guard
+from graphcache.engines.registry import traced_engines
+from graphcache.errors import Reason
+from graphcache.keys.guards import ModuleGuard
+from graphcache.modules.transparent import TransparentModule
+
+_OF_THE_WHOLE = ("process_nbytes", "waits", "wait_seconds")
+"""Fields of an account that a module and its parts have in common."""
 
 
-class PartContext(NamedTuple):
-    """What a wrapped module and the submodules of it that are captured one by one have in common."""
+@dataclass(frozen=True)
+class CacheInfo:
+    """The counters of a wrapped module and of the submodules that it captured one by one.
 
-    observers: Observers
-    gate: RunGate
+    Args:
+        hits: Calls answered by a replay, or by an eager run that proved a graph right after a change of the module.
+        captures: Graphs made.
+        evictions: Graphs closed, whatever the cause.
+        eager: Calls answered without a graph, by reason.
+        graphs: Graphs held now.
+        nbytes: Device memory that they own, in bytes; an estimate where the driver does not tell.
+        capture_seconds: Time spent capturing.
+        padded: Of the hits, those of calls that were padded to a bucket.
+        eager_seconds: What eager execution of the measured calls would have taken; with ``capture="worthwhile"`` all
+            are measured.
+        saved_seconds: What replays have saved of that.
+        budget: Bytes that the graphs may own, ``None`` for no bound; ``max_bytes="auto"`` is set by the first capture.
+        process_nbytes: Bytes that the graphs of all modules of the process on this device own; 0 before a capture.
+        waits: Eager calls that waited for a run of a background capture.
+        wait_seconds: How long these calls waited, together.
+    """
+
+    hits: int = 0
+    captures: int = 0
+    evictions: int = 0
+    eager: dict[Reason, int] = field(default_factory=dict)
+    graphs: int = 0
+    nbytes: int = 0
+    capture_seconds: float = 0.0
+    padded: int = 0
+    eager_seconds: float = 0.0
+    saved_seconds: float = 0.0
+    budget: int | None = 0
+    process_nbytes: int = 0
+    waits: int = 0
+    wait_seconds: float = 0.0
+
+    def __add__(self, other: CacheInfo) -> CacheInfo:
+        eager = {
+            reason: self.eager.get(reason, 0) + other.eager.get(reason, 0) for reason in {**self.eager, **other.eager}
+        }
+        budget = None if self.budget is None or other.budget is None else self.budget + other.budget
+        found: dict[str, Any] = {"eager": eager, "budget": budget}
+        for name in (each.name for each in fields(self) if each.name not in found):
+            pair = getattr(self, name), getattr(other, name)
+            found[name] = max(pair) if name in _OF_THE_WHOLE else sum(pair)
+        return CacheInfo(**found)
 
 
 class Wrapped:
@@ -50,9 +95,8 @@ class Wrapped:
 
     def cache_info(self) -> CacheInfo:
         """The counters so far, with those of the parts."""
-        captures, ledger = self.dispatcher.captures, self.dispatcher.ledger
+        dispatcher, captures, ledger = self.dispatcher, self.dispatcher.captures, self.dispatcher.ledger
         account = captures.admission.account()
-        padding = self.dispatcher.padding
         own = CacheInfo(
             hits=captures.hits,
             captures=ledger.captures,
@@ -61,13 +105,13 @@ class Wrapped:
             graphs=len(self.graphs),
             nbytes=self.graphs.nbytes,
             capture_seconds=ledger.capture_seconds,
-            padded=0 if padding is None else padding.padded,
+            padded=0 if dispatcher.padding is None else dispatcher.padding.padded,
             eager_seconds=account.eager_seconds,
             saved_seconds=account.saved_seconds,
             budget=self.graphs.max_bytes,
             process_nbytes=self.graphs.budget.nbytes,
-            waits=self.dispatcher.gate.waits,
-            wait_seconds=self.dispatcher.gate.wait_seconds,
+            waits=dispatcher.gate.waits,
+            wait_seconds=dispatcher.gate.wait_seconds,
         )
         for part in self.parts():
             found = part.cache_info()
@@ -76,20 +120,6 @@ class Wrapped:
         if (past := self.submodules.past) is not None:
             own += replace(past, eager={})
         return own
-
-    def graph_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph | None:
-        """The graph that answers a call; without arguments the graph that was used last."""
-        if not args and not kwargs:
-            entry = max(list(self.graphs.entries.values()), key=lambda each: each.used, default=None)
-        else:
-            try:
-                call = self.dispatcher.target.describe(args, kwargs)
-            except Refusal:
-                return None
-            padding = self.dispatcher.padding
-            padded = None if padding is None else padding.target(call)
-            entry = self.graphs.entries.get(padded or call.key)
-        return None if entry is None else entry.graph.graph
 
     def clear(self, *, wait: bool = True) -> None:
         """Drop every graph and forget all denials, of the parts too; ``wait`` for replays and captures under way."""
@@ -125,6 +155,40 @@ def state_of(fast: nn.Module) -> Wrapped:
     return found
 
 
+def target_of(
+    module: nn.Module, config: GraphConfig, name: str, user: object, run: Callable[..., Any] | None
+) -> Target:
+    """A module, or ``run`` in its place, for a dispatcher. ``user`` holds the graphs."""
+    if isinstance(module, EngineLike):
+        return EngineTarget(module, run or module, config, user)
+    guard = module_guard(module, user, config.ignore, hooks=run is None)
+    return ModuleTarget(module, run or module, name, config, guard)
+
+
+def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True) -> ModuleGuard:
+    """The guard of a module that is no engine for graphs of ``user``. Engines inside tell the user before they change.
+
+    ``hooks`` says whether what is captured runs the hooks of the module itself; its ``forward`` alone does not.
+    """
+    # Who holds the graphs holds this too.
+    weak = weakref.ref(user)
+
+    def engines(module: nn.Module) -> list[EngineLike]:
+        found = [each for each in module.modules() if isinstance(each, EngineLike)]
+        found += [each for each in traced_engines(module) if each not in found]
+        for engine in found:
+            engine.users.add(weak())
+        return found
+
+    return ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state, engines=engines, hooks=hooks)
+
+
+def keeps_its_own_state(value: Any) -> bool:
+    """Whether what a call changes in an object is no state that a replay would leave out (engines, wrapped modules)."""
+    kept = isinstance(value, TransparentModule) or getattr(type(value), "keeps_its_own_state", False)
+    return bool(kept) or is_foreign(value)
+
+
 def name_of(module: nn.Module) -> str:
     """The name in messages: the module's own ``name`` if it is text, otherwise that of its class."""
     try:
@@ -134,21 +198,11 @@ def name_of(module: nn.Module) -> str:
     return name if isinstance(name, str) and name else type(module).__name__
 
 
-def new_dispatcher(
-    module: nn.Module,
-    config: GraphConfig,
-    *,
-    run: Callable[..., Any] | None,
-    ledger: Ledger,
-    gate: RunGate,
-    user: object,
-    publish: Callable[[Any], object],
-) -> Dispatcher:
-    """The dispatcher of a module, or of ``run`` in its place, for ``user``, who holds the graphs."""
-    target: Target
-    if isinstance(module, EngineLike):
-        target = EngineTarget(module, run or module, config, user)
-    else:
-        guard = module_guard(module, user, config.ignore, hooks=run is None)
-        target = ModuleTarget(module, run or module, ledger.name, config, guard)
-    return Dispatcher(target, config, ledger, gate, publish)
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's calls run: an engine's device, that of a parameter or buffer, or CUDA if there is one."""
+    for each in module.modules():
+        if isinstance(each, EngineLike):
+            return torch.device(each.device)
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""From a module and options to a wrapped module, and back when it is closed."""
+"""Wrapping a module. Engines of Torch-TensorRT in it are adopted, and given back when it is closed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from graphcache.modules.wrapped import state_of
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:
-    """Put a module behind a cache of CUDA graphs.
+    """Put a module, which is left as it was, behind a cache of CUDA graphs.
 
     Args:
         module: An engine from :func:`graphcache.load`, or any ``nn.Module``, on CUDA or on the CPU. Engines in a module
             that Torch-TensorRT compiled are adopted until this one is closed, see ``runtime``.
         **options: See :class:`~graphcache.config.GraphConfig`.
-
-    Returns:
-        A module that is called like the one given, which itself is left as it was.
 
     Raises:
         ConfigError: For an unknown option, a bad value, or a module that is wrapped already.

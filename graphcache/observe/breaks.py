@@ -22,8 +22,8 @@ from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.module_guards import keeps_its_own_state
 from graphcache.modules.transparent import controls
+from graphcache.modules.wrapped import keeps_its_own_state
 from graphcache.observe.findings import Break as Break
 from graphcache.observe.findings import Findings, Place
 from graphcache.observe.watching import Functions, Operations, Placement, tensors_in

@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 from graphcache.errors import ConfigError, shown
 from graphcache.extras import optional
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.info import CacheInfo
 from graphcache.modules.transparent import controls
+from graphcache.modules.wrapped import CacheInfo
 
 _METRICS = (
     ("Counter", "graphcache_replays", "Calls answered by a graph.", "hits"),

@@ -12,8 +12,8 @@ from torch import nn
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.wrapped import device_of
 from graphcache.version import __version__
 
 _VERSION = re.compile(r"\d{3,}\.\d+(?:\.\d+)?")

@@ -12,12 +12,11 @@ import torch
 from graphcache.capture.engine_like import EngineLike
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import shown
-from graphcache.modules.devices import device_of
 from graphcache.modules.examples import Example, varied
 from graphcache.modules.explain import views_of
 from graphcache.modules.prepare import Chosen, Job, ManifestProblem
 from graphcache.modules.transparent import TransparentModule, controls
-from graphcache.modules.wrapped import state_of
+from graphcache.modules.wrapped import device_of, state_of
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.manifest import Manifest, ManifestEntry, differences
 

@@ -21,9 +21,9 @@ from graphcache.errors import (
     shown,
 )
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.transparent import controls
+from graphcache.modules.wrapped import device_of
 from graphcache.serving.backend import ModelSpec, TensorMetadata
 
 _T = TypeVar("_T")

@@ -18,11 +18,10 @@ from graphcache.buckets.spec import Buckets
 from graphcache.config import GraphConfig
 from graphcache.errors import ClosedError, ConfigError, InputDtypeError, InputRankError, ProfileRangeError, shown
 from graphcache.events import log
-from graphcache.modules.devices import device_of
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.examples import Call
-from graphcache.modules.info import CacheInfo
 from graphcache.modules.transparent import controls
+from graphcache.modules.wrapped import CacheInfo, device_of
 from graphcache.modules.wrapping import wrapped
 from graphcache.serving.backend import ModelSpec
 from graphcache.serving.batching import Batcher, Counts, Request, Tensors, answer_all

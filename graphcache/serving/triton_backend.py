@@ -19,8 +19,8 @@ from torch.utils import dlpack
 
 from graphcache.errors import InputError
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.devices import device_of
 from graphcache.modules.transparent import controls
+from graphcache.modules.wrapped import device_of
 from graphcache.modules.wrapping import wrap
 from graphcache.persist.loading import load
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.module_guards import module_guard
+from graphcache.modules.wrapped import module_guard
 from tests.helpers import Fn, frozen, graphs_of, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)

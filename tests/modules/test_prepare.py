@@ -23,7 +23,7 @@ from graphcache.dispatch.capture_manager import preparing
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
 from graphcache.keys import key_contents
 from graphcache.keys.call_spec import CallSpec
-from graphcache.modules import devices, examples
+from graphcache.modules import examples, wrapped
 from graphcache.modules import prepare as room
 from graphcache.persist import fingerprint, served_calls
 from graphcache.persist.manifest import ManifestEntry
@@ -52,7 +52,7 @@ on_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
     with installed(
-        *engines.MODULES, room, devices, examples, fingerprint, served_calls, key_contents, patch=monkeypatch
+        *engines.MODULES, room, wrapped, examples, fingerprint, served_calls, key_contents, patch=monkeypatch
     ) as fake:
         fake.zeros = lambda *shape, **options: fake.driver.heap.empty(*shape, **options).zero_()
         yield engines.prepare(fake, monkeypatch)

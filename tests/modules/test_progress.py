@@ -8,7 +8,7 @@ from io import StringIO
 
 import pytest
 
-from graphcache.modules.progress import bar
+from graphcache.modules.prepare import bar
 
 
 class Terminal(StringIO):

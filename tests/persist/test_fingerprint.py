@@ -12,7 +12,7 @@ from torch import nn
 
 import graphcache
 from graphcache.errors import CudaError
-from graphcache.modules.devices import device_of
+from graphcache.modules.wrapped import device_of
 from graphcache.persist import fingerprint
 from graphcache.persist.fingerprint import environment
 from tests.engine_modules import fake, load  # noqa: F401 - the fixture is used by its name
