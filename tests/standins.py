@@ -17,7 +17,7 @@ from graphcache import EngineModule
 from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.dispatch import fast_path, preconditions
-from graphcache.engines import allocator, context, engine, library, output_shapes
+from graphcache.engines import context, engine, library, output_shapes
 from graphcache.graphs import verify
 from graphcache.keys import key_contents
 from graphcache.modules import engine as room
@@ -26,7 +26,6 @@ from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
 MODULES = (
-    allocator,
     context,
     engine,
     library,

@@ -38,7 +38,7 @@ from graphcache.engines import engine as engine_room
 from graphcache.engines import library as library_room
 from graphcache.engines import plugins
 from graphcache.engines.bindings import Binding, check_inputs
-from graphcache.engines.header import check_header, read_header
+from graphcache.engines.engine import check_header, read_header
 from graphcache.engines.library import Library, library
 from graphcache.errors import (
     CaptureError,

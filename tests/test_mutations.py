@@ -36,7 +36,6 @@ import graphcache
 from graphcache import CachedModule
 from graphcache.cache import graph_cache
 from graphcache.capture import effects, host_activity, trial_call
-from graphcache.capture import output_layout as answers
 from graphcache.capture import recording as record
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
@@ -738,13 +737,10 @@ def _without_lock(original: Any, recorder: Any, *args: Any, **kwargs: Any) -> No
 class _NoReads(nullcontext):  # type: ignore[type-arg]
     """Notices no read."""
 
-    read = asked = ""
+    read = asked = path = ""
 
     def __init__(self, *_: Any) -> None:
         super().__init__(self)
-
-    def check(self, *_: Any) -> None:
-        """Refuses nothing."""
 
 
 _No = type("_No", (), {})
@@ -1013,7 +1009,7 @@ CURES: dict[str, Cure] = {
         both(
             replace(record_torch, "_Reads", _NoReads),
             replace(host_activity, "_READS", frozenset()),
-            replace(record_torch, "verify", nothing),
+            replace(record, "verify", nothing),
         ),
         _a_path_is_frozen(lambda x: x.tolist()[0][0]),
         RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[tolist]",
@@ -1023,7 +1019,7 @@ CURES: dict[str, Cure] = {
             replace(cpu_tape, "refuse_by_tag", nothing),
             around(cpu_tape._Recorder, "_keep", _keep_no_numbers),
             replace(record_torch, "_Reads", _NoReads),
-            replace(record_torch, "verify", nothing),
+            replace(record, "verify", nothing),
         ),
         _a_path_is_frozen(lambda x: x.sum().item()),
         RECORD + "test_a_path_chosen_by_a_value_is_never_frozen[item]",
@@ -1034,7 +1030,7 @@ CURES: dict[str, Cure] = {
         RECORD + "test_a_refusal_that_the_module_swallows_is_still_one",
     ),
     "a new graph is verified": Cure(
-        replace(record_torch, "verify", nothing),
+        replace(record, "verify", nothing),
         _a_value_read_unseen_is_frozen,
         "",
     ),
@@ -1054,7 +1050,7 @@ CURES: dict[str, Cure] = {
         "",
     ),
     "plain values are compared": Cure(
-        replace(answers.OutputLayout, "layout", None),
+        replace(trial_call.OutputLayout, "layout", None),
         _a_plain_value_is_frozen,
         ANSWERS + "test_layouts_tell_apart_what_a_graph_could_not_change",
     ),
@@ -1080,7 +1076,7 @@ CURES: dict[str, Cure] = {
         RECORD + "test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always",
     ),
     "a view of an input is one of the caller's own": Cure(
-        around(answers.View, "of", lambda original, *args: original(*args).clone()),
+        around(trial_call.View, "of", lambda original, *args: original(*args).clone()),
         _a_returned_view_is_a_copy,
         ANSWERS + "test_a_write_into_a_returned_view_reaches_the_callers_tensor",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakSet
@@ -16,6 +16,7 @@ from graphcache.engines.context import Context
 from graphcache.events import log
 from graphcache.graphs.buffers import nbytes_of, poison
 from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.graph import Graph
 from graphcache.graphs.verify import all_same_bits, disagreement
 
 MAX_GRAPHS_PER_CONTEXT = 129
@@ -29,15 +30,8 @@ _MEASURED = ("1.5.", "1.6.")
 
 
 @dataclass(eq=False, slots=True)
-class Shared:
-    """A context that several graphs were captured with.
-
-    Args:
-        context: The context.
-        profile: The optimisation profile that it is used with.
-        most: How many graphs it may have.
-        graphs: Its graphs, which are checked whenever another one is captured.
-    """
+class SharedContext:
+    """A context, the optimisation profile that it is used with, and its graphs: how many it may have, and which."""
 
     context: Context
     profile: int
@@ -63,22 +57,27 @@ class SharedContexts:
 
     def __init__(self, module: EngineLike, config: GraphConfig) -> None:
         self._module = module
-        self._open: list[Shared] = []
-        contexts = config.recording.contexts
+        self._open: list[SharedContext] = []
+        contexts, library = config.recording.contexts, module.engine.library
+        # What an engine updates in place would be another one at each replay.
+        is_measured = library.flavour == "tensorrt_rtx" and library.version.startswith(_MEASURED)
         self.shares = contexts == "shared" or (
-            contexts == "auto" and config.capture_in == "foreground" and _is_measured(module)
+            contexts == "auto" and config.capture_in == "foreground" and is_measured and not module.engine.aliases
         )
         """Whether graphs share contexts."""
         # One is captured before another has to go.
         self._most = min(config.max_graphs + 1, MAX_GRAPHS_PER_CONTEXT)
-        self.broken: list[CudaGraph] = []
+        self.broken: list[Graph] = []
         """Graphs that were closed, and have to be removed from their cache."""
         self.passing_nbytes = 0
         """Peak memory of the answers of other graphs during a capture, in bytes."""
 
     @contextmanager
-    def one(self, scratch: Tensor, profile: int) -> Iterator[tuple[Context, Callable[[CudaGraph], object]]]:
-        """A context to capture with, and a function to call with the captured graph."""
+    def one(self, scratch: Tensor, profile: int, shares: bool) -> Iterator[SharedContext]:
+        """A context to capture a graph with, which is added to it; one of the graph's own unless it ``shares``."""
+        if not shares:
+            yield SharedContext(self._module.contexts.take(scratch), profile, most=1)
+            return
         shared = self._with_room(scratch, profile)
         graphs = shared.live()
         before = self._answers(graphs)
@@ -87,7 +86,7 @@ class SharedContexts:
             undo.callback(self._check, shared, graphs, before)
             # After a failure its state is unknown; its graphs keep it.
             undo.callback(self._open.remove, shared)
-            yield shared.context, shared.graphs.add
+            yield shared
             undo.pop_all()
         self._check(shared, graphs, before)
 
@@ -102,13 +101,13 @@ class SharedContexts:
 
         self._module.lane.release(give_back, wait=wait)
 
-    def _with_room(self, scratch: Tensor, profile: int) -> Shared:
+    def _with_room(self, scratch: Tensor, profile: int) -> SharedContext:
         """A context that may have a further graph."""
         for shared in self._open:
             if shared.profile == profile and len(shared.live()) < shared.most:
                 shared.context.use_scratch(scratch)
                 return shared
-        found = Shared(self._module.contexts.take(scratch), profile, self._most)
+        found = SharedContext(self._module.contexts.take(scratch), profile, self._most)
         self._open.append(found)
         return found
 
@@ -121,7 +120,7 @@ class SharedContexts:
             found += graph.replay([slot.buffer for slot in graph.inputs], out)
         return found
 
-    def _check(self, shared: Shared, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
+    def _check(self, shared: SharedContext, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
         """Compare the answers of graphs with those from before their context was used."""
         start = time.perf_counter()
         try:
@@ -152,10 +151,3 @@ class SharedContexts:
         for graph in graphs:
             graph.close(wait=False)
         self.broken += graphs
-
-
-def _is_measured(module: EngineLike) -> bool:
-    """Whether graphs of one context were seen to be right for this TensorRT."""
-    library = module.engine.library
-    # What an engine updates in place would be another one at each replay.
-    return library.flavour == "tensorrt_rtx" and library.version.startswith(_MEASURED) and not module.engine.aliases

@@ -1,8 +1,10 @@
-"""What captures and calls need of a module that runs one engine; ``EngineModule`` is one."""
+"""What captures and calls need of a module that runs one engine, and what such a module sees of a capture around it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
-from graphcache.errors import Cause
+from graphcache.errors import Cause, Refusal
 from graphcache.graphs.stream_order import StreamOrder
 
 _TORCH_TENSORRT = ("PythonTorchTensorRTModule", "TorchTensorRTModule")
@@ -24,11 +26,10 @@ def is_foreign(module: object) -> bool:
 
 
 class EngineLike(nn.Module):
-    """A module that runs one TensorRT engine."""
+    """A module that runs one TensorRT engine; ``EngineModule`` is one."""
 
     keeps_its_own_state = True
     """What a call changes here (contexts, buffers) is no state that a replay would leave out."""
-
     takes_numbers = False
     """Whether numbers may stand for tensors among the arguments; :meth:`bind` makes tensors of them."""
 
@@ -61,15 +62,59 @@ class EngineLike(nn.Module):
         """Why no call of the engine can be captured as things stand; ``None`` if nothing is known."""
         raise NotImplementedError
 
-    def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
-        """Memory for the outputs; ``None`` where TensorRT has to allocate."""
-        raise NotImplementedError
-
     def device_only(self, values: Sequence[Any]) -> list[Any]:
         """Of what belongs to each input, that of the inputs that TensorRT reads on the device."""
         return [value for index, value in enumerate(values) if index not in self.host_inputs]
 
-    def with_host_inputs(self, values: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-        """The inverse of :meth:`device_only`: what is not in ``values`` is taken of ``given``."""
-        device = iter(values)
-        return [value if index in self.host_inputs else next(device) for index, value in enumerate(given)]
+
+class EngineScope:
+    """A capture in progress. Every engine call in it gets a context of its own, which lives as long as the graph.
+
+    The calls are counted, so that the warm-up, the capture and the run on other values find the same context for the
+    same call, with its shapes set and its kernels compiled.
+    """
+
+    def __init__(self, lane: StreamOrder) -> None:
+        self._lane = lane
+        self._contexts: list[tuple[EngineLike, Context]] = []
+        self._calls = 0
+        self._refused: Cause | None = None
+        self.in_order = False
+        """Whether the graph was found right, so that its contexts may serve others when it is gone."""
+
+    def context_of(self, module: EngineLike) -> Context:
+        """The context of the engine call that comes next."""
+        index = self._calls
+        self._calls += 1
+        if index < len(self._contexts) and self._contexts[index][0] is module:
+            return self._contexts[index][1]
+        context = module.contexts.take(self._lane.scratch(module.engine.scratch_bytes))
+        del self._contexts[index:]
+        self._contexts.append((module, context))
+        return context
+
+    def refusal(self, cause: Cause) -> Refusal:
+        """Remember the first cause: the module between may catch the exception, or torch may wrap it."""
+        self._refused = self._refused or cause
+        return Refusal(cause.reason, cause.where, cause.detail)
+
+    def close(self) -> None:
+        """Let other graphs have the contexts: the graph that they were for is gone."""
+        contexts, self._contexts = self._contexts, []
+        for module, context in contexts if self.in_order else ():
+            module.contexts.give_back(context)
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Inside, engines find this scope; at the end the first cause that one of them gave is raised."""
+        self._calls = 0
+        token = current_scope.set(self)
+        try:
+            yield
+        finally:
+            current_scope.reset(token)
+            if self._refused is not None:
+                raise Refusal(self._refused.reason, self._refused.where, self._refused.detail)
+
+
+current_scope: ContextVar[EngineScope | None] = ContextVar("graphcache_recording", default=None)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from graphcache.errors import Cause
-from graphcache.graphs.buffers import packed, put
+from graphcache.errors import Cause, Reason, Refusal
 from graphcache.graphs.graph import Graph
+from graphcache.graphs.verify import Eager, Round, largest_gap, repeats, verify
 from graphcache.keys.call import KeyedCall
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 """Makes the answer of a graph's outputs and the caller's inputs."""
+
+OTHER_VALUES = (("inputs of other values", False), ("inputs of the other sign", True))
+"""What else a graph is verified on: names for messages, and whether the values are negative."""
 
 
 class Recording:
@@ -130,8 +133,18 @@ class Recorder(Protocol):
         """Graphs that this recorder has closed since it was asked the last time, as they were no longer right."""
 
 
-def refill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into static buffers of the same shapes; where elements overlap, of the same strides."""
-    with torch.inference_mode(False), torch.no_grad():
-        for buffer, value in zip(buffers, values, strict=True):
-            put(packed(buffer), value)
+def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: str = "") -> None:
+    """Refuse outputs that differ from those of the same call before: eager execution has to repeat itself."""
+    for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
+        if not repeats(left, right):
+            detail = f"output {index} differed by {largest_gap(left, right):.3g} between two runs"
+            raise Refusal(Reason.NONDETERMINISTIC, where, detail)
+
+
+def verify_or_close(graph: Graph, rounds: Iterable[Round], again: Eager, where: str) -> None:
+    """Hold a new graph against eager runs; one that is wrong, or could not be looked at, is closed."""
+    try:
+        verify(graph, rounds, again, where=where)
+    except BaseException:
+        graph.close()
+        raise

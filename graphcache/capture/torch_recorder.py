@@ -12,22 +12,20 @@ from torch import Tensor, nn
 
 from graphcache.capture.blame import at, located, path_here
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
-from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.engine_scope import EngineScope
+from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
-from graphcache.capture.output_layout import OutputLayout
-from graphcache.capture.recording import Recording, Sharing, nothing, refill
-from graphcache.capture.trial_call import TrialCall
+from graphcache.capture.recording import OTHER_VALUES, Recording, Sharing, nothing, verify_or_close
+from graphcache.capture.trial_call import OutputLayout, TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
-from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, static_copy
+from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
 from graphcache.graphs.capture import TorchCall, as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder
-from graphcache.graphs.verify import Round, all_same_bits, perturb, verify
+from graphcache.graphs.verify import Round, all_same_bits, perturb
 from graphcache.keys.call import KeyedCall
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
@@ -115,13 +113,17 @@ class TorchRecorder:
                 begin()
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if running is nullcontext else run(*call.args, **call.kwargs)
-                recorded, answer = self._record(run, call, value, state, shares=sharing is Sharing.ALL)
-                if not inference and answer.is_inference:
+                index = self._cuda_index(call.tensors)
+                trial = TrialCall(run, call, value, state)
+                graph = self._on_host(trial) if index is None else self._on_cuda(trial, index, sharing is Sharing.ALL)
+                answer = trial.answer
+                bare = answer.is_whole and isinstance(value, Tensor)
+                recorded = Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
+                if answer.is_inference and not inference:
                     # The call entered inference mode by itself.
                     recorded.answer_in_inference_mode()
         except Exception as error:
-            cause = error.cause if isinstance(error, Refusal) else refusal_of(error, self._name).cause
-            return located(cause, error, self._module, self._name)
+            return located(refusal_of(error, self._name).cause, error, self._module, self._name)
         if (change := self._guard.change()) is not None or effects.version != self._guard.version:
             recorded.close()
             self._guard.forget()
@@ -187,32 +189,22 @@ class TorchRecorder:
         """Every parameter and buffer."""
         return [*self._module.parameters(), *self._module.buffers()]
 
-    def _record(
-        self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor], *, shares: bool
-    ) -> tuple[Recording, OutputLayout]:
-        """Record a call that has returned ``value`` on the device that its tensors are on."""
-        devices = {tensor.device for tensor in (*call.tensors, *self._weights())}
-        devices |= {m.device for m in self._module.modules() if isinstance(m, EngineLike)}
+    def _cuda_index(self, tensors: Sequence[Tensor]) -> int | None:
+        """The CUDA device of a call; ``None`` for the CPU. A call with tensors on several devices is refused."""
+        devices = {tensor.device for tensor in (*tensors, *self._weights())}
+        devices |= {each.device for each in self._module.modules() if isinstance(each, EngineLike)}
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
-        answer = OutputLayout(value, call.tensors, state)
-        trial = TrialCall(run, call, answer, state)
-        index = next((device.index for device in devices if device.type == "cuda"), None)
-        graph = self._on_cuda(trial, index, shares) if index is not None else self._on_host(trial)
-        bare = answer.is_whole and isinstance(value, Tensor)
-        return Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places), answer
+        return next((device.index for device in devices if device.type == "cuda"), None)
 
     def _on_host(self, call: TrialCall) -> Graph:
         """Record a call on the CPU."""
         static = [static_copy(tensor) for tensor in call.inputs]
-        writable = [packed(tensor) for tensor in static]
-        expected = call.run(static).tensors
+        expected = call.run(static)
         call.compare(expected)
-        with compiled_runs_eagerly(), _Reads(static, self._module) as reads:
-            call.call(static)
-        reads.check(reads.read or reads.asked, self._name)
-        graph = CpuTape.record(lambda: call.run(static).tensors, writable, self._host_lock)
-        self._verify(graph, call, static, expected, lambda given: call.run(given).tensors)
+        self._check_reads(call, static, on_host=True)
+        graph = CpuTape.record(lambda: call.run(static), [packed(tensor) for tensor in static], self._host_lock)
+        self._verify(graph, call, static, expected, call.run)
         return graph
 
     def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
@@ -225,7 +217,7 @@ class TorchRecorder:
         def run(static: Sequence[Tensor]) -> list[Tensor]:
             nonlocal most
             with scope.run(), as_if_capturing():
-                outputs = call.run(static).tensors
+                outputs = call.run(static)
             most = max(most, torch.cuda.memory_allocated(index) + nbytes_of(outputs))
             return outputs
 
@@ -233,10 +225,8 @@ class TorchRecorder:
             static = [static_copy(tensor) for tensor in call.inputs]
             expected = [tensor.clone() for tensor in run(static)]
             call.compare(expected)
-            # A read of device memory invalidates the capture by itself.
-            with scope.run(), compiled_runs_eagerly(), _Reads(static, self._module) as reads:
-                call.call(static)
-            reads.check(reads.asked, self._name)
+            with scope.run():
+                self._check_reads(call, static, on_host=False)
             graph = record_torch(
                 TorchCall(
                     lambda: run(static),
@@ -251,11 +241,7 @@ class TorchRecorder:
                     full_edges=self._recording.full_edges,
                 )
             )
-            try:
-                self._verify(graph, call, static, expected, run)
-            except BaseException:
-                graph.close()
-                raise
+            self._verify(graph, call, static, expected, run)
             scope.in_order = True
             if shares:
                 graph.let_go()
@@ -265,6 +251,15 @@ class TorchRecorder:
             forget_workspaces()
             self._passing = max(self._passing, most - torch.cuda.memory_allocated(index))
         return graph
+
+    def _check_reads(self, call: TrialCall, static: Sequence[Tensor], *, on_host: bool) -> None:
+        """Run a call once more, and refuse it if the host learns something from its tensors."""
+        with compiled_runs_eagerly(), _Reads(static, self._module) as reads:
+            call.call(static)
+        # A read of device memory invalidates the capture by itself.
+        if learnt := (on_host and reads.read) or reads.asked:
+            cause = at(Cause(Reason.HOST_READ, learnt), reads.path or "", self._name)
+            raise Refusal(cause.reason, cause.where, cause.detail)
 
     def _verify(
         self,
@@ -277,12 +272,14 @@ class TorchRecorder:
         """Hold a new graph against eager runs on the inputs of the call and on others; ``static`` is written."""
 
         def again(values: Sequence[Tensor]) -> list[Tensor]:
-            refill(static, values)
+            with torch.inference_mode(False), torch.no_grad():
+                for buffer, value in zip(static, values, strict=True):
+                    put(packed(buffer), value)
             return [tensor.clone() for tensor in run(static)]
 
         def rounds() -> Iterator[Round]:
             yield Round("the inputs of the capture", call.inputs, expected)
-            for name, negative in (("inputs of other values", False), ("inputs of the other sign", True)):
+            for name, negative in OTHER_VALUES:
                 others = perturb(call.inputs, negative=negative)
                 try:
                     wanted = again(others)
@@ -294,7 +291,7 @@ class TorchRecorder:
                 yield Round(name, others, wanted)
 
         if self._config.verify:
-            verify(graph, rounds(), again, where=self._name)
+            verify_or_close(graph, rounds(), again, self._name)
 
 
 class _Reads(HostReads):
@@ -303,21 +300,15 @@ class _Reads(HostReads):
     def __init__(self, inputs: Sequence[Tensor], module: nn.Module) -> None:
         super().__init__(inputs)
         self._module = module
-        self._path: str | None = None
+        self.path: str | None = None
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = super().__torch_function__(func, types, args, kwargs)
-        if self._path is None and (self.read or self.asked):
-            self._path = path_here(self._module)
+        if self.path is None and (self.read or self.asked):
+            self.path = path_here(self._module)
         return found
-
-    def check(self, learnt: str, name: str) -> None:
-        """Refuse the module called ``name`` if the host learnt something."""
-        if learnt:
-            cause = at(Cause(Reason.HOST_READ, learnt), self._path or "", name)
-            raise Refusal(cause.reason, cause.where, cause.detail)
 
 
 @contextmanager

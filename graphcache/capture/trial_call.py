@@ -1,47 +1,59 @@
-"""One call of a module, repeated on other tensors to record and verify it."""
+"""One call of a module, repeated on other tensors to record and verify it, and the layout of its answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from graphcache.capture.output_layout import OutputLayout
+from graphcache.capture.recording import check_repeats
 from graphcache.errors import Reason, Refusal
-from graphcache.graphs.verify import largest_gap, repeats
 from graphcache.keys.call import KeyedCall
 from graphcache.keys.call_key import substitute
 
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum)
+
 
 class TrialCall:
-    """One call of a module, repeatable on other tensors. ``state`` is what outlives the call."""
+    """One call of a module, repeatable on other tensors.
 
-    def __init__(self, run: Callable[..., Any], call: KeyedCall, answer: OutputLayout, state: Sequence[Tensor]) -> None:
-        self._function = run
+    Args:
+        run: Calls the module.
+        call: The call.
+        value: What it returned.
+        state: The tensors that outlive the call.
+    """
+
+    def __init__(self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor]) -> None:
+        self._run = run
+        self._state = state
+        self.answer = OutputLayout(value, call.tensors, state)
         found: dict[int, int] = {}
         places = [found.setdefault(id(tensor), len(found)) for tensor in call.tensors]
         self.places = None if len(found) == len(places) else places
         """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
         self.inputs = [_detached(call.tensors[places.index(place)]) for place in range(len(found))]
         self._args, self._kwargs = substitute(call.args, call.kwargs, self._spread(self.inputs))
-        self.answer = answer
-        self._state = state
-
-    def run(self, static: Sequence[Tensor]) -> OutputLayout:
-        """Call the module on other tensors; the answer has to have the layout of the first one."""
-        answer = OutputLayout(self.call(static), self._spread(static), self._state)
-        if answer.layout != self.answer.layout:
-            raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
-        return answer
 
     def call(self, static: Sequence[Tensor]) -> Any:
         """What the module returns for other tensors."""
         args, kwargs = substitute(self._args, self._kwargs, self._spread(static))
-        return self._function(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def run(self, static: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that the module makes of others; the answer has to have the layout of the first one."""
+        answer = OutputLayout(self.call(static), self._spread(static), self._state)
+        if answer.layout != self.answer.layout:
+            raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
+        return answer.tensors
 
     def compare(self, outputs: Sequence[Tensor]) -> None:
-        """Refuse outputs of a second run that differ from the first one's: eager execution has to repeat itself."""
+        """Refuse outputs of a second run that differ from the first one's."""
         if list(map(_strides, outputs)) != list(map(_strides, self.answer.tensors)):
             raise Refusal(Reason.NONDETERMINISTIC, detail="the outputs had other strides when run again")
         check_repeats(outputs, [tensor.detach() for tensor in self.answer.tensors])
@@ -52,20 +64,12 @@ class TrialCall:
         self.answer.let_go()
 
     def kept(self) -> list[Tensor]:
-        """The weights as they are now: while these live, no other tensor can take their address."""
+        """The state as it is now: while these live, no other tensor can take their address."""
         return [tensor.detach() for tensor in self._state]
 
     def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs in the places of the tensors of the call."""
         return inputs if self.places is None else [inputs[place] for place in self.places]
-
-
-def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: str = "") -> None:
-    """Refuse outputs that differ from those of the same call before."""
-    for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
-        if not repeats(left, right):
-            detail = f"output {index} differed by {largest_gap(left, right):.3g} between two runs"
-            raise Refusal(Reason.NONDETERMINISTIC, where, detail)
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -78,3 +82,122 @@ def _detached(tensor: Tensor) -> Tensor:
 def _strides(tensor: Tensor) -> list[int]:
     """The strides of the dimensions that have several elements."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor; raises for one without any, such as a sparse one."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass(frozen=True)
+class View:
+    """An output that is an input, or a view of one: handed out as that view of the caller's own tensor."""
+
+    index: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+    itself: bool
+
+    def of(self, inputs: Sequence[Tensor]) -> Tensor:
+        """This view of the inputs of another call."""
+        given = inputs[self.index]
+        if self.itself:
+            return given
+        return given.as_strided(self.shape, self.strides, given.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True)
+class _PlainOutput:
+    """A plain value, which the key determines or verification finds changing."""
+
+    value: Any
+
+    def of(self, inputs: Sequence[Tensor]) -> Any:
+        return self.value
+
+
+class OutputLayout:
+    """The structure of an answer, and where each of its leaves comes from.
+
+    Leaves are tensors that the call made (each handed out once, however often it appears), inputs and views of
+    ``inputs``, and plain values. An answer that a replay could not give raises a :class:`~graphcache.errors.Refusal`,
+    such as one that shares memory with ``lasting``: parameters, buffers and whatever else outlives the call.
+    """
+
+    def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:
+        # A size is a tuple to pytree, which would give back a tuple.
+        leaves, self._tree = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
+        self._inputs = inputs
+        self._lasting = set(map(_storage, lasting))
+        self._owners = {_storage(tensor): index for index, tensor in reversed(list(enumerate(inputs)))}
+        self._made: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        """The tensors that the call made."""
+        self._places = [self._place(leaf) for leaf in leaves]
+        self.is_whole = self._places == list(range(len(self.tensors)))
+        """Whether its leaves are the tensors that the call made, each once and in their order."""
+        self.is_inference = any(tensor.is_inference() for tensor in self.tensors)
+        """Whether the call made inference tensors."""
+
+    @property
+    def layout(self) -> object:
+        """What must be the same whatever the values of the inputs: structure, shapes, dtypes, views, plain values."""
+        tensors = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors]
+        places = [
+            ("input", place.index) if isinstance(place, View) and place.itself else repr(place)
+            for place in self._places
+        ]
+        return (self._tree, tensors, places)
+
+    def let_go(self) -> None:
+        """Drop the tensors; what :meth:`builder` made needs none of them."""
+        self.tensors, self._inputs = [], ()
+
+    def builder(self) -> Callable[[list[Tensor], Sequence[Tensor]], Any]:
+        """A function of fresh outputs and of the caller's inputs that gives the whole answer."""
+        places, tree = self._places, self._tree
+        if self.is_whole:
+            if tree.is_leaf():
+                return lambda outputs, _: outputs[0]
+            if tree == pytree.tree_flatten([0] * len(places))[1]:
+                return lambda outputs, _: outputs
+            if tree == pytree.tree_flatten((0,) * len(places))[1]:
+                return lambda outputs, _: tuple(outputs)
+
+        def build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
+            leaves = [outputs[place] if isinstance(place, int) else place.of(inputs) for place in places]
+            return pytree.tree_unflatten(leaves, tree)
+
+        return build
+
+    def _place(self, leaf: Any) -> int | View | _PlainOutput:
+        """Where a leaf comes from; a tensor that the call made is added to :attr:`tensors`."""
+        if isinstance(leaf, _PLAIN):
+            return _PlainOutput(leaf)
+        if not isinstance(leaf, Tensor):
+            raise Refusal(Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}")
+        if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
+            raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
+        if leaf.requires_grad and not any(leaf is tensor for tensor in self._inputs):
+            raise Refusal(Reason.GRAD, detail="an output requires gradients")
+        if _storage(leaf) in self._lasting:
+            raise Refusal(Reason.ALIASES_STATE, detail="an output shares memory with a parameter or buffer")
+        if leaf.numel() and _storage(leaf) in self._owners:
+            return self._view(leaf, self._owners[_storage(leaf)])
+        place = self._made.setdefault(id(leaf), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(leaf)
+        return place
+
+    def _view(self, leaf: Tensor, index: int) -> View:
+        """The view of an input that an output is."""
+        if len(self._owners) < len({id(tensor) for tensor in self._inputs}):
+            raise Refusal(Reason.ALIASES_STATE, detail="an output is a view of inputs that overlap")
+        itself = next((place for place, tensor in enumerate(self._inputs) if tensor is leaf), None)
+        if itself is not None:
+            return View(itself, leaf.shape, leaf.stride(), 0, itself=True)
+        given = self._inputs[index]
+        if leaf.dtype is not given.dtype or leaf.is_conj() != given.is_conj() or leaf.is_neg() != given.is_neg():
+            raise Refusal(Reason.ALIASES_STATE, f"args[{index}]", "an output reinterprets the memory of an input")
+        return View(index, leaf.shape, leaf.stride(), int(leaf.storage_offset() - given.storage_offset()), itself=False)

@@ -24,7 +24,7 @@ from graphcache.cli.options import (
 )
 from graphcache.cli.output import one_line, print_json, stdout, table
 from graphcache.cli.targets import Target, resolve
-from graphcache.engines.header import read_header
+from graphcache.engines.engine import read_header
 from graphcache.errors import NoGpuError
 from graphcache.factories import is_factory
 from graphcache.graphs.buffers import nbytes_of

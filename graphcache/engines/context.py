@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphcache.engines.allocator import OutputAllocators
 from graphcache.engines.engine import Engine, keeping_the_current_device
 from graphcache.engines.gate import enqueues
-from graphcache.engines.library import join_messages
 from graphcache.errors import EngineExecutionError
 
 is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing if torch.version.cuda else bool
@@ -24,12 +24,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayoutPlan:
-    """What :meth:`Context.set_inputs` found for inputs of one layout, so that others like them need no inference.
-
-    Args:
-        profile: The optimisation profile.
-        output_shapes: The shapes of the outputs.
-    """
+    """The profile and the shapes of outputs for inputs of one layout, so that others like them need no inference."""
 
     profile: int
     output_shapes: list[tuple[int, ...]]
@@ -39,12 +34,11 @@ class Context:
     """An execution context over scratch memory of the caller's. Not safe for two threads at once.
 
     It keeps alive what TensorRT has addresses of: the engine, the scratch memory, host shape tensors, outputs and the
-    last inputs. TensorRT's refusals are ``EngineExecutionError``, with what it logged.
+    last inputs. TensorRT's refusals are ``EngineExecutionError``, with what it said in the block of
+    :attr:`Engine.collect_errors` that the caller is in.
 
-    Args:
-        engine: The engine.
-        scratch: At least ``engine.scratch_bytes`` bytes on the engine's device. Whoever shares it between contexts
-            orders their work.
+    The scratch memory has at least ``engine.scratch_bytes`` bytes on the engine's device. Whoever shares it between
+    contexts orders their work.
     """
 
     def __init__(self, engine: Engine, scratch: Tensor) -> None:
@@ -52,7 +46,6 @@ class Context:
         self._context = engine.new_context()
         self._handles = engine.native_handles
         engine.contexts.add(self)
-        self._names = [binding.name for binding in (*engine.inputs, *engine.outputs)]
         self._held: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, object] = {}
@@ -63,7 +56,8 @@ class Context:
         self._allocators = OutputAllocators(engine)
         # A 0-element tensor has no address, and TensorRT wants one.
         self._nowhere = torch.empty(ALIGNMENT, dtype=torch.uint8, device=engine.device)
-        self._scratch: Tensor | None = None
+        self.scratch: Tensor | None = None
+        """The scratch memory of the next enqueue."""
         self.use_scratch(scratch)
 
     def __del__(self) -> None:
@@ -73,14 +67,9 @@ class Context:
 
     def use_scratch(self, scratch: Tensor) -> None:
         """Work on this scratch memory from the next enqueue on; graphs captured before keep theirs."""
-        if scratch is not self._scratch and self.engine.scratch_bytes:
+        if scratch is not self.scratch and self.engine.scratch_bytes:
             self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
-        self._scratch = scratch
-
-    @property
-    def scratch(self) -> Tensor | None:
-        """The scratch memory of the next enqueue."""
-        return self._scratch
+        self.scratch = scratch
 
     def report_to(self, profiler: Any) -> None:
         """Let TensorRT report the time of every layer to an ``IProfiler``, which makes each enqueue wait."""
@@ -90,21 +79,20 @@ class Context:
     def set_inputs(self, inputs: Sequence[Tensor], profile: int, stream: int) -> None:
         """Set profile, shapes, addresses and host values for checked inputs."""
         self._plan = None
-        with self.engine.collect_errors() as said:
-            self._set_profile(profile, stream, said)
-            for binding, value in zip(self.engine.inputs, inputs, strict=True):
-                values = None
-                if binding.on_host:
-                    # TensorRT reads it during the enqueue or later: it must outlive the call, and must not change.
-                    value = value.detach().cpu().contiguous().clone()
-                    values = tuple(value.flatten().tolist())
-                elif not value.is_contiguous() or value.data_ptr() % ALIGNMENT:
-                    value = value.detach().clone(memory_format=torch.contiguous_format)
-                self._held[binding.name] = value
-                self._set_shape(binding.name, value, values, said)
-                self._set_address(binding.name, value, said)
-            if self._output_shapes is None:
-                self._output_shapes = self._infer(said)
+        self._set_profile(profile, stream)
+        for binding, value in zip(self.engine.inputs, inputs, strict=True):
+            values = None
+            if binding.on_host:
+                # TensorRT reads it during the enqueue or later: it must outlive the call, and must not change.
+                value = value.detach().cpu().contiguous().clone()
+                values = tuple(value.flatten().tolist())
+            elif not value.is_contiguous() or value.data_ptr() % ALIGNMENT:
+                value = value.detach().clone(memory_format=torch.contiguous_format)
+            self._held[binding.name] = value
+            self._set_shape(binding.name, value, values)
+            self._set_address(binding.name, value)
+        if self._output_shapes is None:
+            self._output_shapes = self._infer()
 
     def output_shapes(self) -> list[tuple[int, ...] | None]:
         """The shapes of the outputs for the inputs that were set; ``None`` where only running the engine will tell."""
@@ -112,15 +100,14 @@ class Context:
 
     def set_outputs(self, outputs: Sequence[Tensor | None]) -> None:
         """Point the outputs at memory; ``None`` lets TensorRT's output allocator allocate that one."""
-        with self.engine.collect_errors() as said:
-            for binding, value in zip(self.engine.outputs, outputs, strict=True):
-                if value is None:
-                    self._addresses.pop(binding.name, None)
-                    self._allocators.install(self._context, binding.name)
-                else:
-                    self._allocators.remove(self._context, binding.name)
-                    self._held[binding.name] = value
-                    self._set_address(binding.name, value, said)
+        for binding, value in zip(self.engine.outputs, outputs, strict=True):
+            if value is None:
+                self._addresses.pop(binding.name, None)
+                self._allocators.install(self._context, binding.name)
+            else:
+                self._allocators.remove(self._context, binding.name)
+                self._held[binding.name] = value
+                self._set_address(binding.name, value)
 
     def enqueue(self, stream: int) -> bool:
         """Enqueue the engine on a stream (a raw handle); ``False`` if TensorRT refused.
@@ -142,15 +129,18 @@ class Context:
 
     def run(self, plan: LayoutPlan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
         """Enqueue inputs of a known layout outside of captures. TensorRT is told the differences to the last call."""
-        with self.engine.collect_errors() as said:
+        with self.engine.collect_errors():
             if plan is not self._plan:
-                self._change_plan(plan, inputs, stream, said)
-            for name, value in zip(self._names, [*inputs, *outputs], strict=True):
-                address = value.data_ptr()
-                if self._addresses.get(name) != address:
-                    self._set_address(name, value, said)
+                self._change_plan(plan, inputs, stream)
+            for binding, value in zip(self.engine.bindings, [*inputs, *outputs], strict=True):
+                if self._addresses.get(binding.name) != value.data_ptr():
+                    self._set_address(binding.name, value)
             if not enqueues.shared(self._context.execute_async_v3, stream):
-                raise EngineExecutionError(f"{self.engine.name}: TensorRT refused to run: {join_messages(said)}")
+                raise self.refusal()
+
+    def refusal(self) -> EngineExecutionError:
+        """The error of an enqueue that TensorRT refused."""
+        return EngineExecutionError(f"{self.engine.name}: TensorRT refused to run: {self.engine.said()}")
 
     def allocated_output(self, name: str) -> Tensor:
         """The output that TensorRT allocated in the last enqueue: a fresh copy, of the shape of this run."""
@@ -164,58 +154,58 @@ class Context:
         """Drop the references to the last inputs and outputs. Addresses are set again at the next call."""
         self._held = {binding.name: self._held[binding.name] for binding in self.engine.inputs if binding.on_host}
 
-    def _change_plan(self, plan: LayoutPlan, inputs: Sequence[Tensor], stream: int, said: list[str]) -> None:
+    def _change_plan(self, plan: LayoutPlan, inputs: Sequence[Tensor], stream: int) -> None:
         """Set profile and shapes of another layout. Shapes of outputs are known, so that nothing is inferred."""
         self._plan = None
-        self._set_profile(plan.profile, stream, said)
+        self._set_profile(plan.profile, stream)
         for binding, value in zip(self.engine.inputs, inputs, strict=True):
-            self._set_shape(binding.name, value, None, said)
+            self._set_shape(binding.name, value, None)
         for binding in self.engine.outputs:
             self._allocators.remove(self._context, binding.name)
         self._output_shapes = [*plan.output_shapes]
         self._plan = plan
 
-    def _set_profile(self, profile: int, stream: int, said: list[str]) -> None:
+    def _set_profile(self, profile: int, stream: int) -> None:
         """Switch to an optimisation profile, after which every shape has to be set again."""
         if profile == self.profile:
             return
         if not self._context.set_optimization_profile_async(profile, stream):
-            raise self._error(f"optimisation profile {profile} was refused", said)
+            raise self._error(f"optimisation profile {profile} was refused")
         self.profile = profile
         self._output_shapes = None
         self._shapes.clear()
 
-    def _set_shape(self, name: str, value: Tensor, values: object, said: list[str]) -> None:
+    def _set_shape(self, name: str, value: Tensor, values: object) -> None:
         """Set the shape of an input, if it or its values on the host differ from the last ones."""
         if self._shapes.get(name) == (value.shape, values):
             return
         if not self._context.set_input_shape(name, tuple(value.shape)):
-            raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused", said)
+            raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused")
         self._shapes[name] = (value.shape, values)
         self._output_shapes = None
 
-    def _set_address(self, name: str, value: Tensor, said: list[str]) -> None:
+    def _set_address(self, name: str, value: Tensor) -> None:
         """Set the address of an input or output, if it differs from the last one."""
         address = value.data_ptr() or self._nowhere.data_ptr()
         if self._addresses.get(name) == address:
             return
         if not self._context.set_tensor_address(name, address):
-            raise self._error(f"the address of {name!r} was refused", said)
+            raise self._error(f"the address of {name!r} was refused")
         self._addresses[name] = address
 
-    def _infer(self, said: list[str]) -> list[tuple[int, ...] | None]:
+    def _infer(self) -> list[tuple[int, ...] | None]:
         """The shapes of the outputs, from TensorRT."""
         try:
             missing = self._context.infer_shapes()
         except RuntimeError as error:
-            raise self._error(f"shapes do not go together ({error})", said) from error
+            raise self._error(f"shapes do not go together ({error})") from error
         if missing:
-            raise self._error(f"shapes of {', '.join(missing)} are still unknown", said)
+            raise self._error(f"shapes of {', '.join(missing)} are still unknown")
         shapes = [tuple(self._context.get_tensor_shape(binding.name)) for binding in self.engine.outputs]
         return [None if any(size < 0 for size in shape) else shape for shape in shapes]
 
-    def _error(self, what: str, said: list[str]) -> EngineExecutionError:
-        return EngineExecutionError(f"{self.engine.name}: {what}; TensorRT says: {join_messages(said)}")
+    def _error(self, what: str) -> EngineExecutionError:
+        return EngineExecutionError(f"{self.engine.name}: {what}; TensorRT says: {self.engine.said()}")
 
 
 class ContextPool:
@@ -224,9 +214,6 @@ class ContextPool:
     Each context that TensorRT-RTX 1.5.0.114 destroys leaves 0.35 to 0.65 MB of host memory behind, and making one takes
     20 to 80 ms. So the context of a graph that is gone serves the next graph, of whatever shapes. A context that
     failed, or that work may still run on, is dropped instead.
-
-    Args:
-        engine: Whose contexts these are.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -255,3 +242,89 @@ class ContextPool:
     def clear(self) -> None:
         """Drop the idle contexts."""
         self._idle.clear()
+
+
+class OutputAllocators:
+    """Memory for outputs whose shape only running tells. A buffer grows when TensorRT asks for more, never shrinks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._allocators: dict[str, Any] = {}
+        self._installed: set[str] = set()
+
+    def install(self, context: Any, name: str) -> None:
+        """Allocate the memory of an output of a TensorRT context from its next enqueue on."""
+        allocator = self._allocators.get(name)
+        if allocator is None:
+            allocator = self._allocators[name] = _allocator_class(self._engine.trt)(self._engine.device)
+        allocator.start()
+        if name not in self._installed:
+            context.set_output_allocator(name, allocator)
+            self._installed.add(name)
+
+    def remove(self, context: Any, name: str) -> None:
+        """Return to an address of the caller's: in a capture TensorRT would call the allocator and keep its address."""
+        if name in self._installed:
+            context.set_output_allocator(name, None)
+            self._installed.discard(name)
+
+    def check(self) -> None:
+        """Raise the error of an allocation in the last run, also a Ctrl-C, which TensorRT could not pass on."""
+        for name in self._installed:
+            error = self._allocators[name].error
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            if error is not None:
+                raise EngineExecutionError(f"{self._engine.name}: no memory for output {name!r}: {error}") from error
+
+    def take(self, name: str) -> Tensor:
+        """A copy of an output in the shape that TensorRT reported, on the current stream."""
+        self.check()
+        allocator = self._allocators[name]
+        if allocator.shape is None:
+            raise EngineExecutionError(f"{self._engine.name}: TensorRT did not tell the shape of output {name!r}")
+        dtype = next(binding.dtype for binding in self._engine.outputs if binding.name == name)
+        nbytes = math.prod(allocator.shape) * dtype.itemsize
+        fresh = torch.empty(allocator.shape, dtype=dtype, device=self._engine.device)
+        if nbytes:
+            fresh.view(-1).view(torch.uint8).copy_(allocator.buffer[:nbytes])
+        return fresh
+
+
+@cache
+def _allocator_class(trt: Any) -> type:
+    """An ``IOutputAllocator`` of a flavour of TensorRT."""
+
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]
+        """Called by TensorRT, into which nothing may be raised: an error is kept, and null is returned."""
+
+        def __init__(self, device: torch.device) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self.device = device
+            self.buffer: Tensor | None = None
+            self.start()
+
+        def start(self) -> None:
+            """Forget the last run's shape and error; the memory stays."""
+            self.shape: tuple[int, ...] | None = None
+            self.error: BaseException | None = None
+
+        def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int | None:
+            return self.reallocate_output_async(tensor_name, memory, size, alignment, 0)
+
+        def reallocate_output_async(
+            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int | None:
+            try:
+                if self.buffer is None or self.buffer.numel() < size:
+                    grown = max(size, 2 * self.buffer.numel() if self.buffer is not None else 0, 256)
+                    self.buffer = torch.empty(grown, dtype=torch.uint8, device=self.device)
+                return self.buffer.data_ptr()
+            except BaseException as error:
+                self.error = error
+                return None
+
+        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+            self.shape = tuple(int(size) for size in shape)
+
+    return Allocator

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 from graphcache.engines.bindings import Binding, read_bindings
-from graphcache.engines.header import check_header
 from graphcache.engines.kernel_cache import RuntimeCache, StoredRuntimeCache
 from graphcache.engines.library import Library, join_messages, library, require_gpu
 from graphcache.errors import (
@@ -24,6 +26,10 @@ from graphcache.errors import (
     EngineVersionError,
     shown,
 )
+
+_HEADER = struct.Struct("<4sIQQ4B")
+"""Of an engine of TensorRT-RTX, read off files of versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes)."""
+_MAGIC = b"vtrt"
 
 
 class Engine:
@@ -62,6 +68,10 @@ class Engine:
         self._own_kernels: StoredRuntimeCache | None = None
         self.library = library(tensorrt)
         self.trt: Any = self.library.module
+        self.collect_errors: Callable[[], AbstractContextManager[list[str]]] = self.library.logger.collect
+        """Collects the errors that TensorRT logs in this thread; Ctrl-C that it swallowed is raised at the end."""
+        self.said: Callable[[], str] = self.library.logger.said
+        """What was collected so far in the innermost block of this thread, for a message."""
         if not isinstance(name, str):
             raise ConfigError(f"name={shown(name)}: expected text")
         label = name or "the engine"
@@ -81,6 +91,7 @@ class Engine:
         bindings = read_bindings(self._engine, self.trt)
         self.inputs = _in_order(self.name, "input", inputs, [each for each in bindings if each.is_input])
         self.outputs = _in_order(self.name, "output", outputs, [each for each in bindings if not each.is_input])
+        self.bindings = (*self.inputs, *self.outputs)
         self.profiles = int(self._engine.num_optimization_profiles)
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self.streamable_bytes = int(getattr(self._engine, "streamable_weights_size", 0))
@@ -124,10 +135,16 @@ class Engine:
             # How the bindings tell that TensorRT made none.
             return None
 
-    def collect_errors(self) -> AbstractContextManager[list[str]]:
-        """Collects the errors that TensorRT logs in this thread, for messages."""
-        found: AbstractContextManager[list[str]] = self.library.logger.collect()
-        return found
+    def new_outputs(self, shapes: Sequence[tuple[int, ...] | None], *, allocator: bool = False) -> list[Tensor | None]:
+        """Memory for outputs of these shapes; ``None`` where TensorRT allocates: all on the device if ``allocator``."""
+        made: list[Tensor | None] = []
+        for binding, shape in zip(self.outputs, shapes, strict=True):
+            if shape is None or (allocator and not binding.on_host):
+                made.append(None)
+            else:
+                device = torch.device("cpu") if binding.on_host else self.device
+                made.append(torch.empty(shape, dtype=binding.dtype, device=device))
+        return made
 
     def new_context(self) -> Any:
         """A TensorRT execution context without scratch memory of its own.
@@ -136,12 +153,12 @@ class Engine:
         By default they compile the kernels of a new shape before running it (``EAGER``), not in the background: a
         capture would keep the fallback kernel. With 1.4 they compile none for single shapes.
         """
-        with self._lock, self.collect_errors() as said:
+        with self._lock, self.collect_errors():
             if self._config is None:
                 self._config = self._new_config()
             context = self._engine.create_execution_context(self._config)
-        if context is None:
-            raise EngineExecutionError(f"{self.name}: no execution context: {join_messages(said)}")
+            if context is None:
+                raise EngineExecutionError(f"{self.name}: no execution context: {self.said()}")
         return context
 
     def _new_config(self) -> Any:
@@ -277,6 +294,50 @@ def _refused(label: str, said: Sequence[str], found: Library, runtime: Any, seri
 
 _OTHER_MACHINE = ("version_mismatch", "version tag", "unsupported_cc", "compute capability", "serialization version")
 _NOT_AN_ENGINE = ("malformed", "magic", "serialization assertion", "corrupt", "nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHeader:
+    """The length of a TensorRT-RTX engine file in bytes, and the version that built it, such as ``"1.5.0.114"``."""
+
+    nbytes: int
+    version: str
+
+
+def read_header(serialized: bytes) -> EngineHeader | None:
+    """The header of a TensorRT-RTX engine; ``None`` if the bytes do not begin with one."""
+    if len(serialized) < _HEADER.size:
+        return None
+    magic, _, _, nbytes, *version = _HEADER.unpack_from(serialized)
+    return EngineHeader(nbytes, ".".join(map(str, version))) if magic == _MAGIC else None
+
+
+def check_header(serialized: bytes, *, flavour: str, version: str, label: str) -> None:
+    """Refuse bytes that this flavour and version of TensorRT cannot run, before it sees them.
+
+    TensorRT-RTX deserialises nothing where there is no device, and its own validity check reads only the header.
+    """
+    if len(serialized) == 0:
+        raise EngineFormatError(f"{label}: expected the bytes of an engine, got none; was the file written completely?")
+    if flavour != "tensorrt_rtx":
+        return
+    header = read_header(serialized)
+    if header is None:
+        raise EngineFormatError(
+            f"{label} is not a TensorRT-RTX engine: its {len(serialized)} bytes begin with {serialized[:8]!r}, an "
+            f"engine's with {_MAGIC!r}; an ONNX model goes through graphcache.build first, an engine of another "
+            f"flavour of TensorRT runs with GRAPHCACHE_TENSORRT=tensorrt"
+        )
+    if header.nbytes != len(serialized):
+        raise EngineFormatError(
+            f"{label} has {len(serialized)} bytes, its header says {header.nbytes}; it was truncated or something was "
+            f"appended, so copy the file again or build it with graphcache.build"
+        )
+    if header.version != version:
+        raise EngineVersionError(
+            f"{label} was built by TensorRT-RTX {header.version}, and {version} is installed; an engine runs only "
+            f"under the version that built it, so build it again, or pip install tensorrt-rtx=={header.version}"
+        )
 
 
 def _in_order(engine: str, what: str, names: Sequence[str] | None, found: Sequence[Binding]) -> tuple[Binding, ...]:

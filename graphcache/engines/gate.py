@@ -16,24 +16,15 @@ _POLL_SECONDS = 1e-4
 
 
 class EnqueueGate:
-    """Runs functions of any number of threads at once, or one exclusively.
+    """Runs functions of any number of threads at once, or one exclusively, which goes first.
 
     TensorRT documents that threads may use different execution contexts at once. TensorRT-RTX 1.5.0.114 crashes when
     one of them enqueues into a capture, even of another engine: in 12 of 14 processes within seconds (H100), and in
     none of 12 in which captures were exclusive.
 
-    An exclusive caller goes first: shared callers that come later wait for it.
-
     Ctrl-C cannot leave the gate occupied. Whoever is inside is an element of a set, and removing it is the first
     operation of a ``finally``; removing what was never added does nothing. Nobody is notified, since Ctrl-C could come
     before the notification: an exclusive caller polls.
-
-    Example:
-        >>> gate = EnqueueGate()
-        >>> gate.shared(gate.shared, sum, [1, 2])
-        3
-        >>> gate.exclusive(max, 1, 2)
-        2
     """
 
     def __init__(self) -> None:

@@ -106,19 +106,19 @@ def _import(flavour: Flavour) -> Library:
 
 
 class _Thread(threading.local):
+    """What one thread collects."""
+
     def __init__(self) -> None:
         self.blocks: list[weakref.ref[_Collecting]] = []
         self.interrupt: BaseException | None = None
 
 
 class MessageLog:
-    """Passes TensorRT's messages on to ``logging.getLogger("graphcache.tensorrt")``.
+    """Passes TensorRT's messages on to ``logging.getLogger("graphcache.tensorrt")``. It raises nothing into TensorRT.
 
     Errors go to ``ERROR``, or to ``DEBUG`` while :meth:`collect` gathers them. Warnings go to ``WARNING``, each
-    distinct text once. Everything else goes to ``DEBUG``. Nothing is ever raised into TensorRT.
-
-    Args:
-        levels: The ``logging`` level of each of TensorRT's severities; an unknown severity counts as an error.
+    distinct text once. Everything else goes to ``DEBUG``. ``levels`` has the ``logging`` level of each of TensorRT's
+    severities; an unknown severity counts as an error.
     """
 
     def __init__(self, levels: Mapping[Any, int]) -> None:
@@ -141,11 +141,15 @@ class MessageLog:
         """
         return _Collecting(self._thread)
 
+    def said(self) -> str:
+        """What the innermost open block of this thread has gathered, for the text of an exception."""
+        blocks = [block for each in self._thread.blocks if (block := each()) is not None]
+        return join_messages(blocks[-1].errors if blocks else ())
+
     def _forward(self, level: int, msg: str) -> None:
-        """Give a message to those who collect, and to ``logging``."""
-        if level == logging.ERROR and (open_blocks := self._thread.blocks):
-            for block in [each() for each in open_blocks]:
-                if block is not None:
+        if level == logging.ERROR:
+            for each in self._thread.blocks:
+                if (block := each()) is not None:
                     block.errors.append(msg)
                     level = logging.DEBUG
         elif level == logging.WARNING:
@@ -188,20 +192,18 @@ class _Collecting:
 
 def _logger(trt: Any) -> Any:
     """A logger of TensorRT's type."""
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.WARNING,
+        trt.ILogger.INFO: logging.DEBUG,
+        trt.ILogger.VERBOSE: logging.DEBUG,
+    }
 
     class Logger(MessageLog, trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            levels = {
-                "INTERNAL_ERROR": "ERROR",
-                "ERROR": "ERROR",
-                "WARNING": "WARNING",
-                "INFO": "DEBUG",
-                "VERBOSE": "DEBUG",
-            }
-            MessageLog.__init__(
-                self, {getattr(trt.ILogger, name): getattr(logging, level) for name, level in levels.items()}
-            )
+            MessageLog.__init__(self, levels)
 
     return Logger()
 

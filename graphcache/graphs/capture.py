@@ -170,7 +170,9 @@ def forget_workspaces() -> None:
 
 
 def refusal_of(error: Exception, where: str) -> Refusal:
-    """Why a capture failed, read from what CUDA and PyTorch say of it."""
+    """Why a capture failed, read from what CUDA and PyTorch say of it; a refusal says so itself."""
+    if isinstance(error, Refusal):
+        return error
     text = str(error).strip().split("\n")[0]
     if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, CudaError) and "OUT_OF_MEMORY" in text):
         return Refusal(Reason.OUT_OF_MEMORY, where, text)

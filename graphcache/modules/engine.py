@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
-from graphcache.capture import engine_scope
+from graphcache.capture.engine_like import current_scope
 from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
-from graphcache.engines.context import Context
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import Cause, ConfigError, EngineError, EngineFormatError, InputCountError, Reason
@@ -162,7 +161,7 @@ class EngineModule(EngineBase):
         """
         if is_compiling():
             return self._traced(args, kwargs)
-        scope, mode = engine_scope.current.get(), modes.get()
+        scope, mode = current_scope.get(), modes.get()
         if scope is None and mode.graphs == "subgraph":
             return self.with_graphs()(*args, **kwargs)
         if torch._C._cuda_getDevice() != self.device.index:
@@ -186,10 +185,6 @@ class EngineModule(EngineBase):
         finally:
             is_unwatched.set(watched)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def new_outputs(self, context: Context, *, allocator: bool) -> list[Tensor | None]:
-        """Memory for the outputs of the inputs that were set; ``None`` where TensorRT must allocate."""
-        return self._runner.new_outputs(context.output_shapes(), allocator=allocator)
 
     def forbids_capture(self) -> Cause | None:
         """Why no call of this engine can be captured now; ``None`` if nothing is known that prevents it."""

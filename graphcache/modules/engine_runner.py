@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.engine_scope import EngineScope
+from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.engines.context import ALIGNMENT, Context, LayoutPlan
 from graphcache.engines.engine import Engine
-from graphcache.engines.library import join_messages
 from graphcache.errors import Cause, EngineExecutionError, Reason
 from graphcache.graphs import driver
 from graphcache.graphs.stream_order import StreamOrder, own_stream
@@ -117,17 +115,6 @@ class EngineRunner:
                     tensor.record_stream(caller)
             return outputs
 
-    def new_outputs(self, shapes: Sequence[tuple[int, ...] | None], *, allocator: bool) -> list[Any]:
-        """Memory for outputs of these shapes; ``None`` where TensorRT must allocate."""
-        made: list[Tensor | None] = []
-        for binding, shape in zip(self._engine.outputs, shapes, strict=True):
-            if shape is None or (allocator and not binding.on_host):
-                made.append(None)
-            else:
-                device = torch.device("cpu") if binding.on_host else self._engine.device
-                made.append(torch.empty(shape, dtype=binding.dtype, device=device))
-        return made
-
     def _new_context(self, capturing: bool) -> Context:
         """A context with scratch memory of its own, which a capture of the caller's may take over."""
         engine = self._engine
@@ -147,14 +134,15 @@ class EngineRunner:
         """Enqueue a call, by its plan if it has one; otherwise its layout is remembered."""
         plan, ahead = call.plan, self.preallocates and not (capturing or call.allocator)
         if plan is None:
-            context.set_inputs(call.inputs, call.profile, stream)
+            with self._engine.collect_errors():
+                context.set_inputs(call.inputs, call.profile, stream)
         shapes = context.output_shapes() if plan is None else plan.output_shapes
         outputs: list[Any] = []
         if ahead:
             (made_for, made), self.ahead = self.ahead, (0, [])
             if made_for == stream and [tuple(each.shape) for each in made] == shapes:
                 outputs = made
-        outputs = outputs or self.new_outputs(shapes, allocator=call.allocator)
+        outputs = outputs or self._engine.new_outputs(shapes, allocator=call.allocator)
         if plan is not None:
             context.run(plan, call.inputs, outputs, stream)
         else:
@@ -172,11 +160,11 @@ class EngineRunner:
     def _enqueue(self, context: Context, outputs: Sequence[Tensor | None], stream: int) -> list[Tensor]:
         """Enqueue the inputs that were set; the outputs, with those that TensorRT has allocated."""
         engine = self._engine
-        context.set_outputs(outputs)
-        with engine.collect_errors() as said:
+        with engine.collect_errors():
+            context.set_outputs(outputs)
             if not context.enqueue(stream):
                 context.check_allocated()
-                raise EngineExecutionError(f"{engine.name}: TensorRT refused to run: {join_messages(said)}")
+                raise context.refusal()
         if any(binding.on_host for binding in engine.outputs):
             torch.cuda.current_stream().synchronize()
         return [
@@ -191,12 +179,12 @@ def enqueue_into(scope: EngineScope, module: EngineLike, inputs: Sequence[Tensor
         raise scope.refusal(cause)
     context = scope.context_of(module)
     stream = torch.cuda.current_stream().cuda_stream
-    context.set_inputs(inputs, profile, stream)
-    outputs = module.new_outputs(context, allocator=False)
-    if any(output is None for output in outputs):
-        raise scope.refusal(Cause(Reason.OUTPUT_ALLOCATOR, module.name))
-    context.set_outputs(outputs)
-    with module.engine.collect_errors() as said:
+    with module.engine.collect_errors():
+        context.set_inputs(inputs, profile, stream)
+        outputs = module.engine.new_outputs(context.output_shapes())
+        if any(output is None for output in outputs):
+            raise scope.refusal(Cause(Reason.OUTPUT_ALLOCATOR, module.name))
+        context.set_outputs(outputs)
         if not context.enqueue(stream):
-            raise scope.refusal(Cause(Reason.NOT_CAPTURABLE, module.name, join_messages(said)))
+            raise scope.refusal(Cause(Reason.NOT_CAPTURABLE, module.name, module.engine.said()))
     return [output for output in outputs if output is not None]

@@ -16,7 +16,7 @@ from torch import Tensor
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
 from graphcache.capture import context_groups as shared_contexts
-from graphcache.capture import engine_recorder as record_engine
+from graphcache.capture import recording
 from graphcache.errors import Refusal
 from graphcache.graphs.cuda import CudaGraph
 from tests.engine_modules import MODULES, load, made_contexts, prepare, rows
@@ -214,7 +214,7 @@ def test_a_capture_that_fails_is_the_last_of_its_context_and_the_others_are_look
 
     answers = shared_contexts.SharedContexts._answers
     with monkeypatch.context() as patch:
-        patch.setattr(record_engine, "verify", wrong)
+        patch.setattr(recording, "verify", wrong)
         patch.setattr(shared_contexts.SharedContexts, "_answers", counted)
         x = rows(fake, 3)
         assert torch.equal(fast(x), x * 3 + 1)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import graphcache
 from graphcache import CachedModule, Reason
-from graphcache.capture.output_layout import OutputLayout
+from graphcache.capture.trial_call import OutputLayout
 from graphcache.errors import Refusal
 from tests.helpers import Fn, frozen, outcomes, same, structures
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.engines import allocator, context, engine, library
+from graphcache.engines import context, engine, library
 from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.errors import EngineExecutionError
@@ -86,7 +86,7 @@ def rows(fake: Torch, count: int, start: float = 0.0) -> Tensor:
     )
 )
 def test_any_sequence_of_shapes_profiles_and_layouts(steps: list[tuple[int, str]]) -> None:
-    with pytest.MonkeyPatch.context() as patch, installed(allocator, context, engine, library, patch=patch) as fake:
+    with pytest.MonkeyPatch.context() as patch, installed(context, engine, library, patch=patch) as fake:
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver)
         run = Runner(fake, "affine")
@@ -178,7 +178,7 @@ def test_the_same_shape_under_another_profile_is_told_again(fake: Torch) -> None
 
 
 def refused(run: Runner, *inputs: Tensor, profile: int = 0) -> str:
-    with pytest.raises(EngineExecutionError) as caught:
+    with pytest.raises(EngineExecutionError) as caught, run.engine.collect_errors():
         run.set(*inputs, profile=profile)
     return str(caught.value)
 
@@ -223,9 +223,8 @@ def test_shapes_that_are_not_enough(fake: Torch) -> None:
 def test_an_address_that_is_refused(fake: Torch) -> None:
     run = Runner(fake, "affine")
     run.context.set_inputs([rows(fake, 2)], 0, run.stream)
-    with pytest.raises(
-        EngineExecutionError, match=r"net: the address of 'y' was refused; TensorRT says: .*not aligned"
-    ):
+    match = r"net: the address of 'y' was refused; TensorRT says: .*not aligned"
+    with pytest.raises(EngineExecutionError, match=match), run.engine.collect_errors():
         run.context.set_outputs([fake.empty(2, 4, offset=16)])
     x = rows(fake, 2)
     assert torch.equal(run(x)[0], x * 3 + 1)

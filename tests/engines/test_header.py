@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines.header import EngineHeader, check_header, read_header
+from graphcache.engines.engine import EngineHeader, check_header, read_header
 from graphcache.errors import EngineError, EngineFormatError, EngineVersionError
 from tests.engines.fake_tensorrt import serialize
 

@@ -15,6 +15,7 @@ import graphcache
 from graphcache import Reason
 from graphcache.cache.graph_cache import GraphCache
 from graphcache.capture import engine_recorder as record_engine
+from graphcache.capture import recording
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.engines.context import Context, ContextPool
 from graphcache.errors import CudaError, Refusal
@@ -51,8 +52,8 @@ ENGINE: list[Target] = [
     (Context, "set_outputs"),
     (Context, "enqueue"),
     (StreamOrder, "scratch"),
-    (record_engine, "perturbed"),
-    (record_engine, "verify"),
+    (record_engine, "perturb"),
+    (recording, "verify"),
 ]
 TORCH: list[Target] = [
     *DRIVER,
@@ -62,7 +63,7 @@ TORCH: list[Target] = [
     (record_torch, "static_copy"),
     (record_torch, "perturb"),
     (record_torch, "record_torch"),
-    (record_torch, "verify"),
+    (recording, "verify"),
 ]
 
 CASES: dict[str, tuple[dict[str, Any], list[Target]]] = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
 from graphcache.capture import engine_recorder as record_engine
+from graphcache.capture import recording
 from graphcache.errors import (
     CaptureError,
     ClosedError,
@@ -781,7 +782,7 @@ def test_a_context_whose_graph_was_wrong_is_not_used_again(fake: Torch, monkeypa
         raise Refusal(Reason.MISMATCH)
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_engine, "verify", wrong)
+        patch.setattr(recording, "verify", wrong)
         assert torch.equal(fast(rows(fake, 2)), rows(fake, 2) * 3 + 1)
     assert fast.cache_info().eager == {Reason.MISMATCH: 1}
     assert len(module.contexts) == 0
