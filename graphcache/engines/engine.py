@@ -135,7 +135,7 @@ class Engine:
             # How the bindings tell that TensorRT made none.
             return None
 
-    def new_outputs(self, shapes: Sequence[tuple[int, ...] | None], *, allocator: bool = False) -> list[Tensor | None]:
+    def new_outputs(self, shapes: Sequence[tuple[int, ...] | None], *, allocator: bool = False) -> list[Any]:
         """Memory for outputs of these shapes; ``None`` where TensorRT allocates: all on the device if ``allocator``."""
         made: list[Tensor | None] = []
         for binding, shape in zip(self.outputs, shapes, strict=True):
