@@ -49,8 +49,9 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
         ({"batch_wait_timeout_s": float("nan")}, "batch_wait_timeout_s=nan"),
         ({"max_batch_size": 0}, "max_batch_size=0"),
         ({"config": {"isolation": "magic"}}, "isolation='magic' is not an option"),
-        ({"prepare": [5]}, "prepare=(5,): expected requests"),
+        ({"prepare": [5]}, "prepare=[5]: expected requests"),
         ({"token": "two words"}, "token is of type str"),
+        ({"replicas": 2}, "'replicas' is no option of deployment; expected fields of Scale or Settings"),
     ],
 )
 def test_bad_options(options, message):
