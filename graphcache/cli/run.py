@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,29 @@ from graphcache.cli.targets import Target, resolve
 from graphcache.cli.timing import spread
 from graphcache.cli.verdict import Verdict, verdict
 from graphcache.modules.transparent import controls
-from graphcache.observe.result import Inputs, Result
+from graphcache.observe.result import Inputs, Measured, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the command was given."""
+
+    target: str
+    shapes: Sequence[Specs]
+    load_inputs: Path | None
+    save_outputs: Path | None
+    iterations: int
+    duration: float
+    warm_up: int
+    percentile: tuple[float, ...]
+    compare: Literal["eager", "onnxruntime"]
+    onnx: Path | None
+    export_times: Path | None
+    device: str | None
+    strategy: str
+    include: Sequence[str]
+    seed: int
+    as_json: bool
 
 
 @click.command(cls=ShapesCommand, short_help="Run an engine or a module, eagerly and through graphs.")
@@ -106,24 +129,7 @@ from graphcache.observe.result import Inputs, Result
 @include_option
 @seed_option
 @json_option
-def run(
-    target: str,
-    shapes: Sequence[Specs],
-    load_inputs: Path | None,
-    save_outputs: Path | None,
-    iterations: int,
-    duration: float,
-    warm_up: int,
-    percentile: tuple[float, ...],
-    compare: Literal["eager", "onnxruntime"],
-    onnx: Path | None,
-    export_times: Path | None,
-    device: str | None,
-    strategy: str,
-    include: Sequence[str],
-    seed: int,
-    as_json: bool,
-) -> None:
+def run(**options: Any) -> None:
     """Run an engine, an ONNX model or a module on random inputs, eagerly and through its graphs.
 
     A factory is a function without parameters that returns an nn.Module: package.module:function or file.py:function.
@@ -138,97 +144,88 @@ def run(
           --percentile 90,95,99 --export-times result.json
       graphcache run model.engine --shapes x:1x8:4x8:8x8
     """
-    if load_inputs is not None and shapes:
+    given = RunOptions(**options)
+    if given.load_inputs is not None and given.shapes:
         raise click.UsageError("--load-inputs gives the inputs; leave --shapes out.")
-    for path, option in ((save_outputs, "--save-outputs"), (export_times, "--export-times")):
+    for path, option in ((given.save_outputs, "--save-outputs"), (given.export_times, "--export-times")):
         check_writable(path, option)
-    reference = _reference(target, compare, onnx)
-    loaded = _loaded(load_inputs)
-    found = resolve(target, shapes, device)
-    generator = torch.Generator().manual_seed(seed)
-    calls = [found.given(loaded)] if loaded else [found.call(point, generator) for point in points(shapes) or [{}]]
-    room = max(graphcache.GraphConfig.max_graphs, len(calls))
-    options: dict[str, Any] = {"strategy": strategy, "include": tuple(include), "max_graphs": room}
-    rows: list[Turns] = []
-    with (
-        graphcache.wrap(found.module, **options) as fast,
-        torch.no_grad(),
-        progress("Running") as show,
-    ):
-        causes = Causes(fast, *controls(fast).parts.values())
-        for call in calls:
-            show(f"Running {call.label}")
-            rows.append(
-                measure(
-                    found,
-                    fast,
-                    call,
-                    iterations=iterations,
-                    duration=duration,
-                    warm_up=warm_up,
-                )
-            )
-        held = tuple(Inputs(row.call.label, nbytes_of(fast, row.call)) for row in rows)
-    reasons = {name: causes.explain(_REASONS[name]) for row in rows for name in row.reasons}
-    differences = [(row, wrong) for row in rows for wrong in row.wrong]
+    reference = _reference(given)
+    loaded = {} if given.load_inputs is None else tensors.load_inputs(given.load_inputs)
+    found = resolve(given.target, given.shapes, given.device)
+    rows, held, reasons = _measured(given, found, loaded)
     against = {row.call.label: reference.difference(row.call, row.answer) for row in rows} if reference else {}
+    differs = [f"{label}: {why}" for label, why in against.items() if why]
     tensorrt = any(isinstance(part, graphcache.EngineModule) for part in found.module.modules())
     versions = environment(found.device, tensorrt=tensorrt)
-    if save_outputs is not None:
-        names = [binding.name for binding in getattr(getattr(found.module, "engine", None), "outputs", ())]
-        _save(save_outputs, rows, names)
-    if export_times is not None:
-        measured = [each.measured(index) for index, row in enumerate(rows) for each in (row.first, *row.turns)]
-        _export(export_times, Result(target, versions, held, tuple(measured), reasons))
-    told = [_told(row, percentile, found, reasons) for row in rows]
-    if as_json:
+    _write_files(given, found, rows, Result(given.target, versions, held, _calls(rows), reasons))
+    told = [_told(row, given.percentile, found, reasons) for row in rows]
+    wrong = [f"{row.call.label}: {each}" for row in rows for each in row.wrong]
+    if given.as_json:
         print_json(
             {
                 **versions,
-                "target": target,
-                "iterations": iterations,
-                "warm_up": warm_up,
-                "seed": seed,
-                "differences": len(differences),
-                "compared_with": compare,
-                "differs": [f"{label}: {why}" for label, why in against.items() if why],
+                "target": given.target,
+                "iterations": given.iterations,
+                "warm_up": given.warm_up,
+                "seed": given.seed,
+                "differences": len(wrong),
+                "compared_with": given.compare,
+                "differs": differs,
                 "shapes": told,
             }
         )
     else:
-        _print(target, versions, rows, told, percentile, compare)
-    if differences:
-        row, wrong = differences[0]
-        raise ComparisonFailed(
-            f"{len(differences)} answers of graphs differ from eager execution. The first, {row.call.label}: {wrong}"
-        )
-    if wrong_here := [f"{label}: {why}" for label, why in against.items() if why]:
-        raise ComparisonFailed(f"answers differ from onnxruntime. The first, {wrong_here[0]}")
+        _print(given, versions, rows, told)
+    if wrong:
+        raise ComparisonFailed(f"{len(wrong)} answers of graphs differ from eager execution. The first, {wrong[0]}")
+    if differs:
+        raise ComparisonFailed(f"answers differ from onnxruntime. The first, {differs[0]}")
 
 
-def _reference(target: str, compare: str, onnx: Path | None) -> OnnxRuntime | None:
-    if compare == "eager":
-        if onnx is not None:
+def _reference(given: RunOptions) -> OnnxRuntime | None:
+    if given.compare == "eager":
+        if given.onnx is not None:
             raise click.UsageError("--onnx is the model for --compare onnxruntime; give that too.")
         return None
-    if onnx is None and not target.endswith(".onnx"):
+    if given.onnx is None and not given.target.endswith(".onnx"):
         raise click.UsageError("--compare onnxruntime needs the model: give it with --onnx.")
-    return OnnxRuntime(onnx or Path(target))
+    return OnnxRuntime(given.onnx or Path(given.target))
 
 
-def _loaded(path: Path | None) -> dict[str, torch.Tensor]:
-    return {} if path is None else tensors.load_inputs(path)
+def _measured(
+    given: RunOptions, found: Target, loaded: dict[str, torch.Tensor]
+) -> tuple[list[Turns], tuple[Inputs, ...], dict[str, str]]:
+    """What was measured for each set of inputs, what its graph owned, and why calls ran eagerly."""
+    generator = torch.Generator().manual_seed(given.seed)
+    calls = [found.given(loaded)] if loaded else [found.call(at, generator) for at in points(given.shapes) or [{}]]
+    room = max(graphcache.GraphConfig.max_graphs, len(calls))
+    options: dict[str, Any] = {"strategy": given.strategy, "include": tuple(given.include), "max_graphs": room}
+    times: dict[str, Any] = {name: getattr(given, name) for name in ("iterations", "duration", "warm_up")}
+    rows: list[Turns] = []
+    with graphcache.wrap(found.module, **options) as fast, torch.no_grad(), progress("Running") as show:
+        causes = Causes(fast, *controls(fast).parts.values())
+        for call in calls:
+            show(f"Running {call.label}")
+            rows.append(measure(found, fast, call, **times))
+        held = tuple(Inputs(row.call.label, nbytes_of(fast, row.call)) for row in rows)
+    return rows, held, {name: causes.explain(_REASONS[name]) for row in rows for name in row.reasons}
 
 
-def _save(path: Path, rows: Sequence[Turns], names: list[str]) -> None:
-    tensors.save_outputs(path, {row.call.label: row.answer for row in rows}, names)
+def _calls(rows: Sequence[Turns]) -> tuple[Measured, ...]:
+    """Every call, for the result."""
+    return tuple(each.measured(index) for index, row in enumerate(rows) for each in (row.first, *row.turns))
 
 
-def _export(path: Path, result: Result) -> None:
-    try:
-        result.save(path)
-    except OSError as error:
-        raise unwritable(path, "--export-times", error) from error
+def _write_files(given: RunOptions, found: Target, rows: Sequence[Turns], result: Result) -> None:
+    """The answers and the measured calls, if they were asked for."""
+    if given.save_outputs is not None:
+        names = [binding.name for binding in getattr(getattr(found.module, "engine", None), "outputs", ())]
+        tensors.save_outputs(given.save_outputs, {row.call.label: row.answer for row in rows}, names)
+    if given.export_times is not None:
+        try:
+            result.save(given.export_times)
+        except OSError as error:
+            raise unwritable(given.export_times, "--export-times", error) from error
 
 
 def _told(row: Turns, percentiles: Sequence[float], found: Target, reasons: dict[str, str]) -> dict[str, Any]:
@@ -265,21 +262,14 @@ def _rate(mean: float) -> float:
     return round(1e6 / mean, 1) if mean else 0.0
 
 
-def _print(
-    target: str,
-    versions: dict[str, str],
-    rows: Sequence[Turns],
-    told: Sequence[dict[str, Any]],
-    percentiles: Sequence[float],
-    compare: str,
-) -> None:
+def _print(given: RunOptions, versions: dict[str, str], rows: Sequence[Turns], told: Sequence[dict[str, Any]]) -> None:
     console = stdout()
     console.print(described(versions), soft_wrap=True)
     counts = sorted({len(row.turns) for row in rows})
     calls = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    console.print(f"{target}: {calls} calls per set of inputs; µs, eager | through graphs", soft_wrap=True)
+    console.print(f"{given.target}: {calls} calls per set of inputs; µs, eager | through graphs", soft_wrap=True)
     console.print()
-    names = [f"p{share:g}" for share in dict.fromkeys([50.0, *percentiles])]
+    names = [f"p{share:g}" for share in dict.fromkeys([50.0, *given.percentile])]
     shown = table("inputs", *names, f"| {names[0]}", *names[1:], "first call")
     for each in told:
         eager, graph = each["eager"], each["graph"] or {}
@@ -296,7 +286,7 @@ def _print(
     for why in dict.fromkeys(why for each in told for why in each["reasons"].values()):
         console.print(f"Ran eagerly, {why}", soft_wrap=True)
     if any(each["graph"] for each in told) and not any(each["differences"] for each in told):
-        also = " and onnxruntime" if compare == "onnxruntime" else ""
+        also = " and onnxruntime" if given.compare == "onnxruntime" else ""
         console.print(f"Every answer of a graph equals eager execution{also}.")
     verdicts = {each["inputs"]: f"{each['verdict']['kind']}: {each['verdict']['text']}" for each in told}
     if len(set(verdicts.values())) == 1:

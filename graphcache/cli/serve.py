@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,26 @@ class BucketType(click.ParamType):  # type: ignore[type-arg]  # not generic befo
             self.fail(
                 f"{value!r} are no sizes; expected such as 1,8,32 or ids:1,mask:1=16,64 or x:1=8,16:0", param, ctx
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What the command was given."""
+
+    target: str | None
+    module: str | None
+    name: str
+    host: str
+    port: int
+    replicas: int
+    max_batch_size: int
+    batch_wait: float
+    buckets: Sequence[Any]
+    prepare: Sequence[Specs]
+    token: str | None
+    drain_s: float
+    device: str | None
+    as_json: bool
 
 
 @click.command(cls=ShapesCommand, short_help="Serve a model over HTTP.")
@@ -108,22 +129,7 @@ class BucketType(click.ParamType):  # type: ignore[type-arg]  # not generic befo
 )
 @device_option
 @json_option
-def serve(
-    target: str | None,
-    module: str | None,
-    name: str,
-    host: str,
-    port: int,
-    replicas: int,
-    max_batch_size: int,
-    batch_wait: float,
-    buckets: Sequence[Any],
-    prepare: Sequence[Specs],
-    token: str | None,
-    drain_s: float,
-    device: str | None,
-    as_json: bool,
-) -> None:
+def serve(**options: Any) -> None:
     """Serve an engine, a package or a module over HTTP, in the Open Inference Protocol (KServe, Triton's clients).
 
     A folder holds several models: FOLDER/NAME/VERSION/model.engine or .gcache, with FOLDER/NAME/config.json for their
@@ -138,6 +144,17 @@ def serve(
       graphcache serve nets.py:mlp --prepare input:1x16
       graphcache serve --module package.nets:mlp --prepare input:1x16
     """
+    given = ServeOptions(**options)
+    target, models = _models(given)
+    check_configured(given.token)
+    left = _serve(given, target, models)
+    if left:
+        raise click.ClickException(f"{left} requests had no answer after {given.drain_s:g} s")
+
+
+def _models(given: ServeOptions) -> tuple[str, dict[str, Settings]]:
+    """What is served, and the settings of each model."""
+    target, module = given.target, given.module
     if target is None:
         if module is None:
             raise click.UsageError("Missing what to serve: an engine, a package, a folder, or --module MODULE:FACTORY.")
@@ -152,49 +169,50 @@ def serve(
             )
         require_gpu(f"serving {target}")
     if not is_factory(target) and Path(target).is_dir():
-        if name or module or buckets or prepare:
+        if given.name or module or given.buckets or given.prepare:
             raise click.UsageError("A folder has --name, --module, --bucket and --prepare in its config.json files.")
-        models = from_folder(target, {"max_batch_size": max_batch_size})
-    else:
-        settings = Settings(
-            _absolute(target),
-            name=name,
-            into=None if module is None else _absolute(module),
-            buckets=_axes(buckets),
-            rows=next((sizes for axes, sizes, _ in buckets if not axes), None),
-            prepare=tuple(_request(point) for point in points(prepare)),
-            max_batch_size=max_batch_size,
-            device=device,
-        )
-        models = {settings.name: settings}
-    processes = replicas * len(models)
+        return target, from_folder(target, {"max_batch_size": given.max_batch_size})
+    settings = Settings(
+        _absolute(target),
+        name=given.name,
+        into=None if module is None else _absolute(module),
+        buckets=_axes(given.buckets),
+        rows=next((sizes for axes, sizes, _ in given.buckets if not axes), None),
+        prepare=tuple(_request(point) for point in points(given.prepare)),
+        max_batch_size=given.max_batch_size,
+        device=given.device,
+    )
+    return target, {settings.name: settings}
+
+
+def _serve(given: ServeOptions, target: str, models: dict[str, Settings]) -> int:
+    """Serve until a signal comes; how many requests had no answer in the end."""
+    processes = given.replicas * len(models)
     cpus = max(1, (os.cpu_count() or 1) // processes)
-    check_configured(token)
     with (
         _Stop() as stop,
         _quiet(),
         progress(f"Starting Ray for {target}") as show,
-        ray_here(host=host, port=port, num_cpus=cpus * processes + 1),
+        ray_here(host=given.host, port=given.port, num_cpus=cpus * processes + 1),
     ):
         stop.listen()
         show(f"Preparing {target}")
         # Only now, since Ray reads its variables when it is imported.
         application = deployment(
             models,
-            batch_wait_timeout_s=batch_wait,
-            num_replicas=replicas,
+            batch_wait_timeout_s=given.batch_wait,
+            num_replicas=given.replicas,
             num_cpus=cpus,
             num_gpus=_gpus(processes),
-            token=token,
+            token=given.token,
         )
         ready = run(application)
         show("")
-        _tell(f"http://{f'[{host}]' if ':' in host else host}:{port}", ready, as_json)
+        host = f"[{given.host}]" if ":" in given.host else given.host
+        _tell(f"http://{host}:{given.port}", ready, given.as_json)
         stop.wait()
         show("Answering what is under way")
-        left = drain(timeout_s=drain_s)
-    if left:
-        raise click.ClickException(f"{left} requests had no answer after {drain_s:g} s")
+        return drain(timeout_s=given.drain_s)
 
 
 def _gpus(processes: int) -> float:
