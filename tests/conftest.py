@@ -20,9 +20,9 @@ from graphcache.graphs.native.build import build
 from graphcache.keys import ambient
 from tests import effort, shared
 
-# The settings of PyTorch at the start are the usual ones, which have the number 0 in keys.
+# The settings of PyTorch at the start are the usual ones, which keys leave out.
 USUAL = ambient.ambient_state()
-assert ambient.ambient_number() == 0
+assert USUAL == ambient.USUAL
 settings.register_profile("dev", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
 settings.register_profile("full", parent=settings.get_profile("dev"), max_examples=200)

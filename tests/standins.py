@@ -19,9 +19,9 @@ from graphcache.capture import engine_recorder as record_engine
 from graphcache.dispatch import fast_path, preconditions
 from graphcache.engines import context, engine, library, output_shapes
 from graphcache.graphs import verify
-from graphcache.keys import key_contents
 from graphcache.modules import engine as room
 from graphcache.modules import engine_base, engine_runner, examples, portable, prepare
+from graphcache.persist import saved_call
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
 
@@ -38,7 +38,7 @@ MODULES = (
     record_engine,
     examples,
     prepare,
-    key_contents,
+    saved_call,
 )
 ROOT = Path(__file__).parents[1]
 

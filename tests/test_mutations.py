@@ -42,7 +42,6 @@ from graphcache.dispatch import dispatcher
 from graphcache.dispatch import preconditions as conditions
 from graphcache.graphs import cpu_tape
 from graphcache.graphs import verify as judge
-from graphcache.keys import call as key_of_call
 from graphcache.keys import call_key, guards, state_nodes, value_nodes
 from graphcache.modules import forward_patch, wrapped
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
@@ -106,18 +105,15 @@ class Instead:
         return getattr(self.__dict__["_whole"], name)
 
 
-def edited(change: Callable[[Any], Any], keep: Callable[[Any], bool] = lambda part: True) -> TakeOut:
-    """Signatures without some of their parts, or with others."""
+def edited(**fields: Any) -> TakeOut:
+    """Keys with other fields."""
+    make = call_key.CallKey
+    return replace(call_key, "CallKey", lambda **given: make(**(given | fields)))
 
-    def describe(original: Any, args: Any, kwargs: Any) -> Any:
-        parts, tensors = original(args, kwargs)
-        return tuple(change(part) for part in parts if keep(part)), tensors
 
-    def flat(original: Any, args: Any) -> Any:
-        parts = original(args)
-        return parts if parts is None else tuple(change(part) for part in parts if keep(part))
-
-    return both(around(key_of_call, "describe", describe), around(call_key, "describe_flat", flat))
+def tensors_read(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> TakeOut:
+    """Keys with other parts of tensors."""
+    return around(call_key._Reader, "_tensor", lambda original, *given: change(original(*given)))
 
 
 def nothing(*args: Any, **kwargs: Any) -> Any:
@@ -685,16 +681,13 @@ def _an_answer_shares_memory_with_the_next_one() -> bool:
 # ---- some of the replacements
 
 
-def _strip_types(original: Any, value: Any, where: str, parts: list[Any], tensors: list[Tensor]) -> None:
-    start = len(parts)
-    original(value, where, parts, tensors)
-    parts[start:] = [
-        part[1] if isinstance(part, tuple) and isinstance(part[0], type) else part for part in parts[start:]
-    ]
+def _strip_types(original: Any, reader: Any, value: Any, *rest: Any) -> Any:
+    part = original(reader, value, *rest)
+    return part[1:] if isinstance(part[0], type) else part
 
 
-def _round_zeros(original: Any, value: Any, where: str, parts: list[Any], tensors: list[Tensor]) -> None:
-    original(0.0 if type(value) is float and value == 0 else value, where, parts, tensors)
+def _round_zeros(original: Any, reader: Any, value: Any, *rest: Any) -> Any:
+    return original(reader, 0.0 if type(value) is float and value == 0 else value, *rest)
 
 
 def _keep_no_numbers(original: Any, tape: Any, out: Any, func: Any) -> Any:
@@ -755,9 +748,8 @@ def _swap(change: Callable[[nn.Module], None]) -> Callable[[], bool]:
     return lambda: stale(change)
 
 
-def _without_attributes(original: Any, value: Any, where: str, parts: list[Any]) -> None:
-    if not where.startswith("an attribute of"):
-        original(value, where, parts)
+def _without_attributes(original: Any, reader: Any, value: Any, where: str, depth: int) -> Any:
+    return None if where.startswith("an attribute of") else original(reader, value, where, depth)
 
 
 def _never(*_: Any) -> bool:
@@ -799,77 +791,77 @@ STRATEGY = "tests/modules/test_strategy.py::"
 CURES: dict[str, Cure] = {
     # keys
     "constants are tagged with their types": Cure(
-        around(call_key, "_walk", _strip_types),
+        around(call_key._Reader, "part", _strip_types),
         _a_constant_is_taken_for_another,
         SIGNATURE + "test_constants_are_told_apart_by_type_and_by_bits",
     ),
     "floats are told apart by their bits": Cure(
-        around(call_key, "_walk", _round_zeros),
+        around(call_key._Reader, "part", _round_zeros),
         _a_zero_is_taken_for_the_other,
         SIGNATURE + "test_constants_are_told_apart_by_type_and_by_bits",
     ),
     "a tensor is no constant": Cure(
-        replace(call_key, "_constant", lambda value, where, parts: call_key._walk(value, where, parts, [])),
+        replace(call_key._Reader, "_constant", call_key._Reader.part),
         _a_tensor_that_is_a_key_is_frozen,
         SIGNATURE + "test_a_tensor_where_it_cannot_be_substituted_is_refused",
     ),
     "one tensor given twice is told from two": Cure(
-        replace(call_key, "_repeats", lambda tensors: ()),
+        edited(repeats=()),
         _two_tensors_are_taken_for_one,
         ANSWERS + "test_the_same_tensor_given_twice_does_not_spoil_calls_with_two_tensors",
     ),
     "dtypes are part of a key": Cure(
-        edited(lambda part: None if isinstance(part, torch.dtype) else part),
+        tensors_read(lambda part: (torch.float32, *part[1:])),
         lambda: wrong(lambda _, x: x * 2, X, X.double()),
         CACHED + "test_dtypes_strides_and_constants_have_graphs_of_their_own",
     ),
     "shapes are part of a key": Cure(
-        edited(lambda part: None if isinstance(part, torch.Size) else part),
+        tensors_read(lambda part: (part[0], None, *part[2:])),
         lambda: wrong(lambda _, x: x * 2, X, X[:1]),
         CACHED + "test_shapes_seen_before_are_not_captured_again",
     ),
     "strides are part of a key": Cure(
-        edited(lambda part: None if type(part) is tuple and all(type(each) is int for each in part) else part),
+        tensors_read(lambda part: (*part[:2], None, *part[3:])),
         lambda: wrong(lambda _, x: x * 2, X[:, :2], X[:, :2].t()),
         SIGNATURE + "test_dtype_shape_strides_and_device_count",
     ),
     "a pending conjugation is part of a key": Cure(
-        edited(lambda part: part, lambda part: part not in ((True, False), (False, True), (True, True))),
+        tensors_read(lambda part: part[:4]),
         _a_conjugate_is_taken_for_what_it_conjugates,
         "",
     ),
     "the grad mode is part of a key": Cure(
-        around(call_key, "_state", lambda original, tensors: (False, *original(tensors)[1:])),
+        edited(grad=False),
         _gradients_are_lost,
         CACHED + "test_an_input_that_requires_gradients_runs_eagerly",
     ),
     "inference mode is part of a key": Cure(
-        replace(call_key, "_is_inference", lambda: False),
+        edited(inference=False),
         _inference_mode_is_taken_for_no_grad,
         CACHED + "test_a_module_that_asks_for_inference_mode_gets_the_mode_of_the_call",
     ),
     "autocast is part of a key": Cure(
-        replace(call_key, "_is_any_autocast_enabled", lambda: False),
+        edited(autocast=()),
         _the_other_autocast_answers,
         CACHED + "test_autocast_has_graphs_of_its_own",
     ),
     "the dtype of autocast is part of a key": Cure(
-        replace(call_key, "_autocast", lambda: "on"),
+        replace(call_key, "_autocast", lambda: (("cpu", None),)),
         _the_other_dtype_of_autocast_answers,
         SIGNATURE + "test_autocast_counts_with_its_dtype",
     ),
     "the ambient state of PyTorch is part of a key": Cure(
-        replace(call_key, "ambient_number", lambda: 0),
+        edited(settings=None),
         _the_other_default_dtype_answers,
         AMBIENT + "test_graphs_of_another_state_do_not_answer_and_come_back_with_theirs[default dtype]",
     ),
     "function modes see the module itself": Cure(
-        both(replace(conditions, "has_function_modes", _never), replace(call_key, "ambient_number", lambda: 0)),
+        both(replace(conditions, "has_function_modes", _never), edited(settings=None)),
         _a_function_mode_sees_nothing,
         AMBIENT + "test_a_call_inside_a_function_mode_runs_eagerly",
     ),
     "attributes of a tensor are part of a key": Cure(
-        around(call_key, "_constant", _without_attributes),
+        around(call_key._Reader, "_constant", _without_attributes),
         _an_attribute_of_a_tensor_is_frozen,
         RECORD + "test_attributes_of_a_tensor_are_part_of_the_key",
     ),
@@ -1089,7 +1081,7 @@ CURES: dict[str, Cure] = {
         both(
             replace(conditions, "dispatch_modes", lambda: 0),
             replace(conditions, "has_function_modes", _never),
-            replace(call_key, "ambient_number", lambda: 0),
+            edited(settings=None),
         ),
         _a_tracer_sees_the_cache_at_work,
         CACHED + "test_make_fx_sees_the_operations_of_the_module",

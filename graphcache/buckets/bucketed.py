@@ -32,7 +32,7 @@ from graphcache.errors import Cause, ConfigError, GraphCacheError, InputError, R
 from graphcache.events import log
 from graphcache.features import NO_ANSWER
 from graphcache.graphs.capture import refusal_of
-from graphcache.keys.call import KeyedCall
+from graphcache.keys.call_key import CallKey, KeyedCall
 
 _MAX_PLANS = 4096
 _MAX_BUCKETS = 1024
@@ -47,7 +47,7 @@ Value = TypeVar("Value")
 class _Bucket:
     """What is known of the padded calls of one key."""
 
-    key: tuple[Hashable, ...]
+    key: CallKey
     padder: Padder | None = None
     """Crops the answers; ``None`` until it was proven that calls may be padded."""
     version: int = 0
@@ -139,7 +139,7 @@ class Bucketed:
         # What it takes counts in favour of a graph of the bucket.
         return None, partial(self._dispatcher.eager, cause, call._replace(key=bucket.key))
 
-    def target(self, call: KeyedCall) -> tuple[Hashable, ...] | None:
+    def target(self, call: KeyedCall) -> CallKey | None:
         """The key that a call is padded to; ``None`` if it is not padded, or that was refused."""
         bucket = self._plan(call).bucket
         return None if bucket is None or bucket.is_denied(self._captures.version) else bucket.key

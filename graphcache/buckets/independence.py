@@ -26,8 +26,7 @@ from graphcache.buckets.padding import varied
 from graphcache.buckets.spec import InputAxis, Number
 from graphcache.errors import ConfigError, Reason, Refusal, shown
 from graphcache.graphs.verify import padded_gap
-from graphcache.keys.call import KeyedCall
-from graphcache.keys.call_key import substitute
+from graphcache.keys.call_key import KeyedCall, substitute
 
 Run = Callable[..., Any]
 """Runs a module eagerly; it must leave its arguments and itself alone."""

@@ -9,8 +9,8 @@ from inspect import Signature as Function
 from typing import Any
 
 from graphcache.cache.graph_cache import GraphCache
-from graphcache.keys.call_spec import CallSpec
-from graphcache.keys.key_contents import TensorSpec
+from graphcache.keys.call_key import CallKey
+from graphcache.keys.call_spec import CallSpec, TensorSpec
 
 WINDOW = 32
 """Captures that are looked at."""
@@ -64,7 +64,7 @@ class Churn:
     def _new_keys(self, names: Function | Sequence[str]) -> tuple[str, list[str]]:
         """What is said of keys that are new at each call."""
         new = f"{WINDOW - self.again} of the last {WINDOW} captures were of calls that were new"
-        path, axis, values = varies_most(CallSpec(key, names) for key in self.keys)
+        path, axis, values = varies_most(CallSpec(key, names) for key in self.keys if isinstance(key, CallKey))
         if len(values) < 2:
             return new, ["give arguments of the same kinds each time; explain() shows the signatures"]
         where = f"`{path}`" if axis is None else f"`{path}` dim {axis}"

@@ -27,7 +27,7 @@ from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import Round, perturb
-from graphcache.keys.call import KeyedCall
+from graphcache.keys.call_key import KeyedCall
 
 
 class EngineRecorder:

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.verify import Eager, Round, largest_gap, repeats, verify
-from graphcache.keys.call import KeyedCall
+from graphcache.keys.call_key import KeyedCall
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 """Makes the answer of a graph's outputs and the caller's inputs."""

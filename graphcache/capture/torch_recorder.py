@@ -26,7 +26,7 @@ from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import Round, all_same_bits, perturb
-from graphcache.keys.call import KeyedCall
+from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable

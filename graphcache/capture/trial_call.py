@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 
 from graphcache.capture.recording import check_repeats
 from graphcache.errors import Reason, Refusal
-from graphcache.keys.call import KeyedCall
-from graphcache.keys.call_key import substitute
+from graphcache.keys.call_key import KeyedCall, substitute
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum)
 

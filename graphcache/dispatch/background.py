@@ -30,8 +30,7 @@ from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.stream_order import own_stream
 from graphcache.keys.ambient import has_modes
-from graphcache.keys.call import KeyedCall
-from graphcache.keys.call_key import describe, substitute
+from graphcache.keys.call_key import KeyedCall, describe, substitute
 
 PENDING = Cause(Reason.PENDING)
 MAX_WAITING = 32
@@ -171,11 +170,11 @@ class CallSnapshot:
     def __init__(self, call: KeyedCall) -> None:
         tensors = static_copies(call.tensors)
         args, kwargs = substitute(call.args, call.kwargs, tensors)
-        own, _ = describe(args, kwargs)
+        own = describe(args, kwargs).key
         self.call = KeyedCall(call.key, tensors, args, kwargs)
         """The same call on the copies."""
-        # Values of host shape tensors follow in the call's key. A default device is set for the caller's thread alone.
-        self.is_alike = own == call.key[: len(own)] and not has_modes()
+        # A default device is set for the caller's thread alone.
+        self.is_alike = own == call.key._replace(host_values=()) and not has_modes()
         """Whether a graph of the copies is one of the call."""
         self.cancelled = False
         self.thread: threading.Thread | None = None

@@ -24,7 +24,7 @@ from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
 from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
-from graphcache.keys.call import KeyedCall
+from graphcache.keys.call_key import KeyedCall
 
 _REPLAY_SAMPLES = 3
 _DEVICE_SHARE = 0.25

@@ -57,7 +57,7 @@ from graphcache.dispatch.targets import EngineGuard, ModuleTarget, SubmoduleGrap
 from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
-from graphcache.keys.call import KeyedCall
+from graphcache.keys.call_key import NO_KEY, KeyedCall
 
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
@@ -99,7 +99,7 @@ class Dispatcher:
         try:
             call = self.target.describe(args, kwargs)
         except Refusal as refusal:
-            return self._undescribed(refusal.cause, KeyedCall((), (), args, kwargs))
+            return self._undescribed(refusal.cause, KeyedCall(NO_KEY, (), args, kwargs))
         with self.on_device(call):
             entry = self.entry_of(call)
             answer = STALE if entry is None else self.replay(entry, call)

@@ -29,8 +29,7 @@ from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.keys.ambient import ambient_state
-from graphcache.keys.call import KeyedCall
-from graphcache.keys.call_key import is_flat
+from graphcache.keys.call_key import KeyedCall
 
 _FUNCTIONS = (
     "cuGraphLaunch",
@@ -63,9 +62,9 @@ class FastPath:
         if self._asked and self._table is None:
             return
         graph = entry.graph.graph
-        if call.kwargs or not isinstance(graph, CudaGraph) or not entry.graph.has_fast_path:
+        if not isinstance(graph, CudaGraph) or not entry.graph.has_fast_path:
             return
-        if not is_flat(call.key, call.args) or (table := self.table()) is None:
+        if not call.is_flat or (table := self.table()) is None:
             return
         if (ambient := ambient_state()) != self._ambient:
             self.clear()

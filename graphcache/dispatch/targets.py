@@ -17,7 +17,7 @@ from graphcache.capture.recording import Recorder
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
 from graphcache.errors import Cause
-from graphcache.keys.call import KeyedCall, call_of
+from graphcache.keys.call_key import KeyedCall, describe
 from graphcache.keys.guards import ModuleGuard
 
 
@@ -82,7 +82,7 @@ class ModuleTarget:
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         """The call of these arguments."""
-        return call_of(args, kwargs)
+        return describe(args, kwargs)
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors of a call that a graph is given."""
@@ -121,8 +121,10 @@ class EngineTarget:
             args, kwargs = tuple(self.engine.bind(args, kwargs)), {}
         if modes.get().multi_device_safe:
             args = tuple(self.engine.moved(args))
-        call = call_of(args, kwargs)
-        return call.with_key_end(*self._host_values(args)) if self.engine.host_inputs else call
+        call = describe(args, kwargs)
+        if self.engine.host_inputs:
+            call = call._replace(key=call.key._replace(host_values=self._host_values(args)))
+        return call
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors of a call that a graph is given: those that TensorRT reads on the device."""
@@ -136,9 +138,9 @@ class EngineTarget:
         """Engines do not train."""
         return []
 
-    def _host_values(self, args: tuple[Any, ...]) -> list[Hashable]:
+    def _host_values(self, args: tuple[Any, ...]) -> tuple[Hashable, ...]:
         given = [args[index] for index in self.engine.host_inputs if index < len(args)]
-        return [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
+        return tuple([tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given])
 
 
 Target = EngineTarget | ModuleTarget

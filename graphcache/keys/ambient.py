@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from operator import call
 from typing import Any
@@ -13,41 +12,23 @@ from torch.utils._device import DeviceContext
 
 State = tuple[Hashable, ...]
 
-_NAMES = (
-    "_get_float32_matmul_precision",
-    "_get_cublas_allow_tf32",
-    "_get_cublas_allow_fp16_accumulation",
-    "_get_cublas_allow_fp16_reduced_precision_reduction",
-    "_get_cublas_allow_bf16_reduced_precision_reduction",
-    "_get_cpu_allow_fp16_reduced_precision_reduction",
-    "_get_cudnn_allow_tf32",
-    "_get_cudnn_enabled",
-    "_get_cudnn_benchmark",
-    "_get_cudnn_deterministic",
-    "_get_mkldnn_enabled",
-    "_get_mkldnn_deterministic",
-    "_get_onednn_allow_tf32",
-    "_get_flash_sdp_enabled",
-    "_get_mem_efficient_sdp_enabled",
-    "_get_math_sdp_enabled",
-    "_get_cudnn_sdp_enabled",
-    "_get_overrideable_sdp_enabled",
-    "_get_math_sdp_allow_fp16_bf16_reduction",
-    "_get_deterministic_algorithms",
-    "_get_deterministic_algorithms_warn_only",
-    "_get_deterministic_fill_uninitialized_memory",
+_FLAGS = (
+    *("float32_matmul_precision", "cublas_allow_tf32", "cublas_allow_fp16_accumulation"),
+    *("cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction"),
+    *("cpu_allow_fp16_reduced_precision_reduction", "cudnn_allow_tf32", "cudnn_enabled", "cudnn_benchmark"),
+    *("cudnn_deterministic", "mkldnn_enabled", "mkldnn_deterministic", "onednn_allow_tf32", "flash_sdp_enabled"),
+    *("mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled", "overrideable_sdp_enabled"),
+    *("math_sdp_allow_fp16_bf16_reduction", "deterministic_algorithms", "deterministic_algorithms_warn_only"),
+    "deterministic_fill_uninitialized_memory",
 )
-_GETTERS: tuple[Callable[[], Hashable], ...] = (
-    torch.get_default_dtype,
-    lambda: forward_ad._current_level,
-    *[getattr(torch._C, name) for name in _NAMES if hasattr(torch._C, name)],
-)
+"""``torch._C`` has a function for each, but for some in some versions."""
+_GETTERS: dict[str, Callable[[], Hashable]] = {
+    "default_dtype": torch.get_default_dtype,
+    "forward_ad_level": lambda: forward_ad._current_level,
+    **{name: getattr(torch._C, f"_get_{name}") for name in _FLAGS if hasattr(torch._C, f"_get_{name}")},
+}
 _stack_length: Callable[[], int] = torch._C._len_torch_function_stack
 _stack_at: Callable[[int], Any] = torch._C._get_function_stack_at
-
-_numbers: dict[State, int] = {}
-_last: tuple[State, int] | None = None
-_lock = threading.Lock()
 
 
 def ambient_state() -> State:
@@ -62,20 +43,21 @@ def ambient_state() -> State:
         ...     ambient_state() == before
         False
     """
-    return (*map(call, _GETTERS), *(_modes() if _stack_length() else ()))
+    return (*map(call, _GETTERS.values()), *(_modes() if _stack_length() else ()))
 
 
-def ambient_number() -> int:
-    """A number that stands for :func:`ambient_state` in this process: 0 for the state that was asked for first."""
-    global _last
-    state = ambient_state()
-    last = _last
-    if last is not None and last[0] == state:
-        return last[1]
-    with _lock:
-        number = _numbers.setdefault(state, len(_numbers))
-    _last = state, number
-    return number
+def unusual_settings(state: State) -> str:
+    """In what a state differs from the usual one, in words.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     unusual_settings(ambient_state())
+        'mode meta'
+    """
+    count = len(_GETTERS)
+    found = [f"{name} {now}" for name, now, usual in zip(_GETTERS, state, USUAL, strict=False) if now != usual]
+    modes = [f"mode {mode}" for mode in state[count:]] if state[count:] != USUAL[count:] else []
+    return ", ".join(found + modes) or "no mode"
 
 
 def has_modes() -> bool:
@@ -96,4 +78,8 @@ def has_function_modes() -> bool:
 def _modes() -> list[Hashable]:
     modes = [_stack_at(index) for index in range(_stack_length())]
     # Any other mode forbids graphs, so it is enough that it shows.
-    return [mode.device if type(mode) is DeviceContext else "mode" for mode in modes]
+    return [mode.device if type(mode) is DeviceContext else "other" for mode in modes]
+
+
+USUAL = ambient_state()
+"""The state when graphcache was imported, which keys leave out."""

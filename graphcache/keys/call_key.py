@@ -1,205 +1,239 @@
-"""The call key: what distinguishes the arguments of one call from those of another, and its tensors in order.
+"""The call key: what tells the arguments and modes of one call from those of another, and the tensors in it, in order.
 
 Two calls with equal keys run the same operations on tensors of the same layout, so one graph answers both.
-:class:`graphcache.keys.call_spec.CallSpec` describes a key to people and in files.
+:class:`graphcache.keys.call_spec.CallSpec` describes a key to people.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Hashable, Sequence
 from enum import EnumType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import Reason, Refusal, shown
-from graphcache.keys.ambient import ambient_number
+from graphcache.keys.ambient import USUAL, State, ambient_state
 
-CallKey = tuple[Hashable, ...]
+Part = tuple[Any, ...]
+"""One argument, item or constant in a key. It begins with the dtype of a tensor, or with the type of anything else:
 
-STATE_PARTS = 3
-"""Parts of a key before those of the arguments: grad mode, inference mode, autocast with the ambient state."""
-ATTRIBUTES = "attributes"
-"""Part of a key after the parts of a tensor that has attributes of its own."""
-REPEATS = "repeats"
-"""Part of a key before the places of tensors that are given more than once."""
+* a tensor: dtype, shape, strides, device; of an unusual one also whether a conjugation and a negation are pending, and
+  the part of its attributes or ``None``;
+* a container: its type, the part of its context (a dictionary's keys) or ``None``, and the parts of its items;
+* a constant: its type and what identifies the value.
+"""
 
-_strided = torch.strided
-_is_grad_enabled = torch.is_grad_enabled
-_is_inference = torch.is_inference_mode_enabled
-_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_MAX_VALUES = 20_000
+_MAX_DEPTH = 32
+"""Containers in one another."""
+_PLAIN = 4
+"""Entries of the part of a plain tensor."""
+CONSTANTS = frozenset(
+    {type(None), type, bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
+    torch.Size: tuple,
+    slice: lambda value: (value.start, value.stop, value.step),
+    range: lambda value: (value.start, value.stop, value.step),
+}
+"""Constants made of other constants: their type given these is the constant again."""
 
 
-def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallKey, Sequence[Tensor]]:
-    """The key of a call, and the tensors in it, depth first; a :class:`~graphcache.errors.Refusal` if it has none.
+class CallKey(NamedTuple):
+    """What tells one call from another.
+
+    Args:
+        grad: Whether gradients are recorded; if they are, which tensors require them.
+        inference: Whether it is inference mode.
+        autocast: Kinds of devices, with the dtype that autocast casts to.
+        settings: The ambient state of PyTorch, if it is an unusual one (:mod:`graphcache.keys.ambient`).
+        repeats: For each tensor the place of the first that is the same object; empty if none is given twice.
+        args: Positional arguments.
+        kwargs: Keyword arguments, in order.
+        host_values: For each input that an engine reads on the host, its values.
+    """
+
+    grad: bool | tuple[bool, ...]
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    settings: State | None
+    repeats: tuple[int, ...]
+    args: tuple[Part, ...]
+    kwargs: tuple[tuple[str, Part], ...]
+    host_values: tuple[Hashable, ...] = ()
+
+
+NO_KEY = CallKey(grad=False, inference=False, autocast=(), settings=None, repeats=(), args=(), kwargs=())
+"""Stands for the key of a call that has none; nothing is looked up by it."""
+
+
+class KeyedCall(NamedTuple):
+    """One call of a module.
+
+    Args:
+        key: What tells it apart from calls that need another graph.
+        tensors: The tensors among its arguments, in the order of the key.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    key: CallKey
+    tensors: Sequence[Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def records_gradients(self) -> bool:
+        """Whether the grad mode was on."""
+        return self.key.grad is not False
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the key says no more than how plain positional tensors lie, inference mode and settings."""
+        key = self.key
+        if key.grad is not False or key.autocast or key.repeats or key.kwargs or key.host_values:
+            return False
+        for value, part in zip(self.args, key.args, strict=True):
+            if type(value) is not Tensor or len(part) > _PLAIN:
+                return False
+        return True
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
+    """A call with its key and the tensors in it, depth first; a :class:`~graphcache.errors.Refusal` if it has no key.
 
     Told apart are structure, dtype, shape, strides and device of every tensor, every constant with its type (``True``,
     ``1`` and ``1.0`` are three constants, ``0.0`` and ``-0.0`` two, every ``nan`` is the same), pending conjugations
     and negations, one tensor given twice from two, the grad mode, which tensors require gradients while it is on,
-    attributes that Python code gave a tensor, inference mode, autocast, the ambient state of PyTorch
-    (:mod:`graphcache.keys.ambient`), and the order of keyword arguments. Not told apart are values of tensors, and
-    different tensors that overlap from ones that don't.
+    attributes that Python code gave a tensor, inference mode, autocast, the ambient state of PyTorch, and the order of
+    keyword arguments. Not told apart are values of tensors, and different tensors that overlap from ones that don't.
 
     Example:
-        >>> one, _ = describe((torch.zeros(2, 3), 1), {})
-        >>> two, _ = describe((torch.ones(2, 3), True), {})
-        >>> one == two
+        >>> one, two = (describe((x, number), {}) for x, number in ((torch.zeros(2), 1), (torch.ones(2), True)))
+        >>> one.key == two.key
         False
     """
-    parts: list[Hashable] = []
-    tensors: list[Tensor] = []
+    reader = _Reader()
     try:
-        # Inside, as nested tensors, plain and strided as they seem, have no shape to ask for.
-        if not kwargs and (key := describe_flat(args)) is not None:
-            return key, args
-        _walk(args, "args", parts, tensors)
-        _walk(kwargs, "kwargs", parts, tensors)
+        positional = tuple([reader.part(value, f"args[{index}]") for index, value in enumerate(args)])
+        by_name = tuple([(name, reader.part(value, f"kwargs[{shown(name)}]")) for name, value in kwargs.items()])
     except Refusal:
         raise
     except Exception as error:
-        # A container that contains itself, or an object that cannot be looked at.
+        # An object that cannot be looked at, such as a nested tensor, which has no shape to ask for.
         raise Refusal(Reason.ARGUMENT, detail=f"looking at it raised {type(error).__name__}") from error
-    return (*_state(tensors), *parts, *_repeats(tensors)), tensors
-
-
-def describe_flat(args: tuple[Any, ...]) -> CallKey | None:
-    """The key of positional plain tensors; ``None`` if there is anything else."""
-    parts: list[Hashable] = []
-    for value in args:
-        if type(value) is not Tensor or value.layout is not _strided or value.is_neg() or value.is_conj():
-            return None
-        if value.__dict__:
-            return None
-        parts += (value.dtype, value.shape, value.stride(), value.device)
-    state = _state(args)
-    # A single tensor is repeated by none.
-    return (*state, *parts, *_repeats(args)) if len(args) > 1 else (*state, *parts)
-
-
-def is_flat(key: CallKey, args: tuple[Any, ...]) -> bool:
-    """Whether a key says of positional tensors, without gradients, no more than their layout does."""
-    # Four parts for each tensor: nothing is pending and none is repeated.
-    if len(key) != STATE_PARTS + 4 * len(args) or type(key[-1]) is not torch.device:
-        return False
-    grad, _, around = key[:STATE_PARTS]
-    without_autocast = around is None or (type(around) is tuple and type(around[0]) is int and around[1] is None)
-    return grad is False and without_autocast
+    tensors, settings = reader.tensors, ambient_state()
+    key = CallKey(
+        grad=tuple([tensor.requires_grad for tensor in tensors]) if torch.is_grad_enabled() else False,
+        inference=torch.is_inference_mode_enabled(),
+        autocast=_autocast() if torch._C._is_any_autocast_enabled() else (),
+        settings=None if settings == USUAL else settings,
+        repeats=_repeats(tensors) if len(tensors) > 1 else (),
+        args=positional,
+        kwargs=by_name,
+    )
+    return KeyedCall(key, tensors, args, kwargs)
 
 
 def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
     """The same arguments in new containers, with other tensors where :func:`describe` found tensors, in its order."""
     remaining = iter(tensors)
-    new_args = _replace(args, remaining)
-    return new_args, _replace(kwargs, remaining)
+    new_args = tuple([_replace(value, remaining) for value in args])
+    return new_args, {name: _replace(value, remaining) for name, value in kwargs.items()}
 
 
-def _walk(value: Any, where: str, parts: list[Hashable], tensors: list[Tensor]) -> None:
-    if len(parts) > _MOST_PARTS:
-        raise Refusal(Reason.ARGUMENT, where.partition("[")[0], f"more than {_MOST_PARTS} values")
-    kind = type(value)
-    if kind is Tensor or kind is torch.nn.Parameter:
-        if value.layout is not torch.strided:
-            raise Refusal(Reason.ARGUMENT, where, f"a tensor of layout {value.layout}")
-        parts += (value.dtype, value.shape, value.stride(), value.device)
-        if value.is_conj() or value.is_neg():
-            parts.append((value.is_conj(), value.is_neg()))
-        if value.__dict__:
-            # Attributes that somebody gave it; a module may look at them.
-            parts.append(ATTRIBUTES)
-            _constant(dict(value.__dict__), f"an attribute of {where}", parts)
-        tensors.append(value)
-    elif kind is float:
-        parts.append((float, value.hex()))
-    elif kind is complex:
-        parts.append((complex, value.real.hex(), value.imag.hex()))
-    elif kind in _CONSTANTS:
-        parts.append((kind, value))
-    elif isinstance(kind, EnumType):
-        # By name, as members may be equal to other things; the names of combined flags are made of their members'.
-        parts.append((kind, value._name_, None if value._name_ else int(value._value_)))
-    elif kind is tuple or kind is list:
-        parts.append((kind, len(value)))
-        for index, item in enumerate(value):
-            _walk(item, f"{where}[{index}]", parts, tensors)
-    elif kind is dict:
-        parts.append((dict, len(value)))
-        for name, item in value.items():
-            _constant(name, f"a key of {where}", parts)
-            _walk(item, f"{where}[{shown(name)}]", parts, tensors)
-    elif kind in _OPEN_CONSTANTS:
-        parts.append((kind, len(_OPEN_CONSTANTS[kind](value))))
-        for item in _OPEN_CONSTANTS[kind](value):
-            _constant(item, where, parts)
-    elif _is_named_tuple(kind):
-        parts.append((kind, len(value)))
-        for name, item in zip(kind._fields, value, strict=True):
-            _walk(item, f"{where}.{name}", parts, tensors)
-    elif kind in pytree.SUPPORTED_NODES:
-        children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
-        parts.append((kind, len(children)))
-        _constant(context, where, parts)
-        for index, item in enumerate(children):
-            _walk(item, f"{where}[{index}]", parts, tensors)
-    else:
-        raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
+def item_ends(kind: Any, names: Any, count: int) -> list[str]:
+    """What follows the path of a container in the paths of its items; ``names`` are a dictionary's keys."""
+    if kind is dict:
+        return [f"[{shown(name)}]" for name in names]
+    return [f".{name}" for name in kind._fields] if is_named_tuple(kind) else [f"[{index}]" for index in range(count)]
 
 
-def _is_named_tuple(kind: type) -> bool:
-    # Not one that was derived from it, which may have attributes of its own.
+def is_named_tuple(kind: type) -> bool:
+    """Whether a type is a named tuple, and none that was derived from it, which may have attributes of its own."""
     return kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
 
 
-def _constant(value: Any, where: str, parts: list[Hashable]) -> None:
-    """What :func:`substitute` does not look into, so that no tensor may be there."""
-    tensors: list[Tensor] = []
-    _walk(value, where, parts, tensors)
-    if tensors:
-        raise Refusal(Reason.ARGUMENT, where, "a tensor where only a constant can stand")
+class _Reader:
+    """Reads the arguments of one call, depth first."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._values = 0
+
+    def part(self, value: Any, where: str, depth: int = 0) -> Part:
+        """The part of one argument or item; its tensors are noted."""
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise Refusal(Reason.ARGUMENT, where.partition("[")[0], f"more than {_MAX_VALUES} values")
+        if depth > _MAX_DEPTH:
+            raise Refusal(Reason.ARGUMENT, where, f"more than {_MAX_DEPTH} containers in one another")
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            return self._tensor(value, where, depth)
+        if kind is float:
+            return float, value.hex()
+        if kind is complex:
+            return complex, value.real.hex(), value.imag.hex()
+        if kind in CONSTANTS:
+            return kind, value
+        if isinstance(kind, EnumType):
+            # By name, as members may be equal to other things; the names of combined flags are made of their members'.
+            return kind, value._name_, None if value._name_ else int(value._value_)
+        if kind in OPEN_CONSTANTS:
+            return kind, *[self._constant(item, where, depth) for item in OPEN_CONSTANTS[kind](value)]
+        if (node := _node(kind)) is None:
+            raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
+        items, context = node.flatten_fn(value)
+        about = None if context is None else self._constant(context, f"the keys of {where}", depth)
+        ends = item_ends(kind, context, len(items))
+        return kind, about, *[self.part(item, where + end, depth + 1) for end, item in zip(ends, items, strict=True)]
+
+    def _tensor(self, value: Tensor, where: str, depth: int) -> Part:
+        if value.layout is not torch.strided:
+            raise Refusal(Reason.ARGUMENT, where, f"a tensor of layout {value.layout}")
+        self.tensors.append(value)
+        part = value.dtype, value.shape, value.stride(), value.device
+        conjugate, negative, attributes = value.is_conj(), value.is_neg(), value.__dict__
+        if not (conjugate or negative or attributes):
+            return part
+        # Attributes that somebody gave it: a module may look at them.
+        about = self._constant(dict(attributes), f"an attribute of {where}", depth) if attributes else None
+        return *part, conjugate, negative, about
+
+    def _constant(self, value: Any, where: str, depth: int) -> Part:
+        """What :func:`substitute` does not look into, so that no tensor may be there."""
+        count = len(self.tensors)
+        part = self.part(value, where, depth + 1)
+        if len(self.tensors) > count:
+            raise Refusal(Reason.ARGUMENT, where, "a tensor where only a constant can stand")
+        return part
+
+
+def _node(kind: type) -> Any:
+    """What takes a container of some type apart and puts it together; ``None`` for what is no container."""
+    return pytree.SUPPORTED_NODES.get(namedtuple if is_named_tuple(kind) else kind)  # type: ignore[arg-type]
 
 
 def _replace(value: Any, tensors: Any) -> Any:
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
         return next(tensors)
-    if kind is tuple or kind is list:
-        return kind([_replace(item, tensors) for item in value])
-    if _is_named_tuple(kind):
-        return kind(*[_replace(item, tensors) for item in value])
-    if kind is dict:
-        return {name: _replace(item, tensors) for name, item in value.items()}
-    if kind in pytree.SUPPORTED_NODES and kind not in _OPEN_CONSTANTS:
-        node = pytree.SUPPORTED_NODES[kind]
-        children, context = node.flatten_fn(value)
-        return node.unflatten_fn([_replace(item, tensors) for item in children], context)
-    return value
+    if kind in OPEN_CONSTANTS or (node := _node(kind)) is None:
+        return value
+    items, context = node.flatten_fn(value)
+    return node.unflatten_fn([_replace(item, tensors) for item in items], context)
 
 
-def _state(tensors: Sequence[Tensor]) -> CallKey:
-    """Grad and inference mode, and what is around: autocast, and the number of an ambient state that is unusual."""
-    grad = tuple([value.requires_grad for value in tensors]) if _is_grad_enabled() else False
-    autocast, number = _autocast() if _is_any_autocast_enabled() else None, ambient_number()
-    return grad, _is_inference(), (number, autocast) if number else autocast
-
-
-def _repeats(tensors: Sequence[Tensor]) -> CallKey:
-    """Which tensors are the same object as an earlier one; nothing in the usual case, that none is."""
+def _repeats(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     places: dict[int, int] = {}
-    first = [places.setdefault(id(value), index) for index, value in enumerate(tensors)]
-    return () if len(places) == len(tensors) else (REPEATS, *first)
+    first = tuple([places.setdefault(id(value), index) for index, value in enumerate(tensors)])
+    return first if len(places) < len(tensors) else ()
 
 
-def _autocast() -> Hashable:
+def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind))
-
-
-_CONSTANTS = frozenset(
-    {type(None), type, bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
-)
-_MOST_PARTS = 20_000
-_OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
-    torch.Size: tuple,
-    slice: lambda value: (value.start, value.stop, value.step),
-    range: lambda value: (value.start, value.stop, value.step),
-}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -205,7 +205,7 @@ def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation
     return Explanation(control.ledger.name, tuple(found), control.cache_info(), parts)
 
 
-def views_of(fast: TransparentModule, keys: list[Hashable] | None = None) -> list[KeyView]:
+def views_of(fast: TransparentModule, keys: list[Any] | None = None) -> list[KeyView]:
     """What is known of some keys of a wrapped module, or of all that are remembered."""
     dispatcher, names = state_of(fast).dispatcher, arguments_of(state_of(fast).module)
     captures = dispatcher.captures

@@ -64,7 +64,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
     if not is_available():
         raise ConfigError("a profiler uses sys.setprofile, which find_capture_breaks needs; stop the profiler first")
     try:
-        inputs: Sequence[Tensor] = _copies(describe(args, kwargs)[1])
+        inputs: Sequence[Tensor] = _copies(describe(args, kwargs).tensors)
         args, kwargs = substitute(args, kwargs, inputs)
     except Refusal:
         # An argument cannot be copied; the call gets what was given.

@@ -10,6 +10,7 @@ from inspect import Signature
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import ConfigError, shown
 from graphcache.events import Captured, Event
+from graphcache.keys.call_key import CallKey
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.transparent import controls
@@ -120,7 +121,7 @@ def _check_count(name: str, count: object) -> None:
 
 
 def _note_capture(captured: list[str], names: Signature | Sequence[str], event: Event) -> None:
-    if isinstance(event, Captured) and isinstance(event.key, tuple):
+    if isinstance(event, Captured) and isinstance(event.key, CallKey):
         captured.append(str(CallSpec(event.key, names)))
 
 

@@ -20,6 +20,7 @@ from graphcache.errors import ConfigError, shown
 from graphcache.files import open_regular, replacing
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.prepare import ManifestProblem
+from graphcache.persist.saved_call import of_json, saved, text_of
 
 VERSION = 2
 MOST_BYTES = 4 * 2**20
@@ -59,9 +60,12 @@ class ManifestEntry:
     capture_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if type(self.spec) is not CallSpec or self.spec.unsaveable:
-            why = getattr(self.spec, "unsaveable", "") or "it is none"
-            raise ConfigError(f"spec={shown(self.spec)}: expected a CallSpec that a file can hold: {why}")
+        try:
+            if type(self.spec) is not CallSpec:
+                raise ValueError("it is none")
+            object.__setattr__(self, "spec", saved(self.spec))
+        except ValueError as why:
+            raise ConfigError(f"spec={shown(self.spec)}: expected a CallSpec that a file can hold: {why}") from why
         if type(self.part) is not str or len(self.part) > _MOST_TEXT:
             raise ConfigError(f"part={shown(self.part)}: expected text of at most {_MOST_TEXT} characters")
         for name in _COUNTS:
@@ -78,12 +82,12 @@ class ManifestEntry:
         """An entry from what a file holds."""
         if type(tree) is not dict or tree.keys() != {*_FIELDS, "call"}:
             raise ValueError(f"an entry is {shown(tree)}; expected the fields call, {', '.join(_FIELDS)}")
-        return cls(CallSpec.of_json(tree["call"]), **{name: tree[name] for name in _FIELDS})
+        return cls(of_json(tree["call"]), **{name: tree[name] for name in _FIELDS})
 
     @property
     def json(self) -> dict[str, Any]:
         """What a file holds."""
-        return {name: getattr(self, name) for name in _FIELDS} | {"call": self.spec.json}
+        return {name: getattr(self, name) for name in _FIELDS} | {"call": json.loads(text_of(self.spec))}
 
     @property
     def saved_seconds(self) -> float:
@@ -95,7 +99,7 @@ class ManifestEntry:
     @property
     def heat(self) -> tuple[Any, ...]:
         """Sorts the hottest first, and equal ones always the same way."""
-        return -self.hits, -self.saved_seconds, self.part, self.spec.text
+        return -self.hits, -self.saved_seconds, self.part, text_of(self.spec)
 
     def merge(self, other: ManifestEntry) -> ManifestEntry:
         """Both, whichever came first. The least of what was measured is what disturbed it least."""

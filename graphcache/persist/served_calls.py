@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from graphcache.modules.transparent import TransparentModule, controls
 from graphcache.modules.wrapped import device_of, state_of
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.manifest import Manifest, ManifestEntry, differences
+from graphcache.persist.saved_call import entered, example, nbytes, saved
 
 _LONGEST = 9e8
 """Seconds; no more are saved."""
@@ -34,14 +36,16 @@ def served(fast: TransparentModule) -> tuple[Manifest, int]:
         for view in views_of(each):
             if not view.is_worth_saving:
                 continue
-            if view.spec.unsaveable:
+            try:
+                spec = saved(view.spec)
+            except ValueError:
                 left_out += 1
                 continue
             times = (
                 None if seconds is None else min(seconds, _LONGEST)
                 for seconds in (view.costs.eager, view.costs.replay, view.costs.capture)
             )
-            entries.append(ManifestEntry(view.spec, view.answered, part, min(view.nbytes, _LARGEST), *times))
+            entries.append(ManifestEntry(spec, view.answered, part, min(view.nbytes, _LARGEST), *times))
     return Manifest(environment(controls(fast).module), entries), left_out
 
 
@@ -58,7 +62,7 @@ def plan(
     """
     chosen: list[ManifestEntry] = []
     for entry in sorted(entries, key=lambda entry: entry.heat):
-        size, cost = max(entry.nbytes, entry.spec.nbytes), entry.capture_seconds or 0.0
+        size, cost = max(entry.nbytes, nbytes(entry.spec)), entry.capture_seconds or 0.0
         if (max_bytes is not None and size > max_bytes) or (max_seconds is not None and cost > max_seconds):
             continue
         if len(chosen) == max_graphs:
@@ -109,7 +113,13 @@ def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, se
     ]
     chosen.sort(key=lambda entry: -entry.hits)
     jobs = [
-        Job(targets[entry.part], _example(entry, targets[entry.part]), entry.spec.entered, _measured(entry), path)
+        Job(
+            targets[entry.part],
+            _example(entry, targets[entry.part]),
+            partial(entered, entry.spec),
+            _measured(entry),
+            path,
+        )
         for entry in chosen
     ]
     return Chosen(jobs, sum(map(len, by_part.values())) - len(jobs), problems)
@@ -134,13 +144,13 @@ def _example(entry: ManifestEntry, target: TransparentModule) -> Example:
     spec = replace(entry.spec, names=arguments_of(module))
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = spec.example(device)
+        args, kwargs = example(spec, device)
         if isinstance(module, EngineLike):
-            args = with_host_values(module, args, spec.contents.host_values)
+            args = with_host_values(module, args, spec.key.host_values)
         varied(args, kwargs)
         return args, kwargs
 
-    return Example(str(spec)[:200], spec.nbytes, make)
+    return Example(str(spec)[:200], nbytes(spec), make)
 
 
 def with_host_values(engine: EngineLike, args: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:

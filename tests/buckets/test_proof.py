@@ -12,7 +12,7 @@ from graphcache.buckets.bucketed import Bucketed
 from graphcache.buckets.padder import Padder
 from graphcache.buckets.spec import Buckets
 from graphcache.errors import Cause, Reason
-from graphcache.keys.call import call_of
+from graphcache.keys.call_key import describe
 from tests.helpers import Fn, dispatcher_of, frozen, same
 
 BUCKETS = Buckets({0: {0: [4, 8]}})
@@ -27,7 +27,7 @@ class Tried:
 
     def bucket(self, x: Tensor) -> Any:
         """The bucket of a call."""
-        return self.bucketed._plan(call_of((x,), {})).bucket
+        return self.bucketed._plan(describe((x,), {})).bucket
 
     def refused(self, x: Tensor) -> bool:
         """Whether a call is not padded this time, which counts it."""
@@ -35,7 +35,7 @@ class Tried:
 
     def __call__(self, x: Tensor) -> tuple[Any, Padder | Cause]:
         """The answer of a call, and what came of trying to pad it."""
-        call = call_of((x,), {})
+        call = describe((x,), {})
         plan = self.bucketed._plan(call)
         assert plan.bucket is not None
         answer, effects = self.bucketed._observe(call)
@@ -63,7 +63,7 @@ def test_a_refusal_is_remembered_for_good() -> None:
     assert cause.reason is Reason.PADDING
     assert all(tried.refused(torch.ones(3)) for _ in range(40))
     assert tried.bucket(torch.ones(3)).denial.cause is cause
-    assert tried.bucketed.target(call_of((torch.ones(3),), {})) is None
+    assert tried.bucketed.target(describe((torch.ones(3),), {})) is None
     tried.fast.clear()
     assert not tried.refused(torch.ones(3))
 

@@ -106,7 +106,7 @@ def test_the_advice_names_what_is_short(options: Any, graphs: int, capture: str,
 
 
 def key(*args: Any, **kwargs: Any) -> Any:
-    return describe(args, kwargs)[0]
+    return describe(args, kwargs).key
 
 
 X = torch.zeros(2, 3)

@@ -13,7 +13,7 @@ from graphcache.capture.recording import Recording
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.dispatch.dispatcher import STALE
 from graphcache.errors import CaptureError, ClosedError, Reason
-from graphcache.keys.call import KeyedCall, call_of
+from graphcache.keys.call_key import KeyedCall, describe
 from graphcache.modules.cached_module import CachedModule
 from tests.helpers import dispatcher_of
 
@@ -35,7 +35,7 @@ class Slow:
         return entry.graph.build(entry.graph.replay(call.tensors, out), call.tensors)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dispatcher.miss(call_of(args, kwargs))
+        return self.dispatcher.miss(describe(args, kwargs))
 
 
 class Branches(nn.Module):
@@ -136,14 +136,14 @@ def test_arguments_that_no_signature_describes() -> None:
 
 def test_a_graph_of_ones_own_is_in_no_cache() -> None:
     slow = Slow(net())
-    recorded = slow.dispatcher.capture_alone(call_of((X,), {}))
+    recorded = slow.dispatcher.capture_alone(describe((X,), {}))
     assert torch.equal(recorded.build(recorded.replay([X]), [X]), slow.module(X))
     assert (len(slow.cache), slow.ledger.captures) == (0, 0)
     recorded.close()
     with pytest.raises(CaptureError, match=r"^net: host_read"):
-        Slow(Branches()).dispatcher.capture_alone(call_of((X,), {}))
+        Slow(Branches()).dispatcher.capture_alone(describe((X,), {}))
     with graphs_off(), pytest.raises(CaptureError, match=r"^net: disabled"):
-        slow.dispatcher.capture_alone(call_of((X,), {}))
+        slow.dispatcher.capture_alone(describe((X,), {}))
 
 
 def test_closed_is_closed() -> None:

@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 import graphcache
 from graphcache import Reason
-from graphcache.keys.ambient import ambient_number, ambient_state, has_function_modes
+from graphcache.keys.ambient import ambient_state, has_function_modes, unusual_settings
+from graphcache.keys.call_key import describe
+from graphcache.keys.call_spec import CallSpec
 from tests.helpers import Fn, frozen, outcomes, reason, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -78,12 +80,15 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_another_state_and_the_state_comes_back(name: str) -> None:
-    before, number = ambient_state(), ambient_number()
+    before, usual = ambient_state(), CallSpec.of((), {})
     with SETTINGS[name]():
-        assert ambient_state() != before
-        assert ambient_number() != number
+        state = ambient_state()
+        assert state != before
+        assert describe((), {}).key.settings == state
+        # What differs is named.
+        assert CallSpec.of((), {}).diff(usual) == [f"settings of PyTorch: {unusual_settings(state)} → off"]
         assert not has_function_modes()
-    assert (ambient_state(), ambient_number()) == (before, number)
+    assert (ambient_state(), describe((), {}).key.settings) == (before, None)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

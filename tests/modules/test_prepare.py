@@ -21,11 +21,10 @@ from graphcache.dispatch import capture_manager
 from graphcache.dispatch import dispatcher as misses
 from graphcache.dispatch.capture_manager import preparing
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
-from graphcache.keys import key_contents
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules import examples, wrapped
 from graphcache.modules import prepare as room
-from graphcache.persist import fingerprint, served_calls
+from graphcache.persist import fingerprint, saved_call, served_calls
 from graphcache.persist.manifest import ManifestEntry
 from tests import engine_modules as engines
 from tests.engine_modules import load, rows
@@ -52,7 +51,7 @@ on_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
     with installed(
-        *engines.MODULES, room, wrapped, examples, fingerprint, served_calls, key_contents, patch=monkeypatch
+        *engines.MODULES, room, wrapped, examples, fingerprint, served_calls, saved_call, patch=monkeypatch
     ) as fake:
         fake.zeros = lambda *shape, **options: fake.driver.heap.empty(*shape, **options).zero_()
         yield engines.prepare(fake, monkeypatch)
@@ -478,7 +477,7 @@ def test_what_is_often_called_without_a_graph_is_remembered_too(tmp_path: Path) 
         for _ in range(count):
             fast(x)
     entries = fast.save_manifest(tmp_path / "m.json").entries
-    assert [(entry.hits, entry.spec.contents.tensors[0].shape) for entry in entries] == [
+    assert [(entry.hits, entry.spec.tensors[0].shape) for entry in entries] == [
         (40, (3, 4)),
         (8, (2, 4)),
     ]

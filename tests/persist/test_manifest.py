@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from graphcache.errors import ConfigError, Reason
 from graphcache.keys.call_spec import CallSpec
 from graphcache.persist.manifest import MOST_BYTES, VERSION, Manifest, ManifestEntry, ManifestProblem
+from graphcache.persist.saved_call import example
 from tests.effort import share
 from tests.helpers import same
 
@@ -80,7 +81,7 @@ def test_what_is_saved_is_loaded(tmp_path, listed, environment):
 def test_an_entry_becomes_the_call_again(tmp_path):
     Manifest(HERE, [ENTRY]).save(tmp_path / "m.json")
     [entry] = Manifest.load(tmp_path / "m.json", expect=HERE).entries
-    args, kwargs = entry.spec.example("cpu")
+    args, kwargs = example(entry.spec, "cpu")
     assert same(args, (torch.zeros(8, 4), True))
     assert kwargs == {"scale": 0.5}
 
@@ -191,7 +192,7 @@ def test_whatever_stands_at_whatever_place_it_is_loaded_or_reported(tmp_path, da
     assert found.entries or found.problems or body["entries"] == []
     for entry in found.entries:
         assert ManifestEntry.of_json(entry.json) == entry
-        entry.spec.example("meta")
+        example(entry.spec, "meta")
 
 
 @on_files

@@ -62,7 +62,7 @@ void describe_one(const c10::TensorImpl& tensor, Words& words) {
   }
 }
 
-// What describe_flat() in keys/call_key.py says of tensors, as numbers; false for what it says nothing of.
+// What describe() in keys/call_key.py says of plain tensors, as numbers; false for what it says nothing of.
 bool describe(PyObject* const* args, Py_ssize_t count, c10::TensorImpl** tensors, Words& words) {
   if (count < 1 || count > most_inputs) return false;
   words.push_back(static_cast<uint64_t>(count) << 1 | static_cast<uint64_t>(c10::InferenceMode::is_enabled()));
