@@ -113,7 +113,7 @@ class CallSpec:
         """Keyword arguments."""
         return {name: value_of(part) for name, part in self.key.kwargs}
 
-    @property
+    @cached_property
     def tensors(self) -> list[TensorSpec]:
         """The tensors in the arguments, in order."""
         return [found for _, found, _ in self._walked if type(found) is TensorSpec]

@@ -39,24 +39,23 @@ def saved(spec: CallSpec) -> CallSpec:
 
 def text_of(spec: CallSpec) -> str:
     """A :func:`saved` call as JSON."""
-    return json.dumps(_encoded(tuple(spec.key)), sort_keys=True, separators=(",", ":"))
+    return _text(_encoded(tuple(spec.key)))
 
 
 def of_json(tree: Any) -> CallSpec:
     """The call that :func:`text_of` wrote, from JSON; a ``ValueError`` for anything else."""
     try:
         key = CallKey(*_decoded(tree))
-        found = saved(CallSpec(key))
+        found = CallSpec(key)
         # A call of the same arguments, without memory, has to describe itself in the same way.
         again = describe(*_arguments(found, lambda _: "meta")).key
-        moved = _moved(key, lambda _: torch.device("meta"))
-        again = moved._replace(repeats=again.repeats, args=again.args, kwargs=again.kwargs)
-        if found.key != key or text_of(CallSpec(again)) != text_of(CallSpec(moved)):
+        devices = iter([each.device for each in found.tensors])
+        again = _moved(again, lambda _: next(devices))
+        again = key._replace(settings=None, repeats=again.repeats, args=again.args, kwargs=again.kwargs)
+        if text_of(CallSpec(again)) != _text(tree) or any(each.device.index is not None for each in found.tensors):
             raise ValueError("it is not as it is written here")
-        known = all(
-            name in ("cuda", "cpu") and dtype in (torch.float16, torch.bfloat16) for name, dtype in key.autocast
-        )
-        if type(key.grad) is not bool or type(key.inference) is not bool or not known:
+        casts = all(kind in ("cuda", "cpu") and to in (torch.float16, torch.bfloat16) for kind, to in key.autocast)
+        if type(key.grad) is not bool or type(key.inference) is not bool or not casts:
             raise ValueError("its modes are none")
         if any(type(name) is not str for name, _ in key.kwargs):
             raise ValueError("an argument's name that is no text")
@@ -152,6 +151,10 @@ def _moved(key: CallKey, device_for: Callable[[torch.device], torch.device]) -> 
         return tuple(map(moved, part))
 
     return key._replace(args=moved(key.args), kwargs=moved(key.kwargs))
+
+
+def _text(tree: Any) -> str:
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 
 def _encoded(part: Any) -> Any:
