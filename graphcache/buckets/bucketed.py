@@ -21,7 +21,7 @@ import torch
 from graphcache.buckets.independence import Run, proven_padder
 from graphcache.buckets.padder import Arguments, Fit, Padder, engine_buckets
 from graphcache.buckets.spec import Buckets
-from graphcache.cache.denial import Denial
+from graphcache.cache.key_table import Denial
 from graphcache.capture.effects import Effects
 from graphcache.capture.engine_like import EngineLike
 from graphcache.config import graphs_off

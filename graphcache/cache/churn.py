@@ -1,12 +1,11 @@
-"""Whether a module keeps capturing calls that its graphs then do not answer, and what to do about it."""
+"""One warning where a module keeps capturing calls that its graphs then do not answer: whether, and what helps."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from inspect import Signature as Function
-from typing import Any
+from inspect import Signature
+from typing import Any, NamedTuple
 
 from graphcache.cache.graph_cache import GraphCache
 from graphcache.keys.call_key import CallKey
@@ -23,21 +22,14 @@ _REMEMBERED = 1024
 _FEW = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Churn:
-    """What was seen over the last captures.
-
-    Args:
-        again: How many of them were of keys that had a graph before.
-        hits: Calls that graphs answered meanwhile.
-        keys: Those that were captured, each once.
-    """
+class Churn(NamedTuple):
+    """The last captures: how many were of keys that had a graph before, the hits meanwhile, and each key once."""
 
     again: int
     hits: int
     keys: tuple[Hashable, ...]
 
-    def advice(self, cache: GraphCache[Any], capture: str, names: Function | Sequence[str] = ()) -> str:
+    def advice(self, cache: GraphCache[Any], capture: str, names: Signature | Sequence[str] = ()) -> str:
         """What was seen, and what would help here."""
         seen, ways = self._evictions(cache) if 2 * self.again >= WINDOW else self._new_keys(names)
         if capture == "first":
@@ -61,7 +53,7 @@ class Churn:
         seen = f"graphs are evicted and captured again: {self.again} of the last {WINDOW} captures were of signatures"
         return f"{seen} that had a graph before", ways
 
-    def _new_keys(self, names: Function | Sequence[str]) -> tuple[str, list[str]]:
+    def _new_keys(self, names: Signature | Sequence[str]) -> tuple[str, list[str]]:
         """What is said of keys that are new at each call."""
         new = f"{WINDOW - self.again} of the last {WINDOW} captures were of calls that were new"
         path, axis, values = varies_most(CallSpec(key, names) for key in self.keys if isinstance(key, CallKey))
@@ -80,12 +72,7 @@ class Churn:
 
 
 def varies_most(specs: Iterable[CallSpec]) -> tuple[str, int | None, list[Any]]:
-    """The constant, or the axis of a tensor, that differs most between some calls; and its values, in order.
-
-    Example:
-        >>> varies_most(CallSpec.of((step,), {}, ["step"]) for step in range(3))
-        ('step', None, ['0', '1', '2'])
-    """
+    """The constant, or the axis of a tensor, that differs most between some calls; and its values, in order."""
     found: dict[tuple[str, int | None], dict[Any, None]] = {}
     for spec in specs:
         for path, value in spec.values.items():
@@ -102,16 +89,10 @@ class ChurnWatch:
     Over the last 32 captures, fewer than one call was answered by graphs for each: some part of the key is new at each
     call. Or at least 24 of them were of keys that had been captured before, and fewer than 50 calls were answered for
     each: graphs are evicted only to be captured again.
-
-    Example:
-        >>> watch = ChurnWatch()
-        >>> found = [watch.captured(index % 9, hits=0) for index in range(100)]
-        >>> [(index, seen.again, len(seen.keys)) for index, seen in enumerate(found) if seen]
-        [(31, 23, 9)]
     """
 
     def __init__(self) -> None:
-        self._before: OrderedDict[int, None] = OrderedDict()
+        self._before: set[int] = set()
         self._last: deque[tuple[Hashable, bool, int]] = deque(maxlen=WINDOW)
         self._said = False
 
@@ -119,13 +100,11 @@ class ChurnWatch:
         """Note a capture; what was seen, the first time that captures are in vain."""
         if self._said:
             return None
-        # Not the key itself, which may be large; two of one hash would be counted as one.
-        number = hash(key)
-        self._last.append((key, number in self._before, hits))
-        self._before[number] = None
-        self._before.move_to_end(number)
-        if len(self._before) > _REMEMBERED:
-            self._before.popitem(last=False)
+        # Not the key itself, which may be large; two of one hash count as one.
+        self._last.append((key, hash(key) in self._before, hits))
+        if len(self._before) >= _REMEMBERED:
+            self._before.clear()
+        self._before.add(hash(key))
         again, gained = sum(was for _, was, _ in self._last), hits - self._last[0][2]
         if len(self._last) < WINDOW or gained >= WINDOW * (HITS if again >= MOST_OF_THEM else 1):
             return None

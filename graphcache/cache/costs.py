@@ -1,33 +1,20 @@
-"""What calls of one key take: estimates from few and noisy measurements."""
+"""What calls of one key take: estimates from few and noisy measurements, in seconds."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
-
-from graphcache.errors import ConfigError, shown
 
 MEMORY = 16
 """Measurements that a running mean goes back to. An estimate follows a lasting change within about as many."""
 LARGEST = 4.0
 """Times the typical time: a single measurement counts for at most this much, so that a stall is not a slow call."""
-LONGEST_SECONDS = 1e9
-"""Thirty years: a longer time is a mistake of whoever measured it."""
 
 
 class Estimate:
-    """A running estimate of a time, in seconds.
+    """A running estimate of a time: the lesser of the first two measurements, then a mean over about 16.
 
-    The lesser of the first two measurements, then a mean over about 16. The first calls of a key load kernels and
-    allocate memory, and take up to a thousand times as long as later ones. So a measurement below half the estimate
-    replaces it, and one above four times the estimate counts for four times.
-
-    Example:
-        >>> estimate = Estimate()
-        >>> for seconds in (1.3, 0.006, 0.0005, 0.0006):
-        ...     estimate.add(seconds)
-        >>> round(estimate.value, 6), estimate.count
-        (0.000525, 4)
+    The first calls of a key load kernels and allocate memory, and take up to a thousand times as long as later ones. So
+    a measurement below half the estimate replaces it, and one above four times the estimate counts for four times.
     """
 
     __slots__ = ("count", "value")
@@ -55,22 +42,12 @@ class Estimate:
 
 
 class Mean:
-    """The running mean of figures that differ from key to key.
-
-    Args:
-        prior: The value before the first figure; it has no weight afterwards.
-
-    Example:
-        >>> share = Mean(0.3)
-        >>> share.add(0.5)
-        >>> share.value
-        0.5
-    """
+    """The running mean of figures that differ from key to key; the value before the first one has no weight."""
 
     __slots__ = ("count", "value")
 
-    def __init__(self, prior: float) -> None:
-        self.value = prior
+    def __init__(self, before: float) -> None:
+        self.value = before
         self.count = 0
 
     def add(self, figure: float) -> None:
@@ -90,7 +67,7 @@ class Known(NamedTuple):
 
 
 class KeyCosts:
-    """Everything that an admission policy keeps about one key.
+    """What the admission policy keeps about one key.
 
     Attributes:
         eager: Time of an eager call.
@@ -108,30 +85,8 @@ class KeyCosts:
 
     __slots__ = ("at", "born", "calls", "capture", "counted", "eager", "heat", "hits", "nbytes", "owed", "replay")
 
-    def __init__(self, now: float = 0.0) -> None:
+    def __init__(self, now: float) -> None:
         self.eager, self.replay, self.capture = Estimate(), Estimate(), Estimate()
         self.calls = self.owed = self.hits = self.counted = self.nbytes = 0
         self.heat = 0.0
         self.at = self.born = now
-
-    def known(self, hits: int = 0) -> Known:
-        """Counts and times. ``hits`` is what its present graph says."""
-        hits = self.hits + max(hits - self.counted, 0)
-        return Known(self.calls + hits, hits, self.eager.known, self.replay.known, self.capture.known)
-
-
-def checked_seconds(seconds: object, what: str) -> float:
-    """A time as it can be.
-
-    Example:
-        >>> checked_seconds(1, "seconds")
-        1.0
-    """
-    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool):
-        try:
-            value = float(seconds)
-        except OverflowError:
-            value = math.inf
-        if 0.0 <= value <= LONGEST_SECONDS:
-            return value
-    raise ConfigError(f"{what}={shown(seconds)}: expected a time in seconds, from 0 to {LONGEST_SECONDS:.0e}")

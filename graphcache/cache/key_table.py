@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from graphcache.cache.costs import KeyCosts
-from graphcache.cache.denial import Denial
-from graphcache.errors import Cause
+from graphcache.errors import Cause, Reason
 
 MAX_KEYS = 4096
 """Keys without a graph that are remembered. The longest unused is forgotten first."""
@@ -19,7 +19,41 @@ MAX_KEYS = 4096
 Shapes = dict[str | int, tuple[int, ...]]
 """Position or name of an argument -> its shape."""
 
+_TRANSIENT = frozenset(
+    {Reason.CAPTURE_FAILED, Reason.OUT_OF_MEMORY, Reason.OVER_BUDGET, Reason.MISMATCH, Reason.ALIASES_STATE}
+)
+_EFFECTS = frozenset({Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED})
+_FIRST_WAIT = 16
+"""Calls before a transient failure is tried again for the first time."""
+_MAX_DOUBLINGS = 20
 
+
+@dataclass(slots=True)
+class Denial:
+    """Why a key has no graph: the cause, the guard's version, how often it was denied, and calls since the last time.
+
+    What lies in the module (a host read, a layer that forbids capture) is denied until the state of the module changes.
+    An effect of the call (it counts, fills a table) is looked for again at the next call, then after 2, 4, 8 calls and
+    so on: lazy tables and caches are filled by the first calls. What may pass (no memory, no room, a failed capture) is
+    tried again after 16 calls, then 32, 64 and so on.
+    """
+
+    cause: Cause
+    version: int
+    times: int
+    calls: int = 0
+
+    def wait(self, version: int) -> int | None:
+        """How many calls run eagerly before a capture is tried again; ``None`` for all of them."""
+        doublings = min(self.times - 1, _MAX_DOUBLINGS)
+        if self.cause.reason in _EFFECTS or version != self.version:
+            return max(0, (1 << doublings if doublings else 0) - self.calls)
+        if self.cause.reason in _TRANSIENT:
+            return max(0, (_FIRST_WAIT << doublings) - self.calls)
+        return None
+
+
+@dataclass(slots=True, eq=False)
 class KeyState:
     """What is known of one key.
 
@@ -30,35 +64,17 @@ class KeyState:
         costs: What its calls and captures take.
     """
 
-    __slots__ = ("calls", "costs", "denial", "shapes")
-
-    def __init__(self) -> None:
-        self.shapes: Shapes | None = None
-        self.calls = 0
-        self.denial: Denial | None = None
-        self.costs: KeyCosts | None = None
+    shapes: Shapes | None = None
+    calls: int = 0
+    denial: Denial | None = None
+    costs: KeyCosts | None = None
 
 
 class KeyTable:
-    """The states of the keys of one module. Any thread may ask and tell.
+    """The states of the keys of one module; ``captured`` are those that have a graph, and are not forgotten."""
 
-    Args:
-        captured: The keys that have a graph, which are not forgotten.
-        size: How many others are remembered.
-
-    Example:
-        >>> import torch
-        >>> from graphcache.errors import Reason
-        >>> keys = KeyTable()
-        >>> keys.note("8x64", (torch.zeros(8, 64),), {})
-        >>> keys.deny("8x64", Cause(Reason.HOST_READ))
-        >>> keys.denial("8x64").reason.value, keys.calls("8x64")
-        ('host_read', 1)
-    """
-
-    def __init__(self, captured: Collection[Hashable] = (), size: int = MAX_KEYS) -> None:
+    def __init__(self, captured: Collection[Hashable] = ()) -> None:
         self._captured = captured
-        self._size = size
         self._states: OrderedDict[Hashable, KeyState] = OrderedDict()
         self.lock = threading.Lock()
         """Held for a look or a change, never for a capture; no other lock is taken under it."""
@@ -77,7 +93,7 @@ class KeyTable:
             self._states.move_to_end(key)
             return state
         state = self._states[key] = KeyState()
-        while len(self._states) > self._size + len(self._captured):
+        while len(self._states) > MAX_KEYS + len(self._captured):
             oldest, forgotten = self._states.popitem(last=False)
             if oldest in self._captured:
                 self._states[oldest] = forgotten
@@ -93,11 +109,7 @@ class KeyTable:
     def note(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], count: int = 1) -> None:
         """Count a call that no graph of its key has answered so far.
 
-        Args:
-            key: Its key.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-            count: -1 for a hit that answered a padded call, which was noted under its own key; 0 for no call at all.
+        ``count`` is -1 for a hit that answered a padded call, which was noted under its own key; 0 for no call at all.
         """
         with self.lock:
             state = self.used(key)
@@ -148,9 +160,7 @@ class KeyTable:
         """Why a key is denied, and after how many calls a capture is tried again (``None``: never). Counts no call."""
         with self.lock:
             state = self._states.get(key)
-            if state is None or state.denial is None:
-                return None
-            return state.denial.cause, state.denial.wait(version)
+            return None if state is None or state.denial is None else (state.denial.cause, state.denial.wait(version))
 
     def allow(self, key: Hashable) -> None:
         """Forget the denial of a key."""

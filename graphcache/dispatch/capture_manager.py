@@ -11,11 +11,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from graphcache.cache.admission import Admission
 from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.device_budget import budget_of
 from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, clock
 from graphcache.cache.key_table import KeyTable
-from graphcache.cache.worthwhile import admission_for
 from graphcache.capture.recording import Recording, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
@@ -49,7 +49,7 @@ class CaptureManager:
         )
         self.keys = KeyTable(self.graphs.entries)
         """What is known of every key: its calls, denial and costs."""
-        self.admission = admission_for(config.capture, self.graphs, self.keys)
+        self.admission = Admission(config.capture, self.graphs, self.keys)
         """Decides what is captured."""
         self.on_evict: Callable[[], object] = lambda: None
         """Called whenever a graph goes."""

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from graphcache.cache import graph_cache, key_table
+from graphcache.cache.admission import OVERHEAD, PRICE, Admission
 from graphcache.cache.costs import Known
 from graphcache.cache.graph_cache import Entry, GraphCache, clock, recency
-from graphcache.cache.worthwhile import OVERHEAD, PRICE, Worthwhile, admission_for
-from graphcache.errors import ConfigError, Reason
+from graphcache.errors import Reason
 from tests.effort import share
 from tests.helpers import in_threads
 
@@ -46,7 +46,7 @@ class Served:
         self.cache: GraphCache[Graph] = GraphCache(
             max_graphs=slots, max_bytes=options.pop("max_bytes", None), on_evict=self.evicted
         )
-        self.admission = admission_for(options.pop("policy", "worthwhile"), self.cache)
+        self.admission = Admission(options.pop("policy", "worthwhile"), self.cache)
         assert not options
         self.nbytes = nbytes
         self.eager = self.total = self.dearest = 0.0
@@ -242,7 +242,7 @@ def test_what_stays_hot_is_captured_however_hot_the_others_were(slots):
 
 
 def test_a_hot_signature_is_captured_in_the_midst_of_others_that_are_called_once(monkeypatch):
-    monkeypatch.setattr(key_table.KeyTable.__init__, "__defaults__", ((), 64))
+    monkeypatch.setattr(key_table, "MAX_KEYS", 64)
     served = Served(slots=4)
     fresh = 0
     while "hot" not in served.cache.entries:
@@ -395,7 +395,7 @@ def test_what_is_known_of_a_key():
 @given(st.lists(st.integers(0, 500), max_size=300), st.integers(1, 8))
 def test_costs_are_bounded_and_the_last_key_is_always_known(keys, remembered):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(key_table.KeyTable.__init__, "__defaults__", ((), remembered))
+        patch.setattr(key_table, "MAX_KEYS", remembered)
         served = Served(slots=2)
         for key in keys:
             served.call(key)
@@ -423,7 +423,7 @@ def test_hits_of_a_graph_count_when_it_is_evicted_too():
 
 
 def test_a_graph_that_was_evicted_before_it_was_booked_is_paid_for_all_the_same():
-    admission = Worthwhile(GraphCache(max_graphs=1))
+    admission = Admission("worthwhile", GraphCache(max_graphs=1))
     assert admission.captured("a", 0.5, replay=0.1) is None
     assert admission.account().capture_seconds == 0.5
 
@@ -435,24 +435,6 @@ def test_an_eager_call_of_a_signature_that_has_a_graph_is_counted():
     served.admission.ran("a", EAGER)
     assert served.admission.known("a").calls == before + 1
     assert "a" in served.cache.entries
-
-
-@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf, "1", None, True])
-def test_times_that_cannot_be_are_refused_and_change_nothing(seconds):
-    served = Served()
-    served.until_captured("a")
-    before = (served.admission.account(), served.admission.known("a"))
-    good = {"eager": 1.0, "replay": 1.0, "capture": 1.0}
-    for attempt in (
-        lambda: served.admission.ran("a", seconds),
-        lambda: served.admission.captured("a", seconds),
-        lambda: served.admission.failed("a", seconds),
-        lambda: served.admission.charge(seconds),
-        *(lambda name=name: served.admission.learn("a", **{**good, name: seconds}) for name in good),
-    ):
-        with pytest.raises(ConfigError, match="expected a time in seconds"):
-            attempt()
-    assert (served.admission.account(), served.admission.known("a")) == before
 
 
 def test_times_that_are_all_zero_do_no_harm():
@@ -553,7 +535,7 @@ class AnyOrder(RuleBasedStateMachine):
             return
         admission, cache = self.served.admission, self.served.cache
         account = admission.account()
-        assert all(math.isfinite(getattr(account, name)) for name in account.__slots__)
+        assert all(math.isfinite(seconds) for seconds in account)
         for key, entry in cache.entries.items():
             assert math.isfinite(cache.rank(key, entry))
             assert admission.known(key).hits >= entry.hits or admission.known(key) == Known()

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.costs import LARGEST, Estimate, Mean, checked_seconds
-from graphcache.errors import ConfigError
+from graphcache.cache.costs import LARGEST, Estimate, Mean
 
 times = st.floats(1e-7, 10.0)
 
@@ -68,14 +65,3 @@ def test_of_a_few_figures_it_is_the_mean(figures):
     for figure in figures:
         mean.add(figure)
     assert mean.value == pytest.approx(sum(figures) / len(figures), abs=1e-6)
-
-
-@pytest.mark.parametrize("seconds", [0, 0.0, 1, 2.5, 1e9])
-def test_times_that_can_be(seconds):
-    assert checked_seconds(seconds, "seconds") == seconds
-
-
-@pytest.mark.parametrize("seconds", [-1e-9, math.nan, math.inf, -math.inf, 1.1e9, 10**400, True, None, "1", [], 1j])
-def test_times_that_cannot_be(seconds):
-    with pytest.raises(ConfigError, match=r"^eager=.*expected a time in seconds, from 0 to 1e\+09"):
-        checked_seconds(seconds, "eager")

@@ -3,10 +3,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphcache.cache import key_table
 from graphcache.cache.key_table import KeyTable
 from tests.helpers import in_threads
 
@@ -47,8 +49,9 @@ def test_an_argument_has_its_position_or_its_name() -> None:
     assert seen.shapes({"b": 2}) == [({0: (2, 3)}, 1), ({"x": (4, 3), "y": (9,)}, 3), ({}, 1)]
 
 
-def test_what_is_remembered_is_bounded() -> None:
-    seen = KeyTable(size=3)
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_table, "MAX_KEYS", 3)
+    seen = KeyTable()
     for size in (1, 2, 3, 1, 4):
         seen.note(size, (torch.zeros(size),), {})
     assert len(seen) == 3
@@ -57,8 +60,9 @@ def test_what_is_remembered_is_bounded() -> None:
     assert len(seen) == 3
 
 
-def test_threads() -> None:
-    seen = KeyTable(size=8)
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_table, "MAX_KEYS", 8)
+    seen = KeyTable()
 
     def work(index: int) -> None:
         for step in range(200):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphcache.cache import key_table
 from graphcache.cache.key_table import KeyTable
 from graphcache.errors import Cause, Reason
 
@@ -108,8 +109,9 @@ def test_the_latest_cause_counts():
     assert keys.denial("a") == Cause(Reason.HOST_READ, "aten.item")
 
 
-def test_beyond_the_size_the_longest_unused_is_forgotten():
-    keys = KeyTable(size=2)
+def test_beyond_the_size_the_longest_unused_is_forgotten(monkeypatch):
+    monkeypatch.setattr(key_table, "MAX_KEYS", 2)
+    keys = KeyTable()
     for key in "ab":
         keys.deny(key, Cause(Reason.HOST_READ))
     keys.denial("a")
@@ -129,11 +131,13 @@ def test_clear_forgets_everything_the_wait_too():
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([Reason.HOST_READ, Reason.MISMATCH])), max_size=60))
 def test_memory_is_bounded_and_the_last_key_is_always_known(blocked):
-    keys = KeyTable(size=3)
-    for key, reason in blocked:
-        keys.deny(key, Cause(reason))
-        assert len(keys) <= 3
-        assert keys.denial(key) == Cause(reason)
+    keys = KeyTable()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_table, "MAX_KEYS", 3)
+        for key, reason in blocked:
+            keys.deny(key, Cause(reason))
+            assert len(keys) <= 3
+            assert keys.denial(key) == Cause(reason)
 
 
 def test_looking_counts_no_call():

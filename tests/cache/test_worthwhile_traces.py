@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from graphcache.cache.admission import OVERHEAD, Admission
 from graphcache.cache.graph_cache import GraphCache, clock
-from graphcache.cache.worthwhile import OVERHEAD, Worthwhile
 from tests.effort import share
 
 CALLS, SLOTS = share((20_000, 16), (10_000, 8))
@@ -88,7 +88,7 @@ def served(calls: Sequence[int], times: Times, noise: float) -> float:
         return seconds * draw.lognormvariate(-noise * noise / 2, noise) if noise else seconds
 
     cache: GraphCache[Any] = GraphCache(max_graphs=SLOTS, on_evict=lambda *gone: admission.evicted(*gone))
-    admission = Worthwhile(cache)
+    admission = Admission("worthwhile", cache)
     total, known = 0.0, set()
     for key in calls:
         if (entry := cache.entries.get(key)) is not None:
