@@ -80,11 +80,7 @@ def build(
 
 
 def check_onnx(model: Path) -> None:
-    """Refuse what cannot be an ONNX model, before TensorRT is looked for.
-
-    Raises:
-        click.ClickException: If there is no such file, it cannot be read, or it is an engine.
-    """
+    """Refuse what cannot be an ONNX model, before TensorRT is looked for."""
     try:
         with model.open("rb") as file:
             start = file.read(4)

@@ -41,11 +41,7 @@ class Outcome:
 
 
 class Products(nn.Module):
-    """Matrix products for which cuBLAS wants a workspace: long and thin, square, and in half precision.
-
-    Args:
-        generator: Of the weights, on the CPU.
-    """
+    """Matrix products for which cuBLAS wants a workspace: long and thin, square, and in half precision."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -64,14 +60,7 @@ class Products(nn.Module):
 
 
 def overwrite(device: torch.device) -> list[Tensor]:
-    """Give freed memory back, take it again, and fill it with NaN.
-
-    Args:
-        device: Whose memory. On CUDA at most 1 GiB and a quarter of what is free is taken.
-
-    Returns:
-        What was taken, so that it can be seen whether somebody else writes there.
-    """
+    """Give freed memory back, take it again, and fill it with NaN."""
     gc.collect()
     large = 1
     if device.type == "cuda":
@@ -93,13 +82,6 @@ def canary(device: torch.device) -> Outcome:
 
     First the least recently used graph of one module goes, which has its memory pool in common with one that stays;
     then the whole module, which may have left a workspace in use by the other.
-
-    Args:
-        device: Where the modules run; on the CPU they run on host graphs.
-
-    Raises:
-        GraphCacheError: If a module cannot be wrapped or a driver call fails.
-        RuntimeError: If the device itself fails.
     """
     generator = torch.Generator().manual_seed(0)
     one, other = (Products(generator).to(device) for _ in range(2))

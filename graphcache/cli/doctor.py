@@ -174,11 +174,7 @@ def check_tensorrt() -> Finding:
 
 
 def check_extra(name: str) -> Finding:
-    """Whether the modules of an extra can be imported.
-
-    Args:
-        name: One of :data:`EXTRAS`.
-    """
+    """Whether the modules of an extra can be imported."""
     here, missing, broken = [], [], []
     for module in EXTRAS[name]:
         try:

@@ -19,18 +19,7 @@ from graphcache.observe.breaks import Break, find_capture_breaks
 
 
 def examine(target: str, shapes: Sequence[Specs], device: str | None, *, as_json: bool) -> None:
-    """Print what forbids a graph of some calls.
-
-    Args:
-        target: ``module:factory``.
-        shapes: Of the calls.
-        device: Where the module goes.
-        as_json: Print JSON.
-
-    Raises:
-        click.ClickException: If there is no such module, or it refuses the calls; with exit code 3 if anything was
-            found.
-    """
+    """Print what forbids a graph of some calls."""
     if not is_factory(target):
         raise click.UsageError(
             f"{target} is no package.module:function or file.py:function; an engine or an ONNX model is for inspect."

@@ -73,17 +73,7 @@ class Turns:
 
 
 def turn(found: Target, fast: CachedModule, call: TargetCall, *, graph_first: bool = False) -> tuple[Turn, Any]:
-    """Make a call in both ways.
-
-    Args:
-        found: What runs.
-        fast: The same, wrapped.
-        call: The call.
-        graph_first: Which way comes first.
-
-    Returns:
-        What it gave, and the answer through graphs.
-    """
+    """Make a call in both ways."""
     eagerly = functools.partial(found.module, *call.args, **call.kwargs)
     through = functools.partial(fast, *call.args, **call.kwargs)
     if not graph_first:
@@ -107,20 +97,7 @@ def measure(
     duration: float,
     warm_up: int,
 ) -> Turns:
-    """Make one call again and again.
-
-    Args:
-        found: What runs.
-        fast: The same, wrapped.
-        call: The call.
-        iterations: How often at least it is measured.
-        duration: For how many seconds at least.
-        warm_up: How often it is made beforehand.
-
-    Raises:
-        click.ClickException: If the module raises.
-        GraphCacheError: As it comes.
-    """
+    """Make one call again and again."""
     with refused(found, call):
         first, answer = turn(found, fast, call, graph_first=True)
         gathered = Turns(call, first, answer=answer)

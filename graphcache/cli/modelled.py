@@ -26,16 +26,7 @@ FORBIDDING = {
 
 
 def onnx_facts(path: Path, *, layers: bool) -> dict[str, Any]:
-    """What can be told of a model without building it.
-
-    Args:
-        path: Of the file.
-        layers: Whether every node is listed, or their kinds are counted.
-
-    Raises:
-        click.ClickException: If it is no model.
-        ExtraNotFoundError: If ``onnx`` is not installed.
-    """
+    """What can be told of a model without building it."""
     onnx = optional("onnx", "inspecting an ONNX model")
     try:
         model = onnx.load(str(path), load_external_data=False)

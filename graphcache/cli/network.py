@@ -16,11 +16,7 @@ _BLOCKS = 8
 
 
 class Policy(nn.Module):
-    """What a robot does next, from what it senses: a residual network whose launches take longer than its sums.
-
-    Args:
-        seed: Of the weights.
-    """
+    """What a robot does next, from what it senses: a residual network whose launches take longer than its sums."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -60,9 +56,6 @@ class Policy(nn.Module):
 class Confident(nn.Module):
     """Only those actions whose first component is positive. How many rows that gives depends on the values, which
     forbids a graph of the whole; the policy inside keeps graphs of its own.
-
-    Args:
-        policy: From observations to actions.
     """
 
     def __init__(self, policy: nn.Module) -> None:

@@ -38,17 +38,7 @@ def serialize(
     inputs: Mapping[str, Sequence[int | str]],
     outputs: Mapping[str, Sequence[int | str]],
 ) -> bytes:
-    """An ONNX model of float32 values.
-
-    Args:
-        nodes: The operations, in order of execution.
-        weights: Constants by name, float32.
-        inputs: Shapes of the inputs by name; a string is the name of an axis that is left open.
-        outputs: Likewise.
-
-    Returns:
-        What an ``.onnx`` file holds.
-    """
+    """An ONNX model of float32 values; text in a shape is the name of an axis that is left open."""
     graph = b"".join(
         [
             *(_field(1, _node(node)) for node in nodes),

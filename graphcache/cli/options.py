@@ -93,22 +93,12 @@ class ShapesCommand(click.Command):
 
 
 def shapes_option(help: str, *, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The option by which every command takes shapes.
-
-    Args:
-        help: What the shapes are for.
-        required: Whether the command needs some.
-    """
+    """The option by which every command takes shapes."""
     return click.option("--shapes", "--input-shapes", type=ShapesType(), multiple=True, required=required, help=help)
 
 
 def join_words(args: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Make one value of each option in ``flags`` and the shapes that follow it.
-
-    Example:
-        >>> join_words(["--shapes", "x:[1,64]", "y:[1]", "model.onnx"], ["--shapes"])
-        ['--shapes', 'x:[1,64] y:[1]', 'model.onnx']
-    """
+    """Make one value of each option in ``flags`` and the shapes that follow it."""
     joined: list[str] = []
     open_value = False
     rest = iter(args)
@@ -129,18 +119,7 @@ def join_words(args: Sequence[str], flags: Collection[str]) -> list[str]:
 
 
 def ranges(groups: Sequence[Specs], low: Sequence[Specs], usual: Sequence[Specs], high: Sequence[Specs]) -> Any:
-    """What :func:`graphcache.build` takes as ``shapes``.
-
-    Args:
-        groups: The values of ``--shapes``. An input that several of them name gets an optimisation profile for each.
-        low: Those of ``--min-shapes``.
-        usual: Those of ``--opt-shapes``.
-        high: Those of ``--max-shapes``.
-
-    Raises:
-        click.UsageError: If an input has a smallest, usual or largest shape but not all three (the usual one alone
-            means just that one), is named in both ways, or has a dtype.
-    """
+    """What :func:`graphcache.build` takes as ``shapes``: an input that several groups name gets a profile for each."""
     found: dict[str, list[tuple[Shape, ...]]] = {}
     for spec in (spec for group in groups for spec in group):
         _without_dtype(spec)
@@ -160,12 +139,7 @@ def ranges(groups: Sequence[Specs], low: Sequence[Specs], usual: Sequence[Specs]
 
 
 def points(groups: Sequence[Specs]) -> list[dict[str, Spec]]:
-    """The sets of inputs to run: one for each ``--shapes``, three for one that gives ranges.
-
-    Example:
-        >>> [{name: spec.shapes[0] for name, spec in each.items()} for each in points([parse("x:1:2:3,y:9")])]
-        [{'x': (1,), 'y': (9,)}, {'x': (2,), 'y': (9,)}, {'x': (3,), 'y': (9,)}]
-    """
+    """The sets of inputs to run: one for each ``--shapes``, three for one that gives ranges."""
     found: list[dict[str, Spec]] = []
     for group in groups:
         for index in range(max(len(spec.shapes) for spec in group)):
@@ -176,11 +150,7 @@ def points(groups: Sequence[Specs]) -> list[dict[str, Spec]]:
 
 
 def spanned(groups: Sequence[Specs]) -> Mapping[str, tuple[Shape, Shape, Shape]]:
-    """The smallest range that holds every shape of the groups, by input; the usual shape is the first one named.
-
-    Raises:
-        click.UsageError: If an input has shapes of different numbers of dimensions.
-    """
+    """The smallest range that holds every shape of the groups, by input; the usual shape is the first one named."""
     shapes: dict[str, list[Shape]] = {}
     for spec in (spec for group in groups for spec in group):
         _without_dtype(spec)

@@ -50,9 +50,6 @@ def progress(message: str) -> Iterator[Callable[[str], None]]:
     """Shows a line while a block runs, if stderr is a terminal.
 
     Nothing is drawn between two updates: a spinner has a thread of its own, which would show in what is measured here.
-
-    Yields:
-        A function that replaces the line.
     """
 
     def show(text: str) -> None:
@@ -69,15 +66,7 @@ def progress(message: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def writing(target: Path, option: str) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``target`` once the block has ended well; else nothing is left of it.
-
-    Args:
-        target: Where it goes.
-        option: The option that named it, for messages.
-
-    Raises:
-        click.ClickException: If it cannot be written there.
-    """
+    """A file that takes the place of ``target`` once the block has ended well; else nothing is left of it."""
     if target.is_dir():
         raise click.ClickException(f"{target} is a directory; choose another {option}")
     with ExitStack() as replaced:
@@ -93,11 +82,7 @@ def writing(target: Path, option: str) -> Iterator[IO[bytes]]:
 
 
 def check_writable(target: Path | None, option: str) -> None:
-    """Refuse a place that cannot be written before anything is measured for it; nothing is written.
-
-    Raises:
-        click.ClickException: If there is a directory of that name, or no directory for it, or it may not be written.
-    """
+    """Refuse a place that cannot be written before anything is measured for it; nothing is written."""
     if target is None:
         return
     if target.is_dir():
@@ -132,11 +117,7 @@ def cells(latency: Latency | None) -> tuple[str, str, str]:
 
 
 class Causes:
-    """Hears why calls run eagerly.
-
-    Args:
-        modules: Whose calls.
-    """
+    """Hears why calls run eagerly."""
 
     def __init__(self, *modules: CachedModule) -> None:
         self._first: dict[Reason, Cause] = {}
@@ -153,12 +134,7 @@ class Causes:
 
 
 def environment(device: torch.device, *, tensorrt: bool = False) -> dict[str, str]:
-    """What a figure depends on: the device and the versions.
-
-    Args:
-        device: Where the work runs.
-        tensorrt: Whether TensorRT takes part.
-    """
+    """What a figure depends on: the device and the versions."""
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
@@ -175,11 +151,7 @@ def environment(device: torch.device, *, tensorrt: bool = False) -> dict[str, st
 
 
 def tensorrt_version(name: str | None = None) -> dict[str, str]:
-    """The flavour and version of TensorRT in use; nothing where none can be imported.
-
-    Args:
-        name: The flavour that was asked for, if any.
-    """
+    """The flavour and version of TensorRT in use; nothing where none can be imported."""
     try:
         used = library(name)
     except GraphCacheError:
@@ -188,10 +160,5 @@ def tensorrt_version(name: str | None = None) -> dict[str, str]:
 
 
 def described(versions: Mapping[str, str]) -> str:
-    """The device and the versions in one line.
-
-    Example:
-        >>> described({"device": "CPU", "torch": "2.13.0"})
-        'CPU, torch 2.13.0'
-    """
+    """The device and the versions in one line."""
     return ", ".join(version if name == "device" else f"{name} {version}" for name, version in versions.items())

@@ -18,15 +18,7 @@ from graphcache.extras import optional
 
 
 class OnnxRuntime:
-    """An ONNX model under onnxruntime.
-
-    Args:
-        path: Of the model.
-
-    Raises:
-        click.ClickException: If it is no model.
-        ExtraNotFoundError: If onnxruntime is not installed.
-    """
+    """An ONNX model under onnxruntime."""
 
     def __init__(self, path: Path) -> None:
         check_onnx(path)
@@ -41,9 +33,6 @@ class OnnxRuntime:
         """How an answer differs from the model's, in one line; ``None`` if it does not.
 
         Floating values must agree to a thousandth of the largest: other kernels add in another order.
-
-        Raises:
-            click.ClickException: If the model takes no such inputs.
         """
         given = {name: tensor.detach().cpu().numpy() for name, tensor in call.inputs.items()}
         try:

@@ -216,12 +216,7 @@ def _serve(given: ServeOptions, target: str, models: dict[str, Settings]) -> int
 
 
 def _gpus(processes: int) -> float:
-    """For each: one, or the share of one where there are fewer; Ray would wait for more of them without end.
-
-    Example:
-        >>> _gpus(3) in (0, 1 / 3, 1 / 2, 1)
-        True
-    """
+    """For each: one, or the share of one where there are fewer; Ray would wait for more of them without end."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return 1 / math.ceil(processes / devices) if devices else 0
 

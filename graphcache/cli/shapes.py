@@ -29,19 +29,7 @@ _WORD = re.compile(r"(?P<name>'[^']+'|\"[^\"]+\"|[^-\s,:'\"][^\s,:'\"]*):[0-9\[]
 
 
 class ShapeSyntaxError(ValueError):
-    """Text that is no shape; the message shows where.
-
-    Args:
-        expected: What would have been right.
-        text: All of the text.
-        position: Where it went wrong, counted from 0.
-
-    Example:
-        >>> print(ShapeSyntaxError("expected a size", "x:1xq", 4))
-        expected a size at column 5:
-          x:1xq
-              ^
-    """
+    """Text that is no shape; the message shows where."""
 
     def __init__(self, expected: str, text: str, position: int) -> None:
         self.text = text
@@ -70,25 +58,12 @@ class Spec:
 
 
 def parse(text: str) -> tuple[Spec, ...]:
-    """The inputs in a text, in its order.
-
-    Raises:
-        ShapeSyntaxError: If it is none of the forms above, is empty, or names an input twice.
-
-    Example:
-        >>> parse("x:1x64:8x64:64x64, s:[]")
-        (Spec(name='x', shapes=((1, 64), (8, 64), (64, 64)), dtype=None), Spec(name='s', shapes=((),), dtype=None))
-    """
+    """The inputs in a text, in its order."""
     return _Scanner(text).specs()
 
 
 def looks_like(word: str) -> bool:
-    """Whether a word on the command line is meant as a shape, be it well formed or not.
-
-    Example:
-        >>> looks_like("y:[1,64]"), looks_like("package.module:factory"), looks_like("model.onnx")
-        (True, False, False)
-    """
+    """Whether a word on the command line is meant as a shape, be it well formed or not."""
     return _WORD.fullmatch(word) is not None
 
 
@@ -100,12 +75,7 @@ def quoted(name: str) -> str:
 
 
 def written(shape: Sequence[int]) -> str:
-    """A shape as trtexec writes it; ``[]`` without dimensions.
-
-    Example:
-        >>> written((8, 64))
-        '8x64'
-    """
+    """A shape as trtexec writes it; ``[]`` without dimensions."""
     return "x".join(map(str, shape)) if shape else "[]"
 
 

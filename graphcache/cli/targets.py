@@ -54,15 +54,7 @@ class Target:
     device: torch.device
 
     def call(self, point: Mapping[str, Spec], generator: torch.Generator) -> TargetCall:
-        """A call with random values: floating ones normally distributed, integers 0 or 1, which any table can look up.
-
-        Args:
-            point: One shape per input.
-            generator: Of the values, on the CPU.
-
-        Raises:
-            click.ClickException: If the module takes no such inputs.
-        """
+        """A call with random values: floats normally distributed, integers 0 or 1, which any table can look up."""
         if isinstance(self.module, graphcache.EngineModule):
             return self._engine_call(self.module, point, generator)
         return self._bound(
@@ -70,14 +62,7 @@ class Target:
         )
 
     def given(self, inputs: Mapping[str, Tensor]) -> TargetCall:
-        """A call with tensors that were given.
-
-        Args:
-            inputs: By the names of the inputs; they are moved to the device.
-
-        Raises:
-            click.ClickException: If the module takes no such inputs.
-        """
+        """A call with tensors that were given."""
         if not isinstance(self.module, graphcache.EngineModule):
             return self._bound({name: tensor.to(self.device) for name, tensor in inputs.items()})
         bindings = {binding.name: binding for binding in self.module.engine.inputs}
@@ -129,17 +114,7 @@ class Target:
 
 
 def resolve(text: str, shapes: Sequence[Specs], device: str | None) -> Target:
-    """Load what was typed.
-
-    Args:
-        text: The path of an engine, a package of one or an ONNX file, or ``module:factory`` or ``file.py:factory``.
-        shapes: What will be run; an ONNX model is built for that.
-        device: Where a module goes; ``None`` leaves it where its factory put it.
-
-    Raises:
-        click.ClickException: If it is none of these.
-        GraphCacheError: If the engine cannot be built or loaded here.
-    """
+    """Load an engine, a package of one, an ONNX file (built for the shapes), or what a factory makes."""
     if is_factory(text):
         return _from_factory(text, device)
     path = Path(text)

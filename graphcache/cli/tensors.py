@@ -14,12 +14,7 @@ from graphcache.extras import optional
 
 
 def load_inputs(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name, on the CPU.
-
-    Raises:
-        click.ClickException: If it cannot be read, or holds none.
-        ExtraNotFoundError: If safetensors is not installed.
-    """
+    """The tensors of a file, by name, on the CPU."""
     torch_files = optional("safetensors.torch", "reading inputs")
     try:
         found: dict[str, Tensor] = torch_files.load(path.read_bytes())
@@ -34,17 +29,7 @@ def load_inputs(path: Path) -> dict[str, Tensor]:
 
 
 def save_outputs(path: Path, answers: dict[str, Any], names: list[str]) -> None:
-    """Write answers: one tensor for each output, named as the outputs are, or by its place in the answer.
-
-    Args:
-        path: Of the file, which is replaced.
-        answers: What a call answered, by the label of its inputs; with several, the label comes before the name.
-        names: Names of the outputs, as far as they are known.
-
-    Raises:
-        click.ClickException: If it cannot be written.
-        ExtraNotFoundError: If safetensors is not installed.
-    """
+    """Write answers: one tensor for each output, named as the outputs are, or by its place in the answer."""
     torch_files = optional("safetensors.torch", "writing outputs")
     tensors = {}
     for label, answer in answers.items():

@@ -35,12 +35,7 @@ class Latency:
 
     @classmethod
     def of(cls, nanoseconds: Sequence[int]) -> Latency | None:
-        """The percentiles of some times, each of which is one of the times; ``None`` of none.
-
-        Example:
-            >>> Latency.of([3000, 1000, 2000])
-            Latency(calls=3, p50=2.0, p90=3.0, p99=3.0)
-        """
+        """The percentiles of some times, each of which is one of the times; ``None`` of none."""
         if not nanoseconds:
             return None
         ordered = sorted(nanoseconds)
@@ -49,16 +44,7 @@ class Latency:
 
 
 def spread(nanoseconds: Sequence[int], percentiles: Sequence[float] = (50, 90, 99)) -> dict[str, float] | None:
-    """How times lie, in microseconds; ``None`` of none.
-
-    Args:
-        nanoseconds: The times.
-        percentiles: Which to tell, each above 0 and at most 100; the median is told in any case.
-
-    Example:
-        >>> spread([3000, 1000, 2000], [99.9])
-        {'calls': 3, 'min': 1.0, 'mean': 2.0, 'max': 3.0, 'p50': 2.0, 'p99.9': 3.0}
-    """
+    """How times lie, in microseconds; ``None`` of none."""
     if not nanoseconds:
         return None
     ordered = sorted(nanoseconds)
@@ -71,15 +57,7 @@ def spread(nanoseconds: Sequence[int], percentiles: Sequence[float] = (50, 90, 9
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """Make a call and wait until the device has finished.
-
-    Args:
-        call: What to call.
-        device: Where its work runs.
-
-    Returns:
-        The answer, and how long it took in nanoseconds.
-    """
+    """Make a call and wait until the device has finished."""
     answer, nanoseconds, _ = timed_apart(call, device)
     return answer, nanoseconds
 

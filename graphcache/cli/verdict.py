@@ -33,18 +33,7 @@ class Verdict:
 
 
 def verdict(*, eager: float, enqueue: float, graph: float | None, on_cuda: bool) -> Verdict:
-    """Judge the medians of one set of inputs, in microseconds.
-
-    Args:
-        eager: An eager call, until the device has finished.
-        enqueue: Until the host had enqueued it.
-        graph: The same call through its graph; ``None`` if it has none.
-        on_cuda: Whether it runs on CUDA.
-
-    Example:
-        >>> print(verdict(eager=250.0, enqueue=240.0, graph=47.0, on_cuda=True))
-        launch-bound: the host takes 240 of 250 µs to enqueue a call; graphs help by about 5.3 times
-    """
+    """Judge the medians of one set of inputs, in microseconds."""
     if not on_cuda:
         return Verdict("no launches", "on the CPU a graph has nothing to save; what it saves shows on CUDA")
     share = enqueue / eager if eager > 0 else 0.0

@@ -33,12 +33,7 @@ class Answer:
 
 
 def told(tree: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    """An answer in JSON.
-
-    Example:
-        >>> told({"live": True}).body
-        b'{"live":true}'
-    """
+    """An answer in JSON."""
     return Answer(status, json.dumps(tree, separators=(",", ":")).encode(), {"Content-Type": JSON, **(headers or {})})
 
 
@@ -46,10 +41,6 @@ def refused(error: Exception) -> Answer:
     """The answer to a request that ended in an error, in the protocol's form.
 
     What is not the sender's doing is logged, and told without what is inside the server.
-
-    Example:
-        >>> refused(KeyError("secret")).body
-        b'{"error":"the server failed to answer; its log says why"}'
     """
     if isinstance(error, RequestError):
         return told({"error": str(error)}, error.status, error.headers)

@@ -13,11 +13,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
 
 def check_configured(token: object) -> None:
-    """Refuse a token that no client could send, at the start.
-
-    Raises:
-        ConfigError: If it is none; the message does not hold it.
-    """
+    """Refuse a token that no client could send, at the start."""
     if token is not None and not (isinstance(token, str) and _TOKEN.fullmatch(token)):
         raise ConfigError(
             f"token is of type {type(token).__name__} and not as RFC 6750 has it; expected letters, digits and any of "
@@ -26,18 +22,7 @@ def check_configured(token: object) -> None:
 
 
 def check_token(given: str | None, token: str) -> None:
-    """Hold a request's ``Authorization`` against the token, in a time that does not depend on where they differ.
-
-    Args:
-        given: The header's value, if there is one.
-        token: What is right.
-
-    Raises:
-        RequestError: With the status 401, if it is another.
-
-    Example:
-        >>> check_token("Bearer secret", "secret")
-    """
+    """Hold a request's ``Authorization`` against the token, in a time that does not depend on where they differ."""
     scheme, _, value = (given or "").partition(" ")
     if scheme.lower() != "bearer":
         raise RequestError(

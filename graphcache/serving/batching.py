@@ -84,24 +84,7 @@ class Counts:
 
 
 class Batcher:
-    """Knows which requests go together, and up to which sizes.
-
-    Args:
-        buckets: As the option says it, with axis 0 of every input under one name: the rows.
-        arguments: Of the module: the signature of its ``forward``, or the names of its inputs.
-
-    Raises:
-        ConfigError: Naming the field, if there is no such argument, or inputs have no rows, or rows of different names.
-
-    Example:
-        >>> batcher = Batcher(Buckets({"x": {0: [1, 4, 8]}}), ["x"])
-        >>> requests = [batcher.request({"x": torch.full((rows, 2), float(rows))}) for rows in (1, 2)]
-        >>> [batch] = batcher.batches(requests)
-        >>> batch.rows, batch.size, list(batch.inputs()["x"].shape)
-        (3, 4, [4, 2])
-        >>> batch.split({"y": batch.inputs()["x"].sum(1)})
-        [{'y': tensor([2.])}, {'y': tensor([4., 4.])}]
-    """
+    """Knows which requests go together, and up to which sizes."""
 
     def __init__(self, buckets: Buckets, arguments: inspect.Signature | Sequence[str]) -> None:
         self.buckets = buckets
@@ -124,27 +107,12 @@ class Batcher:
         return self._padder
 
     def with_outputs(self, outputs: Mapping[int, Mapping[int, str]]) -> None:
-        """From now on take the answer's axes to be as long as these axes of the inputs.
-
-        Raises:
-            ConfigError: Naming the field.
-        """
+        """From now on take the answer's axes to be as long as these axes of the inputs."""
         self._padder = self._padder.with_outputs(outputs)
         self.outputs = {place: dict(axes) for place, axes in outputs.items()}
 
     def request(self, inputs: Any) -> Request:
-        """Check what somebody asks for. Nothing is copied.
-
-        Args:
-            inputs: Tensors by name.
-
-        Raises:
-            InputCountError: If an input is missing, or there is one that the module does not have.
-            InputTypeError: If one is no plain tensor.
-            InputRankError: If one lacks an axis that has buckets.
-            ProfileRangeError: If there are no rows, or a size lies beyond its largest bucket.
-            InputError: If sizes that must agree do not.
-        """
+        """Check what somebody asks for. Nothing is copied."""
         if not isinstance(inputs, Mapping):
             raise InputTypeError(f"a request of type {type(inputs).__name__}; expected tensors by name")
         self._check_names(inputs)
@@ -212,13 +180,7 @@ class Batcher:
 
 
 class Batch:
-    """Requests that are answered by one call.
-
-    Args:
-        batcher: Knows the sizes.
-        places: Which requests these are, by their places in the list that was given.
-        requests: The requests themselves, of one kind.
-    """
+    """Requests that are answered by one call."""
 
     def __init__(self, batcher: Batcher, places: tuple[int, ...], requests: Sequence[Request]) -> None:
         self.places = places
@@ -247,11 +209,7 @@ class Batch:
         return padder.pad(Fit({**full, symbol: self.rows}, {**full, symbol: self.size}), (), joined)[1]
 
     def split(self, answer: Tensors) -> list[dict[str, Tensor]]:
-        """The answer of each request, in memory of its own.
-
-        Raises:
-            ServingError: If an output has no rows, so that nobody can tell what is whose.
-        """
+        """The answer of each request, in memory of its own."""
         answers: list[dict[str, Tensor]] = [{} for _ in self.requests]
         for place, (name, tensor) in enumerate(answer.items()):
             axes = self._batcher.outputs.get(place, {})
@@ -280,14 +238,8 @@ def answer_all(
 ) -> list[dict[str, Tensor] | Exception]:
     """Answer every request: its outputs, or what was wrong with it, each at the place of the request.
 
-    Where a batch raises, its requests are run one by one, so that each fails for itself.
-
-    Args:
-        batcher: Puts them together.
-        run: Answers the call of a batch.
-        requests: Tensors by name; whatever came.
-        counts: Is added to.
-        alone: Answers a request that must not be padded or put together; ``None`` for one that may be.
+    Where a batch raises, its requests are run one by one, so that each fails for itself. ``alone`` answers a request
+    that must not be padded or put together, and gives ``None`` for one that may be.
     """
     answers: list[Any] = [None] * len(requests)
     checked: list[Request] = []
@@ -335,15 +287,7 @@ def _answered(batcher: Batcher, run: Run, batch: Batch, counts: Counts) -> list[
 def argument_names(
     arguments: inspect.Signature | Sequence[str],
 ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Arguments that a call needs, and all that it may have by name; ``None`` where that is open.
-
-    Args:
-        arguments: Of a module: the signature of its ``forward``, or the names of its inputs.
-
-    Example:
-        >>> argument_names(inspect.signature(lambda x, mask=None: x))
-        (('x',), ('x', 'mask'))
-    """
+    """Arguments that a call needs, and all that it may have by name; ``None`` where that is open."""
     if not isinstance(arguments, inspect.Signature):
         return tuple(arguments), tuple(arguments)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

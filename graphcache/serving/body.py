@@ -22,20 +22,9 @@ class ClientGone(Exception):
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], limits: Limits, first: int = 0) -> memoryview:
-    """Receive and unpack a body.
+    """Receive and unpack a body whose binary data, ``first`` bytes from its start, is aligned to be used in place.
 
     Nothing is kept of a body that breaks a limit, and no more is ever held than the limit and one piece.
-
-    Args:
-        receive: Of ASGI.
-        headers: Of the request, in lower case.
-        limits: In bytes and seconds.
-        first: How many bytes precede the binary data, which is aligned to that, so that it can be used in place.
-
-    Raises:
-        RequestError: 413 for too large a body, packed or unpacked; 408 for one that takes too long; 415 for an unknown
-            encoding; 400 for a damaged one.
-        ClientGone: If the client left.
     """
     most = limits.max_request_bytes
     unpacker = Unpacker(headers.get("content-encoding"))

@@ -18,20 +18,7 @@ _LEAST = 1024
 
 
 class Unpacker:
-    """Undoes the ``Content-Encoding`` of a body, piece by piece.
-
-    Args:
-        encoding: The header's value; ``None`` for a body that is as it is.
-
-    Raises:
-        RequestError: For an encoding other than ``gzip``, ``deflate`` and ``identity``, with the status 415.
-
-    Example:
-        >>> unpacker = Unpacker("deflate")
-        >>> b"".join(unpacker.feed(zlib.compress(b"body")))
-        b'body'
-        >>> unpacker.finish()
-    """
+    """Undoes the ``Content-Encoding`` of a body, piece by piece."""
 
     def __init__(self, encoding: str | None) -> None:
         name = (encoding or "identity").strip().lower()
@@ -45,11 +32,7 @@ class Unpacker:
         self._name = name
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What some more bytes unpack to, in pieces of at most 1 MiB, so that the caller can stop at any of them.
-
-        Raises:
-            RequestError: If they are damaged, or something follows the end.
-        """
+        """What some more bytes unpack to, in pieces of at most 1 MiB, so that the caller can stop at any of them."""
         if self._packed is None:
             yield data
             return
@@ -64,29 +47,13 @@ class Unpacker:
         # What zlib holds back once all is consumed fits into less than its window, and comes with the next piece.
 
     def finish(self) -> None:
-        """Raise if the body ended too early.
-
-        Raises:
-            RequestError: If the compressed data has no end.
-        """
+        """Raise if the body ended too early."""
         if self._packed is not None and not self._packed.eof:
             raise RequestError(f"the body ends before its {self._name} data does")
 
 
 def pack(body: bytes, accepted: str | None) -> tuple[bytes, str | None]:
-    """Compress an answer, if its receiver wants that and it is worth it.
-
-    Args:
-        body: To compress.
-        accepted: The value of ``Accept-Encoding``, if there is one.
-
-    Returns:
-        The body, and its ``Content-Encoding`` if it has one.
-
-    Example:
-        >>> pack(bytes(5000), "deflate, gzip;q=0")[1]
-        'deflate'
-    """
+    """Compress an answer, if its receiver wants that and it is worth it."""
     name = chosen(accepted)
     if name is None or len(body) < _LEAST:
         return body, None
@@ -95,12 +62,7 @@ def pack(body: bytes, accepted: str | None) -> tuple[bytes, str | None]:
 
 
 def chosen(accepted: str | None) -> str | None:
-    """The encoding to answer with: the first of ``gzip`` and ``deflate`` that is named and not forbidden.
-
-    Example:
-        >>> chosen("br, deflate, gzip;q=0.5"), chosen("gzip;q=0"), chosen("*")
-        ('gzip', None, None)
-    """
+    """The encoding to answer with: the first of ``gzip`` and ``deflate`` that is named and not forbidden."""
     wanted = set()
     for each in (accepted or "").lower().split(","):
         name, _, weight = (part.strip() for part in each.partition(";"))

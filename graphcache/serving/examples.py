@@ -18,20 +18,7 @@ from graphcache.serving.batching import Batcher, Tensors, argument_names
 
 
 def given_example(given: Mapping[str, Any], engine: EngineModule | None, buckets: Buckets) -> dict[str, Tensor]:
-    """One row of what was given for a request.
-
-    Args:
-        given: From each input to a tensor or a shape; an engine's inputs of fixed shape may be left out.
-        engine: The model, if it is one, whose dtypes are known.
-        buckets: Whose masks are made where they are left out.
-
-    Raises:
-        ConfigError: For what is neither.
-
-    Example:
-        >>> given_example({"x": (8, 2)}, None, Buckets({"x": {0: [8]}}))
-        {'x': tensor([[0., 0.]])}
-    """
+    """One row of what was given for a request."""
     bindings = {} if engine is None else {each.name: each for each in engine.engine.inputs}
     made = {}
     for name, value in given.items():
@@ -50,17 +37,7 @@ def given_example(given: Mapping[str, Any], engine: EngineModule | None, buckets
 
 
 def usual_examples(name: str, engine: EngineModule | None, batcher: Batcher, most: int) -> list[dict[str, Tensor]]:
-    """One row of each combination of an engine's buckets, where nobody said what to prepare.
-
-    Args:
-        name: Of the model.
-        engine: The model, if it is one.
-        batcher: Knows the buckets.
-        most: How many at most.
-
-    Raises:
-        ConfigError: For a module, which does not say what it takes, or an engine with an axis that is open.
-    """
+    """One row of each combination of an engine's buckets, where nobody said what to prepare."""
     if engine is None:
         raise ConfigError(
             f"{name}: a module does not say what it takes; expected prepare=[{{'x': torch.zeros(1, 64)}}], or on the "
@@ -87,11 +64,7 @@ def usual_examples(name: str, engine: EngineModule | None, batcher: Batcher, mos
 
 
 def input_names(name: str, arguments: inspect.Signature | Sequence[str]) -> list[str]:
-    """The inputs that every call has.
-
-    Raises:
-        ConfigError: If there are none.
-    """
+    """The inputs that every call has."""
     found, _ = argument_names(arguments)
     if not found:
         raise ConfigError(f"{name}: forward{arguments} names no input; expected buckets={{'name': {{0: [1, 8]}}}}")
@@ -99,16 +72,7 @@ def input_names(name: str, arguments: inspect.Signature | Sequence[str]) -> list
 
 
 def specs_of(examples: Sequence[Tensors], axes: Mapping[str, Sequence[int]]) -> tuple[TensorMetadata, ...]:
-    """Names, dtypes and shapes of some tensors; -1 where an axis is open, or differs from one example to the next.
-
-    Args:
-        examples: At least one.
-        axes: Which axes of which tensor are open.
-
-    Example:
-        >>> specs_of([{"x": torch.zeros(1, 5, 2)}, {"x": torch.zeros(1, 6, 2)}], {"x": [0]})
-        (TensorMetadata(name='x', dtype='float32', shape=(-1, -1, 2)),)
-    """
+    """Names, dtypes and shapes of some tensors; -1 where an axis is open, or differs from one example to the next."""
     found = []
     for name, first in examples[0].items():
         same = [other[name].shape for other in examples if name in other and other[name].dim() == first.dim()]

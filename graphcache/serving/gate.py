@@ -14,16 +14,6 @@ class Gate:
     """Lets in as many requests as the limits allow, and lets run as many of them as can.
 
     It belongs to one event loop.
-
-    Args:
-        limits: ``max_concurrency`` and ``max_queue``.
-
-    Example:
-        >>> gate = Gate(Limits(max_concurrency=1, max_queue=0))
-        >>> with gate.admitted(), gate.admitted():
-        ...     pass
-        Traceback (most recent call last):
-        graphcache.errors.UnavailableError: 1 requests are being answered, ...
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -45,11 +35,7 @@ class Gate:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Inside, a request is in the server.
-
-        Raises:
-            UnavailableError: If there are as many as it bears.
-        """
+        """Inside, a request is in the server."""
         if self._inside >= self._limits.max_concurrency + self._limits.max_queue:
             raise UnavailableError(
                 f"{self._inside} requests are being answered, which is the limit (max_concurrency="

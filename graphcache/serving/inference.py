@@ -30,10 +30,6 @@ class Inference:
     """Answers requests for inference.
 
     A request is counted in before its body is received, so that waiting bodies have a bound.
-
-    Args:
-        backend: Runs the models.
-        limits: Of what is taken in.
     """
 
     def __init__(self, backend: Backend, limits: Limits) -> None:
@@ -43,14 +39,7 @@ class Inference:
         self.metrics = ServerMetrics(backend.names, self._gate)
 
     async def answer(self, name: str, version: str | None, headers: Mapping[str, str], receive: Receive) -> Answer:
-        """Answer a request, whatever it is; it is counted.
-
-        Args:
-            name: Of the model.
-            version: Of the model; ``None`` for the newest.
-            headers: Of the request, by names in lower case.
-            receive: Of ASGI.
-        """
+        """Answer a request, whatever it is; it is counted."""
         one = _Request(self._backend, self._limits, self._gate, name, version)
         start = time.perf_counter()
         try:

@@ -34,23 +34,14 @@ class Settled:
 
 
 class Ingress:
-    """Speaks HTTP, and hands tensors to replicas.
-
-    Args:
-        handles: Name of a model -> the handle of its deployment.
-        settled: What the protocol is made with.
-    """
+    """Speaks HTTP, and hands tensors to replicas."""
 
     def __init__(self, handles: Mapping[str, Any], settled: Settled) -> None:
         self.backend = RayBackend(handles)
         self.protocol = _application(self.backend, settled)
 
     async def admin(self, name: str, method: str, *args: Any) -> list[Any]:
-        """Call a method of every replica of a model.
-
-        Raises:
-            ConfigError: If it is none of those that may be called.
-        """
+        """Call a method of every replica of a model."""
         if method not in ADMIN:
             raise ConfigError(f"{method!r} is no method for this; expected one of {', '.join(ADMIN)}")
         return await self.backend.broadcast(name, method, *args)

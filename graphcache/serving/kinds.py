@@ -13,22 +13,13 @@ Kind = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 
 
 def written_kind(kind: Kind) -> str:
-    """A kind as text, the same in every process; :func:`read_kind` reads it.
-
-    Example:
-        >>> written_kind((("x", torch.float32, (64,)),))
-        '[["x","float32",[64]]]'
-    """
+    """A kind as text, the same in every process; :func:`read_kind` reads it."""
     each = [[name, str(dtype).removeprefix("torch."), list(shape)] for name, dtype, shape in kind]
     return json.dumps(each, separators=(",", ":"))
 
 
 def read_kind(text: str) -> Kind:
-    """A kind from its text.
-
-    Raises:
-        ServingError: If it is none.
-    """
+    """A kind from its text."""
     try:
         found = []
         for name, dtype, shape in json.loads(text):

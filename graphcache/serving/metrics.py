@@ -33,19 +33,7 @@ class _Account:
 
 
 class ServerMetrics:
-    """Counts requests; read in the text form of Prometheus.
-
-    Args:
-        names: Gives the models that are served, which alone get labels of their own.
-        gate: Tells how many requests run and wait.
-
-    Example:
-        >>> from graphcache.serving.limits import Limits
-        >>> metrics = ServerMetrics(lambda: ["policy"], Gate(Limits()))
-        >>> metrics.count("policy", "ok", seconds=0.004, queued=0.0, model_seconds=0.001)
-        >>> metrics.model_share("policy")
-        0.25
-    """
+    """Counts requests; read in the text form of Prometheus."""
 
     def __init__(self, names: Callable[[], Sequence[str]], gate: Gate) -> None:
         self._names = names
@@ -54,15 +42,7 @@ class ServerMetrics:
         self._lock = threading.Lock()
 
     def count(self, model: str, outcome: str, *, seconds: float, queued: float, model_seconds: float) -> None:
-        """Count one request.
-
-        Args:
-            model: As the request names it.
-            outcome: ``"ok"``, or why not, see :func:`outcome_of`.
-            seconds: From its arrival to its answer.
-            queued: Of these, waiting for its turn.
-            model_seconds: Of these, in the backend.
-        """
+        """Count one request."""
         label = model if model in self._names() else UNKNOWN
         with self._lock:
             account = self._accounts.setdefault(label, _Account())
@@ -89,11 +69,6 @@ class ServerMetrics:
 
         What is neither waiting nor in the model is left for its readers to subtract: the times of its ``compute_input``
         and ``compute_output`` are 0. Versions of a model are counted together.
-
-        Example:
-            >>> from graphcache.serving.limits import Limits
-            >>> ServerMetrics(lambda: [], Gate(Limits())).statistics("policy")["inference_count"]
-            0
         """
         with self._lock:
             account = self._accounts.get(model, _Account())
@@ -113,11 +88,7 @@ class ServerMetrics:
         return {"inference_count": count, "execution_count": count, "inference_stats": stats, "batch_stats": []}
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it.
-
-        Raises:
-            ExtraNotFoundError: If ``prometheus_client`` is not installed.
-        """
+        """All of it, as Prometheus reads it."""
         client = optional("prometheus_client", "/metrics")
         registry = client.CollectorRegistry()
         registry.register(self)
@@ -159,12 +130,7 @@ class ServerMetrics:
 
 
 def outcome_of(status: int) -> str:
-    """The outcome of a request by the status of its answer.
-
-    Example:
-        >>> [outcome_of(status) for status in (200, 400, 408, 503, 504, 500)]
-        ['ok', 'refused', 'timeout', 'unavailable', 'timeout', 'failed']
-    """
+    """The outcome of a request by the status of its answer."""
     if status < 400:
         return "ok"
     named = {408: "timeout", 504: "timeout", 503: "unavailable"}

@@ -50,9 +50,6 @@ def read_config(path: Path) -> ModelConfig:
         }
 
     Axes are numbers, which JSON has as text where they are keys.
-
-    Raises:
-        ServingError: If it cannot be read or holds something else; the message names the file and the field.
     """
     try:
         with open_regular(path) as file:

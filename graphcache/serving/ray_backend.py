@@ -37,11 +37,6 @@ class RayBackend:
     """Routes requests to the replicas that hold their kind. Which one that is, Ray decides.
 
     A replica that dies takes its requests with it. Inference changes nothing, so they are asked again, of another one.
-
-    Args:
-        handles: Name of a model -> the handle of its deployment.
-        retries: How often a request is asked again when its replica died.
-        timeout_s: Seconds after which a request is given up.
     """
 
     def __init__(self, handles: Mapping[str, Any], *, retries: int = 5, timeout_s: float = 60.0) -> None:
@@ -98,11 +93,7 @@ class RayBackend:
                 self._idle.set()
 
     async def drain(self, timeout_s: float) -> int:
-        """Refuse what comes from now on, and wait for what is under way.
-
-        Returns:
-            How many requests have no answer after all.
-        """
+        """Refuse what comes from now on, and wait for what is under way."""
         self._closing = True
         if self.under_way:
             with contextlib.suppress(TimeoutError):
@@ -110,11 +101,7 @@ class RayBackend:
         return self.under_way
 
     async def broadcast(self, name: str, method: str, *args: Any) -> list[Any]:
-        """Call a method of every replica of a model.
-
-        Raises:
-            GraphCacheError: What one of them raised.
-        """
+        """Call a method of every replica of a model."""
         try:
             found: list[Any] = await self._handle(name).broadcast(method, *args).results_async()
         except Exception as error:

@@ -47,9 +47,6 @@ class Replica:
 
     The constructor loads, captures and tries the model, so that Ray takes the replica for healthy only then. Batches
     are run by one thread, one after another; another one prepares the next version of the model beside them.
-
-    Args:
-        settings: How the model is served.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -68,12 +65,7 @@ class Replica:
         self._gather_up_to(self._runner.batcher.largest)
 
     async def infer(self, packed: Packed) -> Packed:
-        """Answer one request, together with others that are here.
-
-        Raises:
-            GraphCacheError: What was wrong with it.
-            Exception: Whatever the module raises for it.
-        """
+        """Answer one request, together with others that are here."""
         inputs = unpack(packed)
         # Nothing that would be refused waits for others, or keeps them waiting.
         self._runner.check(inputs)
@@ -131,25 +123,11 @@ class Replica:
 
         Whoever is being answered is answered by the old one, which is closed after its last call. Where the new one
         cannot be prepared, nothing has changed.
-
-        Args:
-            source: Where from; the place it came from, if ``None``.
-
-        Returns:
-            The version that answers now.
-
-        Raises:
-            UnavailableError: If it is being reloaded already.
-            GraphCacheError: What was wrong with the new one.
         """
         return await asyncio.get_running_loop().run_in_executor(self._beside, self._reload, source)
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Take ``{"source": ...}``, and ``{"version": ...}`` to load the same place anew, from a Serve config file.
-
-        Raises:
-            ConfigError: For anything else.
-        """
+        """Take ``{"source": ...}``, and ``{"version": ...}`` to load the same place anew, from a Serve config file."""
         if not isinstance(user_config, Mapping) or not set(user_config) <= {"source", "version"}:
             raise ConfigError(f"user_config={shown(user_config)}: expected 'source', and maybe 'version'")
         wanted = dict(user_config)
@@ -162,11 +140,7 @@ class Replica:
         self._configured = wanted
 
     def check_health(self) -> None:
-        """Tell Ray to replace this replica once its device is lost.
-
-        Raises:
-            UnavailableError: If a call has broken the device for all calls of this process.
-        """
+        """Tell Ray to replace this replica once its device is lost."""
         if self._broken:
             raise UnavailableError(self._broken)
 
@@ -230,15 +204,7 @@ class _Held:
 
 
 def replica_class(settings: Settings, batch_wait_timeout_s: float) -> type[Replica]:
-    """The class to deploy: requests are gathered by ``serve.batch``, kinds of requests held by ``serve.multiplexed``.
-
-    Args:
-        settings: How the model is served.
-        batch_wait_timeout_s: How long the first request of a batch waits for others, in seconds.
-
-    Raises:
-        ExtraNotFoundError: If Ray is not installed.
-    """
+    """The class to deploy: ``serve.batch`` gathers requests, ``serve.multiplexed`` holds kinds of them."""
     serve = optional("ray.serve", "serving on Ray")
 
     class GraphcacheReplica(Replica):
@@ -273,12 +239,7 @@ def _one_thread_each() -> None:
 
 
 def loses_device(error: Exception) -> bool:
-    """Whether no call of this process can be answered after an error of the device's; lack of memory passes.
-
-    Example:
-        >>> loses_device(RuntimeError("CUDA error: device-side assert triggered")), loses_device(RuntimeError("shape"))
-        (True, False)
-    """
+    """Whether no call of this process can be answered after an error of the device's; lack of memory passes."""
     if isinstance(error, CudaError):
         return True
     return (

@@ -101,29 +101,13 @@ class Repository:
 
     A name that begins with a dot is left alone, as that of a file that is being written. What a symbolic link leads to
     has to lie in the folder.
-
-    Args:
-        folder: That holds the models.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     (Path(folder) / "policy" / "1").mkdir(parents=True)
-        ...     _ = (Path(folder) / "policy" / "1" / "model.engine").write_bytes(b"engine")
-        ...     scan = Repository(folder).scan()
-        >>> scan.models["policy"].newest.number
-        1
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
 
     def scan(self) -> Scan:
-        """Look at all models. One that is wrong stands in the problems and leaves the others as they are.
-
-        Raises:
-            ServingError: If the folder cannot be read.
-        """
+        """Look at all models. One that is wrong stands in the problems and leaves the others as they are."""
         try:
             root = self.folder.resolve(strict=True)
             entries = _visible(root)
@@ -150,10 +134,6 @@ def changes(before: Scan, after: Scan) -> Changes:
 
     A version whose file or whose model's ``config.json`` changed is in both. A model that has a problem now is not
     removed: what was loaded of it goes on until the folder is right again, and ``before`` is then what was loaded.
-
-    Example:
-        >>> changes(Scan(), Scan())
-        Changes(added=(), removed=())
     """
     old, new = dict(_versions(before)), dict(_versions(after))
     return Changes(
@@ -208,11 +188,7 @@ def _file(number: int, path: Path, root: Path) -> ModelVersion:
 
 
 def _inside(path: Path, root: Path) -> Path:
-    """Where a path really leads.
-
-    Raises:
-        ServingError: If that is outside the repository, or nowhere.
-    """
+    """Where a path really leads."""
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:

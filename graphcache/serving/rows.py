@@ -10,20 +10,7 @@ from graphcache.errors import ConfigError, shown
 
 
 def with_rows(given: Any, sizes: Any, inputs: Sequence[str]) -> Buckets:
-    """Buckets in which every input has rows.
-
-    Args:
-        given: Input -> axis -> sizes, as the ``buckets`` option has it. Inputs whose axis 0 is named stay as they are.
-        sizes: Of the rows, for all others.
-        inputs: Every input.
-
-    Raises:
-        ConfigError: Naming the field.
-
-    Example:
-        >>> with_rows({"ids": {1: [16, 64]}}, [1, 8], ["ids", "mask"]).sizes
-        {'rows': (1, 8), 'ids[1]': (16, 64)}
-    """
+    """Buckets in which every input has rows."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"buckets={shown(given)}: expected sizes of the rows, or arguments with axes")
     rows = Axis(sizes, name="rows")

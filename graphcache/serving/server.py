@@ -42,16 +42,6 @@ def ray_here(
 
     Usage statistics are off, and so is the dashboard. Ray's own ports are on the loopback, or want a secret of this
     process; where Ray was imported before, neither can be had, which is logged.
-
-    Args:
-        host: The address on which Serve listens.
-        port: Likewise.
-        num_cpus: How many Ray hands out; ``None`` is as many as there are.
-        env: Variables of the replicas' processes, beside this one's own.
-
-    Raises:
-        ServingError: If Ray runs in this process already, or the port is taken.
-        ExtraNotFoundError: If Ray is not installed.
     """
     _check_free(host, port)
     with ExitStack() as stack:
@@ -100,16 +90,7 @@ class Ready:
 
 
 def run(application: Any, *, name: str = APPLICATION, route_prefix: str = "/") -> Ready:
-    """Deploy an application, and wait until all replicas have captured their graphs.
-
-    Args:
-        application: From :func:`graphcache.serving.deployment.deployment`.
-        name: Of the application.
-        route_prefix: Before the paths of the protocol.
-
-    Raises:
-        ServingError: If a replica cannot be made; the message is the one that it failed with.
-    """
+    """Deploy an application, and wait until all replicas have captured their graphs."""
     serve = optional("ray.serve", "serving on Ray")
     start = time.monotonic()
     try:
@@ -121,18 +102,7 @@ def run(application: Any, *, name: str = APPLICATION, route_prefix: str = "/") -
 
 
 def drain(name: str = APPLICATION, *, timeout_s: float = 20.0) -> int:
-    """Refuse new requests of an application, answer those that are under way, and take it down.
-
-    Args:
-        name: Of the application.
-        timeout_s: Seconds after which it is taken down in any case.
-
-    Returns:
-        How many requests were given up.
-
-    Raises:
-        ServingError: If there is no such application.
-    """
+    """Refuse new requests of an application, answer those that are under way, and take it down."""
     serve = optional("ray.serve", "serving on Ray")
     handle = front(name)
     try:

@@ -19,18 +19,7 @@ Source = str | os.PathLike[str] | bytes | Callable[[], nn.Module]
 
 
 def module_of(source: Any, *, into: Any = None, device: str | None = None) -> tuple[nn.Module, GraphConfig | None]:
-    """The module that a source stands for, without graphs, and the options that it was saved with.
-
-    Args:
-        source: An engine file, its bytes, a package, a function that makes a module, or such a function as
-            ``"package.module:function"`` or ``"file.py:function"``.
-        into: For a package of a model: what makes the model, a function or the text of one.
-        device: Where a module that a function made goes; ``None`` leaves it there.
-
-    Raises:
-        ServingError: If there is no such function, or it raised, or made no module.
-        GraphCacheError: As :func:`graphcache.load`.
-    """
+    """The module that a source stands for, without graphs, and the options that it was saved with."""
     if is_factory(source) or (callable(source) and not isinstance(source, (str, bytes))):
         made = _made(source)
         module, config = (made.module, made.config) if isinstance(made, CachedModule) else (made, None)
@@ -44,12 +33,7 @@ def module_of(source: Any, *, into: Any = None, device: str | None = None) -> tu
 
 
 def named(source: Any) -> str:
-    """What a model is called where nobody gave a name.
-
-    Example:
-        >>> named("models/policy.engine"), named("nets.py:mlp"), named(b"...")
-        ('policy', 'mlp', 'model')
-    """
+    """What a model is called where nobody gave a name."""
     if is_factory(source):
         return str(source).rpartition(":")[2].rpartition(".")[2]
     if isinstance(source, (str, os.PathLike)):

@@ -29,12 +29,7 @@ _NUMPY = {
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Packed:
-    """Arrays for tensors in host memory; they share it where they can.
-
-    Example:
-        >>> pack({"x": torch.ones(2, dtype=torch.bfloat16)})
-        {'x': ('bfloat16', array([16256, 16256], dtype=int16))}
-    """
+    """Arrays for tensors in host memory; they share it where they can."""
     packed = {}
     for name, tensor in tensors.items():
         plain = tensor.detach().contiguous()
@@ -44,12 +39,7 @@ def pack(tensors: Mapping[str, Tensor]) -> Packed:
 
 
 def unpack(packed: Packed) -> dict[str, Tensor]:
-    """Tensors from arrays, in memory of their own: what Ray hands out cannot be written to.
-
-    Example:
-        >>> unpack(pack({"x": torch.ones(2, dtype=torch.bfloat16)}))
-        {'x': tensor([1., 1.], dtype=torch.bfloat16)}
-    """
+    """Tensors from arrays, in memory of their own: what Ray hands out cannot be written to."""
     tensors = {}
     for name, (dtype, array) in packed.items():
         real = getattr(torch, dtype)
@@ -59,18 +49,7 @@ def unpack(packed: Packed) -> dict[str, Tensor]:
 
 
 def told(error: BaseException) -> GraphCacheError:
-    """What a replica raised, as it was before Ray wrapped it.
-
-    Args:
-        error: A ``ray.exceptions.RayTaskError``, or what is like it: the cause is its attribute ``cause``.
-
-    Returns:
-        The cause if it is one of graphcache's, else a :class:`~graphcache.errors.ServingError` that names it.
-
-    Example:
-        >>> told(KeyError("x"))
-        ServingError("the model raised KeyError: 'x'")
-    """
+    """What a replica raised, as it was before Ray wrapped it."""
     cause: BaseException = error
     while isinstance(inner := getattr(cause, "cause", None), BaseException) and inner is not cause:
         cause = inner

@@ -33,14 +33,6 @@ def describe_file(path: Path, name: str) -> ModelSpec:
     """What a model in a file takes and gives.
 
     A package of one engine says so itself; an engine has to be loaded, which needs its GPU.
-
-    Args:
-        path: Of an engine or a package.
-        name: Under which it is to be served.
-
-    Raises:
-        ServingError: If it is a package of a larger model, which needs code that Triton does not have.
-        GraphCacheError: If it cannot be read or loaded.
     """
     if path.suffix != ".gcache":
         engine = load(path)
@@ -68,19 +60,6 @@ def config_pbtxt(spec: ModelSpec, file: str, prepare: Sequence[Shapes] = ()) -> 
 
     Batches are the first axis of the shapes, and not Triton's: ``max_batch_size`` is 0, so its dynamic batching stays
     off.
-
-    Args:
-        spec: Of the model.
-        file: The engine's or package's name in the folder of the version.
-        prepare: Shapes of inputs to capture before Triton calls the model ready.
-
-    Raises:
-        ServingError: For a dtype that Triton does not have.
-
-    Example:
-        >>> spec = ModelSpec("m", ("1",), (TensorMetadata("x", "float32", (-1, 4)),), (), "tensorrt")
-        >>> print(config_pbtxt(spec, "model.engine").splitlines()[4])
-          { name: "x" data_type: TYPE_FP32 dims: [ -1, 4 ] }
     """
     own = json.dumps({"file": file, "prepare": [{name: list(each[name]) for name in each} for each in prepare]})
     parts = [f"name: {_quoted(spec.name)}", 'backend: "python"', "max_batch_size: 0"]
@@ -96,21 +75,7 @@ def config_pbtxt(spec: ModelSpec, file: str, prepare: Sequence[Shapes] = ()) -> 
 
 
 def export(path: Path, folder: Path, *, prepare: Sequence[Shapes] = ()) -> ModelSpec:
-    """Write a folder for Triton's model repository, in one step.
-
-    Args:
-        path: Of an engine or a package of one.
-        folder: To make, in a folder that exists; its name becomes the model's.
-        prepare: Shapes of inputs to capture before the model is ready.
-
-    Returns:
-        What the model takes and gives.
-
-    Raises:
-        ServingError: If the folder is there already or cannot be written, its name is none for a model, or the shapes
-            are not those of the inputs.
-        GraphCacheError: If the model cannot be read, or the engine cannot be loaded here.
-    """
+    """Write a folder for Triton's model repository, in one step."""
     name = folder.resolve().name
     if not NAME.fullmatch(name):
         raise ServingError(
@@ -176,12 +141,7 @@ def _quoted(text: str) -> str:
 
 
 def facts(spec: ModelSpec) -> dict[str, Any]:
-    """Names, datatypes and shapes, for whoever prints them.
-
-    Example:
-        >>> facts(ModelSpec("m", ("1",), (TensorMetadata("x", "int8", (2,)),), (), "tensorrt"))["inputs"]
-        [{'name': 'x', 'dtype': 'int8', 'shape': [2]}]
-    """
+    """Names, datatypes and shapes, for whoever prints them."""
     return {
         side: [{"name": each.name, "dtype": each.dtype, "shape": list(each.shape)} for each in tensors]
         for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs))

@@ -34,11 +34,7 @@ class TritonPythonModel:
     """An engine or a package behind a cache of graphs. ``graphcache export triton`` writes what names it."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the model and capture what is to be prepared; Triton calls it once for each instance.
-
-        Args:
-            args: As Triton gives them: the configuration in JSON, the folder, the version and the device.
-        """
+        """Load the model and capture what is to be prepared; Triton calls it once for each instance."""
         self._utils: Any = importlib.import_module("triton_python_backend_utils")
         config = json.loads(args["model_config"])
         own = json.loads(config["parameters"][PARAMETER]["string_value"])
@@ -56,14 +52,7 @@ class TritonPythonModel:
                 controls(self._module).prepare(*calls)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer requests, each by itself: one that is wrong leaves the others as they are.
-
-        Args:
-            requests: Of Triton.
-
-        Returns:
-            A response for each, in their order.
-        """
+        """Answer requests, each by itself: one that is wrong leaves the others as they are."""
         return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:

@@ -22,14 +22,8 @@ def refusal(batcher: Batcher, module: Callable[..., Any], called: Called, exampl
     """Why requests must be run one by one, as they are; empty if nothing speaks against putting them together.
 
     Margins are tried as :mod:`graphcache.buckets.independence` tries them, neighbours by holding what two requests get
-    together against what each gets alone. Trying is no proof for other values.
-
-    Args:
-        batcher: Is told which axes of the answer are as long as which of the inputs, if nobody said that.
-        module: Runs eagerly.
-        called: Runs it on tensors of the host, and names its outputs.
-        example: As many rows as go together.
-        device: Where the module wants its inputs.
+    together against what each gets alone. Trying is no proof for other values. The batcher is told which axes of the
+    answer are as long as which of the inputs, if nobody said that.
     """
     there = {name: tensor.to(device) for name, tensor in example.items()}
     try:

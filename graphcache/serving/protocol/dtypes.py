@@ -32,19 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_of(datatype: object, where: str) -> torch.dtype:
-    """The dtype of a datatype that a request names.
-
-    Args:
-        datatype: As it was read.
-        where: The tensor, for the message.
-
-    Raises:
-        RequestError: If there is no such datatype, or it is ``BYTES``.
-
-    Example:
-        >>> dtype_of("FP16", "input 'x'")
-        torch.float16
-    """
+    """The dtype of a datatype that a request names."""
     found = DTYPES.get(datatype) if isinstance(datatype, str) else None
     if found is None:
         why = "text is not served" if datatype == "BYTES" else "there is no such datatype"
@@ -53,18 +41,7 @@ def dtype_of(datatype: object, where: str) -> torch.dtype:
 
 
 def datatype_of(dtype: torch.dtype | str) -> str:
-    """The protocol's name of a dtype.
-
-    Args:
-        dtype: Of a tensor, or its name, such as ``"float32"``.
-
-    Raises:
-        ServingError: If the protocol has none.
-
-    Example:
-        >>> datatype_of("bfloat16")
-        'BF16'
-    """
+    """The protocol's name of a dtype."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     name = _NAMES.get(found) if isinstance(found, torch.dtype) else None
     if name is None:

@@ -17,26 +17,12 @@ _EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
 
 
 def server_metadata() -> dict[str, Any]:
-    """The answer to ``GET /v2``.
-
-    Example:
-        >>> server_metadata()["extensions"]
-        ['binary_tensor_data', 'model_configuration', 'statistics']
-    """
+    """The answer to ``GET /v2``."""
     return {"name": "graphcache", "version": __version__, "extensions": list(_EXTENSIONS)}
 
 
 def model_metadata(spec: ModelSpec) -> dict[str, Any]:
-    """The answer to ``GET /v2/models/NAME``.
-
-    Raises:
-        ServingError: If a tensor has a dtype that the protocol does not have.
-
-    Example:
-        >>> spec = ModelSpec("m", ("1",), (TensorMetadata("x", "float32", (-1, 4)),), (), "tensorrt")
-        >>> model_metadata(spec)["inputs"]
-        [{'name': 'x', 'datatype': 'FP32', 'shape': [-1, 4]}]
-    """
+    """The answer to ``GET /v2/models/NAME``."""
     return {
         "name": spec.name,
         "versions": list(spec.versions),
@@ -50,14 +36,6 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
     """The answer to ``GET /v2/models/NAME/config``, which Triton's load generator asks for.
 
     Batches are the first axis of the shapes, and not the protocol's: ``max_batch_size`` is 0.
-
-    Raises:
-        ServingError: If a tensor has a dtype that the protocol does not have.
-
-    Example:
-        >>> spec = ModelSpec("m", ("1",), (TensorMetadata("x", "float32", (-1, 4)),), (), "tensorrt")
-        >>> model_config(spec)["input"]
-        [{'name': 'x', 'data_type': 'TYPE_FP32', 'dims': [-1, 4]}]
     """
     sides = {
         side: [
@@ -73,10 +51,6 @@ def check_request(spec: ModelSpec, request: InferenceRequest) -> None:
     """Hold a request against the model, before the model is bothered.
 
     Sizes that the model leaves open are not looked at.
-
-    Raises:
-        RequestError: For an input or an output that the model does not have, an input that is missing, or one of
-            another datatype or shape.
     """
     for name in request.outputs or ():
         if name not in [each.name for each in spec.outputs]:

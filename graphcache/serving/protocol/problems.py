@@ -8,21 +8,10 @@ from graphcache.errors import ServingError
 
 
 class RequestError(ServingError, ValueError):
-    """A request breaks the protocol or a limit; its sender gets the message, and the status of HTTP that goes with it.
-
-    Example:
-        >>> RequestError("no inputs").status
-        400
-    """
+    """A request breaks the protocol or a limit; its sender gets the message and the HTTP status."""
 
     def __init__(self, message: str, status: int = 400, headers: Mapping[str, str] | None = None) -> None:
-        """Keep how to answer.
-
-        Args:
-            message: What is wrong, for the sender.
-            status: Of HTTP.
-            headers: Of the answer.
-        """
+        """Keep how to answer."""
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})

@@ -47,15 +47,7 @@ class InferenceRequest:
 
 
 def read_header_length(text: str | None) -> int | None:
-    """The value of ``Inference-Header-Content-Length``: the bytes of JSON at the start of a body.
-
-    Raises:
-        RequestError: If it is no whole number.
-
-    Example:
-        >>> read_header_length("120")
-        120
-    """
+    """The value of ``Inference-Header-Content-Length``: the bytes of JSON at the start of a body."""
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) <= 18):
@@ -66,19 +58,8 @@ def read_header_length(text: str | None) -> int | None:
 def read_request(body: Buffer, header_length: int | None = None) -> InferenceRequest:
     """Read a request.
 
-    Memory is taken for what is there, never for what the request claims.
-
-    Args:
-        body: All of it. Where it can be written, tensors share its memory: it has to stay as it is while they are used.
-        header_length: Bytes of JSON at its start; ``None`` where all is JSON.
-
-    Raises:
-        RequestError: If it breaks the protocol; the message names the field.
-
-    Example:
-        >>> body = b'{"inputs": [{"name": "x", "shape": [2], "datatype": "FP32", "data": [1, 2]}]}'
-        >>> read_request(body).inputs["x"]
-        tensor([1., 2.])
+    Memory is taken for what is there, never for what the request claims. Tensors share the memory of a body that can be
+    written: it has to stay as it is while they are used. ``header_length`` is that of the JSON; ``None``: all is JSON.
     """
     view = memoryview(body).cast("B")
     length = view.nbytes if header_length is None else header_length

@@ -35,21 +35,6 @@ def write_response(
 
     Numbers that are none are written as ``NaN`` and ``Infinity``, which Python's clients read and strict readers of
     JSON refuse; binary data has no such limit.
-
-    Args:
-        model: That answered.
-        version: Of the model.
-        outputs: All that the model gave, in host memory, in its order.
-        request: What was asked for.
-
-    Raises:
-        ServingError: If the model gave no such output, or one of a dtype that the protocol does not have.
-
-    Example:
-        >>> import torch
-        >>> response = write_response("m", "1", {"y": torch.tensor([1.5])}, InferenceRequest(None, {}, None, False))
-        >>> json.loads(response.body)["outputs"]
-        [{'name': 'y', 'datatype': 'FP32', 'shape': [1], 'data': [1.5]}]
     """
     wanted = dict.fromkeys(outputs, request.binary) if request.outputs is None else request.outputs
     described: list[dict[str, Any]] = []

@@ -32,17 +32,6 @@ def check_shape(shape: object, where: str) -> tuple[int, ...]:
     """The shape that a request gives a tensor.
 
     Nothing is allocated for it: what is there is held against it later.
-
-    Args:
-        shape: As it was read.
-        where: The tensor, for the message.
-
-    Raises:
-        RequestError: If it is no list of sizes, or such a tensor cannot be.
-
-    Example:
-        >>> check_shape([2, 3], "input 'x'")
-        (2, 3)
     """
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise RequestError(f"{where}: shape {shown(shape)}: expected a list of whole numbers, 0 or more")
@@ -58,15 +47,6 @@ def from_binary(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) ->
     """A tensor over some bytes; they are copied only where torch could not read them in place.
 
     That is where they are read-only, not aligned for the dtype, or of bools, of which torch bears only 0 and 1.
-
-    Args:
-        data: As many bytes as the tensor takes.
-        dtype: Of the tensor.
-        shape: Of the tensor.
-
-    Example:
-        >>> from_binary(memoryview(bytearray([1, 0, 2, 0])), torch.int16, (2,))
-        tensor([1, 2], dtype=torch.int16)
     """
     if not data.nbytes:
         return torch.empty(shape, dtype=dtype)
@@ -82,20 +62,6 @@ def from_json(data: object, dtype: torch.dtype, shape: tuple[int, ...], where: s
     """A tensor from nested lists of its shape, or from one flat list.
 
     ``NaN`` and ``Infinity`` are taken for floating dtypes, as Python's clients write them.
-
-    Args:
-        data: As it was read.
-        dtype: Of the tensor.
-        shape: Of the tensor.
-        where: The tensor, for messages.
-
-    Raises:
-        RequestError: If there are more or fewer elements than the shape has, or some that the dtype cannot hold.
-
-    Example:
-        >>> from_json([[1, 2], [3, 4]], torch.uint8, (2, 2), "input 'x'")
-        tensor([[1, 2],
-                [3, 4]], dtype=torch.uint8)
     """
     flat = _flat(data, shape, where)
     kinds = set(map(type, flat))
@@ -123,12 +89,7 @@ def from_json(data: object, dtype: torch.dtype, shape: tuple[int, ...], where: s
 
 
 def to_binary(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in host memory, without a copy where it is contiguous; they keep it alive.
-
-    Example:
-        >>> bytes(to_binary(torch.tensor([1, 2], dtype=torch.int16)))
-        b'\\x01\\x00\\x02\\x00'
-    """
+    """The bytes of a tensor in host memory, without a copy where it is contiguous; they keep it alive."""
     dense = tensor.detach().resolve_neg().contiguous()
     if not dense.nbytes:
         return memoryview(b"")
@@ -138,12 +99,7 @@ def to_binary(tensor: Tensor) -> memoryview:
 
 
 def to_json(tensor: Tensor) -> list[Any]:
-    """The elements of a tensor in one flat list.
-
-    Example:
-        >>> to_json(torch.tensor([[True], [False]]))
-        [True, False]
-    """
+    """The elements of a tensor in one flat list."""
     found: list[Any] = tensor.detach().resolve_neg().flatten().tolist()
     return found
 
