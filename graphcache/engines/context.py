@@ -79,7 +79,8 @@ class Context:
     def set_inputs(self, inputs: Sequence[Tensor], profile: int, stream: int) -> None:
         """Set profile, shapes, addresses and host values for checked inputs."""
         self._plan = None
-        self._set_profile(profile, stream)
+        if profile != self.profile:
+            self._set_profile(profile, stream)
         for binding, value in zip(self.engine.inputs, inputs, strict=True):
             values = None
             if binding.on_host:
@@ -89,7 +90,8 @@ class Context:
             elif not value.is_contiguous() or value.data_ptr() % ALIGNMENT:
                 value = value.detach().clone(memory_format=torch.contiguous_format)
             self._held[binding.name] = value
-            self._set_shape(binding.name, value, values)
+            if self._shapes.get(binding.name) != (value.shape, values):
+                self._set_shape(binding.name, value, values)
             self._set_address(binding.name, value)
         if self._output_shapes is None:
             self._output_shapes = self._infer()
@@ -105,7 +107,8 @@ class Context:
                 self._addresses.pop(binding.name, None)
                 self._allocators.install(self._context, binding.name)
             else:
-                self._allocators.remove(self._context, binding.name)
+                if binding.name in self._allocators.installed:
+                    self._allocators.remove(self._context, binding.name)
                 self._held[binding.name] = value
                 self._set_address(binding.name, value)
 
@@ -157,18 +160,18 @@ class Context:
     def _change_plan(self, plan: LayoutPlan, inputs: Sequence[Tensor], stream: int) -> None:
         """Set profile and shapes of another layout. Shapes of outputs are known, so that nothing is inferred."""
         self._plan = None
-        self._set_profile(plan.profile, stream)
+        if plan.profile != self.profile:
+            self._set_profile(plan.profile, stream)
         for binding, value in zip(self.engine.inputs, inputs, strict=True):
-            self._set_shape(binding.name, value, None)
-        for binding in self.engine.outputs:
-            self._allocators.remove(self._context, binding.name)
+            if self._shapes.get(binding.name) != (value.shape, None):
+                self._set_shape(binding.name, value, None)
+        for name in list(self._allocators.installed):
+            self._allocators.remove(self._context, name)
         self._output_shapes = [*plan.output_shapes]
         self._plan = plan
 
     def _set_profile(self, profile: int, stream: int) -> None:
         """Switch to an optimisation profile, after which every shape has to be set again."""
-        if profile == self.profile:
-            return
         if not self._context.set_optimization_profile_async(profile, stream):
             raise self._error(f"optimisation profile {profile} was refused")
         self.profile = profile
@@ -176,9 +179,7 @@ class Context:
         self._shapes.clear()
 
     def _set_shape(self, name: str, value: Tensor, values: object) -> None:
-        """Set the shape of an input, if it or its values on the host differ from the last ones."""
-        if self._shapes.get(name) == (value.shape, values):
-            return
+        """Set the shape of an input, after which the shapes of outputs have to be inferred again."""
         if not self._context.set_input_shape(name, tuple(value.shape)):
             raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused")
         self._shapes[name] = (value.shape, values)
@@ -250,7 +251,8 @@ class OutputAllocators:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._allocators: dict[str, Any] = {}
-        self._installed: set[str] = set()
+        self.installed: set[str] = set()
+        """Outputs that TensorRT allocates in the next enqueue."""
 
     def install(self, context: Any, name: str) -> None:
         """Allocate the memory of an output of a TensorRT context from its next enqueue on."""
@@ -258,19 +260,19 @@ class OutputAllocators:
         if allocator is None:
             allocator = self._allocators[name] = _allocator_class(self._engine.trt)(self._engine.device)
         allocator.start()
-        if name not in self._installed:
+        if name not in self.installed:
             context.set_output_allocator(name, allocator)
-            self._installed.add(name)
+            self.installed.add(name)
 
     def remove(self, context: Any, name: str) -> None:
         """Return to an address of the caller's: in a capture TensorRT would call the allocator and keep its address."""
-        if name in self._installed:
+        if name in self.installed:
             context.set_output_allocator(name, None)
-            self._installed.discard(name)
+            self.installed.discard(name)
 
     def check(self) -> None:
         """Raise the error of an allocation in the last run, also a Ctrl-C, which TensorRT could not pass on."""
-        for name in self._installed:
+        for name in self.installed:
             error = self._allocators[name].error
             if error is not None and not isinstance(error, Exception):
                 raise error

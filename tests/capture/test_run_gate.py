@@ -72,7 +72,7 @@ def test_a_background_capture_waits_until_the_module_is_idle() -> None:
     gate, order = RunGate(nn.ReLU()), list[str]()
     with gate.shared():
         alone = start(enter_alone, gate, order, "alone")
-        until(lambda: gate._wanted == 1)
+        until(lambda: gate.is_wanted)
         order.append("caller")
         assert not alone.done()
     alone.result(PATIENCE)
@@ -112,7 +112,7 @@ def test_callers_that_keep_coming_do_not_keep_a_background_capture_waiting() -> 
     gate, order = RunGate(nn.ReLU()), list[str]()
     with gate.shared():
         alone = start(enter_alone, gate, order, "alone")
-        until(lambda: gate._wanted == 1)
+        until(lambda: gate.is_wanted)
         caller = start(enter, gate, order, "caller")
         until(lambda: gate.waits == 1)
     alone.result(PATIENCE)
@@ -127,7 +127,7 @@ def test_one_thread_enters_as_often_as_it_likes() -> None:
         with gate.shared(), gate.shared():
             # The third time goes before whoever waits to run alone, and for the first.
             alone = start(enter_alone, gate, [], "")
-            until(lambda: gate._wanted == 1)
+            until(lambda: gate.is_wanted)
             with gate.shared():
                 assert not alone.done()
             return alone
@@ -159,7 +159,7 @@ def test_modules_that_share_a_submodule_exclude_each_other() -> None:
     order: list[str] = []
     with two.shared():
         alone = start(enter_alone, one, order, "alone")
-        until(lambda: one._wanted == 1)
+        until(lambda: one.is_wanted)
         assert not alone.done()
         start(enter_alone, three, order, "other").result(PATIENCE)
     alone.result(PATIENCE)
@@ -182,7 +182,7 @@ def test_a_caller_inside_one_module_goes_on_into_another_that_is_wanted(reverse:
     def caller() -> Future[Any]:
         with first.shared():
             alone = start(enter_alone, gates[0], [], "")
-            until(lambda: second._wanted == 1)
+            until(lambda: second.is_wanted)
             with second.shared():
                 assert not alone.done()
             return alone
