@@ -277,9 +277,7 @@ LONG_FILES: dict[str, int] = {}
 """Files that are longer, with their lines. There are none."""
 
 MOST_LINES_OF_A_FUNCTION = 70
-LONG_FUNCTIONS = {
-    "engines/build.py:build": 73,
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 """Functions that are longer, docstring included. Entries may only shrink or go."""
 
 

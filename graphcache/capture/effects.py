@@ -47,52 +47,40 @@ MAX_REPORTED = 64
 
 @dataclass
 class Effects:
-    """What a call did.
-
-    Args:
-        value: What it returned.
-        cause: Why no graph repeats it; ``None`` if it is a function of its tensors.
-        submodule: Name of the submodule that was at work when the cause was noticed; empty if unknown.
-        outside: The tensors that it read and did not make, one for each memory.
-        trace: A digest of its operations, their constants and the memory of outside that they used.
-        functions: The functions of the user's that ran, with their globals.
-        version: That of the module's guard when the call ran.
-    """
+    """What a call did, besides returning ``value``."""
 
     value: Any
     cause: Cause | None = None
+    """Why no graph repeats it; ``None`` if it is a function of its tensors."""
     submodule: str = ""
+    """The submodule that was at work when the cause was noticed; empty if unknown."""
     outside: list[Tensor] = field(default_factory=list)
+    """The tensors that it read and did not make, one for each memory."""
     trace: bytes = b""
+    """A digest of its operations, their constants and the memory of outside that they used."""
     functions: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
+    """The functions of the user's that ran, with their globals."""
     version: int = 0
+    """That of the module's guard when the call ran."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What is compared before and after an observed run.
-
-    Args:
-        module: The state that can be reached from the module.
-        arguments: That of the arguments of the call.
-        inputs: The tensors among the arguments, in the order of the call key.
-        path_here: Names the submodule that is at work, for a message.
-        report: Told of every effect and of its operation, while that runs; of changes of state at the end, without an
-            operation. Otherwise only the first effect is looked for.
-    """
+    """What is compared before and after an observed run: the state reached from module and arguments."""
 
     module: StateSnapshot
     arguments: StateSnapshot
     inputs: Sequence[Tensor]
+    """The tensors among the arguments, in the order of the call key."""
     path_here: Callable[[], str]
+    """Names the submodule that is at work."""
     report: Callable[[Cause, str], object] | None = None
+    """Told of every effect and of its operation, while that runs; of changes of state at the end, without an operation.
+    Without it, only the first effect is looked for."""
 
 
 def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
-    """Run a call once and tell everything it did besides returning.
-
-    If it raises, it has had its effects, as without an observer.
-    """
+    """Run a call once and tell everything it did. If it raises, it has had its effects, as without an observer."""
     host = HostActivity(watched.path_here, watched.report)
     operations = _Operations(watched, host)
     host.reads = not operations.devices
@@ -174,7 +162,7 @@ class _Operations(DispatchMode):
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             self._note(Reason.RANDOM, func, str(func))
         for tensor in written(func, args, kwargs):
-            if self._is_foreign(storage_of(tensor)):
+            if self._is_foreign(tensor):
                 self._note(Reason.MUTATES, func, self._place(tensor) or str(func))
         self._reads(leaves)
 
@@ -201,12 +189,12 @@ class _Operations(DispatchMode):
     def _reads(self, tensors: Sequence[Tensor]) -> None:
         """Note the memory of outside that is read, but for that of the inputs."""
         for tensor in tensors:
-            address = storage_of(tensor)
-            if self._is_foreign(address) and address not in self._inputs:
-                self.outside.setdefault(address, tensor)
+            if self._is_foreign(tensor) and storage_of(tensor) not in self._inputs:
+                self.outside.setdefault(storage_of(tensor), tensor)
 
-    def _is_foreign(self, address: int) -> bool:
-        """Whether memory was there before the call."""
+    def _is_foreign(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory was there before the call."""
+        address = storage_of(tensor)
         return address not in self._made and (not self._given or address in self._given[-1])
 
     def enter_opaque(self, identity: int, given: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +23,17 @@ from graphcache.errors import (
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """One input or output of an engine.
-
-    Args:
-        name: Its name.
-        is_input: Whether it is an input.
-        dtype: The torch dtype.
-        shape: Sizes as built; -1 where they depend on the call.
-        on_host: Whether TensorRT reads or writes it in host memory (a shape tensor).
-        ranges: Per optimisation profile and axis, the smallest and largest size; for a host shape tensor, of its
-            values. Empty for outputs.
-    """
+    """One input or output of an engine."""
 
     name: str
     is_input: bool
     dtype: torch.dtype
     shape: tuple[int, ...]
+    """Sizes as built; -1 where they depend on the call."""
     on_host: bool
+    """Whether TensorRT reads or writes it in host memory (a shape tensor)."""
     ranges: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Of an input, for each profile and axis the smallest and largest size; of a host shape tensor, of its values."""
 
     def fits(self, value: Tensor, profile: int) -> bool:
         """Whether every size (for a host shape tensor: every value) lies inside a profile."""
@@ -123,14 +116,13 @@ def out_of_range(engine_name: str, binding: Binding, value: Tensor, profiles: Se
 
 def torch_dtype(trt: Any, dtype: Any, name: str) -> torch.dtype:
     """The torch dtype of a TensorRT dtype; an ``EngineError`` if torch has none that is laid out the same."""
-    found = _DTYPES.get(str(dtype).rsplit(".", 1)[-1])
-    torch_type = getattr(torch, found, None) if found else None
+    torch_type: torch.dtype | None = getattr(torch, _DTYPES.get(str(dtype).rsplit(".", 1)[-1], ""), None)
     if torch_type is None:
         raise EngineError(
             f"binding {name!r} has the TensorRT dtype {dtype}, which torch {torch.__version__} cannot hold; "
             f"rebuild the engine with a cast to one of {', '.join(sorted(_DTYPES))} at this binding"
         )
-    return cast("torch.dtype", torch_type)
+    return torch_type
 
 
 _DTYPES = {
@@ -164,14 +156,13 @@ def _read(engine: Any, trt: Any, name: str) -> Binding:
     return Binding(name, is_input, dtype, shape, on_host, tuple(ranges))
 
 
-def _profile_values(engine: Any, name: str, profile: int) -> Sequence[Sequence[int]]:
+def _profile_values(engine: Any, name: str, profile: int) -> Any:
     """Smallest, usual and largest values of a host shape tensor."""
     try:
         # The order in TensorRT-RTX 1.5 and TensorRT 11; their documentation has the other one.
-        found: Sequence[Sequence[int]] = engine.get_tensor_profile_values(profile, name)
+        return engine.get_tensor_profile_values(profile, name)
     except TypeError:
-        found = engine.get_tensor_profile_values(name, profile)
-    return found
+        return engine.get_tensor_profile_values(name, profile)
 
 
 def _nowhere(value: Tensor) -> bool:

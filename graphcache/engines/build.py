@@ -75,20 +75,19 @@ def build(
         "refittable": refittable,
         "workspace": workspace,
     }
+    return (_cached if cache else _build)(found, onnx, options, progress)
 
-    def make() -> bytes:
-        return _build(found, onnx, options, progress)
 
-    if not cache:
-        return make()
-    if not isinstance(onnx, str | os.PathLike):
-        onnx = _serialized(onnx)
+def _cached(found: Library, onnx: Any, options: Mapping[str, Any], progress: Progress | None) -> bytes:
+    """An engine of this user's cache folder, built if it is not there."""
+    is_path = isinstance(onnx, str | os.PathLike)
+    model = onnx if is_path else _serialized(onnx)
     try:
-        key = build_key(found, onnx, options)
+        key = build_key(found, model, options)
     except NotKeyed:
-        return make()
-    name = os.path.basename(onnx) if isinstance(onnx, str | os.PathLike) else ""
-    return user_store().get_or_make("engine", key, make, {"name": str(name), found.flavour: found.version})
+        return _build(found, model, options, progress)
+    note = {"name": str(os.path.basename(onnx)) if is_path else "", found.flavour: found.version}
+    return user_store().get_or_make("engine", key, lambda: _build(found, model, options, progress), note)
 
 
 def _builder(name: str | None) -> Library:
@@ -108,7 +107,7 @@ def _build(found: Library, onnx: Any, options: Mapping[str, Any], progress: Prog
     """Build an engine, with the options of :func:`build`."""
     trt: Any = found.module
     refittable, workspace = options["refittable"], options["workspace"]
-    with found.logger.collect() as errors:
+    with found.logger.collect():
         if hasattr(trt, "init_libnvinfer_plugins"):
             trt.init_libnvinfer_plugins(found.logger, "")
         builder = trt.Builder(found.logger)
@@ -117,30 +116,30 @@ def _build(found: Library, onnx: Any, options: Mapping[str, Any], progress: Prog
         network = builder.create_network(0 if typed is None else 1 << int(typed))
         # The network uses weights that the parser owns.
         parser = trt.OnnxParser(network, found.logger)
-        model = _parse(found, parser, onnx, errors)
+        model = _parse(found, parser, onnx)
         if network.num_outputs == 0:
             raise EngineBuildError(f"{model} has no outputs, so it is not an ONNX model, or an empty one")
         config = builder.create_builder_config()
         inputs = _inputs(network)
         for ranges in profiles(inputs, options["shapes"]):
-            _add_profile(builder, config, inputs, ranges, errors)
+            _add_profile(found, builder, config, inputs, ranges)
         if workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
         if options["weight_streaming"]:
             _set_flag(found, config, "WEIGHT_STREAMING")
-        _allow_refit(found, config, network, refittable, errors)
+        _allow_refit(found, config, network, refittable)
         monitor = _watch(trt, config, progress)
         engine = builder.build_serialized_network(network, config)
         if monitor is not None and monitor.raised is not None:
             raise monitor.raised
         if engine is None:
-            said = join_messages(errors)
+            said = found.logger.said()
             hint = _hint(found, said, bool(refittable), workspace)
             raise EngineBuildError(f"{found.flavour} {found.version} could not build {model}: {said}.{hint}")
         return bytes(engine)
 
 
-def _parse(found: Library, parser: Any, onnx: Any, errors: Sequence[str]) -> str:
+def _parse(found: Library, parser: Any, onnx: Any) -> str:
     """Let TensorRT parse a model; how messages call it."""
     if isinstance(onnx, str | os.PathLike):
         path = os.fspath(onnx)
@@ -161,7 +160,7 @@ def _parse(found: Library, parser: Any, onnx: Any, errors: Sequence[str]) -> str
             if named
             else "Check that it is a whole ONNX model (onnx.checker.check_model), with its external data beside it"
         )
-        why = named or join_messages(errors)
+        why = named or found.logger.said()
         raise EngineBuildError(f"the ONNX parser of {found.flavour} {found.version} rejected {model}: {why}. {remedy}")
     return model
 
@@ -198,7 +197,7 @@ def _inputs(network: Any) -> list[Input]:
 
 
 def _add_profile(
-    builder: Any, config: Any, inputs: Sequence[Input], ranges: Mapping[str, Range], errors: Sequence[str]
+    found: Library, builder: Any, config: Any, inputs: Sequence[Input], ranges: Mapping[str, Range]
 ) -> None:
     """Add an optimisation profile."""
     profile = builder.create_optimization_profile()
@@ -206,7 +205,7 @@ def _add_profile(
     for name, (low, usual, high) in ranges.items():
         (profile.set_shape_input if name in host else profile.set_shape)(name, low, usual, high)
     if config.add_optimization_profile(profile) < 0:
-        raise EngineBuildError(f"TensorRT refused the shapes {dict(ranges)}; it said: {join_messages(errors)}")
+        raise EngineBuildError(f"TensorRT refused the shapes {dict(ranges)}; it said: {found.logger.said()}")
 
 
 def _set_flag(found: Library, config: Any, name: str) -> None:
@@ -217,9 +216,7 @@ def _set_flag(found: Library, config: Any, name: str) -> None:
     config.set_flag(flag)
 
 
-def _allow_refit(
-    found: Library, config: Any, network: Any, refittable: bool | Sequence[str], errors: Sequence[str]
-) -> None:
+def _allow_refit(found: Library, config: Any, network: Any, refittable: bool | Sequence[str]) -> None:
     """Mark all weights, or some, as refittable."""
     if isinstance(refittable, str):
         refittable = (refittable,)
@@ -231,7 +228,7 @@ def _allow_refit(
             if not network.mark_weights_refittable(name):
                 raise EngineBuildError(
                     f"refittable: the model has no weights named {name!r} that TensorRT could mark; expected names of "
-                    f"its initialisers. TensorRT said: {join_messages(errors)}"
+                    f"its initialisers. TensorRT said: {found.logger.said()}"
                 )
 
 

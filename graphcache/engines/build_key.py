@@ -54,10 +54,6 @@ def external_files(data: bytes) -> list[str]:
 
     It searches for the bytes of such an entry, since reading the model would need the ``onnx`` package. It may find a
     name of no file.
-
-    Example:
-        >>> external_files(b"..\\n\\x08location\\x12\\x09model.bin..")
-        ['model.bin']
     """
     names = []
     for match in _EXTERNAL.finditer(data):

@@ -128,9 +128,10 @@ class StoredRuntimeCache(RuntimeCache):
     def __init__(self, serialized: bytes, found: Library, name: str) -> None:
         super().__init__()
         self._store = user_store()
-        parts = (hashlib.sha256(serialized).hexdigest(), found.flavour, found.version, _device())
+        device = _device()
+        parts = (hashlib.sha256(serialized).hexdigest(), found.flavour, found.version, device)
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        self._note = {"name": name, found.flavour: found.version, "device": _device()}
+        self._note = {"name": name, found.flavour: found.version, "device": device}
         self._source = f" that were kept for {name}"
         try:
             self._pending = self._store.get(KIND, self.key) or b""
@@ -177,5 +178,5 @@ def _keep_all() -> None:
 
 
 def _device() -> str:
-    """The name of the current device."""
+    """The name of the current device; empty without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -10,17 +10,15 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 import torch
 
 from graphcache.errors import ConfigError, NoGpuError, TensorRTNotFoundError, shown
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from contextlib import AbstractContextManager
-    from types import ModuleType
 
 log = logging.getLogger("graphcache.tensorrt")
 
@@ -213,12 +211,6 @@ def join_messages(errors: Iterable[str]) -> str:
 
     Repeated messages are dropped. So are those of ``catchCudaError``, with which TensorRT's bindings look for a CUDA
     error after any failure, unless there are no others.
-
-    Example:
-        >>> join_messages(["No such layer.", "No such layer."])
-        'No such layer'
-        >>> join_messages([])
-        'nothing'
     """
     texts = list(dict.fromkeys(text for text in (one_line(error).rstrip(".") for error in errors) if text))
     telling = [text for text in texts if "catchCudaError" not in text]

@@ -12,7 +12,7 @@ import math
 import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
@@ -39,18 +39,7 @@ _MAX_PARTNERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """One size of an output: ``(sum of factor * product of sizes + plus) // over``.
-
-    Args:
-        terms: Factors, each with the axes whose sizes it goes with.
-        plus: What is added.
-        over: What the sum is divided by, rounded down.
-
-    Example:
-        >>> half = Size(((1, ((0, 2),)),), plus=1, over=2)
-        >>> half.of([(1, 3, 15)])
-        8
-    """
+    """One size of an output: ``(sum of factor * product of sizes + plus) // over``. A term is a factor and its axes."""
 
     terms: tuple[tuple[int, tuple[Dim, ...]], ...] = ()
     plus: int = 0
@@ -66,18 +55,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class OutputShapes:
-    """The shapes of all outputs; a size that no rule explains is ``None``.
-
-    Args:
-        outputs: One tuple of sizes for each output.
-
-    Example:
-        >>> shapes = OutputShapes(((Size(((1, ((0, 0),)),)), Size(plus=4)), (None,)))
-        >>> shapes.of([(7, 3)])
-        [(7, 4), (None,)]
-        >>> OutputShapes.read(shapes.text) == shapes
-        True
-    """
+    """The shapes of all outputs; a size that no rule explains is ``None``."""
 
     outputs: tuple[tuple[Size | None, ...], ...]
 
@@ -88,7 +66,8 @@ class OutputShapes:
     @property
     def text(self) -> str:
         """As JSON."""
-        return json.dumps([[_tree(size) for size in output] for output in self.outputs], separators=(",", ":"))
+        trees = [[None if size is None else asdict(size) for size in output] for output in self.outputs]
+        return json.dumps(trees, separators=(",", ":"))
 
     @classmethod
     def read(cls, text: str) -> OutputShapes:
@@ -117,9 +96,15 @@ def output_shapes(engine: Engine) -> OutputShapes:
                     points.append(point)
                     found.append(shapes)
         del context, probe
+
+    def rule(output: int, axis: int) -> Size | None:
+        sizes = [shapes[output][axis] for shapes in found]
+        # A size is negative where only running the engine will tell.
+        return fit(points, sizes) if sizes and min(sizes) >= 0 else None
+
     return OutputShapes(
         tuple(
-            tuple(_rule(points, [shapes[index][axis] for shapes in found]) for axis in range(len(binding.shape)))
+            tuple(rule(index, axis) for axis in range(len(binding.shape)))
             for index, binding in enumerate(engine.outputs)
         )
     )
@@ -130,10 +115,6 @@ def fit(points: Sequence[Point], sizes: Sequence[int]) -> Size | None:
 
     In this order: a constant; one axis, scaled, shifted, divided and rounded down, as a stride does; the sum of two
     axes and a constant, as a concatenation makes; a product of axes, as flattening makes.
-
-    Example:
-        >>> fit([{(0, 0): n} for n in range(1, 12)], [(n + 1) // 2 for n in range(1, 12)])
-        Size(terms=((1, ((0, 0),)),), plus=1, over=2)
     """
     if len(set(sizes)) == 1:
         return Size(plus=sizes[0])
@@ -143,11 +124,6 @@ def fit(points: Sequence[Point], sizes: Sequence[int]) -> Size | None:
         if (found := _one_axis([point[dim] for point in points], sizes, dim)) is not None:
             return found
     return _sum(points, sizes, dims) or _product(points, sizes, dims)
-
-
-def _rule(points: Sequence[Point], sizes: Sequence[int]) -> Size | None:
-    """The rule of a size. It is negative where only running the engine will tell."""
-    return fit(points, sizes) if points and min(sizes) >= 0 else None
 
 
 def _one_axis(values: Sequence[int], sizes: Sequence[int], dim: Dim) -> Size | None:
@@ -286,21 +262,8 @@ class _ShapeProbe:
         )
 
 
-def _tree(size: Size | None) -> Any:
-    """A size as JSON has it."""
-    if size is None:
-        return None
-    if not size.terms and size.over == 1:
-        return size.plus
-    return {
-        "terms": [[factor, [list(dim) for dim in dims]] for factor, dims in size.terms],
-        "plus": size.plus,
-        "over": size.over,
-    }
-
-
 def _size(tree: Any) -> Size | None:
-    """The inverse of :func:`_tree`."""
+    """A size of what JSON holds: its fields, ``None``, or, written by 0.1.0, the number that it is."""
     if tree is None:
         return None
     if isinstance(tree, int):

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from graphcache.engines.library import Flavour, Library, join_messages, library, log, one_line
+from graphcache.engines.library import Flavour, Library, library, log, one_line
 from graphcache.errors import EngineError, shown
 
 _lock = threading.Lock()
@@ -69,13 +69,13 @@ def _load_plugins(found: Library, file: Path) -> None:
     if len(registry.all_creators) > before:
         return
     if any(hasattr(loaded, entry) for entry in ("getCreators", "getPluginCreators")):
-        with found.logger.collect() as errors:
-            handle = registry.load_library(str(file))
-        if handle is None:
-            raise EngineError(
-                f"{found.flavour} {found.version} registered no plugin of {file}; it said: {join_messages(errors)}. It "
-                "refuses a library of which a plugin is registered already, or that was built against another version"
-            )
+        with found.logger.collect():
+            if registry.load_library(str(file)) is None:
+                raise EngineError(
+                    f"{found.flavour} {found.version} registered no plugin of {file}; it said: {found.logger.said()}. "
+                    f"It refuses a library of which a plugin is registered already, or that was built against another "
+                    f"version"
+                )
     else:
         log.warning(
             "%s was loaded but registered no new plugin with %s %s: it was loaded before by other means, or built "

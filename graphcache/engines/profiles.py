@@ -1,7 +1,4 @@
-"""Optimisation profiles: the shapes that an engine is built for, checked against the inputs of a model.
-
-TensorRT is not needed for it, and sees only what passed, so that the messages are ours.
-"""
+"""Optimisation profiles: the shapes that an engine is built for, checked against the inputs of a model."""
 
 from __future__ import annotations
 
@@ -22,19 +19,15 @@ _VALUES = (-(2**63), 2**63 - 1)
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input of the model.
-
-    Args:
-        name: Its name.
-        dims: Its dimensions; -1 is one that the model leaves open.
-        host: Whether TensorRT reads its values on the host, as shapes (a shape tensor). Its range is one of values.
-        axes: The model's names for its dimensions, where it has them.
-    """
+    """An input of the model."""
 
     name: str
     dims: Shape
+    """Its dimensions; -1 is one that the model leaves open."""
     host: bool = False
+    """Whether TensorRT reads its values on the host, as shapes (a shape tensor). Its range is one of values."""
     axes: tuple[str | None, ...] = ()
+    """The model's names for its dimensions, where it has them."""
 
     @property
     def values(self) -> int:
@@ -48,14 +41,7 @@ class Input:
 
 
 def profiles(inputs: Sequence[Input], shapes: Mapping[str, ShapeSpec] | None) -> list[dict[str, Range]]:
-    """The optimisation profiles that ``shapes`` asks for, checked against the model's inputs.
-
-    Example:
-        >>> profiles([Input("x", (-1, 64))], {"x": ((1, 64), (4, 64), (8, 64))})
-        [{'x': ((1, 64), (4, 64), (8, 64))}]
-        >>> profiles([Input("x", (-1, 64))], {"x": (4, 64)})
-        [{'x': ((4, 64), (4, 64), (4, 64))}]
-    """
+    """The optimisation profiles that ``shapes`` asks for, checked against the model's inputs."""
     if shapes is not None and not isinstance(shapes, Mapping):
         raise EngineBuildError(f"shapes={shapes!r}: expected a dictionary from names of inputs to shapes")
     given = dict(shapes or {})

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from graphcache.engines.bindings import torch_dtype
 from graphcache.engines.engine import Engine
-from graphcache.engines.library import join_messages
 from graphcache.errors import EngineError, shown
 
 
@@ -22,7 +21,7 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
     (``IRefitter::refitCudaEngineAsync``). Its contexts stay valid.
     """
     trt = engine.trt
-    with engine.collect_errors() as said:
+    with engine.collect_errors():
         refitter = engine.refitter()
         names = [] if refitter is None else list(refitter.get_all_weights())
         if not names:
@@ -32,14 +31,14 @@ def refit(engine: Engine, weights: Mapping[str, Tensor], stream: int) -> None:
         given = {name: _checked(engine, refitter, names, name, value) for name, value in weights.items()}
         for name, (dtype, value) in given.items():
             if not refitter.set_named_weights(name, trt.Weights(dtype, value.data_ptr(), value.numel())):
-                raise EngineError(f"{engine.name}: weights {name!r} were refused: {join_messages(said)}")
+                raise EngineError(f"{engine.name}: weights {name!r} were refused: {engine.said()}")
         if missing := list(refitter.get_missing_weights()):
             raise EngineError(
                 f"{engine.name}: {', '.join(missing)} must be given together with {', '.join(given)}; nothing changed"
             )
         if not refitter.refit_cuda_engine_async(stream):
             raise EngineError(
-                f"{engine.name}: TensorRT refused to refit: {join_messages(said)}. Some weights may have been "
+                f"{engine.name}: TensorRT refused to refit: {engine.said()}. Some weights may have been "
                 f"replaced: refit again with all of them, or load the engine again"
             )
 

@@ -49,17 +49,7 @@ class Stored:
 
 
 class Store:
-    """A folder of entries, made at the first use. Beyond ``max_bytes`` the least recently used ones are removed.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as name:
-        ...     store = Store(Path(name), max_bytes=1000)
-        ...     store.get_or_make("engine", "abc", lambda: b"made", {})
-        ...     store.get_or_make("engine", "abc", lambda: b"made again", {})
-        b'made'
-        b'made'
-    """
+    """A folder of entries, made at the first use. Beyond ``max_bytes`` the least recently used ones are removed."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
@@ -170,12 +160,10 @@ class Store:
             yield
 
     def _make_folder(self) -> None:
-        """Make the folder if it is not there."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o755, exist_ok=True)
 
     def _path(self, kind: str, key: str) -> Path:
-        """The file of an entry."""
         return self.folder / f"{key}.{kind}"
 
 
