@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 from graphcache.dispatch import targets
-from graphcache.graphs import capture, cuda, driver, io_slots, stream_order
+from graphcache.graphs import capture, cuda, driver, stream_order
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
 LANE = "tests/graphs/test_stream_order.py::"
@@ -51,17 +51,13 @@ CURES: dict[str, tuple[TakeOut, str]] = {
     ),
     "a tensor that is not aligned is copied": (
         around(
-            io_slots.IoSlot, "__init__", lambda original, self, buffer, pointers, _: original(self, buffer, pointers, 1)
+            cuda.IoSlot, "__init__", lambda original, self, buffer, pointers, _: original(self, buffer, pointers, 1)
         ),
         CUDA + "test_an_unaligned_out_is_refused_by_kernels_and_taken_by_copies",
     ),
     "an engine's graphs of before a refit are stale": (
         replace(targets.EngineGuard, "is_stale", lambda self, grad: False),
         ENGINE + "test_a_graph_captured_beside_a_refit_is_of_before",
-    ),
-    "ready outputs are of one inference mode": (
-        replace(cuda, "_is_inference_mode", lambda: False),
-        CUDA + "test_ready_outputs_are_used_in_their_own_inference_mode_only",
     ),
 }
 

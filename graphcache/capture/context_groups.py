@@ -40,7 +40,7 @@ class SharedContext:
 
     def live(self) -> list[CudaGraph]:
         """The graphs that are open."""
-        return [graph for graph in self.graphs if graph.executables is not None]
+        return [graph for graph in self.graphs if graph.executable is not None]
 
 
 class SharedContexts:

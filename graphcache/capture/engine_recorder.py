@@ -20,10 +20,9 @@ from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
 from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.copy_nodes import find_copies, order_copies, with_copies
-from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import Round, perturb

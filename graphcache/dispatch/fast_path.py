@@ -37,6 +37,8 @@ _FUNCTIONS = (
     "cuGraphExecMemcpyNodeSetParams",
     "cuStreamIsCapturing",
     "cuCtxGetCurrent",
+    "cuGraphInstantiateWithParams",
+    "cuGraphExecDestroy",
 )
 
 
@@ -128,30 +130,10 @@ def put(
     """
     recorded, graph = entry.graph, entry.graph.graph
     assert isinstance(graph, CudaGraph)
-    # One look at what another thread may take away by closing the graph.
-    executables, outputs, slots = graph.executables, graph.outputs, (*graph.inputs, *graph.outputs)
-    if executables is None or not outputs or not all(slot.pointers for slot in slots):
-        return
-    table.put(
-        args,
-        entry,
-        graph,
-        graph.lane,
-        graph.lane.lock,
-        executables,
-        executables.table,
-        graph.index,
-        graph.context,
-        engine,
-        epoch,
-        is_stale,
-        None if recorded.bare else recorded.build,
-        slots,
-        tuple([slot.raw for slot in slots]),
-        tuple([slot.buffer for slot in outputs]),
-        # A device's memory comes from where the buffer's came from.
-        tuple([None if slot.buffer.is_cuda else slot.fresh for slot in outputs]),
-    )
+    if (half := graph.in_native_code(table)) is not None:
+        build = None if recorded.bare else recorded.build
+        lane, context = graph.lane, int(driver.primary_context(graph.index))
+        table.put(args, entry, graph, lane, lane.lock, half, graph.index, context, engine, epoch, is_stale, build)
 
 
 def open_to(call: Any, into: Any) -> None:
@@ -167,12 +149,11 @@ def open_to(call: Any, into: Any) -> None:
 
 def launcher(graph: Graph) -> Callable[[], None]:
     """What launches a pinned graph on the current stream: its ``launch``, or native code that does the same."""
-    executables = graph.executables if isinstance(graph, CudaGraph) else None
-    if executables is None or (table := new_table()) is None:
+    if not isinstance(graph, CudaGraph) or (table := new_table()) is None:
         return graph.launch
-    assert isinstance(graph, CudaGraph)
+    context = int(driver.primary_context(graph.index))
     run: Callable[[], None] = table.run(
-        graph, graph.lane, graph.lane.lock, executables, graph.index, graph.context, int(graph.pinned), graph.launch
+        graph, graph.lane, graph.lane.lock, graph.index, context, int(graph.executable), graph.launch
     )
     return run
 

@@ -75,6 +75,17 @@ def is_plain_copy(tensor: Tensor, buffer: Tensor) -> bool:
     return tensor.stride() == buffer.stride() and not tensor.is_conj() and not tensor.is_neg()
 
 
+def lies_as(tensor: Tensor, buffer: Tensor) -> bool:
+    """Whether a tensor can take the place of a buffer."""
+    return (
+        tensor.shape == buffer.shape
+        and tensor.stride() == buffer.stride()
+        and tensor.dtype is buffer.dtype
+        and tensor.device == buffer.device
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
+
+
 def hollow_like(tensor: Tensor) -> Tensor:
     """A tensor of the same layout and device without memory, to allocate others by; it must not be read or written."""
     with torch.inference_mode(False):

@@ -18,10 +18,9 @@ from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
 from graphcache.graphs.copy_kernel import copy_kernels
 from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies
-from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.cuda import CudaGraph, IoSlot
 from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Body
-from graphcache.graphs.io_slots import IoSlot
 from graphcache.graphs.param_patching import CannotBind
 from graphcache.graphs.process_wide import process_wide
 from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream

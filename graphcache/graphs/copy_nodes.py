@@ -14,7 +14,15 @@ from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, CopyKernel, CopyKernels
 from graphcache.graphs.edges import begin_early, edges_of, make_full
-from graphcache.graphs.param_patching import COPY_ADDRESSES, CannotBind, Pointer, copy_pointer, is_flat, nodes_of
+from graphcache.graphs.param_patching import (
+    COPY_ADDRESSES,
+    SET_KERNEL,
+    CannotBind,
+    Pointer,
+    copy_pointer,
+    is_flat,
+    nodes_of,
+)
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """(to, from): dense tensors of equal layout, of which none overlap."""
@@ -129,9 +137,8 @@ def _in_kernel(node: Any, kernels: CopyKernels) -> Iterator[tuple[int, int, Poin
     copies = Copies.from_buffer_copy(ctypes.string_at(theirs[0] or 0, ctypes.sizeof(Copies)))
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(copies))
     params.kernelParams = ctypes.addressof(arguments)
-    setter = driver.binding().cuGraphExecKernelNodeSetParams
     for start in range(0, len(copies), 3):
         nbytes = int(copies[start + 2])
         for place in (start, start + 1) if nbytes else ():
             word = ctypes.c_uint64.from_buffer(copies, 8 * place)
-            yield int(copies[place]), nbytes, Pointer(word, 0, setter, (node, params), (copies, arguments))
+            yield int(copies[place]), nbytes, Pointer(word, 0, SET_KERNEL, (node, params), (copies, arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -12,24 +13,80 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
-from graphcache.graphs.buffers import nbytes_of, poison
-from graphcache.graphs.executables import Executables
-from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
+from graphcache.graphs.buffers import extent_of, hollow_like, lies_as, nbytes_of, poison, put
+from graphcache.graphs.param_patching import Pointer
 from graphcache.graphs.stream_order import StreamOrder, own_stream
 
-_empty_like: Callable[[Tensor], Tensor] = torch.empty_like
+ALIGNMENT = 256
+"""In bytes: what TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""
+
+MAX_EXECUTABLES = 8
+"""Of a small graph, in native code: see native/executables.h."""
+
+SMALL = 32
+"""The largest graph, in nodes, that has more than one. A change of executables took 0.3 µs with 3 nodes, a patch 0.7
+(H200) to 3.5 (H100); with 106 nodes a change took 10 µs (driver 580)."""
+
+EXECUTABLE_BYTES = 96 * 1024
+"""Device memory of an executable besides its nodes, an estimate: 80 to 128 KiB were seen with 3 nodes, 192 to 256 with
+106 (H100, driver 580)."""
+
+NODE_BYTES = 2 * 1024
+"""What each node adds."""
+
+UNKNOWN = 2**64 - 1
+"""No address: of a slot that was never patched, or whose patch the driver refused."""
+
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
-_is_inference_mode = torch.is_inference_mode_enabled
+
+
+class IoSlot:
+    """An input or output of a graph: its static buffer, and where its address stands in the graph.
+
+    Without pointers it is copied by an operation of its own. ``alignment`` is what an address must be divisible by for
+    the graph to be pointed there: 1 where a node of the graph copies.
+    """
+
+    __slots__ = ("buffer", "mask", "nbytes", "pointers")
+
+    def __init__(self, buffer: Tensor, pointers: Sequence[Pointer], alignment: int) -> None:
+        self.buffer = buffer
+        self.pointers = tuple(pointers)
+        self.mask = alignment - 1
+        self.nbytes = extent_of(buffer)
+
+    @property
+    def address(self) -> int:
+        """Of the static buffer; 0 if the graph cannot be pointed anywhere."""
+        return self.buffer.data_ptr() if self.pointers else 0
+
+    def take(self, tensor: Tensor) -> int:
+        """The address of an input for the next launch: the tensor's, or the static buffer's after a copy."""
+        address = tensor.data_ptr()
+        if self.pointers and address and not address & self.mask:
+            return address
+        put(self.buffer, tensor)
+        return self.address
+
+    def target(self, tensor: Tensor) -> int:
+        """Where the next launch writes an output; 0 if it is copied there afterwards."""
+        if not self.pointers:
+            return 0
+        address = tensor.data_ptr()
+        if address & self.mask or not address:
+            raise CudaError(f"an output at {address:#x} is not aligned to {self.mask + 1} bytes")
+        return address
+
+    def fresh(self) -> Tensor:
+        """A new tensor of the same shape, strides and dtype."""
+        return torch.empty_like(self.buffer)
 
 
 class CudaGraph:
     """An instantiated CUDA graph; see :class:`~graphcache.graphs.graph.Graph` for the contract.
 
-    An input or output whose slot has pointers costs a comparison of addresses, and some µs when no executable is
-    pointed at the caller's tensor. One without is copied. The outputs of the next call are allocated after the launch,
-    while the device works.
-
-    Native code replays it too, by its public attributes, which only a holder of the lane's lock may change.
+    Native code replays it too. ``executable`` (``None`` once the graph is closed), ``pointed`` and ``native`` are read
+    and changed by the holder of the lane's lock alone.
 
     Args:
         captured: The ``CUgraph``, destroyed by ``release``.
@@ -41,8 +98,8 @@ class CudaGraph:
         pool_bytes: What of the lane's memory this graph alone uses.
     """
 
-    # Native code reads and writes these at fixed offsets.
-    __slots__ = ("__dict__", "__weakref__", "executables", "ready", "ready_inference", "ready_stream")
+    # Native code reads the executable at a fixed offset.
+    __slots__ = ("__dict__", "__weakref__", "executable")
 
     def __init__(
         self,
@@ -55,32 +112,30 @@ class CudaGraph:
         release: Callable[[], object],
         pool_bytes: int = 0,
     ) -> None:
-        self.executables: Executables | None = None
+        self.executable: Any = None
         with ExitStack() as undo:
             undo.callback(release)
             self.nodes = driver.node_count(captured)
             if self.nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
-            stream = own_stream(lane.index, "capture").cuda_stream
-            self.executables = Executables(captured, inputs, outputs, stream, lane)
+            self.executable = driver.instantiate(captured, own_stream(lane.index, "capture").cuda_stream)
             undo.pop_all()
         self.captured: Any = captured
-        self.launcher = driver.binding().cuGraphLaunch
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._copied = [index for index, slot in enumerate(outputs) if not slot.pointers]
-        self.ready: list[Tensor] | None = None
-        self.ready_stream = -1
-        self.ready_inference = False
+        slots = (*self.inputs, *self.outputs)
+        # Where the executable points, for each slot; 0 for one without pointers. Of a fixed size, so that it stays
+        # where it is: native code keeps it right too.
+        self.pointed = array("Q", [UNKNOWN if slot.pointers else 0 for slot in slots])
+        self.max_executables = MAX_EXECUTABLES if self.nodes <= SMALL and any(slot.pointers for slot in slots) else 1
+        # What native code keeps of this graph.
+        self.native: Any = None
         self.lane = lane
         self.index = lane.index
         self._keep = keep
-        self._release = release
-        self.context, self._current_context = int(driver.primary_context(lane.index)), driver.binding().cuCtxGetCurrent
+        self._release: Callable[[], object] | None = release
         self._pool_bytes = pool_bytes
         self.nbytes = self._account()
-        # The executable that is pointed at the static buffers.
-        self.pinned: Any = None
 
     @property
     def copies(self) -> int:
@@ -89,68 +144,51 @@ class CudaGraph:
 
     def _account(self) -> int:
         """The bytes of buffers, executables, the pool, and the outputs that lie ready for the next call."""
-        assert self.executables is not None
         buffers = nbytes_of([slot.buffer for slot in (*self.inputs, *self.outputs)])
-        return buffers + sum(slot.nbytes for slot in self.outputs) + self._pool_bytes + self.executables.nbytes
-
-    def _is_elsewhere(self) -> bool:
-        """Whether the legacy default stream here is another device's, or no context is current."""
-        code, context = self._current_context()
-        return bool(code) or int(context) != self.context
+        executables = self.max_executables * (EXECUTABLE_BYTES + self.nodes * NODE_BYTES)
+        return buffers + sum(slot.nbytes for slot in self.outputs) + self._pool_bytes + executables
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         stream = _raw_stream(self.index)
-        if not stream and self._is_elsewhere():
+        if not stream and not driver.is_current(self.index):
+            # The legacy default stream here is another device's.
             with driver.on_device(self.index):
                 return self.replay(inputs, out)
         lane = self.lane
         with lane.lock:
-            executables = self.executables
-            if executables is None:
+            if self.executable is None:
                 raise ClosedError("the graph was closed; call the module again to capture a new one")
             if lane.stream != stream:
                 lane.enter(stream)
-            wanted = [slot.take(tensor) for slot, tensor in zip(self.inputs, inputs)]  # noqa: B905 - the signature
-            answer = self.ready
-            if (
-                out is not None
-                or answer is None
-                or self.ready_stream != stream
-                or self.ready_inference is not _is_inference_mode()
-            ):
-                answer = [slot.fresh() for slot in self.outputs] if out is None else out
-            wanted += self._addresses(answer)
-            code = self.launcher(executables.aim(wanted), lane.handle)[0]
-            if code:
-                raise driver.failure("cuGraphLaunch", code)
-            for index in self._copied:
-                answer[index].copy_(self.outputs[index].buffer)
-            if out is None:
-                self._prepare_next(executables, stream)
-            else:
-                executables.launched()
+            wanted = [slot.take(tensor) for slot, tensor in zip(self.inputs, inputs, strict=True)]
+            answer = [slot.fresh() for slot in self.outputs] if out is None else out
+            wanted += [slot.target(tensor) for slot, tensor in zip(self.outputs, answer, strict=True)]
+            self._point(wanted)
+            driver.call("cuGraphLaunch", self.executable, lane.handle)
+            for slot, tensor in zip(self.outputs, answer, strict=True):
+                if not slot.pointers:
+                    tensor.copy_(slot.buffer)
         return answer
 
     def accepts(self, out: Sequence[Tensor]) -> bool:
         buffers = [slot.buffer for slot in self.outputs]
         return len(out) == len(buffers) and all(
-            tensor.data_ptr() % ALIGNMENT == 0 and tensor.numel() > 0 and _lies_as(tensor, buffer)
+            tensor.data_ptr() % ALIGNMENT == 0 and tensor.numel() > 0 and lies_as(tensor, buffer)
             for tensor, buffer in zip(out, buffers, strict=True)
         )
 
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
         with self.lane.lock:
-            if self.executables is None:
+            if self.executable is None:
                 raise ClosedError("the graph was closed; make a new session")
-            self.pinned = self.executables.aim([slot.address for slot in (*self.inputs, *self.outputs)])
+            self._point([slot.address for slot in (*self.inputs, *self.outputs)])
             return [slot.buffer for slot in self.inputs], [slot.buffer for slot in self.outputs]
 
     def launch(self) -> None:
-        stream = _raw_stream(self.index)
-        if not stream and self._is_elsewhere():
+        stream, lane = _raw_stream(self.index), self.lane
+        if not stream and not driver.is_current(self.index):
             with driver.on_device(self.index):
                 return self.launch()
-        lane = self.lane
         with lane.lock:
             if lane.stream != stream:
                 if lane.handle is not None and driver.is_capturing(stream):
@@ -160,18 +198,58 @@ class CudaGraph:
                         f"{lane.stream:#x}, which a capture cannot wait for; run it on one stream, or after the capture"
                     )
                 lane.enter(stream)
-            if self.executables is None:
+            if self.executable is None:
                 raise ClosedError("the graph was closed; make a new session")
-            code = self.launcher(self.pinned, lane.handle)[0]
-            if code:
-                raise driver.failure("cuGraphLaunch", code)
+            driver.call("cuGraphLaunch", self.executable, lane.handle)
+
+    def _point(self, wanted: Sequence[int]) -> None:
+        """Patch the executable where it points elsewhere; what the driver refuses, and what comes after, is UNKNOWN."""
+        pointed = self.pointed
+        if pointed.tolist() == wanted:
+            return
+        slots = [*self.inputs, *self.outputs]
+        changed = [index for index, address in enumerate(wanted) if pointed[index] != address]
+        # The driver takes a node's parameters as a whole, and several tensors may stand in one node: all words are
+        # written before any node is set. Native code may have written others there.
+        for slot, address in zip(slots, wanted, strict=True):
+            for pointer in slot.pointers:
+                pointer.word.value = address + pointer.offset
+        for index in changed:
+            pointed[index] = UNKNOWN
+        done = set()
+        for index in changed:
+            for pointer in slots[index].pointers:
+                if (node := int(pointer.arguments[0])) not in done:
+                    driver.call(pointer.setter, self.executable, *pointer.arguments)
+                    done.add(node)
+            pointed[index] = wanted[index]
+
+    def in_native_code(self, table: Any) -> Any:
+        """What native code keeps of this graph, made by one of its tables; ``None`` where it cannot replay it."""
+        slots = (*self.inputs, *self.outputs)
+        with self.lane.lock:
+            if self.executable is None or not self.outputs or not all(slot.pointers for slot in slots):
+                return None
+            if self.native is None:
+                self.native = table.graph(
+                    int(self.captured),
+                    int(self.executable),
+                    self.pointed,
+                    self.max_executables,
+                    slots,
+                    tuple([(slot.mask, slot.nbytes, tuple([each.raw for each in slot.pointers])) for slot in slots]),
+                    tuple([slot.buffer for slot in self.outputs]),
+                    # A device's memory comes from where the buffer's came from.
+                    tuple([None if slot.buffer.is_cuda else slot.fresh for slot in self.outputs]),
+                )
+            return self.native
 
     def let_go(self) -> None:
         """Give the memory of outputs that copy nodes hand out to other graphs of the lane; ends poison and pin."""
         with self.lane.lock:
             for slot in self.outputs:
                 if slot.pointers:
-                    slot.let_go()
+                    slot.buffer = hollow_like(slot.buffer)
             self.nbytes = self._account()
 
     def poison(self) -> None:
@@ -182,60 +260,26 @@ class CudaGraph:
 
     def close(self, *, wait: bool = True) -> None:
         with self.lane.lock:
-            executables, self.executables = self.executables, None
-            if executables is None:
+            executable, self.executable = self.executable, None
+            if executable is None:
                 return
-            held = [self.inputs, self.outputs, self._keep, self.ready]
-            release, self._release = self._release, _nothing
-            self.inputs, self.outputs, self.ready, self._keep, self.pinned = (), (), None, None, None
+            native, held, release = self.native, [self.inputs, self.outputs, self._keep], self._release
+            self.native, self.inputs, self.outputs, self._keep, self._release = None, (), (), None, None
+            assert release is not None
 
             def destroy() -> None:
-                try:
-                    executables.close()
-                finally:
-                    held.clear()
-                    release()
+                # From the last to the first, each even if one raises.
+                with ExitStack() as each:
+                    each.callback(release)
+                    each.callback(held.clear)
+                    each.callback(driver.call, "cuGraphExecDestroy", executable)
+                    if native is not None:
+                        each.callback(native.close)
 
             self.lane.release(destroy, wait=wait)
 
     def __del__(self) -> None:
-        if getattr(self, "executables", None) is not None and not sys.is_finalizing():
+        if getattr(self, "executable", None) is not None and not sys.is_finalizing():
             # On a lost device nothing can be given back.
             with suppress(CudaError):
                 self.close(wait=False)
-
-    def _addresses(self, answer: Sequence[Tensor]) -> list[int]:
-        """Where the next launch writes; 0 for outputs that are copied afterwards."""
-        addresses = []
-        for slot, tensor in zip(self.outputs, answer, strict=True):
-            address = tensor.data_ptr() if slot.pointers else 0
-            if address & slot.mask or (slot.pointers and not address):
-                raise CudaError(f"an output at {address:#x} is not aligned to {slot.mask + 1} bytes")
-            addresses.append(address)
-        return addresses
-
-    def _prepare_next(self, executables: Executables, stream: int) -> None:
-        """Allocate the outputs of the next call, while the device works."""
-        self.ready = None
-        try:
-            ready = [_empty_like(slot.buffer) for slot in self.outputs]
-            executables.launched(self._addresses(ready))
-        except (torch.cuda.OutOfMemoryError, CudaError):
-            # This call has its answer; the next one raises, if it still has to.
-            return
-        self.ready, self.ready_stream, self.ready_inference = ready, stream, _is_inference_mode()
-
-
-def _lies_as(tensor: Tensor, buffer: Tensor) -> bool:
-    """Whether a tensor can take the place of a buffer."""
-    return (
-        tensor.shape == buffer.shape
-        and tensor.stride() == buffer.stride()
-        and tensor.dtype is buffer.dtype
-        and tensor.device == buffer.device
-        and not (tensor.is_conj() or tensor.is_neg())
-    )
-
-
-def _nothing() -> None:
-    """The ``release`` of a closed graph, which keeps nothing alive."""

@@ -70,6 +70,12 @@ def on_device(index: int) -> Iterator[None]:
         call("cuCtxPopCurrent")
 
 
+def is_current(index: int) -> bool:
+    """Whether the current context is the one that torch uses for a device."""
+    code, context = binding().cuCtxGetCurrent()
+    return not int(code) and int(context) == int(primary_context(index))
+
+
 @cache
 def primary_context(index: int) -> Any:
     """The ``CUcontext`` that torch, like everything of the CUDA runtime, uses for a device; kept for good."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from graphcache.graphs import driver
 
 MAX_NODES = 4096
 """Reading a node's arguments takes some 10 µs; a graph beyond this many is launched for milliseconds and can copy."""
+
+SET_KERNEL, SET_COPY = "cuGraphExecKernelNodeSetParams", "cuGraphExecMemcpyNodeSetParams"
 
 COPY_ADDRESSES = ("srcDevice", "dstDevice")
 """Where a copy node's addresses stand."""
@@ -47,8 +49,8 @@ class Pointer:
     """The address in this object's own copy of the node's parameters; node-owned memory is never written."""
     offset: int
     """What is added to a tensor's address."""
-    setter: Callable[..., Any]
-    """The driver's function that sets all parameters of the node, so that every pointer into the node counts."""
+    setter: str
+    """The driver function that sets all parameters of the node, so that every pointer into the node counts."""
     arguments: Sequence[Any]
     """Of ``setter``, after the executable: node, parameters, and for a copy node the context."""
     keep: Any
@@ -188,7 +190,6 @@ def _compare_kernels(left: Any, right: Any, moves: Sequence[_Move], layouts: dic
     ]
     array = (ctypes.c_void_p * max(len(sizes), 1))(*(ctypes.addressof(copy) for copy in copies))
     params.kernelParams = ctypes.addressof(array)
-    setter = driver.binding().cuGraphExecKernelNodeSetParams
     for copy, before, after, size in zip(copies, mine, theirs, sizes, strict=True):
         if before != after and size == _DESCRIPTOR_BYTES:
             raise CannotBind("a tensor-map descriptor holds an address")
@@ -200,7 +201,7 @@ def _compare_kernels(left: Any, right: Any, moves: Sequence[_Move], layouts: dic
                 raise CannotBind("arguments differ in something that is no address")
             index, offset = _explain(int.from_bytes(mine_word, "little"), int.from_bytes(their_word, "little"), moves)
             word = ctypes.c_uint64.from_buffer(copy, start)
-            yield index, Pointer(word, offset, setter, (left, params), (copies, array))
+            yield index, Pointer(word, offset, SET_KERNEL, (left, params), (copies, array))
 
 
 def _compare_copies(left: Any, right: Any, moves: Sequence[_Move]) -> Iterator[_Found]:
@@ -226,7 +227,7 @@ def copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
     """The place of an address in a copy node, whose parameters ``params`` are a copy of."""
     word = ctypes.c_uint64.from_address(params.getPtr() + _copy_field_offsets()[field])
     context = driver.call("cuCtxGetCurrent")
-    return Pointer(word, offset, driver.binding().cuGraphExecMemcpyNodeSetParams, (node, params, context), params)
+    return Pointer(word, offset, SET_COPY, (node, params, context), params)
 
 
 def _copy_field_offsets() -> dict[str, int]:

@@ -28,15 +28,13 @@ class StreamOrder:
     outlive the lane's next launch.
     """
 
-    # Native code reads these at fixed offsets.
-    __slots__ = ("__dict__", "__weakref__", "last", "stream")
+    # Native code reads the stream at a fixed offset.
+    __slots__ = ("__dict__", "__weakref__", "stream")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.lock = native.new_lock()
         self.stream = -1
-        # The table of the executables that were launched last.
-        self.last: object = None
         self.handle: Any = None
         self._handles: dict[int, Any] = {}
         self._event: Any = None
@@ -164,7 +162,7 @@ class StreamOrder:
 
     def _forget(self) -> None:
         """Forget streams and memory."""
-        self.stream, self.handle, self.last = -1, None, None
+        self.stream, self.handle = -1, None
         self._handles.clear()
         self._scratch = self._pool = None
         if self._event is not None:

@@ -78,7 +78,7 @@ def dot_of(graph: Any) -> str:
 def _from_driver(graph: CudaGraph) -> str:
     """What ``cuGraphDebugDotPrint`` writes."""
     with graph.lane.lock:
-        if graph.executables is None:
+        if graph.executable is None:
             raise ClosedError("the graph was closed; call the module again to capture a new one")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "graph.dot"

@@ -146,7 +146,7 @@ def test_a_graph_that_another_capture_breaks_is_never_used_again(
     (kept,) = [entry.graph.graph for entry in graphs_of(fast).entries.values()]
     with caplog.at_level(logging.WARNING, "graphcache"):
         assert torch.equal(fast(second), second * 2)
-    assert kept.executables is None
+    assert kept.executable is None
     (record,) = caplog.records
     assert record.getMessage() == (
         f"{network}: 1 graph(s) answered differently once their execution context was used for another shape; they "

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import graphcache
-from graphcache.graphs import cuda
-from graphcache.graphs.io_slots import IoSlot
+from graphcache.graphs.cuda import IoSlot
 from graphcache.keys import native
 from tests.engine_modules import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.helpers import Fn, graphs_of, wrap_recorded
@@ -29,14 +28,14 @@ MOST_ON_THE_HOST = 55
 MOST_BEFORE_THE_GUARD_IS_COMPILED = 340
 """The same, with the 25 objects that the module reaches compared in Python. 333 now."""
 
-MOST_OF_AN_ENGINE = 70
-"""For an engine with one input and one output, in Python, on tensors whose memory comes again. 63 now."""
+MOST_OF_AN_ENGINE = 67
+"""For an engine with one input and one output, in Python, on tensors whose memory comes again. 62 now."""
 
-MOST_ON_OTHER_MEMORY = 76
-"""The same on memory that was never used before. 69 now, and in one call of 16 some more, which looks for it."""
+MOST_ON_OTHER_MEMORY = 68
+"""The same on memory that was never used before. 63 now."""
 
-MOST_INTO_THE_SAME_MEMORY = 110
-"""Answering into the same tensor from the same tensor."""
+MOST_INTO_THE_SAME_MEMORY = 95
+"""Answering into the same tensor from the same tensor. 89 now."""
 
 
 def calls_of(call: Callable[[], object]) -> int:
@@ -112,7 +111,6 @@ def test_subscribers_and_verification_are_no_part_of_a_hit() -> None:
 @pytest.mark.parametrize("io", ["bind", "copy"])
 def test_a_hit_of_an_engine(fake: Torch, monkeypatch: pytest.MonkeyPatch, io: str) -> None:  # noqa: F811
     answers = itertools.cycle([rows(fake, 2), rows(fake, 2)])
-    monkeypatch.setattr(cuda, "_empty_like", lambda _: next(answers))
     monkeypatch.setattr(IoSlot, "fresh", lambda _: next(answers))
     fast = wrap_recorded(load("affine"), io=io)
     inputs = [rows(fake, 2, start) for start in range(2)]
@@ -123,7 +121,9 @@ def test_a_hit_of_an_engine(fake: Torch, monkeypatch: pytest.MonkeyPatch, io: st
                 fast(x)
         fake.driver.calls.clear()
         found = {calls_of(lambda x=x: fast(x)) for x in inputs * 4}  # type: ignore[misc]
-        assert fake.driver.calls == ["cuGraphLaunch"] * 8
+        # Python points its one executable at other tensors each time, native code has further ones.
+        nodes = 0 if fast._graphcache_table is not None else 1 if io == "bind" else 2
+        assert fake.driver.calls == [*["cuGraphExecKernelNodeSetParams"] * nodes, "cuGraphLaunch"] * 8
         assert torch.equal(fast(inputs[0]), inputs[0] * 3 + 1)
         for _ in range(3):
             fast.forward_into(out, inputs[0])

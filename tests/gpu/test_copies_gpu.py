@@ -40,7 +40,7 @@ def run(graph, patched=()):
         for pointer, address in patched:
             pointer.word.value = address
         for pointer, _ in patched:
-            driver.call(pointer.setter.__name__, executable, *pointer.arguments)
+            driver.call(pointer.setter, executable, *pointer.arguments)
         driver.call("cuGraphLaunch", executable, stream.cuda_stream)
         stream.synchronize()
     finally:

@@ -19,7 +19,7 @@ from graphcache.capture import recording
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.engines.context import Context, ContextPool
 from graphcache.errors import CudaError, Refusal
-from graphcache.graphs import capture, driver, executables
+from graphcache.graphs import capture, cuda, driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.stream_order import StreamOrder, own_stream
 from tests.helpers import wrap_recorded
@@ -218,7 +218,7 @@ def test_a_fault_at_every_step_of_a_capture(case, kind, load, monkeypatch):
     options, targets = CASES[case]
     fault, expected = FAULTS[kind]
     # The graphs of the other modules make no more executables while those of this one are counted.
-    monkeypatch.setattr(executables, "SMALL", 0)
+    monkeypatch.setattr(cuda, "SMALL", 0)
     net = Net().requires_grad_(False).eval().to(DEVICE)
     others = {
         "engine": (graphcache.wrap(load("mlp8")), torch.randn(5, networks.SIZE, device=DEVICE)),

@@ -17,13 +17,20 @@ from graphcache.dispatch import fast_path
 from graphcache.graphs import driver as room
 from graphcache.graphs import native
 from graphcache.graphs.cuda import CudaGraph
-from tests.graphs.fake_driver import CUDA_KERNEL_NODE_PARAMS, CUDA_MEMCPY3D, CUcontext, Driver, Torch
+from tests.graphs.fake_driver import (
+    CUDA_GRAPH_INSTANTIATE_PARAMS,
+    CUDA_KERNEL_NODE_PARAMS,
+    CUDA_MEMCPY3D,
+    CUcontext,
+    Driver,
+    Torch,
+)
 
 _u64, _int = ctypes.c_uint64, ctypes.c_int
 
 
 class Functions:
-    """Five functions of the stand-in at addresses that C code can call.
+    """Seven functions of the stand-in at addresses that C code can call.
 
     What one of them raises cannot pass through C: it is kept in ``raised``, and the answer is an unknown error.
     """
@@ -37,6 +44,8 @@ class Functions:
             ctypes.CFUNCTYPE(_int, _u64, _u64, _u64, _u64)(self._set_copy),
             ctypes.CFUNCTYPE(_int, _u64, ctypes.POINTER(_int))(self._is_capturing),
             ctypes.CFUNCTYPE(_int, ctypes.POINTER(_u64))(self._current_context),
+            ctypes.CFUNCTYPE(_int, ctypes.POINTER(_u64), _u64, _u64)(self._instantiate),
+            ctypes.CFUNCTYPE(_int, _u64)(self._destroy),
         ]
         self.addresses = tuple(ctypes.cast(function, ctypes.c_void_p).value for function in self._kept)
 
@@ -58,6 +67,22 @@ class Functions:
     def _current_context(self, context: Any) -> int:
         context[0] = int(self._driver.cuCtxGetCurrent()[1])
         return 0
+
+    def _instantiate(self, executable: Any, graph: int, params: int) -> int:
+        made: list[Any] = []
+
+        def instantiate(*args: Any) -> Any:
+            code, handle = self._driver.cuGraphInstantiateWithParams(*args)
+            made.append(handle)
+            return (code,)
+
+        code = self._answer(instantiate, graph, _struct(CUDA_GRAPH_INSTANTIATE_PARAMS, params))
+        if not code:
+            executable[0] = int(made[0])
+        return code
+
+    def _destroy(self, executable: int) -> int:
+        return self._answer(self._driver.cuGraphExecDestroy, executable)
 
     def _answer(self, function: Callable[..., Any], *args: Any) -> int:
         try:

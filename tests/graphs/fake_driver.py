@@ -34,7 +34,6 @@ from graphcache.graphs import (
     copy_kernel,
     copy_nodes,
     cuda,
-    io_slots,
     param_patching,
     pool,
     stream_order,
@@ -1327,7 +1326,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
     kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (buffers, capture, copy_kernel, cuda, stream_order, param_patching, pool, io_slots, *others):
+    for module in (buffers, capture, copy_kernel, cuda, stream_order, param_patching, pool, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)
@@ -1335,7 +1334,6 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
             patch.setattr(module, "own_stream", own_stream)
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
     patch.setattr(torch.Tensor, "clone", lambda tensor, **options: fake.driver.heap.clone(tensor, **options))
-    patch.setattr(cuda, "_empty_like", fake.empty_like)
     for module in (cuda, stream_order):
         patch.setattr(module, "_raw_stream", fake.raw_stream)
     try:
@@ -1402,7 +1400,7 @@ class Affine:
         found = param_patching.find_pointers(graph, second, [self.x, self.y], others)
         room.call("cuGraphDestroy", second)
         return self._graph(
-            graph, [io_slots.IoSlot(self.x, found[0], ALIGNMENT)], [io_slots.IoSlot(self.y, found[1], ALIGNMENT)]
+            graph, [cuda.IoSlot(self.x, found[0], ALIGNMENT)], [cuda.IoSlot(self.y, found[1], ALIGNMENT)]
         )
 
     def copying(self) -> cuda.CudaGraph:
@@ -1412,13 +1410,13 @@ class Affine:
         work = copy_nodes.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
         graph = capture.capture_enqueue(work, self.lane, "affine")
         found = copy_nodes.find_copies(graph, [source, target], kernels)
-        return self._graph(graph, [io_slots.IoSlot(self.x, found[0], 1)], [io_slots.IoSlot(self.y, found[1], 1)])
+        return self._graph(graph, [cuda.IoSlot(self.x, found[0], 1)], [cuda.IoSlot(self.y, found[1], 1)])
 
     def staged(self) -> cuda.CudaGraph:
         """A graph whose input and output are copied by operations of their own."""
-        return self._graph(self.capture(), [io_slots.IoSlot(self.x, [], 1)], [io_slots.IoSlot(self.y, [], 1)])
+        return self._graph(self.capture(), [cuda.IoSlot(self.x, [], 1)], [cuda.IoSlot(self.y, [], 1)])
 
-    def _graph(self, graph: Any, inputs: list[io_slots.IoSlot], outputs: list[io_slots.IoSlot]) -> cuda.CudaGraph:
+    def _graph(self, graph: Any, inputs: list[cuda.IoSlot], outputs: list[cuda.IoSlot]) -> cuda.CudaGraph:
         return cuda.CudaGraph(
             graph,
             inputs=inputs,

@@ -16,9 +16,8 @@ from graphcache.graphs import copy_kernel, copy_nodes, driver
 from graphcache.graphs.capture import capture_enqueue
 from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
 from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies, with_copies
-from graphcache.graphs.cuda import CudaGraph
+from graphcache.graphs.cuda import CudaGraph, IoSlot
 from graphcache.graphs.edges import edges_of, make_all_full
-from graphcache.graphs.io_slots import IoSlot
 from graphcache.graphs.param_patching import CannotBind, Pointer
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
@@ -82,7 +81,7 @@ def run(graph: Any, patched: Sequence[tuple[Pointer, int]] = ()) -> None:
     for place, elsewhere in patched:
         place.word.value = elsewhere + place.offset
     for place, _ in patched:
-        driver.call(place.setter.__name__, executable, *place.arguments)
+        driver.call(place.setter, executable, *place.arguments)
     driver.call("cuGraphLaunch", executable, stream)
 
 
@@ -333,7 +332,9 @@ def test_a_node_of_several_tensors_is_pointed_elsewhere_once(
             given_ = [tensor.mul_(step) for tensor in fresh(fake, 2)]
             fake.driver.calls.clear()
             kept.append((call(given_), given_))
-            assert fake.driver.calls.count("cuGraphExecKernelNodeSetParams") == 2, "of the inputs, and of what is next"
+            # Native code points the node of the outputs at the next ones already, but for its first call.
+            nodes = 3 if functions is not None and step == 0 else 2
+            assert fake.driver.calls.count("cuGraphExecKernelNodeSetParams") == nodes
     assert functions is None or functions.raised == []
     for (answer,), (left, right) in kept:
         assert torch.equal(answer, left + right)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.graphs.io_slots import ALIGNMENT, IoSlot
+from graphcache.errors import CudaError
+from graphcache.graphs.cuda import ALIGNMENT, IoSlot
 from graphcache.graphs.param_patching import Pointer
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs.fake_driver import Affine, Torch, installed
@@ -23,14 +24,19 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
         yield fake
 
 
-SOMEWHERE = Pointer(None, 0, lambda *_: (0,), (), None)
+SOMEWHERE = Pointer(None, 0, "", (), None)
 
 
 @given(st.integers(0, 600), st.sampled_from([1, 16, 64, 256]))
-def test_fits_where_it_is_aligned_and_not_at_the_null_address(address: int, alignment: int) -> None:
+def test_an_output_is_written_where_it_is_aligned_and_not_at_the_null_address(address: int, alignment: int) -> None:
+    out: Any = type("Out", (), {"data_ptr": lambda self: address})()
+    assert IoSlot(torch.zeros(4), [], alignment).target(out) == 0, "it is copied"
     slot = IoSlot(torch.zeros(4), [SOMEWHERE], alignment)
-    assert slot.fits(address) is (address > 0 and address % alignment == 0)
-    assert not IoSlot(torch.zeros(4), [], alignment).fits(address), "without pointers nothing does"
+    if address > 0 and address % alignment == 0:
+        assert slot.target(out) == address
+    else:
+        with pytest.raises(CudaError, match=f"is not aligned to {alignment} bytes"):
+            slot.target(out)
 
 
 def test_takes_an_aligned_tensor_where_it_is(fake: Torch) -> None:
@@ -64,10 +70,10 @@ def test_fresh_is_like_the_buffer_and_memory_of_its_own(fake: Torch, make: Any) 
     assert same(one.copy_(buffer), buffer)
 
 
-def test_what_compiled_code_is_told(fake: Torch) -> None:
+def test_what_native_code_is_told(fake: Torch) -> None:
     (slot,) = Affine(fake, 4, StreamOrder(0)).bound().inputs
-    mask, nbytes, ((kernel, node, params, context, word, offset),) = slot.raw
     (pointer,) = slot.pointers
-    assert (mask, nbytes, kernel, context, offset) == (ALIGNMENT - 1, 16, True, 0, 0)
+    kernel, node, params, context, word, offset = pointer.raw
+    assert (kernel, context, offset) == (True, 0, 0)
     assert (node, params) == (int(pointer.arguments[0]), pointer.arguments[1].getPtr())
     assert word

@@ -73,7 +73,7 @@ class Found:
 
 def point(place: param_patching.Pointer, executable: Any, tensor: Tensor) -> None:
     place.word.value = tensor.data_ptr() + place.offset
-    driver.call(place.setter.__name__, executable, *place.arguments)
+    driver.call(place.setter, executable, *place.arguments)
 
 
 def nothing(memory: Any, *arguments: bytes) -> None:

@@ -1,4 +1,4 @@
-// The answer to a call: find its graph, aim, launch, and prepare the next one.
+// The answer to a call: find its graph, choose and point an executable, launch, and prepare the next call.
 #pragma once
 
 #include "conditions.h"
@@ -7,33 +7,47 @@
 namespace {
 
 // New outputs, and where they lie: done, with none where the allocator aligns to less than is needed, or failed.
-Outcome make_outputs(const Record& record, Ref& made, uint64_t* addresses) {
-  const size_t count = record.outputs();
+Outcome make_outputs(Graph& graph, Ref& made, uint64_t* addresses) {
+  const size_t count = graph.outputs();
   Ref fresh(PyList_New(static_cast<Py_ssize_t>(count)));
   if (!fresh) return Outcome::failed;
   for (size_t i = 0; i < count; ++i) {
-    PyObject* each = make(record.makers[i]);
+    PyObject* each = make(graph.makers[i]);
     if (each == nullptr) return Outcome::failed;
     PyList_SET_ITEM(fresh.get(), static_cast<Py_ssize_t>(i), each);
     c10::TensorImpl* tensor = plain(each);
     addresses[i] = tensor == nullptr ? 0 : address_of(tensor);
-    if (addresses[i] == 0 || (addresses[i] & record.places[record.inputs + i].mask) != 0) return Outcome::done;
+    if (addresses[i] == 0 || (addresses[i] & graph.places[graph.inputs + i].mask) != 0) return Outcome::done;
   }
   made = std::move(fresh);
   return Outcome::done;
 }
 
+// The outputs of this call: those that lie ready, or new ones; none where the allocator aligns to less than is needed.
+Outcome take_outputs(Graph& graph, uint64_t stream, Ref& outputs, uint64_t* addresses) {
+  outputs = std::move(graph.ready);
+  if (!outputs || graph.ready_stream != stream || graph.ready_inference != c10::InferenceMode::is_enabled()) {
+    outputs = nullptr;
+    return make_outputs(graph, outputs, addresses);
+  }
+  for (size_t i = 0; i < graph.outputs(); ++i)
+    addresses[i] = address_of(plain(PyList_GET_ITEM(outputs.get(), static_cast<Py_ssize_t>(i))));
+  return Outcome::done;
+}
+
 // The outputs of the next call. This call has its answer: no memory and no driver that agrees are the next one's to say.
-Outcome prepare_next(State& state, const Record& record) {
+Outcome prepare_next(State& state, Graph& graph, Lock& lock, uint64_t stream) {
   uint64_t addresses[most_places];
   Ref fresh;
-  if (make_outputs(record, fresh, addresses) != Outcome::done ||
-      (fresh && launched(state, record, addresses) != Outcome::done)) {
+  if (make_outputs(graph, fresh, addresses) != Outcome::done ||
+      (fresh && launched(graph, lock, addresses) != Outcome::done)) {
     if (!PyErr_ExceptionMatches(state.quiet.get())) return Outcome::failed;
     PyErr_Clear();
     return Outcome::done;
   }
-  if (fresh) state.ready.put(record.graph, fresh.release());
+  graph.ready = std::move(fresh);
+  graph.ready_stream = stream;
+  graph.ready_inference = c10::InferenceMode::is_enabled();
   return Outcome::done;
 }
 
@@ -69,20 +83,20 @@ Using find(State& state, const Words& words) {
     if (each->second->words == words) {
       Record& found = *each->second;
       // With many graphs in turn nothing of one is left in the caches: what is read next comes at once, not one by one.
-      __builtin_prefetch(found.table);
-      __builtin_prefetch(found.table + 8);
-      __builtin_prefetch(found.places.data());
-      __builtin_prefetch(&state.executables.in(found.graph));
+      __builtin_prefetch(found.native);
+      __builtin_prefetch(&found.native->last);
+      __builtin_prefetch(&found.native->ready);
+      __builtin_prefetch(&state.executable.in(found.graph));
       __builtin_prefetch(&state.hits.in(found.entry));
       return Using(&found);
     }
   return Using();
 }
 
-bool overlaps(const Record& record, const uint64_t* addresses, size_t output) {
-  const uint64_t written = addresses[output], end = written + record.places[output].nbytes;
-  for (size_t i = 0; i < record.inputs; ++i)
-    if (addresses[i] < end && written < addresses[i] + record.places[i].nbytes) return true;
+bool overlaps(const Graph& graph, const uint64_t* addresses, size_t output) {
+  const uint64_t written = addresses[output], end = written + graph.places[output].nbytes;
+  for (size_t i = 0; i < graph.inputs; ++i)
+    if (addresses[i] < end && written < addresses[i] + graph.places[i].nbytes) return true;
   return false;
 }
 
@@ -91,23 +105,16 @@ Outcome answer_afresh(State& state, const Record& record, uint64_t stream, uint6
   Held lock(*record.lock);
   if (!lock) return Outcome::left_alone;
   if (const auto current = is_current(state, record, stream); current != Outcome::done) return current;
-  PyObject* ready = state.ready.in(record.graph);
-  PyObject* inference = c10::InferenceMode::is_enabled() ? Py_True : Py_False;
-  if (ready == nullptr || !PyList_CheckExact(ready) ||
-      PyList_GET_SIZE(ready) != static_cast<Py_ssize_t>(record.outputs()) ||
-      state.ready_stream.number(record.graph) != stream || state.ready_inference.in(record.graph) != inference)
-    return Outcome::left_alone;
-  for (size_t i = 0; i < record.outputs(); ++i) {
-    c10::TensorImpl* tensor = plain(PyList_GET_ITEM(ready, static_cast<Py_ssize_t>(i)));
-    if (tensor == nullptr) return Outcome::left_alone;
-    addresses[record.inputs + i] = address_of(tensor);
-  }
-  outputs = Py_NewRef(ready);
-  if (const auto aimed = aim(state, record, addresses); aimed != Outcome::done) return aimed;
-  if (const auto begun = launch(state, record, stream); begun != Outcome::done) return begun;
+  Graph& graph = *record.native;
+  if (const auto taken = take_outputs(graph, stream, outputs, addresses + graph.inputs); taken != Outcome::done)
+    return taken;
+  if (!outputs) return Outcome::left_alone;
+  if (const auto aimed = aim(graph, *record.lock, addresses); aimed != Outcome::done) return aimed;
+  if (const auto begun = launch(*graph.driver, graph.executables[graph.expected].handle, stream);
+      begun != Outcome::done)
+    return begun;
   // What remains is done while the device works.
-  state.ready.put(record.graph, Py_NewRef(Py_None));
-  return prepare_next(state, record);
+  return prepare_next(state, graph, *record.lock, stream);
 }
 
 // The answer to some arguments. They are a tuple too, or become one where the answer is built of them.
@@ -120,7 +127,7 @@ Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* 
   if (!record) return Outcome::left_alone;
   uint64_t stream = 0, addresses[most_places];
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
-  if (!are_usable(*record, tensors, addresses)) return Outcome::left_alone;
+  if (!are_usable(*record->native, tensors, addresses)) return Outcome::left_alone;
   Ref outputs;
   const auto answered = answer_afresh(state, *record, stream, addresses, outputs);
   if (answered != Outcome::done) return answered;
@@ -136,13 +143,13 @@ Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* 
 }
 
 // Whether a graph may write its only output into a tensor: it lies as the graph's own does, and apart from what is read.
-bool fits(const Record& record, c10::TensorImpl* out, uint64_t* addresses) {
+bool fits(const Graph& graph, c10::TensorImpl* out, uint64_t* addresses) {
   Words words;
   describe_one(*out, words);
-  if (words != record.target || out->requires_grad()) return false;
-  const uint64_t written = addresses[record.inputs] = address_of(out);
-  if (written == 0 || (written & record.places[record.inputs].mask) != 0) return false;
-  return !overlaps(record, addresses, record.inputs);
+  if (words != graph.target || out->requires_grad()) return false;
+  const uint64_t written = addresses[graph.inputs] = address_of(out);
+  if (written == 0 || (written & graph.places[graph.inputs].mask) != 0) return false;
+  return !overlaps(graph, addresses, graph.inputs);
 }
 
 Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize_t count) {
@@ -151,17 +158,20 @@ Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize
   Words words;
   if (target == nullptr || !describe(args, count, tensors, words)) return Outcome::left_alone;
   const Using record = find(state, words);
-  if (!record || record->build != nullptr || record->outputs() != 1) return Outcome::left_alone;
+  if (!record || record->build != nullptr || record->native->outputs() != 1) return Outcome::left_alone;
+  Graph& graph = *record->native;
   uint64_t stream = 0, addresses[most_places];
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
-  if (!are_usable(*record, tensors, addresses) || !fits(*record, target, addresses)) return Outcome::left_alone;
+  if (!are_usable(graph, tensors, addresses) || !fits(graph, target, addresses)) return Outcome::left_alone;
   {
     Held lock(*record->lock);
     if (!lock) return Outcome::left_alone;
     if (const auto current = is_current(state, *record, stream); current != Outcome::done) return current;
-    if (const auto aimed = aim(state, *record, addresses); aimed != Outcome::done) return aimed;
-    if (const auto begun = launch(state, *record, stream); begun != Outcome::done) return begun;
-    if (const auto noted = launched(state, *record, nullptr); noted != Outcome::done) return noted;
+    if (const auto aimed = aim(graph, *record->lock, addresses); aimed != Outcome::done) return aimed;
+    if (const auto begun = launch(*graph.driver, graph.executables[graph.expected].handle, stream);
+        begun != Outcome::done)
+      return begun;
+    if (const auto noted = launched(graph, *record->lock, nullptr); noted != Outcome::done) return noted;
   }
   return finish(state, *record);
 }

@@ -27,7 +27,7 @@ Outcome current_stream(State& state, PyObject* index, int device, uint64_t* stre
 // Whether a stream is the one that was captured for: the legacy default stream is that of the current context.
 bool is_here(const State& state, uint64_t stream, uint64_t context) {
   void* current = nullptr;
-  return stream != 0 || (state.current_context(&current) == 0 && reinterpret_cast<uint64_t>(current) == context);
+  return stream != 0 || (state.driver->current_context(&current) == 0 && reinterpret_cast<uint64_t>(current) == context);
 }
 
 // Whether the call may go on: what the caller's context forbids, asked without touching anything.
@@ -46,13 +46,13 @@ Outcome may_launch(State& state, const Record& record, uint64_t* stream) {
     if (same <= 0) return same < 0 ? Outcome::failed : Outcome::left_alone;
   }
   int status = 0;
-  const bool idle = state.is_capturing(reinterpret_cast<void*>(*stream), &status) == 0 && status == 0;
+  const bool idle = state.driver->is_capturing(reinterpret_cast<void*>(*stream), &status) == 0 && status == 0;
   return idle ? Outcome::done : Outcome::left_alone;
 }
 
 // With the lane's lock: whether the graph is there, of this epoch, and ran last on this stream.
 Outcome is_current(State& state, const Record& record, uint64_t stream) {
-  if (state.executables.in(record.graph) != record.executables) return Outcome::left_alone;
+  if (!state.is_open(record.graph)) return Outcome::left_alone;
   if (state.stream.number(record.lane) != stream) return Outcome::left_alone;
   if (record.engine == nullptr) return Outcome::done;
   // Where nn.Module would find it in the end.
@@ -65,10 +65,10 @@ Outcome is_current(State& state, const Record& record, uint64_t stream) {
   return same < 0 ? Outcome::failed : same == 0 ? Outcome::left_alone : Outcome::done;
 }
 
-bool are_usable(const Record& record, c10::TensorImpl* const* tensors, uint64_t* addresses) {
-  for (size_t i = 0; i < record.inputs; ++i) {
+bool are_usable(const Graph& graph, c10::TensorImpl* const* tensors, uint64_t* addresses) {
+  for (size_t i = 0; i < graph.inputs; ++i) {
     addresses[i] = address_of(tensors[i]);
-    if (addresses[i] == 0 || (addresses[i] & record.places[i].mask) != 0) return false;
+    if (addresses[i] == 0 || (addresses[i] & graph.places[i].mask) != 0) return false;
   }
   return true;
 }

@@ -1,9 +1,10 @@
 // A hit in native code: what Dispatcher.__call__ (dispatch/dispatcher.py) and CudaGraph.replay (graphs/cuda.py) do.
 //
-// There is one source of truth, the Python objects. Which outputs are ready, on which stream a lane ran last: all of it
-// stands in __slots__ of CudaGraph, StreamOrder and Entry, and is read and written here at the offsets that their member
-// descriptors name; where a graph's executables point stands in the table of executables.py. So the general way, in
-// Python, may run between any two calls.
+// What both ways need stands in Python objects: whether a graph is open, on which stream a lane ran last, how often an
+// entry was hit. It is read and written here at the offsets that the member descriptors of __slots__ name. A graph's
+// first executable is Python's, and where it points stands in an array that both keep right. Its further executables and
+// the outputs of its next call are of this side alone (graph.h). So the general way, in Python, may run between any two
+// calls.
 //
 // A Table holds records by the layout of the inputs (table.h). A call is either answered, or raises what the Python way
 // raises, or is left alone with nothing changed, and then goes the Python way (answer.h). What decides is asked before
@@ -15,7 +16,7 @@
 // The GIL is held throughout, but for cuGraphLaunch, which blocks while the launch queue is full. The lane's lock is
 // held from the first look at the graph to the last change of it; it is the GIL that guards it (lock.h).
 //
-// CUDA's headers and libraries are not needed: the addresses of four driver functions come from Python.
+// CUDA's headers and libraries are not needed: the addresses of seven driver functions come from Python (driver.h).
 
 #include "doors.h"
 #include "table.h"
@@ -73,12 +74,13 @@ PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_graphcache_hit", nullptr, -1,
 PyMODINIT_FUNC PyInit__graphcache_hit() {
   Ref module(PyModule_Create(&module_def));
   Ref type(PyType_FromSpec(&table_spec));
-  Ref run(PyType_FromSpec(&run_spec)), lock(PyType_FromSpec(&lock_spec));
-  if (!module || !type || !run || !lock || PyModule_AddObjectRef(module.get(), "Table", type.get()) < 0 ||
+  Ref run(PyType_FromSpec(&run_spec)), lock(PyType_FromSpec(&lock_spec)), graph(PyType_FromSpec(&graph_spec));
+  if (!module || !type || !run || !lock || !graph || PyModule_AddObjectRef(module.get(), "Table", type.get()) < 0 ||
       PyModule_AddObjectRef(module.get(), "Lock", lock.get()) < 0)
     return nullptr;
   lock_type = reinterpret_cast<PyTypeObject*>(lock.release());
   table_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type.get()));
   run_type = reinterpret_cast<PyTypeObject*>(run.release());
+  graph_type = reinterpret_cast<PyTypeObject*>(graph.release());
   return module.release();
 }

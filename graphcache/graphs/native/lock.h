@@ -13,6 +13,7 @@ struct Lock {
   Py_ssize_t count, waiting;
   bool called;
   PyThread_type_lock gate;
+  const void* launched_last;  // The graph of the lane that native code launched last; compared, never followed.
 
   bool take() {
     const unsigned long me = PyThread_get_thread_ident();

@@ -13,13 +13,14 @@ struct Run {
   PyObject_HEAD
   vectorcallfunc call;
   State* state;  // Of the table.
-  uint64_t executable, context;
+  void* executable;
+  uint64_t context;
   int device;
-  PyObject *table, *graph, *lane, *lock, *executables, *index, *otherwise;
+  PyObject *table, *graph, *lane, *lock, *index, *otherwise;
 };
 
-std::array<PyObject**, 7> held_by(Run& run) {
-  return {&run.table, &run.graph, &run.lane, &run.lock, &run.executables, &run.index, &run.otherwise};
+std::array<PyObject**, 6> held_by(Run& run) {
+  return {&run.table, &run.graph, &run.lane, &run.lock, &run.index, &run.otherwise};
 }
 
 Outcome run_once(Run& run) {
@@ -29,9 +30,8 @@ Outcome run_once(Run& run) {
   if (!is_here(state, stream, run.context)) return Outcome::left_alone;
   Held lock(*reinterpret_cast<Lock*>(run.lock));
   if (!lock) return Outcome::left_alone;
-  if (state.executables.in(run.graph) != run.executables || state.stream.number(run.lane) != stream)
-    return Outcome::left_alone;
-  return launch(state, run.executable, stream);
+  if (!state.is_open(run.graph) || state.stream.number(run.lane) != stream) return Outcome::left_alone;
+  return launch(*state.driver, run.executable, stream);
 }
 
 PyObject* run_call(PyObject* self, PyObject* const*, size_t given, PyObject* names) {
@@ -84,30 +84,30 @@ PyType_Spec run_spec = {"_graphcache_hit.Run", sizeof(Run), 0,
 
 PyTypeObject* run_type;
 
-// (graph, lane, lock, executables, index, context, executable, otherwise)
+// (graph, lane, lock, index, context, executable, otherwise)
 PyObject* table_run(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
-  PyObject *graph, *lane, *lock, *executables, *index, *otherwise;
-  unsigned long long context, executable;
-  if (!PyArg_ParseTuple(given, "OOOOOKKO:run", &graph, &lane, &lock, &executables, &index, &context, &executable,
-                        &otherwise))
+  PyObject *graph, *lane, *lock, *index, *executable, *otherwise;
+  unsigned long long context;
+  if (!PyArg_ParseTuple(given, "OOOOKOO:run", &graph, &lane, &lock, &index, &context, &executable, &otherwise))
     return nullptr;
-  if (!state.executables.is_of(graph) || !state.stream.is_of(lane))
+  void* handle = pointer_of(executable);
+  if (PyErr_Occurred()) return nullptr;
+  if (!state.executable.is_of(graph) || !state.stream.is_of(lane))
     return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a StreamOrder");
   if (!Py_IS_TYPE(lock, lock_type)) return Py_NewRef(otherwise);
   auto* made = reinterpret_cast<Run*>(run_type->tp_alloc(run_type, 0));
   if (made == nullptr) return nullptr;
   made->call = run_call;
   made->state = &state;
-  made->executable = executable;
+  made->executable = handle;
   made->context = context;
   made->device = device_of(index);
   made->table = Py_NewRef(reinterpret_cast<PyObject*>(self));
   made->graph = Py_NewRef(graph);
   made->lane = Py_NewRef(lane);
   made->lock = Py_NewRef(lock);
-  made->executables = Py_NewRef(executables);
   made->index = Py_NewRef(index);
   made->otherwise = Py_NewRef(otherwise);
   return reinterpret_cast<PyObject*>(made);
