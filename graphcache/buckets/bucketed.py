@@ -57,10 +57,6 @@ class _Bucket:
     is_tried: bool = False
     """Whether that is found out in the background now."""
 
-    def proven(self, version: int) -> Padder | None:
-        """What crops the answers, if that was proven under this version of the module."""
-        return self.padder if version == self.version else None
-
     def is_denied(self, version: int) -> bool:
         """Whether calls are not to be padded for now."""
         return self.denial is not None and self.denial.wait(version) != 0
@@ -106,9 +102,11 @@ class Bucketed:
         The module is open, and nothing turns graphs off.
         """
         plan, captures = self._plan(call), self._captures
-        if plan.bucket is not None and captures.is_current(plan.bucket.key):
-            padder = plan.bucket.proven(captures.version)
-            if padder is not None and (answer := self._replayed(self._padded(plan.fit, call))) is not NO_ANSWER:
+        bucket = plan.bucket
+        if bucket is not None and captures.is_current(bucket.key) and self._is_proven(bucket):
+            padder = bucket.padder
+            answer = self._replayed(self._padded(plan.fit, call))
+            if padder is not None and answer is not NO_ANSWER:
                 return padder.crop(plan.fit, answer)
         with captures.lock:
             answer, otherwise = self._decide(call)
@@ -129,15 +127,19 @@ class Bucketed:
         if bucket is None or self._is_refused(bucket):
             return nothing
         target = self._padded(plan.fit, call)
-        cause = self._not_now(plan, bucket, call, target)
-        if cause is None:
-            if self._is_for_background(bucket):
-                return None, partial(self._observed, plan, bucket, call, target)
-            return self._captured(plan, bucket, call, target), None
-        if cause.reason not in _WAITING:
+        has_graph, is_proven = self._captures.is_current(bucket.key), self._is_proven(bucket)
+        if not has_graph:
+            cause = self._dispatcher.admit(target)
+        elif self._in_background and not is_proven and (bucket.is_tried or self._engine is not None):
+            cause = self._prove_later(plan, bucket, call, Effects(None))
+        if cause is not None and cause.reason not in _WAITING:
             return nothing
-        # What it takes counts in favour of a graph of the bucket.
-        return None, partial(self._dispatcher.eager, cause, call._replace(key=bucket.key))
+        if cause is not None:
+            # What it takes counts in favour of a graph of the bucket.
+            return None, partial(self._dispatcher.eager, cause, call._replace(key=bucket.key))
+        if self._in_background and self._engine is None and not (has_graph and is_proven):
+            return None, partial(self._observed, plan, bucket, call, target)
+        return self._captured(plan, bucket, call, target), None
 
     def target(self, call: KeyedCall) -> CallKey | None:
         """The key that a call is padded to; ``None`` if it is not padded, or that was refused."""
@@ -180,6 +182,10 @@ class Bucketed:
         """The padded call."""
         return self._dispatcher.target.describe(*self._padder.pad(fit, call.args, call.kwargs))
 
+    def _is_proven(self, bucket: _Bucket) -> bool:
+        """Whether calls may be padded to a bucket, by a proof under the module's version of now."""
+        return bucket.padder is not None and bucket.version == self._captures.version
+
     def _is_refused(self, bucket: _Bucket) -> bool:
         """Whether a call is not padded, or its bucket not captured, because of what came of earlier calls."""
         version = self._captures.version
@@ -201,24 +207,9 @@ class Bucketed:
         self._captures.keys.note(target.key, target.args, target.kwargs, -1)
         return answer
 
-    def _not_now(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall) -> Cause | None:
-        """Why the bucket is not captured or tried because of this call. The lock is held."""
-        if not self._captures.is_current(target.key):
-            return self._dispatcher.admit(target)
-        if not self._in_background or bucket.proven(self._captures.version) is not None:
-            return None
-        if bucket.is_tried:
-            return PENDING
-        return None if self._engine is None else self._prove_later(plan, bucket, call, Effects(None))
-
-    def _is_for_background(self, bucket: _Bucket) -> bool:
-        """Whether the bucket of a PyTorch module is captured or tried in the background."""
-        is_ready = bucket.proven(self._captures.version) is not None and self._captures.is_current(bucket.key)
-        return self._in_background and self._engine is None and not is_ready
-
     def _captured(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall) -> Any:
         """Answer a call and capture its bucket, after it was tried whether that may be padded to. The lock is held."""
-        padder, own = bucket.proven(self._captures.version), None
+        padder, own = bucket.padder if self._is_proven(bucket) else None, None
         if padder is None:
             own, effects = self._observe(call)
             outcome = self._prove(plan, bucket, call, effects)
