@@ -1,37 +1,6 @@
 """What can go wrong, and why a call ran eagerly.
 
-::
-
-    GraphCacheError
-    ├── ConfigError (ValueError)              an option, a mode or an environment variable
-    ├── InputError (ValueError)               what a module was called with
-    │   ├── InputCountError (TypeError)       too many, too few, unknown or repeated names
-    │   ├── InputTypeError (TypeError)        not a tensor
-    │   ├── InputDtypeError (TypeError)
-    │   ├── InputDeviceError
-    │   ├── InputRankError
-    │   ├── ProfileRangeError                 a size outside every optimisation profile
-    │   └── OutputMismatchError               forward_into: the answer does not fit
-    ├── EngineError (RuntimeError)
-    │   ├── EngineFormatError (ValueError)    truncated, or not an engine
-    │   ├── EngineVersionError                built by another TensorRT, or for another GPU
-    │   ├── EngineBuildError                  ONNX to engine
-    │   └── EngineExecutionError              TensorRT refused to run it
-    ├── CaptureError (RuntimeError)           only with on_failure="raise"
-    ├── ModeConflictError (RuntimeError)      graphs together with an output allocator, when strict
-    ├── ClosedError (RuntimeError)
-    ├── PackageError (ValueError)             a package file is damaged, or is none
-    ├── NoGpuError (RuntimeError)
-    ├── CudaError (RuntimeError)              a driver call failed
-    ├── CompileError (RuntimeError)           the optional accelerator cannot be compiled
-    ├── TensorRTNotFoundError (ModuleNotFoundError)
-    ├── ExtraNotFoundError (ModuleNotFoundError)  an optional package is not installed
-    ├── ResultError (ValueError)              a file is no result of a run, or a damaged one
-    └── ServingError (RuntimeError)           what a server cannot answer
-        ├── UnknownModelError (LookupError)   no such model, or no such version of it
-        └── UnavailableError                  not now; it says when to ask again
-
-Every message says what happened, what was seen, what would have been right, and what to do next.
+Every message says what happened, what was seen, what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -320,6 +289,14 @@ class Reason(enum.Enum):
         "the device had no room for the graph's buffers",
         "lower max_graphs or max_bytes",
     )
+
+
+GRAPHS_OFF = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
+"""The user has turned graphs off, or somebody watches the operations: submodules have no graphs either."""
+NOT_YET = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED})
+"""The whole may have a graph some day: submodules are left alone until then, and the time of the call counts for it."""
+EXPECTED = GRAPHS_OFF | NOT_YET
+"""What was asked for: no warning, and no failure with ``on_failure="raise"``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
-"""What happened: counters that are always kept, and events for those who subscribe.
+"""What happened: counters that are always kept, and who hears of it.
 
-A hit costs its graph one integer addition; it raises an event only while somebody listens.
+A hit costs its graph one integer addition, and more only while somebody observes replays. Whoever hears of something is
+called when the thread holds no :class:`QuietLock`, but for ``Observer.before``.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
 
-from graphcache.errors import Cause, ConfigError, Reason, shown
+from graphcache.errors import EXPECTED, Cause, ConfigError, Reason, shown
 
 log = logging.getLogger("graphcache")
+
+_MAX_TOLD = 256
+"""Causes that are remembered as logged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,6 @@ class RanEagerly:
 Kind = Literal["eager", "capture", "replay"]
 Event = Captured | Evicted | RanEagerly
 Subscriber = Callable[[Event], None]
-Tracer = Callable[[str], AbstractContextManager[object]]
-"""Makes a context manager from the name of what goes on inside it, such as ``"capture policy"``."""
 
 
 class Observer(Protocol):
@@ -104,64 +106,58 @@ class Observer(Protocol):
 
 
 class Span:
-    """Something that takes a while: a capture, an eager run or a replay."""
+    """Something that takes a while; whoever is inside says whether it is ``done``."""
 
     __slots__ = ("done",)
 
     def __init__(self, done: bool) -> None:
         self.done = done
-        """Whether it came about; whoever is inside says so."""
+
+
+class _Listener(NamedTuple):
+    observer: Observer
+    replays: bool
+    eager: bool
 
 
 class Observers:
-    """The observers of one wrapped module and its parts, or of one engine.
-
-    Nobody is asked for at a hit in native code: :attr:`on_change` tells whoever has such a path to close it.
-    """
+    """The observers of one wrapped module and its parts, or of one engine."""
 
     def __init__(self) -> None:
-        self.active: tuple[Observer, ...] = ()
-        """Those that are to be told now."""
+        self.listeners: tuple[_Listener, ...] = ()
+        self.active = False
+        """Whether one of them hears of replays: native code may answer no hit then."""
         self.on_change: WeakSet[Any] = WeakSet()
-        """Objects whose ``observed(active)`` is called when the first observer comes and when the last one goes."""
+        """Objects whose ``observed(active)`` is called when that changes."""
         self._lock = threading.Lock()
 
-    def add(self, observer: Observer) -> Callable[[], None]:
-        """Tell an observer from now on.
+    def add(self, observer: Observer, *, replays: bool = True, eager: bool = True) -> Callable[[], None]:
+        """Tell an observer from now on, until the function that is returned is called.
 
-        Returns:
-            A function that ends it.
-
-        Raises:
-            ConfigError: For what has no ``before`` and ``after``.
+        ``replays`` stands for eager runs where graphs are off too. Raises a ``ConfigError`` for what has no ``before``
+        and ``after``.
         """
-        check_observer(observer)
-        entry: tuple[Observer, ...] = (observer,)
-        self._set((*self.active, observer))
+        if not all(callable(getattr(observer, name, None)) for name in ("before", "after")):
+            raise ConfigError(f"{shown(observer)} is no observer; expected an object with the methods before and after")
+        listener = _Listener(observer, replays, eager)
+        self._change(lambda listeners: (*listeners, listener))
+        return lambda: self._change(lambda listeners: tuple(each for each in listeners if each is not listener))
 
-        def end() -> None:
-            nonlocal entry
-            if entry:
-                entry = ()
-                left = list(self.active)
-                left.remove(observer)
-                self._set(tuple(left))
-
-        return end
-
-    def _set(self, observers: tuple[Observer, ...]) -> None:
+    def _change(self, change: Callable[[tuple[_Listener, ...]], tuple[_Listener, ...]]) -> None:
         with self._lock:
-            changes = bool(observers) != bool(self.active)
-            self.active = observers
-        if changes:
+            self.listeners, before = change(self.listeners), self.active
+            self.active = any(each.replays for each in self.listeners)
+        if self.active is not before:
             for each in list(self.on_change):
-                each.observed(bool(observers))
+                each.observed(self.active)
 
     @contextmanager
-    def told(self, kind: Kind, name: str, span: Span) -> Iterator[Span]:
-        """Tell everybody before and after what happens inside."""
-        observers = self.active
-        for each in observers:
+    def told(self, kind: Kind, name: str, span: Span, *, traced: bool = True) -> Iterator[Span]:
+        """Tell before and after what happens inside; if it is not ``traced``, only who hears of replays."""
+        hearing = [
+            each.observer for each in self.listeners if (traced or each.replays) and (kind != "eager" or each.eager)
+        ]
+        for each in hearing:
             _tell(each.before, kind, name)
         start, done = time.perf_counter(), False
         try:
@@ -169,32 +165,39 @@ class Observers:
             done = span.done
         finally:
             seconds = time.perf_counter() - start
-            for each in observers:
+            for each in hearing:
                 when_unlocked(partial(_tell, each.after, kind, name, seconds, done))
 
 
-@dataclass
 class Ledger:
-    """The account of one module.
+    """Counts what one module does, and tells of it.
 
     Args:
         name: The module's name, for messages.
         quiet: Whether eager calls are no news, since whoever this is a part of has told of them.
+        observers: Those of the module that this is a part of.
     """
 
-    name: str
-    quiet: bool = field(default=False, kw_only=True)
-    captures: int = 0
-    evictions: int = 0
-    capture_seconds: float = 0.0
-    eager: Counter[Reason] = field(default_factory=Counter)
-    retired_hits: int = 0
-    subscribers: list[Subscriber] = field(default_factory=list)
-    tracers: list[Tracer] = field(default_factory=list)
-    observers: Observers = field(default_factory=Observers, kw_only=True)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-    _told: set[Cause] = field(default_factory=set)
-    _last: Cause | None = None
+    def __init__(self, name: str, *, quiet: bool = False, observers: Observers | None = None) -> None:
+        self.name = name
+        self.quiet = quiet
+        self.observers = Observers() if observers is None else observers
+        self.subscribers: list[Subscriber] = []
+        self.captures = self.evictions = self.retired_hits = 0
+        self.capture_seconds = 0.0
+        self.eager: Counter[Reason] = Counter()
+        self._lock = threading.Lock()
+        self._told: set[Cause] = set()
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call ``subscriber`` with every event, until the function that is returned is called."""
+        self.subscribers.append(subscriber)
+
+        def end() -> None:
+            with suppress(ValueError):
+                self.subscribers.remove(subscriber)
+
+        return end
 
     def captured(self, event: Captured) -> None:
         """Count a capture."""
@@ -214,33 +217,28 @@ class Ledger:
         # A reason's hash is a function in Python, in which another thread may take its turn.
         with self._lock:
             self.eager[cause.reason] += 1
-        # Mostly the very cause of the call before.
-        if cause is not self._last and cause not in self._told:
-            if len(self._told) >= _MAX_TOLD:
-                self._told.clear()
-            self._told.add(cause)
-            level = logging.INFO if self.quiet or cause.reason.value in _EXPECTED else logging.WARNING
+            is_news = cause not in self._told
+            if is_news:
+                if len(self._told) >= _MAX_TOLD:
+                    self._told.clear()
+                self._told.add(cause)
+        if is_news:
+            level = logging.INFO if self.quiet or cause.reason in EXPECTED else logging.WARNING
             log.log(level, "%s ran eagerly: %s (Said once; later calls are counted.)", self.name, cause)
-        self._last = cause
-        if self.subscribers:
-            self._publish(RanEagerly(cause))
+        self._publish(RanEagerly(cause))
 
     def span(self, kind: Kind, *, traced: bool = True) -> AbstractContextManager[Span]:
-        """Tell the observers of what happens inside, and if ``traced`` the tracers and PyTorch's profiler too."""
-        traced = traced and bool(self.tracers or torch._C._autograd._profiler_enabled())
-        if not (traced or self.observers.active):
+        """Tell the observers of what happens inside, and if ``traced`` PyTorch's profiler too."""
+        profiled = traced and torch._C._autograd._profiler_enabled()
+        if not (profiled or self.observers.listeners):
             return nullcontext(Span(kind == "eager"))
-        return self._span(kind, traced)
+        return self._span(kind, traced, profiled)
 
     @contextmanager
-    def _span(self, kind: Kind, traced: bool) -> Iterator[Span]:
-        label = f"{kind} {self.name}"
-        with ExitStack() as entered:
-            if traced and torch._C._autograd._profiler_enabled():
-                entered.enter_context(torch.profiler.record_function(f"graphcache: {label}"))
-            for tracer in tuple(self.tracers) if traced else ():
-                entered.enter_context(tracer(label))
-            yield entered.enter_context(self.observers.told(kind, self.name, Span(kind == "eager")))
+    def _span(self, kind: Kind, traced: bool, profiled: bool) -> Iterator[Span]:
+        profile = torch.profiler.record_function(f"graphcache: {kind} {self.name}") if profiled else nullcontext()
+        with profile, self.observers.told(kind, self.name, Span(kind == "eager"), traced=traced) as span:
+            yield span
 
     def _publish(self, event: Event) -> None:
         if self.subscribers:
@@ -259,14 +257,6 @@ class QuietLock:
 
     What :func:`when_unlocked` was given in a thread that holds such locks is called when the thread has released the
     last of them. So a subscriber may call, clear and close any module, and wait for other threads that do.
-
-    Example:
-        >>> lock = QuietLock()
-        >>> with lock, QuietLock():
-        ...     when_unlocked(lambda: print("delivered"))
-        ...     print("locked")
-        locked
-        delivered
     """
 
     __slots__ = ("_lock",)
@@ -318,38 +308,3 @@ def _tell(method: Callable[..., None], *what: Any) -> None:
         method(*what)
     except Exception:
         log.exception("an observer failed; the call goes on")
-
-
-def check_observer(observer: object) -> None:
-    """Raise for what is no observer.
-
-    Raises:
-        ConfigError: Then.
-    """
-    if not all(callable(getattr(observer, name, None)) for name in ("before", "after")):
-        raise ConfigError(f"{shown(observer)} is no observer; expected an object with the methods before and after")
-
-
-class GraphsAlone:
-    """Passes captures and replays on to an observer, and no eager runs.
-
-    Args:
-        observer: Who hears of them.
-    """
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-
-    def before(self, kind: Kind, module: str) -> None:
-        """Hear that something begins."""
-        if kind != "eager":
-            self._observer.before(kind, module)
-
-    def after(self, kind: Kind, module: str, seconds: float, done: bool) -> None:
-        """Hear that it has ended."""
-        if kind != "eager":
-            self._observer.after(kind, module, seconds, done)
-
-
-_EXPECTED = frozenset({"disabled", "tracing", "outer_capture", "cold", "pending", "not_worth_it", "not_prepared"})
-_MAX_TOLD = 256

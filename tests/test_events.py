@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_the_memory_of_what_was_logged_is_bounded(ledger, caplog):
 
 def test_subscribers_see_every_event_in_order(ledger):
     seen: list[object] = []
-    ledger.subscribers.append(seen.append)
+    ledger.subscribe(seen.append)
     events = [Captured("a", 0.1, 1, 1), Evicted("a", 2)]
     ledger.captured(events[0])
     ledger.evicted(events[1])
@@ -72,7 +72,8 @@ def test_subscribers_see_every_event_in_order(ledger):
 
 def test_a_subscriber_that_fails_neither_stops_the_call_nor_the_next_subscriber(ledger, caplog):
     seen: list[object] = []
-    ledger.subscribers += [lambda event: 1 / 0, seen.append]
+    ledger.subscribe(lambda event: 1 / 0)
+    ledger.subscribe(seen.append)
     ledger.evicted(Evicted("a", 1))
     assert seen == [Evicted("a", 1)]
     assert "a subscriber failed on Evicted; the call goes on" in caplog.text
@@ -83,50 +84,57 @@ def test_a_subscriber_may_leave_while_it_is_told(ledger):
 
     def once(event: object) -> None:
         seen.append(event)
-        ledger.subscribers.remove(once)
+        leave()
 
-    ledger.subscribers += [once, seen.append]
+    leave = ledger.subscribe(once)
+    ledger.subscribe(seen.append)
     ledger.evicted(Evicted("a", 1))
     ledger.evicted(Evicted("b", 1))
     assert seen == [Evicted("a", 1), Evicted("a", 1), Evicted("b", 1)]
 
 
-def test_spans_cost_nothing_without_a_tracer_and_nest_with_several():
-    ledger = Ledger("module")
+class Notes:
+    def __init__(self):
+        self.seen = []
+
+    def before(self, kind, module):
+        self.seen.append((kind, module))
+
+    def after(self, kind, module, seconds, done):
+        self.seen.append("end")
+
+
+def test_spans_cost_nothing_without_an_observer_and_are_told_to_each(ledger):
     assert type(ledger.span("eager")) is nullcontext
-    seen = []
-
-    @contextmanager
-    def tracer(label):
-        seen.append(label)
-        yield
-        seen.append("end")
-
-    ledger.tracers += [tracer, tracer]
+    one, other = Notes(), Notes()
+    ends = [ledger.observers.add(one), ledger.observers.add(other)]
     with ledger.span("capture"):
-        seen.append("inside")
-    assert seen == ["capture module", "capture module", "inside", "end", "end"]
+        assert one.seen == other.seen == [("capture", "net")]
+    assert one.seen == other.seen == [("capture", "net"), "end"]
+    for end in (*ends, *ends):
+        end()
+    assert type(ledger.span("capture")) is nullcontext
+    assert not ledger.observers.active
 
 
-def test_a_tracer_that_fails_closes_those_before_it():
-    ledger, seen = Ledger("module"), []
+def test_who_hears_no_replays_keeps_no_hit_from_native_code(ledger):
+    notes = Notes()
+    ledger.observers.add(notes, replays=False)
+    assert not ledger.observers.active
+    for kind, traced in (("replay", False), ("eager", False), ("eager", True), ("capture", True)):
+        with ledger.span(kind, traced=traced):
+            pass
+    assert notes.seen == [("eager", "net"), "end", ("capture", "net"), "end"]
 
-    @contextmanager
-    def tracer(label):
-        try:
-            yield
-        finally:
-            seen.append("end")
 
-    @contextmanager
-    def fails(label):
-        raise KeyError(label)
-        yield
-
-    ledger.tracers += [tracer, fails]
-    with pytest.raises(KeyError), ledger.span("eager"):
-        pass
-    assert seen == ["end"]
+def test_who_hears_no_eager_runs_hears_the_rest(ledger):
+    notes = Notes()
+    ledger.observers.add(notes, eager=False)
+    assert ledger.observers.active
+    for kind in ("replay", "eager", "capture"):
+        with ledger.span(kind):
+            pass
+    assert notes.seen == [("replay", "net"), "end", ("capture", "net"), "end"]
 
 
 def test_no_eager_call_of_many_threads_is_lost():
@@ -142,7 +150,7 @@ def test_no_eager_call_of_many_threads_is_lost():
 
 def test_an_event_waits_for_the_last_lock_of_the_thread(ledger):
     seen: list[object] = []
-    ledger.subscribers.append(seen.append)
+    ledger.subscribe(seen.append)
     one, other = QuietLock(), QuietLock()
     with one:
         ledger.evicted(Evicted("a", 1))
@@ -156,7 +164,7 @@ def test_an_event_waits_for_the_last_lock_of_the_thread(ledger):
 
 def test_an_event_is_delivered_when_what_held_the_lock_failed(ledger):
     seen: list[object] = []
-    ledger.subscribers.append(seen.append)
+    ledger.subscribe(seen.append)
     with pytest.raises(KeyError), QuietLock():
         ledger.evicted(Evicted("a", 1))
         raise KeyError
@@ -165,7 +173,7 @@ def test_an_event_is_delivered_when_what_held_the_lock_failed(ledger):
 
 def test_a_lock_of_another_thread_keeps_no_event_back(ledger):
     seen: list[object] = []
-    ledger.subscribers.append(seen.append)
+    ledger.subscribe(seen.append)
     with QuietLock():
         in_threads(lambda index: ledger.evicted(Evicted(index, 1)), 2)
         assert len(seen) == 2
@@ -173,7 +181,7 @@ def test_a_lock_of_another_thread_keeps_no_event_back(ledger):
 
 def test_a_lock_that_is_not_to_be_had_is_not_held(ledger):
     lock, seen = QuietLock(), []
-    ledger.subscribers.append(seen.append)
+    ledger.subscribe(seen.append)
 
     def other(_):
         assert not lock.acquire(timeout=0.01)

@@ -54,18 +54,13 @@ from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
 from graphcache.dispatch.preconditions import AS_IT_IS, forbidden, on_device, several_devices
 from graphcache.dispatch.targets import EngineGuard, ModuleTarget, SubmoduleGraphs, Target
-from graphcache.errors import CaptureError, Cause, ClosedError, Reason, Refusal
+from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
 from graphcache.keys.call_key import NO_KEY, KeyedCall
 
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
-
-_GRAPHS_OFF = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
-"""The user has turned graphs off, or somebody watches the operations: submodules have no graphs either."""
-_NOT_YET = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED})
-"""The whole may have a graph some day: submodules are left alone until then, and the time of the call counts for it."""
 
 
 class Dispatcher:
@@ -244,10 +239,10 @@ class Dispatcher:
         """Answer a call without a graph of the whole."""
         self.check_open()
         self.tell(cause)
-        if cause.reason in _GRAPHS_OFF:
+        if cause.reason in GRAPHS_OFF:
             with self.ledger.span("eager", traced=False):
                 return self.run(call)
-        if cause.reason in _NOT_YET:
+        if cause.reason in NOT_YET:
             start = time.perf_counter()
             with self.ledger.span("eager"), graphs_off():
                 answer = self.run(call)
@@ -290,7 +285,7 @@ class Dispatcher:
     def tell(self, cause: Cause) -> None:
         """Count an eager call."""
         self.ledger.ran_eagerly(cause)
-        if self.config.on_failure == "raise" and cause.reason not in _GRAPHS_OFF | _NOT_YET:
+        if self.config.on_failure == "raise" and cause.reason not in EXPECTED:
             raise CaptureError(f"{self.ledger.name}: {cause}")
 
     # ---- beside the calls

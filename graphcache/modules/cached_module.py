@@ -6,7 +6,7 @@ import copy
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 from torch import nn
@@ -19,7 +19,7 @@ from graphcache.dispatch.fast_path import open_to
 from graphcache.dispatch.forward_into import copy_into
 from graphcache.dispatch.preconditions import is_compiling
 from graphcache.errors import Cause, ConfigError, Refusal, shown
-from graphcache.events import Ledger, Observer, Observers, Subscriber, log
+from graphcache.events import Ledger, Observer, Subscriber, log
 from graphcache.features import features
 from graphcache.graphs.graph import Graph
 from graphcache.modules.explain import Explanation, explain
@@ -78,8 +78,7 @@ class CachedModule(TransparentModule):
         super().__init__(module)
         config, name = config or GraphConfig(), name or name_of(module)
         is_found = part_of is not None and config.strategy == "auto"
-        observers = Observers() if part_of is None else part_of.ledger.observers
-        ledger = Ledger(name, quiet=is_found, observers=observers)
+        ledger = Ledger(name, quiet=is_found, observers=None if part_of is None else part_of.ledger.observers)
         gate = RunGate(module) if part_of is None else part_of.gate
         # Past nn.Module's __setattr__, which would make submodules of modules.
         own, this = self.__dict__, weakref.ref(self)
@@ -318,14 +317,7 @@ class CachedModule(TransparentModule):
 
         Returns a function that ends it.
         """
-        subscribers = self._graphcache.dispatcher.ledger.subscribers
-        subscribers.append(subscriber)
-
-        def end() -> None:
-            with suppress(ValueError):
-                subscribers.remove(subscriber)
-
-        return end
+        return self._graphcache.dispatcher.ledger.subscribe(subscriber)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell an observer before and after every eager run, capture and replay of the module and of its submodules.

@@ -19,7 +19,7 @@ from graphcache.engines.bindings import check_inputs, choose_profile, out_of_ran
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import Cause, ConfigError, EngineError, EngineFormatError, InputCountError, Reason
-from graphcache.events import GraphsAlone, Observer, Span
+from graphcache.events import Observer, Span
 from graphcache.features import features
 from graphcache.graphs.operations import is_unwatched
 from graphcache.graphs.stream_order import own_stream
@@ -259,7 +259,8 @@ class EngineModule(EngineBase):
             ConfigError: For an object without ``before`` and ``after``.
         """
         self.check_open()
-        ends = self._observers.add(observer), self.with_graphs().observe(GraphsAlone(observer))
+        graphs = controls(self.with_graphs()).ledger.observers
+        ends = self._observers.add(observer), graphs.add(observer, eager=False)
 
         def end() -> None:
             for each in ends:

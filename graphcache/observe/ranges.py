@@ -5,13 +5,14 @@ The ranges are in the domain ``graphcache`` of the package ``nvtx``. If that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from graphcache.errors import ConfigError, ExtraNotFoundError, shown
+from graphcache.events import Kind
 from graphcache.extras import optional
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.transparent import controls
@@ -38,36 +39,31 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> ExitStack:
         >>> with nvtx_ranges(fast):
         ...     _ = fast(torch.zeros(2))
     """
-    modules = (module, *controls(module).parts.values())
+    ledger = controls(module).ledger
     if not isinstance(hits, bool):
         raise ConfigError(f"hits={shown(hits)}: expected True or False")
     push, pop = _functions()
 
-    @contextmanager
-    def traced(label: str) -> Iterator[None]:
-        push(label)
-        try:
-            yield
-        finally:
-            pop()
-
     undo = ExitStack()
-    for each in modules:
-        tracers = controls(each).ledger.tracers
-        tracers.append(traced)
-        undo.callback(tracers.remove, traced)
+    undo.callback(ledger.observers.add(_Ranges(push, pop), replays=False))
     if hits:
-        label = f"call {controls(module).ledger.name}"
-
-        def before(*_: object) -> None:
-            push(label)
-
-        def after(*_: object) -> None:
-            pop()
-
-        undo.callback(module.register_forward_pre_hook(before).remove)
-        undo.callback(module.register_forward_hook(after, always_call=True).remove)
+        undo.callback(module.register_forward_pre_hook(lambda *_: push(f"call {ledger.name}")).remove)
+        undo.callback(module.register_forward_hook(lambda *_: pop(), always_call=True).remove)
     return undo
+
+
+class _Ranges:
+    """Draws a range around each capture and eager run."""
+
+    def __init__(self, push: Callable[[str], object], pop: Callable[[], object]) -> None:
+        self._push = push
+        self._pop = pop
+
+    def before(self, kind: Kind, module: str) -> None:
+        self._push(f"{kind} {module}")
+
+    def after(self, kind: Kind, module: str, seconds: float, done: bool) -> None:
+        self._pop()
 
 
 def _functions() -> tuple[Callable[[str], object], Callable[[], object]]:

@@ -51,7 +51,7 @@ def test_captures_and_eager_calls_have_ranges_and_hits_none(drawn):
     assert drawn == ["graphcache", "capture Fn", "end", "capture Fn", "end", "eager Fn", "end"]
     calls(fast)
     assert len(drawn) == 7
-    assert fast.ledger.tracers == []
+    assert fast.ledger.observers.listeners == ()
 
 
 def test_every_call_has_one_where_that_is_asked_for(drawn):
