@@ -11,7 +11,14 @@ from torch import Tensor
 
 from graphcache.capture.context_groups import SharedContext, SharedContexts
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recording import OTHER_VALUES, Recording, Sharing, check_repeats, nothing, verify_or_close
+from graphcache.capture.recording import (
+    OTHER_VALUES,
+    CaptureRequest,
+    Recording,
+    Sharing,
+    check_repeats,
+    verify_or_close,
+)
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import log
@@ -46,22 +53,15 @@ class EngineRecorder:
     def passing_nbytes(self) -> int:
         return self._passing + self._contexts.passing_nbytes
 
-    def attempt(
-        self,
-        call: KeyedCall,
-        *,
-        sharing: Sharing = Sharing.ALL,
-        begin: Callable[[], object] = nothing,
-        known: Recording | None = None,
-    ) -> tuple[Any, Recording | Cause]:
-        module = self._module
+    def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
+        module, call, sharing = self._module, request.call, request.sharing
         given, profile = module.checked(module.bind(call.args, call.kwargs))
         if (cause := module.forbids_capture()) is not None:
             return self._eagerly(call), cause
         answer: list[Tensor] = []
         outcome: Recording | Cause
         try:
-            begin()
+            request.begin()
             lane = StreamOrder(module.device.index) if sharing is Sharing.NOTHING else module.lane
             shares = self._contexts.shares and sharing is Sharing.ALL
             with capturing(lane) as stream, torch.inference_mode(False), torch.no_grad():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -97,26 +99,26 @@ def nothing() -> None:
     """Begins without asking for anything."""
 
 
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """A call that is to be captured."""
+
+    call: KeyedCall
+    sharing: Sharing = Sharing.ALL
+    begin: Callable[[], object] = nothing
+    """Called when the arguments are known to be right, before anything is allocated for the graph; it may raise a
+    :class:`~graphcache.errors.Refusal`."""
+    known: Recording | None = None
+    """A graph of the same key, from before something changed: it is kept if the call did the very same."""
+    running: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Makes what is entered around each run of a PyTorch module but the observed one."""
+
+
 class Recorder(Protocol):
     """Makes graphs of one module's calls."""
 
-    def attempt(
-        self,
-        call: KeyedCall,
-        *,
-        sharing: Sharing = Sharing.ALL,
-        begin: Callable[[], object] = nothing,
-        known: Recording | None = None,
-    ) -> tuple[Any, Recording | Cause]:
-        """Answer a call eagerly, and capture it; the second item is the graph, or says why there is none.
-
-        Args:
-            call: The call.
-            sharing: What memory the graph may share.
-            begin: Called when the arguments are known to be right, before anything is allocated for the graph; it may
-                raise a :class:`~graphcache.errors.Refusal`.
-            known: A graph of the same key, from before something changed: it is kept if the call did the very same.
-        """
+    def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
+        """Answer a call eagerly, and capture it; the second item is the graph, or says why there is none."""
 
     def release(self, *, wait: bool = True) -> None:
         """Give back what the graphs shared, which were closed before; wait for the last replays first."""

@@ -14,7 +14,7 @@ from graphcache.capture.blame import at, located, path_here
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
 from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
-from graphcache.capture.recording import OTHER_VALUES, Recording, Sharing, nothing, verify_or_close
+from graphcache.capture.recording import OTHER_VALUES, CaptureRequest, Recording, Sharing, verify_or_close
 from graphcache.capture.trial_call import OutputLayout, TrialCall
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
@@ -51,18 +51,9 @@ class TorchRecorder:
         self._lanes: dict[int, StreamOrder] = {}
         self._passing = 0
 
-    def attempt(
-        self,
-        call: KeyedCall,
-        *,
-        sharing: Sharing = Sharing.ALL,
-        begin: Callable[[], object] = nothing,
-        known: Recording | None = None,
-    ) -> tuple[Any, Recording | Cause]:
-        effects = self.observe(call)
-        if effects.cause is not None:
-            return effects.value, effects.cause
-        return effects.value, self.record(call, effects, sharing=sharing, begin=begin, known=known)
+    def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
+        effects = self.observe(request.call)
+        return effects.value, effects.cause or self.record(request, effects)
 
     def observe(self, call: KeyedCall) -> Effects:
         """Run a call for the caller, and tell whether a graph may repeat it."""
@@ -87,21 +78,10 @@ class TorchRecorder:
             effects.cause = Cause(Reason.UNOBSERVED, detail=f"it is observed once more, for it came to run {names}")
         return effects
 
-    def record(
-        self,
-        call: KeyedCall,
-        effects: Effects,
-        *,
-        sharing: Sharing = Sharing.ALL,
-        begin: Callable[[], object] = nothing,
-        known: Recording | None = None,
-        running: Running = nullcontext,
-    ) -> Recording | Cause:
-        """Capture a call that was observed to be a function of its tensors; a cause says why that failed.
-
-        ``running`` is entered around each run of the module; the others are as for :meth:`attempt`.
-        """
-        run = self.again(effects.version, running)
+    def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
+        """Capture a call that was observed to be a function of its tensors; a cause says why that failed."""
+        call, known = request.call, request.known
+        run = self.again(effects.version, request.running)
         state = [*self._weights(), *effects.outside]
         inference = torch.is_inference_mode_enabled()
         try:
@@ -110,12 +90,13 @@ class TorchRecorder:
                     known.version = effects.version
                     self._guard.arm()
                     return known
-                begin()
+                request.begin()
                 # The caller may have changed the answer of the observed run meanwhile.
-                value = effects.value if running is nullcontext else run(*call.args, **call.kwargs)
+                value = effects.value if request.running is nullcontext else run(*call.args, **call.kwargs)
                 index = self._cuda_index(call.tensors)
                 trial = TrialCall(run, call, value, state)
-                graph = self._on_host(trial) if index is None else self._on_cuda(trial, index, sharing is Sharing.ALL)
+                shares = request.sharing is Sharing.ALL
+                graph = self._on_host(trial) if index is None else self._on_cuda(trial, index, shares)
                 answer = trial.answer
                 bare = answer.is_whole and isinstance(value, Tensor)
                 recorded = Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)

@@ -21,7 +21,7 @@ import torch
 
 from graphcache.cache.graph_cache import Reservation
 from graphcache.capture.effects import Effects
-from graphcache.capture.recording import Recording, Sharing, nothing
+from graphcache.capture.recording import CaptureRequest, Recording, Sharing, nothing
 from graphcache.dispatch.capture_manager import CaptureManager
 from graphcache.dispatch.targets import ModuleTarget
 from graphcache.errors import Cause, Reason
@@ -142,9 +142,10 @@ class CaptureQueue:
         """The graph of a call, or why there is none."""
         captures, target = self._captures, self._captures.target
         begin = partial(captures.reserve, room, call)
+        request = CaptureRequest(call, Sharing.NOTHING, begin, running=captures.gate.exclusive)
         try:
             if effects is None or not isinstance(target, ModuleTarget):
-                return target.recorder.attempt(call, sharing=Sharing.NOTHING, begin=begin)[1]
+                return target.recorder.attempt(request)[1]
             recorder = target.torch_recorder
             if is_made_up:
                 with captures.gate.exclusive():
@@ -153,7 +154,7 @@ class CaptureQueue:
                 if effects.cause is not None:
                     # Not to be tried again and again, for no caller has asked for these effects.
                     return Cause(Reason.PADDING, detail=f"a call of the padded sizes has effects: {effects.cause}")
-            return recorder.record(call, effects, sharing=Sharing.NOTHING, begin=begin, running=captures.gate.exclusive)
+            return recorder.record(request, effects)
         except Exception as error:
             # The module refuses such arguments; whoever gives them again will see it.
             return refusal_of(error, captures.ledger.name).cause

@@ -16,7 +16,7 @@ from graphcache.cache.churn import ChurnWatch
 from graphcache.cache.device_budget import budget_of
 from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, clock
 from graphcache.cache.key_table import KeyTable
-from graphcache.capture.recording import Recording, Sharing
+from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.targets import Target, arguments_of
@@ -147,9 +147,8 @@ class CaptureManager:
 
             try:
                 with self.running():
-                    answer, outcome = self.target.recorder.attempt(
-                        call, begin=begin, known=None if known is None else known.graph
-                    )
+                    request = CaptureRequest(call, begin=begin, known=None if known is None else known.graph)
+                    answer, outcome = self.target.recorder.attempt(request)
             finally:
                 self._drop_broken()
             if known is None:
@@ -169,7 +168,7 @@ class CaptureManager:
     def capture_alone(self, call: KeyedCall) -> Recording | Cause:
         """A graph of a call that shares no outputs with others and is in no cache, or why there is none."""
         with self.lock, self.running(), self.ledger.span("capture") as span:
-            _, outcome = self.target.recorder.attempt(call, sharing=Sharing.SCRATCH)
+            _, outcome = self.target.recorder.attempt(CaptureRequest(call, Sharing.SCRATCH))
             span.done = isinstance(outcome, Recording)
             return outcome
 

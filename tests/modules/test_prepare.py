@@ -96,11 +96,11 @@ def test_the_largest_is_captured_first_and_all_have_run_before(order: list[int])
     captured: list[int] = []
     attempt = dispatcher_of(fast).target.recorder.attempt
 
-    def noted(call: Any, **options: Any) -> Any:
+    def noted(request: Any) -> Any:
         if not captured:
             assert ran == [8, 5, 3, 2, 1], "all of them, before any capture"
-        captured.append(len(call.args[0]))
-        return attempt(call, **options)
+        captured.append(len(request.call.args[0]))
+        return attempt(request)
 
     dispatcher_of(fast).target.recorder.attempt = noted
     assert fast.prepare(*xs(*order)).signatures == 5
