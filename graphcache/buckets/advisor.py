@@ -150,10 +150,6 @@ def best_buckets(weights: Mapping[int, int], most: int) -> tuple[int, ...]:
     A size is padded to the smallest bucket that holds it, so the sizes, in order, fall into runs, and the best bucket
     of a run is its largest size. The least padding of the first j sizes in k runs is the least, over all starts of the
     last run, of the padding before it and the padding in it.
-
-    Example:
-        >>> best_buckets({1: 100, 7: 5, 8: 5, 64: 1}, 3)
-        (1, 8, 64)
     """
     sizes = sorted(weights)
     most = min(most, len(sizes))

@@ -100,16 +100,7 @@ def dependence(run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], padde
 def observed_outputs(
     run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], padder: Padder
 ) -> dict[int, dict[int, str]]:
-    """Which axes of the answer grow with which axes of the inputs, for :meth:`Padder.with_outputs`.
-
-    Example:
-        >>> import inspect
-        >>> from graphcache import Buckets
-        >>> def turned(x): return x.t()
-        >>> padder = Padder(Buckets({"x": {0: [4], 1: [9]}}), inspect.signature(turned))
-        >>> observed_outputs(turned, (torch.ones(2, 5),), {}, padder)
-        {0: {1: 'x[0]', 0: 'x[1]'}}
-    """
+    """Which axes of the answer grow with which axes of the inputs, for :meth:`Padder.with_outputs`."""
     found = padder.sizes(args, kwargs)
     if isinstance(found, str):
         raise ConfigError(f"buckets: {found}")

@@ -115,12 +115,7 @@ def export(module: nn.Module, inputs: Sequence[Tensor], dims: Sequence[Mapping[i
 
 
 def resized(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
-    """A tensor of other sizes with the same values, again and again.
-
-    Example:
-        >>> resized(torch.tensor([1, 2]), {0: 5})
-        tensor([1, 2, 1, 2, 1])
-    """
+    """A tensor of other sizes with the same values, again and again."""
     for axis, size in sizes.items():
         if tensor.shape[axis] != size:
             tensor = tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])

@@ -40,12 +40,6 @@ def execute_engine(inputs: list[Tensor], engine: Tensor, call: str) -> list[Tens
     In the process that traced the program the traced module runs, as long as it is open and the program refers to its
     bytes: its new weights are used. Elsewhere the engine is deserialised at its first call, once for each device, and
     stays until :func:`unload_engines`.
-
-    Raises:
-        EngineFormatError: If the bytes are not those that were exported.
-        EngineExecutionError: If outputs have other shapes than the program was compiled for.
-        EngineError: As :class:`~graphcache.modules.engine.EngineModule`.
-        InputError: Likewise.
     """
     spec, rules = read_spec(call)
     module = _module_of(spec, engine, inputs)

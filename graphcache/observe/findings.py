@@ -67,12 +67,7 @@ class Break:
 
 
 class Findings:
-    """The breaks of one call.
-
-    Args:
-        module: The module that is called.
-        caller: The code of the function that calls it; frames outside of it are not looked at.
-    """
+    """The breaks of one call; frames outside of the function with the code ``caller`` are not looked at."""
 
     def __init__(self, module: nn.Module, caller: CodeType) -> None:
         self.found: dict[tuple[Reason, str, Place], Break] = {}

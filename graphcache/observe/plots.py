@@ -42,14 +42,7 @@ _STYLE = {
 
 
 def plots(result: Result) -> dict[str, str]:
-    """The plots that a result has data for, by name; each is an ``<svg>`` element.
-
-    Args:
-        result: What was measured.
-
-    Raises:
-        ExtraNotFoundError: If matplotlib is not installed.
-    """
+    """The plots that a result has data for, by name; each is an ``<svg>`` element."""
     makers = {"latencies": _latencies, "cumulative": _cumulative, "outcomes": _outcomes, "memory": _memory}
     # Figures alone, without pyplot: no backend is chosen, and nothing of the caller's is changed.
     figures = optional("matplotlib.figure", "a report with plots")

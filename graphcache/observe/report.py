@@ -28,17 +28,7 @@ _REASONS = ("reason", "calls", "what was seen", "what would change it")
 
 
 def page(result: Result) -> str:
-    """The report of a result.
-
-    Args:
-        result: What was measured.
-
-    Returns:
-        A page of HTML. Everything from the result is escaped in it.
-
-    Raises:
-        ExtraNotFoundError: If matplotlib or jinja2 is not installed.
-    """
+    """The report of a result, as HTML; everything from the result is escaped in it."""
     drawn = plots(result)
     jinja = optional("jinja2", "a report")
     environment = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, keep_trailing_newline=True)

@@ -41,11 +41,7 @@ _CONSTRUCTORS = frozenset({*_device_constructors(), torch.from_numpy})
 
 
 class Placement:
-    """Which tensors lie on the host, or would with CUDA.
-
-    Args:
-        tensors: The tensors of the call and the module's own.
-    """
+    """Which tensors lie on the host, or would with CUDA."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.on_cpu = not any(tensor.is_cuda for tensor in tensors)

@@ -74,16 +74,7 @@ def plan(
 
 
 def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
-    """The calls of a manifest that are worth a capture here.
-
-    Args:
-        fast: The wrapped module, whose budgets count for the module and each of its parts.
-        given: The manifest, or its path.
-        seconds: What captures may take together; ``None`` for no bound.
-
-    Raises:
-        ConfigError: For a path that is none.
-    """
+    """The calls of a manifest that are worth a capture here; ``seconds`` bounds what captures may take together."""
     here = environment(controls(fast).module)
     if isinstance(given, Manifest):
         manifest, path = given, "the manifest"
