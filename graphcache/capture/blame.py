@@ -1,8 +1,4 @@
-"""Which submodule was at work when something happened, read from Python's own stack.
-
-A stack is read only when a capture is refused: submodules are not told apart while they run, so that this costs
-nothing, and hooks, which would change what the modules are, are not needed.
-"""
+"""Which submodule was at work when something happened, read from Python's own stack, where a capture is refused."""
 
 from __future__ import annotations
 
@@ -18,16 +14,7 @@ from graphcache.errors import Cause
 
 
 def path_here(module: nn.Module) -> str:
-    """The name of the innermost submodule whose method is running now; empty for the module itself, or for none.
-
-    Example:
-        >>> class Asks(nn.Module):
-        ...     def forward(self):
-        ...         return path_here(whole)
-        >>> whole = nn.ModuleDict({"head": nn.Sequential(Asks())})
-        >>> whole["head"][0]()
-        'head.0'
-    """
+    """The name of the innermost submodule whose method is running now; empty for the module itself, or for none."""
     return _innermost(module, [frame for frame, _ in walk_stack(sys._getframe(1))])
 
 
@@ -51,13 +38,10 @@ def at(cause: Cause, path: str, name: str) -> Cause:
 
 def _innermost(module: nn.Module, frames: Sequence[FrameType]) -> str:
     """The name of the first submodule, from the innermost frame on, among what methods were called on."""
-    names: dict[int, str] | None = None
+    names = {id(each): name for name, each in module.named_modules()}
     for frame in frames:
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, nn.Module):
-            if names is None:
-                names = {id(each): name for name, each in module.named_modules()}
-            if id(owner) in names:
-                return names[id(owner)]
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            return names[id(owner)]
     return ""

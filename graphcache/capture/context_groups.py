@@ -49,10 +49,8 @@ class SharedContexts:
     A new context takes 30 to 130 ms, the rest of a capture 4 to 20 (H100, mlp8 to MiniLM). NVIDIA documents one context
     for each graph as safe, and its own servers keep many graphs of one. The risk: a graph may read memory of the
     context whose contents depend on the shapes it was last used with. So the graphs of a context are replayed before
-    and after each further capture, on the same inputs, with the lane held. Unless all answer as before, they are
-    closed, and nothing is shared any more.
-
-    Not for several threads at once: the engine's lane is held.
+    and after each further capture, on the same inputs. Unless all answer as before, they are closed, and nothing is
+    shared any more. The engine's lane is held throughout.
     """
 
     def __init__(self, module: EngineLike, config: GraphConfig) -> None:

@@ -59,8 +59,7 @@ _PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK, _MODULE, _CLASS = range(7)
 class HostActivity:
     """Inside, notices what the current thread does on the host, with the profile hook of the interpreter.
 
-    A mode of PyTorch would see reads of tensors too, but makes some operations take another path; the hook changes
-    nothing. It belongs to one user at a time: see :func:`is_available`.
+    A mode of PyTorch would see reads of tensors too, but makes some operations take another path.
     """
 
     def __init__(self, path_here: Callable[[], str], report: Callable[[Cause, str], object] | None = None) -> None:
@@ -174,7 +173,7 @@ class HostActivity:
 
 
 def _ignore(*_: object) -> None:
-    """Nobody wants to know."""
+    pass
 
 
 def _given_to(frame: types.FrameType) -> Sequence[Any]:

@@ -26,41 +26,28 @@ OTHER_VALUES = (("inputs of other values", False), ("inputs of the other sign", 
 class Recording:
     """A graph, and how its outputs become the module's answer.
 
-    Args:
-        graph: The graph.
-        build: Makes the answer.
-        whole: Whether the answer's leaves are the graph's outputs, all of them and in their order.
-        bare: Whether the answer is the graph's only output itself.
-        places: For each tensor of the call, which input of the graph it is; ``None`` if each is an input of its own.
+    ``places`` tells for each tensor of the call which input of the graph it is, if not each is an input of its own.
     """
-
-    __slots__ = (
-        *("_first", "_places", "bare", "build", "graph", "has_fast_path"),
-        *("nbytes", "replay", "trace", "version", "whole"),
-    )
 
     def __init__(
         self, graph: Graph, build: Build, *, whole: bool, bare: bool = False, places: Sequence[int] | None = None
     ) -> None:
         self.graph = graph
+        self.build = build
+        self.whole = whole
+        """Whether the answer's leaves are the graph's outputs, all of them and in their order."""
+        self.bare = bare
+        """Whether the answer is the graph's only output itself."""
         self._places = places
-        self._first = None if places is None else [places.index(place) for place in range(max(places) + 1)]
         self.replay: Callable[..., list[Tensor]] = graph.replay if places is None else self._replay_distinct
         """Run the graph on the tensors of a call."""
         self.has_fast_path = True
         """Whether native code may replay the graph, past :attr:`replay`."""
-        self.build = build
-        self.whole = whole
-        self.bare = bare
         self.nbytes = graph.nbytes
         self.version = 0
         """That of the module's guard when the graph was last proven right."""
         self.trace = b""
         """A digest of what the call did, see :class:`~graphcache.capture.effects.Effects`."""
-
-    def distinct(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph's inputs among the tensors of a call."""
-        return inputs if self._first is None else [inputs[index] for index in self._first]
 
     def spread(self, static: Sequence[Tensor]) -> Sequence[Tensor]:
         """The graph's inputs in the places of the tensors of a call."""
@@ -81,7 +68,9 @@ class Recording:
         self.graph.close(wait=wait)
 
     def _replay_distinct(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        return self.graph.replay(self.distinct(inputs), out)
+        """Run the graph on the tensors of a call, each given to it once."""
+        assert self._places is not None
+        return self.graph.replay([inputs[self._places.index(place)] for place in range(max(self._places) + 1)], out)
 
 
 class Sharing(enum.Enum):

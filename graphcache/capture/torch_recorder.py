@@ -32,7 +32,6 @@ from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
 
 Running = Callable[[], AbstractContextManager[object]]
-"""Makes what is entered around one run of a module."""
 
 
 class TorchRecorder:
@@ -116,10 +115,7 @@ class TorchRecorder:
         return recorded
 
     def again(self, version: int, running: Running = nullcontext) -> Callable[..., Any]:
-        """What runs the module once more, which had no effects under this version of the guard.
-
-        If ``running`` is given, it is entered around each run, and a run in another state is refused.
-        """
+        """Runs the module again, which had no effects under this version; inside ``running`` in no other state."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with running(), graphs_off():

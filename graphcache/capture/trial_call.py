@@ -19,14 +19,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 class TrialCall:
-    """One call of a module, repeatable on other tensors.
-
-    Args:
-        run: Calls the module.
-        call: The call.
-        value: What it returned.
-        state: The tensors that outlive the call.
-    """
+    """One call of a module that returned ``value``, repeatable on other tensors; ``state`` outlives the call."""
 
     def __init__(self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor]) -> None:
         self._run = run
@@ -120,8 +113,8 @@ class OutputLayout:
     """The structure of an answer, and where each of its leaves comes from.
 
     Leaves are tensors that the call made (each handed out once, however often it appears), inputs and views of
-    ``inputs``, and plain values. An answer that a replay could not give raises a :class:`~graphcache.errors.Refusal`,
-    such as one that shares memory with ``lasting``: parameters, buffers and whatever else outlives the call.
+    ``inputs``, and plain values. An answer that a replay could not give is refused, such as one that shares memory with
+    ``lasting``: parameters, buffers and whatever else outlives the call.
     """
 
     def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:

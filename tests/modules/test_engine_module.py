@@ -1115,6 +1115,19 @@ def whole(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> Torch:
     return fake
 
 
+def test_a_whole_module_writes_its_answer_where_the_caller_wants_it(whole: Torch) -> None:
+    """The tensors of the capture are let go of before anybody asks how the answer is made of the graph's outputs."""
+    fast = graphcache.wrap(Chain(load("affine"), load("affine")), strategy="whole_graph")
+    x, out = rows(whole, 2), {"last": rows(whole, 2), "first": rows(whole, 2)}
+    with whole.on(whole.new_stream()):
+        fast(x)
+        assert fast.forward_into(out, x) is out
+    assert torch.equal(out["last"], x * 9 + 4)
+    assert torch.equal(out["first"], x * 3 + 1)
+    (entry,) = graphs_of(fast).entries.values()
+    assert entry.graph.whole
+
+
 def test_two_engines_are_one_graph(whole: Torch) -> None:
     engines = load("affine"), load("affine")
     model = Chain(*engines)
