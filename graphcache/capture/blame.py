@@ -38,7 +38,7 @@ def at(cause: Cause, path: str, name: str) -> Cause:
 
 def _innermost(module: nn.Module, frames: Sequence[FrameType]) -> str:
     """The name of the first submodule, from the innermost frame on, among what methods were called on."""
-    names = {id(each): name for name, each in module.named_modules()}
+    names: dict[int, str] = {id(each): name for name, each in module.named_modules()}
     for frame in frames:
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
