@@ -23,18 +23,15 @@ Specialization = Literal["lazy", "eager", "none"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordingOptions:
-    """How graphs of engines are recorded.
-
-    Args:
-        bind: Point kernels at the caller's tensors where all places of addresses are found, rather than copy.
-        full_edges: Replace programmatic dependencies (dependent launch), for kernels that do not wait when they should.
-        contexts: ``"private"`` gives each graph its own execution context, ``"shared"`` captures up to 129 with one.
-            ``"auto"`` shares where that was measured to be right, and captures are made in the foreground.
-    """
+    """How graphs of engines are recorded."""
 
     bind: bool = True
+    """Point kernels at the caller's tensors where all places of addresses are found, rather than copy."""
     full_edges: bool = False
+    """Replace programmatic dependencies (dependent launch), for kernels that do not wait when they should."""
     contexts: Contexts = "auto"
+    """``"private"`` gives each graph its own execution context, ``"shared"`` captures up to 129 with one, ``"auto"``
+    shares where that was measured to be right and captures are made in the foreground."""
 
 
 RECORDING = {"auto": RecordingOptions(), "full": RecordingOptions(bind=False, full_edges=True, contexts="private")}
@@ -53,11 +50,7 @@ REMOVED = {
 
 
 def refuse_removed(options: Iterable[str]) -> None:
-    """Raise if one of the options was removed.
-
-    Raises:
-        ConfigError: Then, with what to use instead.
-    """
+    """Raise if one of the options was removed, with what to use instead."""
     for name in options:
         if name in REMOVED:
             raise ConfigError(f"the option {name} was removed in version 0.2: {REMOVED[name]}")
@@ -141,9 +134,7 @@ class GraphConfig:
     def __post_init__(self) -> None:
         for name, allowed in _LITERALS.items():
             value = getattr(self, name)
-            if value is None and name == "runtime":
-                continue
-            if not isinstance(value, str) or value not in allowed:
+            if not (isinstance(value, str) and value in allowed) and not (value is None and name == "runtime"):
                 raise ConfigError(
                     f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}"
                 )
@@ -169,13 +160,10 @@ class GraphConfig:
                 "buckets with exclude: answers are cropped of the whole module's own, which has no graph; expected one "
                 "of the two"
             )
-        for name in ("max_graphs", "max_bytes"):
+        for name, or_ in (("max_graphs", ""), ("max_bytes", ", or 'auto', or None")):
             value = getattr(self, name)
-            others = ("auto", None) if name == "max_bytes" else ()
-            if (value is None or isinstance(value, str)) and value in others:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                or_ = "".join(f", or {each!r}" for each in others)
+            is_other = bool(or_) and (value is None or (isinstance(value, str) and value == "auto"))
+            if not is_other and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more{or_}")
         if not isinstance(self.verify, bool):
             raise ConfigError(f"verify={shown(self.verify)}: expected True or False")
@@ -187,11 +175,7 @@ class GraphConfig:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GraphConfig:
-        """Options over the environment over the defaults.
-
-        Raises:
-            ConfigError: For an unknown option, naming the known ones, a removed one, or a bad value.
-        """
+        """Options over the environment over the defaults."""
         refuse_removed(options)
         known = [field.name for field in fields(cls)]
         for name in options:
@@ -210,36 +194,33 @@ _LITERALS: dict[str, tuple[str, ...]] = {
 }
 
 
-def environment_options() -> dict[str, Any]:
-    """The options set through ``GRAPHCACHE_MAX_GRAPHS`` and ``GRAPHCACHE_MAX_BYTES``.
+def number_in_environment(variable: str) -> int | None:
+    """The whole number, 1 or more, that an environment variable holds; ``None`` if it is not set."""
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or len(text) > 30 or int(text) < 1:
+        raise ConfigError(f"{variable}={shown(text)}: expected a whole number, 1 or more")
+    return int(text)
 
-    Raises:
-        ConfigError: If one of them is not a whole number.
-    """
-    found: dict[str, Any] = {}
-    for name in ("max_graphs", "max_bytes"):
-        variable = f"GRAPHCACHE_{name.upper()}"
-        text = os.environ.get(variable, "").strip()
-        if not text:
-            continue
-        if not text.isdecimal() or len(text) > 30 or int(text) < 1:
-            raise ConfigError(f"{variable}={shown(text)}: expected a whole number, 1 or more")
-        found[name] = int(text)
-    return found
+
+def switch_in_environment(variable: str, unset: bool) -> bool:
+    """Whether an environment variable is on; ``unset`` if it is not set."""
+    text = os.environ.get(variable, "").strip().lower()
+    if text not in ("", "0", "1", "false", "true"):
+        raise ConfigError(f"{variable}={shown(text)}: expected 1, true, 0, false or nothing")
+    return text in ("1", "true") if text else unset
+
+
+def environment_options() -> dict[str, Any]:
+    """The options set through ``GRAPHCACHE_MAX_GRAPHS`` and ``GRAPHCACHE_MAX_BYTES``."""
+    found = {name: number_in_environment(f"GRAPHCACHE_{name.upper()}") for name in ("max_graphs", "max_bytes")}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def disabled_by_environment() -> bool:
-    """Whether ``GRAPHCACHE_DISABLE`` asks for eager execution everywhere; read when a module is wrapped.
-
-    Raises:
-        ConfigError: For anything but ``0``, ``1``, ``true``, ``false`` or nothing.
-    """
-    text = os.environ.get("GRAPHCACHE_DISABLE", "").strip().lower()
-    if text in ("1", "true"):
-        return True
-    if text in ("", "0", "false"):
-        return False
-    raise ConfigError(f"GRAPHCACHE_DISABLE={shown(text)}: expected 1, true, 0, false or nothing")
+    """Whether ``GRAPHCACHE_DISABLE`` asks for eager execution everywhere; read when a module is wrapped."""
+    return switch_in_environment("GRAPHCACHE_DISABLE", unset=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from graphcache.compiled_library import compiler
 from graphcache.config import Modes, modes
 from graphcache.dispatch import background
 from graphcache.errors import CompileError
 from graphcache.graphs import native
 from graphcache.graphs.native.build import build
 from graphcache.keys import ambient
+from graphcache.keys.native.compiled_library import compiler
 from tests import effort, shared
 
 # The settings of PyTorch at the start are the usual ones, which keys leave out.

@@ -21,8 +21,6 @@ RANKS = {
     "version": 0,
     "extras": 0,
     "files": 0,
-    "compiled_library": 0,
-    "factories": 0,
     "features": 0,
     "fields": 0,
     "keys": 1,

@@ -63,8 +63,10 @@ def kind_of(hint):
         return "names"
     if any(get_origin(each) is Literal for each in get_args(hint)):
         return " or ".join(map(kind_of, get_args(hint)))
-    return " or ".join(f"`{getattr(each, '__name__', each)}`" for each in get_args(hint) or [hint]).replace(
-        "`NoneType`", "`None`"
+    return (
+        " or ".join(f"`{getattr(each, '__name__', each)}`" for each in get_args(hint) or [hint])
+        .replace("`NoneType`", "`None`")
+        .replace("`BucketsLike`", "`Buckets`")
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 
 import torch
 
 from graphcache.cache.graph_cache import DeviceBudget
+from graphcache.config import number_in_environment
 from graphcache.errors import ConfigError, shown
 
 VARIABLE = "GRAPHCACHE_PROCESS_MAX_BYTES"
@@ -32,7 +32,7 @@ def budget_of(device: object) -> DeviceBudget:
         raise ConfigError(f"device={shown(device)}: expected 'cpu' or a device with its index, such as 'cuda:0'")
     with _lock:
         if name not in _budgets:
-            _budgets[name] = DeviceBudget(_default[0] if _default else _budget_from_environment())
+            _budgets[name] = DeviceBudget(_default[0] if _default else number_in_environment(VARIABLE))
         return _budgets[name]
 
 
@@ -61,12 +61,3 @@ def set_process_budget(max_bytes: int | None, *, device: object = None) -> None:
         found = list(_budgets.values())
     for each in found:
         each.set_budget(max_bytes)
-
-
-def _budget_from_environment() -> int | None:
-    text = os.environ.get(VARIABLE, "").strip()
-    if not text:
-        return None
-    if not text.isdecimal() or len(text) > 30 or int(text) < 1:
-        raise ConfigError(f"{VARIABLE}={shown(text)}: expected a whole number of bytes, 1 or more")
-    return int(text)

@@ -27,8 +27,8 @@ from graphcache.cli.output import ComparisonFailed, one_line, print_json, progre
 from graphcache.engines.library import Flavour, library, require_gpu
 from graphcache.errors import CudaError, GraphCacheError, NoGpuError, TensorRTNotFoundError
 from graphcache.extras import EXTRAS as EXTRAS
-from graphcache.factories import raised
 from graphcache.graphs import driver
+from graphcache.serving.factories import raised
 
 Verdict = Literal["ok", "warning", "failed", "not here"]
 

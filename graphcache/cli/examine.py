@@ -14,8 +14,8 @@ from graphcache.cli.measuring import refused
 from graphcache.cli.options import Specs, points
 from graphcache.cli.output import ComparisonFailed, one_line, print_json, stdout
 from graphcache.cli.targets import resolve
-from graphcache.factories import is_factory
 from graphcache.observe.breaks import Break, find_capture_breaks
+from graphcache.serving.factories import is_factory
 
 
 def examine(target: str, shapes: Sequence[Specs], device: str | None, *, as_json: bool) -> None:

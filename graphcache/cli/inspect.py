@@ -26,10 +26,10 @@ from graphcache.cli.output import one_line, print_json, stdout, table
 from graphcache.cli.targets import Target, resolve
 from graphcache.engines.engine import read_header
 from graphcache.errors import NoGpuError
-from graphcache.factories import is_factory
 from graphcache.graphs.buffers import nbytes_of
 from graphcache.modules.transparent import controls
 from graphcache.observe.breaks import find_capture_breaks
+from graphcache.serving.factories import is_factory
 
 
 @click.command(cls=ShapesCommand, short_help="Tell inputs, outputs, layers, memory, and what forbids graphs.")

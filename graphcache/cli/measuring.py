@@ -15,9 +15,9 @@ from graphcache import CachedModule, CacheInfo, Reason
 from graphcache.cli.targets import Target, TargetCall
 from graphcache.cli.timing import difference, timed, timed_apart
 from graphcache.errors import GraphCacheError
-from graphcache.factories import raised
 from graphcache.modules.transparent import controls
 from graphcache.observe.result import Measured
+from graphcache.serving.factories import raised
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from graphcache.cli.options import (
 from graphcache.cli.output import described, environment, one_line, print_json, progress, stdout
 from graphcache.cli.targets import Target, resolve
 from graphcache.errors import GraphCacheError
-from graphcache.factories import raised
 from graphcache.modules.transparent import controls
+from graphcache.serving.factories import raised
 
 
 @click.command(cls=ShapesCommand, short_help="Capture calls as a server would, and keep a manifest.")

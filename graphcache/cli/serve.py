@@ -22,9 +22,9 @@ from graphcache.cli.options import ShapesCommand, ShapesType, Specs, device_opti
 from graphcache.cli.output import progress
 from graphcache.cli.shapes import Spec
 from graphcache.engines.library import require_gpu
-from graphcache.factories import is_factory
 from graphcache.serving.auth import check_configured
 from graphcache.serving.deployment import deployment
+from graphcache.serving.factories import is_factory
 from graphcache.serving.server import Ready, drain, ray_here, run
 from graphcache.serving.settings import Settings, from_folder
 

@@ -19,7 +19,7 @@ from graphcache.cli.output import progress
 from graphcache.cli.shapes import Shape, Spec, written
 from graphcache.engines.library import require_gpu
 from graphcache.errors import ConfigError
-from graphcache.factories import is_factory, named_object, raised
+from graphcache.serving.factories import is_factory, named_object, raised
 
 
 @dataclass(frozen=True)

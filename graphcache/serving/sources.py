@@ -11,9 +11,9 @@ from torch import nn
 
 from graphcache.config import GraphConfig
 from graphcache.errors import ConfigError, GraphCacheError, ServingError, is_a, shown
-from graphcache.factories import is_factory, named_object
 from graphcache.modules.cached_module import CachedModule
 from graphcache.persist.loading import load
+from graphcache.serving.factories import is_factory, named_object
 
 Source = str | os.PathLike[str] | bytes | Callable[[], nn.Module]
 

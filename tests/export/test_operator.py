@@ -17,7 +17,6 @@ from torch.export import Dim, export
 
 import graphcache
 from graphcache import EngineModule
-from graphcache.compiled_library import compiler
 from graphcache.engines.output_shapes import OutputShapes, Size
 from graphcache.errors import (
     EngineError,
@@ -30,6 +29,7 @@ from graphcache.errors import (
 from graphcache.export import op_kernel
 from graphcache.export.op_kernel import call_engine, execute_engine, unload_engines
 from graphcache.export.op_schema import EngineSpec, describe_engine, read_spec
+from graphcache.keys.native.compiled_library import compiler
 from tests.engines.fake_tensorrt import serialize
 from tests.graphs.fake_driver import Torch
 from tests.standins import Mixed, engines, in_a_new_process

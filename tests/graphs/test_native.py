@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphcache.cli import main
-from graphcache.compiled_library import NotUsable, compiler, folder, keep
 from graphcache.errors import CompileError, ConfigError, CudaError
 from graphcache.graphs import driver, native
 from graphcache.graphs.native import build as room
 from graphcache.graphs.native.__main__ import main as as_program
 from graphcache.graphs.native.build import SOURCE, build, find, key
 from graphcache.graphs.native.probe import disagreement
+from graphcache.keys.native.compiled_library import NotUsable, compiler, folder, keep
 
 PACKAGE = str(Path(native.__file__).parents[3])
 

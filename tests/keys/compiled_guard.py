@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from graphcache.compiled_library import compiler, load
 from graphcache.errors import CompileError
+from graphcache.keys.native.compiled_library import compiler, load
 from graphcache.keys.native.compiler import build
 from graphcache.keys.native.probe import prepare
 

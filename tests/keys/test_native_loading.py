@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import graphcache
-from graphcache.compiled_library import NotUsable, find, folder
 from graphcache.errors import CompileError, ConfigError
 from graphcache.keys import native
 from graphcache.keys.native import compiler as building
+from graphcache.keys.native.compiled_library import NotUsable, find, folder
 from graphcache.keys.native.compiler import build, key
 
 PACKAGE = str(Path(graphcache.__file__).parents[1])

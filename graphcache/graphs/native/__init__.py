@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from graphcache.compiled_library import NotUsable, wanted
-from graphcache.compiled_library import load as load_library
 from graphcache.graphs.native.build import find
 from graphcache.graphs.native.probe import disagreement
+from graphcache.keys.native.compiled_library import NotUsable, wanted
+from graphcache.keys.native.compiled_library import load as load_library
 
 log = logging.getLogger("graphcache")
 

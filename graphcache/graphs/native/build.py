@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from graphcache import compiled_library
-from graphcache.compiled_library import NotUsable, compiler, make, run
 from graphcache.errors import CompileError
+from graphcache.keys.native import compiled_library
+from graphcache.keys.native.compiled_library import NotUsable, compiler, make, run
 
 SOURCE = Path(__file__).with_name("hit.cpp")
 

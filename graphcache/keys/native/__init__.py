@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from graphcache.compiled_library import NotUsable, load, wanted
+from graphcache.keys.native.compiled_library import NotUsable, load, wanted
 from graphcache.keys.native.compiler import build
 from graphcache.keys.native.probe import prepare
 

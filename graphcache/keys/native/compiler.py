@@ -6,8 +6,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from graphcache.compiled_library import NotUsable, compiler, find, key_of, make
 from graphcache.errors import CompileError
+from graphcache.keys.native.compiled_library import NotUsable, compiler, find, key_of, make
 
 SOURCE = Path(__file__).with_name("guard.c")
 

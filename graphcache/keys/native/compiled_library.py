@@ -22,7 +22,8 @@ from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
 
-from graphcache.errors import CompileError, ConfigError, shown
+from graphcache.config import switch_in_environment
+from graphcache.errors import CompileError
 from graphcache.files import check_owner, user_cache
 
 _TIMEOUT = 600
@@ -36,21 +37,12 @@ class NotUsable(Exception):
 
 
 def wanted() -> bool:
-    """Whether ``GRAPHCACHE_NATIVE`` allows compiled code; it does unless it is ``0`` or ``false``.
-
-    Raises:
-        ConfigError: For anything but ``0``, ``1``, ``true``, ``false`` or nothing.
-    """
-    text = os.environ.get("GRAPHCACHE_NATIVE", "").strip().lower()
-    if text in ("", "1", "true"):
-        return True
-    if text in ("0", "false"):
-        return False
-    raise ConfigError(f"GRAPHCACHE_NATIVE={shown(text)}: expected 1, true, 0, false or nothing")
+    """Whether ``GRAPHCACHE_NATIVE`` allows compiled code; it does unless it is ``0`` or ``false``."""
+    return switch_in_environment("GRAPHCACHE_NATIVE", unset=True)
 
 
 def folder() -> Path:
-    """The folder of this user's libraries: ``native`` in :func:`~graphcache.files.user_cache`."""
+    """The folder of this user's libraries."""
     return user_cache() / "native"
 
 
@@ -66,11 +58,7 @@ def key_of(sources: Iterable[Path], *parts: str) -> str:
 
 
 def find(key: str) -> Path:
-    """The library of a key, unchanged since it was compiled.
-
-    Raises:
-        NotUsable: If there is none, with what was found instead.
-    """
+    """The library of a key, unchanged since it was compiled; ``NotUsable`` says what was found instead."""
     if os.name != "posix":
         raise NotUsable("there is no compiled library on this system")
     note = folder() / f"{key}.json"
@@ -97,11 +85,7 @@ def find(key: str) -> Path:
 
 
 def keep(library: Path, key: str) -> Path:
-    """Put a library, compiled in :func:`folder`, in its place, and say that it is the one to load.
-
-    Returns:
-        Where it is now.
-    """
+    """Put a library, compiled in :func:`folder`, in its place, and say that it is the one to load; where it is now."""
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     path = library.with_name(f"{key}-{digest[:16]}.so")
     os.replace(library, path)
@@ -113,11 +97,7 @@ def keep(library: Path, key: str) -> Path:
 
 
 def compiler(language: str) -> list[str]:
-    """The compiler of a language, ``"C"`` or ``"C++"``: what ``CC`` or ``CXX`` names, with options, or the first found.
-
-    Raises:
-        CompileError: If there is none.
-    """
+    """The compiler of ``"C"`` or ``"C++"``: what ``CC`` or ``CXX`` names, with options, or the first found."""
     variable, names = _COMPILERS[language]
     if given := shlex.split(os.environ.get(variable, "")):
         if shutil.which(given[0]) is None:
@@ -131,18 +111,10 @@ def compiler(language: str) -> list[str]:
 
 
 def make(key: str, command: Callable[[Path], list[str]], check: Callable[[Path], None] | None = None) -> Path:
-    """Compile a library and keep it. Several processes may do this at once.
+    """Compile a library for a key and keep it; several processes may do this at once.
 
-    Args:
-        key: What the library is for, see :func:`key_of`.
-        command: Gives the compiler's command line for a target.
-        check: Looks at what was compiled and raises if it is not sound; it is then not kept.
-
-    Returns:
-        The library.
-
-    Raises:
-        CompileError: If the compiler fails (with the end of what it said), or the folder cannot be written.
+    ``command`` gives the compiler's command line for a target. ``check`` raises if what was compiled is not sound; it
+    is then not kept. Raises a ``CompileError`` with the end of what the compiler said.
     """
     place = folder()
     try:
@@ -167,17 +139,9 @@ def make(key: str, command: Callable[[Path], list[str]], check: Callable[[Path],
 
 
 def run(arguments: list[str], failed: str) -> None:
-    """Run a program to its end.
-
-    Args:
-        arguments: Its command line.
-        failed: How the message begins if it fails.
-
-    Raises:
-        CompileError: If it cannot be started, takes longer than ten minutes, or its exit code is not 0.
-    """
+    """Run a program to its end; otherwise raise a ``CompileError`` that begins with ``failed``."""
     # The package that is running, wherever it was imported from.
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "LC_ALL": "C"}
     try:
         done = subprocess.run(
@@ -191,15 +155,7 @@ def run(arguments: list[str], failed: str) -> None:
 
 
 def load(path: Path, name: str) -> Any:
-    """The extension module in a library file, which must have been checked: any other file may do anything.
-
-    Args:
-        path: From :func:`find`.
-        name: The module's name.
-
-    Raises:
-        ImportError: If it cannot be loaded.
-    """
+    """The extension module in a library file, which must have been checked (:func:`find`): others may do anything."""
     loader = ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from graphcache.errors import ConfigError
-from graphcache.factories import is_factory, named_object, raised
+from graphcache.serving.factories import is_factory, named_object, raised
 
 
 @pytest.mark.parametrize(
