@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from graphcache.dispatch.background import PENDING
@@ -56,31 +56,8 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyView:
-    """What is known of one key."""
-
-    spec: CallSpec
-    status: Status
-    """``"captured"``, or why it is not: the module has ``"changed"`` since, the graph was ``"evicted"``, a capture was
-    ``"denied"``, or the key is ``"new"``."""
-    cause: Cause | None
-    """Why its next call runs eagerly."""
-    retry_after: int | None
-    """How many calls of a denied key run eagerly before another capture is tried; ``None`` for all."""
-    calls: int
-    """How many calls of it there were, as far as is remembered."""
-    answered: int
-    """Likewise, with those that were padded to it, and without those that were captured."""
-    hits: int
-    nbytes: int
-    costs: Costs
-    is_worth_saving: bool
-    """Whether it had a graph, or was called often without one."""
-
-
-@dataclass(frozen=True, slots=True)
 class Explained:
-    """What becomes of the calls of one key."""
+    """What is known of one key, and what becomes of its calls."""
 
     call: str
     """Its arguments in words."""
@@ -101,6 +78,13 @@ class Explained:
     """What differs from that one to this one, one line each."""
     note: str = ""
     """What else is to be known."""
+    spec: CallSpec | None = field(default=None, repr=False)
+    status: Status = "new"
+    """Whether it is captured, the module has changed since, the graph was evicted, or a capture was denied."""
+    answered: int = 0
+    """How many calls there were, with those that were padded to it, and without those that were captured."""
+    is_worth_saving: bool = False
+    """Whether it had a graph, or was called often without one."""
 
     def __str__(self) -> str:
         what = {"hit": f"replays ({self.hits} so far)", "capture": "is captured at its next call"}
@@ -115,8 +99,8 @@ class Explained:
     def tree(self) -> dict[str, Any]:
         """The same for JSON; times in seconds, memory in bytes."""
         cause, replays = self.cause, self.costs.break_even
-        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("cause", "costs")}
-        return found | {
+        return {
+            **{name: getattr(self, name) for name in ("call", "outcome", "calls", "hits", "nbytes", "nearest", "note")},
             "reason": None if cause is None else cause.reason.value,
             "cause": None if cause is None else str(cause),
             "remedy": None if cause is None else cause.reason.remedy,
@@ -193,61 +177,62 @@ def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation
     if not isinstance(module, TransparentModule):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
     state_of(module).dispatcher.check_open()
-    control = controls(module)
-    views = [view for view in views_of(module) if view.status != "new" or view.calls]
-    graphs = [view.spec for view in views if view.status in ("captured", "changed")]
+    known = [each for each in keys_of(module) if each.status != "new" or each.calls]
     if args or kwargs:
-        found = [_of_call(module, args, kwargs, graphs)]
+        found = [_of_call(module, args, kwargs)]
     else:
-        found = [_of_key(view, graphs) for view in views]
-        found.sort(key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
+        found = sorted(known, key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
+    graphs = [each.spec for each in known if each.spec is not None and each.status in ("captured", "changed")]
+    calls = tuple(_with_nearest(each, graphs) for each in found)
+    control = controls(module)
     parts = tuple(explain(part) for part in control.parts.values())
-    return Explanation(control.ledger.name, tuple(found), control.cache_info(), parts)
+    return Explanation(control.ledger.name, calls, control.cache_info(), parts)
 
 
-def views_of(fast: TransparentModule, keys: list[Any] | None = None) -> list[KeyView]:
-    """What is known of some keys of a wrapped module, or of all that are remembered."""
+def keys_of(fast: TransparentModule, keys: list[Any] | None = None) -> list[Explained]:
+    """What is known of some keys of a wrapped module, or of all that are remembered, whatever the modes are now."""
     dispatcher, names = state_of(fast).dispatcher, arguments_of(state_of(fast).module)
-    captures = dispatcher.captures
-    entries, seen = captures.graphs.entries, captures.keys
+    captures, entries, seen = dispatcher.captures, dispatcher.entries, dispatcher.captures.keys
     changed = captures.target.guard.has_changed()
-    if keys is None:
-        keys = list(dict.fromkeys([*list(entries), *seen.keys()]))
     found = []
-    for key in keys:
+    for key in dict.fromkeys([*list(entries), *seen.keys()]) if keys is None else keys:
         entry, account = entries.get(key), captures.admission.known(key)
         status: Status = "new" if account.capture is None else "evicted"
-        cause = retry_after = None
+        cause, note = None, ""
         if entry is not None:
             status = "changed" if changed or entry.graph.version != captures.version else "captured"
         elif dispatcher.queue.is_pending(key):
             cause = PENDING
-        elif (denial := captures.keys.look(key, captures.version + changed)) is not None:
+        elif (denial := seen.look(key, captures.version + changed)) is not None:
             status, (cause, retry_after) = "denied", denial
+            if retry_after == 0:
+                note = "it is looked at again at its next call"
+            elif retry_after is not None:
+                note = f"another capture is tried after {retry_after} call{'s' * (retry_after != 1)}"
         else:
             cause = captures.admission.ask(key)
-        hits = 0 if entry is None else entry.hits
+        spec, hits = CallSpec(key, names), 0 if entry is None else entry.hits
         had_graph = entry is not None or account.capture is not None
         found.append(
-            KeyView(
-                CallSpec(key, names),
-                status,
+            Explained(
+                str(spec) + "".join(f", {name} {value}" for name, value in spec.modes.items()),
+                "hit" if status == "captured" else "capture" if cause is None else "eager",
                 cause,
-                retry_after,
                 calls=seen.calls(key, hits),
-                answered=account.calls,
                 hits=hits,
                 nbytes=0 if entry is None else entry.nbytes,
                 costs=Costs(account.eager, account.replay, account.capture),
+                note=note or _NOTES.get(status, ""),
+                spec=spec,
+                status=status,
+                answered=account.calls,
                 is_worth_saving=had_graph or account.calls - account.hits >= _OFTEN,
             )
         )
     return found
 
 
-def _of_call(
-    module: TransparentModule, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[CallSpec]
-) -> Explained:
+def _of_call(module: TransparentModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
     """What the next call with these arguments would do."""
     dispatcher = state_of(module).dispatcher
     try:
@@ -255,44 +240,28 @@ def _of_call(
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
     padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
+    [found] = keys_of(module, [padded or call.key])
+    note = found.note
+    if padded is not None and found.spec is not None:
+        own = CallSpec(call.key, found.spec.names)
+        note = f"it is padded: {', '.join(own.diff(found.spec))}"
+        found = replace(found, call=str(own))
     reason = dispatcher.forbidden()
-    forbidden = Cause(reason) if reason is not None else dispatcher.captures.needs_grad(call.tensors)
-    [view] = views_of(module, [padded or call.key])
-    found = _of_key(view, graphs)
-    if forbidden is not None:
-        found = replace(found, outcome="eager", cause=forbidden, nearest="", differs=())
-    elif dispatcher.config.strategy == "per_submodule":
-        found = replace(found, outcome="eager", cause=None, note="its parts are captured one by one")
-    if padded is not None:
-        own = CallSpec(call.key, view.spec.names)
-        found = replace(found, call=str(own), note=f"it is padded: {', '.join(own.diff(view.spec))}")
-    return found
+    cause = Cause(reason) if reason is not None else dispatcher.captures.needs_grad(call.tensors)
+    if cause is not None:
+        return replace(found, outcome="eager", cause=cause, note=note, spec=None)
+    if dispatcher.config.strategy == "per_submodule":
+        return replace(found, outcome="eager", cause=None, note="its parts are captured one by one", spec=None)
+    return replace(found, note=note)
 
 
-def _of_key(view: KeyView, graphs: Sequence[CallSpec]) -> Explained:
-    """What becomes of the calls of one key, whatever the modes of this moment."""
-    outcome: Outcome = "hit" if view.status == "captured" else "capture" if view.cause is None else "eager"
-    note = _NOTES.get(view.status, "")
-    if view.status == "denied" and view.retry_after == 0:
-        note = "it is looked at again at its next call"
-    elif view.status == "denied" and view.retry_after is not None:
-        note = f"another capture is tried after {view.retry_after} call{'s' * (view.retry_after != 1)}"
-    nearest, differs = "", tuple[str, ...]()
-    if view.status not in ("captured", "changed") and graphs and (view.cause is None or view.cause.reason in _PASSING):
-        near = min(graphs, key=lambda spec: spec.distance(view.spec))
-        nearest, differs = str(near), tuple(near.diff(view.spec))
-    return Explained(
-        str(view.spec) + "".join(f", {name} {value}" for name, value in view.spec.modes.items()),
-        outcome,
-        view.cause,
-        view.calls,
-        view.hits,
-        view.nbytes,
-        view.costs,
-        nearest,
-        differs,
-        note,
-    )
+def _with_nearest(found: Explained, graphs: Sequence[CallSpec]) -> Explained:
+    """With the most similar call that has a graph, for one that might have one too."""
+    spec, may = found.spec, found.cause is None or found.cause.reason in _PASSING
+    if spec is None or not graphs or not may or found.status in ("captured", "changed"):
+        return found
+    near = min(graphs, key=lambda each: each.distance(spec))
+    return replace(found, nearest=str(near), differs=tuple(near.diff(spec)))
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import shown
 from graphcache.modules.examples import Example, varied
-from graphcache.modules.explain import views_of
+from graphcache.modules.explain import keys_of
 from graphcache.modules.prepare import Chosen, Job, ManifestProblem
 from graphcache.modules.transparent import TransparentModule, controls
 from graphcache.modules.wrapped import device_of, state_of
@@ -33,8 +33,8 @@ def served(fast: TransparentModule) -> tuple[Manifest, int]:
     entries: list[ManifestEntry] = []
     left_out = 0
     for part, each in _targets(fast).items():
-        for view in views_of(each):
-            if not view.is_worth_saving:
+        for view in keys_of(each):
+            if view.spec is None or not view.is_worth_saving:
                 continue
             try:
                 spec = saved(view.spec)
