@@ -369,4 +369,4 @@ class CachedModule(TransparentModule):
         state = self._graphcache
         if state.dispatcher.captures.closed or isinstance(state.module, EngineLike) or is_compiling():
             return nullcontext()
-        return ForwardPatches(lambda: (self, *state.submodules.active())).active()
+        return ForwardPatches(lambda: (self, *state.submodules.active)).active()

@@ -45,23 +45,20 @@ class _Patch:
 class ForwardPatch(_Patch):
     """Replaces a module's ``forward`` while calls are under way that have it as a part."""
 
-    __slots__ = ("original", "parts")
+    __slots__ = ("__wrapped__", "original", "parts")
     name = "forward"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         # Whatever the user has put there is what the part runs, and is put back afterwards.
         self.original: Callable[..., Any] = module.forward
+        self.__wrapped__ = self.original
         self.parts: dict[ForwardPatches | None, TransparentModule] = {}
         """Who has it as a part: a module may be one of several wrapped ones, or stand in two places of one."""
 
     def __getattr__(self, name: str) -> Any:
         # Its name, text and signature are those of the original.
         return getattr(self.original, name)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What is compiled holds no graphs.
@@ -107,24 +104,21 @@ def _restore(attributes: dict[str, Any]) -> None:
             attributes.update(patch.own)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a call of a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or global_hooks or global_pre_hooks)
-
-
 def _given(value: Any) -> Any:
     """What a pickle calls to have a value."""
     return value
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around a call of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or global_hooks or global_pre_hooks)
 
 
 class ForwardPatches:
     """While active, calls of the parts go through their graphs; outside, and in other threads, nothing has changed.
 
     A part keeps its place, its name and its hooks: only the ``forward`` that its ``__call__`` finds is another one, for
-    as long as a call of the whole is under way.
-
-    Args:
-        parts: Gives the wrapped parts as they are now.
+    as long as a call of the whole is under way. ``parts`` gives the wrapped parts as they are now.
     """
 
     def __init__(self, parts: Callable[[], tuple[TransparentModule, ...]]) -> None:
@@ -158,13 +152,13 @@ class ForwardPatches:
 
     def _install(self, part: TransparentModule) -> None:
         """Lead calls of a part to its graphs."""
-        module = state_of(part).module
+        state, module = state_of(part), state_of(part).module
         patch = vars(module).get("forward")
         if not isinstance(patch, ForwardPatch):
             patch = ForwardPatch(module)
             vars(module).update(__getstate__=StatePatch(module), forward=patch)
-        if state_of(part).dispatcher.target.run is not module:
-            state_of(part).run_from_now(patch.original)
+        if state.dispatcher.target.run is not module:
+            state.run_from_now(patch.original)
         patch.parts[self] = part
         self._installed[part] = None
 

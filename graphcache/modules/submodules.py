@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -44,49 +44,40 @@ _DIVISIBLE = frozenset(
 
 
 class Submodules:
-    """The submodules of one module that are captured one by one, its parts.
+    """The submodules of one module that are captured one by one, its parts. ``make`` wraps one, by name and options.
 
     With ``strategy="auto"`` and no ``include`` there are none until the whole is refused for something that a single
     submodule may be to blame for. Then every child is a part. A part that is refused has its own children as parts, and
     so on. Each module has a key table of its own, so that one call may have a graph of the whole, and another one
     graphs of parts.
-
-    Args:
-        module: The wrapped module.
-        config: Its options.
-        make: Wraps a part, by its name within the module and its options.
     """
 
     def __init__(self, module: nn.Module, config: GraphConfig, make: Make) -> None:
         self._module = module
-        self._config = config
         self._make = make
         self._lock = threading.Lock()
         self.excluded = _excluded(module, config)
         """Names of submodules that are kept out of graphs, so that the whole has none."""
-        named = _named_parts(module, config)
-        self._finds = config.strategy == "auto" and not named and not isinstance(module, EngineLike)
+        named, is_engine = _named_parts(module, config, self.excluded), isinstance(module, EngineLike)
+        self._finds = config.strategy == "auto" and not named and not is_engine
+        self._found = False
         # Candidates hold nothing that is excluded.
         self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
-        self._parts = {name: make(name, part, self._options(fixed, name)) for name, part in named.items()}
+        self._parts = {name: make(name, part, _options(fixed, name)) for name, part in named.items()}
+        self.active = tuple(self._parts.values())
+        """The parts that stand in the module now, without parts of parts."""
         self.past: CacheInfo | None = None
         """The account of parts that stand in the module no more."""
-        self._active = tuple(self._parts.values())
-        self._found = False
-        self.whole = isinstance(module, EngineLike) or (config.strategy != "per_submodule" and not self.excluded)
+        self.whole = is_engine or (config.strategy != "per_submodule" and not self.excluded)
         """Whether the module is to be captured as a whole."""
-        self._patches = ForwardPatches(self.active)
+        self._patches = ForwardPatches(lambda: self.active)
         if not self.whole:
             self.discover()
 
     def in_use(self) -> AbstractContextManager[object]:
         """Inside, calls of the parts use their graphs."""
         return self._patches.active()
-
-    def active(self) -> tuple[TransparentModule, ...]:
-        """The parts that stand in the module now, without parts of parts."""
-        return self._active
 
     def named(self) -> dict[str, TransparentModule]:
         """The parts, and parts of parts, by their names within the module."""
@@ -98,20 +89,11 @@ class Submodules:
 
     def divide(self, cause: Cause) -> bool:
         """Find the parts if a call was refused for what one of them may be to blame for; whether there are any."""
-        if cause.reason in _DIVISIBLE or (cause.reason is Reason.GRAD and self._has_engines()):
+        # Engines record no gradients in any case.
+        engines = cause.reason is Reason.GRAD and any(isinstance(each, EngineLike) for each in self._module.modules())
+        if cause.reason in _DIVISIBLE or engines:
             self.discover()
-        return bool(self._active)
-
-    def _options(self, config: GraphConfig, name: str) -> GraphConfig:
-        """The options of a part; its paths begin with ``self``."""
-        ends = [f"[{each}]" if each.isdigit() else f".{each}" for each in name.split(".")]
-        prefix = "self" + "".join(ends)
-        found = (each for path in config.ignore for each in _within(path, prefix))
-        return replace(config, ignore=tuple(dict.fromkeys(found)))
-
-    def _has_engines(self) -> bool:
-        """Whether there are engines to find, which record no gradients in any case."""
-        return self._finds and any(isinstance(each, EngineLike) for each in self._module.modules())
+        return bool(self.active)
 
     def discover(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
@@ -124,10 +106,10 @@ class Submodules:
             for name, child in _candidates(self._module, self.excluded).items():
                 known = self._parts.get(name)
                 if known is None or state_of(known).module is not child:
-                    known = self._make(name, child, self._options(self._own, name))
+                    known = self._make(name, child, _options(self._own, name))
                 here[name] = known
             gone = [part for name, part in self._parts.items() if here.get(name) is not part]
-            self._parts, self._active, self._found = here, tuple(here.values()), True
+            self._parts, self.active, self._found = here, tuple(here.values()), True
         for part in gone:
             # Not closed: a call in another thread may be on its way through it.
             state_of(part).clear(wait=False)
@@ -151,6 +133,13 @@ class Submodules:
             self.discover()
 
 
+def _options(config: GraphConfig, name: str) -> GraphConfig:
+    """The options of a part; the paths of its state begin with ``self``."""
+    prefix = "self" + "".join(f"[{each}]" if each.isdigit() else f".{each}" for each in name.split("."))
+    found = (each for path in config.ignore for each in _within(path, prefix))
+    return replace(config, ignore=tuple(dict.fromkeys(found)))
+
+
 def _within(path: str, prefix: str) -> list[str]:
     """What a path that may hold ``*`` is called in the submodule at ``prefix``; empty if it does not reach there."""
     if not path.startswith("self"):
@@ -168,7 +157,7 @@ def _within(path: str, prefix: str) -> list[str]:
     return found
 
 
-def _named_parts(module: nn.Module, config: GraphConfig) -> dict[str, nn.Module]:
+def _named_parts(module: nn.Module, config: GraphConfig, excluded: Sequence[str]) -> dict[str, nn.Module]:
     """The submodules that ``include`` names, or without it the engines, by name; ``{}`` where they are to be found."""
     if config.strategy == "whole_graph" or isinstance(module, EngineLike):
         return {}
@@ -177,7 +166,6 @@ def _named_parts(module: nn.Module, config: GraphConfig) -> dict[str, nn.Module]
         if name not in names:
             raise ConfigError(f"include names {name!r}{_near(name, names)}")
     chosen = {name: names[name] for name in config.include}
-    excluded = _excluded(module, config)
     for name in chosen:
         if outer := next((other for other in chosen if name.startswith(f"{other}.")), None):
             raise ConfigError(f"include names both {outer!r} and {name!r}, which is inside it; name one of them")
@@ -232,10 +220,9 @@ def _candidates(module: nn.Module, excluded: Collection[str] = ()) -> dict[str, 
             if id(child) in seen or isinstance(child, TransparentModule) or name in excluded:
                 continue
             seen.add(id(child))
-            if _is_closed(child):
-                found[name] = child
+            holds_excluded = any(each.startswith(f"{name}.") for each in excluded)
             # A list of modules is never called, and what holds something excluded is not captured as a whole.
-            elif type(child).forward is nn.Module.forward or any(each.startswith(f"{name}.") for each in excluded):
+            if not _is_closed(child) and (holds_excluded or type(child).forward is nn.Module.forward):
                 search(child, f"{name}.")
             else:
                 found[name] = child
@@ -255,11 +242,8 @@ def _submodules(module: nn.Module) -> dict[str, nn.Module]:
 def _is_closed(module: nn.Module) -> bool:
     """Whether TorchScript or Dynamo runs what is inside of a module, so that no graph could stand in for a part."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if isinstance(module, torch.jit.ScriptModule) or (
-        dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-    ):
-        return True
-    return module._compiled_call_impl is not None
+    is_optimized = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return isinstance(module, torch.jit.ScriptModule) or is_optimized or module._compiled_call_impl is not None
 
 
 def _shares(name: str, other: str) -> bool:
@@ -269,9 +253,7 @@ def _shares(name: str, other: str) -> bool:
 
 def _near(name: str, names: Collection[str]) -> str:
     """The end of a message about a name that is none."""
+    if not names:
+        return ", but there are no submodules that Python calls"
     near = difflib.get_close_matches(name, names, n=3) or list(names)[:8]
-    return (
-        f", which is no submodule; did you mean {', '.join(near)}?"
-        if near
-        else ", but there are no submodules that Python calls"
-    )
+    return f", which is no submodule; did you mean {', '.join(near)}?"

@@ -153,8 +153,7 @@ class ModuleMethod:
 
     def __init__(self, transparent: TransparentModule, method: MethodType) -> None:
         self._transparent = transparent
-        self._method = method
-        self.__wrapped__ = method
+        self._method = self.__wrapped__ = method
         self.__doc__ = method.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,9 +192,10 @@ class Overridable:
         if instance is None:
             return self.value.__get__(None, owner)
         module = instance._graphcache_module
-        definer = _definer(type(module), self._name)
+        definer = next((each for each in type(module).__mro__ if self._name in vars(each)), object)
+        is_users = definer not in (nn.Module, object) and not definer.__module__.startswith("graphcache.")
         # What every module has is the user's own where it was set; any other name may also be made up by __getattr__.
-        if _is_users(definer) or (self._name in vars(module) if self._inherited else definer is None):
+        if is_users or (self._name in vars(module) if self._inherited else definer is object):
             try:
                 return instance._graphcache_get(self._name)
             except AttributeError:
@@ -262,20 +262,6 @@ def controls(fast: TransparentModule) -> Controls:
     if not isinstance(fast, TransparentModule):
         raise ConfigError(f"expected a wrapped module, got {type(fast).__name__}; graphcache.wrap makes one")
     return Controls(fast)
-
-
-def _definer(kind: type, name: str) -> type | None:
-    """The class that a class has an attribute from."""
-    return next((each for each in kind.__mro__ if name in vars(each)), None)
-
-
-def _is_users(definer: type | None) -> bool:
-    """Whether what a class defines is the module's own: neither every module has it nor one of ours."""
-    if definer is None or definer is nn.Module or definer is object:
-        return False
-    return not definer.__module__.startswith(
-        ("graphcache.modules.engine", "graphcache.integrations.torch_tensorrt.adopted_engine")
-    )
 
 
 def _no_change(*_: Any) -> None:

@@ -91,7 +91,7 @@ class Wrapped:
 
     def parts(self) -> list[Wrapped]:
         """What is captured one by one now, without parts of parts."""
-        return [state_of(part) for part in self.submodules.active()]
+        return [state_of(part) for part in self.submodules.active]
 
     def cache_info(self) -> CacheInfo:
         """The counters so far, with those of the parts."""
