@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,7 @@ class Call:
         object.__setattr__(self, "kwargs", dict(self.kwargs))
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A call that can be made, as often as it is needed."""
 
     label: str
@@ -78,9 +77,9 @@ def example(given: Any, module: nn.Module) -> Example:
 
 
 def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Give floating tensors values that differ from one another, always the same ones.
+    """Give floating tensors values that differ, always the same ones; integers stay valid indices.
 
-    A graph that reads its inputs in the wrong places would pass a comparison on zeros. Integers stay valid indices.
+    A graph that reads its inputs in the wrong places would pass a comparison on zeros.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
@@ -122,25 +121,29 @@ def _by_name(engine: EngineModule, given: Sequence[Any]) -> dict[str, Any]:
 def _of_shapes(engine: EngineModule, given: Mapping[Any, Any]) -> Example:
     """A call of an engine from shapes and tensors by name."""
     bindings = {binding.name: binding for binding in engine.engine.inputs}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in given:
         if name not in bindings:
             raise InputCountError(f"{engine.name} has no input {shown(name)}; its inputs are {', '.join(bindings)}")
-    found: list[tuple[Binding, Any, tuple[int, ...]]] = []
     for name, binding in bindings.items():
         if name not in given and (-1 in binding.shape or binding.on_host):
             raise InputCountError(f"input {name!r} of {engine.name} is missing; its shape {binding.shape} is open")
         value = given.get(name, binding.shape)
-        is_tensor = isinstance(value, Tensor)
-        found.append((binding, value, tuple(value.shape) if is_tensor else _checked(engine, binding, value)))
+        shapes[name] = tuple(value.shape) if isinstance(value, Tensor) else _checked(engine, binding, value)
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The tensors that were given, and new ones for shapes."""
-        new = {b.name: _made(engine, b, shape) for b, value, shape in found if not isinstance(value, Tensor)}
+        new = {name: _made(engine, bindings[name], shape) for name, shape in shapes.items() if name not in tensors}
         varied(tuple(new.values()), {})
-        return tuple(new.get(b.name, value) for b, value, _ in found), {}
+        return tuple({**new, **tensors}[name] for name in bindings), {}
 
-    nbytes = sum(0 if b.on_host else math.prod(shape) * b.dtype.itemsize for b, _, shape in found)
-    return Example(" ".join(f"{b.name}:{'x'.join(map(str, shape)) or '[]'}" for b, _, shape in found), nbytes, make)
+    nbytes = sum(
+        math.prod(shapes[each.name]) * each.dtype.itemsize for each in engine.engine.inputs if not each.on_host
+    )
+    return Example(
+        " ".join(f"{name}:{'x'.join(map(str, shape)) or '[]'}" for name, shape in shapes.items()), nbytes, make
+    )
 
 
 def _checked(engine: EngineModule, binding: Binding, value: Any) -> tuple[int, ...]:

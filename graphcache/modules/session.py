@@ -21,9 +21,6 @@ class Session:
     Write into ``inputs``, call :meth:`run`, read ``outputs``, all on one stream. Nothing is checked, copied or
     allocated: a weight that was replaced, or an engine that was refitted, since the session was made, is not seen.
 
-    Args:
-        recorded: A verified graph of the session's own.
-
     Example:
         >>> import torch, graphcache
         >>> fast = graphcache.wrap(torch.nn.ReLU())
