@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _hooks
 
@@ -28,6 +29,11 @@ _NOT_INITIALIZED = 3
 AS_IT_IS: AbstractContextManager[object] = nullcontext()
 # Torch fills and empties these two dictionaries and never replaces them.
 global_hooks, global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around a call of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or global_hooks or global_pre_hooks)
 
 
 @cache

@@ -17,13 +17,13 @@ from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import open_to
 from graphcache.dispatch.forward_into import copy_into
-from graphcache.dispatch.preconditions import is_compiling
+from graphcache.dispatch.preconditions import has_hooks, is_compiling
 from graphcache.errors import Cause, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Observer, Subscriber, log
 from graphcache.features import features
 from graphcache.graphs.graph import Graph
 from graphcache.modules.explain import Explanation, explain
-from graphcache.modules.forward_patch import ForwardPatches, has_hooks
+from graphcache.modules.forward_patch import ForwardPatches
 from graphcache.modules.portable import again
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session

@@ -188,9 +188,9 @@ class EngineModule(EngineBase):
 
     def forbids_capture(self) -> Cause | None:
         """Why no call of this engine can be captured now; ``None`` if nothing is known that prevents it."""
-        if self.uses_output_allocator:
+        if self.requires_output_allocator or self._use_output_allocator:
             return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
-        if self.profiling_enabled:
+        if self._runner.profiler is not None:
             return Cause(Reason.PROFILING, self.name)
         if self.engine.streamable_bytes and self.engine.weight_budget < self.engine.streamable_bytes:
             return Cause(Reason.WEIGHT_STREAMING, self.name)

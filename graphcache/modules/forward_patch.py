@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, is_compiling
+from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, has_hooks, is_compiling
 from graphcache.modules.transparent import TransparentModule
 from graphcache.modules.wrapped import state_of
 
@@ -107,11 +107,6 @@ def _restore(attributes: dict[str, Any]) -> None:
 def _given(value: Any) -> Any:
     """What a pickle calls to have a value."""
     return value
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a call of a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or global_hooks or global_pre_hooks)
 
 
 class ForwardPatches:
