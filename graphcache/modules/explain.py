@@ -194,8 +194,10 @@ def keys_of(fast: TransparentModule, keys: list[Any] | None = None) -> list[Expl
     dispatcher, names = state_of(fast).dispatcher, arguments_of(state_of(fast).module)
     captures, entries, seen = dispatcher.captures, dispatcher.entries, dispatcher.captures.keys
     changed = captures.target.guard.has_changed()
+    if keys is None:
+        keys = list(dict.fromkeys([*list(entries), *seen.keys()]))
     found = []
-    for key in dict.fromkeys([*list(entries), *seen.keys()]) if keys is None else keys:
+    for key in keys:
         entry, account = entries.get(key), captures.admission.known(key)
         status: Status = "new" if account.capture is None else "evicted"
         cause, note = None, ""
