@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
@@ -110,6 +111,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             submodule = ""
             cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
         cause = cause or next(_written(watched, contents), None)
+    operations.note_answer(value)
     outside = list(operations.outside.values())
     return Effects(value, cause, submodule, outside, operations.digest(), host.functions)
 
@@ -182,7 +184,7 @@ class _Operations(DispatchMode):
         if self._given:
             return
         constants = [value for value in flatten([*args, *kwargs.items()]) if not isinstance(value, Tensor)]
-        values = [tensor.tolist() for tensor in leaves] if lifted and leaves[0].numel() <= _SMALL else []
+        values = [bytes(_bytes(tensor).flatten().tolist()) for tensor in leaves] if lifted else []
         made = tuple([_layout(tensor)[1:] for tensor in results])
         self._trace.append((str(func), inputs, repr(constants), repr(values), made))
 
@@ -211,6 +213,12 @@ class _Operations(DispatchMode):
         for tensor in flatten(returned):
             if isinstance(tensor, Tensor) and (address := storage_of(tensor)) not in given:
                 self._made.setdefault(address, (len(self._made), tensor))
+
+    def note_answer(self, value: Any) -> None:
+        """Note what the call returned: memory of outside, and values that no operation made."""
+        leaves, tree = pytree.tree_flatten(value)
+        self._reads([leaf for leaf in leaves if isinstance(leaf, Tensor) and storage_of(leaf)])
+        self._trace.append((str(tree), *(self._name(x) if isinstance(x, Tensor) else repr(x) for x in leaves)))
 
     def digest(self) -> bytes:
         """A digest of what was done."""
@@ -241,10 +249,6 @@ class _Operations(DispatchMode):
             self.cause = Cause(reason, where)
             if not where.startswith(("self", "args", "kwargs")):
                 self.submodule = self._watched.path_here()
-
-
-_SMALL = 4096
-"""Elements of a constant that is made of Python numbers, whose values are part of the trace."""
 
 
 def _layout(tensor: Tensor) -> tuple[Hashable, ...]:

@@ -9,6 +9,7 @@ import datetime
 import multiprocessing.pool
 import os
 import queue
+import random
 import sys
 import threading
 import time
@@ -30,7 +31,8 @@ _READS = frozenset({"numpy", "tolist", "data_ptr"})
 _CLOCKS = frozenset(
     {
         *(time.time, time.time_ns, time.perf_counter, time.perf_counter_ns, time.monotonic, time.monotonic_ns),
-        *(time.process_time, time.process_time_ns, time.thread_time, time.localtime, time.gmtime),
+        *(time.process_time, time.process_time_ns, time.thread_time, time.thread_time_ns, time.clock_gettime),
+        *(time.clock_gettime_ns, time.localtime, time.gmtime, time.ctime, time.asctime, time.strftime, os.times),
     }
 )
 _HANDOFFS: frozenset[types.CodeType] = frozenset(
@@ -112,6 +114,8 @@ class HostActivity:
                 self.entered(id(frame.f_locals.get("self")), _given_to(frame))
             if code in _HANDOFFS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
+            elif code is _WHO_AM_I and frame.f_back is not None:
+                self._thread(frame.f_back, code.co_qualname)
         elif event == "c_call":
             self._c_call(frame, arg)
         elif event == "return" and frame.f_code in self._opaque:
@@ -126,12 +130,13 @@ class HostActivity:
             if self.reads and function.__name__ in _READS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, f"Tensor.{function.__name__}")
         elif kind == _GENERATOR:
-            if function.__name__ not in _NOT_DRAWN:
+            seeds = function.__name__ == "seed" and owner in _OF_THE_PROCESS
+            if seeds or function.__name__ not in _NOT_DRAWN:
                 self._note(Reason.RANDOM, f"{type(owner).__name__}.{function.__name__}")
         elif kind == _QUEUE:
             self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
         elif kind == _LOCK and not _is_ours(frame):
-            self._lock(function.__name__, id(owner))
+            self._lock(frame, function.__name__, id(owner))
         elif kind == _CLASS and isinstance(owner, type) and issubclass(owner, datetime.date):
             if function.__name__ in ("now", "today", "utcnow"):
                 self._clock(frame, f"{owner.__name__}.{function.__name__}")
@@ -145,14 +150,23 @@ class HostActivity:
             self._note(Reason.HOST_READ, function.__name__, "work goes to another thread")
         elif function in _CLOCKS:
             self._clock(frame, f"time.{function.__name__}")
+        elif function is _thread.get_ident or function is _thread.get_native_id:
+            self._thread(frame, function.__name__)
+
+    def _thread(self, frame: types.FrameType, name: str) -> None:
+        """Note that the user's code asks which thread runs it: another one may make the next call."""
+        if not is_library(frame.f_globals.get("__name__")):
+            self._note(Reason.HOST_READ, name, "the call asks which thread runs it")
 
     def _clock(self, frame: types.FrameType, name: str) -> None:
         """Note a clock that the user's code reads; handlers of the log read clocks for reasons of their own."""
         if not is_library(frame.f_globals.get("__name__")) and not _is_inside("logging", frame):
             self._note(Reason.RANDOM, name, "a clock is read, which a graph would stop")
 
-    def _lock(self, name: str, identity: int) -> None:
+    def _lock(self, frame: types.FrameType, name: str, identity: int) -> None:
         """A lock that is released without having been acquired lets another thread go on."""
+        if name == "locked" and not is_library(frame.f_globals.get("__name__")):
+            self._note(Reason.HOST_READ, "lock.locked", "another thread may hold the lock")
         if name in ("acquire", "acquire_lock"):
             self._acquired.append(identity)
         elif name in ("release", "release_lock"):
@@ -215,5 +229,7 @@ def _kind_of(owner: Any) -> int:
 
 
 _NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})
-"""Methods of generators that draw nothing; a generator that is seeded anew shows that by its state."""
+"""Methods of generators that draw nothing; a generator of the module's that is seeded anew shows that by its state."""
+_OF_THE_PROCESS = (random._inst, torch.default_generator)
+_WHO_AM_I = threading.current_thread.__code__
 _TORCH_HANDOFFS = frozenset({torch._C.fork, torch._C.wait})

@@ -15,7 +15,7 @@ from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, u
 from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
 from graphcache.capture.recording import OTHER_VALUES, CaptureRequest, Recording, Sharing, verify_or_close
-from graphcache.capture.trial_call import OutputLayout, TrialCall
+from graphcache.capture.trial_call import OutputLayout, TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
@@ -89,6 +89,7 @@ class TorchRecorder:
                     known.version = effects.version
                     self._guard.arm()
                     return known
+                self._check_containers(effects.value, call)
                 request.begin()
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if request.running is nullcontext else run(*call.args, **call.kwargs)
@@ -150,6 +151,14 @@ class TorchRecorder:
         for lane in self._lanes.values():
             lane.close(wait=wait)
         self._lanes.clear()
+
+    def _check_containers(self, value: Any, call: KeyedCall) -> None:
+        """Refuse an answer with a container that outlives the call, or is there twice: a replay makes new ones."""
+        containers = containers_in(value)
+        found = {id(each) for each in containers}
+        given = {id(each) for each in containers_in((call.args, call.kwargs))}
+        if len(found) < len(containers) or found & given or self._guard.holds_any(found):
+            raise Refusal(Reason.OUTPUT, detail="a container in it is not of its own")
 
     def _is_proven(self, known: Recording, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
         """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
@@ -231,7 +240,7 @@ class TorchRecorder:
 
     def _check_reads(self, call: TrialCall, static: Sequence[Tensor], *, on_host: bool) -> None:
         """Run a call once more, and refuse it if the host learns something from its tensors."""
-        with compiled_runs_eagerly(), _Reads(static, self._module) as reads:
+        with compiled_runs_eagerly(), _Reads(static, call.state, self._module) as reads:
             call.call(static)
         # A read of device memory invalidates the capture by itself.
         if learnt := (on_host and reads.read) or reads.asked:
@@ -274,8 +283,8 @@ class TorchRecorder:
 class _Reads(HostReads):
     """Notices what the host learns, and in which submodule of ``module``."""
 
-    def __init__(self, inputs: Sequence[Tensor], module: nn.Module) -> None:
-        super().__init__(inputs)
+    def __init__(self, inputs: Sequence[Tensor], state: Sequence[Tensor], module: nn.Module) -> None:
+        super().__init__(inputs, state)
         self._module = module
         self.path: str | None = None
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from graphcache.capture.recording import check_repeats
 from graphcache.errors import Reason, Refusal
 from graphcache.keys.call_key import KeyedCall, substitute
+from graphcache.keys.values import is_rebuilt
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum)
 
@@ -23,7 +24,8 @@ class TrialCall:
 
     def __init__(self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor]) -> None:
         self._run = run
-        self._state = state
+        self.state = state
+        """What outlives the call."""
         self.answer = OutputLayout(value, call.tensors, state)
         found: dict[int, int] = {}
         places = [found.setdefault(id(tensor), len(found)) for tensor in call.tensors]
@@ -39,7 +41,7 @@ class TrialCall:
 
     def run(self, static: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that the module makes of others; the answer has to have the layout of the first one."""
-        answer = OutputLayout(self.call(static), self._spread(static), self._state)
+        answer = OutputLayout(self.call(static), self._spread(static), self.state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer.tensors
@@ -57,7 +59,7 @@ class TrialCall:
 
     def kept(self) -> list[Tensor]:
         """The state as it is now: while these live, no other tensor can take their address."""
-        return [tensor.detach() for tensor in self._state]
+        return [tensor.detach() for tensor in self.state]
 
     def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs in the places of the tensors of the call."""
@@ -79,6 +81,19 @@ def _strides(tensor: Tensor) -> list[int]:
 def _storage(tensor: Tensor) -> int:
     """Identifies the memory of a tensor; raises for one without any, such as a sparse one."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def containers_in(value: Any) -> list[Any]:
+    """The containers in a value that can be changed, each as often as it is there."""
+    found: list[Any] = []
+
+    def look(each: Any) -> bool:
+        if type(each) in pytree.SUPPORTED_NODES and not isinstance(each, tuple):
+            found.append(each)
+        return False
+
+    pytree.tree_flatten(value, is_leaf=look)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,8 @@ class OutputLayout:
     def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:
         # A size is a tuple to pytree, which would give back a tuple.
         leaves, self._tree = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
+        if not is_rebuilt(value, pytree.tree_unflatten(leaves, self._tree)):
+            raise Refusal(Reason.OUTPUT, detail="pytree leaves out a part of it")
         self._inputs = inputs
         self._lasting = set(map(_storage, lasting))
         self._owners = {_storage(tensor): index for index, tensor in reversed(list(enumerate(inputs)))}
@@ -131,6 +148,8 @@ class OutputLayout:
         """Whether its leaves are the tensors that the call made, each once and in their order."""
         self.is_inference = any(tensor.is_inference() for tensor in self.tensors)
         """Whether the call made inference tensors."""
+        if self.is_inference and not all(tensor.is_inference() for tensor in self.tensors):
+            raise Refusal(Reason.OUTPUT, detail="some tensors of it are inference tensors and others are not")
 
     @property
     def layout(self) -> object:
@@ -171,6 +190,8 @@ class OutputLayout:
             raise Refusal(Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}")
         if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
             raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
+        if leaf.__dict__ and not any(leaf is tensor for tensor in self._inputs):
+            raise Refusal(Reason.OUTPUT, detail=f"a tensor with attributes: {', '.join(leaf.__dict__)}")
         if leaf.requires_grad and not any(leaf is tensor for tensor in self._inputs):
             raise Refusal(Reason.GRAD, detail="an output requires gradients")
         if _storage(leaf) in self._lasting:

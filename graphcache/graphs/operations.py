@@ -19,7 +19,9 @@ from graphcache.errors import Reason, Refusal
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
 _OF_GRADIENTS = frozenset({"requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"})
 _ASKS = _OF_GRADIENTS | {"storage_offset", "as_strided", "untyped_storage", "_base"}
-_ASKS |= {"_is_view", "_version", "is_inference"}
+_ASKS |= {"_is_view", "_version", "is_inference", "is_set_to", "is_shared", "is_pinned"}
+_ASKS |= {"storage", "typed_storage"}
+_OF_STATE = frozenset({"grad", "_version"})
 _MASKS = (torch.bool, torch.uint8)
 _PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
 
@@ -50,13 +52,14 @@ class HostReads(TorchFunctionMode):
     never active while a call is recorded.
     """
 
-    def __init__(self, inputs: Sequence[Tensor] = ()) -> None:
+    def __init__(self, inputs: Sequence[Tensor] = (), state: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.read = ""
         """The first read of any tensor's memory, such as ``tolist`` or ``numpy``."""
         self.asked = ""
-        """The first such question about an input, or a view of one."""
+        """The first such question about an input, a view of one, or what outlives the call."""
         self._inputs = {storage_of(tensor) for tensor in inputs}
+        self._state = {storage_of(tensor) for tensor in state}
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -68,7 +71,10 @@ class HostReads(TorchFunctionMode):
             self.read = self.read or f"Tensor.{name}"
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
-        asks = name in _ASKS and args and isinstance(args[0], Tensor) and storage_of(args[0]) in self._inputs
+        asked_of = storage_of(args[0]) if name in _ASKS and args and isinstance(args[0], Tensor) else None
+        # A guard compares where what outlives the call is, and whether it requires gradients; these not.
+        of_state = name in _OF_STATE and asked_of in self._state and not _from_torch()
+        asks = asked_of is not None and (asked_of in self._inputs or of_state)
         if asks and not (name in _OF_GRADIENTS and not torch.is_grad_enabled() and _from_torch()):
             self.asked = self.asked or f"Tensor.{name}"
         return func(*args, **(kwargs or {}))

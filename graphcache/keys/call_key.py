@@ -7,7 +7,7 @@ Two calls with equal keys run the same operations on tensors of the same layout,
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import EnumType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from graphcache.errors import Reason, Refusal, shown
 from graphcache.keys.ambient import USUAL, State, ambient_state
+from graphcache.keys.user_code import is_library
+from graphcache.keys.values import is_plain, is_rebuilt
 
 Part = tuple[Any, ...]
 """One argument, item or constant in a key. It begins with the dtype of a tensor, or with the type of anything else:
@@ -32,9 +34,7 @@ _MAX_DEPTH = 32
 """Containers in one another."""
 _PLAIN = 4
 """Entries of the part of a plain tensor."""
-CONSTANTS = frozenset(
-    {type(None), type, bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
-)
+CONSTANTS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
 OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
     torch.Size: tuple,
     slice: lambda value: (value.start, value.stop, value.step),
@@ -179,17 +179,20 @@ class _Reader:
             return float, value.hex()
         if kind is complex:
             return complex, value.real.hex(), value.imag.hex()
-        if kind in CONSTANTS:
+        if kind in CONSTANTS or (kind is type and is_library(value.__module__)):
+            # Of a class of the user's, attributes may change.
             return kind, value
         if isinstance(kind, EnumType):
             # By name, as members may be equal to other things; the names of combined flags are made of their members'.
-            return kind, value._name_, None if value._name_ else int(value._value_)
+            return kind, value._name_, None if value._name_ else int(value._value_), *_of_member(value, where)
         if kind in OPEN_CONSTANTS:
             return kind, *[self._constant(item, where, depth) for item in OPEN_CONSTANTS[kind](value)]
         if (node := _node(kind)) is None:
             raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
         items, context = node.flatten_fn(value)
-        about = None if context is None else self._constant(context, f"the keys of {where}", depth)
+        if hasattr(value, "__dict__") and not is_rebuilt(value, node.unflatten_fn(items, context)):
+            raise Refusal(Reason.ARGUMENT, where, f"pytree leaves out a part of a {kind.__qualname__}")
+        about = None if context is None or context is kind else self._constant(context, f"the keys of {where}", depth)
         ends = item_ends(kind, context, len(items))
         return kind, about, *[self.part(item, where + end, depth + 1) for end, item in zip(ends, items, strict=True)]
 
@@ -199,6 +202,9 @@ class _Reader:
         self.tensors.append(value)
         part = value.dtype, value.shape, value.stride(), value.device
         conjugate, negative, attributes = value.is_conj(), value.is_neg(), value.__dict__
+        if type(value) is not Tensor:
+            # A module may ask whether it is a parameter.
+            attributes = {**attributes, "__class__": type(value).__name__}
         if not (conjugate or negative or attributes):
             return part
         # Attributes that somebody gave it: a module may look at them.
@@ -212,6 +218,16 @@ class _Reader:
         if len(self.tensors) > count:
             raise Refusal(Reason.ARGUMENT, where, "a tensor where only a constant can stand")
         return part
+
+
+def _of_member(member: Any, where: str) -> Iterator[Hashable]:
+    """The value of a member of an enumeration, and attributes that it was given, which may change."""
+    for name, value in vars(member).items():
+        if name == "_value_" or not name.startswith("_"):
+            items = value if type(value) is tuple else (value,)
+            if not all(map(is_plain, items)):
+                raise Refusal(Reason.ARGUMENT, where, f"{shown(member)}, whose {name} may change")
+            yield name, repr(value)
 
 
 def _node(kind: type) -> Any:

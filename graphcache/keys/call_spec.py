@@ -200,7 +200,7 @@ def value_of(part: Part) -> Any:
     if kind in OPEN_CONSTANTS:
         found = map(value_of, rest)
         return torch.Size(found) if kind is torch.Size else kind(*found)
-    if kind in CONSTANTS:
+    if kind in CONSTANTS or kind is type:
         return rest[0]
     about: Any = None if rest[0] is None else value_of(rest[0])
     items = list(map(value_of, rest[1:]))

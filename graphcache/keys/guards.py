@@ -136,6 +136,11 @@ class ModuleGuard:
         snapshot = self._snapshot
         return next(iter((*snapshot.changes(limit=1), *snapshot.written())), None) if snapshot is not None else None
 
+    def holds_any(self, identities: set[int]) -> bool:
+        """Whether one of some objects was found by :meth:`snapshot`."""
+        snapshot = self._snapshot
+        return snapshot is not None and any(id(node.target) in identities for node in snapshot.nodes)
+
     @property
     def has_engines(self) -> bool:
         """Whether submodules that keep their own account take part."""

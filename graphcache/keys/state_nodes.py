@@ -7,6 +7,7 @@ shallow copies of all containers finds every change.
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -190,9 +191,7 @@ class ClassNode(StateNode):
         return tuple(found), tuple(found.values())
 
     def guard(self, native: Any) -> None:
-        # A class shows its dictionary through a proxy.
-        (table,) = gc.get_referents(vars(self.target))
-        _guard_names(native, table, self.state)
+        _guard_names(native, table_of(self.target), self.state)
 
 
 class ItemsNode(StateNode):
@@ -239,8 +238,7 @@ class ObjectNode(StateNode):
     """An object: its class, and which dictionary holds its attributes."""
 
     def read(self) -> State:
-        table = getattr(self.target, "__dict__", None)
-        return ("__class__", "__dict__"), (type(self.target), table if type(table) is dict else None)
+        return ("__class__", "__dict__"), (type(self.target), attributes_of(self.target))
 
     def compare(self, old: Any, new: Any) -> Iterator[Change]:
         (kind, table), (kind_now, table_now) = old[1], new[1]
@@ -314,11 +312,33 @@ class ScriptNode(StateNode):
         return str(name)
 
 
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """The ``__dict__`` of an object, past a ``__getattribute__`` of its class; ``None`` for one without."""
+    try:
+        table = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return table if type(table) is dict else None
+
+
+def table_of(kind: type) -> dict[str, Any]:
+    """The dictionary of a class, which shows it through a proxy."""
+    (table,) = gc.get_referents(vars(kind))
+    return table  # type: ignore[no-any-return]
+
+
+_BUILT_IN = {
+    collections.defaultdict: ("default_factory",),
+    functools.partial: ("func", "args", "keywords"),
+}
+"""What objects of the standard library hold as in slots."""
+
+
 def slots_of(kind: type) -> Slots:
     """The ``__slots__`` of a class and its bases, with what reads them."""
     found: Slots = {}
     for each in kind.__mro__:
-        declared = each.__dict__.get("__slots__", ())
+        declared = each.__dict__.get("__slots__", _BUILT_IN.get(each, ()))
         for name in (declared,) if isinstance(declared, str) else tuple(declared):
             mangled = f"_{each.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
             descriptor = each.__dict__.get(mangled)

@@ -7,7 +7,6 @@ import builtins
 import collections
 import concurrent.futures
 import contextvars
-import enum
 import functools
 import gc
 import logging
@@ -17,17 +16,19 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from graphcache.keys import state_nodes as nodes
 from graphcache.keys import user_code
 from graphcache.keys.script_state import settle
 from graphcache.keys.state_nodes import MISSING, StateNode
-from graphcache.keys.value_nodes import ArrayNode, CacheNode, HiddenNode, TensorNode
-from graphcache.keys.values import BUILTIN_METHODS, VIEWS, array_state, hidden_state, is_plain
+from graphcache.keys.value_nodes import ArrayNode, CacheNode, GradientFlagsNode, HiddenNode, TensorNode
+from graphcache.keys.values import BUILTIN_METHODS, MEMORY_FILES, VIEWS, array_state, hidden_state, is_plain, results_of
 
 MAX_CONTAINERS = 50_000
 """A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
@@ -41,6 +42,10 @@ MAX_ARRAY_BYTES = 1 << 20
 
 _LOGGING = (logging.Logger, logging.Handler, logging.Filterer)
 _MACHINERY = (concurrent.futures.Executor, concurrent.futures.Future, asyncio.AbstractEventLoop, threading.Thread)
+
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_COMPARED = (functools._lru_cache_wrapper, *MEMORY_FILES)
+"""Objects whose hidden state is part of a guard."""
 
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
@@ -83,6 +88,8 @@ class StateWalk:
         self._followed: set[type] = set()
         self._hops: dict[int, int] = {}
         self._used: dict[types.ModuleType, set[str]] = {}
+        self._modules: dict[types.ModuleType, frozenset[str]] = {}
+        """Modules of the user's that somebody holds or imports, with the names in them that were followed."""
         self._mentioned: set[str] = set()
         self._waiting: dict[str, list[tuple[str, types.FunctionType]]] = {}
         """Methods whose names no code that was followed mentions."""
@@ -108,18 +115,29 @@ class StateWalk:
 
     def _visit(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
-        if isinstance(value, Tensor):
+        if kind in weakref.ProxyTypes:
+            with suppress(ReferenceError):
+                # A method of the object that it stands for.
+                self._push(parent, key, value.__reduce_ex__.__self__)
+        elif issubclass(kind, Tensor):
             tensor = TensorNode(parent, key, value)
             self.tensors.append(tensor)
-            if value.__dict__:
+            if kind in _TENSORS:
                 self._follow(nodes.AttributesNode(tensor, "", value.__dict__))
-        elif isinstance(value, type):
-            self._class(value, follow=True)
-        elif isinstance(value, (enum.Enum, BaseException, *_LOGGING, *_MACHINERY)):
-            return
+            else:
+                self._attributes(parent, key, value)
+        elif issubclass(kind, type):
+            self._classes_of(value, follow=True)
+        elif issubclass(kind, types.ModuleType):
+            if not user_code.is_library(value.__name__):
+                self._modules.setdefault(value, frozenset())
+        elif issubclass(kind, (*_LOGGING, *_MACHINERY)):
+            self._machinery(parent, key, value)
         elif kind in _TABLES:
             members = not key and isinstance(parent, nodes.AttributesNode)
             self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
+            if kind is collections.defaultdict:
+                self._follow(nodes.SlotsNode(parent, key, value, nodes.slots_of(kind)))
         elif kind in _SEQUENCES:
             self._items(parent, key, value)
         elif kind is types.FunctionType:
@@ -134,13 +152,12 @@ class StateWalk:
                 self._push(parent, f"{key}.__self__", value.__self__)
         elif kind in VIEWS:
             self._push(parent, key, gc.get_referents(value)[0])
-        elif isinstance(value, weakref.ref):
+        elif issubclass(kind, weakref.ref):
             self._push(parent, f"{key}()", value())
         elif kind is contextvars.ContextVar:
             self._follow(nodes.VariableNode(parent, key, value))
         elif kind in (functools.partial, functools.partialmethod):
-            for name in ("func", "args", "keywords"):
-                self._push(parent, f"{key}.{name}", getattr(value, name))
+            self._attributes(parent, key, value)
         elif self._skips is not None and self._skips(value):
             # It keeps its own account; what it stands for may hold state all the same.
             self._add(nodes.ObjectNode(parent, key, value), 1)
@@ -170,7 +187,8 @@ class StateWalk:
 
     def _function(self, parent: StateNode | None, key: str, value: types.FunctionType) -> None:
         code, module = value.__code__, value.__globals__.get("__name__")
-        if value.__dict__:
+        library = user_code.is_library(module)
+        if not library or value.__dict__:
             self._follow(nodes.AttributesNode(parent, key, value.__dict__))
         if _is_machinery(module):
             return
@@ -178,7 +196,7 @@ class StateWalk:
             self._push(parent, f"{key}.{name}", cell)
         for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
             self._push(parent, f"{key}.__defaults__", default)
-        if user_code.is_library(module):
+        if library:
             return
         self._add(nodes.FunctionNode(parent, key, value), 1)
         self.globals_of(code, value.__globals__, self._hops.get(id(value), 0))
@@ -193,6 +211,8 @@ class StateWalk:
         self._names(table, names.loaded | names.stored, hops)
         if user_code.names_environment(names, table):
             self._push(None, "os.environ", vars(os.environ)["_data"])
+        for module in user_code.imported_modules(names, table):
+            self._push(None, module.__name__, module)
         for module, attribute in user_code.module_attributes(names, table):
             if user_code.is_library(module.__name__):
                 self._used.setdefault(module, set()).add(attribute)
@@ -200,9 +220,28 @@ class StateWalk:
                 self._names(vars(module), {attribute}, hops)
 
     def finish(self) -> None:
-        """Remember what was named of libraries, which somebody may replace; it is not followed."""
+        """Follow what modules of the user's hold under names that code mentions; remember what libraries do."""
+        while self._named_in_modules():
+            self.walk(())
         for module, names in self._used.items():
             self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))), len(names))
+        if "requires_grad" in self._mentioned:
+            self._add(GradientFlagsNode(None, "", tuple(self.tensors)), 1)
+        # Somebody may patch methods into the class of all tensors, which is not followed itself.
+        methods = tuple(sorted(name for name in self._mentioned if hasattr(Tensor, name)))
+        if methods:
+            self._add(nodes.NamesNode(None, "Tensor", nodes.table_of(Tensor), methods), len(methods))
+
+    def _named_in_modules(self) -> bool:
+        """Follow names in modules of the user's; whether there were new ones."""
+        found = False
+        for module, known in tuple(self._modules.items()):
+            names = (self._mentioned & vars(module).keys()) - known
+            if names:
+                found = True
+                self._modules[module] = known | names
+                self._names(vars(module), names, 1)
+        return found
 
     def _names(self, table: dict[str, Any], names: set[str] | frozenset[str], hops: int) -> None:
         found = tuple(sorted(name for name in names if name in table or name not in _BUILTINS))
@@ -214,7 +253,7 @@ class StateWalk:
             if isinstance(value, types.FunctionType):
                 self._hops.setdefault(id(value), hops + 1)
             if isinstance(value, type):
-                self._class(value, follow=False)
+                self._classes_of(value, follow=False)
             elif value is not MISSING:
                 self._push(node, node.end(name), value)
 
@@ -222,43 +261,42 @@ class StateWalk:
         """An object of any class: its items if it is a container, its attributes, slots and hidden state."""
         kind = type(value)
         module = str(kind.__module__)
-        if module.partition(".")[0] in ("asyncio", "concurrent", "multiprocessing", "logging", "tokenizers"):
+        if module.partition(".")[0] in ("concurrent", "multiprocessing", "logging", "tokenizers"):
             return
         if _is_machinery(module) and not isinstance(value, nn.Module):
             return
-        if isinstance(value, threading.local):
+        if issubclass(kind, threading.local):
             self._follow(nodes.ThreadLocalNode(parent, key, value))
             return
         if array_state(value) is not None:
             self._array(ArrayNode(parent, key, value))
             if getattr(getattr(value, "dtype", None), "hasobject", False):
                 self._follow(nodes.ItemsNode(parent, key, value))
-            return
-        if isinstance(value, dict):
+        elif issubclass(kind, dict):
             self._follow(nodes.TableNode(parent, key, value))
-        elif isinstance(value, _SEQUENCES):
+        elif issubclass(kind, _SEQUENCES):
             self._items(parent, key, value)
-        if isinstance(value, torch.jit.ScriptModule):
+        elif issubclass(kind, torch.jit.ScriptModule):
             settle(value)
             node = nodes.ScriptNode(parent, key, value)
             self._follow(node)
             for name, child in value.named_children():
                 self._push(node, f".{name}", child)
+        if issubclass(kind, parametrize.ParametrizationList):
+            # The weights that torch.nn.utils.parametrize.cached() keeps.
+            self._names(vars(parametrize), {"_cache", "_cache_enabled"}, 1)
         self._attributes(parent, key, value)
         hidden = hidden_state(value)
         if hidden is not None:
-            advances = (CacheNode if isinstance(value, functools._lru_cache_wrapper) else HiddenNode)(
-                parent, key, value
-            )
+            advances = (CacheNode if issubclass(kind, _COMPARED) else HiddenNode)(parent, key, value)
             self._add(advances, 1)
-            for item in hidden[1]:
+            results = results_of(value) if issubclass(kind, functools._lru_cache_wrapper) else []
+            for item in (*hidden[1], *results):
                 self._push(advances, "", item)
 
     def _attributes(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
-        table = getattr(value, "__dict__", None)
-        table = table if type(table) is dict else None
-        slots = nodes.slots_of(kind)
+        table, slots = nodes.attributes_of(value), nodes.slots_of(kind)
         if table is None and not slots:
             return
         self._add(nodes.ObjectNode(parent, key, value), 1)
@@ -268,8 +306,25 @@ class StateWalk:
             # Seen under the object's own path, and once.
             self._seen.add(id(table))
             self._follow(nodes.AttributesNode(parent, key, table))
-        for each in kind.__mro__:
-            self._class(each, follow=True)
+        self._classes_of(kind, follow=True)
+
+    def _machinery(self, parent: StateNode | None, key: str, value: Any) -> None:
+        """A thread, executor or logger: of one of a user's class, the attributes that are not the library's own."""
+        table = nodes.attributes_of(value)
+        if table is None or user_code.is_library(type(value).__module__):
+            return
+        node = nodes.AttributesNode(parent, key, table)
+        self._add(node, len(table))
+        for name, item in table.items():
+            if not name.startswith("_"):
+                self._push(node, node.end(name), item)
+        self._classes_of(type(value), follow=True)
+
+    def _classes_of(self, kind: type, *, follow: bool) -> None:
+        """A class, its bases and its metaclass."""
+        metaclass: Any = type(kind)
+        for each in (*kind.__mro__, *metaclass.__mro__):
+            self._class(each, follow=follow)
 
     def _class(self, kind: type, *, follow: bool) -> None:
         """What a class of the user's defines, or a module of PyTorch's; ``follow`` for one whose methods may run."""
@@ -279,6 +334,12 @@ class StateWalk:
         if kind not in self._classes:
             self._classes.add(kind)
             self._add(nodes.ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
+            if library and isinstance(forward := vars(kind).get("forward"), types.FunctionType):
+                # Somebody may replace a function of torch.nn.functional.
+                for module, name in user_code.module_attributes(
+                    user_code.global_names(forward.__code__), forward.__globals__
+                ):
+                    self._used.setdefault(module, set()).add(name)
         if library or kind in self._followed:
             return
         if follow:

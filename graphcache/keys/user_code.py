@@ -26,7 +26,9 @@ class GlobalNames(NamedTuple):
     attributes: frozenset[tuple[str, ...]]
     """For names that are read: the attributes taken from them at once, as in ``torch.nn.functional``."""
     mentioned: frozenset[str]
-    """Every name in it, of attributes and methods too."""
+    """Every name in it, of attributes and methods too, and every constant that may be one, as for ``getattr``."""
+    imported: frozenset[str]
+    """Modules that it imports."""
 
 
 def is_library(module_name: Any) -> bool:
@@ -43,8 +45,10 @@ def global_names(code: types.CodeType) -> GlobalNames:
     stored: set[str] = set()
     attributes: set[tuple[str, ...]] = set()
     mentioned: set[str] = set()
+    imported: set[str] = set()
     for each in code_inside(code):
         mentioned.update(each.co_names)
+        mentioned.update(value for value in each.co_consts if type(value) is str and value.isidentifier())
         chain: tuple[str, ...] = ()
         for instruction in dis.get_instructions(each):
             name = instruction.opname
@@ -58,7 +62,11 @@ def global_names(code: types.CodeType) -> GlobalNames:
                 chain = ()
             if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 stored.add(instruction.argval)
-    return GlobalNames(frozenset(loaded), frozenset(stored), frozenset(attributes), frozenset(mentioned))
+            if name == "IMPORT_NAME":
+                imported.add(instruction.argval)
+    return GlobalNames(
+        frozenset(loaded), frozenset(stored), frozenset(attributes), frozenset(mentioned), frozenset(imported)
+    )
 
 
 def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
@@ -66,7 +74,7 @@ def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
     names = global_names(code)
     if names.stored or any(_may_hold_state(table[name]) for name in names.loaded if name in table):
         return True
-    if names_environment(names, table):
+    if names_environment(names, table) or imported_modules(names, table):
         return True
     return any(
         not is_library(module.__name__) and _may_hold_state(vars(module).get(attribute))
@@ -76,9 +84,19 @@ def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
 
 def names_environment(names: GlobalNames, table: dict[str, Any]) -> bool:
     """Whether a function names what reads the environment of the process."""
-    loaded = any(table.get(name) is reads for name in names.loaded for reads in (os.environ, os.getenv))
-    attributes = module_attributes(names, table)
-    return loaded or any(module is os and attribute in ("environ", "getenv") for module, attribute in attributes)
+    mentions = "environ" in names.mentioned or "getenv" in names.mentioned
+    return mentions or any(table.get(name) is reads for name in names.loaded for reads in (os.environ, os.getenv))
+
+
+def imported_modules(names: GlobalNames, table: dict[str, Any]) -> list[types.ModuleType]:
+    """The modules that a function imports, but for libraries."""
+    package = str(table.get("__package__") or "")
+    parts = package.split(".") if package else []
+    # How many levels up an import begins is not looked at.
+    prefixes = ["", *(".".join(parts[: index + 1]) for index in range(len(parts)))]
+    paths = [f"{prefix}.{name}".strip(".") for name in names.imported for prefix in prefixes]
+    found = [sys.modules.get(path) for path in paths if not is_library(path)]
+    return [module for module in found if isinstance(module, types.ModuleType)]
 
 
 def module_attributes(names: GlobalNames, table: dict[str, Any]) -> list[tuple[types.ModuleType, str]]:

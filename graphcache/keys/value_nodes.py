@@ -45,6 +45,21 @@ class TensorNode(StateNode):
         native.add_tensor(self.target)
 
 
+class GradientFlagsNode(StateNode):
+    """Which tensors require gradients, for code that asks: a native guard does not compare that."""
+
+    def read(self) -> Any:
+        return [node.target.requires_grad for node in self.target]
+
+    def differs(self) -> bool:
+        return bool(self.read() != self.state)
+
+    def compare(self, old: Any, new: Any) -> Iterator[Change]:
+        for node, before, now in zip(self.target, old, new, strict=True):
+            if before != now:
+                yield Change(f"{node.path}.requires_grad", f"{before} became {now}")
+
+
 class ArrayNode(StateNode):
     """A NumPy array or a buffer of Python's, with its contents."""
 

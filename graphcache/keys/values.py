@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import array
 import collections
+import copyreg
 import datetime
 import decimal
-import enum
 import fractions
 import functools
+import gc
 import io
 import itertools
 import pathlib
@@ -35,13 +35,21 @@ PLAIN = (
 )
 """Types that are compared by value: immutable, without references to other objects that could change."""
 
+_EQUAL = frozenset({bool, int, str, bytes, torch.Size, torch.device})
+_SHOWN = frozenset(
+    {complex, decimal.Decimal, fractions.Fraction, uuid.UUID}
+    | {datetime.date, datetime.time, datetime.timedelta, datetime.datetime}
+    | {pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath, pathlib.WindowsPath}
+)
+"""Types whose equal values may differ, in the sign of a zero, in digits or in the time zone. Their text shows that."""
+
 ATOMS = frozenset(
     {
         *PLAIN,
         *(type(None), type(Ellipsis), type(NotImplemented), property, re.Pattern),
         *(datetime.datetime, pathlib.PosixPath, pathlib.WindowsPath),
         *(torch.dtype, torch.layout, torch.memory_format),
-        *(types.ModuleType, types.CodeType, types.GenericAlias, types.UnionType),
+        *(types.CodeType, types.GenericAlias, types.UnionType),
         *(types.MethodDescriptorType, types.WrapperDescriptorType),
         *(types.GetSetDescriptorType, types.MemberDescriptorType),
     }
@@ -64,22 +72,49 @@ def same(old: Any, new: Any) -> bool:
     """
     if old is new:
         return True
-    if type(old) is not type(new):
+    kind = type(old)
+    if kind is not type(new):
         return False
-    if isinstance(old, enum.Enum):
-        return False
-    if isinstance(old, float):
+    if kind in _EQUAL:
+        return bool(old == new)
+    if kind is float:
         # The sign of zero decides a division, and no nan equals itself.
         return bool(old.hex() == new.hex())
-    if isinstance(old, PLAIN):
-        return bool(old == new)
-    if type(old) is tuple:
+    if kind in _SHOWN:
+        return repr(old) == repr(new)
+    if kind is tuple:
         return len(old) == len(new) and all(map(same, old, new))
-    if isinstance(old, types.MethodType):
+    if kind in (slice, range):
+        return all(same(getattr(old, name), getattr(new, name)) for name in ("start", "stop", "step"))
+    if kind is types.MethodType:
         return old.__self__ is new.__self__ and old.__func__ is new.__func__
-    if isinstance(old, BUILTIN_METHODS):
-        return old.__self__ is new.__self__ and old.__name__ == new.__name__
+    if kind in BUILTIN_METHODS:
+        return old.__self__ is new.__self__ and bool(old.__name__ == new.__name__)
     return False
+
+
+MEMORY_FILES = (io.BytesIO, io.StringIO)
+"""Files whose contents are in the process."""
+
+_EMPTY = (copyreg._reconstructor, copyreg.__newobj__)  # type: ignore[attr-defined]
+
+
+def is_rebuilt(old: Any, new: Any) -> bool:
+    """Whether a container that pytree took apart and put together again is what it was, with its attributes."""
+    if same(old, new):
+        return True
+    if type(old) is not type(new):
+        return False
+    if isinstance(old, dict):
+        items = list(dict.keys(old)) == list(dict.keys(new)) and all(
+            is_rebuilt(dict.__getitem__(old, key), dict.__getitem__(new, key)) for key in dict.keys(old)
+        )
+    elif isinstance(old, (list, tuple, collections.deque)):
+        items = len(old) == len(new) and all(map(is_rebuilt, old, new))
+    else:
+        items = hasattr(old, "__dict__")
+    before, now = getattr(old, "__dict__", {}), getattr(new, "__dict__", {})
+    return items and before.keys() == now.keys() and all(is_rebuilt(before[name], now[name]) for name in before)
 
 
 class Unobservable(Exception):
@@ -93,16 +128,18 @@ def hidden_state(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
     advance a generator gives the same answer wherever the generator stands.
     """
     for kinds, read in _READERS:
-        if isinstance(value, kinds):
+        if issubclass(type(value), kinds):
             return read(value)
     module = sys.modules.get("numpy")
     if module is not None:
         if isinstance(value, module.random.Generator):
             return repr(value.bit_generator.state), ()
+        if isinstance(value, module.random.BitGenerator):
+            return repr(value.state), ()
         if isinstance(value, module.random.RandomState):
             state = value.get_state()
             return (state[1].tobytes(), *state[2:]), ()
-    if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
+    if isinstance(getattr(type(value), "__next__", None), types.WrapperDescriptorType):
         return _read_iterator(value)
     return None
 
@@ -112,28 +149,41 @@ def is_generator_of_randomness(value: Any) -> bool:
     if isinstance(value, (random.Random, torch.Generator)):
         return True
     module = sys.modules.get("numpy")
-    return module is not None and isinstance(value, (module.random.Generator, module.random.RandomState))
+    return module is not None and isinstance(
+        value, (module.random.Generator, module.random.RandomState, module.random.BitGenerator)
+    )
 
 
 def array_state(value: Any) -> tuple[Any, ...] | None:
-    """Layout, address and bytes of a NumPy array or a buffer of Python's; ``None`` for anything else."""
-    if isinstance(value, (bytearray, array.array, memoryview)):
-        return (memoryview(value).tobytes(),)
+    """Layout, address and bytes of a NumPy array or another buffer that can be written; ``None`` for anything else."""
     module = sys.modules.get("numpy")
     if module is None or not isinstance(value, (module.ndarray, module.generic)):
-        return None
+        try:
+            view = memoryview(value)
+        except (TypeError, ValueError, BufferError):
+            return None
+        return (view.tobytes(),) if type(value) is memoryview or not view.readonly else None
     interface = value.__array_interface__
     # Objects are compared one by one, like the items of a list.
     contents = b"" if value.dtype.hasobject else value.tobytes()
     return value.shape, value.strides, value.dtype.str, interface["data"][0] if value.ndim else 0, contents
 
 
+_FRAMES = {
+    types.GeneratorType: ("gi_frame", "gi_yieldfrom"),
+    types.CoroutineType: ("cr_frame", "cr_await"),
+    types.AsyncGeneratorType: ("ag_frame", "ag_await"),
+}
+"""Where the variables of a generator are, and what it waits for."""
+
+
 def _read_generator(value: Any) -> tuple[Any, tuple[Any, ...]]:
-    frame = value.gi_frame
+    frame, inner = (getattr(value, name) for name in _FRAMES[type(value)])
     if frame is None:
         return "exhausted", ()
-    names = tuple(frame.f_locals)
-    return (frame.f_lasti, names, tuple(map(_plain_or_id, frame.f_locals.values()))), tuple(frame.f_locals.values())
+    values = frame.f_locals.values()
+    state = (frame.f_lasti, tuple(frame.f_locals), tuple(map(_plain_or_id, values)), id(inner))
+    return state, (*values, inner)
 
 
 def _read_cache(value: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -141,9 +191,19 @@ def _read_cache(value: Any) -> tuple[Any, tuple[Any, ...]]:
     return (info.misses, info.currsize), (value.__wrapped__,)
 
 
+def results_of(cache: Any) -> list[Any]:
+    """What a function with a cache has returned, beside other things that it refers to."""
+    # Results are in the table of the cache, or in links that the collector passes over.
+    found: list[Any] = []
+    for each in gc.get_referents(cache):
+        found += [each] if type(each) is not dict else [] if each is cache.__dict__ else each.values()
+    return found
+
+
 def _read_file(value: Any) -> tuple[Any, tuple[Any, ...]]:
     try:
-        return value.tell(), ()
+        held = value.getvalue() if isinstance(value, MEMORY_FILES) else None
+        return (value.tell(), held), ()
     except (OSError, ValueError):
         return "closed", ()
 
@@ -154,7 +214,8 @@ def _read_iterator(value: Any) -> tuple[Any, tuple[Any, ...]]:
         return repr(value), ()
     with suppress(Exception):
         reduced = value.__reduce__()
-        if isinstance(reduced, tuple):
+        # What object.__reduce__ gives shows nothing that an extension module holds.
+        if isinstance(reduced, tuple) and reduced[0] not in _EMPTY:
             flat = [item for part in reduced[1:] for item in (part if isinstance(part, tuple) else (part,))]
             return tuple(map(_plain_or_id, flat)), tuple(flat)
     raise Unobservable(f"the position of a {type(value).__name__} cannot be read")
@@ -167,7 +228,7 @@ def _plain_or_id(value: Any) -> Any:
 _READERS: tuple[tuple[Any, Callable[[Any], tuple[Any, tuple[Any, ...]]]], ...] = (
     (random.Random, lambda value: (value.getstate(), ())),
     (torch.Generator, lambda value: (value.get_state().numpy().tobytes(), ())),
-    (types.GeneratorType, _read_generator),
+    (tuple(_FRAMES), _read_generator),
     (functools._lru_cache_wrapper, _read_cache),
     ((queue.Queue, queue.SimpleQueue), lambda value: (value.qsize(), ())),
     (io.IOBase, _read_file),

@@ -80,6 +80,12 @@ def reads_a_tensor(draw: Draw) -> Action:
     return Action([f"y = y + {p.get}"], "none", changes, [p])
 
 
+def reads_an_attribute_that_may_be_there(draw: Draw) -> Action:
+    p = draw.place(TENSOR)
+    changes = [f"{p.get}.scale = 2.0", f"vars({p.get}).pop('scale', None)"]
+    return Action([f"y = y * getattr({p.get}, 'scale', 1.0)"], "none", changes, [p])
+
+
 def reads_a_choice(draw: Draw) -> Action:
     p = draw.place("'a'")
     body = f"y = y * {{'a': 2.0, 'b': 3.0, True: 4.0, None: 5.0}}[{p.get}]"
@@ -195,6 +201,7 @@ def counts_to_three(draw: Draw) -> Action:
 QUIET: tuple[Callable[[Draw], Action], ...] = (
     reads_a_number,
     reads_a_tensor,
+    reads_an_attribute_that_may_be_there,
     reads_a_choice,
     reads_a_size,
     reads_an_order,

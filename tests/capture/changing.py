@@ -97,6 +97,21 @@ def changes_an_order(draw: Draw) -> Action:
     return Action([*action.changes, *action.body], "changes", [], action.places)
 
 
+def makes_an_attribute(draw: Draw) -> Action:
+    n = draw.number
+    owner, above, init = draw.rng.choice(
+        [
+            (f"note{n}", [f"def note{n}():", "    pass"], []),
+            (f"note{n}", [f"note{n} = partial(first)"], []),
+            (f"note{n}", [f"note{n} = torch.zeros(1)"], []),
+            (f"self.w{n}", [], [f"self.w{n} = nn.Parameter(torch.zeros(1))"]),
+        ]
+    )
+    body = [f"{owner}.calls = getattr({owner}, 'calls', 0) + 1", f"y = y * ({owner}.calls % 5)"]
+    changes = [f"vars({owner}).pop('calls', None)"] if owner.startswith("self") else []
+    return Action(body, "changes", changes, above=above, init=init)
+
+
 def changes_a_size(draw: Draw) -> Action:
     action = reads_a_size(draw)
     if "pop" in action.changes[0]:
@@ -268,6 +283,7 @@ ACTIONS: tuple[Callable[[Draw], Action], ...] = (
     two_names_of_one_tensor,
     keeps_a_history,
     changes_an_order,
+    makes_an_attribute,
     changes_a_size,
     toggles,
     replaces_by_an_equal,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import ctypes
 import functools
 import itertools
 import random
@@ -49,7 +50,7 @@ class _Walk:
             if kind is not type(right) or (left != right and repr(left) != repr(right)):
                 self.found = f"{path}: {left!r} instead of {right!r}"
             return
-        if isinstance(left, SKIPPED):
+        if isinstance(left, SKIPPED) and getattr(left, "__name__", "") != "made":
             return
         if kind.__qualname__ != type(right).__qualname__:
             self.found = f"{path}: {kind.__qualname__} instead of {type(right).__qualname__}"
@@ -163,9 +164,15 @@ def _class(walk: _Walk, left: Any, right: Any, path: str) -> None:
         for each in (left, right)
     )
     walk.mapping(one, other, path + ".")
+    walk.several(path + ".__bases__", (type(left), *left.__bases__), (type(right), *right.__bases__))
 
 
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType, property, staticmethod, classmethod)
+
+
+def _default(walk: _Walk, left: Any, right: Any, path: str) -> None:
+    walk.mapping(left, right, path)
+    walk.several(path + ".default_factory", (left.default_factory,), (right.default_factory,))
 
 
 def _generator(walk: _Walk, left: Any, right: Any, path: str) -> None:
@@ -195,6 +202,8 @@ _COMPARE: dict[type, Any] = {
     types.MethodType: _state(lambda m: (m.__self__, m.__func__)),
     types.MappingProxyType: _state(lambda m: (dict(m),)),
     types.GeneratorType: _generator,
+    collections.defaultdict: _default,
+    ctypes.c_double: _state(lambda c: (c.value,)),
     functools.partial: _state(lambda p: (p.func, p.args, p.keywords)),
     functools._lru_cache_wrapper: _state(lambda f: (f.__wrapped__, f.cache_info().misses, f.cache_info().currsize)),
     contextvars.ContextVar: _state(lambda v: (v.get(None),)),

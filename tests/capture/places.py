@@ -9,6 +9,8 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import ctypes
+import enum
 import functools
 import itertools
 import random
@@ -149,6 +151,82 @@ def a_class(value: Any) -> type:
     return type("Made", (), {"v": value})
 
 
+def a_derived_class(value: Any) -> type:
+    return type("Derived", (a_class(value),), {})
+
+
+def a_class_with_a_metaclass(value: Any) -> type:
+    # In a list: a function read from a class of its metaclass would be bound.
+    return type("Meta", (type,), {"v": [value]})("Made", (), {})
+
+
+def a_member(value: Any) -> enum.Enum:
+    """The member of an enumeration, with an attribute."""
+    made: Any = enum.Enum("Made", {"A": 1}, module=__name__)
+    made.A.v = value
+    return made.A  # type: ignore[no-any-return]
+
+
+def a_module(value: Any) -> types.ModuleType:
+    made = types.ModuleType("made")
+    made.v = value  # type: ignore[attr-defined]
+    return made
+
+
+def a_partial(value: Any) -> Any:
+    """A partial function with an attribute."""
+    made: Any = functools.partial(first)
+    made.v = value
+    return made
+
+
+def a_proxy(value: Any) -> Any:
+    box = Box(value)
+    alive.append(box)
+    return weakref.proxy(box)
+
+
+def a_table(value: Any) -> Any:
+    """A function with a cache that holds the value."""
+
+    @functools.lru_cache(None)
+    def table() -> list[Any]:
+        return [value]
+
+    table()
+    return table
+
+
+def a_factory(value: Any) -> collections.defaultdict[Any, Any]:
+    return collections.defaultdict(Box(value).read)
+
+
+class Failure(Exception):
+    """An exception with an attribute."""
+
+    def __init__(self, v: Any) -> None:
+        super().__init__()
+        self.v = v
+
+
+class Worker(threading.Thread):
+    """A thread with an attribute, which is never started."""
+
+    def __init__(self, v: Any) -> None:
+        super().__init__(name="worker")
+        self.v = v
+
+
+class Labelled(np.ndarray):  # type: ignore[type-arg]
+    """An array with an attribute."""
+
+
+def labelled(value: Any) -> Labelled:
+    made = np.zeros(1).view(Labelled)
+    made.v = value  # type: ignore[attr-defined]
+    return made
+
+
 def noted(value: Any) -> Tensor:
     """A tensor with an attribute."""
     tensor = torch.zeros(1)
@@ -264,6 +342,18 @@ KINDS = {
     "default argument": Kind("with_default(%s)", "%s()[0]", "%s.__defaults__[0][0] = %s"),
     "attribute of a function": Kind("with_attribute(%s)", "%s()", "%s.v = %s"),
     "class": Kind("a_class(%s)", "%s.v", "%s.v = %s"),
+    "base of a class": Kind("a_derived_class(%s)", "%s.v", "%s.__bases__[0].v = %s"),
+    "metaclass": Kind("a_class_with_a_metaclass(%s)", "%s.v[0]", "type(%s).v[0] = %s"),
+    "enumeration": Kind("a_member(%s)", "%s.v", "%s.v = %s"),
+    "module of Python": Kind("a_module(%s)", "%s.v", "%s.v = %s"),
+    "attribute of a partial": Kind("a_partial(%s)", "%s.v", "%s.v = %s"),
+    "proxy": Kind("a_proxy(%s)", "%s.v", "%s.v = %s"),
+    "table of a cached function": Kind("a_table(%s)", "%s()[0]", "%s()[0] = %s"),
+    "default factory": Kind("a_factory(%s)", "%s.default_factory()", "%s.default_factory.__self__.v = %s"),
+    "exception": Kind("Failure(%s)", "%s.v", "%s.v = %s"),
+    "thread": Kind("Worker(%s)", "%s.v", "%s.v = %s"),
+    "attribute of an array": Kind("labelled(%s)", "%s.v", "%s.v = %s"),
+    "number of C": Kind("c_double(%s)", "%s.value", "%s.value = %s", numbers=True),
     "ChainMap": Kind("ChainMap({}, {'k': %s})", "%s['k']", "%s.maps[1]['k'] = %s"),
     "view of a dict": Kind("{'k': %s}.values()", "next(iter(%s))"),
     "weak reference": Kind("weakly(%s)", "%s().v", "%s().v = %s"),
@@ -326,7 +416,7 @@ def drawn(rng: random.Random, *, numbers: bool, local: bool) -> tuple[str, ...]:
     depth = rng.choice((0, 1, 1, 2, 3, 4))
     if not depth:
         return (root,)
-    only = numbers and rng.random() < 0.3
+    only = numbers and rng.random() < 0.4
     ends = [name for name, kind in KINDS.items() if kind.put and kind.numbers <= numbers and kind.numbers >= only]
     inner = [name for name, kind in KINDS.items() if not kind.numbers]
     return (root, *(rng.choice(inner) for _ in range(depth - 1)), rng.choice(ends))
@@ -345,7 +435,7 @@ def place_at(path: Sequence[str], number: int, value: str, argument: str) -> Pla
     kinds = [KINDS[name] for name in names]
     read, assign, (section, line), declare = _root(root, number, argument)
     # A function read from an instance of its class would be bound.
-    functions = (["default argument"], ["attribute of a function"])
+    functions = (["default argument"], ["attribute of a function"], ["table of a cached function"])
     make, expression = "%s", assign if names[:1] in functions else read
     for kind in reversed(kinds):
         make = kind.make % make
@@ -402,6 +492,7 @@ def names() -> dict[str, Any]:
         "lru_cache": functools.lru_cache,
         "pool": pool,
         "array": array.array,
+        "c_double": ctypes.c_double,
         "itertools": itertools,
         "random": random,
         "np": np,

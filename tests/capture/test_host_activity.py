@@ -114,6 +114,12 @@ NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
     "a queue, put": (lambda: QUEUE.put(1), Reason.HOST_READ, "Queue.put"),
     "a queue, get": (lambda: QUEUE.get(), Reason.HOST_READ, "Queue.get"),
     "a simple queue": (lambda: SIMPLE.put(1), Reason.HOST_READ, "SimpleQueue.put"),
+    "who holds a lock": (lambda: LOCKED.locked(), Reason.HOST_READ, "lock.locked"),
+    "which thread runs it": (lambda: threading.get_ident(), Reason.HOST_READ, "get_ident"),
+    "which thread it is": (lambda: threading.current_thread(), Reason.HOST_READ, "current_thread"),
+    "a seed of Python's": (lambda: random.seed(1), Reason.RANDOM, "Random.seed"),
+    "a seed of PyTorch's": (lambda: torch.seed(), Reason.RANDOM, "Generator.seed"),
+    "a clock as text": (lambda: time.ctime(), Reason.RANDOM, "time.ctime"),
     "a lock of others": (handed_on, Reason.HOST_READ, "lock.release"),
     "fork of TorchScript": (lambda: torch._C.wait(torch._C.fork(torch.neg, X)), Reason.HOST_READ, "fork"),
 }

@@ -182,7 +182,7 @@ def test_a_tensor_that_the_module_keeps_elsewhere_is_handed_out_itself():
     fast = wrapped(lambda self, x: (x * 2, self.kept[0]), kept=[X.clone()])
     for _ in range(2):
         assert fast(X)[1] is fast.module.kept[0]
-    assert fast.cache_info().eager == {Reason.OUTPUT: 2}
+    assert fast.cache_info().eager == {Reason.ALIASES_STATE: 2}
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,10 @@ def test_names_and_order_of_keyword_arguments_count():
     assert len({signature(x, x), signature(x, b=x), signature(a=x, b=x), signature(b=x, a=x)}) == 4
 
 
-def test_parameters_and_tensors_are_alike():
+def test_parameters_are_told_apart_from_tensors_as_a_module_may_ask():
     x = torch.zeros(2)
     with torch.no_grad():
-        assert signature([nn.Parameter(x)]) == signature([x])
+        assert signature([nn.Parameter(x)]) != signature([x])
 
 
 def test_dtype_shape_strides_and_device_count():
@@ -292,3 +292,21 @@ def _alike(tensor: Tensor) -> Tensor:
 def test_classes_are_constants_told_apart_by_identity():
     assert signature(int) == signature(int)
     assert signature(int) != signature(bool)
+
+
+def test_a_class_of_the_users_whose_attributes_may_change_is_refused() -> None:
+    with pytest.raises(Refusal, match="type"):
+        signature(torch.zeros(1), Pair)
+
+
+def test_attributes_of_a_member_of_an_enumeration_count() -> None:
+    one = signature(Colour.RED)
+    Colour.RED.weight = 0.0  # type: ignore[attr-defined]
+    two = signature(Colour.RED)
+    Colour.RED.weight = -0.0  # type: ignore[attr-defined]
+    assert len({one, two, signature(Colour.RED)}) == 3
+    Colour.RED.weight = []  # type: ignore[attr-defined]
+    with pytest.raises(Refusal, match="weight may change"):
+        signature(Colour.RED)
+    del Colour.RED.weight  # type: ignore[attr-defined]
+    assert signature(Colour.RED) == one
