@@ -25,10 +25,8 @@ from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
-from graphcache.graphs.copy_kernel import copy_kernels
-from graphcache.graphs.copy_nodes import find_copies, order_copies, with_copies
+from graphcache.graphs.copies import copy_kernels, find_copies, order_copies, with_copies
 from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
-from graphcache.graphs.edges import make_all_full
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import StreamOrder
@@ -210,7 +208,7 @@ class _EngineCall:
         kernels = copy_kernels(self._lane.index)
         with ExitStack() as undo:
             captured = self._captured(with_copies(self._context.enqueue, before, after, kernels), undo)
-            order_copies(captured, kernels, early=not self._full_edges)
+            order_copies(captured, kernels, full_edges=self._full_edges)
             try:
                 found = iter(find_copies(captured, [other for _, other, is_copied in pairs if is_copied], kernels))
             except CannotBind as why:
@@ -222,8 +220,6 @@ class _EngineCall:
         """Capture the call; ``undo`` destroys what was captured."""
         captured = capture_enqueue(enqueue, self._lane, self._module.name, self._module.engine.said)
         undo.callback(driver.call, "cuGraphDestroy", captured)
-        if self._full_edges:
-            make_all_full(captured)
         return captured
 
     def _point_context_at(self, tensors: Sequence[Tensor]) -> None:
@@ -245,14 +241,13 @@ class _EngineCall:
             lane=self._lane,
             # Another graph of the context may give it other scratch memory.
             keep=(self._context, self._context.scratch, self._static),
-            release=lambda: self._release(captured),
+            release=self._release,
             # Scratch memory of the module's own lane serves all of its graphs.
             pool_bytes=0 if self._lane is self._module.lane else self._module.engine.scratch_bytes,
         )
 
-    def _release(self, captured: Any) -> None:
+    def _release(self) -> None:
         """Give back what a graph held that is gone."""
-        driver.call("cuGraphDestroy", captured)
         if self.returns_context:
             self._module.contexts.give_back(self._context)
 

@@ -16,13 +16,11 @@ from torch.cuda import graphs as torch_graphs
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
-from graphcache.graphs.copy_kernel import copy_kernels
-from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies
+from graphcache.graphs.copies import copy_kernels, find_copies, order_copies, with_copies
 from graphcache.graphs.cuda import CudaGraph, IoSlot
-from graphcache.graphs.edges import make_all_full
+from graphcache.graphs.dispatch_mode import process_wide
 from graphcache.graphs.graph import Body
 from graphcache.graphs.param_patching import CannotBind
-from graphcache.graphs.process_wide import process_wide
 from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream
 
 
@@ -33,27 +31,27 @@ def capture_enqueue(
 
     It has run before with the same shapes, outside of any capture. The caller destroys the returned ``CUgraph``.
     """
-    stream = own_stream(lane.index, "capture")
-    handle = driver.binding().CUstream(stream.cuda_stream)
-    accepted: bool | BaseException = False
+    stream = own_stream(lane.index, "capture").cuda_stream
+    handle = driver.binding().CUstream(stream)
+    accepted, raised = False, None
     with quiet_collector():
         driver.begin_capture(handle)
         # A refusal must not be raised before the capture has ended: the stream would stay in it.
         try:
-            accepted = enqueue(stream.cuda_stream)
+            accepted = enqueue(stream)
         except BaseException as error:
-            accepted = error
+            raised = error
         captured = driver.end_capture(handle)
     if captured is not None:
-        if accepted and not isinstance(accepted, BaseException):
+        if accepted:
             return captured
         driver.call("cuGraphDestroy", captured)
-    if isinstance(accepted, BaseException):
+    if raised is not None:
         try:
-            raise accepted
+            raise raised
         finally:
             # The exception refers to this frame: no cycle may keep buffers until the next collection.
-            accepted = False
+            raised = None
     raise Refusal(Reason.NOT_CAPTURABLE, where, messages() or "the enqueue was refused or invalidated the capture")
 
 
@@ -63,68 +61,60 @@ class TorchCall:
 
     body: Body
     _: KW_ONLY
+    # Static inputs.
     inputs: Sequence[Tensor]
-    """Static inputs."""
+    # For each input whether the caller's tensor has the same layout, so that one plain copy moves it.
     direct: Sequence[bool]
-    """For each input whether the caller's tensor has the same layout, so that one plain copy moves it."""
+    # What the body returned when it ran before.
     expected: Sequence[Tensor]
-    """What the body returned when it ran before."""
     lane: StreamOrder
+    # What the body refers to beyond its own closure.
     keep: object
-    """What the body refers to beyond its own closure."""
+    # Called once the graph is gone.
     release: Callable[[], object]
-    """Called once the graph is gone."""
+    # The module's name, for messages.
     where: str
-    """The module's name, for messages."""
+    # Whether other graphs use the lane's memory pool too, so that no graph is charged for it.
     shared: bool = False
-    """Whether other graphs use the lane's memory pool too, so that no graph is charged for it."""
+    # Whether every kernel waits for the ones before it, however it was launched.
     full_edges: bool = False
-    """Whether every kernel waits for the ones before it, however it was launched."""
 
 
 def record_torch(call: TorchCall) -> CudaGraph:
     """Capture PyTorch operations, and engines between them; what they allocate comes from the lane's memory pool.
 
-    Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors.
-
-    Raises:
-        Refusal: If the body did something that cannot be captured.
+    Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors. A :class:`Refusal`
+    says that the body did something that cannot be captured.
     """
     sources = [torch.empty_like(each) for each in call.inputs]
     targets = [torch.empty_like(each) for each in call.expected]
     whole = [plain and is_dense(static) for plain, static in zip(call.direct, call.inputs, strict=True)]
     pool, kernels = call.lane.pool(), copy_kernels(call.lane.index)
     outputs: list[Tensor] = []
+    before = [pair for pair, copied in zip(zip(call.inputs, sources, strict=True), whole, strict=True) if copied]
+    after: list[tuple[Tensor, Tensor]] = []
 
     def enqueue(stream: int) -> bool:
-        given = zip(call.inputs, sources, whole, strict=True)
-        copy_before([(static, source) for static, source, copied in given if copied], stream, kernels)
         outputs.extend(call.body())
-        made = zip(targets, outputs, strict=True)
-        copy_after([(target, output) for target, output in made if _copies_whole(output, target)], stream, kernels)
+        for target, output in zip(targets, outputs, strict=True):
+            # Whether one plain copy moves it.
+            whole.append(is_dense(output) and output.stride() == target.stride())
+            if whole[-1]:
+                after.append((target, output))
         return True
 
-    captured = _capture_torch(call, enqueue)
+    captured = _capture_torch(call, with_copies(enqueue, before, after, kernels))
     with ExitStack() as undo:
         undo.callback(driver.call, "cuGraphDestroy", captured)
-        copied = [*whole, *(_copies_whole(output, target) for output, target in zip(outputs, targets, strict=True))]
-        moved = [tensor for tensor, each in zip([*sources, *targets], copied, strict=True) if each]
-        if call.full_edges:
-            make_all_full(captured)
-        order_copies(captured, kernels, early=not call.full_edges)
+        moved = [tensor for tensor, each in zip([*sources, *targets], whole, strict=True) if each]
+        order_copies(captured, kernels, full_edges=call.full_edges)
         try:
             found = iter(find_copies(captured, moved, kernels))
         except CannotBind as why:
             raise Refusal(Reason.CAPTURE_FAILED, call.where, str(why)) from why
-        pointers = [next(found) if each else [] for each in copied]
+        pointers = [next(found) if each else [] for each in whole]
         slots = [IoSlot(own, each, 1) for own, each in zip([*call.inputs, *outputs], pointers, strict=True)]
         undo.pop_all()
-
-    release = call.release
-
-    def destroy() -> None:
-        driver.call("cuGraphDestroy", captured)
-        release()
 
     return CudaGraph(
         captured,
@@ -132,7 +122,7 @@ def record_torch(call: TorchCall) -> CudaGraph:
         outputs=slots[len(call.inputs) :],
         lane=call.lane,
         keep=(call.keep, call.body, pool),
-        release=destroy,
+        release=call.release,
         pool_bytes=0 if call.shared else pool.nbytes,
     )
 
@@ -156,11 +146,6 @@ def _capture_torch(call: TorchCall, enqueue: Callable[[int], bool]) -> Any:
         raise refusal_of(error, call.where) from error
     finally:
         forget_workspaces()
-
-
-def _copies_whole(output: Tensor, target: Tensor) -> bool:
-    """Whether one plain copy moves an output."""
-    return is_dense(output) and output.stride() == target.stride()
 
 
 def forget_workspaces() -> None:

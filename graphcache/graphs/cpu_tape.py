@@ -18,9 +18,8 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import nbytes_of, poison, put
-from graphcache.graphs.dispatch_mode import DispatchMode
+from graphcache.graphs.dispatch_mode import DispatchMode, compiled_runs_eagerly
 from graphcache.graphs.graph import Body
-from graphcache.graphs.higher_order import compiled_runs_eagerly
 from graphcache.graphs.operations import (
     decompose_composite,
     flatten,

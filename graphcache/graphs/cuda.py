@@ -89,7 +89,7 @@ class CudaGraph:
     and changed by the holder of the lane's lock alone.
 
     Args:
-        captured: The ``CUgraph``, destroyed by ``release``.
+        captured: The ``CUgraph``, which belongs to this object from now on.
         inputs: In the order of a call.
         outputs: In the order of the answer.
         lane: Orders this graph's launches with everything that shares memory with it.
@@ -115,6 +115,7 @@ class CudaGraph:
         self.executable: Any = None
         with ExitStack() as undo:
             undo.callback(release)
+            undo.callback(driver.call, "cuGraphDestroy", captured)
             self.nodes = driver.node_count(captured)
             if self.nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
@@ -133,7 +134,7 @@ class CudaGraph:
         self.lane = lane
         self.index = lane.index
         self._keep = keep
-        self._release: Callable[[], object] | None = release
+        self._release = release
         self._pool_bytes = pool_bytes
         self.nbytes = self._account()
 
@@ -263,14 +264,15 @@ class CudaGraph:
             executable, self.executable = self.executable, None
             if executable is None:
                 return
-            native, held, release = self.native, [self.inputs, self.outputs, self._keep], self._release
-            self.native, self.inputs, self.outputs, self._keep, self._release = None, (), (), None, None
-            assert release is not None
+            native, captured, release = self.native, self.captured, self._release
+            held = [self.inputs, self.outputs, self._keep]
+            self.native, self.inputs, self.outputs, self._keep, self._release = None, (), (), None, _nothing
 
             def destroy() -> None:
                 # From the last to the first, each even if one raises.
                 with ExitStack() as each:
                     each.callback(release)
+                    each.callback(driver.call, "cuGraphDestroy", captured)
                     each.callback(held.clear)
                     each.callback(driver.call, "cuGraphExecDestroy", executable)
                     if native is not None:
@@ -283,3 +285,7 @@ class CudaGraph:
             # On a lost device nothing can be given back.
             with suppress(CudaError):
                 self.close(wait=False)
+
+
+def _nothing() -> None:
+    """The ``release`` of a closed graph, which keeps nothing alive."""

@@ -1,14 +1,18 @@
-"""Base class of the dispatch modes of this package, which look at what a call does and do not change it."""
+"""Looking at what a call does: dispatch modes that change nothing, and compiled code that runs eagerly meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch._higher_order_ops import utils
 from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,3 +86,69 @@ def skipped_by_dynamo(function: _F) -> _F:
     skip = _eval_frame._FrameAction.SKIP
     _eval_frame.set_code_exec_strategy(code, _eval_frame._FrameExecStrategy(skip, skip))
     return function
+
+
+def process_wide(setting: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[None]]:
+    """Let any number of threads hold a setting: the first one to enter makes it, the last one to leave undoes it."""
+    lock, made, users = threading.Lock(), ExitStack(), 0
+
+    @wraps(setting)
+    @contextmanager
+    def shared() -> Iterator[None]:
+        nonlocal users
+        with lock:
+            if not users:
+                made.enter_context(setting())
+            users += 1
+        try:
+            yield
+        finally:
+            with lock:
+                users -= 1
+                if not users:
+                    made.close()
+
+    return shared
+
+
+@process_wide
+def _eager_stance() -> AbstractContextManager[Any]:
+    """The stance of ``torch.compile`` in which nothing is compiled."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+@contextmanager
+def compiled_runs_eagerly() -> Iterator[None]:
+    """Inside, functions that ``torch.compile`` made run as they were written, and higher-order operators as well.
+
+    ``torch.cond`` and ``flex_attention`` compile themselves in eager mode. Dynamo would trace the function mode that is
+    active, and raise. The stance of ``torch.compile`` that prevents it belongs to the process: meanwhile, other threads
+    run eagerly too. Dynamo is imported only when the first higher-order operator is called.
+    """
+    with ExitStack() as stance:
+        if "torch._dynamo" in sys.modules or sys.getprofile() is not None or _COMPILES_ITSELF is None:
+            stance.enter_context(_eager_stance())
+            yield
+            return
+
+        def event(frame: FrameType, kind: str, _: Any) -> None:
+            if frame.f_code is _COMPILES_ITSELF:
+                sys.setprofile(None)
+                stance.enter_context(_eager_stance())
+
+        sys.setprofile(event)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+
+def _code_before_compiling() -> CodeType | None:
+    """The code that every higher-order operator runs before it compiles itself."""
+    function = getattr(utils, "setup_compilation_env", None)
+    code = getattr(getattr(function, "__wrapped__", None), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+_COMPILES_ITSELF = _code_before_compiling()

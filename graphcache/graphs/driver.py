@@ -82,11 +82,6 @@ def primary_context(index: int) -> Any:
     return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", index))
 
 
-def total_memory(index: int) -> int:
-    """The memory of a device, in bytes."""
-    return int(call("cuDeviceTotalMem", call("cuDeviceGet", index)))
-
-
 def new_stream() -> Any:
     """A stream that does not wait for the legacy default stream (``CU_STREAM_NON_BLOCKING``)."""
     return call("cuStreamCreate", binding().CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -132,18 +127,21 @@ def end_capture(stream: Any) -> Any:
     return None
 
 
+def total_memory(index: int) -> int:
+    """The memory of a device, in bytes."""
+    return int(call("cuDeviceTotalMem", call("cuDeviceGet", index)))
+
+
 def node_count(graph: Any) -> int:
     """How many nodes a ``CUgraph`` has."""
     _, count = call("cuGraphGetNodes", graph, 0)
     return int(count)
 
 
-def instantiate(graph: Any, stream: Any = None) -> Any:
-    """An executable graph, uploaded on ``stream``, for which the host waits; otherwise by its first launch."""
+def instantiate(graph: Any, stream: Any) -> Any:
+    """An executable graph, uploaded on a stream, for which the host waits."""
     driver = binding()
     params = driver.CUDA_GRAPH_INSTANTIATE_PARAMS()
-    if stream is None:
-        return call("cuGraphInstantiateWithParams", graph, params)
     params.flags = int(driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
     params.hUploadStream = stream
     executable = call("cuGraphInstantiateWithParams", graph, params)

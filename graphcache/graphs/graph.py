@@ -15,8 +15,8 @@ class Graph(Protocol):
     """One recorded call. It owns its static buffers and everything else the recording refers to.
 
     A replay runs in the order of the caller's stream. Replays of one graph from several threads and streams follow one
-    another; none sees another's inputs or outputs. After :meth:`close`, a replay
-    raises :class:`~graphcache.errors.ClosedError`.
+    another; none sees another's inputs or outputs. After :meth:`close`, a replay raises
+    :class:`~graphcache.errors.ClosedError`.
     """
 
     @property

@@ -12,7 +12,7 @@ import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,16 +64,7 @@ class Pointer:
         return not context, int(node), params.getPtr(), raw_context, ctypes.addressof(self.word), self.offset
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A ``CUgraphNode`` and its ``CUgraphNodeType``."""
-
-    handle: Any
-    kind: Any
-
-
-@dataclass(frozen=True, slots=True)
-class _Move:
+class _Move(NamedTuple):
     """A tensor of the first capture, and how far from it the tensor of the second capture lies."""
 
     start: int
@@ -108,29 +99,36 @@ def elsewhere(tensors: Sequence[Tensor]) -> list[Tensor]:
 def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[list[Pointer]]:
     """For each tensor the places in the first of two captures of the same work where its address stands.
 
-    Args:
-        first: A ``CUgraph`` that was captured with ``tensors``; it must live as long as the pointers.
-        second: One captured with ``others``.
-        tensors: Inputs and outputs of the first, in memory of their own each.
-        others: Those of the second, alive at the same time; best of :func:`elsewhere`.
-
-    Raises:
-        CannotBind: If the captures differ in anything else, or a tensor stands nowhere.
+    ``first`` was captured with ``tensors``, in memory of their own each, and must live as long as the pointers;
+    ``second`` with ``others``, which :func:`elsewhere` made. :class:`CannotBind` says that the captures differ in
+    anything else, or that a tensor stands nowhere.
     """
     nodes, other_nodes = nodes_of(first), nodes_of(second)
     if len(nodes) != len(other_nodes):
         raise CannotBind(f"two captures gave {len(nodes)} and {len(other_nodes)} nodes")
     if len(nodes) > MAX_NODES:
         raise CannotBind(f"{len(nodes)} nodes are more than {MAX_NODES}")
-    found: list[list[Pointer]] = [[] for _ in tensors]
     moves = [
         _Move(left.data_ptr(), left.numel() * left.element_size(), right.data_ptr() - left.data_ptr())
         for left, right in zip(tensors, others, strict=True)
     ]
+    kinds = driver.binding().CUgraphNodeType
     # Of each function once, not for longer: the handle may be another function's when its module is gone.
     layouts: dict[int, list[int]] = {}
-    for node, other in zip(nodes, other_nodes, strict=True):
-        for index, pointer in _compare(node, other, moves, layouts):
+    found: list[list[Pointer]] = [[] for _ in tensors]
+    for (node, kind), (other, other_kind) in zip(nodes, other_nodes, strict=True):
+        if kind != other_kind:
+            raise CannotBind("two captures gave nodes of different kinds")
+        pointers: Iterator[_Found] = iter(())
+        if kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
+            pointers = _compare_kernels(node, other, moves, layouts)
+        elif kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
+            pointers = _compare_copies(node, other, moves)
+        elif kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
+            _compare_memsets(node, other)
+        elif kind != kinds.CU_GRAPH_NODE_TYPE_EMPTY:
+            raise CannotBind(f"a node of kind {kind.name}")
+        for index, pointer in pointers:
             found[index].append(pointer)
     for index, places in enumerate(found):
         if not places:
@@ -138,30 +136,11 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
     return found
 
 
-def nodes_of(graph: Any) -> list[Node]:
-    """The nodes of a ``CUgraph``, in the driver's order."""
+def nodes_of(graph: Any) -> list[tuple[Any, Any]]:
+    """The nodes of a ``CUgraph``, in the driver's order, each with its ``CUgraphNodeType``."""
     _, count = driver.call("cuGraphGetNodes", graph, 0)
     handles, _ = driver.call("cuGraphGetNodes", graph, count)
-    return [Node(handle, driver.call("cuGraphNodeGetType", handle)) for handle in handles[:count]]
-
-
-def _compare(node: Node, other: Node, moves: Sequence[_Move], layouts: dict[int, list[int]]) -> Iterator[_Found]:
-    """The pointers in a node, by comparison with that of another capture."""
-    kinds = driver.binding().CUgraphNodeType
-    if node.kind != other.kind:
-        raise CannotBind("two captures gave nodes of different kinds")
-    if node.kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
-        yield from _compare_kernels(node.handle, other.handle, moves, layouts)
-    elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
-        yield from _compare_copies(node.handle, other.handle, moves)
-    elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
-        left, right = (driver.call("cuGraphMemsetNodeGetParams", each.handle) for each in (node, other))
-        if int(left.dst) != int(right.dst):
-            raise CannotBind("a memset writes to an output")
-        if _differ(left, right, _MEMSET_FIELDS):
-            raise CannotBind("two captures set memory differently")
-    elif node.kind != kinds.CU_GRAPH_NODE_TYPE_EMPTY:
-        raise CannotBind(f"a node of kind {node.kind.name}")
+    return [(handle, driver.call("cuGraphNodeGetType", handle)) for handle in handles[:count]]
 
 
 def _differ(left: Any, right: Any, fields: Sequence[str]) -> bool:
@@ -169,18 +148,27 @@ def _differ(left: Any, right: Any, fields: Sequence[str]) -> bool:
     return any(int(getattr(left, field)) != int(getattr(right, field)) for field in fields)
 
 
-def _compare_kernels(left: Any, right: Any, moves: Sequence[_Move], layouts: dict[int, list[int]]) -> Iterator[_Found]:
+def _compare_memsets(node: Any, other: Any) -> None:
+    """Nothing in a memset can be patched."""
+    left, right = (driver.call("cuGraphMemsetNodeGetParams", each) for each in (node, other))
+    if int(left.dst) != int(right.dst):
+        raise CannotBind("a memset writes to an output")
+    if _differ(left, right, _MEMSET_FIELDS):
+        raise CannotBind("two captures set memory differently")
+
+
+def _compare_kernels(node: Any, other: Any, moves: Sequence[_Move], layouts: dict[int, list[int]]) -> Iterator[_Found]:
     """The pointers in the arguments of a kernel node."""
-    params, other = (driver.call("cuGraphKernelNodeGetParams", node) for node in (left, right))
-    if _differ(params, other, ("func", "kern", *_LAUNCH_FIELDS)):
+    params, other_params = (driver.call("cuGraphKernelNodeGetParams", each) for each in (node, other))
+    if _differ(params, other_params, ("func", "kern", *_LAUNCH_FIELDS)):
         raise CannotBind("two captures launch different kernels")
-    if not params.kernelParams or not other.kernelParams:
+    if not params.kernelParams or not other_params.kernelParams:
         raise CannotBind("a kernel takes its arguments as one packed buffer")
     function = int(params.func) or int(params.kern)
     if function not in layouts:
         layouts[function] = list(_argument_sizes(params))
     sizes = layouts[function]
-    mine, theirs = _arguments(params, sizes), _arguments(other, sizes)
+    mine, theirs = _arguments(params, sizes), _arguments(other_params, sizes)
     if mine == theirs:
         return
     # Rounded up to words, so that every argument is aligned as the driver reads it.
@@ -201,21 +189,21 @@ def _compare_kernels(left: Any, right: Any, moves: Sequence[_Move], layouts: dic
                 raise CannotBind("arguments differ in something that is no address")
             index, offset = _explain(int.from_bytes(mine_word, "little"), int.from_bytes(their_word, "little"), moves)
             word = ctypes.c_uint64.from_buffer(copy, start)
-            yield index, Pointer(word, offset, SET_KERNEL, (left, params), (copies, array))
+            yield index, Pointer(word, offset, SET_KERNEL, (node, params), (copies, array))
 
 
-def _compare_copies(left: Any, right: Any, moves: Sequence[_Move]) -> Iterator[_Found]:
+def _compare_copies(node: Any, other: Any, moves: Sequence[_Move]) -> Iterator[_Found]:
     """The pointers in a copy node."""
-    params, other = (driver.call("cuGraphMemcpyNodeGetParams", node) for node in (left, right))
-    if _differ(params, other, _COPY_FIELDS):
+    params, other_params = (driver.call("cuGraphMemcpyNodeGetParams", each) for each in (node, other))
+    if _differ(params, other_params, _COPY_FIELDS):
         raise CannotBind("two captures copy differently")
-    if not is_flat(params) and _differ(params, other, COPY_ADDRESSES):
+    if not is_flat(params) and _differ(params, other_params, COPY_ADDRESSES):
         raise CannotBind("a copy of several rows cannot be pointed elsewhere")
     for field in COPY_ADDRESSES:
-        mine, theirs = int(getattr(params, field)), int(getattr(other, field))
+        mine, theirs = int(getattr(params, field)), int(getattr(other_params, field))
         if mine != theirs:
             index, offset = _explain(mine, theirs, moves)
-            yield index, copy_pointer(left, params, field, offset)
+            yield index, copy_pointer(node, params, field, offset)
 
 
 def is_flat(params: Any) -> bool:
@@ -225,19 +213,16 @@ def is_flat(params: Any) -> bool:
 
 def copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
     """The place of an address in a copy node, whose parameters ``params`` are a copy of."""
-    word = ctypes.c_uint64.from_address(params.getPtr() + _copy_field_offsets()[field])
-    context = driver.call("cuCtxGetCurrent")
-    return Pointer(word, offset, SET_COPY, (node, params, context), params)
+    word = ctypes.c_uint64.from_address(params.getPtr() + _copy_field_offset(field))
+    return Pointer(word, offset, SET_COPY, (node, params, driver.call("cuCtxGetCurrent")), params)
 
 
-def _copy_field_offsets() -> dict[str, int]:
-    """Where the device addresses stand in ``CUDA_MEMCPY3D``: found by a mark, as the binding hides its layout."""
-    api, mark, offsets = driver.binding(), 0x5A5A5A5A12345678, {}
-    for field in COPY_ADDRESSES:
-        probe = api.CUDA_MEMCPY3D()
-        setattr(probe, field, api.CUdeviceptr(mark))
-        offsets[field] = ctypes.string_at(probe.getPtr(), 200).index(mark.to_bytes(8, "little"))
-    return offsets
+def _copy_field_offset(field: str) -> int:
+    """Where a device address stands in ``CUDA_MEMCPY3D``: found by a mark, as the binding hides its layout."""
+    mark = 0x5A5A5A5A12345678
+    probe = driver.binding().CUDA_MEMCPY3D()
+    setattr(probe, field, driver.binding().CUdeviceptr(mark))
+    return ctypes.string_at(probe.getPtr(), 200).index(mark.to_bytes(8, "little"))
 
 
 def _explain(mine: int, theirs: int, moves: Sequence[_Move]) -> tuple[int, int]:

@@ -13,9 +13,16 @@ import graphcache
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.graphs import driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, copy_kernels
-from graphcache.graphs.copy_nodes import copy_after, find_copies, order_copies, with_copies
-from graphcache.graphs.edges import edges_of
+from graphcache.graphs.copies import (
+    LARGEST,
+    MAX_COPIES,
+    CopyList,
+    copy_kernels,
+    edges_of,
+    find_copies,
+    order_copies,
+    with_copies,
+)
 from graphcache.graphs.stream_order import StreamOrder
 from tests.helpers import graphs_of, wrap_recorded
 
@@ -27,7 +34,7 @@ if not torch.cuda.is_available():
 def kernels():
     found = copy_kernels(0)
     assert found is not None, "the driver takes the kernels"
-    assert found.after.waits is (torch.cuda.get_device_capability() >= (9, 0))
+    assert found.waits is (torch.cuda.get_device_capability() >= (9, 0))
     return found
 
 
@@ -56,7 +63,7 @@ SIZES = st.one_of(st.integers(1, 70), st.integers(1, 20_000), st.sampled_from([L
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(SIZES, *[st.integers(0, 17)] * 3), min_size=1, max_size=2 * MOST + 1), st.booleans())
+@given(st.lists(st.tuples(SIZES, *[st.integers(0, 17)] * 3), min_size=1, max_size=2 * MAX_COPIES + 1), st.booleans())
 def test_every_byte_and_no_other(tensors, inwards):
     """Captured between some addresses, then pointed at others that are aligned otherwise."""
     kernels, lane = copy_kernels(0), StreamOrder(0)
@@ -94,17 +101,17 @@ def test_it_waits_for_the_work_that_it_is_launched_beside(kernels):
     """Work that ends long after the copy behind it could begin, a thousand times over, with other values each time."""
     lane, rows = StreamOrder(0), 1 << 20
     x, y, out = (torch.zeros(rows, device="cuda") for _ in range(3))
-    parts = [(out[start : start + 1024], y[start : start + 1024]) for start in range(0, rows, rows // MOST)]
+    parts = [(out[start : start + 1024], y[start : start + 1024]) for start in range(0, rows, rows // MAX_COPIES)]
 
-    def enqueue(stream):
+    def work(stream):
         with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
             torch.cumsum(x, 0, out=y)
             for _ in range(4):
                 y.add_(1)
-        copy_after(parts, stream, kernels)
         return True
 
-    early = kernels.after.waits
+    early = kernels.waits
+    enqueue = with_copies(work, [], parts, kernels)
     enqueue(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     graph = capture_enqueue(enqueue, lane, "")
@@ -118,7 +125,7 @@ def test_it_waits_for_the_work_that_it_is_launched_beside(kernels):
             out.fill_(-1)
             driver.call("cuGraphLaunch", executable, stream.cuda_stream)
             assert all(torch.equal(*part) for part in parts)
-            assert parts[1][0][0].item() == (step % 7) * (rows // MOST + 1) + 4
+            assert parts[1][0][0].item() == (step % 7) * (rows // MAX_COPIES + 1) + 4
     stream.synchronize()
     driver.call("cuGraphExecDestroy", executable)
     driver.call("cuGraphDestroy", graph)
@@ -138,7 +145,7 @@ def test_an_engine_waits_for_its_inputs(kernels, load):
         assert len(first) == 1
         assert not first[0].is_programmatic
         func = driver.call("cuGraphKernelNodeGetParams", first[0].start).func
-        assert int(func) == int(kernels.before.function)
+        assert int(func) == int(kernels.before)
 
 
 class Many(nn.Module):
@@ -167,7 +174,7 @@ def test_modules_with_many_tensors_of_all_sizes():
     (entry,) = graphs_of(fast).entries.values()
     # Eight small and three large ones in, as many out, and one kernel of torch's for each.
     small = sum(4 * size <= LARGEST for size in sizes)
-    assert entry.graph.graph.nodes == len(sizes) + 2 * (-(-small // MOST) + len(sizes) - small)
+    assert entry.graph.graph.nodes == len(sizes) + 2 * (-(-small // MAX_COPIES) + len(sizes) - small)
 
 
 def test_an_engine_copies_as_it_did(load, monkeypatch):
@@ -193,5 +200,5 @@ def test_an_engine_copies_as_it_did(load, monkeypatch):
 
 def test_its_argument_is_as_large_as_its_source_says():
     found = copy_kernels(0)
-    offset, size = driver.call("cuFuncGetParamInfo", found.before.function, 0)
-    assert (int(offset), int(size)) == (0, ctypes.sizeof(Copies))
+    offset, size = driver.call("cuFuncGetParamInfo", found.before, 0)
+    assert (int(offset), int(size)) == (0, ctypes.sizeof(CopyList))

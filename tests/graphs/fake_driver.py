@@ -31,11 +31,9 @@ from torch import Tensor
 from graphcache.graphs import (
     buffers,
     capture,
-    copy_kernel,
-    copy_nodes,
+    copies,
     cuda,
     param_patching,
-    pool,
     stream_order,
 )
 from graphcache.graphs import driver as room
@@ -1324,9 +1322,9 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
 
     patch.setattr(room, "binding", lambda: fake.driver)
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
-    kernels = functools.cache(copy_kernel.copy_kernels.__wrapped__)
+    kernels = functools.cache(copies.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (buffers, capture, copy_kernel, cuda, stream_order, param_patching, pool, *others):
+    for module in (buffers, capture, copies, cuda, stream_order, param_patching, *others):
         patch.setattr(module, "torch", fake)
         if hasattr(module, "copy_kernels"):
             patch.setattr(module, "copy_kernels", kernels)
@@ -1406,10 +1404,10 @@ class Affine:
     def copying(self) -> cuda.CudaGraph:
         """A graph that begins and ends with nodes that copy."""
         source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
-        kernels = copy_kernel.copy_kernels(self.lane.index)
-        work = copy_nodes.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
+        kernels = copies.copy_kernels(self.lane.index)
+        work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
         graph = capture.capture_enqueue(work, self.lane, "affine")
-        found = copy_nodes.find_copies(graph, [source, target], kernels)
+        found = copies.find_copies(graph, [source, target], kernels)
         return self._graph(graph, [cuda.IoSlot(self.x, found[0], 1)], [cuda.IoSlot(self.y, found[1], 1)])
 
     def staged(self) -> cuda.CudaGraph:
@@ -1423,7 +1421,7 @@ class Affine:
             outputs=outputs,
             lane=self.lane,
             keep=self,
-            release=lambda: room.call("cuGraphDestroy", graph),
+            release=lambda: None,
         )
 
 

@@ -423,7 +423,7 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
 def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of two copies is the caller's cannot be told, so there is no graph."""
     module = Module(fake)
-    monkeypatch.setattr(capture, "copy_before", lambda pairs, stream, kernels: None)
+    monkeypatch.setattr(capture, "with_copies", lambda enqueue, *_: enqueue)
     with pytest.raises(Refusal) as caught:
         module.record()
     cause = caught.value.cause

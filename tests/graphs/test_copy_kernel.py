@@ -9,13 +9,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphcache.graphs import copy_kernel, driver
-from graphcache.graphs.copy_kernel import LARGEST, MOST, Copies, ptx
+from graphcache.graphs import copies, driver
+from graphcache.graphs.copies import LARGEST, MAX_COPIES, CopyList, ptx
 from tests.graphs import ptx as ptx_machine
 from tests.graphs.fake_driver import Torch, installed
 
@@ -39,7 +41,7 @@ def test_every_label_and_register_of_the_source_is_there(waits: bool, entries: i
         declared = set(re.findall(r"%\w+", " ".join(re.findall(r"\.reg .*;", body))))
         special = {"%ctaid", "%ntid", "%tid", "%nctaid"}
         assert set(re.findall(r"%\w+", body)) == declared | special
-        assert f"copies[{ctypes.sizeof(Copies)}]" in entry
+        assert f"copies[{ctypes.sizeof(CopyList)}]" in entry
 
 
 BASE = 1 << 40
@@ -52,17 +54,17 @@ SPAN = 1 << 16
     st.lists(
         st.tuples(st.one_of(st.integers(1, 40), st.integers(1, 300)), st.integers(0, 17), st.integers(0, 17)),
         min_size=1,
-        max_size=MOST,
+        max_size=MAX_COPIES,
     ),
     st.integers(1, 3),
     st.integers(1, 9),
 )
 def test_it_moves_every_byte_and_no_other(
-    name: str, copies: list[tuple[int, int, int]], blocks: int, threads: int
+    name: str, moves: list[tuple[int, int, int]], blocks: int, threads: int
 ) -> None:
     """On the CPU, instruction by instruction, for any sizes, alignments and numbers of threads."""
-    memory, words, wanted = ptx_machine.Buffers(), Copies(), []
-    for index, (nbytes, at, to) in enumerate(copies):
+    memory, words, wanted = ptx_machine.Buffers(), CopyList(), []
+    for index, (nbytes, at, to) in enumerate(moves):
         source, target = BASE + 2 * index * SPAN, BASE + (2 * index + 1) * SPAN
         data = bytes((7 * index + 13 * step) % 256 for step in range(nbytes))
         memory.put(source + at, data)
@@ -70,7 +72,7 @@ def test_it_moves_every_byte_and_no_other(
         found = memory.put(target, margin[:to] + bytes(nbytes) + margin)
         wanted.append((found, margin[:to] + data + margin))
         words[3 * index : 3 * index + 3] = [source + at, target + to, nbytes]
-    ptx_machine.run(ptx(True), name, bytes(words), memory, (blocks, len(copies)), threads)
+    ptx_machine.run(ptx(True), name, bytes(words), memory, (blocks, len(moves)), threads)
     for found, expected in wanted:
         assert bytes(found) == expected
 
@@ -82,7 +84,7 @@ def test_the_machine_finds_what_a_device_would_refuse() -> None:
     source = ptx(False)
 
     def launch(changed: str, nbytes: int = 64, at: int = 0) -> None:
-        words = Copies(BASE + at, BASE + SPAN, nbytes)
+        words = CopyList(BASE + at, BASE + SPAN, nbytes)
         ptx_machine.run(changed, "graphcache_copy", bytes(words), memory, (1, 1), 4)
 
     launch(source)
@@ -115,14 +117,11 @@ def test_only_one_kernel_waits(fake: Torch) -> None:
 @pytest.mark.parametrize(("capability", "waits"), [((7, 5), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])
 def test_what_a_device_gets(fake: Torch, capability: tuple[int, int], waits: bool) -> None:
     fake.capability = capability
-    found = copy_kernel.copy_kernels(0)
+    found = copies.copy_kernels(0)
     assert found is not None
-    assert (found.before.waits, found.after.waits) == (False, waits)
+    assert found.waits is waits
     assert (found.before is found.after) is not waits
-    assert int(found.before.function) in found
-    assert int(found.after.function) in found
-    assert -1 not in found
-    assert copy_kernel.copy_kernels(0) is found
+    assert copies.copy_kernels(0) is found
     assert fake.driver.calls.count("cuModuleLoadData") == 1
 
 
@@ -132,15 +131,20 @@ def test_a_driver_that_does_not_take_them_is_asked_once(
 ) -> None:
     fake.driver.fail(name, "INVALID_VALUE")
     with caplog.at_level(logging.DEBUG, "graphcache"):
-        assert [copy_kernel.copy_kernels(0) for _ in range(3)] == [None] * 3
+        assert [copies.copy_kernels(0) for _ in range(3)] == [None] * 3
     (record,) = caplog.records
     assert f"copies are the driver's own on device 0: {name} failed" in record.getMessage()
 
 
-@given(st.lists(st.integers(1, LARGEST), min_size=1, max_size=MOST))
+def memory(address: int, nbytes: int) -> Any:
+    """As much of a tensor as a copy looks at."""
+    return SimpleNamespace(data_ptr=lambda: address, numel=lambda: nbytes, element_size=lambda: 1)
+
+
+@given(st.lists(st.integers(1, LARGEST), min_size=1, max_size=MAX_COPIES))
 def test_there_is_a_thread_for_every_four_bytes(sizes: list[int]) -> None:
     with installed() as fake:
-        kernels = copy_kernel.copy_kernels(0)
+        kernels = copies.copy_kernels(0)
         assert kernels is not None
         seen: list[tuple[tuple[int, ...], tuple[int, ...], bytes]] = []
 
@@ -150,12 +154,13 @@ def test_there_is_a_thread_for_every_four_bytes(sizes: list[int]) -> None:
             seen.append((grid, block, *arguments))  # type: ignore[arg-type]
 
         fake.driver.launch = launch  # type: ignore[method-assign, assignment]
-        copies = [(16 * index, 1024 * index, nbytes) for index, nbytes in enumerate(sizes)]
-        kernels.before.launch(copies, int(driver.new_stream()))
+        pairs = [(memory(16 * index, nbytes), memory(1024 * index, nbytes)) for index, nbytes in enumerate(sizes)]
+        copies.with_copies(lambda stream: True, pairs, [], kernels)(int(driver.new_stream()))
         [(grid, block, given_)] = seen
         assert grid[1:] == (len(sizes), 1)
         assert block[1:] == (1, 1)
         assert 4 * grid[0] * block[0] >= max(sizes) > 4 * (grid[0] - 1) * block[0]
-        words = Copies.from_buffer_copy(given_)
-        assert [tuple(words[3 * i : 3 * i + 3]) for i in range(len(sizes))] == [(b, a, n) for a, b, n in copies]
+        words = CopyList.from_buffer_copy(given_)
+        wanted = [(1024 * index, 16 * index, nbytes) for index, nbytes in enumerate(sizes)]
+        assert [tuple(words[3 * i : 3 * i + 3]) for i in range(len(sizes))] == wanted
         assert not any(words[3 * len(sizes) :])

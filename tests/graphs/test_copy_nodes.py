@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError, Refusal
-from graphcache.graphs import copy_kernel, copy_nodes, driver
+from graphcache.graphs import copies, driver
 from graphcache.graphs.capture import capture_enqueue
-from graphcache.graphs.copy_kernel import LARGEST, MOST, CopyKernels
-from graphcache.graphs.copy_nodes import copy_after, copy_before, find_copies, order_copies, with_copies
+from graphcache.graphs.copies import (
+    LARGEST,
+    MAX_COPIES,
+    CopyKernels,
+    CopyList,
+    edges_of,
+    find_copies,
+    order_copies,
+    with_copies,
+)
 from graphcache.graphs.cuda import CudaGraph, IoSlot
-from graphcache.graphs.edges import edges_of, make_all_full
 from graphcache.graphs.param_patching import CannotBind, Pointer
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
@@ -52,9 +59,9 @@ def kernels_of(fake: Torch, way: str) -> CopyKernels | None:
     if way == "driver":
         return None
     fake.capability = (9, 0) if way == "kernels" else (8, 9)
-    found = copy_kernel.copy_kernels(0)
+    found = copies.copy_kernels(0)
     assert found is not None
-    assert found.after.waits is (way == "kernels")
+    assert found.waits is (way == "kernels")
     return found
 
 
@@ -69,8 +76,8 @@ def sound(fake: Torch) -> bool:
 def captured(fake: Torch, pairs: Sequence[tuple[Tensor, Tensor]], kernels: CopyKernels | None) -> Any:
     stream = driver.new_stream()
     driver.begin_capture(stream)
-    fake.driver.launch(fake.driver.kernel([], lambda memory: None), [], int(stream))
-    copy_before(pairs, int(stream), kernels)
+    work = fake.driver.kernel([], lambda memory: None)
+    with_copies(lambda stream: fake.driver.launch(work, [], stream) is None, pairs, [], kernels)(int(stream))
     return driver.end_capture(stream)
 
 
@@ -90,8 +97,8 @@ def run(graph: Any, patched: Sequence[tuple[Pointer, int]] = ()) -> None:
 
 @given(
     st.sampled_from(WAYS),
-    st.lists(st.integers(0, 4), min_size=1, max_size=2 * MOST + 1),
-    st.lists(st.integers(0, 4), max_size=2 * MOST + 1),
+    st.lists(st.integers(0, 4), min_size=1, max_size=2 * MAX_COPIES + 1),
+    st.lists(st.integers(0, 4), max_size=2 * MAX_COPIES + 1),
 )
 def test_copies_before_and_after(way: str, before: list[int], after: list[int]) -> None:
     with installed() as fake:
@@ -115,7 +122,7 @@ def test_copies_before_and_after(way: str, before: list[int], after: list[int]) 
 
         graph = capture_enqueue(with_copies(enqueue, ins, outs, kernels), lane, "")
         real = [sum(size > 0 for size in sizes) for sizes in (before, after)]
-        nodes = [count if kernels is None else -(-count // MOST) for count in real]
+        nodes = [count if kernels is None else -(-count // MAX_COPIES) for count in real]
         assert driver.node_count(graph) == 1 + sum(nodes)
         run(graph)
         assert order == [1]
@@ -162,18 +169,19 @@ def test_work_waits_for_its_inputs_whatever_it_was_launched_with(
     """TensorRT launches the first kernel of some engines programmatically: seen with TensorRT-RTX 1.5 on an H200."""
     graph, found = between(fake, kernels, programmatic=programmatic)
     assert found[:3] == [False, programmatic, programmatic], "what TensorRT does between its own kernels is its own"
-    assert found[3] is (kernels is not None and kernels.after.waits)
-    assert make_all_full(graph) == 2 * programmatic + found[3], "that option has the last word"
+    assert found[3] is (kernels is not None and kernels.waits)
+    order_copies(graph, kernels, full_edges=True)
+    assert not any(edge.is_programmatic for edge in edges_of(graph)), "that option has the last word"
 
 
 def test_without_order_the_stand_in_finds_the_race(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_nodes, "make_full", lambda graph, edges: 0)
+    monkeypatch.setattr(copies, "make_full", lambda graph, edges: None)
     with pytest.raises(Violation, match="not waited for"):
         between(fake, kernels_of(fake, "kernels"), programmatic=True)
 
 
 def test_nothing_begins_early_where_that_is_not_wanted(fake: Torch) -> None:
-    _, found = between(fake, kernels_of(fake, "kernels"), programmatic=False, early=False)
+    _, found = between(fake, kernels_of(fake, "kernels"), programmatic=False, full_edges=True)
     assert found == [False] * 4
 
 
@@ -205,7 +213,7 @@ def test_a_copy_that_the_driver_refuses(fake: Torch, kernels: CopyKernels | None
 # ---- found again
 
 
-@given(st.sampled_from(WAYS), st.integers(1, 2 * MOST + 1), st.data())
+@given(st.sampled_from(WAYS), st.integers(1, 2 * MAX_COPIES + 1), st.data())
 def test_each_is_found_and_pointed_elsewhere_alone(way: str, count: int, data: st.DataObject) -> None:
     with installed() as fake:
         kernels = kernels_of(fake, way)
@@ -230,7 +238,7 @@ def test_each_is_found_and_pointed_elsewhere_alone(way: str, count: int, data: s
             value = index if out else (200 if index in moved else 100) + index
             assert static[index].tolist() == [value] * SIZE
         if kernels is not None:
-            assert len({int(place.arguments[0]) for (place,) in found}) == -(-count // MOST)
+            assert len({int(place.arguments[0]) for (place,) in found}) == -(-count // MAX_COPIES)
 
 
 def test_a_tensor_copied_never_or_twice(fake: Torch, kernels: CopyKernels | None) -> None:
@@ -248,7 +256,7 @@ def test_kernels_of_others_are_none_of_its(fake: Torch) -> None:
     kernels = kernels_of(fake, "kernels")
     static, outside = fresh(fake, 2)
     alike = fake.driver.kernel([192], lambda memory, copies: None)
-    values = copy_kernel.Copies(outside.data_ptr(), static.data_ptr(), 4 * SIZE)
+    values = CopyList(outside.data_ptr(), static.data_ptr(), 4 * SIZE)
     stream = driver.new_stream()
     driver.begin_capture(stream)
     fake.driver.launch(alike, [bytes(values)], int(stream))
@@ -282,8 +290,8 @@ def test_a_copy_that_is_late_sees_what_the_work_wrote(fake: Torch, kernels: Copy
     kernel = fake.driver.kernel([], write)
     stream = driver.new_stream()
     driver.begin_capture(stream)
-    fake.driver.launch(kernel, [], int(stream))
-    copy_after([(target, source)], int(stream), kernels)
+    work = with_copies(lambda stream: fake.driver.launch(kernel, [], stream) is None, [], [(target, source)], kernels)
+    work(int(stream))
     run(driver.end_capture(stream))
     assert target.tolist() == [5.0] * SIZE
 
@@ -322,7 +330,7 @@ def test_a_node_of_several_tensors_is_pointed_elsewhere_once(
         outputs=slots[2:],
         lane=owner,
         keep=outside,
-        release=lambda: driver.call("cuGraphDestroy", graph),
+        release=lambda: None,
     )
     with fake.on(fake.new_stream()), torch.no_grad():
         made.replay(fresh(fake, 2))

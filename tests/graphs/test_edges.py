@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.edges import begin_early, edges_of, make_all_full, make_full
+from graphcache.graphs.copies import begin_early, edges_of, make_full, order_copies
 from tests.graphs.fake_driver import Torch, installed
 
 
@@ -41,12 +41,12 @@ def test_some_become_full(early: list[bool], data: st.DataObject) -> None:
         assert kinds(graph) == early[1:]
         edges = sorted(edges_of(graph), key=lambda edge: int(edge.start))
         chosen = [edge for edge in edges if data.draw(st.booleans())]
-        assert make_full(graph, chosen) == sum(edge.is_programmatic for edge in chosen)
+        make_full(graph, chosen)
         wanted = [edge.is_programmatic and edge not in chosen for edge in edges]
         assert kinds(graph) == wanted
-        assert make_all_full(graph) == sum(wanted)
-        assert kinds(graph) == [False] * len(edges)
-        assert make_all_full(graph) == 0
+        for _ in range(2):
+            order_copies(graph, None, full_edges=True)
+            assert kinds(graph) == [False] * len(edges)
         assert {(int(e.start), int(e.end)) for e in edges_of(graph)} == {(int(e.start), int(e.end)) for e in edges}
 
 
@@ -77,7 +77,8 @@ def test_the_names_of_cuda_python_12(fake: Torch, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(type(fake.driver), f"{name}_v2", getattr(type(fake.driver), name), raising=False)
         monkeypatch.delattr(type(fake.driver), name)
     graph = captured(fake, [False, True])
-    assert make_all_full(graph) == 1
+    assert kinds(graph) == [True]
+    order_copies(graph, None, full_edges=True)
     assert kinds(graph) == [False]
 
 

@@ -80,7 +80,7 @@ class Nodes:
             outputs=slots[2:],
             lane=StreamOrder(0) if lane is None else lane,
             keep=None,
-            release=lambda: driver.call("cuGraphDestroy", graphs[0]),
+            release=lambda: None,
         )
         self.table = fast_path.new_table()
         entry: Entry[Recording] = Entry(Recording(self.graph, lambda outputs, _: outputs[0], whole=True, bare=True))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.graphs.pool import MemoryPool
+from graphcache.graphs.stream_order import MemoryPool
 from tests.graphs.fake_driver import Torch, installed
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
-from graphcache.capture import engine_recorder as record_engine
 from graphcache.capture import recording
 from graphcache.errors import (
     CaptureError,
@@ -39,7 +38,7 @@ from graphcache.errors import (
     TensorRTNotFoundError,
 )
 from graphcache.graphs import driver
-from graphcache.graphs.edges import edges_of
+from graphcache.graphs.copies import edges_of
 from graphcache.modules import engine_runner
 from tests.engine_modules import MODULES, capture_by_driver, load, made_contexts, numbers, prepare, rows
 from tests.engines import fake_tensorrt
@@ -1021,16 +1020,14 @@ def test_an_engine_that_gives_another_answer_each_time(fake: Torch) -> None:
     assert fast.cache_info().eager == {Reason.NONDETERMINISTIC: 2}
 
 
-def test_full_edges(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    real = record_engine.make_all_full
-    monkeypatch.setattr(record_engine, "make_all_full", lambda graph: made.append(real(graph)))
-    for edges, count in (("captured", 0), ("full", 2)):
-        fast = wrap_recorded(load("affine"), edges=edges)
-        x = rows(fake, 2)
-        fast(x)
+@pytest.mark.parametrize("edges", ["captured", "full"])
+def test_edges_of_an_engine(fake: Torch, edges: str) -> None:
+    fast = wrap_recorded(load("affine"), io="copy", edges=edges)
+    x = rows(fake, 2)
+    for _ in range(2):
         assert torch.equal(fast(x), x * 3 + 1)
-        assert len(made) == count
+    early = [edge.is_programmatic for edge in edges_of(graph_of(fast).captured)]
+    assert early == [False] * (len(early) - 1) + [edges == "captured"], "a copy out that waits by itself"
 
 
 @pytest.mark.parametrize("edges", ["captured", "full"])
