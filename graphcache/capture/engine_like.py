@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,27 @@ class EngineLike(nn.Module):
     def device_only(self, values: Sequence[Any]) -> list[Any]:
         """Of what belongs to each input, that of the inputs that TensorRT reads on the device."""
         return [value for index, value in enumerate(values) if index not in self.host_inputs]
+
+
+alive: WeakValueDictionary[str, Any] = WeakValueDictionary()
+"""The engine modules of this process. Each has ``lies_at``, which compares the address of its bytes."""
+
+
+def traced_engines(module: nn.Module) -> list[Any]:
+    """The modules of this process whose engines a traced program runs, which it holds as constants."""
+    engines = list(alive.values())
+    if not engines:
+        return []
+    own = {id(each) for each in engines}
+    # An engine's module refers to its bytes itself, which its deep copies share.
+    places = {
+        (tensor.data_ptr(), tensor.numel())
+        for each in module.modules()
+        if id(each) not in own
+        for tensor in (*each.__dict__.values(), *each._buffers.values())
+        if type(tensor) is Tensor and tensor.dtype is torch.uint8 and tensor.device.type == "cpu"
+    }
+    return [each for each in engines if any(each.lies_at(place) for place in places)]
 
 
 class EngineScope:

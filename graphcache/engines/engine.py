@@ -36,23 +36,9 @@ class Engine:
     """An engine on the current CUDA device. It owns the weights there, and the kernels compiled for them.
 
     Several contexts of one engine may run at once if they do not share scratch memory; the engine itself is read only.
-
-    Args:
-        serialized: The engine file's bytes.
-        inputs: Names of the inputs in the order of a call; ``None`` for the engine's own order.
-        outputs: Likewise for the outputs.
-        name: Used in messages; the engine's own name if empty.
-        tensorrt: The flavour of TensorRT, see :func:`graphcache.engines.library.library`.
-        keep_kernels: Whether kernels that are compiled at run time are kept in this user's cache folder, and taken from
-            there; they are written when the engine is closed or the process ends.
-
-    Raises:
-        EngineFormatError: If the bytes are not an engine, or not all of one.
-        EngineVersionError: If another version or flavour of TensorRT built it, or for another GPU.
-        EngineError: If TensorRT refuses it for another reason, or a binding has a dtype that torch lacks.
-        ConfigError: If a name is not one of the engine's.
-        NoGpuError: If there is no CUDA device.
-        TensorRTNotFoundError: If no flavour of TensorRT is installed.
+    ``inputs`` and ``outputs`` name the bindings in the order of a call, ``None`` is the engine's own order. With
+    ``keep_kernels`` the kernels that are compiled at run time are taken from this user's cache folder, and written
+    there when the engine is closed or the process ends.
     """
 
     def __init__(
@@ -147,12 +133,7 @@ class Engine:
         return made
 
     def new_context(self) -> Any:
-        """A TensorRT execution context without scratch memory of its own.
-
-        TensorRT-RTX compiles kernels at run time. Contexts of one engine share the compiled kernels (a runtime cache).
-        By default they compile the kernels of a new shape before running it (``EAGER``), not in the background: a
-        capture would keep the fallback kernel. With 1.4 they compile none for single shapes.
-        """
+        """A TensorRT execution context without scratch memory of its own; contexts share the compiled kernels."""
         with self._lock, self.collect_errors():
             if self._config is None:
                 self._config = self._new_config()
@@ -162,7 +143,11 @@ class Engine:
         return context
 
     def _new_config(self) -> Any:
-        """How contexts are made: without scratch memory, and with the kernels that were compiled before."""
+        """How contexts are made: without scratch memory, and with the kernels that were compiled before.
+
+        By default they compile the kernels of a new shape before running it (``EAGER``), not in the background: a
+        capture would keep the fallback kernel. With 1.4 they compile none for single shapes.
+        """
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):
@@ -184,11 +169,8 @@ class Engine:
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """The compute capability of the GPUs that the engine runs on; ``None`` if it is not bound to one.
-
-        An engine of the full TensorRT runs on the kind of GPU it was built for, unless it was built for others too.
-        One of TensorRT-RTX holds no kernels for a GPU: they are compiled where it runs.
-        """
+        """The compute capability of the GPUs that the engine runs on; ``None`` if it is not bound to one."""
+        # TensorRT-RTX compiles kernels where the engine runs. TensorRT may build for other GPUs too.
         level = getattr(self._engine, "hardware_compatibility_level", None)
         if self.library.flavour == "tensorrt_rtx" or (level is not None and int(level) != 0):
             return None
@@ -215,22 +197,22 @@ class Engine:
                 f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the caller's; "
                 f"close them before changing the weight budget"
             )
-        with self.collect_errors() as said:
+        with self.collect_errors():
             self._engine.weight_streaming_budget_v2 = nbytes
-        if self.weight_budget != nbytes:
-            raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {join_messages(said)}")
+            if self.weight_budget != nbytes:
+                raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {self.said()}")
         # Streaming needs scratch memory of its own.
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
 
     def serialized(self) -> bytes:
         """The engine as a file would hold it now, with the weights that it was refitted with."""
-        with self.collect_errors() as said:
+        with self.collect_errors():
             made = self._engine.serialize()
-        if made is None:
-            raise EngineError(
-                f"{self.name}: TensorRT does not serialise it: {join_messages(said)}. Keep the file it came from"
-            )
-        return bytes(made)
+            if made is None:
+                raise EngineError(
+                    f"{self.name}: TensorRT does not serialise it: {self.said()}. Keep the file it came from"
+                )
+            return bytes(made)
 
     def close(self) -> None:
         """Drop the engine. Its memory goes when the last context made from it is gone; twice does nothing."""

@@ -120,10 +120,7 @@ class RuntimeCache:
 
 
 class StoredRuntimeCache(RuntimeCache):
-    """The kernels of one engine, kept in the user's store for later processes.
-
-    Of processes that save at once the one with more kernels wins; they are not merged.
-    """
+    """The kernels of one engine, kept in the user's store. Of processes that save at once the one with more wins."""
 
     def __init__(self, serialized: bytes, found: Library, name: str) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""Finding TensorRT, and its messages.
-
-NVIDIA ships TensorRT in three flavours with almost one API. Which one is used is decided at first use, never at import.
-"""
+"""Finding TensorRT at its first use, in one of three flavours with almost one API, and its messages."""
 
 from __future__ import annotations
 
@@ -51,8 +48,8 @@ class Library:
 def library(name: str | None = None) -> Library:
     """The TensorRT to use: ``name``, or else ``GRAPHCACHE_TENSORRT``, or else the first that can be imported.
 
-    The order is ``tensorrt``, ``tensorrt_rtx``, ``tensorrt_lean``. Each is imported once; every later call returns the
-    same object, from any thread. A failed search is not remembered.
+    The order is ``tensorrt``, ``tensorrt_rtx``, ``tensorrt_lean``. Each is imported once; a failed search is not
+    remembered.
     """
     wanted = _named(name)
     candidates = _FLAVOURS if wanted is None else (wanted,)

@@ -1,8 +1,7 @@
 """How the shapes of an engine's outputs follow from those of its inputs, for compilers that trace open sizes.
 
-TensorRT tells the shapes of outputs for given shapes of inputs, and never the rule behind them. So rules of four kinds
-are fitted to observations (:func:`fit`). A size that none of them explains is unknown, and recorded as ``None``. A rule
-that explains all observations may still be wrong elsewhere: whoever uses one compares it with the shapes of each run.
+TensorRT tells the shapes of outputs for given shapes of inputs, not the rule behind them. So rules of four kinds are
+fitted to observations (:func:`fit`). A rule may still be wrong elsewhere: whoever uses one compares it with each run.
 """
 
 from __future__ import annotations

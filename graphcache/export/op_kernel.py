@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.engines.registry import alive
+from graphcache.capture.engine_like import alive
 from graphcache.errors import (
     EngineExecutionError,
     EngineFormatError,

@@ -12,12 +12,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.engine_like import EngineLike, alive
 from graphcache.config import Specialization
 from graphcache.engines.context import ContextPool
 from graphcache.engines.engine import Engine
 from graphcache.engines.kernel_cache import RuntimeCache
-from graphcache.engines.registry import alive
 from graphcache.errors import ClosedError, ConfigError, EngineError, shown
 from graphcache.events import Observers
 from graphcache.graphs.stream_order import StreamOrder

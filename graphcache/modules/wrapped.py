@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphcache.capture.engine_like import EngineLike, is_foreign
+from graphcache.capture.engine_like import EngineLike, is_foreign, traced_engines
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
-from graphcache.engines.registry import traced_engines
 from graphcache.errors import Reason
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.transparent import TransparentModule

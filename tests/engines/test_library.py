@@ -228,6 +228,18 @@ def test_collected_errors_are_logged_for_debugging_only(logger: Any, caplog: pyt
     assert [record.levelname for record in caplog.records] == ["DEBUG", "DEBUG", "WARNING", "DEBUG", "ERROR"]
 
 
+def test_a_message_says_what_the_innermost_block_has_collected(logger: Any) -> None:
+    assert logger.said() == "nothing"
+    with logger.collect():
+        logger.log(Severity.ERROR, "first")
+        with logger.collect():
+            assert logger.said() == "nothing"
+            logger.log(Severity.ERROR, "second")
+            assert logger.said() == "second"
+        assert logger.said() == "first; second"
+    assert logger.said() == "nothing"
+
+
 def test_errors_of_other_threads_are_not_collected(logger: Any, caplog: pytest.LogCaptureFixture) -> None:
     with logger.collect() as errors, ThreadPoolExecutor(1) as pool:
         pool.submit(logger.log, Severity.ERROR, "elsewhere").result()

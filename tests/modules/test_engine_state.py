@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, EngineModule
-from graphcache.engines.registry import traced_engines
+from graphcache.capture.engine_like import traced_engines
 from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, EngineVersionError
 from graphcache.modules import portable
 from graphcache.modules.portable import bytes_of, tensor_of
