@@ -333,12 +333,7 @@ def shown(value: object) -> str:
 
 
 def is_a(value: object, *kinds: type) -> bool:
-    """``isinstance`` of anything, also of what cannot be asked.
-
-    Example:
-        >>> is_a("m.json", str, int)
-        True
-    """
+    """``isinstance`` of anything, also of what cannot be asked."""
     try:
         return isinstance(value, kinds)
     except Exception:

@@ -19,20 +19,7 @@ EXTRAS = {
 
 
 def optional(module: str, purpose: str) -> Any:
-    """Import a module of an extra, or one below it.
-
-    Args:
-        module: Its dotted name.
-        purpose: What it is needed for, for the message.
-
-    Raises:
-        ExtraNotFoundError: If its package is not installed.
-
-    Example:
-        >>> optional("prometheus_client.nothing_there", "an example")
-        Traceback (most recent call last):
-        graphcache.errors.ExtraNotFoundError: an example needs prometheus_client...pip install "graphcache[metrics]"
-    """
+    """Import a module of an extra, or one below it; ``purpose`` says what for, in the error if it is not installed."""
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)

@@ -18,27 +18,11 @@ class FieldError(ValueError):
 
 
 def read_fields(kind: type[_T], tree: object, where: str = "") -> _T:
-    """A dataclass from a mapping that has exactly its fields.
+    """A dataclass from a mapping that has exactly its fields; ``FieldError`` for the first that is missing or wrong.
 
     Annotations may be text, truth values, whole numbers (sizes and indices, so none is negative), ``None``, literals,
     other dataclasses, any other class, and lists, tuples, dictionaries and unions of these. A list stands for a tuple.
-
-    Args:
-        kind: The dataclass.
-        tree: The mapping.
-        where: What messages put before the names of fields.
-
-    Raises:
-        FieldError: For the first field that is missing, unknown, or of another type.
-
-    Example:
-        >>> from dataclasses import dataclass
-        >>> @dataclass
-        ... class Part:
-        ...     name: str
-        ...     shape: tuple[int, int] | None
-        >>> read_fields(Part, {"name": "x", "shape": [4, 2]})
-        Part(name='x', shape=(4, 2))
+    ``where`` is what messages put before the names of fields.
     """
     if not is_a(tree, Mapping):
         raise FieldError(f"{where or 'it'} is {shown(tree)}; expected an object")

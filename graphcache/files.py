@@ -20,13 +20,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file that takes the place of ``path`` once the block has ended well; else what was there stays as it was.
 
     Readers see the old file or the new one, whoever else writes; the last one wins. A process that is killed leaves at
-    most a file whose name begins with ``.graphcache-``, which nobody reads.
-
-    Args:
-        path: In a directory that exists. A symbolic link stays, and what it points to is replaced.
-
-    Raises:
-        OSError: If it cannot be written.
+    most a file whose name begins with ``.graphcache-``, which nobody reads. Of a symbolic link the target is replaced.
     """
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
@@ -54,12 +48,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """A regular file, to be read; a pipe without a writer would be waited for.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no regular file, or the path is one that no system takes.
-    """
+    """A regular file, to be read; a pipe without a writer would be waited for. ``ValueError`` for anything else."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -69,14 +58,9 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def check_owner(path: str | os.PathLike[str] | int) -> None:
-    """Raise unless a file or folder is this user's, and nobody else may write it: what is loaded from it is trusted.
+    """Raise ``PermissionError`` unless a file, folder or open file is this user's, and nobody else may write it.
 
-    Args:
-        path: Of the file or folder, or an open file's descriptor. A symbolic link is followed.
-
-    Raises:
-        PermissionError: If it belongs to somebody else, or others may write it.
-        OSError: If there is none.
+    What is loaded from it is trusted. A symbolic link is followed.
     """
     found = os.stat(path)
     if os.name != "posix":

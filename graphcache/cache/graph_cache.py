@@ -274,7 +274,6 @@ class Reservation:
         """
         cache = self._cache
         with _lock:
-            self.release()
             has_room = cache.fits(0, cache.held + cache.shared + nbytes) and cache.budget.fits(nbytes)
             leaving = [] if has_room else cache.make_room(nbytes, key, graphs=0)
             self.nbytes, self.leaving = nbytes, sum(entry.nbytes for _, _, entry in leaving)

@@ -234,14 +234,6 @@ def test_a_reservation_evicts_nothing_where_only_the_number_of_graphs_is_short()
     assert list(cache.entries) == ["b"]
 
 
-def test_a_reservation_that_is_taken_again_replaces_what_it_took():
-    cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=10)
-    with reserve(cache, 8) as room:
-        room.take(3)
-        cache.put("a", Memory(7))
-    assert list(cache.entries) == ["a"]
-
-
 def test_the_stale_graph_of_a_key_goes_first_where_bytes_are_short_for_a_new_one():
     cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=10)
     for key in "ab":
