@@ -11,14 +11,7 @@ from torch import Tensor
 
 from graphcache.capture.context_groups import SharedContext, SharedContexts
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recording import (
-    OTHER_VALUES,
-    CaptureRequest,
-    Recording,
-    Sharing,
-    check_repeats,
-    verify_or_close,
-)
+from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import log
@@ -30,7 +23,7 @@ from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import StreamOrder
-from graphcache.graphs.verify import Round, perturb
+from graphcache.graphs.verify import OTHER_VALUES, Round, check_repeats, perturb, verify
 from graphcache.keys.call_key import KeyedCall
 
 
@@ -113,7 +106,7 @@ class EngineRecorder:
 
         def verified(graph: CudaGraph) -> CudaGraph:
             if verifies:
-                verify_or_close(graph, rounds, call.run, name)
+                verify(graph, rounds, call.run, where=name)
             if shares:
                 # What it is looked at with when its context is used again: verification has left NaN there, of which a
                 # graph that has become wrong makes the same.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,16 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from graphcache.errors import Cause, Reason, Refusal
+from graphcache.errors import Cause
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.verify import Eager, Round, largest_gap, repeats, verify
 from graphcache.keys.call_key import KeyedCall
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 """Makes the answer of a graph's outputs and the caller's inputs."""
-
-OTHER_VALUES = (("inputs of other values", False), ("inputs of the other sign", True))
-"""What else a graph is verified on: names for messages, and whether the values are negative."""
 
 
 class Recording:
@@ -122,20 +118,3 @@ class Recorder(Protocol):
 
     def take_broken(self) -> list[Graph]:
         """Graphs that this recorder has closed since it was asked the last time, as they were no longer right."""
-
-
-def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: str = "") -> None:
-    """Refuse outputs that differ from those of the same call before: eager execution has to repeat itself."""
-    for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
-        if not repeats(left, right):
-            detail = f"output {index} differed by {largest_gap(left, right):.3g} between two runs"
-            raise Refusal(Reason.NONDETERMINISTIC, where, detail)
-
-
-def verify_or_close(graph: Graph, rounds: Iterable[Round], again: Eager, where: str) -> None:
-    """Hold a new graph against eager runs; one that is wrong, or could not be looked at, is closed."""
-    try:
-        verify(graph, rounds, again, where=where)
-    except BaseException:
-        graph.close()
-        raise

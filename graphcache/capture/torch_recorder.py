@@ -14,7 +14,7 @@ from graphcache.capture.blame import at, located, path_here
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
 from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
-from graphcache.capture.recording import OTHER_VALUES, CaptureRequest, Recording, Sharing, verify_or_close
+from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.trial_call import OutputLayout, TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
@@ -25,7 +25,7 @@ from graphcache.graphs.dispatch_mode import compiled_runs_eagerly
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder
-from graphcache.graphs.verify import Round, all_same_bits, perturb
+from graphcache.graphs.verify import OTHER_VALUES, Round, all_same_bits, perturb, verify
 from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_walk import StateTooLarge
@@ -277,7 +277,7 @@ class TorchRecorder:
                 yield Round(name, others, wanted)
 
         if self._config.verify:
-            verify_or_close(graph, rounds(), again, self._name)
+            verify(graph, rounds(), again, where=self._name)
 
 
 class _Reads(HostReads):

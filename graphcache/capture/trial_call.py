@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphcache.capture.recording import check_repeats
 from graphcache.errors import Reason, Refusal
+from graphcache.graphs.verify import check_repeats
 from graphcache.keys.call_key import KeyedCall, substitute
 from graphcache.keys.values import is_rebuilt
 

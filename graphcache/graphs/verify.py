@@ -26,6 +26,10 @@ PADDED = 8
 about one step of the dtype, of which float32's tolerance has 11, the others' one or two."""
 
 
+OTHER_VALUES = (("inputs of other values", False), ("inputs of the other sign", True))
+"""What else a graph is verified on: names for messages, and whether :func:`perturb` negates the values."""
+
+
 class Round(NamedTuple):
     """Inputs to verify a graph with, and the eager outputs for them."""
 
@@ -44,14 +48,18 @@ def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = 
 
     Rounds with other values (of :func:`perturb`) find values that the host read and the capture froze. The last replay
     finds a graph that only works once. ``again`` is called where a replay differs, to see whether eager execution
-    repeats itself. A graph that fails is refused with :attr:`Reason.MISMATCH`.
+    repeats itself. A graph that fails is refused with :attr:`Reason.MISMATCH`, and closed, as after any other error.
     """
     first: Round | None = None
-    for each in rounds:
-        _check(graph, each, again, where)
-        first = first or each
-    if first is not None:
-        _check(graph, first, again, where)
+    try:
+        for each in rounds:
+            _check(graph, each, again, where)
+            first = first or each
+        if first is not None:
+            _check(graph, first, again, where)
+    except BaseException:
+        graph.close()
+        raise
 
 
 def _check(graph: Graph, given: Round, again: Eager, where: str) -> None:
@@ -102,6 +110,14 @@ def agrees(got: Tensor, runs: Sequence[Tensor]) -> bool:
     return _within(got, first, SPREADS * spread)
 
 
+def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: str = "") -> None:
+    """Refuse outputs that differ from those of the same call before: eager execution has to repeat itself."""
+    for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
+        if not repeats(left, right):
+            detail = f"output {index} differed by {largest_gap(left, right):.3g} between two runs"
+            raise Refusal(Reason.NONDETERMINISTIC, where, detail)
+
+
 def repeats(second: Tensor, first: Tensor) -> bool:
     """Whether two eager runs of one call agree but for the order of sums; see :data:`UNORDERED`."""
     return same_bits(second, first) or _within(second, first, 0.0, times=UNORDERED)
@@ -128,7 +144,14 @@ def all_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     """:func:`same_bits` of tensors, pair by pair; it waits for the device only once."""
     if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(left, right, strict=True)):
         return False
-    return not left or torch.equal(_bits(left), _bits(right))
+    sides = []
+    for tensors in (left, right) if left else ():
+        dense = [torch.empty(each.numel(), dtype=each.dtype, device=each.device) for each in tensors]
+        for copy, tensor in zip(dense, tensors, strict=True):
+            copy.copy_(tensor.detach().reshape(-1))
+        found = [copy.view(torch.uint8).to(dense[0].device) for copy in dense]
+        sides.append(found[0] if len(found) == 1 else torch.cat(found))
+    return not left or torch.equal(*sides)
 
 
 def largest_gap(left: Tensor, right: Tensor) -> float:
@@ -205,12 +228,3 @@ def _wide(tensor: Tensor) -> Tensor:
 def _comparable(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors have the same shape and dtype."""
     return left.shape == right.shape and left.dtype == right.dtype
-
-
-def _bits(tensors: Sequence[Tensor]) -> Tensor:
-    """The values of tensors as bytes, one after the other."""
-    dense = [torch.empty(each.numel(), dtype=each.dtype, device=each.device) for each in tensors]
-    for copy, tensor in zip(dense, tensors, strict=True):
-        copy.copy_(tensor.detach().reshape(-1))
-    found = [copy.view(torch.uint8).to(dense[0].device) for copy in dense]
-    return found[0] if len(found) == 1 else torch.cat(found)

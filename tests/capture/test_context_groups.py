@@ -16,7 +16,7 @@ from torch import Tensor
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
 from graphcache.capture import context_groups as shared_contexts
-from graphcache.capture import recording
+from graphcache.capture import engine_recorder
 from graphcache.errors import Refusal
 from graphcache.graphs.cuda import CudaGraph
 from tests.engine_modules import MODULES, load, made_contexts, prepare, rows
@@ -205,7 +205,8 @@ def test_a_capture_that_fails_is_the_last_of_its_context_and_the_others_are_look
     fast = captured(module, fake, 1, 2)
     looked: list[int] = []
 
-    def wrong(*_: Any, **__: Any) -> None:
+    def wrong(graph: CudaGraph, *_: Any, **__: Any) -> None:
+        graph.close()
         raise Refusal(Reason.MISMATCH)
 
     def counted(self: shared_contexts.SharedContexts, graphs: list[CudaGraph]) -> list[Tensor]:
@@ -214,7 +215,7 @@ def test_a_capture_that_fails_is_the_last_of_its_context_and_the_others_are_look
 
     answers = shared_contexts.SharedContexts._answers
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "verify", wrong)
+        patch.setattr(engine_recorder, "verify", wrong)
         patch.setattr(shared_contexts.SharedContexts, "_answers", counted)
         x = rows(fake, 3)
         assert torch.equal(fast(x), x * 3 + 1)
