@@ -1,20 +1,26 @@
-"""Requests to prepare, and what can be told of a model from them: names, dtypes, shapes."""
+"""Requests that are made up: to prepare, to tell what a model takes and gives, to try whether they can be batched."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphcache.buckets.spec import Buckets
+from graphcache.buckets.independence import dependence, observed_outputs
+from graphcache.buckets.spec import Axis, Buckets, Mask
 from graphcache.errors import ConfigError, shown
+from graphcache.graphs.verify import padded_gap
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.examples import varied
 from graphcache.serving.backend import TensorMetadata
 from graphcache.serving.batching import Batcher, Tensors, argument_names
+from graphcache.serving.kinds import Kind
+
+Called = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def given_example(given: Mapping[str, Any], engine: EngineModule | None, buckets: Buckets) -> dict[str, Tensor]:
@@ -81,3 +87,72 @@ def specs_of(examples: Sequence[Tensors], axes: Mapping[str, Sequence[int]]) -> 
             shape[axis] = -1
         found.append(TensorMetadata(name, str(first.dtype).removeprefix("torch."), tuple(shape)))
     return tuple(found)
+
+
+def with_rows(given: Any, sizes: Any, inputs: Sequence[str]) -> Buckets:
+    """Buckets in which axis 0 of every input are the rows, whether anybody named them or not."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"buckets={shown(given)}: expected sizes of the rows, or arguments with axes")
+    rows = Axis(sizes, name="rows")
+    found: dict[Any, Any] = {}
+    for name in dict.fromkeys([*inputs, *given]):
+        axes = given.get(name, {})
+        if isinstance(axes, Mask) or not isinstance(axes, Mapping) or 0 in axes:
+            found[name] = axes
+        else:
+            found[name] = {0: rows, **axes}
+    return Buckets(found)
+
+
+def refusal(batcher: Batcher, module: Callable[..., Any], called: Called, example: Tensors, device: Any) -> str:
+    """Why requests must be run one by one, as they are; empty if nothing speaks against putting them together.
+
+    Margins are tried as :mod:`graphcache.buckets.independence` tries them, neighbours by holding what two requests get
+    together against what each gets alone. Trying is no proof for other values. The batcher is told which axes of the
+    answer are as long as which of the inputs, if nobody said that.
+    """
+    there = {name: tensor.to(device) for name, tensor in example.items()}
+    try:
+        if batcher.buckets.outputs is None:
+            batcher.with_outputs(observed_outputs(module, (), there, batcher.padder))
+        text = dependence(module, (), there, batcher.padder)
+        return _neighbours(batcher, called, example) if text is None else text
+    except Exception as error:
+        return f"a call of other sizes raised {type(error).__name__}: {shown(str(error))}"
+
+
+def valued(batcher: Batcher, kind: Kind) -> dict[str, Tensor]:
+    """As many rows of a kind as go together, with values that differ; masks say that all of it is real.
+
+    Integers are 0 or 1, which any table can look up, and 1 at the start of each row: they may be a mask by another
+    name, and one that hides everything has no answer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Tensors of inference mode could not be filled outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = {name: torch.zeros((batcher.largest, *shape), dtype=dtype) for name, dtype, shape in kind}
+        for name, tensor in inputs.items():
+            if name in batcher.buckets.masks:
+                tensor.fill_(1)
+            elif tensor.is_floating_point() or tensor.is_complex():
+                varied((), {name: tensor})
+            elif tensor.numel():
+                tensor.copy_(torch.randint(2, tensor.shape, generator=generator))
+                tensor.view(len(tensor), -1)[:, 0] = 1
+    return inputs
+
+
+def _neighbours(batcher: Batcher, called: Called, example: Tensors) -> str:
+    last = batcher.largest - 1
+    if last < 1:
+        return ""
+    # What is last has everything else before it, which is where a sum along the rows would show.
+    parts = [
+        {name: tensor[rows].clone() for name, tensor in example.items()} for rows in (slice(last), slice(last, None))
+    ]
+    [batch] = batcher.batches([batcher.request(part) for part in parts])
+    for part, got in zip(parts, batch.split(called(batch.inputs())), strict=True):
+        for name, wanted in called(part).items():
+            if (gap := padded_gap(got[name], wanted)) is not None:
+                return f"output {name!r} of a request depends on the requests beside it (differs by {gap:.3g})"
+    return ""

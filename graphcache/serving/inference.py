@@ -15,8 +15,7 @@ from graphcache.serving.answers import JSON, Answer, refused
 from graphcache.serving.backend import Backend, ModelSpec
 from graphcache.serving.body import ClientGone, Receive, read_body
 from graphcache.serving.encodings import chosen, pack
-from graphcache.serving.gate import Gate
-from graphcache.serving.limits import Limits
+from graphcache.serving.limits import Gate, Limits
 from graphcache.serving.metrics import ServerMetrics, outcome_of
 from graphcache.serving.protocol.metadata import check_request
 from graphcache.serving.protocol.problems import RequestError

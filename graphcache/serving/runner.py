@@ -25,12 +25,18 @@ from graphcache.modules.wrapped import CacheInfo, device_of
 from graphcache.modules.wrapping import wrapped
 from graphcache.serving.backend import ModelSpec
 from graphcache.serving.batching import Batcher, Counts, Request, Tensors, answer_all
-from graphcache.serving.examples import given_example, input_names, specs_of, usual_examples
+from graphcache.serving.examples import (
+    given_example,
+    input_names,
+    refusal,
+    specs_of,
+    usual_examples,
+    valued,
+    with_rows,
+)
 from graphcache.serving.kinds import Kind
-from graphcache.serving.rows import with_rows
 from graphcache.serving.settings import Settings
 from graphcache.serving.sources import module_of
-from graphcache.serving.trying import refusal, valued
 
 
 class Runner:

@@ -21,7 +21,7 @@ from graphcache.errors import (
     ServingError,
 )
 from graphcache.serving.batching import Batcher, Counts, answer_all
-from graphcache.serving.rows import with_rows
+from graphcache.serving.examples import with_rows
 from tests.effort import share
 
 ROWS = [1, 2, 4, 8]

@@ -4,8 +4,7 @@ from contextlib import ExitStack
 import pytest
 
 from graphcache.errors import UnavailableError
-from graphcache.serving.gate import Gate
-from graphcache.serving.limits import Limits
+from graphcache.serving.limits import Gate, Limits
 
 
 def test_as_many_as_the_limits_say_are_inside():

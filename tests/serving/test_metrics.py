@@ -1,8 +1,7 @@
 import pytest
 
 from graphcache.errors import ExtraNotFoundError
-from graphcache.serving.gate import Gate
-from graphcache.serving.limits import Limits
+from graphcache.serving.limits import Gate, Limits
 from graphcache.serving.metrics import UNKNOWN, ServerMetrics, outcome_of
 
 parser = pytest.importorskip("prometheus_client.parser")

@@ -11,8 +11,8 @@ import torch
 
 from graphcache.errors import InputRankError, ServingError, UnavailableError, UnknownModelError
 from graphcache.serving.backend import ModelSpec, TensorMetadata
+from graphcache.serving.examples import with_rows
 from graphcache.serving.replica import Described
-from graphcache.serving.rows import with_rows
 from graphcache.serving.transport import pack, unpack
 
 if importlib.util.find_spec("ray") is None:
