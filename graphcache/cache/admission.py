@@ -16,7 +16,7 @@ Time, in here, is what eager execution of all calls would have taken so far, wit
 nothing is called.
 
 The constants were chosen on traces like those of ``tests/cache/test_worthwhile_traces.py``: 280 of them, under six sets
-of measured costs, three seeds, 8 and 16 graphs. The geometric mean of total time over the offline optimum is 1.10.
+of measured state, three seeds, 8 and 16 graphs. The geometric mean of total time over the offline optimum is 1.10.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ import math
 from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
-from graphcache.cache.costs import LARGEST, Estimate, KeyCosts, Known, Mean
 from graphcache.cache.graph_cache import Entry, GraphCache
-from graphcache.cache.key_table import KeyTable
+from graphcache.cache.key_table import LARGEST, MEMORY, Estimate, KeyState, KeyTable
 from graphcache.config import Capture
 from graphcache.errors import Cause, Reason, Refusal
 
@@ -57,6 +56,31 @@ _NOT_WORTH_IT = Cause(Reason.NOT_WORTH_IT)
 _NOT_PREPARED = Cause(Reason.NOT_PREPARED)
 
 
+class Mean:
+    """The running mean of figures that differ from key to key; the value before the first one has no weight."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self, before: float) -> None:
+        self.value = before
+        self.count = 0
+
+    def add(self, figure: float) -> None:
+        """Take a figure into account."""
+        self.count += 1
+        self.value += (figure - self.value) / min(self.count, MEMORY)
+
+
+class Known(NamedTuple):
+    """What is known of a key: counts, and typical times in seconds, ``None`` where nothing was measured."""
+
+    calls: int = 0
+    hits: int = 0
+    eager: float | None = None
+    replay: float | None = None
+    capture: float | None = None
+
+
 class Account(NamedTuple):
     """What all measured calls of a module would have taken eagerly, what replays saved of it, and captures took."""
 
@@ -79,7 +103,7 @@ class Admission:
         self._cache = cache
         self._keys = KeyTable(cache.entries) if keys is None else keys
         self._lock = self._keys.lock
-        self._now = self._counted_at = self._credit = 0.0
+        self._counted_at = self._credit = 0.0
         self._eager_seconds = self._saved_seconds = self._capture_seconds = 0.0
         # Over all keys, for those that were not measured.
         self._nbytes, self._typical_eager, self._typical_share = Mean(0.0), Mean(0.0), Mean(_PRIOR_SHARE)
@@ -94,36 +118,36 @@ class Admission:
         if not self.measures_replays:
             return self._refusal
         with self._lock:
-            costs = self._costs_of(key)
-            if costs is None or costs.eager.count < 2:
+            state = self._keys.get(key)
+            if state is None or state.eager.count < 2:
                 # The first call of a key takes longer than the others: it is no measure.
                 return _COLD
-            saving = self._saving(costs)
+            saving = self._saving(state)
             if saving <= 0.0:
-                return _NOT_WORTH_IT if costs.replay.count else _COLD
+                return _NOT_WORTH_IT if state.replay.count else _COLD
             self._misses += 1
             if self._misses >= max(_LEAST_LOOKS, len(self._cache)):
                 self._look(key)
-            if costs.owed * saving < PRICE * self._capture_time(costs):
+            if state.owed * saving < PRICE * self._capture_time(state):
                 return _COLD
             # So far by what was known at the last look, which takes as long as there are graphs.
-            return self._refuses(costs) or self._look(key) or self._refuses(costs)
+            return self._refuses(state) or self._look(key) or self._refuses(state)
 
     def ran(self, key: Hashable, seconds: float) -> None:
         """Note an eager call and its time."""
         with self._lock:
-            costs, typical = self._find(key), self._typical_eager
-            costs.eager.add(seconds)
-            costs.calls += 1
-            costs.owed += 1
+            state, typical = self._keys.used(key), self._typical_eager
+            state.eager.add(seconds)
+            state.ran += 1
+            state.owed += 1
             self._eager_seconds += seconds
-            if costs.eager.count > 1:
-                typical.add(costs.eager.value)
+            if state.eager.count > 1:
+                typical.add(state.eager.value)
             # Stalls and first calls buy nothing, and make nothing older.
             elapsed = min(seconds, LARGEST * typical.value) if typical.count else seconds
-            self._now += elapsed
+            self._keys.now += elapsed
             self._credit += OVERHEAD * elapsed
-            self._warm(costs, 1)
+            self._warm(state, 1)
 
     def captured(
         self, key: Hashable, seconds: float, *, replay: float | None = None, preparing: bool = False
@@ -134,21 +158,21 @@ class Admission:
         ``preparing`` no call waited for the capture, and serving does not have to earn it.
         """
         with self._lock:
-            costs = self._find(key)
-            costs.capture.add(seconds)
-            costs.owed = 0
+            state = self._keys.used(key)
+            state.capture.add(seconds)
+            state.owed = 0
             if replay is not None:
-                costs.replay.add(replay)
+                state.replay.add(replay)
             if (entry := self._cache.entries.get(key)) is not None:
-                costs.nbytes = entry.nbytes
+                state.nbytes = entry.nbytes
                 self._nbytes.add(entry.nbytes)
             self._spend(seconds, preparing)
-            return self._note_times(costs)
+            return self._note_times(state)
 
     def failed(self, key: Hashable, seconds: float, *, preparing: bool = False) -> None:
         """Note that a capture gave no graph; the key has to earn the next attempt from the beginning."""
         with self._lock:
-            self._find(key).owed = 0
+            self._keys.used(key).owed = 0
             self._spend(seconds, preparing)
 
     def charge(self, seconds: float) -> None:
@@ -159,33 +183,33 @@ class Admission:
     def evicted(self, key: Hashable, entry: Entry[Any]) -> None:
         """Note that a graph has left the cache; for its ``on_evict``."""
         with self._lock:
-            if (costs := self._costs_of(key)) is not None:
+            if (state := self._keys.get(key)) is not None:
                 self._count_hits([(key, entry)])
-                costs.counted = costs.owed = 0
+                state.counted = state.owed = 0
 
     def learn(self, key: Hashable, *, eager: float, replay: float, capture: float) -> None:
         """Take over times that were measured in another process, in seconds."""
         with self._lock:
-            costs = self._find(key)
+            state = self._keys.used(key)
             # Twice, since a single measurement of an eager call is not trusted.
             for _ in range(2):
-                costs.eager.add(eager)
-            costs.replay.add(replay)
-            costs.capture.add(capture)
-            self._note_times(costs)
+                state.eager.add(eager)
+            state.replay.add(replay)
+            state.capture.add(capture)
+            self._note_times(state)
 
     def known(self, key: Hashable) -> Known:
         """Counts and times of a key; nothing but zeros and ``None`` if it was never called or has been forgotten."""
-        costs, entry = self._costs_of(key), self._cache.entries.get(key)
-        if costs is None:
+        state, entry = self._keys.get(key), self._cache.entries.get(key)
+        if state is None:
             return Known()
-        hits = costs.hits + max(0 if entry is None else entry.hits - costs.counted, 0)
-        return Known(costs.calls + hits, hits, costs.eager.known, costs.replay.known, costs.capture.known)
+        hits = state.hits + max(0 if entry is None else entry.hits - state.counted, 0)
+        return Known(state.ran + hits, hits, state.eager.known, state.replay.known, state.capture.known)
 
     def expected_nbytes(self, key: Hashable) -> int:
         """Memory that a graph of the key will own: that of its last one, else the mean of all graphs."""
-        costs = self._costs_of(key)
-        return costs.nbytes if costs is not None and costs.nbytes else math.ceil(self._nbytes.value)
+        state = self._keys.get(key)
+        return state.nbytes if state is not None and state.nbytes else math.ceil(self._nbytes.value)
 
     def account(self) -> Account:
         """Costs and savings so far, as far as calls were measured."""
@@ -195,29 +219,17 @@ class Admission:
 
     def worth(self, key: Hashable, entry: Entry[Any]) -> float:
         """The value of a graph, to rank it by; for each byte where bytes are bounded. It takes no lock."""
-        costs = self._costs_of(key)
-        if costs is None:
+        state = self._keys.get(key)
+        if state is None:
             return 0.0
-        value = self._value(costs, entry.hits - costs.counted)
+        value = self._value(state, entry.hits - state.counted)
         return value if self._cache.max_bytes is None else value / max(entry.nbytes, 1)
 
-    def _costs_of(self, key: Hashable) -> KeyCosts | None:
-        """The costs of a key, if it is remembered. It takes no lock."""
-        state = self._keys.get(key)
-        return None if state is None else state.costs
-
-    def _find(self, key: Hashable) -> KeyCosts:
-        """The costs of a key, which is the last to be forgotten from now on. The lock is held."""
-        state = self._keys.used(key)
-        if state.costs is None:
-            state.costs = KeyCosts(self._now)
-        return state.costs
-
-    def _refuses(self, costs: KeyCosts) -> Cause | None:
+    def _refuses(self, state: KeyState) -> Cause | None:
         """Why a key that has lost enough is not captured, as of the last look."""
         if self._credit < 0.0:
             return _OVERDRAWN
-        return _CROWDED if self._value(costs) < HOTTER * self._victims_value else None
+        return _CROWDED if self._value(state) < HOTTER * self._victims_value else None
 
     def _look(self, key: Hashable) -> Cause | None:
         """Count all hits, and see what the graphs are worth that would go for one of a key; why there is no room."""
@@ -228,34 +240,34 @@ class Admission:
             victims = self._cache.victims(self.expected_nbytes(key))
         except Refusal as refusal:
             return refusal.cause
-        found = [self._costs_of(key) for key, _ in victims]
-        self._victims_value = sum(self._value(costs) for costs in found if costs is not None)
+        found = [self._keys.get(key) for key, _ in victims]
+        self._victims_value = sum(self._value(state) for state in found if state is not None)
         return None
 
     def _count_hits(self, items: Iterable[tuple[Hashable, Entry[Any]]]) -> None:
         """Count the hits of graphs since the last time, and what they saved."""
         fresh = [
-            (costs, entry.hits - costs.counted)
+            (state, entry.hits - state.counted)
             for key, entry in list(items)
-            if (costs := self._costs_of(key)) is not None and entry.hits > costs.counted
+            if (state := self._keys.get(key)) is not None and entry.hits > state.counted
         ]
-        for costs, count in fresh:
-            costs.hits += count
-            costs.counted += count
+        for state, count in fresh:
+            state.hits += count
+            state.counted += count
         if not self.measures_replays:
             return
-        elapsed = sum(count * self._eager_time(costs) for costs, count in fresh)
-        saved = sum(count * self._saving(costs) for costs, count in fresh)
-        self._now += elapsed
+        elapsed = sum(count * self._eager_time(state) for state, count in fresh)
+        saved = sum(count * self._saving(state) for state, count in fresh)
+        self._keys.now += elapsed
         self._eager_seconds += elapsed
         self._saved_seconds += saved
         self._credit = min(self._credit + saved + OVERHEAD * elapsed, self._cache_time())
         # As if the hits had come evenly since the last time: when they came was not written down.
-        age = (self._now - self._counted_at) / self._half_life() * math.log(2.0)
+        age = (self._keys.now - self._counted_at) / self._half_life() * math.log(2.0)
         weight = -math.expm1(-age) / age if age > 1e-9 else 1.0
-        for costs, count in fresh:
-            self._warm(costs, count * weight)
-        self._counted_at = self._now
+        for state, count in fresh:
+            self._warm(state, count * weight)
+        self._counted_at = self._keys.now
 
     def _spend(self, seconds: float, free: bool) -> None:
         """Note time that was spent for graphs; ``free`` if no call waited for it."""
@@ -266,46 +278,46 @@ class Admission:
         if not free:
             self._credit -= seconds
 
-    def _note_times(self, costs: KeyCosts) -> Cause | None:
+    def _note_times(self, state: KeyState) -> Cause | None:
         """Use the times of a key for others too; the cause if its graph is no faster."""
-        if costs.capture.count:
-            self._any_capture.add(costs.capture.value)
+        if state.capture.count:
+            self._any_capture.add(state.capture.value)
         # One eager call may have been slow because it was the first.
-        if costs.eager.count < 2 or not costs.replay.count or not self.measures_replays:
+        if state.eager.count < 2 or not state.replay.count or not self.measures_replays:
             return None
-        if costs.eager.value > 0.0:
-            self._typical_share.add(min(costs.replay.value / costs.eager.value, _LARGEST_SHARE))
-        return _NOT_WORTH_IT if costs.replay.value >= costs.eager.value else None
+        if state.eager.value > 0.0:
+            self._typical_share.add(min(state.replay.value / state.eager.value, _LARGEST_SHARE))
+        return _NOT_WORTH_IT if state.replay.value >= state.eager.value else None
 
-    def _value(self, costs: KeyCosts, uncounted: int = 0) -> float:
+    def _value(self, state: KeyState, uncounted: int = 0) -> float:
         """What replays lately saved, or would have saved, in seconds. It takes no lock."""
         half_life = self._half_life()
-        heat = costs.heat * math.exp2((costs.at - self._now) / half_life) + max(uncounted, 0)
+        heat = state.heat * math.exp2((state.at - self._keys.now) / half_life) + max(uncounted, 0)
         # The few calls of a young key are taken for a part of a long past.
-        seen = 1.0 - math.exp2((costs.born - self._now) / half_life)
-        return heat / max(seen, 1e-6) * max(self._saving(costs), 0.0)
+        seen = 1.0 - math.exp2((state.born - self._keys.now) / half_life)
+        return heat / max(seen, 1e-6) * max(self._saving(state), 0.0)
 
-    def _warm(self, costs: KeyCosts, calls: float) -> None:
+    def _warm(self, state: KeyState, calls: float) -> None:
         """Add calls to the discounted number of calls."""
-        costs.heat = costs.heat * math.exp2((costs.at - self._now) / self._half_life()) + calls
-        costs.at = self._now
+        state.heat = state.heat * math.exp2((state.at - self._keys.now) / self._half_life()) + calls
+        state.at = self._keys.now
 
-    def _saving(self, costs: KeyCosts) -> float:
+    def _saving(self, state: KeyState) -> float:
         """Seconds by which a replay is faster than an eager call."""
-        eager = self._eager_time(costs)
-        return eager - (costs.replay.value if costs.replay.count else eager * self._typical_share.value)
+        eager = self._eager_time(state)
+        return eager - (state.replay.value if state.replay.count else eager * self._typical_share.value)
 
-    def _eager_time(self, costs: KeyCosts) -> float:
+    def _eager_time(self, state: KeyState) -> float:
         """Seconds of an eager call."""
-        if costs.eager.count:
-            return costs.eager.value
+        if state.eager.count:
+            return state.eager.value
         share = self._typical_share.value
-        return costs.replay.value / share if costs.replay.count and share > 0.0 else self._typical_eager.value
+        return state.replay.value / share if state.replay.count and share > 0.0 else self._typical_eager.value
 
-    def _capture_time(self, costs: KeyCosts | None = None) -> float:
+    def _capture_time(self, state: KeyState | None = None) -> float:
         """Seconds of a capture: of this key, else of any."""
-        if costs is not None and costs.capture.count:
-            return costs.capture.value
+        if state is not None and state.capture.count:
+            return state.capture.value
         return self._any_capture.value if self._any_capture.count else _PRIOR_CAPTURE * self._typical_eager.value
 
     def _cache_time(self) -> float:

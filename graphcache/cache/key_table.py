@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from graphcache.cache.costs import KeyCosts
 from graphcache.errors import Cause, Reason
 
 MAX_KEYS = 4096
@@ -26,6 +25,11 @@ _EFFECTS = frozenset({Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED})
 _FIRST_WAIT = 16
 """Calls before a transient failure is tried again for the first time."""
 _MAX_DOUBLINGS = 20
+
+MEMORY = 16
+"""Measurements that a running mean goes back to. An estimate follows a lasting change within about as many."""
+LARGEST = 4.0
+"""Times the typical time: a single measurement counts for at most this much, so that a stall is not a slow call."""
 
 
 @dataclass(slots=True)
@@ -53,21 +57,66 @@ class Denial:
         return None
 
 
-@dataclass(slots=True, eq=False)
-class KeyState:
-    """What is known of one key.
+class Estimate:
+    """A running estimate of a time: the lesser of the first two measurements, then a mean over about 16.
 
-    Attributes:
-        shapes: Of the tensors among the arguments of its calls.
-        calls: Calls that its present graph has not answered.
-        denial: Why it has no graph; ``None`` if it has one, or none was tried.
-        costs: What its calls and captures take.
+    The first calls of a key load kernels and allocate memory, and take up to a thousand times as long as later ones. So
+    a measurement below half the estimate replaces it, and one above four times the estimate counts for four times.
     """
 
+    __slots__ = ("count", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.count = 0
+
+    @property
+    def known(self) -> float | None:
+        """The estimate, or ``None`` before the first measurement."""
+        return self.value if self.count else None
+
+    def add(self, seconds: float) -> None:
+        """Take a measurement into account."""
+        if self.count < 2:
+            self.value = min(self.value, seconds) if self.count else seconds
+        elif 2.0 * seconds < self.value:
+            self.value = seconds
+        else:
+            # The last term lets an estimate leave zero, which a coarse clock may have given.
+            most = LARGEST * self.value + 1e-9
+            self.value += (min(seconds, most) - self.value) / min(self.count + 1, MEMORY)
+        self.count += 1
+
+
+@dataclass(slots=True, eq=False)
+class KeyState:
+    """What is known of one key; what follows the denial is kept by the admission policy."""
+
+    born: float
+    """When it was noted, by the time of the policy."""
     shapes: Shapes | None = None
+    """Of the tensors among the arguments of its calls."""
     calls: int = 0
+    """Calls that its present graph has not answered."""
     denial: Denial | None = None
-    costs: KeyCosts | None = None
+    """Why it has no graph; ``None`` if it has one, or none was tried."""
+    eager: Estimate = field(default_factory=Estimate)
+    replay: Estimate = field(default_factory=Estimate)
+    capture: Estimate = field(default_factory=Estimate)
+    """What a capture adds to its call."""
+    ran: int = 0
+    """Eager calls that were measured."""
+    owed: int = 0
+    """Eager calls since the last capture was tried, or the last graph was evicted."""
+    hits: int = 0
+    """Replays that were counted, of all graphs that the key has had."""
+    counted: int = 0
+    """Hits of its present graph that are part of ``hits``."""
+    nbytes: int = 0
+    """Memory of its last graph; 0 before the first."""
+    heat: float = 0.0
+    """Calls, discounted over time, as of the time ``at``."""
+    at: float = 0.0
 
 
 class KeyTable:
@@ -76,6 +125,8 @@ class KeyTable:
     def __init__(self, captured: Collection[Hashable] = ()) -> None:
         self._captured = captured
         self._states: OrderedDict[Hashable, KeyState] = OrderedDict()
+        self.now = 0.0
+        """The time of the admission policy."""
         self.lock = threading.Lock()
         """Held for a look or a change, never for a capture; no other lock is taken under it."""
 
@@ -92,7 +143,7 @@ class KeyTable:
         if state is not None:
             self._states.move_to_end(key)
             return state
-        state = self._states[key] = KeyState()
+        state = self._states[key] = KeyState(self.now)
         while len(self._states) > MAX_KEYS + len(self._captured):
             oldest, forgotten = self._states.popitem(last=False)
             if oldest in self._captured:

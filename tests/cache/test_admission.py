@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from graphcache.cache import graph_cache, key_table
-from graphcache.cache.admission import OVERHEAD, PRICE, Admission
-from graphcache.cache.costs import Known
+from graphcache.cache.admission import OVERHEAD, PRICE, Admission, Known
 from graphcache.cache.graph_cache import Entry, GraphCache, clock, recency
 from graphcache.errors import Reason
 from tests.effort import share

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.costs import LARGEST, Estimate, Mean
+from graphcache.cache.admission import Mean
+from graphcache.cache.key_table import LARGEST, Estimate
 
 times = st.floats(1e-7, 10.0)
 
