@@ -18,6 +18,7 @@ from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import open_to
 from graphcache.dispatch.forward_into import copy_into
 from graphcache.dispatch.preconditions import has_hooks, is_compiling
+from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import Cause, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Observer, Subscriber, log
 from graphcache.features import features
@@ -29,7 +30,7 @@ from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session
 from graphcache.modules.submodules import Submodules
 from graphcache.modules.transparent import TransparentModule, overridable
-from graphcache.modules.wrapped import CacheInfo, Wrapped, name_of, state_of, target_of
+from graphcache.modules.wrapped import CacheInfo, Wrapped, module_guard, name_of, state_of
 
 
 @overridable
@@ -93,7 +94,12 @@ class CachedModule(TransparentModule):
         def part(place: str, child: nn.Module, options: GraphConfig) -> CachedModule:
             return CachedModule(child, options, name=f"{name}.{place}" if is_found else place, part_of=dispatcher)
 
-        target = target_of(module, config, name, self, None if part_of is None else module.forward)
+        run = module if part_of is None else module.forward
+        if isinstance(module, EngineLike):
+            target: Target = EngineTarget(module, run, config, self)
+        else:
+            guard = module_guard(module, self, config.ignore, hooks=part_of is None)
+            target = ModuleTarget(module, run, name, config, guard)
         dispatcher = Dispatcher(target, config, ledger, gate, publish)
         dispatcher.submodules = submodules = Submodules(module, config, part)
         if config.buckets is not None:

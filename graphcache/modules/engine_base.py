@@ -27,17 +27,9 @@ from graphcache.modules.transparent import controls
 
 _WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
 """Attributes that a module without an engine does not have."""
-_OF_THIS_PROCESS = _WITH_AN_ENGINE | {
-    "users",
-    "epoch",
-    "identity",
-    "_runner",
-    "_cached",
-    "_observers",
-    "_refitted",
-    "_runtime",
-}
-"""Attributes that no copy has."""
+_OF_THIS_PROCESS = frozenset({"users", "epoch", "identity", "runtime_choice"})
+_OF_THIS_PROCESS |= {"_runner", "_cached", "_observers", "_refitted"}
+"""Attributes that no copy has, besides these."""
 
 
 class EngineBase(EngineLike):
@@ -62,14 +54,16 @@ class EngineBase(EngineLike):
         self._cached: Any = None
         self._observers = Observers()
         self._refitted = False
-        self._runtime: tuple[Specialization | None, RuntimeCache | None] = None, None
+        self.runtime_choice: tuple[Specialization | None, RuntimeCache | None] = None, None
+        """What was set with :meth:`configure_runtime`."""
         self.identity = secrets.token_hex(16)
         """By which programs that were traced in this process find the module."""
         alive[self.identity] = self
 
     def _deserialised(self, data: bytes, inputs: Any, outputs: Any, name: str) -> Engine:
-        """An engine of this module's options on the current device."""
-        return Engine(data, inputs=inputs, outputs=outputs, name=name, keep_kernels=self.keep_kernels)
+        """An engine of this module's options, on the device that it had before if this machine has it."""
+        with on_index(self.__dict__.get("device")):
+            return Engine(data, inputs=inputs, outputs=outputs, name=name, keep_kernels=self.keep_kernels)
 
     def _attach(self, engine: Engine) -> None:
         """Take an engine, where there is none or a closed one."""
@@ -246,20 +240,15 @@ class EngineBase(EngineLike):
 
         Args:
             specialization: ``"lazy"`` compiles in the background, ``"eager"`` within the first call, ``"none"`` nothing
-                for single shapes; ``None`` for ``"eager"`` (``"none"`` with 1.4, which answers wrongly
-                otherwise). A graph keeps the kernels that it was captured with: with ``"lazy"`` possibly slow ones.
+                for single shapes; ``None`` for ``"eager"`` (``"none"`` with 1.4, which answers wrongly otherwise). A
+                graph keeps the kernels that it was captured with: with ``"lazy"`` possibly slow ones.
             kernels: Where compiled kernels go; ``None`` for a cache of this engine's own.
         """
         self.check_open()
-        if self._runtime != (specialization, kernels):
+        if self.runtime_choice != (specialization, kernels):
             with self._changing():
                 self.engine.configure(specialization, kernels)
-                self._runtime = specialization, kernels
-
-    @property
-    def runtime_choice(self) -> tuple[Specialization | None, RuntimeCache | None]:
-        """What was set with :meth:`configure_runtime`."""
-        return self._runtime
+                self.runtime_choice = specialization, kernels
 
     def save_kernels(self) -> bool:
         """Write the kernels that were compiled since, where ``keep_kernels`` is on; whether there were any."""
@@ -319,8 +308,7 @@ class EngineBase(EngineLike):
         if self._has(given):
             self._check_profile(given.profile, self.engine)
         else:
-            with on_index(self.__dict__.get("device")):
-                engine = self._deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
+            engine = self._deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
             self._check_profile(given.profile, engine)
             self._exchange(engine)
             self._bytes, self.source = given.engine, None
@@ -360,17 +348,18 @@ class EngineBase(EngineLike):
         if self.holds_engine and self.engine.closed:
             raise ClosedError(f"{self.name} was closed, so it cannot be copied or pickled; load it again")
         self.engine_tensor()
-        kept = {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_PROCESS}
-        return {**kept, "device": self.__dict__.get("device")}
+        left_out = (_WITH_AN_ENGINE | _OF_THIS_PROCESS) - {"device"}
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        device = state.pop("device", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._begin()
         if self._bytes.numel():
-            with on_index(device):
-                data, names = bytes_of(self._bytes), (self.input_binding_names, self.output_binding_names)
-                self._attach(self._deserialised(data, *names, self.name))
+            data, names = bytes_of(self._bytes), (self.input_binding_names, self.output_binding_names)
+            self._attach(self._deserialised(data, *names, self.name))
+        elif "device" in self.__dict__:
+            # In pickles of 0.1.
+            del self.device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo[id(self)] = type(self).__new__(type(self))

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from graphcache.capture.engine_like import EngineLike, is_foreign, traced_engines
-from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
-from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import Reason
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.transparent import TransparentModule
@@ -152,16 +150,6 @@ def state_of(fast: nn.Module) -> Wrapped:
     """What graphcache keeps for a :class:`CachedModule`."""
     found: Wrapped = fast.__dict__["_graphcache"]
     return found
-
-
-def target_of(
-    module: nn.Module, config: GraphConfig, name: str, user: object, run: Callable[..., Any] | None
-) -> Target:
-    """A module, or ``run`` in its place, for a dispatcher. ``user`` holds the graphs."""
-    if isinstance(module, EngineLike):
-        return EngineTarget(module, run or module, config, user)
-    guard = module_guard(module, user, config.ignore, hooks=run is None)
-    return ModuleTarget(module, run or module, name, config, guard)
 
 
 def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True) -> ModuleGuard:
