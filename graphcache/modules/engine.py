@@ -18,15 +18,13 @@ from graphcache.config import modes
 from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
-from graphcache.errors import Cause, ConfigError, EngineError, EngineFormatError, InputCountError, Reason
+from graphcache.errors import Cause, ConfigError, EngineError, InputCountError, Reason
 from graphcache.events import Observer, Span
 from graphcache.features import features
 from graphcache.graphs.operations import is_unwatched
 from graphcache.graphs.stream_order import own_stream
 from graphcache.modules.engine_base import EngineBase
 from graphcache.modules.engine_runner import EngineCall, enqueue_into
-from graphcache.modules.packaging import Source
-from graphcache.modules.portable import tensor_of
 from graphcache.modules.transparent import controls
 
 _making_cache = threading.Lock()
@@ -64,44 +62,6 @@ class EngineModule(EngineBase):
         engine = graphcache.load("model.engine")
         y = engine(torch.randn(4, 64, device="cuda"))
     """
-
-    def __init__(
-        self,
-        serialized_engine: bytes | None = None,
-        input_binding_names: Sequence[str] | None = None,
-        output_binding_names: Sequence[str] | None = None,
-        *,
-        name: str = "",
-        settings: Any = None,
-        weight_name_map: Any = None,
-        requires_output_allocator: bool = False,
-        keep_kernels: bool = False,
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.settings = settings
-        self.weight_name_map = weight_name_map
-        self.requires_output_allocator = requires_output_allocator
-        self.keep_kernels = keep_kernels
-        self.input_binding_names = list(input_binding_names or ())
-        self.output_binding_names = list(output_binding_names or ())
-        self.output_shapes = ""
-        """How shapes of outputs follow from those of inputs, for tracers; found when it is first needed."""
-        self.source: Source | None = None
-        """What the engine was built from, for packages; see :meth:`save`."""
-        # No parameter and no buffer: .to() and .half() leave it. A state_dict refers to it, without another copy.
-        self._bytes = tensor_of(b"")
-        self._profile: int | None = None
-        self._use_output_allocator = False
-        self._begin()
-        if serialized_engine is None:
-            return
-        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
-            kind = type(serialized_engine).__name__
-            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
-        data = bytes(serialized_engine)
-        self._attach(self._deserialised(data, input_binding_names, output_binding_names, name))
-        self._bytes = tensor_of(data)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Inputs in the order of the bindings, from positional and keyword arguments."""
@@ -206,6 +166,35 @@ class EngineModule(EngineBase):
                 if self._cached is None:
                     self._cached = features.graph_backend(self)
         return self._cached
+
+    def get_streamable_device_memory_budget(self) -> int:
+        """Bytes of weights that may be streamed; 0 if the engine was not built for it."""
+        return self.engine.streamable_bytes
+
+    def get_automatic_device_memory_budget(self) -> int:
+        """The budget that TensorRT would choose for the device memory that is free now, in bytes."""
+        return self.engine.automatic_weight_budget
+
+    def get_device_memory_budget(self) -> int:
+        """Bytes of the streamable weights that are kept on the device."""
+        return self.engine.weight_budget
+
+    def set_device_memory_budget(self, budget_bytes: int) -> int:
+        """Keep fewer or more of the streamable weights on the device; return the budget that TensorRT set, in bytes.
+
+        Waits for the engine's work and drops every graph of it: a budget cannot change while contexts live. Below the
+        full budget the engine runs eagerly, with the reason ``weight_streaming``.
+
+        Args:
+            budget_bytes: 0 to :meth:`get_streamable_device_memory_budget`.
+
+        Raises:
+            ConfigError: If the engine streams no weights, or for a budget outside that range.
+            EngineError: If a session or a capture of the caller's still uses the engine. The budget is unchanged.
+        """
+        with self._changing():
+            self.engine.set_weight_budget(budget_bytes)
+        return self.engine.weight_budget
 
     def refit(self, weights: Mapping[str, Tensor], *, wait: bool = True) -> None:
         """Replace weights of an engine that was built with ``refittable``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakSet
@@ -17,7 +17,7 @@ from graphcache.config import Specialization
 from graphcache.engines.context import ContextPool
 from graphcache.engines.engine import Engine
 from graphcache.engines.kernel_cache import RuntimeCache
-from graphcache.errors import ClosedError, ConfigError, EngineError, shown
+from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, shown
 from graphcache.events import Observers
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.modules.engine_runner import EngineRunner
@@ -35,16 +35,45 @@ _OF_THIS_PROCESS |= {"_runner", "_cached", "_observers", "_refitted"}
 class EngineBase(EngineLike):
     """A module that holds an engine. A setting takes effect with the next call, and graphs of before are stale."""
 
-    output_binding_names: list[str]
-    requires_output_allocator: bool
-    output_shapes: str
-    keep_kernels: bool
-    weight_name_map: Any
-    source: Source | None
-    _bytes: Tensor
-    _profile: int | None
-    _use_output_allocator: bool
     _unowned = False
+
+    def __init__(
+        self,
+        serialized_engine: bytes | None = None,
+        input_binding_names: Sequence[str] | None = None,
+        output_binding_names: Sequence[str] | None = None,
+        *,
+        name: str = "",
+        settings: Any = None,
+        weight_name_map: Any = None,
+        requires_output_allocator: bool = False,
+        keep_kernels: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.settings = settings
+        self.weight_name_map = weight_name_map
+        self.requires_output_allocator = requires_output_allocator
+        self.keep_kernels = keep_kernels
+        self.input_binding_names = list(input_binding_names or ())
+        self.output_binding_names = list(output_binding_names or ())
+        self.output_shapes = ""
+        """How shapes of outputs follow from those of inputs, for tracers; found when it is first needed."""
+        self.source: Source | None = None
+        """What the engine was built from, for packages; see :meth:`save`."""
+        # No parameter and no buffer: .to() and .half() leave it. A state_dict refers to it, without another copy.
+        self._bytes = tensor_of(b"")
+        self._profile: int | None = None
+        self._use_output_allocator = False
+        self._begin()
+        if serialized_engine is None:
+            return
+        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
+            kind = type(serialized_engine).__name__
+            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
+        data = bytes(serialized_engine)
+        self._attach(self._deserialised(data, input_binding_names, output_binding_names, name))
+        self._bytes = tensor_of(data)
 
     def _begin(self) -> None:
         """Set everything that is of this process, which no copy has."""
@@ -141,35 +170,6 @@ class EngineBase(EngineLike):
     def uses_output_allocator(self) -> bool:
         """Whether TensorRT allocates the outputs of every call."""
         return self.requires_output_allocator or self._use_output_allocator
-
-    def get_streamable_device_memory_budget(self) -> int:
-        """Bytes of weights that may be streamed; 0 if the engine was not built for it."""
-        return self.engine.streamable_bytes
-
-    def get_automatic_device_memory_budget(self) -> int:
-        """The budget that TensorRT would choose for the device memory that is free now, in bytes."""
-        return self.engine.automatic_weight_budget
-
-    def get_device_memory_budget(self) -> int:
-        """Bytes of the streamable weights that are kept on the device."""
-        return self.engine.weight_budget
-
-    def set_device_memory_budget(self, budget_bytes: int) -> int:
-        """Keep fewer or more of the streamable weights on the device; return the budget that TensorRT set, in bytes.
-
-        Waits for the engine's work and drops every graph of it: a budget cannot change while contexts live. Below the
-        full budget the engine runs eagerly, with the reason ``weight_streaming``.
-
-        Args:
-            budget_bytes: 0 to :meth:`get_streamable_device_memory_budget`.
-
-        Raises:
-            ConfigError: If the engine streams no weights, or for a budget outside that range.
-            EngineError: If a session or a capture of the caller's still uses the engine. The budget is unchanged.
-        """
-        with self._changing():
-            self.engine.set_weight_budget(budget_bytes)
-        return self.engine.weight_budget
 
     def enable_profiling(self, profiler: Any = None) -> None:
         """Let TensorRT report the time of every layer of every call. Meanwhile calls run eagerly, and wait.
