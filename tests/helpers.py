@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -105,6 +106,15 @@ def reason(module: CachedModule, *args: Any, **kwargs: Any) -> Reason | None:
     module(*args, **kwargs)
     after = module.cache_info().eager
     return next((why for why in after if after[why] != before.get(why, 0)), None)
+
+
+def in_background() -> bool:
+    """Whether a worker is here, read from the stack: to ask for the thread would be an effect of a call."""
+    frame, names = sys._getframe(), set()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        names.add(frame.f_code.co_name)
+    return {"_bootstrap", "_work"} <= names
 
 
 def in_threads(work: Callable[[int], Any], count: int = 4) -> None:

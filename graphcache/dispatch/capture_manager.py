@@ -107,11 +107,11 @@ class CaptureManager:
 
     def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
-        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.version)
+        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.target.guard.version)
 
     def deny(self, key: Hashable, cause: Cause, version: int | None = None) -> None:
         """Remember why a key has no graph, under the version of the guard (that of now if ``None``)."""
-        self.keys.deny(key, cause, self.version if version is None else version)
+        self.keys.deny(key, cause, self.target.guard.version if version is None else version)
 
     def needs_grad(self, tensors: Sequence[Tensor]) -> Cause | None:
         """Why the grad mode forbids a graph, if it does."""
@@ -151,16 +151,15 @@ class CaptureManager:
                     answer, outcome = self.target.recorder.attempt(request)
             finally:
                 self._drop_broken()
-            if known is None:
-                cause = self.keep(call, outcome, time.perf_counter() - start, room)
-            elif outcome is known.graph:
+            cause = None
+            if known is not None and outcome is known.graph:
                 # It was captured before the module changed, and is right all the same: its replay gave this answer too.
                 self.keys.allow(call.key)
                 known.hits += 1
                 known.used = clock()
-                cause = None
             else:
-                self.graphs.evict(call.key)
+                if known is not None:
+                    self.graphs.evict(call.key)
                 cause = self.keep(call, outcome, time.perf_counter() - start, room)
             span.done = cause is None
             return answer, cause

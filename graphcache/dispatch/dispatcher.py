@@ -12,8 +12,8 @@ A call of a wrapped module goes through these functions, from top to bottom::
             submodules               the whole is not to be captured: submodules answer with graphs of their own
             eager                    the call needs gradients, or its key is denied; another thread captures
             admit                    "first": capture; "worthwhile": once it pays; "prepared": not now
-            CaptureManager.capture   reserve bytes, record, verify, insert; or deny the key
-            CaptureQueue.capture     in the background: answer eagerly, record a copy of the call in another thread
+            CaptureManager.capture   now: reserve bytes, record, verify, insert; or deny the key (capture_manager.py)
+            CaptureQueue.capture     later: answer eagerly, record a copy of the call in another thread (background.py)
 
 Who decides what:
 
@@ -202,7 +202,7 @@ class Dispatcher:
         if (cause := self.captures.denial(call)) is not None:
             return STALE, cause
         entry = self.entries.get(call.key)
-        if entry is not None and entry.graph.version == self.captures.version:
+        if entry is not None and entry.graph.version == self._guard.version:
             if (answer := self.replay(entry, call)) is not STALE:
                 return answer, None
         elif entry is not None and not self._in_background:

@@ -45,9 +45,7 @@ _FUNCTIONS = (
 class FastPath:
     """The native table of one module, filled by hits in Python.
 
-    Args:
-        target: The module.
-        publish: Called with the table when it may answer calls, and with ``None`` when it may not.
+    ``publish`` is called with the table when it may answer calls, and with ``None`` when it may not.
     """
 
     def __init__(self, target: Target, publish: Callable[[Any], object]) -> None:
@@ -63,8 +61,7 @@ class FastPath:
         """Let native code answer calls of this layout, if there is such code and it can."""
         if self._asked and self._table is None:
             return
-        graph = entry.graph.graph
-        if not isinstance(graph, CudaGraph) or not entry.graph.has_fast_path:
+        if not isinstance(entry.graph.graph, CudaGraph) or not entry.graph.has_fast_path:
             return
         if not call.is_flat or (table := self.table()) is None:
             return
@@ -118,15 +115,9 @@ def put(
     epoch: int | None = None,
     is_stale: Callable[[bool], bool] | None = None,
 ) -> None:
-    """Let a native table answer calls that lie as some tensors do, if the graph's kernels are pointed at tensors.
+    """Let a native table answer calls that lie as plain tensors do, if the graph's kernels are pointed at tensors.
 
-    Args:
-        table: The table.
-        args: Plain tensors.
-        entry: The graph of such calls, a :class:`~graphcache.graphs.cuda.CudaGraph`.
-        engine: The engine whose ``epoch`` says whether the graph still holds.
-        epoch: Which one it has to be.
-        is_stale: What says it of any other module, asked after the launch.
+    Asked after the launch: an ``engine`` must have this ``epoch``, any other module must not be ``is_stale``.
     """
     recorded, graph = entry.graph, entry.graph.graph
     assert isinstance(graph, CudaGraph)

@@ -22,7 +22,20 @@ from graphcache.errors import CaptureError, ClosedError, ConfigError, ExtraNotFo
 from graphcache.features import features
 from graphcache.graphs.verify import largest_gap
 from tests.dispatch.test_admission_of_calls import Clock, clock, timed  # noqa: F401 - the fixture is used by its name
-from tests.helpers import Fn, calls, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, same, settled, strides
+from tests.helpers import (
+    Fn,
+    calls,
+    dispatcher_of,
+    frozen,
+    graphs_of,
+    in_background,
+    in_threads,
+    mlp,
+    outcomes,
+    same,
+    settled,
+    strides,
+)
 
 ROWS = {0: [2, 4, 8]}
 
@@ -516,14 +529,14 @@ def beside() -> Iterator[None]:
 
 
 def test_beside_the_calls_buckets_are_captured_and_tried(beside: None) -> None:
-    threads = set()
+    beside_calls = set()
 
     def run(_: Any, x: Tensor) -> Tensor:
         if len(x) != 3:
-            threads.add(threading.current_thread())
+            beside_calls.add(in_background())
         return x * 2
 
-    seen = ["self.function.threads"]
+    seen = ["self.function.beside_calls"]
     fast = graphcache.wrap(Fn(run), buckets={0: {0: [4]}}, capture_in="background", ignore=seen)
     for step in range(3):
         x = torch.full((3, 2), float(step))
@@ -531,7 +544,7 @@ def test_beside_the_calls_buckets_are_captured_and_tried(beside: None) -> None:
         settled(fast)
     assert outcomes(fast) == (1, 1, {Reason.PENDING: 2}), "one until it was captured, one until it was tried"
     assert fast.cache_info().padded == 1
-    assert threading.current_thread() not in threads, "no call waited for others"
+    assert beside_calls == {True}, "no call waited for others"
     fast.clear()
     assert not any(bucket.is_tried for bucket in dispatcher_of(fast).padding._buckets.values())
     x = torch.ones(3, 2)
@@ -571,17 +584,17 @@ def test_beside_the_calls_effects_of_padded_sizes_alone_are_found(beside: None, 
 
 
 def test_beside_the_calls_the_module_runs_alone(beside: None) -> None:
-    inside: list[threading.Thread] = []
+    inside: list[tuple[object, bool]] = []
     together: list[int] = []
     callers = threading.local()
 
     def run(_: Any, x: Tensor) -> Tensor:
-        me = threading.current_thread()
+        me = object(), in_background()
         inside.append(me)
         is_caller = getattr(callers, "here", False)
         for _ in range(20):
             others = [each for each in list(inside) if each is not me]
-            if others and (not is_caller or any(each.name.startswith("graphcache") for each in others)):
+            if others and (not is_caller or any(is_background for _, is_background in others)):
                 together.append(len(others))
         inside.remove(me)
         return x * 2
@@ -619,7 +632,7 @@ def test_a_trial_that_ends_when_the_module_is_another_one_counts_for_nothing(bes
     trying, go = threading.Event(), threading.Event()
 
     def run(self: Any, x: Tensor) -> Tensor:
-        if self.training and len(x) == 3 and threading.current_thread() is not threading.main_thread():
+        if self.training and len(x) == 3 and in_background():
             trying.set()
             go.wait(60)
         return x * 2 if self.training else x - x.mean(0)

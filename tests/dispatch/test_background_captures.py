@@ -24,7 +24,7 @@ from graphcache.errors import Cause, ClosedError
 from graphcache.modules.explain import explain
 from tests.engine_modules import MODULES, load, prepare, rows
 from tests.graphs.fake_driver import Torch, installed
-from tests.helpers import Fn, dispatcher_of, graphs_of, in_threads, mlp, same, settled
+from tests.helpers import Fn, dispatcher_of, graphs_of, in_background, in_threads, mlp, same, settled
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -232,7 +232,7 @@ def test_a_capture_that_fails_is_a_reason_and_is_not_repeated() -> None:
 
 def test_a_module_that_raises_raises_for_the_caller_alone() -> None:
     def refuses(_: nn.Module, x: Tensor) -> Tensor:
-        if threading.current_thread() is not threading.main_thread():
+        if in_background():
             raise ValueError("not here")
         return x + 1
 
@@ -245,7 +245,7 @@ def test_a_module_that_raises_raises_for_the_caller_alone() -> None:
 
 def test_effects_that_show_beside_the_calls_alone_are_not_repeated_by_every_call() -> None:
     def counts(self: Any, x: Tensor) -> Tensor:
-        if threading.current_thread() is not threading.main_thread():
+        if in_background():
             self.count += 1
         return x + 1
 
