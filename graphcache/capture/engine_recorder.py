@@ -18,7 +18,7 @@ from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
-from graphcache.graphs.copies import copy_kernels, find_copies, order_copies, with_copies
+from graphcache.graphs.copies import find_copies, make_all_full, with_copies
 from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
@@ -198,12 +198,12 @@ class _EngineCall:
         pairs = list(zip(self._buffers, others, copied, strict=True))
         before = [(own, other) for own, other, is_copied in pairs[:count] if is_copied]
         after = [(other, own) for own, other, is_copied in pairs[count:] if is_copied]
-        kernels = copy_kernels(self._lane.index)
         with ExitStack() as undo:
-            captured = self._captured(with_copies(self._context.enqueue, before, after, kernels), undo)
-            order_copies(captured, kernels, full_edges=self._full_edges)
+            captured = self._captured(with_copies(self._context.enqueue, before, after), undo)
+            if self._full_edges:
+                make_all_full(captured)
             try:
-                found = iter(find_copies(captured, [other for _, other, is_copied in pairs if is_copied], kernels))
+                found = iter(find_copies(captured, [other for _, other, is_copied in pairs if is_copied]))
             except CannotBind as why:
                 raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
             undo.pop_all()

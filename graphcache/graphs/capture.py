@@ -16,7 +16,7 @@ from torch.cuda import graphs as torch_graphs
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
-from graphcache.graphs.copies import copy_kernels, find_copies, order_copies, with_copies
+from graphcache.graphs.copies import find_copies, make_all_full, with_copies
 from graphcache.graphs.cuda import CudaGraph, IoSlot
 from graphcache.graphs.dispatch_mode import process_wide
 from graphcache.graphs.graph import Body
@@ -89,7 +89,7 @@ def record_torch(call: TorchCall) -> CudaGraph:
     sources = [torch.empty_like(each) for each in call.inputs]
     targets = [torch.empty_like(each) for each in call.expected]
     whole = [plain and is_dense(static) for plain, static in zip(call.direct, call.inputs, strict=True)]
-    pool, kernels = call.lane.pool(), copy_kernels(call.lane.index)
+    pool = call.lane.pool()
     outputs: list[Tensor] = []
     before = [pair for pair, copied in zip(zip(call.inputs, sources, strict=True), whole, strict=True) if copied]
     after: list[tuple[Tensor, Tensor]] = []
@@ -103,13 +103,14 @@ def record_torch(call: TorchCall) -> CudaGraph:
                 after.append((target, output))
         return True
 
-    captured = _capture_torch(call, with_copies(enqueue, before, after, kernels))
+    captured = _capture_torch(call, with_copies(enqueue, before, after))
     with ExitStack() as undo:
         undo.callback(driver.call, "cuGraphDestroy", captured)
         moved = [tensor for tensor, each in zip([*sources, *targets], whole, strict=True) if each]
-        order_copies(captured, kernels, full_edges=call.full_edges)
+        if call.full_edges:
+            make_all_full(captured)
         try:
-            found = iter(find_copies(captured, moved, kernels))
+            found = iter(find_copies(captured, moved))
         except CannotBind as why:
             raise Refusal(Reason.CAPTURE_FAILED, call.where, str(why)) from why
         pointers = [next(found) if each else [] for each in whole]

@@ -58,7 +58,6 @@ ENGINE: list[Target] = [
 TORCH: list[Target] = [
     *DRIVER,
     (StreamOrder, "pool"),
-    (capture, "order_copies"),
     (capture, "find_copies"),
     (record_torch, "static_copy"),
     (record_torch, "perturb"),
@@ -68,7 +67,7 @@ TORCH: list[Target] = [
 
 CASES: dict[str, tuple[dict[str, Any], list[Target]]] = {
     "engine, bound": ({}, [*ENGINE, (record_engine, "find_pointers")]),
-    "engine, copied": ({"io": "copy"}, [*ENGINE, (record_engine, "order_copies"), (record_engine, "find_copies")]),
+    "engine, copied": ({"io": "copy"}, [*ENGINE, (record_engine, "find_copies")]),
     "engine, shared context": ({"contexts": "shared"}, [*ENGINE, (record_engine, "find_pointers")]),
     "engine, full edges": ({"edges": "full"}, [*ENGINE, (record_engine, "make_all_full")]),
     "torch": ({}, TORCH),

@@ -157,9 +157,6 @@ class CUfunction(_Handle): ...
 class CUkernel(_Handle): ...
 
 
-class CUmodule(_Handle): ...
-
-
 class CUcontext(_Handle): ...
 
 
@@ -364,7 +361,6 @@ class _Function:
     def __init__(self, sizes: Sequence[int], body: Callable[..., None]) -> None:
         self.sizes = tuple(sizes)
         self.body = body
-        self.waits = False
 
 
 class _Node:
@@ -517,7 +513,6 @@ class Driver:
         self.executables: dict[int, _Executable] = {}
         self._nodes: dict[int, tuple[int, _Node]] = {}
         self._functions: dict[int, _Function] = {}
-        self._modules: dict[int, str] = {}
         self._context = CUcontext(0x77)
         self._faults: dict[str, list[str | None]] = {}
 
@@ -753,49 +748,6 @@ class Driver:
         params.WidthInBytes, params.Height, params.Depth = ByteCount, 1, 1
         self._enqueue(int(hStream), _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY, params))
 
-    @_api(1)
-    def cuModuleLoadData(self, image: bytes) -> Any:
-        if any(each.capture is not None for each in self.streams.values()):
-            raise Violation("code is loaded within a capture")
-        if not image.endswith(b"\0"):
-            raise Violation("the source has no end")
-        self._modules[module := self._new()] = image[:-1].decode()
-        return CUmodule(module)
-
-    @_api(1)
-    def cuModuleGetFunction(self, hmod: Any, name: bytes) -> Any:
-        source = self._get(self._modules, hmod, CUmodule)
-        start = source.find(f".entry {name.decode()}(.param .align 8 .b8 copies[192])")
-        if start < 0:
-            raise _Failed("NOT_FOUND")
-        waits = "griddepcontrol.wait;" in source[start : source.index("ret;", start)]
-        made = self.kernel([192], _copies)
-        self._functions[made].waits = waits
-        return CUfunction(made)
-
-    @_api(0)
-    def cuLaunchKernel(
-        self,
-        f: Any,
-        gridDimX: int,
-        gridDimY: int,
-        gridDimZ: int,
-        blockDimX: int,
-        blockDimY: int,
-        blockDimZ: int,
-        sharedMemBytes: int,
-        hStream: Any,
-        kernelParams: int,
-        extra: int,
-    ) -> None:
-        grid, block = (gridDimX, gridDimY, gridDimZ), (blockDimX, blockDimY, blockDimZ)
-        if not all((*grid, *block)) or sharedMemBytes or extra:
-            raise _Failed("INVALID_VALUE")
-        known = self._get(self._functions, f, CUfunction)
-        addresses = (ctypes.c_void_p * len(known.sizes)).from_address(kernelParams)
-        copied = [ctypes.string_at(address, size) for address, size in zip(addresses, known.sizes, strict=True)]
-        self.launch(int(f), copied, int(hStream), grid=grid, block=block)
-
     @_api(2)
     def cuGraphGetNodes(self, hGraph: Any, numNodes: int) -> Any:
         graph = self._get(self.graphs, hGraph, CUgraph)
@@ -867,11 +819,6 @@ class Driver:
     @_api(1)
     def cuGraphInstantiateWithParams(self, hGraph: Any, instantiateParams: Any) -> Any:
         graph = self._get(self.graphs, hGraph, CUgraph)
-        for start, end, (kind, _) in graph.edges:
-            if kind:
-                first, second = (self._function(self._nodes[node][1].params) for node in (start, end))
-                if _copies in (first.body, second.body) and not second.waits:
-                    raise Violation("what a copy writes or reads is not waited for")
         if int(instantiateParams.flags) & CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD:
             self._stream(instantiateParams.hUploadStream)
         handle = self._new()
@@ -1085,18 +1032,6 @@ class Driver:
             memory.write(int(params.dst), bytes([params.value]) * params.width)
         for child in node.children:
             self._run(child, stream)
-
-
-def _copies(memory: Memory, copies: bytes) -> None:
-    """The kernel of copy nodes. Nobody says in which order it makes them."""
-    words = [int.from_bytes(copies[start : start + 8], "little") for start in range(0, len(copies), 8)]
-    read = [
-        (to, memory.read(source, nbytes))
-        for source, to, nbytes in zip(words[::3], words[1::3], words[2::3], strict=True)
-        if nbytes
-    ]
-    for to, data in reversed(read):
-        memory.write(to, data)
 
 
 def _readable(address: int | None, nbytes: int) -> bool:
@@ -1322,12 +1257,9 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
 
     patch.setattr(room, "binding", lambda: fake.driver)
     patch.setattr(room, "primary_context", functools.cache(room.primary_context.__wrapped__))
-    kernels = functools.cache(copies.copy_kernels.__wrapped__)
     patch.setattr(cuda.CudaGraph, "__init__", remember)
-    for module in (buffers, capture, copies, cuda, stream_order, param_patching, *others):
+    for module in (buffers, capture, cuda, stream_order, param_patching, *others):
         patch.setattr(module, "torch", fake)
-        if hasattr(module, "copy_kernels"):
-            patch.setattr(module, "copy_kernels", kernels)
         if hasattr(module, "own_stream"):
             patch.setattr(module, "own_stream", own_stream)
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
@@ -1404,10 +1336,9 @@ class Affine:
     def copying(self) -> cuda.CudaGraph:
         """A graph that begins and ends with nodes that copy."""
         source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
-        kernels = copies.copy_kernels(self.lane.index)
-        work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)], kernels)
+        work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)])
         graph = capture.capture_enqueue(work, self.lane, "affine")
-        found = copies.find_copies(graph, [source, target], kernels)
+        found = copies.find_copies(graph, [source, target])
         return self._graph(graph, [cuda.IoSlot(self.x, found[0], 1)], [cuda.IoSlot(self.y, found[1], 1)])
 
     def staged(self) -> cuda.CudaGraph:

@@ -204,7 +204,7 @@ def test_several_outputs(fake: Torch) -> None:
         return True
 
     first = fake_driver.capture.capture_enqueue(enqueue, owner, "")
-    (copied,) = fake_driver.copies.find_copies(first, [outside], None)
+    (copied,) = fake_driver.copies.find_copies(first, [outside])
     mine, others = [x, double, same, more], [heap.empty(4) for _ in range(4)]
     x, double, same, more = others
     second = fake_driver.capture.capture_enqueue(enqueue, owner, "")

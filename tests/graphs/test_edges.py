@@ -1,4 +1,4 @@
-"""Edges of graphs: which are programmatic, and which are made so."""
+"""Edges of graphs: which are programmatic, and that all become full."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.copies import begin_early, edges_of, make_full, order_copies
+from graphcache.graphs.copies import make_all_full, programmatic_edges
 from tests.graphs.fake_driver import Torch, installed
 
 
@@ -29,45 +28,25 @@ def captured(fake: Torch, early: list[bool]) -> Any:
     return driver.end_capture(stream)
 
 
-def kinds(graph: Any) -> list[bool]:
-    """Whether each edge of a chain is programmatic, in the order of the chain."""
-    return [edge.is_programmatic for edge in sorted(edges_of(graph), key=lambda edge: int(edge.start))]
+def edges(graph: Any) -> set[tuple[int, int]]:
+    starts, ends, *_ = driver.call("cuGraphGetEdges", graph, 9)
+    return {(int(start), int(end)) for start, end in zip(starts, ends, strict=True)}
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=6), st.data())
-def test_some_become_full(early: list[bool], data: st.DataObject) -> None:
+@given(st.lists(st.booleans(), min_size=2, max_size=6))
+def test_all_become_full(early: list[bool]) -> None:
     with installed() as fake:
         graph = captured(fake, early)
-        assert kinds(graph) == early[1:]
-        edges = sorted(edges_of(graph), key=lambda edge: int(edge.start))
-        chosen = [edge for edge in edges if data.draw(st.booleans())]
-        make_full(graph, chosen)
-        wanted = [edge.is_programmatic and edge not in chosen for edge in edges]
-        assert kinds(graph) == wanted
+        before = edges(graph)
+        assert len(programmatic_edges(graph)) == sum(early[1:])
         for _ in range(2):
-            order_copies(graph, None, full_edges=True)
-            assert kinds(graph) == [False] * len(edges)
-        assert {(int(e.start), int(e.end)) for e in edges_of(graph)} == {(int(e.start), int(e.end)) for e in edges}
+            make_all_full(graph)
+            assert programmatic_edges(graph) == []
+        assert edges(graph) == before, "the order stays"
 
 
-def test_one_begins_early(fake: Torch) -> None:
-    graph = captured(fake, [False, False, True])
-    first, second = sorted(edges_of(graph), key=lambda edge: int(edge.start))
-    for edge in (first, second):
-        begin_early(graph, edge)
-    ports = {int(edge.data.from_port) for edge in edges_of(graph)}
-    assert kinds(graph) == [True, True]
-    assert ports == {fake.driver.CU_GRAPH_KERNEL_NODE_PORT_LAUNCH_ORDER}
-
-
-@pytest.mark.parametrize("before", [False, True])
-def test_a_driver_that_refuses_leaves_it_as_it_was(fake: Torch, before: bool) -> None:
-    graph = captured(fake, [False, before])
-    [edge] = edges_of(graph)
-    fake.driver.fail("cuGraphAddDependencies", "INVALID_VALUE")
-    with pytest.raises(CudaError, match="cuGraphAddDependencies failed with CUDA_ERROR_INVALID_VALUE"):
-        begin_early(graph, edge)
-    assert kinds(graph) == [before]
+def test_a_single_node_has_no_edges(fake: Torch) -> None:
+    make_all_full(captured(fake, [True]))
 
 
 def test_the_names_of_cuda_python_12(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,15 +56,11 @@ def test_the_names_of_cuda_python_12(fake: Torch, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(type(fake.driver), f"{name}_v2", getattr(type(fake.driver), name), raising=False)
         monkeypatch.delattr(type(fake.driver), name)
     graph = captured(fake, [False, True])
-    assert kinds(graph) == [True]
-    order_copies(graph, None, full_edges=True)
-    assert kinds(graph) == [False]
+    assert len(programmatic_edges(graph)) == 1
+    make_all_full(graph)
+    assert programmatic_edges(graph) == []
 
 
 def test_the_real_binding_has_what_is_asked_of_it() -> None:
     real = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
-    assert int(real.CU_GRAPH_KERNEL_NODE_PORT_LAUNCH_ORDER) == 2
-    data = real.CUgraphEdgeData()
-    data.type = real.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
-    data.from_port = real.CU_GRAPH_KERNEL_NODE_PORT_LAUNCH_ORDER
-    assert (int(data.type), int(data.from_port)) == (1, 2)
+    assert int(real.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC) == 1
