@@ -187,7 +187,7 @@ class _Reader:
             return kind, value._name_, None if value._name_ else int(value._value_), *_of_member(value, where)
         if kind in OPEN_CONSTANTS:
             return kind, *[self._constant(item, where, depth) for item in OPEN_CONSTANTS[kind](value)]
-        if (node := _node(kind)) is None:
+        if (node := node_of(kind)) is None:
             raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
         items, context = node.flatten_fn(value)
         if hasattr(value, "__dict__") and not is_rebuilt(value, node.unflatten_fn(items, context)):
@@ -230,7 +230,7 @@ def _of_member(member: Any, where: str) -> Iterator[Hashable]:
             yield name, repr(value)
 
 
-def _node(kind: type) -> Any:
+def node_of(kind: type) -> Any:
     """What takes a container of some type apart and puts it together; ``None`` for what is no container."""
     return pytree.SUPPORTED_NODES.get(namedtuple if is_named_tuple(kind) else kind)  # type: ignore[arg-type]
 
@@ -239,7 +239,7 @@ def _replace(value: Any, tensors: Any) -> Any:
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
         return next(tensors)
-    if kind in OPEN_CONSTANTS or (node := _node(kind)) is None:
+    if kind in OPEN_CONSTANTS or (node := node_of(kind)) is None:
         return value
     items, context = node.flatten_fn(value)
     return node.unflatten_fn([_replace(item, tensors) for item in items], context)

@@ -14,7 +14,16 @@ import torch
 
 from graphcache.errors import shown
 from graphcache.keys.ambient import unusual_settings
-from graphcache.keys.call_key import CONSTANTS, OPEN_CONSTANTS, CallKey, Part, describe, is_named_tuple, item_ends
+from graphcache.keys.call_key import (
+    CONSTANTS,
+    OPEN_CONSTANTS,
+    CallKey,
+    Part,
+    describe,
+    is_named_tuple,
+    item_ends,
+    node_of,
+)
 
 _ABSENT = "absent"
 
@@ -66,19 +75,6 @@ class TensorSpec:
             yield f"`{path}`: a conjugation or negation is pending in one of them"
 
 
-@dataclass(frozen=True, slots=True)
-class CodeSpec:
-    """A value that only code can make again: an enumeration, a named tuple, a registered container."""
-
-    text: str
-    """What it is, such as ``"Mode.FAST"``."""
-    items: tuple[tuple[str, Any], ...] = ()
-    """What it contains, by the end of the item's path."""
-
-    def __repr__(self) -> str:
-        return self.text
-
-
 @dataclass(frozen=True)
 class CallSpec:
     """A call: its arguments without the values of tensors, and the modes it runs in.
@@ -102,16 +98,6 @@ class CallSpec:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], names: Signature | Sequence[str] = ()) -> CallSpec:
         """The spec of a call, under the modes of this moment."""
         return cls(describe(args, kwargs).key, names)
-
-    @cached_property
-    def args(self) -> tuple[Any, ...]:
-        """Positional arguments, with a :class:`TensorSpec` for each tensor."""
-        return tuple(map(value_of, self.key.args))
-
-    @cached_property
-    def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments."""
-        return {name: value_of(part) for name, part in self.key.kwargs}
 
     @cached_property
     def tensors(self) -> list[TensorSpec]:
@@ -179,37 +165,26 @@ class CallSpec:
         if isinstance(names, Signature):
             kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
             names = [each.name for each in names.parameters.values() if each.kind in kinds]
-        args = [(names[i] if i < len(names) else f"args[{i}]", value) for i, value in enumerate(self.args)]
-        return [found for name, value in (*args, *self.kwargs.items()) for found in _walk(value, name)]
+        args = [(names[i] if i < len(names) else f"args[{i}]", part) for i, part in enumerate(self.key.args)]
+        return [found for name, part in (*args, *self.key.kwargs) for found in _walk(part, name)]
 
 
-def value_of(part: Part) -> Any:
-    """The value behind a part of a key: a :class:`TensorSpec`, a :class:`CodeSpec`, or the constant or container."""
+def constant_of(part: Part) -> Any:
+    """The constant behind a part of a key in which no tensor is."""
     kind, *rest = part
-    if type(kind) is torch.dtype:
-        shape, stride, device, *unusual = rest
-        conjugate, negative, attributes = unusual or (False, False, None)
-        text = "" if attributes is None else shown(value_of(attributes))
-        return TensorSpec(kind, tuple(shape), stride, device, (conjugate, negative), text)
     if kind is float:
         return float.fromhex(*rest)
     if kind is complex:
         return complex(*map(float.fromhex, rest))
-    if isinstance(kind, EnumType):
-        return CodeSpec(f"{kind.__qualname__}.{rest[0] or rest[1]}")
-    if kind in OPEN_CONSTANTS:
-        found = map(value_of, rest)
-        return torch.Size(found) if kind is torch.Size else kind(*found)
     if kind in CONSTANTS or kind is type:
         return rest[0]
-    about: Any = None if rest[0] is None else value_of(rest[0])
-    items = list(map(value_of, rest[1:]))
-    if kind is dict:
-        return dict(zip(about, items, strict=True))
-    if kind in (tuple, list):
-        return kind(items)
-    text = kind.__name__ if is_named_tuple(kind) else f"{kind.__name__} of {len(items)} with {shown(about)}"
-    return CodeSpec(text, tuple(zip(item_ends(kind, about, len(items)), items, strict=True)))
+    if isinstance(kind, EnumType):
+        return kind[rest[0]] if rest[0] else kind(rest[1])
+    if kind in OPEN_CONSTANTS:
+        found = map(constant_of, rest)
+        return torch.Size(found) if kind is torch.Size else kind(*found)
+    about, *items = (None if each is None else constant_of(each) for each in rest)
+    return node_of(kind).unflatten_fn(items, kind if is_named_tuple(kind) else about)
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -226,18 +201,22 @@ def short_name(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def _walk(value: Any, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]:
-    """Path of everything in a value, what is there, and whether that is a container."""
-    if type(value) in (tuple, list, dict):
-        names = list(value) if type(value) is dict else None
-        items = value.values() if type(value) is dict else value
-        yield path, f"{type(value).__name__} of {len(value)}", True
-        pairs = tuple(zip(item_ends(type(value), names, len(value)), items, strict=True))
-    elif type(value) is CodeSpec and value.items:
-        yield path, value.text, True
-        pairs = value.items
+def _walk(part: Part, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]:
+    """Path of everything in a part of a key, what is there, and whether that is a container."""
+    kind, *rest = part
+    if type(kind) is torch.dtype:
+        shape, stride, device, *unusual = rest
+        conjugate, negative, attributes = unusual or (False, False, None)
+        text = "" if attributes is None else shown(constant_of(attributes))
+        yield path, TensorSpec(kind, tuple(shape), stride, device, (conjugate, negative), text), False
+    elif isinstance(kind, EnumType):
+        yield path, f"{kind.__qualname__}.{rest[0] or rest[1]}", False
+    elif kind in CONSTANTS or kind in OPEN_CONSTANTS or kind in (float, complex, type):
+        yield path, shown(constant_of(part)), False
     else:
-        yield path, value if type(value) is TensorSpec else shown(value), False
-        return
-    for end, item in pairs:
-        yield from _walk(item, path + end)
+        about, *items = rest
+        context = None if about is None else constant_of(about)
+        told = kind in (tuple, list, dict) or is_named_tuple(kind)
+        yield path, f"{kind.__name__} of {len(items)}{'' if told else f' with {shown(context)}'}", bool(items)
+        for end, item in zip(item_ends(kind, context, len(items)), items, strict=True):
+            yield from _walk(item, path + end)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from graphcache.errors import Refusal, shown
-from graphcache.keys.call_key import CallKey, describe
-from graphcache.keys.call_spec import CallSpec, TensorSpec
+from graphcache.keys.call_key import CallKey, Part, describe
+from graphcache.keys.call_spec import CallSpec, TensorSpec, constant_of
 
 MAX_TEXT = 64 * 1024
 """Characters of one call in a file."""
@@ -107,8 +107,8 @@ def _arguments(
     for first, each in zip(_places(spec), spec.tensors, strict=True):
         made.append(made[first] if first < len(made) else _zeros(each, device_for(each.device)))
     remaining = iter(made)
-    args: tuple[Any, ...] = _filled(spec.args, remaining)
-    return args, _filled(spec.kwargs, remaining)
+    args = tuple([_value(part, remaining) for part in spec.key.args])
+    return args, {name: _value(part, remaining) for name, part in spec.key.kwargs}
 
 
 def _places(spec: CallSpec) -> Sequence[int]:
@@ -131,13 +131,15 @@ def _zeros(spec: TensorSpec, device: torch.device | str) -> torch.Tensor:
         return torch.zeros(_extent(spec), dtype=spec.dtype, device=device).as_strided(spec.shape, spec.stride)
 
 
-def _filled(value: Any, made: Iterator[torch.Tensor]) -> Any:
-    """A value with what was made of each tensor in its place."""
-    if type(value) is TensorSpec:
+def _value(part: Part, made: Iterator[torch.Tensor]) -> Any:
+    """The value behind a part of a key, with what was made of each tensor in its place."""
+    kind, *rest = part
+    if type(kind) is torch.dtype:
         return next(made)
-    if type(value) in (tuple, list):
-        return type(value)([_filled(item, made) for item in value])
-    return {name: _filled(item, made) for name, item in value.items()} if type(value) is dict else value
+    if kind not in (tuple, list, dict):
+        return constant_of(part)
+    items = [_value(item, made) for item in rest[1:]]
+    return dict(zip(constant_of(rest[0]), items, strict=True)) if kind is dict else kind(items)
 
 
 def _moved(key: CallKey, device_for: Callable[[torch.device], torch.device]) -> CallKey:
