@@ -875,7 +875,7 @@ CURES: dict[str, Cure] = {
         GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data]",
     ),
     "a guard compares the layout of the weights": Cure(
-        replace(value_nodes, "place_of", lambda tensor: tensor.data_ptr()),
+        replace(value_nodes, "_place", lambda tensor: (tensor.data_ptr(), *[None] * 7)),
         _swap(_transposed),
         GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data_by_its_transpose]",
     ),

@@ -235,8 +235,8 @@ class _Operations(DispatchMode):
 
     def _place(self, tensor: Tensor) -> str:
         address = storage_of(tensor)
-        return self._watched.arguments.path_of(tensor) or (
-            f"args[{self._inputs[address]}]" if address in self._inputs else self._watched.module.path_of(tensor)
+        return _path_in(self._watched.arguments, address) or (
+            f"args[{self._inputs[address]}]" if address in self._inputs else _path_in(self._watched.module, address)
         )
 
     def _note(self, reason: Reason, func: Any, where: str) -> None:
@@ -257,6 +257,11 @@ def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
     except (RuntimeError, ValueError, NotImplementedError):
         # Sparse tensors have no strides, and parameters that are not there yet have nothing.
         return (0, id(tensor))
+
+
+def _path_in(snapshot: StateSnapshot, address: int) -> str:
+    """Where memory was found; empty if nowhere."""
+    return next((node.path for node in snapshot.tensors if address and storage_of(node.target) == address), "")
 
 
 def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:

@@ -28,7 +28,6 @@ from graphcache.graphs.stream_order import StreamOrder
 from graphcache.graphs.verify import OTHER_VALUES, Round, all_same_bits, perturb, verify
 from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.guards import ModuleGuard
-from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
 
 Running = Callable[[], AbstractContextManager[object]]
@@ -61,7 +60,7 @@ class TorchRecorder:
             if not is_available():
                 raise Unobservable("the profile hook of the interpreter is in use (sys.setprofile)")
             snapshots = self._guard.snapshot(), snapshot_of(args, kwargs)
-        except (StateTooLarge, Unobservable) as error:
+        except Unobservable as error:
             with graphs_off():
                 return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=str(error)))
         watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module))

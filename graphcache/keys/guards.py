@@ -118,7 +118,7 @@ class ModuleGuard:
     def snapshot(self) -> StateSnapshot:
         """The state of the module now, for a run that is to be observed; that of before if nothing has changed.
 
-        Raises ``StateTooLarge`` or ``Unobservable`` if it cannot be watched.
+        Raises ``Unobservable`` if it cannot be watched.
         """
         if self._snapshot is not None and self._epoch_now() == self._epoch and self._snapshot.renew():
             return self._snapshot

@@ -1,4 +1,4 @@
-"""What is remembered of one object of a snapshot, by kind: how it is compared, and how a native guard compares it.
+"""What is remembered of one object of a snapshot, by kind: how it is read, compared, named, and guarded in native code.
 
 Each kind keeps a shallow copy. A new object can only be reached through a container that changed, so that comparing the
 shallow copies of all containers finds every change.
@@ -10,15 +10,11 @@ import collections
 import functools
 import gc
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
-from graphcache.keys.script_state import script_state
-from graphcache.keys.values import same, short
-
-MISSING: Any = object()
-"""Stands for an attribute, a global or a cell without a value."""
+from graphcache.keys.values import MISSING, difference, is_generator_of_randomness, same, script_state, short
 
 IGNORED_CLASS_NAMES = frozenset(
     {
@@ -32,10 +28,15 @@ IGNORED_CLASS_NAMES = frozenset(
 _REPLACED = frozenset({"forward", "__getstate__"})
 """What a wrapped module replaces in the dictionaries of its parts while one of its calls is under way."""
 
-
 State = tuple[Sequence[Any], Sequence[Any]]
 """Names and values."""
-Slots = dict[str, types.MemberDescriptorType]
+
+
+_BUILT_IN = {
+    collections.defaultdict: ("default_factory",),
+    functools.partial: ("func", "args", "keywords"),
+}
+"""What objects of the standard library hold as in slots."""
 
 
 class Change(NamedTuple):
@@ -57,15 +58,21 @@ class StateNode:
 
     __slots__ = ("key", "parent", "state", "target")
 
-    guarded = True
-    """Whether a guard compares it; otherwise only the effects of a call do."""
     is_alike: Callable[[Any, Any], bool] = staticmethod(is_)
     """The quick comparison of what one place holds; what is not alike is compared by value."""
+    guarded = True
+    """Whether a guard compares it; otherwise only the effects of a call do."""
+    whole = ""
+    """What is said of any change, for a kind whose places have no names."""
 
     def __init__(self, parent: StateNode | None, key: str, target: Any) -> None:
         self.parent = parent
         self.key = key
         self.target = target
+        self.renew()
+
+    def renew(self) -> None:
+        """Remember what is there now."""
         self.state = self.read()
 
     @property
@@ -82,7 +89,7 @@ class StateNode:
         """The end of the path of a place."""
         return f".{name}"
 
-    def read(self) -> Any:
+    def read(self) -> State:
         """Names and values now, which later changes of the object do not reach."""
         raise NotImplementedError
 
@@ -92,24 +99,16 @@ class StateNode:
         names_now, now = self.read()
         return len(now) != len(values) or not all(map(self.is_alike, now, values)) or names_now != names
 
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        """The differences of two states, by value."""
-        before, now = (dict(zip(*each, strict=True)) for each in (old, new))
-        found = False
-        for name in {**before, **now}:
-            if change := difference(before.get(name, MISSING), now.get(name, MISSING)):
-                found = True
-                yield Change(self.path + self.end(name), change)
-        if not found and list(before) != list(now):
-            yield Change(self.path, "has its entries in another order")
-
-    def changes(self) -> list[Change]:
-        """The differences from what is remembered to what is there now."""
-        return list(self.compare(self.state, self.read()))
-
-    def renew(self) -> None:
-        """Remember what is there now."""
-        self.state = self.read()
+    def changes(self, now: State) -> list[Change]:
+        """The differences of a later state, by value."""
+        before, after = (dict(zip(*each, strict=True)) for each in (self.state, now))
+        pairs = {name: (before.get(name, MISSING), after.get(name, MISSING)) for name in {**before, **after}}
+        changed = {name: text for name, pair in pairs.items() if (text := difference(*pair))}
+        if changed and self.whole:
+            return [Change(self.path, self.whole, is_generator_of_randomness(self.target))]
+        if not changed and list(before) != list(after):
+            return [Change(self.path, "has its entries in another order")]
+        return [Change(self.path + self.end(name), text) for name, text in changed.items()]
 
     def guard(self, native: Any) -> None:
         """Have a native guard compare the object; a ``TypeError`` or ``ValueError`` says that it cannot."""
@@ -120,17 +119,19 @@ class TableNode(StateNode):
     """A dictionary: its keys and values, in order."""
 
     def read(self) -> State:
-        # A subclass may have methods of its own, which are no way to look at it.
-        kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
-        return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
+        names, values = self._views()
+        return tuple(names), tuple(values)
 
     def differs(self) -> bool:
         # As in every other node, but without copies: most tables of a module are empty.
         names, values = self.state
+        names_now, now = self._views()
+        return len(now) != len(values) or not (all(map(is_, now, values)) and all(map(is_, names_now, names)))
+
+    def _views(self) -> tuple[Any, Any]:
+        # A subclass may have methods of its own, which are no way to look at it.
         kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
-        if dict.__len__(self.target) != len(names):
-            return True
-        return not (all(map(is_, kind.values(self.target), values)) and all(map(is_, kind.keys(self.target), names)))
+        return kind.keys(self.target), kind.values(self.target)
 
     def end(self, name: Any) -> str:
         return f"[{short(name)}]" if isinstance(name, (str, int)) else f"[a {type(name).__name__}]"
@@ -180,7 +181,10 @@ class NamesNode(StateNode):
         return self.names, tuple([self.target.get(name, MISSING) for name in self.names])
 
     def guard(self, native: Any) -> None:
-        _guard_names(native, self.target, self.state)
+        found = dict(zip(*self.state, strict=True))
+        present = {name: value for name, value in found.items() if value is not MISSING}
+        absent = tuple(found.keys() - present.keys())
+        native.add_names(self.target, tuple(present), tuple(present.values()), absent)
 
 
 class ClassNode(StateNode):
@@ -191,7 +195,12 @@ class ClassNode(StateNode):
         return tuple(found), tuple(found.values())
 
     def guard(self, native: Any) -> None:
-        _guard_names(native, table_of(self.target), self.state)
+        # All of it is compared, so that a new name is noticed.
+        table = table_of(self.target)
+        names, values = tuple(table), tuple(table.values())
+        if self.differs():
+            raise ValueError
+        native.add_dict(table, names, values)
 
 
 class ItemsNode(StateNode):
@@ -207,51 +216,38 @@ class ItemsNode(StateNode):
     def end(self, name: Any) -> str:
         return f"[{name}]"
 
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if old[0] != new[0]:
-            yield Change(self.path, f"had {len(old[0])} items and has {len(new[0])}")
-        else:
-            yield from super().compare(old, new)
+    def changes(self, now: State) -> list[Change]:
+        if now[0] != self.state[0]:
+            return [Change(self.path, f"had {len(self.state[0])} items and has {len(now[0])}")]
+        return super().changes(now)
 
     def guard(self, native: Any) -> None:
         native.add_items(self.target, self.state[1])
 
 
-class SlotsNode(StateNode):
-    """The ``__slots__`` of an object."""
+class ObjectNode(StateNode):
+    """An object: its class, the dictionary of its attributes, and ``__slots__``, with what reads each of them."""
 
     __slots__ = ("slots",)
 
-    def __init__(self, parent: StateNode | None, key: str, target: Any, slots: Slots) -> None:
+    def __init__(
+        self, parent: StateNode | None, key: str, target: Any, slots: dict[str, types.MemberDescriptorType]
+    ) -> None:
         self.slots = slots
         super().__init__(parent, key, target)
 
     def read(self) -> State:
-        return tuple(self.slots), tuple([_slot(self.target, descriptor) for descriptor in self.slots.values()])
+        held = [_slot(self.target, descriptor) for descriptor in self.slots.values()]
+        values = type(self.target), attributes_of(self.target), *held
+        return ("__class__", "__dict__", *self.slots), values
 
     def guard(self, native: Any) -> None:
-        for descriptor, value in zip(self.slots.values(), self.state[1], strict=True):
-            native.add_slot(self.target, descriptor, *_present(value))
-
-
-class ObjectNode(StateNode):
-    """An object: its class, and which dictionary holds its attributes."""
-
-    def read(self) -> State:
-        return ("__class__", "__dict__"), (type(self.target), attributes_of(self.target))
-
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        (kind, table), (kind_now, table_now) = old[1], new[1]
-        if kind is not kind_now:
-            yield Change(f"{self.path}.__class__", f"{kind.__name__} became {kind_now.__name__}")
-        elif table is not table_now:
-            yield Change(f"{self.path}.__dict__", "is another dictionary")
-
-    def guard(self, native: Any) -> None:
-        kind, table = self.state[1]
+        kind, table, *held = self.state[1]
         native.add_class(self.target, kind)
         if table is not None:
             native.add_dict_of(self.target, table)
+        for descriptor, value in zip(self.slots.values(), held, strict=True):
+            native.add_slot(self.target, descriptor, *_present(value))
 
 
 class ThreadLocalNode(StateNode):
@@ -291,10 +287,6 @@ class FunctionNode(StateNode):
         parts = (self.target.__code__, self.target.__defaults__, self.target.__kwdefaults__)
         return ("__code__", "__defaults__", "__kwdefaults__"), parts
 
-    def compare(self, old: Any, new: Any) -> Iterator[Change]:
-        if not all(map(is_, old[1], new[1])):
-            yield Change(self.path, "has other code or default values")
-
     def guard(self, native: Any) -> None:
         native.add_function(self.target, self.state[1])
 
@@ -327,33 +319,14 @@ def table_of(kind: type) -> dict[str, Any]:
     return table  # type: ignore[no-any-return]
 
 
-_BUILT_IN = {
-    collections.defaultdict: ("default_factory",),
-    functools.partial: ("func", "args", "keywords"),
-}
-"""What objects of the standard library hold as in slots."""
-
-
-def slots_of(kind: type) -> Slots:
+def slots_of(kind: type) -> dict[str, types.MemberDescriptorType]:
     """The ``__slots__`` of a class and its bases, with what reads them."""
-    found: Slots = {}
-    for each in kind.__mro__:
-        declared = each.__dict__.get("__slots__", _BUILT_IN.get(each, ()))
-        for name in (declared,) if isinstance(declared, str) else tuple(declared):
-            mangled = f"_{each.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
-            descriptor = each.__dict__.get(mangled)
-            if isinstance(descriptor, types.MemberDescriptorType):
-                found.setdefault(mangled, descriptor)
+    found: dict[str, types.MemberDescriptorType] = {}
+    for each in reversed(kind.__mro__):
+        names = vars(each) if "__slots__" in vars(each) else _BUILT_IN.get(each, ())
+        slots = {name: vars(each)[name] for name in names}
+        found |= {name: slot for name, slot in slots.items() if isinstance(slot, types.MemberDescriptorType)}
     return found
-
-
-def difference(old: Any, new: Any) -> str:
-    """What became of a place, in words; empty if it is the same."""
-    if old is new or (old is not MISSING and new is not MISSING and same(old, new)):
-        return ""
-    if old is MISSING:
-        return f"is new: {short(new)}"
-    return "was removed" if new is MISSING else f"{short(old)} became {short(new)}"
 
 
 def _stands_in(value: Any) -> bool:
@@ -364,17 +337,11 @@ def _stands_in(value: Any) -> bool:
 def _slot(target: Any, descriptor: types.MemberDescriptorType) -> Any:
     try:
         return descriptor.__get__(target)
-    except AttributeError:
+    except (AttributeError, TypeError):
+        # It is not set, or the object has come to be of another class.
         return MISSING
 
 
 def _present(value: Any) -> tuple[Any, ...]:
     """The value, or nothing for a place without one."""
     return () if value is MISSING else (value,)
-
-
-def _guard_names(native: Any, table: dict[str, Any], state: State) -> None:
-    """Have a native guard compare some names of a dictionary, and that it lacks those without a value."""
-    found = dict(zip(*state, strict=True))
-    present = {name: value for name, value in found.items() if value is not MISSING}
-    native.add_names(table, tuple(present), tuple(present.values()), tuple(found.keys() - present.keys()))

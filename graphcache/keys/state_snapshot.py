@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from graphcache.keys import native
 from graphcache.keys.state_nodes import Change, StateNode
 from graphcache.keys.state_walk import Skips, StateWalk
-from graphcache.keys.value_nodes import memory_of
 
 
 class StateSnapshot:
     """The Python state and the tensors that can be reached from some objects.
 
-    ``StateTooLarge`` is raised if there is more than can be watched, ``Unobservable`` for an iterator whose position
-    cannot be read.
+    ``Unobservable`` is raised if there is more than can be watched, or an iterator whose position cannot be read.
 
     Args:
         roots: Objects, each with the name that paths begin with, such as ``("self", module)``.
@@ -56,11 +54,7 @@ class StateSnapshot:
         # Only * stands for anything: brackets are part of a path.
         self._ignore = re.compile("|".join(re.escape(each).replace(r"\*", ".*") + r"(?:[.[].*)?" for each in ignore))
         walk = StateWalk(self.ignores if ignore else None, skips)
-        walk.walk(roots)
-        for code, table in (functions or {}).items():
-            walk.globals_of(code, table)
-        walk.walk(())
-        walk.finish()
+        walk.walk(roots, functions or {})
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
         self.broken: Change | None = None
         """Why :meth:`holds` said that the snapshot is of the past."""
@@ -74,7 +68,7 @@ class StateSnapshot:
         found: list[Change] = []
         for node in (*self.nodes, *self.tensors):
             if node.differs():
-                found += [change for change in node.changes() if not self.ignores(change.path)]
+                found += [change for change in node.changes(node.read()) if not self.ignores(change.path)]
             if len(found) >= limit:
                 break
         return found[:limit]
@@ -122,11 +116,6 @@ class StateSnapshot:
         """Whether any tensor wants gradients."""
         return any(node.target.requires_grad for node in self.tensors)
 
-    def path_of(self, tensor: Tensor) -> str:
-        """Where the memory of a tensor was found; empty if nowhere."""
-        memory = memory_of(tensor)
-        return next((node.path for node in self.tensors if memory and memory_of(node.target) == memory), "")
-
     def ignores(self, path: str) -> bool:
         """Whether a path, or one that it lies under, is to be left out."""
         return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
@@ -139,13 +128,12 @@ class StateSnapshot:
         """Whether objects that differ by identity have the same values; these objects are expected from now on."""
         for node in nodes:
             now = node.read()
-            for change in node.compare(node.state, now):
-                if not self.ignores(change.path):
-                    self.broken = change
-                    return False
+            if change := next((each for each in node.changes(now) if not self.ignores(each.path)), None):
+                self.broken = change
+                return False
             # Not before: another thread that asks meanwhile has to find the difference too.
             node.state = now
-        if self.armed and (nodes or self._native is None):
+        if self.armed:
             # With the objects of now, or because the native guard has been compiled meanwhile.
             self.arm()
         return True

@@ -15,7 +15,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,10 +25,19 @@ from torch.nn.utils import parametrize
 
 from graphcache.keys import state_nodes as nodes
 from graphcache.keys import user_code
-from graphcache.keys.script_state import settle
-from graphcache.keys.state_nodes import MISSING, StateNode
+from graphcache.keys.state_nodes import StateNode
 from graphcache.keys.value_nodes import ArrayNode, CacheNode, GradientFlagsNode, HiddenNode, TensorNode
-from graphcache.keys.values import BUILTIN_METHODS, MEMORY_FILES, VIEWS, array_state, hidden_state, is_plain, results_of
+from graphcache.keys.values import (
+    BUILTIN_METHODS,
+    MEMORY_FILES,
+    MISSING,
+    VIEWS,
+    Unobservable,
+    array_state,
+    hidden_state,
+    is_plain,
+    results_of,
+)
 
 MAX_CONTAINERS = 50_000
 """A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
@@ -49,22 +58,9 @@ _COMPARED = (functools._lru_cache_wrapper, *MEMORY_FILES)
 
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
-_NOT_CALLED = frozenset(
-    f"__{name}__"
-    for name in (
-        *("init", "new", "del", "init_subclass", "class_getitem", "repr", "str", "dir", "sizeof"),
-        *("reduce", "reduce_ex", "getstate", "setstate", "copy", "deepcopy"),
-    )
-)
-"""Special methods that a call of an object that exists does not come to by itself."""
-_TRACERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "torch.export", "torch._export")
 _BUILTINS = frozenset(dir(builtins))
 
 Skips = Callable[[object], bool]
-
-
-class StateTooLarge(Exception):
-    """Raised when a walk exceeds its bounds; the message names the largest part."""
 
 
 class StateWalk:
@@ -94,12 +90,20 @@ class StateWalk:
         self._waiting: dict[str, list[tuple[str, types.FunctionType]]] = {}
         """Methods whose names no code that was followed mentions."""
 
-    def walk(self, roots: Sequence[tuple[str, object]]) -> None:
-        """Follow some objects, each with the name that its path begins with."""
+    def walk(self, roots: Sequence[tuple[str, object]], functions: Mapping[types.CodeType, dict[str, Any]]) -> None:
+        """Follow some objects, each with the name that its path begins with, and the globals of some code.
+
+        Raises :class:`Unobservable` if that is too much, naming the largest part.
+        """
+        for code, table in functions.items():
+            self._globals_of(code, table, 0)
+        # Looked at first: what is reached in both ways has a path from a root.
         self._stack += [(None, name, value) for name, value in reversed(roots)]
         deadline = time.perf_counter() + MAX_SECONDS
         steps = 0
-        while self._stack:
+        while self._stack or self._named_in_modules():
+            if not self._stack:
+                continue
             parent, key, value = self._stack.pop()
             if is_plain(value) or id(value) in self._seen:
                 continue
@@ -111,7 +115,16 @@ class StateWalk:
             steps += 1
             slow = not steps % 1024 and time.perf_counter() > deadline
             if slow or len(self.nodes) > MAX_CONTAINERS or self._entries > MAX_ENTRIES:
-                raise StateTooLarge(self._largest())
+                raise Unobservable(self._largest())
+        for module, names in self._used.items():
+            # What was named of libraries, which somebody may replace; it is not followed.
+            self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))))
+        if "requires_grad" in self._mentioned:
+            self._add(GradientFlagsNode(None, "", tuple(self.tensors)))
+        # Somebody may patch methods into the class of all tensors, which is not followed itself.
+        methods = tuple(sorted(name for name in self._mentioned if hasattr(Tensor, name)))
+        if methods:
+            self._add(nodes.NamesNode(None, "Tensor", nodes.table_of(Tensor), methods))
 
     def _visit(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
@@ -137,7 +150,7 @@ class StateWalk:
             members = not key and isinstance(parent, nodes.AttributesNode)
             self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
             if kind is collections.defaultdict:
-                self._follow(nodes.SlotsNode(parent, key, value, nodes.slots_of(kind)))
+                self._follow(nodes.ObjectNode(parent, key, value, nodes.slots_of(kind)))
         elif kind in _SEQUENCES:
             self._items(parent, key, value)
         elif kind is types.FunctionType:
@@ -160,7 +173,7 @@ class StateWalk:
             self._attributes(parent, key, value)
         elif self._skips is not None and self._skips(value):
             # It keeps its own account; what it stands for may hold state all the same.
-            self._add(nodes.ObjectNode(parent, key, value), 1)
+            self._add(nodes.ObjectNode(parent, key, value, {}))
             if "module" in (vars(value) if hasattr(value, "__dict__") else ()):
                 self._push(parent, key, vars(value)["module"])
         else:
@@ -169,7 +182,7 @@ class StateWalk:
     def _follow(self, node: StateNode) -> None:
         """Remember an object, and follow what is in its places."""
         names, values = node.state
-        self._add(node, len(names))
+        self._add(node)
         for name, item in zip(names, values, strict=True):
             if not is_plain(item) and item is not MISSING:
                 self._stack.append((node, node.end(name), item))
@@ -190,18 +203,18 @@ class StateWalk:
         library = user_code.is_library(module)
         if not library or value.__dict__:
             self._follow(nodes.AttributesNode(parent, key, value.__dict__))
-        if _is_machinery(module):
+        if user_code.is_tracer(module):
             return
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
             self._push(parent, f"{key}.{name}", cell)
-        for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
-            self._push(parent, f"{key}.__defaults__", default)
+        self._push(parent, f"{key}.__defaults__", value.__defaults__)
+        self._push(parent, f"{key}.__kwdefaults__", value.__kwdefaults__)
         if library:
             return
-        self._add(nodes.FunctionNode(parent, key, value), 1)
-        self.globals_of(code, value.__globals__, self._hops.get(id(value), 0))
+        self._add(nodes.FunctionNode(parent, key, value))
+        self._globals_of(code, value.__globals__, self._hops.get(id(value), 0))
 
-    def globals_of(self, code: types.CodeType, table: dict[str, Any], hops: int = 0) -> None:
+    def _globals_of(self, code: types.CodeType, table: dict[str, Any], hops: int) -> None:
         """Follow the globals that a function of the user's names."""
         if code in self.covered or hops > MAX_HOPS:
             return
@@ -219,19 +232,6 @@ class StateWalk:
             else:
                 self._names(vars(module), {attribute}, hops)
 
-    def finish(self) -> None:
-        """Follow what modules of the user's hold under names that code mentions; remember what libraries do."""
-        while self._named_in_modules():
-            self.walk(())
-        for module, names in self._used.items():
-            self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))), len(names))
-        if "requires_grad" in self._mentioned:
-            self._add(GradientFlagsNode(None, "", tuple(self.tensors)), 1)
-        # Somebody may patch methods into the class of all tensors, which is not followed itself.
-        methods = tuple(sorted(name for name in self._mentioned if hasattr(Tensor, name)))
-        if methods:
-            self._add(nodes.NamesNode(None, "Tensor", nodes.table_of(Tensor), methods), len(methods))
-
     def _named_in_modules(self) -> bool:
         """Follow names in modules of the user's; whether there were new ones."""
         found = False
@@ -248,7 +248,7 @@ class StateWalk:
         if not found:
             return
         node = nodes.NamesNode(None, str(table.get("__name__", "globals")), table, found)
-        self._add(node, len(found))
+        self._add(node)
         for name, value in zip(*node.state, strict=True):
             if isinstance(value, types.FunctionType):
                 self._hops.setdefault(id(value), hops + 1)
@@ -263,7 +263,7 @@ class StateWalk:
         module = str(kind.__module__)
         if module.partition(".")[0] in ("concurrent", "multiprocessing", "logging", "tokenizers"):
             return
-        if _is_machinery(module) and not isinstance(value, nn.Module):
+        if user_code.is_tracer(module) and not isinstance(value, nn.Module):
             return
         if issubclass(kind, threading.local):
             self._follow(nodes.ThreadLocalNode(parent, key, value))
@@ -277,34 +277,32 @@ class StateWalk:
         elif issubclass(kind, _SEQUENCES):
             self._items(parent, key, value)
         elif issubclass(kind, torch.jit.ScriptModule):
-            settle(value)
-            node = nodes.ScriptNode(parent, key, value)
-            self._follow(node)
+            for name in value._c._method_names():
+                # It becomes an attribute when it is first asked for.
+                getattr(value, name, None)
+            self._follow(nodes.ScriptNode(parent, key, value))
             for name, child in value.named_children():
-                self._push(node, f".{name}", child)
+                self._push(parent, f"{key}.{name}", child)
         if issubclass(kind, parametrize.ParametrizationList):
             # The weights that torch.nn.utils.parametrize.cached() keeps.
             self._names(vars(parametrize), {"_cache", "_cache_enabled"}, 1)
         self._attributes(parent, key, value)
         hidden = hidden_state(value)
         if hidden is not None:
-            advances = (CacheNode if issubclass(kind, _COMPARED) else HiddenNode)(parent, key, value)
-            self._add(advances, 1)
+            self._add((CacheNode if issubclass(kind, _COMPARED) else HiddenNode)(parent, key, value))
             results = results_of(value) if issubclass(kind, functools._lru_cache_wrapper) else []
             for item in (*hidden[1], *results):
-                self._push(advances, "", item)
+                self._push(parent, key, item)
 
     def _attributes(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
         table, slots = nodes.attributes_of(value), nodes.slots_of(kind)
         if table is None and not slots:
             return
-        self._add(nodes.ObjectNode(parent, key, value), 1)
-        if slots:
-            self._follow(nodes.SlotsNode(parent, key, value, slots))
+        self._seen.add(id(table))
+        self._follow(nodes.ObjectNode(parent, key, value, slots))
         if table is not None:
-            # Seen under the object's own path, and once.
-            self._seen.add(id(table))
+            # Under the object's own path.
             self._follow(nodes.AttributesNode(parent, key, table))
         self._classes_of(kind, follow=True)
 
@@ -314,7 +312,7 @@ class StateWalk:
         if table is None or user_code.is_library(type(value).__module__):
             return
         node = nodes.AttributesNode(parent, key, table)
-        self._add(node, len(table))
+        self._add(node)
         for name, item in table.items():
             if not name.startswith("_"):
                 self._push(node, node.end(name), item)
@@ -333,7 +331,7 @@ class StateWalk:
             return
         if kind not in self._classes:
             self._classes.add(kind)
-            self._add(nodes.ClassNode(None, kind.__qualname__, kind), len(vars(kind)))
+            self._add(nodes.ClassNode(None, kind.__qualname__, kind))
             if library and isinstance(forward := vars(kind).get("forward"), types.FunctionType):
                 # Somebody may replace a function of torch.nn.functional.
                 for module, name in user_code.module_attributes(
@@ -353,8 +351,7 @@ class StateWalk:
 
     def _method(self, path: str, name: str, function: types.FunctionType) -> None:
         """Follow a method once code that may run mentions its name."""
-        special = name.startswith("__") and name.endswith("__") and name not in _NOT_CALLED
-        if special or name == "forward" or name in self._mentioned:
+        if user_code.runs_by_itself(name) or name in self._mentioned:
             self._push(None, path, function)
         else:
             self._waiting.setdefault(name, []).append((path, function))
@@ -369,16 +366,16 @@ class StateWalk:
         """Remember an array, if not too much of arrays is to be compared."""
         self._array_bytes += node.nbytes
         if self._array_bytes > MAX_ARRAY_BYTES:
-            raise StateTooLarge(f"{node.path}: an array of {node.nbytes} bytes would be compared at every call")
-        self._add(node, 1)
+            raise Unobservable(f"{node.path}: an array of {node.nbytes} bytes would be compared at every call")
+        self._add(node)
 
     def _push(self, parent: StateNode | None, key: str, value: Any) -> None:
         if not is_plain(value):
             self._stack.append((parent, key, value))
 
-    def _add(self, node: StateNode, entries: int) -> None:
+    def _add(self, node: StateNode) -> None:
         self.nodes.append(node)
-        self._entries += entries
+        self._entries += len(node.state[1])
 
     def _largest(self) -> str:
         """Which attribute has the most below it, and how much was found."""
@@ -390,8 +387,3 @@ class StateWalk:
             counts[top.path] += 1
         ((path, count),) = counts.most_common(1)
         return f"{path}: {count} of the {len(self.nodes)} containers that were found before the walk was ended"
-
-
-def _is_machinery(module_name: Any) -> bool:
-    """Whether code or an object belongs to what traces and compiles modules, whose own state is no state of theirs."""
-    return isinstance(module_name, str) and module_name.startswith(_TRACERS)

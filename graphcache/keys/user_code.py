@@ -16,6 +16,17 @@ LIBRARIES = frozenset(
 """Top-level packages whose own globals and classes are not followed: they hold no state of a user's module."""
 
 
+_NOT_CALLED = frozenset(
+    f"__{name}__"
+    for name in (
+        *("init", "new", "del", "init_subclass", "class_getitem", "repr", "str", "dir", "sizeof"),
+        *("reduce", "reduce_ex", "getstate", "setstate", "copy", "deepcopy"),
+    )
+)
+"""Special methods that a call of an object that exists does not come to by itself."""
+_TRACERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "torch.export", "torch._export")
+
+
 class GlobalNames(NamedTuple):
     """The globals that a code object names."""
 
@@ -36,6 +47,16 @@ def is_library(module_name: Any) -> bool:
     if not isinstance(module_name, str):
         return True
     return module_name.partition(".")[0] in LIBRARIES
+
+
+def is_tracer(module_name: Any) -> bool:
+    """Whether code or an object belongs to what traces and compiles modules, whose own state is no state of theirs."""
+    return isinstance(module_name, str) and module_name.startswith(_TRACERS)
+
+
+def runs_by_itself(name: str) -> bool:
+    """Whether a method may run in a call though no code mentions its name."""
+    return name == "forward" or (name.startswith("__") and name.endswith("__") and name not in _NOT_CALLED)
 
 
 @functools.lru_cache(maxsize=4096)

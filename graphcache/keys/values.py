@@ -27,6 +27,9 @@ from torch import Tensor
 
 from graphcache.errors import shown
 
+MISSING: Any = object()
+"""Stands for an attribute, a global or a cell without a value."""
+
 PLAIN = (
     *(bool, int, float, complex, str, bytes, slice, range),
     *(torch.Size, torch.device),
@@ -117,6 +120,13 @@ def is_rebuilt(old: Any, new: Any) -> bool:
     return items and before.keys() == now.keys() and all(is_rebuilt(before[name], now[name]) for name in before)
 
 
+def difference(old: Any, new: Any) -> str:
+    """What became of a place, in words; empty if it is the same."""
+    if old is MISSING or new is MISSING:
+        return "" if old is new else "was removed" if new is MISSING else f"is new: {short(new)}"
+    return "" if same(old, new) else f"{short(old)} became {short(new)}"
+
+
 class Unobservable(Exception):
     """Raised for an object whose state cannot be seen, such as an iterator of an extension module."""
 
@@ -167,6 +177,32 @@ def array_state(value: Any) -> tuple[Any, ...] | None:
     # Objects are compared one by one, like the items of a list.
     contents = b"" if value.dtype.hasobject else value.tobytes()
     return value.shape, value.strides, value.dtype.str, interface["data"][0] if value.ndim else 0, contents
+
+
+def script_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """Every parameter, buffer and attribute of a TorchScript module, which C++ holds, without its submodules.
+
+    TorchScript hands out copies of its containers. Their items are listed in their place, with the length of each.
+    """
+    held: Any = module._c
+    kind: Any = torch._C.ConcreteModuleType.from_jit_type(held._type())
+    found: dict[str, Any] = {}
+    for name in sorted(kind.get_attributes()):
+        # A parameter that may be None is an attribute without a value.
+        _flatten(f".{name}", held.getattr(name) if held.hasattr(name) else None, found)
+    return found
+
+
+def _flatten(path: str, value: Any, found: dict[str, Any]) -> None:
+    if isinstance(value, (list, tuple, dict)):
+        found[f"{path} (length)"] = len(value)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _flatten(f"{path}[{key!r}]", item, found)
+    elif isinstance(value, torch._C.ScriptObject):
+        # Another object each time it is asked for. What a custom class holds is shown by nothing.
+        found[path] = str(value._type())
+    else:
+        found[path] = value
 
 
 _FRAMES = {
@@ -248,6 +284,8 @@ def short(value: Any) -> str:
         # A subclass's own repr may raise, and so does that of an integer of more than 4300 digits.
         text = shown(value)
         return text if len(text) <= 40 else f"{text[:37]}..."
+    if isinstance(value, type):
+        return value.__qualname__
     if isinstance(value, (collections.deque, list, tuple, dict, set)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"

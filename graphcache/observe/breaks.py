@@ -17,9 +17,7 @@ from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.dispatch_mode import compiled_runs_eagerly
 from graphcache.keys.call_key import describe, substitute
 from graphcache.keys.guards import ModuleGuard
-from graphcache.keys.script_state import script_constants
 from graphcache.keys.state_snapshot import StateSnapshot
-from graphcache.keys.state_walk import StateTooLarge
 from graphcache.keys.values import Unobservable
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.transparent import controls
@@ -72,7 +70,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
     findings, placement = Findings(module, find_capture_breaks.__code__), Placement([*inputs, *_state(module)])
     try:
         state = ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state).snapshot(), snapshot_of(args, kwargs)
-    except (StateTooLarge, Unobservable) as error:
+    except Unobservable as error:
         # Calls of the module run eagerly for that. The operations are looked at all the same.
         findings.add(Break(Reason.UNOBSERVED, "the state", Place(), str(error), Reason.UNOBSERVED.remedy))
         state = StateSnapshot([]), StateSnapshot([])
@@ -96,6 +94,14 @@ def _state(module: nn.Module) -> list[Tensor]:
     scripts = [each for each in module.modules() if isinstance(each, torch.jit.ScriptModule)]
     constants = [tensor for each in scripts for tensor in script_constants(each)]
     return [*module.parameters(), *module.buffers(), *constants]
+
+
+def script_constants(module: torch.jit.ScriptModule) -> list[Tensor]:
+    """The tensors that the code of a TorchScript module holds; what ``freeze`` makes of its weights."""
+    if "forward" not in module._c._method_names():
+        return []
+    _, constants = module.code_with_constants
+    return [value for value in constants.const_mapping.values() if isinstance(value, Tensor)]
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import graphcache
 from graphcache import CachedModule, Reason
+from graphcache.keys import native, state_nodes
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.wrapped import module_guard
 from tests.helpers import Fn, frozen, graphs_of, mlp, outcomes, reason, replays, same
@@ -340,7 +341,11 @@ class Plain(nn.Module):
         self.counted = counted
 
     def forward(self, x: Tensor, by: list[float] = [1.0]) -> Tensor:  # noqa: B006 - a default value is state as well
-        return self.closure(self.linear(x)) * FACTOR[0] * by[0]
+        return self.closure(self.linear(x)) * FACTOR[0] * by[0] + keyword()
+
+
+def keyword(*, by: float = 1.0) -> float:
+    return by
 
 
 FACTOR = [1.0]
@@ -357,6 +362,8 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a global": (lambda m: FACTOR.append(2.0), "FACTOR"),
     "a default value": (lambda m: type(m).forward.__defaults__[0].append(2.0), "__defaults__"),
     "an attribute of the class": (lambda m: setattr(type(m), "kind", "other"), "Plain.kind"),
+    "a keyword's default value": (lambda m: keyword.__kwdefaults__.update(by=2.0), "__kwdefaults__"),
+    "an attribute of the class that hides an inherited one": (lambda m: setattr(type(m), "training", True), "training"),
     "a method": (lambda m: setattr(type(m), "extra_repr", lambda self: ""), "Plain.extra_repr"),
     "a training flag": (lambda m: m.linear.train(), "self.linear.training"),
     "a hook": (lambda m: m.linear.register_forward_hook(lambda *_: None), "self.linear._forward_hooks"),
@@ -382,13 +389,17 @@ def plain() -> Iterator[Plain]:
     assert defaults is not None
     del FACTOR[1:], defaults[0][1:]
     Plain.kind = "class"
-    if "extra_repr" in vars(Plain):
-        del Plain.extra_repr
+    keyword.__kwdefaults__["by"] = 1.0
+    for name in {"extra_repr", "training"} & vars(Plain).keys():
+        delattr(Plain, name)
 
 
 @pytest.mark.parametrize("armed", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_any_kind_is_noticed_and_named(name: str, armed: bool, plain: Plain) -> None:
+def test_a_change_of_any_kind_is_noticed_and_named(
+    name: str, armed: bool, plain: Plain, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "guard_type", lambda: library.Guard)
     change, path = CHANGES[name]
     guard = ModuleGuard(plain)
     guard.snapshot()
@@ -404,6 +415,23 @@ def test_a_change_of_any_kind_is_noticed_and_named(name: str, armed: bool, plain
     assert path in guard.reason
     guard.snapshot()
     assert guard.holds()
+
+
+def test_what_python_puts_on_a_class_is_no_change_and_native_code_compares_on(
+    plain: Plain, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "guard_type", lambda: library.Guard)
+    guard = ModuleGuard(plain)
+    guard.snapshot()
+    guard.arm()
+    Plain.__slotnames__ = []  # type: ignore[attr-defined]
+    try:
+        assert guard.holds()
+        # Nothing but what native code does not compare is read in Python from now on.
+        monkeypatch.setattr(state_nodes.ClassNode, "read", None)
+        assert guard.holds()
+    finally:
+        del Plain.__slotnames__  # type: ignore[attr-defined]
 
 
 def test_a_guard_that_has_seen_nothing_holds_nothing() -> None:
