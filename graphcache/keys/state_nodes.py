@@ -119,19 +119,17 @@ class TableNode(StateNode):
     """A dictionary: its keys and values, in order."""
 
     def read(self) -> State:
-        names, values = self._views()
-        return tuple(names), tuple(values)
+        # A subclass may have methods of its own, which are no way to look at it.
+        kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
+        return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
 
     def differs(self) -> bool:
         # As in every other node, but without copies: most tables of a module are empty.
         names, values = self.state
-        names_now, now = self._views()
-        return len(now) != len(values) or not (all(map(is_, now, values)) and all(map(is_, names_now, names)))
-
-    def _views(self) -> tuple[Any, Any]:
-        # A subclass may have methods of its own, which are no way to look at it.
+        if dict.__len__(self.target) != len(names):
+            return True
         kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
-        return kind.keys(self.target), kind.values(self.target)
+        return not (all(map(is_, kind.values(self.target), values)) and all(map(is_, kind.keys(self.target), names)))
 
     def end(self, name: Any) -> str:
         return f"[{short(name)}]" if isinstance(name, (str, int)) else f"[a {type(name).__name__}]"
@@ -237,7 +235,7 @@ class ObjectNode(StateNode):
         super().__init__(parent, key, target)
 
     def read(self) -> State:
-        held = [_slot(self.target, descriptor) for descriptor in self.slots.values()]
+        held = [_slot(self.target, descriptor) for descriptor in self.slots.values()] if self.slots else ()
         values = type(self.target), attributes_of(self.target), *held
         return ("__class__", "__dict__", *self.slots), values
 
