@@ -25,7 +25,7 @@ class RunGate:
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
         self.callers = 0
-        """How many threads are inside :meth:`shared`. Changed with the condition held."""
+        """How many threads are inside :meth:`shared`."""
         self.waits = 0
         """How many callers have waited for a run of a background capture, or wait now."""
         self.wait_seconds = 0.0
@@ -50,7 +50,20 @@ class RunGate:
         if self in inside:
             yield
             return
-        self._enter(nested=bool(inside))
+        # Whoever waits to run alone may be waiting for the gates that this thread is inside.
+        caller = _Caller(self, goes_first=bool(inside))
+        with _process.condition:
+            if not caller.may_enter():
+                self.waits += 1
+                _process.waiting.append(caller)
+                start = time.perf_counter()
+                try:
+                    _process.condition.wait_for(caller.may_enter)
+                finally:
+                    _process.waiting.remove(caller)
+                    self.wait_seconds += time.perf_counter() - start
+                    _process.condition.notify_all()
+            self.callers += 1
         inside.add(self)
         try:
             yield
@@ -68,58 +81,39 @@ class RunGate:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Inside, the module is run by this thread alone. Not to be entered by a caller that runs the module."""
-        process = _process
-        # All of them at once: a caller may be inside one of them and go on into another.
-        turn = _Turn({gate for gate in self._overlapping() if gate not in _inside.gates}, threading.get_ident())
-        with process.condition:
-            process.turns.append(turn)
+        # All gates at once: a caller may be inside one of them and go on into another.
+        turn = _Turn(self._overlapping() - _inside.gates, threading.get_ident())
+        with _process.condition:
+            _process.turns.append(turn)
             try:
-                process.condition.wait_for(turn.may_begin)
+                _process.condition.wait_for(turn.may_begin)
                 turn.is_running = True
             finally:
                 if not turn.is_running:
-                    process.turns.remove(turn)
-                process.condition.notify_all()
+                    _process.turns.remove(turn)
+                _process.condition.notify_all()
         _inside.gates |= turn.gates
         try:
             yield
         finally:
             _inside.gates -= turn.gates
-            with process.condition:
-                process.turns.remove(turn)
-                for caller in process.waiting:
+            with _process.condition:
+                _process.turns.remove(turn)
+                for caller in _process.waiting:
                     caller.goes_first = caller.goes_first or caller.gate in turn.gates
-                process.condition.notify_all()
+                _process.condition.notify_all()
 
-    def shares_with(self, modules: set[int]) -> bool:
-        """Whether any of these modules, by identity, is a part of the gate's module."""
-        module = self._module()
-        return module is not None and not modules.isdisjoint(map(id, module.modules()))
-
-    def _enter(self, nested: bool) -> None:
-        """Wait for a background capture, if there is one, and count the caller."""
-        # Whoever waits to run alone may be waiting for the gates that this thread is inside.
-        caller = _Caller(self, goes_first=nested)
-        with _process.condition:
-            if not caller.may_enter():
-                self.waits += 1
-                _process.waiting.append(caller)
-                start = time.perf_counter()
-                try:
-                    _process.condition.wait_for(caller.may_enter)
-                finally:
-                    _process.waiting.remove(caller)
-                    self.wait_seconds += time.perf_counter() - start
-                    _process.condition.notify_all()
-            self.callers += 1
-
-    def _overlapping(self) -> list[RunGate]:
+    def _overlapping(self) -> set[RunGate]:
         """The gates of modules that share a submodule with this one, its own among them."""
-        module = self._module()
-        own = set(map(id, module.modules())) if module is not None else set()
+        own = self._submodules()
         with _process.condition:
             gates = list(_process.gates)
-        return [self, *(gate for gate in gates if gate is not self and gate.shares_with(own))]
+        return {self, *(gate for gate in gates if not own.isdisjoint(gate._submodules()))}
+
+    def _submodules(self) -> set[int]:
+        """The module and its submodules by identity; empty if it is gone."""
+        module = self._module()
+        return set(map(id, module.modules())) if module is not None else set()
 
 
 @dataclass(eq=False, slots=True)
