@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
-from graphcache.errors import Cause, Refusal
+from graphcache.errors import Cause, ClosedError, Refusal
 from graphcache.graphs.stream_order import StreamOrder
 
 _TORCH_TENSORRT = ("PythonTorchTensorRTModule", "TorchTensorRTModule")
@@ -45,6 +45,11 @@ class EngineLike(nn.Module):
     input_binding_names: list[str]
     host_inputs: tuple[int, ...]
     """Positions of the inputs whose values TensorRT reads on the host."""
+
+    def check_open(self) -> None:
+        """Raise a ``ClosedError`` if the engine was closed."""
+        if self.engine.closed:
+            raise ClosedError(f"{self.name} was closed; load it again")
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Inputs in the order of the bindings, from positional and keyword arguments."""

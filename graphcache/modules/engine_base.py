@@ -117,11 +117,6 @@ class EngineBase(EngineLike):
             )
         return super().__getattr__(name)
 
-    def check_open(self) -> None:
-        """Raise a ``ClosedError`` if the engine was closed."""
-        if self.engine.closed:
-            raise ClosedError(f"{self.name} was closed; load it again")
-
     def _drop_graphs(self, *, wait: bool = True) -> None:
         """Drop every graph of the engine."""
         for user in list(self.users):

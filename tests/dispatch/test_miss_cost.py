@@ -22,7 +22,7 @@ from tests.graphs.fake_driver import Torch
 from tests.standins import engines
 
 MOST_CALLS = {"the first miss": 317, "a further miss": 328}
-MOST_FILES = 32
+MOST_FILES = 31
 """What it was when this test was written. Lower them when it is less; the target is 250 calls in 20 files."""
 
 PACKAGE = str(Path(graphcache.__file__).parent)
