@@ -34,6 +34,7 @@ from graphcache.errors import Cause, Reason
 from graphcache.graphs.capture import quiet_collector
 from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.operations import decompose_composite, flatten, is_unwatched, storage_of, written
+from graphcache.keys.ambient import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
 from graphcache.keys.values import same
@@ -310,7 +311,7 @@ def _process_state(devices: Sequence[int]) -> dict[str, Any]:
         "torch": _generators(devices),
         "random": random.getstate(),
         "context": dict(contextvars.copy_context().items()),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), ambient_state()),
     }
     if (numpy := sys.modules.get("numpy")) is not None:
         state = numpy.random.get_state()
@@ -332,7 +333,7 @@ def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Ite
         if old is not value and not same(old, value):
             yield Cause(Reason.MUTATES, f"the context variable {variable.name!r}", "it was set")
     if before["modes"] != after["modes"]:
-        yield Cause(Reason.MUTATES, "the grad mode or default dtype", "it was set")
+        yield Cause(Reason.MUTATES, "the grad mode or a setting of PyTorch", "it was set")
 
 
 def _default_of(variable: contextvars.ContextVar[Any]) -> Any:

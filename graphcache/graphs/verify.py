@@ -216,7 +216,11 @@ def _coarse_tolerances(tensor: Tensor) -> tuple[float, float]:
 
 def _has_tf32() -> bool:
     """Whether cuDNN or cuBLAS may multiply in TF32."""
-    return torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    try:
+        return torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        # Precisions were set one by one, in the newer way.
+        return True
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ _FLAGS = (
     "deterministic_fill_uninitialized_memory",
 )
 """``torch._C`` has a function for each, but for some in some versions."""
+_PRECISIONS = tuple((backend, kind) for backend in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn"))
 _GETTERS: dict[str, Callable[[], Hashable]] = {
     "default_dtype": torch.get_default_dtype,
+    "mha_fastpath": torch.backends.mha.get_fastpath_enabled,
     "forward_ad_level": lambda: forward_ad._current_level,
     **{name: getattr(torch._C, f"_get_{name}") for name in _FLAGS if hasattr(torch._C, f"_get_{name}")},
 }
@@ -43,7 +45,19 @@ def ambient_state() -> State:
         ...     ambient_state() == before
         False
     """
-    return (*map(call, _GETTERS.values()), *(_modes() if _stack_length() else ()))
+    try:
+        flags: State = tuple(map(call, _GETTERS.values()))
+    except RuntimeError:
+        flags = tuple(map(_flag, _GETTERS.values()))
+    return (*flags, *(_modes() if _stack_length() else ()))
+
+
+def _flag(getter: Callable[[], Hashable]) -> Hashable:
+    """A flag; how precise products of float32 are if it cannot tell, as that was set in the newer way of PyTorch."""
+    try:
+        return getter()
+    except RuntimeError:
+        return tuple(torch._C._get_fp32_precision_getter(*each) for each in _PRECISIONS)
 
 
 def unusual_settings(state: State) -> str:

@@ -56,6 +56,9 @@ _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _COMPARED = (functools._lru_cache_wrapper, *MEMORY_FILES)
 """Objects whose hidden state is part of a guard."""
 
+_STANDS_FOR = {"module", "_graphcache_module"}
+"""Where a wrapped module and an adopted engine have what they stand for."""
+
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
 _BUILTINS = frozenset(dir(builtins))
@@ -174,8 +177,9 @@ class StateWalk:
         elif self._skips is not None and self._skips(value):
             # It keeps its own account; what it stands for may hold state all the same.
             self._add(nodes.ObjectNode(parent, key, value, {}))
-            if "module" in (vars(value) if hasattr(value, "__dict__") else ()):
-                self._push(parent, key, vars(value)["module"])
+            own = nodes.attributes_of(value) or {}
+            for name in own.keys() & _STANDS_FOR:
+                self._push(parent, key, own[name])
         else:
             self._object(parent, key, value)
 

@@ -185,3 +185,49 @@ def test_weights_that_parametrize_caches() -> None:
         return [*found, *(call(X) for _ in range(3))]
 
     assert all(map(torch.equal, answers(module, fast), answers(twin, twin)))
+
+
+@pytest.mark.parametrize("place", ["submodule", "closure"])
+def test_a_change_of_a_wrapped_module_inside_another_is_noticed(place: str) -> None:
+    inner = nn.Linear(3, 3)
+    behind = graphcache.wrap(inner)
+    outer = Fn(lambda module, x: (module.part if place == "submodule" else behind)(x) * 2)
+    if place == "submodule":
+        outer.part = behind
+    fast = graphcache.wrap(outer)
+    for change in (lambda: None, lambda: inner.weight.mul_(2), lambda: setattr(inner.weight, "data", torch.ones(3, 3))):
+        change()
+        for _ in range(3):
+            assert torch.equal(fast(X), inner(X) * 2)
+    assert fast.cache_info().hits > 0
+
+
+SETTINGS: dict[str, tuple[Callable[[], object], Callable[[], object], Callable[[], object]]] = {
+    "matmul precision": (
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("highest"),
+        torch.get_float32_matmul_precision,
+    ),
+    "deterministic algorithms": (
+        lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+        lambda: torch.use_deterministic_algorithms(False),
+        torch.are_deterministic_algorithms_enabled,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_pytorch_that_a_call_makes_is_made_by_every_call(name: str) -> None:
+    make, undo, ask = SETTINGS[name]
+
+    def forward(module: Any, x: Tensor) -> Tensor:
+        make()
+        return x * 2
+
+    fast = graphcache.wrap(Fn(forward))
+    undo()
+    before = ask()
+    for _ in range(3):
+        fast(X)
+        assert ask() != before
+        undo()

@@ -74,6 +74,11 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "memory-efficient attention": setting(CUDA.mem_efficient_sdp_enabled, CUDA.enable_mem_efficient_sdp, False),
     "determinism": deterministic(True),
     "determinism as a warning": deterministic(True, warn_only=True),
+    "precision of matmul": attribute(CUDA.matmul, "fp32_precision", "tf32"),
+    "precision of convolutions": attribute(CUDNN.conv, "fp32_precision", "ieee"),
+    "fast path of attention": setting(
+        torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False
+    ),
     "MKLDNN": attribute(torch.backends.mkldnn, "enabled", False),
 }
 
