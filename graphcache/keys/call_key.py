@@ -34,6 +34,7 @@ _MAX_DEPTH = 32
 """Containers in one another."""
 _PLAIN = 4
 """Entries of the part of a plain tensor."""
+_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 CONSTANTS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
 OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
     torch.Size: tuple,
@@ -199,6 +200,8 @@ class _Reader:
     def _tensor(self, value: Tensor, where: str, depth: int) -> Part:
         if value.layout is not torch.strided:
             raise Refusal(Reason.ARGUMENT, where, f"a tensor of layout {value.layout}")
+        if value.dtype in _QUANTIZED:
+            raise Refusal(Reason.ARGUMENT, where, "a quantized tensor")
         self.tensors.append(value)
         part = value.dtype, value.shape, value.stride(), value.device
         conjugate, negative, attributes = value.is_conj(), value.is_neg(), value.__dict__

@@ -310,3 +310,9 @@ def test_attributes_of_a_member_of_an_enumeration_count() -> None:
         signature(Colour.RED)
     del Colour.RED.weight  # type: ignore[attr-defined]
     assert signature(Colour.RED) == one
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantized_tensor_is_refused_for_its_scale() -> None:
+    with pytest.raises(Refusal, match="quantized"):
+        signature(torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8))
