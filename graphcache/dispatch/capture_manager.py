@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -139,15 +140,10 @@ class CaptureManager:
         start = time.perf_counter()
         known = self.graphs.entries.get(call.key)
         with self.ledger.span("capture") as span, self.room(call) as room:
-
-            def begin() -> None:
-                if known is not None:
-                    self.graphs.evict(call.key)
-                self.reserve(room, call)
-
+            begin = partial(self.reserve, room, call, known)
+            request = CaptureRequest(call, begin=begin, known=None if known is None else known.graph)
             try:
                 with self.running():
-                    request = CaptureRequest(call, begin=begin, known=None if known is None else known.graph)
                     answer, outcome = self.target.recorder.attempt(request)
             finally:
                 self._drop_broken()
@@ -179,8 +175,10 @@ class CaptureManager:
         budget_of(device or torch.device("cpu")).register(self.graphs)
         return Reservation(self.graphs)
 
-    def reserve(self, room: Reservation, call: KeyedCall) -> None:
-        """Make room for the graph of a call."""
+    def reserve(self, room: Reservation, call: KeyedCall, known: Entry[Recording] | None = None) -> None:
+        """Make room for the graph of a call, in place of the ``known`` one from before the module changed."""
+        if known is not None:
+            self.graphs.evict(call.key)
         nbytes = self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes
         room.take(nbytes, call.key)
 

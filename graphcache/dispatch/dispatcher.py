@@ -198,6 +198,8 @@ class Dispatcher:
         The answer is ``STALE`` if the call is to run when the lock is released: eagerly if there is a cause, otherwise
         observed, to be captured in the background.
         """
+        # Another thread may have closed the module meanwhile.
+        self.check_open()
         self.refresh()
         if (cause := self.captures.denial(call)) is not None:
             return STALE, cause

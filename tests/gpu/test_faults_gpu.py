@@ -15,7 +15,6 @@ import graphcache
 from graphcache import Reason
 from graphcache.cache.graph_cache import GraphCache
 from graphcache.capture import engine_recorder as record_engine
-from graphcache.capture import recording
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.engines.context import Context, ContextPool
 from graphcache.errors import CudaError, Refusal
@@ -53,7 +52,7 @@ ENGINE: list[Target] = [
     (Context, "enqueue"),
     (StreamOrder, "scratch"),
     (record_engine, "perturb"),
-    (recording, "verify"),
+    (record_engine, "verify"),
 ]
 TORCH: list[Target] = [
     *DRIVER,
@@ -62,7 +61,7 @@ TORCH: list[Target] = [
     (record_torch, "static_copy"),
     (record_torch, "perturb"),
     (record_torch, "record_torch"),
-    (recording, "verify"),
+    (record_torch, "verify"),
 ]
 
 CASES: dict[str, tuple[dict[str, Any], list[Target]]] = {

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
 from graphcache.capture import engine_recorder as record_engine
-from graphcache.capture import recording
 from graphcache.errors import (
     CaptureError,
     ClosedError,
@@ -39,6 +38,7 @@ from graphcache.errors import (
     TensorRTNotFoundError,
 )
 from graphcache.graphs import capture, driver
+from graphcache.graphs.cuda import CudaGraph
 from graphcache.modules import engine_runner
 from tests.engine_modules import MODULES, capture_by_driver, load, made_contexts, numbers, prepare, rows
 from tests.engines import fake_tensorrt
@@ -776,11 +776,12 @@ def test_a_context_whose_graph_was_wrong_is_not_used_again(fake: Torch, monkeypa
     module = load("affine")
     fast = graphcache.wrap(module)
 
-    def wrong(*_: Any, **__: Any) -> None:
+    def wrong(graph: CudaGraph, *_: Any, **__: Any) -> None:
+        graph.close()
         raise Refusal(Reason.MISMATCH)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "verify", wrong)
+        patch.setattr(record_engine, "verify", wrong)
         assert torch.equal(fast(rows(fake, 2)), rows(fake, 2) * 3 + 1)
     assert fast.cache_info().eager == {Reason.MISMATCH: 1}
     assert len(module.contexts) == 0
