@@ -73,7 +73,7 @@ def test_many_interleaved_shapes(load, contexts, shapes, count, monkeypatch):
             assert close(fast(x), networks.mlp8_reference(x))
     assert fast.cache_info().hits == 2 * shapes
     assert {entry.graph.graph.copies for entry in graphs_of(fast).entries.values()} == {0}, "bound, not copied"
-    scratch = {entry.graph.graph._keep[0]._scratch.data_ptr() for entry in graphs_of(fast).entries.values()}
+    scratch = {entry.graph.graph._keep[0].scratch.data_ptr() for entry in graphs_of(fast).entries.values()}
     assert len(scratch) == 1, "all on one scratch memory"
     assert len({id(entry.graph.graph._keep[0]) for entry in graphs_of(fast).entries.values()}) == count
 
