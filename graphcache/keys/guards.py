@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -16,22 +16,11 @@ from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.state_walk import Skips
 
 _GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_forward_hooks_with_kwargs",
-    "_global_forward_hooks_always_called",
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_forward_hooks_with_kwargs", "_global_forward_hooks_always_called"),
 )
-
 MAX_FUNCTIONS = 4096
 """How many functions are followed that only runs have found."""
-
-
-class HasEpoch(Protocol):
-    """A submodule that says by a number whether it is still the same."""
-
-    @property
-    def epoch(self) -> int:
-        """Goes up with every change."""
 
 
 class ModuleGuard:
@@ -45,7 +34,7 @@ class ModuleGuard:
         module: The module.
         ignore: Paths that the user promises not to matter, such as ``self.calls``.
         skips: Tells submodules that keep their own account, such as engines.
-        engines: Finds these submodules; the ``epoch`` of each changes with it.
+        engines: Finds these submodules; the ``epoch`` of each goes up with every change.
         hooks: Whether hooks of the module itself, and of all modules, run within what is captured.
 
     Example:
@@ -63,7 +52,7 @@ class ModuleGuard:
         *,
         ignore: Sequence[str] = (),
         skips: Skips | None = None,
-        engines: Callable[[nn.Module], Sequence[HasEpoch]] | None = None,
+        engines: Callable[[nn.Module], Sequence[Any]] | None = None,
         hooks: bool = True,
     ) -> None:
         self._module = module
@@ -71,7 +60,7 @@ class ModuleGuard:
         self._hooks = _GLOBAL_HOOKS if hooks else ()
         self._skips = skips
         self._find_engines = engines
-        self._engines: Sequence[HasEpoch] = ()
+        self._engines: Sequence[Any] = ()
         self._epoch = 0
         self._functions: dict[types.CodeType, dict[str, Any]] = {}
         self._snapshot: StateSnapshot | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -146,6 +147,9 @@ def _missed_write(library: Any) -> str | None:
     for container in ({1: 2, 3: 4}, OrderedDict({1: 2, 3: 4})):
         if not _noticed(library, [container], container.popitem):
             return f"{type(container).__name__}.popitem"
+    kind = type("_Class", (), {"one": 1})
+    if not _noticed(library, gc.get_referents(vars(kind)), partial(setattr, kind, "two", 2)):
+        return "an attribute of a class"
     ordered = OrderedDict({1: 2, 3: 4})
     return None if _noticed(library, [ordered], partial(ordered.move_to_end, 1)) else "OrderedDict.move_to_end"
 
