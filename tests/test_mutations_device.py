@@ -17,7 +17,7 @@ ENGINE = "tests/modules/test_engine_module.py::"
 
 
 def _enter_without_waiting(self: stream_order.StreamOrder, stream: int) -> None:
-    self.stream, self.handle = stream, driver.binding().CUstream(stream)
+    self.stream = stream
 
 
 CURES: dict[str, tuple[TakeOut, str]] = {

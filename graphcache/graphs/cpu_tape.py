@@ -52,15 +52,10 @@ class CpuTape:
 
     @classmethod
     def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
-        """Run ``body`` once on the static inputs and keep what it did.
+        """Run ``body`` once on the static inputs, which the graph keeps, and keep what it did.
 
-        Args:
-            body: Runs the call on ``inputs`` and returns its outputs.
-            inputs: The static inputs; the graph keeps them.
-            lock: Held during a replay; graphs that share memory share it.
-
-        Raises:
-            Refusal: If the call does something that no replay could repeat.
+        ``lock`` is held during a replay; graphs that share memory share it. A :class:`Refusal` says that the call does
+        something that no replay could repeat.
         """
         try:
             return cls._recorded(body, inputs, lock, nullcontext)

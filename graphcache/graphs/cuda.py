@@ -165,7 +165,7 @@ class CudaGraph:
             answer = [slot.fresh() for slot in self.outputs] if out is None else out
             wanted += [slot.target(tensor) for slot, tensor in zip(self.outputs, answer, strict=True)]
             self._point(wanted)
-            driver.call("cuGraphLaunch", self.executable, lane.handle)
+            driver.call("cuGraphLaunch", self.executable, stream)
             for slot, tensor in zip(self.outputs, answer, strict=True):
                 if not slot.pointers:
                     tensor.copy_(slot.buffer)
@@ -192,7 +192,7 @@ class CudaGraph:
                 return self.launch()
         with lane.lock:
             if lane.stream != stream:
-                if lane.handle is not None and driver.is_capturing(stream):
+                if lane.stream != -1 and driver.is_capturing(stream):
                     # Waiting there for work outside of the capture would invalidate it.
                     raise CudaError(
                         f"stream {stream:#x} is being captured, and this session ran last on stream "
@@ -201,7 +201,7 @@ class CudaGraph:
                 lane.enter(stream)
             if self.executable is None:
                 raise ClosedError("the graph was closed; make a new session")
-            driver.call("cuGraphLaunch", self.executable, lane.handle)
+            driver.call("cuGraphLaunch", self.executable, stream)
 
     def _point(self, wanted: Sequence[int]) -> None:
         """Patch the executable where it points elsewhere; what the driver refuses, and what comes after, is UNKNOWN."""

@@ -159,18 +159,19 @@ def failure(name: str, code: Any) -> CudaError:
         known = binding().CUresult(int(code)).name
     except ValueError:
         return CudaError(f"{name} failed with code {code}, which this cuda-python does not know")
-    return CudaError(f"{name} failed with {known} ({int(code)}){_hint(known)}")
+    return CudaError(f"{name} failed with {known} ({int(code)}){_HINTS.get(known, '')}")
 
 
-def _hint(name: str) -> str:
-    """What to do about an error."""
-    if name in ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"):
-        return "; an earlier kernel of this process failed and the CUDA context is lost: restart the process"
-    if name in ("CUDA_ERROR_NOT_INITIALIZED", "CUDA_ERROR_DEINITIALIZED"):
-        return (
-            "; CUDA does not work in this process: if it was forked after CUDA had been used, start processes with "
-            "multiprocessing's 'spawn' method; if it is ending, call nothing any more"
-        )
-    if name == "CUDA_ERROR_OUT_OF_MEMORY":
-        return "; lower max_graphs or max_bytes, or free device memory"
-    return ""
+_LOST = "; an earlier kernel of this process failed and the CUDA context is lost: restart the process"
+_NO_CUDA = (
+    "; CUDA does not work in this process: if it was forked after CUDA had been used, start processes with "
+    "multiprocessing's 'spawn' method; if it is ending, call nothing any more"
+)
+_HINTS = {
+    "CUDA_ERROR_ILLEGAL_ADDRESS": _LOST,
+    "CUDA_ERROR_LAUNCH_FAILED": _LOST,
+    "CUDA_ERROR_NOT_INITIALIZED": _NO_CUDA,
+    "CUDA_ERROR_DEINITIALIZED": _NO_CUDA,
+    "CUDA_ERROR_OUT_OF_MEMORY": "; lower max_graphs or max_bytes, or free device memory",
+}
+"""What to do about an error."""

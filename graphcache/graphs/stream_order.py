@@ -76,9 +76,8 @@ class StreamOrder:
     def __init__(self, index: int) -> None:
         self.index = index
         self.lock = native.new_lock()
+        # The raw handle of the stream of the last launch; -1 before the first one.
         self.stream = -1
-        self.handle: Any = None
-        self._handles: dict[int, Any] = {}
         self._event: Any = None
         self._scratch: Tensor | None = None
         self._pool: MemoryPool | None = None
@@ -89,10 +88,7 @@ class StreamOrder:
         """Make ``stream`` (a raw handle) the stream of the next launch, ordered after the previous one."""
         if stream == self.stream:
             return
-        handle = self._handles.get(stream)
-        if handle is None:
-            handle = self._handles[stream] = driver.binding().CUstream(stream)
-        if self.handle is not None:
+        if self.stream != -1:
             with driver.on_device(self.index):
                 self._refuse_if_captured(
                     f"a launch on stream {stream:#x} cannot wait for it; use one stream for both, or call again when "
@@ -100,8 +96,8 @@ class StreamOrder:
                 )
                 if self._event is None:
                     self._event = driver.new_event()
-                driver.order(self._event, self.handle, handle)
-        self.stream, self.handle = stream, handle
+                driver.order(self._event, self.stream, stream)
+        self.stream = stream
 
     def _refuse_if_captured(self, so: str) -> None:
         """Raise if the stream of the last launch is being captured: nothing can wait for that launch."""
@@ -157,15 +153,15 @@ class StreamOrder:
 
     def _due(self, wait: bool) -> int:
         """How many releases no launch is in the way of."""
-        if self.handle is None:
+        if self.stream == -1:
             return len(self._releases)
         if driver.is_capturing(self.stream) or driver.is_capturing(_raw_stream(self.index)):
             # A capturing thread may neither wait nor query.
             return 0
         if wait:
-            driver.call("cuStreamSynchronize", self.handle)
+            driver.call("cuStreamSynchronize", self.stream)
             return len(self._releases)
-        if driver.is_finished("cuStreamQuery", self.handle):
+        if driver.is_finished("cuStreamQuery", self.stream):
             return len(self._releases)
         action, event = self._releases[-1]
         if event is None:
@@ -173,7 +169,7 @@ class StreamOrder:
             with ExitStack() as undo:
                 event = driver.new_event()
                 undo.callback(driver.call, "cuEventDestroy", event)
-                driver.call("cuEventRecord", event, self.handle)
+                driver.call("cuEventRecord", event, self.stream)
                 undo.pop_all()
             self._releases[-1] = action, event
         count = 0
@@ -187,11 +183,11 @@ class StreamOrder:
     def wait(self) -> None:
         """Wait, on the host, for the last launch of the lane."""
         with self.lock:
-            if self.handle is None:
+            if self.stream == -1:
                 return
             with driver.on_device(self.index):
                 self._refuse_if_captured("nothing can wait for it; do this when the capture has ended")
-                driver.call("cuStreamSynchronize", self.handle)
+                driver.call("cuStreamSynchronize", self.stream)
 
     def close(self, *, wait: bool = True) -> None:
         """Give back event, pool and scratch memory once the last launch has finished; the lane can be used again."""
@@ -203,9 +199,8 @@ class StreamOrder:
                 self.close()
 
     def _forget(self) -> None:
-        """Forget streams and memory."""
-        self.stream, self.handle = -1, None
-        self._handles.clear()
+        """Forget the stream and memory."""
+        self.stream = -1
         self._scratch = self._pool = None
         if self._event is not None:
             driver.call("cuEventDestroy", self._event)

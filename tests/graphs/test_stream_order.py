@@ -38,7 +38,7 @@ def test_an_event_between_two_launches_exactly_where_the_stream_changed(order: l
         fake.driver.calls.clear()
         for index in order:
             owner.enter(streams[index])
-            assert owner.stream == int(owner.handle) == streams[index]
+            assert owner.stream == streams[index]
             fake.driver.launch(kernel, [pointer(shared)], streams[index])
         changes = sum(left != right for left, right in itertools.pairwise(order))
         assert fake.driver.calls.count("cuEventRecord") == fake.driver.calls.count("cuStreamWaitEvent") == changes
@@ -65,7 +65,7 @@ def test_the_legacy_stream_is_a_stream_like_any_other(fake: Torch) -> None:
 def test_a_captured_stream_cannot_be_waited_for(fake: Torch) -> None:
     owner, one, two = StreamOrder(0), fake.new_stream().cuda_stream, fake.new_stream().cuda_stream
     owner.enter(one)
-    handle = owner.handle
+    handle = owner.stream
     driver.begin_capture(handle)
     with pytest.raises(CudaError) as caught:
         owner.enter(two)
@@ -89,7 +89,7 @@ def test_a_stream_is_entered_only_when_it_waits(fake: Torch, name: str) -> None:
     fake.driver.fail(name)
     with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_UNKNOWN"):
         owner.enter(two)
-    assert (owner.stream, int(owner.handle)) == (one, one)
+    assert owner.stream == one
     owner.enter(two)
     fake.driver.launch(kernel, [pointer(shared)], two)
 
@@ -183,12 +183,12 @@ def test_release_waits_for_the_last_launch(fake: Torch) -> None:
 def test_release_is_put_off_while_the_stream_is_captured(fake: Torch) -> None:
     owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
-    driver.begin_capture(owner.handle)
+    driver.begin_capture(owner.stream)
     seen: list[int] = []
     owner.release(lambda: seen.append(1))
     owner.release(lambda: seen.append(2))
     assert seen == []
-    driver.call("cuGraphDestroy", driver.end_capture(owner.handle))
+    driver.call("cuGraphDestroy", driver.end_capture(owner.stream))
     owner.release(lambda: seen.append(3))
     assert seen == [1, 2, 3]
     owner.release(lambda: seen.append(4))
@@ -210,7 +210,7 @@ def test_release_that_could_not_wait_is_made_up_for(fake: Torch) -> None:
 def test_a_release_that_fails_does_not_take_the_others_with_it(fake: Torch) -> None:
     owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
-    driver.begin_capture(owner.handle)
+    driver.begin_capture(owner.stream)
     seen: list[int] = []
 
     def fails() -> None:
@@ -218,7 +218,7 @@ def test_a_release_that_fails_does_not_take_the_others_with_it(fake: Torch) -> N
 
     owner.release(fails)
     owner.release(lambda: seen.append(2))
-    driver.call("cuGraphDestroy", driver.end_capture(owner.handle))
+    driver.call("cuGraphDestroy", driver.end_capture(owner.stream))
     with pytest.raises(CudaError, match="cuGraphExecDestroy"):
         owner.release(lambda: seen.append(3))
     owner.close()
@@ -349,7 +349,7 @@ def test_a_closed_lane_can_be_used_again(fake: Torch) -> None:
         assert fake.driver.leaked() == {"events": 1}
         owner.close()
         owner.close()
-        assert (owner.stream, owner.handle, owner._handles) == (-1, None, {})
+        assert owner.stream == -1
         assert fake.driver.leaked() == {}
 
 
@@ -360,10 +360,10 @@ def test_closing_while_captured_keeps_everything_for_the_capture(fake: Torch) ->
     stream = fake.new_stream().cuda_stream
     owner.enter(stream)
     work.enqueue(stream)
-    driver.begin_capture(owner.handle)
+    driver.begin_capture(owner.stream)
     owner.close()
     assert owner._scratch is work.scratch
-    driver.call("cuGraphDestroy", driver.end_capture(owner.handle))
+    driver.call("cuGraphDestroy", driver.end_capture(owner.stream))
     owner.close()
     assert owner._scratch is None
 
