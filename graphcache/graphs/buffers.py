@@ -77,13 +77,8 @@ def is_plain_copy(tensor: Tensor, buffer: Tensor) -> bool:
 
 def lies_as(tensor: Tensor, buffer: Tensor) -> bool:
     """Whether a tensor can take the place of a buffer."""
-    return (
-        tensor.shape == buffer.shape
-        and tensor.stride() == buffer.stride()
-        and tensor.dtype is buffer.dtype
-        and tensor.device == buffer.device
-        and not (tensor.is_conj() or tensor.is_neg())
-    )
+    same = tensor.shape == buffer.shape and tensor.dtype is buffer.dtype and tensor.device == buffer.device
+    return same and is_plain_copy(tensor, buffer)
 
 
 def hollow_like(tensor: Tensor) -> Tensor:
