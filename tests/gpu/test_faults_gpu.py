@@ -68,7 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], list[Target]]] = {
     "engine, bound": ({}, [*ENGINE, (record_engine, "find_pointers")]),
     "engine, copied": ({"io": "copy"}, [*ENGINE, (record_engine, "find_copies")]),
     "engine, shared context": ({"contexts": "shared"}, [*ENGINE, (record_engine, "find_pointers")]),
-    "engine, full edges": ({"io": "copy", "edges": "full"}, [*ENGINE, (record_engine, "order_copies")]),
+    "engine, full edges": ({"io": "copy", "edges": "full"}, [*ENGINE, (record_engine, "make_all_full")]),
     "torch": ({}, TORCH),
 }
 
