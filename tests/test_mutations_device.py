@@ -10,7 +10,7 @@ from graphcache.dispatch import targets
 from graphcache.graphs import capture, cuda, driver, stream_order
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
-LANE = "tests/graphs/test_stream_order.py::"
+ORDER = "tests/graphs/test_stream_order.py::"
 CUDA = "tests/graphs/test_cuda.py::"
 CAPTURE = "tests/graphs/test_capture.py::"
 ENGINE = "tests/modules/test_engine_module.py::"
@@ -35,11 +35,11 @@ CURES: dict[str, tuple[TakeOut, str]] = {
     ),
     "what was put off is made up for": (
         replace(stream_order.StreamOrder, "reap", nothing),
-        LANE + "test_what_was_put_off_is_made_up_for",
+        ORDER + "test_what_was_put_off_is_made_up_for",
     ),
     "nothing is waited for inside a capture": (
         replace(driver, "is_capturing", lambda stream: False),
-        LANE + "test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers",
+        ORDER + "test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers",
     ),
     "a graph without nodes is none": (
         replace(driver, "node_count", lambda graph: 1),

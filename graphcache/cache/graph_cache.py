@@ -7,7 +7,7 @@ Locks. One lock serves all caches and budgets. Under it bytes are counted, and g
 step. It is never held while a graph is closed or ``on_evict`` is called, and no other lock is taken under it; what was
 taken out counts until it is closed. So modules that evict from each other can wait for each other only through what
 ``on_evict`` or ``close()`` waits for: that must not be a lock that somebody holds while reserving or storing. (A
-capture reserves before it takes the lock of the device's lane, which closing a graph needs.) A hit takes no lock:
+capture reserves before it takes the lock of the device's order, which closing a graph needs.) A hit takes no lock:
 ``entries`` may be read without it.
 """
 

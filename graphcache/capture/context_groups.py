@@ -50,7 +50,7 @@ class SharedContexts:
     for each graph as safe, and its own servers keep many graphs of one. The risk: a graph may read memory of the
     context whose contents depend on the shapes it was last used with. So the graphs of a context are replayed before
     and after each further capture, on the same inputs. Unless all answer as before, they are closed, and nothing is
-    shared any more. The engine's lane is held throughout.
+    shared any more. The engine's stream order is held throughout.
     """
 
     def __init__(self, module: EngineLike, config: GraphConfig) -> None:
@@ -97,7 +97,7 @@ class SharedContexts:
             for context in unused:
                 self._module.contexts.give_back(context)
 
-        self._module.lane.release(give_back, wait=wait)
+        self._module.order.release(give_back, wait=wait)
 
     def _with_room(self, scratch: Tensor, profile: int) -> SharedContext:
         """A context that may have a further graph."""

@@ -37,7 +37,7 @@ class EngineLike(nn.Module):
     engine: Engine
     contexts: ContextPool
     device: torch.device
-    lane: StreamOrder
+    order: StreamOrder
     users: WeakSet[Any]
     """Wrapped modules that may hold graphs of the engine; each is cleared before it changes."""
     epoch: int
@@ -100,8 +100,8 @@ class EngineScope:
     same call, with its shapes set and its kernels compiled.
     """
 
-    def __init__(self, lane: StreamOrder) -> None:
-        self._lane = lane
+    def __init__(self, order: StreamOrder) -> None:
+        self._order = order
         self._contexts: list[tuple[EngineLike, Context]] = []
         self._calls = 0
         self._refused: Cause | None = None
@@ -114,7 +114,7 @@ class EngineScope:
         self._calls += 1
         if index < len(self._contexts) and self._contexts[index][0] is module:
             return self._contexts[index][1]
-        context = module.contexts.take(self._lane.scratch(module.engine.scratch_bytes))
+        context = module.contexts.take(self._order.scratch(module.engine.scratch_bytes))
         del self._contexts[index:]
         self._contexts.append((module, context))
         return context

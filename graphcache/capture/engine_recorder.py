@@ -53,14 +53,14 @@ class EngineRecorder:
         outcome: Recording | Cause
         try:
             request.begin()
-            lane = StreamOrder(module.device.index) if sharing is Sharing.NOTHING else module.lane
+            order = StreamOrder(module.device.index) if sharing is Sharing.NOTHING else module.order
             shares = self._contexts.shares and sharing is Sharing.ALL
-            with capturing(lane) as stream, torch.inference_mode(False), torch.no_grad():
-                scratch = lane.scratch(module.engine.scratch_bytes)
+            with capturing(order) as stream, torch.inference_mode(False), torch.no_grad():
+                scratch = order.scratch(module.engine.scratch_bytes)
                 with module.engine.collect_errors(), self._contexts.one(scratch, profile, shares) as shared:
                     own = [value.detach() for value in given]
                     full_edges = self._recording.full_edges
-                    engine_call = _EngineCall(module, shared, own, lane, stream.cuda_stream, full_edges)
+                    engine_call = _EngineCall(module, shared, own, order, stream.cuda_stream, full_edges)
                     graph = self._capture(engine_call, module.device_only(own), answer, shares)
                     engine_call.returns_context = not shares
                     shared.graphs.add(graph)
@@ -133,12 +133,12 @@ class _EngineCall:
         module: EngineLike,
         shared: SharedContext,
         given: Sequence[Tensor],
-        lane: StreamOrder,
+        order: StreamOrder,
         stream: int,
         full_edges: bool,
     ) -> None:
         self._module, self._context, self._profile = module, shared.context, shared.profile
-        self._lane, self._stream = lane, stream
+        self._order, self._stream = order, stream
         self._full_edges = full_edges
         self.returns_context = False
         """Whether another graph may have the context when this one is gone: not before it is known to be in order."""
@@ -211,7 +211,7 @@ class _EngineCall:
 
     def _captured(self, enqueue: Callable[[int], bool], undo: ExitStack) -> Any:
         """Capture the call; ``undo`` destroys what was captured."""
-        captured = capture_enqueue(enqueue, self._lane, self._module.name, self._module.engine.said)
+        captured = capture_enqueue(enqueue, self._order, self._module.name, self._module.engine.said)
         undo.callback(driver.call, "cuGraphDestroy", captured)
         return captured
 
@@ -231,12 +231,12 @@ class _EngineCall:
             captured,
             inputs=slots[:count],
             outputs=slots[count:],
-            lane=self._lane,
+            order=self._order,
             # Another graph of the context may give it other scratch memory.
             keep=(self._context, self._context.scratch, self._static),
             release=self._release,
-            # Scratch memory of the module's own lane serves all of its graphs.
-            pool_bytes=0 if self._lane is self._module.lane else self._module.engine.scratch_bytes,
+            # Scratch memory of the module's own order serves all of its graphs.
+            pool_bytes=0 if self._order is self._module.order else self._module.engine.scratch_bytes,
         )
 
     def _release(self) -> None:

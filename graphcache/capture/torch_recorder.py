@@ -46,7 +46,7 @@ class TorchRecorder:
         self._config = config
         self._recording = config.recording
         self._host_lock = threading.RLock()
-        self._lanes: dict[int, StreamOrder] = {}
+        self._orders: dict[int, StreamOrder] = {}
         self._passing = 0
 
     def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
@@ -137,7 +137,7 @@ class TorchRecorder:
 
     @property
     def shared_nbytes(self) -> int:
-        return sum(lane.pool_nbytes for lane in self._lanes.values())
+        return sum(order.pool_nbytes for order in self._orders.values())
 
     @property
     def passing_nbytes(self) -> int:
@@ -147,9 +147,9 @@ class TorchRecorder:
         return []
 
     def release(self, *, wait: bool = True) -> None:
-        for lane in self._lanes.values():
-            lane.close(wait=wait)
-        self._lanes.clear()
+        for order in self._orders.values():
+            order.close(wait=wait)
+        self._orders.clear()
 
     def _check_containers(self, value: Any, call: KeyedCall) -> None:
         """Refuse an answer with a container that outlives the call, or is there twice: a replay makes new ones."""
@@ -194,9 +194,9 @@ class TorchRecorder:
 
     def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
         """Capture a call on a CUDA device."""
-        # The graphs of a lane share its memory pool, where one may overwrite what another has shown.
-        lane = self._lanes.setdefault(index, StreamOrder(index)) if shares else StreamOrder(index)
-        scope = EngineScope(lane)
+        # The graphs of an order share its memory pool, where one may overwrite what another has shown.
+        order = self._orders.setdefault(index, StreamOrder(index)) if shares else StreamOrder(index)
+        scope = EngineScope(order)
         most = 0
 
         def run(static: Sequence[Tensor]) -> list[Tensor]:
@@ -206,7 +206,7 @@ class TorchRecorder:
             most = max(most, torch.cuda.memory_allocated(index) + nbytes_of(outputs))
             return outputs
 
-        with capturing(lane):
+        with capturing(order):
             static = [static_copy(tensor) for tensor in call.inputs]
             expected = [tensor.clone() for tensor in run(static)]
             call.compare(expected)
@@ -218,7 +218,7 @@ class TorchRecorder:
                     inputs=[packed(tensor) for tensor in static],
                     direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
                     expected=expected,
-                    lane=lane,
+                    order=order,
                     keep=call.kept(),
                     release=scope.close,
                     where=self._name,

@@ -28,7 +28,7 @@ Who decides what:
 * A *denial* remembers why a key has no graph, and when to try again.
 
 Locks: ``CaptureManager.lock`` is held while a call is captured, and by whoever drops graphs. Calls of other threads
-that would have to wait for it run eagerly (``pending``). A hit takes no lock but that of the graph's lane. Subscribers
+that would have to wait for it run eagerly (``pending``). A hit takes no lock but that of the graph's order. Subscribers
 are called when this thread holds none.
 
 Whatever raises on the way to a graph, the caller has the answer of eager execution, once per call.

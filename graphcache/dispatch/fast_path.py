@@ -123,8 +123,8 @@ def put(
     assert isinstance(graph, CudaGraph)
     if (half := graph.in_native_code(table)) is not None:
         build = None if recorded.bare else recorded.build
-        lane, context = graph.lane, int(driver.primary_context(graph.index))
-        table.put(args, entry, graph, lane, lane.lock, half, graph.index, context, engine, epoch, is_stale, build)
+        order, context = graph.order, int(driver.primary_context(graph.index))
+        table.put(args, entry, graph, order, order.lock, half, graph.index, context, engine, epoch, is_stale, build)
 
 
 def open_to(call: Any, into: Any) -> None:
@@ -144,7 +144,7 @@ def launcher(graph: Graph) -> Callable[[], None]:
         return graph.launch
     context = int(driver.primary_context(graph.index))
     run: Callable[[], None] = table.run(
-        graph, graph.lane, graph.lane.lock, graph.index, context, int(graph.executable), graph.launch
+        graph, graph.order, graph.order.lock, graph.index, context, int(graph.executable), graph.launch
     )
     return run
 

@@ -25,13 +25,13 @@ from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream
 
 
 def capture_enqueue(
-    enqueue: Callable[[int], bool], lane: StreamOrder, where: str, messages: Callable[[], str] = str
+    enqueue: Callable[[int], bool], order: StreamOrder, where: str, messages: Callable[[], str] = str
 ) -> Any:
     """Capture work that allocates nothing and returns whether it could be enqueued, such as a TensorRT engine.
 
     It has run before with the same shapes, outside of any capture. The caller destroys the returned ``CUgraph``.
     """
-    stream = own_stream(lane.index, "capture").cuda_stream
+    stream = own_stream(order.index, "capture").cuda_stream
     handle = driver.binding().CUstream(stream)
     accepted, raised = False, None
     with quiet_collector():
@@ -67,21 +67,21 @@ class TorchCall:
     direct: Sequence[bool]
     # What the body returned when it ran before.
     expected: Sequence[Tensor]
-    lane: StreamOrder
+    order: StreamOrder
     # What the body refers to beyond its own closure.
     keep: object
     # Called once the graph is gone.
     release: Callable[[], object]
     # The module's name, for messages.
     where: str
-    # Whether other graphs use the lane's memory pool too, so that no graph is charged for it.
+    # Whether other graphs use the order's memory pool too, so that no graph is charged for it.
     shared: bool = False
     # Whether every kernel waits for the ones before it, however it was launched.
     full_edges: bool = False
 
 
 def record_torch(call: TorchCall) -> CudaGraph:
-    """Capture PyTorch operations, and engines between them; what they allocate comes from the lane's memory pool.
+    """Capture PyTorch operations, and engines between them; what they allocate comes from the order's memory pool.
 
     Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors. A :class:`Refusal`
     says that the body did something that cannot be captured.
@@ -89,7 +89,7 @@ def record_torch(call: TorchCall) -> CudaGraph:
     sources = [torch.empty_like(each) for each in call.inputs]
     targets = [torch.empty_like(each) for each in call.expected]
     whole = [plain and is_dense(static) for plain, static in zip(call.direct, call.inputs, strict=True)]
-    pool = call.lane.pool()
+    pool = call.order.pool()
     outputs: list[Tensor] = []
     before = [pair for pair, copied in zip(zip(call.inputs, sources, strict=True), whole, strict=True) if copied]
     after: list[tuple[Tensor, Tensor]] = []
@@ -121,7 +121,7 @@ def record_torch(call: TorchCall) -> CudaGraph:
         captured,
         inputs=slots[: len(call.inputs)],
         outputs=slots[len(call.inputs) :],
-        lane=call.lane,
+        order=call.order,
         keep=(call.keep, call.body, pool),
         release=call.release,
         pool_bytes=0 if call.shared else pool.nbytes,
@@ -129,18 +129,18 @@ def record_torch(call: TorchCall) -> CudaGraph:
 
 
 def _capture_torch(call: TorchCall, enqueue: Callable[[int], bool]) -> Any:
-    """Capture with PyTorch allocating in the lane's pool.
+    """Capture with PyTorch allocating in the order's pool.
 
     The capture is the driver's. A capture of ``torch.cuda.CUDAGraph`` that fails leaves the allocator and the random
     number generator half way through (pytorch/pytorch#92684, #190348).
     """
-    # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this lane or another,
-    # and lose when this lane is closed (pytorch/pytorch#193402). So each capture starts and ends without, and finds
-    # its workspace in the pool of its own lane, where it stays.
+    # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this order or another,
+    # and lose when this order is closed (pytorch/pytorch#193402). So each capture starts and ends without, and finds
+    # its workspace in the pool of its own order, where it stays.
     forget_workspaces()
     try:
-        with torch.inference_mode(False), torch.no_grad(), quiet_collector(), call.lane.pool().allocating():
-            return capture_enqueue(enqueue, call.lane, call.where)
+        with torch.inference_mode(False), torch.no_grad(), quiet_collector(), call.order.pool().allocating():
+            return capture_enqueue(enqueue, call.order, call.where)
     except Refusal:
         raise
     except Exception as error:
@@ -167,24 +167,24 @@ def refusal_of(error: Exception, where: str) -> Refusal:
 
 
 @contextmanager
-def capturing(lane: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
-    """Hold the device's capture lock and the lane; the capture stream is current and follows the caller's stream.
+def capturing(order: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
+    """Hold the device's capture lock and the order; the capture stream is current and follows the caller's stream.
 
     Afterwards the caller's stream follows the capture stream and is current again, whatever happened.
     """
-    with capture_lock(lane.index), lane.lock, torch.cuda.device(lane.index):
+    with capture_lock(order.index), order.lock, torch.cuda.device(order.index):
         before = torch.cuda.current_stream()
         # Memory of graphs that were evicted is there for this one.
-        lane.reap(wait=True)
-        stream = own_stream(lane.index, "capture")
+        order.reap(wait=True)
+        stream = own_stream(order.index, "capture")
         stream.wait_stream(before)
-        lane.enter(stream.cuda_stream)
+        order.enter(stream.cuda_stream)
         try:
             with torch.cuda.stream(stream):
                 yield stream
         finally:
             before.wait_stream(stream)
-            lane.enter(before.cuda_stream)
+            order.enter(before.cuda_stream)
 
 
 @contextmanager

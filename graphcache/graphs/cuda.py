@@ -86,16 +86,16 @@ class CudaGraph:
     """An instantiated CUDA graph; see :class:`~graphcache.graphs.graph.Graph` for the contract.
 
     Native code replays it too. ``executable`` (``None`` once the graph is closed), ``pointed`` and ``native`` are read
-    and changed by the holder of the lane's lock alone.
+    and changed by the holder of the order's lock alone.
 
     Args:
         captured: The ``CUgraph``, which belongs to this object from now on.
         inputs: In the order of a call.
         outputs: In the order of the answer.
-        lane: Orders this graph's launches with everything that shares memory with it.
+        order: Orders this graph's launches with everything that shares memory with it.
         keep: Whatever the captured kernels refer to: contexts, scratch memory, memory pools, weights.
         release: Called once, after the last launch has finished, or when the graph cannot be made.
-        pool_bytes: What of the lane's memory this graph alone uses.
+        pool_bytes: What of the order's memory this graph alone uses.
     """
 
     # Native code reads the executable at a fixed offset.
@@ -107,7 +107,7 @@ class CudaGraph:
         *,
         inputs: Sequence[IoSlot],
         outputs: Sequence[IoSlot],
-        lane: StreamOrder,
+        order: StreamOrder,
         keep: object,
         release: Callable[[], object],
         pool_bytes: int = 0,
@@ -119,7 +119,7 @@ class CudaGraph:
             self.nodes = driver.node_count(captured)
             if self.nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
-            self.executable = driver.instantiate(captured, own_stream(lane.index, "capture").cuda_stream)
+            self.executable = driver.instantiate(captured, own_stream(order.index, "capture").cuda_stream)
             undo.pop_all()
         self.captured: Any = captured
         self.inputs = tuple(inputs)
@@ -131,8 +131,8 @@ class CudaGraph:
         self.max_executables = MAX_EXECUTABLES if self.nodes <= SMALL and any(slot.pointers for slot in slots) else 1
         # What native code keeps of this graph.
         self.native: Any = None
-        self.lane = lane
-        self.index = lane.index
+        self.order = order
+        self.index = order.index
         self._keep = keep
         self._release = release
         self._pool_bytes = pool_bytes
@@ -155,12 +155,12 @@ class CudaGraph:
             # The legacy default stream here is another device's.
             with driver.on_device(self.index):
                 return self.replay(inputs, out)
-        lane = self.lane
-        with lane.lock:
+        order = self.order
+        with order.lock:
             if self.executable is None:
                 raise ClosedError("the graph was closed; call the module again to capture a new one")
-            if lane.stream != stream:
-                lane.enter(stream)
+            if order.stream != stream:
+                order.enter(stream)
             wanted = [slot.take(tensor) for slot, tensor in zip(self.inputs, inputs, strict=True)]
             answer = [slot.fresh() for slot in self.outputs] if out is None else out
             wanted += [slot.target(tensor) for slot, tensor in zip(self.outputs, answer, strict=True)]
@@ -179,26 +179,26 @@ class CudaGraph:
         )
 
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
-        with self.lane.lock:
+        with self.order.lock:
             if self.executable is None:
                 raise ClosedError("the graph was closed; make a new session")
             self._point([slot.address for slot in (*self.inputs, *self.outputs)])
             return [slot.buffer for slot in self.inputs], [slot.buffer for slot in self.outputs]
 
     def launch(self) -> None:
-        stream, lane = _raw_stream(self.index), self.lane
+        stream, order = _raw_stream(self.index), self.order
         if not stream and not driver.is_current(self.index):
             with driver.on_device(self.index):
                 return self.launch()
-        with lane.lock:
-            if lane.stream != stream:
-                if lane.stream != -1 and driver.is_capturing(stream):
+        with order.lock:
+            if order.stream != stream:
+                if order.stream != -1 and driver.is_capturing(stream):
                     # Waiting there for work outside of the capture would invalidate it.
                     raise CudaError(
-                        f"stream {stream:#x} is being captured, and this session ran last on stream "
-                        f"{lane.stream:#x}, which a capture cannot wait for; run it on one stream, or after the capture"
+                        f"stream {stream:#x} is being captured, and this session ran last on stream {order.stream:#x}, "
+                        f"which a capture cannot wait for; run it on one stream, or after the capture"
                     )
-                lane.enter(stream)
+                order.enter(stream)
             if self.executable is None:
                 raise ClosedError("the graph was closed; make a new session")
             driver.call("cuGraphLaunch", self.executable, stream)
@@ -228,7 +228,7 @@ class CudaGraph:
     def in_native_code(self, table: Any) -> Any:
         """What native code keeps of this graph, made by one of its tables; ``None`` where it cannot replay it."""
         slots = (*self.inputs, *self.outputs)
-        with self.lane.lock:
+        with self.order.lock:
             if self.executable is None or not self.outputs or not all(slot.pointers for slot in slots):
                 return None
             if self.native is None:
@@ -246,21 +246,21 @@ class CudaGraph:
             return self.native
 
     def let_go(self) -> None:
-        """Give the memory of outputs that copy nodes hand out to other graphs of the lane; ends poison and pin."""
-        with self.lane.lock:
+        """Give the memory of outputs that copy nodes hand out to other graphs of the order; ends poison and pin."""
+        with self.order.lock:
             for slot in self.outputs:
                 if slot.pointers:
                     slot.buffer = hollow_like(slot.buffer)
             self.nbytes = self._account()
 
     def poison(self) -> None:
-        with self.lane.lock:
-            self.lane.enter(_raw_stream(self.index))
+        with self.order.lock:
+            self.order.enter(_raw_stream(self.index))
             poison([slot.buffer for slot in self.inputs], indices=0)
             poison([slot.buffer for slot in self.outputs])
 
     def close(self, *, wait: bool = True) -> None:
-        with self.lane.lock:
+        with self.order.lock:
             executable, self.executable = self.executable, None
             if executable is None:
                 return
@@ -278,7 +278,7 @@ class CudaGraph:
                     if native is not None:
                         each.callback(native.close)
 
-            self.lane.release(destroy, wait=wait)
+            self.order.release(destroy, wait=wait)
 
     def __del__(self) -> None:
         if getattr(self, "executable", None) is not None and not sys.is_finalizing():

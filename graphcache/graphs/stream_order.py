@@ -63,11 +63,11 @@ class MemoryPool:
 
 
 class StreamOrder:
-    """A lane: launches on one device that share memory run one after another, whichever streams and threads call.
+    """Launches on one device that share memory run one after another, whichever streams and threads call.
 
     A thread holds ``lock`` while it enqueues. A launch on the stream of the previous one is ordered by the stream
     itself and costs one comparison; on another stream it waits, on the device, for the previous one. A stream must
-    outlive the lane's next launch.
+    outlive the order's next launch.
     """
 
     # Native code reads the stream at a fixed offset.
@@ -105,7 +105,7 @@ class StreamOrder:
             raise CudaError(f"stream {self.stream:#x}, where this module ran last, is being captured, so {so}")
 
     def scratch(self, nbytes: int) -> Tensor:
-        """At least ``nbytes`` bytes shared by all work of the lane, at least 256-byte aligned.
+        """At least ``nbytes`` bytes shared by all work of the order, at least 256-byte aligned.
 
         It grows by being replaced: a graph that baked the address of a smaller one keeps that one alive.
         """
@@ -115,9 +115,9 @@ class StreamOrder:
         return self._scratch
 
     def pool(self) -> MemoryPool:
-        """The memory pool of what PyTorch allocates in this lane's captures.
+        """The memory pool of what PyTorch allocates in this order's captures.
 
-        One graph's temporaries may lie where another's outputs are: the lane's graphs never run at once, and outputs
+        One graph's temporaries may lie where another's outputs are: the order's graphs never run at once, and outputs
         are copied out before the next launch.
         """
         if self._pool is None:
@@ -130,9 +130,9 @@ class StreamOrder:
         return 0 if self._pool is None else self._pool.nbytes
 
     def release(self, action: Callable[[], None], *, wait: bool = True) -> None:
-        """Run ``action``, which gives memory back, once the last launch of the lane has finished.
+        """Run ``action``, which gives memory back, once the last launch of the order has finished.
 
-        Where the host may not wait for that (``wait=False``, or the lane's or the caller's stream is being captured),
+        Where the host may not wait for that (``wait=False``, or the order's or the caller's stream is being captured),
         the action runs at a later release or :meth:`reap`.
         """
         with self.lock:
@@ -181,7 +181,7 @@ class StreamOrder:
         return count
 
     def wait(self) -> None:
-        """Wait, on the host, for the last launch of the lane."""
+        """Wait, on the host, for the last launch of the order."""
         with self.lock:
             if self.stream == -1:
                 return
@@ -190,7 +190,7 @@ class StreamOrder:
                 driver.call("cuStreamSynchronize", self.stream)
 
     def close(self, *, wait: bool = True) -> None:
-        """Give back event, pool and scratch memory once the last launch has finished; the lane can be used again."""
+        """Give back event, pool and scratch memory once the last launch has finished; the order can be used again."""
         self.release(self._forget, wait=wait)
 
     def __del__(self) -> None:

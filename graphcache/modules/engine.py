@@ -221,16 +221,16 @@ class EngineModule(EngineBase):
             )
         mapped = by_engine_names(weights, self.weight_name_map)
         self._drop_graphs(wait=wait)
-        with self.lane.lock, torch.cuda.device(self.device):
+        with self.order.lock, torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
             direct = not wait and caller.cuda_stream != 0
             stream = caller if direct else own_stream(self.device.index, "side")
             # TensorRT demands it, see IRefitter::refitCudaEngineAsync.
-            if self.lane.stream != stream.cuda_stream:
-                self.lane.wait()
+            if self.order.stream != stream.cuda_stream:
+                self.order.wait()
             # Whatever happens from here on, a graph that another thread has captured meanwhile is of before.
             self.epoch += 1
-            self.lane.enter(stream.cuda_stream)
+            self.order.enter(stream.cuda_stream)
             refit(self.engine, mapped, stream.cuda_stream)
             # The bytes and the model that it was built from have other weights.
             self._refitted, self.source = True, None
@@ -285,15 +285,15 @@ class EngineModule(EngineBase):
         """Wait for the last call, then give back context, scratch memory, graphs and engine; twice does nothing."""
         if not self.holds_engine:
             return
-        # Without the lane's lock, under which no event may be delivered.
+        # Without the order's lock, under which no event may be delivered.
         cached, self._cached = self._cached, None
         if cached is not None:
             controls(cached).close()
-        with self.lane.lock:
+        with self.order.lock:
             self._drop_contexts()
             self._runner.recorded.clear()
             if not self.engine.closed:
-                self.lane.close()
+                self.order.close()
                 self.engine.close()
 
     def extra_repr(self) -> str:

@@ -25,7 +25,7 @@ from graphcache.modules.packaging import Source
 from graphcache.modules.portable import EngineState, bytes_of, on_index, tensor_of
 from graphcache.modules.transparent import controls
 
-_WITH_AN_ENGINE = frozenset({"engine", "device", "lane", "host_inputs", "contexts"})
+_WITH_AN_ENGINE = frozenset({"engine", "device", "order", "host_inputs", "contexts"})
 """Attributes that a module without an engine does not have."""
 _OF_THIS_PROCESS = frozenset({"users", "epoch", "identity", "runtime_choice"})
 _OF_THIS_PROCESS |= {"_runner", "_cached", "_observers", "_refitted"}
@@ -104,10 +104,10 @@ class EngineBase(EngineLike):
         self.contexts = ContextPool(engine)
         """Contexts for graphs; eager calls have one of their own."""
         self._refitted = False
-        if "lane" not in self.__dict__:
+        if "order" not in self.__dict__:
             self.device = engine.device
-            self.lane = StreamOrder(self.device.index)
-        self._runner.attach(engine, self.lane)
+            self.order = StreamOrder(self.device.index)
+        self._runner.attach(engine, self.order)
 
     def __getattr__(self, name: str) -> Any:
         if name in _WITH_AN_ENGINE:
@@ -131,8 +131,8 @@ class EngineBase(EngineLike):
     def _changing(self) -> Iterator[None]:
         """Inside, nothing runs, and the engine has no graphs and no idle contexts, so that it may be changed."""
         self._drop_graphs()
-        with self.lane.lock:
-            self.lane.release(self._drop_contexts)
+        with self.order.lock:
+            self.order.release(self._drop_contexts)
             yield
             # A graph that another thread has captured meanwhile is of before.
             self.epoch += 1
@@ -187,10 +187,10 @@ class EngineBase(EngineLike):
 
     def _set_profiler(self, profiler: Any) -> None:
         """Exchange the profiler. It cannot be taken off a context."""
-        with self.lane.lock:
+        with self.order.lock:
             self._runner.profiler = profiler
             self.epoch += 1
-            self.lane.release(self._drop_contexts)
+            self.order.release(self._drop_contexts)
 
     @property
     def profiling_enabled(self) -> bool:
@@ -259,8 +259,8 @@ class EngineBase(EngineLike):
     def engine_tensor(self) -> Tensor:
         """The engine's bytes as a ``uint8`` tensor on the CPU, which is the module's own: do not write into it."""
         if self._refitted:
-            with self.lane.lock:
-                self.lane.wait()
+            with self.order.lock:
+                self.order.wait()
                 self._bytes = tensor_of(self.engine.serialized())
                 self._refitted = False
         return self._bytes

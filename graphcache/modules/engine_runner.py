@@ -56,9 +56,9 @@ class EngineRunner:
         """Contexts in graphs of the caller's, which may be replayed as long as the engine lives."""
         self._plans: dict[Layout, LayoutPlan] = {}
 
-    def attach(self, engine: Engine, lane: StreamOrder) -> None:
-        """Run this engine from now on, in the order of a lane."""
-        self._engine, self._lane = engine, lane
+    def attach(self, engine: Engine, order: StreamOrder) -> None:
+        """Run this engine from now on, in a stream order."""
+        self._engine, self._order = engine, order
         self.drop()
 
     def drop(self) -> None:
@@ -88,9 +88,9 @@ class EngineRunner:
 
     def run(self, call: EngineCall) -> list[Tensor]:
         """Run the engine on the current stream; the outputs are the caller's."""
-        lane = self._lane
-        with lane.lock:
-            stream = torch._C._cuda_getCurrentRawStream(lane.index)
+        order = self._order
+        with order.lock:
+            stream = torch._C._cuda_getCurrentRawStream(order.index)
             capturing = driver.is_capturing(stream)
             context = self.context or self._new_context(capturing)
             if capturing:
@@ -98,13 +98,13 @@ class EngineRunner:
                 self.recorded.append(context)
                 return self._run(context, call._replace(plan=None, layout=None), stream, capturing=True)
             if stream:
-                if stream != lane.stream:
-                    lane.enter(stream)
+                if stream != order.stream:
+                    order.enter(stream)
                 return self._run(context, call, stream)
             # On the legacy default stream TensorRT would synchronise the device at every call.
-            caller, side = torch.cuda.current_stream(), own_stream(lane.index, "side")
+            caller, side = torch.cuda.current_stream(), own_stream(order.index, "side")
             side.wait_stream(caller)
-            lane.enter(side.cuda_stream)
+            order.enter(side.cuda_stream)
             try:
                 with torch.cuda.stream(side):
                     outputs = self._run(context, call, side.cuda_stream)

@@ -77,7 +77,7 @@ def dot_of(graph: Any) -> str:
 
 def _from_driver(graph: CudaGraph) -> str:
     """What ``cuGraphDebugDotPrint`` writes."""
-    with graph.lane.lock:
+    with graph.order.lock:
         if graph.executable is None:
             raise ClosedError("the graph was closed; call the module again to capture a new one")
         with tempfile.TemporaryDirectory() as folder:

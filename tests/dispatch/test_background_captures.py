@@ -409,9 +409,9 @@ def test_graphs_have_scratch_memory_of_their_own(monkeypatch: pytest.MonkeyPatch
                 for _ in range(2):
                     settled(fast)(rows(fake, size))
             settled(fast)
-        lanes = {id(entry.graph.graph.lane) for entry in graphs_of(fast).entries.values()}
-        assert len(lanes) == 2
-        assert id(module.lane) not in lanes
+        orders = {id(entry.graph.graph.order) for entry in graphs_of(fast).entries.values()}
+        assert len(orders) == 2
+        assert id(module.order) not in orders
         own = next(iter(graphs_of(fast).entries.values())).nbytes
         foreground = graphcache.wrap(load("affine"))
         foreground(rows(fake, 2))

@@ -68,8 +68,8 @@ class Warm:
         """All that the two ways have in common."""
         entries = list(graphs_of(self.fast).entries.values())
         graphs = [entry.graph.graph for entry in entries]
-        lanes = [(graph.executable, graph.pointed.tolist(), graph.lane.stream) for graph in graphs]
-        return [(entry.hits, entry.used) for entry in entries], lanes
+        orders = [(graph.executable, graph.pointed.tolist(), graph.order.stream) for graph in graphs]
+        return [(entry.hits, entry.used) for entry in entries], orders
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_arguments_that_are_left_alone(fake: Torch, warm: Warm) -> None:
 
 def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: Warm) -> None:
     x, out = rows(fake, 2), rows(fake, 2)
-    lock, taken, done = warm.module.lane.lock, threading.Event(), threading.Event()
+    lock, taken, done = warm.module.order.lock, threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
@@ -511,7 +511,7 @@ def test_nothing_is_kept_of_a_call(fake: Torch, warm: Warm) -> None:
     x, out = rows(fake, 2), rows(fake, 2)
     entry = next(iter(graphs_of(warm.fast).entries.values()))
     graph = entry.graph.graph
-    objects = [x, out, None, True, entry, graph, graph.lane, warm.module, *graph.inputs, *graph.outputs]
+    objects = [x, out, None, True, entry, graph, graph.order, warm.module, *graph.inputs, *graph.outputs]
 
     def forget() -> None:
         """What the stand-in itself writes down of every call."""

@@ -132,11 +132,11 @@ def test_eviction_while_replays_wait_in_several_queues(kind, load, queues):
             there.enter_context(torch.cuda.stream(own_stream(0, "capture")))
             garbage = [torch.full((x.numel(),), float("nan"), device="cuda") for x in inputs * 32]
             if kind == "torch":
-                # In the lane's order, as any capture is: what was free when a capture ended, its own temporaries too,
+                # Ordered as any capture is: what was free when a capture ended, its own temporaries too,
                 # is free for the next one, whose work follows all launches.
-                lane = dispatcher_of(fast).target.recorder._lanes[0]
-                lane.enter(own_stream(0, "capture").cuda_stream)
-                there.enter_context(lane.pool().allocating())
+                order = dispatcher_of(fast).target.recorder._orders[0]
+                order.enter(own_stream(0, "capture").cuda_stream)
+                there.enter_context(order.pool().allocating())
             garbage += [torch.full((x.numel(),), float("nan"), device="cuda") for x in inputs * 32]
             garbage += [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(32)]
         torch.cuda.synchronize()

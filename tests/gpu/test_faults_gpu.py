@@ -248,7 +248,7 @@ def test_a_fault_at_every_step_of_a_capture(case, kind, load, monkeypatch):
         contexts = len(module.engine.contexts) - len(module.contexts) if case != "torch" else 0
         return {"contexts": contexts, "graphs": set(injector.graphs), "executables": set(injector.executables)}
 
-    # Twice, so that what is made once and kept, such as the lane's scratch memory, is there.
+    # Twice, so that what is made once and kept, such as the order's scratch memory, is there.
     for _ in range(2):
         capture_anew()
     baseline = torch_bytes()

@@ -1242,12 +1242,12 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     # Streams that earlier tests were given belong to another driver.
     own_stream, initialise = functools.cache(stream_order.own_stream.__wrapped__), cuda.CudaGraph.__init__
 
-    lanes: list[weakref.ref[stream_order.StreamOrder]] = []
+    orders: list[weakref.ref[stream_order.StreamOrder]] = []
     make_lane = stream_order.StreamOrder.__init__
 
     def remember_lane(self: stream_order.StreamOrder, index: int) -> None:
         make_lane(self, index)
-        lanes.append(weakref.ref(self))
+        orders.append(weakref.ref(self))
 
     patch.setattr(stream_order.StreamOrder, "__init__", remember_lane)
 
@@ -1273,7 +1273,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
         for reference in made:
             if (graph := reference()) is not None:
                 graph.close()
-        for each in lanes:
+        for each in orders:
             if (left := each()) is not None:
                 # Its event is of this driver, and a number to the next one.
                 left._event = None
@@ -1286,12 +1286,12 @@ class Affine:
     Args:
         fake: Whose memory and streams are used.
         size: How many elements.
-        lane: Whose scratch memory is used.
+        order: Whose scratch memory is used.
     """
 
     def __init__(self, fake: Torch, size: int, owner: stream_order.StreamOrder) -> None:
         self.fake = fake
-        self.lane = owner
+        self.order = owner
         self.scratch = owner.scratch(size * 4)
         self.x = fake.driver.heap.empty(size)
         self.y = fake.driver.heap.empty(size)
@@ -1321,7 +1321,7 @@ class Affine:
 
     def capture(self, x: Tensor | None = None, y: Tensor | None = None) -> Any:
         """A ``CUgraph`` of it."""
-        return capture.capture_enqueue(lambda stream: self.enqueue(stream, x, y), self.lane, "affine")
+        return capture.capture_enqueue(lambda stream: self.enqueue(stream, x, y), self.order, "affine")
 
     def bound(self) -> cuda.CudaGraph:
         """A graph whose kernels are pointed at the caller's tensors."""
@@ -1337,7 +1337,7 @@ class Affine:
         """A graph that begins and ends with nodes that copy."""
         source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
         work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)])
-        graph = capture.capture_enqueue(work, self.lane, "affine")
+        graph = capture.capture_enqueue(work, self.order, "affine")
         found = copies.find_copies(graph, [source, target])
         return self._graph(graph, [cuda.IoSlot(self.x, found[0], 1)], [cuda.IoSlot(self.y, found[1], 1)])
 
@@ -1350,7 +1350,7 @@ class Affine:
             graph,
             inputs=inputs,
             outputs=outputs,
-            lane=self.lane,
+            order=self.order,
             keep=self,
             release=lambda: None,
         )

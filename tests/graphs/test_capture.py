@@ -43,7 +43,7 @@ def sound(fake: Torch) -> bool:
 
 def test_captures_what_was_enqueued_and_runs_none_of_it(fake: Torch, work: Affine) -> None:
     work.y.zero_()
-    graph = capture_enqueue(work.enqueue, work.lane, "affine")
+    graph = capture_enqueue(work.enqueue, work.order, "affine")
     assert driver.node_count(graph) == 2
     assert work.y.tolist() == [0.0] * SIZE
     assert not fake.driver.capturing()
@@ -62,7 +62,7 @@ def test_captures_in_thread_local_mode_on_a_stream_of_its_own(
         lambda stream, mode: (seen.append((int(stream), mode)), real(stream, mode))[1],
     )
     streams: list[int] = []
-    driver.call("cuGraphDestroy", capture_enqueue(lambda stream: bool(streams.append(stream)) or True, work.lane, ""))
+    driver.call("cuGraphDestroy", capture_enqueue(lambda stream: bool(streams.append(stream)) or True, work.order, ""))
     assert seen == [(streams[0], fake.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)]
     assert streams[0] != 0
 
@@ -80,7 +80,7 @@ def test_a_refusal_is_told_after_the_capture_has_ended(fake: Torch, work: Affine
         return said
 
     with pytest.raises(Refusal) as caught:
-        capture_enqueue(work.enqueue, work.lane, "affine", ask)
+        capture_enqueue(work.enqueue, work.order, "affine", ask)
     cause = caught.value.cause
     assert (cause.reason, cause.where) == (Reason.NOT_CAPTURABLE, "affine")
     assert cause.detail.startswith(detail)
@@ -91,7 +91,7 @@ def test_a_refusal_is_told_after_the_capture_has_ended(fake: Torch, work: Affine
 @pytest.mark.parametrize("enqueued", [False, True])
 def test_a_refusal_after_half_of_the_work(fake: Torch, work: Affine, enqueued: bool) -> None:
     with pytest.raises(Refusal, match="not_capturable"):
-        capture_enqueue(lambda stream: enqueued and work.enqueue(stream) and False, work.lane, "")
+        capture_enqueue(lambda stream: enqueued and work.enqueue(stream) and False, work.order, "")
     assert sound(fake)
 
 
@@ -105,7 +105,7 @@ def test_an_exception_comes_out_as_it_is(fake: Torch, work: Affine, error: BaseE
         raise error
 
     with pytest.raises(type(error)) as caught:
-        capture_enqueue(enqueue, work.lane, "")
+        capture_enqueue(enqueue, work.order, "")
     assert caught.value is error
     assert sound(fake)
 
@@ -117,7 +117,7 @@ def test_an_invalidated_capture_is_a_refusal(fake: Torch, work: Affine) -> None:
         return True
 
     with pytest.raises(Refusal, match="the enqueue was refused or invalidated the capture"):
-        capture_enqueue(enqueue, work.lane, "affine")
+        capture_enqueue(enqueue, work.order, "affine")
     assert sound(fake)
     driver.call("cuGraphDestroy", work.capture())
 
@@ -129,7 +129,7 @@ def test_waiting_inside_is_a_refusal(fake: Torch, work: Affine) -> None:
         return True
 
     with pytest.raises(Refusal):
-        capture_enqueue(enqueue, work.lane, "affine")
+        capture_enqueue(enqueue, work.order, "affine")
     assert sound(fake)
 
 
@@ -141,7 +141,7 @@ def test_work_on_a_side_stream_that_never_joins_is_a_refusal(fake: Torch, work: 
         return work.enqueue(int(side))
 
     with pytest.raises(Refusal):
-        capture_enqueue(enqueue, work.lane, "affine")
+        capture_enqueue(enqueue, work.order, "affine")
     driver.call("cuEventDestroy", event)
     assert sound(fake)
 
@@ -156,7 +156,7 @@ def test_work_on_a_side_stream_that_joins_is_captured(fake: Torch, work: Affine)
         driver.order(join, side, handle)
         return True
 
-    assert driver.node_count(capture_enqueue(enqueue, work.lane, "affine")) == 2
+    assert driver.node_count(capture_enqueue(enqueue, work.order, "affine")) == 2
     assert not fake.driver.capturing()
 
 
@@ -170,7 +170,7 @@ def test_a_capture_inside_of_a_capture_leaves_the_outer_one_whole(fake: Torch, w
         inner.append(caught.value)
         return True
 
-    assert driver.node_count(capture_enqueue(enqueue, work.lane, "")) == 2
+    assert driver.node_count(capture_enqueue(enqueue, work.order, "")) == 2
     assert inner
 
 
@@ -179,7 +179,7 @@ def test_a_capture_that_cannot_begin(fake: Torch, work: Affine, name: str) -> No
     fake.driver.fail(name, "OUT_OF_MEMORY")
     ran: list[int] = []
     with pytest.raises(CudaError, match=f"{name} failed with CUDA_ERROR_OUT_OF_MEMORY"):
-        capture_enqueue(lambda stream: bool(ran.append(stream)), work.lane, "")
+        capture_enqueue(lambda stream: bool(ran.append(stream)), work.order, "")
     assert ran == []
     assert sound(fake)
     driver.call("cuGraphDestroy", work.capture())
@@ -196,7 +196,7 @@ def test_no_collection_inside(fake: Torch, work: Affine) -> None:
         (gc.enable if enabled else gc.disable)()
         try:
             with pytest.raises(Refusal):
-                capture_enqueue(enqueue, work.lane, "")
+                capture_enqueue(enqueue, work.order, "")
             assert gc.isenabled() is enabled
         finally:
             gc.enable()
@@ -226,7 +226,7 @@ class Module:
     def __init__(self, fake: Torch) -> None:
         self.fake = fake
         self.x, self.y = (fake.driver.heap.tensor(range(4)).reshape(2, 2) for _ in range(2))
-        self.lane = StreamOrder(0)
+        self.order = StreamOrder(0)
         self.modes: list[tuple[bool, bool]] = []
         self.releases = 0
         self.fails: BaseException | None = None
@@ -261,7 +261,7 @@ class Module:
                 inputs=[self.x, self.y],
                 direct=direct,
                 expected=[torch.empty(2, 2), second],
-                lane=self.lane,
+                order=self.order,
                 keep=None,
                 release=self.release,
                 where="net",
@@ -285,7 +285,7 @@ def test_torch_graphs_answer(fake: Torch, direct: tuple[bool, bool], transposed:
         assert torch.equal(total, 2 * x + y)
         assert torch.equal(turned, x.t())
     graph.close()
-    module.lane.close()
+    module.order.close()
     assert sound(fake)
 
 
@@ -306,7 +306,7 @@ def test_an_expanded_input_is_copied_by_a_node_of_the_graph(fake: Torch) -> None
             inputs=[packed(static)],
             direct=[True],
             expected=[torch.empty(2, 2)],
-            lane=module.lane,
+            order=module.order,
             keep=None,
             release=module.release,
             where="net",
@@ -318,7 +318,7 @@ def test_an_expanded_input_is_copied_by_a_node_of_the_graph(fake: Torch) -> None
         (answer,) = graph.replay([given])
         assert torch.equal(answer, 2 * given)
     graph.close()
-    module.lane.close()
+    module.order.close()
 
 
 def _doubled_rows(memory: Memory, row: bytes, out: bytes) -> None:
@@ -410,7 +410,7 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
                 inputs=[module.x],
                 direct=[True],
                 expected=[module.x],
-                lane=module.lane,
+                order=module.order,
                 keep=None,
                 release=list,
                 where="net",
@@ -436,7 +436,7 @@ def test_a_body_that_does_nothing(fake: Torch) -> None:
     with pytest.raises(Refusal) as caught:
         record_torch(
             TorchCall(
-                list, inputs=[], direct=[], expected=[], lane=StreamOrder(0), keep=None, release=list, where="net"
+                list, inputs=[], direct=[], expected=[], order=StreamOrder(0), keep=None, release=list, where="net"
             )
         )
     assert caught.value.cause.reason is Reason.EMPTY_GRAPH
@@ -461,7 +461,7 @@ STEPS = [
 def test_whichever_step_fails_nothing_is_left(fake: Torch, name: str, after: int) -> None:
     counted = Module(fake)
     counted.record().close()
-    counted.lane.close()
+    counted.order.close()
     if fake.driver.calls.count(name) <= after:
         assert fake.driver.calls.count(name) >= 1
         return
@@ -473,7 +473,7 @@ def test_whichever_step_fails_nothing_is_left(fake: Torch, name: str, after: int
         gc.collect()
         assert sound(again)
         module.record().close()
-        module.lane.close()
+        module.order.close()
         assert sound(again)
 
 
@@ -481,7 +481,7 @@ def test_a_graph_keeps_what_it_needs(fake: Torch) -> None:
     module = Module(fake)
     graph = module.record()
     kept = weakref.ref(module)
-    pool = module.lane.pool()
+    pool = module.order.pool()
     assert pool in graph._keep
     del module
     gc.collect()
@@ -503,11 +503,11 @@ def test_who_waits_for_the_graph_to_go_is_told_once(fake: Torch) -> None:
 
 def test_a_graph_is_charged_for_a_pool_of_its_own_alone(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module(fake)
-    mine, other = ({"total_size": 1000, "segment_pool_id": lane.pool().id} for lane in (module.lane, StreamOrder(0)))
+    mine, other = ({"total_size": 1000, "segment_pool_id": order.pool().id} for order in (module.order, StreamOrder(0)))
     monkeypatch.setattr(fake.cuda, "memory_snapshot", lambda: [mine, {**mine, "total_size": 500}, other, other])
     own, shared = (module.record(shared=shared).nbytes for shared in (False, True))
     assert own == shared + 1500
-    assert module.lane.pool_nbytes == 1500
+    assert module.order.pool_nbytes == 1500
     assert StreamOrder(0).pool_nbytes == 0
 
 
@@ -540,51 +540,51 @@ def test_memory_of_outputs_that_are_copied_by_an_operation_is_kept(fake: Torch) 
 
 
 def entered(fake: Torch, body: Callable[[int], None]) -> tuple[StreamOrder, int]:
-    lane, caller = StreamOrder(0), fake.new_stream()
+    order, caller = StreamOrder(0), fake.new_stream()
     with fake.on(caller):
-        with capturing(lane) as stream:
-            assert fake.raw_stream(0) == stream.cuda_stream == lane.stream
+        with capturing(order) as stream:
+            assert fake.raw_stream(0) == stream.cuda_stream == order.stream
             body(caller.cuda_stream)
         assert fake.raw_stream(0) == caller.cuda_stream
-    return lane, caller.cuda_stream
+    return order, caller.cuda_stream
 
 
 def test_the_capture_stream_follows_the_callers_and_the_callers_follows_it(fake: Torch) -> None:
     tensor = fake.driver.heap.empty(4)
     kernel = fake.driver.kernel([8], lambda memory, x: memory.write(address(x), b"1234"))
-    lane, caller = StreamOrder(0), fake.new_stream()
+    order, caller = StreamOrder(0), fake.new_stream()
     with fake.on(caller):
         fake.driver.launch(kernel, [pointer(tensor)], caller.cuda_stream)
-        with capturing(lane) as stream:
+        with capturing(order) as stream:
             fake.driver.launch(kernel, [pointer(tensor)], stream.cuda_stream)
         fake.driver.launch(kernel, [pointer(tensor)], caller.cuda_stream)
-    assert lane.stream == caller.cuda_stream
+    assert order.stream == caller.cuda_stream
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_the_callers_stream_is_current_again_whatever_happened(fake: Torch, error: type[BaseException]) -> None:
-    lane, caller = StreamOrder(0), fake.new_stream()
+    order, caller = StreamOrder(0), fake.new_stream()
     with fake.on(caller):
-        with pytest.raises(error), capturing(lane):
+        with pytest.raises(error), capturing(order):
             raise error
         assert fake.raw_stream(0) == caller.cuda_stream
-    assert lane.stream == caller.cuda_stream
-    assert lane.lock.acquire(blocking=False)
+    assert order.stream == caller.cuda_stream
+    assert order.lock.acquire(blocking=False)
     assert capture_lock(0).acquire(blocking=False)
-    lane.lock.release()
+    order.lock.release()
     capture_lock(0).release()
 
 
 def test_the_lane_is_ordered_around_it(fake: Torch) -> None:
-    lane, tensor = StreamOrder(0), fake.driver.heap.empty(4)
+    order, tensor = StreamOrder(0), fake.driver.heap.empty(4)
     kernel = fake.driver.kernel([8], lambda memory, x: memory.write(address(x), b"1234"))
     earlier = fake.new_stream().cuda_stream
-    lane.enter(earlier)
+    order.enter(earlier)
     fake.driver.launch(kernel, [pointer(tensor)], earlier)
-    with fake.on(fake.new_stream()), capturing(lane) as stream:
+    with fake.on(fake.new_stream()), capturing(order) as stream:
         fake.driver.launch(kernel, [pointer(tensor)], stream.cuda_stream)
     later = fake.new_stream().cuda_stream
-    lane.enter(later)
+    order.enter(later)
     fake.driver.launch(kernel, [pointer(tensor)], later)
 
 
@@ -596,6 +596,6 @@ def test_captures_of_one_device_take_turns(fake: Torch) -> None:
         thread.start()
         thread.join()
 
-    lane, caller = entered(fake, body)
+    order, caller = entered(fake, body)
     assert held == [False]
-    assert lane.stream == caller
+    assert order.stream == caller

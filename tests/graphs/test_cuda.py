@@ -214,7 +214,7 @@ def test_several_outputs(fake: Torch) -> None:
         first,
         inputs=[IoSlot(mine[0], found[0], 256)],
         outputs=[IoSlot(mine[1], copied, 1), IoSlot(mine[2], found[2], 256), IoSlot(mine[3], [], 1)],
-        lane=owner,
+        order=owner,
         keep=mine,
         release=lambda: None,
     )
@@ -428,7 +428,7 @@ def test_a_graph_without_nodes_is_refused_and_released(fake: Torch) -> None:
             empty,
             inputs=[],
             outputs=[],
-            lane=StreamOrder(0),
+            order=StreamOrder(0),
             keep=None,
             release=lambda: None,
         )
@@ -463,7 +463,7 @@ def test_accounts_for_memory(fake: Torch) -> None:
         captured,
         inputs=[IoSlot(halves[0], [], 1)],
         outputs=[IoSlot(halves[1], [], 1)],
-        lane=work.lane,
+        order=work.order,
         keep=None,
         release=lambda: None,
         pool_bytes=1000,
@@ -482,7 +482,7 @@ def test_close_gives_everything_back(fake: Torch, graph: CudaGraph) -> None:
     gc.collect()
     assert kept() is None
     assert fake.driver.leaked() == {}
-    assert len(fake.driver.heap.blocks) == 3, "input, answer, and the scratch memory of the lane"
+    assert len(fake.driver.heap.blocks) == 3, "input, answer, and the scratch memory of the order"
     assert torch.equal(answer, x * 3 + 1)
 
 
@@ -579,7 +579,7 @@ def test_a_release_that_fails_still_lets_go_of_the_memory(fake: Torch) -> None:
 
 def test_the_legacy_stream_is_the_current_one_by_default(fake: Torch, bound: CudaGraph) -> None:
     bound.replay([given_to(fake)])
-    assert bound.lane.stream == 0
+    assert bound.order.stream == 0
 
 
 def test_launching_into_a_capture_of_the_callers_makes_a_node(fake: Torch, bound: CudaGraph) -> None:

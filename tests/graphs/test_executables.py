@@ -55,7 +55,7 @@ class Nodes:
     Tensors are numbers: each stands for memory of its own.
     """
 
-    def __init__(self, fake: Torch, nodes: int = 2, lane: StreamOrder | None = None) -> None:
+    def __init__(self, fake: Torch, nodes: int = 2, order: StreamOrder | None = None) -> None:
         self.fake = fake
         self.seen = seen = list[list[int]]()
         self.next = 0
@@ -78,14 +78,14 @@ class Nodes:
             graphs[0],
             inputs=slots[:2],
             outputs=slots[2:],
-            lane=StreamOrder(0) if lane is None else lane,
+            order=StreamOrder(0) if order is None else order,
             keep=None,
             release=lambda: None,
         )
         self.table = fast_path.new_table()
         entry: Entry[Recording] = Entry(Recording(self.graph, lambda outputs, _: outputs[0], whole=True, bare=True))
         fast_path.put(self.table, (tensors[0][0], tensors[0][1]), entry)
-        # The first call, after which the lane is on the current stream, is Python's.
+        # The first call, after which the order is on the current stream, is Python's.
         self.graph.replay([self.at(100), self.at(101)], [self.at(102)])
         fake.driver.calls.clear()
 
@@ -245,7 +245,7 @@ def test_a_graph_that_is_hardly_used_has_one(fake: Torch) -> None:
 )
 def test_a_graph_that_takes_turns_with_others_has_one(fake: Torch, alone: int, between: int, most: int) -> None:
     nodes = Nodes(fake)
-    other = Nodes(fake, lane=nodes.graph.lane)
+    other = Nodes(fake, order=nodes.graph.order)
     for step in range(600):
         if step % (alone + between) >= alone:
             other.into(1, 2, 3)
@@ -402,8 +402,8 @@ def test_several_graphs_in_turn_are_pointed_at_one_input_before_a_launch(
     fake: Torch, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """What lies ready for one graph is in the others' way: each gets other memory every time, which costs no time."""
-    lane = StreamOrder(0)
-    made: list[CudaGraph] = [Affine(fake, 6, lane).bound() for _ in range(count)]
+    order = StreamOrder(0)
+    made: list[CudaGraph] = [Affine(fake, 6, order).bound() for _ in range(count)]
     inputs = [fake.driver.heap.tensor([float(start + place) for place in range(6)]) for start in range(2)]
     blocks = Blocks(fake, made[0].outputs[0].buffer, 2 * count + 2)
     monkeypatch.setattr(IoSlot, "fresh", lambda slot: blocks(slot))

@@ -1,4 +1,4 @@
-"""The lock of a lane: what ``threading.RLock`` promises, of the library's lock as well."""
+"""The lock of a StreamOrder: what ``threading.RLock`` promises, of the library's lock as well."""
 
 from __future__ import annotations
 

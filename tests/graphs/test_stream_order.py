@@ -269,7 +269,7 @@ def test_where_nothing_runs_no_event_is_made(fake: Torch) -> None:
 
 
 def test_what_is_not_finished_keeps_what_comes_after_it(fake: Torch) -> None:
-    """The lane's launches follow one another, whichever stream they are on; so do its releases."""
+    """The order's launches follow one another, whichever stream they are on; so do its releases."""
     owner, streams = StreamOrder(0), [fake.new_stream().cuda_stream for _ in range(2)]
     seen: list[int] = []
     owner.enter(streams[0])

@@ -534,14 +534,14 @@ def test_a_graph_captured_beside_a_refit_is_of_before(fake: Torch) -> None:
     fast = graphcache.wrap(module)
     x = fake.driver.heap.tensor([[1.0, 2.0]])
     patch = pytest.MonkeyPatch()
-    wait = module.lane.wait
+    wait = module.order.wait
 
     def captured_meanwhile() -> None:
         patch.undo()
         fast(x)
         wait()
 
-    patch.setattr(module.lane, "wait", captured_meanwhile)
+    patch.setattr(module.order, "wait", captured_meanwhile)
     module.refit({"shift": torch.tensor([5.0, 5.0])})
     assert torch.equal(fast(x), x * torch.tensor([2.0, 3.0]) + 5)
     assert fast.cache_info().captures == 2
@@ -1436,10 +1436,10 @@ def test_an_error_of_a_device_that_is_lost_is_told(fake: Torch) -> None:
 
 
 def test_the_stand_in_would_find_unordered_work(fake: Torch) -> None:
-    """What the tests above rest on: without the lane, two calls on two streams are found to race."""
+    """What the tests above rest on: without the order, two calls on two streams are found to race."""
     module = load("affine")
     with fake.on(fake.new_stream()):
         module(rows(fake, 2))
-    module.lane.handle, module.lane.stream = None, -1
+    module.order.handle, module.order.stream = None, -1
     with fake.on(fake.new_stream()), pytest.raises(Violation, match="race for memory"):
         module(rows(fake, 2))

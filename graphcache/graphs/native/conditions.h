@@ -50,10 +50,10 @@ Outcome may_launch(State& state, const Record& record, uint64_t* stream) {
   return idle ? Outcome::done : Outcome::left_alone;
 }
 
-// With the lane's lock: whether the graph is there, of this epoch, and ran last on this stream.
+// With the order's lock: whether the graph is there, of this epoch, and ran last on this stream.
 Outcome is_current(State& state, const Record& record, uint64_t stream) {
   if (!state.is_open(record.graph)) return Outcome::left_alone;
-  if (state.stream.number(record.lane) != stream) return Outcome::left_alone;
+  if (state.stream.number(record.order) != stream) return Outcome::left_alone;
   if (record.engine == nullptr) return Outcome::done;
   // Where nn.Module would find it in the end.
   Ref attributes(PyObject_GenericGetDict(record.engine, nullptr));

@@ -1,7 +1,7 @@
 // The native half of a CudaGraph: where its tensors' addresses stand, its executables, and the outputs of its next call.
 //
 // The first executable is Python's, and so is the array that says where it points; both ways keep that right. The others
-// are made, pointed, launched and destroyed here alone. Whoever reads or writes any of this holds the lane's lock.
+// are made, pointed, launched and destroyed here alone. Whoever reads or writes any of this holds the order's lock.
 #pragma once
 
 #include "driver.h"

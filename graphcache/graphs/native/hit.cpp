@@ -1,6 +1,6 @@
 // A hit in native code: what Dispatcher.__call__ (dispatch/dispatcher.py) and CudaGraph.replay (graphs/cuda.py) do.
 //
-// What both ways need stands in Python objects: whether a graph is open, on which stream a lane ran last, how often an
+// What both ways need stands in Python objects: whether a graph is open, on which stream an order ran last, how often an
 // entry was hit. It is read and written here at the offsets that the member descriptors of __slots__ name. A graph's
 // first executable is Python's, and where it points stands in an array that both keep right. Its further executables and
 // the outputs of its next call are of this side alone (graph.h). So the general way, in Python, may run between any two
@@ -13,7 +13,7 @@
 //
 // Calls come here by the vectorcall of two Python functions (doors.h), and sessions by an object of their own (run.h).
 //
-// The GIL is held throughout, but for cuGraphLaunch, which blocks while the launch queue is full. The lane's lock is
+// The GIL is held throughout, but for cuGraphLaunch, which blocks while the launch queue is full. The order's lock is
 // held from the first look at the graph to the last change of it; it is the GIL that guards it (lock.h).
 //
 // CUDA's headers and libraries are not needed: the addresses of seven driver functions come from Python (driver.h).

@@ -1,4 +1,4 @@
-// The lock of a lane.
+// The lock of a StreamOrder.
 #pragma once
 
 #include "objects.h"
@@ -13,7 +13,7 @@ struct Lock {
   Py_ssize_t count, waiting;
   bool called;
   PyThread_type_lock gate;
-  const void* launched_last;  // The graph of the lane that native code launched last; compared, never followed.
+  const void* launched_last;  // The graph of the order that native code launched last; compared, never followed.
 
   bool take() {
     const unsigned long me = PyThread_get_thread_ident();
@@ -113,7 +113,7 @@ PyType_Slot lock_slots[] = {{Py_tp_new, reinterpret_cast<void*>(lock_new)},
 
 PyType_Spec lock_spec = {"_graphcache_hit.Lock", sizeof(Lock), 0, Py_TPFLAGS_DEFAULT, lock_slots};
 
-// A lane's lock, taken without waiting and given back at the end.
+// An order's lock, taken without waiting and given back at the end.
 class Held {
  public:
   explicit Held(Lock& lock) : lock_(lock), held_(lock.take()) {}

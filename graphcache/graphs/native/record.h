@@ -14,7 +14,7 @@ struct Record {
   size_t users = 0;  // Guarded by the GIL, as everything here.
   std::vector<Ref> held;  // Everything borrowed below.
   Lock* lock;
-  PyObject *entry, *graph, *lane, *index;
+  PyObject *entry, *graph, *order, *index;
   Graph* native;
   int device;
   uint64_t context;  // Of its device.

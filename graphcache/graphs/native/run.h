@@ -16,11 +16,11 @@ struct Run {
   void* executable;
   uint64_t context;
   int device;
-  PyObject *table, *graph, *lane, *lock, *index, *otherwise;
+  PyObject *table, *graph, *order, *lock, *index, *otherwise;
 };
 
 std::array<PyObject**, 6> held_by(Run& run) {
-  return {&run.table, &run.graph, &run.lane, &run.lock, &run.index, &run.otherwise};
+  return {&run.table, &run.graph, &run.order, &run.lock, &run.index, &run.otherwise};
 }
 
 Outcome run_once(Run& run) {
@@ -30,7 +30,7 @@ Outcome run_once(Run& run) {
   if (!is_here(state, stream, run.context)) return Outcome::left_alone;
   Held lock(*reinterpret_cast<Lock*>(run.lock));
   if (!lock) return Outcome::left_alone;
-  if (!state.is_open(run.graph) || state.stream.number(run.lane) != stream) return Outcome::left_alone;
+  if (!state.is_open(run.graph) || state.stream.number(run.order) != stream) return Outcome::left_alone;
   return launch(*state.driver, run.executable, stream);
 }
 
@@ -84,17 +84,17 @@ PyType_Spec run_spec = {"_graphcache_hit.Run", sizeof(Run), 0,
 
 PyTypeObject* run_type;
 
-// (graph, lane, lock, index, context, executable, otherwise)
+// (graph, order, lock, index, context, executable, otherwise)
 PyObject* table_run(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
-  PyObject *graph, *lane, *lock, *index, *executable, *otherwise;
+  PyObject *graph, *order, *lock, *index, *executable, *otherwise;
   unsigned long long context;
-  if (!PyArg_ParseTuple(given, "OOOOKOO:run", &graph, &lane, &lock, &index, &context, &executable, &otherwise))
+  if (!PyArg_ParseTuple(given, "OOOOKOO:run", &graph, &order, &lock, &index, &context, &executable, &otherwise))
     return nullptr;
   void* handle = pointer_of(executable);
   if (PyErr_Occurred()) return nullptr;
-  if (!state.executable.is_of(graph) || !state.stream.is_of(lane))
+  if (!state.executable.is_of(graph) || !state.stream.is_of(order))
     return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a StreamOrder");
   if (!Py_IS_TYPE(lock, lock_type)) return Py_NewRef(otherwise);
   auto* made = reinterpret_cast<Run*>(run_type->tp_alloc(run_type, 0));
@@ -106,7 +106,7 @@ PyObject* table_run(Table* self, PyObject* given) {
   made->device = device_of(index);
   made->table = Py_NewRef(reinterpret_cast<PyObject*>(self));
   made->graph = Py_NewRef(graph);
-  made->lane = Py_NewRef(lane);
+  made->order = Py_NewRef(order);
   made->lock = Py_NewRef(lock);
   made->index = Py_NewRef(index);
   made->otherwise = Py_NewRef(otherwise);

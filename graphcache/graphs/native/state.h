@@ -20,7 +20,7 @@ struct State {
   std::shared_ptr<Driver> driver;
   std::unordered_multimap<uint64_t, Using> records;
 
-  // Whether a CudaGraph was not closed; with the lane's lock.
+  // Whether a CudaGraph was not closed; with the order's lock.
   bool is_open(PyObject* graph) const {
     PyObject* found = executable.in(graph);
     return found != nullptr && found != Py_None;

@@ -37,16 +37,16 @@ PyObject* table_graph(Table* self, PyObject* given) {
   END_HANDLE_TH_ERRORS
 }
 
-// (args, entry, graph, lane, lock, its native half, index, context, engine, epoch, is_stale, build)
+// (args, entry, graph, order, lock, its native half, index, context, engine, epoch, is_stale, build)
 PyObject* table_put(Table* self, PyObject* given) {
   HANDLE_TH_ERRORS
   State& state = *self->state;
-  PyObject *args, *entry, *graph, *lane, *lock, *native, *index, *engine, *epoch, *is_stale, *build;
+  PyObject *args, *entry, *graph, *order, *lock, *native, *index, *engine, *epoch, *is_stale, *build;
   unsigned long long context;
-  if (!PyArg_ParseTuple(given, "O!OOOOO!OKOOOO:put", &PyTuple_Type, &args, &entry, &graph, &lane, &lock, graph_type,
+  if (!PyArg_ParseTuple(given, "O!OOOOO!OKOOOO:put", &PyTuple_Type, &args, &entry, &graph, &order, &lock, graph_type,
                         &native, &index, &context, &engine, &epoch, &is_stale, &build))
     return nullptr;
-  if (!state.hits.is_of(entry) || !state.executable.is_of(graph) || !state.stream.is_of(lane))
+  if (!state.hits.is_of(entry) || !state.executable.is_of(graph) || !state.stream.is_of(order))
     return PyErr_Format(PyExc_TypeError, "expected an Entry, a CudaGraph and a StreamOrder");
   // What was made before there was a library has a lock of Python's.
   if (!Py_IS_TYPE(lock, lock_type)) Py_RETURN_FALSE;
@@ -58,7 +58,7 @@ PyObject* table_put(Table* self, PyObject* given) {
     Py_RETURN_FALSE;
   record->entry = record->hold(entry);
   record->graph = record->hold(graph);
-  record->lane = record->hold(lane);
+  record->order = record->hold(order);
   record->lock = reinterpret_cast<Lock*>(record->hold(lock));
   record->index = record->hold(index);
   record->device = device_of(index);
@@ -96,15 +96,15 @@ PyObject* table_clear_method(Table* self, PyObject*) {
 PyObject* table_new(PyTypeObject* type, PyObject* given, PyObject* names) {
   HANDLE_TH_ERRORS
   if (names != nullptr && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
-  PyObject *graph, *lane, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *failure, *quiet;
+  PyObject *graph, *order, *entry, *modes_class, *modes, *counter, *raw_stream, *device, *failure, *quiet;
   int torchs_own;
   unsigned long long addresses[7];
-  if (!PyArg_ParseTuple(given, "(OOOO)OOOpOOO(KKKKKKK):Table", &graph, &lane, &entry, &modes_class, &modes, &counter,
+  if (!PyArg_ParseTuple(given, "(OOOO)OOOpOOO(KKKKKKK):Table", &graph, &order, &entry, &modes_class, &modes, &counter,
                         &raw_stream, &torchs_own, &device, &failure, &quiet, &addresses[0], &addresses[1],
                         &addresses[2], &addresses[3], &addresses[4], &addresses[5], &addresses[6]))
     return nullptr;
   auto state = std::make_unique<State>();
-  if (!state->executable.find(graph, "executable") || !state->stream.find(lane, "stream") ||
+  if (!state->executable.find(graph, "executable") || !state->stream.find(order, "stream") ||
       !state->hits.find(entry, "hits") || !state->used.find(entry, "used") || !state->off.find(modes_class, "off"))
     return nullptr;
   if (!PyContextVar_CheckExact(modes) || !PyIter_Check(counter) ||
