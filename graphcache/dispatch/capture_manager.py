@@ -90,8 +90,9 @@ class CaptureManager:
             self.graphs.shared = 0
 
     def notice_device(self, call: KeyedCall) -> None:
-        """Note whether calls concern a CUDA device."""
-        self.on_cuda = self.on_cuda or self.target.device_of(call.tensors) is not None
+        """Note if a call concerns a CUDA device."""
+        if self.target.device_of(call.tensors) is not None:
+            self.on_cuda = True
 
     # ---- denials
 

@@ -157,7 +157,8 @@ class Dispatcher:
 
     def miss(self, call: KeyedCall) -> Any:
         """Answer a call that no graph of its key has answered."""
-        self.captures.notice_device(call)
+        if not self.captures.on_cuda:
+            self.captures.notice_device(call)
         self.captures.keys.note(call.key, call.args, call.kwargs)
         self.check_open()
         if (reason := self.forbidden()) is not None:
