@@ -185,7 +185,7 @@ class _Operations(DispatchMode):
         if self._given:
             return
         constants = [value for value in flatten([*args, *kwargs.items()]) if not isinstance(value, Tensor)]
-        values = [bytes(_bytes(tensor).flatten().tolist()) for tensor in leaves] if lifted else []
+        values = list(map(_digest, leaves)) if lifted else []
         made = tuple([_layout(tensor)[1:] for tensor in results])
         self._trace.append((str(func), inputs, repr(constants), repr(values), made))
 
@@ -250,6 +250,15 @@ class _Operations(DispatchMode):
             self.cause = Cause(reason, where)
             if not where.startswith(("self", "args", "kwargs")):
                 self.submodule = self._watched.path_here()
+
+
+def _digest(constant: Tensor) -> str:
+    """What stands for the elements of a constant that is made of Python numbers; nothing for one without memory."""
+    try:
+        held = _bytes(constant).contiguous().cpu().numpy()
+    except (RuntimeError, NotImplementedError):
+        return ""
+    return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
 
 
 def _layout(tensor: Tensor) -> tuple[Hashable, ...]:

@@ -94,6 +94,9 @@ STEPS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "_items": (changing.counts, ("attribute", "list")),
     "_follow": (changing.counts, ("attribute", "dict")),
     "_object": (changing.counts, ("attribute", "object")),
+    "_machinery": (changing.counts, ("attribute", "thread")),
+    "_classes_of": (changing.counts, ("attribute", "base of a class")),
+    "_named_in_modules": (changing.counts, ("attribute", "module of Python")),
 }
 """Steps of the walk."""
 
