@@ -142,7 +142,13 @@ class _Operations(DispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "_schema", None) is None:
-            return self.higher_order(func, args, kwargs)
+            out = self.higher_order(func, args, kwargs)
+            # Its functions run under this mode; what it makes of their results itself is not seen.
+            known = {*self.outside, *self._inputs, *map(storage_of, _tensors((args, kwargs)))}
+            for tensor in _tensors(out):
+                if (address := storage_of(tensor)) not in known:
+                    self._made.setdefault(address, (len(self._made), tensor))
+            return out
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
         drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
@@ -218,7 +224,7 @@ class _Operations(DispatchMode):
     def note_answer(self, value: Any) -> None:
         """Note what the call returned: memory of outside, and values that no operation made."""
         leaves, tree = pytree.tree_flatten(value)
-        self._reads([leaf for leaf in leaves if isinstance(leaf, Tensor) and storage_of(leaf)])
+        self._reads([tensor for tensor in _tensors(leaves) if storage_of(tensor)])
         self._trace.append((str(tree), *(self._name(x) if isinstance(x, Tensor) else repr(x) for x in leaves)))
 
     def digest(self) -> bytes:
@@ -259,6 +265,10 @@ def _digest(constant: Tensor) -> str:
     except (RuntimeError, NotImplementedError):
         return ""
     return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
