@@ -47,8 +47,16 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> ExitStack:
     undo = ExitStack()
     undo.callback(ledger.observers.add(_Ranges(push, pop), replays=False))
     if hits:
-        undo.callback(module.register_forward_pre_hook(lambda *_: push(f"call {ledger.name}")).remove)
-        undo.callback(module.register_forward_hook(lambda *_: pop(), always_call=True).remove)
+
+        # What a hook returns would take the place of the arguments or the answer.
+        def begin(*_: Any) -> None:
+            push(f"call {ledger.name}")
+
+        def end(*_: Any) -> None:
+            pop()
+
+        undo.callback(module.register_forward_pre_hook(begin).remove)
+        undo.callback(module.register_forward_hook(end, always_call=True).remove)
     return undo
 
 
