@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextvars
 import hashlib
+import itertools
 import random
 import sys
 import types
@@ -37,9 +38,10 @@ from graphcache.graphs.operations import decompose_composite, flatten, is_unwatc
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
-from graphcache.keys.values import same
+from graphcache.keys.values import same, text_of
 
 _MISSING: Any = object()
+_numbers = itertools.count()
 
 MAX_CONTENTS = 64 << 20
 """Bytes of tensors on the CPU whose contents are compared before and after an observed run."""
@@ -225,7 +227,7 @@ class _Operations(DispatchMode):
         """Note what the call returned: memory of outside, and values that no operation made."""
         leaves, tree = pytree.tree_flatten(value)
         self._reads([tensor for tensor in _tensors(leaves) if storage_of(tensor)])
-        self._trace.append((str(tree), *(self._name(x) if isinstance(x, Tensor) else repr(x) for x in leaves)))
+        self._trace.append((_text(tree), *(self._name(x) if isinstance(x, Tensor) else _text(x) for x in leaves)))
 
     def digest(self) -> bytes:
         """A digest of what was done."""
@@ -265,6 +267,14 @@ def _digest(constant: Tensor) -> str:
     except (RuntimeError, NotImplementedError):
         return ""
     return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
+
+
+def _text(value: Any) -> str:
+    """What tells values of an answer apart. One without a text, such as a member whose repr raises, equals nothing."""
+    try:
+        return text_of(value)
+    except Exception:
+        return f"no text, {next(_numbers)}"
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -54,10 +54,6 @@ class Engine:
         self._own_kernels: StoredRuntimeCache | None = None
         self.library = library(tensorrt)
         self.trt: Any = self.library.module
-        self.collect_errors: Callable[[], AbstractContextManager[list[str]]] = self.library.logger.collect
-        """Collects the errors that TensorRT logs in this thread; Ctrl-C that it swallowed is raised at the end."""
-        self.said: Callable[[], str] = self.library.logger.said
-        """What was collected so far in the innermost block of this thread, for a message."""
         if not isinstance(name, str):
             raise ConfigError(f"name={shown(name)}: expected text")
         label = name or "the engine"
@@ -68,6 +64,10 @@ class Engine:
         require_gpu(f"running {label}")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._lock = threading.Lock()
+        self.collect_errors: Callable[[], AbstractContextManager[list[str]]] = self.library.logger.collect
+        """Collects the errors that TensorRT logs in this thread; Ctrl-C that it swallowed is raised at the end."""
+        self.said: Callable[[], str] = self.library.logger.said
+        """What was collected so far in the innermost block of this thread, for a message."""
         self._runtime = self.trt.Runtime(self.library.logger)
         with self.collect_errors() as said:
             self._engine = self._runtime.deserialize_cuda_engine(serialized)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from graphcache.errors import Reason, Refusal, shown
 from graphcache.keys.ambient import USUAL, State, ambient_state
 from graphcache.keys.user_code import is_library
-from graphcache.keys.values import is_plain, is_rebuilt
+from graphcache.keys.values import is_plain, is_rebuilt, text_of
 
 Part = tuple[Any, ...]
 """One argument, item or constant in a key. It begins with the dtype of a tensor, or with the type of anything else:
@@ -230,7 +230,7 @@ def _of_member(member: Any, where: str) -> Iterator[Hashable]:
             items = value if type(value) is tuple else (value,)
             if not all(map(is_plain, items)):
                 raise Refusal(Reason.ARGUMENT, where, f"{shown(member)}, whose {name} may change")
-            yield name, repr(value)
+            yield name, tuple(map(text_of, items))
 
 
 def node_of(kind: type) -> Any:

@@ -271,6 +271,11 @@ _READERS: tuple[tuple[Any, Callable[[Any], tuple[Any, tuple[Any, ...]]]], ...] =
 )
 
 
+def text_of(value: Any) -> str:
+    """What tells plain values of a type apart; it raises what ``repr`` raises, which refuses no long integer here."""
+    return hex(value) if type(value) is int else repr(value)
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value is immutable and holds nothing to follow."""
     return type(value) in ATOMS

@@ -47,7 +47,6 @@ def nvtx_ranges(module: CachedModule, *, hits: bool = False) -> ExitStack:
     undo = ExitStack()
     undo.callback(ledger.observers.add(_Ranges(push, pop), replays=False))
     if hits:
-
         # What a hook returns would take the place of the arguments or the answer.
         def begin(*_: Any) -> None:
             push(f"call {ledger.name}")
