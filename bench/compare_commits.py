@@ -122,9 +122,10 @@ def _timed(call: Callable[[], object]) -> dict[str, float]:
     return {"cpu_us": statistics.median(cpu), "us": statistics.median(whole)}
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace) -> None:
     """Measure all models in both checkouts, in turn."""
     found: dict[str, Any] = {}
+    facts = {"old": arguments.commits[0], "new": arguments.commits[1], "rounds": arguments.rounds, "seed": 0}
     for name in arguments.models:
         runs: dict[str, list[Any]] = {"old": [], "new": []}
         for _ in range(arguments.rounds):
@@ -140,7 +141,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 ),
                 flush=True,
             )
-    return found
+        if arguments.out is not None:
+            # After each model: what was measured is kept if the run is ended.
+            from bench.record import environment
+
+            arguments.out.write_text(
+                json.dumps({"environment": environment(0), **facts, "models": found}, indent=1) + "\n"
+            )
 
 
 def _process(checkout: str, name: str, arguments: argparse.Namespace) -> Any:
@@ -183,12 +190,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.engines)))
         return
-    found = compare(arguments)
-    if arguments.out is not None:
-        from bench.record import environment
-
-        facts = {"old": arguments.commits[0], "new": arguments.commits[1], "rounds": arguments.rounds, "seed": 0}
-        arguments.out.write_text(json.dumps({"environment": environment(0), **facts, "models": found}, indent=1) + "\n")
+    compare(arguments)
 
 
 if __name__ == "__main__":

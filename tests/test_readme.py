@@ -102,15 +102,17 @@ MODELS = {
     "mlp8": "MLP, 8 layers (TensorRT engine)",
     "policy": "Robot policy, 3 layers (TensorRT engine)",
     "mlp": "MLP, 8 layers (PyTorch)",
-    "resnet18": "ResNet-18, one image (PyTorch)",
     "bert": "Small BERT, 12 layers (PyTorch)",
 }
 """The models of the picture, as ``bench.compare_commits`` calls them and as readers do."""
 
 
 def gain_picture():
-    """The picture of the README: eager calls and hits of ``compare-h200.json``, the fastest of three processes."""
-    measured = json.loads((RESULTS / "compare-h200.json").read_text(encoding="utf-8"))["models"]
+    """The picture of the README: eager calls and hits, the fastest of three processes, for BERT of one."""
+    files = [RESULTS / f"compare-{name}.json" for name in ("h200", "bert-h200")]
+    measured = {
+        name: rows for file in files for name, rows in json.loads(file.read_text(encoding="utf-8"))["models"].items()
+    }
     width, left, scale, height = 860, 316, 400, 96 + 54 * len(MODELS)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
