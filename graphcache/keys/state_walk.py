@@ -36,7 +36,6 @@ from graphcache.keys.values import (
     array_state,
     hidden_state,
     is_plain,
-    results_of,
 )
 
 MAX_CONTAINERS = 50_000
@@ -294,8 +293,7 @@ class StateWalk:
         hidden = hidden_state(value)
         if hidden is not None:
             self._add((CacheNode if issubclass(kind, _COMPARED) else HiddenNode)(parent, key, value))
-            results = results_of(value) if issubclass(kind, functools._lru_cache_wrapper) else []
-            for item in (*hidden[1], *results):
+            for item in hidden[1]:
                 self._push(parent, key, item)
 
     def _attributes(self, parent: StateNode | None, key: str, value: Any) -> None:

@@ -223,17 +223,13 @@ def _read_generator(value: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _read_cache(value: Any) -> tuple[Any, tuple[Any, ...]]:
-    info = value.cache_info()
-    return (info.misses, info.currsize), (value.__wrapped__,)
-
-
-def results_of(cache: Any) -> list[Any]:
-    """What a function with a cache has returned, beside other things that it refers to."""
+    info, found = value.cache_info(), list[Any]()
     # Results are in the table of the cache, or in links that the collector passes over.
-    found: list[Any] = []
-    for each in gc.get_referents(cache):
-        found += [each] if type(each) is not dict else [] if each is cache.__dict__ else each.values()
-    return found
+    for each in gc.get_referents(value):
+        found += [each] if type(each) is not dict else [] if each is value.__dict__ else each.values()
+    # A hit changes the order of the entries, and nothing else.
+    found.sort(key=id)
+    return (info.misses, info.currsize, *map(id, found)), tuple(found)
 
 
 def _read_file(value: Any) -> tuple[Any, tuple[Any, ...]]:

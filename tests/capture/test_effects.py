@@ -410,3 +410,23 @@ def test_a_context_variable_that_is_set_to_its_default_is_no_effect() -> None:
         return contextvars.Context().run(reason, graphcache.wrap(Fn(forward), ignore=["*variable*"]), X, value)
 
     assert (run(False), run(True)) == (None, Reason.MUTATES)
+
+
+@pytest.mark.parametrize("size", [None, 1, 8])
+def test_a_cache_that_was_cleared_and_filled_anew_is_noticed(size: int | None) -> None:
+    """Its counters are what they were; what it returns is not."""
+
+    @lru_cache(size)
+    def table(n: int) -> Tensor:
+        return torch.rand(n)
+
+    x = torch.zeros(4)
+    with torch.no_grad(), graphcache.wrap(Fn(lambda m, x: x + table(4))) as fast:
+        for _ in range(6):
+            assert torch.equal(fast(x), table(4))
+        assert fast.cache_info().hits
+        for _ in range(2):
+            table.cache_clear()
+            table(4)
+            for _ in range(3):
+                assert torch.equal(fast(x), table(4))
