@@ -212,6 +212,31 @@ def test_modules_of_torch_are_asked_whether_they_changed(fake: Torch) -> None:
         assert table.call((x,)) is None, "something has changed since it was remembered"
 
 
+def test_what_cannot_be_taken_back_is_asked_for_before(fake: Torch) -> None:
+    """A stale graph writes nothing into a caller's tensor, which the module itself may read."""
+
+    class Unchanged(ModuleGuard):
+        def is_stale(self, grad: bool) -> bool:
+            return False
+
+    warm = Warm(fake).up(rows(fake, 2))
+    entry = next(iter(graphs_of(warm.fast).entries.values()))
+    guard, table, x = Unchanged(nn.ReLU()), fast_path.new_table(), rows(fake, 2)
+    out = fake.driver.heap.tensor(x * 0)
+    with torch.no_grad(), fake.on(warm.stream):
+        fast_path.put(table, (x,), entry, is_stale=guard.stale_since(guard.version))
+        assert table.into(out, (x,))
+        assert torch.equal(out, x * 3 + 1)
+        guard.version += 1
+        out.zero_()
+        hits = entry.hits
+        fake.driver.calls.clear()
+        assert not table.into(out, (x,))
+    assert "cuGraphLaunch" not in fake.driver.calls
+    assert not out.any()
+    assert entry.hits == hits
+
+
 # ---- where it is not
 
 

@@ -51,13 +51,16 @@ Outcome prepare_next(State& state, Graph& graph, Lock& lock, uint64_t stream) {
   return Outcome::done;
 }
 
-// After the launch, without the lock: whether the parameters are where they were, and then that this was a hit.
-Outcome finish(State& state, const Record& record) {
-  if (record.is_stale != nullptr) {
-    Ref stale(PyObject_CallOneArg(record.is_stale, Py_False));
-    const int is = stale ? PyObject_IsTrue(stale.get()) : -1;
-    if (is != 0) return is < 0 ? Outcome::failed : Outcome::left_alone;
-  }
+// Whether the module is what it was when the graph was proven; an engine's epoch is compared with the lock held.
+Outcome holds(const Record& record) {
+  if (record.is_stale == nullptr) return Outcome::done;
+  Ref stale(PyObject_CallOneArg(record.is_stale, Py_False));
+  const int is = stale ? PyObject_IsTrue(stale.get()) : -1;
+  return is < 0 ? Outcome::failed : is != 0 ? Outcome::left_alone : Outcome::done;
+}
+
+// This was a hit.
+Outcome count_hit(State& state, const Record& record) {
   Ref more(PyLong_FromUnsignedLongLong(state.hits.number(record.entry) + 1));
   Ref now(PyIter_Next(state.counter.get()));
   if (!more || !now) {
@@ -139,7 +142,9 @@ Outcome answer(State& state, PyObject* const* args, Py_ssize_t count, PyObject* 
     result = PyObject_CallFunctionObjArgs(record->build, outputs.get(), made.get(), nullptr);
     if (!result) return Outcome::failed;
   }
-  return finish(state, *record);
+  // Asked while the device works: what a stale graph wrote is dropped.
+  if (const auto held = holds(*record); held != Outcome::done) return held;
+  return count_hit(state, *record);
 }
 
 // Whether a graph may write its only output into a tensor: it lies as the graph's own does, and apart from what is read.
@@ -163,6 +168,8 @@ Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize
   uint64_t stream = 0, addresses[most_places];
   if (const auto may = may_launch(state, *record, &stream); may != Outcome::done) return may;
   if (!are_usable(graph, tensors, addresses) || !fits(graph, target, addresses)) return Outcome::left_alone;
+  // Asked before the launch, which writes into the caller's memory and cannot be taken back.
+  if (const auto held = holds(*record); held != Outcome::done) return held;
   {
     Held lock(*record->lock);
     if (!lock) return Outcome::left_alone;
@@ -173,7 +180,7 @@ Outcome answer_into(State& state, PyObject* out, PyObject* const* args, Py_ssize
       return begun;
     if (const auto noted = launched(graph, *record->lock, nullptr); noted != Outcome::done) return noted;
   }
-  return finish(state, *record);
+  return count_hit(state, *record);
 }
 
 }  // namespace
