@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 from graphcache.dispatch import targets
-from graphcache.graphs import capture, cuda, driver, stream_order
+from graphcache.graphs import cuda, driver, stream_order
 from tests.test_mutations import TakeOut, around, fails_without, list_of_guards, nothing, replace
 
 ORDER = "tests/graphs/test_stream_order.py::"
@@ -46,7 +46,7 @@ CURES: dict[str, tuple[TakeOut, str]] = {
         CUDA + "test_a_graph_without_nodes_is_refused_and_released",
     ),
     "no garbage is collected inside a capture": (
-        replace(capture, "quiet_collector", nullcontext),
+        replace(stream_order, "quiet_collector", nullcontext),
         CAPTURE + "test_no_collection_inside",
     ),
     "a tensor that is not aligned is copied": (

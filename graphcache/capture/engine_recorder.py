@@ -17,12 +17,12 @@ from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
-from graphcache.graphs.capture import capture_enqueue, capturing, refusal_of
+from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.copies import find_copies, make_all_full, with_copies
 from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
-from graphcache.graphs.stream_order import StreamOrder
+from graphcache.graphs.stream_order import StreamOrder, capture_enqueue, capturing
 from graphcache.graphs.verify import OTHER_VALUES, Round, check_repeats, perturb, verify
 from graphcache.keys.call_key import KeyedCall
 

@@ -19,12 +19,12 @@ from graphcache.capture.trial_call import OutputLayout, TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
-from graphcache.graphs.capture import TorchCall, as_if_capturing, capturing, forget_workspaces, record_torch, refusal_of
+from graphcache.graphs.capture import TorchCall, as_if_capturing, forget_workspaces, record_torch, refusal_of
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.dispatch_mode import compiled_runs_eagerly
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import HostReads
-from graphcache.graphs.stream_order import StreamOrder
+from graphcache.graphs.stream_order import StreamOrder, capturing
 from graphcache.graphs.verify import OTHER_VALUES, Round, all_same_bits, perturb, verify
 from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.guards import ModuleGuard

@@ -1,8 +1,7 @@
-"""Capturing work into a CUDA graph: begin, enqueue, end, and only then judge."""
+"""Capturing operations of PyTorch into a CUDA graph, and what a failed capture says."""
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,38 +20,7 @@ from graphcache.graphs.cuda import CudaGraph, IoSlot
 from graphcache.graphs.dispatch_mode import process_wide
 from graphcache.graphs.graph import Body
 from graphcache.graphs.param_patching import CannotBind
-from graphcache.graphs.stream_order import StreamOrder, capture_lock, own_stream
-
-
-def capture_enqueue(
-    enqueue: Callable[[int], bool], order: StreamOrder, where: str, messages: Callable[[], str] = str
-) -> Any:
-    """Capture work that allocates nothing and returns whether it could be enqueued, such as a TensorRT engine.
-
-    It has run before with the same shapes, outside of any capture. The caller destroys the returned ``CUgraph``.
-    """
-    stream = own_stream(order.index, "capture").cuda_stream
-    handle = driver.binding().CUstream(stream)
-    accepted, raised = False, None
-    with quiet_collector():
-        driver.begin_capture(handle)
-        # A refusal must not be raised before the capture has ended: the stream would stay in it.
-        try:
-            accepted = enqueue(stream)
-        except BaseException as error:
-            raised = error
-        captured = driver.end_capture(handle)
-    if captured is not None:
-        if accepted:
-            return captured
-        driver.call("cuGraphDestroy", captured)
-    if raised is not None:
-        try:
-            raise raised
-        finally:
-            # The exception refers to this frame: no cycle may keep buffers until the next collection.
-            raised = None
-    raise Refusal(Reason.NOT_CAPTURABLE, where, messages() or "the enqueue was refused or invalidated the capture")
+from graphcache.graphs.stream_order import StreamOrder, capture_enqueue, quiet_collector
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,27 +135,6 @@ def refusal_of(error: Exception, where: str) -> Refusal:
 
 
 @contextmanager
-def capturing(order: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
-    """Hold the device's capture lock and the order; the capture stream is current and follows the caller's stream.
-
-    Afterwards the caller's stream follows the capture stream and is current again, whatever happened.
-    """
-    with capture_lock(order.index), order.lock, torch.cuda.device(order.index):
-        before = torch.cuda.current_stream()
-        # Memory of graphs that were evicted is there for this one.
-        order.reap(wait=True)
-        stream = own_stream(order.index, "capture")
-        stream.wait_stream(before)
-        order.enter(stream.cuda_stream)
-        try:
-            with torch.cuda.stream(stream):
-                yield stream
-        finally:
-            before.wait_stream(stream)
-            order.enter(before.cuda_stream)
-
-
-@contextmanager
 def as_if_capturing() -> Iterator[None]:
     """Inside, modules that ask PyTorch whether this thread captures are told that it does, though it runs eagerly.
 
@@ -220,16 +167,3 @@ def _patched_question() -> Iterator[None]:
 def _is_capturing() -> bool:
     """Whether this thread captures, or is inside of :func:`as_if_capturing`."""
     return bool(getattr(_pretending, "depth", 0)) or _ask_driver()
-
-
-@process_wide
-@contextmanager
-def quiet_collector() -> Iterator[None]:
-    """Inside, no thread collects garbage: that may destroy CUDA objects, which ends a capture in the same thread."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

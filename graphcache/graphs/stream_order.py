@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections import deque
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.errors import CudaError
+from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import driver, native
 
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
@@ -227,3 +228,78 @@ def own_stream(index: int, purpose: str) -> torch.cuda.ExternalStream:
         with driver.on_device(index):
             handle = int(driver.new_stream())
             return torch.cuda.ExternalStream(handle, device=index)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def capturing(order: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
+    """Hold the device's capture lock and the order; the capture stream is current and follows the caller's stream.
+
+    Afterwards the caller's stream follows the capture stream and is current again, whatever happened.
+    """
+    with capture_lock(order.index), order.lock, torch.cuda.device(order.index):
+        before = torch.cuda.current_stream()
+        # Memory of graphs that were evicted is there for this one.
+        order.reap(wait=True)
+        stream = own_stream(order.index, "capture")
+        stream.wait_stream(before)
+        order.enter(stream.cuda_stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield stream
+        finally:
+            before.wait_stream(stream)
+            order.enter(before.cuda_stream)
+
+
+def capture_enqueue(
+    enqueue: Callable[[int], bool], order: StreamOrder, where: str, messages: Callable[[], str] = str
+) -> Any:
+    """Capture work that allocates nothing and returns whether it could be enqueued, such as a TensorRT engine.
+
+    It has run before with the same shapes, outside of any capture. The caller destroys the returned ``CUgraph``.
+    """
+    stream = own_stream(order.index, "capture").cuda_stream
+    handle = driver.binding().CUstream(stream)
+    accepted, raised = False, None
+    with quiet_collector():
+        driver.begin_capture(handle)
+        # A refusal must not be raised before the capture has ended: the stream would stay in it.
+        try:
+            accepted = enqueue(stream)
+        except BaseException as error:
+            raised = error
+        captured = driver.end_capture(handle)
+    if captured is not None:
+        if accepted:
+            return captured
+        driver.call("cuGraphDestroy", captured)
+    if raised is not None:
+        try:
+            raise raised
+        finally:
+            # The exception refers to this frame: no cycle may keep buffers until the next collection.
+            raised = None
+    raise Refusal(Reason.NOT_CAPTURABLE, where, messages() or "the enqueue was refused or invalidated the capture")
+
+
+_quiet_lock = threading.Lock()
+_quiet = 0
+_collects = True
+
+
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Inside, no thread collects garbage: that may destroy CUDA objects, which ends a capture in the same thread."""
+    global _quiet, _collects
+    with _quiet_lock:
+        if not _quiet:
+            _collects = gc.isenabled()
+            gc.disable()
+        _quiet += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet -= 1
+            if not _quiet and _collects:
+                gc.enable()

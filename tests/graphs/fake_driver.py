@@ -1321,7 +1321,7 @@ class Affine:
 
     def capture(self, x: Tensor | None = None, y: Tensor | None = None) -> Any:
         """A ``CUgraph`` of it."""
-        return capture.capture_enqueue(lambda stream: self.enqueue(stream, x, y), self.order, "affine")
+        return stream_order.capture_enqueue(lambda stream: self.enqueue(stream, x, y), self.order, "affine")
 
     def bound(self) -> cuda.CudaGraph:
         """A graph whose kernels are pointed at the caller's tensors."""
@@ -1337,7 +1337,7 @@ class Affine:
         """A graph that begins and ends with nodes that copy."""
         source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
         work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)])
-        graph = capture.capture_enqueue(work, self.order, "affine")
+        graph = stream_order.capture_enqueue(work, self.order, "affine")
         found = copies.find_copies(graph, [source, target])
         return self._graph(graph, [cuda.IoSlot(self.x, found[0], 1)], [cuda.IoSlot(self.y, found[1], 1)])
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from graphcache.errors import CudaError, Reason, Refusal
-from graphcache.graphs import capture, driver
+from graphcache.graphs import capture, driver, stream_order
 from graphcache.graphs.buffers import packed
-from graphcache.graphs.capture import TorchCall, capture_enqueue, capturing, record_torch, refusal_of
+from graphcache.graphs.capture import TorchCall, record_torch, refusal_of
 from graphcache.graphs.cuda import CudaGraph
-from graphcache.graphs.stream_order import StreamOrder, capture_lock
+from graphcache.graphs.stream_order import StreamOrder, capture_enqueue, capture_lock, capturing
 from tests.graphs.fake_driver import Affine, Memory, Torch, address, installed, pointer
 
 SIZE = 6
@@ -204,7 +204,7 @@ def test_no_collection_inside(fake: Torch, work: Affine) -> None:
 
 
 def test_two_captures_on_two_devices_keep_the_collector_quiet_until_both_have_ended() -> None:
-    one, two = capture.quiet_collector(), capture.quiet_collector()
+    one, two = stream_order.quiet_collector(), stream_order.quiet_collector()
     one.__enter__()
     two.__enter__()
     try:
@@ -251,7 +251,7 @@ class Module:
         self.releases += 1
 
     def lane_stream(self) -> int:
-        return capture.own_stream(0, "capture").cuda_stream
+        return stream_order.own_stream(0, "capture").cuda_stream
 
     def record(self, direct: Sequence[bool] = (True, True), transposed: bool = True, shared: bool = False) -> CudaGraph:
         second = torch.empty(2, 2).t() if transposed else torch.empty(2, 2)

@@ -203,11 +203,11 @@ def test_several_outputs(fake: Torch) -> None:
         driver.call("cuMemcpyDtoDAsync", outside.data_ptr(), double.data_ptr(), 16, stream)
         return True
 
-    first = fake_driver.capture.capture_enqueue(enqueue, owner, "")
+    first = fake_driver.stream_order.capture_enqueue(enqueue, owner, "")
     (copied,) = fake_driver.copies.find_copies(first, [outside])
     mine, others = [x, double, same, more], [heap.empty(4) for _ in range(4)]
     x, double, same, more = others
-    second = fake_driver.capture.capture_enqueue(enqueue, owner, "")
+    second = fake_driver.stream_order.capture_enqueue(enqueue, owner, "")
     found = fake_driver.param_patching.find_pointers(first, second, mine, others)
     driver.call("cuGraphDestroy", second)
     made = CudaGraph(

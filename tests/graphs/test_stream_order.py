@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.errors import CudaError
-from graphcache.graphs import capture, driver, stream_order
+from graphcache.graphs import driver, stream_order
 from graphcache.graphs.stream_order import StreamOrder, capture_lock
 from tests.graphs.fake_driver import Affine, Driver, Memory, Torch, Violation, address, installed, pointer
 from tests.helpers import in_threads
@@ -296,7 +296,7 @@ def test_what_was_put_off_is_made_up_for(fake: Torch, last: str) -> None:
     if last == "wait":
         owner.reap(wait=True)
     elif last == "capturing":
-        with capture.capturing(owner):
+        with stream_order.capturing(owner):
             assert seen == [1], "its memory is there for what is captured"
     elif last == "close":
         owner.close()
