@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines import context, engine, library
-from graphcache.engines.context import OutputAllocators
+from graphcache.engines import context, engine, library, output_allocators
 from graphcache.engines.engine import Engine
+from graphcache.engines.output_allocators import OutputAllocators
 from graphcache.errors import EngineExecutionError
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import Dims, IExecutionContext, serialize
@@ -43,7 +43,10 @@ class Growing:
 
 @given(st.lists(st.integers(0, 2000), min_size=1, max_size=8))
 def test_memory_grows_and_never_shrinks_and_answers_stay(counts: list[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch, installed(context, engine, library, patch=patch) as fake:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        installed(context, engine, library, output_allocators, patch=patch) as fake,
+    ):
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver)
         growing, kept, held = Growing(), [], 0
@@ -156,15 +159,15 @@ def test_each_flavour_has_a_class_of_its_own() -> None:
             def __init__(self) -> None:
                 self.constructed = True
 
-    one, two = context._allocator_class(fake_tensorrt), context._allocator_class(Other)
+    one, two = output_allocators._allocator_class(fake_tensorrt), context._allocator_class(Other)
     assert issubclass(one, fake_tensorrt.IOutputAllocator)
     assert issubclass(two, Other.IOutputAllocator)
-    assert context._allocator_class(fake_tensorrt) is one
+    assert output_allocators._allocator_class(fake_tensorrt) is one
 
 
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt_lean", "tensorrt"])
 def test_the_real_base_class_takes_it(name: str) -> None:
     trt = pytest.importorskip(name, exc_type=ImportError)
-    made = context._allocator_class(trt)(torch.device("cpu"))
+    made = output_allocators._allocator_class(trt)(torch.device("cpu"))
     assert isinstance(made, trt.IOutputAllocator)
     assert made.reallocate_output_async("y", 0, 10, 256, 0) == made.buffer.data_ptr()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.engines import context, engine, library
+from graphcache.engines import context, engine, library, output_allocators
 from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.errors import EngineExecutionError
@@ -86,7 +86,10 @@ def rows(fake: Torch, count: int, start: float = 0.0) -> Tensor:
     )
 )
 def test_any_sequence_of_shapes_profiles_and_layouts(steps: list[tuple[int, str]]) -> None:
-    with pytest.MonkeyPatch.context() as patch, installed(context, engine, library, patch=patch) as fake:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        installed(context, engine, library, output_allocators, patch=patch) as fake,
+    ):
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver)
         run = Runner(fake, "affine")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines import gate as room
-from graphcache.engines.gate import EnqueueGate, enqueues
+from graphcache.engines import context as room
+from graphcache.engines.context import EnqueueGate, enqueues
 from tests.helpers import in_threads
 
 

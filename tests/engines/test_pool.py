@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines import context, engine, library
+from graphcache.engines import context, engine, library, output_allocators
 from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
 from tests.engines import fake_tensorrt
@@ -79,7 +79,10 @@ def test_idle_contexts_keep_no_tensors(fake: Torch) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.booleans()), min_size=1, max_size=8))
 def test_whatever_a_context_did_before(steps: list[tuple[int, bool]]) -> None:
-    with pytest.MonkeyPatch.context() as patch, installed(context, engine, library, patch=patch) as fake:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        installed(context, engine, library, output_allocators, patch=patch) as fake,
+    ):
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver)
         owner = Engine(serialize("affine"))
