@@ -159,7 +159,7 @@ def test_each_flavour_has_a_class_of_its_own() -> None:
             def __init__(self) -> None:
                 self.constructed = True
 
-    one, two = output_allocators._allocator_class(fake_tensorrt), context._allocator_class(Other)
+    one, two = output_allocators._allocator_class(fake_tensorrt), output_allocators._allocator_class(Other)
     assert issubclass(one, fake_tensorrt.IOutputAllocator)
     assert issubclass(two, Other.IOutputAllocator)
     assert output_allocators._allocator_class(fake_tensorrt) is one
