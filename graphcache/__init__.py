@@ -9,7 +9,7 @@ from graphcache.buckets.bucketed import Bucketed as _Bucketed
 from graphcache.buckets.spec import Axis as Axis
 from graphcache.buckets.spec import Buckets as Buckets
 from graphcache.buckets.spec import Mask as Mask
-from graphcache.cache.device_budget import set_process_budget as set_process_budget
+from graphcache.cache.graph_cache import set_process_budget as set_process_budget
 from graphcache.config import GraphConfig as GraphConfig
 from graphcache.engines.build import build as build
 from graphcache.engines.plugins import load_plugin_library as load_plugin_library

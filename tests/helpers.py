@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, Reason, config
-from graphcache.cache import device_budget
+from graphcache.cache import graph_cache
 from graphcache.cache.graph_cache import GraphCache
 from graphcache.capture.recording import Recording
 from graphcache.dispatch.dispatcher import Dispatcher
@@ -193,8 +193,8 @@ def settled(fast: Any) -> Any:
 
 def own_budgets(patch: pytest.MonkeyPatch) -> None:
     """No graphs and no budget of another test's count."""
-    patch.setattr(device_budget, "_budgets", {})
-    patch.setattr(device_budget, "_default", [])
+    patch.setattr(graph_cache, "_budgets", {})
+    patch.setattr(graph_cache, "_default", [])
 
 
 def dispatcher_of(fast: nn.Module) -> Dispatcher:

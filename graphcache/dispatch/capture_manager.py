@@ -14,8 +14,7 @@ from torch import Tensor
 
 from graphcache.cache.admission import Admission
 from graphcache.cache.churn import ChurnWatch
-from graphcache.cache.device_budget import budget_of
-from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, clock
+from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, budget_of, clock
 from graphcache.cache.key_table import KeyTable
 from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.run_gate import RunGate

@@ -5,7 +5,7 @@ into other threads or tasks. In Torch-TensorRT a mode is global to the process. 
 of a module at any depth, and every block restores what it found.
 """
 
-from graphcache.cache.device_budget import set_process_budget
+from graphcache.cache.graph_cache import set_process_budget
 from graphcache.engines.kernel_cache import RuntimeCache
 from graphcache.runtime.engines import (
     enable_output_allocator,

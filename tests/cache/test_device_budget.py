@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from graphcache.cache.device_budget import VARIABLE, budget_of, set_process_budget
-from graphcache.cache.graph_cache import DeviceBudget, GraphCache, Reservation, clock
+from graphcache.cache.graph_cache import (
+    PROCESS_BYTES,
+    DeviceBudget,
+    GraphCache,
+    Reservation,
+    budget_of,
+    clock,
+    set_process_budget,
+)
 from graphcache.errors import ConfigError, Reason, Refusal
 from tests.effort import share
 from tests.helpers import in_threads, own_budgets
@@ -50,7 +57,7 @@ class Meter:
 def no_budgets_of_others(monkeypatch):
     """No budget and no budget of another test's."""
     own_budgets(monkeypatch)
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(PROCESS_BYTES, raising=False)
 
 
 def caches(shared: DeviceBudget, count: int = 2, **options) -> list[GraphCache[Memory]]:
@@ -248,7 +255,7 @@ def test_a_process_budget_holds_for_devices_used_later_too():
 
 
 def test_the_environment_sets_it_unless_something_else_was_said(monkeypatch):
-    monkeypatch.setenv(VARIABLE, " 1000 ")
+    monkeypatch.setenv(PROCESS_BYTES, " 1000 ")
     assert budget_of("cuda:0").max_bytes == 1000
     set_process_budget(None)
     assert (budget_of("cuda:0").max_bytes, budget_of("cuda:1").max_bytes) == (None, None)
@@ -256,7 +263,7 @@ def test_the_environment_sets_it_unless_something_else_was_said(monkeypatch):
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "1e9", "9" * 31])
 def test_an_environment_that_means_nothing_is_refused(monkeypatch, text):
-    monkeypatch.setenv(VARIABLE, text)
+    monkeypatch.setenv(PROCESS_BYTES, text)
     with pytest.raises(ConfigError, match=r"GRAPHCACHE_PROCESS_MAX_BYTES=.*expected a whole number, 1 or more"):
         budget_of("cuda:0")
 

@@ -11,7 +11,7 @@ import torch
 
 import graphcache
 from graphcache import Reason
-from graphcache.cache.device_budget import budget_of, set_process_budget
+from graphcache.cache.graph_cache import budget_of, set_process_budget
 from graphcache.dispatch import dispatcher as misses
 from graphcache.errors import ConfigError
 from tests.engine_modules import fake, load, rows  # noqa: F401 - the fixture is used by its name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Call, Manifest, Reason
-from graphcache.cache.device_budget import set_process_budget
+from graphcache.cache.graph_cache import set_process_budget
 from graphcache.dispatch import capture_manager
 from graphcache.dispatch import dispatcher as misses
 from graphcache.dispatch.capture_manager import preparing
