@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphcache.engines.context import Context, ContextPool
 from graphcache.engines.engine import Engine
-from graphcache.errors import Cause, ClosedError, Refusal
+from graphcache.errors import Cause, Refusal
 from graphcache.graphs.stream_order import StreamOrder
 
 _TORCH_TENSORRT = ("PythonTorchTensorRTModule", "TorchTensorRTModule")
@@ -48,8 +48,7 @@ class EngineLike(nn.Module):
 
     def check_open(self) -> None:
         """Raise a ``ClosedError`` if the engine was closed."""
-        if self.engine.closed:
-            raise ClosedError(f"{self.name} was closed; load it again")
+        self.engine.check_open()
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Inputs in the order of the bindings, from positional and keyword arguments."""
@@ -66,10 +65,6 @@ class EngineLike(nn.Module):
     def forbids_capture(self) -> Cause | None:
         """Why no call of the engine can be captured as things stand; ``None`` if nothing is known."""
         raise NotImplementedError
-
-    def device_only(self, values: Sequence[Any]) -> list[Any]:
-        """Of what belongs to each input, that of the inputs that TensorRT reads on the device."""
-        return [value for index, value in enumerate(values) if index not in self.host_inputs]
 
 
 alive: WeakValueDictionary[str, Any] = WeakValueDictionary()

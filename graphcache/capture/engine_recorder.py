@@ -61,7 +61,7 @@ class EngineRecorder:
                     own = [value.detach() for value in given]
                     full_edges = self._recording.full_edges
                     engine_call = _EngineCall(module, shared, own, order, stream.cuda_stream, full_edges)
-                    graph = self._capture(engine_call, module.device_only(own), answer, shares)
+                    graph = self._capture(engine_call, module.engine.device_only(own), answer, shares)
                     engine_call.returns_context = not shares
                     shared.graphs.add(graph)
                 outcome = Recording(graph, _build, whole=True, bare=len(module.engine.outputs) == 1)
@@ -154,11 +154,11 @@ class _EngineCall:
                 raise Refusal(Reason.OUTPUT_ALLOCATOR, f"{module.name}, output {binding.name!r}")
             self._outputs.append(output)
         self._context.set_outputs(self._outputs)
-        self._inputs = module.device_only(static)
+        self._inputs = module.engine.device_only(static)
         self._buffers: list[Tensor] = [*self._inputs, *self._outputs]
         # What no plain copy moves is put into its static buffer by an operation of its own, before the launch.
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
-        self._direct: list[bool] = [*module.device_only(plain), *(True for _ in self._outputs)]
+        self._direct: list[bool] = [*module.engine.device_only(plain), *(True for _ in self._outputs)]
 
     def fill(self, values: Sequence[Tensor]) -> None:
         """Copy values of the inputs that TensorRT reads on the device into the static ones."""

@@ -128,7 +128,7 @@ class EngineTarget:
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors of a call that a graph is given: those that TensorRT reads on the device."""
-        return self.engine.device_only(tensors) if self.engine.host_inputs else tensors
+        return self.engine.engine.device_only(tensors) if self.engine.host_inputs else tensors
 
     def device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
         """The engine's device."""

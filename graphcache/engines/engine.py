@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -19,6 +19,7 @@ from graphcache.engines.bindings import Binding, read_bindings
 from graphcache.engines.kernel_cache import RuntimeCache, StoredRuntimeCache
 from graphcache.engines.library import Library, join_messages, library, require_gpu
 from graphcache.errors import (
+    ClosedError,
     ConfigError,
     EngineError,
     EngineExecutionError,
@@ -26,6 +27,8 @@ from graphcache.errors import (
     EngineVersionError,
     shown,
 )
+
+_T = TypeVar("_T")
 
 _HEADER = struct.Struct("<4sIQQ4B")
 """Of an engine of TensorRT-RTX, read off files of versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes)."""
@@ -237,6 +240,15 @@ class Engine:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._engine is None
+
+    def check_open(self) -> None:
+        """Raise a ``ClosedError`` if :meth:`close` was called."""
+        if self._engine is None:
+            raise ClosedError(f"{self.name} was closed; load it again")
+
+    def device_only(self, values: Sequence[_T]) -> list[_T]:
+        """Of what belongs to each input, that of the inputs that TensorRT reads on the device."""
+        return [value for binding, value in zip(self.inputs, values, strict=True) if not binding.on_host]
 
 
 @contextmanager

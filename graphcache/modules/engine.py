@@ -91,7 +91,7 @@ class EngineModule(EngineBase):
 
     def checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], int]:
         """Inputs that the engine can take, and the profile that fits them; an ``InputError`` for one that is wrong."""
-        self.check_open()
+        self.engine.check_open()
         if modes.get().multi_device_safe:
             inputs = self.moved(inputs)
         bindings = self.engine.inputs
