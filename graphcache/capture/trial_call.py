@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import Reason, Refusal
+from graphcache.graphs.buffers import extent_of, is_dense
 from graphcache.graphs.verify import check_repeats
 from graphcache.keys.call_key import KeyedCall, substitute
 from graphcache.keys.values import is_rebuilt
@@ -98,17 +100,18 @@ def containers_in(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class View:
-    """An output that is an input, or a view of one: handed out as that view of the caller's own tensor."""
+    """A leaf that is an input of the caller's or a view of one, or a view of another tensor of the answer."""
 
+    of_input: bool
     index: int
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int
     itself: bool
 
-    def of(self, inputs: Sequence[Tensor]) -> Tensor:
-        """This view of the inputs of another call."""
-        given = inputs[self.index]
+    def of(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """This view of the tensors of another call."""
+        given = (inputs if self.of_input else outputs)[self.index]
         if self.itself:
             return given
         return given.as_strided(self.shape, self.strides, given.storage_offset() + self.offset)
@@ -120,8 +123,12 @@ class _PlainOutput:
 
     value: Any
 
-    def of(self, inputs: Sequence[Tensor]) -> Any:
+    def of(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
         return self.value
+
+
+_Place = int | View | _PlainOutput
+"""Where a leaf comes from; a number is that of a tensor that the call made."""
 
 
 class OutputLayout:
@@ -143,7 +150,7 @@ class OutputLayout:
         self._made: dict[int, int] = {}
         self.tensors: list[Tensor] = []
         """The tensors that the call made."""
-        self._places = [self._place(leaf) for leaf in leaves]
+        self._places = self._within_outputs([self._place(leaf) for leaf in leaves])
         self.is_whole = self._places == list(range(len(self.tensors)))
         """Whether its leaves are the tensors that the call made, each once and in their order."""
         self.is_inference = any(tensor.is_inference() for tensor in self.tensors)
@@ -177,12 +184,12 @@ class OutputLayout:
                 return lambda outputs, _: tuple(outputs)
 
         def build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
-            leaves = [outputs[place] if isinstance(place, int) else place.of(inputs) for place in places]
+            leaves = [outputs[place] if isinstance(place, int) else place.of(outputs, inputs) for place in places]
             return pytree.tree_unflatten(leaves, tree)
 
         return build
 
-    def _place(self, leaf: Any) -> int | View | _PlainOutput:
+    def _place(self, leaf: Any) -> _Place:
         """Where a leaf comes from; a tensor that the call made is added to :attr:`tensors`."""
         if isinstance(leaf, _PLAIN):
             return _PlainOutput(leaf)
@@ -209,8 +216,79 @@ class OutputLayout:
             raise Refusal(Reason.ALIASES_STATE, detail="an output is a view of inputs that overlap")
         itself = next((place for place, tensor in enumerate(self._inputs) if tensor is leaf), None)
         if itself is not None:
-            return View(itself, leaf.shape, leaf.stride(), 0, itself=True)
+            return View(True, itself, leaf.shape, leaf.stride(), 0, itself=True)
         given = self._inputs[index]
         if leaf.dtype is not given.dtype or leaf.is_conj() != given.is_conj() or leaf.is_neg() != given.is_neg():
             raise Refusal(Reason.ALIASES_STATE, f"args[{index}]", "an output reinterprets the memory of an input")
-        return View(index, leaf.shape, leaf.stride(), int(leaf.storage_offset() - given.storage_offset()), itself=False)
+        return _view_of(given, leaf, True, index)
+
+    def _within_outputs(self, places: list[_Place]) -> list[_Place]:
+        """The same places, of which those of tensors that lie within another output are views of it.
+
+        A CUDA graph writes each output into memory of its own, where a change of one would not show in the other.
+        """
+        holders = _holders(self.tensors)
+        kept = [index for index, holder in enumerate(holders) if index == holder]
+        made, self.tensors = self.tensors, [self.tensors[index] for index in kept]
+
+        def moved(place: _Place) -> _Place:
+            if not isinstance(place, int):
+                return place
+            holder, index = holders[place], kept.index(holders[place])
+            return index if holder == place else _view_of(made[holder], made[place], False, index)
+
+        return list(map(moved, places))
+
+
+def _view_of(given: Tensor, leaf: Tensor, of_input: bool, index: int) -> View:
+    """The view that ``leaf`` is of ``given``."""
+    offset = int(leaf.storage_offset() - given.storage_offset())
+    return View(of_input, index, leaf.shape, leaf.stride(), offset, itself=False)
+
+
+def _holders(tensors: Sequence[Tensor]) -> list[int]:
+    """For each of some outputs the index of the one that holds its elements: its own where it shares none."""
+    found = list(range(len(tensors)))
+    memories: dict[int, list[int]] = {}
+    for index in sorted(found, key=lambda index: (not is_dense(tensors[index]), -tensors[index].numel())):
+        others = memories.setdefault(_storage(tensors[index]), [])
+        holders = [other for other in others if _shares(tensors[other], tensors[index])]
+        if not holders:
+            others.append(index)
+            continue
+        found[index] = holders[0]
+        if len(holders) > 1 or not is_dense(tensors[holders[0]]) or not _holds(tensors[holders[0]], tensors[index]):
+            raise Refusal(Reason.OUTPUT, detail="tensors in it overlap, and none of them holds the others")
+    return found
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors in one memory have an element in common."""
+    (start, end), (begin, stop) = (
+        (each.storage_offset() * each.element_size(), each.storage_offset() * each.element_size() + extent_of(each))
+        for each in (one, other)
+    )
+    if end <= begin or stop <= start:
+        return False
+    if one.dtype is not other.dtype or one.is_conj() != other.is_conj() or one.is_neg() != other.is_neg():
+        raise Refusal(Reason.OUTPUT, detail="a tensor in it reinterprets the memory of another one")
+    mine, others = _elements(one, other)
+    return bool((mine & others).any())
+
+
+def _holds(one: Tensor, other: Tensor) -> bool:
+    """Whether all elements of a tensor are elements of another one in the same memory."""
+    mine, others = _elements(one, other)
+    return not (others & ~mine).any()
+
+
+def _elements(*tensors: Tensor) -> list[Any]:
+    """For each of some tensors of one memory and dtype, which elements of the block around them it has."""
+    # Not with PyTorch, whose modes may be recording.
+    start = min(tensor.storage_offset() for tensor in tensors)
+    ends = [tensor.storage_offset() + extent_of(tensor) // tensor.element_size() for tensor in tensors]
+    found = [np.zeros(max(ends) - start, dtype=bool) for _ in tensors]
+    for mask, tensor in zip(found, tensors, strict=True):
+        first = mask[tensor.storage_offset() - start :]
+        np.lib.stride_tricks.as_strided(first, tuple(tensor.shape), tensor.stride())[...] = True
+    return found

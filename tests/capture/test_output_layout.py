@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -219,6 +219,53 @@ def test_views_of_what_the_call_made_still_share_their_memory():
     (whole, part), _ = hit(lambda _, x: (lambda y: (y, y[0]))(x * 2), X)
     part.zero_()
     assert whole[0].tolist() == [0.0] * 3
+
+
+VIEWS = {
+    "itself": lambda y: y,
+    "flat": lambda y: y.view(-1),
+    "transposed": lambda y: y.t(),
+    "row": lambda y: y[1],
+    "columns": lambda y: y[:, :2],
+    "other columns": lambda y: y[:, 2:],
+    "every second": lambda y: y[:, ::2],
+    "expanded": lambda y: y.expand(2, 2, 3),
+    "empty": lambda y: y[:0],
+    "another": lambda y: y + 1,
+}
+
+
+@given(st.lists(st.sampled_from(sorted(VIEWS)), min_size=2, max_size=5))
+def test_outputs_that_share_elements_share_them_in_every_answer(names):
+    """A graph of CUDA writes each tensor of the layout into memory of its own, as is done here."""
+    made = X * 2
+    leaves = [VIEWS[name](made) for name in names]
+    try:
+        layout = OutputLayout(leaves, [X])
+    except Refusal:
+        assert "itself" not in names
+        assume(False)
+    fresh = [torch.empty_like(tensor).copy_(tensor) for tensor in layout.tensors]
+    answer = layout.builder()(fresh, [X])
+    for index, name in enumerate(names):
+        if name != "expanded":
+            answer[index].add_(index + 1)
+            leaves[index].add_(index + 1)
+        assert all(map(torch.equal, answer, leaves))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda y: (y[:, :2], y[:, 1:]),
+        lambda y: (y[:, ::2], y[:, :1], y[:, 2:]),
+        lambda y: (y, y.view(torch.int32)),
+    ],
+)
+def test_outputs_that_overlap_without_one_that_holds_them_run_eagerly(answer):
+    fast = wrapped(lambda _, x: answer(x * 2))
+    assert same(fast(X), fast.module(X))
+    assert outcomes(fast) == (0, 0, {Reason.OUTPUT: 1})
 
 
 def test_conjugates_come_back_as_they_are():
