@@ -24,6 +24,7 @@ from graphcache.buckets.spec import Buckets
 from graphcache.cache.key_table import Denial
 from graphcache.capture.effects import Effects
 from graphcache.capture.engine_like import EngineLike
+from graphcache.capture.recording import CaptureRequest, Recording
 from graphcache.config import graphs_off
 from graphcache.dispatch.background import PENDING, CallSnapshot
 from graphcache.dispatch.dispatcher import STALE, Dispatcher
@@ -230,11 +231,23 @@ class Bucketed:
             if effects.cause is not None:
                 bucket.deny(effects.cause, self._captures.version)
             elif not self._captures.is_current(target.key):
-                self._dispatcher.queue.capture(target, effects, is_made_up=True)
+                self._dispatcher.queue.capture(target, partial(self._record, effects.version))
             else:
                 self._prove_later(plan, bucket, call, effects)
         self._dispatcher.tell(effects.cause or PENDING)
         return answer
+
+    def _record(self, version: int, request: CaptureRequest) -> Recording | Cause:
+        """Capture a padded call, which no caller has made; the one it was made of had no effects under a version."""
+        target, gate = self._dispatcher.target, self._dispatcher.gate
+        assert isinstance(target, ModuleTarget)
+        with gate.exclusive():
+            target.torch_recorder.check_unchanged(version)
+            effects = target.torch_recorder.observe(request.call)
+        if effects.cause is not None:
+            # Not to be tried again and again, for no caller has asked for these effects.
+            return Cause(Reason.PADDING, detail=f"a call of the padded sizes has effects: {effects.cause}")
+        return target.torch_recorder.record(request, effects)
 
     def _observe(self, call: KeyedCall) -> tuple[Any, Effects]:
         """Answer a call eagerly, and see what it does besides; an engine does nothing."""
@@ -253,11 +266,10 @@ class Bucketed:
         if bucket.is_tried:
             return PENDING
 
-        def done() -> None:
-            bucket.is_tried = False
-
         def work(snapshot: CallSnapshot) -> None:
             try:
+                if snapshot.cancelled:
+                    return
                 outcome = snapshot.run(lambda: self._prove(plan, bucket, snapshot.call, effects, alone=True))
                 if isinstance(outcome, Cause) and effects.version == self._captures.version:
                     plan.cause = outcome
@@ -265,12 +277,12 @@ class Bucketed:
                 # The module refuses such arguments; whoever gives them again will see it.
                 log.debug("a call was not tried with padding: %s", error)
             finally:
-                done()
+                bucket.is_tried = False
 
         bucket.is_tried = True
-        cause = self._dispatcher.queue.submit(call, work, done)
+        cause = self._dispatcher.queue.submit(call, work)
         if cause is None:
-            done()
+            bucket.is_tried = False
         return cause
 
     def _prove(

@@ -45,7 +45,7 @@ import torch
 
 from graphcache.cache.graph_cache import Entry, clock
 from graphcache.capture.effects import Effects
-from graphcache.capture.recording import Recording
+from graphcache.capture.recording import CaptureRequest, Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
 from graphcache.dispatch.background import PENDING, CaptureQueue
@@ -228,7 +228,7 @@ class Dispatcher:
             return PENDING
         cause = self.captures.admission.ask(call.key)
         if cause is None and self._in_background and self.target.is_engine:
-            return self.queue.capture(call)
+            return self.queue.capture(call, lambda request: self.target.recorder.attempt(request)[1])
         return cause
 
     # ---- eager calls
@@ -263,6 +263,11 @@ class Dispatcher:
         with self.ledger.span("eager"), self.captures.running():
             return self.target.torch_recorder.observe(call)
 
+    def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
+        """Capture a call of a PyTorch module that was observed."""
+        assert isinstance(self.target, ModuleTarget)
+        return self.target.torch_recorder.record(request, effects)
+
     def _run_observed(self, call: KeyedCall) -> Any:
         """Answer a call of a PyTorch module eagerly, and have it captured in the background if it has no effects."""
         effects = self.observe(call)
@@ -272,7 +277,7 @@ class Dispatcher:
             if effects.cause is not None:
                 self.captures.deny(call.key, effects.cause)
             else:
-                self.queue.capture(call, effects)
+                self.queue.capture(call, lambda request: self.record(request, effects))
         self.tell(effects.cause or PENDING)
         return answer
 

@@ -54,10 +54,12 @@ class Gate:
 # ---- the worker
 
 
-def submit(worker: Worker, job: Callable[[], object], dropped: Any = None, answered: Any = None) -> bool:
+def submit(
+    worker: Worker, job: Callable[[], object], dropped: Any = lambda: None, answered: Callable[[], int] | None = None
+) -> None:
     """Without ``answered``, enough calls are answered at each look."""
     many = itertools.count(step=CALLS_BETWEEN)
-    return worker.submit(job, dropped or (lambda: None), answered or (lambda: next(many)))
+    worker.submit(lambda wanted: job() if wanted else dropped(), answered or (lambda: next(many)))
 
 
 def test_jobs_in_order_and_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
@@ -67,7 +69,7 @@ def test_jobs_in_order_and_one_that_fails(caplog: pytest.LogCaptureFixture) -> N
         raise ValueError("mine")
 
     for job in (lambda: seen.append(1), fails, lambda: seen.append(2), done.set):
-        assert submit(worker, job)
+        submit(worker, job)
     assert done.wait(60)
     assert seen == [1, 2]
     assert "a job of test failed" in caplog.text
@@ -76,25 +78,21 @@ def test_jobs_in_order_and_one_that_fails(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_only_so_many_wait() -> None:
-    worker, begun, go, seen = Worker("test", most=2), threading.Event(), threading.Event(), []
+    worker, begun, go, seen, dropped = Worker("test", most=2), threading.Event(), threading.Event(), [], []
 
     def first() -> None:
         begun.set()
         assert go.wait(60)
 
-    assert submit(worker, first)
+    submit(worker, first)
     assert begun.wait(60)
-    assert [submit(worker, lambda number=number: seen.append(number)) for number in range(4)] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    for number in range(4):
+        submit(worker, lambda number=number: seen.append(number), lambda number=number: dropped.append(number))
+    assert dropped == [2, 3]
     go.set()
     done = threading.Event()
-    while not submit(worker, done.set):
-        pass
-    assert done.wait(60)
+    while not done.wait(0.01):
+        submit(worker, done.set)
     assert seen == [0, 1]
     worker.stop()
 
@@ -312,6 +310,26 @@ def test_a_subscriber_may_clear_from_within() -> None:
     settled(fast)
     assert same(fast(X), fast.module(X))
     assert "Captured" in {type(event).__name__ for event in heard}
+
+
+def test_a_subscriber_may_clear_a_module_whose_capture_waits() -> None:
+    fast, other = beside(mlp()), beside(mlp())
+    gate = Gate(fast)
+
+    def hears(event: object) -> None:
+        if type(event).__name__ == "Captured":
+            other.clear()
+
+    fast.subscribe(hears)
+    fast(X)
+    assert gate.reached.wait(60)
+    other(X)
+    gate.open.set()
+    settled(fast)
+    assert settled(other).cache_info().graphs == 0
+    for _ in range(3):
+        assert same(settled(other)(X), other.module(X))
+    assert other.cache_info().hits == 2
 
 
 @pytest.mark.parametrize("layout", ["expanded", "strided", "twice", "nested"])
