@@ -13,7 +13,7 @@ from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch import fast_path, preconditions
-from graphcache.engines import context, engine, library, output_allocators
+from graphcache.engines import context, engine, library
 from graphcache.graphs import buffers, verify
 from graphcache.modules import engine as room
 from graphcache.modules import engine_base, engine_runner
@@ -22,7 +22,7 @@ from tests.engines.fake_tensorrt import IExecutionContext, serialize
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
 
-MODULES = (context, engine, library, output_allocators, verify, room, engine_base, engine_runner, record_engine)
+MODULES = (context, engine, library, verify, room, engine_base, engine_runner, record_engine)
 
 
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:

@@ -17,7 +17,7 @@ from graphcache import EngineModule
 from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.dispatch import fast_path, preconditions
-from graphcache.engines import context, engine, library, output_allocators, output_shapes
+from graphcache.engines import context, engine, library, output_shapes
 from graphcache.graphs import verify
 from graphcache.modules import engine as room
 from graphcache.modules import engine_base, engine_runner, examples, portable, prepare
@@ -29,7 +29,6 @@ MODULES = (
     context,
     engine,
     library,
-    output_allocators,
     output_shapes,
     verify,
     room,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache
 from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from graphcache.engines.bindings import Binding
 from graphcache.engines.engine import Engine, keeping_the_current_device
-from graphcache.engines.output_allocators import OutputAllocators
 from graphcache.errors import EngineExecutionError
 
 is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing if torch.version.cuda else bool
@@ -24,6 +25,8 @@ _T = TypeVar("_T")
 
 ALIGNMENT = 256
 """TensorRT's documented alignment of bindings, in bytes (``IExecutionContext::setTensorAddress``)."""
+Shapes = list[tuple[int, ...] | None]
+"""Of outputs; ``None`` where only running the engine will tell."""
 
 _POLL_SECONDS = 1e-4
 """How often an exclusive caller looks whether the others have left. An enqueue takes 20 to 100 us, a capture 4 ms."""
@@ -95,20 +98,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=enqueues.__init__)  # type: ignore[misc]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayoutPlan:
-    """The profile and the shapes of outputs for inputs of one layout, so that others like them need no inference."""
-
-    profile: int
-    output_shapes: list[tuple[int, ...]]
-
-
 class Context:
     """An execution context over scratch memory of the caller's. Not safe for two threads at once.
 
-    It keeps alive what TensorRT has addresses of: the engine, the scratch memory, host shape tensors, outputs and the
-    last inputs. TensorRT's refusals are ``EngineExecutionError``, with what it said in the block of
-    :attr:`Engine.collect_errors` that the caller is in.
+    It keeps the engine, the scratch memory and its own copies of inputs alive, but not what it was given: inputs and
+    outputs have to live until they are enqueued. TensorRT's refusals are ``EngineExecutionError``, with what it said in
+    the block of :attr:`Engine.collect_errors` that the caller is in.
 
     The scratch memory has at least ``engine.scratch_bytes`` bytes on the engine's device. Whoever shares it between
     contexts orders their work.
@@ -119,14 +114,16 @@ class Context:
         self._context = engine.new_context()
         self._handles = engine.native_handles
         engine.contexts.add(self)
-        self._held: dict[str, Tensor] = {}
-        self._addresses: dict[str, int] = {}
-        self._shapes: dict[str, object] = {}
         self.profile = 0
         """The active optimisation profile."""
-        self._plan: LayoutPlan | None = None
-        self._output_shapes: list[tuple[int, ...] | None] | None = None
-        self._allocators = OutputAllocators(engine)
+        self.copies: list[Tensor] = []
+        """Contiguous and aligned copies of inputs of the last call."""
+        self._host_values: dict[str, Tensor] = {}
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, object] = {}
+        self._output_shapes: Shapes | None = None
+        self._allocators: dict[str, Any] = {}
+        self._allocated: set[str] = set()
         # A 0-element tensor has no address, and TensorRT wants one.
         self._nowhere = torch.empty(ALIGNMENT, dtype=torch.uint8, device=engine.device)
         self.scratch: Tensor | None = None
@@ -149,125 +146,112 @@ class Context:
         self._profiler = profiler
         self._context.profiler = profiler
 
-    def set_inputs(self, inputs: Sequence[Tensor], profile: int, stream: int) -> None:
-        """Set profile, shapes, addresses and host values for checked inputs."""
-        self._plan = None
+    def set_inputs(
+        self, inputs: Sequence[Tensor], profile: int, stream: int, output_shapes: Shapes | None = None
+    ) -> None:
+        """Set profile, shapes, addresses and host values of checked inputs. TensorRT is told what differs.
+
+        Shapes of outputs that are known for these inputs are not inferred.
+        """
+        self.copies.clear()
         if profile != self.profile:
-            self._set_profile(profile, stream)
+            if not self._context.set_optimization_profile_async(profile, stream):
+                raise self._error(f"optimisation profile {profile} was refused")
+            self.profile = profile
+            # All have to be set again.
+            self._shapes.clear()
         for binding, value in zip(self.engine.inputs, inputs, strict=True):
-            values = None
+            name, values = binding.name, None
             if binding.on_host:
                 # TensorRT reads it during the enqueue or later: it must outlive the call, and must not change.
-                value = value.detach().cpu().contiguous().clone()
+                value = self._host_values[name] = value.detach().cpu().contiguous().clone()
                 values = tuple(value.flatten().tolist())
             elif not value.is_contiguous() or value.data_ptr() % ALIGNMENT:
                 value = value.detach().clone(memory_format=torch.contiguous_format)
-            self._held[binding.name] = value
-            if self._shapes.get(binding.name) != (value.shape, values):
-                self._set_shape(binding.name, value, values)
-            self._set_address(binding.name, value)
+                self.copies.append(value)
+            if self._shapes.get(name) != (value.shape, values):
+                self._output_shapes = self._shapes[name] = None
+                if not self._context.set_input_shape(name, tuple(value.shape)):
+                    raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused")
+                self._shapes[name] = value.shape, values
+            if self._addresses.get(name) != (address := value.data_ptr()):
+                self._set_address(name, address)
         if self._output_shapes is None:
-            self._output_shapes = self._infer()
+            self._output_shapes = output_shapes or self._infer()
 
-    def output_shapes(self) -> list[tuple[int, ...] | None]:
-        """The shapes of the outputs for the inputs that were set; ``None`` where only running the engine will tell."""
+    def output_shapes(self) -> Shapes:
+        """The shapes of the outputs for the inputs that were set."""
         return list(self._output_shapes or ())
 
     def set_outputs(self, outputs: Sequence[Tensor | None]) -> None:
         """Point the outputs at memory; ``None`` lets TensorRT's output allocator allocate that one."""
         for binding, value in zip(self.engine.outputs, outputs, strict=True):
+            name = binding.name
             if value is None:
-                self._addresses.pop(binding.name, None)
-                self._allocators.install(self._context, binding.name)
-            else:
-                if binding.name in self._allocators.installed:
-                    self._allocators.remove(self._context, binding.name)
-                self._held[binding.name] = value
-                self._set_address(binding.name, value)
+                self._allocate(name)
+                continue
+            if name in self._allocated:
+                # In a capture TensorRT would call the allocator and keep its address.
+                self._context.set_output_allocator(name, None)
+                self._allocated.discard(name)
+            if self._addresses.get(name) != (address := value.data_ptr()):
+                self._set_address(name, address)
 
-    def enqueue(self, stream: int) -> bool:
+    def enqueue(self, stream: int, *, capturing: bool | None = None) -> bool:
         """Enqueue the engine on a stream (a raw handle); ``False`` if TensorRT refused.
 
         It does not wait for the device, but for a moment for other threads, if one of them enqueues into a capture.
+        ``capturing`` says whether the stream is being captured, for those who know.
         """
         # A capture is on the current stream: nobody else hands out a stream to capture into.
-        enter = enqueues.exclusive if is_capturing() else enqueues.shared
-        return bool(enter(self._context.execute_async_v3, stream))
-
-    def plan(self) -> LayoutPlan | None:
-        """The plan of the inputs that were set; ``None`` for unknown output shapes, and for bindings on the host."""
-        shapes = self._output_shapes or ()
-        known = [shape for shape in shapes if shape is not None]
-        if len(known) < len(shapes) or any(each.on_host for each in (*self.engine.inputs, *self.engine.outputs)):
-            return None
-        self._plan = LayoutPlan(self.profile, known)
-        return self._plan
-
-    def run(self, plan: LayoutPlan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], stream: int) -> None:
-        """Enqueue inputs of a known layout outside of captures. TensorRT is told the differences to the last call."""
-        with self.engine.collect_errors():
-            if plan is not self._plan:
-                self._change_plan(plan, inputs, stream)
-            for binding, value in zip(self.engine.bindings, [*inputs, *outputs], strict=True):
-                if self._addresses.get(binding.name) != value.data_ptr():
-                    self._set_address(binding.name, value)
-            if not enqueues.shared(self._context.execute_async_v3, stream):
-                raise self.refusal()
+        capturing = is_capturing() if capturing is None else capturing
+        return bool((enqueues.exclusive if capturing else enqueues.shared)(self._context.execute_async_v3, stream))
 
     def refusal(self) -> EngineExecutionError:
-        """The error of an enqueue that TensorRT refused."""
+        """The error of an enqueue that TensorRT refused, or of an allocation in it."""
+        for name in self._allocated:
+            error = self._allocators[name].error
+            if error is not None and not isinstance(error, Exception):
+                # Ctrl-C, which TensorRT could not pass on.
+                raise error
+            if error is not None:
+                raise EngineExecutionError(f"{self.engine.name}: no memory for output {name!r}: {error}") from error
         return EngineExecutionError(f"{self.engine.name}: TensorRT refused to run: {self.engine.said()}")
 
-    def allocated_output(self, name: str) -> Tensor:
+    def allocated_output(self, binding: Binding) -> Tensor:
         """The output that TensorRT allocated in the last enqueue: a fresh copy, of the shape of this run."""
-        return self._allocators.take(name)
+        allocator = self._allocators[binding.name]
+        if allocator.error is not None:
+            raise self.refusal()
+        if allocator.shape is None:
+            raise EngineExecutionError(
+                f"{self.engine.name}: TensorRT did not tell the shape of output {binding.name!r}"
+            )
+        nbytes = math.prod(allocator.shape) * binding.dtype.itemsize
+        fresh = torch.empty(allocator.shape, dtype=binding.dtype, device=self.engine.device)
+        if nbytes:
+            fresh.view(-1).view(torch.uint8).copy_(allocator.buffer[:nbytes])
+        return fresh
 
-    def check_allocated(self) -> None:
-        """Raise the error of the output allocator in the last enqueue, if there was one."""
-        self._allocators.check()
+    def _allocate(self, name: str) -> None:
+        """Have TensorRT allocate an output in the next enqueue."""
+        allocator = self._allocators.get(name)
+        if allocator is None:
+            allocator = self._allocators[name] = _allocator_class(self.engine.trt)(self.engine.device)
+        allocator.start()
+        if name not in self._allocated:
+            self._context.set_output_allocator(name, allocator)
+            self._allocated.add(name)
+        self._addresses.pop(name, None)
 
-    def release_references(self) -> None:
-        """Drop the references to the last inputs and outputs. Addresses are set again at the next call."""
-        self._held = {binding.name: self._held[binding.name] for binding in self.engine.inputs if binding.on_host}
-
-    def _change_plan(self, plan: LayoutPlan, inputs: Sequence[Tensor], stream: int) -> None:
-        """Set profile and shapes of another layout. Shapes of outputs are known, so that nothing is inferred."""
-        self._plan = None
-        if plan.profile != self.profile:
-            self._set_profile(plan.profile, stream)
-        for binding, value in zip(self.engine.inputs, inputs, strict=True):
-            if self._shapes.get(binding.name) != (value.shape, None):
-                self._set_shape(binding.name, value, None)
-        for name in list(self._allocators.installed):
-            self._allocators.remove(self._context, name)
-        self._output_shapes = [*plan.output_shapes]
-        self._plan = plan
-
-    def _set_profile(self, profile: int, stream: int) -> None:
-        """Switch to an optimisation profile, after which every shape has to be set again."""
-        if not self._context.set_optimization_profile_async(profile, stream):
-            raise self._error(f"optimisation profile {profile} was refused")
-        self.profile = profile
-        self._output_shapes = None
-        self._shapes.clear()
-
-    def _set_shape(self, name: str, value: Tensor, values: object) -> None:
-        """Set the shape of an input, after which the shapes of outputs have to be inferred again."""
-        if not self._context.set_input_shape(name, tuple(value.shape)):
-            raise self._error(f"shape {tuple(value.shape)} of input {name!r} was refused")
-        self._shapes[name] = (value.shape, values)
-        self._output_shapes = None
-
-    def _set_address(self, name: str, value: Tensor) -> None:
-        """Set the address of an input or output, if it differs from the last one."""
-        address = value.data_ptr() or self._nowhere.data_ptr()
-        if self._addresses.get(name) == address:
-            return
-        if not self._context.set_tensor_address(name, address):
+    def _set_address(self, name: str, address: int) -> None:
+        """Set the address of an input or output."""
+        self._addresses.pop(name, None)
+        if not self._context.set_tensor_address(name, address or self._nowhere.data_ptr()):
             raise self._error(f"the address of {name!r} was refused")
         self._addresses[name] = address
 
-    def _infer(self) -> list[tuple[int, ...] | None]:
+    def _infer(self) -> Shapes:
         """The shapes of the outputs, from TensorRT."""
         try:
             missing = self._context.infer_shapes()
@@ -309,10 +293,49 @@ class ContextPool:
 
     def give_back(self, context: Context) -> None:
         """Keep a context whose last work has finished, unless the engine was closed."""
-        context.release_references()
+        context.copies.clear()
         if not self._engine.closed:
             self._idle.append(context)
 
     def clear(self) -> None:
         """Drop the idle contexts."""
         self._idle.clear()
+
+
+@cache
+def _allocator_class(trt: Any) -> type:
+    """An ``IOutputAllocator`` of a flavour of TensorRT. Its buffer grows when TensorRT asks for more, never shrinks."""
+
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]
+        """Called by TensorRT, into which nothing may be raised: an error is kept, and null is returned."""
+
+        def __init__(self, device: torch.device) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self.device = device
+            self.buffer: Tensor | None = None
+            self.start()
+
+        def start(self) -> None:
+            """Forget the last run's shape and error; the memory stays."""
+            self.shape: tuple[int, ...] | None = None
+            self.error: BaseException | None = None
+
+        def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int | None:
+            return self.reallocate_output_async(tensor_name, memory, size, alignment, 0)
+
+        def reallocate_output_async(
+            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int | None:
+            try:
+                if self.buffer is None or self.buffer.numel() < size:
+                    grown = max(size, 2 * self.buffer.numel() if self.buffer is not None else 0, 256)
+                    self.buffer = torch.empty(grown, dtype=torch.uint8, device=self.device)
+                return self.buffer.data_ptr()
+            except BaseException as error:
+                self.error = error
+                return None
+
+        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+            self.shape = tuple(int(size) for size in shape)
+
+    return Allocator

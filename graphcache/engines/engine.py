@@ -80,7 +80,9 @@ class Engine:
         bindings = read_bindings(self._engine, self.trt)
         self.inputs = _in_order(self.name, "input", inputs, [each for each in bindings if each.is_input])
         self.outputs = _in_order(self.name, "output", outputs, [each for each in bindings if not each.is_input])
-        self.bindings = (*self.inputs, *self.outputs)
+        self.host_inputs = tuple(index for index, each in enumerate(self.inputs) if each.on_host)
+        """Positions of the inputs whose values TensorRT reads on the host."""
+        self.uses_host_memory = any(each.on_host for each in bindings)
         self.profiles = int(self._engine.num_optimization_profiles)
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self.streamable_bytes = int(getattr(self._engine, "streamable_weights_size", 0))
@@ -195,17 +197,21 @@ class Engine:
             raise ConfigError(f"{self.name} was not built for weight streaming; build it with weight_streaming=True")
         if not 0 <= nbytes <= self.streamable_bytes:
             raise ConfigError(f"{self.name} has {self.streamable_bytes} streamable bytes, so no budget of {nbytes}")
-        if live := len(self.contexts):
-            raise EngineError(
-                f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the caller's; "
-                f"close them before changing the weight budget"
-            )
+        self.check_unused("changing the weight budget")
         with self.collect_errors():
             self._engine.weight_streaming_budget_v2 = nbytes
             if self.weight_budget != nbytes:
                 raise EngineError(f"{self.name}: TensorRT refused a weight budget of {nbytes} bytes: {self.said()}")
         # Streaming needs scratch memory of its own.
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
+
+    def check_unused(self, what: str) -> None:
+        """Refuse what cannot be done while contexts live."""
+        if live := len(self.contexts):
+            raise EngineError(
+                f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the caller's; "
+                f"close them before {what}"
+            )
 
     def serialized(self) -> bytes:
         """The engine as a file would hold it now, with the weights that it was refitted with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,17 +68,13 @@ class EngineModule(EngineBase):
         if not kwargs:
             return list(args)
         names = self.input_binding_names
-        if unknown := [name for name in kwargs if name not in names]:
-            raise InputCountError(f"{self.name} has no input {unknown[0]!r}; its inputs are {', '.join(names)}")
-        if len(args) > len(names):
+        left = names[len(args) :]
+        if len(args) > len(names) or kwargs.keys() != set(left):
             raise InputCountError(
-                f"{self.name} takes {len(names)} inputs ({', '.join(names)}), {len(args) + len(kwargs)} were given"
+                f"{self.name} takes the inputs {', '.join(names)}, each by position or by name; given were {len(args)} "
+                f"by position, and by name {', '.join(kwargs)}"
             )
-        if twice := [name for name in names[: len(args)] if name in kwargs]:
-            raise InputCountError(f"input {twice[0]!r} of {self.name} was given by position and by name")
-        if missing := [name for name in names[len(args) :] if name not in kwargs]:
-            raise InputCountError(f"input {missing[0]!r} of {self.name} is missing; its inputs are {', '.join(names)}")
-        return [*args, *(kwargs[name] for name in names[len(args) :])]
+        return [*args, *(kwargs[name] for name in left)]
 
     def moved(self, inputs: Sequence[Any]) -> list[Any]:
         """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""
@@ -135,13 +131,18 @@ class EngineModule(EngineBase):
             if scope is not None:
                 outputs = enqueue_into(scope, self, *self.checked(inputs))
             else:
+                runner, watchers = self._runner, self._observers
                 allocator = self.requires_output_allocator or self._use_output_allocator
-                simple = not (allocator or mode.multi_device_safe)
-                layout, plan = self._runner.find(inputs, self._profile) if simple else (None, None)
-                inputs, profile = self.checked(inputs) if plan is None else (inputs, plan.profile)
-                watchers = self._observers
-                with watchers.told("eager", self.name, Span(done=True)) if watchers.active else nullcontext():
-                    outputs = self._runner.run(EngineCall(inputs, profile, layout, plan, allocator))
+                layout = None if allocator or mode.multi_device_safe else runner.layout(inputs, self._profile)
+                profile, shapes = runner.known.get(layout, (0, None))
+                if shapes is None:
+                    inputs, profile = self.checked(inputs)
+                call = EngineCall(inputs, profile, shapes, layout, allocator, self.use_pre_allocated_outputs)
+                if watchers.active:
+                    with watchers.told("eager", self.name, Span(done=True)):
+                        outputs = runner.run(call)
+                else:
+                    outputs = runner.run(call)
         finally:
             is_unwatched.set(watched)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -316,10 +317,9 @@ class EngineModule(EngineBase):
             if state is not None:
                 self.set_extra_state(state)
                 self.source = before["source"]
-            elif self.holds_engine:
+            else:
                 self.close()
-                for name in vars(self).keys() - before.keys():
-                    delattr(self, name)
+                vars(self).clear()
                 vars(self).update(before)
             raise
 

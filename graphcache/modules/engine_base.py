@@ -1,4 +1,4 @@
-"""The part of an engine's module that holds the engine: its settings, its weights, and what copies of it have."""
+"""The part of an engine's module that holds the engine: its settings, and what copies of it have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graphcache.config import Specialization
 from graphcache.engines.context import ContextPool
 from graphcache.engines.engine import Engine
 from graphcache.engines.kernel_cache import RuntimeCache
-from graphcache.errors import ClosedError, ConfigError, EngineError, EngineFormatError, shown
+from graphcache.errors import ClosedError, ConfigError, EngineError, shown
 from graphcache.events import Observers
 from graphcache.graphs.stream_order import StreamOrder
 from graphcache.modules.engine_runner import EngineRunner
@@ -25,11 +25,10 @@ from graphcache.modules.packaging import Source
 from graphcache.modules.portable import EngineState, bytes_of, on_index, tensor_of
 from graphcache.modules.transparent import controls
 
-_WITH_AN_ENGINE = frozenset({"engine", "device", "order", "host_inputs", "contexts"})
+_OF_AN_ENGINE = frozenset({"engine", "device", "order", "host_inputs", "contexts"})
 """Attributes that a module without an engine does not have."""
-_OF_THIS_PROCESS = frozenset({"users", "epoch", "identity", "runtime_choice"})
-_OF_THIS_PROCESS |= {"_runner", "_cached", "_observers", "_refitted"}
-"""Attributes that no copy has, besides these."""
+_NOT_COPIED = _OF_AN_ENGINE - {"device"} | {"users", "epoch", "identity", "runtime_choice", "use_pre_allocated_outputs"}
+_NOT_COPIED |= {"_runner", "_cached", "_observers", "_refitted"}
 
 
 class EngineBase(EngineLike):
@@ -66,14 +65,9 @@ class EngineBase(EngineLike):
         self._profile: int | None = None
         self._use_output_allocator = False
         self._begin()
-        if serialized_engine is None:
-            return
-        if not isinstance(serialized_engine, (bytes, bytearray, memoryview)):
-            kind = type(serialized_engine).__name__
-            raise EngineFormatError(f"{name or 'the engine'}: expected the bytes of an engine, got {kind}")
-        data = bytes(serialized_engine)
-        self._attach(self._deserialised(data, input_binding_names, output_binding_names, name))
-        self._bytes = tensor_of(data)
+        if serialized_engine is not None:
+            self._attach(self._deserialised(serialized_engine, input_binding_names, output_binding_names, name))
+            self._bytes = tensor_of(bytes(serialized_engine))
 
     def _begin(self) -> None:
         """Set everything that is of this process, which no copy has."""
@@ -83,6 +77,8 @@ class EngineBase(EngineLike):
         self._cached: Any = None
         self._observers = Observers()
         self._refitted = False
+        self.use_pre_allocated_outputs = False
+        """Whether the outputs of the next eager call are made at the end of each one."""
         self.runtime_choice: tuple[Specialization | None, RuntimeCache | None] = None, None
         """What was set with :meth:`configure_runtime`."""
         self.identity = secrets.token_hex(16)
@@ -96,11 +92,10 @@ class EngineBase(EngineLike):
 
     def _attach(self, engine: Engine) -> None:
         """Take an engine, where there is none or a closed one."""
-        self.engine = engine
-        self.name = engine.name
+        self.engine, self.name = engine, engine.name
         self.input_binding_names = [binding.name for binding in engine.inputs]
         self.output_binding_names = [binding.name for binding in engine.outputs]
-        self.host_inputs = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
+        self.host_inputs = engine.host_inputs
         self.contexts = ContextPool(engine)
         """Contexts for graphs; eager calls have one of their own."""
         self._refitted = False
@@ -110,7 +105,7 @@ class EngineBase(EngineLike):
         self._runner.attach(engine, self.order)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _WITH_AN_ENGINE:
+        if name in _OF_AN_ENGINE:
             raise EngineError(
                 f"{self.__dict__.get('name') or 'this EngineModule'} holds no engine yet; load_state_dict() gives it "
                 f"one, or the constructor does"
@@ -208,13 +203,8 @@ class EngineBase(EngineLike):
         They are used by a call on the same stream whose outputs have the same shapes. No two calls return the same
         memory. Replays do not need it. Returns what was set before.
         """
-        before, self._runner.preallocates = self._runner.preallocates, _bool("enable", enable)
+        before, self.use_pre_allocated_outputs = self.use_pre_allocated_outputs, _bool("enable", enable)
         return before
-
-    @property
-    def use_pre_allocated_outputs(self) -> bool:
-        """Whether the outputs of the next eager call are made at the end of each one."""
-        return self._runner.preallocates
 
     def set_output_tensors_as_unowned(self, enabled: bool) -> None:
         """Kept for :meth:`are_output_tensors_unowned`. Whatever is set, outputs are the caller's."""
@@ -300,42 +290,36 @@ class EngineBase(EngineLike):
                 if the module is wrapped and the other engine reads other inputs on the host. The module is unchanged.
         """
         given = EngineState.of(state, self.name or "the engine")
-        if self._has(given):
-            self._check_profile(given.profile, self.engine)
-        else:
-            engine = self._deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
-            self._check_profile(given.profile, engine)
+        is_same = (
+            self.holds_engine
+            and not self.engine.closed
+            and (self.input_binding_names, self.output_binding_names) == (given.inputs, given.outputs)
+            and torch.equal(self.engine_tensor(), given.engine)
+        )
+        engine = (
+            self.engine
+            if is_same
+            else self._deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
+        )
+        self._check_profile(given.profile, engine)
+        if not is_same:
             self._exchange(engine)
             self._bytes, self.source = given.engine, None
         self.name, self.output_shapes = given.name, given.output_shapes
         self.requires_output_allocator, self._profile = given.requires_output_allocator, given.profile
         self.epoch += 1
 
-    def _has(self, given: EngineState) -> bool:
-        """Whether this module has the engine of a state already."""
-        return (
-            self.holds_engine
-            and not self.engine.closed
-            and (self.input_binding_names, self.output_binding_names) == (given.inputs, given.outputs)
-            and torch.equal(self.engine_tensor(), given.engine)
-        )
-
     def _exchange(self, engine: Engine) -> None:
-        """Put another engine in the place of this one, with nothing of the old one left."""
+        """Put an engine in the place of this one, with nothing of the old one left."""
         if not self.holds_engine:
             self._attach(engine)
             return
-        hosts = tuple(index for index, binding in enumerate(engine.inputs) if binding.on_host)
-        if len(self.users) and hosts != self.host_inputs:
+        if len(self.users) and engine.host_inputs != self.host_inputs:
             raise EngineError(
                 f"{self.name} is wrapped, and the other engine reads other inputs on the host; wrap it after loading"
             )
         with self._changing():
-            if live := len(self.engine.contexts):
-                raise EngineError(
-                    f"{self.name}: {live} execution contexts are still in use, by sessions or by captures of the "
-                    f"caller's; close them before loading another engine"
-                )
+            self.engine.check_unused("loading another engine")
             self.engine.close()
             self._attach(engine)
 
@@ -343,8 +327,7 @@ class EngineBase(EngineLike):
         if self.holds_engine and self.engine.closed:
             raise ClosedError(f"{self.name} was closed, so it cannot be copied or pickled; load it again")
         self.engine_tensor()
-        left_out = (_WITH_AN_ENGINE | _OF_THIS_PROCESS) - {"device"}
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

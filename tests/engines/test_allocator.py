@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.engines import context, engine, library, output_allocators
+from graphcache.engines import context, engine, library
+from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
-from graphcache.engines.output_allocators import OutputAllocators
 from graphcache.errors import EngineExecutionError
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import Dims, IExecutionContext, serialize
@@ -23,18 +23,24 @@ class Growing:
 
     def __init__(self) -> None:
         self.engine = Engine(serialize("positive"), name="net")
-        self.outputs = OutputAllocators(self.engine)
-        self.context: IExecutionContext = self.engine.new_context()
+        self.outputs = Context(self.engine, torch.empty(0, dtype=torch.uint8))
+        self.context: IExecutionContext = self.outputs._context
 
     def run(self, count: int) -> int | None:
         """An enqueue that gives as many numbers, counting up from that many; where they were written."""
-        self.outputs.install(self.context, "y")
+        self.outputs.set_outputs([None])
         asked = self.context._allocators["y"]()
         place: int | None = asked.reallocate_output_async("y", 0, 4 * count, 256, 0)
         if place:
             fake_tensorrt._store(place, torch.arange(count, 2 * count, dtype=torch.float32))
             asked.notify_shape("y", Dims([count]))
         return place
+
+    def take(self) -> torch.Tensor:
+        return self.outputs.allocated_output(self.engine.outputs[0])
+
+    def remove(self) -> None:
+        self.outputs.set_outputs([self.outputs._nowhere])
 
     @property
     def allocator(self) -> Any:
@@ -43,10 +49,7 @@ class Growing:
 
 @given(st.lists(st.integers(0, 2000), min_size=1, max_size=8))
 def test_memory_grows_and_never_shrinks_and_answers_stay(counts: list[int]) -> None:
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        installed(context, engine, library, output_allocators, patch=patch) as fake,
-    ):
+    with pytest.MonkeyPatch.context() as patch, installed(context, engine, library, patch=patch) as fake:
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver)
         growing, kept, held = Growing(), [], 0
@@ -61,7 +64,7 @@ def test_memory_grows_and_never_shrinks_and_answers_stay(counts: list[int]) -> N
             else:
                 assert size >= max(2 * held, 256, 4 * count)
             held = size
-            kept.append((count, growing.outputs.take("y")))
+            kept.append((count, growing.take()))
         for count, answer in kept:
             assert answer.tolist() == list(range(count, 2 * count))
             assert answer.dtype is torch.float32
@@ -70,7 +73,7 @@ def test_memory_grows_and_never_shrinks_and_answers_stay(counts: list[int]) -> N
 def test_the_answer_is_a_copy(fake: Torch) -> None:
     growing = Growing()
     growing.run(3)
-    one, two = growing.outputs.take("y"), growing.outputs.take("y")
+    one, two = growing.take(), growing.take()
     assert one.data_ptr() != two.data_ptr()
     one.zero_()
     assert two.tolist() == [3, 4, 5]
@@ -80,16 +83,16 @@ def test_shapes_of_several_dimensions_and_of_none(fake: Torch) -> None:
     growing = Growing()
     growing.run(6)
     growing.allocator.notify_shape("y", Dims([2, 3]))
-    assert growing.outputs.take("y").tolist() == [[6, 7, 8], [9, 10, 11]]
+    assert growing.take().tolist() == [[6, 7, 8], [9, 10, 11]]
     growing.allocator.notify_shape("y", Dims([]))
-    assert growing.outputs.take("y").tolist() == 6
+    assert growing.take().tolist() == 6
     growing.allocator.notify_shape("y", Dims([0, 7]))
-    assert growing.outputs.take("y").shape == (0, 7)
+    assert growing.take().shape == (0, 7)
 
 
 def test_the_older_callback(fake: Torch) -> None:
     growing = Growing()
-    growing.outputs.install(growing.context, "y")
+    growing.outputs.set_outputs([None])
     place = growing.allocator.reallocate_output("y", 0, 100, 256)
     assert place == growing.allocator.buffer.data_ptr()
 
@@ -100,10 +103,10 @@ def test_no_memory_is_told_by_the_null_address_and_raised_later(fake: Torch) -> 
     assert growing.run(100) is None
     fake.driver.heap.refuse_after = None
     with pytest.raises(EngineExecutionError, match=r"^net: no memory for output 'y': CUDA out of memory\.") as caught:
-        growing.outputs.take("y")
+        growing.take()
     assert isinstance(caught.value.__cause__, torch.cuda.OutOfMemoryError)
     growing.run(2)
-    assert growing.outputs.take("y").tolist() == [2, 3], "a later call starts anew"
+    assert growing.take().tolist() == [2, 3], "a later call starts anew"
 
 
 def test_no_memory_keeps_the_memory_there_was(fake: Torch) -> None:
@@ -132,9 +135,9 @@ def test_nothing_is_raised_into_tensorrt(fake: Torch, monkeypatch: pytest.Monkey
 def test_a_shape_that_was_never_told(fake: Torch) -> None:
     growing = Growing()
     growing.run(3)
-    growing.outputs.install(growing.context, "y")
+    growing.outputs.set_outputs([None])
     with pytest.raises(EngineExecutionError, match=r"^net: TensorRT did not tell the shape of output 'y'$"):
-        growing.outputs.take("y")
+        growing.take()
 
 
 def test_is_installed_once_and_removed(fake: Torch) -> None:
@@ -142,13 +145,13 @@ def test_is_installed_once_and_removed(fake: Torch) -> None:
     told: list[Any] = []
     real = growing.context.set_output_allocator
     growing.context.set_output_allocator = lambda name, given: told.append(given) or real(name, given)
-    growing.outputs.remove(growing.context, "y")
+    growing.remove()
     assert told == []
     for _ in range(2):
         growing.run(2)
         growing.run(3)
-        growing.outputs.remove(growing.context, "y")
-        growing.outputs.remove(growing.context, "y")
+        growing.remove()
+        growing.remove()
     assert [each is None for each in told] == [False, True, False, True]
     assert told[0] is told[2], "its memory is kept"
 
@@ -159,15 +162,15 @@ def test_each_flavour_has_a_class_of_its_own() -> None:
             def __init__(self) -> None:
                 self.constructed = True
 
-    one, two = output_allocators._allocator_class(fake_tensorrt), output_allocators._allocator_class(Other)
+    one, two = context._allocator_class(fake_tensorrt), context._allocator_class(Other)
     assert issubclass(one, fake_tensorrt.IOutputAllocator)
     assert issubclass(two, Other.IOutputAllocator)
-    assert output_allocators._allocator_class(fake_tensorrt) is one
+    assert context._allocator_class(fake_tensorrt) is one
 
 
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt_lean", "tensorrt"])
 def test_the_real_base_class_takes_it(name: str) -> None:
     trt = pytest.importorskip(name, exc_type=ImportError)
-    made = output_allocators._allocator_class(trt)(torch.device("cpu"))
+    made = context._allocator_class(trt)(torch.device("cpu"))
     assert isinstance(made, trt.IOutputAllocator)
     assert made.reallocate_output_async("y", 0, 10, 256, 0) == made.buffer.data_ptr()

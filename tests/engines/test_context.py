@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphcache.engines import context, engine, library, output_allocators
+from graphcache.engines import context, engine, library
 from graphcache.engines.context import Context
 from graphcache.engines.engine import Engine
 from graphcache.errors import EngineExecutionError
@@ -66,7 +66,7 @@ class Runner:
         outputs = self.set(*inputs, profile=profile)
         assert self.context.enqueue(self.stream)
         return [
-            self.context.allocated_output(binding.name) if value is None else value
+            self.context.allocated_output(binding) if value is None else value
             for binding, value in zip(self.engine.outputs, outputs, strict=True)
         ]
 
@@ -88,7 +88,7 @@ def rows(fake: Torch, count: int, start: float = 0.0) -> Tensor:
 def test_any_sequence_of_shapes_profiles_and_layouts(steps: list[tuple[int, str]]) -> None:
     with (
         pytest.MonkeyPatch.context() as patch,
-        installed(context, engine, library, output_allocators, patch=patch) as fake,
+        installed(context, engine, library, patch=patch) as fake,
     ):
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver)
@@ -105,7 +105,7 @@ def test_any_sequence_of_shapes_profiles_and_layouts(steps: list[tuple[int, str]
             (y,) = run(x, profile=int(count > 4))
             assert torch.equal(y, before * 3 + 1)
             assert torch.equal(x, before)
-            run.context.release_references()
+            run.context.copies.clear()
 
 
 def test_several_inputs_and_outputs(fake: Torch) -> None:
@@ -269,8 +269,7 @@ def test_host_values_outlive_the_call(fake: Torch) -> None:
     run(x, stop)
     stop[0] = 99
     del stop
-    run.context.release_references()
-    assert sorted(run.context._held) == ["stop"]
+    assert sorted(run.context._host_values) == ["stop"]
     (y,) = run.set(x, torch.tensor([7]))
     assert y is not None
     assert y.shape == (7, 4)
@@ -302,7 +301,6 @@ def test_outputs_of_unknown_shape(fake: Torch) -> None:
         x = fake.driver.heap.tensor(values)
         assert run.set(x) == [None]
         kept.append((run(x)[0], x[x > 0].clone()))
-        run.context.release_references()
     assert all(torch.equal(got, wanted) for got, wanted in kept)
 
 
@@ -321,7 +319,7 @@ def test_back_to_an_address_of_the_callers(fake: Torch) -> None:
         run.context.set_inputs([x], 0, run.stream)
         run.context.set_outputs([None])
         assert run.context.enqueue(run.stream)
-        assert torch.equal(run.context.allocated_output("y"), x * 3 + 1)
+        assert torch.equal(run.context.allocated_output(run.engine.outputs[0]), x * 3 + 1)
         run.told.clear()
         assert torch.equal(run(x)[0], x * 3 + 1)
         assert run.told[:2] == ["set_output_allocator", "set_tensor_address"]
@@ -398,16 +396,19 @@ def test_nothing_outlives_a_context(fake: Torch) -> None:
     assert fake.driver.heap.blocks == {}
 
 
-def test_release_references_drops_what_the_caller_gave(fake: Torch) -> None:
+def test_what_was_copied_is_kept_and_what_was_given_is_not(fake: Torch) -> None:
     run = Runner(fake, "affine")
     x = rows(fake, 2)
     place = x.data_ptr()
     (y,) = run(x)
     del x
-    assert fake.driver.heap.find(place, 4) is not None, "TensorRT may still read it"
-    run.context.release_references()
     assert fake.driver.heap.find(place, 4) is None
     assert y.tolist()[0][0] == 1.0
+    run.set(fake.empty(2, 4, offset=4).copy_(y))
+    (copied,) = run.context.copies
+    assert torch.equal(copied, y), "TensorRT will read it"
+    run.set(y)
+    assert run.context.copies == []
 
 
 @pytest.mark.parametrize("how", ["closed", "forgotten"])

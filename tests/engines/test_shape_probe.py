@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from graphcache.engines import context, engine, library, output_allocators
+from graphcache.engines import context, engine, library
 from graphcache.engines import output_shapes as probe
 from graphcache.engines.engine import Engine
 from graphcache.engines.output_shapes import Size, output_shapes
@@ -18,7 +18,7 @@ from tests.graphs.fake_driver import Torch, installed
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(context, engine, library, output_allocators, probe, patch=monkeypatch) as fake:
+    with installed(context, engine, library, probe, patch=monkeypatch) as fake:
         fake_tensorrt.use(monkeypatch)
         monkeypatch.setattr(fake_tensorrt, "device", fake.driver)
         yield fake

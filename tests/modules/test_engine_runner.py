@@ -1,4 +1,4 @@
-"""Eager calls of an engine: the first of a layout is checked, the others follow its plan, and all of them are right."""
+"""Eager calls of an engine: the first of a layout is checked, the others are not, and all of them are right."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def profiles(module: EngineModule, x: Tensor) -> list[bool]:
     return [module.engine.inputs[0].fits(x, profile) for profile in range(module.engine.profiles)]
 
 
-def test_a_plan_is_for_one_active_profile(fake: Torch, told: list[str]) -> None:
+def test_a_layout_is_known_for_one_active_profile(fake: Torch, told: list[str]) -> None:
     """Where two profiles fit, the active one is used, whichever ran the layout first."""
     module, x = load("overlapping"), numbers(fake, *range(6))
     both = [profile for profile, fits in enumerate(profiles(module, x)) if fits]
@@ -205,7 +205,7 @@ def test_a_plan_is_for_one_active_profile(fake: Torch, told: list[str]) -> None:
     assert "set_optimization_profile_async" not in told
 
 
-def test_a_closed_engine_has_no_plan(fake: Torch) -> None:
+def test_a_closed_engine_knows_no_layout(fake: Torch) -> None:
     module, x = load("affine"), rows(fake, 2)
     module(x)
     module(x)
@@ -229,7 +229,7 @@ def test_a_refused_run_says_why_and_the_next_one_is_right(fake: Torch, monkeypat
     assert torch.equal(module(x), x * 3 + 1)
 
 
-def test_a_capture_of_the_callers_takes_a_context_with_a_plan(fake: Torch) -> None:
+def test_a_capture_of_the_callers_takes_a_context_whose_layouts_are_known(fake: Torch) -> None:
     module, stream = load("affine"), fake.new_stream()
     x, other = rows(fake, 2), rows(fake, 3)
     handle = driver.binding().CUstream(stream.cuda_stream)
@@ -249,14 +249,14 @@ def test_a_capture_of_the_callers_takes_a_context_with_a_plan(fake: Torch) -> No
         assert torch.equal(y, x * 3 + 1)
 
 
-def test_values_on_the_host_have_no_plan(fake: Torch) -> None:
+def test_values_on_the_host_have_no_layout(fake: Torch) -> None:
     module = load("head")
     x = rows(fake, 16)
     for stop in (3, 5, 3, 3):
         assert torch.equal(module(x, torch.tensor([stop])), x[:stop].relu())
 
 
-def test_outputs_of_unknown_shape_have_no_plan(fake: Torch) -> None:
+def test_outputs_of_unknown_shape_have_no_layout(fake: Torch) -> None:
     module = load("positive", requires_output_allocator=True)
     for values in ((1.0, -1.0), (1.0, 2.0), (-1.0, -2.0)):
         x = numbers(fake, *values)
@@ -273,17 +273,17 @@ def test_tensors_that_cannot_be_looked_at_are_refused_as_before(fake: Torch) -> 
             module(odd)
 
 
-def test_plans_are_bounded(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_runner, "_MAX_PLANS", 2)
+def test_layouts_are_bounded(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_runner, "_MAX_LAYOUTS", 2)
     module = load("affine")
     for _ in range(2):
         for count in (1, 2, 3, 4):
             x = rows(fake, count)
             assert torch.equal(module(x), x * 3 + 1)
-    assert len(module._runner._plans) == 2
+    assert len(module._runner.known) == 2
 
 
-def test_other_weights_of_another_engine_have_other_plans(fake: Torch) -> None:
+def test_another_engine_has_other_layouts(fake: Torch) -> None:
     module, other = load("affine"), load("pair")
     x = rows(fake, 2)
     module(x)
