@@ -71,8 +71,8 @@ class EngineModule(EngineBase):
         left = names[len(args) :]
         if len(args) > len(names) or kwargs.keys() != set(left):
             raise InputCountError(
-                f"{self.name} takes the inputs {', '.join(names)}, each by position or by name; given were {len(args)} "
-                f"by position, and by name {', '.join(kwargs)}"
+                f"{self.name} takes the inputs {', '.join(names)}, each of them once; {len(args)} were given by "
+                f"position, and by name {', '.join(kwargs)}"
             )
         return [*args, *(kwargs[name] for name in left)]
 

@@ -225,11 +225,13 @@ def test_keyword_arguments(load):
     a, b = torch.randn(2, 3, 4, device="cuda").unbind()
     for run in (engine, fast):
         assert torch.equal(run(b=b, a=a)[0], a + b)
-        with pytest.raises(InputCountError, match="no input 'c'; its inputs are a, b"):
+        with pytest.raises(
+            InputCountError, match="takes the inputs a, b, each of them once; 1 were given by position, and by name c"
+        ):
             run(a, c=b)
-        with pytest.raises(InputCountError, match="'b' of two_outputs is missing"):
+        with pytest.raises(InputCountError, match="0 were given by position, and by name a"):
             run(a=a)
-        with pytest.raises(InputCountError, match="'a' of two_outputs was given by position and by name"):
+        with pytest.raises(InputCountError, match="1 were given by position, and by name a"):
             run(a, a=b)
 
 
