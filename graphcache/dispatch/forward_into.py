@@ -35,7 +35,7 @@ def copy_into(out: Any, answer: Any, name: str) -> None:
     targets, structure = _flat(out)
     leaves, wanted = pytree.tree_flatten(answer)
     if structure != wanted:
-        raise OutputMismatchError(f"{name} answers {_shape_of(answer)}; out is {_shape_of(out)}")
+        raise OutputMismatchError(f"{name} answers {_kind(answer)}; out is {_kind(out)}")
     for index, (target, leaf) in enumerate(zip(targets, leaves, strict=True)):
         _check(target, leaf, f"out[{index}]" if len(leaves) > 1 else "out", name)
     # One tensor may stand for one answer twice.
@@ -43,9 +43,8 @@ def copy_into(out: Any, answer: Any, name: str) -> None:
     if overlap([target for target, _ in pairs.values()]):
         raise OutputMismatchError(f"elements of out share memory, so that it cannot hold what {name} answers")
     with torch.no_grad():
-        # What a target is about to overwrite is read first.
-        sources = [(target, leaf.clone() if _touches(leaf, targets) else leaf) for target, leaf in pairs.values()]
-        for target, leaf in sources:
+        # All is read before anything is written: the answer may lie in memory of the targets.
+        for target, leaf in [(target, leaf.clone()) for target, leaf in pairs.values()]:
             with torch.inference_mode(target.is_inference()):
                 target.copy_(leaf)
 
@@ -59,13 +58,10 @@ def _check(target: Any, leaf: Any, where: str, name: str) -> None:
         )
     if not isinstance(target, Tensor):
         raise OutputMismatchError(f"{where} is of type {type(target).__name__}; expected a torch.Tensor")
-    if (target.shape, target.dtype, target.device) != (leaf.shape, leaf.dtype, leaf.device):
+    if any(getattr(target, each) != getattr(leaf, each) for each in ("shape", "dtype", "device", "layout")):
         raise OutputMismatchError(
-            f"{where} is {target.dtype} {list(target.shape)} on {target.device}; {name} answers {leaf.dtype} "
-            f"{list(leaf.shape)} on {leaf.device}, and nothing is cast or moved"
+            f"{where} is {_text(target)}; {name} answers {_text(leaf)}, and nothing is cast or moved"
         )
-    if target.layout is not leaf.layout:
-        raise OutputMismatchError(f"{where} is {target.layout}; {name} answers {leaf.layout}")
     if target.requires_grad:
         raise OutputMismatchError(f"{where} requires gradients, which no answer is written into; give .detach()")
     end = target.storage_offset() * target.element_size() + extent_of(target) if _has_address(target) else 0
@@ -80,12 +76,14 @@ def _flat(out: Any) -> tuple[list[Any], Any]:
         raise OutputMismatchError("out contains itself; expected tensors in the structure of the answer") from error
 
 
-def _shape_of(value: Any) -> str:
-    structure = pytree.tree_structure(value)
-    return "a tensor" if isinstance(value, Tensor) else f"{structure.num_leaves} values in a {type(value).__name__}"
+def _kind(value: Any) -> str:
+    count = pytree.tree_structure(value).num_leaves
+    return "a tensor" if isinstance(value, Tensor) else f"{count} values in a {type(value).__name__}"
 
 
-# ---- memory
+def _text(tensor: Tensor) -> str:
+    layout = "" if tensor.layout is torch.strided else f", {tensor.layout}"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"
 
 
 def overlap(tensors: Sequence[Tensor]) -> bool:
@@ -125,24 +123,7 @@ def _collide(tensors: list[Tensor]) -> bool:
 
 def _has_address(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own that strides describe; fake, sparse and wrapped tensors have not."""
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        return False
     try:
-        tensor.data_ptr()
+        return tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.data_ptr() >= 0
     except (RuntimeError, NotImplementedError):
         return False
-    return True
-
-
-def _touches(leaf: Tensor, targets: Sequence[Tensor]) -> bool:
-    """Whether a tensor lies in memory of the targets."""
-    if not _has_address(leaf):
-        return False
-    first, last = leaf.data_ptr(), leaf.data_ptr() + extent_of(leaf)
-    return any(
-        _has_address(each)
-        and each.device == leaf.device
-        and first < each.data_ptr() + extent_of(each)
-        and each.data_ptr() < last
-        for each in targets
-    )
