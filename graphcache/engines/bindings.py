@@ -35,10 +35,13 @@ class Binding:
     ranges: tuple[tuple[tuple[int, int], ...], ...] = ()
     """Of an input, for each profile and axis the smallest and largest size; of a host shape tensor, of its values."""
 
-    def fits(self, value: Tensor, profile: int) -> bool:
-        """Whether every size (for a host shape tensor: every value) lies inside a profile."""
-        got = value.flatten().tolist() if self.on_host else value.shape
-        return all(low <= size <= high for size, (low, high) in zip(got, self.ranges[profile], strict=False))
+    def sizes(self, value: Tensor) -> Sequence[int]:
+        """What a profile bounds of an input: its shape, or its values if TensorRT reads them on the host."""
+        return value.flatten().tolist() if self.on_host else value.shape
+
+    def fits(self, sizes: Sequence[int], profile: int) -> bool:
+        """Whether every size lies inside a profile."""
+        return all(low <= size <= high for size, (low, high) in zip(sizes, self.ranges[profile], strict=False))
 
 
 def read_bindings(engine: Any, trt: Any) -> tuple[Binding, ...]:
@@ -83,34 +86,35 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
 
 
 def choose_profile(
-    engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Tensor], current: int, count: int
+    engine_name: str, bindings: Sequence[Binding], inputs: Sequence[Tensor], profiles: Sequence[int]
 ) -> int:
-    """The optimisation profile for checked inputs: the current one if it fits, else the first that does."""
-    profiles: list[int] = [current, *range(count)]
+    """The first of some optimisation profiles that fits checked inputs."""
+    sizes = [binding.sizes(value) for binding, value in zip(bindings, inputs, strict=True)]
     for profile in profiles:
-        if all(binding.fits(value, profile) for binding, value in zip(bindings, inputs, strict=True)):
+        if all(binding.fits(got, profile) for binding, got in zip(bindings, sizes, strict=True)):
             return profile
-    for binding, value in zip(bindings, inputs, strict=True):
-        if not any(binding.fits(value, profile) for profile in range(count)):
-            raise out_of_range(engine_name, binding, value, range(count))
+    for binding, got in zip(bindings, sizes, strict=True):
+        if not any(binding.fits(got, profile) for profile in profiles):
+            raise out_of_range(engine_name, binding, got, sorted(set(profiles)))
     raise ProfileRangeError(
         f"each input of {engine_name} fits some optimisation profile, but no single profile fits them all: "
-        + "; ".join(f"{b.name} is {tuple(v.shape)}" for b, v in zip(bindings, inputs, strict=True))
+        + "; ".join(f"{binding.name} is {tuple(got)}" for binding, got in zip(bindings, sizes, strict=True))
         + ". Rebuild the engine with a profile that covers them together"
     )
 
 
-def out_of_range(engine_name: str, binding: Binding, value: Tensor, profiles: Sequence[int]) -> ProfileRangeError:
+def out_of_range(
+    engine_name: str, binding: Binding, sizes: Sequence[int], profiles: Sequence[int]
+) -> ProfileRangeError:
     """The error for an input that lies outside some profiles."""
-    what = f"values {value.flatten().tolist()}" if binding.on_host else f"shape {tuple(value.shape)}"
     ranges = "; ".join(
         f"profile {profile}: "
         + " x ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in binding.ranges[profile])
         for profile in profiles
     )
     return ProfileRangeError(
-        f"input {binding.name!r} of {engine_name} has {what}, outside the engine's range ({ranges}); "
-        f"rebuild the engine with shapes that cover it, or split the call"
+        f"input {binding.name!r} of {engine_name} has {'values' if binding.on_host else 'shape'} {tuple(sizes)}, "
+        f"outside the engine's range ({ranges}); rebuild the engine with shapes that cover it, or split the call"
     )
 
 

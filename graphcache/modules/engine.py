@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphcache.capture.engine_like import current_scope
 from graphcache.config import modes
-from graphcache.engines.bindings import check_inputs, choose_profile, out_of_range
+from graphcache.engines.bindings import check_inputs, choose_profile
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import Cause, ConfigError, EngineError, InputCountError, Reason
@@ -96,14 +96,10 @@ class EngineModule(EngineBase):
         inputs = [
             value.detach().cpu() if binding.on_host else value for binding, value in zip(bindings, inputs, strict=True)
         ]
-        if self._profile is None:
-            context = self._runner.context
-            current = context.profile if context is not None else 0
-            return inputs, choose_profile(self.name, bindings, inputs, current, self.engine.profiles)
-        for binding, value in zip(bindings, inputs, strict=True):
-            if not binding.fits(value, self._profile):
-                raise out_of_range(self.name, binding, value, [self._profile])
-        return inputs, self._profile
+        context = self._runner.context
+        active = context.profile if context is not None else 0
+        profiles = [active, *range(self.engine.profiles)] if self._profile is None else [self._profile]
+        return inputs, choose_profile(self.name, bindings, inputs, profiles)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the engine on inputs in the order of ``input_binding_names``, or by name.

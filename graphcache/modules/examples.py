@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from graphcache.engines.bindings import Binding, out_of_range
 from graphcache.errors import ConfigError, InputCountError, InputRankError, is_a, shown
 from graphcache.graphs.buffers import is_dense
 from graphcache.modules.engine import EngineModule
+from graphcache.modules.transparent import TransparentModule, controls
 
 
 @dataclass(frozen=True)
@@ -45,35 +46,50 @@ class Call:
         object.__setattr__(self, "kwargs", dict(self.kwargs))
 
 
-class Example(NamedTuple):
-    """A call that can be made, as often as it is needed."""
+@dataclass(frozen=True)
+class Job:
+    """A call to prepare, which can be made as often as it is needed."""
 
+    target: TransparentModule
+    """The wrapped module, or a part of it."""
     label: str
-    """What messages call it."""
+    """What messages call the call."""
     nbytes: int
     """Bytes of its tensors."""
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     """Gives its arguments; what it makes of shapes, it makes anew each time."""
+    modes: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Makes a context in which it is prepared."""
+    measured: dict[str, float] | None = None
+    """What it took in another process, in seconds."""
+    path: str = ""
+    """Of the manifest that lists it; empty for a call that was given."""
 
 
-def example(given: Any, module: nn.Module) -> Example:
-    """A call of a module, or what :meth:`CachedModule.prepare` takes for one; by name, fixed shapes may be left out."""
+def job_of(given: Any, target: TransparentModule) -> Job:
+    """The call that :meth:`CachedModule.prepare` was given; of an engine also by shapes of its inputs."""
+    module = controls(target).module
+    args: tuple[Any, ...] = (given,)
+    kwargs: dict[str, Any] = {}
     if is_a(given, Call):
-        return _of_arguments(tuple(given.args), dict(given.kwargs))
-    if is_a(given, Tensor):
-        return _of_arguments((given,), {})
-    if isinstance(module, EngineModule):
-        if is_a(given, Mapping):
-            return _of_shapes(module, given)
-        if is_a(given, tuple, list):
-            return _of_shapes(module, _by_name(module, given))
+        args, kwargs = tuple(given.args), dict(given.kwargs)
+    elif isinstance(module, EngineModule) and is_a(given, Mapping, tuple, list):
+        return _of_shapes(given, target, module)
     elif is_a(given, tuple):
-        return _of_arguments(given, {})
-    raise ConfigError(
-        f"{shown(given)} is no call of {type(module).__name__}; expected a tuple of its arguments, "
-        f"graphcache.Call(args, kwargs), a manifest or its path"
-        + (", or shapes of its inputs" if isinstance(module, EngineModule) else "; shapes alone are for engines")
-    )
+        args = given
+    elif not is_a(given, Tensor):
+        raise ConfigError(
+            f"{shown(given)} is no call of {type(module).__name__}; expected a tuple of its arguments, "
+            f"graphcache.Call(args, kwargs), a manifest or its path, or of an engine the shapes of its inputs"
+        )
+    try:
+        tensors = [each for each in _tensors((args, kwargs)) if each.layout is torch.strided]
+    except Exception:
+        # A container that contains itself, say; no signature will describe it.
+        tensors = []
+    label = ", ".join(f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in tensors)
+    nbytes = sum(each.numel() * each.dtype.itemsize for each in tensors)
+    return Job(target, label or "no tensors", nbytes, lambda: (args, kwargs))
 
 
 def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,88 +104,68 @@ def varied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
 
 
-def _of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    """A call with these arguments."""
-    try:
-        tensors = [each for each in _tensors((args, kwargs)) if each.layout is torch.strided]
-    except Exception:
-        # A container that contains itself, say; no signature will describe it.
-        tensors = []
-    label = ", ".join(f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in tensors)
-    nbytes = sum(each.numel() * each.dtype.itemsize for each in tensors)
-    return Example(label or "no tensors", nbytes, lambda: (args, kwargs))
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The plain tensors in arguments."""
     return (leaf for leaf in pytree.tree_leaves(value) if type(leaf) in (Tensor, nn.Parameter) and not leaf.is_nested)
 
 
-def _by_name(engine: EngineModule, given: Sequence[Any]) -> dict[str, Any]:
-    """Shapes and tensors by the names of an engine's inputs."""
-    names = engine.input_binding_names
-    # A bare shape is that of the only input. An empty one may also be no inputs at all, which there is no engine of.
-    each = [given] if _is_shape(given) and len(names) == 1 else list(given)
-    if len(each) != len(names) or (_is_shape(given) and len(names) > 1 and given):
-        raise InputCountError(
-            f"{engine.name} takes {len(names)} inputs ({', '.join(names)}); {shown(given)} is not a shape or a tensor "
-            f"for each of them"
-        )
-    return dict(zip(names, each, strict=True))
-
-
-def _of_shapes(engine: EngineModule, given: Mapping[Any, Any]) -> Example:
-    """A call of an engine from shapes and tensors by name."""
-    bindings = {binding.name: binding for binding in engine.engine.inputs}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in given:
-        if name not in bindings:
-            raise InputCountError(f"{engine.name} has no input {shown(name)}; its inputs are {', '.join(bindings)}")
-    for name, binding in bindings.items():
-        if name not in given and (-1 in binding.shape or binding.on_host):
-            raise InputCountError(f"input {name!r} of {engine.name} is missing; its shape {binding.shape} is open")
-        value = given.get(name, binding.shape)
-        shapes[name] = tuple(value.shape) if isinstance(value, Tensor) else _checked(engine, binding, value)
+def _of_shapes(given: Any, target: TransparentModule, engine: EngineModule) -> Job:
+    """A call of an engine from shapes and tensors, by name or in the order of its inputs."""
+    names, bindings = engine.input_binding_names, engine.engine.inputs
+    if not is_a(given, Mapping):
+        # A bare shape is that of the only input.
+        values = [given] if _is_shape(given) and len(names) == 1 else given
+        if len(values) != len(names):
+            raise InputCountError(
+                f"{engine.name} takes {len(names)} inputs ({', '.join(names)}); {shown(given)} is not a shape or a "
+                f"tensor for each of them"
+            )
+        given = dict(zip(names, values, strict=True))
+    if unknown := [name for name in given if name not in names]:
+        raise InputCountError(f"{engine.name} has no input {shown(unknown[0])}; its inputs are {', '.join(names)}")
+    sizes = {each.name: _sizes(engine, each, given.get(each.name)) for each in bindings}
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The tensors that were given, and new ones for shapes."""
-        new = {name: _made(engine, bindings[name], shape) for name, shape in shapes.items() if name not in tensors}
-        varied(tuple(new.values()), {})
-        return tuple({**new, **tensors}[name] for name in bindings), {}
+        made = [
+            tensors[each.name] if each.name in tensors else _new(engine, each, sizes[each.name]) for each in bindings
+        ]
+        varied(tuple(value for name, value in zip(names, made, strict=True) if name not in tensors), {})
+        return tuple(made), {}
 
-    nbytes = sum(
-        math.prod(shapes[each.name]) * each.dtype.itemsize for each in engine.engine.inputs if not each.on_host
-    )
-    return Example(
-        " ".join(f"{name}:{'x'.join(map(str, shape)) or '[]'}" for name, shape in shapes.items()), nbytes, make
-    )
+    label = " ".join(f"{name}:{'x'.join(map(str, shape)) or '[]'}" for name, shape in sizes.items())
+    nbytes = sum(math.prod(sizes[each.name]) * each.dtype.itemsize for each in bindings if not each.on_host)
+    return Job(target, label, nbytes, make)
 
 
-def _checked(engine: EngineModule, binding: Binding, value: Any) -> tuple[int, ...]:
-    """A shape, before there is memory of that size."""
+def _sizes(engine: EngineModule, binding: Binding, value: Any) -> tuple[int, ...]:
+    """The shape of an input, or the values that TensorRT reads on the host, before there is memory of that size."""
     label = f"input {binding.name!r} of {engine.name}"
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if value is None:
+        if -1 in binding.shape or binding.on_host:
+            raise InputCountError(f"{label} is missing; its shape {binding.shape} is open")
+        return binding.shape
     if not _is_shape(value):
         raise ConfigError(f"{label} was given {shown(value)}; expected a shape, such as (8, 64), or a tensor")
-    shape = tuple(value)
     wanted = math.prod(binding.shape) if binding.on_host else len(binding.shape)
-    if len(shape) != wanted:
+    if len(value) != wanted:
         what = "values" if binding.on_host else "dimensions"
-        raise InputRankError(f"{label} was given {shape}, {len(shape)} {what}; the engine takes {wanted}")
-    fits = (all(low <= size <= high for size, (low, high) in zip(shape, each, strict=False)) for each in binding.ranges)
-    if not any(fits):
-        # Not even on the meta device is there a tensor of any size.
-        seen: Any = torch.tensor(shape) if binding.on_host else SimpleNamespace(shape=shape)
-        raise out_of_range(engine.name, binding, seen, range(len(binding.ranges)))
-    return shape
+        raise InputRankError(f"{label} was given {tuple(value)}, {len(value)} {what}; the engine takes {wanted}")
+    profiles = range(len(binding.ranges))
+    if not any(binding.fits(value, profile) for profile in profiles):
+        raise out_of_range(engine.name, binding, value, profiles)
+    return tuple(value)
 
 
-def _made(engine: EngineModule, binding: Binding, shape: tuple[int, ...]) -> Tensor:
+def _new(engine: EngineModule, binding: Binding, sizes: tuple[int, ...]) -> Tensor:
     """A tensor of zeros, or of host values."""
     if binding.on_host:
-        return torch.tensor(shape, dtype=binding.dtype).reshape(binding.shape)
+        return torch.tensor(sizes, dtype=binding.dtype).reshape(binding.shape)
     with torch.inference_mode(False), torch.no_grad():
-        return torch.empty(shape, dtype=binding.dtype, device=engine.device).zero_()
+        return torch.empty(sizes, dtype=binding.dtype, device=engine.device).zero_()
 
 
 def _is_shape(value: Any) -> bool:

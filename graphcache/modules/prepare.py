@@ -8,9 +8,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -20,9 +20,11 @@ from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, Ref
 from graphcache.events import Event, RanEagerly, log
 from graphcache.features import features
 from graphcache.keys.call_key import CallKey
-from graphcache.modules.examples import Example, example
+from graphcache.modules.examples import Job, job_of
 from graphcache.modules.transparent import TransparentModule, controls
 from graphcache.modules.wrapped import device_of, state_of
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +40,6 @@ class ManifestProblem:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.field}: {self.text}" if self.field else f"{self.path}: {self.text}"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One call to prepare."""
-
-    target: TransparentModule
-    """The wrapped module, or a part of it."""
-    call: Example
-    modes: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Makes a context in which it is prepared."""
-    measured: dict[str, float] | None = None
-    """What it took in another process, in seconds."""
-    path: str = ""
-    """Of the manifest that lists it; empty for a call that was given."""
 
 
 class Chosen(NamedTuple):
@@ -110,28 +97,27 @@ def prepare(
     fast: TransparentModule, given: Sequence[Any], *, pin: bool, deadline: float | None, progress: bool | None
 ) -> Prepared:
     """What :meth:`CachedModule.prepare` does."""
-    start, state = time.monotonic(), state_of(fast)
     _check_options(given, pin, deadline, progress)
+    state, start = state_of(fast), time.monotonic()
     state.dispatcher.check_open()
-    work = _Work(start, deadline)
     kinds = (str, os.PathLike, features.manifest_type)
-    calls = [example(each, state.module) for each in given if not is_a(each, *kinds)]
-    jobs = [Job(fast, call) for call in sorted(calls, key=lambda call: -call.nbytes)]
+    jobs = sorted((job_of(each, fast) for each in given if not is_a(each, *kinds)), key=lambda job: -job.nbytes)
+    work = _Work(pin)
     for manifest in given:
         if is_a(manifest, *kinds):
             chosen: Chosen = features.calls_of_manifest(fast, manifest, deadline)
             jobs += chosen.jobs
             work.left_out += chosen.left_out
             work.problems += chosen.problems
-    preparation = Preparation(pin=pin)
+    seconds = math.inf if deadline is None else deadline
     with bar(f"Preparing {state.name}", 2 * len(jobs), progress) as step:
-        warm = work.warm(jobs, step)
-        with preparation:
-            work.capture(fast, warm, preparation, step)
+        # What is warm and never captured was in vain.
+        warm = work.warm(jobs, start + seconds / 2, step)
+        work.capture(fast, warm, start + seconds, step)
     done = Prepared(
-        len(preparation),
+        len(work.preparation),
         time.monotonic() - start,
-        preparation.nbytes,
+        work.preparation.nbytes,
         tuple(work.refused),
         work.left_out,
         tuple(work.problems),
@@ -145,25 +131,20 @@ def prepare(
 class _Work:
     """The two phases, and what is noted on the way."""
 
-    def __init__(self, start: float, deadline: float | None) -> None:
-        self._deadline = math.inf if deadline is None else start + deadline
-        # What is warm and never captured was in vain.
-        self._half = math.inf if deadline is None else start + deadline / 2
+    def __init__(self, pin: bool) -> None:
+        self.preparation = Preparation(pin=pin)
         self.refused: list[Refused] = []
         self.problems: list[ManifestProblem] = []
         self.left_out = 0
+        self._label = ""
 
-    def warm(self, jobs: Sequence[Job], step: Callable[[], None]) -> list[tuple[Job, CallKey]]:
+    def warm(self, jobs: Sequence[Job], until: float, step: Callable[[], None]) -> list[tuple[Job, CallKey]]:
         """Run every call eagerly, once for each key; those that ran, in the same order."""
         found: dict[tuple[int, CallKey], tuple[Job, CallKey]] = {}
-        for job in jobs:
-            step()
-            if time.monotonic() > self._half:
-                self.left_out += 1
-                continue
+        for job in self._in_time(jobs, until, step):
             with self._noted(job):
                 dispatcher = state_of(job.target).dispatcher
-                call = dispatcher.target.describe(*job.call.make())
+                call = dispatcher.target.describe(*job.make())
                 place = id(job.target), call.key
                 if place not in found and call.key not in dispatcher.entries:
                     dispatcher.captures.notice_device(call)
@@ -180,52 +161,51 @@ class _Work:
         return list(found.values())
 
     def capture(
-        self,
-        fast: TransparentModule,
-        warm: Sequence[tuple[Job, CallKey]],
-        preparation: Preparation,
-        step: Callable[[], None],
+        self, fast: TransparentModule, warm: Sequence[tuple[Job, CallKey]], until: float, step: Callable[[], None]
     ) -> None:
         """Capture what ran, and note what cannot be captured."""
-        label = ""
-
-        def hear(event: Event) -> None:
-            # Other threads may be serving meanwhile.
-            if isinstance(event, RanEagerly) and preparing.get() is preparation:
-                self.refused.append(Refused(label, event.cause))
-
-        with ExitStack() as stack:
+        with self.preparation, ExitStack() as stack:
             for part in state_of(fast).submodules.named().values():
-                stack.callback(controls(part).subscribe(hear))
-            for job, key in warm:
-                step()
-                if time.monotonic() > self._deadline:
-                    self.left_out += 1
-                    continue
-                label = job.call.label
+                stack.callback(controls(part).subscribe(self._hear))
+            for job, key in self._in_time(warm, until, step):
                 dispatcher = state_of(job.target).dispatcher
                 if job.measured is not None and key not in dispatcher.entries:
                     dispatcher.captures.admission.learn(key, **job.measured)
                 # One of a part, with on_failure="raise", was heard.
                 with self._noted(job), suppress(CaptureError):
-                    call = dispatcher.target.describe(*job.call.make())
+                    call = dispatcher.target.describe(*job.make())
                     with dispatcher.on_device(call):
                         cause = dispatcher.prepare(call._replace(key=key))
                     if cause is not None:
-                        self.refused.append(Refused(label, cause))
+                        self.refused.append(Refused(job.label, cause))
+
+    def _hear(self, event: Event) -> None:
+        """Note a part's refusal. Other threads may be serving meanwhile."""
+        if isinstance(event, RanEagerly) and preparing.get() is self.preparation:
+            self.refused.append(Refused(self._label, event.cause))
+
+    def _in_time(self, all_of: Sequence[_T], until: float, step: Callable[[], None]) -> Iterator[_T]:
+        """Those whose turn comes before a time; the others are left out."""
+        for each in all_of:
+            step()
+            if time.monotonic() > until:
+                self.left_out += 1
+            else:
+                yield each
 
     @contextmanager
     def _noted(self, job: Job) -> Iterator[None]:
         """In the modes of a call, notes why it has no graph; an error of a call that was given is the caller's."""
+        self._label = job.label
         try:
             with job.modes():
                 yield
         except Refusal as refusal:
-            self.refused.append(Refused(job.call.label, refusal.cause))
+            self.refused.append(Refused(job.label, refusal.cause))
         except Exception as error:
             if isinstance(error, ClosedError) or not job.path:
                 raise
-            text = f"{job.call.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            text = f"{job.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
             self.problems.append(ManifestProblem(job.path, "call", text))
 
 
@@ -253,14 +233,12 @@ def bar(title: str, steps: int, wanted: bool | None = None) -> Iterator[Callable
         yield step
 
 
-def _check_options(given: Sequence[Any], pin: object, deadline: object, progress: object) -> None:
+def _check_options(given: Sequence[Any], pin: object, deadline: Any, progress: object) -> None:
     """Raise a ``ConfigError`` for an option that is none."""
     if not given:
         raise ConfigError("prepare() was given nothing; expected calls, shapes, a manifest or its path")
-    if not isinstance(pin, bool):
-        raise ConfigError(f"pin={shown(pin)}: expected True or False")
-    if progress is not None and not isinstance(progress, bool):
-        raise ConfigError(f"progress={shown(progress)}: expected True, False or None")
-    number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
-    if deadline is not None and not (number and 0 < deadline < 1e9):  # type: ignore[operator]
+    for name, value, allowed in (("pin", pin, (True, False)), ("progress", progress, (True, False, None))):
+        if not any(value is each for each in allowed):
+            raise ConfigError(f"{name}={shown(value)}: expected {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+    if deadline is not None and not (type(deadline) in (int, float) and 0 < deadline < 1e9):
         raise ConfigError(f"deadline={shown(deadline)}: expected seconds, above 0 and below 1e9, or None")

@@ -13,9 +13,9 @@ import torch
 from graphcache.capture.engine_like import EngineLike
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import shown
-from graphcache.modules.examples import Example, varied
+from graphcache.modules.examples import Job, varied
 from graphcache.modules.explain import keys_of
-from graphcache.modules.prepare import Chosen, Job, ManifestProblem
+from graphcache.modules.prepare import Chosen, ManifestProblem
 from graphcache.modules.transparent import TransparentModule, controls
 from graphcache.modules.wrapped import device_of, state_of
 from graphcache.persist.fingerprint import environment
@@ -103,24 +103,8 @@ def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, se
         entry for entries in by_part.values() for entry in plan(entries, budget.max_graphs, budget.max_bytes, seconds)
     ]
     chosen.sort(key=lambda entry: -entry.hits)
-    jobs = [
-        Job(
-            targets[entry.part],
-            _example(entry, targets[entry.part]),
-            partial(entered, entry.spec),
-            _measured(entry),
-            path,
-        )
-        for entry in chosen
-    ]
+    jobs = [_job(entry, targets[entry.part], path) for entry in chosen]
     return Chosen(jobs, sum(map(len, by_part.values())) - len(jobs), problems)
-
-
-def _measured(entry: ManifestEntry) -> dict[str, float] | None:
-    """What a call was measured to take, in seconds, if all of it was."""
-    times = {"eager": entry.eager_seconds, "replay": entry.replay_seconds, "capture": entry.capture_seconds}
-    known = {name: seconds for name, seconds in times.items() if seconds is not None}
-    return known if len(known) == len(times) else None
 
 
 def _targets(fast: TransparentModule) -> dict[str, TransparentModule]:
@@ -128,11 +112,13 @@ def _targets(fast: TransparentModule) -> dict[str, TransparentModule]:
     return {"": fast, **controls(fast).parts}
 
 
-def _example(entry: ManifestEntry, target: TransparentModule) -> Example:
+def _job(entry: ManifestEntry, target: TransparentModule, path: str) -> Job:
     """The call of an entry, for a module or a part."""
     module = controls(target).module
     device = device_of(module)
     spec = replace(entry.spec, names=arguments_of(module))
+    times = {"eager": entry.eager_seconds, "replay": entry.replay_seconds, "capture": entry.capture_seconds}
+    measured = {name: seconds for name, seconds in times.items() if seconds is not None}
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = example(spec, device)
@@ -141,7 +127,15 @@ def _example(entry: ManifestEntry, target: TransparentModule) -> Example:
         varied(args, kwargs)
         return args, kwargs
 
-    return Example(str(spec)[:200], nbytes(spec), make)
+    return Job(
+        target,
+        str(spec)[:200],
+        nbytes(spec),
+        make,
+        partial(entered, entry.spec),
+        measured if len(measured) == len(times) else None,
+        path,
+    )
 
 
 def with_host_values(engine: EngineLike, args: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,15 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import graphcache
 from graphcache import Call
 from graphcache.errors import ConfigError
-from graphcache.modules.examples import example, varied
+from graphcache.modules.examples import job_of, varied
 from tests.helpers import DTYPES, shapes, structures, tensors
+
+IDENTITY = graphcache.wrap(nn.Identity())
 
 
 @given(structures(tensors()))
 def test_arguments_are_those_given(value: Any) -> None:
-    args, kwargs = example(Call((value,), {"also": value}), nn.Identity()).make()
+    args, kwargs = job_of(Call((value,), {"also": value}), IDENTITY).make()
     assert args[0] is value
     assert kwargs == {"also": value} or kwargs["also"] is value
 
@@ -26,10 +29,10 @@ def test_arguments_are_those_given(value: Any) -> None:
 def test_a_tensor_or_a_tuple_will_do() -> None:
     x = torch.zeros(2, 3, dtype=torch.float16)
     for given_ in (x, (x,), Call([x])):
-        found = example(given_, nn.Identity())
+        found = job_of(given_, IDENTITY)
         assert (found.label, found.nbytes) == ("float16[2, 3]", 12)
         assert found.make()[0][0] is x
-    assert example((), nn.Identity()).label == "no tensors"
+    assert job_of((), IDENTITY).label == "no tensors"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_what_are_no_arguments(args: Any, kwargs: Any, message: str) -> None:
 @pytest.mark.parametrize("given_", [3, 2.5, None, b"x", [torch.zeros(2)], {"x": (2,)}, {1}, object(), nn.ReLU()])
 def test_what_is_no_call(given_: Any) -> None:
     with pytest.raises(ConfigError, match=r"is no call of Identity; expected a tuple of its arguments, "):
-        example(given_, nn.Identity())
+        job_of(given_, IDENTITY)
 
 
 @given(shapes, st.sampled_from(DTYPES))
