@@ -18,6 +18,7 @@ from graphcache.buckets.padder import find_argument
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import ConfigError, shown
+from graphcache.keys.call_spec import CallSpec, TensorSpec
 
 Shape = tuple[int, ...]
 
@@ -91,14 +92,14 @@ def _trace_of(dispatcher: Dispatcher, argument: Any) -> Counter[Shape]:
     if type(argument) not in (str, int) or (isinstance(argument, int) and argument < 0):
         raise ConfigError(f"argument={shown(argument)}: expected a name, or a position from 0 on")
     ref = find_argument(argument, arguments_of(dispatcher.target.module), f"argument={argument!r}")
-    hits = {key: entry.hits for key, entry in list(dispatcher.entries.items())}
     counts: Counter[Shape] = Counter()
     ranks: Counter[int] = Counter()
-    for shapes, count in dispatcher.captures.keys.shapes(hits):
-        for key in (ref.index, ref.name):
-            if count and key is not None and key in shapes:
-                counts[shapes[key]] += count
-                ranks[len(shapes[key])] += count
+    for key in dispatcher.captures.keys.known():
+        values, count = CallSpec(key).values, dispatcher.captures.keys.calls(key)
+        for path in (f"args[{ref.index}]", ref.name or ""):
+            if count and isinstance(found := values.get(path), TensorSpec):
+                counts[found.shape] += count
+                ranks[len(found.shape)] += count
     if not counts:
         raise ConfigError(
             f"argument={argument!r}: {dispatcher.ledger.name} was not called with a tensor there; call it first, or "

@@ -205,7 +205,7 @@ class Bucketed:
             return NO_ANSWER
         self.padded += 1
         # The caller's call was noted by its own sizes.
-        self._captures.keys.note(target.key, target.args, target.kwargs, -1)
+        self._captures.keys.note(target.key, -1)
         return answer
 
     def _captured(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall) -> Any:
@@ -219,8 +219,6 @@ class Bucketed:
                 return own
         answer = self._replayed(target)
         if answer is NO_ANSWER:
-            # No caller made it, but hits of such calls are to be known by their sizes.
-            self._captures.keys.note(target.key, target.args, target.kwargs, 0)
             answer = self._dispatcher.answer(target, admitted=True)
         return own if padder is None else padder.crop(plan.fit, answer)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from graphcache.cache.graph_cache import Entry, GraphCache
@@ -44,8 +45,8 @@ _PRIOR_CAPTURE = 50.0
 """Eager calls that a capture is taken to cost before the first one was measured (measured: 14 to 140, engines)."""
 _PRIOR_SHARE = 0.3
 """Fraction of an eager call that a replay is taken to last before one was measured (measured: 0.14 to 0.5)."""
-_LARGEST_SHARE = 0.9
-"""Bound of the mean of that fraction, so that a few slow graphs do not forbid all others."""
+_SHARES = (0.01, 0.9)
+"""Bounds of that fraction in the mean over keys, so that a few slow graphs do not forbid all others."""
 _LEAST_LOOKS = 16
 """Misses between two looks at all graphs, at least; with more graphs as many as there are graphs."""
 
@@ -56,29 +57,17 @@ _NOT_WORTH_IT = Cause(Reason.NOT_WORTH_IT)
 _NOT_PREPARED = Cause(Reason.NOT_PREPARED)
 
 
+@dataclass(slots=True)
 class Mean:
     """The running mean of figures that differ from key to key; the value before the first one has no weight."""
 
-    __slots__ = ("count", "value")
-
-    def __init__(self, before: float) -> None:
-        self.value = before
-        self.count = 0
+    value: float = 0.0
+    count: int = 0
 
     def add(self, figure: float) -> None:
         """Take a figure into account."""
         self.count += 1
         self.value += (figure - self.value) / min(self.count, MEMORY)
-
-
-class Known(NamedTuple):
-    """What is known of a key: counts, and typical times in seconds, ``None`` where nothing was measured."""
-
-    calls: int = 0
-    hits: int = 0
-    eager: float | None = None
-    replay: float | None = None
-    capture: float | None = None
 
 
 class Account(NamedTuple):
@@ -96,18 +85,17 @@ class Admission:
     call it, also with the cache's lock held, which it never takes.
     """
 
-    def __init__(self, capture: Capture, cache: GraphCache[Any], keys: KeyTable | None = None) -> None:
+    def __init__(self, capture: Capture, cache: GraphCache[Any], keys: KeyTable) -> None:
         self.measures_replays = capture == "worthwhile"
         """Whether decisions depend on the time of replays, so that :meth:`captured` is to be given one."""
         self._refusal = _NOT_PREPARED if capture == "prepared" else None
         self._cache = cache
-        self._keys = KeyTable(cache.entries) if keys is None else keys
-        self._lock = self._keys.lock
+        self._keys = keys
+        self._lock = keys.lock
         self._counted_at = self._credit = 0.0
         self._eager_seconds = self._saved_seconds = self._capture_seconds = 0.0
         # Over all keys, for those that were not measured.
-        self._nbytes, self._typical_eager, self._typical_share = Mean(0.0), Mean(0.0), Mean(_PRIOR_SHARE)
-        self._any_capture = Estimate()
+        self._nbytes, self._eager, self._share, self._capture = Mean(), Mean(), Mean(_PRIOR_SHARE), Estimate()
         self._victims_value = 0.0
         self._misses = 0
         if self.measures_replays:
@@ -118,7 +106,7 @@ class Admission:
         if not self.measures_replays:
             return self._refusal
         with self._lock:
-            state = self._keys.get(key)
+            state = self._keys.states.get(key)
             if state is None or state.eager.count < 2:
                 # The first call of a key takes longer than the others: it is no measure.
                 return _COLD
@@ -128,7 +116,7 @@ class Admission:
             self._misses += 1
             if self._misses >= max(_LEAST_LOOKS, len(self._cache)):
                 self._look(key)
-            if state.owed * saving < PRICE * self._capture_time(state):
+            if state.owed * saving < PRICE * self._capture_time():
                 return _COLD
             # So far by what was known at the last look, which takes as long as there are graphs.
             return self._refuses(state) or self._look(key) or self._refuses(state)
@@ -136,15 +124,15 @@ class Admission:
     def ran(self, key: Hashable, seconds: float) -> None:
         """Note an eager call and its time."""
         with self._lock:
-            state, typical = self._keys.used(key), self._typical_eager
+            state = self._keys.used(key)
             state.eager.add(seconds)
             state.ran += 1
             state.owed += 1
             self._eager_seconds += seconds
             if state.eager.count > 1:
-                typical.add(state.eager.value)
+                self._eager.add(state.eager.value)
             # Stalls and first calls buy nothing, and make nothing older.
-            elapsed = min(seconds, LARGEST * typical.value) if typical.count else seconds
+            elapsed = min(seconds, LARGEST * self._eager.value) if self._eager.count else seconds
             self._keys.now += elapsed
             self._credit += OVERHEAD * elapsed
             self._warm(state, 1)
@@ -159,56 +147,48 @@ class Admission:
         """
         with self._lock:
             state = self._keys.used(key)
-            state.capture.add(seconds)
+            state.denial = None
             state.owed = 0
-            if replay is not None:
-                state.replay.add(replay)
+            state.capture.add(seconds)
+            self._capture.add(seconds)
             if (entry := self._cache.entries.get(key)) is not None:
                 state.nbytes = entry.nbytes
                 self._nbytes.add(entry.nbytes)
             self._spend(seconds, preparing)
-            return self._note_times(state)
+            if replay is None:
+                return None
+            state.replay.add(replay)
+            return self._compared(state)
 
-    def failed(self, key: Hashable, seconds: float, *, preparing: bool = False) -> None:
-        """Note that a capture gave no graph; the key has to earn the next attempt from the beginning."""
+    def charge(self, seconds: float, key: Hashable = None, *, preparing: bool = False) -> None:
+        """Note time that was spent for graphs besides. A key has to earn its next capture from the beginning."""
         with self._lock:
-            self._keys.used(key).owed = 0
+            if key is not None:
+                self._keys.used(key).owed = 0
             self._spend(seconds, preparing)
-
-    def charge(self, seconds: float) -> None:
-        """Note time that was spent for graphs besides captures."""
-        with self._lock:
-            self._spend(seconds, False)
 
     def evicted(self, key: Hashable, entry: Entry[Any]) -> None:
         """Note that a graph has left the cache; for its ``on_evict``."""
         with self._lock:
-            if (state := self._keys.get(key)) is not None:
-                self._count_hits([(key, entry)])
-                state.counted = state.owed = 0
+            self._count_hits([(key, entry)])
+            if (state := self._keys.states.get(key)) is not None:
+                state.owed = 0
 
     def learn(self, key: Hashable, *, eager: float, replay: float, capture: float) -> None:
         """Take over times that were measured in another process, in seconds."""
         with self._lock:
             state = self._keys.used(key)
-            # Twice, since a single measurement of an eager call is not trusted.
-            for _ in range(2):
-                state.eager.add(eager)
+            # A single measurement of an eager call is not trusted.
+            state.eager.add(eager)
+            state.eager.add(eager)
             state.replay.add(replay)
             state.capture.add(capture)
-            self._note_times(state)
-
-    def known(self, key: Hashable) -> Known:
-        """Counts and times of a key; nothing but zeros and ``None`` if it was never called or has been forgotten."""
-        state, entry = self._keys.get(key), self._cache.entries.get(key)
-        if state is None:
-            return Known()
-        hits = state.hits + max(0 if entry is None else entry.hits - state.counted, 0)
-        return Known(state.ran + hits, hits, state.eager.known, state.replay.known, state.capture.known)
+            self._capture.add(capture)
+            self._compared(state)
 
     def expected_nbytes(self, key: Hashable) -> int:
         """Memory that a graph of the key will own: that of its last one, else the mean of all graphs."""
-        state = self._keys.get(key)
+        state = self._keys.states.get(key)
         return state.nbytes if state is not None and state.nbytes else math.ceil(self._nbytes.value)
 
     def account(self) -> Account:
@@ -219,10 +199,10 @@ class Admission:
 
     def worth(self, key: Hashable, entry: Entry[Any]) -> float:
         """The value of a graph, to rank it by; for each byte where bytes are bounded. It takes no lock."""
-        state = self._keys.get(key)
+        state = self._keys.states.get(key)
         if state is None:
             return 0.0
-        value = self._value(state, entry.hits - state.counted)
+        value = self._value(state, entry.hits - entry.counted)
         return value if self._cache.max_bytes is None else value / max(entry.nbytes, 1)
 
     def _refuses(self, state: KeyState) -> Cause | None:
@@ -240,20 +220,19 @@ class Admission:
             victims = self._cache.victims(self.expected_nbytes(key))
         except Refusal as refusal:
             return refusal.cause
-        found = [self._keys.get(key) for key, _ in victims]
+        found = [self._keys.states.get(key) for key, _ in victims]
         self._victims_value = sum(self._value(state) for state in found if state is not None)
         return None
 
     def _count_hits(self, items: Iterable[tuple[Hashable, Entry[Any]]]) -> None:
         """Count the hits of graphs since the last time, and what they saved."""
-        fresh = [
-            (state, entry.hits - state.counted)
-            for key, entry in list(items)
-            if (state := self._keys.get(key)) is not None and entry.hits > state.counted
-        ]
-        for state, count in fresh:
-            state.hits += count
-            state.counted += count
+        fresh = []
+        for key, entry in list(items):
+            state, count = self._keys.states.get(key), entry.hits - entry.counted
+            if state is not None and count > 0:
+                state.hits += count
+                entry.counted += count
+                fresh.append((state, count))
         if not self.measures_replays:
             return
         elapsed = sum(count * self._eager_time(state) for state, count in fresh)
@@ -262,9 +241,8 @@ class Admission:
         self._eager_seconds += elapsed
         self._saved_seconds += saved
         self._credit = min(self._credit + saved + OVERHEAD * elapsed, self._cache_time())
-        # As if the hits had come evenly since the last time: when they came was not written down.
-        age = (self._keys.now - self._counted_at) / self._half_life() * math.log(2.0)
-        weight = -math.expm1(-age) / age if age > 1e-9 else 1.0
+        # When they came was not written down: as if in the midst of the time since the last count.
+        weight = self._faded((self._counted_at + self._keys.now) / 2.0)
         for state, count in fresh:
             self._warm(state, count * weight)
         self._counted_at = self._keys.now
@@ -278,52 +256,45 @@ class Admission:
         if not free:
             self._credit -= seconds
 
-    def _note_times(self, state: KeyState) -> Cause | None:
+    def _compared(self, state: KeyState) -> Cause | None:
         """Use the times of a key for others too; the cause if its graph is no faster."""
-        if state.capture.count:
-            self._any_capture.add(state.capture.value)
-        # One eager call may have been slow because it was the first.
-        if state.eager.count < 2 or not state.replay.count or not self.measures_replays:
+        if not self.measures_replays or state.eager.count < 2:
             return None
         if state.eager.value > 0.0:
-            self._typical_share.add(min(state.replay.value / state.eager.value, _LARGEST_SHARE))
+            least, most = _SHARES
+            self._share.add(min(max(state.replay.value / state.eager.value, least), most))
         return _NOT_WORTH_IT if state.replay.value >= state.eager.value else None
 
     def _value(self, state: KeyState, uncounted: int = 0) -> float:
         """What replays lately saved, or would have saved, in seconds. It takes no lock."""
-        half_life = self._half_life()
-        heat = state.heat * math.exp2((state.at - self._keys.now) / half_life) + max(uncounted, 0)
+        heat = state.heat * self._faded(state.at) + max(uncounted, 0)
         # The few calls of a young key are taken for a part of a long past.
-        seen = 1.0 - math.exp2((state.born - self._keys.now) / half_life)
-        return heat / max(seen, 1e-6) * max(self._saving(state), 0.0)
+        return heat / max(1.0 - self._faded(state.born), 1e-6) * max(self._saving(state), 0.0)
 
     def _warm(self, state: KeyState, calls: float) -> None:
         """Add calls to the discounted number of calls."""
-        state.heat = state.heat * math.exp2((state.at - self._keys.now) / self._half_life()) + calls
+        state.heat = state.heat * self._faded(state.at) + calls
         state.at = self._keys.now
+
+    def _faded(self, since: float) -> float:
+        """The weight that a call of that time still has. The floor is for times that are all zero."""
+        return math.exp2((since - self._keys.now) / max(HALF_LIFE * self._cache_time(), 1e-9))
 
     def _saving(self, state: KeyState) -> float:
         """Seconds by which a replay is faster than an eager call."""
         eager = self._eager_time(state)
-        return eager - (state.replay.value if state.replay.count else eager * self._typical_share.value)
+        return eager - (state.replay.value if state.replay.count else eager * self._share.value)
 
     def _eager_time(self, state: KeyState) -> float:
-        """Seconds of an eager call."""
-        if state.eager.count:
+        """Seconds of an eager call; the first one of a key, which is slower, is no measure."""
+        if state.eager.count > 1:
             return state.eager.value
-        share = self._typical_share.value
-        return state.replay.value / share if state.replay.count and share > 0.0 else self._typical_eager.value
+        return state.replay.value / self._share.value if state.replay.count else self._eager.value
 
-    def _capture_time(self, state: KeyState | None = None) -> float:
-        """Seconds of a capture: of this key, else of any."""
-        if state is not None and state.capture.count:
-            return state.capture.value
-        return self._any_capture.value if self._any_capture.count else _PRIOR_CAPTURE * self._typical_eager.value
+    def _capture_time(self) -> float:
+        """Seconds of a capture."""
+        return self._capture.value if self._capture.count else _PRIOR_CAPTURE * self._eager.value
 
     def _cache_time(self) -> float:
         """Seconds of capturing the whole cache."""
         return (len(self._cache) + 1) * self._capture_time()
-
-    def _half_life(self) -> float:
-        """Seconds in which the weight of a call halves. The floor is for times that are all zero."""
-        return max(HALF_LIFE * self._cache_time(), 1e-9)

@@ -1,7 +1,7 @@
 """Which graphs are kept: the cache of one module, within its own budget and that of its device.
 
-A graph that is to be captured reserves its bytes first, and one that is stored takes its place; the coldest graphs go,
-of the module or of all modules on the device. So the peak stays within the budgets too.
+A graph that is to be captured reserves its bytes first, and one that is stored takes their place; the coldest graphs
+go, of the module or of all modules on the device. So the peak stays within the budgets too.
 
 Locks. One lock serves all caches and budgets. Under it bytes are counted, and graphs are taken out and put in, in one
 step. It is never held while a graph is closed or ``on_evict`` is called, and no other lock is taken under it; what was
@@ -18,13 +18,15 @@ import re
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 from weakref import WeakSet
 
 import torch
 
 from graphcache.config import number_in_environment
 from graphcache.errors import ConfigError, Reason, Refusal, shown
+
+PROCESS_BYTES = "GRAPHCACHE_PROCESS_MAX_BYTES"
 
 
 class Owner(Protocol):
@@ -53,13 +55,15 @@ class Entry(Generic[G]):
     Whoever replays ``graph`` sets ``used = clock()`` and adds one to ``hits``: a hit asks the cache for a look-up only.
     """
 
-    __slots__ = ("graph", "hits", "nbytes", "pinned", "used")
+    __slots__ = ("counted", "graph", "hits", "nbytes", "pinned", "used")
 
     def __init__(self, graph: G) -> None:
         self.graph = graph
         self.nbytes = graph.nbytes
         self.pinned = False
         self.hits = 0
+        self.counted = 0
+        """Hits that are part of the key's state (:class:`~graphcache.cache.key_table.KeyState`)."""
         self.used = clock()
 
 
@@ -79,7 +83,7 @@ class GraphCache(Generic[G]):
         *,
         max_graphs: int,
         max_bytes: int | None = None,
-        on_evict: Callable[[Hashable, Entry[G]], None] | None = None,
+        on_evict: Callable[[Hashable, Entry[G]], object] = lambda key, entry: None,
     ) -> None:
         self.entries: dict[Hashable, Entry[G]] = {}
         self.max_graphs = max_graphs
@@ -91,9 +95,9 @@ class GraphCache(Generic[G]):
         """What goes first: the lowest. It is asked with the lock held, and may take no other."""
         self.shared = 0
         """Bytes that the graphs use together and no eviction frees, such as scratch memory."""
-        self.held = 0
-        """Bytes of graphs that are not closed yet, and of reservations."""
-        self.reservations: list[Reservation] = []
+        self.open_nbytes = 0
+        """Bytes of graphs that are not closed yet."""
+        self.reservations: set[Reservation] = set()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -101,39 +105,35 @@ class GraphCache(Generic[G]):
     @property
     def nbytes(self) -> int:
         """Bytes owned by all graphs together, with what they share and what is just being closed."""
-        with _lock:
-            return self.held + self.shared - sum(each.nbytes for each in self.reservations)
+        return self.open_nbytes + self.shared
 
     def victims(
         self, nbytes: int = 0, *, instead_of: Hashable = None, graphs: int = 1
     ) -> list[tuple[Hashable, Entry[G]]]:
         """What would have to go for a graph of so many bytes, coldest first; a ``Refusal`` if there is no room then.
 
-        Nothing goes, and no lock is taken.
-
-        Args:
-            nbytes: What the graph owns.
-            instead_of: A key whose graph would go in any case; it is not among the victims.
-            graphs: 0 if only its bytes are wanted, and no place among ``max_graphs``.
+        The graph of ``instead_of`` goes in any case, and is not among the victims. With ``graphs=0`` only bytes are
+        wanted, and no place among ``max_graphs``. Nothing goes, and no lock is taken.
         """
-        others = [(key, entry) for key, entry in list(self.entries.items()) if key != instead_of]
+        others = [item for item in list(self.entries.items()) if item[0] != instead_of]
         replaced = self.entries.get(instead_of)
-        count, held = len(others), self.held + self.shared - (0 if replaced is None else replaced.nbytes)
-        found: list[tuple[Hashable, Entry[G]]] = []
-        if self.fits(count + graphs, held + nbytes):
-            return found
-        for key, entry in sorted((item for item in others if not item[1].pinned), key=lambda item: self.rank(*item)):
-            found.append((key, entry))
-            count -= 1
-            held -= entry.nbytes
-            if self.fits(count + graphs, held + nbytes):
-                return found
-        pinned = sum(entry.nbytes for _, entry in others if entry.pinned)
-        besides = f" and {held - pinned} are shared or reserved" if held > pinned else ""
+        held = self.nbytes + sum(each.nbytes for each in list(self.reservations))
+        held -= 0 if replaced is None else replaced.nbytes
+        surplus = len(others) + graphs - self.max_graphs
+        excess = 0 if self.max_bytes is None else held + nbytes - self.max_bytes
+        if surplus <= 0 and excess <= 0:
+            return []
+        free = sorted((item for item in others if not item[1].pinned), key=lambda item: self.rank(*item))
+        for count, (_, entry) in enumerate(free, 1):
+            excess -= entry.nbytes
+            if count >= surplus and excess <= 0:
+                return free[:count]
+        pinned = [entry.nbytes for _, entry in others if entry.pinned]
+        rest = held - sum(entry.nbytes for _, entry in others)
         raise Refusal(
             Reason.OVER_BUDGET,
-            detail=f"{nbytes} bytes wanted; {count} pinned graphs hold {pinned} bytes{besides}, the budget is "
-            f"max_graphs={self.max_graphs}, max_bytes={self.max_bytes}",
+            detail=f"{nbytes} bytes wanted; {len(pinned)} pinned graphs hold {sum(pinned)} bytes and {rest} are shared "
+            f"or reserved, the budget is max_graphs={self.max_graphs}, max_bytes={self.max_bytes}",
         )
 
     def put(self, key: Hashable, graph: G, reservation: Reservation | None = None) -> Entry[G]:
@@ -141,20 +141,18 @@ class GraphCache(Generic[G]):
 
         Without room, raises a ``Refusal``; if what goes cannot be closed, raises why. The graph is closed then.
         """
+        entry = Entry(graph)
         try:
             with _lock:
                 if reservation is not None:
                     reservation.release()
-                leaving = self.make_room(graph.nbytes, key, graphs=1)
-                entry = self.entries[key] = Entry(graph)
-                self.held += entry.nbytes
-        except BaseException:
-            graph.close()
-            raise
-        try:
+                leaving = self.make_room(entry.nbytes, key, graphs=1)
+                self.entries[key] = entry
+                self.open_nbytes += entry.nbytes
             _close(leaving, wait=False)
         except BaseException:
-            self.evict(key, only=entry)
+            if not self.evict(key, only=entry):
+                graph.close()
             raise
         return entry
 
@@ -174,18 +172,15 @@ class GraphCache(Generic[G]):
             leaving = _take_out([(self, key, entry) for key, entry in self.entries.items()])
         _close(leaving, wait=wait)
 
-    def make_room(self, nbytes: int, instead_of: Hashable, graphs: int) -> list[_Item]:
+    def make_room(self, nbytes: int, instead_of: Hashable = None, *, graphs: int) -> list[_Item]:
         """Take out what has to go for a graph, here and on the device, to be closed without the lock."""
-        leaving: list[_Item] = [
-            (self, key, entry) for key, entry in self.victims(nbytes, instead_of=instead_of, graphs=graphs)
-        ]
+        going = self.victims(nbytes, instead_of=instead_of, graphs=graphs)
         if instead_of in self.entries:
-            leaving.insert(0, (self, instead_of, self.entries[instead_of]))
-        return _take_out(leaving + self.budget.victims(nbytes, leaving))
-
-    def fits(self, graphs: int, nbytes: int) -> bool:
-        """Whether so many graphs of so many bytes together fit."""
-        return graphs <= self.max_graphs and (self.max_bytes is None or nbytes <= self.max_bytes)
+            going.insert(0, (instead_of, self.entries[instead_of]))
+        leaving: list[_Item] = [(self, key, entry) for key, entry in going]
+        if self.budget.max_bytes is not None:
+            leaving += self.budget.victims(nbytes, leaving)
+        return _take_out(leaving)
 
 
 class DeviceBudget:
@@ -199,7 +194,11 @@ class DeviceBudget:
     def nbytes(self) -> int:
         """Bytes owned by the graphs of all caches, with what they share and what is reserved."""
         with _lock:
-            return self._held()
+            # A reservation has what is leaving for its sake until that is closed, and not both.
+            return sum(
+                cache.nbytes + sum(max(each.nbytes - each.leaving, 0) for each in cache.reservations)
+                for cache in self._caches
+            )
 
     def register(self, cache: GraphCache[Any]) -> None:
         """Count a cache from now on, and evict from it when room is needed; twice does nothing."""
@@ -214,27 +213,22 @@ class DeviceBudget:
             leaving = _take_out(self._coldest(0, [])[0])
         _close(leaving, wait=True)
 
-    def fits(self, nbytes: int) -> bool:
-        """Whether there is room for so many bytes more. The lock is held."""
-        return self.max_bytes is None or self._held() + nbytes <= self.max_bytes
-
     def victims(self, nbytes: int, leaving: list[_Item]) -> list[_Item]:
         """What has to go, besides what is leaving, for so many bytes more; a ``Refusal`` if there is no room then."""
-        if self.max_bytes is None:
-            return []
-        found, held = self._coldest(nbytes, leaving)
-        if held + nbytes > self.max_bytes:
+        found, excess = self._coldest(nbytes, leaving)
+        if self.max_bytes is not None and excess > 0:
             raise Refusal(
                 Reason.OVER_BUDGET,
-                detail=f"{nbytes} bytes wanted; {held} bytes of all modules are pinned, shared or reserved, the "
-                f"budget of the process is {self.max_bytes} bytes",
+                detail=f"{nbytes} bytes wanted; {self.max_bytes + excess - nbytes} bytes of all modules are pinned, "
+                f"shared or reserved, the budget of the process is {self.max_bytes} bytes",
             )
         return found
 
     def _coldest(self, nbytes: int, leaving: list[_Item]) -> tuple[list[_Item], int]:
-        """The coldest graphs of all that have to go, or as many as there are, and the bytes that are held then."""
+        """The coldest graphs of all that have to go, or as many as there are, and the bytes that are too many then."""
         gone = {entry for _, _, entry in leaving}
-        held = self._held() - sum(entry.nbytes for entry in gone)
+        excess = 0 if self.max_bytes is None else self.nbytes + nbytes - self.max_bytes
+        excess -= sum(entry.nbytes for entry in gone)
         free: list[_Item] = [
             (cache, key, entry)
             for cache in self._caches
@@ -243,18 +237,11 @@ class DeviceBudget:
         ]
         found: list[_Item] = []
         for item in sorted(free, key=lambda item: item[2].used):
-            if self.max_bytes is None or held + nbytes <= self.max_bytes:
+            if excess <= 0:
                 break
             found.append(item)
-            held -= item[2].nbytes
-        return found, held
-
-    def _held(self) -> int:
-        # A reservation has what is leaving for its sake until that is closed, and not both.
-        return sum(
-            cache.held + cache.shared - sum(min(each.nbytes, each.leaving) for each in cache.reservations)
-            for cache in self._caches
-        )
+            excess -= item[2].nbytes
+        return found, excess
 
 
 class Reservation:
@@ -266,41 +253,34 @@ class Reservation:
     def __init__(self, cache: GraphCache[Any]) -> None:
         self._cache = cache
         self.nbytes = 0
-        """How many bytes are kept."""
         self.leaving = 0
         """Bytes of what goes for its sake and is not closed yet."""
 
-    def take(self, nbytes: int, key: Hashable = None) -> None:
-        """Keep so many bytes for the graph of a key; if they are short graphs go, and are closed before it returns.
+    def take(self, nbytes: int) -> None:
+        """Keep so many bytes; if they are short graphs go, and are closed before it returns.
 
         Where only the number of graphs is short, nothing goes before the new graph is there: a capture that fails costs
         no graph then. Raises a ``Refusal``, with nothing evicted, if there is no room whatever goes.
         """
-        cache = self._cache
         with _lock:
-            has_room = cache.fits(0, cache.held + cache.shared + nbytes) and cache.budget.fits(nbytes)
-            leaving = [] if has_room else cache.make_room(nbytes, key, graphs=0)
+            leaving = self._cache.make_room(nbytes, graphs=0)
             self.nbytes, self.leaving = nbytes, sum(entry.nbytes for _, _, entry in leaving)
-            cache.reservations.append(self)
-            cache.held += nbytes
+            self._cache.reservations.add(self)
         try:
             _close(leaving, wait=True, reservation=self)
         except BaseException:
             self.release()
             raise
 
-    def release(self) -> None:
+    def release(self, *_: object) -> None:
         """Give the bytes back; a second time does nothing."""
         with _lock:
-            if self in self._cache.reservations:
-                self._cache.reservations.remove(self)
-                self._cache.held -= self.nbytes
+            self._cache.reservations.discard(self)
 
-    def __enter__(self) -> Reservation:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.release()
+    __exit__ = release
 
 
 def _take_out(items: list[_Item]) -> list[_Item]:
@@ -314,23 +294,22 @@ def _close(items: list[_Item], *, wait: bool, reservation: Reservation | None = 
     """Tell of graphs that were taken out and close them, in order, all of them even if one raises; without the lock."""
     with ExitStack() as each:
         for cache, key, entry in reversed(items):
-            each.callback(_closed, cache, entry, reservation)
+            each.callback(_count_closed, cache, entry, reservation)
             each.callback(entry.graph.close, wait=wait)
-            if cache.on_evict is not None:
-                each.callback(cache.on_evict, key, entry)
+            each.callback(cache.on_evict, key, entry)
 
 
-def _closed(cache: GraphCache[Any], entry: Entry[Any], reservation: Reservation | None) -> None:
+def _count_closed(cache: GraphCache[Any], entry: Entry[Any], reservation: Reservation | None) -> None:
     with _lock:
-        cache.held -= entry.nbytes
+        cache.open_nbytes -= entry.nbytes
         if reservation is not None:
             reservation.leaving -= entry.nbytes
 
 
 # ---- the budgets of this process
 
-PROCESS_BYTES = "GRAPHCACHE_PROCESS_MAX_BYTES"
 _DEVICE = re.compile(r"cpu|[a-z]+:\d{1,4}")
+
 _budgets: dict[str, DeviceBudget] = {}
 _default: list[int | None] = []
 
@@ -368,11 +347,9 @@ def set_process_budget(max_bytes: int | None, *, device: object = None) -> None:
     """
     if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
         raise ConfigError(f"max_bytes={shown(max_bytes)}: expected a whole number of bytes, 1 or more, or None")
-    if device is not None:
-        budget_of(device).set_budget(max_bytes)
-        return
     with _lock:
-        _default[:] = [max_bytes]
-        found = list(_budgets.values())
+        if device is None:
+            _default[:] = [max_bytes]
+        found = list(_budgets.values()) if device is None else [budget_of(device)]
     for each in found:
         each.set_budget(max_bytes)

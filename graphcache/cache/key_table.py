@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
+from graphcache.cache.graph_cache import Entry
 from graphcache.errors import Cause, Reason
 
 MAX_KEYS = 4096
 """Keys without a graph that are remembered. The longest unused is forgotten first."""
-
-Shapes = dict[str | int, tuple[int, ...]]
-"""Position or name of an argument -> its shape."""
 
 _TRANSIENT = frozenset(
     {Reason.CAPTURE_FAILED, Reason.OUT_OF_MEMORY, Reason.OVER_BUDGET, Reason.MISMATCH, Reason.ALIASES_STATE}
@@ -57,6 +53,7 @@ class Denial:
         return None
 
 
+@dataclass(slots=True)
 class Estimate:
     """A running estimate of a time: the lesser of the first two measurements, then a mean over about 16.
 
@@ -64,11 +61,8 @@ class Estimate:
     a measurement below half the estimate replaces it, and one above four times the estimate counts for four times.
     """
 
-    __slots__ = ("count", "value")
-
-    def __init__(self) -> None:
-        self.value = 0.0
-        self.count = 0
+    value: float = 0.0
+    count: int = 0
 
     @property
     def known(self) -> float | None:
@@ -94,10 +88,8 @@ class KeyState:
 
     born: float
     """When it was noted, by the time of the policy."""
-    shapes: Shapes | None = None
-    """Of the tensors among the arguments of its calls."""
-    calls: int = 0
-    """Calls that its present graph has not answered."""
+    misses: int = 0
+    """Calls that no graph of the key has answered, less the hits that answered padded calls of other keys."""
     denial: Denial | None = None
     """Why it has no graph; ``None`` if it has one, or none was tried."""
     eager: Estimate = field(default_factory=Estimate)
@@ -106,12 +98,10 @@ class KeyState:
     """What a capture adds to its call."""
     ran: int = 0
     """Eager calls that were measured."""
+    hits: int = 0
+    """Replays that were counted (``Entry.counted``), of all graphs that the key has had."""
     owed: int = 0
     """Eager calls since the last capture was tried, or the last graph was evicted."""
-    hits: int = 0
-    """Replays that were counted, of all graphs that the key has had."""
-    counted: int = 0
-    """Hits of its present graph that are part of ``hits``."""
     nbytes: int = 0
     """Memory of its last graph; 0 before the first."""
     heat: float = 0.0
@@ -120,76 +110,52 @@ class KeyState:
 
 
 class KeyTable:
-    """The states of the keys of one module; ``captured`` are those that have a graph, and are not forgotten."""
+    """The states of the keys of one module, whose graphs are ``entries``; a key that has a graph is not forgotten."""
 
-    def __init__(self, captured: Collection[Hashable] = ()) -> None:
-        self._captured = captured
-        self._states: OrderedDict[Hashable, KeyState] = OrderedDict()
+    def __init__(self, entries: Mapping[Hashable, Entry[Any]]) -> None:
+        self.entries = entries
+        self.states: OrderedDict[Hashable, KeyState] = OrderedDict()
+        """The longest unused first."""
         self.now = 0.0
         """The time of the admission policy."""
         self.lock = threading.Lock()
         """Held for a look or a change, never for a capture; no other lock is taken under it."""
 
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def get(self, key: Hashable) -> KeyState | None:
-        """The state of a key, if it is remembered."""
-        return self._states.get(key)
-
     def used(self, key: Hashable) -> KeyState:
         """The state of a key, which is the last to be forgotten from now on. The lock is held."""
-        state = self._states.get(key)
+        state = self.states.get(key)
         if state is not None:
-            self._states.move_to_end(key)
+            self.states.move_to_end(key)
             return state
-        state = self._states[key] = KeyState(self.now)
-        while len(self._states) > MAX_KEYS + len(self._captured):
-            oldest, forgotten = self._states.popitem(last=False)
-            if oldest in self._captured:
-                self._states[oldest] = forgotten
+        state = self.states[key] = KeyState(self.now)
+        while len(self.states) > MAX_KEYS + len(self.entries):
+            oldest, forgotten = self.states.popitem(last=False)
+            if oldest in self.entries:
+                self.states[oldest] = forgotten
         return state
 
-    def keys(self) -> list[Hashable]:
+    def known(self) -> list[Any]:
         """The keys that are remembered, the longest unused first."""
         with self.lock:
-            return list(self._states)
+            return list(self.states)
 
-    # ---- calls
-
-    def note(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], count: int = 1) -> None:
+    def note(self, key: Hashable, count: int = 1) -> None:
         """Count a call that no graph of its key has answered so far.
 
-        ``count`` is -1 for a hit that answered a padded call, which was noted under its own key; 0 for no call at all.
+        ``count`` is -1 for a hit that answered a padded call, which was noted under its own key.
         """
         with self.lock:
-            state = self.used(key)
-            if state.shapes is None:
-                given: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
-                state.shapes = {name: tuple(value.shape) for name, value in given if isinstance(value, Tensor)}
-            state.calls += count
+            self.used(key).misses += count
 
-    def retire(self, key: Hashable, hits: int) -> None:
-        """Count the hits of a graph that goes."""
-        with self.lock:
-            if (state := self._states.get(key)) is not None:
-                state.calls += hits
+    def hits(self, key: Hashable) -> int:
+        """Replays of all graphs that a key has had."""
+        state, entry = self.states.get(key), self.entries.get(key)
+        return (0 if state is None else state.hits) + (0 if entry is None else entry.hits - entry.counted)
 
-    def calls(self, key: Hashable, hits: int = 0) -> int:
-        """How many calls of a key there were, with the hits of its graph if there is one."""
-        state = self._states.get(key)
-        return hits if state is None else max(state.calls + hits, 0)
-
-    def shapes(self, hits: Mapping[Hashable, int]) -> list[tuple[Shapes, int]]:
-        """The shapes of the calls of each key, and how many there were."""
-        with self.lock:
-            return [
-                (state.shapes, max(state.calls + hits.get(key, 0), 0))
-                for key, state in self._states.items()
-                if state.shapes is not None
-            ]
-
-    # ---- denials
+    def calls(self, key: Hashable) -> int:
+        """How many calls of a key there were, as far as is remembered."""
+        state = self.states.get(key)
+        return max(self.hits(key) + (0 if state is None else state.misses), 0)
 
     def deny(self, key: Hashable, cause: Cause, version: int = 0) -> None:
         """Remember that a key could not be captured; doubles the wait if it was denied before."""
@@ -200,27 +166,15 @@ class KeyTable:
     def denial(self, key: Hashable, version: int = 0) -> Cause | None:
         """Why a call of a key runs eagerly, which counts it; ``None`` if a capture may be tried."""
         with self.lock:
-            state = self._states.get(key)
+            state = self.states.get(key)
             if state is None or state.denial is None or state.denial.wait(version) == 0:
                 return None
-            self._states.move_to_end(key)
+            self.states.move_to_end(key)
             state.denial.calls += 1
             return state.denial.cause
-
-    def look(self, key: Hashable, version: int = 0) -> tuple[Cause, int | None] | None:
-        """Why a key is denied, and after how many calls a capture is tried again (``None``: never). Counts no call."""
-        with self.lock:
-            state = self._states.get(key)
-            return None if state is None or state.denial is None else (state.denial.cause, state.denial.wait(version))
-
-    def allow(self, key: Hashable) -> None:
-        """Forget the denial of a key."""
-        with self.lock:
-            if (state := self._states.get(key)) is not None:
-                state.denial = None
 
     def allow_all(self) -> None:
         """Forget all denials."""
         with self.lock:
-            for state in self._states.values():
+            for state in self.states.values():
                 state.denial = None

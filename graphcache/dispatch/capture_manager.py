@@ -150,7 +150,6 @@ class CaptureManager:
             cause = None
             if known is not None and outcome is known.graph:
                 # It was captured before the module changed, and is right all the same: its replay gave this answer too.
-                self.keys.allow(call.key)
                 known.hits += 1
                 known.used = clock()
             else:
@@ -177,10 +176,10 @@ class CaptureManager:
 
     def reserve(self, room: Reservation, call: KeyedCall, known: Entry[Recording] | None = None) -> None:
         """Make room for the graph of a call, in place of the ``known`` one from before the module changed."""
-        if known is not None:
+        entry = self.graphs.entries.get(call.key)
+        if entry is not None and (known is not None or entry.graph.version != self.version):
             self.graphs.evict(call.key)
-        nbytes = self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes
-        room.take(nbytes, call.key)
+        room.take(self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes)
 
     def keep(self, call: KeyedCall, outcome: Recording | Cause, seconds: float, room: Reservation) -> Cause | None:
         """Keep the graph of a call, or deny its key; why there is no graph. Under the lock."""
@@ -195,7 +194,7 @@ class CaptureManager:
                 # Closing an evicted graph failed. This call has its answer all the same.
                 outcome = refusal_of(error, self.ledger.name).cause
         if not isinstance(outcome, Recording):
-            self.admission.failed(key, seconds, preparing=preparation is not None)
+            self.admission.charge(seconds, key, preparing=preparation is not None)
             self.deny(key, outcome)
             return outcome
         self.ledger.captured(Captured(key, seconds, entry.graph.graph.nodes, entry.nbytes))
@@ -206,9 +205,9 @@ class CaptureManager:
         if preparation is not None:
             preparation.keep(self.graphs.entries, key)
             return slower
-        if (seen := self._churn.captured(key, self.hits)) is not None:
-            names = arguments_of(self.target.module)
-            log.warning("%s: %s", self.ledger.name, seen.advice(self.graphs, self.config.capture, names))
+        if self._churn.captured(key, self.hits):
+            advice = self._churn.advice(self.graphs, self.config.capture, arguments_of(self.target.module))
+            log.warning("%s: %s", self.ledger.name, advice)
         return None
 
     def _replay_seconds(self, recorded: Recording, call: KeyedCall) -> float:
@@ -224,7 +223,6 @@ class CaptureManager:
     def _evicted(self, key: Hashable, entry: Entry[Recording]) -> None:
         self.on_evict()
         self.admission.evicted(key, entry)
-        self.keys.retire(key, entry.hits)
         self.ledger.evicted(Evicted(key, entry.hits))
 
     def _drop_broken(self) -> None:

@@ -159,7 +159,7 @@ class Dispatcher:
         """Answer a call that no graph of its key has answered."""
         if not self.captures.on_cuda:
             self.captures.notice_device(call)
-        self.captures.keys.note(call.key, call.args, call.kwargs)
+        self.captures.keys.note(call.key)
         self.check_open()
         if (reason := self.forbidden()) is not None:
             return self.eager(Cause(reason), call)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from graphcache.cache.key_table import KeyState
 from graphcache.dispatch.background import PENDING
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import Cause, ConfigError, Reason, Refusal
@@ -195,40 +196,39 @@ def keys_of(fast: TransparentModule, keys: list[Any] | None = None) -> list[Expl
     captures, entries, seen = dispatcher.captures, dispatcher.entries, dispatcher.captures.keys
     changed = captures.target.guard.has_changed()
     if keys is None:
-        keys = list(dict.fromkeys([*list(entries), *seen.keys()]))
+        keys = list(dict.fromkeys([*list(entries), *seen.known()]))
     found = []
     for key in keys:
-        entry, account = entries.get(key), captures.admission.known(key)
-        status: Status = "new" if account.capture is None else "evicted"
+        entry, state, hits = entries.get(key), seen.states.get(key) or KeyState(0.0), seen.hits(key)
+        status: Status = "evicted" if state.capture.count else "new"
         cause, note = None, ""
         if entry is not None:
             status = "changed" if changed or entry.graph.version != captures.version else "captured"
         elif dispatcher.queue.is_pending(key):
             cause = PENDING
-        elif (denial := seen.look(key, captures.version + changed)) is not None:
-            status, (cause, retry_after) = "denied", denial
+        elif (denial := state.denial) is not None:
+            status, cause, retry_after = "denied", denial.cause, denial.wait(captures.version + changed)
             if retry_after == 0:
                 note = "it is looked at again at its next call"
             elif retry_after is not None:
                 note = f"another capture is tried after {retry_after} call{'s' * (retry_after != 1)}"
         else:
             cause = captures.admission.ask(key)
-        spec, hits = CallSpec(key, names), 0 if entry is None else entry.hits
-        had_graph = entry is not None or account.capture is not None
+        spec = CallSpec(key, names)
         found.append(
             Explained(
                 str(spec) + "".join(f", {name} {value}" for name, value in spec.modes.items()),
                 "hit" if status == "captured" else "capture" if cause is None else "eager",
                 cause,
-                calls=seen.calls(key, hits),
-                hits=hits,
+                calls=seen.calls(key),
+                hits=0 if entry is None else entry.hits,
                 nbytes=0 if entry is None else entry.nbytes,
-                costs=Costs(account.eager, account.replay, account.capture),
+                costs=Costs(state.eager.known, state.replay.known, state.capture.known),
                 note=note or _NOTES.get(status, ""),
                 spec=spec,
                 status=status,
-                answered=account.calls,
-                is_worth_saving=had_graph or account.calls - account.hits >= _OFTEN,
+                answered=state.ran + hits,
+                is_worth_saving=entry is not None or state.capture.count > 0 or state.ran >= _OFTEN,
             )
         )
     return found

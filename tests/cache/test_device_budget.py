@@ -306,7 +306,7 @@ def test_with_every_graph_reserved_the_budget_holds_at_every_moment(budget, seed
             cache = every[number % 3]
             try:
                 with Reservation(cache) as room:
-                    room.take(nbytes, number % 5)
+                    room.take(nbytes)
                     # Allocated while reserved; the reservation ends when it is in the cache.
                     cache.put(number % 5, Memory(nbytes, meter), room)
             except Refusal:

@@ -234,15 +234,6 @@ def test_a_reservation_evicts_nothing_where_only_the_number_of_graphs_is_short()
     assert list(cache.entries) == ["b"]
 
 
-def test_the_stale_graph_of_a_key_goes_first_where_bytes_are_short_for_a_new_one():
-    cache: GraphCache[Memory] = GraphCache(max_graphs=9, max_bytes=10)
-    for key in "ab":
-        cache.put(key, Memory(5))
-    with Reservation(cache) as room:
-        room.take(5, "b")
-        assert list(cache.entries) == ["a"]
-
-
 def test_a_graph_that_was_not_reserved_makes_room_on_the_device_too():
     budget = DeviceBudget(10)
     one, other = GraphCache[Memory](max_graphs=9), GraphCache[Memory](max_graphs=9)

@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.cache import key_table
+from graphcache.cache.admission import Admission
+from graphcache.cache.graph_cache import GraphCache
 from graphcache.cache.key_table import KeyTable
 from graphcache.errors import Cause, Reason
 
@@ -25,19 +27,19 @@ def waits(keys: KeyTable, key: str, version: int = 0) -> int:
 
 
 def test_an_unknown_key_is_not_blocked():
-    assert KeyTable().denial("a") is None
+    assert KeyTable({}).denial("a") is None
 
 
 @pytest.mark.parametrize("reason", LASTING)
 def test_what_lies_in_the_module_is_blocked_for_good(reason):
-    keys = KeyTable()
+    keys = KeyTable({})
     keys.deny("a", Cause(reason))
     assert all(keys.denial("a") == Cause(reason) for _ in range(1000))
 
 
 @pytest.mark.parametrize("reason", TRANSIENT)
 def test_what_may_pass_is_tried_again_after_16_calls_then_32_then_64(reason):
-    keys = KeyTable()
+    keys = KeyTable({})
     seen = []
     for _ in range(4):
         keys.deny("a", Cause(reason))
@@ -48,7 +50,7 @@ def test_what_may_pass_is_tried_again_after_16_calls_then_32_then_64(reason):
 @pytest.mark.parametrize("reason", EFFECTS)
 @pytest.mark.parametrize("version", [0, 1])
 def test_an_effect_is_looked_for_at_the_next_call_then_after_2_4_and_8(reason, version):
-    keys = KeyTable()
+    keys = KeyTable({})
     seen = []
     for _ in range(6):
         keys.deny("a", Cause(reason))
@@ -58,7 +60,7 @@ def test_an_effect_is_looked_for_at_the_next_call_then_after_2_4_and_8(reason, v
 
 @pytest.mark.parametrize("reason", [*LASTING, *TRANSIENT])
 def test_once_the_module_has_changed_every_denial_is_looked_at_again_as_soon(reason):
-    keys = KeyTable()
+    keys = KeyTable({})
     seen = []
     for version in range(4):
         keys.deny("a", Cause(reason), version)
@@ -69,32 +71,34 @@ def test_once_the_module_has_changed_every_denial_is_looked_at_again_as_soon(rea
 
 
 def test_a_state_that_is_back_under_another_version_denies_nothing_for_good():
-    keys = KeyTable()
+    keys = KeyTable({})
     keys.deny("a", Cause(Reason.HOST_READ), version=3)
     assert keys.denial("a", 4) is None
-    assert keys.look("a", 4) == (Cause(Reason.HOST_READ), 0)
-    assert keys.look("a", 3) == (Cause(Reason.HOST_READ), None)
+    denial = keys.states["a"].denial
+    assert denial is not None
+    assert (denial.wait(4), denial.wait(3)) == (0, None)
 
 
 def test_a_key_that_was_captured_begins_anew():
-    keys = KeyTable()
+    cache = GraphCache(max_graphs=1)
+    keys = KeyTable(cache.entries)
     for _ in range(4):
         keys.deny("a", Cause(Reason.MUTATES))
-    keys.allow("a")
-    keys.allow("unknown")
+    Admission("first", cache, keys).captured("a", 0.1)
+    assert keys.states["a"].denial is None
     keys.deny("a", Cause(Reason.MUTATES))
     assert waits(keys, "a") == 0
 
 
 def test_once_due_a_key_stays_due_until_it_fails_again():
-    keys = KeyTable()
+    keys = KeyTable({})
     keys.deny("a", Cause(Reason.MISMATCH))
     waits(keys, "a")
     assert [keys.denial("a") for _ in range(3)] == [None] * 3
 
 
 def test_keys_wait_for_themselves():
-    keys = KeyTable()
+    keys = KeyTable({})
     keys.deny("a", Cause(Reason.MISMATCH))
     for _ in range(10):
         keys.denial("a")
@@ -103,7 +107,7 @@ def test_keys_wait_for_themselves():
 
 
 def test_the_latest_cause_counts():
-    keys = KeyTable()
+    keys = KeyTable({})
     keys.deny("a", Cause(Reason.MISMATCH))
     keys.deny("a", Cause(Reason.HOST_READ, "aten.item"))
     assert keys.denial("a") == Cause(Reason.HOST_READ, "aten.item")
@@ -111,7 +115,7 @@ def test_the_latest_cause_counts():
 
 def test_beyond_the_size_the_longest_unused_is_forgotten(monkeypatch):
     monkeypatch.setattr(key_table, "MAX_KEYS", 2)
-    keys = KeyTable()
+    keys = KeyTable({})
     for key in "ab":
         keys.deny(key, Cause(Reason.HOST_READ))
     keys.denial("a")
@@ -120,33 +124,31 @@ def test_beyond_the_size_the_longest_unused_is_forgotten(monkeypatch):
 
 
 def test_clear_forgets_everything_the_wait_too():
-    keys = KeyTable()
+    keys = KeyTable({})
     for _ in range(3):
         keys.deny("a", Cause(Reason.MISMATCH))
     keys.allow_all()
-    assert (keys.denial("a"), keys.look("a")) == (None, None)
+    assert (keys.denial("a"), keys.states["a"].denial) == (None, None)
     keys.deny("a", Cause(Reason.MISMATCH))
     assert waits(keys, "a") == 16
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([Reason.HOST_READ, Reason.MISMATCH])), max_size=60))
 def test_memory_is_bounded_and_the_last_key_is_always_known(blocked):
-    keys = KeyTable()
+    keys = KeyTable({})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_table, "MAX_KEYS", 3)
         for key, reason in blocked:
             keys.deny(key, Cause(reason))
-            assert len(keys) <= 3
+            assert len(keys.known()) <= 3
             assert keys.denial(key) == Cause(reason)
 
 
 def test_looking_counts_no_call():
-    keys = KeyTable()
-    assert keys.look("key") is None
+    keys = KeyTable({})
     keys.deny("key", Cause(Reason.CAPTURE_FAILED))
-    for _ in range(40):
-        assert keys.look("key") == (Cause(Reason.CAPTURE_FAILED), 16)
+    denial = keys.states["key"].denial
+    assert denial is not None
+    assert {denial.wait(0) for _ in range(40)} == {16}
     keys.denial("key")
-    assert keys.look("key") == (Cause(Reason.CAPTURE_FAILED), 15)
-    keys.deny("for good", Cause(Reason.HOST_READ))
-    assert keys.look("for good") == (Cause(Reason.HOST_READ), None)
+    assert (denial.cause, denial.wait(0)) == (Cause(Reason.CAPTURE_FAILED), 15)

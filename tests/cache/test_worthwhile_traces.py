@@ -16,6 +16,7 @@ import pytest
 
 from graphcache.cache.admission import OVERHEAD, Admission
 from graphcache.cache.graph_cache import GraphCache, clock
+from graphcache.cache.key_table import KeyTable
 from tests.effort import share
 
 CALLS, SLOTS = share((20_000, 16), (10_000, 8))
@@ -88,7 +89,7 @@ def served(calls: Sequence[int], times: Times, noise: float) -> float:
         return seconds * draw.lognormvariate(-noise * noise / 2, noise) if noise else seconds
 
     cache: GraphCache[Any] = GraphCache(max_graphs=SLOTS, on_evict=lambda *gone: admission.evicted(*gone))
-    admission = Admission("worthwhile", cache)
+    admission = Admission("worthwhile", cache, KeyTable(cache.entries))
     total, known = 0.0, set()
     for key in calls:
         if (entry := cache.entries.get(key)) is not None:

@@ -9,6 +9,7 @@ from torch import nn
 import graphcache
 from graphcache import Reason
 from graphcache.capture.torch_recorder import TorchRecorder
+from tests.helpers import dispatcher_of, graphs_of
 
 
 def wrapped(**options: int) -> graphcache.CachedModule:
@@ -57,3 +58,19 @@ def test_what_is_shared_alone_may_be_too_much(monkeypatch: pytest.MonkeyPatch) -
     x = torch.ones(1000)
     assert torch.equal(fast(x), x)
     assert fast.cache_info().eager == {Reason.OVER_BUDGET: 1}
+
+
+def test_the_stale_graph_of_a_key_goes_first_for_its_background_capture() -> None:
+    fast = graphcache.wrap(nn.Linear(2, 2).requires_grad_(False), max_bytes=10 * one_graph())
+    stale, other = torch.zeros(1, 2), torch.zeros(2, 2)
+    fast(other)
+    dispatcher = dispatcher_of(fast)
+    key, current = (dispatcher.target.describe((x,), {}).key for x in (stale, other))
+    fast(stale)
+    entries = graphs_of(fast).entries
+    entries[key].graph.version -= 1
+    for x in (stale, other):
+        call = dispatcher.target.describe((x,), {})
+        with dispatcher.captures.room(call) as room:
+            dispatcher.captures.reserve(room, call)
+    assert list(entries) == [current]

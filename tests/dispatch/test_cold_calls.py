@@ -29,8 +29,8 @@ def test_all_of_them_are_counted():
             assert fast.cache_info().eager == {Reason.NOT_PREPARED: call}
     [call] = fast.explain().calls
     assert call.calls == 39
-    [key] = dispatcher_of(fast).captures.keys.keys()
-    assert dispatcher_of(fast).captures.admission.known(key).calls == 39
+    [key] = dispatcher_of(fast).captures.keys.known()
+    assert dispatcher_of(fast).captures.keys.states[key].ran == 39
 
 
 def test_a_shape_that_is_prepared_has_its_graph_at_once():
@@ -152,7 +152,7 @@ def test_what_cannot_be_captured_is_still_an_error_where_that_was_asked_for():
     admission = dispatcher_of(fast).captures.admission
     with torch.no_grad():
         fast(x)
-        [signature] = dispatcher_of(fast).captures.keys.keys()
+        [signature] = dispatcher_of(fast).captures.keys.known()
         admission.learn(signature, eager=1e-3, replay=1e-9, capture=3e-2)
         ran = admission.ran
         admission.ran = lambda key, seconds: ran(key, 1e-3)

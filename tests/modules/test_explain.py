@@ -77,10 +77,10 @@ def test_costs_are_those_that_calls_and_captures_have_taken():
     fast = tokens(capture="worthwhile")
     for _ in range(4):
         ids(fast, 8)
-    [key] = dispatcher_of(fast).captures.keys.keys()
-    known = dispatcher_of(fast).captures.admission.known(key)
+    [key] = dispatcher_of(fast).captures.keys.known()
+    known = dispatcher_of(fast).captures.keys.states[key]
     costs = only(fast.explain(torch.zeros(1, 8))).costs
-    assert (costs.eager, costs.replay, costs.capture) == (known.eager, known.replay, known.capture)
+    assert (costs.eager, costs.replay, costs.capture) == (known.eager.known, known.replay.known, known.capture.known)
     assert costs.eager > 0
 
 

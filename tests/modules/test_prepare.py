@@ -622,7 +622,7 @@ def test_a_module_that_thrashes_warns_once_with_advice(caplog: pytest.LogCapture
             fast(x)
     [said] = [each.getMessage() for each in caplog.records if "captured again" in each.getMessage()]
     assert said.startswith("Sequential: graphs are evicted and captured again: ")
-    assert "raise max_graphs (now 4; 6 signatures take turns), or pad shapes to a few sizes" in said
+    assert "raise max_graphs (now 4), max_bytes (now None) or the budget of the process (6 signatures take" in said
 
 
 def test_graphs_that_fit_or_are_dropped_on_purpose_do_not(caplog: pytest.LogCaptureFixture) -> None:
