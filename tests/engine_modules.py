@@ -12,9 +12,10 @@ from graphcache import EngineModule
 from graphcache.capture import context_groups
 from graphcache.capture import engine_recorder as record_engine
 from graphcache.capture.torch_recorder import TorchRecorder
-from graphcache.dispatch import fast_path, preconditions
+from graphcache.dispatch import fast_path
 from graphcache.engines import context, engine, library
 from graphcache.graphs import buffers, verify
+from graphcache.keys import ambient
 from graphcache.modules import engine as room
 from graphcache.modules import engine_base, engine_runner
 from tests.engines import fake_tensorrt
@@ -30,7 +31,7 @@ def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     patch.setattr(fake_tensorrt, "device", fake.driver)
     patch.setattr(context_groups, "MAX_CHECK_SECONDS", float("inf"))
     patch.setattr(fast_path, "raw_stream", fake.raw_stream)
-    for each in (preconditions, context):
+    for each in (ambient, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)
     return fake
 

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,13 +52,15 @@ from graphcache.dispatch.background import PENDING, CaptureQueue
 from graphcache.dispatch.capture_manager import CaptureManager, preparing
 from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
-from graphcache.dispatch.preconditions import AS_IT_IS, forbidden, on_device, several_devices
+from graphcache.dispatch.preconditions import current_device, several_devices
 from graphcache.dispatch.targets import EngineGuard, ModuleTarget, SubmoduleGraphs, Target
 from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
+from graphcache.keys.ambient import forbidden
 from graphcache.keys.call_key import NO_KEY, KeyedCall
 
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 STALE: Any = object()
 """Stands for an answer that a graph could not give, or should not have given."""
 
@@ -355,8 +357,9 @@ class Dispatcher:
     def on_device(self, call: KeyedCall) -> AbstractContextManager[object]:
         """Inside, the device of a call is the current one: what is said of the current stream is said of its stream."""
         if not (self.captures.on_cuda and several_devices()):
-            return AS_IT_IS
-        return on_device(self.target.device_of(call.tensors))
+            return _AS_IT_IS
+        device = self.target.device_of(call.tensors)
+        return _AS_IT_IS if device is None or device.index == current_device() else torch.cuda.device(device)
 
     def refresh(self) -> None:
         """Drop graphs of an engine that has changed; those of another module are proven again. Under the lock."""

@@ -1,4 +1,4 @@
-"""State of PyTorch around a call that changes what the call does: part of every key, and the condition of every hit."""
+"""State of PyTorch around a call that changes what the call does, or forbids graphs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
+
+from graphcache.config import modes
+from graphcache.errors import CudaError, Reason
 
 State = tuple[Hashable, ...]
 
@@ -31,6 +34,10 @@ _GETTERS: dict[str, Callable[[], Hashable]] = {
 }
 _stack_length: Callable[[], int] = torch._C._len_torch_function_stack
 _stack_at: Callable[[int], Any] = torch._C._get_function_stack_at
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
+_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 def ambient_state() -> State:
@@ -93,6 +100,26 @@ def _modes() -> list[Hashable]:
     modes = [_stack_at(index) for index in range(_stack_length())]
     # Any other mode forbids graphs, so it is enough that it shows.
     return [mode.device if type(mode) is DeviceContext else "other" for mode in modes]
+
+
+def forbidden(*, cuda: bool) -> Reason | None:
+    """What forbids graphs at this moment, in this context, whatever the arguments; ``cuda`` if it is a device's."""
+    if modes.get().off:
+        return Reason.DISABLED
+    if dispatch_modes() or (_stack_length() and has_function_modes()) or _transforms() is not None or is_tracing():
+        return Reason.TRACING
+    if forward_ad._current_level >= 0:
+        # A replay would leave out derivatives that are computed in forward mode.
+        return Reason.GRAD
+    try:
+        return Reason.OUTER_CAPTURE if cuda and is_capturing() else None
+    except RuntimeError as error:
+        if "initialization error" in str(error):
+            raise CudaError(
+                "CUDA does not work in this process, which was forked after CUDA had been used; start processes with "
+                "multiprocessing's 'spawn' method"
+            ) from error
+        raise
 
 
 USUAL = ambient_state()

@@ -17,7 +17,7 @@ from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import open_to
 from graphcache.dispatch.forward_into import copy_into
-from graphcache.dispatch.preconditions import has_hooks, is_compiling
+from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, has_hooks, is_compiling
 from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import Cause, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Observer, Subscriber, log
@@ -108,7 +108,7 @@ class CachedModule(TransparentModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # All that nn.Module.__call__ adds is hooks, at 0.9 µs.
-        if has_hooks(self):
+        if self._forward_hooks or self._forward_pre_hooks or global_hooks or global_pre_hooks:
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)
 

@@ -10,10 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.config import graphs_off
-from graphcache.dispatch import preconditions as conditions
-from graphcache.dispatch.preconditions import forbidden
 from graphcache.errors import CudaError, Reason
-from tests.graphs.fake_driver import installed
+from graphcache.keys import ambient
+from graphcache.keys.ambient import forbidden
 
 
 def test_nothing_forbids_a_plain_call() -> None:
@@ -53,7 +52,7 @@ def test_somebody_watches_the_operations() -> None:
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_a_capture_around_concerns_a_device_alone(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "is_capturing", lambda: True)
+    monkeypatch.setattr(ambient, "is_capturing", lambda: True)
     assert forbidden(cuda=cuda) is (Reason.OUTER_CAPTURE if cuda else None)
 
 
@@ -61,7 +60,7 @@ def test_a_process_forked_after_cuda_has_started_is_told_what_to_do(monkeypatch:
     def is_capturing() -> bool:
         raise RuntimeError("CUDA error: initialization error")
 
-    monkeypatch.setattr(conditions, "is_capturing", is_capturing)
+    monkeypatch.setattr(ambient, "is_capturing", is_capturing)
     assert forbidden(cuda=False) is None
-    with installed(patch=monkeypatch), pytest.raises(CudaError, match="'spawn' method"):
+    with pytest.raises(CudaError, match="'spawn' method"):
         forbidden(cuda=True)
