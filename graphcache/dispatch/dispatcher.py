@@ -143,15 +143,16 @@ class Dispatcher:
     def _replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None) -> Any:
         # On a device the guard is asked while the device works, unless the launch cannot be taken back.
         first = out is not None or not self.captures.on_cuda
-        if first and self._guard.is_stale(call.records_gradients):
+        recorded, guard, given = entry.graph, self._guard, self.target.graph_inputs(call.tensors)
+        # The version last: since the look-up, another thread may have found the module as it is now, under a new one.
+        if first and (guard.is_stale(call.records_gradients) or recorded.version != guard.version):
             return STALE
-        recorded, given = entry.graph, self.target.graph_inputs(call.tensors)
         try:
             answer = recorded.build(recorded.replay(given, out), given)
         except ClosedError:
             # Evicted by another thread since the look-up.
             return STALE
-        if not first and self._guard.is_stale(call.records_gradients):
+        if not first and (guard.is_stale(call.records_gradients) or recorded.version != guard.version):
             return STALE
         entry.hits += 1
         entry.used = clock()

@@ -84,7 +84,8 @@ class ModuleGuard:
         ambient = ambient_state()
 
         def is_stale(grad: bool) -> bool:
-            return self.version != version or ambient_state() != ambient or self.is_stale(grad)
+            # The version last: once it has gone up, another thread may have found the module as it is now.
+            return self.is_stale(grad) or self.version != version or ambient_state() != ambient
 
         return is_stale
 

@@ -47,6 +47,9 @@ class TensorNode(StateNode):
 
     def guard(self, native: Any) -> None:
         native.add_tensor(self.target)
+        if self.differs():
+            # It was changed since it was read, and native code took it as it is now.
+            raise ValueError
 
 
 class GradientFlagsNode(StateNode):

@@ -14,6 +14,7 @@ from graphcache.config import GraphConfig, graphs_off
 from graphcache.dispatch.dispatcher import STALE
 from graphcache.errors import CaptureError, ClosedError, Reason
 from graphcache.keys.call_key import KeyedCall, describe
+from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.cached_module import CachedModule
 from tests.helpers import dispatcher_of
 
@@ -113,6 +114,20 @@ def test_a_graph_of_weights_that_were_replaced_is_captured_again() -> None:
     slow.module[0].weight.data = torch.randn(4, 4)
     assert torch.equal(slow(X), slow.module(X))
     assert (slow.ledger.captures, slow.hits, len(slow.cache)) == (2, 0, 1)
+
+
+def test_a_graph_of_before_is_not_right_because_another_call_has_looked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, asked = CachedModule(net()), ModuleGuard.is_stale
+    fast(X), fast(X[:1])
+    fast.module[0].weight.data = torch.randn(4, 4)
+
+    def after_another_call(guard: ModuleGuard, grad: bool) -> bool:
+        monkeypatch.undo()
+        assert torch.equal(fast(X[:1]), fast.module(X[:1]))
+        return asked(guard, grad)
+
+    monkeypatch.setattr(ModuleGuard, "is_stale", after_another_call)
+    assert torch.equal(fast(X), fast.module(X))
 
 
 def test_gradients_are_asked_of_inputs_and_parameters() -> None:

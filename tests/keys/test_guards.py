@@ -511,6 +511,23 @@ def test_a_graph_is_right_under_its_version_and_ambient_state_alone() -> None:
     assert is_stale(False)
 
 
+def test_a_graph_of_before_is_stale_also_if_the_module_is_looked_at_meanwhile(
+    plain: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = ModuleGuard(plain)
+    guard.snapshot()
+    is_stale, holds = guard.stale_since(guard.version), ModuleGuard.holds
+    plain.number = 2.5
+
+    def after_a_look(self: ModuleGuard) -> bool:
+        monkeypatch.undo()
+        guard.snapshot()
+        return holds(self)
+
+    monkeypatch.setattr(ModuleGuard, "holds", after_a_look)
+    assert is_stale(False)
+
+
 def test_an_ignored_path_is_no_change(plain: Plain) -> None:
     guard = ModuleGuard(plain, ignore=["self.table['a'][*]", "self.number"])
     guard.snapshot()
