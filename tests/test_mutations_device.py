@@ -46,7 +46,7 @@ CURES: dict[str, tuple[TakeOut, str]] = {
         CUDA + "test_a_graph_without_nodes_is_refused_and_released",
     ),
     "no garbage is collected inside a capture": (
-        replace(stream_order, "quiet_collector", nullcontext),
+        replace(stream_order, "quiet_collector", nullcontext()),
         CAPTURE + "test_no_collection_inside",
     ),
     "a tensor that is not aligned is copied": (

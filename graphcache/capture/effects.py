@@ -92,7 +92,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
     # Finalizers of other objects would be taken for what the call does.
-    with quiet_collector(), operations, host:
+    with quiet_collector, operations, host:
         value = run(*args, **kwargs)
     after = _process_state(operations.devices)
     if not operations.ran_opaque:

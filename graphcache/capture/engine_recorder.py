@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,12 +17,11 @@ from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
-from graphcache.graphs.capture import refusal_of
-from graphcache.graphs.copies import find_copies, make_all_full, with_copies
+from graphcache.graphs.capture import capture_copying, refusal_of
 from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
-from graphcache.graphs.stream_order import StreamOrder, capture_enqueue, capturing
+from graphcache.graphs.stream_order import Enqueue, StreamOrder, capture_enqueue, capturing
 from graphcache.graphs.verify import OTHER_VALUES, Round, check_repeats, perturb, verify
 from graphcache.keys.call_key import KeyedCall
 
@@ -175,7 +174,8 @@ class _EngineCall:
     def bound(self) -> CudaGraph:
         """A graph whose kernels are pointed at the caller's tensors, or ``CannotBind`` if not all of them are found."""
         with ExitStack() as undo:
-            first = self._captured(self._context.enqueue, undo)
+            first = self._capture(self._context.enqueue)
+            undo.callback(driver.call, "cuGraphDestroy", first)
             if any(tensor.numel() == 0 for tensor in self._buffers):
                 raise CannotBind("an input or output is empty")
             if self._module.engine.aliases:
@@ -184,36 +184,30 @@ class _EngineCall:
             with ExitStack() as after:
                 self._point_context_at(others)
                 after.callback(self._point_context_at, self._buffers)
-                second = self._captured(self._context.enqueue, after)
+                second = self._capture(self._context.enqueue)
+                after.callback(driver.call, "cuGraphDestroy", second)
                 pointers = find_pointers(first, second, self._buffers, others)
             undo.pop_all()
         places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
-        return self._graph(first, places, ALIGNMENT)
+        slots = [IoSlot(own, found, ALIGNMENT) for own, found in zip(self._buffers, places, strict=True)]
+        return self._graph(first, slots)
 
     def copying(self) -> CudaGraph:
         """A graph that begins and ends with nodes that copy, which are pointed at the caller's tensors."""
-        others = [torch.empty_like(tensor) for tensor in self._buffers]
-        copied = [direct and own.numel() > 0 for own, direct in zip(self._buffers, self._direct, strict=True)]
-        count = len(self._inputs)
-        pairs = list(zip(self._buffers, others, copied, strict=True))
-        before = [(own, other) for own, other, is_copied in pairs[:count] if is_copied]
-        after = [(other, own) for own, other, is_copied in pairs[count:] if is_copied]
-        with ExitStack() as undo:
-            captured = self._captured(with_copies(self._context.enqueue, before, after), undo)
-            if self._full_edges:
-                make_all_full(captured)
-            try:
-                found = iter(find_copies(captured, [other for _, other, is_copied in pairs if is_copied]))
-            except CannotBind as why:
-                raise Refusal(Reason.CAPTURE_FAILED, self._module.name, str(why)) from why
-            undo.pop_all()
-        return self._graph(captured, [next(found) if is_copied else [] for is_copied in copied], 1)
+        captured, slots = capture_copying(
+            self._capture,
+            lambda stream: self._outputs if self._context.enqueue(stream) else None,
+            self._inputs,
+            self._direct[: len(self._inputs)],
+            self._outputs,
+            self._module.name,
+            self._full_edges,
+        )
+        return self._graph(captured, slots)
 
-    def _captured(self, enqueue: Callable[[int], bool], undo: ExitStack) -> Any:
-        """Capture the call; ``undo`` destroys what was captured."""
-        captured = capture_enqueue(enqueue, self._order, self._module.name, self._module.engine.said)
-        undo.callback(driver.call, "cuGraphDestroy", captured)
-        return captured
+    def _capture(self, enqueue: Enqueue) -> Any:
+        """Capture the call, or more than it."""
+        return capture_enqueue(enqueue, self._order, self._module.name, self._module.engine.said)
 
     def _point_context_at(self, tensors: Sequence[Tensor]) -> None:
         """Have the context read and write other tensors than the static ones."""
@@ -223,9 +217,8 @@ class _EngineCall:
         self._context.set_inputs(inputs, self._profile, self._stream)
         self._context.set_outputs(tensors[count:])
 
-    def _graph(self, captured: Any, pointers: Sequence[Any], alignment: int) -> CudaGraph:
-        """The graph of what was captured, with what points at each static buffer."""
-        slots = [IoSlot(own, found, alignment) for own, found in zip(self._buffers, pointers, strict=True)]
+    def _graph(self, captured: Any, slots: Sequence[IoSlot]) -> CudaGraph:
+        """The graph of what was captured."""
         count = len(self._inputs)
         return CudaGraph(
             captured,

@@ -19,13 +19,19 @@ from graphcache.capture.trial_call import OutputLayout, TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
-from graphcache.graphs.capture import TorchCall, as_if_capturing, forget_workspaces, record_torch, refusal_of
+from graphcache.graphs.capture import (
+    as_if_capturing,
+    compiled_runs_eagerly,
+    forget_workspaces,
+    record_torch,
+    refusal_of,
+)
 from graphcache.graphs.cpu_tape import CpuTape
-from graphcache.graphs.dispatch_mode import compiled_runs_eagerly
+from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder, capturing
-from graphcache.graphs.verify import OTHER_VALUES, Round, all_same_bits, perturb, verify
+from graphcache.graphs.verify import OTHER_VALUES, Round, perturb, same_bits, verify
 from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.values import Unobservable
@@ -166,7 +172,7 @@ class TorchRecorder:
             return False
         try:
             wanted = OutputLayout(effects.value, inputs, state).tensors
-            return all_same_bits(known.replay([tensor.detach() for tensor in inputs]), wanted)
+            return same_bits(known.replay([tensor.detach() for tensor in inputs]), wanted)
         except (ClosedError, Refusal):
             return False
 
@@ -212,19 +218,24 @@ class TorchRecorder:
             call.compare(expected)
             with scope.run():
                 self._check_reads(call, static, on_host=False)
-            graph = record_torch(
-                TorchCall(
-                    lambda: run(static),
-                    inputs=[packed(tensor) for tensor in static],
-                    direct=[is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
-                    expected=expected,
-                    order=order,
-                    keep=call.kept(),
-                    release=scope.close,
-                    where=self._name,
-                    shared=shares,
-                    full_edges=self._recording.full_edges,
-                )
+            captured, slots = record_torch(
+                lambda: run(static),
+                [packed(tensor) for tensor in static],
+                [is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
+                expected,
+                order,
+                self._name,
+                self._recording.full_edges,
+            )
+            graph = CudaGraph(
+                captured,
+                inputs=slots[: len(static)],
+                outputs=slots[len(static) :],
+                order=order,
+                keep=(call.kept(), run, static, order.pool()),
+                release=scope.close,
+                # Of a pool that others use too, no graph is charged.
+                pool_bytes=0 if shares else order.pool().nbytes,
             )
             self._verify(graph, call, static, expected, run)
             scope.in_order = True

@@ -47,22 +47,20 @@ def put(buffer: Tensor, tensor: Tensor) -> None:
     buffer.copy_(tensor if tensor.shape == buffer.shape else packed(tensor))
 
 
-def poison(tensors: Sequence[Tensor], *, indices: int = -1) -> None:
-    """Overwrite tensors with wrong values: NaN where they are floating, ``indices`` and ``True`` elsewhere.
+def poison(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> None:
+    """Overwrite tensors with wrong values: NaN where they are floating, otherwise -1 and ``True``.
 
-    Static inputs get ``indices=0``, a valid index almost everywhere: a graph that reads one by mistake must give a
-    wrong answer, not an access out of bounds.
+    Inputs get 0 and ``False``, a valid index almost everywhere: a graph that reads one by mistake must give a wrong
+    answer, not an access out of bounds.
     """
     with torch.inference_mode(False), torch.no_grad():
-        for tensor in tensors:
-            if tensor.dtype is torch.bool:
-                tensor.fill_(indices != 0)
-            elif tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
+        for tensor, whole in (*((each, -1) for each in outputs), *((each, 0) for each in inputs)):
+            if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
                 tensor.view(torch.uint8).fill_(0xFF)
-            elif tensor.dtype is torch.uint8:
-                tensor.fill_(indices % 256)
+            elif tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
             else:
-                tensor.fill_(float("nan") if tensor.is_floating_point() or tensor.is_complex() else indices)
+                tensor.fill_(whole % 256 if tensor.dtype is torch.uint8 else whole)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -73,20 +71,6 @@ def is_dense(tensor: Tensor) -> bool:
 def is_plain_copy(tensor: Tensor, buffer: Tensor) -> bool:
     """Whether the bytes of ``tensor`` are the bytes of ``buffer``: same strides, no pending conjugation or negation."""
     return tensor.stride() == buffer.stride() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def lies_as(tensor: Tensor, buffer: Tensor) -> bool:
-    """Whether a tensor can take the place of a buffer."""
-    same = tensor.shape == buffer.shape and tensor.dtype is buffer.dtype and tensor.device == buffer.device
-    return same and is_plain_copy(tensor, buffer)
-
-
-def hollow_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same layout and device without memory, to allocate others by; it must not be read or written."""
-    with torch.inference_mode(False):
-        made = tensor.new_empty_strided(tensor.shape, tensor.stride())
-        made.untyped_storage().resize_(0)
-        return made
 
 
 def extent_of(tensor: Tensor) -> int:

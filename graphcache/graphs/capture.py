@@ -1,125 +1,148 @@
-"""Capturing operations of PyTorch into a CUDA graph, and what a failed capture says."""
+"""Capturing operations of PyTorch, copies around captured work, what holds meanwhile, and what a failure says."""
 
 from __future__ import annotations
 
-import threading
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass
+from contextvars import ContextVar
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import utils as higher_order
 from torch.cuda import graphs as torch_graphs
 
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
-from graphcache.graphs.copies import find_copies, make_all_full, with_copies
-from graphcache.graphs.cuda import CudaGraph, IoSlot
-from graphcache.graphs.dispatch_mode import process_wide
+from graphcache.graphs.cuda import IoSlot
 from graphcache.graphs.graph import Body
-from graphcache.graphs.param_patching import CannotBind
-from graphcache.graphs.stream_order import StreamOrder, capture_enqueue, quiet_collector
+from graphcache.graphs.param_patching import CannotBind, find_copies
+from graphcache.graphs.stream_order import Enqueue, ProcessWide, StreamOrder, capture_enqueue
 
 
-@dataclass(frozen=True, slots=True)
-class TorchCall:
-    """PyTorch operations to be captured. They have run before, on the capture stream, outside of any capture."""
+def capture_copying(
+    capture: Callable[[Enqueue], Any],
+    work: Callable[[int], Sequence[Tensor] | None],
+    inputs: Sequence[Tensor],
+    direct: Sequence[bool],
+    expected: Sequence[Tensor],
+    where: str,
+    full_edges: bool,
+) -> tuple[Any, list[IoSlot]]:
+    """Capture work between nodes that copy its inputs and outputs, which can be pointed at the caller's tensors.
 
-    body: Body
-    _: KW_ONLY
-    # Static inputs.
-    inputs: Sequence[Tensor]
-    # For each input whether the caller's tensor has the same layout, so that one plain copy moves it.
-    direct: Sequence[bool]
-    # What the body returned when it ran before.
-    expected: Sequence[Tensor]
-    order: StreamOrder
-    # What the body refers to beyond its own closure.
-    keep: object
-    # Called once the graph is gone.
-    release: Callable[[], object]
-    # The module's name, for messages.
-    where: str
-    # Whether other graphs use the order's memory pool too, so that no graph is charged for it.
-    shared: bool = False
-    # Whether every kernel waits for the ones before it, however it was launched.
-    full_edges: bool = False
-
-
-def record_torch(call: TorchCall) -> CudaGraph:
-    """Capture PyTorch operations, and engines between them; what they allocate comes from the order's memory pool.
-
-    Inputs and outputs are copied by nodes of the graph, which are pointed at the caller's tensors. A :class:`Refusal`
-    says that the body did something that cannot be captured.
+    ``work`` enqueues on a stream and returns its outputs, or ``None`` if that was refused; ``expected`` are those of an
+    earlier run. An input is ``direct`` where the caller's tensor has the same layout, so that one plain copy moves it.
+    With ``full_edges`` every kernel waits for the ones before it, however it was launched.
     """
-    sources = [torch.empty_like(each) for each in call.inputs]
-    targets = [torch.empty_like(each) for each in call.expected]
-    whole = [plain and is_dense(static) for plain, static in zip(call.direct, call.inputs, strict=True)]
-    pool = call.order.pool()
-    outputs: list[Tensor] = []
-    before = [pair for pair, copied in zip(zip(call.inputs, sources, strict=True), whole, strict=True) if copied]
-    after: list[tuple[Tensor, Tensor]] = []
+    others = [torch.empty_like(each) for each in (*inputs, *expected)]
+    buffers = list(inputs)
+    # What no plain copy moves is copied by an operation of its own, before or after the launch.
+    is_copied = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
 
     def enqueue(stream: int) -> bool:
-        outputs.extend(call.body())
-        for target, output in zip(targets, outputs, strict=True):
-            # Whether one plain copy moves it.
-            whole.append(is_dense(output) and output.stride() == target.stride())
-            if whole[-1]:
-                after.append((target, output))
+        _copy(zip(inputs, others, is_copied, strict=False), stream)
+        outputs = work(stream)
+        if outputs is None:
+            return False
+        targets = others[len(inputs) :]
+        copied = [is_dense(own) and own.stride() == to.stride() for own, to in zip(outputs, targets, strict=True)]
+        _copy(zip(targets, outputs, copied, strict=True), stream)
+        buffers.extend(outputs)
+        is_copied.extend(copied)
         return True
 
-    captured = _capture_torch(call, with_copies(enqueue, before, after))
+    captured = capture(enqueue)
     with ExitStack() as undo:
         undo.callback(driver.call, "cuGraphDestroy", captured)
-        moved = [tensor for tensor, each in zip([*sources, *targets], whole, strict=True) if each]
-        if call.full_edges:
+        if full_edges:
             make_all_full(captured)
         try:
-            found = iter(find_copies(captured, moved))
+            found = iter(
+                find_copies(captured, [each for each, copied in zip(others, is_copied, strict=True) if copied])
+            )
         except CannotBind as why:
-            raise Refusal(Reason.CAPTURE_FAILED, call.where, str(why)) from why
-        pointers = [next(found) if each else [] for each in whole]
-        slots = [IoSlot(own, each, 1) for own, each in zip([*call.inputs, *outputs], pointers, strict=True)]
+            raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
+        slots = [IoSlot(own, next(found) if copied else [], 1) for own, copied in zip(buffers, is_copied, strict=True)]
         undo.pop_all()
-
-    return CudaGraph(
-        captured,
-        inputs=slots[: len(call.inputs)],
-        outputs=slots[len(call.inputs) :],
-        order=call.order,
-        keep=(call.keep, call.body, pool),
-        release=call.release,
-        pool_bytes=0 if call.shared else pool.nbytes,
-    )
+    return captured, slots
 
 
-def _capture_torch(call: TorchCall, enqueue: Callable[[int], bool]) -> Any:
-    """Capture with PyTorch allocating in the order's pool.
+def _copy(each: Iterator[tuple[Tensor, Tensor, bool]], stream: int) -> None:
+    """Enqueue plain copies: to, from, and whether."""
+    for target, source, copied in each:
+        if copied:
+            nbytes = target.numel() * target.element_size()
+            driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
 
-    The capture is the driver's. A capture of ``torch.cuda.CUDAGraph`` that fails leaves the allocator and the random
-    number generator half way through (pytorch/pytorch#92684, #190348).
+
+def record_torch(
+    body: Body,
+    inputs: Sequence[Tensor],
+    direct: Sequence[bool],
+    expected: Sequence[Tensor],
+    order: StreamOrder,
+    where: str,
+    full_edges: bool,
+) -> tuple[Any, list[IoSlot]]:
+    """:func:`capture_copying` of PyTorch operations, and engines between them, which allocate in the order's pool.
+
+    They have run before, on the capture stream. The capture is the driver's: one of ``torch.cuda.CUDAGraph`` that fails
+    leaves the allocator and the random number generator half way through (pytorch/pytorch#92684, #190348).
     """
-    # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this order or another,
-    # and lose when this order is closed (pytorch/pytorch#193402). So each capture starts and ends without, and finds
-    # its workspace in the pool of its own order, where it stays.
-    forget_workspaces()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), quiet_collector(), call.order.pool().allocating():
-            return capture_enqueue(enqueue, call.order, call.where)
-    except Refusal:
-        raise
-    except Exception as error:
-        raise refusal_of(error, call.where) from error
-    finally:
+
+    def capture(enqueue: Enqueue) -> Any:
+        # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this order or
+        # another, and lose when this order is closed (pytorch/pytorch#193402). So each capture starts and ends without,
+        # and finds its workspace in the pool of its own order, where it stays.
         forget_workspaces()
+        try:
+            with torch.inference_mode(False), torch.no_grad(), order.pool().allocating():
+                return capture_enqueue(enqueue, order, where)
+        except Refusal:
+            raise
+        except Exception as error:
+            raise refusal_of(error, where) from error
+        finally:
+            forget_workspaces()
+
+    return capture_copying(capture, lambda stream: body(), inputs, direct, expected, where, full_edges)
 
 
 def forget_workspaces() -> None:
     """Give back the memory that cuBLAS works in; the next product on a stream takes it again (32 MiB on an H100)."""
     torch._C._cuda_clearCublasWorkspaces()
+
+
+def programmatic_edges(graph: Any) -> list[tuple[Any, Any, Any]]:
+    """Start, end and data of the edges whose end may begin before their start has ended (dependent launch)."""
+    *_, count = _call_with_edges("cuGraphGetEdges", graph, 0)
+    if not count:
+        return []
+    starts, ends, data, _ = _call_with_edges("cuGraphGetEdges", graph, count)
+    kind = int(driver.binding().CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC)
+    return [edge for edge in zip(starts[:count], ends[:count], data[:count], strict=True) if int(edge[2].type) == kind]
+
+
+def make_all_full(graph: Any) -> None:
+    """Let every node wait for the end of the nodes before it.
+
+    For kernels that do not wait where they should, as TensorRT-RTX has on GPUs it was not made for: they give other
+    answers from run to run.
+    """
+    edges = programmatic_edges(graph)
+    for start, end, data in edges:
+        _call_with_edges("cuGraphRemoveDependencies", graph, [start], [end], [data], 1)
+    for start, end, _ in edges:
+        _call_with_edges("cuGraphAddDependencies", graph, [start], [end], None, 1)
+
+
+def _call_with_edges(name: str, *args: Any) -> Any:
+    """Call the function that takes edge data, which cuda-python 12 names ``_v2``."""
+    return driver.call(f"{name}_v2" if hasattr(driver.binding(), f"{name}_v2") else name, *args)
 
 
 def refusal_of(error: Exception, where: str) -> Refusal:
@@ -134,6 +157,10 @@ def refusal_of(error: Exception, where: str) -> Refusal:
     return Refusal(Reason.CAPTURE_FAILED, where, f"{type(error).__name__}: {text}")
 
 
+_pretends: ContextVar[bool] = ContextVar("graphcache_pretends_to_capture", default=False)
+_ask_driver: Callable[[], bool] = torch_graphs._cuda_isCurrentStreamCapturing  # type: ignore[attr-defined]
+
+
 @contextmanager
 def as_if_capturing() -> Iterator[None]:
     """Inside, modules that ask PyTorch whether this thread captures are told that it does, though it runs eagerly.
@@ -141,29 +168,60 @@ def as_if_capturing() -> Iterator[None]:
     Some take another path then: Transformers do not look into attention masks, since the host cannot read them. The
     graph gives the answers of that path, so it is verified against that path.
     """
-    _pretending.depth = getattr(_pretending, "depth", 0) + 1
+    token = _pretends.set(True)
     try:
-        with _patched_question():
+        with _pretending:
             yield
     finally:
-        _pretending.depth -= 1
+        _pretends.reset(token)
 
 
-_ask_driver: Callable[[], bool] = torch_graphs._cuda_isCurrentStreamCapturing  # type: ignore[attr-defined]
-_pretending = threading.local()
+@ProcessWide
+def _pretending() -> Callable[[], object]:
+    """PyTorch asks here, in place of the driver."""
+
+    def put(ask: Callable[[], bool]) -> None:
+        torch_graphs._cuda_isCurrentStreamCapturing = ask  # type: ignore[attr-defined]
+
+    put(lambda: _pretends.get() or _ask_driver())
+    return lambda: put(_ask_driver)
 
 
-@process_wide
+@ProcessWide
+def _eager_stance() -> Callable[[], object]:
+    """The stance of ``torch.compile`` in which nothing is compiled."""
+    stance = ExitStack()
+    stance.enter_context(torch.compiler.set_stance("force_eager"))
+    return stance.close
+
+
 @contextmanager
-def _patched_question() -> Iterator[None]:
-    """Inside, PyTorch asks :func:`_is_capturing`."""
-    torch_graphs._cuda_isCurrentStreamCapturing = _is_capturing  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch_graphs._cuda_isCurrentStreamCapturing = _ask_driver  # type: ignore[attr-defined]
+def compiled_runs_eagerly() -> Iterator[None]:
+    """Inside, functions that ``torch.compile`` made run as they were written, and higher-order operators as well.
+
+    ``torch.cond`` and ``flex_attention`` compile themselves in eager mode. Dynamo would trace the function mode that is
+    active, and raise. The stance of ``torch.compile`` that prevents it belongs to the process: meanwhile, other threads
+    run eagerly too. Dynamo is imported only when the first higher-order operator is called.
+    """
+    with ExitStack() as stance:
+        if "torch._dynamo" in sys.modules or sys.getprofile() is not None or _COMPILES_ITSELF is None:
+            stance.enter_context(_eager_stance)
+            yield
+            return
+
+        def event(frame: FrameType, kind: str, _: Any) -> None:
+            if frame.f_code is _COMPILES_ITSELF:
+                sys.setprofile(None)
+                stance.enter_context(_eager_stance)
+
+        sys.setprofile(event)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
 
 
-def _is_capturing() -> bool:
-    """Whether this thread captures, or is inside of :func:`as_if_capturing`."""
-    return bool(getattr(_pretending, "depth", 0)) or _ask_driver()
+_COMPILES_ITSELF: CodeType | None = getattr(
+    getattr(getattr(higher_order, "setup_compilation_env", None), "__wrapped__", None), "__code__", None
+)
+"""The code that every higher-order operator runs before it compiles itself."""

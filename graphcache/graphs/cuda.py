@@ -13,9 +13,9 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
-from graphcache.graphs.buffers import extent_of, hollow_like, lies_as, nbytes_of, poison, put
+from graphcache.graphs.buffers import extent_of, is_plain_copy, nbytes_of, poison, put
 from graphcache.graphs.param_patching import Pointer
-from graphcache.graphs.stream_order import StreamOrder, own_stream
+from graphcache.graphs.stream_order import StreamOrder, own_stream, raw_stream
 
 ALIGNMENT = 256
 """In bytes: what TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""
@@ -37,8 +37,6 @@ NODE_BYTES = 2 * 1024
 UNKNOWN = 2**64 - 1
 """No address: of a slot that was never patched, or whose patch the driver refused."""
 
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
-
 
 class IoSlot:
     """An input or output of a graph: its static buffer, and where its address stands in the graph.
@@ -59,23 +57,6 @@ class IoSlot:
     def address(self) -> int:
         """Of the static buffer; 0 if the graph cannot be pointed anywhere."""
         return self.buffer.data_ptr() if self.pointers else 0
-
-    def take(self, tensor: Tensor) -> int:
-        """The address of an input for the next launch: the tensor's, or the static buffer's after a copy."""
-        address = tensor.data_ptr()
-        if self.pointers and address and not address & self.mask:
-            return address
-        put(self.buffer, tensor)
-        return self.address
-
-    def target(self, tensor: Tensor) -> int:
-        """Where the next launch writes an output; 0 if it is copied there afterwards."""
-        if not self.pointers:
-            return 0
-        address = tensor.data_ptr()
-        if address & self.mask or not address:
-            raise CudaError(f"an output at {address:#x} is not aligned to {self.mask + 1} bytes")
-        return address
 
     def fresh(self) -> Tensor:
         """A new tensor of the same shape, strides and dtype."""
@@ -116,11 +97,25 @@ class CudaGraph:
         with ExitStack() as undo:
             undo.callback(release)
             undo.callback(driver.call, "cuGraphDestroy", captured)
-            self.nodes = driver.node_count(captured)
+            # Kernels read and write all of this until the end.
+            self._held = [inputs, outputs, keep]
+            undo.callback(self._held.clear)
+            _, self.nodes = driver.call("cuGraphGetNodes", captured, 0)
             if self.nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
-            self.executable = driver.instantiate(captured, own_stream(order.index, "capture").cuda_stream)
-            undo.pop_all()
+            # Uploaded on a stream, for which the host waits.
+            stream, params = (
+                own_stream(order.index, "capture").cuda_stream,
+                driver.binding().CUDA_GRAPH_INSTANTIATE_PARAMS(),
+            )
+            params.flags = int(driver.binding().CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
+            params.hUploadStream = stream
+            executable = driver.call("cuGraphInstantiateWithParams", captured, params)
+            undo.callback(driver.call, "cuGraphExecDestroy", executable)
+            driver.call("cuStreamSynchronize", stream)
+            # What gives everything back, from the last to the first, each even if one raises.
+            self._undo = undo.pop_all()
+        self.executable = executable
         self.captured: Any = captured
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
@@ -133,37 +128,39 @@ class CudaGraph:
         self.native: Any = None
         self.order = order
         self.index = order.index
-        self._keep = keep
-        self._release = release
         self._pool_bytes = pool_bytes
-        self.nbytes = self._account()
+        self._account()
 
-    @property
-    def copies(self) -> int:
-        """How many inputs and outputs are copied by an operation of their own at every replay."""
-        return sum(not slot.pointers for slot in (*self.inputs, *self.outputs))
-
-    def _account(self) -> int:
-        """The bytes of buffers, executables, the pool, and the outputs that lie ready for the next call."""
+    def _account(self) -> None:
+        """Count the bytes of buffers, executables, the pool, and the outputs that lie ready for the next call."""
         buffers = nbytes_of([slot.buffer for slot in (*self.inputs, *self.outputs)])
         executables = self.max_executables * (EXECUTABLE_BYTES + self.nodes * NODE_BYTES)
-        return buffers + sum(slot.nbytes for slot in self.outputs) + self._pool_bytes + executables
+        self.nbytes = buffers + sum(slot.nbytes for slot in self.outputs) + self._pool_bytes + executables
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        stream = _raw_stream(self.index)
+        stream, order = raw_stream(self.index), self.order
         if not stream and not driver.is_current(self.index):
             # The legacy default stream here is another device's.
             with driver.on_device(self.index):
                 return self.replay(inputs, out)
-        order = self.order
         with order.lock:
             if self.executable is None:
                 raise ClosedError("the graph was closed; call the module again to capture a new one")
             if order.stream != stream:
                 order.enter(stream)
-            wanted = [slot.take(tensor) for slot, tensor in zip(self.inputs, inputs, strict=True)]
+            wanted = []
+            for slot, tensor in zip(self.inputs, inputs, strict=True):
+                address = tensor.data_ptr() if slot.pointers else 0
+                if not address or address & slot.mask:
+                    put(slot.buffer, tensor)
+                    address = slot.address
+                wanted.append(address)
             answer = [slot.fresh() for slot in self.outputs] if out is None else out
-            wanted += [slot.target(tensor) for slot, tensor in zip(self.outputs, answer, strict=True)]
+            for slot, tensor in zip(self.outputs, answer, strict=True):
+                address = tensor.data_ptr() if slot.pointers else 0
+                if slot.pointers and (address & slot.mask or not address):
+                    raise CudaError(f"an output at {address:#x} is not aligned to {slot.mask + 1} bytes")
+                wanted.append(address)
             self._point(wanted)
             driver.call("cuGraphLaunch", self.executable, stream)
             for slot, tensor in zip(self.outputs, answer, strict=True):
@@ -172,10 +169,13 @@ class CudaGraph:
         return answer
 
     def accepts(self, out: Sequence[Tensor]) -> bool:
-        buffers = [slot.buffer for slot in self.outputs]
-        return len(out) == len(buffers) and all(
-            tensor.data_ptr() % ALIGNMENT == 0 and tensor.numel() > 0 and lies_as(tensor, buffer)
-            for tensor, buffer in zip(out, buffers, strict=True)
+        return len(out) == len(self.outputs) and all(
+            tensor.data_ptr() % ALIGNMENT == 0
+            and tensor.numel() > 0
+            and (tensor.shape, tensor.dtype, tensor.device)
+            == (slot.buffer.shape, slot.buffer.dtype, slot.buffer.device)
+            and is_plain_copy(tensor, slot.buffer)
+            for tensor, slot in zip(out, self.outputs, strict=True)
         )
 
     def pin(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -186,7 +186,7 @@ class CudaGraph:
             return [slot.buffer for slot in self.inputs], [slot.buffer for slot in self.outputs]
 
     def launch(self) -> None:
-        stream, order = _raw_stream(self.index), self.order
+        stream, order = raw_stream(self.index), self.order
         if not stream and not driver.is_current(self.index):
             with driver.on_device(self.index):
                 return self.launch()
@@ -247,45 +247,32 @@ class CudaGraph:
 
     def let_go(self) -> None:
         """Give the memory of outputs that copy nodes hand out to other graphs of the order; ends poison and pin."""
-        with self.order.lock:
+        with self.order.lock, torch.inference_mode(False):
             for slot in self.outputs:
                 if slot.pointers:
-                    slot.buffer = hollow_like(slot.buffer)
-            self.nbytes = self._account()
+                    # A tensor of the same layout without memory, to allocate others by.
+                    slot.buffer = slot.buffer.new_empty_strided(slot.buffer.shape, slot.buffer.stride())
+                    slot.buffer.untyped_storage().resize_(0)
+            self._account()
 
-    def poison(self) -> None:
+    def poison(self, out: Sequence[Tensor] = ()) -> None:
         with self.order.lock:
-            self.order.enter(_raw_stream(self.index))
-            poison([slot.buffer for slot in self.inputs], indices=0)
-            poison([slot.buffer for slot in self.outputs])
+            if self.order.stream != (stream := raw_stream(self.index)):
+                self.order.enter(stream)
+            poison([*(slot.buffer for slot in self.outputs), *out], [slot.buffer for slot in self.inputs])
 
     def close(self, *, wait: bool = True) -> None:
         with self.order.lock:
-            executable, self.executable = self.executable, None
-            if executable is None:
+            if self.executable is None:
                 return
-            native, captured, release = self.native, self.captured, self._release
-            held = [self.inputs, self.outputs, self._keep]
-            self.native, self.inputs, self.outputs, self._keep, self._release = None, (), (), None, _nothing
-
-            def destroy() -> None:
-                # From the last to the first, each even if one raises.
-                with ExitStack() as each:
-                    each.callback(release)
-                    each.callback(driver.call, "cuGraphDestroy", captured)
-                    each.callback(held.clear)
-                    each.callback(driver.call, "cuGraphExecDestroy", executable)
-                    if native is not None:
-                        each.callback(native.close)
-
-            self.order.release(destroy, wait=wait)
+            if self.native is not None:
+                self._undo.callback(self.native.close)
+            self.executable = self.native = None
+            self.inputs = self.outputs = ()
+            self.order.release(self._undo.close, wait=wait)
 
     def __del__(self) -> None:
         if getattr(self, "executable", None) is not None and not sys.is_finalizing():
             # On a lost device nothing can be given back.
             with suppress(CudaError):
                 self.close(wait=False)
-
-
-def _nothing() -> None:
-    """The ``release`` of a closed graph, which keeps nothing alive."""

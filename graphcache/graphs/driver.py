@@ -1,4 +1,4 @@
-"""The CUDA driver through cuda-python: the calls a graph needs, each checked, by the driver's own names.
+"""The CUDA driver through cuda-python: calls of it, each checked, by the driver's own names.
 
 Nothing here is imported before a CUDA graph is made, so that a machine without CUDA needs no cuda-python.
 """
@@ -56,6 +56,35 @@ def is_capturing(stream: int) -> bool:
     return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
 
+def end_capture(stream: Any) -> Any:
+    """End a capture: the graph, or ``None`` if the capture was invalidated. The stream is usable again either way."""
+    driver = binding()
+    code, graph = driver.cuStreamEndCapture(stream)
+    if int(code) == 0:
+        return graph
+    results = driver.CUresult
+    if code not in (results.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, results.CUDA_ERROR_STREAM_CAPTURE_UNJOINED):
+        raise failure("cuStreamEndCapture", code)
+    if graph is not None and int(graph):
+        driver.cuGraphDestroy(graph)
+    return None
+
+
+def is_finished(query: str, handle: Any) -> bool:
+    """Whether a stream or event has finished (``cuStreamQuery``, ``cuEventQuery``), without waiting for it."""
+    (code,) = getattr(binding(), query)(handle)
+    if code == binding().CUresult.CUDA_ERROR_NOT_READY:
+        return False
+    if int(code) != 0:
+        raise failure(query, code)
+    return True
+
+
+def new_event() -> Any:
+    """An event without timing, which is cheaper to record."""
+    return call("cuEventCreate", binding().CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+
 @contextmanager
 def on_device(index: int) -> Iterator[None]:
     """Inside, the current context is the one that torch uses for a device.
@@ -82,75 +111,9 @@ def primary_context(index: int) -> Any:
     return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", index))
 
 
-def new_stream() -> Any:
-    """A stream that does not wait for the legacy default stream (``CU_STREAM_NON_BLOCKING``)."""
-    return call("cuStreamCreate", binding().CUstream_flags.CU_STREAM_NON_BLOCKING)
-
-
-def new_event() -> Any:
-    """An event without timing, which is cheaper to record."""
-    return call("cuEventCreate", binding().CUevent_flags.CU_EVENT_DISABLE_TIMING)
-
-
-def is_finished(query: str, handle: Any) -> bool:
-    """Whether a stream or event has finished (``cuStreamQuery``, ``cuEventQuery``), without waiting for it."""
-    (code,) = getattr(binding(), query)(handle)
-    if code == binding().CUresult.CUDA_ERROR_NOT_READY:
-        return False
-    if int(code) != 0:
-        raise failure(query, code)
-    return True
-
-
-def order(event: Any, before: Any, after: Any) -> None:
-    """Later work on stream ``after`` waits for earlier work on stream ``before``; the host does not wait."""
-    call("cuEventRecord", event, before)
-    call("cuStreamWaitEvent", after, event, 0)
-
-
-def begin_capture(stream: Any) -> None:
-    """Start capturing a stream in thread-local mode: what other threads allocate or copy does not break it."""
-    call("cuStreamBeginCapture", stream, binding().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-
-
-def end_capture(stream: Any) -> Any:
-    """End a capture: the graph, or ``None`` if the capture was invalidated. The stream is usable again either way."""
-    driver = binding()
-    code, graph = driver.cuStreamEndCapture(stream)
-    if int(code) == 0:
-        return graph
-    results = driver.CUresult
-    if code not in (results.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, results.CUDA_ERROR_STREAM_CAPTURE_UNJOINED):
-        raise failure("cuStreamEndCapture", code)
-    if graph is not None and int(graph):
-        driver.cuGraphDestroy(graph)
-    return None
-
-
 def total_memory(index: int) -> int:
     """The memory of a device, in bytes."""
     return int(call("cuDeviceTotalMem", call("cuDeviceGet", index)))
-
-
-def node_count(graph: Any) -> int:
-    """How many nodes a ``CUgraph`` has."""
-    _, count = call("cuGraphGetNodes", graph, 0)
-    return int(count)
-
-
-def instantiate(graph: Any, stream: Any) -> Any:
-    """An executable graph, uploaded on a stream, for which the host waits."""
-    driver = binding()
-    params = driver.CUDA_GRAPH_INSTANTIATE_PARAMS()
-    params.flags = int(driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
-    params.hUploadStream = stream
-    executable = call("cuGraphInstantiateWithParams", graph, params)
-    try:
-        call("cuStreamSynchronize", stream)
-    except BaseException:
-        call("cuGraphExecDestroy", executable)
-        raise
-    return executable
 
 
 def failure(name: str, code: Any) -> CudaError:

@@ -42,8 +42,8 @@ class Graph(Protocol):
     def launch(self) -> None:
         """Run on the static inputs, into the static outputs."""
 
-    def poison(self) -> None:
-        """Overwrite static inputs and outputs (with NaN, 0, or -1): a replay that does not read or write them shows."""
+    def poison(self, out: Sequence[Tensor] = ()) -> None:
+        """Overwrite static inputs and outputs, and ``out``: a replay that does not read or write them shows."""
 
     def close(self, *, wait: bool = True) -> None:
         """Release everything once the last replay has finished; a second time does nothing.

@@ -9,10 +9,9 @@ graph is refused here, or found out by verification, and copies instead.
 from __future__ import annotations
 
 import ctypes
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +21,25 @@ from graphcache.graphs import driver
 MAX_NODES = 4096
 """Reading a node's arguments takes some 10 µs; a graph beyond this many is launched for milliseconds and can copy."""
 
-SET_KERNEL, SET_COPY = "cuGraphExecKernelNodeSetParams", "cuGraphExecMemcpyNodeSetParams"
-
-COPY_ADDRESSES = ("srcDevice", "dstDevice")
-"""Where a copy node's addresses stand."""
+COPY_ADDRESSES = {"srcDevice": 48, "dstDevice": 136}
+"""Where a copy node's addresses stand in ``CUDA_MEMCPY3D``, in bytes (cuda.h)."""
 
 _COPY_FIELDS = (
     *("WidthInBytes", "Height", "Depth", "srcPitch", "dstPitch", "srcMemoryType", "dstMemoryType"),
     *("srcXInBytes", "srcY", "srcZ", "dstXInBytes", "dstY", "dstZ"),
 )
-_MEMSET_FIELDS = ("value", "elementSize", "width", "height", "pitch")
-_LAUNCH_FIELDS = ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes")
+_MEMSET_FIELDS = ("dst", "value", "elementSize", "width", "height", "pitch")
+_KERNEL_FIELDS = (
+    "func",
+    "kern",
+    "gridDimX",
+    "gridDimY",
+    "gridDimZ",
+    "blockDimX",
+    "blockDimY",
+    "blockDimZ",
+    "sharedMemBytes",
+)
 _DESCRIPTOR_BYTES = 128
 """``sizeof(CUtensorMap)``: an opaque descriptor with an encoded address, passed by value."""
 
@@ -64,16 +71,10 @@ class Pointer:
         return not context, int(node), params.getPtr(), raw_context, ctypes.addressof(self.word), self.offset
 
 
-class _Move(NamedTuple):
-    """A tensor of the first capture, and how far from it the tensor of the second capture lies."""
-
-    start: int
-    nbytes: int
-    distance: int
-
-
-_Found = tuple[int, Pointer]
-"""Which tensor a pointer stands for, and the pointer."""
+_Move = tuple[int, int, int]
+"""Address and bytes of a tensor of the first capture, and how far from it that of the second capture lies."""
+_Found = list[tuple[int, Pointer]]
+"""Which tensors pointers stand for, and the pointers."""
 
 
 def elsewhere(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -109,23 +110,23 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
     if len(nodes) > MAX_NODES:
         raise CannotBind(f"{len(nodes)} nodes are more than {MAX_NODES}")
     moves = [
-        _Move(left.data_ptr(), left.numel() * left.element_size(), right.data_ptr() - left.data_ptr())
+        (left.data_ptr(), left.numel() * left.element_size(), right.data_ptr() - left.data_ptr())
         for left, right in zip(tensors, others, strict=True)
     ]
     kinds = driver.binding().CUgraphNodeType
-    # Of each function once, not for longer: the handle may be another function's when its module is gone.
-    layouts: dict[int, list[int]] = {}
     found: list[list[Pointer]] = [[] for _ in tensors]
     for (node, kind), (other, other_kind) in zip(nodes, other_nodes, strict=True):
         if kind != other_kind:
             raise CannotBind("two captures gave nodes of different kinds")
-        pointers: Iterator[_Found] = iter(())
+        pointers: _Found = []
         if kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
-            pointers = _compare_kernels(node, other, moves, layouts)
+            pointers = _compare_kernels(node, other, moves)
         elif kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
             pointers = _compare_copies(node, other, moves)
         elif kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
-            _compare_memsets(node, other)
+            # Nothing in a memset can be patched.
+            if _differ(*(driver.call("cuGraphMemsetNodeGetParams", each) for each in (node, other)), _MEMSET_FIELDS):
+                raise CannotBind("two captures set memory differently")
         elif kind != kinds.CU_GRAPH_NODE_TYPE_EMPTY:
             raise CannotBind(f"a node of kind {kind.name}")
         for index, pointer in pointers:
@@ -133,6 +134,24 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
     for index, places in enumerate(found):
         if not places:
             raise CannotBind(f"tensor {index} stands in no node's arguments")
+    return found
+
+
+def find_copies(graph: Any, tensors: Sequence[Tensor]) -> list[list[Pointer]]:
+    """For each tensor, the one node that copies exactly it; raises :class:`CannotBind` if that is none or several."""
+    indices = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
+    found: list[list[Pointer]] = [[] for _ in tensors]
+    copy = driver.binding().CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
+    for node, kind in nodes_of(graph):
+        if kind != copy or not _is_flat(params := driver.call("cuGraphMemcpyNodeGetParams", node)):
+            continue
+        for field in COPY_ADDRESSES:
+            index = indices.get(int(getattr(params, field)))
+            if index is not None and int(params.WidthInBytes) == tensors[index].numel() * tensors[index].element_size():
+                found[index].append(_copy_pointer(node, params, field, 0))
+    for index, places in enumerate(found):
+        if len(places) != 1:
+            raise CannotBind(f"tensor {index} is copied by {len(places)} nodes instead of one")
     return found
 
 
@@ -148,115 +167,98 @@ def _differ(left: Any, right: Any, fields: Sequence[str]) -> bool:
     return any(int(getattr(left, field)) != int(getattr(right, field)) for field in fields)
 
 
-def _compare_memsets(node: Any, other: Any) -> None:
-    """Nothing in a memset can be patched."""
-    left, right = (driver.call("cuGraphMemsetNodeGetParams", each) for each in (node, other))
-    if int(left.dst) != int(right.dst):
-        raise CannotBind("a memset writes to an output")
-    if _differ(left, right, _MEMSET_FIELDS):
-        raise CannotBind("two captures set memory differently")
-
-
-def _compare_kernels(node: Any, other: Any, moves: Sequence[_Move], layouts: dict[int, list[int]]) -> Iterator[_Found]:
+def _compare_kernels(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:
     """The pointers in the arguments of a kernel node."""
     params, other_params = (driver.call("cuGraphKernelNodeGetParams", each) for each in (node, other))
-    if _differ(params, other_params, ("func", "kern", *_LAUNCH_FIELDS)):
+    if _differ(params, other_params, _KERNEL_FIELDS):
         raise CannotBind("two captures launch different kernels")
     if not params.kernelParams or not other_params.kernelParams:
         raise CannotBind("a kernel takes its arguments as one packed buffer")
-    function = int(params.func) or int(params.kern)
-    if function not in layouts:
-        layouts[function] = list(_argument_sizes(params))
-    sizes = layouts[function]
-    mine, theirs = _arguments(params, sizes), _arguments(other_params, sizes)
+    sizes = _argument_sizes(params)
+    pointers = ctypes.c_void_p * len(sizes)
+    mine, theirs = (
+        [ctypes.string_at(at or 0, size) for at, size in zip(pointers.from_address(array), sizes, strict=True)]
+        for array in (params.kernelParams, other_params.kernelParams)
+    )
     if mine == theirs:
-        return
+        return []
     # Rounded up to words, so that every argument is aligned as the driver reads it.
     copies = [
         (ctypes.c_char * (-(-size // 8) * 8)).from_buffer_copy(value.ljust(-(-size // 8) * 8, b"\0"))
         for value, size in zip(mine, sizes, strict=True)
     ]
-    array = (ctypes.c_void_p * max(len(sizes), 1))(*(ctypes.addressof(copy) for copy in copies))
+    array = pointers(*(ctypes.addressof(copy) for copy in copies))
     params.kernelParams = ctypes.addressof(array)
-    for copy, before, after, size in zip(copies, mine, theirs, sizes, strict=True):
-        if before != after and size == _DESCRIPTOR_BYTES:
+    found: _Found = []
+    for copy, before, after in zip(copies, mine, theirs, strict=True):
+        if before != after and len(before) == _DESCRIPTOR_BYTES:
             raise CannotBind("a tensor-map descriptor holds an address")
-        for start in range(0, size, 8):
-            mine_word, their_word = before[start : start + 8], after[start : start + 8]
-            if mine_word == their_word:
+        for start in range(0, len(before), 8):
+            left, right = before[start : start + 8], after[start : start + 8]
+            if left == right:
                 continue
-            if size - start < 8:
+            if len(left) < 8:
                 raise CannotBind("arguments differ in something that is no address")
-            index, offset = _explain(int.from_bytes(mine_word, "little"), int.from_bytes(their_word, "little"), moves)
+            index, offset = _explain(int.from_bytes(left, "little"), int.from_bytes(right, "little"), moves)
             word = ctypes.c_uint64.from_buffer(copy, start)
-            yield index, Pointer(word, offset, SET_KERNEL, (node, params), (copies, array))
+            found.append(
+                (index, Pointer(word, offset, "cuGraphExecKernelNodeSetParams", (node, params), (copies, array)))
+            )
+    return found
 
 
-def _compare_copies(node: Any, other: Any, moves: Sequence[_Move]) -> Iterator[_Found]:
+def _argument_sizes(params: Any) -> list[int]:
+    """The sizes of a kernel's arguments."""
+    api, sizes = driver.binding(), []
+    by_function = api.cuFuncGetParamInfo, params.func
+    get, function = by_function if int(params.func) else (api.cuKernelGetParamInfo, params.kern)
+    while True:
+        code, _, size = get(function, len(sizes))
+        # The documented answer to an index past the last argument. Anything else must not pass for it: the driver would
+        # read the arguments that were left out from behind our array.
+        if code == api.CUresult.CUDA_ERROR_INVALID_VALUE:
+            return sizes
+        if code:
+            raise CannotBind(f"the driver did not tell of argument {len(sizes)} of a kernel ({code.name})")
+        sizes.append(int(size))
+
+
+def _compare_copies(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:
     """The pointers in a copy node."""
     params, other_params = (driver.call("cuGraphMemcpyNodeGetParams", each) for each in (node, other))
     if _differ(params, other_params, _COPY_FIELDS):
         raise CannotBind("two captures copy differently")
-    if not is_flat(params) and _differ(params, other_params, COPY_ADDRESSES):
+    if not _is_flat(params) and _differ(params, other_params, tuple(COPY_ADDRESSES)):
         raise CannotBind("a copy of several rows cannot be pointed elsewhere")
+    found: _Found = []
     for field in COPY_ADDRESSES:
         mine, theirs = int(getattr(params, field)), int(getattr(other_params, field))
         if mine != theirs:
             index, offset = _explain(mine, theirs, moves)
-            yield index, copy_pointer(node, params, field, offset)
+            found.append((index, _copy_pointer(node, params, field, offset)))
+    return found
 
 
-def is_flat(params: Any) -> bool:
+def _is_flat(params: Any) -> bool:
     """Whether a copy is of one row: all that ``cuGraphExecMemcpyNodeSetParams`` takes."""
     return int(params.Height) <= 1 and int(params.Depth) <= 1
 
 
-def copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
+def _copy_pointer(node: Any, params: Any, field: str, offset: int) -> Pointer:
     """The place of an address in a copy node, whose parameters ``params`` are a copy of."""
-    word = ctypes.c_uint64.from_address(params.getPtr() + _copy_field_offset(field))
-    return Pointer(word, offset, SET_COPY, (node, params, driver.call("cuCtxGetCurrent")), params)
-
-
-def _copy_field_offset(field: str) -> int:
-    """Where a device address stands in ``CUDA_MEMCPY3D``: found by a mark, as the binding hides its layout."""
-    mark = 0x5A5A5A5A12345678
-    probe = driver.binding().CUDA_MEMCPY3D()
-    setattr(probe, field, driver.binding().CUdeviceptr(mark))
-    return ctypes.string_at(probe.getPtr(), 200).index(mark.to_bytes(8, "little"))
+    word = ctypes.c_uint64.from_address(params.getPtr() + COPY_ADDRESSES[field])
+    context = driver.call("cuCtxGetCurrent")
+    return Pointer(word, offset, "cuGraphExecMemcpyNodeSetParams", (node, params, context), params)
 
 
 def _explain(mine: int, theirs: int, moves: Sequence[_Move]) -> tuple[int, int]:
     """The one tensor that two differing words point into, and how far behind its beginning."""
     # One past the end counts: kernels are given ends of ranges too.
     fits = [
-        (index, mine - move.start)
-        for index, move in enumerate(moves)
-        if move.start <= mine <= move.start + move.nbytes and theirs - mine == move.distance
+        (index, mine - start)
+        for index, (start, nbytes, distance) in enumerate(moves)
+        if start <= mine <= start + nbytes and theirs - mine == distance
     ]
     if len(fits) != 1:
         raise CannotBind("arguments differ in something that is no address of an input or output")
     return fits[0]
-
-
-def _argument_sizes(params: Any) -> Iterator[int]:
-    """The sizes of a kernel's arguments."""
-    api = driver.binding()
-    if int(params.func):
-        get, function = api.cuFuncGetParamInfo, params.func
-    else:
-        get, function = api.cuKernelGetParamInfo, params.kern
-    for index in itertools.count():
-        code, _, size = get(function, index)
-        # The documented answer to an index past the last argument. Anything else must not pass for it: the driver would
-        # read the arguments that were left out from behind our array.
-        if code == api.CUresult.CUDA_ERROR_INVALID_VALUE:
-            return
-        if code:
-            raise CannotBind(f"the driver did not tell of argument {index} of a kernel ({code.name})")
-        yield int(size)
-
-
-def _arguments(params: Any, sizes: Sequence[int]) -> list[bytes]:
-    """The values of a kernel's arguments."""
-    array = (ctypes.c_void_p * len(sizes)).from_address(params.kernelParams)
-    return [ctypes.string_at(address or 0, size) for address, size in zip(array, sizes, strict=True)]

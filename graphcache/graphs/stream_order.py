@@ -17,7 +17,8 @@ from torch import Tensor
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import driver, native
 
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
+"""The handle of this thread's current stream on a device."""
 
 
 class MemoryPool:
@@ -97,8 +98,18 @@ class StreamOrder:
                 )
                 if self._event is None:
                     self._event = driver.new_event()
-                driver.order(self._event, self.stream, stream)
+                driver.call("cuEventRecord", self._event, self.stream)
+                driver.call("cuStreamWaitEvent", stream, self._event, 0)
         self.stream = stream
+
+    def wait(self) -> None:
+        """Wait, on the host, for the last launch of the order."""
+        with self.lock:
+            if self.stream == -1:
+                return
+            with driver.on_device(self.index):
+                self._refuse_if_captured("nothing can wait for it; do this when the capture has ended")
+                driver.call("cuStreamSynchronize", self.stream)
 
     def _refuse_if_captured(self, so: str) -> None:
         """Raise if the stream of the last launch is being captured: nothing can wait for that launch."""
@@ -146,8 +157,8 @@ class StreamOrder:
             if not self._releases:
                 return
             with driver.on_device(self.index), ExitStack() as each:
-                count = self._due(wait)
-                for action, event in reversed([self._releases.popleft() for _ in range(count)]):
+                due = [self._releases.popleft() for _ in range(self._due(wait))]
+                for action, event in reversed(due):
                     if event is not None:
                         each.callback(driver.call, "cuEventDestroy", event)
                     each.callback(action)
@@ -156,13 +167,12 @@ class StreamOrder:
         """How many releases no launch is in the way of."""
         if self.stream == -1:
             return len(self._releases)
-        if driver.is_capturing(self.stream) or driver.is_capturing(_raw_stream(self.index)):
+        if driver.is_capturing(self.stream) or driver.is_capturing(raw_stream(self.index)):
             # A capturing thread may neither wait nor query.
             return 0
         if wait:
             driver.call("cuStreamSynchronize", self.stream)
-            return len(self._releases)
-        if driver.is_finished("cuStreamQuery", self.stream):
+        if wait or driver.is_finished("cuStreamQuery", self.stream):
             return len(self._releases)
         action, event = self._releases[-1]
         if event is None:
@@ -181,23 +191,9 @@ class StreamOrder:
                 count = index
         return count
 
-    def wait(self) -> None:
-        """Wait, on the host, for the last launch of the order."""
-        with self.lock:
-            if self.stream == -1:
-                return
-            with driver.on_device(self.index):
-                self._refuse_if_captured("nothing can wait for it; do this when the capture has ended")
-                driver.call("cuStreamSynchronize", self.stream)
-
     def close(self, *, wait: bool = True) -> None:
         """Give back event, pool and scratch memory once the last launch has finished; the order can be used again."""
         self.release(self._forget, wait=wait)
-
-    def __del__(self) -> None:
-        if (getattr(self, "_releases", None) or getattr(self, "_event", None)) and not sys.is_finalizing():
-            with suppress(Exception):
-                self.close()
 
     def _forget(self) -> None:
         """Forget the stream and memory."""
@@ -206,6 +202,11 @@ class StreamOrder:
         if self._event is not None:
             driver.call("cuEventDestroy", self._event)
             self._event = None
+
+    def __del__(self) -> None:
+        if (getattr(self, "_releases", None) or getattr(self, "_event", None)) and not sys.is_finalizing():
+            with suppress(Exception):
+                self.close()
 
 
 @cache
@@ -216,7 +217,7 @@ def capture_lock(index: int) -> threading.RLock:
 
 @cache
 def own_stream(index: int, purpose: str) -> torch.cuda.ExternalStream:
-    """A stream that nobody else is handed, never destroyed; one per device and purpose.
+    """A stream that nobody else is handed, never destroyed, and that does not wait for the legacy default stream.
 
     ``torch.cuda.Stream()`` hands out 32 streams in turn, so that work of another library could land in a capture. The
     purposes are ``"capture"``, and ``"side"`` for callers on the legacy default stream, where TensorRT would
@@ -226,8 +227,8 @@ def own_stream(index: int, purpose: str) -> torch.cuda.ExternalStream:
         torch.cuda.current_stream()
         # A thread that has not used CUDA yet has no context to make a stream in.
         with driver.on_device(index):
-            handle = int(driver.new_stream())
-            return torch.cuda.ExternalStream(handle, device=index)  # type: ignore[no-untyped-call]
+            handle = driver.call("cuStreamCreate", driver.binding().CUstream_flags.CU_STREAM_NON_BLOCKING)
+            return torch.cuda.ExternalStream(int(handle), device=index)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -241,65 +242,74 @@ def capturing(order: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
         # Memory of graphs that were evicted is there for this one.
         order.reap(wait=True)
         stream = own_stream(order.index, "capture")
+        # The last launch, the caller's stream, the capture stream: each follows the one before.
+        order.enter(before.cuda_stream)
         stream.wait_stream(before)
-        order.enter(stream.cuda_stream)
+        order.stream = stream.cuda_stream
         try:
             with torch.cuda.stream(stream):
                 yield stream
         finally:
+            order.enter(stream.cuda_stream)
             before.wait_stream(stream)
-            order.enter(before.cuda_stream)
+            order.stream = before.cuda_stream
 
 
-def capture_enqueue(
-    enqueue: Callable[[int], bool], order: StreamOrder, where: str, messages: Callable[[], str] = str
-) -> Any:
-    """Capture work that allocates nothing and returns whether it could be enqueued, such as a TensorRT engine.
+class ProcessWide:
+    """A setting of the process that any number of threads hold: the first makes it, the last undoes it.
 
-    It has run before with the same shapes, outside of any capture. The caller destroys the returned ``CUgraph``.
+    ``make`` makes the setting, and returns what undoes it.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[], object]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._undo = self._make()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._undo()
+
+
+@ProcessWide
+def quiet_collector() -> Callable[[], object]:
+    """Inside, no thread collects garbage: that may destroy CUDA objects, which ends a capture in the same thread."""
+    enabled = gc.isenabled()
+    gc.disable()
+    return gc.enable if enabled else gc.disable
+
+
+Enqueue = Callable[[int], bool]
+"""Enqueues work on a stream, a raw handle; whether it was accepted."""
+
+
+def capture_enqueue(enqueue: Enqueue, order: StreamOrder, where: str, messages: Callable[[], str] = str) -> Any:
+    """Capture work that allocates nothing, such as that of a TensorRT engine; the caller destroys the ``CUgraph``.
+
+    It has run before with the same shapes, outside of any capture.
     """
     stream = own_stream(order.index, "capture").cuda_stream
     handle = driver.binding().CUstream(stream)
-    accepted, raised = False, None
-    with quiet_collector():
-        driver.begin_capture(handle)
+    # What other threads allocate or copy does not break a capture in this mode.
+    mode = driver.binding().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    accepted = False
+    with quiet_collector:
+        driver.call("cuStreamBeginCapture", handle, mode)
         # A refusal must not be raised before the capture has ended: the stream would stay in it.
         try:
             accepted = enqueue(stream)
-        except BaseException as error:
-            raised = error
-        captured = driver.end_capture(handle)
-    if captured is not None:
-        if accepted:
-            return captured
-        driver.call("cuGraphDestroy", captured)
-    if raised is not None:
-        try:
-            raise raised
         finally:
-            # The exception refers to this frame: no cycle may keep buffers until the next collection.
-            raised = None
-    raise Refusal(Reason.NOT_CAPTURABLE, where, messages() or "the enqueue was refused or invalidated the capture")
-
-
-_quiet_lock = threading.Lock()
-_quiet = 0
-_collects = True
-
-
-@contextmanager
-def quiet_collector() -> Iterator[None]:
-    """Inside, no thread collects garbage: that may destroy CUDA objects, which ends a capture in the same thread."""
-    global _quiet, _collects
-    with _quiet_lock:
-        if not _quiet:
-            _collects = gc.isenabled()
-            gc.disable()
-        _quiet += 1
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet -= 1
-            if not _quiet and _collects:
-                gc.enable()
+            captured = driver.end_capture(handle)
+            if captured is not None and not accepted:
+                driver.call("cuGraphDestroy", captured)
+    if captured is None or not accepted:
+        raise Refusal(Reason.NOT_CAPTURABLE, where, messages() or "the enqueue was refused or invalidated the capture")
+    return captured

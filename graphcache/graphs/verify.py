@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.testing._comparison import default_tolerances
 
 from graphcache.errors import Reason, Refusal
-from graphcache.graphs.buffers import packed, poison, static_copy
+from graphcache.graphs.buffers import packed, static_copy
 from graphcache.graphs.graph import Graph
 
 SPREADS = 4
@@ -25,16 +27,17 @@ PADDED = 8
 """A padded call may differ by so many default tolerances: its kernels split their sums in another way. A layer adds
 about one step of the dtype, of which float32's tolerance has 11, the others' one or two."""
 
-
 OTHER_VALUES = (("inputs of other values", False), ("inputs of the other sign", True))
 """What else a graph is verified on: names for messages, and whether :func:`perturb` negates the values."""
 
+_STEPS = 7
+"""After so many elements, :func:`perturb` adds the same again: odd, so that rows of even length differ too."""
+
 
 class Round(NamedTuple):
-    """Inputs to verify a graph with, and the eager outputs for them."""
+    """Inputs to verify a graph with, what messages call them, and the eager outputs for them."""
 
     name: str
-    """What messages call the inputs."""
     inputs: Sequence[Tensor]
     expected: Sequence[Tensor]
 
@@ -50,28 +53,19 @@ def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = 
     finds a graph that only works once. ``again`` is called where a replay differs, to see whether eager execution
     repeats itself. A graph that fails is refused with :attr:`Reason.MISMATCH`, and closed, as after any other error.
     """
-    first: Round | None = None
     try:
-        for each in rounds:
-            _check(graph, each, again, where)
-            first = first or each
-        if first is not None:
-            _check(graph, first, again, where)
+        others = iter(rounds)
+        first = next(others)
+        for each in chain([first], others, [first]):
+            out = [torch.empty_like(tensor) for tensor in each.expected]
+            graph.poison(out)
+            got = graph.replay(each.inputs, out)
+            if (found := disagreement(got, each.expected, partial(again, each.inputs))) is not None:
+                detail = f"output {found[0]} differed by {found[1]:.3g} on {each.name}"
+                raise Refusal(Reason.MISMATCH, where, detail)
     except BaseException:
         graph.close()
         raise
-
-
-def _check(graph: Graph, given: Round, again: Eager, where: str) -> None:
-    """Replay one round."""
-    out = [torch.empty_like(tensor) for tensor in given.expected]
-    poison(out)
-    graph.poison()
-    got = graph.replay(given.inputs, out)
-    differing = disagreement(got, given.expected, lambda: again(given.inputs))
-    if differing is not None:
-        index, gap = differing
-        raise Refusal(Reason.MISMATCH, where, f"output {index} differed by {gap:.3g} on {given.name}")
 
 
 def disagreement(
@@ -81,11 +75,11 @@ def disagreement(
 
     ``again`` runs eagerly once more. It is called twice, and only where bits differ.
     """
-    if all_same_bits(got, expected):
+    if same_bits(got, expected):
         return None
     runs = [expected]
     for index, (tensor, wanted) in enumerate(zip(got, expected, strict=True)):
-        if same_bits(tensor, wanted):
+        if same_bits([tensor], [wanted]):
             continue
         while len(runs) < 3:
             runs.append([each.detach() for each in again()])
@@ -101,26 +95,26 @@ def agrees(got: Tensor, runs: Sequence[Tensor]) -> bool:
     run as :data:`SPREADS` times the spread of the runs plus the default tolerance of ``torch.testing.assert_close``.
     """
     first = runs[0]
-    if any(same_bits(got, run) for run in runs):
+    if any(same_bits([got], [run]) for run in runs):
         return True
-    if not _comparable(got, first) or all(same_bits(first, run) for run in runs[1:]):
+    if not _comparable(got, first) or all(same_bits([first], [run]) for run in runs[1:]):
         return False
     values = torch.stack([_wide(run) for run in runs])
     spread = (values.amax(0) - values.amin(0)).nan_to_num(nan=0.0)
-    return _within(got, first, SPREADS * spread)
+    return _within(got, first, default_tolerances(first.dtype), spread=SPREADS * spread)
 
 
 def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: str = "") -> None:
-    """Refuse outputs that differ from those of the same call before: eager execution has to repeat itself."""
-    for index, (left, right) in enumerate(zip(outputs, wanted, strict=True)):
-        if not repeats(left, right):
-            detail = f"output {index} differed by {largest_gap(left, right):.3g} between two runs"
+    """Refuse outputs that differ from those of the same call before by more than the order of sums.
+
+    See :data:`UNORDERED`.
+    """
+    if same_bits(outputs, wanted):
+        return
+    for index, (second, first) in enumerate(zip(outputs, wanted, strict=True)):
+        if not _within(second, first, default_tolerances(first.dtype), UNORDERED):
+            detail = f"output {index} differed by {largest_gap(second, first):.3g} between two runs"
             raise Refusal(Reason.NONDETERMINISTIC, where, detail)
-
-
-def repeats(second: Tensor, first: Tensor) -> bool:
-    """Whether two eager runs of one call agree but for the order of sums; see :data:`UNORDERED`."""
-    return same_bits(second, first) or _within(second, first, 0.0, times=UNORDERED)
 
 
 def padded_gap(got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float | None:
@@ -130,28 +124,33 @@ def padded_gap(got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float |
     least one step of the dtype, since an element near zero carries the rounding of the terms it is a sum of. Products
     in TF32 have the mantissa of float16, and its tolerance. With ``exactly``, only the same bits will do.
     """
-    if same_bits(got, wanted) or (not exactly and _within(got, wanted, 0.0, times=PADDED, coarse=True)):
+    if same_bits([got], [wanted]):
+        return None
+    dtype = wanted.dtype
+    if wanted.is_cuda and dtype in (torch.float32, torch.complex64) and _has_tf32():
+        dtype = torch.float16
+    rtol, atol = default_tolerances(dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        atol = max(atol, torch.finfo(dtype).eps)
+    if not exactly and _within(got, wanted, (rtol, atol), PADDED):
         return None
     return largest_gap(got, wanted)
 
 
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits; NaN equals NaN of the same bits, 0.0 not -0.0."""
-    return all_same_bits((left,), (right,))
+def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether pairs of tensors have the same shape, dtype and bits; NaN equals NaN of the same bits, 0.0 not -0.0.
 
-
-def all_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """:func:`same_bits` of tensors, pair by pair; it waits for the device only once."""
-    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(left, right, strict=True)):
+    It waits for the device only once.
+    """
+    if any(one.shape != other.shape or one.dtype != other.dtype for one, other in zip(left, right, strict=True)):
         return False
-    sides = []
-    for tensors in (left, right) if left else ():
-        dense = [torch.empty(each.numel(), dtype=each.dtype, device=each.device) for each in tensors]
-        for copy, tensor in zip(dense, tensors, strict=True):
-            copy.copy_(tensor.detach().reshape(-1))
-        found = [copy.view(torch.uint8).to(dense[0].device) for copy in dense]
-        sides.append(found[0] if len(found) == 1 else torch.cat(found))
-    return not left or torch.equal(*sides)
+    if not left:
+        return True
+    sides = [[each.detach().resolve_conj().resolve_neg().reshape(-1) for each in tensors] for tensors in (left, right)]
+    one, other = (
+        torch.cat([flat.contiguous().view(torch.uint8).to(left[0].device) for flat in flats]) for flats in sides
+    )
+    return torch.equal(one, other)
 
 
 def largest_gap(left: Tensor, right: Tensor) -> float:
@@ -175,10 +174,10 @@ def perturb(inputs: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]
     changed = []
     with torch.inference_mode(False), torch.no_grad():
         for tensor in inputs:
-            other = static_copy(tensor)
-            memory = packed(other)
+            changed.append(static_copy(tensor))
             floating = tensor.is_floating_point() or tensor.is_complex()
             if tensor.numel() and (floating or not tensor.is_cuda):
+                memory = packed(changed[-1])
                 rolled = memory.flatten().roll(1)
                 if floating:
                     # float8 has no arithmetic of its own.
@@ -186,32 +185,31 @@ def perturb(inputs: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]
                     step = torch.arange(rolled.numel(), device=tensor.device).remainder_(_STEPS) / 32
                     rolled = (rolled * 0.5 + 0.25 + step) * (-1 if negative else 1)
                 memory.copy_(rolled.reshape(memory.shape))
-            changed.append(other)
     return changed
 
 
-_STEPS = 7
-"""After so many elements, :func:`perturb` adds the same again: odd, so that rows of even length differ too."""
-
-
-def _within(got: Tensor, wanted: Tensor, more: Tensor | float, *, times: float = 1.0, coarse: bool = False) -> bool:
-    """Whether each element is as near as some default tolerances and ``more``; what is not finite must be equal."""
+def _within(
+    got: Tensor, wanted: Tensor, tolerances: tuple[float, float], times: int = 1, spread: Tensor | float = 0.0
+) -> bool:
+    """Whether each element is as near as some tolerances (relative, absolute) and a spread; infinities must be equal."""
     if not _comparable(got, wanted):
         return False
-    rtol, atol = _coarse_tolerances(wanted) if coarse else default_tolerances(wanted.dtype)
+    rtol, atol = tolerances
     one, other = _wide(got), _wide(wanted)
-    near = (one - other).abs() <= more + times * (atol + rtol * other.abs())
+    near = (one - other).abs() <= spread + times * (atol + rtol * other.abs())
     alike = (one == other) | (one.isnan() & other.isnan()) | (near & one.isfinite() & other.isfinite())
     return bool(alike.all())
 
 
-def _coarse_tolerances(tensor: Tensor) -> tuple[float, float]:
-    """The relative and absolute tolerance of :func:`padded_gap`."""
-    dtype = tensor.dtype
-    if tensor.is_cuda and dtype in (torch.float32, torch.complex64) and _has_tf32():
-        dtype = torch.float16
-    rtol, atol = default_tolerances(dtype)
-    return rtol, max(atol, torch.finfo(dtype).eps) if dtype.is_floating_point or dtype.is_complex else atol
+def _comparable(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape and dtype."""
+    return left.shape == right.shape and left.dtype == right.dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """As float64, a complex number as two."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
 
 
 def _has_tf32() -> bool:
@@ -221,14 +219,3 @@ def _has_tf32() -> bool:
     except RuntimeError:
         # Precisions were set one by one, in the newer way.
         return True
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """As float64, a complex number as two."""
-    tensor = tensor.detach()
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
-
-
-def _comparable(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same shape and dtype."""
-    return left.shape == right.shape and left.dtype == right.dtype

@@ -20,6 +20,7 @@ from graphcache.errors import EngineExecutionError
 from graphcache.graphs import driver
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import IExecutionContext, serialize
+from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Torch, installed
 
 METHODS = (
@@ -344,7 +345,7 @@ def test_back_to_the_very_address_there_was_before(fake: Torch) -> None:
 
 def captured(run: Runner) -> bool:
     handle = driver.binding().CUstream(run.stream)
-    driver.begin_capture(handle)
+    fake_driver.begin_capture(handle)
     accepted = run.context.enqueue(run.stream)
     graph = driver.end_capture(handle)
     if graph is not None:

@@ -31,7 +31,6 @@ from torch import Tensor
 from graphcache.graphs import (
     buffers,
     capture,
-    copies,
     cuda,
     param_patching,
     stream_order,
@@ -1265,7 +1264,7 @@ def installed(*others: Any, patch: pytest.MonkeyPatch | None = None) -> Iterator
     # Memory that torch allocates on a device is aligned, whichever function asks for it.
     patch.setattr(torch.Tensor, "clone", lambda tensor, **options: fake.driver.heap.clone(tensor, **options))
     for module in (cuda, stream_order):
-        patch.setattr(module, "_raw_stream", fake.raw_stream)
+        patch.setattr(module, "raw_stream", fake.raw_stream)
     try:
         yield fake
     finally:
@@ -1335,11 +1334,16 @@ class Affine:
 
     def copying(self) -> cuda.CudaGraph:
         """A graph that begins and ends with nodes that copy."""
-        source, target = self.fake.empty_like(self.x), self.fake.empty_like(self.y)
-        work = copies.with_copies(self.enqueue, [(self.x, source)], [(target, self.y)])
-        graph = stream_order.capture_enqueue(work, self.order, "affine")
-        found = copies.find_copies(graph, [source, target])
-        return self._graph(graph, [cuda.IoSlot(self.x, found[0], 1)], [cuda.IoSlot(self.y, found[1], 1)])
+        graph, (source, target) = capture.capture_copying(
+            lambda enqueue: stream_order.capture_enqueue(enqueue, self.order, "affine"),
+            lambda stream: [self.y] if self.enqueue(stream) else None,
+            [self.x],
+            [True],
+            [self.y],
+            "affine",
+            full_edges=False,
+        )
+        return self._graph(graph, [source], [target])
 
     def staged(self) -> cuda.CudaGraph:
         """A graph whose input and output are copied by operations of their own."""
@@ -1354,6 +1358,40 @@ class Affine:
             keep=self,
             release=lambda: None,
         )
+
+
+def new_stream() -> Any:
+    """A stream that does not wait for the legacy default stream."""
+    return room.call("cuStreamCreate", CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+
+def begin_capture(stream: Any) -> None:
+    """Start a capture as graphcache does."""
+    room.call("cuStreamBeginCapture", stream, CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+
+
+def order(event: Any, before: Any, after: Any) -> None:
+    """Later work on stream ``after`` waits for earlier work on stream ``before``."""
+    room.call("cuEventRecord", event, before)
+    room.call("cuStreamWaitEvent", after, event, 0)
+
+
+def node_count(graph: Any) -> int:
+    """How many nodes a ``CUgraph`` has."""
+    return int(room.call("cuGraphGetNodes", graph, 0)[1])
+
+
+def instantiate(graph: Any, stream: Any) -> Any:
+    """An executable graph."""
+    params = room.binding().CUDA_GRAPH_INSTANTIATE_PARAMS()
+    params.flags = int(CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
+    params.hUploadStream = stream
+    return room.call("cuGraphInstantiateWithParams", graph, params)
+
+
+def copies(graph: cuda.CudaGraph) -> int:
+    """How many inputs and outputs are copied by an operation of their own at every replay."""
+    return sum(not slot.pointers for slot in (*graph.inputs, *graph.outputs))
 
 
 def pointer(tensor: Tensor, offset: int = 0) -> bytes:

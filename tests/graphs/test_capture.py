@@ -14,9 +14,10 @@ from torch import Tensor
 from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import capture, driver, stream_order
 from graphcache.graphs.buffers import packed
-from graphcache.graphs.capture import TorchCall, record_torch, refusal_of
+from graphcache.graphs.capture import record_torch, refusal_of
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.stream_order import StreamOrder, capture_enqueue, capture_lock, capturing
+from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Affine, Memory, Torch, address, installed, pointer
 
 SIZE = 6
@@ -44,7 +45,7 @@ def sound(fake: Torch) -> bool:
 def test_captures_what_was_enqueued_and_runs_none_of_it(fake: Torch, work: Affine) -> None:
     work.y.zero_()
     graph = capture_enqueue(work.enqueue, work.order, "affine")
-    assert driver.node_count(graph) == 2
+    assert fake_driver.node_count(graph) == 2
     assert work.y.tolist() == [0.0] * SIZE
     assert not fake.driver.capturing()
     driver.call("cuGraphDestroy", graph)
@@ -134,10 +135,10 @@ def test_waiting_inside_is_a_refusal(fake: Torch, work: Affine) -> None:
 
 
 def test_work_on_a_side_stream_that_never_joins_is_a_refusal(fake: Torch, work: Affine) -> None:
-    side, event = driver.new_stream(), driver.new_event()
+    side, event = fake_driver.new_stream(), driver.new_event()
 
     def enqueue(stream: int) -> bool:
-        driver.order(event, driver.binding().CUstream(stream), side)
+        fake_driver.order(event, driver.binding().CUstream(stream), side)
         return work.enqueue(int(side))
 
     with pytest.raises(Refusal):
@@ -147,16 +148,16 @@ def test_work_on_a_side_stream_that_never_joins_is_a_refusal(fake: Torch, work: 
 
 
 def test_work_on_a_side_stream_that_joins_is_captured(fake: Torch, work: Affine) -> None:
-    side, fork, join = driver.new_stream(), driver.new_event(), driver.new_event()
+    side, fork, join = fake_driver.new_stream(), driver.new_event(), driver.new_event()
 
     def enqueue(stream: int) -> bool:
         handle = driver.binding().CUstream(stream)
-        driver.order(fork, handle, side)
+        fake_driver.order(fork, handle, side)
         work.enqueue(int(side))
-        driver.order(join, side, handle)
+        fake_driver.order(join, side, handle)
         return True
 
-    assert driver.node_count(capture_enqueue(enqueue, work.order, "affine")) == 2
+    assert fake_driver.node_count(capture_enqueue(enqueue, work.order, "affine")) == 2
     assert not fake.driver.capturing()
 
 
@@ -170,7 +171,7 @@ def test_a_capture_inside_of_a_capture_leaves_the_outer_one_whole(fake: Torch, w
         inner.append(caught.value)
         return True
 
-    assert driver.node_count(capture_enqueue(enqueue, work.order, "")) == 2
+    assert fake_driver.node_count(capture_enqueue(enqueue, work.order, "")) == 2
     assert inner
 
 
@@ -204,7 +205,7 @@ def test_no_collection_inside(fake: Torch, work: Affine) -> None:
 
 
 def test_two_captures_on_two_devices_keep_the_collector_quiet_until_both_have_ended() -> None:
-    one, two = stream_order.quiet_collector(), stream_order.quiet_collector()
+    one = two = stream_order.quiet_collector
     one.__enter__()
     two.__enter__()
     try:

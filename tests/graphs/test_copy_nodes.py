@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from graphcache.graphs.copies import find_copies, with_copies
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from graphcache.errors import CudaError
 from graphcache.graphs import driver
-from graphcache.graphs.copies import find_copies, with_copies
 from graphcache.graphs.param_patching import CannotBind, Pointer
+from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Torch, installed
 
 SIZE = 16
@@ -31,8 +32,8 @@ def fresh(fake: Torch, count: int) -> list[Tensor]:
 
 
 def captured(fake: Torch, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    stream = driver.new_stream()
-    driver.begin_capture(stream)
+    stream = fake_driver.new_stream()
+    fake_driver.begin_capture(stream)
     work = fake.driver.kernel([], lambda memory: None)
     half = len(pairs) // 2
     with_copies(lambda stream: fake.driver.launch(work, [], stream) is None, pairs[:half], pairs[half:])(int(stream))
@@ -41,8 +42,8 @@ def captured(fake: Torch, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
 
 def run(graph: Any, patched: Sequence[tuple[Pointer, int]] = ()) -> None:
     """Instantiate a graph, point it elsewhere, launch it once."""
-    stream = driver.new_stream()
-    executable = driver.instantiate(graph, int(stream))
+    stream = fake_driver.new_stream()
+    executable = fake_driver.instantiate(graph, int(stream))
     for place, elsewhere in patched:
         place.word.value = elsewhere + place.offset
     for place, _ in patched:
@@ -56,7 +57,7 @@ def test_empty_tensors_need_no_copy(sizes: list[int]) -> None:
         heap = fake.driver.heap
         pairs = [(heap.tensor([-1.0] * size), heap.tensor(range(size))) for size in sizes]
         graph = captured(fake, pairs)
-        assert driver.node_count(graph) == 1 + sum(size > 0 for size in sizes)
+        assert fake_driver.node_count(graph) == 1 + sum(size > 0 for size in sizes)
         run(graph)
         assert all(torch.equal(target, source) for target, source in pairs)
 

@@ -204,7 +204,7 @@ def test_several_outputs(fake: Torch) -> None:
         return True
 
     first = fake_driver.stream_order.capture_enqueue(enqueue, owner, "")
-    (copied,) = fake_driver.copies.find_copies(first, [outside])
+    (copied,) = fake_driver.param_patching.find_copies(first, [outside])
     mine, others = [x, double, same, more], [heap.empty(4) for _ in range(4)]
     x, double, same, more = others
     second = fake_driver.stream_order.capture_enqueue(enqueue, owner, "")
@@ -218,7 +218,7 @@ def test_several_outputs(fake: Torch) -> None:
         keep=mine,
         release=lambda: None,
     )
-    assert made.copies == 1
+    assert fake_driver.copies(made) == 1
     kept = []
     for start in range(4):
         given_x = heap.tensor([start, 1, 2, 3])
@@ -420,8 +420,8 @@ def test_an_allocator_that_aligns_to_less(fake: Torch, monkeypatch: pytest.Monke
 
 
 def test_a_graph_without_nodes_is_refused_and_released(fake: Torch) -> None:
-    stream = driver.new_stream()
-    driver.begin_capture(stream)
+    stream = fake_driver.new_stream()
+    fake_driver.begin_capture(stream)
     empty = driver.end_capture(stream)
     with pytest.raises(Refusal) as caught:
         CudaGraph(
@@ -439,8 +439,8 @@ def test_a_graph_without_nodes_is_refused_and_released(fake: Torch) -> None:
 @pytest.mark.parametrize("name", ["cuGraphGetNodes", "cuStreamCreate", "cuGraphInstantiateWithParams"])
 def test_what_fails_while_it_is_made_is_released(fake: Torch, name: str) -> None:
     work = Affine(fake, SIZE, StreamOrder(0))
-    stream = driver.new_stream()
-    driver.begin_capture(stream)
+    stream = fake_driver.new_stream()
+    fake_driver.begin_capture(stream)
     work.enqueue(int(stream))
     captured = driver.end_capture(stream)
     fake.driver.fail(name, "OUT_OF_MEMORY")
@@ -455,7 +455,7 @@ def test_accounts_for_memory(fake: Torch) -> None:
     made = work.bound()
     assert made.nodes == 2
     assert made.nbytes == 3 * 4 * SIZE + MAX_EXECUTABLES * (EXECUTABLE_BYTES + 2 * NODE_BYTES)
-    assert made.copies == 0
+    assert fake_driver.copies(made) == 0
     captured = work.capture()
     whole = fake.driver.heap.empty(2 * SIZE)
     halves = whole[:SIZE], whole[SIZE:]
@@ -470,11 +470,11 @@ def test_accounts_for_memory(fake: Torch) -> None:
     )
     # One storage counts once, and the next outputs beside it.
     assert shared.nbytes == 3 * 4 * SIZE + 1000 + EXECUTABLE_BYTES + 2 * NODE_BYTES
-    assert shared.copies == 2
+    assert fake_driver.copies(shared) == 2
 
 
 def test_close_gives_everything_back(fake: Torch, graph: CudaGraph) -> None:
-    kept = weakref.ref(graph._keep)
+    kept = weakref.ref(graph._held[-1])
     x = given_to(fake)
     (answer,) = graph.replay([x])
     graph.close()
@@ -522,9 +522,9 @@ def test_close_while_its_stream_is_captured_is_put_off(fake: Torch) -> None:
     stream = fake.new_stream()
     with fake.on(stream):
         one.replay([given_to(fake)])
-    kept = weakref.ref(one._keep)
+    kept = weakref.ref(one._held[-1])
     handle = driver.binding().CUstream(stream.cuda_stream)
-    driver.begin_capture(handle)
+    fake_driver.begin_capture(handle)
     one.close()
     one.close()
     gc.collect()
@@ -590,10 +590,10 @@ def test_launching_into_a_capture_of_the_callers_makes_a_node(fake: Torch, bound
         bound.launch()
         output.zero_()
         handle = driver.binding().CUstream(stream.cuda_stream)
-        driver.begin_capture(handle)
+        fake_driver.begin_capture(handle)
         bound.launch()
         captured = driver.end_capture(handle)
     assert output.tolist() == [0.0] * SIZE
-    executable = driver.instantiate(captured, stream.cuda_stream)
+    executable = fake_driver.instantiate(captured, stream.cuda_stream)
     driver.call("cuGraphLaunch", executable, handle)
     assert output.tolist() == [7.0] * SIZE

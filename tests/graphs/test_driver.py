@@ -33,7 +33,7 @@ def stream_of(fake: Torch) -> Any:
 
 def captured(fake: Torch, stream: Any, count: int = 1) -> Any:
     kernel = fake.driver.kernel([], lambda memory: None)
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     for _ in range(count):
         fake.driver.launch(kernel, [], int(stream))
     return driver.end_capture(stream)
@@ -48,7 +48,7 @@ def test_call_gives_nothing_one_result_or_several(fake: Torch) -> None:
     assert driver.call("cuCtxGetCurrent") == fake_driver.CUcontext(0x77)
     graph = captured(fake, stream, 3)
     nodes, count = driver.call("cuGraphGetNodes", graph, 2)
-    assert (len(nodes), count, driver.node_count(graph)) == (2, 2, 3)
+    assert (len(nodes), count, fake_driver.node_count(graph)) == (2, 2, 3)
 
 
 def test_a_failing_call_names_itself_and_the_code(fake: Torch) -> None:
@@ -81,7 +81,7 @@ def test_codes_with_a_remedy(fake: Torch, code: str, hint: str) -> None:
 def test_is_capturing(fake: Torch) -> None:
     stream = stream_of(fake)
     assert not driver.is_capturing(int(stream))
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     assert driver.is_capturing(int(stream))
     assert not driver.is_capturing(0), "a non-blocking stream does not concern the legacy stream"
     fake.driver.invalidate(int(stream))
@@ -92,7 +92,7 @@ def test_is_capturing(fake: Torch) -> None:
 
 def test_the_legacy_stream_counts_as_captured_beside_a_blocking_stream_that_is(fake: Torch) -> None:
     _, blocking = fake.driver.cuStreamCreate(fake_driver.CUstream_flags.CU_STREAM_DEFAULT)
-    driver.begin_capture(blocking)
+    fake_driver.begin_capture(blocking)
     assert driver.is_capturing(0)
     assert not driver.is_capturing(int(stream_of(fake)))
     driver.call("cuGraphDestroy", driver.end_capture(blocking))
@@ -111,7 +111,7 @@ def test_end_of_a_capture_that_nobody_began(fake: Torch) -> None:
 
 def test_end_of_a_capture_by_another_thread(fake: Torch) -> None:
     stream, said = stream_of(fake), []
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
 
     def end() -> None:
         with pytest.raises(CudaError, match="WRONG_THREAD") as caught:
@@ -129,8 +129,8 @@ def test_end_of_a_capture_by_another_thread(fake: Torch) -> None:
 def test_end_of_an_unjoined_capture_leaves_both_streams(fake: Torch) -> None:
     stream, other = stream_of(fake), stream_of(fake)
     event = driver.new_event()
-    driver.begin_capture(stream)
-    driver.order(event, stream, other)
+    fake_driver.begin_capture(stream)
+    fake_driver.order(event, stream, other)
     assert driver.is_capturing(int(other))
     fake.driver.launch(fake.driver.kernel([], lambda memory: None), [], int(other))
     assert driver.end_capture(stream) is None
@@ -147,13 +147,13 @@ def test_a_graph_that_comes_with_an_invalidated_capture_is_destroyed(
         return fake_driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, real(handle)[1]
 
     monkeypatch.setattr(fake.driver, "cuStreamEndCapture", end)
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     assert driver.end_capture(stream) is None
     assert fake.driver.leaked() == {}
 
 
 def test_streams_do_not_wait_for_the_legacy_stream(fake: Torch) -> None:
-    made = fake.driver.streams[int(driver.new_stream())]
+    made = fake.driver.streams[int(fake_driver.new_stream())]
     assert not made.blocking
 
 
@@ -162,7 +162,7 @@ def test_order_makes_one_stream_wait_for_another(fake: Torch) -> None:
     kernel = fake.driver.kernel([], lambda memory: None)
     fake.driver.launch(kernel, [], int(before))
     assert not fake.driver.ordered(int(before), int(after))
-    driver.order(driver.new_event(), before, after)
+    fake_driver.order(driver.new_event(), before, after)
     assert fake.driver.ordered(int(before), int(after))
     fake.driver.launch(kernel, [], int(before))
     assert not fake.driver.ordered(int(before), int(after)), "what comes later is not waited for"
@@ -172,7 +172,7 @@ def test_instantiate_uploads_and_waits(fake: Torch) -> None:
     stream = stream_of(fake)
     graph = captured(fake, stream)
     fake.driver.calls.clear()
-    executable = driver.instantiate(graph, int(stream))
+    executable = fake_driver.instantiate(graph, int(stream))
     assert fake.driver.calls == ["cuGraphInstantiateWithParams", "cuStreamSynchronize"]
     driver.call("cuGraphExecDestroy", executable)
     driver.call("cuGraphDestroy", graph)
@@ -184,7 +184,7 @@ def test_instantiate_leaves_nothing_when_the_upload_fails(fake: Torch) -> None:
     graph = captured(fake, stream)
     fake.driver.fail("cuStreamSynchronize", "UNKNOWN")
     with pytest.raises(CudaError, match="cuStreamSynchronize failed"):
-        driver.instantiate(graph, int(stream))
+        fake_driver.instantiate(graph, int(stream))
     driver.call("cuGraphDestroy", graph)
     assert fake.driver.leaked() == {}
 
@@ -275,10 +275,10 @@ def test_parameters_are_copied_for_the_launches_that_follow(fake: Torch) -> None
     seen: list[int] = []
     kernel = fake.driver.kernel([8], lambda memory, value: seen.append(address(value)))
     stream = stream_of(fake)
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     fake.driver.launch(kernel, [integer(1)], int(stream))
     graph = driver.end_capture(stream)
-    one, two = (driver.instantiate(graph, int(stream)) for _ in range(2))
+    one, two = (fake_driver.instantiate(graph, int(stream)) for _ in range(2))
     ((node,), _) = driver.call("cuGraphGetNodes", graph, 1)
     params = driver.call("cuGraphKernelNodeGetParams", node)
     word = ctypes.c_uint64(2)
@@ -286,7 +286,7 @@ def test_parameters_are_copied_for_the_launches_that_follow(fake: Torch) -> None
     params.kernelParams = ctypes.addressof(array)
     driver.call("cuGraphExecKernelNodeSetParams", one, node, params)
     word.value = 3
-    for executable in (one, two, driver.instantiate(graph, int(stream))):
+    for executable in (one, two, fake_driver.instantiate(graph, int(stream))):
         driver.call("cuGraphLaunch", executable, stream)
     assert seen == [2, 1, 1], "only of that executable, and copied when they were set"
 
@@ -294,7 +294,7 @@ def test_parameters_are_copied_for_the_launches_that_follow(fake: Torch) -> None
 def test_destroyed_objects_cannot_be_used(fake: Torch) -> None:
     stream = stream_of(fake)
     graph = captured(fake, stream)
-    executable = driver.instantiate(graph, int(stream))
+    executable = fake_driver.instantiate(graph, int(stream))
     ((node,), _) = driver.call("cuGraphGetNodes", graph, 1)
     driver.call("cuGraphDestroy", graph)
     driver.call("cuGraphLaunch", executable, stream)
@@ -308,7 +308,7 @@ def test_destroyed_objects_cannot_be_used(fake: Torch) -> None:
 def test_a_destroyed_executable_cannot_be_launched(fake: Torch) -> None:
     stream = stream_of(fake)
     graph = captured(fake, stream)
-    executable = driver.instantiate(graph, int(stream))
+    executable = fake_driver.instantiate(graph, int(stream))
     driver.call("cuGraphExecDestroy", executable)
     with pytest.raises(Violation, match="CUgraphExec"):
         driver.call("cuGraphLaunch", executable, stream)
@@ -346,7 +346,7 @@ def test_unordered_streams_race(fake: Torch) -> None:
 def test_nothing_but_captured_work_may_be_ordered_before_captured_work(fake: Torch) -> None:
     stream, other, event = stream_of(fake), stream_of(fake), driver.new_event()
     driver.call("cuEventRecord", event, other)
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     with pytest.raises(CudaError, match="STREAM_CAPTURE_ISOLATION"):
         driver.call("cuStreamWaitEvent", stream, event, 0)
     assert driver.end_capture(stream) is None
@@ -354,7 +354,7 @@ def test_nothing_but_captured_work_may_be_ordered_before_captured_work(fake: Tor
 
 def test_waiting_for_a_captured_stream_invalidates_the_capture(fake: Torch) -> None:
     stream = stream_of(fake)
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     with pytest.raises(CudaError, match="STREAM_CAPTURE_UNSUPPORTED"):
         driver.call("cuStreamSynchronize", stream)
     assert driver.end_capture(stream) is None
@@ -367,16 +367,16 @@ def test_an_event_must_be_recorded_before_it_is_waited_for(fake: Torch) -> None:
 
 def test_the_legacy_stream_cannot_be_captured(fake: Torch) -> None:
     with pytest.raises(CudaError, match="STREAM_CAPTURE_UNSUPPORTED"):
-        driver.begin_capture(fake_driver.CUstream(0))
+        fake_driver.begin_capture(fake_driver.CUstream(0))
 
 
 def test_a_copy_node_takes_one_dimensional_copies_in_its_own_context(fake: Torch) -> None:
     heap, stream = fake.driver.heap, stream_of(fake)
     source, target = heap.tensor([1, 2, 3, 4]), heap.tensor([0, 0, 0, 0])
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), 16, stream)
     graph = driver.end_capture(stream)
-    executable = driver.instantiate(graph, int(stream))
+    executable = fake_driver.instantiate(graph, int(stream))
     ((node,), _) = driver.call("cuGraphGetNodes", graph, 1)
     assert driver.call("cuGraphNodeGetType", node) is KINDS.CU_GRAPH_NODE_TYPE_MEMCPY
     params = driver.call("cuGraphMemcpyNodeGetParams", node)
@@ -397,7 +397,7 @@ def test_a_copy_node_takes_one_dimensional_copies_in_its_own_context(fake: Torch
 def test_nodes_belong_to_the_graph_that_was_instantiated(fake: Torch) -> None:
     stream = stream_of(fake)
     mine, other = captured(fake, stream), captured(fake, stream)
-    executable = driver.instantiate(mine, int(stream))
+    executable = fake_driver.instantiate(mine, int(stream))
     ((node,), _) = driver.call("cuGraphGetNodes", other, 1)
     params = driver.call("cuGraphKernelNodeGetParams", node)
     with pytest.raises(CudaError, match="INVALID_VALUE"):
@@ -406,7 +406,7 @@ def test_nodes_belong_to_the_graph_that_was_instantiated(fake: Torch) -> None:
 
 def test_memory_of_a_nodes_parameters_is_the_drivers(fake: Torch) -> None:
     kernel, stream = fake.driver.kernel([8], lambda memory, x: None), stream_of(fake)
-    driver.begin_capture(stream)
+    fake_driver.begin_capture(stream)
     fake.driver.launch(kernel, [integer(7)], int(stream))
     graph = driver.end_capture(stream)
     ((node,), _) = driver.call("cuGraphGetNodes", graph, 1)

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from graphcache.graphs.copies import make_all_full, programmatic_edges
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.graphs import driver
-from graphcache.graphs.copies import make_all_full, programmatic_edges
+from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Torch, installed
 
 
@@ -21,8 +22,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
 
 
 def captured(fake: Torch, early: list[bool]) -> Any:
-    stream, kernel = driver.new_stream(), fake.driver.kernel([], lambda memory: None)
-    driver.begin_capture(stream)
+    stream, kernel = fake_driver.new_stream(), fake.driver.kernel([], lambda memory: None)
+    fake_driver.begin_capture(stream)
     for each in early:
         fake.driver.launch(kernel, [], int(stream), programmatic=each)
     return driver.end_capture(stream)

@@ -24,6 +24,7 @@ from graphcache.graphs.cuda import ALIGNMENT, MAX_EXECUTABLES, SMALL, UNKNOWN, C
 from graphcache.graphs.param_patching import find_pointers
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs import compiled as compiled_way
+from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Affine, Stream, Torch, address, installed, pointer
 
 SETTER = "cuGraphExecKernelNodeSetParams"
@@ -61,11 +62,11 @@ class Nodes:
         self.next = 0
         self._tensors: dict[int, Tensor] = {}
         kernel = fake.driver.kernel([8, 8, 8], lambda _, *given: seen.append([address(each) for each in given]))
-        capture = driver.new_stream()
+        capture = fake_driver.new_stream()
         tensors = [[fake.driver.heap.empty(4) for _ in range(3)] for _ in range(2)]
         graphs = []
         for each in tensors:
-            driver.begin_capture(capture)
+            fake_driver.begin_capture(capture)
             for _ in range(nodes):
                 fake.driver.launch(kernel, [pointer(tensor) for tensor in each], int(capture))
             graphs.append(driver.end_capture(capture))

@@ -34,8 +34,8 @@ def fresh(fake: Torch, count: int) -> list[Tensor]:
 
 
 def capture(fake: Torch, record: Record, tensors: list[Tensor]) -> Any:
-    stream = driver.new_stream()
-    driver.begin_capture(stream)
+    stream = fake_driver.new_stream()
+    fake_driver.begin_capture(stream)
     record(tensors, int(stream))
     return driver.end_capture(stream)
 
@@ -63,8 +63,8 @@ class Found:
 
     def pointed_at(self, tensors: Sequence[Tensor]) -> list[list[bytes]]:
         """What each node of the executable holds once all pointers are set."""
-        stream = driver.new_stream()
-        executable = driver.instantiate(self.graph, int(stream))
+        stream = fake_driver.new_stream()
+        executable = fake_driver.instantiate(self.graph, int(stream))
         for places, tensor in zip(self.places, tensors, strict=True):
             for each in places:
                 point(each, executable, tensor)
@@ -272,7 +272,7 @@ def test_setting_one_pointer_of_a_node_keeps_the_others(fake: Torch) -> None:
         fake.driver.launch(kernel, [pointer(tensors[0]), pointer(tensors[1])], stream)
 
     found = find(fake, record)
-    executable = driver.instantiate(found.graph, 0)
+    executable = fake_driver.instantiate(found.graph, 0)
     made = fresh(fake, 4)
     for index, tensor in ((0, made[0]), (1, made[1]), (0, made[2]), (1, made[3])):
         point(found.places[index][0], executable, tensor)
@@ -409,7 +409,7 @@ def test_a_memset_of_an_output(fake: Torch) -> None:
 def test_a_node_of_another_kind(fake: Torch) -> None:
     kernel = fake.driver.kernel([], nothing)
     inner = capture(fake, lambda tensors, stream: fake.driver.launch(kernel, [], stream), [])
-    executable = driver.instantiate(inner, 0)
+    executable = fake_driver.instantiate(inner, 0)
 
     def record(tensors: list[Tensor], stream: int) -> None:
         driver.call("cuGraphLaunch", executable, stream)

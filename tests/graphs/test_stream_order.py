@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from graphcache.errors import CudaError
 from graphcache.graphs import driver, stream_order
 from graphcache.graphs.stream_order import StreamOrder, capture_lock
+from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Affine, Driver, Memory, Torch, Violation, address, installed, pointer
 from tests.helpers import in_threads
 
@@ -66,7 +67,7 @@ def test_a_captured_stream_cannot_be_waited_for(fake: Torch) -> None:
     owner, one, two = StreamOrder(0), fake.new_stream().cuda_stream, fake.new_stream().cuda_stream
     owner.enter(one)
     handle = owner.stream
-    driver.begin_capture(handle)
+    fake_driver.begin_capture(handle)
     with pytest.raises(CudaError) as caught:
         owner.enter(two)
     assert str(caught.value) == (
@@ -157,7 +158,7 @@ def test_waiting_is_for_the_last_launch_and_for_nothing_else(fake: Torch) -> Non
     owner.wait()
     assert fake.driver.calls[-2:] == ["cuStreamSynchronize", "cuCtxPopCurrent"]
     handle = driver.binding().CUstream(stream)
-    driver.begin_capture(handle)
+    fake_driver.begin_capture(handle)
     with pytest.raises(
         CudaError, match=rf"^stream {stream:#x}, where this module ran last, is being captured, so nothing"
     ):
@@ -183,7 +184,7 @@ def test_release_waits_for_the_last_launch(fake: Torch) -> None:
 def test_release_is_put_off_while_the_stream_is_captured(fake: Torch) -> None:
     owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
-    driver.begin_capture(owner.stream)
+    fake_driver.begin_capture(owner.stream)
     seen: list[int] = []
     owner.release(lambda: seen.append(1))
     owner.release(lambda: seen.append(2))
@@ -210,7 +211,7 @@ def test_release_that_could_not_wait_is_made_up_for(fake: Torch) -> None:
 def test_a_release_that_fails_does_not_take_the_others_with_it(fake: Torch) -> None:
     owner, stream = StreamOrder(0), fake.new_stream().cuda_stream
     owner.enter(stream)
-    driver.begin_capture(owner.stream)
+    fake_driver.begin_capture(owner.stream)
     seen: list[int] = []
 
     def fails() -> None:
@@ -312,7 +313,7 @@ def test_nothing_is_asked_or_waited_for_inside_a_capture_of_the_callers(fake: To
     owner.enter(stream.cuda_stream)
     seen: list[int] = []
     with fake.on(other):
-        driver.begin_capture(other.cuda_stream)
+        fake_driver.begin_capture(other.cuda_stream)
         owner.release(lambda: seen.append(1), wait=wait)
         owner.reap(wait=wait)
         assert seen == []
@@ -360,7 +361,7 @@ def test_closing_while_captured_keeps_everything_for_the_capture(fake: Torch) ->
     stream = fake.new_stream().cuda_stream
     owner.enter(stream)
     work.enqueue(stream)
-    driver.begin_capture(owner.stream)
+    fake_driver.begin_capture(owner.stream)
     owner.close()
     assert owner._scratch is work.scratch
     driver.call("cuGraphDestroy", driver.end_capture(owner.stream))

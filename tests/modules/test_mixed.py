@@ -16,6 +16,7 @@ from graphcache import EngineModule, Reason
 from graphcache.graphs import driver
 from tests.effort import share
 from tests.engine_modules import MODULES, capture_by_driver, load, numbers, prepare
+from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Torch, installed
 from tests.helpers import dispatcher_of, graphs_of, outcomes
 
@@ -193,12 +194,12 @@ def test_inside_a_capture_of_the_callers_everything_enqueues_into_it(whole: Torc
         fast.module.first(x)
         fast.module.second(x)
         hits = fast.cache_info().hits
-        driver.begin_capture(handle)
+        fake_driver.begin_capture(handle)
         y, between = fast(x)
         graph = driver.end_capture(handle)
         assert graph is not None
         assert fast.cache_info().hits == hits
-        executable = driver.instantiate(graph, stream.cuda_stream)
+        executable = fake_driver.instantiate(graph, stream.cuda_stream)
         x.fill_(5)
         driver.call("cuGraphLaunch", executable, handle)
         assert torch.equal(y, x * 4)
