@@ -32,8 +32,7 @@ from torch.utils import _pytree as pytree
 
 from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
-from graphcache.graphs.dispatch_mode import DispatchMode
-from graphcache.graphs.operations import decompose_composite, flatten, is_unwatched, storage_of, written
+from graphcache.graphs.operations import DispatchMode, decompose_composite, flatten, is_unwatched, storage_of, written
 from graphcache.graphs.stream_order import quiet_collector
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided

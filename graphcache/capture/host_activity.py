@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from graphcache.errors import Cause, Reason
-from graphcache.graphs.dispatch_mode import skipped_by_dynamo
-from graphcache.graphs.operations import is_unwatched
+from graphcache.graphs.operations import is_unwatched, skipped_by_dynamo
 from graphcache.keys.user_code import is_library
 from graphcache.keys.values import is_generator_of_randomness
 

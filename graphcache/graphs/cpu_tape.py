@@ -18,9 +18,10 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import nbytes_of, poison, put
-from graphcache.graphs.dispatch_mode import DispatchMode, compiled_runs_eagerly
+from graphcache.graphs.capture import compiled_runs_eagerly
 from graphcache.graphs.graph import Body
 from graphcache.graphs.operations import (
+    DispatchMode,
     decompose_composite,
     flatten,
     is_higher_order,
@@ -145,9 +146,9 @@ class CpuTape:
                 values |= {slot: item for slot, item in items if slot is not None}
         return [values[slot] for slot in self._outputs]
 
-    def poison(self) -> None:
+    def poison(self, out: Sequence[Tensor] = ()) -> None:
         with self._lock:
-            poison(self._inputs or (), indices=0)
+            poison(out, self._inputs or ())
 
     def close(self, *, wait: bool = True) -> None:
         with self._lock:

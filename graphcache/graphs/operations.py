@@ -1,17 +1,19 @@
-"""What an operator of PyTorch writes, and what of it the host reads, judged by schema, tags and arguments."""
+"""What a call does: a mode that sees its operations, what an operator writes, and what the host reads of it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import cache
-from types import FrameType
-from typing import Any
+from functools import cache, partial, wraps
+from types import CodeType, FrameType, FunctionType, MethodType
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
@@ -19,8 +21,7 @@ from graphcache.errors import Reason, Refusal
 _READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
 _OF_GRADIENTS = frozenset({"requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"})
 _ASKS = _OF_GRADIENTS | {"storage_offset", "as_strided", "untyped_storage", "_base"}
-_ASKS |= {"_is_view", "_version", "is_inference", "is_set_to", "is_shared", "is_pinned"}
-_ASKS |= {"storage", "typed_storage"}
+_ASKS |= {"_is_view", "_version", "is_inference", "is_set_to", "is_shared", "is_pinned", "storage", "typed_storage"}
 _OF_STATE = frozenset({"grad", "_version"})
 _MASKS = (torch.bool, torch.uint8)
 _PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
@@ -219,3 +220,74 @@ def storage_of(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+_eval_frame: Any = torch._C._dynamo.eval_frame
+_CAN_SKIP = all(hasattr(_eval_frame, n) for n in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction"))
+
+_FUNCTIONS = (FunctionType, MethodType, partial, nn.Module)
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A ``TorchDispatchMode`` that Dynamo does not compile, and that does not keep Dynamo from compiling.
+
+    PyTorch wraps ``__torch_dispatch__`` of every mode in ``torch._dynamo.disable``, which imports ``torch._dynamo`` and
+    sympy at the first operation: 1 to 4 s. This class marks the code object instead, which asks for no import. Dynamo
+    then skips ``__torch_dispatch__`` and everything that it calls. A version of PyTorch without such marks wraps it.
+
+    Under any other mode Dynamo skips every function that it is to compile. A function compiled with ``fullgraph=True``
+    then raises, and so do ``torch.cond``, ``scan``, ``flex_attention`` and others that compile themselves in eager
+    mode. Dynamo keeps that failure for the rest of the process. Under this mode they compile and run as they do without
+    one. A higher-order operator is given to ``__torch_dispatch__``, which hands it to :meth:`higher_order`. Of a
+    function that Inductor compiled, only calls of library kernels are seen.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether Dynamo compiles, and finds what it has compiled, as if this mode were not there."""
+        return True
+
+    def higher_order(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a higher-order operator, such as ``torch.ops.higher_order.cond``, with its functions under this mode."""
+        # Operators of this base class refuse anything but a graph module.
+        if not any(each.__name__ == "BaseHOP" for each in type(func).__mro__):
+            args, kwargs = pytree.tree_map_only(_FUNCTIONS, self._under, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _under(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that runs under this mode wherever it is called."""
+
+        @wraps(function, updated=())
+        def under(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return under
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return not _CAN_SKIP
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
+        method = vars(cls).get("__torch_dispatch__")
+        if _CAN_SKIP and isinstance(method, FunctionType):
+            skipped_by_dynamo(method)
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def skipped_by_dynamo(function: _F) -> _F:
+    """Have Dynamo compile neither a function nor what it calls, where it runs within compiled code."""
+    code = getattr(function, "__code__", None)
+    if not _CAN_SKIP or not isinstance(code, CodeType):
+        return cast("_F", torch._disable_dynamo(function, recursive=True))  # type: ignore[attr-defined]
+    skip = _eval_frame._FrameAction.SKIP
+    _eval_frame.set_code_exec_strategy(code, _eval_frame._FrameExecStrategy(skip, skip))
+    return function

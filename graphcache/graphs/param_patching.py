@@ -125,7 +125,8 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
             pointers = _compare_copies(node, other, moves)
         elif kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
             # Nothing in a memset can be patched.
-            if _differ(*(driver.call("cuGraphMemsetNodeGetParams", each) for each in (node, other)), _MEMSET_FIELDS):
+            params, other_params = (driver.call("cuGraphMemsetNodeGetParams", each) for each in (node, other))
+            if _differ(params, other_params, _MEMSET_FIELDS):
                 raise CannotBind("two captures set memory differently")
         elif kind != kinds.CU_GRAPH_NODE_TYPE_EMPTY:
             raise CannotBind(f"a node of kind {kind.name}")
@@ -209,7 +210,8 @@ def _compare_kernels(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:
 
 def _argument_sizes(params: Any) -> list[int]:
     """The sizes of a kernel's arguments."""
-    api, sizes = driver.binding(), []
+    api = driver.binding()
+    sizes: list[int] = []
     by_function = api.cuFuncGetParamInfo, params.func
     get, function = by_function if int(params.func) else (api.cuKernelGetParamInfo, params.kern)
     while True:

@@ -191,7 +191,7 @@ def perturb(inputs: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]
 def _within(
     got: Tensor, wanted: Tensor, tolerances: tuple[float, float], times: int = 1, spread: Tensor | float = 0.0
 ) -> bool:
-    """Whether each element is as near as some tolerances (relative, absolute) and a spread; infinities must be equal."""
+    """Whether elements are as near as tolerances (relative, absolute) and a spread; what is not finite is equal."""
     if not _comparable(got, wanted):
         return False
     rtol, atol = tolerances

@@ -14,7 +14,7 @@ from graphcache.capture.host_activity import is_available
 from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Reason, Refusal
 from graphcache.graphs.buffers import static_copies
-from graphcache.graphs.dispatch_mode import compiled_runs_eagerly
+from graphcache.graphs.capture import compiled_runs_eagerly
 from graphcache.keys.call_key import describe, substitute
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_snapshot import StateSnapshot

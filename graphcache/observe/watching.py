@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
 from graphcache.errors import Reason, Refusal
-from graphcache.graphs.dispatch_mode import DispatchMode
 from graphcache.graphs.operations import (
+    DispatchMode,
     decompose_composite,
     is_checked_on_the_host,
     is_higher_order,

@@ -37,10 +37,7 @@ Target = tuple[Any, str]
 
 DRIVER: list[Target] = [
     (driver, "call"),
-    (driver, "begin_capture"),
     (driver, "end_capture"),
-    (driver, "node_count"),
-    (driver, "instantiate"),
     (CudaGraph, "__init__"),
     (GraphCache, "put"),
 ]
@@ -66,9 +63,9 @@ TORCH: list[Target] = [
 
 CASES: dict[str, tuple[dict[str, Any], list[Target]]] = {
     "engine, bound": ({}, [*ENGINE, (record_engine, "find_pointers")]),
-    "engine, copied": ({"io": "copy"}, [*ENGINE, (record_engine, "find_copies")]),
+    "engine, copied": ({"io": "copy"}, [*ENGINE, (capture, "find_copies")]),
     "engine, shared context": ({"contexts": "shared"}, [*ENGINE, (record_engine, "find_pointers")]),
-    "engine, full edges": ({"io": "copy", "edges": "full"}, [*ENGINE, (record_engine, "make_all_full")]),
+    "engine, full edges": ({"io": "copy", "edges": "full"}, [*ENGINE, (capture, "make_all_full")]),
     "torch": ({}, TORCH),
 }
 
@@ -144,7 +141,7 @@ class Injector:
                 if name == "end_capture" and made is not None:
                     driver.call("cuGraphDestroy", made)
                 elif name == "record_torch":
-                    made.close()
+                    driver.call("cuGraphDestroy", made[0])
             self.thrown, self._armed = what, False
             raise self._fault(f"made up, at {what}")
 

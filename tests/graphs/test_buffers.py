@@ -104,7 +104,7 @@ def test_poison_leaves_no_right_answer_in_any_dtype(dtype):
 
 def test_poisoned_indices_can_be_valid_ones():
     buffers = [torch.full((2,), 9), torch.full((2,), 9, dtype=torch.uint8), torch.ones(2, dtype=torch.bool)]
-    poison(buffers, indices=0)
+    poison([], buffers)
     assert [buffer.tolist() for buffer in buffers] == [[0, 0], [0, 0], [False, False]]
 
 

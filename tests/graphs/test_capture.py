@@ -221,6 +221,27 @@ def test_two_captures_on_two_devices_keep_the_collector_quiet_until_both_have_en
 # ---- record_torch
 
 
+def recorded(
+    body: Callable[[], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    direct: Sequence[bool],
+    expected: Sequence[Tensor],
+    order: StreamOrder,
+    release: Callable[[], object] = list,
+    shared: bool = False,
+) -> CudaGraph:
+    captured, slots = record_torch(body, inputs, direct, expected, order, "net", full_edges=False)
+    return CudaGraph(
+        captured,
+        inputs=slots[: len(inputs)],
+        outputs=slots[len(inputs) :],
+        order=order,
+        keep=(body, order.pool()),
+        release=release,
+        pool_bytes=0 if shared else order.pool().nbytes,
+    )
+
+
 class Module:
     """Stands in for a module that launches kernels: 2 x + y, and x.t() as a tensor of another layout."""
 
@@ -256,19 +277,8 @@ class Module:
 
     def record(self, direct: Sequence[bool] = (True, True), transposed: bool = True, shared: bool = False) -> CudaGraph:
         second = torch.empty(2, 2).t() if transposed else torch.empty(2, 2)
-        return record_torch(
-            TorchCall(
-                self,
-                inputs=[self.x, self.y],
-                direct=direct,
-                expected=[torch.empty(2, 2), second],
-                order=self.order,
-                keep=None,
-                release=self.release,
-                where="net",
-                shared=shared,
-            )
-        )
+        expected = [torch.empty(2, 2), second]
+        return recorded(self, [self.x, self.y], direct, expected, self.order, self.release, shared)
 
 
 @pytest.mark.parametrize("direct", [(True, True), (True, False), (False, False)])
@@ -276,7 +286,7 @@ class Module:
 def test_torch_graphs_answer(fake: Torch, direct: tuple[bool, bool], transposed: bool) -> None:
     module = Module(fake)
     graph = module.record(direct, transposed)
-    assert graph.copies == direct.count(False) + (not transposed)
+    assert fake_driver.copies(graph) == direct.count(False) + (not transposed)
     assert graph.nodes == sum(direct) + 1 + 1 + transposed, "a copy for each input and output"
     kept = []
     for step in range(4):
@@ -301,19 +311,8 @@ def test_an_expanded_input_is_copied_by_a_node_of_the_graph(fake: Torch) -> None
         return [out]
 
     static = row.expand(2, 2)
-    graph = record_torch(
-        TorchCall(
-            body,
-            inputs=[packed(static)],
-            direct=[True],
-            expected=[torch.empty(2, 2)],
-            order=module.order,
-            keep=None,
-            release=module.release,
-            where="net",
-        )
-    )
-    assert graph.copies == 0
+    graph = recorded(body, [packed(static)], [True], [torch.empty(2, 2)], module.order)
+    assert fake_driver.copies(graph) == 0
     for step in range(3):
         given = fake.driver.heap.tensor([step, 5], offset=4 * step).reshape(1, 2).expand(2, 2)
         (answer,) = graph.replay([given])
@@ -405,18 +404,7 @@ def test_an_interrupt_inside_is_not_swallowed(fake: Torch, error: type[BaseExcep
 def test_another_number_of_outputs_than_before(fake: Torch) -> None:
     module = Module(fake)
     with pytest.raises(Refusal) as caught:
-        record_torch(
-            TorchCall(
-                module,
-                inputs=[module.x],
-                direct=[True],
-                expected=[module.x],
-                order=module.order,
-                keep=None,
-                release=list,
-                where="net",
-            )
-        )
+        recorded(module, [module.x], [True], [module.x], module.order)
     assert caught.value.cause.reason is Reason.CAPTURE_FAILED
     assert sound(fake)
 
@@ -424,7 +412,7 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
 def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of two copies is the caller's cannot be told, so there is no graph."""
     module = Module(fake)
-    monkeypatch.setattr(capture, "with_copies", lambda enqueue, *_: enqueue)
+    monkeypatch.setattr(capture, "_copy", lambda each, stream: None)
     with pytest.raises(Refusal) as caught:
         module.record()
     cause = caught.value.cause
@@ -435,11 +423,7 @@ def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.
 
 def test_a_body_that_does_nothing(fake: Torch) -> None:
     with pytest.raises(Refusal) as caught:
-        record_torch(
-            TorchCall(
-                list, inputs=[], direct=[], expected=[], order=StreamOrder(0), keep=None, release=list, where="net"
-            )
-        )
+        recorded(list, [], [], [], StreamOrder(0))
     assert caught.value.cause.reason is Reason.EMPTY_GRAPH
     assert sound(fake)
 
@@ -483,7 +467,7 @@ def test_a_graph_keeps_what_it_needs(fake: Torch) -> None:
     graph = module.record()
     kept = weakref.ref(module)
     pool = module.order.pool()
-    assert pool in graph._keep
+    assert pool in graph._held[-1]
     del module
     gc.collect()
     assert kept() is not None

@@ -436,7 +436,9 @@ def test_a_graph_without_nodes_is_refused_and_released(fake: Torch) -> None:
     assert fake.driver.leaked() == {}
 
 
-@pytest.mark.parametrize("name", ["cuGraphGetNodes", "cuStreamCreate", "cuGraphInstantiateWithParams"])
+@pytest.mark.parametrize(
+    "name", ["cuGraphGetNodes", "cuStreamCreate", "cuGraphInstantiateWithParams", "cuStreamSynchronize"]
+)
 def test_what_fails_while_it_is_made_is_released(fake: Torch, name: str) -> None:
     work = Affine(fake, SIZE, StreamOrder(0))
     stream = fake_driver.new_stream()
@@ -448,6 +450,15 @@ def test_what_fails_while_it_is_made_is_released(fake: Torch, name: str) -> None
         work._graph(captured, [], [])
     gc.collect()
     assert fake.driver.leaked() == {}
+
+
+def test_a_new_graph_is_uploaded_and_waited_for(fake: Torch) -> None:
+    work = Affine(fake, SIZE, StreamOrder(0))
+    captured = work.capture()
+    fake.driver.calls.clear()
+    made = work._graph(captured, [], [])
+    assert fake.driver.calls[-2:] == ["cuGraphInstantiateWithParams", "cuStreamSynchronize"]
+    made.close()
 
 
 def test_accounts_for_memory(fake: Torch) -> None:

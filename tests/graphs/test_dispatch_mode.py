@@ -2,7 +2,7 @@
 
 import torch
 
-from graphcache.graphs.dispatch_mode import DispatchMode
+from graphcache.graphs.operations import DispatchMode
 
 
 def through(func, args, kwargs):

@@ -168,27 +168,6 @@ def test_order_makes_one_stream_wait_for_another(fake: Torch) -> None:
     assert not fake.driver.ordered(int(before), int(after)), "what comes later is not waited for"
 
 
-def test_instantiate_uploads_and_waits(fake: Torch) -> None:
-    stream = stream_of(fake)
-    graph = captured(fake, stream)
-    fake.driver.calls.clear()
-    executable = fake_driver.instantiate(graph, int(stream))
-    assert fake.driver.calls == ["cuGraphInstantiateWithParams", "cuStreamSynchronize"]
-    driver.call("cuGraphExecDestroy", executable)
-    driver.call("cuGraphDestroy", graph)
-    assert fake.driver.leaked() == {}
-
-
-def test_instantiate_leaves_nothing_when_the_upload_fails(fake: Torch) -> None:
-    stream = stream_of(fake)
-    graph = captured(fake, stream)
-    fake.driver.fail("cuStreamSynchronize", "UNKNOWN")
-    with pytest.raises(CudaError, match="cuStreamSynchronize failed"):
-        fake_driver.instantiate(graph, int(stream))
-    driver.call("cuGraphDestroy", graph)
-    assert fake.driver.leaked() == {}
-
-
 def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from graphcache.graphs.copies import make_all_full, programmatic_edges
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.graphs import driver
+from graphcache.graphs.capture import make_all_full, programmatic_edges
 from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Torch, installed
 

@@ -16,8 +16,8 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
 
-from graphcache.graphs.dispatch_mode import DispatchMode, compiled_runs_eagerly
-from graphcache.graphs.operations import HostReads, decompose_composite, is_higher_order
+from graphcache.graphs.capture import compiled_runs_eagerly
+from graphcache.graphs.operations import DispatchMode, HostReads, decompose_composite, is_higher_order
 
 X = torch.arange(8.0).view(2, 4)
 Q = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
@@ -155,7 +155,7 @@ def test_dynamo_is_imported_by_the_first_operator_and_not_before(script):
         """
 import sys
 import torch
-from graphcache.graphs.dispatch_mode import compiled_runs_eagerly
+from graphcache.graphs.capture import compiled_runs_eagerly
 from tests.graphs.test_higher_order import Seen
 
 X = torch.ones(3)

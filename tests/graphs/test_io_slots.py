@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from graphcache.errors import CudaError
 from graphcache.graphs.cuda import ALIGNMENT, IoSlot
-from graphcache.graphs.param_patching import Pointer
 from graphcache.graphs.stream_order import StreamOrder
 from tests.graphs.fake_driver import Affine, Torch, installed
 from tests.helpers import same
@@ -24,42 +23,45 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
         yield fake
 
 
-SOMEWHERE = Pointer(None, 0, "", (), None)
+@given(st.sampled_from(["bound", "copying"]), st.integers(0, 150).map(lambda words: 4 * words))
+def test_an_output_is_written_where_it_is_aligned(kind: str, offset: int) -> None:
+    with installed() as fake:
+        graph = getattr(Affine(fake, 4, StreamOrder(0)), kind)()
+        x, out = fake.driver.heap.tensor([1, 2, 3, 4]), [fake.driver.heap.empty(4, offset=offset)]
+        if kind == "copying" or out[0].data_ptr() % ALIGNMENT == 0:
+            assert graph.replay([x], out) is out
+            assert out[0].tolist() == [4, 7, 10, 13]
+            assert graph.pointed[1] == out[0].data_ptr()
+        else:
+            with pytest.raises(CudaError, match=f"is not aligned to {ALIGNMENT} bytes"):
+                graph.replay([x], out)
 
 
-@given(st.integers(0, 600), st.sampled_from([1, 16, 64, 256]))
-def test_an_output_is_written_where_it_is_aligned_and_not_at_the_null_address(address: int, alignment: int) -> None:
-    out: Any = type("Out", (), {"data_ptr": lambda self: address})()
-    assert IoSlot(torch.zeros(4), [], alignment).target(out) == 0, "it is copied"
-    slot = IoSlot(torch.zeros(4), [SOMEWHERE], alignment)
-    if address > 0 and address % alignment == 0:
-        assert slot.target(out) == address
-    else:
-        with pytest.raises(CudaError, match=f"is not aligned to {alignment} bytes"):
-            slot.target(out)
+@pytest.mark.parametrize("kind", ["bound", "copying"])
+def test_nothing_is_written_at_the_null_address(fake: Torch, kind: str) -> None:
+    graph = getattr(Affine(fake, 4, StreamOrder(0)), kind)()
+    with pytest.raises(CudaError, match="an output at 0x0 is not aligned"):
+        graph.replay([fake.driver.heap.tensor([1, 2, 3, 4])], [torch.empty(0)])
 
 
-def test_takes_an_aligned_tensor_where_it_is(fake: Torch) -> None:
-    slot = IoSlot(fake.driver.heap.tensor([0, 0, 0, 0]), [SOMEWHERE], ALIGNMENT)
-    x = fake.driver.heap.tensor([1, 2, 3, 4])
-    assert slot.take(x) == x.data_ptr()
-    assert slot.buffer.tolist() == [0, 0, 0, 0]
+@pytest.mark.parametrize("offset", [0, 4, 16, 128])
+def test_an_input_is_read_where_it_is_aligned_and_copied_elsewhere(fake: Torch, offset: int) -> None:
+    graph = Affine(fake, 4, StreamOrder(0)).bound()
+    (slot,) = graph.inputs
+    slot.buffer.zero_()
+    x = fake.driver.heap.tensor([5, 6, 7, 8], offset=offset)
+    assert graph.replay([x])[0].tolist() == [16, 19, 22, 25]
+    assert graph.pointed[0] == (slot.address if offset else x.data_ptr())
+    assert slot.buffer.tolist() == ([5, 6, 7, 8] if offset else [0] * 4)
 
 
-@pytest.mark.parametrize("offset", [4, 16, 128])
-def test_takes_an_unaligned_tensor_through_its_buffer(fake: Torch, offset: int) -> None:
-    slot = IoSlot(fake.driver.heap.tensor([0, 0, 0, 0]), [SOMEWHERE], ALIGNMENT)
-    assert slot.take(fake.driver.heap.tensor([5, 6, 7, 8], offset=offset)) == slot.buffer.data_ptr() == slot.address
-    assert slot.buffer.tolist() == [5, 6, 7, 8]
-
-
-def test_takes_everything_through_its_buffer_without_pointers(fake: Torch) -> None:
-    slot = IoSlot(fake.driver.heap.tensor([0, 0, 0, 0]), [], 1)
-    for values in ([1, 2, 3, 4], [5, 6, 7, 8]):
-        assert slot.take(fake.driver.heap.tensor(values)) == 0
-        assert slot.buffer.tolist() == values
-    assert slot.take(torch.arange(8.0)[::2]) == slot.address == 0
-    assert slot.buffer.tolist() == [0, 2, 4, 6]
+def test_every_input_goes_through_its_buffer_without_pointers(fake: Torch) -> None:
+    graph = Affine(fake, 4, StreamOrder(0)).staged()
+    (slot,) = graph.inputs
+    for x in (fake.driver.heap.tensor([1, 2, 3, 4]), torch.arange(8.0)[::2]):
+        assert torch.equal(graph.replay([x])[0], x * 3 + 1)
+        assert torch.equal(slot.buffer, x)
+        assert graph.pointed[0] == slot.address == 0
 
 
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.reshape(2, 2).t(), lambda x: x.to(torch.int64)])

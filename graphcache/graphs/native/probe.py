@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.graphs.dispatch_mode import DispatchMode
+from graphcache.graphs.operations import DispatchMode
 
 
 class _Subclass(Tensor):
