@@ -1018,7 +1018,7 @@ def test_an_engine_that_gives_another_answer_each_time(fake: Torch) -> None:
 @pytest.mark.parametrize(("edges", "count"), [("captured", 0), ("full", 1)])
 def test_edges_of_an_engine(fake: Torch, edges: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(record_engine, "make_all_full", made.append)
+    monkeypatch.setattr(capture, "make_all_full", made.append)
     fast = wrap_recorded(load("affine"), io="copy", edges=edges)
     x = rows(fake, 2)
     for _ in range(2):
