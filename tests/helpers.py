@@ -18,7 +18,7 @@ from graphcache.cache import graph_cache
 from graphcache.cache.graph_cache import GraphCache
 from graphcache.capture.recording import Recording
 from graphcache.dispatch.dispatcher import Dispatcher
-from graphcache.modules.wrapped import state_of
+from graphcache.modules import transparent
 
 
 class Fn(nn.Module):
@@ -199,9 +199,9 @@ def own_budgets(patch: pytest.MonkeyPatch) -> None:
 
 def dispatcher_of(fast: nn.Module) -> Dispatcher:
     """What answers the calls of a wrapped module, for tests that have to look inside."""
-    return state_of(fast).dispatcher
+    return transparent.dispatcher_of(fast)
 
 
 def graphs_of(fast: nn.Module) -> GraphCache[Recording]:
     """The graphs of a wrapped module as a whole."""
-    return state_of(fast).graphs
+    return dispatcher_of(fast).captures.graphs

@@ -43,7 +43,7 @@ from graphcache.dispatch import dispatcher
 from graphcache.graphs import buffers, cpu_tape
 from graphcache.graphs import verify as judge
 from graphcache.keys import ambient, call_key, guards, state_nodes, value_nodes
-from graphcache.modules import forward_patch, wrapped
+from graphcache.modules import forward_patch
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -1146,7 +1146,7 @@ CURES: dict[str, Cure] = {
         STRATEGY + "test_at_rest_the_parts_are_what_they_were_even_after_an_exception",
     ),
     "a part runs what the user put in its place": Cure(
-        replace(wrapped.Wrapped, "run_from_now", nothing),
+        replace(forward_patch, "_follow", nothing),
         _a_patched_forward_is_not_called,
         STRATEGY + "test_a_forward_that_is_patched_after_wrapping_counts_too",
     ),

@@ -53,7 +53,7 @@ from graphcache.dispatch.capture_manager import CaptureManager, preparing
 from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
 from graphcache.dispatch.preconditions import current_device, several_devices
-from graphcache.dispatch.targets import EngineGuard, ModuleTarget, SubmoduleGraphs, Target
+from graphcache.dispatch.targets import EngineGuard, ModuleTarget, Target
 from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER, Padding
@@ -81,8 +81,8 @@ class Dispatcher:
         self.captures.on_evict = self.fast_path.clear
         ledger.observers.on_change.add(self.fast_path)
         self.fast_path.observed(bool(ledger.observers.active))
-        self.submodules: SubmoduleGraphs
-        """Set by whoever makes the dispatcher, since they have dispatchers of their own."""
+        self.submodules: Any
+        """What is captured one by one. Set by whoever makes the dispatcher: they have dispatchers of their own."""
         self.padding: Padding | None = None
         self.entries: Mapping[Hashable, Entry[Recording]] = self.captures.graphs.entries
         self._guard = target.guard

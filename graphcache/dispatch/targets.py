@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from graphcache.capture.engine_recorder import EngineRecorder
 from graphcache.capture.recording import Recorder
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
-from graphcache.errors import Cause
 from graphcache.keys.call_key import KeyedCall, describe
 from graphcache.keys.guards import ModuleGuard
 
@@ -144,24 +142,6 @@ class EngineTarget:
 
 
 Target = EngineTarget | ModuleTarget
-
-
-class SubmoduleGraphs(Protocol):
-    """The submodules of a wrapped module that are captured one by one."""
-
-    whole: bool
-    """Whether the module is to be captured as a whole."""
-    excluded: tuple[str, ...]
-    """Names of submodules that are kept out of graphs."""
-
-    def in_use(self) -> AbstractContextManager[object]:
-        """Inside, calls of the submodules use their graphs."""
-
-    def divide(self, cause: Cause) -> bool:
-        """Find the submodules if one of them may be to blame for a refusal; whether there are any."""
-
-    def look_again(self) -> None:
-        """The module has changed."""
 
 
 def arguments_of(module: Any) -> inspect.Signature | Sequence[str]:

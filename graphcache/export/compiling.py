@@ -17,7 +17,6 @@ from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.packaging import Source
 from graphcache.modules.prepare import bar
-from graphcache.modules.transparent import is_training
 
 TOLERANCE = 5e-3
 """Relative error of the norm. TensorRT multiplies in TF32 where torch may not, which alone makes 1e-3."""
@@ -100,7 +99,7 @@ def _checked_inputs(module: object, example_inputs: Any) -> Sequence[Tensor]:
     if not is_a(module, nn.Module) or is_a(module, CachedModule, EngineModule):
         raise ConfigError(f"cannot compile {shown(module)}: expected an nn.Module of PyTorch that is not wrapped")
     assert isinstance(module, nn.Module)
-    if any(map(is_training, module.modules())):
+    if any(getattr(each, "training", False) for each in module.modules()):
         raise ConfigError(f"{type(module).__name__} is in training mode; call module.eval() first")
     inputs = (example_inputs,) if is_a(example_inputs, Tensor) else example_inputs
     if not is_a(inputs, tuple, list) or not inputs or not all(is_a(each, Tensor) for each in inputs):

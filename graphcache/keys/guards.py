@@ -36,6 +36,7 @@ class ModuleGuard:
         skips: Tells submodules that keep their own account, such as engines.
         engines: Finds these submodules; the ``epoch`` of each goes up with every change.
         hooks: Whether hooks of the module itself, and of all modules, run within what is captured.
+        root: The path of the module, where it is a part of another one.
 
     Example:
         >>> module = nn.Sequential(nn.ReLU())
@@ -54,9 +55,11 @@ class ModuleGuard:
         skips: Skips | None = None,
         engines: Callable[[nn.Module], Sequence[Any]] | None = None,
         hooks: bool = True,
+        root: str = "self",
     ) -> None:
         self._module = module
-        self._ignore = tuple(ignore) if hooks else (*ignore, "self._forward_*hooks*")
+        self.root = root
+        self._ignore = tuple(ignore) if hooks else (*ignore, f"{root}._forward_*hooks*")
         self._hooks = _GLOBAL_HOOKS if hooks else ()
         self._skips = skips
         self._find_engines = engines
@@ -114,7 +117,7 @@ class ModuleGuard:
             return self._snapshot
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
-        roots = [("self", self._module), *hooks]
+        roots = [(self.root, self._module), *hooks]
         found = StateSnapshot(roots, ignore=self._ignore, skips=self._skips, functions=self._functions)
         self._engines = self._find_engines(self._module) if self._find_engines is not None else ()
         self._epoch = self._epoch_now()

@@ -7,18 +7,17 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Self
 
 from torch import nn
 
-from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import open_to
 from graphcache.dispatch.forward_into import copy_into
 from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, has_hooks, is_compiling
-from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import Cause, ConfigError, Refusal, shown
 from graphcache.events import Ledger, Observer, Subscriber, log
 from graphcache.features import features
@@ -29,11 +28,10 @@ from graphcache.modules.portable import again
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session
 from graphcache.modules.submodules import Submodules
-from graphcache.modules.transparent import TransparentModule, overridable
-from graphcache.modules.wrapped import CacheInfo, Wrapped, module_guard, name_of, state_of
+from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
+from graphcache.modules.wrapped import CacheInfo, account_of, name_of, target_of
 
 
-@overridable
 class CachedModule(TransparentModule):
     """A module that replays a CUDA graph (on the CPU: a host graph) for each call key.
 
@@ -47,6 +45,8 @@ class CachedModule(TransparentModule):
         config: Options; see :class:`~graphcache.config.GraphConfig`.
         name: What messages call it; the module's own ``name`` or that of its class if empty.
         part_of: For a submodule that is captured by itself, the dispatcher of the whole.
+        manifest: The calls that the package it was loaded from lists.
+        on_close: Called once, when this is closed or when nobody holds it any more.
 
     Raises:
         ConfigError: If ``module`` is not a module, is wrapped already, or has nothing for the strategy to capture.
@@ -59,9 +59,11 @@ class CachedModule(TransparentModule):
         (True, 1)
     """
 
-    _graphcache: Wrapped
+    _graphcache: Dispatcher
     _graphcache_table: Any
     """The native table that answers calls, if there is one. Native code finds it by this name."""
+    _graphcache_manifest: Any
+    _graphcache_end: Callable[[], object] | None
 
     def __init__(
         self,
@@ -70,41 +72,30 @@ class CachedModule(TransparentModule):
         *,
         name: str = "",
         part_of: Dispatcher | None = None,
+        manifest: Any = None,
+        on_close: Callable[[], object] | None = None,
     ) -> None:
         if isinstance(module, CachedModule):
-            raise ConfigError(f"{state_of(module).name} is wrapped already; use it as it is, or wrap its .module")
+            what = dispatcher_of(module).ledger.name
+            raise ConfigError(f"{what} is wrapped already; use it as it is, or wrap its .module")
         if not isinstance(module, nn.Module):
-            kind = type(module).__name__
-            raise ConfigError(f"expected an nn.Module, got {kind}; graphcache.load makes one of an engine")
+            what = type(module).__name__
+            raise ConfigError(f"expected an nn.Module, got {what}; graphcache.load makes one of an engine")
         super().__init__(module)
         config, name = config or GraphConfig(), name or name_of(module)
-        is_found = part_of is not None and config.strategy == "auto"
-        ledger = Ledger(name, quiet=is_found, observers=None if part_of is None else part_of.ledger.observers)
-        gate = RunGate(module) if part_of is None else part_of.gate
-        # Past nn.Module's __setattr__, which would make submodules of modules.
-        own, this = self.__dict__, weakref.ref(self)
-        own["_graphcache_table"] = None
-
-        def publish(table: Any) -> None:
-            if (fast := this()) is not None:
-                fast.__dict__["_graphcache_table"] = table
-                if table is not None:
-                    open_to(CachedModule.__call__, CachedModule.forward_into)
-
-        def part(place: str, child: nn.Module, options: GraphConfig) -> CachedModule:
-            return CachedModule(child, options, name=f"{name}.{place}" if is_found else place, part_of=dispatcher)
-
-        run = module if part_of is None else module.forward
-        if isinstance(module, EngineLike):
-            target: Target = EngineTarget(module, run, config, self)
-        else:
-            guard = module_guard(module, self, config.ignore, hooks=part_of is None)
-            target = ModuleTarget(module, run, name, config, guard)
-        dispatcher = Dispatcher(target, config, ledger, gate, publish)
-        dispatcher.submodules = submodules = Submodules(module, config, part)
+        ledger, gate = Ledger(name), RunGate(module)
+        if part_of is not None:
+            ledger = Ledger(name, quiet=config.strategy == "auto", observers=part_of.ledger.observers)
+            gate = part_of.gate
+        target = target_of(self, module, name, config, is_part=part_of is not None)
+        end = None if on_close is None else weakref.finalize(self, on_close)
+        # Past __setattr__, which sets attributes of the module.
+        self.__dict__.update(_graphcache_table=None, _graphcache_manifest=manifest, _graphcache_end=end)
+        dispatcher = Dispatcher(target, config, ledger, gate, partial(_publish, weakref.ref(self)))
+        dispatcher.submodules = Submodules(module, config, partial(_part, dispatcher))
         if config.buckets is not None:
             dispatcher.padding = features.padding(config.buckets, dispatcher)
-        own["_graphcache"] = Wrapped(dispatcher, submodules)
+        self.__dict__["_graphcache"] = dispatcher
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # All that nn.Module.__call__ adds is hooks, at 0.9 µs.
@@ -120,7 +111,7 @@ class CachedModule(TransparentModule):
             ClosedError: After :meth:`close`.
             Exception: Whatever the module raises for these arguments.
         """
-        dispatcher = self._graphcache.dispatcher
+        dispatcher = self._graphcache
         if is_compiling():
             # Nothing of what follows belongs into a compiled program.
             return dispatcher.target.run(*args, **kwargs)
@@ -156,8 +147,8 @@ class CachedModule(TransparentModule):
     def _graphcache_into(self, out: Any, *args: Any, **kwargs: Any) -> Any:
         """:meth:`forward_into`, where native code left it alone; native code finds it by this name."""
         straight = not (is_compiling() or has_hooks(self))
-        if not (straight and self._graphcache.dispatcher.into(out, args, kwargs)):
-            copy_into(out, self(*args, **kwargs), self._graphcache.name)
+        if not (straight and self._graphcache.into(out, args, kwargs)):
+            copy_into(out, self(*args, **kwargs), self._graphcache.ledger.name)
         return out
 
     @property
@@ -168,12 +159,12 @@ class CachedModule(TransparentModule):
     @property
     def ledger(self) -> Ledger:
         """Counters, and the subscribers of events."""
-        return self._graphcache.dispatcher.ledger
+        return self._graphcache.ledger
 
     @property
     def manifest(self) -> Any:
         """The calls that the package it was loaded from lists; ``None`` if there is no package or no list."""
-        return self._graphcache.manifest
+        return self._graphcache_manifest
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -195,7 +186,7 @@ class CachedModule(TransparentModule):
             CaptureError: If the call cannot be captured, with the cause.
             Exception: Whatever the module raises for these arguments.
         """
-        return open_session(self._graphcache.dispatcher, args, kwargs)
+        return open_session(self._graphcache, args, kwargs)
 
     def prepare(
         self, *calls: Any, pin: bool = False, deadline: float | None = None, progress: bool | None = None
@@ -238,7 +229,7 @@ class CachedModule(TransparentModule):
         manifest, left_out = features.manifest_of(self)
         left_out += manifest.save(path)
         if left_out:
-            log.info("%s: %d calls were left out of the manifest", self._graphcache.name, left_out)
+            log.info("%s: %d calls were left out of the manifest", self._graphcache.ledger.name, left_out)
         return manifest
 
     def save(
@@ -268,16 +259,17 @@ class CachedModule(TransparentModule):
             fast.save("model.gcache")
             fast = graphcache.load("model.gcache", into=Model(), prepare=True)
         """
-        state = self._graphcache
-        state.dispatcher.check_open()
+        dispatcher = self._graphcache
+        dispatcher.check_open()
         if type(manifest) is not bool:
             raise ConfigError(f"manifest={shown(manifest)}: expected True or False")
+        about = {"config": dispatcher.config, "name": dispatcher.ledger.name}
         calls = features.manifest_of(self)[0] if manifest else None
-        features.save(state.module, path, onnx=onnx, build=build, config=state.config, name=state.name, manifest=calls)
+        features.save(self._graphcache_module, path, onnx=onnx, build=build, manifest=calls, **about)
 
     def cache_info(self) -> CacheInfo:
         """The counters so far, of this module and of the submodules that it captured one by one."""
-        return self._graphcache.cache_info()
+        return account_of(self._graphcache)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Say what becomes of such a call, or without arguments of all calls so far; see :func:`graphcache.explain`."""
@@ -285,25 +277,25 @@ class CachedModule(TransparentModule):
 
     def graph_for(self, *args: Any, **kwargs: Any) -> Graph | None:
         """The graph that answers such a call, or ``None``; without arguments the graph that was used last."""
-        dispatcher = self._graphcache.dispatcher
-        if not args and not kwargs:
-            entry = max(list(dispatcher.entries.values()), key=lambda each: each.used, default=None)
-        else:
+        dispatcher = self._graphcache
+        if args or kwargs:
             try:
                 call = dispatcher.target.describe(args, kwargs)
             except Refusal:
                 return None
             padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
             entry = dispatcher.entries.get(padded or call.key)
+        else:
+            entry = max(list(dispatcher.entries.values()), key=lambda each: each.used, default=None)
         return None if entry is None else entry.graph.graph
 
     def try_capture(self, *args: Any, **kwargs: Any) -> Cause | None:
         """Run a call eagerly and capture it; return why it has no graph, or ``None`` if it has one."""
         try:
-            call = self._graphcache.dispatcher.target.describe(args, kwargs)
+            call = self._graphcache.target.describe(args, kwargs)
         except Refusal as refusal:
             return refusal.cause
-        return self._graphcache.dispatcher.prepare(call)
+        return self._graphcache.prepare(call)
 
     def advise_buckets(self, trace: Any = None, most: int | Mapping[int, int] = 8, *, argument: str | int = 0) -> Any:
         """The :class:`graphcache.Advice` of buckets for one argument: the least padding of the shapes that were seen.
@@ -316,14 +308,14 @@ class CachedModule(TransparentModule):
         Raises:
             ConfigError: Naming the field, or if no shape of the argument was seen.
         """
-        return features.advise_buckets(self._graphcache.dispatcher, trace, most, argument=argument)
+        return features.advise_buckets(self._graphcache, trace, most, argument=argument)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call ``subscriber`` with every capture, eviction and eager call, in the thread of the call.
 
         Returns a function that ends it.
         """
-        return self._graphcache.dispatcher.ledger.subscribe(subscriber)
+        return self._graphcache.ledger.subscribe(subscriber)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Tell an observer before and after every eager run, capture and replay of the module and of its submodules.
@@ -334,36 +326,52 @@ class CachedModule(TransparentModule):
         Raises:
             ConfigError: For what has no ``before`` and ``after``.
         """
-        return self._graphcache.dispatcher.ledger.observers.add(observer)
+        return self._graphcache.ledger.observers.add(observer)
 
     def clear(self, *, wait: bool = True) -> None:
         """Drop every graph, and forget what could not be captured; the next call of each key captures anew.
 
         Unless it waits for the last replays, memory that they use is released at the latest with the next capture.
         """
-        # Its options may have been refused when it was made, and an engine still know it.
-        if (state := self.__dict__.get("_graphcache")) is not None:
-            state.clear(wait=wait)
+        dispatcher: Dispatcher | None = self.__dict__.get("_graphcache")
+        if dispatcher is None:
+            # Its options were refused when it was made, and an engine still knows it.
+            return
+        wait = wait or dispatcher.config.capture_in == "background"
+        with dispatcher.captures.lock:
+            dispatcher.clear(wait=wait)
+            for part in dispatcher.submodules.active:
+                controls(part).clear(wait=wait)
+        if wait:
+            dispatcher.queue.finish()
 
     def close(self) -> None:
         """Drop every graph and refuse further calls; the module itself stays usable. Twice does nothing."""
-        self._graphcache.close()
+        dispatcher = self._graphcache
+        with dispatcher.captures.lock:
+            dispatcher.captures.closed = True
+            dispatcher.clear()
+            for part in dispatcher.submodules.active:
+                controls(part).close()
+        dispatcher.queue.finish()
+        if self._graphcache_end is not None:
+            self._graphcache_end()
 
     def extra_repr(self) -> str:
-        state = self._graphcache
-        return f"{state.name}, {len(state.graphs)} graphs, strategy={state.config.strategy!r}"
+        dispatcher = self._graphcache
+        return f"{dispatcher.ledger.name}, {len(dispatcher.entries)} graphs, strategy={dispatcher.config.strategy!r}"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._graphcache.close()
+        controls(self).close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy has the module and the options, and captures its own graphs.
-        state = self._graphcache
-        state.dispatcher.check_open()
-        return again, (state.module, state.config, state.name)
+        dispatcher = self._graphcache
+        dispatcher.check_open()
+        return again, (self._graphcache_module, dispatcher.config, dispatcher.ledger.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         make, (module, config, name) = self.__reduce_ex__(2)
@@ -372,7 +380,21 @@ class CachedModule(TransparentModule):
 
     def _graphcache_context(self) -> AbstractContextManager[object]:
         """While a method of the module runs, calls of the module and of its submodules use their graphs."""
-        state = self._graphcache
-        if state.dispatcher.captures.closed or isinstance(state.module, EngineLike) or is_compiling():
+        dispatcher = self._graphcache
+        if dispatcher.captures.closed or dispatcher.target.is_engine or is_compiling():
             return nullcontext()
-        return ForwardPatches(lambda: (self, *state.submodules.active)).active()
+        return ForwardPatches().active((self, *dispatcher.submodules.active))
+
+
+def _publish(fast: weakref.ref[CachedModule], table: Any) -> None:
+    """Let native code answer the calls of a wrapped module from a table, or from none."""
+    if (found := fast()) is not None:
+        found.__dict__["_graphcache_table"] = table
+        if table is not None:
+            open_to(CachedModule.__call__, CachedModule.forward_into)
+
+
+def _part(whole: Dispatcher, place: str, module: nn.Module, options: GraphConfig) -> CachedModule:
+    """A submodule that is captured by itself; it is named after its place in the outermost module."""
+    name = f"{whole.ledger.name}.{place}" if whole.ledger.quiet else place
+    return CachedModule(module, options, name=name, part_of=whole)

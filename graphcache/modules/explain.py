@@ -9,24 +9,22 @@ from typing import Any, Literal
 
 from graphcache.cache.key_table import KeyState
 from graphcache.dispatch.background import PENDING
+from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.keys.call_spec import CallSpec
-from graphcache.modules.transparent import TransparentModule, controls
-from graphcache.modules.wrapped import CacheInfo, state_of
-
-Outcome = Literal["hit", "capture", "eager"]
-Status = Literal["captured", "changed", "evicted", "denied", "new"]
+from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
+from graphcache.modules.wrapped import CacheInfo
 
 _SHOWN = 20
-_OFTEN = 8
-"""Eager calls of a key after which it is saved although it has no graph."""
 _PASSING = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD})
 """Reasons that say nothing of the operations, so that another call may well have a graph."""
-_NOTES = {
-    "changed": "the module has changed since its graph was captured",
-    "evicted": "it had a graph, which was evicted",
+_RETRIES = {
+    None: "",
+    0: "it is looked at again at its next call",
+    1: "another capture is tried after 1 call",
 }
+"""What is said of a denied key, by the number of calls until a capture is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class Explained:
 
     call: str
     """Its arguments in words."""
-    outcome: Outcome
+    outcome: Literal["hit", "capture", "eager"]
     """Of the next call."""
     cause: Cause | None = None
     """Why it runs eagerly."""
@@ -79,13 +77,6 @@ class Explained:
     """What differs from that one to this one, one line each."""
     note: str = ""
     """What else is to be known."""
-    spec: CallSpec | None = field(default=None, repr=False)
-    status: Status = "new"
-    """Whether it is captured, the module has changed since, the graph was evicted, or a capture was denied."""
-    answered: int = 0
-    """How many calls there were, with those that were padded to it, and without those that were captured."""
-    is_worth_saving: bool = False
-    """Whether it had a graph, or was called often without one."""
 
     def __str__(self) -> str:
         what = {"hit": f"replays ({self.hits} so far)", "capture": "is captured at its next call"}
@@ -177,93 +168,75 @@ def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation
     """
     if not isinstance(module, TransparentModule):
         raise ConfigError(f"expected a wrapped module, got {type(module).__name__}; wrap it with graphcache.wrap")
-    state_of(module).dispatcher.check_open()
-    known = [each for each in keys_of(module) if each.status != "new" or each.calls]
+    dispatcher, control = dispatcher_of(module), controls(module)
+    dispatcher.check_open()
     if args or kwargs:
-        found = [_of_call(module, args, kwargs)]
+        calls = [_of_call(dispatcher, args, kwargs)]
     else:
-        found = sorted(known, key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
-    graphs = [each.spec for each in known if each.spec is not None and each.status in ("captured", "changed")]
-    calls = tuple(_with_nearest(each, graphs) for each in found)
-    control = controls(module)
+        calls = _of_keys(dispatcher, dispatcher.captures.keys.known())
+        calls.sort(key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
     parts = tuple(explain(part) for part in control.parts.values())
-    return Explanation(control.ledger.name, calls, control.cache_info(), parts)
+    return Explanation(dispatcher.ledger.name, tuple(calls), control.cache_info(), parts)
 
 
-def keys_of(fast: TransparentModule, keys: list[Any] | None = None) -> list[Explained]:
-    """What is known of some keys of a wrapped module, or of all that are remembered, whatever the modes are now."""
-    dispatcher, names = state_of(fast).dispatcher, arguments_of(state_of(fast).module)
-    captures, entries, seen = dispatcher.captures, dispatcher.entries, dispatcher.captures.keys
+def _of_keys(dispatcher: Dispatcher, keys: Sequence[Any], cause: Cause | None = None) -> list[Explained]:
+    """What is known of some keys. Their next calls run eagerly if a ``cause`` is given, whatever is known."""
+    captures, names = dispatcher.captures, arguments_of(dispatcher.target.module)
     changed = captures.target.guard.has_changed()
-    if keys is None:
-        keys = list(dict.fromkeys([*list(entries), *seen.known()]))
+    captured: list[Any] = list(dispatcher.entries)
+    graphs = [CallSpec(key, names) for key in captured]
     found = []
     for key in keys:
-        entry, state, hits = entries.get(key), seen.states.get(key) or KeyState(0.0), seen.hits(key)
-        status: Status = "evicted" if state.capture.count else "new"
-        cause, note = None, ""
+        entry, state = dispatcher.entries.get(key), captures.keys.states.get(key) or KeyState(0.0)
+        is_current = entry is not None and not changed and entry.graph.version == captures.version
+        reason, note = None, "it had a graph, which was evicted" if state.capture.count else ""
         if entry is not None:
-            status = "changed" if changed or entry.graph.version != captures.version else "captured"
+            note = "" if is_current else "the module has changed since its graph was captured"
         elif dispatcher.queue.is_pending(key):
-            cause = PENDING
+            reason = PENDING
         elif (denial := state.denial) is not None:
-            status, cause, retry_after = "denied", denial.cause, denial.wait(captures.version + changed)
-            if retry_after == 0:
-                note = "it is looked at again at its next call"
-            elif retry_after is not None:
-                note = f"another capture is tried after {retry_after} call{'s' * (retry_after != 1)}"
+            reason, retry_after = denial.cause, denial.wait(captures.version + changed)
+            note = _RETRIES.get(retry_after, f"another capture is tried after {retry_after} calls")
         else:
-            cause = captures.admission.ask(key)
+            reason = captures.admission.ask(key)
         spec = CallSpec(key, names)
+        has_near = cause is None and entry is None and (reason is None or reason.reason in _PASSING)
+        near = min(graphs, key=spec.distance, default=None) if has_near else None
         found.append(
             Explained(
                 str(spec) + "".join(f", {name} {value}" for name, value in spec.modes.items()),
-                "hit" if status == "captured" else "capture" if cause is None else "eager",
-                cause,
-                calls=seen.calls(key),
+                "eager" if cause or reason else "hit" if is_current else "capture",
+                cause or reason,
+                calls=captures.keys.calls(key),
                 hits=0 if entry is None else entry.hits,
                 nbytes=0 if entry is None else entry.nbytes,
                 costs=Costs(state.eager.known, state.replay.known, state.capture.known),
-                note=note or _NOTES.get(status, ""),
-                spec=spec,
-                status=status,
-                answered=state.ran + hits,
-                is_worth_saving=entry is not None or state.capture.count > 0 or state.ran >= _OFTEN,
+                nearest="" if near is None else str(near),
+                differs=() if near is None else tuple(near.diff(spec)),
+                note=note,
             )
         )
     return found
 
 
-def _of_call(module: TransparentModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
+def _of_call(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
     """What the next call with these arguments would do."""
-    dispatcher = state_of(module).dispatcher
     try:
         call = dispatcher.target.describe(args, kwargs)
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
     padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
-    [found] = keys_of(module, [padded or call.key])
-    note = found.note
-    if padded is not None and found.spec is not None:
-        own = CallSpec(call.key, found.spec.names)
-        note = f"it is padded: {', '.join(own.diff(found.spec))}"
-        found = replace(found, call=str(own))
     reason = dispatcher.forbidden()
     cause = Cause(reason) if reason is not None else dispatcher.captures.needs_grad(call.tensors)
-    if cause is not None:
-        return replace(found, outcome="eager", cause=cause, note=note, spec=None)
-    if dispatcher.config.strategy == "per_submodule":
-        return replace(found, outcome="eager", cause=None, note="its parts are captured one by one", spec=None)
-    return replace(found, note=note)
-
-
-def _with_nearest(found: Explained, graphs: Sequence[CallSpec]) -> Explained:
-    """With the most similar call that has a graph, for one that might have one too."""
-    spec, may = found.spec, found.cause is None or found.cause.reason in _PASSING
-    if spec is None or not graphs or not may or found.status in ("captured", "changed"):
-        return found
-    near = min(graphs, key=lambda each: each.distance(spec))
-    return replace(found, nearest=str(near), differs=tuple(near.diff(spec)))
+    [found] = _of_keys(dispatcher, [padded or call.key], cause)
+    if padded is not None:
+        names = arguments_of(dispatcher.target.module)
+        own = CallSpec(call.key, names)
+        found = replace(found, call=str(own), note=f"it is padded: {', '.join(own.diff(CallSpec(padded, names)))}")
+    if cause is None and dispatcher.config.strategy == "per_submodule":
+        note = "its parts are captured one by one"
+        return replace(found, outcome="eager", cause=None, nearest="", differs=(), note=note)
+    return found
 
 
 def _duration(seconds: float) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, has_hooks, is_compiling
-from graphcache.modules.transparent import TransparentModule
-from graphcache.modules.wrapped import state_of
+from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 
 _PATCHED = ("forward", "__getstate__")
 """What is patched in a module's ``__dict__`` while calls are under way."""
@@ -33,13 +32,8 @@ class _Patch:
         self.own: dict[str, Any] = {key: value for key, value in vars(module).items() if key == self.name}
         """What the user had put there, if anything."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.own:
-            return copy.deepcopy(self.own[self.name], memo)
-        return getattr(copy.deepcopy(self.module, memo), self.name)
-
     def __reduce__(self) -> Any:
-        return (_given, (self.own[self.name],)) if self.own else (getattr, (self.module, self.name))
+        return (operator.getitem, (self.own, self.name)) if self.own else (getattr, (self.module, self.name))
 
 
 class ForwardPatch(_Patch):
@@ -64,7 +58,7 @@ class ForwardPatch(_Patch):
         # What is compiled holds no graphs.
         part = None if is_compiling() else self.parts.get(_active.get())
         # Hooks of the module have run already, and running the module would run them once more.
-        if part is None or (state_of(part).dispatcher.target.run is self.module and has_hooks(self.module)):
+        if part is None or (dispatcher_of(part).target.run is self.module and has_hooks(self.module)):
             return self.original(*args, **kwargs)
         token = _active.set(None)
         try:
@@ -104,27 +98,20 @@ def _restore(attributes: dict[str, Any]) -> None:
             attributes.update(patch.own)
 
 
-def _given(value: Any) -> Any:
-    """What a pickle calls to have a value."""
-    return value
-
-
 class ForwardPatches:
     """While active, calls of the parts go through their graphs; outside, and in other threads, nothing has changed.
 
     A part keeps its place, its name and its hooks: only the ``forward`` that its ``__call__`` finds is another one, for
-    as long as a call of the whole is under way. ``parts`` gives the wrapped parts as they are now.
+    as long as a call of the whole is under way.
     """
 
-    def __init__(self, parts: Callable[[], tuple[TransparentModule, ...]]) -> None:
-        self._parts = parts
+    def __init__(self) -> None:
         self._installed: dict[TransparentModule, None] = {}
         self._calls = 0
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, parts: Sequence[TransparentModule]) -> Iterator[None]:
         """Inside, in this context, the parts use their graphs."""
-        parts = self._parts()
         if not parts:
             yield
             return
@@ -147,24 +134,31 @@ class ForwardPatches:
 
     def _install(self, part: TransparentModule) -> None:
         """Lead calls of a part to its graphs."""
-        state, module = state_of(part), state_of(part).module
-        patch = vars(module).get("forward")
+        target = dispatcher_of(part).target
+        patch = vars(target.module).get("forward")
         if not isinstance(patch, ForwardPatch):
-            patch = ForwardPatch(module)
-            vars(module).update(__getstate__=StatePatch(module), forward=patch)
-        if state.dispatcher.target.run is not module:
-            state.run_from_now(patch.original)
+            patch = ForwardPatch(target.module)
+            vars(target.module).update(__getstate__=StatePatch(target.module), forward=patch)
+        _follow(part, patch.original)
         patch.parts[self] = part
         self._installed[part] = None
 
     def _remove(self, part: TransparentModule) -> None:
         """Undo :meth:`_install`; the last one to leave puts everything back."""
-        attributes = vars(state_of(part).module)
+        attributes = vars(dispatcher_of(part).target.module)
         patch = attributes.get("forward")
         if isinstance(patch, ForwardPatch):
             patch.parts.pop(self, None)
             if not patch.parts:
                 _restore(attributes)
+
+
+def _follow(part: TransparentModule, forward: Callable[..., Any]) -> None:
+    """Capture what the user has put in the place of a part's ``forward``; graphs of another one are dropped."""
+    target = dispatcher_of(part).target
+    if target.run is not target.module and target.run != forward:
+        controls(part).clear()
+        target.runs(forward)
 
 
 _active: ContextVar[ForwardPatches | None] = ContextVar("graphcache_forward_patches", default=None)

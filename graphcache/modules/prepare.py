@@ -21,8 +21,8 @@ from graphcache.events import Event, RanEagerly, log
 from graphcache.features import features
 from graphcache.keys.call_key import CallKey
 from graphcache.modules.examples import Job, job_of
-from graphcache.modules.transparent import TransparentModule, controls
-from graphcache.modules.wrapped import device_of, state_of
+from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
+from graphcache.modules.wrapped import device_of
 
 _T = TypeVar("_T")
 
@@ -98,8 +98,8 @@ def prepare(
 ) -> Prepared:
     """What :meth:`CachedModule.prepare` does."""
     _check_options(given, pin, deadline, progress)
-    state, start = state_of(fast), time.monotonic()
-    state.dispatcher.check_open()
+    dispatcher, start = dispatcher_of(fast), time.monotonic()
+    dispatcher.check_open()
     kinds = (str, os.PathLike, features.manifest_type)
     jobs = sorted((job_of(each, fast) for each in given if not is_a(each, *kinds)), key=lambda job: -job.nbytes)
     work = _Work(pin)
@@ -110,7 +110,7 @@ def prepare(
             work.left_out += chosen.left_out
             work.problems += chosen.problems
     seconds = math.inf if deadline is None else deadline
-    with bar(f"Preparing {state.name}", 2 * len(jobs), progress) as step:
+    with bar(f"Preparing {dispatcher.ledger.name}", 2 * len(jobs), progress) as step:
         # What is warm and never captured was in vain.
         warm = work.warm(jobs, start + seconds / 2, step)
         work.capture(fast, warm, start + seconds, step)
@@ -123,8 +123,8 @@ def prepare(
         tuple(work.problems),
     )
     if work.problems:
-        log.warning("%s: of a manifest was ignored: %s", state.name, "; ".join(map(str, work.problems)))
-    log.info("%s: %s", state.name, done)
+        log.warning("%s: of a manifest was ignored: %s", dispatcher.ledger.name, "; ".join(map(str, work.problems)))
+    log.info("%s: %s", dispatcher.ledger.name, done)
     return done
 
 
@@ -143,7 +143,7 @@ class _Work:
         found: dict[tuple[int, CallKey], tuple[Job, CallKey]] = {}
         for job in self._in_time(jobs, until, step):
             with self._noted(job):
-                dispatcher = state_of(job.target).dispatcher
+                dispatcher = dispatcher_of(job.target)
                 call = dispatcher.target.describe(*job.make())
                 place = id(job.target), call.key
                 if place not in found and call.key not in dispatcher.entries:
@@ -155,9 +155,9 @@ class _Work:
                         dispatcher.target.run(*call.args, **call.kwargs)
                 found.setdefault(place, (job, call.key))
         for target in dict.fromkeys(job.target for job, _ in found.values()):
-            if state_of(target).dispatcher.captures.on_cuda:
+            if dispatcher_of(target).captures.on_cuda:
                 # What went wrong on the device shows here, with nothing captured.
-                torch.cuda.current_stream(device_of(state_of(target).module)).synchronize()
+                torch.cuda.current_stream(device_of(controls(target).module)).synchronize()
         return list(found.values())
 
     def capture(
@@ -165,10 +165,10 @@ class _Work:
     ) -> None:
         """Capture what ran, and note what cannot be captured."""
         with self.preparation, ExitStack() as stack:
-            for part in state_of(fast).submodules.named().values():
+            for part in controls(fast).parts.values():
                 stack.callback(controls(part).subscribe(self._hear))
             for job, key in self._in_time(warm, until, step):
-                dispatcher = state_of(job.target).dispatcher
+                dispatcher = dispatcher_of(job.target)
                 if job.measured is not None and key not in dispatcher.entries:
                     dispatcher.captures.admission.learn(key, **job.measured)
                 # One of a part, with on_failure="raise", was heard.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -18,8 +17,8 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, ConfigError, Reason
 from graphcache.modules.forward_patch import ForwardPatches
-from graphcache.modules.transparent import TransparentModule
-from graphcache.modules.wrapped import CacheInfo, state_of
+from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
+from graphcache.modules.wrapped import CacheInfo, account_of
 
 Make = Callable[[str, nn.Module, GraphConfig], TransparentModule]
 
@@ -56,35 +55,35 @@ class Submodules:
         self._module = module
         self._make = make
         self._lock = threading.Lock()
+        self._patches = ForwardPatches()
         self.excluded = _excluded(module, config)
         """Names of submodules that are kept out of graphs, so that the whole has none."""
-        named, is_engine = _named_parts(module, config, self.excluded), isinstance(module, EngineLike)
+        named, is_engine = _named(module, config, self.excluded), isinstance(module, EngineLike)
         self._finds = config.strategy == "auto" and not named and not is_engine
         self._found = False
-        # Candidates hold nothing that is excluded.
+        # Of those that are found: they hold nothing that is excluded.
         self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
-        self._parts = {name: make(name, part, _options(fixed, name)) for name, part in named.items()}
+        self._parts = {name: make(name, part, fixed) for name, part in named.items()}
         self.active = tuple(self._parts.values())
         """The parts that stand in the module now, without parts of parts."""
-        self.past: CacheInfo | None = None
-        """The account of parts that stand in the module no more."""
+        self.past = CacheInfo()
+        """The account of parts that stand in the module no more. Its eager calls are counted by the whole."""
         self.whole = is_engine or (config.strategy != "per_submodule" and not self.excluded)
         """Whether the module is to be captured as a whole."""
-        self._patches = ForwardPatches(lambda: self.active)
         if not self.whole:
             self.discover()
 
     def in_use(self) -> AbstractContextManager[object]:
         """Inside, calls of the parts use their graphs."""
-        return self._patches.active()
+        return self._patches.active(self.active)
 
     def named(self) -> dict[str, TransparentModule]:
         """The parts, and parts of parts, by their names within the module."""
         found = {}
         for name, part in self._parts.items():
             found[name] = part
-            found.update({f"{name}.{inner}": each for inner, each in state_of(part).submodules.named().items()})
+            found.update({f"{name}.{inner}": each for inner, each in dispatcher_of(part).submodules.named().items()})
         return found
 
     def divide(self, cause: Cause) -> bool:
@@ -105,26 +104,26 @@ class Submodules:
             here: dict[str, TransparentModule] = {}
             for name, child in _candidates(self._module, self.excluded).items():
                 known = self._parts.get(name)
-                if known is None or state_of(known).module is not child:
-                    known = self._make(name, child, _options(self._own, name))
+                if known is None or controls(known).module is not child:
+                    known = self._make(name, child, self._own)
                 here[name] = known
             gone = [part for name, part in self._parts.items() if here.get(name) is not part]
             self._parts, self.active, self._found = here, tuple(here.values()), True
         for part in gone:
             # Not closed: a call in another thread may be on its way through it.
-            state_of(part).clear(wait=False)
-            account = replace(state_of(part).cache_info(), graphs=0, nbytes=0, budget=0)
+            controls(part).clear(wait=False)
+            account = replace(account_of(dispatcher_of(part)), eager={}, graphs=0, nbytes=0, budget=0)
             with self._lock:
-                self.past = account if self.past is None else self.past + account
+                self.past += account
 
     def expand_to(self, name: str) -> None:
         """Find the parts on the way to a submodule; a name that is none does nothing."""
-        if name not in dict(self._module.named_modules()) or not name:
+        if not name or name not in dict(self._module.named_modules()):
             return
         self.discover()
         for own, part in self._parts.items():
             if name.startswith(f"{own}."):
-                state_of(part).submodules.expand_to(name[len(own) + 1 :])
+                dispatcher_of(part).submodules.expand_to(name.removeprefix(f"{own}."))
 
     def look_again(self) -> None:
         """Find the parts anew when they are needed next: the module has changed."""
@@ -133,31 +132,7 @@ class Submodules:
             self.discover()
 
 
-def _options(config: GraphConfig, name: str) -> GraphConfig:
-    """The options of a part; the paths of its state begin with ``self``."""
-    prefix = "self" + "".join(f"[{each}]" if each.isdigit() else f".{each}" for each in name.split("."))
-    found = (each for path in config.ignore for each in _within(path, prefix))
-    return replace(config, ignore=tuple(dict.fromkeys(found)))
-
-
-def _within(path: str, prefix: str) -> list[str]:
-    """What a path that may hold ``*`` is called in the submodule at ``prefix``; empty if it does not reach there."""
-    if not path.startswith("self"):
-        # It is found from elsewhere, such as a global.
-        return [path]
-    found = []
-    for end in range(len(path) + 1):
-        head, rest = path[:end], path[end:]
-        if re.fullmatch(re.escape(head).replace(r"\*", ".*"), prefix):
-            # What * stands for may go on in the submodule.
-            found += [f"self*{rest}"] if head.endswith("*") else []
-            found += [f"self{rest}"] if not rest or rest[0] in ".[*" else []
-    if not found and re.match(re.escape(path).replace(r"\*", ".*") + r"[.[]", prefix):
-        return ["self"]
-    return found
-
-
-def _named_parts(module: nn.Module, config: GraphConfig, excluded: Sequence[str]) -> dict[str, nn.Module]:
+def _named(module: nn.Module, config: GraphConfig, excluded: Sequence[str]) -> dict[str, nn.Module]:
     """The submodules that ``include`` names, or without it the engines, by name; ``{}`` where they are to be found."""
     if config.strategy == "whole_graph" or isinstance(module, EngineLike):
         return {}
@@ -165,20 +140,18 @@ def _named_parts(module: nn.Module, config: GraphConfig, excluded: Sequence[str]
     for name in config.include:
         if name not in names:
             raise ConfigError(f"include names {name!r}{_near(name, names)}")
-    chosen = {name: names[name] for name in config.include}
-    for name in chosen:
-        if outer := next((other for other in chosen if name.startswith(f"{other}.")), None):
+        if outer := next((other for other in config.include if other != name and _is_in(name, other)), None):
             raise ConfigError(f"include names both {outer!r} and {name!r}, which is inside it; name one of them")
-        if clash := next((other for other in excluded if _shares(name, other)), None):
+        if clash := next((other for other in excluded if _overlap(name, other)), None):
             raise ConfigError(
                 f"include names {name!r} and exclude matches {clash!r}, of which one is inside the other; name one of "
                 f"them"
             )
-    if config.strategy == "auto":
+    chosen = {name: names[name] for name in config.include}
+    if chosen or config.strategy == "auto":
         return chosen
-    if not chosen:
-        engines = {name: part for name, part in names.items() if isinstance(part, EngineLike)}
-        chosen = {name: part for name, part in engines.items() if not any(_shares(name, each) for each in excluded)}
+    engines = {name: part for name, part in names.items() if isinstance(part, EngineLike)}
+    chosen = {name: part for name, part in engines.items() if not any(_overlap(name, each) for each in excluded)}
     if not chosen:
         what = "contains no engine that is not excluded" if excluded else "contains no engine"
         raise ConfigError(
@@ -190,17 +163,16 @@ def _named_parts(module: nn.Module, config: GraphConfig, excluded: Sequence[str]
 
 def _excluded(module: nn.Module, config: GraphConfig) -> tuple[str, ...]:
     """The names of submodules that ``exclude`` keeps out of graphs; those inside them are kept out with them."""
-    if not config.exclude:
-        return ()
-    names = _submodules(module)
-    found: dict[str, None] = {}
+    names = _submodules(module) if config.exclude else {}
+    found: list[str] = []
     for pattern in config.exclude:
         matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
         if not matched:
             raise ConfigError(f"exclude names {pattern!r}{_near(pattern, names)}")
-        found.update(dict.fromkeys(matched))
-    excluded = tuple(name for name in found if not any(name.startswith(f"{other}.") for other in found))
-    if config.strategy == "auto" and not _candidates(module, excluded):
+        found += matched
+    outermost = [name for name in found if not any(name != other and _is_in(name, other) for other in found)]
+    excluded = tuple(dict.fromkeys(outermost))
+    if excluded and config.strategy == "auto" and not _candidates(module, excluded):
         raise ConfigError(
             f"exclude={list(config.exclude)} leaves nothing of {type(module).__name__} that could be captured; exclude "
             f"less, or call the module itself"
@@ -220,9 +192,9 @@ def _candidates(module: nn.Module, excluded: Collection[str] = ()) -> dict[str, 
             if id(child) in seen or isinstance(child, TransparentModule) or name in excluded:
                 continue
             seen.add(id(child))
-            holds_excluded = any(each.startswith(f"{name}.") for each in excluded)
             # A list of modules is never called, and what holds something excluded is not captured as a whole.
-            if not _is_closed(child) and (holds_excluded or type(child).forward is nn.Module.forward):
+            is_open = type(child).forward is nn.Module.forward or any(_is_in(each, name) for each in excluded)
+            if is_open and not _is_closed(child):
                 search(child, f"{name}.")
             else:
                 found[name] = child
@@ -246,9 +218,14 @@ def _is_closed(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or is_optimized or module._compiled_call_impl is not None
 
 
-def _shares(name: str, other: str) -> bool:
+def _is_in(name: str, other: str) -> bool:
+    """Whether a submodule is another one, or inside it."""
+    return f"{name}.".startswith(f"{other}.")
+
+
+def _overlap(name: str, other: str) -> bool:
     """Whether one of two submodules is the other one, or inside it."""
-    return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
+    return _is_in(name, other) or _is_in(other, name)
 
 
 def _near(name: str, names: Collection[str]) -> str:

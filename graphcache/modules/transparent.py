@@ -4,20 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, wraps
 from inspect import getattr_static, isfunction
 from types import MethodType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from torch import nn
 
+from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.errors import ConfigError
 
-_S = TypeVar("_S", bound="type[TransparentModule]")
 _KEPT = frozenset({"forward", "forward_into", "load_state_dict", "state_dict", "train", "training"})
 """Public names that are not overridden: they do what the other module's do, or are called at every hit."""
 _SPECIAL = ("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__")
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class Overridable:
+    """A public function or property of a transparent class; an attribute of that name of the other module hides it."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.value = value
+        self._name = name
+        self.__doc__ = value.__doc__
+
+    def __get__(self, instance: TransparentModule | None, owner: type[TransparentModule]) -> Any:
+        if instance is not None and self._is_hidden(instance._graphcache_module):
+            try:
+                return instance._graphcache_get(self._name)
+            except AttributeError:
+                pass
+        return self.value.__get__(instance, owner)
+
+    def _is_hidden(self, module: nn.Module) -> bool:
+        definer = next((each for each in type(module).__mro__ if self._name in vars(each)), None)
+        # A name that no class defines may be made up by __getattr__.
+        if definer is None or self._name in vars(module):
+            return True
+        return definer is not nn.Module and not definer.__module__.startswith("graphcache.")
 
 
 def _table(name: str) -> property:
@@ -32,11 +56,6 @@ def _table(name: str) -> property:
     return property(get, ignore)
 
 
-def is_training(module: nn.Module) -> bool:
-    """Whether a module is in training mode; TorchScript's frozen modules have no flag, and are in evaluation."""
-    return bool(getattr(module, "training", False))
-
-
 class TransparentModule(nn.Module):
     """Parameters, buffers, submodules, ``state_dict``, training flag and attributes are those of the other module.
 
@@ -47,6 +66,12 @@ class TransparentModule(nn.Module):
 
     _graphcache_module: nn.Module
 
+    def __init_subclass__(cls) -> None:
+        for name in {each for each in dir(cls) if not each.startswith("_")} - _KEPT:
+            value = getattr_static(cls, name)
+            if isinstance(value, property) or isfunction(value):
+                setattr(cls, name, Overridable(name, value))
+
     def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Self:
         kind: Any = cls
         made: Self = super().__new__(_with_special(kind, tuple(n for n in _SPECIAL if hasattr(type(module), n))))
@@ -55,7 +80,8 @@ class TransparentModule(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         # For code that reads tables past the attributes, as torch.compile does.
-        self.__dict__.update({name: getattr(module, name) for name in _TABLES}, _graphcache_module=module)
+        tables = {name: getattr(module, name) for name in _TABLES}
+        self.__dict__.update(tables, _graphcache_module=module, _graphcache_methods={})
 
     _parameters = _table("_parameters")
     _buffers = _table("_buffers")
@@ -76,7 +102,7 @@ class TransparentModule(nn.Module):
         if name == "forward":
             # With a hook, calls take the way on which they meet it.
             if name not in self.__dict__:
-                self.__dict__["_graphcache_hook"] = self.register_forward_pre_hook(_no_change)
+                self.__dict__["_graphcache_hook"] = self.register_forward_pre_hook(lambda *_: None)
             self.__dict__[name] = value
         elif name.startswith("__") or "_graphcache_module" not in self.__dict__:
             object.__setattr__(self, name, value)
@@ -97,7 +123,12 @@ class TransparentModule(nn.Module):
         """An attribute of the other module; its methods run as :meth:`_graphcache_context` says."""
         module = self._graphcache_module
         value = getattr(module, name)
-        return ModuleMethod(self, value) if isinstance(value, MethodType) and value.__self__ is module else value
+        if not isinstance(value, MethodType) or value.__self__ is not module:
+            return value
+        methods = self.__dict__["_graphcache_methods"]
+        if value.__func__ not in methods:
+            methods[value.__func__] = _in_context(value.__func__)
+        return MethodType(methods[value.__func__], self)
 
     def _graphcache_context(self) -> AbstractContextManager[object]:
         """What a method of the other module that is reached through this one runs inside."""
@@ -111,7 +142,8 @@ class TransparentModule(nn.Module):
     @property
     def training(self) -> bool:
         """The module's training flag."""
-        return "_graphcache_module" in self.__dict__ and is_training(self._graphcache_module)
+        # TorchScript's frozen modules have no flag, and are in evaluation.
+        return "_graphcache_module" in self.__dict__ and bool(getattr(self._graphcache_module, "training", False))
 
     @training.setter
     def training(self, mode: bool) -> None:
@@ -148,69 +180,17 @@ def _with_special(kind: Any, names: tuple[str, ...]) -> Any:
     return type(kind.__name__, (kind,), {**own, **{name: forwarded(name) for name in names}}) if names else kind
 
 
-class ModuleMethod:
-    """A method of a module that is reached through a transparent one, which it returns in the place of the module."""
+def _in_context(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a module, for a transparent one: it returns that one in the place of the module."""
 
-    def __init__(self, transparent: TransparentModule, method: MethodType) -> None:
-        self._transparent = transparent
-        self._method = self.__wrapped__ = method
-        self.__doc__ = method.__doc__
+    @wraps(method)
+    def run(transparent: TransparentModule, /, *args: Any, **kwargs: Any) -> Any:
+        module = transparent._graphcache_module
+        with transparent._graphcache_context():
+            answer = method(module, *args, **kwargs)
+        return transparent if answer is module else answer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._transparent._graphcache_context():
-            answer = self._method(*args, **kwargs)
-        return self._transparent if answer is self._method.__self__ else answer
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_method":
-            raise AttributeError(name)
-        return getattr(self._method, name)
-
-    def __eq__(self, other: object) -> bool:
-        return self._method == (other._method if isinstance(other, ModuleMethod) else other)
-
-    def __hash__(self) -> int:
-        return hash(self._method)
-
-    def __repr__(self) -> str:
-        return repr(self._method)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self._transparent, self._method.__name__)
-
-
-class Overridable:
-    """A function or property of a transparent module; an attribute of that name of the other module overrides it."""
-
-    def __init__(self, name: str, value: Any) -> None:
-        self.value = value
-        self._name = name
-        self._inherited = hasattr(nn.Module, name)
-        self.__doc__ = value.__doc__
-
-    def __get__(self, instance: TransparentModule | None, owner: type[TransparentModule]) -> Any:
-        if instance is None:
-            return self.value.__get__(None, owner)
-        module = instance._graphcache_module
-        definer = next((each for each in type(module).__mro__ if self._name in vars(each)), object)
-        is_users = definer not in (nn.Module, object) and not definer.__module__.startswith("graphcache.")
-        # What every module has is the user's own where it was set; any other name may also be made up by __getattr__.
-        if is_users or (self._name in vars(module) if self._inherited else definer is object):
-            try:
-                return instance._graphcache_get(self._name)
-            except AttributeError:
-                pass
-        return self.value.__get__(instance, owner)
-
-
-def overridable(kind: _S) -> _S:
-    """Let the other module override the public names of a transparent class, and those of ``nn.Module``."""
-    names = {name for each in kind.__mro__ if each is not object for name in vars(each)}
-    for name in sorted(names - _KEPT):
-        value = getattr_static(kind, name)
-        if not name.startswith("_") and (isinstance(value, property) or isfunction(value)):
-            setattr(kind, name, Overridable(name, value))
-    return kind
+    return run
 
 
 class Controls:
@@ -222,20 +202,14 @@ class Controls:
         self._fast = fast
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        value = getattr_static(type(self._fast), name, None)
-        if isinstance(value, Overridable):
-            value = value.value
-        if value is None:
+        found = None if name.startswith("_") else getattr_static(type(self._fast), name, None)
+        if found is None:
             raise AttributeError(f"graphcache has nothing that is called {name!r} for a wrapped module")
+        value = found.value if isinstance(found, Overridable) else found
         return value.__get__(self._fast, type(self._fast))
 
     def __dir__(self) -> list[str]:
         return [name for name in dir(type(self._fast)) if not name.startswith("_")]
-
-    def __repr__(self) -> str:
-        return f"controls({self._fast!r})"
 
 
 def controls(fast: TransparentModule) -> Controls:
@@ -264,5 +238,7 @@ def controls(fast: TransparentModule) -> Controls:
     return Controls(fast)
 
 
-def _no_change(*_: Any) -> None:
-    """A hook that does nothing but be there."""
+def dispatcher_of(fast: nn.Module) -> Dispatcher:
+    """What answers the calls of a wrapped module."""
+    found: Dispatcher = fast.__dict__["_graphcache"]
+    return found

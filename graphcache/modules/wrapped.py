@@ -1,9 +1,8 @@
-"""What graphcache keeps for one wrapped module; :class:`~graphcache.modules.cached_module.CachedModule` is its face."""
+"""The counters of a wrapped module, and what its calls run."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,10 +10,12 @@ import torch
 from torch import nn
 
 from graphcache.capture.engine_like import EngineLike, is_foreign, traced_engines
+from graphcache.config import GraphConfig
 from graphcache.dispatch.dispatcher import Dispatcher
+from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import Reason
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.transparent import TransparentModule
+from graphcache.modules.transparent import TransparentModule, dispatcher_of
 
 _OF_THE_WHOLE = ("process_nbytes", "waits", "wait_seconds")
 """Fields of an account that a module and its parts have in common."""
@@ -58,9 +59,8 @@ class CacheInfo:
     wait_seconds: float = 0.0
 
     def __add__(self, other: CacheInfo) -> CacheInfo:
-        eager = {
-            reason: self.eager.get(reason, 0) + other.eager.get(reason, 0) for reason in {**self.eager, **other.eager}
-        }
+        reasons = self.eager | other.eager
+        eager = {reason: self.eager.get(reason, 0) + other.eager.get(reason, 0) for reason in reasons}
         budget = None if self.budget is None or other.budget is None else self.budget + other.budget
         found: dict[str, Any] = {"eager": eager, "budget": budget}
         for name in (each.name for each in fields(self) if each.name not in found):
@@ -69,111 +69,58 @@ class CacheInfo:
         return CacheInfo(**found)
 
 
-class Wrapped:
-    """The dispatcher of a wrapped module, its submodules that are captured one by one, and its end."""
-
-    def __init__(self, dispatcher: Dispatcher, submodules: Any) -> None:
-        self.dispatcher = dispatcher
-        self.submodules = submodules
-        self.name = dispatcher.ledger.name
-        """The name in messages."""
-        self.module = dispatcher.target.module
-        self.config = dispatcher.config
-        self.graphs = dispatcher.captures.graphs
-        """The graphs of the module as a whole."""
-        self.ends: list[Callable[[], object]] = []
-        """Called after the module was closed."""
-        self.manifest: Any = None
-        """The calls that the package it was loaded from lists."""
-
-    def parts(self) -> list[Wrapped]:
-        """What is captured one by one now, without parts of parts."""
-        return [state_of(part) for part in self.submodules.active]
-
-    def cache_info(self) -> CacheInfo:
-        """The counters so far, with those of the parts."""
-        dispatcher, captures, ledger = self.dispatcher, self.dispatcher.captures, self.dispatcher.ledger
-        account = captures.admission.account()
-        own = CacheInfo(
-            hits=captures.hits,
-            captures=ledger.captures,
-            evictions=ledger.evictions,
-            eager=dict(ledger.eager),
-            graphs=len(self.graphs),
-            nbytes=self.graphs.nbytes,
-            capture_seconds=ledger.capture_seconds,
-            padded=0 if dispatcher.padding is None else dispatcher.padding.padded,
-            eager_seconds=account.eager_seconds,
-            saved_seconds=account.saved_seconds,
-            budget=self.graphs.max_bytes,
-            process_nbytes=self.graphs.budget.nbytes,
-            waits=dispatcher.gate.waits,
-            wait_seconds=dispatcher.gate.wait_seconds,
-        )
-        for part in self.parts():
-            found = part.cache_info()
-            # What was found in it is a part of a call that has been counted.
-            own += replace(found, eager={}) if part.dispatcher.ledger.quiet else found
-        if (past := self.submodules.past) is not None:
-            own += replace(past, eager={})
-        return own
-
-    def clear(self, *, wait: bool = True) -> None:
-        """Drop every graph and forget all denials, of the parts too; ``wait`` for replays and captures under way."""
-        wait = wait or self.config.capture_in == "background"
-        with self.dispatcher.captures.lock:
-            self.dispatcher.clear(wait=wait)
-            for part in self.parts():
-                part.clear(wait=wait)
-        if wait:
-            self.dispatcher.queue.finish()
-
-    def close(self) -> None:
-        """Drop every graph and refuse further calls; twice does nothing."""
-        with self.dispatcher.captures.lock:
-            self.dispatcher.captures.closed = True
-            self.dispatcher.clear()
-            for part in self.parts():
-                part.close()
-        self.dispatcher.queue.finish()
-        for end in self.ends:
-            end()
-
-    def run_from_now(self, function: Callable[..., Any]) -> None:
-        """Call ``function`` in place of the module from now on; graphs of another one are dropped."""
-        if function != self.dispatcher.target.run:
-            self.clear()
-            self.dispatcher.target.runs(function)
+def account_of(dispatcher: Dispatcher) -> CacheInfo:
+    """The counters of a module and of its parts."""
+    captures, ledger, graphs = dispatcher.captures, dispatcher.ledger, dispatcher.captures.graphs
+    account = captures.admission.account()
+    found = CacheInfo(
+        hits=captures.hits,
+        captures=ledger.captures,
+        evictions=ledger.evictions,
+        eager=dict(ledger.eager),
+        graphs=len(graphs),
+        nbytes=graphs.nbytes,
+        capture_seconds=ledger.capture_seconds,
+        padded=0 if dispatcher.padding is None else dispatcher.padding.padded,
+        eager_seconds=account.eager_seconds,
+        saved_seconds=account.saved_seconds,
+        budget=graphs.max_bytes,
+        process_nbytes=graphs.budget.nbytes,
+        waits=dispatcher.gate.waits,
+        wait_seconds=dispatcher.gate.wait_seconds,
+    )
+    for part in map(dispatcher_of, dispatcher.submodules.active):
+        # Why a part that was found runs eagerly is counted by the call of the whole.
+        found += replace(account_of(part), eager={}) if part.ledger.quiet else account_of(part)
+    past: CacheInfo = dispatcher.submodules.past
+    return found + past
 
 
-def state_of(fast: nn.Module) -> Wrapped:
-    """What graphcache keeps for a :class:`CachedModule`."""
-    found: Wrapped = fast.__dict__["_graphcache"]
-    return found
-
-
-def module_guard(module: nn.Module, user: object, ignore: Sequence[str], *, hooks: bool = True) -> ModuleGuard:
-    """The guard of a module that is no engine for graphs of ``user``. Engines inside tell the user before they change.
-
-    ``hooks`` says whether what is captured runs the hooks of the module itself; its ``forward`` alone does not.
-    """
-    # Who holds the graphs holds this too.
-    weak = weakref.ref(user)
+def target_of(fast: nn.Module, module: nn.Module, name: str, config: GraphConfig, *, is_part: bool) -> Target:
+    """What the calls of a wrapped module run. Hooks of a part run around it: the whole calls it."""
+    run = module.forward if is_part else module
+    if isinstance(module, EngineLike):
+        return EngineTarget(module, run, config, fast)
+    # Who holds the graphs holds the guard too.
+    user = weakref.ref(fast)
 
     def engines(module: nn.Module) -> list[EngineLike]:
-        found = [each for each in module.modules() if isinstance(each, EngineLike)]
-        found += [each for each in traced_engines(module) if each not in found]
+        own = [each for each in module.modules() if isinstance(each, EngineLike)]
+        found = list(dict.fromkeys([*own, *traced_engines(module)]))
         for engine in found:
-            engine.users.add(weak())
+            # It clears the user before it changes.
+            engine.users.add(user())
         return found
 
-    return ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state, engines=engines, hooks=hooks)
+    root = path_of(name) if is_part else "self"
+    skips, hooks = keeps_its_own_state, not is_part
+    guard = ModuleGuard(module, ignore=config.ignore, skips=skips, engines=engines, hooks=hooks, root=root)
+    return ModuleTarget(module, run, name, config, guard)
 
 
-def keeps_its_own_state(value: Any) -> bool:
-    """Whether what a call changes in an object is no state that a replay would leave out (engines, wrapped modules)."""
-    kept = isinstance(value, TransparentModule) or getattr(type(value), "keeps_its_own_state", False)
-    return bool(kept) or is_foreign(value)
+def path_of(name: str) -> str:
+    """The path of a submodule in messages and in the option ``ignore``: ``self.layers[0]`` for ``layers.0``."""
+    return "self" + "".join(f"[{each}]" if each.isdigit() else f".{each}" for each in name.split("."))
 
 
 def name_of(module: nn.Module) -> str:
@@ -183,6 +130,12 @@ def name_of(module: nn.Module) -> str:
     except Exception:
         name = ""
     return name if isinstance(name, str) and name else type(module).__name__
+
+
+def keeps_its_own_state(value: Any) -> bool:
+    """Whether what a call changes in an object is no state that a replay would leave out (engines, wrapped modules)."""
+    kept = isinstance(value, TransparentModule) or getattr(type(value), "keeps_its_own_state", False)
+    return bool(kept) or is_foreign(value)
 
 
 def device_of(module: nn.Module) -> torch.device:

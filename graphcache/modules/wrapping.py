@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import nn
@@ -10,7 +9,6 @@ from torch import nn
 from graphcache.config import GraphConfig
 from graphcache.features import features
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.wrapped import state_of
 
 
 def wrap(module: nn.Module, **options: Any) -> CachedModule:
@@ -38,11 +36,7 @@ def wrapped(module: nn.Module, config: GraphConfig) -> CachedModule:
     """What :func:`wrap` does, for options that are checked."""
     adoption = features.adopt(module, config.runtime)
     try:
-        fast = CachedModule(adoption.module, config)
+        return CachedModule(adoption.module, config, on_close=adoption.end if adoption else None)
     except BaseException:
         adoption.end()
         raise
-    if adoption:
-        # Called once, when it is closed or when nobody holds it any more.
-        state_of(fast).ends.append(weakref.finalize(fast, adoption.end))
-    return fast

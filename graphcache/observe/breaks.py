@@ -20,7 +20,7 @@ from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.values import Unobservable
 from graphcache.modules.cached_module import CachedModule
-from graphcache.modules.transparent import controls
+from graphcache.modules.transparent import controls, dispatcher_of
 from graphcache.modules.wrapped import keeps_its_own_state
 from graphcache.observe.findings import Break as Break
 from graphcache.observe.findings import Findings, Place
@@ -55,7 +55,9 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         [('host_read', 'Tensor.item')]
     """
     ignore: Sequence[str] = ()
+    root = "self"
     if isinstance(module, CachedModule):
+        root = getattr(dispatcher_of(module).target.guard, "root", root)
         ignore, module = controls(module).config.ignore, controls(module).module
     if not isinstance(module, nn.Module):
         raise ConfigError(f"expected an nn.Module, got {type(module).__name__}")
@@ -68,8 +70,9 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         # An argument cannot be copied; the call gets what was given.
         inputs = tensors_in((args, kwargs))
     findings, placement = Findings(module, find_capture_breaks.__code__), Placement([*inputs, *_state(module)])
+    guard = ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state, root=root)
     try:
-        state = ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state).snapshot(), snapshot_of(args, kwargs)
+        state = guard.snapshot(), snapshot_of(args, kwargs)
     except Unobservable as error:
         # Calls of the module run eagerly for that. The operations are looked at all the same.
         findings.add(Break(Reason.UNOBSERVED, "the state", Place(), str(error), Reason.UNOBSERVED.remedy))

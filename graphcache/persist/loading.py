@@ -21,7 +21,6 @@ from graphcache.modules.engine import EngineModule
 from graphcache.modules.packaging import BUILD_OPTIONS, Source
 from graphcache.modules.portable import EngineState, tensor_of
 from graphcache.modules.transparent import controls
-from graphcache.modules.wrapped import state_of
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.manifest import MOST_BYTES, Manifest, differences
 from graphcache.persist.package_file import HEADER, Container, PackagedEngine, PackageHeader, config_of, damaged
@@ -254,7 +253,8 @@ def _made(package: _Package, module: nn.Module, name: str, prepare: bool) -> nn.
             target.source = source
         if package.config is not None:
             try:
-                made = CachedModule(module, package.config, name=name or package.header.name)
+                manifest = None if package.manifest is None else _for_here(package.manifest, module)
+                made = CachedModule(module, package.config, name=name or package.header.name, manifest=manifest)
             except ConfigError as error:
                 raise PackageError(
                     f"{path}: the options of the package do not fit the module: {error}; pass the model that was "
@@ -266,10 +266,8 @@ def _made(package: _Package, module: nn.Module, name: str, prepare: bool) -> nn.
                 module.load_state_dict(package.weights, strict=False)
             except RuntimeError as error:
                 raise PackageError(f"{path}: the model does not take the weights: {shown(error)}") from error
-    if isinstance(made, CachedModule) and package.manifest is not None:
-        state_of(made).manifest = manifest = _for_here(package.manifest, module)
-        if prepare:
-            controls(made).prepare(manifest)
+    if prepare and isinstance(made, CachedModule) and (manifest := controls(made).manifest) is not None:
+        controls(made).prepare(manifest)
     return made
 
 

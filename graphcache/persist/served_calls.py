@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
+from graphcache.cache.key_table import KeyState
 from graphcache.capture.engine_like import EngineLike
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import shown
+from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.examples import Job, varied
-from graphcache.modules.explain import keys_of
 from graphcache.modules.prepare import Chosen, ManifestProblem
-from graphcache.modules.transparent import TransparentModule, controls
-from graphcache.modules.wrapped import device_of, state_of
+from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
+from graphcache.modules.wrapped import device_of
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.manifest import Manifest, ManifestEntry, differences
 from graphcache.persist.saved_call import entered, example, nbytes, saved
 
+_OFTEN = 8
+"""Eager calls of a key after which it is saved although it has no graph."""
 _LONGEST = 9e8
 """Seconds; no more are saved."""
 _LARGEST = 2**40
@@ -33,19 +36,21 @@ def served(fast: TransparentModule) -> tuple[Manifest, int]:
     entries: list[ManifestEntry] = []
     left_out = 0
     for part, each in _targets(fast).items():
-        for view in keys_of(each):
-            if view.spec is None or not view.is_worth_saving:
+        dispatcher = dispatcher_of(each)
+        captures, names = dispatcher.captures, arguments_of(dispatcher.target.module)
+        for key in captures.keys.known():
+            entry, state = dispatcher.entries.get(key), captures.keys.states.get(key) or KeyState(0.0)
+            if entry is None and not state.capture.count and state.ran < _OFTEN:
                 continue
             try:
-                spec = saved(view.spec)
+                spec = saved(CallSpec(key, names))
             except ValueError:
                 left_out += 1
                 continue
-            times = (
-                None if seconds is None else min(seconds, _LONGEST)
-                for seconds in (view.costs.eager, view.costs.replay, view.costs.capture)
-            )
-            entries.append(ManifestEntry(spec, view.answered, part, min(view.nbytes, _LARGEST), *times))
+            size = 0 if entry is None else min(entry.nbytes, _LARGEST)
+            known = state.eager.known, state.replay.known, state.capture.known
+            times = (None if seconds is None else min(seconds, _LONGEST) for seconds in known)
+            entries.append(ManifestEntry(spec, state.ran + captures.keys.hits(key), part, size, *times))
     return Manifest(environment(controls(fast).module), entries), left_out
 
 
@@ -89,7 +94,7 @@ def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, se
     problems = list(manifest.problems)
     for part in {entry.part for entry in manifest.entries}:
         # What was found in another process because the whole was refused there.
-        state_of(fast).submodules.expand_to(part)
+        dispatcher_of(fast).submodules.expand_to(part)
     targets = _targets(fast)
     by_part: dict[str, list[ManifestEntry]] = {}
     for index, entry in enumerate(manifest.entries):
@@ -98,7 +103,7 @@ def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, se
         else:
             text = f"{shown(entry.part)} is no part that is captured here"
             problems.append(ManifestProblem(path, f"entries[{index}].part", text))
-    budget = state_of(fast).graphs
+    budget = dispatcher_of(fast).captures.graphs
     chosen = [
         entry for entries in by_part.values() for entry in plan(entries, budget.max_graphs, budget.max_bytes, seconds)
     ]

@@ -20,8 +20,7 @@ import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.keys import native, state_nodes
 from graphcache.keys.guards import ModuleGuard
-from graphcache.modules.wrapped import module_guard
-from tests.helpers import Fn, frozen, graphs_of, mlp, outcomes, reason, replays, same
+from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -540,16 +539,13 @@ def test_an_ignored_path_is_no_change(plain: Plain) -> None:
 
 
 def test_the_guard_keeps_nobody_who_holds_graphs() -> None:
-    class User:
-        """Holds graphs."""
-
-    user = User()
-    gone = weakref.ref(user)
-    guard = module_guard(mlp(), user, ())
-    guard.snapshot()
-    del user
+    fast = graphcache.wrap(mlp())
+    fast(X)
+    gone, guard = weakref.ref(fast), dispatcher_of(fast).target.guard
+    del fast
     gc.collect()
     assert gone() is None
+    assert guard.holds()
 
 
 # ---- what is captured again, and what is proven to be right still

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.errors import CaptureError, ConfigError
-from graphcache.modules.wrapped import state_of
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, replays, same, settled
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -348,6 +347,32 @@ def test_on_request_the_whole_is_an_error(detector):
         graphcache.wrap(detector, on_failure="raise")(X)
 
 
+def counts(self: nn.Module, x: Tensor) -> Tensor:
+    self.calls = self.calls + 1
+    return x * 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"strategy": "per_submodule", "include": ["head.nms"]}], ids=["found", "named"]
+)
+@pytest.mark.parametrize("path", ["self.head.nms.calls", "*calls", "self.head.nms", "self.head"])
+def test_paths_that_are_ignored_begin_at_the_whole(options, path):
+    module = frozen(Detector(Fn(counts, calls=0)))
+    module.body = Selects()
+    fast = graphcache.wrap(module, ignore=[path], **options)
+    for _ in range(6):
+        fast(X)
+    assert "head.nms" in captured(fast) or "head" in captured(fast)
+
+
+def test_a_refusal_names_the_path_from_the_whole(detector):
+    detector.head.nms = Fn(counts, calls=0)
+    fast = graphcache.wrap(detector, strategy="per_submodule", include=["head.nms"])
+    fast(X)
+    [call] = fast.parts["head.nms"].explain().calls
+    assert "self.head.nms.calls" in str(call)
+
+
 # ---- exclude
 
 
@@ -476,7 +501,7 @@ def test_any_tree_answers_as_it_does_and_is_left_as_it_was(module):
 @given(st.text(max_size=12) | st.sampled_from(["", ".", "head", "head.nms.", "more", "more.0.x", "head..nms"]))
 def test_any_name_of_a_part_is_answered(name):
     fast = graphcache.wrap(frozen(Detector(Selects())))
-    state_of(fast).submodules.expand_to(name)
+    dispatcher_of(fast).submodules.expand_to(name)
     assert set(fast.parts) <= {"body", "more.0", "more.1", "head", "head.score", "head.nms", "head.box"}
     assert same(fast(X), fast.module(X))
 

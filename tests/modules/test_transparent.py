@@ -237,8 +237,10 @@ def test_methods_that_call_forward_use_the_graphs_of_parts() -> None:
 def test_a_method_is_a_method(module: Decoder, fast: CachedModule) -> None:
     assert inspect.signature(fast.generate) == inspect.signature(module.generate)
     assert (fast.generate.__name__, fast.generate.__doc__) == ("generate", "Call the module again and again.")
-    assert fast.generate == fast.generate
-    assert hash(fast.generate) == hash(module.generate)
+    assert inspect.ismethod(fast.generate)
+    assert fast.generate == fast.generate != graphcache.wrap(module).generate
+    assert hash(fast.generate) == hash(fast.generate)
+    assert torch.equal(pickle.loads(pickle.dumps(fast.generate))(X), module.generate(X))
     assert fast.itself() is fast
     assert fast.eval() is fast
     assert module.asked
