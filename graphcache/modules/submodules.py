@@ -193,8 +193,8 @@ def _candidates(module: nn.Module, excluded: Collection[str] = ()) -> dict[str, 
                 continue
             seen.add(id(child))
             # A list of modules is never called, and what holds something excluded is not captured as a whole.
-            is_open = type(child).forward is nn.Module.forward or any(_is_in(each, name) for each in excluded)
-            if is_open and not _is_closed(child):
+            holds_excluded = any(_is_in(each, name) for each in excluded)
+            if not _is_closed(child) and (holds_excluded or type(child).forward is nn.Module.forward):
                 search(child, f"{name}.")
             else:
                 found[name] = child
