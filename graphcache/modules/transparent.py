@@ -45,15 +45,8 @@ class Overridable:
 
 
 def _table(name: str) -> property:
-    """A table of the other module, also after that module has replaced it."""
-
-    def get(self: TransparentModule) -> Any:
-        return getattr(self._graphcache_module, name)
-
-    def ignore(self: TransparentModule, value: Any) -> None:
-        """``nn.Module.__init__`` sets tables of its own."""
-
-    return property(get, ignore)
+    """A table of the other module, also after it has replaced it. That of ``nn.Module.__init__`` is not taken."""
+    return property(lambda self: getattr(self._graphcache_module, name), lambda self, value: None)
 
 
 class TransparentModule(nn.Module):
