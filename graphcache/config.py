@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, get_args
 
 from graphcache.errors import ConfigError, shown
@@ -47,13 +47,6 @@ REMOVED = {
     "outputs": "answers are fresh tensors; forward_into writes them into tensors of yours",
 }
 """Options of version 0.1 that are gone, and what to use instead. They are ignored in packages of that version."""
-
-
-def refuse_removed(options: Iterable[str]) -> None:
-    """Raise if one of the options was removed, with what to use instead."""
-    for name in options:
-        if name in REMOVED:
-            raise ConfigError(f"the option {name} was removed in version 0.2: {REMOVED[name]}")
 
 
 class BucketsLike(Protocol):
@@ -128,45 +121,45 @@ class GraphConfig:
     on_failure: OnFailure = "eager"
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        refuse_removed(options)
+        for name in options:
+            if name in REMOVED:
+                raise ConfigError(f"the option {name} was removed in version 0.2: {REMOVED[name]}")
+            if name not in cls.__dataclass_fields__:
+                raise ConfigError(
+                    f"unknown option {shown(name)}; the options are {', '.join(cls.__dataclass_fields__)}"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, allowed in _LITERALS.items():
             value = getattr(self, name)
-            if not (isinstance(value, str) and value in allowed) and not (value is None and name == "runtime"):
+            if not (value is None or isinstance(value, str)) or value not in allowed:
                 raise ConfigError(
                     f"{name}={shown(value)} is not an option; expected one of {', '.join(map(repr, allowed))}"
                 )
-        if self.buckets is not None and self.strategy == "per_submodule":
-            raise ConfigError(
-                "buckets with strategy='per_submodule': answers are cropped of the whole module's own; expected "
-                "another strategy, or no buckets"
-            )
-        for name, example in (("include", "encoder"), ("exclude", "head.nms"), ("ignore", "self.calls")):
+        for name, what in (
+            ("include", "submodule names, such as ['encoder']"),
+            ("exclude", "submodule names, such as ['head.nms']"),
+            ("ignore", "paths, such as ['self.calls']"),
+        ):
             value = getattr(self, name)
-            what = "paths" if name == "ignore" else "submodule names"
             listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
             if not listed or not all(isinstance(each, str) for each in value):
-                raise ConfigError(f"{name}={shown(value)}: expected a sequence of {what}, such as [{example!r}]")
+                raise ConfigError(f"{name}={shown(value)}: expected a sequence of {what}")
             object.__setattr__(self, name, tuple(value))
-        if self.exclude and self.strategy == "whole_graph":
-            raise ConfigError(
-                "strategy='whole_graph' with exclude: a graph of the whole holds all of it; expected strategy='auto' "
-                "or 'per_submodule', or no exclude"
-            )
-        if self.exclude and self.buckets is not None:
-            raise ConfigError(
-                "buckets with exclude: answers are cropped of the whole module's own, which has no graph; expected one "
-                "of the two"
-            )
-        for name, or_ in (("max_graphs", ""), ("max_bytes", ", or 'auto', or None")):
-            value = getattr(self, name)
-            is_other = bool(or_) and (value is None or (isinstance(value, str) and value == "auto"))
-            if not is_other and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more{or_}")
+        if not (self.max_bytes is None or (isinstance(self.max_bytes, str) and self.max_bytes == "auto")):
+            _check_number("max_bytes", self.max_bytes, ", or 'auto', or None")
+        _check_number("max_graphs", self.max_graphs)
         if not isinstance(self.verify, bool):
             raise ConfigError(f"verify={shown(self.verify)}: expected True or False")
+        if self.exclude and self.strategy == "whole_graph":
+            raise ConfigError(
+                "strategy='whole_graph' with exclude: a graph of the whole holds all of it; expected another strategy, "
+                "or no exclude"
+            )
+        if self.buckets is not None and (self.exclude or self.strategy == "per_submodule"):
+            other = "exclude" if self.exclude else "strategy='per_submodule'"
+            raise ConfigError(f"buckets with {other}: answers of the whole are cropped; expected one of the two")
 
     @property
     def recording(self) -> RecordingOptions:
@@ -176,22 +169,23 @@ class GraphConfig:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GraphConfig:
         """Options over the environment over the defaults."""
-        refuse_removed(options)
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown option {shown(name)}; the options are {', '.join(known)}")
-        return replace(cls(**environment_options()), **options)
+        numbers = {name: number_in_environment(f"GRAPHCACHE_{name.upper()}") for name in ("max_graphs", "max_bytes")}
+        return cls(**{name: number for name, number in numbers.items() if number is not None} | dict(options))
 
 
-_LITERALS: dict[str, tuple[str, ...]] = {
+_LITERALS: dict[str, tuple[str | None, ...]] = {
     "strategy": get_args(Strategy),
     "capture": get_args(Capture),
     "capture_in": get_args(CaptureIn),
     "isolation": get_args(Isolation),
-    "runtime": get_args(Runtime),
+    "runtime": (*get_args(Runtime), None),
     "on_failure": get_args(OnFailure),
 }
+
+
+def _check_number(name: str, value: object, otherwise: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more{otherwise}")
 
 
 def number_in_environment(variable: str) -> int | None:
@@ -204,23 +198,12 @@ def number_in_environment(variable: str) -> int | None:
     return int(text)
 
 
-def switch_in_environment(variable: str, unset: bool) -> bool:
+def switch_in_environment(variable: str, unset: bool = False) -> bool:
     """Whether an environment variable is on; ``unset`` if it is not set."""
     text = os.environ.get(variable, "").strip().lower()
     if text not in ("", "0", "1", "false", "true"):
         raise ConfigError(f"{variable}={shown(text)}: expected 1, true, 0, false or nothing")
     return text in ("1", "true") if text else unset
-
-
-def environment_options() -> dict[str, Any]:
-    """The options set through ``GRAPHCACHE_MAX_GRAPHS`` and ``GRAPHCACHE_MAX_BYTES``."""
-    found = {name: number_in_environment(f"GRAPHCACHE_{name.upper()}") for name in ("max_graphs", "max_bytes")}
-    return {name: number for name, number in found.items() if number is not None}
-
-
-def disabled_by_environment() -> bool:
-    """Whether ``GRAPHCACHE_DISABLE`` asks for eager execution everywhere; read when a module is wrapped."""
-    return switch_in_environment("GRAPHCACHE_DISABLE", unset=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,11 +199,7 @@ class Reason(enum.Enum):
         "eager execution itself gives different answers for the same inputs, so no graph can be verified",
         "check the eager answers against a reference first: this engine or module may be wrong on this device",
     )
-    RANDOM = (
-        "random",
-        "the module draws random numbers",
-        "call module.eval() if it is dropout",
-    )
+    RANDOM = ("random", "the module draws random numbers", "call module.eval() if it is dropout")
     MUTATES = (
         "mutates",
         "the module changes its inputs, parameters, buffers or attributes",
@@ -284,11 +280,7 @@ class Reason(enum.Enum):
         "the graph would not fit the cache's budget",
         "raise max_graphs or max_bytes, or unpin graphs",
     )
-    OUT_OF_MEMORY = (
-        "out_of_memory",
-        "the device had no room for the graph's buffers",
-        "lower max_graphs or max_bytes",
-    )
+    OUT_OF_MEMORY = ("out_of_memory", "the device had no room for the graph's buffers", "lower max_graphs or max_bytes")
 
 
 GRAPHS_OFF = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})

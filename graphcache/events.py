@@ -105,13 +105,11 @@ class Observer(Protocol):
         """
 
 
+@dataclass(slots=True)
 class Span:
     """Something that takes a while; whoever is inside says whether it is ``done``."""
 
-    __slots__ = ("done",)
-
-    def __init__(self, done: bool) -> None:
-        self.done = done
+    done: bool
 
 
 class _Listener(NamedTuple):
@@ -140,20 +138,23 @@ class Observers:
         if not all(callable(getattr(observer, name, None)) for name in ("before", "after")):
             raise ConfigError(f"{shown(observer)} is no observer; expected an object with the methods before and after")
         listener = _Listener(observer, replays, eager)
-        self._change(lambda listeners: (*listeners, listener))
-        return lambda: self._change(lambda listeners: tuple(each for each in listeners if each is not listener))
+        self._change(listener, hears=True)
+        return partial(self._change, listener, hears=False)
 
-    def _change(self, change: Callable[[tuple[_Listener, ...]], tuple[_Listener, ...]]) -> None:
+    def _change(self, listener: _Listener, *, hears: bool) -> None:
         with self._lock:
-            self.listeners, before = change(self.listeners), self.active
-            self.active = any(each.replays for each in self.listeners)
+            others = tuple(each for each in self.listeners if each is not listener)
+            self.listeners = (*others, listener) if hears else others
+            before, self.active = self.active, any(each.replays for each in self.listeners)
         if self.active is not before:
             for each in list(self.on_change):
                 each.observed(self.active)
 
     @contextmanager
-    def told(self, kind: Kind, name: str, span: Span, *, traced: bool = True) -> Iterator[Span]:
+    def told(self, kind: Kind, name: str, *, traced: bool = True, profiled: bool = False) -> Iterator[Span]:
         """Tell before and after what happens inside; if it is not ``traced``, only who hears of replays."""
+        span = Span(kind == "eager")
+        profile = torch.profiler.record_function(f"graphcache: {kind} {name}") if profiled else nullcontext()
         hearing = [
             each.observer for each in self.listeners if (traced or each.replays) and (kind != "eager" or each.eager)
         ]
@@ -161,7 +162,8 @@ class Observers:
             _tell(each.before, kind, name)
         start, done = time.perf_counter(), False
         try:
-            yield span
+            with profile:
+                yield span
             done = span.done
         finally:
             seconds = time.perf_counter() - start
@@ -232,24 +234,11 @@ class Ledger:
         profiled = traced and torch._C._autograd._profiler_enabled()
         if not (profiled or self.observers.listeners):
             return nullcontext(Span(kind == "eager"))
-        return self._span(kind, traced, profiled)
-
-    @contextmanager
-    def _span(self, kind: Kind, traced: bool, profiled: bool) -> Iterator[Span]:
-        profile = torch.profiler.record_function(f"graphcache: {kind} {self.name}") if profiled else nullcontext()
-        with profile, self.observers.told(kind, self.name, Span(kind == "eager"), traced=traced) as span:
-            yield span
+        return self.observers.told(kind, self.name, traced=traced, profiled=profiled)
 
     def _publish(self, event: Event) -> None:
-        if self.subscribers:
-            when_unlocked(lambda: self._deliver(event))
-
-    def _deliver(self, event: Event) -> None:
         for subscriber in tuple(self.subscribers):
-            try:
-                subscriber(event)
-            except Exception:
-                log.exception("%s: a subscriber failed on %s; the call goes on", self.name, type(event).__name__)
+            when_unlocked(partial(_tell, subscriber, event))
 
 
 class QuietLock:
@@ -303,8 +292,8 @@ def when_unlocked(function: Callable[[], object]) -> None:
         function()
 
 
-def _tell(method: Callable[..., None], *what: Any) -> None:
+def _tell(function: Callable[..., object], *what: Any) -> None:
     try:
-        method(*what)
+        function(*what)
     except Exception:
-        log.exception("an observer failed; the call goes on")
+        log.exception("%s failed on %s; the call goes on", shown(function), shown(what[0]))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from graphcache import GraphConfig
-from graphcache.config import Modes, disabled_by_environment, environment_options, graphs_off, modes
+from graphcache.config import Modes, graphs_off, modes, switch_in_environment
 from graphcache.errors import ConfigError
 
 
@@ -57,8 +57,9 @@ def test_verify_is_a_bool(value):
 
 
 def test_an_unknown_option_is_answered_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"unknown option 'max_graph'; the options are .*max_graphs"):
-        GraphConfig.of({"max_graph": 3})
+    for make in (lambda: GraphConfig.of({"max_graph": 3}), lambda: GraphConfig(max_graph=3)):
+        with pytest.raises(ConfigError, match=r"unknown option 'max_graph'; the options are .*max_graphs"):
+            make()
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def test_a_removed_option_says_what_to_use_instead(option, instead):
 def test_options_go_over_the_environment_and_that_over_the_defaults(monkeypatch):
     monkeypatch.setenv("GRAPHCACHE_MAX_GRAPHS", " 7 ")
     monkeypatch.setenv("GRAPHCACHE_MAX_BYTES", "1024")
-    assert environment_options() == {"max_graphs": 7, "max_bytes": 1024}
+    assert GraphConfig.of({}) == GraphConfig(max_graphs=7, max_bytes=1024)
     assert GraphConfig.of({"max_bytes": 5}) == GraphConfig(max_graphs=7, max_bytes=5)
 
 
 def test_an_empty_variable_is_no_variable(monkeypatch):
     monkeypatch.setenv("GRAPHCACHE_MAX_GRAPHS", "  ")
-    assert environment_options() == {}
+    assert GraphConfig.of({}) == GraphConfig()
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "many", "1.5", "0x10", "²"])
@@ -102,13 +103,13 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch, text):
 )
 def test_the_switch_in_the_environment(monkeypatch, text, off):
     monkeypatch.setenv("GRAPHCACHE_DISABLE", text)
-    assert disabled_by_environment() is off
+    assert switch_in_environment("GRAPHCACHE_DISABLE") is off
 
 
 def test_a_switch_that_means_nothing_is_refused(monkeypatch):
     monkeypatch.setenv("GRAPHCACHE_DISABLE", "off")
     with pytest.raises(ConfigError, match=r"GRAPHCACHE_DISABLE='off': expected 1, true, 0, false or nothing"):
-        disabled_by_environment()
+        switch_in_environment("GRAPHCACHE_DISABLE")
 
 
 def test_graphs_are_off_inside_the_block_and_back_after_an_exception():

@@ -150,7 +150,6 @@ class Admission:
             state.denial = None
             state.owed = 0
             state.capture.add(seconds)
-            self._capture.add(seconds)
             if (entry := self._cache.entries.get(key)) is not None:
                 state.nbytes = entry.nbytes
                 self._nbytes.add(entry.nbytes)
@@ -158,6 +157,7 @@ class Admission:
             if replay is None:
                 return None
             state.replay.add(replay)
+            self._capture.add(seconds)
             return self._compared(state)
 
     def charge(self, seconds: float, key: Hashable = None, *, preparing: bool = False) -> None:

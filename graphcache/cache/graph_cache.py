@@ -117,7 +117,7 @@ class GraphCache(Generic[G]):
         """
         others = [item for item in list(self.entries.items()) if item[0] != instead_of]
         replaced = self.entries.get(instead_of)
-        held = self.nbytes + sum(each.nbytes for each in list(self.reservations))
+        held = self.open_nbytes + self.shared + sum(each.nbytes for each in list(self.reservations))
         held -= 0 if replaced is None else replaced.nbytes
         surplus = len(others) + graphs - self.max_graphs
         excess = 0 if self.max_bytes is None else held + nbytes - self.max_bytes
@@ -145,11 +145,12 @@ class GraphCache(Generic[G]):
         try:
             with _lock:
                 if reservation is not None:
-                    reservation.release()
+                    self.reservations.discard(reservation)
                 leaving = self.make_room(entry.nbytes, key, graphs=1)
                 self.entries[key] = entry
                 self.open_nbytes += entry.nbytes
-            _close(leaving, wait=False)
+            if leaving:
+                _close(leaving, wait=False)
         except BaseException:
             if not self.evict(key, only=entry):
                 graph.close()
@@ -162,14 +163,15 @@ class GraphCache(Generic[G]):
             entry = self.entries.get(key)
             if entry is None or (only is not None and entry is not only):
                 return False
-            leaving = _take_out([(self, key, entry)])
-        _close(leaving, wait=False)
+            del self.entries[key]
+        _close([(self, key, entry)], wait=False)
         return True
 
     def clear(self, *, wait: bool = True) -> None:
         """Drop and close every graph, pinned ones too, even if closing one of them raises."""
         with _lock:
-            leaving = _take_out([(self, key, entry) for key, entry in self.entries.items()])
+            leaving: list[_Item] = [(self, key, entry) for key, entry in self.entries.items()]
+            self.entries.clear()
         _close(leaving, wait=wait)
 
     def make_room(self, nbytes: int, instead_of: Hashable = None, *, graphs: int) -> list[_Item]:
@@ -180,7 +182,9 @@ class GraphCache(Generic[G]):
         leaving: list[_Item] = [(self, key, entry) for key, entry in going]
         if self.budget.max_bytes is not None:
             leaving += self.budget.victims(nbytes, leaving)
-        return _take_out(leaving)
+        for cache, key, _ in leaving:
+            del cache.entries[key]
+        return leaving
 
 
 class DeviceBudget:
@@ -210,7 +214,9 @@ class DeviceBudget:
         """Change the budget. What it no longer holds goes now, but for pinned graphs."""
         with _lock:
             self.max_bytes = max_bytes
-            leaving = _take_out(self._coldest(0, [])[0])
+            leaving = self._coldest(0, [])[0]
+            for cache, key, _ in leaving:
+                del cache.entries[key]
         _close(leaving, wait=True)
 
     def victims(self, nbytes: int, leaving: list[_Item]) -> list[_Item]:
@@ -267,7 +273,8 @@ class Reservation:
             self.nbytes, self.leaving = nbytes, sum(entry.nbytes for _, _, entry in leaving)
             self._cache.reservations.add(self)
         try:
-            _close(leaving, wait=True, reservation=self)
+            if leaving:
+                _close(leaving, wait=True, reservation=self)
         except BaseException:
             self.release()
             raise
@@ -281,13 +288,6 @@ class Reservation:
         return self
 
     __exit__ = release
-
-
-def _take_out(items: list[_Item]) -> list[_Item]:
-    """Take graphs out of their caches; their bytes count until they are closed. The lock is held."""
-    for cache, key, _ in items:
-        del cache.entries[key]
-    return items
 
 
 def _close(items: list[_Item], *, wait: bool, reservation: Reservation | None = None) -> None:

@@ -47,7 +47,7 @@ from graphcache.cache.graph_cache import Entry, clock
 from graphcache.capture.effects import Effects
 from graphcache.capture.recording import CaptureRequest, Recording
 from graphcache.capture.run_gate import RunGate
-from graphcache.config import GraphConfig, disabled_by_environment, graphs_off
+from graphcache.config import GraphConfig, graphs_off, switch_in_environment
 from graphcache.dispatch.background import PENDING, CaptureQueue
 from graphcache.dispatch.capture_manager import CaptureManager, preparing
 from graphcache.dispatch.fast_path import FastPath
@@ -87,7 +87,7 @@ class Dispatcher:
         self.entries: Mapping[Hashable, Entry[Recording]] = self.captures.graphs.entries
         self._guard = target.guard
         self._in_background = config.capture_in == "background"
-        self._off = disabled_by_environment()
+        self._off = switch_in_environment("GRAPHCACHE_DISABLE")
 
     # ---- a call
 

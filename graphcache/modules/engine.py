@@ -19,7 +19,7 @@ from graphcache.engines.bindings import check_inputs, choose_profile
 from graphcache.engines.output_shapes import output_shapes
 from graphcache.engines.refit import by_engine_names, refit
 from graphcache.errors import Cause, ConfigError, EngineError, InputCountError, Reason
-from graphcache.events import Observer, Span
+from graphcache.events import Observer
 from graphcache.features import features
 from graphcache.graphs.operations import is_unwatched
 from graphcache.graphs.stream_order import own_stream
@@ -135,7 +135,7 @@ class EngineModule(EngineBase):
                     inputs, profile = self.checked(inputs)
                 call = EngineCall(inputs, profile, shapes, layout, allocator, self.use_pre_allocated_outputs)
                 if watchers.active:
-                    with watchers.told("eager", self.name, Span(done=True)):
+                    with watchers.told("eager", self.name):
                         outputs = runner.run(call)
                 else:
                     outputs = runner.run(call)

@@ -398,7 +398,7 @@ def test_a_session_is_of_the_sizes_that_it_is_given() -> None:
 
 
 def test_a_strategy_that_excludes_buckets() -> None:
-    with pytest.raises(ConfigError, match=r"^buckets with strategy='per_submodule': .*expected another strategy"):
+    with pytest.raises(ConfigError, match=r"^buckets with strategy='per_submodule': .*expected one of the two"):
         graphcache.wrap(mlp(), buckets={"input": ROWS}, strategy="per_submodule")
 
 
