@@ -17,10 +17,13 @@ MAX_KEYS = 4096
 _TRANSIENT = frozenset(
     {Reason.CAPTURE_FAILED, Reason.OUT_OF_MEMORY, Reason.OVER_BUDGET, Reason.MISMATCH, Reason.ALIASES_STATE}
 )
-_EFFECTS = frozenset({Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED})
+_EFFECTS = frozenset({Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED, Reason.COLD})
 _FIRST_WAIT = 16
 """Calls before a transient failure is tried again for the first time."""
 _MAX_DOUBLINGS = 20
+ENOUGH_HITS = 64
+"""Replays that make up for a capture, which takes as long as 14 to 140 eager calls (measured, engines)."""
+_CHANGES_OFTEN = Cause(Reason.COLD, detail="the module changed soon after each of the last captures")
 
 MEMORY = 16
 """Measurements that a running mean goes back to. An estimate follows a lasting change within about as many."""
@@ -34,7 +37,8 @@ class Denial:
 
     What lies in the module (a host read, a layer that forbids capture) is denied until the state of the module changes.
     An effect of the call (it counts, fills a table) is looked for again at the next call, then after 2, 4, 8 calls and
-    so on: lazy tables and caches are filled by the first calls. What may pass (no memory, no room, a failed capture) is
+    so on: lazy tables and caches are filled by the first calls. So is a module that changes soon after its captures
+    (``cold``). What may pass (no memory, no room, a failed capture) is
     tried again after 16 calls, then 32, 64 and so on.
     """
 
@@ -91,7 +95,9 @@ class KeyState:
     misses: int = 0
     """Calls that no graph of the key has answered, less the hits that answered padded calls of other keys."""
     denial: Denial | None = None
-    """Why it has no graph; ``None`` if it has one, or none was tried."""
+    """Why it is not captured, or not again after the next change of the module."""
+    changes: int = 0
+    """Captures in a row that a change of the module has ended soon."""
     eager: Estimate = field(default_factory=Estimate)
     replay: Estimate = field(default_factory=Estimate)
     capture: Estimate = field(default_factory=Estimate)
@@ -172,6 +178,13 @@ class KeyTable:
             self.states.move_to_end(key)
             state.denial.calls += 1
             return state.denial.cause
+
+    def replaced(self, key: Hashable, hits: int, version: int) -> None:
+        """Note that a key was captured again, after a change of the module. If that came soon, the next time waits."""
+        with self.lock:
+            state = self.used(key)
+            state.changes = state.changes + 1 if hits < ENOUGH_HITS else 0
+            state.denial = Denial(_CHANGES_OFTEN, version, state.changes) if state.changes else None
 
     def allow_all(self) -> None:
         """Forget all denials."""

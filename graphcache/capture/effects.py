@@ -16,12 +16,10 @@ sockets, and clocks that libraries read.
 from __future__ import annotations
 
 import contextvars
-import hashlib
-import itertools
 import random
 import sys
 import types
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -37,10 +35,7 @@ from graphcache.graphs.stream_order import quiet_collector
 from graphcache.keys.ambient import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
-from graphcache.keys.values import same, text_of
-
-_MISSING: Any = object()
-_numbers = itertools.count()
+from graphcache.keys.values import same
 
 MAX_CONTENTS = 64 << 20
 """Bytes of tensors on the CPU whose contents are compared before and after an observed run."""
@@ -59,10 +54,8 @@ class Effects:
     """The submodule that was at work when the cause was noticed; empty if unknown."""
     outside: list[Tensor] = field(default_factory=list)
     """The tensors that it read and did not make, one for each memory."""
-    trace: bytes = b""
-    """A digest of its operations, their constants and the memory of outside that they used."""
-    functions: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
-    """The functions of the user's that ran, with their globals."""
+    unseen: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
+    """Functions that ran and name globals with a state, and that the snapshot did not follow; with their globals."""
     version: int = 0
     """That of the module's guard when the call ran."""
 
@@ -86,8 +79,6 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """Run a call once and tell everything it did. If it raises, it has had its effects, as without an observer."""
     host = HostActivity(watched.path_here, watched.report)
     operations = _Operations(watched, host)
-    host.reads = not operations.devices
-    host.entered, host.left = operations.enter_opaque, operations.leave_opaque
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
     # Finalizers of other objects would be taken for what the call does.
@@ -97,25 +88,29 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if not operations.ran_opaque:
         # Every operation was seen. If none of them drew random numbers, another thread did.
         before["torch"] = after["torch"]
-
-    def changed(limit: int) -> Iterator[Cause]:
-        return chain(_changed_process_state(before, after), _changed_objects(watched, limit))
-
+    limit = MAX_REPORTED if watched.report is not None else 1
+    found = _changed_process_state(before, after), _changed_objects(watched, limit), _written(watched, contents)
+    changes: Iterator[Cause] = chain.from_iterable(found)
     if watched.report is not None:
-        for change in (*changed(MAX_REPORTED), *_written(watched, contents)):
+        all_changes = list(changes)
+        for change in all_changes:
             watched.report(change, "")
+        changes = iter(all_changes)
     cause, submodule = operations.cause, operations.submodule
     if cause is None:
         cause, submodule = host.cause, host.submodule
-        cause = cause or next(changed(1), None)
+        cause = cause or next(changes, None)
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
             submodule = ""
             cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
-        cause = cause or next(_written(watched, contents), None)
-    operations.note_answer(value)
-    outside = list(operations.outside.values())
-    return Effects(value, cause, submodule, outside, operations.digest(), host.functions)
+    operations.reads([tensor for tensor in _tensors(value) if storage_of(tensor)])
+    unseen = {
+        code: table
+        for code, table in host.functions.items()
+        if code not in watched.module.covered and has_global_state(code, table)
+    }
+    return Effects(value, cause, submodule, list(operations.outside.values()), unseen)
 
 
 class _Operations(DispatchMode):
@@ -127,16 +122,17 @@ class _Operations(DispatchMode):
         self.submodule = ""
         self.outside: dict[int, Tensor] = {}
         self.devices = sorted({t.device.index or 0 for t in watched.inputs if t.is_cuda} | watched.module.cuda_devices)
-        self._watched = watched
-        self._host = host
-        self._inputs = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(watched.inputs)))}
-        # References, so that no memory of the call is freed and its identity used again.
-        self._made: dict[int, tuple[int, Tensor]] = {}
-        self._trace: list[Hashable] = []
-        # Of the code past the dispatcher that is running: the memory that it was given. All other is its own.
-        self._given: list[set[int]] = []
         self.ran_opaque = False
         """Whether code ran whose operations are not seen: engines, and what Inductor compiled."""
+        self._watched = watched
+        self._host = host
+        host.reads = not self.devices
+        host.entered, host.left = self._enter_opaque, self._leave_opaque
+        self._inputs = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(watched.inputs)))}
+        # References, so that no memory of the call is freed and its identity used again.
+        self._made: dict[int, Tensor] = {}
+        # Of the code past the dispatcher that is running: the memory that it was given. All other is its own.
+        self._given: list[set[int]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,101 +141,66 @@ class _Operations(DispatchMode):
         if getattr(func, "_schema", None) is None:
             out = self.higher_order(func, args, kwargs)
             # Its functions run under this mode; what it makes of their results itself is not seen.
-            known = {*self.outside, *self._inputs, *map(storage_of, _tensors((args, kwargs)))}
-            for tensor in _tensors(out):
-                if (address := storage_of(tensor)) not in known:
-                    self._made.setdefault(address, (len(self._made), tensor))
+            self._makes(_tensors(out), {*self.outside, *map(storage_of, _tensors((args, kwargs)))})
             return out
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
         drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         self._host.paused = True
         try:
-            leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
+            given = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
             generators = _generators(self.devices) if drawn else []
-            self._before(func, args, kwargs, leaves)
+            if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+                self._note(Reason.RANDOM, str(func), str(func))
+            for tensor in written(func, args, kwargs):
+                if self._is_foreign(tensor):
+                    self._note(Reason.MUTATES, str(func), self._place(tensor) or str(func))
+            self.reads(given)
             self._host.paused = False
             out = func(*args, **kwargs)
             self._host.paused = True
             if drawn and not all(map(torch.equal, generators, _generators(self.devices))):
-                self._note(Reason.RANDOM, func, str(func))
-            self._after(func, args, kwargs, leaves, out)
+                self._note(Reason.RANDOM, str(func), str(func))
+            # A constant made by torch.tensor() arrives here by no other operation.
+            lifted = func is torch.ops.aten.lift_fresh.default
+            made = [value for value in flatten(out) if isinstance(value, Tensor)]
+            self._makes(made, set() if lifted else set(map(storage_of, given)))
         finally:
             self._host.paused = False
         return out
 
-    def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor]) -> None:
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            self._note(Reason.RANDOM, func, str(func))
-        for tensor in written(func, args, kwargs):
-            if self._is_foreign(tensor):
-                self._note(Reason.MUTATES, func, self._place(tensor) or str(func))
-        self._reads(leaves)
-
-    def _after(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor], out: Any
-    ) -> None:
-        lifted = func is torch.ops.aten.lift_fresh.default
-        inputs = tuple([self._name(tensor) for tensor in leaves])
-        taken = {storage_of(tensor) for tensor in leaves}
-        results = [value for value in flatten(out) if isinstance(value, Tensor)]
-        for tensor in results:
-            address = storage_of(tensor)
-            # A constant made by torch.tensor() arrives here by no other operation.
-            if (address not in taken or lifted) and address not in self._inputs:
-                self._made.setdefault(address, (len(self._made), tensor))
-                self.outside.pop(address, None)
-        if self._given:
-            return
-        constants = [value for value in flatten([*args, *kwargs.items()]) if not isinstance(value, Tensor)]
-        values = list(map(_digest, leaves)) if lifted else []
-        made = tuple([_layout(tensor)[1:] for tensor in results])
-        self._trace.append((str(func), inputs, repr(constants), repr(values), made))
-
-    def _reads(self, tensors: Sequence[Tensor]) -> None:
+    def reads(self, tensors: Sequence[Tensor]) -> None:
         """Note the memory of outside that is read, but for that of the inputs."""
         for tensor in tensors:
             if self._is_foreign(tensor) and storage_of(tensor) not in self._inputs:
                 self.outside.setdefault(storage_of(tensor), tensor)
+
+    def _makes(self, tensors: Sequence[Tensor], known: set[int]) -> None:
+        """Note memory that the call has made, which is neither ``known`` nor that of the inputs."""
+        for tensor in tensors:
+            address = storage_of(tensor)
+            if address not in known and address not in self._inputs:
+                self._made.setdefault(address, tensor)
+                self.outside.pop(address, None)
 
     def _is_foreign(self, tensor: Tensor) -> bool:
         """Whether a tensor's memory was there before the call."""
         address = storage_of(tensor)
         return address not in self._made and (not self._given or address in self._given[-1])
 
-    def enter_opaque(self, identity: int, given: Sequence[Any]) -> None:
+    def _enter_opaque(self, given: Sequence[Any]) -> None:
         """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
         self.ran_opaque = True
         tensors = [value for value in given if isinstance(value, Tensor)]
-        self._reads(tensors)
-        self._trace.append(("opaque", identity, tuple(map(self._name, tensors))))
+        self.reads(tensors)
         self._given.append(set(map(storage_of, tensors)))
 
-    def leave_opaque(self, returned: Any) -> None:
+    def _leave_opaque(self, returned: Any) -> None:
         """Note what it has made."""
         given = self._given.pop()
         for tensor in flatten(returned):
             if isinstance(tensor, Tensor) and (address := storage_of(tensor)) not in given:
-                self._made.setdefault(address, (len(self._made), tensor))
-
-    def note_answer(self, value: Any) -> None:
-        """Note what the call returned: memory of outside, and values that no operation made."""
-        leaves, tree = pytree.tree_flatten(value)
-        self._reads([tensor for tensor in _tensors(leaves) if storage_of(tensor)])
-        self._trace.append((_text(tree), *(self._name(x) if isinstance(x, Tensor) else _text(x) for x in leaves)))
-
-    def digest(self) -> bytes:
-        """A digest of what was done."""
-        return hashlib.blake2b(repr(self._trace).encode("utf-8", "backslashreplace"), digest_size=16).digest()
-
-    def _name(self, tensor: Tensor) -> Hashable:
-        """What a tensor is called in the trace: a number for memory of the call, the address for memory of outside."""
-        address, layout = storage_of(tensor), _layout(tensor)
-        if address in self._made:
-            return ("made", self._made[address][0], *layout)
-        if address in self._inputs:
-            return ("input", self._inputs[address], *layout[1:])
-        return ("outside", address, *layout)
+                self._made.setdefault(address, tensor)
 
     def _place(self, tensor: Tensor) -> str:
         address = storage_of(tensor)
@@ -247,45 +208,20 @@ class _Operations(DispatchMode):
             f"args[{self._inputs[address]}]" if address in self._inputs else _path_in(self._watched.module, address)
         )
 
-    def _note(self, reason: Reason, func: Any, where: str) -> None:
+    def _note(self, reason: Reason, operation: str, where: str) -> None:
         # What an engine does with memory of its own is no change that a replay would leave out.
         if is_unwatched.get():
             return
         if self._watched.report is not None:
-            self._watched.report(Cause(reason, where), str(func))
+            self._watched.report(Cause(reason, where), operation)
         if self.cause is None:
             self.cause = Cause(reason, where)
             if not where.startswith(("self", "args", "kwargs")):
                 self.submodule = self._watched.path_here()
 
 
-def _digest(constant: Tensor) -> str:
-    """What stands for the elements of a constant that is made of Python numbers; nothing for one without memory."""
-    try:
-        held = _bytes(constant).contiguous().cpu().numpy()
-    except (RuntimeError, NotImplementedError):
-        return ""
-    return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
-
-
-def _text(value: Any) -> str:
-    """What tells values of an answer apart. One without a text, such as a member whose repr raises, equals nothing."""
-    try:
-        return text_of(value)
-    except Exception:
-        return f"no text, {next(_numbers)}"
-
-
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
-    try:
-        return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
-    except (RuntimeError, ValueError, NotImplementedError):
-        # Sparse tensors have no strides, and parameters that are not there yet have nothing.
-        return (0, id(tensor))
 
 
 def _path_in(snapshot: StateSnapshot, address: int) -> str:
@@ -355,9 +291,7 @@ def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Ite
         if name in before and before[name] != after[name]:
             yield Cause(Reason.RANDOM, name, "the generator moved on")
     for variable, value in after["context"].items():
-        old = before["context"].get(variable, _MISSING)
-        if old is _MISSING:
-            old = _default_of(variable)
+        old = before["context"][variable] if variable in before["context"] else _default_of(variable)
         if old is not value and not same(old, value):
             yield Cause(Reason.MUTATES, f"the context variable {variable.name!r}", "it was set")
     if before["modes"] != after["modes"]:
@@ -375,15 +309,6 @@ def _default_of(variable: contextvars.ContextVar[Any]) -> Any:
 def _generators(devices: Sequence[int]) -> list[Tensor]:
     """States of PyTorch's own generators."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
-
-
-def unseen_functions(effects: Effects, snapshot: StateSnapshot) -> dict[types.CodeType, dict[str, Any]]:
-    """The functions that ran and name globals with a state, and that the snapshot did not follow."""
-    return {
-        code: table
-        for code, table in effects.functions.items()
-        if code not in snapshot.covered and has_global_state(code, table)
-    }
 
 
 def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSnapshot:

@@ -74,8 +74,8 @@ class HostActivity:
         """Whether reads of tensors' memory count, as on the CPU; of CUDA's, the capture decides by itself."""
         self.compiled = False
         """Whether Dynamo compiled something, which sets context variables of its own."""
-        self.entered: Callable[[int, Sequence[Any]], object] = _ignore
-        """Told when code that works past the dispatcher begins: which, and what it is given."""
+        self.entered: Callable[[Sequence[Any]], object] = _ignore
+        """Told when code that works past the dispatcher begins, and what it is given."""
         self.left: Callable[[Any], object] = _ignore
         """Told when it ends, and what it returns."""
         self.paused = False
@@ -110,7 +110,7 @@ class HostActivity:
                 elif code.co_qualname in _OPAQUE:
                     self._opaque.add(code)
             if code in self._opaque:
-                self.entered(id(frame.f_locals.get("self")), _given_to(frame))
+                self.entered(_given_to(frame))
             if code in _HANDOFFS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
             elif code is _WHO_AM_I and frame.f_back is not None:

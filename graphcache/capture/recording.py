@@ -41,9 +41,7 @@ class Recording:
         """Whether native code may replay the graph, past :attr:`replay`."""
         self.nbytes = graph.nbytes
         self.version = 0
-        """That of the module's guard when the graph was last proven right."""
-        self.trace = b""
-        """A digest of what the call did, see :class:`~graphcache.capture.effects.Effects`."""
+        """That of the module's guard when the graph was captured."""
 
     def spread(self, static: Sequence[Tensor]) -> Sequence[Tensor]:
         """The graph's inputs in the places of the tensors of a call."""
@@ -93,8 +91,6 @@ class CaptureRequest:
     begin: Callable[[], object] = nothing
     """Called when the arguments are known to be right, before anything is allocated for the graph; it may raise a
     :class:`~graphcache.errors.Refusal`."""
-    known: Recording | None = None
-    """A graph of the same key, from before something changed: it is kept if the call did the very same."""
     running: Callable[[], AbstractContextManager[object]] = nullcontext
     """Makes what is entered around each run of a PyTorch module but the observed one."""
 

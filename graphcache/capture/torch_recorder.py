@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.capture.blame import at, located, path_here
-from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, unseen_functions
+from graphcache.capture.effects import Effects, Watched, observe, snapshot_of
 from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
 from graphcache.capture.recording import CaptureRequest, Recording, Sharing
-from graphcache.capture.trial_call import OutputLayout, TrialCall, containers_in
+from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
-from graphcache.errors import Cause, ClosedError, Reason, Refusal
+from graphcache.errors import Cause, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
 from graphcache.graphs.capture import (
     as_if_capturing,
@@ -31,7 +31,7 @@ from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder, capturing
-from graphcache.graphs.verify import OTHER_VALUES, Round, perturb, same_bits, verify
+from graphcache.graphs.verify import OTHER_VALUES, Round, perturb, verify
 from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.values import Unobservable
@@ -76,24 +76,20 @@ class TorchRecorder:
         if effects.cause is not None:
             effects.cause = at(effects.cause, effects.submodule, self._name)
             self._guard.forget()
-        elif unseen := unseen_functions(effects, watched.module):
-            self._guard.follow(unseen)
-            names = ", ".join(sorted({code.co_qualname for code in unseen})[:3])
+        elif effects.unseen:
+            self._guard.follow(effects.unseen)
+            names = ", ".join(sorted({code.co_qualname for code in effects.unseen})[:3])
             effects.cause = Cause(Reason.UNOBSERVED, detail=f"it is observed once more, for it came to run {names}")
         return effects
 
     def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
         """Capture a call that was observed to be a function of its tensors; a cause says why that failed."""
-        call, known = request.call, request.known
+        call = request.call
         run = self.again(effects.version, request.running)
         state = [*self._weights(), *effects.outside]
         inference = torch.is_inference_mode_enabled()
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
-                if known is not None and self._is_proven(known, call.tensors, effects, state):
-                    known.version = effects.version
-                    self._guard.arm()
-                    return known
                 self._check_containers(effects.value, call)
                 request.begin()
                 # The caller may have changed the answer of the observed run meanwhile.
@@ -116,7 +112,7 @@ class TorchRecorder:
             if change is None:
                 return Cause(Reason.MUTATES, detail="the state of the module changed while the call was captured")
             return Cause(Reason.MUTATES, change.path, f"{change.detail}, when the call ran again")
-        recorded.trace, recorded.version = effects.trace, effects.version
+        recorded.version = effects.version
         self._guard.arm()
         return recorded
 
@@ -164,17 +160,6 @@ class TorchRecorder:
         given = {id(each) for each in containers_in((call.args, call.kwargs))}
         if len(found) < len(containers) or found & given or self._guard.holds_any(found):
             raise Refusal(Reason.OUTPUT, detail="a container in it is not of its own")
-
-    def _is_proven(self, known: Recording, inputs: Sequence[Tensor], effects: Effects, state: Sequence[Tensor]) -> bool:
-        """Whether a graph from before a change is right still: the call did the very same, and so does the graph."""
-        if known.trace != effects.trace or self._guard.has_engines:
-            # What an engine does inside is in no trace.
-            return False
-        try:
-            wanted = OutputLayout(effects.value, inputs, state).tensors
-            return same_bits(known.replay([tensor.detach() for tensor in inputs]), wanted)
-        except (ClosedError, Refusal):
-            return False
 
     def _weights(self) -> list[Tensor]:
         """Every parameter and buffer."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphcache.cache.admission import Admission
 from graphcache.cache.churn import ChurnWatch
-from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, budget_of, clock
+from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, budget_of
 from graphcache.cache.key_table import KeyTable
 from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.run_gate import RunGate
@@ -138,24 +138,22 @@ class CaptureManager:
     def capture(self, call: KeyedCall) -> tuple[Any, Cause | None]:
         """Answer a call and keep its graph, or deny its key: the answer, and why there is no graph. Under the lock."""
         start = time.perf_counter()
-        known = self.graphs.entries.get(call.key)
+        stale = self.graphs.entries.get(call.key)
         with self.ledger.span("capture") as span, self.room(call) as room:
-            begin = partial(self.reserve, room, call, known)
-            request = CaptureRequest(call, begin=begin, known=None if known is None else known.graph)
+            request = CaptureRequest(call, begin=partial(self.reserve, room, call))
             try:
                 with self.running():
                     answer, outcome = self.target.recorder.attempt(request)
             finally:
                 self._drop_broken()
-            cause = None
-            if known is not None and outcome is known.graph:
-                # It was captured before the module changed, and is right all the same: its replay gave this answer too.
-                known.hits += 1
-                known.used = clock()
-            else:
-                if known is not None:
-                    self.graphs.evict(call.key)
-                cause = self.keep(call, outcome, time.perf_counter() - start, room)
+            if stale is not None:
+                self.graphs.evict(call.key)
+            cause = self.keep(call, outcome, time.perf_counter() - start, room)
+            if stale is not None and cause is None:
+                self.keys.replaced(call.key, stale.hits, self.version)
+                entry = self.graphs.entries.get(call.key)
+                if entry is not None and stale.pinned and preparing.get() is None:
+                    entry.pinned = True
             span.done = cause is None
             return answer, cause
 
@@ -174,10 +172,10 @@ class CaptureManager:
         budget_of(device or torch.device("cpu")).register(self.graphs)
         return Reservation(self.graphs)
 
-    def reserve(self, room: Reservation, call: KeyedCall, known: Entry[Recording] | None = None) -> None:
-        """Make room for the graph of a call, in place of the ``known`` one from before the module changed."""
+    def reserve(self, room: Reservation, call: KeyedCall) -> None:
+        """Make room for the graph of a call, in place of one from before the module changed."""
         entry = self.graphs.entries.get(call.key)
-        if entry is not None and (known is not None or entry.graph.version != self.version):
+        if entry is not None and entry.graph.version != self.version:
             self.graphs.evict(call.key)
         room.take(self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes)
 

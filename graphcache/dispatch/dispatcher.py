@@ -212,8 +212,7 @@ class Dispatcher:
             if (answer := self.replay(entry, call)) is not STALE:
                 return answer, None
         elif entry is not None and not self._in_background:
-            # It was captured before something changed. Whether it is right still is found out within the call, whatever
-            # the policy, as it has been admitted before.
+            # It was captured before something changed, so that its key has been admitted.
             admitted = True
         if not admitted and preparing.get() is None:
             if (cause := self.admit(call)) is not None:
@@ -363,7 +362,7 @@ class Dispatcher:
         return _AS_IT_IS if device is None or device.index == current_device() else torch.cuda.device(device)
 
     def refresh(self) -> None:
-        """Drop graphs of an engine that has changed; those of another module are proven again. Under the lock."""
+        """Drop graphs of an engine that has changed; those of another module are captured again. Under the lock."""
         guard = self._guard
         if isinstance(guard, EngineGuard):
             if not guard.holds():

@@ -134,11 +134,6 @@ class ModuleGuard:
         snapshot = self._snapshot
         return snapshot is not None and any(id(node.target) in identities for node in snapshot.nodes)
 
-    @property
-    def has_engines(self) -> bool:
-        """Whether submodules that keep their own account take part."""
-        return bool(self._engines)
-
     def forget(self) -> None:
         """Take everything for changed: no graph is valid until it was proven again."""
         with self._lock:

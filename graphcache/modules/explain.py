@@ -192,6 +192,8 @@ def _of_keys(dispatcher: Dispatcher, keys: Sequence[Any], cause: Cause | None = 
         reason, note = None, "it had a graph, which was evicted" if state.capture.count else ""
         if entry is not None:
             note = "" if is_current else "the module has changed since its graph was captured"
+            if not is_current and state.denial is not None and state.denial.wait(captures.version + changed):
+                reason = state.denial.cause
         elif dispatcher.queue.is_pending(key):
             reason = PENDING
         elif (denial := state.denial) is not None:

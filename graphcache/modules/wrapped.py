@@ -26,7 +26,7 @@ class CacheInfo:
     """The counters of a wrapped module and of the submodules that it captured one by one.
 
     Args:
-        hits: Calls answered by a replay, or by an eager run that proved a graph right after a change of the module.
+        hits: Calls answered by a replay.
         captures: Graphs made.
         evictions: Graphs closed, whatever the cause.
         eager: Calls answered without a graph, by reason.

@@ -17,7 +17,7 @@ TRANSIENT = (
     Reason.MISMATCH,
     Reason.ALIASES_STATE,
 )
-EFFECTS = (Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED)
+EFFECTS = (Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED, Reason.COLD)
 LASTING = tuple(reason for reason in Reason if reason not in TRANSIENT + EFFECTS)
 
 

@@ -64,7 +64,7 @@ def test_callers_run_beside_one_another() -> None:
 
     for each in [start(run) for _ in range(3)]:
         each.result(PATIENCE)
-    assert gate.is_idle
+    assert not gate.inside
     assert gate.waits == 0
 
 
@@ -72,7 +72,7 @@ def test_a_background_capture_waits_until_the_module_is_idle() -> None:
     gate, order = RunGate(nn.ReLU()), list[str]()
     with gate.shared():
         alone = start(enter_alone, gate, order, "alone")
-        until(lambda: gate.is_wanted)
+        until(lambda: gate.turns)
         order.append("caller")
         assert not alone.done()
     alone.result(PATIENCE)
@@ -112,7 +112,7 @@ def test_callers_that_keep_coming_do_not_keep_a_background_capture_waiting() -> 
     gate, order = RunGate(nn.ReLU()), list[str]()
     with gate.shared():
         alone = start(enter_alone, gate, order, "alone")
-        until(lambda: gate.is_wanted)
+        until(lambda: gate.turns)
         caller = start(enter, gate, order, "caller")
         until(lambda: gate.waits == 1)
     alone.result(PATIENCE)
@@ -127,18 +127,18 @@ def test_one_thread_enters_as_often_as_it_likes() -> None:
         with gate.shared(), gate.shared():
             # The third time goes before whoever waits to run alone, and for the first.
             alone = start(enter_alone, gate, [], "")
-            until(lambda: gate.is_wanted)
+            until(lambda: gate.turns)
             with gate.shared():
                 assert not alone.done()
             return alone
 
     def alone() -> None:
         with gate.exclusive(), gate.shared(), gate.exclusive(), gate.shared():
-            assert not gate.is_idle
+            assert gate.inside
 
     start(callers).result(PATIENCE).result(PATIENCE)
     start(alone).result(PATIENCE)
-    assert gate.is_idle
+    assert not gate.inside
     start(enter_alone, gate, [], "").result(PATIENCE)
 
 
@@ -147,9 +147,8 @@ def test_what_is_raised_inside_leaves_the_gate_open() -> None:
     for inside in (gate.shared, gate.exclusive):
         with pytest.raises(KeyError), inside():
             raise KeyError
-    assert gate.is_idle
+    assert not gate.inside
     start(enter_alone, gate, [], "").result(PATIENCE)
-    assert gate.run(max, 1, 2, key=lambda value: -value) == 1
 
 
 def test_modules_that_share_a_submodule_exclude_each_other() -> None:
@@ -159,7 +158,7 @@ def test_modules_that_share_a_submodule_exclude_each_other() -> None:
     order: list[str] = []
     with two.shared():
         alone = start(enter_alone, one, order, "alone")
-        until(lambda: one.is_wanted)
+        until(lambda: one.turns)
         assert not alone.done()
         start(enter_alone, three, order, "other").result(PATIENCE)
     alone.result(PATIENCE)
@@ -182,7 +181,7 @@ def test_a_caller_inside_one_module_goes_on_into_another_that_is_wanted(reverse:
     def caller() -> Future[Any]:
         with first.shared():
             alone = start(enter_alone, gates[0], [], "")
-            until(lambda: second.is_wanted)
+            until(lambda: second.turns)
             with second.shared():
                 assert not alone.done()
             return alone
@@ -195,7 +194,7 @@ def test_a_module_that_is_gone_is_nobodys_concern() -> None:
     gate, other = RunGate(module), RunGate(module[0])
     del module
     with gate.exclusive():
-        assert other.is_idle
+        assert not other.inside
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

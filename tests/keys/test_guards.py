@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import graphcache
 from graphcache import CachedModule, Reason
+from graphcache.cache.key_table import ENOUGH_HITS
 from graphcache.keys import native, state_nodes
 from graphcache.keys.guards import ModuleGuard
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, outcomes, reason, replays, same
@@ -548,26 +549,51 @@ def test_the_guard_keeps_nobody_who_holds_graphs() -> None:
     assert guard.holds()
 
 
-# ---- what is captured again, and what is proven to be right still
+# ---- what is captured again
 
 
-def test_a_change_that_answers_do_not_depend_on_costs_a_proof_and_no_capture() -> None:
+def test_after_a_change_each_key_is_captured_again_when_it_is_called() -> None:
     module = Plain()
     fast = captured(module)
     for size in (3, 5):
         fast(torch.ones(size, 4))
     module.unused = "new"
-    for size in (3, 2, 5, 3):
+    for size in (3, 5, 3):
         x = torch.ones(size, 4)
         assert same(fast(x), module(x))
     info = fast.cache_info()
-    assert (info.captures, info.graphs) == (3, 3)
-    # Of the three sizes each was captured once, and the other calls count as hits: two replays and three proofs.
-    assert info.hits == 5
-    assert info.eager == {}
+    assert (info.captures, info.graphs, info.eager) == (5, 3, {})
 
 
-def test_a_memo_that_grows_by_shape_settles_and_what_was_captured_before_is_proven_again() -> None:
+@pytest.mark.parametrize("policy", ["first", "worthwhile", "prepared"])
+def test_a_module_that_changes_before_every_call_runs_eagerly_for_longer_and_longer(policy: Any) -> None:
+    module = Plain()
+    fast = graphcache.wrap(module, capture=policy)
+    with torch.no_grad():
+        fast.prepare(X)
+        for step in range(64):
+            module.unused = step
+            assert same(fast(X), module(X))
+        info = fast.cache_info()
+        assert info.captures <= 7
+        assert set(info.eager) == {Reason.COLD}
+        for _ in range(64):
+            fast(X)
+        # Once it does so no more it has a graph again.
+        assert replays(fast, X)
+
+
+def test_a_graph_that_has_answered_many_calls_is_captured_again_at_once() -> None:
+    module = Plain()
+    fast = graphcache.wrap(module)
+    for step in range(6):
+        module.unused = step
+        for _ in range(ENOUGH_HITS + 1):
+            assert same(fast(X), module(X))
+    assert (fast.cache_info().captures, fast.cache_info().eager) == (6, {})
+
+
+def test_a_memo_that_grows_by_shape_settles() -> None:
     class Memo(nn.Module):
         def __init__(self) -> None:
             super().__init__()

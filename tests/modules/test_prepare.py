@@ -640,7 +640,7 @@ def test_graphs_that_fit_or_are_dropped_on_purpose_do_not(caplog: pytest.LogCapt
     assert capture_manager.log.name == "graphcache"
 
 
-def test_a_prepared_graph_is_proven_again_after_a_change() -> None:
+def test_a_prepared_call_is_captured_again_after_a_change() -> None:
     module = nn.Linear(4, 2).requires_grad_(False)
     fast, x = graphcache.wrap(module, capture="prepared"), torch.ones(3, 4)
     with torch.inference_mode():
@@ -650,4 +650,18 @@ def test_a_prepared_graph_is_proven_again_after_a_change() -> None:
         assert torch.equal(fast(x), module(x))
         fast(x)
     info = fast.cache_info()
-    assert (info.captures, info.hits, info.eager) == (1, 3, {})
+    assert (info.captures, info.hits, info.eager) == (2, 2, {})
+
+
+def test_a_pinned_graph_is_pinned_when_it_was_captured_again() -> None:
+    module = nn.Linear(4, 2).requires_grad_(False)
+    fast = graphcache.wrap(module, max_graphs=2)
+    pinned, *others = (torch.ones(size, 4) for size in (1, 2, 3, 4))
+    fast.prepare(pinned, pin=True)
+    module.note = "set by the application"
+    fast(pinned)
+    for x in others:
+        fast(x)
+    hits = fast.cache_info().hits
+    fast(pinned)
+    assert fast.cache_info().hits == hits + 1
