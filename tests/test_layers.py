@@ -62,9 +62,6 @@ OWNERS = {
 }
 """The only layer that imports a library."""
 
-ALSO = {("graphcache.modules.prepare", "rich")}
-"""Who else may, inside a function: a bar that is drawn on a terminal alone."""
-
 
 def layer_of(module):
     """``"graphcache.cache.graph_cache"`` -> ``"cache"``, ``"graphcache"`` -> ``""``."""
@@ -118,7 +115,7 @@ def violations(source, module, *, is_package=False):
                 found.append(f"{module}:{line} imports {name}, a layer without a rank")
             elif other != own and RANKS[other] >= RANKS[own] and not both_lowest:
                 found.append(f"{module}:{line} imports {name}, which is not below {own or 'the package'}")
-        elif top in OWNERS and OWNERS[top] != own and (module, top) not in ALSO:
+        elif top in OWNERS and OWNERS[top] != own:
             found.append(f"{module}:{line} imports {name}, which is for {OWNERS[top]} only")
     return found
 

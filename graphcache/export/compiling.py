@@ -16,7 +16,7 @@ from graphcache.export.onnx_export import export, open_sizes, resized
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.packaging import Source
-from graphcache.modules.prepare import bar
+from graphcache.modules.prepare import counting
 
 TOLERANCE = 5e-3
 """Relative error of the norm. TensorRT multiplies in TF32 where torch may not, which alone makes 1e-3."""
@@ -52,7 +52,7 @@ def compile(
             Integers must be equal.
         cache: Keep the engine, and the kernels that are compiled for it, in this user's cache folder.
         workspace: As :func:`graphcache.build` takes it.
-        progress: Draw a bar on stderr where that is a terminal; ``None`` means ``True``.
+        progress: Count the steps on stderr where that is a terminal; ``None`` means ``True``.
         name: What messages call it; the module's class if empty.
         **options: As :func:`graphcache.wrap` takes them.
 
@@ -80,7 +80,7 @@ def compile(
     config, dims = GraphConfig.of(options), open_sizes(module, inputs, dynamic)
     label = name or type(module).__name__
     require_gpu(f"compiling {label}")
-    with bar(f"Compiling {label}", 4, progress) as step:
+    with counting(f"Compiling {label}", 4, progress) as step:
         exported = export(module, inputs, dims)
         step()
         built: Any = {"shapes": exported.shapes or None, "workspace": workspace}

@@ -203,7 +203,7 @@ class CachedModule(TransparentModule):
                 are made up. For a host shape tensor these are its values.
             pin: Never evict these graphs.
             deadline: Seconds after which no further capture begins; half of them at most go to the eager calls.
-            progress: Draw a bar on stderr where that is a terminal; ``None`` means ``True``.
+            progress: Count the steps on stderr where that is a terminal; ``None`` means ``True``.
 
         Raises:
             ConfigError: For what is no call, or a bad option.

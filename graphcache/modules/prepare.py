@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -110,7 +111,7 @@ def prepare(
             work.left_out += chosen.left_out
             work.problems += chosen.problems
     seconds = math.inf if deadline is None else deadline
-    with bar(f"Preparing {dispatcher.ledger.name}", 2 * len(jobs), progress) as step:
+    with counting(f"Preparing {dispatcher.ledger.name}", 2 * len(jobs), progress) as step:
         # What is warm and never captured was in vain.
         warm = work.warm(jobs, start + seconds / 2, step)
         work.capture(fast, warm, start + seconds, step)
@@ -210,27 +211,24 @@ class _Work:
 
 
 @contextmanager
-def bar(title: str, steps: int, wanted: bool | None = None) -> Iterator[Callable[[], None]]:
-    """Draw how many steps are done, if stderr is a terminal and a bar is wanted; gives what to call after each.
-
-    It is drawn by these calls: a thread that draws would run beside captures.
-    """
-    if wanted is False or not steps or not sys.stderr.isatty():
+def counting(title: str, steps: int, wanted: bool | None = None) -> Iterator[Callable[[], None]]:
+    """Show how many steps are done, if stderr is a terminal and nobody minds; gives what to call after each."""
+    stream, done = sys.stderr, count()
+    if wanted is False or not steps or not stream.isatty():
         yield lambda: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as shown_bar:
-        task = shown_bar.add_task(title, total=steps)
-        shown_bar.refresh()
+    def step() -> None:
+        stream.write(f"\r{title}: {next(done)}/{steps}")
+        stream.flush()
 
-        def step() -> None:
-            shown_bar.advance(task)
-            shown_bar.refresh()
-
+    step()
+    try:
         yield step
+    finally:
+        # To the start of the line, which is erased.
+        stream.write("\r\x1b[K")
+        stream.flush()
 
 
 def _check_options(given: Sequence[Any], pin: object, deadline: Any, progress: object) -> None:
