@@ -72,17 +72,11 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
                 f"{label} lies on {value.device}, the engine on {device}; move it with .to('{device}'), or let "
                 f"graphcache.runtime.set_multi_device_safe_mode(True) move it at every call"
             )
-        if value.dim() != len(binding.shape):
-            raise InputRankError(
-                f"{label} has {value.dim()} dimensions {tuple(value.shape)}, the engine takes {len(binding.shape)} "
-                f"{_text(binding.shape)}"
-            )
-        for axis, (got, built) in enumerate(zip(value.shape, binding.shape, strict=True)):
-            if built >= 0 and got != built:
-                raise ProfileRangeError(
-                    f"{label} has shape {tuple(value.shape)}, but axis {axis} of the engine has the fixed size {built} "
-                    f"{_text(binding.shape)}"
-                )
+        has_rank = value.dim() == len(binding.shape)
+        if not has_rank or any(size not in (-1, got) for size, got in zip(binding.shape, value.shape, strict=True)):
+            built = ", ".join("any" if size < 0 else str(size) for size in binding.shape)
+            kind = ProfileRangeError if has_rank else InputRankError
+            raise kind(f"{label} has shape {tuple(value.shape)}, the engine takes [{built}]")
 
 
 def choose_profile(
@@ -172,8 +166,3 @@ def _profile_values(engine: Any, name: str, profile: int) -> Any:
 def _nowhere(value: Tensor) -> bool:
     """Whether a tensor has no memory."""
     return value._is_zerotensor() or (value.numel() > 0 and not value.untyped_storage().nbytes())
-
-
-def _text(shape: Sequence[int]) -> str:
-    """The shape of a binding, for messages."""
-    return "[" + ", ".join("any" if size < 0 else str(size) for size in shape) + "]"

@@ -9,7 +9,7 @@ from typing import Any
 from graphcache.engines.build_key import NotKeyed, build_key
 from graphcache.engines.library import Library, join_messages, require_gpu
 from graphcache.engines.library import library as find
-from graphcache.engines.profiles import Input, Range, ShapeSpec, profiles
+from graphcache.engines.profiles import Input, ShapeSpec, profiles
 from graphcache.engines.store import user_store
 from graphcache.errors import ConfigError, EngineBuildError, shown
 
@@ -75,13 +75,10 @@ def build(
         "refittable": refittable,
         "workspace": workspace,
     }
-    return (_cached if cache else _build)(found, onnx, options, progress)
-
-
-def _cached(found: Library, onnx: Any, options: Mapping[str, Any], progress: Progress | None) -> bytes:
-    """An engine of this user's cache folder, built if it is not there."""
     is_path = isinstance(onnx, str | os.PathLike)
     model = onnx if is_path else _serialized(onnx)
+    if not cache:
+        return _build(found, model, options, progress)
     try:
         key = build_key(found, model, options)
     except NotKeyed:
@@ -103,10 +100,11 @@ def _builder(name: str | None) -> Library:
     return found
 
 
-def _build(found: Library, onnx: Any, options: Mapping[str, Any], progress: Progress | None) -> bytes:
+def _build(
+    found: Library, onnx: str | os.PathLike[str] | bytes, options: Mapping[str, Any], progress: Progress | None
+) -> bytes:
     """Build an engine, with the options of :func:`build`."""
     trt: Any = found.module
-    refittable, workspace = options["refittable"], options["workspace"]
     with found.logger.collect():
         if hasattr(trt, "init_libnvinfer_plugins"):
             trt.init_libnvinfer_plugins(found.logger, "")
@@ -120,35 +118,30 @@ def _build(found: Library, onnx: Any, options: Mapping[str, Any], progress: Prog
         if network.num_outputs == 0:
             raise EngineBuildError(f"{model} has no outputs, so it is not an ONNX model, or an empty one")
         config = builder.create_builder_config()
-        inputs = _inputs(network)
-        for ranges in profiles(inputs, options["shapes"]):
-            _add_profile(found, builder, config, inputs, ranges)
-        if workspace is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        _add_profiles(found, builder, config, network, options["shapes"])
+        if options["workspace"] is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace"])
         if options["weight_streaming"]:
             _set_flag(found, config, "WEIGHT_STREAMING")
-        _allow_refit(found, config, network, refittable)
+        _allow_refit(found, config, network, options["refittable"])
         monitor = _watch(trt, config, progress)
         engine = builder.build_serialized_network(network, config)
         if monitor is not None and monitor.raised is not None:
             raise monitor.raised
         if engine is None:
-            said = found.logger.said()
-            hint = _hint(found, said, bool(refittable), workspace)
-            raise EngineBuildError(f"{found.flavour} {found.version} could not build {model}: {said}.{hint}")
+            raise EngineBuildError(_failure(found, model, options))
         return bytes(engine)
 
 
-def _parse(found: Library, parser: Any, onnx: Any) -> str:
+def _parse(found: Library, parser: Any, onnx: str | os.PathLike[str] | bytes) -> str:
     """Let TensorRT parse a model; how messages call it."""
-    if isinstance(onnx, str | os.PathLike):
-        path = os.fspath(onnx)
-        if not os.path.isfile(path):
-            raise EngineBuildError(f"there is no ONNX file at {path!r} (working directory {os.getcwd()!r})")
-        model, parsed = path, parser.parse_from_file(path)
+    if not isinstance(onnx, bytes):
+        model = os.fspath(onnx)
+        if not os.path.isfile(model):
+            raise EngineBuildError(f"there is no ONNX file at {model!r} (working directory {os.getcwd()!r})")
+        parsed = parser.parse_from_file(model)
     else:
-        data = _serialized(onnx)
-        model, parsed = f"the ONNX model of {len(data)} bytes", parser.parse(data)
+        model, parsed = f"the ONNX model of {len(onnx)} bytes", parser.parse(onnx)
     if not parsed:
         named = "; ".join(
             f"node {each.node_name()!r} ({each.node_operator()}): {join_messages([each.desc()])}"
@@ -182,10 +175,10 @@ def _serialized(onnx: Any) -> bytes:
         ) from error
 
 
-def _inputs(network: Any) -> list[Input]:
-    """The inputs of a parsed model."""
+def _add_profiles(found: Library, builder: Any, config: Any, network: Any, shapes: Any) -> None:
+    """Add the optimisation profiles that ``shapes`` asks for."""
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
-    return [
+    inputs = [
         Input(
             tensor.name,
             tuple(tensor.shape),
@@ -194,18 +187,13 @@ def _inputs(network: Any) -> list[Input]:
         )
         for tensor in tensors
     ]
-
-
-def _add_profile(
-    found: Library, builder: Any, config: Any, inputs: Sequence[Input], ranges: Mapping[str, Range]
-) -> None:
-    """Add an optimisation profile."""
-    profile = builder.create_optimization_profile()
     host = {each.name for each in inputs if each.host}
-    for name, (low, usual, high) in ranges.items():
-        (profile.set_shape_input if name in host else profile.set_shape)(name, low, usual, high)
-    if config.add_optimization_profile(profile) < 0:
-        raise EngineBuildError(f"TensorRT refused the shapes {dict(ranges)}; it said: {found.logger.said()}")
+    for ranges in profiles(inputs, shapes):
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in ranges.items():
+            (profile.set_shape_input if name in host else profile.set_shape)(name, low, usual, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineBuildError(f"TensorRT refused the shapes {dict(ranges)}; it said: {found.logger.said()}")
 
 
 def _set_flag(found: Library, config: Any, name: str) -> None:
@@ -267,12 +255,14 @@ def _watch(trt: Any, config: Any, progress: Progress | None) -> Any:
     return monitor
 
 
-def _hint(found: Library, said: str, refittable: bool, workspace: int | None) -> str:
-    """What may help after a failed build."""
+def _failure(found: Library, model: str, options: Mapping[str, Any]) -> str:
+    """What is said of a failed build, and what may help."""
+    said = found.logger.said()
+    text = f"{found.flavour} {found.version} could not build {model}: {said}."
     if "no runners that implement it" in said:
-        return f" {found.flavour} has no implementation of that layer: keep it out of the engine and run it in PyTorch."
-    if "workspace" in said and workspace is not None:
-        return f" workspace={workspace} bytes may be too little."
-    if refittable and found.flavour == "tensorrt_rtx":
-        return " TensorRT-RTX builds refittable engines only on a machine with a GPU; leave out refittable elsewhere."
-    return ""
+        return f"{text} It has no implementation of that layer: keep it out of the engine and run it in PyTorch."
+    if "workspace" in said and options["workspace"] is not None:
+        return f"{text} workspace={options['workspace']} bytes may be too little."
+    if options["refittable"] and found.flavour == "tensorrt_rtx":
+        return f"{text} It builds refittable engines only on a machine with a GPU; leave out refittable elsewhere."
+    return text

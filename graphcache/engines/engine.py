@@ -8,8 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -128,13 +127,11 @@ class Engine:
 
     def new_outputs(self, shapes: Sequence[tuple[int, ...] | None], *, allocator: bool = False) -> list[Any]:
         """Memory for outputs of these shapes; ``None`` where TensorRT allocates: all on the device if ``allocator``."""
-        made: list[Tensor | None] = []
-        for binding, shape in zip(self.outputs, shapes, strict=True):
-            if shape is None or (allocator and not binding.on_host):
-                made.append(None)
-            else:
+        made: list[Tensor | None] = [None] * len(self.outputs)
+        for index, (binding, shape) in enumerate(zip(self.outputs, shapes, strict=True)):
+            if shape is not None and (binding.on_host or not allocator):
                 device = torch.device("cpu") if binding.on_host else self.device
-                made.append(torch.empty(shape, dtype=binding.dtype, device=device))
+                made[index] = torch.empty(shape, dtype=binding.dtype, device=device)
         return made
 
     def new_context(self) -> Any:
@@ -155,13 +152,12 @@ class Engine:
         """
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):
+        strategies = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is not None:
             # 1.4.0.76 with EAGER: every shape but a context's first was answered wrongly.
             usual = "none" if self.library.version.startswith("1.4.") else "eager"
-            strategies = self.trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = getattr(
-                strategies, (self._specialization or usual).upper()
-            )
+            chosen = getattr(strategies, (self._specialization or usual).upper())
+            config.dynamic_shapes_kernel_specialization_strategy = chosen
             cache = self._shared_kernels or self._own_kernels
             # The bindings do not keep it alive for the config (1.5.0.114: a crash in the next line).
             self._kernels = config.create_runtime_cache() if cache is None else cache.made_for(config)
@@ -270,34 +266,31 @@ def keeping_the_current_device() -> Iterator[None]:
 
 def _refused(label: str, said: Sequence[str], found: Library, runtime: Any, serialized: bytes) -> EngineError:
     """The error for an engine that TensorRT refused, from its messages and its validity check."""
-    trt = found.module
     flags = []
     if hasattr(runtime, "get_engine_validity"):
         _, diagnostics = runtime.get_engine_validity(serialized)
-        members = trt.EngineInvalidityDiagnostics.__members__
+        members = found.module.EngineInvalidityDiagnostics.__members__
         flags = [name for name, member in members.items() if int(diagnostics) & int(member)]
     told = join_messages([*flags, *said])
-    seen = f"{label} ({len(serialized)} bytes) was refused by {found.flavour} {found.version}: {told}"
-    low = told.lower()
-    if any(sign in low for sign in _OTHER_MACHINE):
-        return EngineVersionError(
-            f"{seen}. An engine runs only under the version, and on the kind of GPU, it was built for: build it again "
-            f"here, or install the version that built it"
+    kind, remedy = EngineError, "Build it again here, or try another flavour with GRAPHCACHE_TENSORRT"
+    if any(sign in told.lower() for sign in _OTHER_MACHINE):
+        kind = EngineVersionError
+        remedy = (
+            "An engine runs only under the version, and on the kind of GPU, it was built for: build it again here, or "
+            "install the version that built it"
         )
-    if any(sign in low for sign in _NOT_AN_ENGINE):
-        return EngineFormatError(
-            f"{seen}. Expected a complete engine file of {found.flavour}; build it with graphcache.build, or copy the "
-            f"file again"
-        )
-    return EngineError(f"{seen}. Build it again here, or try another flavour with GRAPHCACHE_TENSORRT")
+    elif any(sign in told.lower() for sign in _NOT_AN_ENGINE):
+        kind = EngineFormatError
+        remedy = f"Expected a complete engine file of {found.flavour}; build it with graphcache.build, or copy it again"
+    seen = f"{label} ({len(serialized)} bytes) was refused by {found.flavour} {found.version}"
+    return kind(f"{seen}: {told}. {remedy}")
 
 
 _OTHER_MACHINE = ("version_mismatch", "version tag", "unsupported_cc", "compute capability", "serialization version")
 _NOT_AN_ENGINE = ("malformed", "magic", "serialization assertion", "corrupt", "nothing")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineHeader:
+class EngineHeader(NamedTuple):
     """The length of a TensorRT-RTX engine file in bytes, and the version that built it, such as ``"1.5.0.114"``."""
 
     nbytes: int

@@ -266,18 +266,10 @@ def _size(tree: Any) -> Size | None:
     if tree is None:
         return None
     if isinstance(tree, int):
-        return Size(plus=_whole(tree))
-    terms = tuple(
-        (_whole(factor), tuple((_whole(index), _whole(axis)) for index, axis in dims)) for factor, dims in tree["terms"]
-    )
-    over = _whole(tree["over"])
-    if over < 1 or any(index < 0 or axis < 0 for _, dims in terms for index, axis in dims):
+        tree = {"terms": (), "plus": tree, "over": 1}
+    terms = tuple((factor, tuple((index, axis) for index, axis in dims)) for factor, dims in tree["terms"])
+    places = [number for _, dims in terms for dim in dims for number in dim]
+    numbers = [tree["plus"], tree["over"], *(factor for factor, _ in terms), *places]
+    if any(type(each) is not int for each in numbers) or tree["over"] < 1 or min(places, default=0) < 0:
         raise ValueError(f"not a size: {tree}")
-    return Size(terms, _whole(tree["plus"]), over)
-
-
-def _whole(value: Any) -> int:
-    """A whole number, or a ``ValueError``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r}: expected a whole number")
-    return value
+    return Size(terms, tree["plus"], tree["over"])

@@ -79,10 +79,10 @@ def _example(each: Input) -> Range:
 def _ranges(each: Input, spec: ShapeSpec) -> list[Range]:
     """The ranges of one input, one for each profile."""
     name = f"shapes[{each.name!r}]"
-    shape, triple = _shape(spec), _triple(spec)
-    if shape is not None:
-        found: list[Range | None] = [(shape, shape, shape)]
-    elif triple is not None:
+    found: list[Range | None]
+    if (shape := _shape(spec)) is not None:
+        found = [(shape, shape, shape)]
+    elif (triple := _triple(spec)) is not None:
         found = [triple]
     else:
         found = [_triple(item) for item in spec] if _is_sequence(spec) else []
@@ -122,26 +122,18 @@ def _triple(value: Any) -> Range | None:
 
 def _check(each: Input, item: Range, name: str) -> None:
     """Compare a range with an input."""
-    count, unit = (each.values, "value") if each.host else (len(each.dims), "dimension")
+    count, unit = (each.values, "values") if each.host else (len(each.dims), "dimensions")
     least, most = _VALUES if each.host else (0, _MAX_DIMENSION)
     for which, sizes in zip(("min", "opt", "max"), item, strict=True):
-        if len(sizes) != count:
+        if len(sizes) != count or not all(least <= size <= most for size in sizes):
             raise EngineBuildError(
-                f"{name}: {which} is {sizes}, {_number(len(sizes), unit)}; the model's input is {each}, "
-                f"{_number(count, unit)}"
+                f"{name}: {which} is {sizes}; the model's input {each} takes {count} {unit} in [{least}, {most}]"
             )
-        if not all(least <= size <= most for size in sizes):
-            raise EngineBuildError(f"{name}: {which} is {sizes}; expected every {unit} in [{least}, {most}]")
     for axis, (low, usual, high) in enumerate(zip(*item, strict=True)):
-        axis_name = each.axes[axis] if not each.host and axis < len(each.axes) else None
+        axis_name = None if each.host or not each.axes else each.axes[axis]
         where = f"{name}, axis {axis}{f' ({axis_name})' if axis_name else ''}: min {low}, opt {usual}, max {high}"
         if not low <= usual <= high:
             raise EngineBuildError(f"{where}; expected min <= opt <= max")
         fixed = -1 if each.host else each.dims[axis]
         if fixed >= 0 and (low, high) != (fixed, fixed):
             raise EngineBuildError(f"{where}; but the model fixes that axis at {fixed}")
-
-
-def _number(count: int, unit: str) -> str:
-    """A number with its unit."""
-    return f"{count} {unit}{'' if count == 1 else 's'}"

@@ -89,22 +89,24 @@ def test_malformed(spec: Any) -> None:
     )
 
 
+SIZES = "the model's input x (batch, 64) takes 2 dimensions in [0, 2147483647]"
+VALUES = "1 values in [-9223372036854775808, 9223372036854775807]"
 RANGES: list[tuple[Input, Any, str]] = [
-    (X, (1, 64, 3), ": min is (1, 64, 3), 3 dimensions; the model's input is x (batch, 64), 2 dimensions"),
-    (X, [], ": min is (), 0 dimensions; the model's input is x (batch, 64), 2 dimensions"),
+    (X, (1, 64, 3), f": min is (1, 64, 3); {SIZES}"),
+    (X, [], f": min is (); {SIZES}"),
     (
         X,
         [((1, 64), (2, 64), (3, 64)), ((1, 64), (2, 64), (3,))],
-        "[1]: max is (3,), 1 dimension; the model's input is x (batch, 64), 2 dimensions",
+        f"[1]: max is (3,); {SIZES}",
     ),
-    (END, ((1, 2),) * 3, ": min is (1, 2), 2 values; the model's input is end (1) read on the host, 1 value"),
-    (SCALAR, ((),) * 3, ": min is (), 0 values; the model's input is count () read on the host, 1 value"),
-    (X, (-1, 64), ": min is (-1, 64); expected every dimension in [0, 2147483647]"),
-    (X, ((1, 64), (2, 64), (2**31, 64)), ": max is (2147483648, 64); expected every dimension in [0, 2147483647]"),
+    (END, ((1, 2),) * 3, f": min is (1, 2); the model's input end (1) read on the host takes {VALUES}"),
+    (SCALAR, ((),) * 3, f": min is (); the model's input count () read on the host takes {VALUES}"),
+    (X, (-1, 64), f": min is (-1, 64); {SIZES}"),
+    (X, ((1, 64), (2, 64), (2**31, 64)), f": max is (2147483648, 64); {SIZES}"),
     (
         END,
         ((1,), (2,), (2**63,)),
-        ": max is (9223372036854775808,); expected every value in [-9223372036854775808, 9223372036854775807]",
+        f": max is (9223372036854775808,); the model's input end (1) read on the host takes {VALUES}",
     ),
     (X, ((5, 64), (4, 64), (8, 64)), ", axis 0 (batch): min 5, opt 4, max 8; expected min <= opt <= max"),
     (END, ((1,), (9,), (8,)), ", axis 0: min 1, opt 9, max 8; expected min <= opt <= max"),

@@ -212,7 +212,7 @@ REFUSED = [
         (
             f"MALFORMED_ENGINE; {CALL} Serialization (Serialization assertion magicTagRead == kMAGIC_TAG failed. Magic "
             "tag does not match). Expected a complete engine file of tensorrt; build it with graphcache.build, or copy "
-            "the file again"
+            "it again"
         ),
     ),
     (

@@ -251,9 +251,9 @@ def test_bad_inputs_raise_their_own_errors_and_leave_nothing(load):
             run(good.half())
         with pytest.raises(InputDeviceError, match=r"lies on cpu, the engine on cuda:0; move it with"):
             run(good.cpu())
-        with pytest.raises(InputRankError, match=r"1 dimensions \(64,\), the engine takes 2 \[any, 64\]"):
+        with pytest.raises(InputRankError, match=r"shape \(64,\), the engine takes \[any, 64\]"):
             run(good[0])
-        with pytest.raises(ProfileRangeError, match="axis 1 of the engine has the fixed size 64"):
+        with pytest.raises(ProfileRangeError, match=r"the engine takes \[any, 64\]"):
             run(torch.randn(2, 65, device="cuda"))
         with pytest.raises(ProfileRangeError, match=r"shape \(65, 64\).*profile 0: 1\.\.64 x 64"):
             run(torch.randn(65, networks.SIZE, device="cuda"))
