@@ -22,7 +22,6 @@ log = logging.getLogger("graphcache.tensorrt")
 Flavour = Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
 
 _FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
-_ALIASES: dict[str, Flavour] = {"rtx": "tensorrt_rtx", "lean": "tensorrt_lean"}
 _EXTRAS: dict[Flavour, str] = {
     "tensorrt": 'pip install "graphcache[tensorrt]" (the full TensorRT)',
     "tensorrt_rtx": 'pip install "graphcache[rtx]" (TensorRT-RTX, which also builds engines without a GPU)',
@@ -56,15 +55,13 @@ def library(name: str | None = None) -> Library:
     said: list[str] = []
     with _lock:
         for flavour in candidates:
-            if flavour in _found:
-                return _found[flavour]
             try:
-                found = _import(flavour)
-                _found[flavour] = _found.setdefault(found.flavour, found)
+                if flavour not in _found:
+                    found = _import(flavour)
+                    _found[flavour] = _found.setdefault(found.flavour, found)
+                return _found[flavour]
             except Exception as error:  # a wheel whose shared libraries are missing raises OSError or RuntimeError
                 said.append(f"{flavour}: {one_line(str(error)) or type(error).__name__}")
-            else:
-                return _found[flavour]
     what = "no flavour of TensorRT can be imported" if wanted is None else f"{wanted} cannot be imported"
     remedy = " or ".join(_EXTRAS[flavour] for flavour in candidates)
     raise TensorRTNotFoundError(f"{what}. Tried {'; '.join(said)}. To install: {remedy}", name=candidates[0])
@@ -74,13 +71,11 @@ def _named(name: str | None) -> Flavour | None:
     """The flavour that the argument or the environment names, if one does."""
     source = "library" if name is not None else "GRAPHCACHE_TENSORRT"
     text = os.environ.get(source, "") if name is None else name
-    if name is None and not text.strip():
+    known = text.strip().lower().replace("-", "_") if isinstance(text, str) else ""
+    if name is None and not known:
         return None
-    if not isinstance(text, str):
-        raise ConfigError(f"{source}={shown(text)}: expected the name of a flavour of TensorRT, such as 'tensorrt_rtx'")
-    known = text.strip().lower().replace("-", "_")
     for flavour in _FLAVOURS:
-        if flavour in (known, _ALIASES.get(known)):
+        if flavour in (known, f"tensorrt_{known}"):
             return flavour
     raise ConfigError(
         f"{source}={shown(text)} is no flavour of TensorRT; expected one of 'tensorrt', 'tensorrt_rtx' (or 'rtx'), "
@@ -96,8 +91,7 @@ def _import(flavour: Flavour) -> Library:
         raise ImportError(f"{places[0]} was imported, but it is not TensorRT (it has no ILogger)")
     # Torch-TensorRT for RTX puts tensorrt_rtx in the place of tensorrt, and engines are the one's, not the other's.
     name = getattr(module, "__name__", flavour)
-    true = next((each for each in _FLAVOURS if each == name), flavour)
-    return Library(module, true, str(module.__version__), _logger(module))
+    return Library(module, name if name in _FLAVOURS else flavour, str(module.__version__), _logger(module))
 
 
 class _Thread(threading.local):
