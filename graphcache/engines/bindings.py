@@ -106,9 +106,10 @@ def out_of_range(
         + " x ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in binding.ranges[profile])
         for profile in profiles
     )
+    seen = f"values {list(sizes)}" if binding.on_host else f"shape {tuple(sizes)}"
     return ProfileRangeError(
-        f"input {binding.name!r} of {engine_name} has {'values' if binding.on_host else 'shape'} {tuple(sizes)}, "
-        f"outside the engine's range ({ranges}); rebuild the engine with shapes that cover it, or split the call"
+        f"input {binding.name!r} of {engine_name} has {seen}, outside the engine's range ({ranges}); "
+        f"rebuild the engine with shapes that cover it, or split the call"
     )
 
 

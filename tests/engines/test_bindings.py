@@ -194,7 +194,7 @@ def test_values_of_host_shape_tensors_count() -> None:
     with pytest.raises(ProfileRangeError) as caught:
         choose_profile("net", [S], [torch.tensor([5])], range(2))
     assert str(caught.value) == (
-        "input 's' of net has values (5,), outside the engine's range (profile 0: 1..4; profile 1: 8..16); "
+        "input 's' of net has values [5], outside the engine's range (profile 0: 1..4; profile 1: 8..16); "
         "rebuild the engine with shapes that cover it, or split the call"
     )
 

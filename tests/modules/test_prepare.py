@@ -381,7 +381,7 @@ def test_values_of_a_host_shape_tensor_stand_for_it(fake: Torch, tmp_path: Path)
         ("affine", {}, InputCountError, "input 'x' of affine is missing; its shape (-1, 4) is open"),
         ("pair", (2, 3), ConfigError, "input 'a' of pair was given 2; expected a shape, such as (8, 64), or a tensor"),
         ("pair", ((2, 3),), InputCountError, "pair takes 2 inputs (a, b)"),
-        ("head", {"stop": (17,)}, ProfileRangeError, "has values (17,), outside the engine's range"),
+        ("head", {"stop": (17,)}, ProfileRangeError, "has values [17], outside the engine's range"),
         ("head", {"stop": (1, 2)}, InputRankError, "was given (1, 2), 2 values; the engine takes 1"),
     ],
 )
