@@ -297,10 +297,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _compiled() -> bool:
-    """Whether graphcache's hits go through its compiled library."""
-    from graphcache.graphs import native
+    """Whether graphcache's hits go through its native code."""
+    from graphcache import native
 
-    return native.loaded() is not None
+    return native.loaded(wait=True) is not None
 
 
 def _tensorrt() -> str | None:

@@ -94,7 +94,7 @@ class CudaError(GraphCacheError, RuntimeError):
 
 
 class CompileError(GraphCacheError, RuntimeError):
-    """The optional accelerator cannot be compiled, or was and is not sound; hits are answered in Python."""
+    """`graphcache compile`: native code cannot be compiled, or disagrees with Python; hits are answered in Python."""
 
 
 class TensorRTNotFoundError(GraphCacheError, ModuleNotFoundError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,10 +15,9 @@ from hypothesis import HealthCheck, settings
 from graphcache.config import Modes, modes
 from graphcache.dispatch import background
 from graphcache.errors import CompileError
-from graphcache.graphs import native
-from graphcache.graphs.native.build import build
 from graphcache.keys import ambient
-from graphcache.keys.native.compiled_library import compiler
+from graphcache.native import compiler
+from graphcache.native.probe import prepare
 from tests import effort, shared
 
 # The settings of PyTorch at the start are the usual ones, which keys leave out.
@@ -81,11 +81,14 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled() -> Any:
-    """The compiled library, made once per source for all workers; only without a C++ compiler its users are skipped."""
+    """The compiled library, made once per source for all workers; only without a C compiler its users are skipped."""
     try:
-        compiler("C++")
+        compiler.compiler()
     except CompileError as why:
         pytest.skip(str(why))
     with shared.alone("compile"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(shared.folder()))
-        return native.load(build())
+        library = compiler.load(compiler.build())
+    with ThreadPoolExecutor(1) as apart:
+        apart.submit(prepare, library).result()
+    return library

@@ -23,6 +23,7 @@ RANKS = {
     "files": 0,
     "features": 0,
     "fields": 0,
+    "native": 0,
     "keys": 1,
     "cache": 2,
     "graphs": 2,

@@ -1,20 +1,21 @@
-"""``graphcache compile``: the optional accelerator, for the torch that is installed."""
+"""``graphcache compile``: native code for the Python that is installed, now."""
 
 from __future__ import annotations
 
 import click
 
+from graphcache import native
 from graphcache.cli.options import json_option
 from graphcache.cli.output import print_json, progress
-from graphcache.graphs.native.build import build
 
 
-@click.command("compile", short_help="Compile the optional library that answers hits faster.")
+@click.command("compile", short_help="Compile native code now, and say whether it can be used.")
 @json_option
 def compile_(as_json: bool) -> None:
-    """Compile the optional accelerator of cache hits, once for each torch and Python.
+    """Compile native code now, and say where it is, or why it cannot be used.
 
-    It needs a C++ compiler and takes about half a minute. Set GRAPHCACHE_NATIVE=0 to run without it.
+    Nothing needs this: it is compiled in the background at the first use, in about a second. An image of a container
+    may have it done beforehand, with the compiler that it then leaves out.
 
     \b
     Examples:
@@ -22,7 +23,7 @@ def compile_(as_json: bool) -> None:
       graphcache compile --json
     """
     with progress("compiling"):
-        path = build()
+        path = native.compile_now()
     if as_json:
         print_json({"library": str(path)})
     else:

@@ -18,7 +18,7 @@ import torch
 from rich.text import Text
 
 import graphcache
-from graphcache import Reason
+from graphcache import Reason, native
 from graphcache.cli.canary import canary
 from graphcache.cli.examine import examine
 from graphcache.cli.machine import driver_version
@@ -82,6 +82,7 @@ def doctor(target: str | None, shapes: Sequence[Specs], device: str | None, as_j
         "versions": check_versions,
         "CUDA devices": check_devices,
         "cuda-python": check_cuda_python,
+        "native code": check_native_code,
         "TensorRT": check_tensorrt,
         **{f"extra {name}": partial(check_extra, name) for name in EXTRAS},
         "canary": check_canary,
@@ -143,6 +144,15 @@ def check_cuda_python() -> Finding:
         verdict: Verdict = "failed" if torch.cuda.is_available() else "not here"
         return Finding(verdict, "cuda.bindings cannot be imported", one_line(error))
     return Finding("ok", f"cuda.bindings {_version('cuda.bindings')}")
+
+
+def check_native_code() -> Finding:
+    """The library that answers hits and compares guards, compiled if need be."""
+    native.loaded(wait=True)
+    status = native.status()
+    if status in ("active", native.OFF):
+        return Finding("ok", status)
+    return Finding("not here", "Python answers hits, which takes longer", status)
 
 
 def check_tensorrt() -> Finding:

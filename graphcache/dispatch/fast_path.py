@@ -5,12 +5,15 @@ The library is optional. Without it nothing here costs anything, and every hit t
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from graphcache import native
 from graphcache.cache.graph_cache import Entry, ticks
 from graphcache.capture.recording import Recording
 from graphcache.config import Modes, modes
@@ -24,7 +27,7 @@ from graphcache.dispatch.preconditions import (
 from graphcache.dispatch.targets import EngineGuard, EngineTarget, Target
 from graphcache.errors import CudaError
 from graphcache.events import log
-from graphcache.graphs import driver, native
+from graphcache.graphs import driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.stream_order import StreamOrder
@@ -85,12 +88,13 @@ class FastPath:
             self._publish(table)
 
     def table(self) -> Any:
-        """The native table; ``None`` where there is no library. Asked for once, when a graph is first remembered."""
+        """The native table, made when a graph is first remembered; ``None`` where there is no library, or not yet."""
         if not self._asked:
             with self._lock:
                 if not self._asked:
+                    pending = native.is_pending()
                     self._table = new_table()
-                    self._asked = True
+                    self._asked = self._table is not None or not pending
         return self._table
 
     def clear(self) -> None:
@@ -124,11 +128,11 @@ def put(
     if (half := graph.in_native_code(table)) is not None:
         build = None if recorded.bare else recorded.build
         order, context = graph.order, int(driver.primary_context(graph.index))
-        table.put(args, entry, graph, order, order.lock, half, graph.index, context, engine, epoch, is_stale, build)
+        table.put(args, entry, graph, order, lock_of(order), half, graph.index, context, engine, epoch, is_stale, build)
 
 
 def open_to(call: Any, into: Any) -> None:
-    """Let calls of two methods of modules come to the compiled library before they come to Python.
+    """Let calls of two methods of modules come to native code before they come to Python.
 
     It answers those whose module has a ``_graphcache_table``, unless hooks are to be run or something is compiled;
     what it leaves alone runs the methods as they are written. What reads their code, such as ``torch.compile``, notices
@@ -139,35 +143,65 @@ def open_to(call: Any, into: Any) -> None:
 
 
 def launcher(graph: Graph) -> Callable[[], None]:
-    """What launches a pinned graph on the current stream: its ``launch``, or native code that does the same."""
-    if not isinstance(graph, CudaGraph) or (table := new_table()) is None:
+    """What launches a pinned graph on the current stream: its ``launch``, or native code that does the same.
+
+    Waits for a library that is being compiled: a session launches in the same way from its beginning to its end.
+    """
+    if not isinstance(graph, CudaGraph):
+        return graph.launch
+    native.loaded(wait=True)
+    if (table := new_table()) is None:
         return graph.launch
     context = int(driver.primary_context(graph.index))
+    lock = lock_of(graph.order)
     run: Callable[[], None] = table.run(
-        graph, graph.order, graph.order.lock, graph.index, context, int(graph.executable), graph.launch
+        graph, graph.order, lock, graph.index, context, int(graph.executable), graph.launch
     )
     return run
 
 
+def lock_of(order: StreamOrder) -> Any:
+    """The lock of an order, as native code takes it; one that was made before the library was loaded is Python's."""
+    kind = native.loaded().Lock
+    return order.lock if type(order.lock) is kind else _locks.setdefault(order, kind(order.lock))
+
+
+_locks: WeakKeyDictionary[StreamOrder, Any] = WeakKeyDictionary()
+
+
 def new_table() -> Any:
-    """An empty table of the compiled library; ``None`` if there is no library, or no driver for it."""
-    library = native.loaded()
-    if library is None:
+    """An empty table of the library; ``None`` if there is no library, or no driver for it."""
+    if (library := native.loaded()) is None:
         return None
     try:
         functions = driver.addresses(*_FUNCTIONS)
     except CudaError as error:
         log.debug("hits are answered in Python: %s", error)
         return None
-    return library.Table(
+    made = library.Driver(
         (CudaGraph, StreamOrder, Entry, Modes),
         modes,
         ticks,
         raw_stream,
-        # Torch knows its streams by numbers that can be compared without a call of Python's.
-        raw_stream is getattr(torch._C, "_cuda_getCurrentRawStream", None),
         current_device if several_devices() else None,
+        vars(torch._C.TensorBase)["requires_grad"],
         driver.failure,
         (torch.cuda.OutOfMemoryError, CudaError),
         functions,
+        _stream_function(library),
     )
+    return library.Table(made)
+
+
+def _stream_function(library: Any) -> int:
+    """Where torch's function for its current stream is, whose number is compared without a call of Python's; or 0."""
+    if raw_stream is not getattr(torch._C, "_cuda_getCurrentRawStream", None):
+        return 0
+    try:
+        function = ctypes.CDLL(torch._C.__file__)["_ZN3c104cuda20getCurrentCUDAStreamEa"]
+    except AttributeError:
+        return 0
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    index = current_device()
+    number, device_index, device_type = torch._C._cuda_getCurrentStream(index)
+    return address if library.stream_id(address, index) == (device_type, device_index, number) else 0

@@ -37,6 +37,8 @@ NODE_BYTES = 2 * 1024
 UNKNOWN = 2**64 - 1
 """No address: of a slot that was never patched, or whose patch the driver refused."""
 
+_empty_strided: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
 
 class IoSlot:
     """An input or output of a graph: its static buffer, and where its address stands in the graph.
@@ -61,6 +63,13 @@ class IoSlot:
     def fresh(self) -> Tensor:
         """A new tensor of the same shape, strides and dtype."""
         return torch.empty_like(self.buffer)
+
+    @property
+    def maker(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        """For native code: what makes such a tensor, and its arguments. That of Inductor takes half the time."""
+        if self.buffer.is_cuda and _empty_strided is not None:
+            return _empty_strided, (tuple(self.buffer.shape), self.buffer.stride(), self.buffer.dtype)
+        return self.fresh, ()
 
 
 class CudaGraph:
@@ -239,9 +248,8 @@ class CudaGraph:
                     self.max_executables,
                     slots,
                     tuple([(slot.mask, slot.nbytes, tuple([each.raw for each in slot.pointers])) for slot in slots]),
-                    tuple([slot.buffer for slot in self.outputs]),
-                    # A device's memory comes from where the buffer's came from.
-                    tuple([None if slot.buffer.is_cuda else slot.fresh for slot in self.outputs]),
+                    self.outputs[0].buffer,
+                    tuple([slot.maker for slot in self.outputs]),
                 )
             return self.native
 

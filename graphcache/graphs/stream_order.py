@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcache import native
 from graphcache.errors import CudaError, Reason, Refusal
-from graphcache.graphs import driver, native
+from graphcache.graphs import driver
 
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 """The handle of this thread's current stream on a device."""

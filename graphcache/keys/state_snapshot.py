@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphcache.keys import native
+from graphcache import native
 from graphcache.keys.state_nodes import Change, StateNode
 from graphcache.keys.state_walk import Skips, StateWalk
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from graphcache import native
 from graphcache.cache.key_table import KeyState
 from graphcache.dispatch.background import PENDING
 from graphcache.dispatch.dispatcher import Dispatcher
@@ -113,12 +114,16 @@ class Explanation:
     account: CacheInfo
     parts: tuple[Explanation, ...] = ()
     """The same for the submodules that are captured one by one."""
+    native_code: str = ""
+    """``"active"``, or why Python answers hits and compares guards. Empty for a submodule."""
 
     def __str__(self) -> str:
         info = self.account
         eager = sum(info.eager.values())
         counts = f"{info.hits} hits, {info.captures} captures, {eager} eager calls"
         lines = [f"{self.module}: {counts}; {info.graphs} graphs, {info.nbytes} bytes"]
+        if self.native_code not in ("", "active"):
+            lines.append(f"native code is not active: {self.native_code}")
         for each in self.calls[:_SHOWN]:
             lines += str(each).split("\n")
         if len(self.calls) > _SHOWN:
@@ -138,6 +143,7 @@ class Explanation:
             "calls": [each.tree() for each in self.calls],
             "eager": {reason.value: count for reason, count in self.account.eager.items()},
             "parts": [part.tree() for part in self.parts],
+            "native_code": self.native_code,
         }
 
 
@@ -175,8 +181,8 @@ def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation
     else:
         calls = _of_keys(dispatcher, dispatcher.captures.keys.known())
         calls.sort(key=lambda each: (each.outcome != "hit", -each.hits, -each.calls))
-    parts = tuple(explain(part) for part in control.parts.values())
-    return Explanation(dispatcher.ledger.name, tuple(calls), control.cache_info(), parts)
+    parts = tuple(replace(explain(part), native_code="") for part in control.parts.values())
+    return Explanation(dispatcher.ledger.name, tuple(calls), control.cache_info(), parts, native.status())
 
 
 def _of_keys(dispatcher: Dispatcher, keys: Sequence[Any], cause: Cause | None = None) -> list[Explained]:

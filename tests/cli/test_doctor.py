@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import graphcache
-from graphcache import CacheInfo, Cause, Reason
+from graphcache import CacheInfo, Cause, Reason, native
 from graphcache.cli import main
 from graphcache.cli.canary import Outcome
 from graphcache.cli.doctor import (
@@ -24,6 +24,7 @@ from graphcache.cli.doctor import (
     check_cuda_python,
     check_devices,
     check_extra,
+    check_native_code,
     check_tensorrt,
     check_versions,
 )
@@ -119,6 +120,7 @@ def test_the_table(sound):
         "versions": "ok",
         "CUDA devices": "not here",
         "cuda-python": "ok",
+        "native code": "ok",
         "TensorRT": "ok",
         "extra onnx": "ok",
         "canary": "ok",
@@ -132,7 +134,7 @@ def test_as_json(sound):
     result = json.loads(found.stdout)
     assert (result["failed"], result["differences"]) == (0, 0)
     assert [each["check"] for each in result["checks"]] == [
-        "versions", "CUDA devices", "cuda-python", "TensorRT", "extra onnx", "canary"
+        "versions", "CUDA devices", "cuda-python", "native code", "TensorRT", "extra onnx", "canary"
     ]  # fmt: skip
     assert all(set(each) == {"check", "verdict", "seen", "remedy"} and each["seen"] for each in result["checks"])
 
@@ -152,7 +154,7 @@ def test_a_failed_check_ends_with_1_and_the_others_are_still_made(sound, monkeyp
     monkeypatch.setattr(MODULE, "canary", raising(RuntimeError("CUDA error: an illegal memory access")))
     found = doctor(*args)
     assert found.exit_code == 1
-    assert found.stderr == "Error: 2 of 6 checks failed: TensorRT, canary\n"
+    assert found.stderr == "Error: 2 of 7 checks failed: TensorRT, canary\n"
     for seen in ("GRAPHCACHE_TENSORRT='x' is no flavour", "RuntimeError: CUDA error: an illegal memory access"):
         assert seen in found.stdout
 
@@ -238,6 +240,18 @@ def test_cuda_python_may_be_missing_only_without_a_device(monkeypatch, devices, 
     result = check_cuda_python()
     assert result.verdict == verdict
     assert "pip install cuda-python" in result.remedy
+
+
+def test_native_code(monkeypatch):
+    assert check_native_code().seen == native.OFF
+    for status, verdict in (
+        ("active", "ok"),
+        ("CompileError: there is no C compiler; install gcc or clang", "not here"),
+    ):
+        monkeypatch.setattr(native, "status", lambda status=status: status)
+        found = check_native_code()
+        assert found.verdict == verdict
+        assert status in (found.seen, found.remedy)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphcache import CachedModule
+from graphcache import CachedModule, native
 from graphcache.config import Modes, modes
 from graphcache.dispatch import fast_path
 from graphcache.errors import CudaError
-from graphcache.graphs import driver, native
+from graphcache.graphs import driver
 from graphcache.graphs.cuda import IoSlot
 from graphcache.keys.guards import ModuleGuard
 from tests.engine_modules import MODULES, load, numbers, prepare, rows
@@ -170,7 +170,7 @@ def test_hits_and_uses_are_counted_as_on_the_python_way(fake: Torch, monkeypatch
     seen = []
     for way in ("compiled", "python"):
         if way == "python":
-            monkeypatch.setattr(native, "loaded", lambda: None)
+            monkeypatch.setattr(native, "loaded", lambda *_, **__: None)
         warm = Warm(fake, max_graphs=3)
         inputs = [rows(fake, count) for count in (1, 2, 3, 4)]
         for x in inputs[:3]:
@@ -394,8 +394,56 @@ def test_without_a_library_or_a_driver_for_it(fake: Torch, monkeypatch: pytest.M
     monkeypatch.setattr(driver, "addresses", no_function)
     warm = Warm(fake).up(rows(fake, 2))
     assert warm.fast._graphcache_table is None
-    monkeypatch.setattr(native, "loaded", lambda: None)
+    monkeypatch.setattr(native, "loaded", lambda *_, **__: None)
     assert Warm(fake).up(rows(fake, 2)).fast._graphcache_table is None
+
+
+def test_a_library_that_comes_later_answers_what_was_loaded_before(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, compiled: Any
+) -> None:
+    """As while it is being compiled. The order of the engine has a lock of Python's, which native code takes then."""
+    monkeypatch.setattr(native, "loaded", lambda wait=False: None)
+    monkeypatch.setattr(native, "is_pending", lambda: True)
+    warm, x = Warm(fake).up(rows(fake, 2)), rows(fake, 2)
+    order = warm.module.order
+    assert warm.fast._graphcache_table is None
+    assert type(order.lock) is not compiled.Lock
+    monkeypatch.setattr(native, "loaded", lambda wait=False: compiled)
+    monkeypatch.setattr(native, "is_pending", lambda: False)
+    warm.up(x)
+    held = fast_path.lock_of(order)
+    assert type(held) is compiled.Lock
+    assert held is fast_path.lock_of(order)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with order.lock:
+            taken.set()
+            done.wait()
+
+    with torch.no_grad(), fake.on(warm.stream):
+        for start in range(5):
+            other = rows(fake, 2, start)
+            assert torch.equal(warm.call(other), other * 3 + 1)
+        with warm.fast.session(x) as session:
+            assert type(session.run).__name__ == "Run"
+            session.run()
+            assert torch.equal(session.outputs, x * 3 + 1)
+            holder = threading.Thread(target=hold)
+            holder.start()
+            taken.wait()
+            assert warm.call(x) is None
+            done.set()
+            holder.join()
+        with order.lock:
+            assert torch.equal(warm.call(x), x * 3 + 1), "its own thread's lock is no hindrance"
+        assert in_another_thread(lambda: order.lock.acquire(False) and (order.lock.release() or True)), "given back"
+
+
+def in_another_thread(work: Callable[[], Any]) -> Any:
+    said: list[Any] = []
+    in_threads(lambda _: said.append(work()), 1)
+    return said[0]
 
 
 # ---- what goes wrong

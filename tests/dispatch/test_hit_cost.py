@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 import graphcache
+from graphcache import native
 from graphcache.graphs.cuda import IoSlot
-from graphcache.keys import native
 from tests.engine_modules import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.helpers import Fn, graphs_of, wrap_recorded
-from tests.keys.compiled_guard import compile_guard
 
 MOST_ON_THE_HOST = 55
 """For one plain tensor, with a graph of one operation and the compiled guard. 51 now."""
@@ -69,17 +68,12 @@ def host(**options: Any) -> Any:
     return graphcache.wrap(Fn(lambda _, *values: values[0] + 1), max_graphs=400, **options)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_guard(tmp_path_factory)
-
-
 @pytest.mark.parametrize("way", ["compiled", "python"])
 def test_a_hit_costs_the_same_however_many_graphs_there_are(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, way: str
 ) -> None:
     if way == "compiled":
-        guard = request.getfixturevalue("library").Guard
+        guard = request.getfixturevalue("compiled").Guard
         monkeypatch.setattr(native, "guard_type", lambda: guard)
     few, many = host(), host()
     with torch.no_grad():

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from graphcache import native
 from graphcache.config import graphs_off
-from graphcache.graphs import native
-from graphcache.graphs.native.probe import disagreement
+from graphcache.dispatch import fast_path
+from graphcache.graphs.cuda import IoSlot
+from graphcache.native.probe import prepare
 from tests.helpers import dispatcher_of, in_threads, wrap_recorded
 
 SIZE = 64
@@ -21,13 +23,13 @@ def wraps(compiled, monkeypatch):
 
     What is loaded from now on has the library's locks, which both ways can use.
     """
-    monkeypatch.setattr(native, "loaded", lambda: compiled)
+    monkeypatch.setattr(native, "loaded", lambda wait=False: compiled)
 
     def wrap(module, **options):
         made = {"python": wrap_recorded(module, **options), "compiled": wrap_recorded(module, **options)}
         # Whoever remembers the first graph asks for the library; each asks once.
         for way, library in (("python", None), ("compiled", compiled)):
-            monkeypatch.setattr(native, "loaded", lambda library=library: library)
+            monkeypatch.setattr(native, "loaded", lambda wait=False, library=library: library)
             dispatcher_of(made[way]).fast_path.table()
         assert dispatcher_of(made["python"]).fast_path.table() is None
         assert dispatcher_of(made["compiled"]).fast_path.table() is not None
@@ -57,16 +59,44 @@ def warm(fast, *args, times=4):
 
 def test_it_agrees_with_python_about_the_device(compiled):
     torch.cuda.init()
-    before = torch.cuda.memory_allocated()
-    x = torch.empty(1 << 20, device="cuda")
-    y = compiled.empty_like(x)
-    assert torch.cuda.memory_allocated() - before >= 2 * x.nbytes, "it comes from torch's allocator"
-    assert y.data_ptr() % 512 == 0
-    assert disagreement(compiled) is None
+    x = torch.empty(4, 8, device="cuda")
+    views = [x, x[1:], x.T, x[:, ::2], x.expand(3, 4, 8), x.half(), x.to(torch.complex64), x.bool(), x[0, 0]]
+    layouts = {compiled.layout((each,)) for each in views}
+    assert len(layouts) == len(views)
+    assert None not in layouts
+    assert compiled.layout((x,)) != compiled.layout((x.cpu(),)), "the device counts"
+    assert all(compiled.address(each) == each.data_ptr() for each in views)
+    for odd in (x.to_sparse(), nn.Parameter(x), torch._neg_view(x), x.to(torch.complex64).conj()):
+        assert compiled.layout((odd,)) is None
+    in_threads(lambda _: prepare(compiled), 1)
+
+
+def test_new_outputs_come_from_torchs_allocator():
+    torch.cuda.init()
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side), torch.inference_mode():
-        assert disagreement(compiled) is None
-        assert compiled.empty_like(x).is_inference()
+    x = torch.empty(1 << 18, 2, device="cuda").T
+    make, args = IoSlot(x, (), 1).maker
+    for inference in (False, True):
+        before = torch.cuda.memory_allocated()
+        with torch.inference_mode(inference), torch.cuda.stream(side):
+            y = make(*args)
+        assert torch.cuda.memory_allocated() - before >= x.nbytes
+        assert y.data_ptr() % 512 == 0
+        assert (y.shape, y.stride(), y.dtype, y.device) == (x.shape, x.stride(), x.dtype, x.device)
+        assert (type(y), y.requires_grad, y.is_inference()) == (torch.Tensor, False, inference)
+        y.record_stream(side)
+
+
+def test_torchs_function_for_its_current_stream_is_used(compiled, monkeypatch):
+    """Its number is compared without a call of Python's, on every stream."""
+    torch.cuda.init()
+    monkeypatch.setattr(native, "loaded", lambda wait=False: compiled)
+    address = fast_path._stream_function(compiled)
+    assert address
+    index = torch.cuda.current_device()
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream(priority=-1)):
+        with torch.cuda.stream(stream):
+            assert compiled.stream_id(address, index) == (1, index, stream.stream_id)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.keys.compiled_guard import compile_guard, fields
+from tests.keys.compiled_guard import fields
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_guard(tmp_path_factory)
+@pytest.fixture
+def library(compiled: Any) -> Any:
+    return compiled
 
 
 def test_fields(library: Any) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphcache import native
 from graphcache.cache.graph_cache import Entry
 from graphcache.capture.recording import Recording
 from graphcache.dispatch import fast_path
 from graphcache.graphs import driver as room
-from graphcache.graphs import native
 from graphcache.graphs.cuda import CudaGraph
 from tests.graphs.fake_driver import (
     CUDA_GRAPH_INSTANTIATE_PARAMS,
@@ -101,7 +101,7 @@ def _struct(kind: Any, address: int) -> Any:
 def use(library: Any, fake: Torch, patch: pytest.MonkeyPatch) -> Functions:
     """Let wrapped modules use the library, over a stand-in that is installed."""
     functions = Functions(fake.driver)
-    patch.setattr(native, "loaded", lambda: library)
+    patch.setattr(native, "loaded", lambda wait=False: library)
     patch.setattr(room, "addresses", lambda *names: functions.addresses)
     patch.setattr(fast_path, "raw_stream", fake.raw_stream)
     return functions

@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -402,3 +403,28 @@ def test_handles_of_another_kind_are_refused(fake: Torch) -> None:
         driver.call("cuGraphDestroy", stream_of(fake))
     with pytest.raises(TypeError):
         fake.driver.cuGraphDestroy()
+
+
+# ---- for native code
+
+
+def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {b"cuGraphLaunch": 0x10, b"cuMissing": 0}
+    flags = SimpleNamespace(CU_GET_PROC_ADDRESS_LEGACY_STREAM=1)
+
+    def get(symbol: bytes, version: int, flag: int) -> Any:
+        assert (version, flag) == (12000, 1)
+        return 0, known[symbol], 0
+
+    fake = SimpleNamespace(cuGetProcAddress=get, CUdriverProcAddress_flags=flags)
+    monkeypatch.setattr(driver, "binding", lambda: fake)
+    assert driver.addresses("cuGraphLaunch", "cuGraphLaunch") == (0x10, 0x10)
+    with pytest.raises(CudaError, match=r"^the driver has no function cuMissing; graphcache needs one for CUDA 12.0"):
+        driver.addresses("cuGraphLaunch", "cuMissing")
+
+
+def test_failures_by_number() -> None:
+    real = pytest.importorskip("cuda.bindings.driver")
+    assert str(driver.failure("cuGraphLaunch", 999)) == "cuGraphLaunch failed with CUDA_ERROR_UNKNOWN (999)"
+    assert str(driver.failure("cuGraphLaunch", 123456)).startswith("cuGraphLaunch failed with")
+    assert real.CUresult(999).name == "CUDA_ERROR_UNKNOWN"

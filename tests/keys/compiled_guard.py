@@ -1,34 +1,11 @@
-"""The compiled guard, for tests, and how Python tells what it compares."""
+"""What native guards compare, as Python tells it."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 import torch
-
-from graphcache.errors import CompileError
-from graphcache.keys.native.compiled_library import compiler, load
-from graphcache.keys.native.compiler import build
-from graphcache.keys.native.probe import prepare
-
-
-def compile_guard(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The library, compiled once for all workers of a session; skips where there is no C compiler."""
-    try:
-        compiler("C")
-    except CompileError as why:
-        pytest.skip(str(why))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("GRAPHCACHE_CACHE_DIR", raising=False)
-        # The workers of one session share the parent of their own folders; libraries are named by their contents.
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp().parent / "guards"))
-        library = load(build(), "_graphcache_guard")
-    with ThreadPoolExecutor(1) as apart:
-        apart.submit(prepare, library).result()
-    return library
 
 
 def items_of(d: dict[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

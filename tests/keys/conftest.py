@@ -1,4 +1,4 @@
-"""The compiled guard, compiled once for all workers of a session."""
+"""The compiled guard."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.keys.compiled_guard import compile_guard
-
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_guard(tmp_path_factory)
+def library(compiled: Any) -> Any:
+    return compiled
 
 
 @pytest.fixture(params=["shortcuts", "in full"])

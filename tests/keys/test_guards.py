@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import graphcache
-from graphcache import CachedModule, Reason
+from graphcache import CachedModule, Reason, native
 from graphcache.cache.key_table import ENOUGH_HITS
-from graphcache.keys import native, state_nodes
+from graphcache.keys import state_nodes
 from graphcache.keys.guards import ModuleGuard
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, outcomes, reason, replays, same
 

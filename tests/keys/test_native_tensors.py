@@ -5,15 +5,12 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache.keys.native import probe
-from graphcache.keys.native.probe import Disagreement, prepare
 from tests.keys.compiled_guard import fields
 
 
@@ -160,62 +157,3 @@ def test_tensors_die_with_their_guard(library: Any) -> None:
     del guard
     gc.collect()
     assert (sys.getrefcount(x), x._use_count()) == before  # type: ignore[attr-defined]
-
-
-# ---- the probe
-
-
-def test_the_library_is_held_against_python(library: Any) -> None:
-    def lying(**lies: Any) -> Any:
-        names = ("probe", "read", "Guard", "use_shortcuts")
-        return SimpleNamespace(**{name: getattr(library, name) for name in names} | lies)
-
-    def another_stride(x: Tensor) -> Any:
-        *others, strides = library.read(x)
-        return (*others, strides[1:])
-
-    prepare(lying())
-    with pytest.raises(Disagreement, match=r"^the fields of a torch.float32 tensor"):
-        prepare(lying(read=another_stride))
-
-    used: list[bool] = []
-
-    class Blind:
-        """Misses every write while short cuts are used, as CPython 3.13.0 does some."""
-
-        def __init__(self) -> None:
-            self.guard = library.Guard()
-            self.add_dict = self.guard.add_dict
-
-        def holds(self) -> bool:
-            return used[-1] or self.guard.holds()
-
-    prepare(lying(Guard=Blind, use_shortcuts=used.append))
-    assert used == [True, False]
-    used.clear()
-    with pytest.raises(Disagreement, match=r"^a write to a dictionary: _Plain, kind 0$"):
-        prepare(lying(Guard=Blind, use_shortcuts=lambda wanted: used.append(True)))
-
-
-def test_fields_that_are_not_found(library: Any) -> None:
-    samples = tuple(map(probe._described, probe._samples(3)))
-    types = (Tensor, nn.Parameter)
-    names = ("impl", "storage", "data", "offset", "keys", "dtype", "rank")
-    try:
-        for name in ("data", "offset", "keys", "dtype", "rank"):
-            wrong = list(samples[0])
-            wrong[names.index(name) + 1] += 1
-            with pytest.raises(RuntimeError, match=f"^the place of the {name} of a tensor is unknown: 0 candidates"):
-                library.probe((tuple(wrong), *samples[1:]), types, 1, 1)
-            with pytest.raises(TypeError, match="Tensor is not"):
-                library.Guard().add_tensor(torch.zeros(2))
-        with pytest.raises(RuntimeError, match=r"^the place of the \w+ of a tensor is unknown: \d+ candidates"):
-            library.probe(samples[:1], types, 1, 1)
-        misshapen = (*samples[-1][:8], (9, 9), samples[-1][9])
-        with pytest.raises(RuntimeError, match="sizes and strides of a tensor is unknown"):
-            library.probe((*samples[:-1], misshapen), types, 1, 1)
-        for wrong_samples in ((), samples * 9, ((1, 2),)):
-            with pytest.raises((ValueError, TypeError)):
-                library.probe(wrong_samples, types, 1, 1)
-    finally:
-        prepare(library)

@@ -1,7 +1,8 @@
-"""The guard of a graph in C: what must stay as it is, compared by identity in about a microsecond.
+"""Native code in C: the guard of a graph, and the hit.
 
-``guard.c`` is compiled in the background at the first use and kept in the user's cache; it takes about half a second.
-Until then, and where it cannot be compiled, guards are compared in Python, which gives the same answers and is slower.
+``library.c`` is compiled in the background at the first use, in about a second, and kept in the user's cache. Until
+then, and where it cannot be compiled, Python does the same, more slowly. The library is used only if it agrees with
+Python about tensors, contexts and dictionaries (``probe.py``).
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ import logging
 import os
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import CellType, FunctionType, MemberDescriptorType
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from graphcache.keys.native.compiled_library import NotUsable, load, wanted
-from graphcache.keys.native.compiler import build
-from graphcache.keys.native.probe import prepare
+from graphcache.config import switch_in_environment
+from graphcache.errors import CompileError
+from graphcache.native.compiler import NotUsable, build, load
+from graphcache.native.probe import prepare
 
 log = logging.getLogger("graphcache")
 
-_MODULE = "_graphcache_guard"
+OFF = "GRAPHCACHE_NATIVE=0"
 
 _MOMENT = 0.05
-"""Seconds that the first call waits for a library that was compiled before; loading one takes 5 ms on an idle CPU."""
+"""Seconds that the first call waits for a library that was compiled before; loading one takes 20 ms on an idle CPU."""
 
 _EXIT = 2.0
 """Seconds that the end of the process waits at most for the compiler, so that a short program leaves its library."""
@@ -83,8 +87,8 @@ class Guard(Protocol):
         """How many entries there are."""
 
 
-def guard_type(wait: bool = False) -> type[Guard] | None:
-    """The compiled guard; ``None`` until it is ready, where it cannot be had, and with ``GRAPHCACHE_NATIVE=0``.
+def loaded(wait: bool = False) -> Any:
+    """The library; ``None`` until it is ready, where it cannot be had, and with ``GRAPHCACHE_NATIVE=0``.
 
     The first call starts the compiler in the background, if need be. If that fails, one message of the logger
     ``graphcache`` says what is missing.
@@ -95,7 +99,56 @@ def guard_type(wait: bool = False) -> type[Guard] | None:
     Raises:
         ConfigError: If ``GRAPHCACHE_NATIVE`` is none of its values.
     """
-    return _loader.get(wait) if wanted() else None
+    return _loader.get(wait) if _wanted() else None
+
+
+def compile_now() -> Path:
+    """Compile the library, unless it was compiled before, and check it. Where it is.
+
+    Raises:
+        CompileError: If there is none for this system, or it cannot be compiled or used.
+    """
+    try:
+        path = build()
+        with ThreadPoolExecutor(1) as apart:
+            apart.submit(prepare, load(path)).result()
+    except CompileError:
+        raise
+    except NotUsable as why:
+        raise CompileError(str(why)) from why
+    except Exception as error:
+        raise CompileError(f"{path} is not used ({type(error).__name__}: {error})") from error
+    return path
+
+
+def guard_type() -> type[Guard] | None:
+    """The native guard; ``None`` as :func:`loaded` says."""
+    library = loaded()
+    return None if library is None else library.Guard
+
+
+def new_lock() -> Any:
+    """A lock that its owner may take again: the library's, which costs nothing while it is free, or Python's."""
+    library = loaded()
+    return threading.RLock() if library is None else library.Lock()
+
+
+def is_pending() -> bool:
+    """Whether the library may still come."""
+    return _wanted() and not _loader.finished.is_set()
+
+
+def status() -> str:
+    """``"active"``, or why Python does the work, such as :data:`OFF`."""
+    if not _wanted():
+        return OFF
+    if is_pending():
+        return "not used so far" if not _loader.started else "being compiled"
+    return _loader.why or "active"
+
+
+def _wanted() -> bool:
+    return switch_in_environment("GRAPHCACHE_NATIVE", unset=True)
 
 
 class _Loader:
@@ -103,18 +156,24 @@ class _Loader:
 
     def __init__(self) -> None:
         self.finished = threading.Event()
+        self.why = ""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._type: type[Guard] | None = None
+        self._library: Any = None
         self._leaving = False
 
-    def get(self, wait: bool) -> type[Guard] | None:
-        """The type, if it is ready."""
+    @property
+    def started(self) -> bool:
+        """Whether anybody has asked."""
+        return self._thread is not None
+
+    def get(self, wait: bool) -> Any:
+        """The library, if it is ready."""
         if not self.finished.is_set():
             started = self._start()
             if wait or started:
                 self.finished.wait(None if wait else _MOMENT)
-        return self._type
+        return self._library
 
     def leave(self) -> None:
         """Let a compiler that is running end; whatever it says is not passed on."""
@@ -127,7 +186,7 @@ class _Loader:
         with self._lock:
             if self._thread is not None:
                 return False
-            thread = threading.Thread(target=self._run, name="graphcache guard", daemon=True)
+            thread = threading.Thread(target=self._run, name="graphcache native", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -139,20 +198,21 @@ class _Loader:
     def _run(self) -> None:
         """Find or compile the library, and prepare it."""
         try:
-            library = load(build(), _MODULE)
+            library = load(build())
             prepare(library)
         except NotUsable as why:
             self._failed(logging.INFO, str(why))
         except Exception as error:
             self._failed(logging.WARNING, f"{type(error).__name__}: {error}")
         else:
-            self._type = library.Guard
+            self._library = library
             self.finished.set()
 
     def _failed(self, level: int, why: str) -> None:
-        """Say once why there is no guard."""
+        """Say once why there is no library."""
+        self.why = why
         if not self._leaving:
-            log.log(level, "guards are compared in Python, which is slower, since there is no compiled guard: %s", why)
+            log.log(level, "hits take longer, since there is no native code: %s", why)
         self.finished.set()
 
 

@@ -1,9 +1,11 @@
-"""The compiled guard comes in the background, or one message says why it does not."""
+"""Native code comes in the background, or one message says why it does not."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 import graphcache
+from graphcache import native
+from graphcache.cli import main
 from graphcache.errors import CompileError, ConfigError
-from graphcache.keys import native
-from graphcache.keys.native import compiler as building
-from graphcache.keys.native.compiled_library import NotUsable, find, folder
-from graphcache.keys.native.compiler import build, key
+from graphcache.native import compiler as building
+from graphcache.native.compiler import NotUsable, build, find, folder, key
+from graphcache.native.probe import Disagreement
 
 PACKAGE = str(Path(graphcache.__file__).parents[1])
 
@@ -31,6 +37,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(native, "_loader", native._Loader())
     return tmp_path
+
+
+@pytest.fixture
+def library(compiled: Any) -> Any:
+    return compiled
 
 
 def a_compiler(home: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
@@ -47,47 +58,56 @@ def prebuilt(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
-    """The one message of a guard that cannot be had."""
+    """The one message of a library that cannot be had."""
     with caplog.at_level(logging.DEBUG, "graphcache"):
         for wait in (True, False, True):
-            assert native.guard_type(wait) is None
+            assert native.loaded(wait) is None
     (record,) = caplog.records
     assert record.levelno == level
-    assert record.getMessage().startswith("guards are compared in Python, which is slower, since there is no compiled")
+    assert native.status() in record.getMessage()
+    assert record.getMessage().startswith("hits take longer, since there is no native code: ")
     return record.getMessage()
 
 
 def test_it_is_compiled_and_then_found(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prebuilt(home, library, monkeypatch)
-    guard = native.guard_type(wait=True)
-    assert guard is not None
-    assert guard().holds()
-    assert native.guard_type() is guard
-    assert find(key()).parent == folder()
+    assert native.status() == "not used so far"
+    found = native.loaded(wait=True)
+    assert found is not None
+    assert found.Guard().holds()
+    assert native.guard_type() is found.Guard
+    assert type(native.new_lock()) is found.Lock
+    assert native.loaded() is found
+    assert native.status() == "active"
+    assert find().parent == folder()
     assert sorted(path.suffix for path in folder().iterdir()) == [".json", ".so"]
     a_compiler(home, monkeypatch, "exit 1")
     monkeypatch.setattr(native, "_loader", native._Loader())
-    assert native.guard_type(wait=True) is not None, "there is one already"
+    assert native.loaded(wait=True) is not None, "there is one already"
 
 
 def test_the_caller_does_not_wait(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(home / "gate")
     a_compiler(home, monkeypatch, f'read go < "{home}/gate"; cp "{library.__file__}" "$out"')
     monkeypatch.setattr(native, "_MOMENT", 0.001)
-    assert native.guard_type() is None
-    assert native.guard_type() is None
+    assert native.loaded() is None
+    assert native.loaded() is None
+    assert native.is_pending()
+    assert native.status() == "being compiled"
     (home / "gate").write_text("go\n")
-    assert native.guard_type(wait=True) is not None
+    assert native.loaded(wait=True) is not None
 
 
 def test_it_can_be_turned_off(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     a_compiler(home, monkeypatch, f'touch "{home}/called"; exit 1')
     for no in ("0", "false"):
         monkeypatch.setenv("GRAPHCACHE_NATIVE", no)
-        assert native.guard_type(wait=True) is None
+        assert native.loaded(wait=True) is None
+        assert not native.is_pending()
+        assert native.status() == "GRAPHCACHE_NATIVE=0"
     monkeypatch.setenv("GRAPHCACHE_NATIVE", "perhaps")
     with pytest.raises(ConfigError, match="GRAPHCACHE_NATIVE='perhaps'"):
-        native.guard_type()
+        native.loaded()
     assert caplog.records == []
     assert not (home / "called").exists()
 
@@ -124,7 +144,7 @@ def test_a_compiler_that_fails(
     assert why in said(caplog)
 
 
-def test_a_guard_that_disagrees(
+def test_a_library_that_disagrees(
     home: Path, library: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     prebuilt(home, library, monkeypatch)
@@ -161,9 +181,9 @@ def test_what_others_may_write_is_compiled_again(home: Path, library: Any, monke
     path = build()
     path.chmod(0o777)
     with pytest.raises(NotUsable, match="may be written by others"):
-        find(key())
+        find()
     assert build() == path
-    assert find(key()) == path
+    assert find() == path
     folder().chmod(0o777)
     with pytest.raises(CompileError, match=r"will not be loaded: .* may be written by others"):
         build()
@@ -173,9 +193,9 @@ def test_the_key(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     before = key()
     copy = tmp_path / "copy"
     shutil.copytree(building.SOURCE.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(building, "SOURCE", copy / "guard.c")
+    monkeypatch.setattr(building, "SOURCE", copy / "library.c")
     assert key() == before
-    for name in ("guard.c", "tensors.h", "compiler.py"):
+    for name in ("library.c", "tensors.h", "compiler.py"):
         text = (copy / name).read_bytes()
         (copy / name).write_bytes(text + b"\n")
         assert key() != before
@@ -195,7 +215,7 @@ def as_program(code: str) -> subprocess.CompletedProcess[str]:
 def test_the_process_may_end_meanwhile(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(home / "gate")
     a_compiler(home, monkeypatch, f'read go < "{home}/gate"; exit 1')
-    done = as_program("from graphcache.keys import native; native._EXIT = 0.01; print(native.guard_type())")
+    done = as_program("from graphcache import native; native._EXIT = 0.01; print(native.loaded())")
     assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
     (home / "gate").write_text("go\n")
 
@@ -208,27 +228,141 @@ def test_a_fork_meanwhile_and_a_short_program(home: Path, library: Any, monkeypa
     code = f"""
 import os, warnings
 from pathlib import Path
-from graphcache.keys import native
+from graphcache import native
 warnings.simplefilter("ignore")
 native._EXIT = 60.0
-assert native.guard_type() is None
+assert native.loaded() is None
 while not os.path.exists({str(home / "first")!r}):
     os.sched_yield()
 child = os.fork()
 if child == 0:
     os.environ["XDG_CACHE_HOME"] = {str(home / "child")!r}
-    guard = native.guard_type(wait=True)
-    os._exit(0 if guard is not None and guard().holds() else 1)
+    found = native.loaded(wait=True)
+    os._exit(0 if found is not None and found.Guard().holds() else 1)
 print(os.waitpid(child, 0)[1])
 Path({str(home / "gate")!r}).write_text("go\\n")
 """
     done = as_program(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
-    assert find(key()).exists()
+    assert find().exists()
 
 
 def test_the_real_compiler(home: Path, library: Any) -> None:
     """The fixture has compiled it without a word; here its warnings count as well."""
-    command = building.command(home / "guard.so")
+    command = building.command(home / "library.so")
     done = subprocess.run([*command, "-Wall", "-Werror"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- being found
+
+
+@pytest.fixture
+def kept(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library in the cache."""
+    prebuilt(home, library, monkeypatch)
+    return build()
+
+
+def test_nothing_there(home: Path) -> None:
+    with pytest.raises(NotUsable, match="no compiled library for this Python in"):
+        find()
+
+
+def spoil(library: Path, how: str) -> None:
+    note = library.with_name(f"{key()}.json")
+    told = json.loads(note.read_text(encoding="utf-8"))
+    data = library.read_bytes()
+    if how == "cut short":
+        library.write_bytes(data[: len(data) // 2])
+    elif how == "changed":
+        library.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif how == "empty":
+        library.write_bytes(b"")
+    elif how == "gone":
+        library.unlink()
+    elif how == "elsewhere":
+        shutil.copy(library, library.parents[1] / library.name)
+        note.write_text(json.dumps({**told, "file": f"../{library.name}"}), encoding="utf-8")
+    elif how == "writable by others":
+        library.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("cut short", "is not what was compiled"),
+        ("changed", "is not what was compiled"),
+        ("empty", "is not what was compiled"),
+        ("gone", "does not describe a library (FileNotFoundError"),
+        ("elsewhere", "which is elsewhere"),
+        ("writable by others", "may be written by others"),
+    ],
+)
+def test_what_is_not_in_order_is_not_used(kept: Path, how: str, said: str) -> None:
+    spoil(kept, how)
+    with pytest.raises(NotUsable, match=re.escape(said)):
+        find()
+
+
+def test_somebody_elses_is_not_used(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(NotUsable, match=f"belongs to user {os.getuid()}"):
+        find()
+
+
+@given(note=st.one_of(st.binary(max_size=40), st.sampled_from([b"{}", b"[]", b"null", b'{"file": 1, "sha256": 2}'])))
+def test_whatever_the_note_says(tmp_path_factory: pytest.TempPathFactory, note: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder().mkdir(parents=True)
+        (folder() / f"{key()}.json").write_bytes(note)
+        with pytest.raises(NotUsable):
+            find()
+
+
+# ---- the command
+
+
+def test_the_command_says_where_it_is(kept: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_compiler(home, monkeypatch, "exit 1")
+    done = CliRunner().invoke(main, ["compile"])
+    assert (done.exit_code, done.stdout.strip()) == (0, str(kept))
+
+
+def test_the_command_says_why_not(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -O3")
+    done = CliRunner().invoke(main, ["compile"])
+    assert done.exit_code == 1
+    assert "CC='no-such-compiler -O3': there is no such program" in done.stderr
+    prebuilt(home, library, monkeypatch)
+
+    def disagrees(library: Any) -> None:
+        raise Disagreement("the address of a tensor")
+
+    with monkeypatch.context() as patch, pytest.raises(CompileError, match=r"is not used \(Disagreement: the address"):
+        patch.setattr(native, "prepare", disagrees)
+        native.compile_now()
+    monkeypatch.setattr(building.sys, "platform", "darwin")
+    with pytest.raises(CompileError, match="for Linux"):
+        native.compile_now()
+
+
+@pytest.mark.parametrize("does", ["exit 3", 'rm "$out"', "kill -9 $$"])
+def test_nothing_is_left_of_what_failed(home: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    a_compiler(home, monkeypatch, does)
+    with pytest.raises((CompileError, OSError)):
+        build()
+    assert list(folder().iterdir()) == []
+
+
+def test_several_processes_make_it_at_once(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prebuilt(home, library, monkeypatch)
+    command = [sys.executable, "-m", "graphcache", "compile"]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": PACKAGE})
+        for _ in range(2)
+    ]
+    said = {process.communicate(timeout=300)[0].strip() for process in running}
+    assert said == {str(find())}
+    assert sorted(path.suffix for path in folder().iterdir()) == [".json", ".so"]

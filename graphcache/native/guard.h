@@ -1,9 +1,7 @@
 // The guard of a graph: what must stay as it is for the graph to be right, compared by identity and without running any
 // Python code. Plain C without torch's headers, so that it compiles in under a second and serves every version of torch.
-#include "arrays.h"
 #include "dicts.h"
 #include "objects.h"
-#include "probe.h"
 #include "tensors.h"
 
 typedef struct {
@@ -17,21 +15,23 @@ typedef struct {
 
 // ---- comparing
 
+static Py_ssize_t first_difference(Guard *self) {
+  if (self->cleared) return 0;
+  const Py_ssize_t found[] = {items_difference(&self->dicts), order_difference(&self->dicts),
+                              objects_difference(&self->objects), tensors_difference(&self->tensors)};
+  Py_ssize_t first = NONE_DIFFERS;
+  for (int i = 0; i < 4; ++i) first = found[i] < first ? found[i] : first;
+  return first;
+}
+
 static PyObject *guard_holds(Guard *self, PyObject *unused) {
   (void)unused;
-  const int holds = !self->cleared && items_difference(&self->dicts) == NONE_DIFFERS &&
-                    order_difference(&self->dicts) == NONE_DIFFERS &&
-                    objects_difference(&self->objects) == NONE_DIFFERS &&
-                    tensors_difference(&self->tensors) == NONE_DIFFERS;
-  return PyBool_FromLong(holds);
+  return PyBool_FromLong(first_difference(self) == NONE_DIFFERS);
 }
 
 static PyObject *guard_changed(Guard *self, PyObject *unused) {
   (void)unused;
-  if (self->cleared) return PyLong_FromLong(0);
-  const Py_ssize_t in_dicts = smaller(items_difference(&self->dicts), order_difference(&self->dicts));
-  const Py_ssize_t elsewhere = smaller(objects_difference(&self->objects), tensors_difference(&self->tensors));
-  const Py_ssize_t first = smaller(in_dicts, elsewhere);
+  const Py_ssize_t first = first_difference(self);
   return PyLong_FromSsize_t(first == NONE_DIFFERS ? -1 : first);
 }
 
@@ -153,14 +153,6 @@ static int guard_clear(Guard *self) {
   return 0;
 }
 
-static void guard_dealloc(Guard *self) {
-  PyTypeObject *type = Py_TYPE(self);
-  PyObject_GC_UnTrack(self);
-  guard_clear(self);
-  type->tp_free((PyObject *)self);
-  Py_DECREF(type);
-}
-
 static PyMethodDef guard_methods[] = {
     {"add_dict", (PyCFunction)guard_add_dict, METH_VARARGS, NULL},
     {"add_names", (PyCFunction)guard_add_names, METH_VARARGS, NULL},
@@ -177,7 +169,7 @@ static PyMethodDef guard_methods[] = {
 };
 
 static PyType_Slot guard_slots[] = {
-    {Py_tp_dealloc, guard_dealloc},
+    {Py_tp_dealloc, free_object},
     {Py_tp_traverse, guard_traverse},
     {Py_tp_clear, guard_clear},
     {Py_tp_methods, guard_methods},
@@ -186,43 +178,8 @@ static PyType_Slot guard_slots[] = {
 };
 
 static PyType_Spec guard_spec = {
-    .name = "_graphcache_guard.Guard",
+    .name = "_graphcache.Guard",
     .basicsize = sizeof(Guard),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = guard_slots,
 };
-
-// ---- the module
-
-static PyObject *use_shortcuts(PyObject *module, PyObject *wanted) {
-  (void)module;
-  const int truth = PyObject_IsTrue(wanted);
-  if (truth < 0) return NULL;
-  shortcuts = truth;
-  Py_RETURN_NONE;
-}
-
-static PyMethodDef module_functions[] = {
-    {"probe", probe, METH_VARARGS, NULL},
-    {"read", read_fields, METH_O, NULL},
-    {"use_shortcuts", use_shortcuts, METH_O, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "_graphcache_guard", .m_size = -1, .m_methods = module_functions};
-
-PyMODINIT_FUNC PyInit__graphcache_guard(void) {
-  if (check_ordered_dict() || find_deque_type()) return NULL;
-  PyObject *module = PyModule_Create(&module_definition);
-  if (module == NULL) return NULL;
-  PyObject *type = PyType_FromSpec(&guard_spec);
-  if (type == NULL || PyModule_AddObjectRef(module, "Guard", type) < 0) {
-    Py_XDECREF(type);
-    Py_DECREF(module);
-    return NULL;
-  }
-  Py_DECREF(type);
-  start_watcher();
-  return module;
-}

@@ -2,9 +2,7 @@
 // dictionary holds an object's attributes.
 #pragma once
 
-#include "arrays.h"
-
-#include <structmember.h>
+#include "base.h"
 
 typedef enum { A_LIST, A_DEQUE, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF, A_FUNCTION } Kind;
 
@@ -36,6 +34,11 @@ static int find_deque_type(void) {
   }
   Py_XSETREF(deque_type, (PyTypeObject *)found);
   return 0;
+}
+
+static int same_pointers(PyObject *const *found, PyObject *tuple) {
+  const size_t count = (size_t)PyTuple_GET_SIZE(tuple);
+  return count == 0 || memcmp(found, ((PyTupleObject *)tuple)->ob_item, count * sizeof *found) == 0;
 }
 
 static int same_list(PyObject *list, PyObject *expected) {

@@ -3,7 +3,7 @@
 // later).
 #pragma once
 
-#include "arrays.h"
+#include "base.h"
 
 // CPython calls the version tag deprecated since 3.12; 3.14 has none.
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"

@@ -1,16 +1,16 @@
-// Tensors: the same memory, layout, dtype and dispatch keys. Compiled without torch's headers: where the fields lie in a
-// torch.Tensor, its TensorImpl and its StorageImpl is found out at load time, from tensors whose fields Python tells.
+// Tensors, read without torch's headers. Where the fields lie in a torch.Tensor, its TensorImpl and its StorageImpl is
+// found out at load time from tensors whose fields Python tells (probe.py). For the rest there are functions of torch.
 #pragma once
 
-#include "arrays.h"
+#include "base.h"
 
-#include <malloc.h>
+#include <dlfcn.h>
 
 // TensorImpl keeps up to five sizes and strides in itself, more of them elsewhere.
 #define MOST_INLINE 5
 
 static struct {
-  Py_ssize_t impl;     // in the object: TensorImpl *
+  Py_ssize_t impl;     // in the object: TensorImpl *, which is all that an at::Tensor is
   Py_ssize_t storage;  // in TensorImpl: StorageImpl *
   Py_ssize_t offset;   // in TensorImpl: of the first element in the storage, int64
   Py_ssize_t keys;     // in TensorImpl: dispatch keys, uint64
@@ -19,9 +19,33 @@ static struct {
   Py_ssize_t data;     // in StorageImpl: the address of the memory
 } field;
 
-static PyObject *tensor_types;   // a tuple; NULL until all fields are known
-static uint64_t needed_keys;     // what the keys of a dense tensor include
-static uint64_t permitted_keys;  // what they may include
+// Sets of dispatch keys.
+static struct {
+  uint64_t needed, permitted;   // what those of a dense tensor include, and may include
+  uint64_t ignored, cpu, cuda;  // of a plain one: what may be there or not, and which others are
+} keys;
+
+static struct {
+  void *library;
+  int32_t (*device_index)(void *tensor, int32_t *index);
+  int32_t (*data)(void *tensor, void **address);
+  _Bool (*grad_mode)(void);
+} torch;
+
+static PyObject *tensor_types;  // (Tensor, Parameter); NULL until all of this is known
+
+#define READ(type, base, at) (*(const type *)((base) + (at)))
+
+static inline const int64_t *sizes_of(const char *impl, int64_t rank) {
+  const char *after = impl + field.rank + sizeof(int64_t);
+  return rank <= MOST_INLINE ? (const int64_t *)after : *(const int64_t *const *)after;
+}
+
+static inline const int64_t *strides_of(const int64_t *sizes, int64_t rank) {
+  return sizes + (rank <= MOST_INLINE ? MOST_INLINE : rank);
+}
+
+// ---- the tensors of a guard
 
 typedef struct {
   PyObject *tensor;
@@ -43,17 +67,6 @@ typedef struct {
     Py_ssize_t count, capacity;
   } numbers;
 } Tensors;
-
-#define READ(type, base, at) (*(const type *)((base) + (at)))
-
-static inline const int64_t *sizes_of(const char *impl, int64_t rank) {
-  const char *after = impl + field.rank + sizeof(int64_t);
-  return rank <= MOST_INLINE ? (const int64_t *)after : *(const int64_t *const *)after;
-}
-
-static inline const int64_t *strides_of(const int64_t *sizes, int64_t rank) {
-  return sizes + (rank <= MOST_INLINE ? MOST_INLINE : rank);
-}
 
 // Reads all but the layout. The memory of a tensor without storage is NULL.
 static inline Tensor read_tensor(PyObject *object) {
@@ -93,33 +106,27 @@ static Py_ssize_t tensors_difference(const Tensors *all) {
 // Whether an object is a tensor that can be read; sets TypeError if not.
 static int check_tensor(PyObject *object) {
   int known = 0;
-  if (tensor_types != NULL)
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensor_types); ++i)
-      known |= (PyObject *)Py_TYPE(object) == PyTuple_GET_ITEM(tensor_types, i);
+  for (Py_ssize_t i = 0; tensor_types != NULL && i < PyTuple_GET_SIZE(tensor_types); ++i)
+    known |= (PyObject *)Py_TYPE(object) == PyTuple_GET_ITEM(tensor_types, i);
   if (!known) {
     PyErr_Format(PyExc_TypeError, "%.100s is not torch.Tensor or torch.nn.Parameter itself", Py_TYPE(object)->tp_name);
     return -1;
   }
   // The keys are those of every TensorImpl; only a dense one is sure to have the rest.
   const char *impl = READ(char *, (const char *)object, field.impl);
-  const uint64_t keys = READ(uint64_t, impl, field.keys);
-  if ((keys & needed_keys) != needed_keys || (keys & ~permitted_keys) != 0 || READ(char *, impl, field.storage) == NULL) {
-    PyErr_SetString(PyExc_TypeError, "the tensor is not a dense one in the memory of a CPU or GPU");
-    return -1;
-  }
-  return 0;
+  const uint64_t found = READ(uint64_t, impl, field.keys);
+  if ((found & keys.needed) == keys.needed && !(found & ~keys.permitted) && READ(char *, impl, field.storage)) return 0;
+  PyErr_SetString(PyExc_TypeError, "the tensor is not a dense one in the memory of a CPU or GPU");
+  return -1;
 }
 
 static int add_tensor(Tensors *all, PyObject *object, Py_ssize_t index) {
   if (check_tensor(object)) return -1;
   Tensor read = read_tensor(object);
   if (RESERVE(all, 1) || RESERVE(&all->numbers, 2 * read.rank)) return -1;
-  const int64_t *sizes = sizes_of(read.impl, read.rank);
+  const int64_t *sizes = sizes_of(read.impl, read.rank), *strides = strides_of(sizes, read.rank);
   int64_t *numbers = all->numbers.items + all->numbers.count;
-  if (read.rank > 0) {
-    memcpy(numbers, sizes, (size_t)read.rank * sizeof *sizes);
-    memcpy(numbers + read.rank, strides_of(sizes, read.rank), (size_t)read.rank * sizeof *sizes);
-  }
+  for (int64_t i = 0; i < read.rank; ++i) numbers[i] = sizes[i], numbers[read.rank + i] = strides[i];
   read.layout = all->numbers.count;
   read.index = index;
   Py_INCREF(object);

@@ -1,0 +1,144 @@
+// Guards and hits in native code. Plain C without the headers of torch and CUDA, so that it compiles in a second and one
+// library serves every version of torch.
+//
+// A guard (guard.h) compares what a graph depends on. A hit (hit.h) is what Dispatcher.__call__ (dispatch/dispatcher.py)
+// and CudaGraph.replay (graphs/cuda.py) do. What both ways need stands in Python objects: whether a graph is open, on
+// which stream an order ran last, how often an entry was hit. It is read and written here at the offsets that the member
+// descriptors of __slots__ name. So the general way, in Python, may run between any two calls.
+//
+// A Table holds records by the layout of the inputs. A call is either answered, or raises what the Python way raises, or
+// is left alone with nothing changed, and then goes the Python way. What decides is asked before the launch, but for the
+// callable that looks at a module (is_stale): it is called while the device works; then the launch was in vain, as on
+// the Python way. Calls come by the vectorcall of two Python functions (doors.h), and sessions by an object of their own.
+//
+// The GIL is held throughout, but for cuGraphLaunch, which blocks while the launch queue is full. The order's lock is
+// held from the first look at the graph to the last change of it.
+#include "doors.h"
+#include "guard.h"
+
+// ---- the probe
+
+// configure(library of torch, seven offsets, tensor types, sets of keys)
+static PyObject *configure(PyObject *module, PyObject *args) {
+  (void)module;
+  const char *path;
+  PyObject *types;
+  unsigned long long set[5];
+  Py_CLEAR(tensor_types);
+  if (!PyArg_ParseTuple(args, "s(nnnnnnn)O!(KKKKK)", &path, &field.impl, &field.storage, &field.offset, &field.keys,
+                        &field.dtype, &field.rank, &field.data, &PyTuple_Type, &types, set, set + 1, set + 2, set + 3,
+                        set + 4))
+    return NULL;
+  keys.needed = set[0], keys.permitted = set[1], keys.ignored = set[2], keys.cpu = set[3], keys.cuda = set[4];
+  torch.library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+  if (torch.library == NULL) return PyErr_Format(PyExc_ImportError, "%s", dlerror());
+  *(void **)&torch.device_index = dlsym(torch.library, "aoti_torch_get_device_index");
+  *(void **)&torch.data = dlsym(torch.library, "aoti_torch_get_data_ptr");
+  *(void **)&torch.grad_mode = dlsym(torch.library, "aoti_torch_grad_mode_is_enabled");
+  if (torch.device_index == NULL || torch.data == NULL || torch.grad_mode == NULL || thread_keys() == NULL)
+    return PyErr_Format(PyExc_ImportError, "this torch lacks a function that native code needs: %s", dlerror());
+  tensor_types = Py_NewRef(types);
+  Py_RETURN_NONE;
+}
+
+// learn_quiet(inference): nothing is special now
+static PyObject *learn_quiet(PyObject *module, PyObject *inference) {
+  (void)module;
+  const int at = PyObject_IsTrue(inference);
+  if (at < 0) return NULL;
+  memcpy(quiet_keys[at], thread_keys(), sizeof quiet_keys[at]);
+  Py_RETURN_NONE;
+}
+
+static PyObject *tuple_of(const int64_t *numbers, int64_t count) {
+  PyObject *made = PyTuple_New((Py_ssize_t)count);
+  for (int64_t i = 0; made != NULL && i < count; ++i) {
+    PyObject *number = PyLong_FromLongLong(numbers[i]);
+    if (number == NULL) Py_CLEAR(made);
+    else PyTuple_SET_ITEM(made, (Py_ssize_t)i, number);
+  }
+  return made;
+}
+
+// read(tensor) -> (address of the memory, offset, keys, dtype, sizes, strides), for comparison with Python
+static PyObject *read_fields(PyObject *module, PyObject *object) {
+  (void)module;
+  if (check_tensor(object)) return NULL;
+  const Tensor read = read_tensor(object);
+  const int64_t *sizes = sizes_of(read.impl, read.rank);
+  return Py_BuildValue("KLKHNN", (unsigned long long)(uintptr_t)read.data, (long long)read.offset,
+                       (unsigned long long)read.keys, read.dtype, tuple_of(sizes, read.rank),
+                       tuple_of(strides_of(sizes, read.rank), read.rank));
+}
+
+static PyObject *is_quiet(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  return PyBool_FromLong(nothing_special());
+}
+
+static PyObject *layout(PyObject *module, PyObject *args) {
+  (void)module;
+  Words words;
+  if (!PyTuple_CheckExact(args) || !describe(((PyTupleObject *)args)->ob_item, PyTuple_GET_SIZE(args), &words))
+    Py_RETURN_NONE;
+  return tuple_of((const int64_t *)words.at, (int64_t)words.count);
+}
+
+static PyObject *address(PyObject *module, PyObject *object) {
+  (void)module;
+  if (tensor_types == NULL || plain_device(object) == NOT_PLAIN) Py_RETURN_NONE;
+  return PyLong_FromUnsignedLongLong(address_of(object));
+}
+
+// stream_id(address of torch's function, index) -> (device type, device index, id)
+static PyObject *stream_id(PyObject *module, PyObject *args) {
+  (void)module;
+  unsigned long long function;
+  int index;
+  if (!PyArg_ParseTuple(args, "Ki", &function, &index)) return NULL;
+  const TorchStream found = ((TorchStream(*)(int8_t))(uintptr_t)function)((int8_t)index);
+  return Py_BuildValue("iiL", found.device_type, found.device_index, (long long)found.id);
+}
+
+static PyObject *use_shortcuts(PyObject *module, PyObject *wanted) {
+  (void)module;
+  const int truth = PyObject_IsTrue(wanted);
+  if (truth < 0) return NULL;
+  shortcuts = truth;
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef module_functions[] = {
+    {"configure", configure, METH_VARARGS, "Say where torch keeps the fields of a tensor."},
+    {"learn_quiet", learn_quiet, METH_O, "Remember a context in which nothing is special, in inference mode or not."},
+    {"read", read_fields, METH_O, "The fields of a tensor, for a guard."},
+    {"is_quiet", is_quiet, METH_NOARGS, "No gradients, autocast, modes, transforms or tracing here."},
+    {"layout", layout, METH_O, "What tells a tuple of plain tensors from others; None for anything else."},
+    {"address", address, METH_O, "Where a plain tensor's data lies; None for anything else."},
+    {"stream_id", stream_id, METH_VARARGS, "What a function of torch says of the current stream."},
+    {"use_shortcuts", use_shortcuts, METH_O, "Whether dictionaries that were not written to are looked into."},
+    {"open", open_doors, METH_VARARGS, "Let calls of two Python functions come to the table of their module first."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_graphcache", .m_size = -1, .m_methods = module_functions};
+
+// Makes a type, kept for good, and adds it to the module under a name unless that is NULL.
+static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type, const char *name) {
+  *type = (PyTypeObject *)PyType_FromSpec(spec);
+  return *type == NULL || (name != NULL && PyModule_AddObjectRef(module, name, (PyObject *)*type) < 0) ? -1 : 0;
+}
+
+PyMODINIT_FUNC PyInit__graphcache(void) {
+  if (check_ordered_dict() || find_deque_type()) return NULL;
+  OWNED PyObject *module = PyModule_Create(&module_definition);
+  PyTypeObject *guard_type;
+  if (module == NULL || add_type(module, &guard_spec, &guard_type, "Guard") ||
+      add_type(module, &lock_spec, &lock_type, "Lock") || add_type(module, &driver_spec, &driver_type, "Driver") ||
+      add_type(module, &graph_spec, &graph_type, NULL) || add_type(module, &run_spec, &run_type, NULL) ||
+      add_type(module, &table_spec, &table_type, "Table"))
+    return NULL;
+  start_watcher();
+  return Py_NewRef(module);
+}
