@@ -292,7 +292,7 @@ def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Ite
             yield Cause(Reason.RANDOM, name, "the generator moved on")
     for variable, value in after["context"].items():
         old = before["context"][variable] if variable in before["context"] else _default_of(variable)
-        if old is not value and not same(old, value):
+        if old is not value and not same(old, value) and not _is_tritons(variable):
             yield Cause(Reason.MUTATES, f"the context variable {variable.name!r}", "it was set")
     if before["modes"] != after["modes"]:
         yield Cause(Reason.MUTATES, "the grad mode or a setting of PyTorch", "it was set")
@@ -304,6 +304,12 @@ def _default_of(variable: contextvars.ContextVar[Any]) -> Any:
         return contextvars.Context().run(variable.get)
     except LookupError:
         return None
+
+
+def _is_tritons(variable: contextvars.ContextVar[Any]) -> bool:
+    """Whether a context variable is one of Triton's: Inductor sets the allocator of scratch memory at every launch."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "triton"]
+    return any(value is variable for module in modules for value in vars(module).values())
 
 
 def _generators(devices: Sequence[int]) -> list[Tensor]:

@@ -199,7 +199,7 @@ class TorchRecorder:
 
         with capturing(order):
             static = [static_copy(tensor) for tensor in call.inputs]
-            expected = [tensor.clone() for tensor in run(static)]
+            expected = [static_copy(tensor) for tensor in run(static)]
             call.compare(expected)
             with scope.run():
                 self._check_reads(call, static, on_host=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphcache.errors import ClosedError, CudaError, Reason, Refusal
 from graphcache.graphs import driver
-from graphcache.graphs.buffers import extent_of, is_plain_copy, nbytes_of, poison, put
+from graphcache.graphs.buffers import extent_of, is_plain_copy, nbytes_of, packed, poison, put
 from graphcache.graphs.param_patching import Pointer
 from graphcache.graphs.stream_order import StreamOrder, own_stream, raw_stream
 
@@ -62,7 +62,8 @@ class IoSlot:
 
     def fresh(self) -> Tensor:
         """A new tensor of the same shape, strides and dtype."""
-        return torch.empty_like(self.buffer)
+        own = self.buffer
+        return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=own.device)
 
     @property
     def maker(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
@@ -174,7 +175,7 @@ class CudaGraph:
             driver.call("cuGraphLaunch", self.executable, stream)
             for slot, tensor in zip(self.outputs, answer, strict=True):
                 if not slot.pointers:
-                    tensor.copy_(slot.buffer)
+                    put(packed(tensor), slot.buffer)
         return answer
 
     def accepts(self, out: Sequence[Tensor]) -> bool:

@@ -9,6 +9,7 @@ import itertools
 import random
 import re
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
@@ -199,6 +200,19 @@ def stateful(function: Callable[[Any, Any], object]) -> nn.Module:
     )
     module.address = module.buffer.data_ptr()
     return module.eval()
+
+
+def test_the_allocator_that_inductor_sets_at_every_launch_is_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = types.ModuleType("triton.runtime._allocation")
+    source = "from contextvars import ContextVar\nheld = ContextVar('held')\ndef set_allocator(): held.set(object())"
+    exec(source, vars(triton))
+    set_allocator = triton.set_allocator
+    with monkeypatch.context() as loaded:
+        loaded.setitem(sys.modules, "triton.runtime._allocation", triton)
+        fast = graphcache.wrap(stateful(lambda self, x: set_allocator()))
+        fast(X), fast(X)
+        assert outcomes(fast) == (1, 1, {})
+    assert reason(graphcache.wrap(stateful(lambda self, x: set_allocator())), X) is Reason.MUTATES
 
 
 @pytest.mark.parametrize("name", EFFECTS)

@@ -188,6 +188,39 @@ def test_outputs_that_share_elements_share_them_in_every_answer():
     assert (fast.cache_info().hits, fast.cache_info().eager) == (3, {})
 
 
+def test_outputs_keep_their_strides():
+    class Strided(nn.Module):
+        def forward(self, x):
+            return (x * 2)[:, ::2], (x * 3)[:, 1], (x * 4).t(), (x * 5).sum(0).expand(3, SIZE)
+
+    module = Strided()
+    fast = graphcache.wrap(module)
+    for value in range(4):
+        x = torch.full((2, SIZE), float(value), device="cuda")
+        answer, expected = fast(x), module(x)
+        assert [each.stride() for each in answer] == [each.stride() for each in expected]
+        answer[3][0] += 1
+        expected[3][0] += 1
+        assert all(map(torch.equal, answer, expected))
+    assert (fast.cache_info().hits, fast.cache_info().eager) == (3, {})
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_what_inductor_compiled_is_captured(net, fullgraph):
+    module = torch.compile(nn.Sequential(*net.layers), fullgraph=fullgraph)
+    fast = graphcache.wrap(module)
+    with torch.no_grad():
+        for value in range(6):
+            x = torch.randn(4, SIZE, device="cuda")
+            assert torch.equal(fast(x), module(x))
+            if value == 4:
+                net.layers[0].weight.mul_(2)
+    info = fast.cache_info()
+    assert info.hits >= 3
+    # The first call compiles, and is observed once more.
+    assert set(info.eager) <= {Reason.UNOBSERVED}
+
+
 def test_a_host_read_fails_the_capture_and_leaves_everything_sound(net):
     class Reads(nn.Module):
         def __init__(self):
