@@ -107,29 +107,24 @@ class GraphCache(Generic[G]):
         """Bytes owned by all graphs together, with what they share and what is just being closed."""
         return self.open_nbytes + self.shared
 
-    def victims(
-        self, nbytes: int = 0, *, instead_of: Hashable = None, graphs: int = 1
-    ) -> list[tuple[Hashable, Entry[G]]]:
+    def victims(self, nbytes: int = 0, *, graphs: int = 1) -> list[tuple[Hashable, Entry[G]]]:
         """What would have to go for a graph of so many bytes, coldest first; a ``Refusal`` if there is no room then.
 
-        The graph of ``instead_of`` goes in any case, and is not among the victims. With ``graphs=0`` only bytes are
-        wanted, and no place among ``max_graphs``. Nothing goes, and no lock is taken.
+        With ``graphs=0`` only bytes are wanted, and no place among ``max_graphs``. Nothing goes, and no lock is taken.
         """
-        others = [item for item in list(self.entries.items()) if item[0] != instead_of]
-        replaced = self.entries.get(instead_of)
+        items = list(self.entries.items())
         held = self.open_nbytes + self.shared + sum(each.nbytes for each in list(self.reservations))
-        held -= 0 if replaced is None else replaced.nbytes
-        surplus = len(others) + graphs - self.max_graphs
+        surplus = len(items) + graphs - self.max_graphs
         excess = 0 if self.max_bytes is None else held + nbytes - self.max_bytes
         if surplus <= 0 and excess <= 0:
             return []
-        free = sorted((item for item in others if not item[1].pinned), key=lambda item: self.rank(*item))
+        free = sorted((item for item in items if not item[1].pinned), key=lambda item: self.rank(*item))
         for count, (_, entry) in enumerate(free, 1):
             excess -= entry.nbytes
             if count >= surplus and excess <= 0:
                 return free[:count]
-        pinned = [entry.nbytes for _, entry in others if entry.pinned]
-        rest = held - sum(entry.nbytes for _, entry in others)
+        pinned = [entry.nbytes for _, entry in items if entry.pinned]
+        rest = held - sum(entry.nbytes for _, entry in items)
         raise Refusal(
             Reason.OVER_BUDGET,
             detail=f"{nbytes} bytes wanted; {len(pinned)} pinned graphs hold {sum(pinned)} bytes and {rest} are shared "
@@ -137,16 +132,21 @@ class GraphCache(Generic[G]):
         )
 
     def put(self, key: Hashable, graph: G, reservation: Reservation | None = None) -> Entry[G]:
-        """Store a graph in place of what has to go, such as the graph of its key; its reservation ends.
+        """Store a graph in place of the one of its key and of what has to go; its reservation ends.
 
         Without room, raises a ``Refusal``; if what goes cannot be closed, raises why. The graph is closed then.
         """
         entry = Entry(graph)
         try:
+            if key in self.entries:
+                self.evict(key)
             with _lock:
                 if reservation is not None:
                     self.reservations.discard(reservation)
-                leaving = self.make_room(entry.nbytes, key, graphs=1)
+                leaving = self.make_room(entry.nbytes, graphs=1)
+                if key in self.entries:
+                    # Another thread has stored it meanwhile.
+                    leaving.append((self, key, self.entries.pop(key)))
                 self.entries[key] = entry
                 self.open_nbytes += entry.nbytes
             if leaving:
@@ -174,12 +174,9 @@ class GraphCache(Generic[G]):
             self.entries.clear()
         _close(leaving, wait=wait)
 
-    def make_room(self, nbytes: int, instead_of: Hashable = None, *, graphs: int) -> list[_Item]:
+    def make_room(self, nbytes: int, *, graphs: int) -> list[_Item]:
         """Take out what has to go for a graph, here and on the device, to be closed without the lock."""
-        going = self.victims(nbytes, instead_of=instead_of, graphs=graphs)
-        if instead_of in self.entries:
-            going.insert(0, (instead_of, self.entries[instead_of]))
-        leaving: list[_Item] = [(self, key, entry) for key, entry in going]
+        leaving: list[_Item] = [(self, key, entry) for key, entry in self.victims(nbytes, graphs=graphs)]
         if self.budget.max_bytes is not None:
             leaving += self.budget.victims(nbytes, leaving)
         for cache, key, _ in leaving:
