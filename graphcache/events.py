@@ -168,7 +168,7 @@ class Observers:
         finally:
             seconds = time.perf_counter() - start
             for each in hearing:
-                when_unlocked(partial(_tell, each.after, kind, name, seconds, done))
+                _tell_unlocked(each.after, kind, name, seconds, done)
 
 
 class Ledger:
@@ -238,14 +238,14 @@ class Ledger:
 
     def _publish(self, event: Event) -> None:
         for subscriber in tuple(self.subscribers):
-            when_unlocked(partial(_tell, subscriber, event))
+            _tell_unlocked(subscriber, event)
 
 
 class QuietLock:
-    """A re-entrant lock under which nobody outside is called.
+    """A re-entrant lock under which nobody outside is called: who is to be told in a thread that holds such locks is
+    told when the thread has released the last of them.
 
-    What :func:`when_unlocked` was given in a thread that holds such locks is called when the thread has released the
-    last of them. So a subscriber may call, clear and close any module, and wait for other threads that do.
+    So a subscriber may call, clear and close any module, and wait for other threads that do.
     """
 
     __slots__ = ("_lock",)
@@ -260,7 +260,7 @@ class QuietLock:
         return taken
 
     def release(self) -> None:
-        """Give the lock back, and call what waited for it if it was the thread's last one."""
+        """Give the lock back, and tell what waited for it if it was the thread's last one."""
         self._lock.release()
         _here.held -= 1
         while not _here.held and _here.waiting:
@@ -274,7 +274,7 @@ class QuietLock:
 
 
 class _Here(threading.local):
-    """What one thread holds, and what is to be called when it holds nothing."""
+    """How many such locks one thread holds, and who is told when it holds none."""
 
     def __init__(self) -> None:
         self.held = 0
@@ -284,12 +284,12 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def when_unlocked(function: Callable[[], object]) -> None:
-    """Call a function now, or when this thread has released the last :class:`QuietLock` that it holds."""
+def _tell_unlocked(function: Callable[..., object], *what: Any) -> None:
+    """Tell now, or when this thread has released the last :class:`QuietLock` that it holds."""
     if _here.held:
-        _here.waiting.append(function)
+        _here.waiting.append(partial(_tell, function, *what))
     else:
-        function()
+        _tell(function, *what)
 
 
 def _tell(function: Callable[..., object], *what: Any) -> None:

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from graphcache.errors import ExtraNotFoundError
 
 NO_ANSWER: Any = object()
 """Returned where a feature leaves a call to the core."""
-
-
-class Padding(Protocol):
-    """Pads the calls of one module: :class:`graphcache.buckets.bucketed.Bucketed`."""
-
-    padded: int
-    """Hits of calls that were padded."""
-
-    def answer(self, call: Any) -> Any:
-        """The answer of a call through its bucket, or :data:`NO_ANSWER`. Graphs may be used at this moment."""
-
-    def target(self, call: Any) -> Any:
-        """The key that a call is padded to; ``None`` if it is not padded."""
 
 
 class Features:
@@ -41,8 +28,8 @@ class Features:
     """Puts a module behind a cache of graphs: :class:`graphcache.CachedModule`."""
     describe_engine: Callable[[Any], str]
     """What a traced program says of an engine, for ``torch.ops.graphcache.execute_engine``."""
-    padding: Callable[..., Padding]
-    """Makes the padding of one module of the ``buckets`` option and the module's dispatcher."""
+    padding: Callable[..., Any]
+    """Makes what pads the calls of one module: :class:`graphcache.buckets.bucketed.Bucketed`."""
     advise_buckets: Callable[..., Any]
     """Says which buckets would have served the calls of a module best."""
     manifest_of: Callable[..., Any]

@@ -56,7 +56,7 @@ from graphcache.dispatch.preconditions import current_device, several_devices
 from graphcache.dispatch.targets import EngineGuard, ModuleTarget, Target
 from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
-from graphcache.features import NO_ANSWER, Padding
+from graphcache.features import NO_ANSWER
 from graphcache.keys.ambient import forbidden
 from graphcache.keys.call_key import NO_KEY, KeyedCall
 
@@ -83,7 +83,8 @@ class Dispatcher:
         self.fast_path.observed(bool(ledger.observers.active))
         self.submodules: Any
         """What is captured one by one. Set by whoever makes the dispatcher: they have dispatchers of their own."""
-        self.padding: Padding | None = None
+        self.padding: Any = None
+        """Pads calls to buckets (:mod:`graphcache.buckets`), where the module has some."""
         self.entries: Mapping[Hashable, Entry[Recording]] = self.captures.graphs.entries
         self._guard = target.guard
         self._in_background = config.capture_in == "background"
