@@ -240,22 +240,19 @@ class Bucketed:
         target, gate = self._dispatcher.target, self._dispatcher.gate
         assert isinstance(target, ModuleTarget)
         with gate.exclusive():
-            target.torch_recorder.check_unchanged(version)
-            effects = target.torch_recorder.observe(request.call)
+            target.recorder.check_unchanged(version)
+            effects = target.recorder.observe(request.call)
         if effects.cause is not None:
             # Not to be tried again and again, for no caller has asked for these effects.
             return Cause(Reason.PADDING, detail=f"a call of the padded sizes has effects: {effects.cause}")
-        return target.torch_recorder.record(request, effects)
+        return target.recorder.record(request, effects)
 
     def _observe(self, call: KeyedCall) -> tuple[Any, Effects]:
         """Answer a call eagerly, and see what it does besides; an engine does nothing."""
         if self._engine is not None:
             with graphs_off():
                 return self._dispatcher.run(call), Effects(None)
-        effects = self._dispatcher.observe(call)
-        # The answer belongs to the caller from now on.
-        answer, effects.value = effects.value, None
-        return answer, effects
+        return self._dispatcher.observe(call)
 
     # ---- proof
 
@@ -314,7 +311,7 @@ class Bucketed:
         target, gate = self._dispatcher.target, self._dispatcher.gate
         if not isinstance(target, ModuleTarget):
             return target.run
-        recorder = target.torch_recorder
+        recorder = target.recorder
         again = recorder.again(effects.version, gate.exclusive if alone else nullcontext)
         running: Callable[[], Any] = nullcontext if alone else gate.shared
 

@@ -23,11 +23,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from graphcache.cache.graph_cache import Entry, GraphCache
-from graphcache.cache.key_table import LARGEST, MEMORY, Estimate, KeyState, KeyTable
+from graphcache.cache.key_table import LARGEST, Estimate, KeyState, KeyTable, Mean
 from graphcache.config import Capture
 from graphcache.errors import Cause, Reason, Refusal
 
@@ -57,19 +56,6 @@ _NOT_WORTH_IT = Cause(Reason.NOT_WORTH_IT)
 _NOT_PREPARED = Cause(Reason.NOT_PREPARED)
 
 
-@dataclass(slots=True)
-class Mean:
-    """The running mean of figures that differ from key to key; the value before the first one has no weight."""
-
-    value: float = 0.0
-    count: int = 0
-
-    def add(self, figure: float) -> None:
-        """Take a figure into account."""
-        self.count += 1
-        self.value += (figure - self.value) / min(self.count, MEMORY)
-
-
 class Account(NamedTuple):
     """What all measured calls of a module would have taken eagerly, what replays saved of it, and captures took."""
 
@@ -95,7 +81,7 @@ class Admission:
         self._counted_at = self._credit = 0.0
         self._eager_seconds = self._saved_seconds = self._capture_seconds = 0.0
         # Over all keys, for those that were not measured.
-        self._nbytes, self._eager, self._share, self._capture = Mean(), Mean(), Mean(_PRIOR_SHARE), Estimate()
+        self._eager, self._share, self._capture = Mean(), Mean(_PRIOR_SHARE), Estimate()
         self._victims_value = 0.0
         self._misses = 0
         if self.measures_replays:
@@ -137,25 +123,16 @@ class Admission:
             self._credit += OVERHEAD * elapsed
             self._warm(state, 1)
 
-    def captured(
-        self, key: Hashable, seconds: float, *, replay: float | None = None, preparing: bool = False
-    ) -> Cause | None:
-        """Note that a graph is in the cache; a cause if the caller should evict it, being no faster than eager.
+    def captured(self, key: Hashable, seconds: float, replay: float, *, preparing: bool = False) -> Cause | None:
+        """Note a capture, and the time of a replay; a cause if the graph should go, being no faster than eager.
 
-        ``seconds`` is what the capture added to the call, ``replay`` the time of a replay if it was measured. With
-        ``preparing`` no call waited for the capture, and serving does not have to earn it.
+        ``seconds`` is what the capture added to the call. With ``preparing`` no call waited for it, and serving does
+        not have to earn it.
         """
         with self._lock:
             state = self._keys.used(key)
-            state.denial = None
             state.owed = 0
-            state.capture.add(seconds)
-            if (entry := self._cache.entries.get(key)) is not None:
-                state.nbytes = entry.nbytes
-                self._nbytes.add(entry.nbytes)
             self._spend(seconds, preparing)
-            if replay is None:
-                return None
             state.replay.add(replay)
             self._capture.add(seconds)
             return self._compared(state)
@@ -186,11 +163,6 @@ class Admission:
             self._capture.add(capture)
             self._compared(state)
 
-    def expected_nbytes(self, key: Hashable) -> int:
-        """Memory that a graph of the key will own: that of its last one, else the mean of all graphs."""
-        state = self._keys.states.get(key)
-        return state.nbytes if state is not None and state.nbytes else math.ceil(self._nbytes.value)
-
     def account(self) -> Account:
         """Costs and savings so far, as far as calls were measured."""
         with self._lock:
@@ -217,7 +189,7 @@ class Admission:
         self._count_hits(self._cache.entries.items())
         self._victims_value = 0.0
         try:
-            victims = self._cache.victims(self.expected_nbytes(key))
+            victims = self._cache.victims(self._keys.expected_nbytes(key))
         except Refusal as refusal:
             return refusal.cause
         found = [self._keys.states.get(key) for key, _ in victims]

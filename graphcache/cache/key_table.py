@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
@@ -98,6 +99,8 @@ class KeyState:
     """Why it is not captured, or not again after the next change of the module."""
     changes: int = 0
     """Captures in a row that a change of the module has ended soon."""
+    captures: int = 0
+    """Graphs that it has had since all graphs of the module were dropped the last time."""
     eager: Estimate = field(default_factory=Estimate)
     replay: Estimate = field(default_factory=Estimate)
     capture: Estimate = field(default_factory=Estimate)
@@ -115,6 +118,19 @@ class KeyState:
     at: float = 0.0
 
 
+@dataclass(slots=True)
+class Mean:
+    """The running mean of figures that differ from key to key; the value before the first one has no weight."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, figure: float) -> None:
+        """Take a figure into account."""
+        self.count += 1
+        self.value += (figure - self.value) / min(self.count, MEMORY)
+
+
 class KeyTable:
     """The states of the keys of one module, whose graphs are ``entries``; a key that has a graph is not forgotten."""
 
@@ -124,6 +140,7 @@ class KeyTable:
         """The longest unused first."""
         self.now = 0.0
         """The time of the admission policy."""
+        self._nbytes = Mean()
         self.lock = threading.Lock()
         """Held for a look or a change, never for a capture; no other lock is taken under it."""
 
@@ -163,6 +180,22 @@ class KeyTable:
         state = self.states.get(key)
         return max(self.hits(key) + (0 if state is None else state.misses), 0)
 
+    def captured(self, key: Hashable, seconds: float, nbytes: int) -> bool:
+        """Note a capture, what it took, and the bytes of its graph; whether the key had one before."""
+        with self.lock:
+            state = self.used(key)
+            state.denial = None
+            state.captures += 1
+            state.capture.add(seconds)
+            state.nbytes = nbytes
+            self._nbytes.add(nbytes)
+            return state.captures > 1
+
+    def expected_nbytes(self, key: Hashable) -> int:
+        """Memory that a graph of the key will own: that of its last one, else the mean of all graphs."""
+        state = self.states.get(key)
+        return state.nbytes if state is not None and state.nbytes else math.ceil(self._nbytes.value)
+
     def deny(self, key: Hashable, cause: Cause, version: int = 0) -> None:
         """Remember that a key could not be captured; doubles the wait if it was denied before."""
         with self.lock:
@@ -191,3 +224,9 @@ class KeyTable:
         with self.lock:
             for state in self.states.values():
                 state.denial = None
+
+    def forget_captures(self) -> None:
+        """Forget which keys have had graphs."""
+        with self.lock:
+            for state in self.states.values():
+                state.captures = 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphcache.cache.admission import Admission
-from graphcache.cache.churn import ChurnWatch
+from graphcache.cache.churn import WINDOW, advice
 from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, budget_of
 from graphcache.cache.key_table import KeyTable
 from graphcache.capture.recording import CaptureRequest, Recording, Sharing
@@ -24,6 +24,7 @@ from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
 from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
+from graphcache.graphs.graph import Graph
 from graphcache.keys.call_key import KeyedCall
 
 _REPLAY_SAMPLES = 3
@@ -58,8 +59,11 @@ class CaptureManager:
         self.closed = False
         self.generation = 0
         """Goes up when all denials are forgotten."""
-        self._churn = ChurnWatch()
-        self._training: list[bool] = []
+        self.running: Callable[[], AbstractContextManager[object]] = nullcontext if target.is_engine else gate.shared
+        """Makes what is entered around a run for a caller; an engine may run beside a background capture."""
+        self._last: list[tuple[Hashable, bool]] | None = []
+        """The last captures, and whether their keys had a graph before; ``None`` once the user was told of churn."""
+        self._hits_before = 0
 
     @property
     def version(self) -> int:
@@ -79,10 +83,10 @@ class CaptureManager:
     def clear(self, *, wait: bool = True) -> None:
         """Drop every graph, and forget all denials."""
         with self.lock:
-            self.generation += 1
             self.graphs.clear(wait=wait)
-            self._churn.forget()
-            self.keys.allow_all()
+            self._last = None if self._last is None else []
+            self.keys.forget_captures()
+            self.allow_all()
             # It keeps what the module held when it was looked at, such as weights that were replaced since.
             self.target.guard.forget()
             self.target.recorder.release(wait=wait)
@@ -95,16 +99,10 @@ class CaptureManager:
 
     # ---- denials
 
-    def has_changed(self) -> bool:
-        """Whether the module is known to have changed, so that denials may be of the past."""
-        return self.target.guard.has_changed() or self.target.training_flags() != self._training
-
-    def refresh_training(self) -> None:
-        """Forget denials if a training flag was set: what was refused in training may be captured in evaluation."""
-        if (flags := self.target.training_flags()) != self._training:
-            self._training = flags
-            self.generation += 1
-            self.keys.allow_all()
+    def allow_all(self) -> None:
+        """Forget all denials."""
+        self.generation += 1
+        self.keys.allow_all()
 
     def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
@@ -131,10 +129,6 @@ class CaptureManager:
         entry = self.graphs.entries.get(key)
         return entry is not None and entry.graph.version == self.version
 
-    def running(self) -> AbstractContextManager[object]:
-        """Inside, the module may be run for a caller. An engine may at any time, also beside a background capture."""
-        return nullcontext() if self.target.is_engine else self.gate.shared()
-
     def capture(self, call: KeyedCall) -> tuple[Any, Cause | None]:
         """Answer a call and keep its graph, or deny its key: the answer, and why there is no graph. Under the lock."""
         start = time.perf_counter()
@@ -145,7 +139,8 @@ class CaptureManager:
                 with self.running():
                     answer, outcome = self.target.recorder.attempt(request)
             finally:
-                self._drop_broken()
+                if broken := self.target.recorder.take_broken():
+                    self._drop(broken)
             if stale is not None:
                 self.graphs.evict(call.key)
             cause = self.keep(call, outcome, time.perf_counter() - start, room)
@@ -177,7 +172,7 @@ class CaptureManager:
         entry = self.graphs.entries.get(call.key)
         if entry is not None and entry.graph.version != self.version:
             self.graphs.evict(call.key)
-        room.take(self.admission.expected_nbytes(call.key) + self.target.recorder.passing_nbytes)
+        room.take(self.keys.expected_nbytes(call.key) + self.target.recorder.passing_nbytes)
 
     def keep(self, call: KeyedCall, outcome: Recording | Cause, seconds: float, room: Reservation) -> Cause | None:
         """Keep the graph of a call, or deny its key; why there is no graph. Under the lock."""
@@ -196,17 +191,29 @@ class CaptureManager:
             self.deny(key, outcome)
             return outcome
         self.ledger.captured(Captured(key, seconds, entry.graph.graph.nodes, entry.nbytes))
-        replay = self._replay_seconds(outcome, call) if self.admission.measures_replays else None
-        slower = self.admission.captured(key, seconds, replay=replay, preparing=preparation is not None)
-        if slower is not None:
-            self.graphs.evict(key)
+        had_one = self.keys.captured(key, seconds, entry.nbytes)
+        slower = None
+        if self.admission.measures_replays:
+            replay = self._replay_seconds(outcome, call)
+            slower = self.admission.captured(key, seconds, replay, preparing=preparation is not None)
+            if slower is not None:
+                self.graphs.evict(key)
         if preparation is not None:
             preparation.keep(self.graphs.entries, key)
             return slower
-        if self._churn.captured(key, self.hits):
-            advice = self._churn.advice(self.graphs, self.config.capture, arguments_of(self.target.module))
-            log.warning("%s: %s", self.ledger.name, advice)
+        if self._last is not None:
+            self._last.append((key, had_one))
+            if len(self._last) == WINDOW:
+                self._look_for_churn(self._last)
         return None
+
+    def _look_for_churn(self, last: list[tuple[Hashable, bool]]) -> None:
+        """Warn, once, if the last captures were in vain."""
+        gained, self._hits_before = self.hits - self._hits_before, self.hits
+        said = advice(last, gained, self.graphs, self.config.capture, arguments_of(self.target.module))
+        if said is not None:
+            log.warning("%s: %s", self.ledger.name, said)
+        self._last = [] if said is None else None
 
     def _replay_seconds(self, recorded: Recording, call: KeyedCall) -> float:
         """What a replay takes the host, which is what an eager call is measured by too."""
@@ -223,12 +230,10 @@ class CaptureManager:
         self.admission.evicted(key, entry)
         self.ledger.evicted(Evicted(key, entry.hits))
 
-    def _drop_broken(self) -> None:
+    def _drop(self, broken: list[Graph]) -> None:
         """Take out what the recorder has closed: nobody would capture it again as long as it seems to be there."""
-        broken = set(map(id, self.target.recorder.take_broken()))
-        if broken:
-            for key in [key for key, entry in self.graphs.entries.items() if id(entry.graph.graph) in broken]:
-                self.graphs.evict(key)
+        for key in [key for key, entry in self.graphs.entries.items() if entry.graph.graph in broken]:
+            self.graphs.evict(key)
 
 
 class Preparation:

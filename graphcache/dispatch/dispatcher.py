@@ -45,7 +45,7 @@ import torch
 
 from graphcache.cache.graph_cache import Entry, clock
 from graphcache.capture.effects import Effects
-from graphcache.capture.recording import CaptureRequest, Recording
+from graphcache.capture.recording import Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off, switch_in_environment
 from graphcache.dispatch.background import PENDING, CaptureQueue
@@ -53,7 +53,7 @@ from graphcache.dispatch.capture_manager import CaptureManager, preparing
 from graphcache.dispatch.fast_path import FastPath
 from graphcache.dispatch.forward_into import targets_of
 from graphcache.dispatch.preconditions import current_device, several_devices
-from graphcache.dispatch.targets import EngineGuard, ModuleTarget, Target
+from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER
@@ -165,8 +165,8 @@ class Dispatcher:
             self.captures.notice_device(call)
         self.captures.keys.note(call.key)
         self.check_open()
-        if (reason := self.forbidden()) is not None:
-            return self.eager(Cause(reason), call)
+        if (cause := self.forbidden()) is not None:
+            return self.eager(cause, call)
         if self.padding is not None and (answer := self.padding.answer(call)) is not NO_ANSWER:
             return answer
         return self.answer(call)
@@ -179,14 +179,15 @@ class Dispatcher:
         if not self.submodules.whole:
             with self.submodules.in_use():
                 return self.run(call)
-        if not self.captures.has_changed() and (cause := self.captures.denial(call)) is not None:
+        changed = self.target.has_changed()
+        if not changed and (cause := self.captures.denial(call)) is not None:
             # Without the lock, which a capture of another call may hold.
             return self.eager(cause, call)
         if not self.captures.lock.acquire(timeout=-1 if admitted else 0):
             # Another thread captures.
             return self.eager(PENDING, call)
         try:
-            answer, cause = self._decide(call, admitted)
+            answer, cause = self._decide(call, admitted, changed)
         finally:
             self.captures.lock.release()
         if answer is STALE:
@@ -197,7 +198,7 @@ class Dispatcher:
                 self._divide(cause, call)
         return answer
 
-    def _decide(self, call: KeyedCall, admitted: bool) -> tuple[Any, Cause | None]:
+    def _decide(self, call: KeyedCall, admitted: bool, changed: bool) -> tuple[Any, Cause | None]:
         """Answer a call from a graph or by a capture, under the lock: the answer, and why there is no graph.
 
         The answer is ``STALE`` if the call is to run when the lock is released: eagerly if there is a cause, otherwise
@@ -206,7 +207,7 @@ class Dispatcher:
         # Another thread may have closed the module meanwhile.
         self.check_open()
         self.refresh()
-        if (cause := self.captures.denial(call)) is not None:
+        if changed and (cause := self.captures.denial(call)) is not None:
             return STALE, cause
         entry = self.entries.get(call.key)
         if entry is not None and entry.graph.version == self._guard.version:
@@ -229,7 +230,7 @@ class Dispatcher:
         """
         if self._in_background and self.queue.is_pending(call.key):
             return PENDING
-        cause = self.captures.admission.ask(call.key)
+        cause = None if self.config.capture == "first" else self.captures.admission.ask(call.key)
         if cause is None and self._in_background and self.target.is_engine:
             return self.queue.capture(call, lambda request: self.target.recorder.attempt(request)[1])
         return cause
@@ -260,38 +261,35 @@ class Dispatcher:
         with self.ledger.span("eager"), graphs_off() if self.target.is_engine else self.submodules.in_use():
             return self.run(call)
 
-    def observe(self, call: KeyedCall) -> Effects:
-        """Answer a call of a PyTorch module eagerly, and see what it does."""
+    def observe(self, call: KeyedCall) -> tuple[Any, Effects]:
+        """Answer a call of a PyTorch module eagerly, and see what it does besides."""
         assert isinstance(self.target, ModuleTarget)
         with self.ledger.span("eager"), self.captures.running():
-            return self.target.torch_recorder.observe(call)
-
-    def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
-        """Capture a call of a PyTorch module that was observed."""
-        assert isinstance(self.target, ModuleTarget)
-        return self.target.torch_recorder.record(request, effects)
+            effects = self.target.recorder.observe(call)
+        # The answer belongs to the caller from now on.
+        answer, effects.value = effects.value, None
+        return answer, effects
 
     def _run_observed(self, call: KeyedCall) -> Any:
         """Answer a call of a PyTorch module eagerly, and have it captured in the background if it has no effects."""
-        effects = self.observe(call)
-        # The answer belongs to the caller from now on.
-        answer, effects.value = effects.value, None
+        target, (answer, effects) = self.target, self.observe(call)
+        assert isinstance(target, ModuleTarget)
         with self.captures.lock:
             if effects.cause is not None:
                 self.captures.deny(call.key, effects.cause)
             else:
-                self.queue.capture(call, lambda request: self.record(request, effects))
+                self.queue.capture(call, lambda request: target.recorder.record(request, effects))
         self.tell(effects.cause or PENDING)
         return answer
 
     def _undescribed(self, cause: Cause, call: KeyedCall) -> Any:
         """Answer a call that no key describes."""
-        reason = self.forbidden()
-        if reason is None and not self.submodules.whole and not self.captures.closed:
+        forbidden = self.forbidden()
+        if forbidden is None and not self.submodules.whole and not self.captures.closed:
             # The whole was never to be captured, and the submodules may be called with something else.
             with self.submodules.in_use():
                 return self.run(call)
-        return self.eager(cause if reason is None else Cause(reason), call)
+        return self.eager(forbidden or cause, call)
 
     def tell(self, cause: Cause) -> None:
         """Count an eager call."""
@@ -304,9 +302,8 @@ class Dispatcher:
     def prepare(self, call: KeyedCall) -> Cause | None:
         """Capture a call that nobody waits for, or the submodules that it calls; why the whole has no graph."""
         self.check_open()
-        if (reason := self.forbidden()) is not None:
-            return Cause(reason)
-        cause = None
+        if (cause := self.forbidden()) is not None:
+            return cause
         if self.submodules.whole:
             with self.captures.lock:
                 cause = self._prepare(call)
@@ -324,19 +321,17 @@ class Dispatcher:
             return cause
         try:
             # Before anything is captured in vain, and without a denial: there may be room when it is called.
-            self.captures.graphs.victims(self.captures.admission.expected_nbytes(call.key))
+            self.captures.graphs.victims(self.captures.keys.expected_nbytes(call.key))
         except Refusal as refusal:
             return refusal.cause
         return self.captures.capture(call)[1]
 
     def capture_alone(self, call: KeyedCall) -> Recording:
         """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
-        outcome: Recording | Cause | str
-        if (reason := self.forbidden()) is not None:
-            outcome = Cause(reason)
-        elif self.submodules.excluded:
+        outcome: Recording | Cause | str | None = self.forbidden()
+        if outcome is None and self.submodules.excluded:
             outcome = f"{', '.join(self.submodules.excluded)} is excluded, so that there is no graph of the whole"
-        else:
+        if outcome is None:
             with self.on_device(call):
                 outcome = self.captures.needs_grad(call.tensors) or self.captures.capture_alone(call)
         if isinstance(outcome, Recording):
@@ -351,9 +346,10 @@ class Dispatcher:
 
     # ---- state
 
-    def forbidden(self) -> Reason | None:
+    def forbidden(self) -> Cause | None:
         """What forbids graphs at this moment, whatever the arguments."""
-        return Reason.DISABLED if self._off else forbidden(cuda=self.captures.on_cuda)
+        reason = Reason.DISABLED if self._off else forbidden(cuda=self.captures.on_cuda)
+        return None if reason is None else Cause(reason)
 
     def on_device(self, call: KeyedCall) -> AbstractContextManager[object]:
         """Inside, the device of a call is the current one: what is said of the current stream is said of its stream."""
@@ -364,17 +360,19 @@ class Dispatcher:
 
     def refresh(self) -> None:
         """Drop graphs of an engine that has changed; those of another module are captured again. Under the lock."""
-        guard = self._guard
-        if isinstance(guard, EngineGuard):
-            if not guard.holds():
+        target = self.target
+        if isinstance(target, EngineTarget):
+            if target.has_changed():
                 self.clear()
-                guard.renew()
+                target.guard.renew()
             return
-        if not guard.holds():
-            guard.forget()
+        if not target.guard.holds():
+            target.guard.forget()
             self.fast_path.clear()
             self.submodules.look_again()
-        self.captures.refresh_training()
+        if target.trains_differently():
+            # What was refused in training may be captured in evaluation.
+            self.captures.allow_all()
 
     def check_open(self) -> None:
         """Raise if the module was closed."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_recorder import EngineRecorder
-from graphcache.capture.recording import Recorder
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
 from graphcache.keys.call_key import KeyedCall, describe
@@ -70,13 +69,13 @@ class ModuleTarget:
         self.guard: ModuleGuard = guard
         self._name = name
         self._config = config
+        self._training: list[bool] = []
         self.runs(run)
 
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on; graphs of another one must have been dropped."""
         self.run = run
-        self.torch_recorder = TorchRecorder(self.module, run, self._name, self._config, self.guard)
-        self.recorder: Recorder = self.torch_recorder
+        self.recorder = TorchRecorder(self.module, run, self._name, self._config, self.guard)
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         """The call of these arguments."""
@@ -90,7 +89,16 @@ class ModuleTarget:
         """The CUDA device of a call; ``None`` for the host."""
         return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
 
-    def training_flags(self) -> list[bool]:
+    def has_changed(self) -> bool:
+        """Whether the module is known to have changed, so that denials may be of the past."""
+        return self.guard.has_changed() or self._training_flags() != self._training
+
+    def trains_differently(self) -> bool:
+        """Whether a training flag was set since this was asked the last time."""
+        before, self._training = self._training, self._training_flags()
+        return before != self._training
+
+    def _training_flags(self) -> list[bool]:
         """Of the module and its submodules; TorchScript's frozen modules have none, and are in evaluation."""
         return [bool(getattr(each, "training", False)) for each in self.module.modules()]
 
@@ -103,15 +111,14 @@ class EngineTarget:
     def __init__(self, engine: EngineLike, run: Callable[..., Any], config: GraphConfig, user: object) -> None:
         self.module = self.engine = engine
         self.guard = EngineGuard(engine, user)
-        self._config = config
+        self.run = run
+        self.recorder = EngineRecorder(engine, config)
         # Whether the arguments of a call are not simply the engine's inputs.
         self._binds = bool(engine.host_inputs) or engine.takes_numbers
-        self.runs(run)
 
     def runs(self, run: Callable[..., Any]) -> None:
-        """Call ``run`` from now on; graphs of another one must have been dropped."""
+        """Call ``run`` from now on."""
         self.run = run
-        self.recorder: Recorder = EngineRecorder(self.engine, self._config)
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         """The call of these arguments. Its key holds the values of host shape tensors, which a graph freezes."""
@@ -132,9 +139,9 @@ class EngineTarget:
         """The engine's device."""
         return self.engine.device
 
-    def training_flags(self) -> list[bool]:
-        """Engines do not train."""
-        return []
+    def has_changed(self) -> bool:
+        """Whether the engine is another one than that of the graphs."""
+        return bool(self.engine.epoch != self.guard.epoch)
 
     def _host_values(self, args: tuple[Any, ...]) -> tuple[Hashable, ...]:
         given = [args[index] for index in self.engine.host_inputs if index < len(args)]

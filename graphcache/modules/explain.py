@@ -234,8 +234,7 @@ def _of_call(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, An
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
     padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
-    reason = dispatcher.forbidden()
-    cause = Cause(reason) if reason is not None else dispatcher.captures.needs_grad(call.tensors)
+    cause = dispatcher.forbidden() or dispatcher.captures.needs_grad(call.tensors)
     [found] = _of_keys(dispatcher, [padded or call.key], cause)
     if padded is not None:
         names = arguments_of(dispatcher.target.module)

@@ -149,9 +149,9 @@ class _Work:
                 place = id(job.target), call.key
                 if place not in found and call.key not in dispatcher.entries:
                     dispatcher.captures.notice_device(call)
-                    if (reason := dispatcher.forbidden()) is not None:
+                    if (cause := dispatcher.forbidden()) is not None:
                         # Of the caller's capture, say, this would become a part.
-                        raise Refusal(reason)
+                        raise Refusal(cause.reason)
                     with dispatcher.on_device(call), graphs_off():
                         dispatcher.target.run(*call.args, **call.kwargs)
                 found.setdefault(place, (job, call.key))

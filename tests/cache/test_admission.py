@@ -79,7 +79,8 @@ class Served:
         self.dearest = max(self.dearest, capture)
         self.captures.append(key)
         self.cache.put(key, Graph(self.nbytes))
-        if self.admission.captured(key, capture, replay=replay) is not None:
+        self.keys.captured(key, capture, self.nbytes)
+        if self.admission.captured(key, capture, replay) is not None:
             self.cache.evict(key)
         return True
 
@@ -288,9 +289,9 @@ def test_a_graph_that_does_not_fit_is_refused_for_that_reason():
 
 def test_it_says_how_large_a_graph_will_be():
     served = Served(nbytes=100)
-    assert served.admission.expected_nbytes("a") == 0
+    assert served.keys.expected_nbytes("a") == 0
     served.until_captured("a")
-    assert (served.admission.expected_nbytes("a"), served.admission.expected_nbytes("b")) == (100, 100)
+    assert (served.keys.expected_nbytes("a"), served.keys.expected_nbytes("b")) == (100, 100)
 
 
 def test_however_many_graphs_an_eager_call_rarely_looks_at_all_of_them(monkeypatch):
@@ -334,7 +335,7 @@ def test_one_eager_call_is_not_enough_to_call_a_graph_slow():
     served = Served()
     served.admission.ran("a", EAGER)
     served.cache.put("a", Graph())
-    assert served.admission.captured("a", CAPTURE, replay=2 * EAGER) is None
+    assert served.admission.captured("a", CAPTURE, 2 * EAGER) is None
 
 
 def test_after_a_capture_that_failed_a_key_has_to_lose_its_price_again():
@@ -431,7 +432,7 @@ def test_hits_of_a_graph_count_when_it_is_evicted_too():
 def test_a_graph_that_was_evicted_before_it_was_booked_is_paid_for_all_the_same():
     cache: GraphCache[Graph] = GraphCache(max_graphs=1)
     admission = Admission("worthwhile", cache, KeyTable(cache.entries))
-    assert admission.captured("a", 0.5, replay=0.1) is None
+    assert admission.captured("a", 0.5, 0.1) is None
     assert admission.account().capture_seconds == 0.5
 
 
@@ -460,7 +461,7 @@ def test_threads_may_all_use_it():
             key = (index + count) % 5
             if served.admission.ask(key) is None:
                 served.cache.put(key, Graph())
-                served.admission.captured(key, CAPTURE, replay=REPLAY)
+                served.admission.captured(key, CAPTURE, REPLAY)
             served.admission.ran(key, EAGER)
             served.admission.account()
 
@@ -509,11 +510,12 @@ class AnyOrder(RuleBasedStateMachine):
         for _ in range(count):
             self.served.admission.ran(key, seconds)
 
-    @rule(key=keys, seconds=seconds, replay=st.none() | seconds, preparing=st.booleans(), stored=st.booleans())
+    @rule(key=keys, seconds=seconds, replay=seconds, preparing=st.booleans(), stored=st.booleans())
     def captured(self, key, seconds, replay, preparing, stored):
         if stored:
             self.served.cache.put(key, Graph())
-        self.served.admission.captured(key, seconds, replay=replay, preparing=preparing)
+        self.served.keys.captured(key, seconds, 1)
+        self.served.admission.captured(key, seconds, replay, preparing=preparing)
 
     @rule(key=keys, seconds=seconds)
     def failed(self, key, seconds):

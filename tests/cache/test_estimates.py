@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphcache.cache.admission import Mean
-from graphcache.cache.key_table import LARGEST, Estimate
+from graphcache.cache.key_table import LARGEST, Estimate, Mean
 
 times = st.floats(1e-7, 10.0)
 

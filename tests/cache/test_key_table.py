@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.cache import key_table
-from graphcache.cache.admission import Admission
 from graphcache.cache.graph_cache import GraphCache
 from graphcache.cache.key_table import KeyTable
 from graphcache.errors import Cause, Reason
@@ -84,7 +83,7 @@ def test_a_key_that_was_captured_begins_anew():
     keys = KeyTable(cache.entries)
     for _ in range(4):
         keys.deny("a", Cause(Reason.MUTATES))
-    Admission("first", cache, keys).captured("a", 0.1)
+    keys.captured("a", 0.1, 1)
     assert keys.states["a"].denial is None
     keys.deny("a", Cause(Reason.MUTATES))
     assert waits(keys, "a") == 0

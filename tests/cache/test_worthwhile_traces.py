@@ -104,7 +104,7 @@ def served(calls: Sequence[int], times: Times, noise: float) -> float:
         if cause is None:
             total += times.capture
             cache.put(key, Graph())
-            if admission.captured(key, measured(times.capture), replay=measured(times.replay)) is not None:
+            if admission.captured(key, measured(times.capture), measured(times.replay)) is not None:
                 cache.evict(key)
     return total
 

@@ -12,7 +12,7 @@ from graphcache.cache.graph_cache import Entry
 from graphcache.capture.recording import Recording
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.dispatch.dispatcher import STALE
-from graphcache.errors import CaptureError, ClosedError, Reason
+from graphcache.errors import CaptureError, Cause, ClosedError, Reason
 from graphcache.keys.call_key import KeyedCall, describe
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.cached_module import CachedModule
@@ -173,6 +173,6 @@ def test_closed_is_closed() -> None:
 def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAPHCACHE_DISABLE", "1")
     slow = Slow(net())
-    assert slow.dispatcher.forbidden() is Reason.DISABLED
+    assert slow.dispatcher.forbidden() == Cause(Reason.DISABLED)
     assert torch.equal(slow(X), slow.module(X))
     assert dict(slow.ledger.eager) == {Reason.DISABLED: 1}
