@@ -197,8 +197,10 @@ class OutputLayout:
             raise Refusal(Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}")
         if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
             raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
-        if leaf.__dict__ and not any(leaf is tensor for tensor in self._inputs):
-            raise Refusal(Reason.OUTPUT, detail=f"a tensor with attributes: {', '.join(leaf.__dict__)}")
+        # Hints of Dynamo for what may be compiled later change no answer.
+        attributes = [name for name in leaf.__dict__ if not name.startswith("_dynamo_")]
+        if attributes and not any(leaf is tensor for tensor in self._inputs):
+            raise Refusal(Reason.OUTPUT, detail=f"a tensor with attributes: {', '.join(attributes)}")
         if leaf.requires_grad and not any(leaf is tensor for tensor in self._inputs):
             raise Refusal(Reason.GRAD, detail="an output requires gradients")
         if _storage(leaf) in self._lasting:

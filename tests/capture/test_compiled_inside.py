@@ -70,10 +70,10 @@ def test_the_doctor_looks_into_the_functions_of_an_operator():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_compiled_module_is_captured(backend, fullgraph):
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}])
+def test_a_compiled_module_is_captured(backend, options):
     torch._dynamo.reset()
-    module = torch.compile(frozen(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), backend=backend, fullgraph=fullgraph)
+    module = torch.compile(frozen(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), backend=backend, **options)
     with torch.no_grad(), graphcache.wrap(module) as fast:
         for step in range(4):
             assert same(fast(X + step), module(X + step))

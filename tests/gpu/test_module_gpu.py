@@ -205,9 +205,10 @@ def test_outputs_keep_their_strides():
     assert (fast.cache_info().hits, fast.cache_info().eager) == (3, {})
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_what_inductor_compiled_is_captured(net, fullgraph):
-    module = torch.compile(nn.Sequential(*net.layers), fullgraph=fullgraph)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}])
+def test_what_inductor_compiled_is_captured(net, options):
+    module = torch.compile(nn.Sequential(*net.layers), **options)
     fast = graphcache.wrap(module)
     with torch.no_grad():
         for value in range(6):
