@@ -12,25 +12,16 @@ from torch import Tensor, nn
 
 from graphcache.errors import ConfigError, EngineBuildError, is_a, shown
 
-Sizes = dict[int, tuple[int, int]]
-"""Axis -> its smallest and largest size."""
-
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A module as an ONNX model.
-
-    Args:
-        onnx: The model, in one piece.
-        inputs: Names of its inputs, in the order of a call.
-        outputs: Names of its outputs, in the order of the answer.
-        shapes: For each input with open sizes its smallest, usual and largest shape, as ``graphcache.build`` takes it.
-    """
+    """A module as an ONNX model in one piece, with names in the order of a call and of its answer."""
 
     onnx: bytes
     inputs: list[str]
     outputs: list[str]
     shapes: dict[str, tuple[tuple[int, ...], ...]]
+    """Smallest, usual and largest shape of each input with open sizes, as ``graphcache.build`` takes them."""
 
 
 def open_sizes(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any) -> list[dict[int, Any]]:
@@ -41,7 +32,8 @@ def open_sizes(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any) -> lis
         raise ConfigError(
             f"dynamic={shown(dynamic)}: expected inputs with their open axes, such as {{'x': {{0: (1, 64)}}}}"
         )
-    names = _names(module, len(inputs))
+    known = _positional(module)[: len(inputs)]
+    names = [*known, *(f"input_{index}" for index in range(len(known), len(inputs)))]
     found: list[dict[int, Any]] = [{} for _ in inputs]
     for key, axes in dynamic.items():
         where = f"dynamic[{shown(key)}]"
@@ -127,22 +119,19 @@ def _at(which: int, size: int, dim: Any) -> int:
     return size if dim is None else (max(int(dim.min), 1), size, int(dim.max))[which]
 
 
-def _names(module: nn.Module, count: int) -> list[str]:
-    """Names of so many inputs, from the signature of ``forward``."""
+def _positional(module: nn.Module) -> list[str]:
+    """The names of the inputs that ``forward`` takes by position."""
     parameters = inspect.signature(module.forward).parameters.values()
-    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    return [*names[:count], *(f"input_{index}" for index in range(len(names), count))]
+    return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
 
 
 def _shapes(module: nn.Module, dims: Sequence[Mapping[int, Any]]) -> Any:
     """``dynamic_shapes`` of ``torch.export.export``, which wants those of ``*args`` in a tuple."""
     if not any(dims):
         return None
-    parameters = inspect.signature(module.forward).parameters.values()
-    given = [dict(axes) for axes in dims]
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        named = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-        return (*given[: len(named)], tuple(given[len(named) :]))
+    given, named = [dict(axes) for axes in dims], len(_positional(module))
+    if any(each.kind is each.VAR_POSITIONAL for each in inspect.signature(module.forward).parameters.values()):
+        return (*given[:named], tuple(given[named:]))
     return tuple(given)
 
 

@@ -1,9 +1,4 @@
-"""``graphcache::execute_engine``: an engine as one operation of a traced program.
-
-``torch.export`` and ``torch.compile`` record it in the place of a call of an
-:class:`~graphcache.modules.engine.EngineModule`. Its arguments are the inputs, the engine's bytes as a constant of the
-program, and text (:class:`~graphcache.export.op_schema.EngineSpec`) with names, dtypes and the rules by which output
-shapes follow from input shapes. So a program that was saved runs in any process that has imported graphcache.
+"""``graphcache::execute_engine``: an engine as one operation of a traced program; its bytes are a constant of it.
 
 Importing this file registers the operator and loads neither CUDA nor TensorRT.
 """

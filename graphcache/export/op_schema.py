@@ -6,52 +6,39 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
 from graphcache.engines.output_shapes import OutputShapes
 from graphcache.errors import EngineFormatError
+from graphcache.fields import read_fields
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.portable import bytes_of
-
-_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """A description of an engine.
+    """A description of an engine. Names, dtypes and ranks are in the order of the call or of the answer."""
 
-    Args:
-        version: Of this text.
-        identity: Of the module that was traced, in the process that traced it.
-        sha256: Of the engine's bytes.
-        name: Used in messages.
-        inputs: Names, in the order of the call.
-        input_dtypes: As torch names them.
-        input_ranks: Numbers of dimensions.
-        host_inputs: Which of them TensorRT reads on the host.
-        outputs: Names, in the order of the answer.
-        output_dtypes: As torch names them.
-        host_outputs: Which of them TensorRT writes on the host.
-        output_shapes: The text of :class:`~graphcache.engines.output_shapes.OutputShapes`.
-        requires_output_allocator: Whether TensorRT allocates the outputs.
-        profile: The optimisation profile that was chosen, if any.
-    """
-
-    version: int
     identity: str
+    """Of the module that was traced, in the process that traced it."""
     sha256: str
+    """Of the engine's bytes."""
     name: str
     inputs: list[str]
     input_dtypes: list[str]
     input_ranks: list[int]
     host_inputs: list[int]
+    """Positions of the inputs that TensorRT reads on the host."""
     outputs: list[str]
     output_dtypes: list[str]
     host_outputs: list[int]
     output_shapes: str
+    """The text of :class:`~graphcache.engines.output_shapes.OutputShapes`."""
     requires_output_allocator: bool
     profile: int | None
+    version: Literal[1] = 1
 
     @property
     def text(self) -> str:
@@ -63,27 +50,19 @@ class EngineSpec:
 def read_spec(text: str) -> tuple[EngineSpec, OutputShapes]:
     """The description in a traced program."""
     try:
-        tree = json.loads(text)
-        version = tree.get("version")
-        spec = EngineSpec(**tree) if version == _VERSION else None
-        shapes = None if spec is None else OutputShapes.read(spec.output_shapes)
-    except (ValueError, TypeError, AttributeError) as error:
+        spec = read_fields(EngineSpec, json.loads(text))
+        return spec, OutputShapes.read(spec.output_shapes)
+    except ValueError as error:
         raise EngineFormatError(
-            f"the program does not describe its engine: {error}; export it again from the engine's module"
+            f"the program does not describe its engine: {error}; export it again with this release, or install the "
+            f"release that exported it"
         ) from error
-    if spec is None or shapes is None:
-        raise EngineFormatError(
-            f"the program's engine is described in version {version!r}, and this graphcache reads {_VERSION}; export "
-            f"it again with this release, or install the release that exported it"
-        )
-    return spec, shapes
 
 
 def describe_engine(module: EngineModule) -> str:
     """The text of an :class:`EngineSpec` for a program that calls a module now."""
     engine = module.engine
     return EngineSpec(
-        version=_VERSION,
         identity=module.identity,
         sha256=hashlib.sha256(bytes_of(module.engine_tensor())).hexdigest(),
         name=module.name,

@@ -31,7 +31,6 @@ class Adoption:
         self.module = module
         """What is to be called: the module itself, or the engine that stands for it."""
         self._held: list[AdoptedEngine] = []
-        self._ended = False
         if not isinstance(module, nn.Module):
             return
         with _lock:
