@@ -1136,7 +1136,7 @@ CURES: dict[str, Cure] = {
     ),
     # parts
     "at rest a part is what it was": Cure(
-        replace(forward_patch.ForwardPatches, "_remove", nothing),
+        replace(forward_patch, "_remove", nothing),
         _a_part_is_left_patched,
         STRATEGY + "test_at_rest_the_parts_are_what_they_were_even_after_an_exception",
     ),

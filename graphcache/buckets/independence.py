@@ -1,14 +1,8 @@
 """Whether the real part of a module's answer is what it would be without padding, found by trying.
 
 A call is padded with the declared fill, and its cropped answer compared with that of the exact call. Where no fill was
-declared, the module promised not to depend on the margin: then it is padded with other values as well, on both sides of
-everything that the input holds, and the real part has to stay the same to the last bit, since nothing else of the two
-calls differs. (A maximum over an axis padded with 0 is right as long as something positive is there.) Where a fill was
-declared, the real values are moved instead, below and above it.
-
-A bucket is tried with the first call that goes to it, and with the smallest sizes that would, where modules do what
-they do for no other size (a single row is broadcast). Each is tried with the values of that call and with values that
-differ: zeros, ones and NaN, as in a warm-up, hide most dependences. Trying proves nothing for other calls.
+declared, other values in the margin must change nothing, to the last bit; where one was, the real values are moved.
+Values that differ are tried too, and the smallest sizes of a bucket (a single row is broadcast). It is no proof.
 """
 
 from __future__ import annotations

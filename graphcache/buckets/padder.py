@@ -88,19 +88,7 @@ class Fit:
 
 
 class Padder:
-    """Pads the calls of one module: arguments that are tensors, not tensors inside a list or a dictionary.
-
-    Example:
-        >>> import inspect
-        >>> def forward(x, scale=1.0): return x * scale
-        >>> padder = Padder(Buckets({"x": {0: [4, 8]}}, outputs={0: {0: "x[0]"}}), inspect.signature(forward))
-        >>> fit = padder.fit((torch.ones(3),), {})
-        >>> args, kwargs = padder.pad(fit, (torch.ones(3),), {})
-        >>> args
-        (tensor([1., 1., 1., 0.]),)
-        >>> padder.crop(fit, forward(*args, **kwargs))
-        tensor([1., 1., 1.])
-    """
+    """Pads the calls of one module: arguments that are tensors, not tensors inside a list or a dictionary."""
 
     def __init__(self, buckets: Buckets, parameters: Parameters) -> None:
         self.buckets = buckets

@@ -23,7 +23,7 @@ from graphcache.events import Ledger, Observer, Subscriber, log
 from graphcache.features import features
 from graphcache.graphs.graph import Graph
 from graphcache.modules.explain import Explanation, explain
-from graphcache.modules.forward_patch import ForwardPatches
+from graphcache.modules.forward_patch import graphs_of_parts
 from graphcache.modules.portable import again
 from graphcache.modules.prepare import Prepared, prepare
 from graphcache.modules.session import Session, open_session
@@ -383,7 +383,7 @@ class CachedModule(TransparentModule):
         dispatcher = self._graphcache
         if dispatcher.captures.closed or dispatcher.target.is_engine or is_compiling():
             return nullcontext()
-        return ForwardPatches().active((self, *dispatcher.submodules.active))
+        return graphs_of_parts((self, *dispatcher.submodules.active))
 
 
 def _publish(fast: weakref.ref[CachedModule], table: Any) -> None:

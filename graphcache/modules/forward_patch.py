@@ -47,8 +47,8 @@ class ForwardPatch(_Patch):
         # Whatever the user has put there is what the part runs, and is put back afterwards.
         self.original: Callable[..., Any] = module.forward
         self.__wrapped__ = self.original
-        self.parts: dict[ForwardPatches | None, TransparentModule] = {}
-        """Who has it as a part: a module may be one of several wrapped ones, or stand in two places of one."""
+        self.parts: dict[object, TransparentModule] = {}
+        """The part that each call under way has here: several wrapped modules may have the same one."""
 
     def __getattr__(self, name: str) -> Any:
         # Its name, text and signature are those of the original.
@@ -98,69 +98,59 @@ def _restore(attributes: dict[str, Any]) -> None:
             attributes.update(patch.own)
 
 
-class ForwardPatches:
-    """While active, calls of the parts go through their graphs; outside, and in other threads, nothing has changed.
+@contextmanager
+def graphs_of_parts(parts: Sequence[TransparentModule]) -> Iterator[None]:
+    """Inside, in this context, calls of the parts go through their graphs. In other threads nothing has changed.
 
-    A part keeps its place, its name and its hooks: only the ``forward`` that its ``__call__`` finds is another one, for
-    as long as a call of the whole is under way.
+    A part keeps its place, its name and its hooks: only the ``forward`` that its ``__call__`` finds is another one.
     """
-
-    def __init__(self) -> None:
-        self._installed: dict[TransparentModule, None] = {}
-        self._calls = 0
-
-    @contextmanager
-    def active(self, parts: Sequence[TransparentModule]) -> Iterator[None]:
-        """Inside, in this context, the parts use their graphs."""
-        if not parts:
-            yield
-            return
+    if not parts:
+        yield
+        return
+    call = object()
+    token = _active.set(call)
+    try:
         with _lock:
-            self._calls += 1
-            # Some may have been found since a call began that is still under way.
             for part in parts:
-                if part not in self._installed:
-                    self._install(part)
-        token = _active.set(self)
-        try:
-            yield
-        finally:
-            _active.reset(token)
-            with _lock:
-                self._calls -= 1
-                if not self._calls:
-                    while self._installed:
-                        self._remove(self._installed.popitem()[0])
+                _install(call, part)
+        yield
+    finally:
+        _active.reset(token)
+        with _lock:
+            for part in parts:
+                _remove(call, part)
 
-    def _install(self, part: TransparentModule) -> None:
-        """Lead calls of a part to its graphs."""
-        target = dispatcher_of(part).target
-        patch = vars(target.module).get("forward")
-        if not isinstance(patch, ForwardPatch):
-            patch = ForwardPatch(target.module)
-            vars(target.module).update(__getstate__=StatePatch(target.module), forward=patch)
-        _follow(part, patch.original)
-        patch.parts[self] = part
-        self._installed[part] = None
 
-    def _remove(self, part: TransparentModule) -> None:
-        """Undo :meth:`_install`; the last one to leave puts everything back."""
-        attributes = vars(dispatcher_of(part).target.module)
-        patch = attributes.get("forward")
-        if isinstance(patch, ForwardPatch):
-            patch.parts.pop(self, None)
-            if not patch.parts:
-                _restore(attributes)
+def _install(call: object, part: TransparentModule) -> None:
+    """Lead calls of a part to its graphs, of what the user has put in the place of its ``forward`` by now."""
+    target = dispatcher_of(part).target
+    patch = vars(target.module).get("forward")
+    if not isinstance(patch, ForwardPatch):
+        patch = ForwardPatch(target.module)
+        vars(target.module).update(__getstate__=StatePatch(target.module), forward=patch)
+    _follow(part, patch.original)
+    patch.parts[call] = part
 
 
 def _follow(part: TransparentModule, forward: Callable[..., Any]) -> None:
-    """Capture what the user has put in the place of a part's ``forward``; graphs of another one are dropped."""
+    """Capture another ``forward`` of a part from now on; graphs of the one before are dropped."""
     target = dispatcher_of(part).target
     if target.run is not target.module and target.run != forward:
         controls(part).clear()
         target.runs(forward)
 
 
-_active: ContextVar[ForwardPatches | None] = ContextVar("graphcache_forward_patches", default=None)
+def _remove(call: object, part: TransparentModule) -> None:
+    """Undo :func:`_install`; the last one to leave puts everything back."""
+    attributes = vars(dispatcher_of(part).target.module)
+    patch = attributes.get("forward")
+    if isinstance(patch, ForwardPatch):
+        patch.parts.pop(call, None)
+        if not patch.parts:
+            _restore(attributes)
+
+
+_active: ContextVar[object] = ContextVar("graphcache_call_of_parts", default=None)
+"""The call under way that this context is in."""
 _lock = threading.Lock()
 """Held while modules are patched: several wrapped modules may have the same part."""

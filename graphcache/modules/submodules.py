@@ -16,7 +16,7 @@ from torch import nn
 from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
 from graphcache.errors import Cause, ConfigError, Reason
-from graphcache.modules.forward_patch import ForwardPatches
+from graphcache.modules.forward_patch import graphs_of_parts
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 from graphcache.modules.wrapped import CacheInfo, account_of
 
@@ -55,7 +55,6 @@ class Submodules:
         self._module = module
         self._make = make
         self._lock = threading.Lock()
-        self._patches = ForwardPatches()
         self.excluded = _excluded(module, config)
         """Names of submodules that are kept out of graphs, so that the whole has none."""
         named, is_engine = _named(module, config, self.excluded), isinstance(module, EngineLike)
@@ -76,7 +75,7 @@ class Submodules:
 
     def in_use(self) -> AbstractContextManager[object]:
         """Inside, calls of the parts use their graphs."""
-        return self._patches.active(self.active)
+        return graphs_of_parts(self.active)
 
     def named(self) -> dict[str, TransparentModule]:
         """The parts, and parts of parts, by their names within the module."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from inspect import Signature
@@ -44,8 +44,7 @@ class Counters:
         info = self._controls.cache_info()
         return {name: sum(info.eager.values()) if name == "eager" else getattr(info, name) for name in _COUNTED}
 
-    @contextmanager
-    def expect(self, **counts: int) -> Iterator[None]:
+    def expect(self, **counts: int) -> AbstractContextManager[None]:
         """Raise at the end of the block unless exactly so many were counted in it.
 
         Args:
@@ -63,35 +62,23 @@ class Counters:
             _check_count(name, count)
         if not counts:
             raise ConfigError("nothing is expected; name a counter, such as expect(captures=2)")
-        with self._counted() as (seen, captured):
-            yield
-        seen = {name: seen[name] for name in counts}
-        if seen != counts:
-            wanted, got = (", ".join(f"{name}={count}" for name, count in each.items()) for each in (counts, seen))
-            raise AssertionError(f"{self._controls.ledger.name}: expected {wanted}; saw {got}{_told(captured)}")
+        return self._expect(_text(counts), counts, lambda seen: seen == counts)
 
     @contextmanager
-    def _expect_at_most(self, captures: int) -> Iterator[None]:
-        """What :func:`assert_max_captures` does."""
-        _check_count("most", captures)
-        with self._counted() as (seen, captured):
-            yield
-        if seen["captures"] > captures:
-            raise AssertionError(
-                f"{self._controls.ledger.name}: expected at most {captures} captures; saw {seen['captures']}"
-                f"{_told(captured)}"
-            )
-
-    @contextmanager
-    def _counted(self) -> Iterator[tuple[dict[str, int], list[str]]]:
-        """What is counted in the block, filled in at its end, and the captured calls in words."""
-        before, seen, captured = self.read(), dict[str, int](), list[str]()
+    def _expect(self, wanted: str, names: Iterable[str], fits: Callable[[dict[str, int]], bool]) -> Iterator[None]:
+        """Raise at the end of the block unless the counts of it fit."""
+        before, captured = self.read(), list[str]()
         with ExitStack() as listening:
             for each in (self._controls, *map(controls, self._controls.parts.values())):
                 hear = partial(_note_capture, captured, arguments_of(each.module))
                 listening.callback(each.subscribe(hear))
-            yield seen, captured
-        seen.update({name: count - before[name] for name, count in self.read().items()})
+            yield
+        now = self.read()
+        seen = {name: now[name] - before[name] for name in names}
+        if not fits(seen):
+            more = f"; and {len(captured) - _MAX_TOLD} more" if len(captured) > _MAX_TOLD else ""
+            told = f". Captured: {'; '.join(captured[:_MAX_TOLD])}{more}" if captured else ""
+            raise AssertionError(f"{self._controls.ledger.name}: expected {wanted}; saw {_text(seen)}{told}")
 
 
 def assert_max_captures(module: CachedModule, most: int) -> AbstractContextManager[None]:
@@ -111,7 +98,9 @@ def assert_max_captures(module: CachedModule, most: int) -> AbstractContextManag
         >>> with assert_max_captures(fast, 1):
         ...     _ = fast(torch.zeros(3)), fast(torch.ones(3))
     """
-    return Counters(module)._expect_at_most(most)
+    counters = Counters(module)
+    _check_count("most", most)
+    return counters._expect(f"at most {most} captures", ["captures"], lambda seen: seen["captures"] <= most)
 
 
 def _check_count(name: str, count: object) -> None:
@@ -125,9 +114,5 @@ def _note_capture(captured: list[str], names: Signature | Sequence[str], event: 
         captured.append(str(CallSpec(event.key, names)))
 
 
-def _told(captured: list[str]) -> str:
-    """The captured calls, as the end of a message."""
-    if not captured:
-        return ""
-    more = f"; and {len(captured) - _MAX_TOLD} more" if len(captured) > _MAX_TOLD else ""
-    return f". Captured: {'; '.join(captured[:_MAX_TOLD])}{more}"
+def _text(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={count}" for name, count in counts.items())
