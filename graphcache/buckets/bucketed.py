@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -86,7 +87,9 @@ class Bucketed:
         self._engine = module if isinstance(module, EngineLike) else None
         if self._engine is not None:
             buckets = engine_buckets(buckets, self._engine)
-        self._dispatcher = dispatcher
+        # Weakly, since the dispatcher has this: graphs go with a module that nobody holds.
+        proxy: Any = weakref.proxy(dispatcher)
+        self._dispatcher: Dispatcher = proxy
         self._captures = dispatcher.captures
         self._padder = Padder(buckets, arguments_of(module))
         self._in_background = dispatcher.config.capture_in == "background"

@@ -22,6 +22,7 @@ of measured state, three seeds, 8 and 16 graphs. The geometric mean of total tim
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
@@ -85,7 +86,9 @@ class Admission:
         self._victims_value = 0.0
         self._misses = 0
         if self.measures_replays:
-            cache.rank = self.worth
+            # Weakly: the cache goes with whoever has both.
+            worth = weakref.WeakMethod(self.worth)
+            cache.rank = lambda key, entry: 0.0 if (rank := worth()) is None else rank(key, entry)
 
     def ask(self, key: Hashable) -> Cause | None:
         """Why a miss is to run eagerly; ``None`` if it is to be captured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -43,10 +44,17 @@ class CaptureManager:
         self.gate = gate
         self.lock = QuietLock()
         """Held while a call is captured, and by whoever drops graphs."""
+        # Held weakly: graphs go with a module that nobody holds, without a wait for the collector of cycles.
+        method = weakref.WeakMethod(self._evicted)
+
+        def evicted(key: Hashable, entry: Entry[Recording]) -> None:
+            if (tell := method()) is not None:
+                tell(key, entry)
+
         # A share of the device's memory is known when the first capture has told which device it is.
         max_bytes = None if config.max_bytes == "auto" else config.max_bytes
         self.graphs: GraphCache[Recording] = GraphCache(
-            max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=self._evicted
+            max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=evicted
         )
         self.keys = KeyTable(self.graphs.entries)
         """What is known of every key: its calls, denial and costs."""

@@ -44,7 +44,7 @@ class CachedModule(TransparentModule):
         module: An engine, or any other module.
         config: Options; see :class:`~graphcache.config.GraphConfig`.
         name: What messages call it; the module's own ``name`` or that of its class if empty.
-        part_of: For a submodule that is captured by itself, the dispatcher of the whole.
+        part_of: For a submodule that is captured by itself, the ledger and the gate of the whole.
         manifest: The calls that the package it was loaded from lists.
         on_close: Called once, when this is closed or when nobody holds it any more.
 
@@ -71,7 +71,7 @@ class CachedModule(TransparentModule):
         config: GraphConfig | None = None,
         *,
         name: str = "",
-        part_of: Dispatcher | None = None,
+        part_of: tuple[Ledger, RunGate] | None = None,
         manifest: Any = None,
         on_close: Callable[[], object] | None = None,
     ) -> None:
@@ -85,14 +85,14 @@ class CachedModule(TransparentModule):
         config, name = config or GraphConfig(), name or name_of(module)
         ledger, gate = Ledger(name), RunGate(module)
         if part_of is not None:
-            ledger = Ledger(name, quiet=config.strategy == "auto", observers=part_of.ledger.observers)
-            gate = part_of.gate
+            ledger = Ledger(name, quiet=config.strategy == "auto", observers=part_of[0].observers)
+            gate = part_of[1]
         target = target_of(self, module, name, config, is_part=part_of is not None)
         end = None if on_close is None else weakref.finalize(self, on_close)
         # Past __setattr__, which sets attributes of the module.
         self.__dict__.update(_graphcache_table=None, _graphcache_manifest=manifest, _graphcache_end=end)
         dispatcher = Dispatcher(target, config, ledger, gate, partial(_publish, weakref.ref(self)))
-        dispatcher.submodules = Submodules(module, config, partial(_part, dispatcher))
+        dispatcher.submodules = Submodules(module, config, partial(_part, ledger, gate))
         if config.buckets is not None:
             dispatcher.padding = features.padding(config.buckets, dispatcher)
         self.__dict__["_graphcache"] = dispatcher
@@ -394,7 +394,7 @@ def _publish(fast: weakref.ref[CachedModule], table: Any) -> None:
             open_to(CachedModule.__call__, CachedModule.forward_into)
 
 
-def _part(whole: Dispatcher, place: str, module: nn.Module, options: GraphConfig) -> CachedModule:
+def _part(ledger: Ledger, gate: RunGate, place: str, module: nn.Module, options: GraphConfig) -> CachedModule:
     """A submodule that is captured by itself; it is named after its place in the outermost module."""
-    name = f"{whole.ledger.name}.{place}" if whole.ledger.quiet else place
-    return CachedModule(module, options, name=name, part_of=whole)
+    name = f"{ledger.name}.{place}" if ledger.quiet else place
+    return CachedModule(module, options, name=name, part_of=(ledger, gate))

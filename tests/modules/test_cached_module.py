@@ -25,6 +25,7 @@ from tests.helpers import (
     calls,
     constants,
     frozen,
+    graphs_of,
     in_threads,
     mlp,
     outcomes,
@@ -57,19 +58,32 @@ def test_the_first_call_captures_and_the_next_ones_replay():
     assert outcomes(fast) == (2, 1, {})
 
 
-@pytest.mark.parametrize("options", [{}, {"include": ["0"]}, {"include": ["0"], "strategy": "per_submodule"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"include": ["0"]},
+        {"include": ["0"], "strategy": "per_submodule"},
+        {"capture": "worthwhile"},
+        {"buckets": {0: {0: [4, 8]}}},
+    ],
+    ids=str,
+)
 def test_who_lets_go_of_a_wrapped_module_frees_it_at_once(options):
     """Graphs hold device memory: it must not wait for the collector."""
     fast = graphcache.wrap(mlp(), **options)
     for _ in range(2):
         fast(X)
-    gone = weakref.ref(fast)
+    fast.prepare((X,), progress=False)
+    graphs = [entry.graph.graph for each in (fast, *fast.parts.values()) for entry in graphs_of(each).entries.values()]
+    gone = [weakref.ref(each) for each in (fast, *graphs)]
+    assert len(gone) > 1
     # What torch leaves behind at the first call in a process is none of ours.
     gc.collect()
     gc.disable()
     try:
-        del fast
-        assert gone() is None
+        del fast, graphs
+        assert [each() for each in gone] == [None] * len(gone)
     finally:
         gc.enable()
 
