@@ -1,8 +1,6 @@
-"""Buckets that would have served the shapes that were seen with the least padding.
+"""Buckets with the least padding for the shapes that were seen: one axis at a time, exactly, until nothing gets better.
 
-One axis at a time, exactly. A call weighs what one step on that axis costs it: the product of its other sizes, padded.
-The axes are gone through again until nothing gets better, so with several axes each is the best for what the others
-are.
+A call weighs what one step on an axis costs it: the product of its other sizes, padded.
 """
 
 from __future__ import annotations

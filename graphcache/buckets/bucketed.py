@@ -1,8 +1,7 @@
 """Calls that lie between buckets: padded to the next one, answered by its graph, cropped.
 
-A call comes here when no graph of its own key has answered it, so that a hit costs the same with buckets and without.
-What fills its bucket already, fits none, or must not be padded, is left to the dispatcher. Before the first padded
-answer of a bucket is given, it is tried whether the module bears padding.
+A call comes here when no graph of its own key has answered it. Before the first padded answer of a bucket is given, it
+is tried whether the module bears padding.
 """
 
 from __future__ import annotations

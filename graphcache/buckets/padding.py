@@ -13,14 +13,8 @@ from graphcache.buckets.spec import Number
 def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) -> Tensor:
     """A tensor at the start of a larger one: one allocation, every element written once.
 
-    The dimensions lie in memory in the order they have in ``tensor``, without gaps. Where the margins of two axes meet,
-    the later axis has its fill. ``fills`` has what the margin holds for every axis that grows, counted from the front.
-
-    Example:
-        >>> padded(torch.ones(2, 2), (3, 4), {0: 5, 1: 0})
-        tensor([[1., 1., 0., 0.],
-                [1., 1., 0., 0.],
-                [5., 5., 0., 0.]])
+    The dimensions lie in memory in the order of those of ``tensor``. Where the margins of two axes meet, the later axis
+    has its fill. ``fills`` has what the margin holds for every axis that grows, counted from the front.
     """
     if tensor.is_contiguous():
         larger = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)

@@ -1,7 +1,6 @@
 """Modes that notice what a CUDA capture refuses: reads by the host, pageable copies, shapes that depend on values.
 
-On the CPU the tensors of the call, and the module's own, count as tensors of a device. A tensor that the call makes
-without a device lies on the host then, as it would with CUDA, and a move from one to the other is a copy.
+On the CPU the tensors of the call, and the module's own, stand for tensors of a device, and all others lie on the host.
 """
 
 from __future__ import annotations

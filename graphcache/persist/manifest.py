@@ -220,13 +220,11 @@ class Manifest:
             why = getattr(error, "strerror", None) or f"not as it was written: {error}"
             return cls(expect or {}, (), [ManifestProblem(name, "", why)])
         found = cls.of_data(data, name)
-        if expect is None or (found.problems and not found.entries):
-            return found if expect is None else cls(expect, (), found.problems)
-        foreign = [
-            ManifestProblem(name, f"environment[{field!r}]", f"{there}, but here it is {here}")
-            for field, there, here in differences(found.environment, expect)
-        ]
-        return cls(expect, (), foreign) if foreign else found
+        if expect is None:
+            return found
+        if found.problems and not found.entries:
+            return cls(expect, (), found.problems)
+        return for_environment(found, expect, name)
 
     @classmethod
     def of_data(cls, data: bytes, name: str) -> Manifest:
@@ -273,6 +271,15 @@ def differences(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tu
         if one.get(name) != other.get(name):
             left, right = (shown(each[name]) if name in each else "not given" for each in (one, other))
             yield name, left, right
+
+
+def for_environment(manifest: Manifest, environment: Mapping[str, str], name: str) -> Manifest:
+    """A manifest, if it is of this environment; otherwise one without entries, whose problems say what differs."""
+    foreign = [
+        ManifestProblem(name, f"environment[{field!r}]", f"{there}, but here it is {here}")
+        for field, there, here in differences(manifest.environment, environment)
+    ]
+    return Manifest(environment, (), foreign) if foreign else manifest
 
 
 class _Damaged(Exception):

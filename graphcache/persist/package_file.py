@@ -1,8 +1,6 @@
-"""A package: named parts in one file, and a header with version, engines, options, and size and digest of each part.
+"""A package: a zip of named parts, none of them compressed, and a header with the size and the digest of each part.
 
-The file is a zip in which nothing is compressed: a part takes no more memory than the file takes on disk. Names are
-those of a fixed list, and nothing is ever written where a name says. Parts that are compressed, encrypted, named twice
-or longer than the file are refused.
+No part takes more memory than the file takes on disk, and nothing is ever written where a name in it says.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from graphcache.modules.prepare import Chosen, ManifestProblem
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 from graphcache.modules.wrapped import device_of
 from graphcache.persist.fingerprint import environment
-from graphcache.persist.manifest import Manifest, ManifestEntry, differences
+from graphcache.persist.manifest import Manifest, ManifestEntry, for_environment
 from graphcache.persist.saved_call import entered, example, nbytes, saved
 
 _OFTEN = 8
@@ -82,15 +82,9 @@ def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, se
     """The calls of a manifest that are worth a capture here; ``seconds`` bounds what captures may take together."""
     here = environment(controls(fast).module)
     if isinstance(given, Manifest):
-        manifest, path = given, "the manifest"
-        problems = [
-            ManifestProblem(path, f"environment[{name!r}]", f"{there}, but here it is {found}")
-            for name, there, found in differences(given.environment, here)
-        ]
-        if problems:
-            return Chosen([], 0, problems)
+        path, manifest = "the manifest", for_environment(given, here, "the manifest")
     else:
-        manifest, path = Manifest.load(given, expect=here), str(os.fspath(given))
+        path, manifest = str(os.fspath(given)), Manifest.load(given, expect=here)
     problems = list(manifest.problems)
     for part in {entry.part for entry in manifest.entries}:
         # What was found in another process because the whole was refused there.
