@@ -107,9 +107,10 @@ def target_of(fast: nn.Module, module: nn.Module, name: str, config: GraphConfig
     def engines(module: nn.Module) -> list[EngineLike]:
         own = [each for each in module.modules() if isinstance(each, EngineLike)]
         found = list(dict.fromkeys([*own, *traced_engines(module)]))
-        for engine in found:
-            # It clears the user before it changes.
-            engine.users.add(user())
+        holder = user()
+        for engine in found if holder is not None else ():
+            # It clears the holder of its graphs before it changes.
+            engine.users.add(holder)
         return found
 
     root = path_of(name) if is_part else "self"
