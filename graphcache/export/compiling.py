@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ def compile(
         data = build(exported.onnx, cache=cache, **built)
         step()
         engine = EngineModule(data, exported.inputs, exported.outputs, name=label, keep_kernels=cache)
-        engine.source = Source.of(exported.onnx, built)
+        engine.source = Source(exported.onnx, json.loads(json.dumps(built)))
         step()
         _compare_at_all_sizes(module, engine, inputs, dims, bound)
         step()

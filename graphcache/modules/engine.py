@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -301,23 +300,6 @@ class EngineModule(EngineBase):
             for bindings in (self.engine.inputs, self.engine.outputs)
         )
         return f"{self.name}, ({inputs}) -> ({outputs})"
-
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        """Inside, another engine may be loaded; if the block raises, engine, names and options are what they were."""
-        state = self.get_extra_state() if self.holds_engine else None
-        before = vars(self).copy()
-        try:
-            yield
-        except BaseException:
-            if state is not None:
-                self.set_extra_state(state)
-                self.source = before["source"]
-            else:
-                self.close()
-                vars(self).clear()
-                vars(self).update(before)
-            raise
 
     def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """A call as a tracer sees it: one operation."""

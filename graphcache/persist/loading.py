@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,12 +18,20 @@ from graphcache.engines.library import library
 from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, is_a, shown
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.packaging import BUILD_OPTIONS, Source
+from graphcache.modules.packaging import Source
 from graphcache.modules.portable import EngineState, tensor_of
 from graphcache.modules.transparent import controls
 from graphcache.persist.fingerprint import environment
 from graphcache.persist.manifest import MOST_BYTES, Manifest, differences
-from graphcache.persist.package_file import HEADER, Container, PackagedEngine, PackageHeader, config_of, damaged
+from graphcache.persist.package_file import (
+    BUILD_OPTIONS,
+    HEADER,
+    Container,
+    PackagedEngine,
+    PackageHeader,
+    config_of,
+    damaged,
+)
 
 Rebuild = Literal["never", "if_needed"]
 _ZIP = b"PK\x03\x04"
@@ -248,7 +256,7 @@ def _made(package: _Package, module: nn.Module, name: str, prepare: bool) -> nn.
     made = module
     with ExitStack() as restored:
         for target, (state, source) in zip(targets, package.engines, strict=True):
-            restored.enter_context(target.restored_on_error())
+            restored.enter_context(_restored_on_error(target))
             target.set_extra_state(replace(state, name=name if name and single else state.name).tree)
             target.source = source
         if package.config is not None:
@@ -269,6 +277,24 @@ def _made(package: _Package, module: nn.Module, name: str, prepare: bool) -> nn.
     if prepare and isinstance(made, CachedModule) and (manifest := controls(made).manifest) is not None:
         controls(made).prepare(manifest)
     return made
+
+
+@contextmanager
+def _restored_on_error(module: EngineModule) -> Iterator[None]:
+    """Inside, another engine may be loaded; if the block raises, engine, names and options are what they were."""
+    state = module.get_extra_state() if module.holds_engine else None
+    before = vars(module).copy()
+    try:
+        yield
+    except BaseException:
+        if state is not None:
+            module.set_extra_state(state)
+            module.source = before["source"]
+        else:
+            module.close()
+            vars(module).clear()
+            vars(module).update(before)
+        raise
 
 
 def _targets(package: _Package, model: nn.Module) -> list[EngineModule]:

@@ -24,6 +24,8 @@ from graphcache.version import __version__
 VERSION = 1
 FORMAT = "graphcache.package"
 HEADER = "header.json"
+BUILD_OPTIONS = ("shapes", "weight_streaming", "refittable", "workspace")
+"""Keyword arguments of ``graphcache.build`` that a package may hold."""
 MOST_HEADER_BYTES = 4 * 2**20
 _MOST_PARTS = 4096
 _NAME = re.compile(r"header\.json|manifest\.json|weights\.safetensors|engines/\d{1,4}\.(?:engine|onnx)")

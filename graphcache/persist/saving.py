@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphcache.config import GraphConfig
-from graphcache.errors import ConfigError, shown
+from graphcache.engines.build_key import external_files
+from graphcache.errors import ConfigError, is_a, shown
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.packaging import Source
 from graphcache.modules.portable import bytes_of
 from graphcache.persist.manifest import Manifest
-from graphcache.persist.package_file import HEADER, PackagedEngine, PackageHeader, options_of, part_of, write_parts
+from graphcache.persist.package_file import (
+    BUILD_OPTIONS,
+    HEADER,
+    PackagedEngine,
+    PackageHeader,
+    options_of,
+    part_of,
+    write_parts,
+)
 from graphcache.version import __version__
 
 MANIFEST = "manifest.json"
@@ -77,7 +88,32 @@ def _take_source(engines: Mapping[str, EngineModule], alone: bool, onnx: Any, bu
     if onnx is not None:
         if not alone:
             raise ConfigError("onnx is for a module that is an engine; of a model, give each engine its own source")
-        engines[""].source = Source.of(onnx, build)
+        engines[""].source = _source(onnx, {} if build is None else build)
+
+
+def _source(onnx: Any, options: Any) -> Source:
+    """What an engine was built from, checked."""
+    if is_a(onnx, str, os.PathLike):
+        try:
+            onnx = Path(onnx).read_bytes()
+        except Exception as error:
+            why = getattr(error, "strerror", None) or shown(error)
+            raise ConfigError(f"onnx={shown(onnx)} cannot be read: {why}; expected the path of a model") from error
+    if not is_a(onnx, bytes, bytearray) or not onnx:
+        raise ConfigError(f"onnx={shown(onnx)}: expected the path of an ONNX model, or its bytes")
+    if external_files(onnx):
+        raise ConfigError(
+            "onnx: the model has its weights in other files, which a package does not hold; save it as one file "
+            "(onnx.save(..., save_as_external_data=False)), or leave it out"
+        )
+    if not is_a(options, Mapping) or any(type(name) is not str or name not in BUILD_OPTIONS for name in options):
+        raise ConfigError(
+            f"build={shown(options)}: expected keyword arguments of graphcache.build, of {', '.join(BUILD_OPTIONS)}"
+        )
+    try:
+        return Source(bytes(onnx), json.loads(json.dumps(dict(options), allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"build={shown(options)}: expected what JSON can hold: {error}") from error
 
 
 def _engine(index: int, place: str, module: EngineModule, parts: dict[str, bytes]) -> PackagedEngine:
