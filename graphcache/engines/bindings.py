@@ -60,7 +60,8 @@ def check_inputs(engine_name: str, bindings: Sequence[Binding], inputs: Sequence
             raise InputTypeError(
                 f"{label} is of type {type(value).__name__}; expected a torch.Tensor of {binding.dtype}"
             )
-        if value.layout is not torch.strided or value.is_nested or is_lazy(value) or _nowhere(value):
+        is_plain = value.layout is torch.strided and not (value.is_nested or is_lazy(value) or value._is_zerotensor())
+        if not is_plain or (value.numel() > 0 and not value.untyped_storage().nbytes()):
             raise InputTypeError(f"{label} is not plain memory (layout {value.layout}); expected a dense torch.Tensor")
         if value.dtype is not binding.dtype:
             raise InputDtypeError(
@@ -162,8 +163,3 @@ def _profile_values(engine: Any, name: str, profile: int) -> Any:
         return engine.get_tensor_profile_values(profile, name)
     except TypeError:
         return engine.get_tensor_profile_values(name, profile)
-
-
-def _nowhere(value: Tensor) -> bool:
-    """Whether a tensor has no memory."""
-    return value._is_zerotensor() or (value.numel() > 0 and not value.untyped_storage().nbytes())

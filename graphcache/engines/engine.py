@@ -50,11 +50,10 @@ class Engine:
         inputs: Sequence[str] | None = None,
         outputs: Sequence[str] | None = None,
         name: str = "",
-        tensorrt: str | None = None,
         keep_kernels: bool = False,
     ) -> None:
         self._own_kernels: StoredRuntimeCache | None = None
-        self.library = library(tensorrt)
+        self.library = library()
         self.trt: Any = self.library.module
         if not isinstance(name, str):
             raise ConfigError(f"name={shown(name)}: expected text")

@@ -34,12 +34,10 @@ def load_plugin_library(path: str | os.PathLike[str], name: str | None = None) -
     """
     found = library(name)
     try:
-        file = Path(path).expanduser().resolve()
-        there = file.is_file()
+        file = Path(path).expanduser().resolve(strict=True)
     except (TypeError, ValueError, RuntimeError, OSError, LookupError) as error:
-        raise EngineError(f"{shown(path)} is no path of a plugin library: {one_line(str(error))}") from error
-    if not there:
-        raise EngineError(f"there is no plugin library at {file}; pass the path of a shared library (.so or .dll)")
+        why = one_line(str(error))
+        raise EngineError(f"{shown(path)} is no plugin library: {why}; pass the path of a .so or .dll") from error
     with _lock:
         if (found.flavour, file) not in _plugins:
             _load_plugins(found, file)

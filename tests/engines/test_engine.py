@@ -287,7 +287,8 @@ def test_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
         Engine(serialize("affine"))
     assert isinstance(caught.value, ModuleNotFoundError)
     with pytest.raises(TensorRTNotFoundError, match="tensorrt_lean cannot be imported"):
-        Engine(serialize("affine"), tensorrt="lean")
+        monkeypatch.setenv("GRAPHCACHE_TENSORRT", "lean")
+        Engine(serialize("affine"))
 
 
 # ---- the stand-in is what it stands in for

@@ -388,7 +388,8 @@ def test_a_plugin_file_that_is_missing_or_no_library(plugin: Any) -> None:
     with pytest.raises(EngineError) as caught:
         load_plugin_library(missing)
     assert str(caught.value) == (
-        f"there is no plugin library at {missing}; pass the path of a shared library (.so or .dll)"
+        f"{missing!r} is no plugin library: [Errno 2] No such file or directory: '{missing}'; pass the path of a "
+        f".so or .dll"
     )
     with pytest.raises(OSError) as loader:
         ctypes.CDLL(str(plugin.resolve()))
