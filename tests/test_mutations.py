@@ -42,7 +42,7 @@ from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
 from graphcache.graphs import buffers, cpu_tape
 from graphcache.graphs import verify as judge
-from graphcache.keys import ambient, call_key, guards, state_nodes, value_nodes
+from graphcache.keys import ambient, call_key, guards, state_nodes
 from graphcache.modules import forward_patch
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
@@ -870,12 +870,12 @@ CURES: dict[str, Cure] = {
     ),
     # what makes a graph stale
     "a guard compares the weights": Cure(
-        replace(value_nodes.TensorNode, "differs", _never),
+        replace(state_nodes.TensorNode, "differs", _never),
         _swap(_moved),
         GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data]",
     ),
     "a guard compares the layout of the weights": Cure(
-        replace(value_nodes, "_place", lambda tensor: (tensor.data_ptr(), *[None] * 7)),
+        replace(state_nodes, "_place", lambda tensor: (tensor.data_ptr(), *[None] * 7)),
         _swap(_transposed),
         GUARDS + "test_a_graph_of_before_is_never_used_after[replace_data_by_its_transpose]",
     ),
@@ -920,7 +920,7 @@ CURES: dict[str, Cure] = {
         GUARDS + "test_the_version_goes_up_when_a_change_is_taken_note_of_and_not_before",
     ),
     "parameters that require gradients get them": Cure(
-        both(replace(guards.ModuleGuard, "requires_grad", _never), replace(value_nodes.TensorNode, "differs", _never)),
+        both(replace(guards.ModuleGuard, "requires_grad", _never), replace(state_nodes.TensorNode, "differs", _never)),
         _a_parameter_gets_no_gradient,
         GUARDS + "test_a_parameter_that_comes_to_require_gradients_gets_them",
     ),

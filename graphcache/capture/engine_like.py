@@ -22,7 +22,8 @@ _TORCH_TENSORRT = ("PythonTorchTensorRTModule", "TorchTensorRTModule")
 
 def is_foreign(module: object) -> bool:
     """Whether something is a module of Torch-TensorRT that holds an engine, by the names of its classes."""
-    return isinstance(module, nn.Module) and any(each.__name__ in _TORCH_TENSORRT for each in type(module).__mro__)
+    kind = type(module)
+    return issubclass(kind, nn.Module) and any(each.__name__ in _TORCH_TENSORRT for each in kind.__mro__)
 
 
 class EngineLike(nn.Module):

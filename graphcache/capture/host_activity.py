@@ -24,7 +24,7 @@ from torch import Tensor
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import is_unwatched, skipped_by_dynamo
 from graphcache.keys.user_code import is_library
-from graphcache.keys.values import is_generator_of_randomness
+from graphcache.keys.values import draws_randomness
 
 _READS = frozenset({"numpy", "tolist", "data_ptr"})
 _CLOCKS = frozenset(
@@ -217,7 +217,7 @@ def _kind_of(owner: Any) -> int:
         return _CLASS
     if isinstance(owner, Tensor):
         return _TENSOR
-    if is_generator_of_randomness(owner):
+    if draws_randomness(owner):
         return _GENERATOR
     if isinstance(owner, _queue.SimpleQueue):
         return _QUEUE

@@ -26,25 +26,9 @@ MAX_FUNCTIONS = 4096
 class ModuleGuard:
     """The condition under which graphs of a module stay valid: nothing that a call can reach has changed.
 
-    Values of tensors are no part of it, since a graph reads them where they are. Everything else is: parameters and
-    buffers by name, place and layout, attributes and containers at any depth, hooks, training flags, classes, closures,
-    and the globals that methods name.
-
-    Args:
-        module: The module.
-        ignore: Paths that the user promises not to matter, such as ``self.calls``.
-        skips: Tells submodules that keep their own account, such as engines.
-        engines: Finds these submodules; the ``epoch`` of each goes up with every change.
-        hooks: Whether hooks of the module itself, and of all modules, run within what is captured.
-        root: The path of the module, where it is a part of another one.
-
-    Example:
-        >>> module = nn.Sequential(nn.ReLU())
-        >>> guard = ModuleGuard(module)
-        >>> _ = guard.snapshot()
-        >>> module[0].slope = 0.5
-        >>> guard.holds(), guard.reason
-        (False, 'self[0].slope is new: 0.5')
+    Values of tensors are no part of it, since a graph reads them where they are. Left out are the paths in ``ignore``,
+    submodules that ``skips`` tells, which keep their own account, and hooks unless they run within what is captured.
+    Of ``engines`` among these submodules the ``epoch`` goes up with every change.
     """
 
     def __init__(
@@ -59,6 +43,7 @@ class ModuleGuard:
     ) -> None:
         self._module = module
         self.root = root
+        """The path of the module, where it is a part of another one."""
         self._ignore = tuple(ignore) if hooks else (*ignore, f"{root}._forward_*hooks*")
         self._hooks = _GLOBAL_HOOKS if hooks else ()
         self._skips = skips
@@ -70,43 +55,6 @@ class ModuleGuard:
         self._lock = threading.Lock()
         self.version = 0
         """Goes up whenever something has changed. A graph is valid under the version that it was proven under."""
-
-    def holds(self) -> bool:
-        """Whether nothing has changed since :meth:`snapshot`."""
-        snapshot = self._snapshot
-        if snapshot is None or (self._engines and self._epoch_now() != self._epoch):
-            return False
-        return snapshot.holds()
-
-    def has_changed(self) -> bool:
-        """Whether something is known to have changed since :meth:`snapshot`; not after :meth:`forget`."""
-        return self._snapshot is not None and not self.holds()
-
-    def stale_since(self, version: int) -> Callable[[bool], bool]:
-        """:meth:`is_stale` for one graph, which was proven under a version and in the ambient state of now."""
-        ambient = ambient_state()
-
-        def is_stale(grad: bool) -> bool:
-            # The version last: once it has gone up, another thread may have found the module as it is now.
-            return self.is_stale(grad) or self.version != version or ambient_state() != ambient
-
-        return is_stale
-
-    def is_stale(self, grad: bool) -> bool:
-        """Whether no graph may answer a call; one that records gradients also if a parameter wants them."""
-        return not self.holds() or (grad and self.requires_grad())
-
-    @property
-    def reason(self) -> str:
-        """What has changed, in words; empty if that is not known."""
-        broken = self._snapshot.broken if self._snapshot is not None else None
-        return "" if broken is None else f"{broken.path} {broken.detail}"
-
-    def requires_grad(self) -> bool:
-        """Whether any parameter or other tensor that the module reaches wants gradients."""
-        if self._snapshot is not None:
-            return self._snapshot.requires_grad()
-        return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
 
     def snapshot(self) -> StateSnapshot:
         """The state of the module now, for a run that is to be observed; that of before if nothing has changed.
@@ -124,10 +72,39 @@ class ModuleGuard:
         self._snapshot = found
         return found
 
+    def holds(self) -> bool:
+        """Whether nothing has changed since :meth:`snapshot`."""
+        snapshot = self._snapshot
+        return snapshot is not None and self._epoch_now() == self._epoch and snapshot.holds()
+
+    def has_changed(self) -> bool:
+        """Whether something is known to have changed since :meth:`snapshot`; not after :meth:`forget`."""
+        return self._snapshot is not None and not self.holds()
+
     def change(self) -> Change | None:
         """What has changed since :meth:`snapshot`, values of tensors too; ``None`` if nothing has."""
         snapshot = self._snapshot
         return next(iter((*snapshot.changes(limit=1), *snapshot.written())), None) if snapshot is not None else None
+
+    def is_stale(self, grad: bool) -> bool:
+        """Whether no graph may answer a call; one that records gradients also if a parameter wants them."""
+        return not self.holds() or (grad and self.requires_grad())
+
+    def stale_since(self, version: int) -> Callable[[bool], bool]:
+        """:meth:`is_stale` for one graph, which was proven under a version and in the ambient state of now."""
+        ambient = ambient_state()
+
+        def is_stale(grad: bool) -> bool:
+            # The version last: once it has gone up, another thread may have found the module as it is now.
+            return self.is_stale(grad) or self.version != version or ambient_state() != ambient
+
+        return is_stale
+
+    def requires_grad(self) -> bool:
+        """Whether any parameter or other tensor that the module reaches wants gradients."""
+        if self._snapshot is not None:
+            return self._snapshot.requires_grad()
+        return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
 
     def holds_any(self, identities: set[int]) -> bool:
         """Whether one of some objects was found by :meth:`snapshot`."""

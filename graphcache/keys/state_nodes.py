@@ -11,12 +11,14 @@ import functools
 import gc
 import types
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import eq, is_
 from typing import Any, NamedTuple
 
-from graphcache.keys.values import MISSING, difference, is_generator_of_randomness, same, script_state, short
+from torch import Tensor
 
-IGNORED_CLASS_NAMES = frozenset(
+from graphcache.keys.values import MISSING, same, short
+
+_IGNORED_CLASS_NAMES = frozenset(
     {
         *("__init__", "__slotnames__", "__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
         *("__doc__", "__signature__", "__text_signature__", "__abstractmethods__", "__parameters__", "__weakref__"),
@@ -24,52 +26,46 @@ IGNORED_CLASS_NAMES = frozenset(
     }
 )
 """Attributes that Python and its libraries put on classes while they are looked at, copied, pickled or compiled."""
-
 _REPLACED = frozenset({"forward", "__getstate__"})
 """What a wrapped module replaces in the dictionaries of its parts while one of its calls is under way."""
+_BUILT_IN = {collections.defaultdict: ("default_factory",), functools.partial: ("func", "args", "keywords")}
+"""What objects of the standard library hold as in slots."""
 
 State = tuple[Sequence[Any], Sequence[Any]]
 """Names and values."""
 
 
-_BUILT_IN = {
-    collections.defaultdict: ("default_factory",),
-    functools.partial: ("func", "args", "keywords"),
-}
-"""What objects of the standard library hold as in slots."""
-
-
 class Change(NamedTuple):
-    """One difference between a snapshot and the state now.
-
-    Args:
-        path: The place, such as ``self.cache.layers[0].keys``.
-        detail: What was there and what is there.
-        is_random: Whether it is a generator of random numbers that moved on.
-    """
+    """One difference between a snapshot and the state now: the path of the place, and what became of it."""
 
     path: str
     detail: str
     is_random: bool = False
+    """Whether it is a generator of random numbers that moved on."""
 
 
 class StateNode:
     """One object of a snapshot: the names of the places in it, and what each holds."""
 
-    __slots__ = ("key", "parent", "state", "target")
+    __slots__ = ("key", "parent", "places", "state", "target")
 
     is_alike: Callable[[Any, Any], bool] = staticmethod(is_)
     """The quick comparison of what one place holds; what is not alike is compared by value."""
-    guarded = True
-    """Whether a guard compares it; otherwise only the effects of a call do."""
     whole = ""
-    """What is said of any change, for a kind whose places have no names."""
+    """What is said of changes, with their names, for a kind whose places have no path of their own."""
 
-    def __init__(self, parent: StateNode | None, key: str, target: Any) -> None:
+    def __init__(self, parent: StateNode | None, key: str, target: Any, places: Any = ()) -> None:
         self.parent = parent
         self.key = key
         self.target = target
+        self.places = places
+        """Which of its places are looked at, for some kinds."""
         self.renew()
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a guard compares it; otherwise only the effects of a call do."""
+        return True
 
     def renew(self) -> None:
         """Remember what is there now."""
@@ -78,12 +74,11 @@ class StateNode:
     @property
     def path(self) -> str:
         """Where the object is, such as ``self.blocks[2].h``."""
-        parts, node = [], self
-        while True:
-            parts.append(node.key)
-            if node.parent is None:
-                return "".join(reversed(parts))
+        keys, node = [self.key], self.parent
+        while node is not None:
+            keys.append(node.key)
             node = node.parent
+        return "".join(reversed(keys))
 
     def end(self, name: Any) -> str:
         """The end of the path of a place."""
@@ -102,10 +97,14 @@ class StateNode:
     def changes(self, now: State) -> list[Change]:
         """The differences of a later state, by value."""
         before, after = (dict(zip(*each, strict=True)) for each in (self.state, now))
-        pairs = {name: (before.get(name, MISSING), after.get(name, MISSING)) for name in {**before, **after}}
-        changed = {name: text for name, pair in pairs.items() if (text := difference(*pair))}
+        changed = {}
+        for name in {**before, **after}:
+            old, new = before.get(name, MISSING), after.get(name, MISSING)
+            if not same(old, new):
+                became = "was removed" if new is MISSING else f"{short(old)} became {short(new)}"
+                changed[name] = f"is new: {short(new)}" if old is MISSING else became
         if changed and self.whole:
-            return [Change(self.path, self.whole, is_generator_of_randomness(self.target))]
+            return [Change(self.path, self.whole.format(", ".join(map(str, changed))))]
         if not changed and list(before) != list(after):
             return [Change(self.path, "has its entries in another order")]
         return [Change(self.path + self.end(name), text) for name, text in changed.items()]
@@ -119,8 +118,7 @@ class TableNode(StateNode):
     """A dictionary: its keys and values, in order."""
 
     def read(self) -> State:
-        # A subclass may have methods of its own, which are no way to look at it.
-        kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
+        kind = _kind_of(self.target)
         return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
 
     def differs(self) -> bool:
@@ -128,7 +126,7 @@ class TableNode(StateNode):
         names, values = self.state
         if dict.__len__(self.target) != len(names):
             return True
-        kind: Any = collections.OrderedDict if isinstance(self.target, collections.OrderedDict) else dict
+        kind = _kind_of(self.target)
         return not (all(map(is_, kind.values(self.target), values)) and all(map(is_, kind.keys(self.target), names)))
 
     def end(self, name: Any) -> str:
@@ -156,7 +154,7 @@ class AttributesNode(TableNode):
         for name in _REPLACED & found.keys():
             value = found.pop(name)
             found.update(value.own if _stands_in(value) else {name: value})
-        return tuple(found), tuple(found.values())
+        return pairs(found)
 
     def guard(self, native: Any) -> None:
         names, values = self.state
@@ -169,19 +167,12 @@ class AttributesNode(TableNode):
 class NamesNode(StateNode):
     """Some names of a dictionary, such as the globals that a function reads."""
 
-    __slots__ = ("names",)
-
-    def __init__(self, parent: StateNode | None, key: str, target: dict[str, Any], names: tuple[str, ...]) -> None:
-        self.names = names
-        super().__init__(parent, key, target)
-
     def read(self) -> State:
-        return self.names, tuple([self.target.get(name, MISSING) for name in self.names])
+        return self.places, tuple([self.target.get(name, MISSING) for name in self.places])
 
     def guard(self, native: Any) -> None:
-        found = dict(zip(*self.state, strict=True))
-        present = {name: value for name, value in found.items() if value is not MISSING}
-        absent = tuple(found.keys() - present.keys())
+        present = {name: value for name, value in zip(*self.state, strict=True) if value is not MISSING}
+        absent = tuple([name for name in self.places if name not in present])
         native.add_names(self.target, tuple(present), tuple(present.values()), absent)
 
 
@@ -189,16 +180,15 @@ class ClassNode(StateNode):
     """What a class defines: methods and plain attributes."""
 
     def read(self) -> State:
-        found = {name: value for name, value in vars(self.target).items() if name not in IGNORED_CLASS_NAMES}
-        return tuple(found), tuple(found.values())
+        return pairs({name: value for name, value in vars(self.target).items() if name not in _IGNORED_CLASS_NAMES})
 
     def guard(self, native: Any) -> None:
         # All of it is compared, so that a new name is noticed.
         table = table_of(self.target)
-        names, values = tuple(table), tuple(table.values())
+        found = pairs(table)
         if self.differs():
             raise ValueError
-        native.add_dict(table, names, values)
+        native.add_dict(table, *found)
 
 
 class ItemsNode(StateNode):
@@ -207,7 +197,7 @@ class ItemsNode(StateNode):
     def read(self) -> State:
         # Past a subclass's own __iter__, which may have effects.
         kinds: tuple[Any, ...] = (list, collections.deque, set, frozenset)
-        kind = next((kind for kind in kinds if isinstance(self.target, kind)), None)
+        kind = next((kind for kind in kinds if issubclass(type(self.target), kind)), None)
         items = tuple(self.target.ravel().tolist() if kind is None else kind.__iter__(self.target))
         return range(len(items)), items
 
@@ -224,58 +214,19 @@ class ItemsNode(StateNode):
 
 
 class ObjectNode(StateNode):
-    """An object: its class, the dictionary of its attributes, and ``__slots__``, with what reads each of them."""
-
-    __slots__ = ("slots",)
-
-    def __init__(
-        self, parent: StateNode | None, key: str, target: Any, slots: dict[str, types.MemberDescriptorType]
-    ) -> None:
-        self.slots = slots
-        super().__init__(parent, key, target)
+    """An object: its class, the dictionary of its attributes, and ``__slots__``; its places are what reads these."""
 
     def read(self) -> State:
-        held = [_slot(self.target, descriptor) for descriptor in self.slots.values()] if self.slots else ()
-        values = type(self.target), attributes_of(self.target), *held
-        return ("__class__", "__dict__", *self.slots), values
+        held = [_slot(self.target, descriptor) for descriptor in self.places.values()] if self.places else ()
+        return ("__class__", "__dict__", *self.places), (type(self.target), attributes_of(self.target), *held)
 
     def guard(self, native: Any) -> None:
         kind, table, *held = self.state[1]
         native.add_class(self.target, kind)
         if table is not None:
             native.add_dict_of(self.target, table)
-        for descriptor, value in zip(self.slots.values(), held, strict=True):
+        for descriptor, value in zip(self.places.values(), held, strict=True):
             native.add_slot(self.target, descriptor, *_present(value))
-
-
-class ThreadLocalNode(StateNode):
-    """What the current thread sees of a ``threading.local``."""
-
-    def read(self) -> State:
-        return tuple(self.target.__dict__), tuple(self.target.__dict__.values())
-
-
-class CellNode(StateNode):
-    """A variable that a function closes over."""
-
-    def read(self) -> State:
-        try:
-            return ("",), (self.target.cell_contents,)
-        except ValueError:
-            return ("",), (MISSING,)
-
-    def end(self, name: Any) -> str:
-        return ""
-
-    def guard(self, native: Any) -> None:
-        native.add_cell(self.target, *_present(*self.state[1]))
-
-
-class VariableNode(StateNode):
-    """A context variable, as the current context has it."""
-
-    def read(self) -> State:
-        return ("get()",), (self.target.get(MISSING),)
 
 
 class FunctionNode(StateNode):
@@ -289,17 +240,73 @@ class FunctionNode(StateNode):
         native.add_function(self.target, self.state[1])
 
 
-class ScriptNode(StateNode):
-    """A TorchScript module: what C++ holds of it, and makes a new object of whenever it is asked."""
-
-    is_alike = staticmethod(same)
+class CellNode(StateNode):
+    """A variable that a function closes over."""
 
     def read(self) -> State:
-        found = script_state(self.target)
-        return tuple(found), tuple(found.values())
+        return ("",), (_slot(self.target, types.CellType.cell_contents),)
 
     def end(self, name: Any) -> str:
-        return str(name)
+        return ""
+
+    def guard(self, native: Any) -> None:
+        native.add_cell(self.target, *_present(*self.state[1]))
+
+
+class ThreadLocalNode(StateNode):
+    """What the current thread sees of a ``threading.local``."""
+
+    def read(self) -> State:
+        return pairs(self.target.__dict__)
+
+
+class VariableNode(StateNode):
+    """A context variable, as the current context has it."""
+
+    def read(self) -> State:
+        return ("get()",), (self.target.get(MISSING),)
+
+
+class GradientFlagsNode(StateNode):
+    """Which tensors require gradients, for code that asks: a native guard does not compare that."""
+
+    def read(self) -> State:
+        return range(len(self.target)), tuple([node.target.requires_grad for node in self.target])
+
+    def end(self, name: Any) -> str:
+        return f"{self.target[name].path}.requires_grad"
+
+
+class TensorNode(StateNode):
+    """A tensor: where its memory is and how it is laid out, and for the effects of a call what was written into it."""
+
+    __slots__ = ("_written",)
+
+    is_alike = staticmethod(eq)
+    whole = "has another {}"
+
+    def renew(self) -> None:
+        super().renew()
+        self._written = self._version_and_gradient()
+
+    def read(self) -> State:
+        # Sparse tensors and uninitialised parameters have no address.
+        return _PLACE, _asked(_place, self.target) or (id(self.target),) * len(_PLACE)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether an operation wrote into the tensor or a view of it, or a gradient was accumulated or assigned."""
+        version, gradient = self._version_and_gradient()
+        return version != self._written[0] or gradient is not self._written[1]
+
+    def _version_and_gradient(self) -> tuple[int | None, Tensor | None]:
+        return _asked(_written, self.target) or (None, None)
+
+    def guard(self, native: Any) -> None:
+        native.add_tensor(self.target)
+        if self.differs():
+            # It was changed since it was read, and native code took it as it is now.
+            raise ValueError
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
@@ -317,9 +324,9 @@ def table_of(kind: type) -> dict[str, Any]:
     return table  # type: ignore[no-any-return]
 
 
-def slots_of(kind: type) -> dict[str, types.MemberDescriptorType]:
+def slots_of(kind: type) -> dict[str, Any]:
     """The ``__slots__`` of a class and its bases, with what reads them."""
-    found: dict[str, types.MemberDescriptorType] = {}
+    found: dict[str, Any] = {}
     for each in reversed(kind.__mro__):
         names = vars(each) if "__slots__" in vars(each) else _BUILT_IN.get(each, ())
         slots = {name: vars(each)[name] for name in names}
@@ -327,15 +334,25 @@ def slots_of(kind: type) -> dict[str, types.MemberDescriptorType]:
     return found
 
 
+def pairs(table: dict[Any, Any]) -> State:
+    """The names and values of a dictionary."""
+    return tuple(table), tuple(table.values())
+
+
+def _kind_of(table: Any) -> Any:
+    """The class whose methods show a dictionary. A subclass may have methods of its own, which are no way to look."""
+    return collections.OrderedDict if issubclass(type(table), collections.OrderedDict) else dict
+
+
 def _stands_in(value: Any) -> bool:
     """Whether a wrapped module has put something in the place of an attribute."""
     return bool(getattr(type(value), "stands_in", False))
 
 
-def _slot(target: Any, descriptor: types.MemberDescriptorType) -> Any:
+def _slot(target: Any, descriptor: Any) -> Any:
     try:
         return descriptor.__get__(target)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError):
         # It is not set, or the object has come to be of another class.
         return MISSING
 
@@ -343,3 +360,24 @@ def _slot(target: Any, descriptor: types.MemberDescriptorType) -> Any:
 def _present(value: Any) -> tuple[Any, ...]:
     """The value, or nothing for a place without one."""
     return () if value is MISSING else (value,)
+
+
+_PLACE = ("address", "shape", "strides", "dtype", "device", "requires_grad", "conjugation", "sign bit")
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    layout = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
+    return (*layout, x.requires_grad, x.is_conj(), x.is_neg())
+
+
+def _written(x: Tensor) -> tuple[Any, ...]:
+    # Inference tensors count no versions, and only leaves have a gradient.
+    return None if x.is_inference() else x._version, x.grad if x.is_leaf else None
+
+
+def _asked(question: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+    """What a tensor answers; ``None`` for one that cannot be asked."""
+    try:
+        return question(tensor)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        return None

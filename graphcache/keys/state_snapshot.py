@@ -12,7 +12,7 @@ written past PyTorch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -20,27 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import native
-from graphcache.keys.state_nodes import Change, StateNode
+from graphcache.keys.state_nodes import Change, State, StateNode
 from graphcache.keys.state_walk import Skips, StateWalk
 
 
 class StateSnapshot:
-    """The Python state and the tensors that can be reached from some objects.
+    """The Python state and the tensors that can be reached from ``roots``, each with the name its paths begin with.
 
-    ``Unobservable`` is raised if there is more than can be watched, or an iterator whose position cannot be read.
-
-    Args:
-        roots: Objects, each with the name that paths begin with, such as ``("self", module)``.
-        ignore: Paths that are left out; ``*`` stands for anything.
-        skips: Tells objects that are not followed, such as modules that keep their own account.
-        functions: Code whose globals are followed too, with these globals.
-
-    Example:
-        >>> state = {"calls": [0]}
-        >>> snapshot = StateSnapshot([("state", state)])
-        >>> state["calls"][0] += 1
-        >>> snapshot.changes()[0].path
-        "state['calls'][0]"
+    Left out are paths in ``ignore``, where ``*`` stands for anything, and what is below objects that ``skips`` tells.
+    Of code in ``functions`` the globals are followed too. :class:`Unobservable` says that there is too much of it.
     """
 
     def __init__(
@@ -56,21 +44,18 @@ class StateSnapshot:
         walk = StateWalk(self.ignores if ignore else None, skips)
         walk.walk(roots, functions or {})
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
-        self.broken: Change | None = None
-        """Why :meth:`holds` said that the snapshot is of the past."""
+        self._guarded: list[StateNode] = [*(node for node in walk.nodes if node.guarded), *walk.tensors]
+        self._broken = False
         self.armed = False
-        """Whether :meth:`arm` was called."""
-        self._native: tuple[native.Guard, list[StateNode]] | None = None
+        self._native: tuple[native.Guard | None, list[StateNode]] = (None, self._guarded)
         """The native guard and the nodes that it does not compare; replaced as one, as other threads ask meanwhile."""
 
     def changes(self, limit: int = 16) -> list[Change]:
         """What differs now from what was found, by value; no more than ``limit`` differences are told."""
         found: list[Change] = []
         for node in (*self.nodes, *self.tensors):
-            if node.differs():
-                found += [change for change in node.changes(node.read()) if not self.ignores(change.path)]
-            if len(found) >= limit:
-                break
+            if len(found) < limit and node.differs():
+                found += self._changes_of(node)
         return found[:limit]
 
     def written(self) -> list[Change]:
@@ -81,14 +66,24 @@ class StateSnapshot:
         """Whether everything is as it was found, for a graph: generators may have moved on, values of tensors changed.
 
         After :meth:`arm` it is a comparison in native code, as far as that is loaded. Once it says ``False`` it does so
-        for good, and :attr:`broken` says why.
+        for good.
         """
-        if self.broken is not None:
+        if self._broken:
             return False
-        if (compiled := self._native) is not None and compiled[0].holds():
-            rest = compiled[1]
-            return not any(node.differs() for node in rest) or self._compare(rest)
-        return self._compare([node for node in self._guarded() if node.differs()])
+        compiled, rest = self._native
+        unchanged = compiled is not None and compiled.holds()
+        differing = [node for node in (rest if unchanged else self._guarded) if node.differs()]
+        for node in differing:
+            now = node.read()
+            if self._changes_of(node, now):
+                self._broken = True
+                return False
+            # Not before: another thread that asks meanwhile has to find the difference too.
+            node.state = now
+        if self.armed and (differing or not unchanged):
+            # With the objects of now, or because the native guard has been compiled meanwhile.
+            self.arm()
+        return True
 
     def renew(self) -> bool:
         """Whether it holds; if so, it tells the effects of what happens from now on."""
@@ -101,11 +96,9 @@ class StateSnapshot:
     def arm(self) -> None:
         """Compare in native code from now on, if it is loaded."""
         self.armed = True
-        kind = native.guard_type()
-        if kind is None:
-            return
-        guard = kind()
-        self._native = guard, [node for node in self._guarded() if not _is_guarded(node, guard)]
+        if (kind := native.guard_type()) is not None:
+            guard = kind()
+            self._native = guard, [node for node in self._guarded if not _is_guarded(node, guard)]
 
     @property
     def cuda_devices(self) -> set[int]:
@@ -120,23 +113,8 @@ class StateSnapshot:
         """Whether a path, or one that it lies under, is to be left out."""
         return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
 
-    def _guarded(self) -> Iterator[StateNode]:
-        yield from (node for node in self.nodes if node.guarded)
-        yield from self.tensors
-
-    def _compare(self, nodes: Sequence[StateNode]) -> bool:
-        """Whether objects that differ by identity have the same values; these objects are expected from now on."""
-        for node in nodes:
-            now = node.read()
-            if change := next((each for each in node.changes(now) if not self.ignores(each.path)), None):
-                self.broken = change
-                return False
-            # Not before: another thread that asks meanwhile has to find the difference too.
-            node.state = now
-        if self.armed:
-            # With the objects of now, or because the native guard has been compiled meanwhile.
-            self.arm()
-        return True
+    def _changes_of(self, node: StateNode, now: State | None = None) -> list[Change]:
+        return [change for change in node.changes(now or node.read()) if not self.ignores(change.path)]
 
 
 def _is_guarded(node: StateNode, guard: native.Guard) -> bool:

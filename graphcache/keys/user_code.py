@@ -15,7 +15,6 @@ LIBRARIES = frozenset(
 ) - {"__main__"}
 """Top-level packages whose own globals and classes are not followed: they hold no state of a user's module."""
 
-
 _NOT_CALLED = frozenset(
     f"__{name}__"
     for name in (
@@ -25,28 +24,29 @@ _NOT_CALLED = frozenset(
 )
 """Special methods that a call of an object that exists does not come to by itself."""
 _TRACERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "torch.export", "torch._export")
+_NO_STATE = (types.NoneType, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 
 
-class GlobalNames(NamedTuple):
-    """The globals that a code object names."""
+class Names(NamedTuple):
+    """What a function names outside of itself, with the functions defined inside it."""
 
-    loaded: frozenset[str]
-    """Names that are read."""
-    stored: frozenset[str]
-    """Names that are assigned or deleted."""
-    attributes: frozenset[tuple[str, ...]]
-    """For names that are read: the attributes taken from them at once, as in ``torch.nn.functional``."""
     mentioned: frozenset[str]
     """Every name in it, of attributes and methods too, and every constant that may be one, as for ``getattr``."""
-    imported: frozenset[str]
-    """Modules that it imports."""
+    loaded: frozenset[str]
+    """Globals that are read."""
+    stored: frozenset[str]
+    """Globals that are assigned or deleted."""
+    of_modules: list[tuple[types.ModuleType, str]]
+    """Attributes of modules, such as ``relu`` of ``torch.nn.functional``."""
+    imported: list[types.ModuleType]
+    """Modules that it imports, but for libraries."""
+    environment: bool
+    """Whether what reads the environment of the process is named."""
 
 
 def is_library(module_name: Any) -> bool:
     """Whether code of a module is a library's, by the module's ``__name__``."""
-    if not isinstance(module_name, str):
-        return True
-    return module_name.partition(".")[0] in LIBRARIES
+    return not isinstance(module_name, str) or module_name.partition(".")[0] in LIBRARIES
 
 
 def is_tracer(module_name: Any) -> bool:
@@ -59,90 +59,68 @@ def runs_by_itself(name: str) -> bool:
     return name == "forward" or (name.startswith("__") and name.endswith("__") and name not in _NOT_CALLED)
 
 
+def names_of(code: types.CodeType, table: dict[str, Any]) -> Names:
+    """What a function with these globals names."""
+    mentioned, loaded, stored, chains, paths = _named_in(code)
+    of_modules = []
+    for first, *rest in chains:
+        value = table.get(first)
+        for attribute in rest:
+            if not isinstance(value, types.ModuleType):
+                break
+            of_modules.append((value, attribute))
+            value = vars(value).get(attribute)
+    parts = str(table.get("__package__") or "").split(".")
+    # How many levels up an import begins is not looked at.
+    prefixes = ["", *(".".join(parts[: index + 1]) for index in range(len(parts)))]
+    absolute = [f"{prefix}.{path}".strip(".") for path in paths for prefix in prefixes]
+    found = [sys.modules.get(path) for path in absolute if not is_library(path)]
+    imported = [module for module in found if isinstance(module, types.ModuleType)]
+    values = map(table.get, loaded)
+    environment = not mentioned.isdisjoint(("environ", "getenv")) or any(
+        value is os.environ or value is os.getenv for value in values
+    )
+    return Names(mentioned, loaded, stored, of_modules, imported, environment)
+
+
+def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
+    """Whether a function names a global that may hold a state: anything but functions, classes and libraries."""
+    names = names_of(code, table)
+    values = [table.get(name) for name in names.loaded]
+    values += [vars(module).get(name) for module, name in names.of_modules if not is_library(module.__name__)]
+    named = names.stored or names.imported or names.environment
+    return bool(named) or any(not issubclass(type(value), _NO_STATE) for value in values)
+
+
 @functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> GlobalNames:
-    """The globals that a code object names, with those of the functions defined inside it."""
-    loaded: set[str] = set()
-    stored: set[str] = set()
-    attributes: set[tuple[str, ...]] = set()
-    mentioned: set[str] = set()
-    imported: set[str] = set()
+def _named_in(code: types.CodeType) -> tuple[frozenset[Any], ...]:
+    """All names, globals read and set, attributes taken at once from those read, and paths of imports."""
+    mentioned, loaded, stored, chains, paths = (set[Any]() for _ in range(5))
     for each in code_inside(code):
         mentioned.update(each.co_names)
         mentioned.update(value for value in each.co_consts if type(value) is str and value.isidentifier())
         chain: tuple[str, ...] = ()
         for instruction in dis.get_instructions(each):
-            name = instruction.opname
+            name, value = instruction.opname, instruction.argval
             if name in ("LOAD_GLOBAL", "LOAD_NAME"):
-                chain = (instruction.argval,)
-                loaded.add(instruction.argval)
+                chain = (value,)
+                loaded.add(value)
             elif name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
-                chain = (*chain, instruction.argval)
-                attributes.add(chain)
+                chain = (*chain, value)
+                chains.add(chain)
             else:
                 chain = ()
             if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                stored.add(instruction.argval)
+                stored.add(value)
             if name == "IMPORT_NAME":
-                imported.add(instruction.argval)
-    return GlobalNames(
-        frozenset(loaded), frozenset(stored), frozenset(attributes), frozenset(mentioned), frozenset(imported)
-    )
-
-
-def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
-    """Whether a function names a global that may hold a state: anything but functions, classes and libraries."""
-    names = global_names(code)
-    if names.stored or any(_may_hold_state(table[name]) for name in names.loaded if name in table):
-        return True
-    if names_environment(names, table) or imported_modules(names, table):
-        return True
-    return any(
-        not is_library(module.__name__) and _may_hold_state(vars(module).get(attribute))
-        for module, attribute in module_attributes(names, table)
-    )
-
-
-def names_environment(names: GlobalNames, table: dict[str, Any]) -> bool:
-    """Whether a function names what reads the environment of the process."""
-    mentions = "environ" in names.mentioned or "getenv" in names.mentioned
-    return mentions or any(table.get(name) is reads for name in names.loaded for reads in (os.environ, os.getenv))
-
-
-def imported_modules(names: GlobalNames, table: dict[str, Any]) -> list[types.ModuleType]:
-    """The modules that a function imports, but for libraries."""
-    package = str(table.get("__package__") or "")
-    parts = package.split(".") if package else []
-    # How many levels up an import begins is not looked at.
-    prefixes = ["", *(".".join(parts[: index + 1]) for index in range(len(parts)))]
-    paths = [f"{prefix}.{name}".strip(".") for name in names.imported for prefix in prefixes]
-    found = [sys.modules.get(path) for path in paths if not is_library(path)]
-    return [module for module in found if isinstance(module, types.ModuleType)]
-
-
-def module_attributes(names: GlobalNames, table: dict[str, Any]) -> list[tuple[types.ModuleType, str]]:
-    """The attributes of modules that a function names, such as ``relu`` of ``torch.nn.functional``."""
-    found = []
-    for first, *rest in names.attributes:
-        value = table.get(first)
-        for attribute in rest:
-            if not isinstance(value, types.ModuleType):
-                break
-            found.append((value, attribute))
-            value = vars(value).get(attribute)
-    return found
+                paths.add(value)
+    return tuple(map(frozenset, (mentioned, loaded, stored, chains, paths)))
 
 
 def code_inside(code: types.CodeType) -> list[types.CodeType]:
     """A code object and those of the functions defined inside it."""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return [code, *(each for constant in inner for each in code_inside(constant))]
-
-
-def _may_hold_state(value: Any) -> bool:
-    return value is not None and not isinstance(
-        value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    )
 
 
 def function_of(attribute: Any) -> types.FunctionType | None:

@@ -1,65 +1,38 @@
-"""What is remembered of objects that hold values: tensors, arrays, generators and caches."""
+"""What is remembered of objects that show their state by no container: arrays, generators, caches, TorchScript."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copyreg
+import functools
+import gc
+import io
+import itertools
+import queue
+import random
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import suppress
 from operator import eq
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import Tensor
+import torch
 
-from graphcache.keys.state_nodes import Change, State, StateNode
-from graphcache.keys.values import array_state, hidden_state
+from graphcache.keys.state_nodes import Change, State, StateNode, pairs
+from graphcache.keys.values import SHOWN, Unobservable, draws_randomness, same
 
-_Answer = TypeVar("_Answer")
-_PLACE = ("address", "shape", "strides", "dtype", "device", "requires_grad", "conjugation", "sign bit")
+_MEMORY_FILES = (io.BytesIO, io.StringIO)
+"""Files whose contents are in the process."""
+_FRAMES = {
+    types.GeneratorType: ("gi_frame", "gi_yieldfrom"),
+    types.CoroutineType: ("cr_frame", "cr_await"),
+    types.AsyncGeneratorType: ("ag_frame", "ag_await"),
+}
+"""Where the variables of a generator are, and what it waits for."""
+_EMPTY = (copyreg._reconstructor, copyreg.__newobj__)  # type: ignore[attr-defined]
 
-
-class TensorNode(StateNode):
-    """A tensor: where its memory is and how it is laid out, and for the effects of a call what was written into it."""
-
-    __slots__ = ("_written",)
-
-    is_alike = staticmethod(eq)
-
-    def renew(self) -> None:
-        super().renew()
-        self._written = self._version_and_gradient()
-
-    def read(self) -> State:
-        # Sparse tensors and uninitialised parameters have no address.
-        return _PLACE, _asked(_place, self.target) or (id(self.target),) * len(_PLACE)
-
-    def changes(self, now: State) -> list[Change]:
-        what = [name for name, old, new in zip(_PLACE, self.state[1], now[1], strict=True) if old != new]
-        return [Change(self.path, f"has another {', '.join(what)}")] if what else []
-
-    @property
-    def is_written(self) -> bool:
-        """Whether an operation wrote into the tensor or a view of it, or a gradient was accumulated or assigned."""
-        version, gradient = self._version_and_gradient()
-        return version != self._written[0] or gradient is not self._written[1]
-
-    def _version_and_gradient(self) -> tuple[int | None, Tensor | None]:
-        # Inference tensors count no versions, and only leaves have a gradient.
-        version = _asked(lambda x: None if x.is_inference() else x._version, self.target)
-        return version, _asked(lambda x: x.grad if x.is_leaf else None, self.target)
-
-    def guard(self, native: Any) -> None:
-        native.add_tensor(self.target)
-        if self.differs():
-            # It was changed since it was read, and native code took it as it is now.
-            raise ValueError
-
-
-class GradientFlagsNode(StateNode):
-    """Which tensors require gradients, for code that asks: a native guard does not compare that."""
-
-    def read(self) -> State:
-        return range(len(self.target)), tuple([node.target.requires_grad for node in self.target])
-
-    def end(self, name: Any) -> str:
-        return f"{self.target[name].path}.requires_grad"
+Hidden = tuple[Any, tuple[Any, ...]]
+"""What shows the state of an object, and the objects that it refers to."""
 
 
 class ArrayNode(StateNode):
@@ -68,42 +41,149 @@ class ArrayNode(StateNode):
     is_alike = staticmethod(eq)
     whole = "has other contents or another layout"
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes are compared."""
-        return len(self.state[1][-1])
-
     def read(self) -> State:
         state = array_state(self.target) or ()
         return range(len(state)), state
 
 
 class HiddenNode(StateNode):
-    """An object that shows its state by no attribute, such as a generator; only the effects of a call compare it."""
+    """An object that shows its state by no attribute, such as a generator.
+
+    A call that was seen not to advance a generator gives the same answer wherever the generator stands. But one that
+    used a cached function has to fill a cache that was cleared, which a graph does not.
+    """
 
     is_alike = staticmethod(eq)
-    guarded = False
     whole = "it moved on"
+
+    @property
+    def guarded(self) -> bool:
+        return issubclass(type(self.target), (functools._lru_cache_wrapper, *_MEMORY_FILES))
 
     def read(self) -> State:
         # With the objects that it refers to, so that no id in the state is used twice.
         return ("", "refers to"), hidden_state(self.target) or (None, ())
 
-
-class CacheNode(HiddenNode):
-    """A function with a cache. A graph does not call it: the next call has to fill a cache that was cleared."""
-
-    guarded = True
+    def changes(self, now: State) -> list[Change]:
+        return [change._replace(is_random=draws_randomness(self.target)) for change in super().changes(now)]
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
-    layout = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
-    return (*layout, x.requires_grad, x.is_conj(), x.is_neg())
+class ScriptNode(StateNode):
+    """A TorchScript module: what C++ holds of it, and makes a new object of whenever it is asked."""
+
+    is_alike = staticmethod(same)
+
+    def read(self) -> State:
+        return pairs(script_state(self.target))
+
+    def end(self, name: Any) -> str:
+        return str(name)
 
 
-def _asked(question: Callable[[Tensor], _Answer], tensor: Tensor) -> _Answer | None:
-    """What a tensor answers; ``None`` for one that cannot be asked."""
-    try:
-        return question(tensor)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError):
-        return None
+def array_state(value: Any) -> tuple[Any, ...] | None:
+    """Layout, address and bytes of a NumPy array or another buffer that can be written; ``None`` for anything else."""
+    module = sys.modules.get("numpy")
+    if module is None or not issubclass(type(value), (module.ndarray, module.generic)):
+        try:
+            view = memoryview(value)
+        except (TypeError, ValueError, BufferError):
+            return None
+        return (view.tobytes(),) if type(value) is memoryview or not view.readonly else None
+    interface = value.__array_interface__
+    # Objects are compared one by one, like the items of a list.
+    contents = b"" if value.dtype.hasobject else value.tobytes()
+    return value.shape, value.strides, value.dtype.str, interface["data"][0] if value.ndim else 0, contents
+
+
+def script_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """Every parameter, buffer and attribute of a TorchScript module, which C++ holds, without its submodules.
+
+    TorchScript hands out copies of its containers. Their items are listed in their place, with the length of each.
+    """
+    held: Any = module._c
+    kind: Any = torch._C.ConcreteModuleType.from_jit_type(held._type())
+    # A parameter that may be None is an attribute without a value.
+    values = {name: held.getattr(name) if held.hasattr(name) else None for name in sorted(kind.get_attributes())}
+    return dict(item for name, value in values.items() for item in _flat(f".{name}", value))
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (list, tuple, dict)):
+        yield f"{path} (length)", len(value)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(f"{path}[{key!r}]", item)
+    elif isinstance(value, torch._C.ScriptObject):
+        # Another object each time it is asked for. What a custom class holds is shown by nothing.
+        yield path, str(value._type())
+    else:
+        yield path, value
+
+
+def hidden_state(value: Any) -> Hidden | None:
+    """The state that a call may advance of an object that shows it by no attribute; ``None`` if it has none."""
+    kind = type(value)
+    if draws_randomness(value):
+        return _random_state(value), ()
+    if kind in _FRAMES:
+        return _generator_state(value)
+    if issubclass(kind, functools._lru_cache_wrapper):
+        return _cache_state(value)
+    if issubclass(kind, (queue.Queue, queue.SimpleQueue)):
+        return value.qsize(), ()
+    if issubclass(kind, io.IOBase):
+        try:
+            return (value.tell(), value.getvalue() if issubclass(kind, _MEMORY_FILES) else None), ()
+        except (OSError, ValueError):
+            return "closed", ()
+    if isinstance(getattr(kind, "__next__", None), types.WrapperDescriptorType):
+        return _iterator_state(value)
+    return None
+
+
+def _random_state(value: Any) -> Any:
+    if isinstance(value, random.SystemRandom):
+        raise Unobservable("a random.SystemRandom has no state that could be read")
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, sys.modules["numpy"].random.RandomState):
+        state = value.get_state()
+        return state[1].tobytes(), *state[2:]
+    return repr(getattr(value, "bit_generator", value).state)
+
+
+def _generator_state(value: Any) -> Hidden:
+    frame, inner = (getattr(value, name) for name in _FRAMES[type(value)])
+    if frame is None:
+        return "exhausted", ()
+    values = frame.f_locals.values()
+    state = (frame.f_lasti, tuple(frame.f_locals), tuple(map(_shown_or_id, values)), id(inner))
+    return state, (*values, inner)
+
+
+def _cache_state(value: Any) -> Hidden:
+    info, found = value.cache_info(), list[Any]()
+    # Results are in the table of the cache, or in links that the collector passes over.
+    for each in gc.get_referents(value):
+        found += [each] if type(each) is not dict else [] if each is value.__dict__ else each.values()
+    # A hit changes the order of the entries, and nothing else.
+    found.sort(key=id)
+    return (info.misses, info.currsize, *map(id, found)), tuple(found)
+
+
+def _iterator_state(value: Any) -> Hidden:
+    """The position of an iterator of Python's own, by its ``__reduce__``."""
+    if isinstance(value, itertools.count):
+        return repr(value), ()
+    with suppress(Exception):
+        reduced = value.__reduce__()
+        # What object.__reduce__ gives shows nothing that an extension module holds.
+        if isinstance(reduced, tuple) and reduced[0] not in _EMPTY:
+            flat = [item for part in reduced[1:] for item in (part if isinstance(part, tuple) else (part,))]
+            return tuple(map(_shown_or_id, flat)), tuple(flat)
+    raise Unobservable(f"the position of a {type(value).__name__} cannot be read")
+
+
+def _shown_or_id(value: Any) -> Any:
+    return (type(value), value) if isinstance(value, SHOWN) else id(value)

@@ -135,7 +135,8 @@ def name_of(module: nn.Module) -> str:
 
 def keeps_its_own_state(value: Any) -> bool:
     """Whether what a call changes in an object is no state that a replay would leave out (engines, wrapped modules)."""
-    kept = isinstance(value, TransparentModule) or getattr(type(value), "keeps_its_own_state", False)
+    # Asked of the type, past a __getattribute__ of the object's.
+    kept = issubclass(type(value), TransparentModule) or getattr(type(value), "keeps_its_own_state", False)
     return bool(kept) or is_foreign(value)
 
 

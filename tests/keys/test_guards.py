@@ -406,13 +406,15 @@ def test_a_change_of_any_kind_is_noticed_and_named(
     if armed:
         guard.arm()
     assert guard.holds()
-    assert guard.reason == ""
+    assert guard.change() is None
     change(plain)
     assert not guard.holds()
     assert guard.has_changed()
     assert not guard.holds(), "asking does not make it right"
     assert guard.is_stale(False)
-    assert path in guard.reason
+    found = guard.change()
+    assert found is not None
+    assert path in f"{found.path} {found.detail}"
     guard.snapshot()
     assert guard.holds()
 
@@ -440,7 +442,6 @@ def test_a_guard_that_has_seen_nothing_holds_nothing() -> None:
     assert not guard.holds()
     assert not guard.has_changed()
     assert guard.change() is None
-    assert guard.reason == ""
 
 
 def test_the_version_goes_up_when_a_change_is_taken_note_of_and_not_before() -> None:
@@ -495,7 +496,9 @@ def test_a_guard_tells_whether_a_parameter_wants_gradients() -> None:
     module[0].bias.requires_grad_()
     assert guard.requires_grad()
     assert guard.is_stale(True)
-    assert guard.reason.startswith("self[0].bias")
+    change = guard.change()
+    assert change is not None
+    assert change == ("self[0].bias", "has another requires_grad", False)
 
 
 def test_a_graph_is_right_under_its_version_and_ambient_state_alone() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache.keys.values import script_state
+from graphcache.keys.value_nodes import script_state
 from graphcache.observe.breaks import script_constants
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

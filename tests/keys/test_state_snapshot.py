@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from typing import Any
 
@@ -61,6 +62,34 @@ def test_a_walk_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_iterator_whose_position_cannot_be_read() -> None:
     with pytest.raises(Unobservable, match="nditer"):
         StateSnapshot([("state", [np.nditer(np.arange(3))])])
+
+
+def test_a_generator_without_a_state_is_refused() -> None:
+    module = Fn(lambda self, x: x * 2, source=random.SystemRandom())
+    fast = graphcache.wrap(module)
+    assert torch.equal(fast(X), X * 2)
+    assert fast.cache_info().eager == {Reason.UNOBSERVED: 1}
+
+
+def test_attributes_of_an_object_are_read_past_its_own_methods() -> None:
+    class Counting:
+        """Counts who asks for an attribute."""
+
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def __getattribute__(self, name: str) -> Any:
+            object.__getattribute__(self, "__dict__")["asked"] += 1
+            return object.__getattribute__(self, name)
+
+    held = Counting()
+    module = Fn(lambda self, x: x * 2)
+    module.held = held
+    before = vars(module)["held"], object.__getattribute__(held, "__dict__")["asked"]
+    fast = graphcache.wrap(module)
+    fast(X)
+    assert replays(fast, X)
+    assert (vars(module)["held"], object.__getattribute__(held, "__dict__")["asked"]) == before
 
 
 @pytest.mark.parametrize("ignore", ["state['large']", "state['l*']", "*large*"])

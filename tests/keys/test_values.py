@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from graphcache.keys.values import Unobservable, hidden_state, same
+from graphcache.keys.value_nodes import hidden_state
+from graphcache.keys.values import Unobservable, same
 
 
 class Metres(float):
