@@ -91,8 +91,12 @@ class CaptureQueue:
 
         self._pending[call.key] = snapshot
         device = self._captures.target.device_of(call.tensors) or "cpu"
-        worker_of(device).submit(run, lambda: self._captures.answered)
+        worker_of(device).submit(run, self._answered)
         return PENDING
+
+    def _answered(self) -> int:
+        """Calls of the module that were answered, but for those that were captured."""
+        return self._captures.hits + sum(self._captures.ledger.eager.copy().values())
 
     def _capture(self, record: Callable[[CaptureRequest], Recording | Cause], snapshot: CallSnapshot) -> None:
         """Capture a call that was answered eagerly; in the thread of the worker."""

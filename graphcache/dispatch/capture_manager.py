@@ -17,7 +17,7 @@ from graphcache.cache.admission import Admission
 from graphcache.cache.churn import WINDOW, advice
 from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, budget_of
 from graphcache.cache.key_table import KeyTable
-from graphcache.capture.recording import CaptureRequest, Recording, Sharing
+from graphcache.capture.recording import CaptureRequest, Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
 from graphcache.dispatch.targets import Target, arguments_of
@@ -83,11 +83,6 @@ class CaptureManager:
         """Calls that were answered by a replay."""
         return self.ledger.retired_hits + sum(entry.hits for entry in list(self.graphs.entries.values()))
 
-    @property
-    def answered(self) -> int:
-        """Calls that were answered, but for those that were captured."""
-        return self.hits + sum(self.ledger.eager.copy().values())
-
     def clear(self, *, wait: bool = True) -> None:
         """Drop every graph, and forget all denials."""
         with self.lock:
@@ -114,11 +109,11 @@ class CaptureManager:
 
     def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
-        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.target.guard.version)
+        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.version)
 
-    def deny(self, key: Hashable, cause: Cause, version: int | None = None) -> None:
-        """Remember why a key has no graph, under the version of the guard (that of now if ``None``)."""
-        self.keys.deny(key, cause, self.target.guard.version if version is None else version)
+    def deny(self, key: Hashable, cause: Cause) -> None:
+        """Remember why a key has no graph."""
+        self.keys.deny(key, cause, self.version)
 
     def needs_grad(self, tensors: Sequence[Tensor]) -> Cause | None:
         """Why the grad mode forbids a graph, if it does."""
@@ -159,13 +154,6 @@ class CaptureManager:
                     entry.pinned = True
             span.done = cause is None
             return answer, cause
-
-    def capture_alone(self, call: KeyedCall) -> Recording | Cause:
-        """A graph of a call that shares no outputs with others and is in no cache, or why there is none."""
-        with self.lock, self.running(), self.ledger.span("capture") as span:
-            _, outcome = self.target.recorder.attempt(CaptureRequest(call, Sharing.SCRATCH))
-            span.done = isinstance(outcome, Recording)
-            return outcome
 
     def room(self, call: KeyedCall) -> Reservation:
         """The reservation of one capture, with no bytes yet, in the module's budget and in that of the device."""
@@ -245,19 +233,7 @@ class CaptureManager:
 
 
 class Preparation:
-    """The graphs that one preparation makes or finds; inside its ``with`` block nothing evicts them.
-
-    Example:
-        >>> class Graph:
-        ...     nbytes = 8
-        >>> entries = {"8x64": Entry(Graph())}
-        >>> with Preparation() as preparation:
-        ...     preparation.keep(entries, "8x64")
-        ...     entries["8x64"].pinned
-        True
-        >>> entries["8x64"].pinned, len(preparation)
-        (False, 1)
-    """
+    """The graphs that one preparation makes or finds; inside its ``with`` block nothing evicts them."""
 
     def __init__(self, *, pin: bool = False) -> None:
         self._pin = pin

@@ -45,7 +45,7 @@ import torch
 
 from graphcache.cache.graph_cache import Entry, clock
 from graphcache.capture.effects import Effects
-from graphcache.capture.recording import Recording
+from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off, switch_in_environment
 from graphcache.dispatch.background import PENDING, CaptureQueue
@@ -312,6 +312,7 @@ class Dispatcher:
         return cause
 
     def _prepare(self, call: KeyedCall) -> Cause | None:
+        """Capture a call that has no graph that is right; why it has none. Under the lock."""
         self.refresh()
         if self.captures.is_current(call.key):
             if (preparation := preparing.get()) is not None:
@@ -328,15 +329,16 @@ class Dispatcher:
 
     def capture_alone(self, call: KeyedCall) -> Recording:
         """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
-        outcome: Recording | Cause | str | None = self.forbidden()
+        outcome: Recording | Cause | str | None = self.forbidden() or self.captures.needs_grad(call.tensors)
         if outcome is None and self.submodules.excluded:
             outcome = f"{', '.join(self.submodules.excluded)} is excluded, so that there is no graph of the whole"
         if outcome is None:
-            with self.on_device(call):
-                outcome = self.captures.needs_grad(call.tensors) or self.captures.capture_alone(call)
-        if isinstance(outcome, Recording):
-            return outcome
-        raise CaptureError(f"{self.ledger.name}: {outcome}")
+            with self.on_device(call), self.captures.lock, self.captures.running(), self.ledger.span("capture") as span:
+                outcome = self.target.recorder.attempt(CaptureRequest(call, Sharing.SCRATCH))[1]
+                span.done = isinstance(outcome, Recording)
+        if not isinstance(outcome, Recording):
+            raise CaptureError(f"{self.ledger.name}: {outcome}")
+        return outcome
 
     def _divide(self, cause: Cause | None, call: KeyedCall) -> None:
         """Run a call once more for the sake of the submodules that it calls, if there are any."""

@@ -40,17 +40,13 @@ class EngineGuard:
     def forget(self) -> None:
         """Nothing is kept of an engine but its epoch."""
 
-    def holds(self) -> bool:
-        """Whether the engine is still the same."""
-        return bool(self._engine.epoch == self.epoch)
-
     def has_changed(self) -> bool:
         """Whether the engine is another one now."""
-        return not self.holds()
+        return bool(self._engine.epoch != self.epoch)
 
     def is_stale(self, grad: bool) -> bool:
         """Whether no graph may answer a call; gradients do not matter."""
-        return not self.holds()
+        return bool(self._engine.epoch != self.epoch)
 
     def requires_grad(self) -> bool:
         """Whether a parameter wants gradients, which engines do not record."""
