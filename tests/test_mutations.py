@@ -997,7 +997,7 @@ CURES: dict[str, Cure] = {
     # what a graph would freeze
     "reads past the dispatcher are noticed": Cure(
         both(
-            replace(record_torch, "_Reads", _NoReads),
+            replace(record_torch, "HostReads", _NoReads),
             replace(host_activity, "_READS", frozenset()),
             replace(record_torch, "verify", nothing),
         ),
@@ -1008,7 +1008,7 @@ CURES: dict[str, Cure] = {
         both(
             replace(cpu_tape, "refuse_by_tag", nothing),
             around(cpu_tape._Recorder, "_keep", _keep_no_numbers),
-            replace(record_torch, "_Reads", _NoReads),
+            replace(record_torch, "HostReads", _NoReads),
             replace(record_torch, "verify", nothing),
         ),
         _a_path_is_frozen(lambda x: x.sum().item()),

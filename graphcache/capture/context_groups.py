@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
@@ -31,11 +31,12 @@ _MEASURED = ("1.5.", "1.6.")
 
 @dataclass(eq=False, slots=True)
 class SharedContext:
-    """A context, the optimisation profile that it is used with, and its graphs: how many it may have, and which."""
+    """A context, the optimisation profile that it is used with, and its graphs."""
 
     context: Context
     profile: int
     most: int
+    """How many graphs it may have."""
     graphs: WeakSet[CudaGraph] = field(default_factory=WeakSet)
 
     def live(self) -> list[CudaGraph]:
@@ -76,16 +77,23 @@ class SharedContexts:
         if not shares:
             yield SharedContext(self._module.contexts.take(scratch), profile, most=1)
             return
-        shared, graphs = self._with_room(scratch, profile)
-        before = self._answers(graphs)
+        fitting = (each for each in self._open if each.profile == profile and len(each.live()) < each.most)
+        if (shared := next(fitting, None)) is None:
+            shared = SharedContext(self._module.contexts.take(scratch), profile, self._most)
+            self._open.append(shared)
+        shared.context.use_scratch(scratch)
+        graphs = shared.live()
+        before = _answers(graphs)
         self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
-        with ExitStack() as undo:
-            undo.callback(self._check, shared, graphs, before)
-            # After a failure its state is unknown; its graphs keep it.
-            undo.callback(self._open.remove, shared)
+        is_done = False
+        try:
             yield shared
-            undo.pop_all()
-        self._check(shared, graphs, before)
+            is_done = True
+        finally:
+            if not is_done:
+                # Its state is unknown; its graphs keep it.
+                self._open.remove(shared)
+            self._check(shared, graphs, before)
 
     def release(self, *, wait: bool) -> None:
         """Give back the contexts that no graph needs any more, once the last replay is over, and forget the others."""
@@ -98,49 +106,28 @@ class SharedContexts:
 
         self._module.order.release(give_back, wait=wait)
 
-    def _with_room(self, scratch: Tensor, profile: int) -> tuple[SharedContext, list[CudaGraph]]:
-        """A context that may have a further graph, and the graphs that it has."""
-        for shared in self._open:
-            if shared.profile == profile and len(graphs := shared.live()) < shared.most:
-                shared.context.use_scratch(scratch)
-                return shared, graphs
-        found = SharedContext(self._module.contexts.take(scratch), profile, self._most)
-        self._open.append(found)
-        return found, []
-
-    def _answers(self, graphs: Sequence[CudaGraph]) -> list[Tensor]:
-        """The answers of graphs on their static inputs, with the outputs poisoned before."""
-        found: list[Tensor] = []
-        for graph in graphs:
-            static, out = [slot.buffer for slot in graph.outputs], [slot.fresh() for slot in graph.outputs]
-            poison([*static, *out])
-            found += graph.replay([slot.buffer for slot in graph.inputs], out)
-        return found
-
     def _check(self, shared: SharedContext, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
         """Compare the answers of graphs with those from before their context was used."""
         start = time.perf_counter()
         try:
-            after = self._answers(graphs)
             # Answers that differ from replay to replay may differ from those of before by as much.
-            same = disagreement(before, after, lambda: self._answers(graphs)) is None
+            is_same = disagreement(before, _answers(graphs), lambda: _answers(graphs)) is None
         except BaseException:
             # They may be wrong. The new graph was not handed out.
             self._drop(shared.live())
             raise
-        if same:
-            # Comparing has waited for the device.
-            if time.perf_counter() - start > MAX_CHECK_SECONDS:
-                shared.most = len(shared.live())
-            return
-        log.warning(
-            "%s: %d graph(s) answered differently once their execution context was used for another shape; they were "
-            "dropped, and each graph has a context of its own from now on",
-            self._module.name,
-            len(graphs),
-        )
-        self.shares = False
-        self._drop(graphs)
+        # Comparing has waited for the device.
+        if time.perf_counter() - start > MAX_CHECK_SECONDS:
+            shared.most = len(shared.live())
+        if not is_same:
+            log.warning(
+                "%s: %d graph(s) answered differently once their execution context was used for another shape; they "
+                "were dropped, and each graph has a context of its own from now on",
+                self._module.name,
+                len(graphs),
+            )
+            self.shares = False
+            self._drop(graphs)
 
     def _drop(self, graphs: Sequence[CudaGraph]) -> None:
         """Close graphs, and share no context that is there."""
@@ -148,3 +135,13 @@ class SharedContexts:
         for graph in graphs:
             graph.close(wait=False)
         self.broken += graphs
+
+
+def _answers(graphs: Sequence[CudaGraph]) -> list[Tensor]:
+    """The answers of graphs on their static inputs, with the outputs poisoned before."""
+    found: list[Tensor] = []
+    for graph in graphs:
+        static, out = [slot.buffer for slot in graph.outputs], [slot.fresh() for slot in graph.outputs]
+        poison([*static, *out])
+        found += graph.replay([slot.buffer for slot in graph.inputs], out)
+    return found

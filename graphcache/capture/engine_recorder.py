@@ -19,11 +19,9 @@ from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of
 from graphcache.graphs.capture import capture_copying, refusal_of
 from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
-from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import Enqueue, StreamOrder, capture_enqueue, capturing
 from graphcache.graphs.verify import OTHER_VALUES, Round, check_repeats, perturb, verify
-from graphcache.keys.call_key import KeyedCall
 
 
 class EngineRecorder:
@@ -38,36 +36,21 @@ class EngineRecorder:
         self._recording = config.recording
         self._contexts = SharedContexts(module, config)
         self._passing = 0
+        self.broken = self._contexts.broken
 
     @property
     def passing_nbytes(self) -> int:
         return self._passing + self._contexts.passing_nbytes
 
     def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
-        module, call, sharing = self._module, request.call, request.sharing
+        module, call = self._module, request.call
         given, profile = module.checked(module.bind(call.args, call.kwargs))
-        if (cause := module.forbids_capture()) is not None:
-            return self._eagerly(call), cause
         answer: list[Tensor] = []
-        outcome: Recording | Cause
-        try:
-            request.begin()
-            order = StreamOrder(module.device.index) if sharing is Sharing.NOTHING else module.order
-            shares = self._contexts.shares and sharing is Sharing.ALL
-            with capturing(order) as stream, torch.inference_mode(False), torch.no_grad():
-                scratch = order.scratch(module.engine.scratch_bytes)
-                with module.engine.collect_errors(), self._contexts.one(scratch, profile, shares) as shared:
-                    own = [value.detach() for value in given]
-                    full_edges = self._recording.full_edges
-                    engine_call = _EngineCall(module, shared, own, order, stream.cuda_stream, full_edges)
-                    graph = self._capture(engine_call, module.engine.device_only(own), answer, shares)
-                    engine_call.returns_context = not shares
-                    shared.graphs.add(graph)
-                outcome = Recording(graph, _build, whole=True, bare=len(module.engine.outputs) == 1)
-        except Exception as error:
-            outcome = refusal_of(error, module.name).cause
+        outcome = module.forbids_capture() or self._record(request, given, profile, answer)
         if not answer:
-            return self._eagerly(call), outcome
+            # In subgraph mode the engine would go through its cache, and come back here.
+            with graphs_off():
+                return module(*call.args, **call.kwargs), outcome
         # Copies, since these were made on the capture stream, and outside of the caller's inference mode. Another
         # capture must not get their memory before they are copied.
         current = torch.cuda.current_stream(module.device)
@@ -76,17 +59,29 @@ class EngineRecorder:
                 tensor.record_stream(current)
         return _build([tensor.clone() for tensor in answer], call.tensors), outcome
 
-    def take_broken(self) -> list[Graph]:
-        broken, self._contexts.broken = self._contexts.broken, []
-        return broken
-
     def release(self, *, wait: bool = True) -> None:
         self._contexts.release(wait=wait)
 
-    def _eagerly(self, call: KeyedCall) -> Any:
-        # In subgraph mode the engine would go through its cache, and come back here.
-        with graphs_off():
-            return self._module(*call.args, **call.kwargs)
+    def _record(
+        self, request: CaptureRequest, given: Sequence[Tensor], profile: int, answer: list[Tensor]
+    ) -> Recording | Cause:
+        """The graph of a call, or why there is none; ``answer`` gets the eager outputs."""
+        module = self._module
+        try:
+            request.begin()
+            order = StreamOrder(module.device.index) if request.sharing is Sharing.NOTHING else module.order
+            shares = self._contexts.shares and request.sharing is Sharing.ALL
+            with capturing(order) as stream, torch.inference_mode(False), torch.no_grad():
+                scratch = order.scratch(module.engine.scratch_bytes)
+                with module.engine.collect_errors(), self._contexts.one(scratch, profile, shares) as shared:
+                    own = [value.detach() for value in given]
+                    engine_call = _EngineCall(module, shared, own, order, stream.cuda_stream)
+                    graph = self._capture(engine_call, module.engine.device_only(own), answer, shares)
+                    engine_call.returns_context = not shares
+                    shared.graphs.add(graph)
+            return Recording(graph, _build, whole=True, bare=len(module.engine.outputs) == 1)
+        except Exception as error:
+            return refusal_of(error, module.name).cause
 
     def _capture(self, call: _EngineCall, given: Sequence[Tensor], answer: list[Tensor], shares: bool) -> CudaGraph:
         """Capture a call, once eager execution has given its ``answer`` twice; the graph is verified."""
@@ -109,7 +104,8 @@ class EngineRecorder:
             if shares:
                 # What it is looked at with when its context is used again: verification has left NaN there, of which a
                 # graph that has become wrong makes the same.
-                call.fill(rounds[1].inputs if verifies else perturb(given))
+                for slot, value in zip(graph.inputs, rounds[1].inputs if verifies else perturb(given), strict=True):
+                    slot.buffer.copy_(value)
             return graph
 
         if self._recording.bind:
@@ -121,7 +117,7 @@ class EngineRecorder:
                 if refusal.cause.reason is not Reason.MISMATCH:
                     raise
                 log.debug("%s copies its inputs and outputs: pointed at others, %s", name, refusal.cause.detail)
-        return verified(call.copying())
+        return verified(call.copying(self._recording.full_edges))
 
 
 class _EngineCall:
@@ -134,11 +130,9 @@ class _EngineCall:
         given: Sequence[Tensor],
         order: StreamOrder,
         stream: int,
-        full_edges: bool,
     ) -> None:
         self._module, self._context, self._profile = module, shared.context, shared.profile
         self._order, self._stream = order, stream
-        self._full_edges = full_edges
         self.returns_context = False
         """Whether another graph may have the context when this one is gone: not before it is known to be in order."""
         static = [torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value) for value in given]
@@ -159,14 +153,10 @@ class _EngineCall:
         plain = [is_plain_copy(value, buffer) for value, buffer in zip(given, static, strict=True)]
         self._direct: list[bool] = [*module.engine.device_only(plain), *(True for _ in self._outputs)]
 
-    def fill(self, values: Sequence[Tensor]) -> None:
-        """Copy values of the inputs that TensorRT reads on the device into the static ones."""
-        for buffer, value in zip(self._inputs, values, strict=True):
-            buffer.copy_(value)
-
     def run(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The eager answer for some values of the inputs that TensorRT reads on the device."""
-        self.fill(values)
+        for buffer, value in zip(self._inputs, values, strict=True):
+            buffer.copy_(value)
         if not self._context.enqueue(self._stream):
             raise self._context.refusal()
         return [output.clone() for output in self._outputs]
@@ -192,7 +182,7 @@ class _EngineCall:
         slots = [IoSlot(own, found, ALIGNMENT) for own, found in zip(self._buffers, places, strict=True)]
         return self._graph(first, slots)
 
-    def copying(self) -> CudaGraph:
+    def copying(self, full_edges: bool) -> CudaGraph:
         """A graph that begins and ends with nodes that copy, which are pointed at the caller's tensors."""
         captured, slots = capture_copying(
             self._capture,
@@ -201,7 +191,7 @@ class _EngineCall:
             self._direct[: len(self._inputs)],
             self._outputs,
             self._module.name,
-            self._full_edges,
+            full_edges,
         )
         return self._graph(captured, slots)
 

@@ -26,7 +26,14 @@ class Recording:
     """
 
     def __init__(
-        self, graph: Graph, build: Build, *, whole: bool, bare: bool = False, places: Sequence[int] | None = None
+        self,
+        graph: Graph,
+        build: Build,
+        *,
+        whole: bool,
+        bare: bool = False,
+        places: Sequence[int] | None = None,
+        enters_inference: bool = False,
     ) -> None:
         self.graph = graph
         self.build = build
@@ -37,7 +44,10 @@ class Recording:
         self._places = places
         self.replay: Callable[..., list[Tensor]] = graph.replay if places is None else self._replay_distinct
         """Run the graph on the tensors of a call."""
-        self.has_fast_path = True
+        if enters_inference:
+            # The call enters inference mode by itself: outputs are inference tensors in whatever mode it is made.
+            self.replay = torch.inference_mode()(self.replay)
+        self.has_fast_path = not enters_inference
         """Whether native code may replay the graph, past :attr:`replay`."""
         self.nbytes = graph.nbytes
         self.version = 0
@@ -46,16 +56,6 @@ class Recording:
     def spread(self, static: Sequence[Tensor]) -> Sequence[Tensor]:
         """The graph's inputs in the places of the tensors of a call."""
         return static if self._places is None else [static[place] for place in self._places]
-
-    def answer_in_inference_mode(self) -> None:
-        """Make outputs inference tensors from now on, in whatever mode a call is."""
-        replay = self.replay
-
-        def in_inference_mode(inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-            with torch.inference_mode():
-                return replay(inputs, out)
-
-        self.replay, self.has_fast_path = in_inference_mode, False
 
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""
@@ -104,6 +104,9 @@ class Recorder(Protocol):
     def release(self, *, wait: bool = True) -> None:
         """Give back what the graphs shared, which were closed before; wait for the last replays first."""
 
+    broken: list[Graph]
+    """Graphs that this recorder has closed, as they were no longer right; emptied by whoever removes them."""
+
     @property
     def shared_nbytes(self) -> int:
         """Memory in bytes that the graphs use together, so that no eviction gives it back."""
@@ -111,6 +114,3 @@ class Recorder(Protocol):
     @property
     def passing_nbytes(self) -> int:
         """What captures took beyond what stayed, in bytes: the most so far."""
-
-    def take_broken(self) -> list[Graph]:
-        """Graphs that this recorder has closed since it was asked the last time, as they were no longer right."""

@@ -42,6 +42,8 @@ Running = Callable[[], AbstractContextManager[object]]
 class TorchRecorder:
     """Records any module: on the CPU as a host graph, on CUDA as a graph with a memory pool of its own."""
 
+    passing_nbytes = 0
+
     def __init__(
         self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
     ) -> None:
@@ -53,7 +55,7 @@ class TorchRecorder:
         self._recording = config.recording
         self._host_lock = threading.RLock()
         self._orders: dict[int, StreamOrder] = {}
-        self._passing = 0
+        self.broken: list[Graph] = []
 
     def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
         effects = self.observe(request.call)
@@ -87,7 +89,7 @@ class TorchRecorder:
         call = request.call
         run = self.again(effects.version, request.running)
         state = [*self._weights(), *effects.outside]
-        inference = torch.is_inference_mode_enabled()
+        in_inference = torch.is_inference_mode_enabled()
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
                 self._check_containers(effects.value, call)
@@ -99,11 +101,14 @@ class TorchRecorder:
                 shares = request.sharing is Sharing.ALL
                 graph = self._on_host(trial) if index is None else self._on_cuda(trial, index, shares)
                 answer = trial.answer
-                bare = answer.is_whole and isinstance(value, Tensor)
-                recorded = Recording(graph, answer.builder(), whole=answer.is_whole, bare=bare, places=trial.places)
-                if answer.is_inference and not inference:
-                    # The call entered inference mode by itself.
-                    recorded.answer_in_inference_mode()
+                recorded = Recording(
+                    graph,
+                    answer.builder(),
+                    whole=answer.is_whole,
+                    bare=answer.is_whole and isinstance(value, Tensor),
+                    places=trial.places,
+                    enters_inference=answer.is_inference and not in_inference,
+                )
         except Exception as error:
             return located(refusal_of(error, self._name).cause, error, self._module, self._name)
         if (change := self._guard.change()) is not None or effects.version != self._guard.version:
@@ -140,13 +145,6 @@ class TorchRecorder:
     @property
     def shared_nbytes(self) -> int:
         return sum(order.pool_nbytes for order in self._orders.values())
-
-    @property
-    def passing_nbytes(self) -> int:
-        return self._passing
-
-    def take_broken(self) -> list[Graph]:
-        return []
 
     def release(self, *, wait: bool = True) -> None:
         for order in self._orders.values():
@@ -230,12 +228,12 @@ class TorchRecorder:
             call.let_go()
             # What eager execution on this stream needed, and is not going to run here again before the next capture.
             forget_workspaces()
-            self._passing = max(self._passing, most - torch.cuda.memory_allocated(index))
+            self.passing_nbytes = max(self.passing_nbytes, most - torch.cuda.memory_allocated(index))
         return graph
 
     def _check_reads(self, call: TrialCall, static: Sequence[Tensor], *, on_host: bool) -> None:
         """Run a call once more, and refuse it if the host learns something from its tensors."""
-        with compiled_runs_eagerly(), _Reads(static, call.state, self._module) as reads:
+        with compiled_runs_eagerly(), HostReads(static, call.state, lambda: path_here(self._module)) as reads:
             call.call(static)
         # A read of device memory invalidates the capture by itself.
         if learnt := (on_host and reads.read) or reads.asked:
@@ -273,23 +271,6 @@ class TorchRecorder:
 
         if self._config.verify:
             verify(graph, rounds(), again, where=self._name)
-
-
-class _Reads(HostReads):
-    """Notices what the host learns, and in which submodule of ``module``."""
-
-    def __init__(self, inputs: Sequence[Tensor], state: Sequence[Tensor], module: nn.Module) -> None:
-        super().__init__(inputs, state)
-        self._module = module
-        self.path: str | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = super().__torch_function__(func, types, args, kwargs)
-        if self.path is None and (self.read or self.asked):
-            self.path = path_here(self._module)
-        return found
 
 
 @contextmanager

@@ -142,8 +142,9 @@ class CaptureManager:
                 with self.running():
                     answer, outcome = self.target.recorder.attempt(request)
             finally:
-                if broken := self.target.recorder.take_broken():
+                if broken := self.target.recorder.broken:
                     self._drop(broken)
+                    broken.clear()
             if stale is not None:
                 self.graphs.evict(call.key)
             cause = self.keep(call, outcome, time.perf_counter() - start, room)

@@ -53,12 +53,17 @@ class HostReads(TorchFunctionMode):
     never active while a call is recorded.
     """
 
-    def __init__(self, inputs: Sequence[Tensor] = (), state: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor] = (), state: Sequence[Tensor] = (), path_here: Callable[[], str] = str
+    ) -> None:
         super().__init__()
+        self._path_here = path_here
         self.read = ""
         """The first read of any tensor's memory, such as ``tolist`` or ``numpy``."""
         self.asked = ""
         """The first such question about an input, a view of one, or what outlives the call."""
+        self.path: str | None = None
+        """What ``path_here`` gave at the first of either."""
         self._inputs = {storage_of(tensor) for tensor in inputs}
         self._state = {storage_of(tensor) for tensor in state}
 
@@ -78,6 +83,8 @@ class HostReads(TorchFunctionMode):
         asks = asked_of is not None and (asked_of in self._inputs or of_state)
         if asks and not (name in _OF_GRADIENTS and not torch.is_grad_enabled() and _from_torch()):
             self.asked = self.asked or f"Tensor.{name}"
+        if self.path is None and (self.read or self.asked):
+            self.path = self._path_here()
         return func(*args, **(kwargs or {}))
 
 

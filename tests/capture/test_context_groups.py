@@ -182,15 +182,15 @@ def test_graphs_that_could_not_be_looked_at_are_not_used_again(fake: Torch, monk
     first, second = flat(fake, 3, 1), flat(fake, 5)
     fast(first)
     assert torch.equal(fast(first), first * 2)
-    answers, looks = shared_contexts.SharedContexts._answers, iter(range(9))
+    answers, looks = shared_contexts._answers, iter(range(9))
 
-    def fails(self: shared_contexts.SharedContexts, graphs: list[CudaGraph]) -> list[Tensor]:
+    def fails(graphs: list[CudaGraph]) -> list[Tensor]:
         if next(looks) == 1:
             raise torch.cuda.OutOfMemoryError("none left")
-        return answers(self, graphs)
+        return answers(graphs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shared_contexts.SharedContexts, "_answers", fails)
+        patch.setattr(shared_contexts, "_answers", fails)
         assert torch.equal(fast(second), second * 2)
     assert fast.cache_info().graphs == 0
     assert fast.cache_info().eager == {Reason.OUT_OF_MEMORY: 1}
@@ -209,14 +209,14 @@ def test_a_capture_that_fails_is_the_last_of_its_context_and_the_others_are_look
         graph.close()
         raise Refusal(Reason.MISMATCH)
 
-    def counted(self: shared_contexts.SharedContexts, graphs: list[CudaGraph]) -> list[Tensor]:
+    def counted(graphs: list[CudaGraph]) -> list[Tensor]:
         looked.append(len(graphs))
-        return answers(self, graphs)
+        return answers(graphs)
 
-    answers = shared_contexts.SharedContexts._answers
+    answers = shared_contexts._answers
     with monkeypatch.context() as patch:
         patch.setattr(engine_recorder, "verify", wrong)
-        patch.setattr(shared_contexts.SharedContexts, "_answers", counted)
+        patch.setattr(shared_contexts, "_answers", counted)
         x = rows(fake, 3)
         assert torch.equal(fast(x), x * 3 + 1)
     assert looked == [2, 2]
