@@ -125,7 +125,7 @@ def put(
     """
     recorded, graph = entry.graph, entry.graph.graph
     assert isinstance(graph, CudaGraph)
-    if (half := graph.in_native_code(table)) is not None:
+    if (half := graph.in_native_code(native.loaded())) is not None:
         build = None if recorded.bare else recorded.build
         order, context = graph.order, int(driver.primary_context(graph.index))
         table.put(args, entry, graph, order, lock_of(order), half, graph.index, context, engine, epoch, is_stale, build)
@@ -149,13 +149,12 @@ def launcher(graph: Graph) -> Callable[[], None]:
     """
     if not isinstance(graph, CudaGraph):
         return graph.launch
-    native.loaded(wait=True)
-    if (table := new_table()) is None:
+    library = native.loaded(wait=True)
+    if not _connected(library):
         return graph.launch
-    context = int(driver.primary_context(graph.index))
-    lock = lock_of(graph.order)
-    run: Callable[[], None] = table.run(
-        graph, graph.order, lock, graph.index, context, int(graph.executable), graph.launch
+    context, executable = int(driver.primary_context(graph.index)), int(graph.executable)
+    run: Callable[[], None] = library.launcher(
+        graph, graph.order, lock_of(graph.order), graph.index, context, executable, graph.launch
     )
     return run
 
@@ -171,14 +170,20 @@ _locks: WeakKeyDictionary[StreamOrder, Any] = WeakKeyDictionary()
 
 def new_table() -> Any:
     """An empty table of the library; ``None`` if there is no library, or no driver for it."""
-    if (library := native.loaded()) is None:
-        return None
+    library = native.loaded()
+    return library.Table() if _connected(library) else None
+
+
+def _connected(library: Any) -> bool:
+    """Whether there is a library, and a driver for it, whose functions it knows."""
+    if library is None:
+        return False
     try:
         functions = driver.addresses(*_FUNCTIONS)
     except CudaError as error:
         log.debug("hits are answered in Python: %s", error)
-        return None
-    made = library.Driver(
+        return False
+    library.connect(
         (CudaGraph, StreamOrder, Entry, Modes),
         modes,
         ticks,
@@ -190,7 +195,7 @@ def new_table() -> Any:
         functions,
         _stream_function(library),
     )
-    return library.Table(made)
+    return True
 
 
 def _stream_function(library: Any) -> int:

@@ -235,14 +235,14 @@ class CudaGraph:
                     done.add(node)
             pointed[index] = wanted[index]
 
-    def in_native_code(self, table: Any) -> Any:
-        """What native code keeps of this graph, made by one of its tables; ``None`` where it cannot replay it."""
+    def in_native_code(self, library: Any) -> Any:
+        """What native code keeps of this graph; ``None`` where it cannot replay it."""
         slots = (*self.inputs, *self.outputs)
         with self.order.lock:
             if self.executable is None or not self.outputs or not all(slot.pointers for slot in slots):
                 return None
             if self.native is None:
-                self.native = table.graph(
+                self.native = library.graph(
                     int(self.captured),
                     int(self.executable),
                     self.pointed,

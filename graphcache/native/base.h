@@ -92,3 +92,15 @@ static inline uint64_t number_in(Field field, PyObject *object) {
   if (found == UNKNOWN) PyErr_Clear();
   return found;
 }
+
+static PyObject *const *items_of(PyObject *tuple) { return ((PyTupleObject *)tuple)->ob_item; }
+
+static PyObject *tuple_of(const uint64_t *numbers, size_t count) {
+  PyObject *made = PyTuple_New((Py_ssize_t)count);
+  for (size_t i = 0; made != NULL && i < count; ++i) {
+    PyObject *number = PyLong_FromUnsignedLongLong(numbers[i]);
+    if (number == NULL) Py_CLEAR(made);
+    else PyTuple_SET_ITEM(made, (Py_ssize_t)i, number);
+  }
+  return made;
+}

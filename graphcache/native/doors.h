@@ -31,28 +31,29 @@ static PyObject *table_of(PyObject *module) {
   return Py_NewRef(table);
 }
 
-static int are_plain(size_t given, PyObject *names, Py_ssize_t least) {
-  return PyVectorcall_NARGS(given) >= least && (names == NULL || PyTuple_GET_SIZE(names) == 0);
+// The table of the module that is called with at least some arguments, all of them by position; otherwise NULL.
+static PyObject *table_for(PyObject *const *args, size_t given, PyObject *names, Py_ssize_t least) {
+  if (PyVectorcall_NARGS(given) < least || (names != NULL && PyTuple_GET_SIZE(names) != 0)) return NULL;
+  PyObject *table = table_of(args[0]);
+  if (table == NULL) PyErr_Clear();
+  return table;
 }
 
 static PyObject *door_call(PyObject *function, PyObject *const *args, size_t given, PyObject *names) {
-  OWNED PyObject *table = are_plain(given, names, 2) ? table_of(args[0]) : NULL;
+  OWNED PyObject *table = table_for(args, given, names, 2);
   PyObject *result = NULL;
-  if (table == NULL) PyErr_Clear();
-  else if (answer((Table *)table, args + 1, PyVectorcall_NARGS(given) - 1, &result) != LEFT_ALONE) return result;
-  return doors.call(function, args, given, names);
+  if (table == NULL || answer((Table *)table, NULL, args + 1, PyVectorcall_NARGS(given) - 1, &result) == LEFT_ALONE)
+    return doors.call(function, args, given, names);
+  return result;
 }
 
 static PyObject *door_into(PyObject *function, PyObject *const *args, size_t given, PyObject *names) {
-  OWNED PyObject *table = are_plain(given, names, 3) ? table_of(args[0]) : NULL;
-  if (table == NULL) {
-    PyErr_Clear();
-    return doors.into(function, args, given, names);
-  }
-  const Outcome outcome = answer_into((Table *)table, args[1], args + 2, PyVectorcall_NARGS(given) - 2);
-  if (outcome == LEFT_ALONE)
+  OWNED PyObject *table = table_for(args, given, names, 3);
+  PyObject *result = NULL;
+  if (table == NULL) return doors.into(function, args, given, names);
+  if (answer((Table *)table, args[1], args + 2, PyVectorcall_NARGS(given) - 2, &result) == LEFT_ALONE)
     return PyObject_VectorcallMethod(doors.into_name, args, (size_t)PyVectorcall_NARGS(given), NULL);
-  return outcome == DONE ? Py_NewRef(args[1]) : NULL;
+  return result;
 }
 
 static void set_door(PyObject *function, vectorcallfunc door, vectorcallfunc *before) {

@@ -1,5 +1,5 @@
-// The functions of the CUDA driver that are called here, at addresses that Python asked the driver for, and what all
-// tables of a process ask besides.
+// The functions of the CUDA driver that are called here, at addresses that Python asked the driver for, and what else a
+// launch asks.
 #pragma once
 
 #include "call.h"
@@ -19,8 +19,8 @@ typedef struct {
   int64_t id;
 } TorchStream;
 
-typedef struct {
-  PyObject_HEAD
+// Of the process, and said again for every table.
+static struct {
   // As the C interface of CUDA 12 declares them; a CUresult is an int.
   int (*launch)(void *executable, void *stream);
   int (*set_kernel)(void *executable, void *node, const void *params);
@@ -34,79 +34,50 @@ typedef struct {
   uint64_t known_handle;
   PyObject *held;  // the arguments, from which everything below is borrowed
   PyObject *modes, *counter, *raw_stream, *requires_grad, *failure, *quiet;
-  PyObject *current_device;  // NULL where there is one device
+  PyObject *current_device;  // None where there is one device
   Field executable, stream, hits, used, off;
-} Driver;
+} driver;
 
-static PyTypeObject *driver_type;
-
-// ((CudaGraph, StreamOrder, Entry, Modes), modes, counter, raw_stream, current_device, requires_grad, failure, quiet,
-// seven addresses, torch_stream)
-static PyObject *driver_new(PyTypeObject *type, PyObject *given, PyObject *names) {
-  (void)names;
-  OWNED Driver *made = (Driver *)type->tp_alloc(type, 0);
+// connect((CudaGraph, StreamOrder, Entry, Modes), modes, counter, raw_stream, current_device, requires_grad, failure,
+// quiet, seven addresses, torch_stream)
+static PyObject *connect_driver(PyObject *module, PyObject *given) {
+  (void)module;
   PyObject *graph, *order, *entry, *modes_class;
   unsigned long long at[7], torch_stream;
-  if (made == NULL ||
-      !PyArg_ParseTuple(given, "(OOOO)OOOOOOO(KKKKKKK)K:Driver", &graph, &order, &entry, &modes_class, &made->modes,
-                        &made->counter, &made->raw_stream, &made->current_device, &made->requires_grad, &made->failure,
-                        &made->quiet, at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6, &torch_stream) ||
-      find_field(&made->executable, graph, "executable") || find_field(&made->stream, order, "stream") ||
-      find_field(&made->hits, entry, "hits") || find_field(&made->used, entry, "used") ||
-      find_field(&made->off, modes_class, "off"))
+  typeof(driver) new = {.known.device_index = -1, .held = given};
+  if (!PyArg_ParseTuple(given, "(OOOO)OOOOOOO(KKKKKKK)K:connect", &graph, &order, &entry, &modes_class, &new.modes,
+                        &new.counter, &new.raw_stream, &new.current_device, &new.requires_grad, &new.failure, &new.quiet,
+                        at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6, &torch_stream) ||
+      find_field(&new.executable, graph, "executable") || find_field(&new.stream, order, "stream") ||
+      find_field(&new.hits, entry, "hits") || find_field(&new.used, entry, "used") ||
+      find_field(&new.off, modes_class, "off"))
     return NULL;
-  int complete = PyContextVar_CheckExact(made->modes) && PyIter_Check(made->counter) &&
-                 Py_IS_TYPE(made->requires_grad, &PyGetSetDescr_Type) && tensor_types != NULL;
+  int complete = PyContextVar_CheckExact(new.modes) && PyIter_Check(new.counter) &&
+                 Py_IS_TYPE(new.requires_grad, &PyGetSetDescr_Type) && tensor_types != NULL;
   for (int i = 0; i < 7; ++i) complete &= at[i] != 0;
   if (!complete) return PyErr_Format(PyExc_TypeError, "expected a context variable, an iterator and seven addresses");
-  if (made->current_device == Py_None) made->current_device = NULL;
-  made->launch = (void *)at[0];
-  made->set_kernel = (void *)at[1];
-  made->set_copy = (void *)at[2];
-  made->is_capturing = (void *)at[3];
-  made->current_context = (void *)at[4];
-  made->instantiate = (void *)at[5];
-  made->destroy = (void *)at[6];
-  made->torch_stream = (void *)torch_stream;
-  made->known.device_index = -1;
-  made->held = Py_NewRef(given);
-  return Py_NewRef((PyObject *)made);
+  new.launch = (void *)at[0], new.set_kernel = (void *)at[1], new.set_copy = (void *)at[2];
+  new.is_capturing = (void *)at[3], new.current_context = (void *)at[4], new.instantiate = (void *)at[5];
+  new.destroy = (void *)at[6], new.torch_stream = (void *)torch_stream;
+  OWNED PyObject *before = driver.held;
+  Py_INCREF(given);
+  driver = new;
+  Py_RETURN_NONE;
 }
-
-static int driver_traverse(Driver *self, visitproc visit, void *arg) {
-  Py_VISIT(Py_TYPE(self));
-  Py_VISIT(self->held);
-  return 0;
-}
-
-static void driver_dealloc(Driver *self) {
-  PyTypeObject *type = Py_TYPE(self);
-  PyObject_GC_UnTrack(self);
-  Py_XDECREF(self->held);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-// It breaks no cycle: whoever refers to it does.
-static PyType_Slot driver_slots[] = {
-    {Py_tp_new, driver_new}, {Py_tp_dealloc, driver_dealloc}, {Py_tp_traverse, driver_traverse}, {0, NULL}};
-
-static PyType_Spec driver_spec = {"_graphcache.Driver", sizeof(Driver), 0,
-                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE, driver_slots};
 
 // What a function of the driver refused.
-static Outcome refused(Driver *driver, const char *name, int code) {
-  OWNED PyObject *error = PyObject_CallFunction(driver->failure, "si", name, code);
+static Outcome refused(const char *name, int code) {
+  OWNED PyObject *error = PyObject_CallFunction(driver.failure, "si", name, code);
   if (error != NULL) PyErr_SetObject((PyObject *)Py_TYPE(error), error);
   return FAILED;
 }
 
-static Outcome launch(Driver *driver, void *executable, uint64_t stream) {
+static Outcome launch(void *executable, uint64_t stream) {
   int code;
   Py_BEGIN_ALLOW_THREADS
-  code = driver->launch(executable, (void *)stream);
+  code = driver.launch(executable, (void *)stream);
   Py_END_ALLOW_THREADS
-  return code == 0 ? DONE : refused(driver, "cuGraphLaunch", code);
+  return code == 0 ? DONE : refused("cuGraphLaunch", code);
 }
 
 // ---- where a call is launched, asked without touching anything
@@ -125,49 +96,49 @@ static Device device_of(PyObject *index, unsigned long long context) {
 }
 
 // The current stream, as a raw handle.
-static Outcome current_stream(Driver *driver, const Device *device, uint64_t *stream) {
+static Outcome current_stream(const Device *device, uint64_t *stream) {
   TorchStream now = {0, -1, 0};
-  if (driver->torch_stream != NULL && device->device >= 0) {
-    now = driver->torch_stream((int8_t)device->device);
-    if (now.id == driver->known.id && now.device_index == driver->known.device_index) {
-      *stream = driver->known_handle;
+  if (driver.torch_stream != NULL && device->device >= 0) {
+    now = driver.torch_stream((int8_t)device->device);
+    if (now.id == driver.known.id && now.device_index == driver.known.device_index) {
+      *stream = driver.known_handle;
       return DONE;
     }
   }
-  OWNED PyObject *number = PyObject_CallOneArg(driver->raw_stream, device->index);
+  OWNED PyObject *number = PyObject_CallOneArg(driver.raw_stream, device->index);
   if (number == NULL) return FAILED;
   *stream = PyLong_AsUnsignedLongLong(number);
   if (PyErr_Occurred()) return FAILED;
-  driver->known = now, driver->known_handle = *stream;
+  driver.known = now, driver.known_handle = *stream;
   return DONE;
 }
 
 // Whether a stream is the one that was captured for: the legacy default stream is that of the current context.
-static int is_here(Driver *driver, const Device *device, uint64_t stream) {
+static int is_here(const Device *device, uint64_t stream) {
   void *current = NULL;
-  return stream != 0 || (driver->current_context(&current) == 0 && (uint64_t)current == device->context);
+  return stream != 0 || (driver.current_context(&current) == 0 && (uint64_t)current == device->context);
 }
 
 // Whether a call may be launched: what the caller's context forbids.
-static Outcome may_launch(Driver *driver, const Device *device, uint64_t *stream) {
+static Outcome may_launch(const Device *device, uint64_t *stream) {
   PyObject *found = NULL;
-  if (PyContextVar_Get(driver->modes, NULL, &found) < 0) return FAILED;
+  if (PyContextVar_Get(driver.modes, NULL, &found) < 0) return FAILED;
   OWNED PyObject *modes = found;
-  if (modes == NULL || !is_of(driver->off, modes) || *field_of(driver->off, modes) != Py_False) return LEFT_ALONE;
-  const Outcome known = current_stream(driver, device, stream);
+  if (modes == NULL || !is_of(driver.off, modes) || *field_of(driver.off, modes) != Py_False) return LEFT_ALONE;
+  const Outcome known = current_stream(device, stream);
   if (known != DONE) return known;
-  if (!is_here(driver, device, *stream)) return LEFT_ALONE;
-  if (driver->current_device != NULL) {
-    OWNED PyObject *current = PyObject_CallNoArgs(driver->current_device);
+  if (!is_here(device, *stream)) return LEFT_ALONE;
+  if (driver.current_device != Py_None) {
+    OWNED PyObject *current = PyObject_CallNoArgs(driver.current_device);
     const int same = current == NULL ? -1 : PyObject_RichCompareBool(current, device->index, Py_EQ);
     if (same <= 0) return same < 0 ? FAILED : LEFT_ALONE;
   }
   int status = 0;
-  return driver->is_capturing((void *)*stream, &status) == 0 && status == 0 ? DONE : LEFT_ALONE;
+  return driver.is_capturing((void *)*stream, &status) == 0 && status == 0 ? DONE : LEFT_ALONE;
 }
 
 // With the order's lock: whether a CudaGraph was not closed, and its order ran last on this stream.
-static int is_current(Driver *driver, PyObject *graph, PyObject *order, uint64_t stream) {
-  PyObject *executable = *field_of(driver->executable, graph);
-  return executable != NULL && executable != Py_None && number_in(driver->stream, order) == stream;
+static int is_current(PyObject *graph, PyObject *order, uint64_t stream) {
+  PyObject *executable = *field_of(driver.executable, graph);
+  return executable != NULL && executable != Py_None && number_in(driver.stream, order) == stream;
 }

@@ -42,7 +42,6 @@ static int is_set(const Graph *graph, const int *changed, size_t place, Py_ssize
 // Point an executable elsewhere. The driver takes a node's parameters as a whole, and several tensors may stand in one:
 // all words are written before any node is set. What the driver refuses, and what comes after that, is unknown then.
 static Outcome point(Graph *graph, size_t index, const uint64_t *wanted) {
-  Driver *driver = graph->driver;
   void *executable = graph->executables[index].handle;
   uint64_t *found = graph->executables[index].addresses;
   int changed[MOST_PLACES];
@@ -55,11 +54,10 @@ static Outcome point(Graph *graph, size_t index, const uint64_t *wanted) {
     for (Py_ssize_t j = 0; changed[i] && j < graph->places[i].count; ++j) {
       const Pointer *pointer = graph->places[i].pointers + j;
       if (is_set(graph, changed, i, j)) continue;
-      const int code = pointer->kernel ? driver->set_kernel(executable, pointer->node, pointer->params)
-                                       : driver->set_copy(executable, pointer->node, pointer->params, pointer->context);
+      const int code = pointer->kernel ? driver.set_kernel(executable, pointer->node, pointer->params)
+                                       : driver.set_copy(executable, pointer->node, pointer->params, pointer->context);
       if (code != 0)
-        return refused(driver,
-                       pointer->kernel ? "cuGraphExecKernelNodeSetParams" : "cuGraphExecMemcpyNodeSetParams", code);
+        return refused(pointer->kernel ? "cuGraphExecKernelNodeSetParams" : "cuGraphExecMemcpyNodeSetParams", code);
     }
     if (changed[i]) found[i] = wanted[i];
   }
@@ -71,7 +69,7 @@ static Outcome point(Graph *graph, size_t index, const uint64_t *wanted) {
 static int add_executable(Graph *graph) {
   InstantiateParams params = {0};
   void *handle = NULL;
-  if (graph->driver->instantiate(&handle, graph->captured, &params) != 0) {
+  if (driver.instantiate(&handle, graph->captured, &params) != 0) {
     graph->most = graph->count;
     return 0;
   }

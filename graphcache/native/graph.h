@@ -30,7 +30,6 @@ typedef struct {
 
 typedef struct {
   PyObject_HEAD
-  Driver *driver;
   PyObject *held;    // what holds the memory behind the pointers, and that of the first executable's addresses
   PyObject *makers;  // in `held`: a callable and its arguments for each output
   void *captured;    // the CUgraph; Python's, as the first executable
@@ -121,10 +120,10 @@ static int read_graph(Graph *graph, PyObject *given) {
   return 0;
 }
 
-static PyObject *make_graph(Driver *driver, PyObject *given) {
+static PyObject *make_graph(PyObject *module, PyObject *given) {
+  (void)module;
   OWNED PyObject *made = graph_type->tp_alloc(graph_type, 0);
   if (made == NULL) return NULL;
-  ((Graph *)made)->driver = (Driver *)Py_NewRef((PyObject *)driver);
   const int refused = read_graph((Graph *)made, given);
   if (refused > 0) Py_RETURN_NONE;
   if (refused < 0 && !PyErr_Occurred())
@@ -134,7 +133,6 @@ static PyObject *make_graph(Driver *driver, PyObject *given) {
 
 static int graph_traverse(Graph *self, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(self));
-  Py_VISIT(self->driver);
   Py_VISIT(self->held);
   Py_VISIT(self->ready);
   return 0;
@@ -152,7 +150,6 @@ static void graph_dealloc(Graph *self) {
   for (size_t i = 0; i < MOST_PLACES; ++i) PyMem_Free(self->places[i].pointers);
   PyMem_Free(self->executables);
   PyMem_Free(self->addresses);
-  Py_XDECREF(self->driver);
   free_object((PyObject *)self);
 }
 
@@ -161,29 +158,24 @@ static PyObject *graph_close(Graph *self, PyObject *unused) {
   (void)unused;
   int failed = 0;
   while (self->count > 1) {
-    const int code = self->driver->destroy(self->executables[--self->count].handle);
+    const int code = driver.destroy(self->executables[--self->count].handle);
     if (code != 0) failed = code;
   }
   self->most = 1;
   self->expected = self->last = self->hand = 0;
   graph_clear(self);
   if (failed == 0) Py_RETURN_NONE;
-  refused(self->driver, "cuGraphExecDestroy", failed);
+  refused("cuGraphExecDestroy", failed);
   return NULL;
 }
 
-// A list of (handle, [address, ...]), Python's first.
+// A list of (handle, (address, ...)), Python's first.
 static PyObject *graph_executables(Graph *self, PyObject *unused) {
   (void)unused;
   OWNED PyObject *found = PyList_New(0);
-  for (size_t each = 0; found != NULL && each < self->count; ++each) {
-    OWNED PyObject *addresses = PyList_New(0);
-    for (size_t i = 0; addresses != NULL && i < self->all; ++i) {
-      OWNED PyObject *address = PyLong_FromUnsignedLongLong(self->executables[each].addresses[i]);
-      if (address == NULL || PyList_Append(addresses, address) < 0) return NULL;
-    }
-    if (addresses == NULL) return NULL;
-    OWNED PyObject *row = Py_BuildValue("KO", (unsigned long long)self->executables[each].handle, addresses);
+  for (size_t i = 0; found != NULL && i < self->count; ++i) {
+    const Executable *each = self->executables + i;
+    OWNED PyObject *row = Py_BuildValue("KN", (unsigned long long)each->handle, tuple_of(each->addresses, self->all));
     if (row == NULL || PyList_Append(found, row) < 0) return NULL;
   }
   return Py_XNewRef(found);

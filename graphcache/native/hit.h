@@ -21,8 +21,6 @@ typedef struct Record {
 // The graphs of one module.
 typedef struct {
   PyObject_HEAD
-  Driver *driver;
-  PyObject *epoch_name;
   Record **buckets;
   size_t mask, count;
 } Table;
@@ -48,8 +46,8 @@ static Record *find(Table *table, const Words *words) {
   __builtin_prefetch(&record->native->executables);
   __builtin_prefetch(&record->native->last);
   __builtin_prefetch(&record->native->ready);
-  __builtin_prefetch(field_of(table->driver->executable, record->graph));
-  __builtin_prefetch(field_of(table->driver->hits, record->entry));
+  __builtin_prefetch(field_of(driver.executable, record->graph));
+  __builtin_prefetch(field_of(driver.hits, record->entry));
   ++record->users;
   return record;
 }
@@ -86,7 +84,7 @@ static Outcome prepare_next(Graph *graph, Lock *lock, uint64_t stream) {
   OWNED PyObject *fresh = NULL;
   uint64_t addresses[MOST_OUTPUTS];
   if (make_outputs(graph, &fresh, addresses) != DONE || (fresh != NULL && launched(graph, lock, addresses) != DONE)) {
-    if (!PyErr_ExceptionMatches(graph->driver->quiet)) return FAILED;
+    if (!PyErr_ExceptionMatches(driver.quiet)) return FAILED;
     PyErr_Clear();
     return DONE;
   }
@@ -98,13 +96,15 @@ static Outcome prepare_next(Graph *graph, Lock *lock, uint64_t stream) {
 }
 
 // With the order's lock: whether the graph is there, and ran last on this stream, and the engine is of the same epoch.
-static Outcome may_replay(Table *table, const Record *record, uint64_t stream) {
-  if (!is_current(table->driver, record->graph, record->order, stream)) return LEFT_ALONE;
+static Outcome may_replay(const Record *record, uint64_t stream) {
+  if (!is_current(record->graph, record->order, stream)) return LEFT_ALONE;
   if (record->engine == NULL) return DONE;
   // Where nn.Module would find it in the end.
   OWNED PyObject *attributes = PyObject_GenericGetDict(record->engine, NULL);
   if (attributes == NULL) return FAILED;
-  PyObject *epoch = PyDict_GetItemWithError(attributes, table->epoch_name);
+  static PyObject *name;
+  if (name == NULL && (name = PyUnicode_InternFromString("epoch")) == NULL) return FAILED;
+  PyObject *epoch = PyDict_GetItemWithError(attributes, name);
   if (epoch == NULL) return PyErr_Occurred() ? FAILED : LEFT_ALONE;
   const int same = epoch == record->epoch ? 1 : PyObject_RichCompareBool(epoch, record->epoch, Py_EQ);
   return same < 0 ? FAILED : same == 0 ? LEFT_ALONE : DONE;
@@ -119,38 +119,38 @@ static Outcome holds(const Record *record) {
 }
 
 // This was a hit.
-static Outcome count_hit(Driver *driver, const Record *record) {
-  PyObject *now = PyIter_Next(driver->counter);
-  PyObject *more = now == NULL ? NULL : PyLong_FromUnsignedLongLong(number_in(driver->hits, record->entry) + 1);
+static Outcome count_hit(const Record *record) {
+  PyObject *now = PyIter_Next(driver.counter);
+  PyObject *more = now == NULL ? NULL : PyLong_FromUnsignedLongLong(number_in(driver.hits, record->entry) + 1);
   if (more == NULL) {
     Py_XDECREF(now);
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "the counter of uses has ended");
     return FAILED;
   }
-  put_in(driver->hits, record->entry, more);
-  put_in(driver->used, record->entry, now);
+  put_in(driver.hits, record->entry, more);
+  put_in(driver.used, record->entry, now);
   return DONE;
 }
 
 // With the order's lock: point, launch, and do what can be done while the device works. Without outputs new ones are
 // taken, which the caller's are otherwise.
-static Outcome replay(Table *table, const Record *record, uint64_t stream, uint64_t *addresses, PyObject **outputs) {
+static Outcome replay(const Record *record, uint64_t stream, uint64_t *addresses, PyObject **outputs) {
   Graph *graph = record->native;
-  Outcome outcome = may_replay(table, record, stream);
+  Outcome outcome = may_replay(record, stream);
   if (outcome != DONE) return outcome;
   if (outputs != NULL) {
     outcome = take_outputs(graph, stream, outputs, addresses + graph->inputs);
     if (outcome != DONE || *outputs == NULL) return outcome == DONE ? LEFT_ALONE : outcome;
   }
   if ((outcome = aim(graph, record->lock, addresses)) != DONE) return outcome;
-  if ((outcome = launch(graph->driver, graph->executables[graph->expected].handle, stream)) != DONE) return outcome;
+  if ((outcome = launch(graph->executables[graph->expected].handle, stream)) != DONE) return outcome;
   return outputs != NULL ? prepare_next(graph, record->lock, stream) : launched(graph, record->lock, NULL);
 }
 
-static Outcome replay_locked(Table *table, const Record *record, uint64_t stream, uint64_t *addresses, PyObject **outputs) {
+static Outcome replay_locked(const Record *record, uint64_t stream, uint64_t *addresses, PyObject **outputs) {
   const int held = hold(record->lock);
   if (held <= 0) return held < 0 ? FAILED : LEFT_ALONE;
-  const Outcome outcome = replay(table, record, stream, addresses, outputs);
+  const Outcome outcome = replay(record, stream, addresses, outputs);
   let_go(record->lock);
   return outcome;
 }
@@ -167,32 +167,6 @@ static PyObject *as_tuple(PyObject *const *items, Py_ssize_t count) {
   return made;
 }
 
-// The answer to some arguments.
-static Outcome answer(Table *table, PyObject *const *args, Py_ssize_t count, PyObject **result) {
-  Words words;
-  if (!nothing_special() || !describe(args, count, &words)) return LEFT_ALONE;
-  USING Record *record = find(table, &words);
-  if (record == NULL) return LEFT_ALONE;
-  uint64_t stream = 0, addresses[MOST_PLACES];
-  Outcome outcome = may_launch(table->driver, &record->device, &stream);
-  if (outcome != DONE) return outcome;
-  if (!are_usable(record->native, args, addresses)) return LEFT_ALONE;
-  OWNED PyObject *outputs = NULL;
-  if ((outcome = replay_locked(table, record, stream, addresses, &outputs)) != DONE) return outcome;
-  OWNED PyObject *answer = NULL;
-  if (record->build == NULL) {
-    answer = Py_NewRef(PyList_GET_ITEM(outputs, 0));
-  } else {
-    OWNED PyObject *given = as_tuple(args, count);
-    if (given != NULL) answer = PyObject_CallFunctionObjArgs(record->build, outputs, given, NULL);
-    if (answer == NULL) return FAILED;
-  }
-  // Asked while the device works: what a stale graph wrote is dropped.
-  if ((outcome = holds(record)) != DONE || (outcome = count_hit(table->driver, record)) != DONE) return outcome;
-  *result = Py_NewRef(answer);
-  return DONE;
-}
-
 static int overlaps(const Graph *graph, const uint64_t *addresses) {
   const uint64_t written = addresses[graph->inputs], end = written + graph->places[graph->inputs].nbytes;
   for (size_t i = 0; i < graph->inputs; ++i)
@@ -205,7 +179,7 @@ static int fits(const Graph *graph, PyObject *out, uint64_t *addresses) {
   Words words;
   words.count = 0;
   if (!describe_one(out, &words) || !same_words(graph->target, graph->target_words, &words)) return 0;
-  const PyGetSetDef *requires_grad = ((PyGetSetDescrObject *)graph->driver->requires_grad)->d_getset;
+  const PyGetSetDef *requires_grad = ((PyGetSetDescrObject *)driver.requires_grad)->d_getset;
   OWNED PyObject *wants = requires_grad->get(out, requires_grad->closure);
   if (wants != Py_False) {
     PyErr_Clear();
@@ -214,17 +188,37 @@ static int fits(const Graph *graph, PyObject *out, uint64_t *addresses) {
   return is_usable(out, graph->places[graph->inputs].mask, addresses + graph->inputs) && !overlaps(graph, addresses);
 }
 
-static Outcome answer_into(Table *table, PyObject *out, PyObject *const *args, Py_ssize_t count) {
+// The answer of a graph, which has made its outputs.
+static PyObject *build_answer(const Record *record, PyObject *outputs, PyObject *const *args, Py_ssize_t count) {
+  if (record->build == NULL) return Py_NewRef(PyList_GET_ITEM(outputs, 0));
+  OWNED PyObject *given = as_tuple(args, count);
+  return given == NULL ? NULL : PyObject_CallFunctionObjArgs(record->build, outputs, given, NULL);
+}
+
+// The answer to some arguments, written into `out` unless that is NULL.
+static Outcome answer(Table *table, PyObject *out, PyObject *const *args, Py_ssize_t count, PyObject **result) {
   Words words;
   if (!nothing_special() || !describe(args, count, &words)) return LEFT_ALONE;
   USING Record *record = find(table, &words);
-  if (record == NULL || record->build != NULL || record->native->outputs != 1) return LEFT_ALONE;
+  if (record == NULL || (out != NULL && (record->build != NULL || record->native->outputs != 1))) return LEFT_ALONE;
   uint64_t stream = 0, addresses[MOST_PLACES];
-  Outcome outcome = may_launch(table->driver, &record->device, &stream);
+  Outcome outcome = may_launch(&record->device, &stream);
   if (outcome != DONE) return outcome;
-  if (!are_usable(record->native, args, addresses) || !fits(record->native, out, addresses)) return LEFT_ALONE;
-  // Asked before the launch, which writes into the caller's memory and cannot be taken back.
-  if ((outcome = holds(record)) != DONE) return outcome;
-  if ((outcome = replay_locked(table, record, stream, addresses, NULL)) != DONE) return outcome;
-  return count_hit(table->driver, record);
+  if (!are_usable(record->native, args, addresses)) return LEFT_ALONE;
+  OWNED PyObject *outputs = NULL, *answer = NULL;
+  if (out != NULL) {
+    if (!fits(record->native, out, addresses)) return LEFT_ALONE;
+    // Asked before the launch, which writes into the caller's memory and cannot be taken back.
+    if ((outcome = holds(record)) != DONE) return outcome;
+    if ((outcome = replay_locked(record, stream, addresses, NULL)) != DONE) return outcome;
+    answer = Py_NewRef(out);
+  } else {
+    if ((outcome = replay_locked(record, stream, addresses, &outputs)) != DONE) return outcome;
+    if ((answer = build_answer(record, outputs, args, count)) == NULL) return FAILED;
+    // Asked while the device works: what a stale graph wrote is dropped.
+    if ((outcome = holds(record)) != DONE) return outcome;
+  }
+  if ((outcome = count_hit(record)) != DONE) return outcome;
+  *result = Py_NewRef(answer);
+  return DONE;
 }

@@ -50,27 +50,6 @@ static PyObject *learn_quiet(PyObject *module, PyObject *inference) {
   Py_RETURN_NONE;
 }
 
-static PyObject *tuple_of(const int64_t *numbers, int64_t count) {
-  PyObject *made = PyTuple_New((Py_ssize_t)count);
-  for (int64_t i = 0; made != NULL && i < count; ++i) {
-    PyObject *number = PyLong_FromLongLong(numbers[i]);
-    if (number == NULL) Py_CLEAR(made);
-    else PyTuple_SET_ITEM(made, (Py_ssize_t)i, number);
-  }
-  return made;
-}
-
-// read(tensor) -> (address of the memory, offset, keys, dtype, sizes, strides), for comparison with Python
-static PyObject *read_fields(PyObject *module, PyObject *object) {
-  (void)module;
-  if (check_tensor(object)) return NULL;
-  const Tensor read = read_tensor(object);
-  const int64_t *sizes = sizes_of(read.impl, read.rank);
-  return Py_BuildValue("KLKHNN", (unsigned long long)(uintptr_t)read.data, (long long)read.offset,
-                       (unsigned long long)read.keys, read.dtype, tuple_of(sizes, read.rank),
-                       tuple_of(strides_of(sizes, read.rank), read.rank));
-}
-
 static PyObject *is_quiet(PyObject *module, PyObject *unused) {
   (void)module, (void)unused;
   return PyBool_FromLong(nothing_special());
@@ -79,9 +58,9 @@ static PyObject *is_quiet(PyObject *module, PyObject *unused) {
 static PyObject *layout(PyObject *module, PyObject *args) {
   (void)module;
   Words words;
-  if (!PyTuple_CheckExact(args) || !describe(((PyTupleObject *)args)->ob_item, PyTuple_GET_SIZE(args), &words))
+  if (!PyTuple_CheckExact(args) || !describe(items_of(args), PyTuple_GET_SIZE(args), &words))
     Py_RETURN_NONE;
-  return tuple_of((const int64_t *)words.at, (int64_t)words.count);
+  return tuple_of(words.at, words.count);
 }
 
 static PyObject *address(PyObject *module, PyObject *object) {
@@ -111,12 +90,14 @@ static PyObject *use_shortcuts(PyObject *module, PyObject *wanted) {
 static PyMethodDef module_functions[] = {
     {"configure", configure, METH_VARARGS, "Say where torch keeps the fields of a tensor."},
     {"learn_quiet", learn_quiet, METH_O, "Remember a context in which nothing is special, in inference mode or not."},
-    {"read", read_fields, METH_O, "The fields of a tensor, for a guard."},
     {"is_quiet", is_quiet, METH_NOARGS, "No gradients, autocast, modes, transforms or tracing here."},
     {"layout", layout, METH_O, "What tells a tuple of plain tensors from others; None for anything else."},
     {"address", address, METH_O, "Where a plain tensor's data lies; None for anything else."},
     {"stream_id", stream_id, METH_VARARGS, "What a function of torch says of the current stream."},
     {"use_shortcuts", use_shortcuts, METH_O, "Whether dictionaries that were not written to are looked into."},
+    {"connect", connect_driver, METH_VARARGS, "Say where the driver's functions are, and what else a launch asks."},
+    {"graph", make_graph, METH_VARARGS, "The native half of a graph."},
+    {"launcher", make_launcher, METH_VARARGS, "What launches a graph on its static buffers."},
     {"open", open_doors, METH_VARARGS, "Let calls of two Python functions come to the table of their module first."},
     {NULL, NULL, 0, NULL},
 };
@@ -135,8 +116,7 @@ PyMODINIT_FUNC PyInit__graphcache(void) {
   OWNED PyObject *module = PyModule_Create(&module_definition);
   PyTypeObject *guard_type;
   if (module == NULL || add_type(module, &guard_spec, &guard_type, "Guard") ||
-      add_type(module, &lock_spec, &lock_type, "Lock") || add_type(module, &driver_spec, &driver_type, "Driver") ||
-      add_type(module, &graph_spec, &graph_type, NULL) || add_type(module, &run_spec, &run_type, NULL) ||
+      add_type(module, &lock_spec, &lock_type, "Lock") || add_type(module, &graph_spec, &graph_type, NULL) ||
       add_type(module, &table_spec, &table_type, "Table"))
     return NULL;
   start_watcher();

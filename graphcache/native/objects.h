@@ -38,7 +38,7 @@ static int find_deque_type(void) {
 
 static int same_pointers(PyObject *const *found, PyObject *tuple) {
   const size_t count = (size_t)PyTuple_GET_SIZE(tuple);
-  return count == 0 || memcmp(found, ((PyTupleObject *)tuple)->ob_item, count * sizeof *found) == 0;
+  return count == 0 || memcmp(found, items_of(tuple), count * sizeof *found) == 0;
 }
 
 static int same_list(PyObject *list, PyObject *expected) {

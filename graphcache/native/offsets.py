@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ DTYPES = {
 """torch's numbers of its dtypes, which are also those of its files and of its stable C functions."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A tensor, as Python tells it."""
 
     tensor: Tensor
@@ -75,13 +74,12 @@ def offsets_of(told: Sequence[Sample]) -> tuple[int, ...]:
     """
     usable = ctypes.CDLL(None).malloc_usable_size
     usable.argtypes, usable.restype = [ctypes.c_void_p], ctypes.c_size_t
-
     objects = [ctypes.string_at(id(each.tensor), type(each.tensor).__basicsize__) for each in told]
     impls = [ctypes.string_at(each.impl, usable(each.impl)) for each in told]
     storages = [ctypes.string_at(each.storage, usable(each.storage)) for each in told]
     rank = _locate("rank", impls, [len(each.sizes) for each in told])
     for each, memory in zip(told, impls, strict=True):
-        # Up to five sizes and strides are kept there, more of them elsewhere: native code reads those to be compared.
+        # Up to five sizes and strides are kept there, more of them elsewhere.
         kept = memoryview(memory[rank + 8 : rank + 88]).cast("q").tolist()
         count = len(each.sizes)
         if count <= 5 and (*kept[:count], *kept[5 : 5 + count]) != each.sizes + each.strides:
@@ -99,14 +97,11 @@ def offsets_of(told: Sequence[Sample]) -> tuple[int, ...]:
 
 def _locate(name: str, memories: Sequence[bytes], values: Sequence[int], width: int = 8) -> int:
     """The only offset at which each memory has its value."""
-    end = min(map(len, memories)) - width
-    wanted = [value.to_bytes(width, "little", signed=value < 0) for value in values]
+    wanted = [value.to_bytes(width, "little") for value in values]
     # Past the reference count; a TensorImpl and a StorageImpl begin with a pointer to their methods.
-    at = [
-        each
-        for each in range(8, end + 1, width)
-        if all(memory[each : each + width] == value for memory, value in zip(memories, wanted, strict=True))
-    ]
-    if len(at) != 1:
-        raise RuntimeError(f"the place of the {name} of a tensor is unknown: {len(at)} candidates")
-    return at[0]
+    places = range(8, min(map(len, memories)) - width + 1, width)
+    pairs = list(zip(memories, wanted, strict=True))
+    found = [at for at in places if all(memory[at : at + width] == value for memory, value in pairs)]
+    if len(found) != 1:
+        raise RuntimeError(f"the place of the {name} of a tensor is unknown: {len(found)} candidates")
+    return found[0]

@@ -5,21 +5,23 @@
 
 static PyTypeObject *table_type;
 
+// The answer to a tuple of arguments, or None.
 static PyObject *table_call(Table *self, PyObject *args) {
-  if (!PyTuple_CheckExact(args)) Py_RETURN_NONE;
   PyObject *result = NULL;
-  const Outcome outcome = answer(self, ((PyTupleObject *)args)->ob_item, PyTuple_GET_SIZE(args), &result);
+  if (!PyTuple_CheckExact(args)) Py_RETURN_NONE;
+  const Outcome outcome = answer(self, NULL, items_of(args), PyTuple_GET_SIZE(args), &result);
   return outcome == LEFT_ALONE ? Py_NewRef(Py_None) : result;
 }
 
-static PyObject *table_into(Table *self, PyObject *const *given, Py_ssize_t count) {
-  if (count != 2) return PyErr_Format(PyExc_TypeError, "into() takes 2 arguments, %zd were given", count);
-  if (!PyTuple_CheckExact(given[1])) Py_RETURN_FALSE;
-  const Outcome outcome = answer_into(self, given[0], ((PyTupleObject *)given[1])->ob_item, PyTuple_GET_SIZE(given[1]));
+// into(out, args): whether out was written
+static PyObject *table_into(Table *self, PyObject *given) {
+  PyObject *out, *args;
+  OWNED PyObject *result = NULL;
+  if (!PyArg_ParseTuple(given, "OO:into", &out, &args)) return NULL;
+  if (!PyTuple_CheckExact(args)) Py_RETURN_FALSE;
+  const Outcome outcome = answer(self, out, items_of(args), PyTuple_GET_SIZE(args), &result);
   return outcome == FAILED ? NULL : PyBool_FromLong(outcome == DONE);
 }
-
-static PyObject *table_graph(Table *self, PyObject *given) { return make_graph(self->driver, given); }
 
 // Makes room for one more record. Returns -1 with MemoryError set if there is no memory.
 static int grow(Table *table) {
@@ -45,7 +47,7 @@ static int grow(Table *table) {
 static PyObject *or_null(PyObject *object) { return object == Py_None ? NULL : object; }
 
 // Reads what put() is given besides the arguments of a call. Returns -1 for anything else, and 1 for another way's.
-static int read_record(const Driver *driver, Record *record) {
+static int read_record(Record *record) {
   PyObject *lock, *index;
   unsigned long long context;
   if (!PyArg_ParseTuple(record->held, "OOOOO!OKOOOO:put", &record->entry, &record->graph, &record->order, &lock,
@@ -56,8 +58,8 @@ static int read_record(const Driver *driver, Record *record) {
   record->is_stale = or_null(record->is_stale), record->build = or_null(record->build);
   record->lock = (Lock *)lock;
   record->device = device_of(index, context);
-  return is_of(driver->hits, record->entry) && is_of(driver->executable, record->graph) &&
-                 is_of(driver->stream, record->order) && Py_IS_TYPE(lock, lock_type) &&
+  return is_of(driver.hits, record->entry) && is_of(driver.executable, record->graph) &&
+                 is_of(driver.stream, record->order) && Py_IS_TYPE(lock, lock_type) &&
                  (record->engine == NULL) >= (record->epoch == NULL)
              ? 0
              : -1;
@@ -68,12 +70,12 @@ static PyObject *table_put(Table *self, PyObject *given) {
   PyObject *args = PyTuple_GET_SIZE(given) == 0 ? NULL : PyTuple_GET_ITEM(given, 0);
   if (args == NULL || !PyTuple_CheckExact(args)) return PyErr_Format(PyExc_TypeError, "expected a tuple of arguments");
   Words words;
-  if (!describe(((PyTupleObject *)args)->ob_item, PyTuple_GET_SIZE(args), &words)) Py_RETURN_FALSE;
+  if (!describe(items_of(args), PyTuple_GET_SIZE(args), &words)) Py_RETURN_FALSE;
   USING Record *record = PyMem_Calloc(1, sizeof(Record) + words.count * sizeof *words.at);
   if (record == NULL) return PyErr_NoMemory();
   record->users = 1;
   record->held = PyTuple_GetSlice(given, 1, PyTuple_GET_SIZE(given));
-  if (record->held == NULL || read_record(self->driver, record)) {
+  if (record->held == NULL || read_record(record)) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "expected an Entry, a CudaGraph, a StreamOrder and its Lock");
     return NULL;
   }
@@ -119,20 +121,14 @@ static PyObject *table_count(Table *self, PyObject *unused) {
 }
 
 static PyObject *table_new(PyTypeObject *type, PyObject *given, PyObject *names) {
-  PyObject *driver;
-  if (names != NULL && PyDict_GET_SIZE(names) != 0) return PyErr_Format(PyExc_TypeError, "Table() takes no names");
-  if (!PyArg_ParseTuple(given, "O!:Table", driver_type, &driver)) return NULL;
-  OWNED PyObject *name = PyUnicode_InternFromString("epoch");
-  Table *made = name == NULL ? NULL : (Table *)type->tp_alloc(type, 0);
-  if (made == NULL) return NULL;
-  made->driver = (Driver *)Py_NewRef(driver);
-  made->epoch_name = Py_NewRef(name);
-  return (PyObject *)made;
+  if (PyTuple_GET_SIZE(given) != 0 || (names != NULL && PyDict_GET_SIZE(names) != 0))
+    return PyErr_Format(PyExc_TypeError, "Table() takes no arguments");
+  if (driver.held == NULL) return PyErr_Format(PyExc_RuntimeError, "the driver's functions are not known");
+  return type->tp_alloc(type, 0);
 }
 
 static int table_traverse(Table *self, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(self));
-  Py_VISIT(self->driver);
   for (size_t i = 0; self->buckets != NULL && i <= self->mask; ++i)
     for (Record *each = self->buckets[i]; each != NULL; each = each->next)
       // One that a call is using too is that call's as well, which the collector must not see as nobody's.
@@ -140,111 +136,56 @@ static int table_traverse(Table *self, visitproc visit, void *arg) {
   return 0;
 }
 
-static void table_dealloc(Table *self) {
-  PyObject_GC_UnTrack(self);
-  table_clear(self);
-  Py_XDECREF(self->driver);
-  Py_XDECREF(self->epoch_name);
-  free_object((PyObject *)self);
-}
-
 // ---- sessions
 
-// What launches a graph of a session's own on its static buffers: Session.run.
-typedef struct {
-  PyObject_HEAD
-  vectorcallfunc call;
-  PyObject *held;  // everything borrowed below; NULL once the garbage collector has cleared it
-  Driver *driver;
-  Lock *lock;
-  PyObject *graph, *order, *otherwise;
-  void *executable;
-  Device device;
-} Run;
-
-static PyTypeObject *run_type;
-
-static Outcome run_once(Run *run) {
+static Outcome launch_once(PyObject *const *given) {
   uint64_t stream = 0;
-  const Outcome known = current_stream(run->driver, &run->device, &stream);
+  const Device device = device_of(given[3], PyLong_AsUnsignedLongLong(given[4]));
+  Lock *lock = (Lock *)given[2];
+  const Outcome known = current_stream(&device, &stream);
   if (known != DONE) return known;
-  if (!is_here(run->driver, &run->device, stream)) return LEFT_ALONE;
-  const int held = hold(run->lock);
+  if (!is_here(&device, stream)) return LEFT_ALONE;
+  const int held = hold(lock);
   if (held <= 0) return held < 0 ? FAILED : LEFT_ALONE;
   Outcome outcome = LEFT_ALONE;
-  if (is_current(run->driver, run->graph, run->order, stream)) outcome = launch(run->driver, run->executable, stream);
-  let_go(run->lock);
+  if (is_current(given[0], given[1], stream)) outcome = launch(PyLong_AsVoidPtr(given[5]), stream);
+  let_go(lock);
   return outcome;
 }
 
-static PyObject *run_call(Run *run, PyObject *const *args, size_t given, PyObject *names) {
-  (void)args;
-  if (PyVectorcall_NARGS(given) != 0 || (names != NULL && PyTuple_GET_SIZE(names) != 0))
-    return PyErr_Format(PyExc_TypeError, "run() takes no arguments");
-  if (run->held == NULL) return PyErr_Format(PyExc_RuntimeError, "this session is gone");
-  OWNED PyObject *held = Py_NewRef(run->held);
-  const Outcome outcome = run_once(run);
-  if (outcome == LEFT_ALONE) return PyObject_CallNoArgs(run->otherwise);
+static PyObject *launch_session(PyObject *given, PyObject *unused) {
+  (void)unused;
+  const Outcome outcome = launch_once(items_of(given));
+  if (outcome == LEFT_ALONE) return PyObject_CallNoArgs(PyTuple_GET_ITEM(given, 6));
   return outcome == FAILED ? NULL : Py_NewRef(Py_None);
 }
 
-static int run_traverse(Run *self, visitproc visit, void *arg) {
-  Py_VISIT(Py_TYPE(self));
-  Py_VISIT(self->held);
-  return 0;
-}
+static PyMethodDef session_run = {"run", launch_session, METH_NOARGS, "Launch the session's graph."};
 
-static int run_clear(Run *self) {
-  Py_CLEAR(self->held);
-  return 0;
-}
-
-static PyMemberDef run_members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Run, call), READONLY, NULL}, {0}};
-
-static PyType_Slot run_slots[] = {{Py_tp_dealloc, free_object},
-                                  {Py_tp_traverse, run_traverse},
-                                  {Py_tp_clear, run_clear},
-                                  {Py_tp_call, PyVectorcall_Call},
-                                  {Py_tp_members, run_members},
-                                  {0, NULL}};
-
-static PyType_Spec run_spec = {"_graphcache.Run", sizeof(Run), 0, MADE_HERE | Py_TPFLAGS_HAVE_VECTORCALL, run_slots};
-
-// (graph, order, lock, index, context, executable, otherwise)
-static PyObject *table_run(Table *self, PyObject *given) {
-  OWNED PyObject *held = PyTuple_Pack(2, given, self->driver);
-  OWNED PyObject *object = held == NULL ? NULL : run_type->tp_alloc(run_type, 0);
-  if (object == NULL) return NULL;
-  Run *made = (Run *)object;
-  PyObject *index, *executable;
-  unsigned long long context;
-  if (!PyArg_ParseTuple(given, "OOO!OKOO:run", &made->graph, &made->order, lock_type, &made->lock, &index, &context,
-                        &executable, &made->otherwise))
+// launcher(graph, order, lock, index, context, executable, otherwise): what launches a graph on its static buffers
+static PyObject *make_launcher(PyObject *module, PyObject *given) {
+  (void)module;
+  PyObject *graph, *order, *lock, *index, *otherwise;
+  unsigned long long context, executable;
+  if (!PyArg_ParseTuple(given, "OOO!OKKO:launcher", &graph, &order, lock_type, &lock, &index, &context, &executable,
+                        &otherwise))
     return NULL;
-  made->driver = self->driver;
-  made->executable = pointer_of(executable);
-  if (PyErr_Occurred()) return NULL;
-  if (!is_of(self->driver->executable, made->graph) || !is_of(self->driver->stream, made->order))
+  if (driver.held == NULL || !is_of(driver.executable, graph) || !is_of(driver.stream, order))
     return PyErr_Format(PyExc_TypeError, "expected a CudaGraph and a StreamOrder");
-  made->call = (vectorcallfunc)run_call;
-  made->device = device_of(index, context);
-  made->held = Py_NewRef(held);
-  return Py_NewRef(object);
+  return PyCFunction_New(&session_run, given);
 }
 
 static PyMethodDef table_methods[] = {
     {"call", (PyCFunction)table_call, METH_O, "The answer to a tuple of arguments, or None."},
-    {"into", (PyCFunction)(void (*)(void))table_into, METH_FASTCALL, "Whether out was written, of out and args."},
-    {"graph", (PyCFunction)table_graph, METH_VARARGS, "The native half of a graph."},
+    {"into", (PyCFunction)table_into, METH_VARARGS, "Whether out was written, of out and args."},
     {"put", (PyCFunction)table_put, METH_VARARGS, "Remember a graph; whether there is a way for it."},
     {"clear", (PyCFunction)table_clear_method, METH_NOARGS, "Forget every graph."},
-    {"run", (PyCFunction)table_run, METH_VARARGS, "What launches a graph on its static buffers."},
     {"count", (PyCFunction)table_count, METH_NOARGS, "How many graphs are known."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot table_slots[] = {{Py_tp_new, table_new},
-                                    {Py_tp_dealloc, table_dealloc},
+                                    {Py_tp_dealloc, free_object},
                                     {Py_tp_traverse, table_traverse},
                                     {Py_tp_clear, table_clear},
                                     {Py_tp_methods, table_methods},
