@@ -11,7 +11,6 @@ import atexit
 import logging
 import os
 import threading
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import CellType, FunctionType, MemberDescriptorType
@@ -38,11 +37,12 @@ _EXIT = 2.0
 class Guard(Protocol):
     """What must stay as it is. Every ``add_`` method adds one entry and takes references to what it is given.
 
-    Objects are compared by identity: that an entry differs does not mean that its value does.
+    Objects are compared by identity: that an entry differs does not mean that its value does. A ``TypeError`` says that
+    the guard does not compare such an object.
     """
 
     def add_dict(self, d: dict[Any, Any], keys: tuple[Any, ...], values: tuple[Any, ...]) -> None:
-        """A dictionary holds these keys and values in this order (of an ``OrderedDict``: the order it iterates in)."""
+        """A dictionary holds these keys and values in this order; of an ``OrderedDict`` one entry at most."""
 
     def add_names(
         self, d: dict[str, Any], names: tuple[str, ...], values: tuple[Any, ...], absent: tuple[str, ...]
@@ -52,8 +52,8 @@ class Guard(Protocol):
         ``holds()`` runs the ``__eq__`` of a key that has the hash of a name and is no string.
         """
 
-    def add_items(self, seq: list[Any] | deque[Any] | set[Any] | frozenset[Any], values: tuple[Any, ...]) -> None:
-        """A list, deque or set holds these objects in this order of iteration."""
+    def add_items(self, seq: list[Any] | set[Any] | frozenset[Any], values: tuple[Any, ...]) -> None:
+        """A list or set holds these objects in this order of iteration."""
 
     def add_cell(self, cell: CellType, *value: Any) -> None:
         """A closure's cell holds this object, or is empty if none is given."""
@@ -71,11 +71,7 @@ class Guard(Protocol):
         """A function has this code, these default values and these keyword defaults; ``None`` for none."""
 
     def add_tensor(self, t: Tensor) -> None:
-        """A tensor keeps its memory, offset, sizes, strides, dtype and dispatch keys.
-
-        Raises:
-            TypeError: For a subclass, and for anything but a dense tensor in the memory of a CPU or GPU.
-        """
+        """A dense tensor of the CPU or a GPU keeps its memory, offset, sizes, strides, dtype and dispatch keys."""
 
     def holds(self) -> bool:
         """Whether no entry differs. Runs no Python code."""

@@ -47,11 +47,7 @@ static void free_object(PyObject *self) {
   Py_DECREF(type);
 }
 
-#define GC_SLOTS(name)                                                                        \
-  {Py_tp_dealloc, free_object}, {Py_tp_traverse, name##_traverse}, {Py_tp_clear, name##_clear}, \
-      {Py_tp_methods, name##_methods}
-
-#define MADE_HERE (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION)
+#define GC_TYPE (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE)
 
 // An attribute that stands in __slots__ of a class.
 typedef struct {

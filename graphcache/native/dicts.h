@@ -45,54 +45,6 @@ static int watch(PyObject *dict) {
 }
 #endif
 
-// ---- the order of an OrderedDict
-
-// CPython's layout, in no public header and unchanged since 3.5; check_ordered_dict() compares it with a real one.
-typedef struct Node {
-  PyObject *key;
-  Py_hash_t hash;
-  struct Node *next, *previous;
-} Node;
-
-typedef struct {
-  PyDictObject dict;
-  Node *first, *last;
-  Node **fast_nodes;
-  Py_ssize_t fast_nodes_size;
-  void *resize_sentinel;
-  size_t state;  // advances whenever the order changes
-  PyObject *attributes, *weak_references;
-} OrderedDict;
-
-static int same_order(PyObject *dict, PyObject *keys) {
-  const Node *node = ((OrderedDict *)dict)->first;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i, node = node->next)
-    if (node == NULL || node->key != PyTuple_GET_ITEM(keys, i)) return 0;
-  return node == NULL;
-}
-
-// Whether OrderedDict is the type in C and laid out as above. Returns -1 with an error set if not.
-static int check_ordered_dict(void) {
-  int right = 0;
-  PyObject *made = PyODict_New(), *first = Py_BuildValue("s", "first"), *second = Py_BuildValue("s", "second");
-  PyObject *before = NULL, *after = NULL, *moved = NULL;
-  if (made == NULL || first == NULL || second == NULL) goto done;
-  if (PyODict_SetItem(made, first, Py_None) || PyODict_SetItem(made, second, Py_None)) goto done;
-  before = PyTuple_Pack(2, first, second);
-  after = PyTuple_Pack(2, second, first);
-  if (before == NULL || after == NULL) goto done;
-  if (PyODict_Type.tp_basicsize == (Py_ssize_t)sizeof(OrderedDict) && same_order(made, before)) {
-    const size_t state = ((OrderedDict *)made)->state;
-    moved = PyObject_CallMethod(made, "move_to_end", "O", first);
-    right = moved != NULL && ((OrderedDict *)made)->state != state && same_order(made, after);
-  }
-done:
-  Py_XDECREF(made), Py_XDECREF(first), Py_XDECREF(second), Py_XDECREF(before), Py_XDECREF(after), Py_XDECREF(moved);
-  if (right) return 0;
-  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ImportError, "the layout of OrderedDict is unknown");
-  return -1;
-}
-
 // ---- the dictionaries of a guard
 
 // What every call reads is apart from what is read after a write.
@@ -108,11 +60,6 @@ typedef struct {
 } Expected;
 
 typedef struct {
-  Py_ssize_t position;  // of the OrderedDict in `dicts`
-  size_t state;         // when its order was last compared
-} Order;
-
-typedef struct {
   struct {
     Dict *items;
     Py_ssize_t count, capacity;
@@ -121,22 +68,8 @@ typedef struct {
     Expected *items;
     Py_ssize_t count, capacity;
   } expected;
-  struct {
-    Order *items;
-    Py_ssize_t count, capacity;
-  } orders;
   uint64_t epoch;  // when all were last compared
 } Dicts;
-
-// Where a key is expected, by identity; -1 if nowhere. The search starts where the key is likely to be.
-static Py_ssize_t position_of(PyObject *keys, PyObject *key, Py_ssize_t likely) {
-  const Py_ssize_t count = PyTuple_GET_SIZE(keys);
-  for (Py_ssize_t tried = 0; tried < count; ++tried) {
-    const Py_ssize_t at = likely + tried < count ? likely + tried : likely + tried - count;
-    if (PyTuple_GET_ITEM(keys, at) == key) return at;
-  }
-  return -1;
-}
 
 // Names are strings, so no Python code runs, unless another key has the hash of a name and an __eq__ of its own.
 static int same_names(PyObject *dict, const Expected *expected) {
@@ -154,20 +87,14 @@ differs:
 static int same_items(PyObject *dict, const Expected *expected) {
   const Py_ssize_t count = PyTuple_GET_SIZE(expected->keys);
   if (((PyDictObject *)dict)->ma_used != count) return 0;
-  const int ordered = PyODict_Check(dict);
-  if (ordered && !same_order(dict, expected->keys)) return 0;
   PyObject *key, *value;
-  Py_ssize_t position = 0, at = 0;
-  for (; PyDict_Next(dict, &position, &key, &value); ++at) {
-    if (at >= count) at = 0;
-    // The items of an OrderedDict lie in the order in which they were inserted, not in the one in which it gives them.
-    if (ordered && (at = position_of(expected->keys, key, at)) < 0) return 0;
-    if (PyTuple_GET_ITEM(expected->keys, at) != key || PyTuple_GET_ITEM(expected->values, at) != value) return 0;
-  }
+  for (Py_ssize_t position = 0, at = 0; PyDict_Next(dict, &position, &key, &value); ++at)
+    if (at >= count || PyTuple_GET_ITEM(expected->keys, at) != key || PyTuple_GET_ITEM(expected->values, at) != value)
+      return 0;
   return 1;
 }
 
-static Py_ssize_t items_difference(Dicts *all) {
+static Py_ssize_t dicts_difference(Dicts *all) {
   const uint64_t now = epoch;
   if (shortcuts && watcher >= 0 && all->epoch == now) return NONE_DIFFERS;
   for (Py_ssize_t i = 0; i < all->dicts.count; ++i) {
@@ -183,26 +110,13 @@ static Py_ssize_t items_difference(Dicts *all) {
   return NONE_DIFFERS;
 }
 
-// move_to_end() writes to no dictionary.
-static Py_ssize_t order_difference(Dicts *all) {
-  for (Py_ssize_t i = 0; i < all->orders.count; ++i) {
-    Order *order = all->orders.items + i;
-    PyObject *dict = all->dicts.items[order->position].dict;
-    const size_t state = ((OrderedDict *)dict)->state;
-    if (order->state == state) continue;
-    const Expected *expected = all->expected.items + order->position;
-    if (!same_order(dict, expected->keys)) return expected->index;
-    order->state = state;
-  }
-  return NONE_DIFFERS;
-}
-
 static int add_dict(Dicts *all, PyObject *dict, Expected added) {
-  if (RESERVE(&all->dicts, 1) || RESERVE(&all->expected, 1) || RESERVE(&all->orders, 1) || watch(dict)) return -1;
-  // One item has no order, and its removal is a write.
-  if (PyODict_Check(dict) && added.absent == NULL && PyTuple_GET_SIZE(added.keys) > 1)
-    all->orders.items[all->orders.count++] =
-        (Order){.position = all->dicts.count, .state = ((OrderedDict *)dict)->state - 1};
+  // Their order is kept elsewhere, and move_to_end() writes to no dictionary.
+  if (PyODict_Check(dict) && added.absent == NULL && PyTuple_GET_SIZE(added.keys) > 1) {
+    PyErr_SetString(PyExc_TypeError, "the order of an OrderedDict is not compared");
+    return -1;
+  }
+  if (RESERVE(&all->dicts, 1) || RESERVE(&all->expected, 1) || watch(dict)) return -1;
   all->dicts.items[all->dicts.count++] = (Dict){.dict = Py_NewRef(dict), .tag = 0};
   Py_INCREF(added.keys), Py_INCREF(added.values), Py_XINCREF(added.absent);
   all->expected.items[all->expected.count++] = added;
@@ -232,5 +146,4 @@ static void clear_dicts(Dicts *all) {
   }
   PyMem_Free(old.dicts.items);
   PyMem_Free(old.expected.items);
-  PyMem_Free(old.orders.items);
 }

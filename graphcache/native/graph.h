@@ -193,4 +193,4 @@ static PyType_Slot graph_slots[] = {{Py_tp_dealloc, graph_dealloc},
                                     {Py_tp_methods, graph_methods},
                                     {0, NULL}};
 
-static PyType_Spec graph_spec = {"_graphcache.Graph", sizeof(Graph), 0, MADE_HERE, graph_slots};
+static PyType_Spec graph_spec = {"_graphcache.Graph", sizeof(Graph), 0, GC_TYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION, graph_slots};

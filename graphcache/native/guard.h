@@ -1,5 +1,7 @@
 // The guard of a graph: what must stay as it is for the graph to be right, compared by identity and without running any
-// Python code. Plain C without torch's headers, so that it compiles in under a second and serves every version of torch.
+// Python code.
+#pragma once
+
 #include "dicts.h"
 #include "objects.h"
 #include "tensors.h"
@@ -15,24 +17,24 @@ typedef struct {
 
 // ---- comparing
 
-static Py_ssize_t first_difference(Guard *self) {
+// The number of the first entry that differs; -1 if none does.
+static Py_ssize_t difference(Guard *self) {
   if (self->cleared) return 0;
-  const Py_ssize_t found[] = {items_difference(&self->dicts), order_difference(&self->dicts),
-                              objects_difference(&self->objects), tensors_difference(&self->tensors)};
+  const Py_ssize_t found[] = {dicts_difference(&self->dicts), objects_difference(&self->objects),
+                              tensors_difference(&self->tensors)};
   Py_ssize_t first = NONE_DIFFERS;
-  for (int i = 0; i < 4; ++i) first = found[i] < first ? found[i] : first;
-  return first;
+  for (int i = 0; i < 3; ++i) first = found[i] < first ? found[i] : first;
+  return first == NONE_DIFFERS ? -1 : first;
 }
 
 static PyObject *guard_holds(Guard *self, PyObject *unused) {
   (void)unused;
-  return PyBool_FromLong(first_difference(self) == NONE_DIFFERS);
+  return PyBool_FromLong(difference(self) < 0);
 }
 
 static PyObject *guard_changed(Guard *self, PyObject *unused) {
   (void)unused;
-  const Py_ssize_t first = first_difference(self);
-  return PyLong_FromSsize_t(first == NONE_DIFFERS ? -1 : first);
+  return PyLong_FromSsize_t(difference(self));
 }
 
 static Py_ssize_t guard_length(Guard *self) { return self->count; }
@@ -45,7 +47,7 @@ static PyObject *added(Guard *self, int failed) {
   Py_RETURN_NONE;
 }
 
-static PyObject *added_dict(Guard *self, PyObject *dict, Expected expected) {
+static PyObject *add_some(Guard *self, PyObject *dict, Expected expected) {
   const Py_ssize_t keys = PyTuple_GET_SIZE(expected.keys), values = PyTuple_GET_SIZE(expected.values);
   if (keys != values) return PyErr_Format(PyExc_ValueError, "%zd keys and %zd values", keys, values);
   expected.index = self->count;
@@ -53,10 +55,12 @@ static PyObject *added_dict(Guard *self, PyObject *dict, Expected expected) {
 }
 
 static PyObject *guard_add_dict(Guard *self, PyObject *args) {
-  PyObject *dict, *keys, *values;
-  if (!PyArg_ParseTuple(args, "O!O!O!:add_dict", &PyDict_Type, &dict, &PyTuple_Type, &keys, &PyTuple_Type, &values))
+  PyObject *dict;
+  Expected expected = {0};
+  if (!PyArg_ParseTuple(args, "O!O!O!:add_dict", &PyDict_Type, &dict, &PyTuple_Type, &expected.keys, &PyTuple_Type,
+                        &expected.values))
     return NULL;
-  return added_dict(self, dict, (Expected){.keys = keys, .values = values});
+  return add_some(self, dict, expected);
 }
 
 static int are_strings(PyObject *names) {
@@ -66,70 +70,68 @@ static int are_strings(PyObject *names) {
 }
 
 static PyObject *guard_add_names(Guard *self, PyObject *args) {
-  PyObject *dict, *names, *values, *absent;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!:add_names", &PyDict_Type, &dict, &PyTuple_Type, &names, &PyTuple_Type, &values,
-                        &PyTuple_Type, &absent))
+  PyObject *dict;
+  Expected expected = {0};
+  if (!PyArg_ParseTuple(args, "O!O!O!O!:add_names", &PyDict_Type, &dict, &PyTuple_Type, &expected.keys, &PyTuple_Type,
+                        &expected.values, &PyTuple_Type, &expected.absent))
     return NULL;
-  if (!are_strings(names) || !are_strings(absent)) return PyErr_Format(PyExc_TypeError, "names are strings");
-  return added_dict(self, dict, (Expected){.keys = names, .values = values, .absent = absent});
+  if (!are_strings(expected.keys) || !are_strings(expected.absent))
+    return PyErr_Format(PyExc_TypeError, "names are strings");
+  return add_some(self, dict, expected);
+}
+
+// Adds an object of a kind, if its arguments were parsed.
+static PyObject *add_one(Guard *self, Kind kind, int parsed, Object entry) {
+  if (!parsed) return NULL;
+  entry.kind = kind;
+  entry.index = self->count;
+  return added(self, add_object(&self->objects, entry));
 }
 
 static PyObject *guard_add_items(Guard *self, PyObject *args) {
-  PyObject *object, *values;
-  Kind kind;
-  if (!PyArg_ParseTuple(args, "OO!:add_items", &object, &PyTuple_Type, &values)) return NULL;
-  if (PyList_Check(object)) kind = A_LIST;
-  else if (PyAnySet_Check(object)) kind = A_SET;
-  else if (PyObject_TypeCheck(object, deque_type)) kind = A_DEQUE;
-  else return PyErr_Format(PyExc_TypeError, "%.100s is no list, deque or set", Py_TYPE(object)->tp_name);
-  const Object entry = {.kind = kind, .index = self->count, .object = object, .expected = values};
-  return added(self, add_object(&self->objects, entry));
+  Object entry = {0};
+  if (!PyArg_ParseTuple(args, "OO!:add_items", &entry.object, &PyTuple_Type, &entry.expected)) return NULL;
+  const int is_list = PyList_Check(entry.object);
+  if (!is_list && !PyAnySet_Check(entry.object))
+    return PyErr_Format(PyExc_TypeError, "%.100s is no list or set", Py_TYPE(entry.object)->tp_name);
+  return add_one(self, is_list ? A_LIST : A_SET, 1, entry);
 }
 
-static PyObject *guard_add_cell(Guard *self, PyObject *args) {
-  PyObject *cell, *value = NULL;
-  if (!PyArg_ParseTuple(args, "O!|O:add_cell", &PyCell_Type, &cell, &value)) return NULL;
-  const Object entry = {.kind = A_CELL, .index = self->count, .object = cell, .expected = value};
-  return added(self, add_object(&self->objects, entry));
-}
+#define ADDS(name, kind, format, ...)                                              \
+  static PyObject *guard_##name(Guard *self, PyObject *args) {                     \
+    Object entry = {0};                                                            \
+    const int parsed = PyArg_ParseTuple(args, format ":" #name, __VA_ARGS__);      \
+    return add_one(self, kind, parsed, entry);                                     \
+  }
+
+ADDS(add_cell, A_CELL, "O!|O", &PyCell_Type, &entry.object, &entry.expected)
+ADDS(add_class, A_CLASS, "OO!", &entry.object, &PyType_Type, &entry.expected)
+ADDS(add_dict_of, A_DICT_OF, "OO!", &entry.object, &PyDict_Type, &entry.expected)
 
 static PyObject *guard_add_slot(Guard *self, PyObject *args) {
-  PyObject *object, *descriptor, *value = NULL;
-  if (!PyArg_ParseTuple(args, "OO!|O:add_slot", &object, &PyMemberDescr_Type, &descriptor, &value)) return NULL;
+  Object entry = {0};
+  PyObject *descriptor;
+  if (!PyArg_ParseTuple(args, "OO!|O:add_slot", &entry.object, &PyMemberDescr_Type, &descriptor, &entry.expected))
+    return NULL;
   const PyMemberDef *member = ((PyMemberDescrObject *)descriptor)->d_member;
-  int readable_flags = 0;
+  int relative = 0;
 #ifdef Py_RELATIVE_OFFSET
-  readable_flags = member->flags & Py_RELATIVE_OFFSET;
+  relative = member->flags & Py_RELATIVE_OFFSET;
 #endif
-  if ((member->type != T_OBJECT && member->type != T_OBJECT_EX) || readable_flags != 0)
+  if ((member->type != T_OBJECT && member->type != T_OBJECT_EX) || relative)
     return PyErr_Format(PyExc_TypeError, "%R holds no object", descriptor);
-  if (!PyObject_TypeCheck(object, PyDescr_TYPE(descriptor)))
-    return PyErr_Format(PyExc_TypeError, "%R is not of %.100s", descriptor, Py_TYPE(object)->tp_name);
-  const Object entry = {
-      .kind = A_SLOT, .index = self->count, .object = object, .expected = value, .descriptor = descriptor};
-  return added(self, add_object(&self->objects, entry));
-}
-
-static PyObject *guard_add_class(Guard *self, PyObject *args) {
-  PyObject *object, *type;
-  if (!PyArg_ParseTuple(args, "OO!:add_class", &object, &PyType_Type, &type)) return NULL;
-  const Object entry = {.kind = A_CLASS, .index = self->count, .object = object, .expected = type};
-  return added(self, add_object(&self->objects, entry));
-}
-
-static PyObject *guard_add_dict_of(Guard *self, PyObject *args) {
-  PyObject *object, *dict;
-  if (!PyArg_ParseTuple(args, "OO!:add_dict_of", &object, &PyDict_Type, &dict)) return NULL;
-  const Object entry = {.kind = A_DICT_OF, .index = self->count, .object = object, .expected = dict};
-  return added(self, add_object(&self->objects, entry));
+  if (!PyObject_TypeCheck(entry.object, PyDescr_TYPE(descriptor)))
+    return PyErr_Format(PyExc_TypeError, "%R is not of %.100s", descriptor, Py_TYPE(entry.object)->tp_name);
+  entry.descriptor = descriptor;
+  return add_one(self, A_SLOT, 1, entry);
 }
 
 static PyObject *guard_add_function(Guard *self, PyObject *args) {
-  PyObject *function, *parts;
-  if (!PyArg_ParseTuple(args, "O!O!:add_function", &PyFunction_Type, &function, &PyTuple_Type, &parts)) return NULL;
-  if (PyTuple_GET_SIZE(parts) != 3) return PyErr_Format(PyExc_ValueError, "expected code, defaults and kwdefaults");
-  const Object entry = {.kind = A_FUNCTION, .index = self->count, .object = function, .expected = parts};
-  return added(self, add_object(&self->objects, entry));
+  Object entry = {0};
+  if (!PyArg_ParseTuple(args, "O!O!:add_function", &PyFunction_Type, &entry.object, &PyTuple_Type, &entry.expected))
+    return NULL;
+  if (PyTuple_GET_SIZE(entry.expected) != 3) return PyErr_Format(PyExc_ValueError, "expected code and two defaults");
+  return add_one(self, A_FUNCTION, 1, entry);
 }
 
 static PyObject *guard_add_tensor(Guard *self, PyObject *tensor) {
@@ -168,18 +170,11 @@ static PyMethodDef guard_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot guard_slots[] = {
-    {Py_tp_dealloc, free_object},
-    {Py_tp_traverse, guard_traverse},
-    {Py_tp_clear, guard_clear},
-    {Py_tp_methods, guard_methods},
-    {Py_sq_length, guard_length},
-    {0, NULL},
-};
+static PyType_Slot guard_slots[] = {{Py_tp_dealloc, free_object},
+                                    {Py_tp_traverse, guard_traverse},
+                                    {Py_tp_clear, guard_clear},
+                                    {Py_tp_methods, guard_methods},
+                                    {Py_sq_length, guard_length},
+                                    {0, NULL}};
 
-static PyType_Spec guard_spec = {
-    .name = "_graphcache.Guard",
-    .basicsize = sizeof(Guard),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = guard_slots,
-};
+static PyType_Spec guard_spec = {"_graphcache.Guard", sizeof(Guard), 0, GC_TYPE, guard_slots};

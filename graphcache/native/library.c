@@ -112,7 +112,6 @@ static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type, co
 }
 
 PyMODINIT_FUNC PyInit__graphcache(void) {
-  if (check_ordered_dict() || find_deque_type()) return NULL;
   OWNED PyObject *module = PyModule_Create(&module_definition);
   PyTypeObject *guard_type;
   if (module == NULL || add_type(module, &guard_spec, &guard_type, "Guard") ||

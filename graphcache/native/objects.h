@@ -1,16 +1,16 @@
-// What has no watcher and is compared at every call: lists, deques, sets, closure cells, slots, classes, and which
+// What has no watcher and is compared at every call: lists, sets, closure cells, slots, classes, and which
 // dictionary holds an object's attributes.
 #pragma once
 
 #include "base.h"
 
-typedef enum { A_LIST, A_DEQUE, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF, A_FUNCTION } Kind;
+typedef enum { A_LIST, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF, A_FUNCTION } Kind;
 
 typedef struct {
   Kind kind;
   Py_ssize_t index;
   PyObject *object;
-  PyObject *expected;    // a tuple of A_LIST, A_DEQUE, A_SET and A_FUNCTION; NULL where a cell or a slot is expected to be empty
+  PyObject *expected;    // a tuple of A_LIST, A_SET and A_FUNCTION; NULL where a cell or a slot is expected to be empty
   PyObject *descriptor;  // of A_SLOT
 } Object;
 
@@ -18,23 +18,6 @@ typedef struct {
   Object *items;
   Py_ssize_t count, capacity;
 } Objects;
-
-static PyTypeObject *deque_type;
-
-static int find_deque_type(void) {
-  PyObject *collections = PyImport_ImportModule("collections");
-  if (collections == NULL) return -1;
-  PyObject *found = PyObject_GetAttrString(collections, "deque");
-  Py_DECREF(collections);
-  if (found == NULL) return -1;
-  if (!PyType_Check(found) || ((PyTypeObject *)found)->tp_as_sequence == NULL) {
-    Py_DECREF(found);
-    PyErr_SetString(PyExc_ImportError, "collections.deque is no sequence in C");
-    return -1;
-  }
-  Py_XSETREF(deque_type, (PyTypeObject *)found);
-  return 0;
-}
 
 static int same_pointers(PyObject *const *found, PyObject *tuple) {
   const size_t count = (size_t)PyTuple_GET_SIZE(tuple);
@@ -44,24 +27,6 @@ static int same_pointers(PyObject *const *found, PyObject *tuple) {
 static int same_list(PyObject *list, PyObject *expected) {
   return PyList_GET_SIZE(list) == PyTuple_GET_SIZE(expected) &&
          same_pointers(((PyListObject *)list)->ob_item, expected);
-}
-
-// The methods of deque itself: those of a subclass may be written in Python.
-static int same_deque(PyObject *deque, PyObject *expected) {
-  const PySequenceMethods *methods = deque_type->tp_as_sequence;
-  const Py_ssize_t count = PyTuple_GET_SIZE(expected);
-  if (methods->sq_length(deque) != count) return 0;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject *found = methods->sq_item(deque, i);
-    if (found == NULL) {
-      PyErr_Clear();
-      return 0;
-    }
-    // Never the last reference, which the deque holds.
-    Py_DECREF(found);
-    if (found != PyTuple_GET_ITEM(expected, i)) return 0;
-  }
-  return 1;
 }
 
 static int same_set(PyObject *object, PyObject *expected) {
@@ -105,7 +70,6 @@ static int same_function(PyObject *object, PyObject *expected) {
 static inline int same_object(const Object *each) {
   switch (each->kind) {
     case A_LIST: return same_list(each->object, each->expected);
-    case A_DEQUE: return same_deque(each->object, each->expected);
     case A_SET: return same_set(each->object, each->expected);
     case A_CELL: return PyCell_GET(each->object) == each->expected;
     case A_SLOT: return same_slot(each->object, each->descriptor, each->expected);

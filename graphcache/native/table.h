@@ -14,12 +14,11 @@ static PyObject *table_call(Table *self, PyObject *args) {
 }
 
 // into(out, args): whether out was written
-static PyObject *table_into(Table *self, PyObject *given) {
-  PyObject *out, *args;
+static PyObject *table_into(Table *self, PyObject *const *given, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "into() takes 2 arguments, %zd were given", count);
+  if (!PyTuple_CheckExact(given[1])) Py_RETURN_FALSE;
   OWNED PyObject *result = NULL;
-  if (!PyArg_ParseTuple(given, "OO:into", &out, &args)) return NULL;
-  if (!PyTuple_CheckExact(args)) Py_RETURN_FALSE;
-  const Outcome outcome = answer(self, out, items_of(args), PyTuple_GET_SIZE(args), &result);
+  const Outcome outcome = answer(self, given[0], items_of(given[1]), PyTuple_GET_SIZE(given[1]), &result);
   return outcome == FAILED ? NULL : PyBool_FromLong(outcome == DONE);
 }
 
@@ -177,7 +176,7 @@ static PyObject *make_launcher(PyObject *module, PyObject *given) {
 
 static PyMethodDef table_methods[] = {
     {"call", (PyCFunction)table_call, METH_O, "The answer to a tuple of arguments, or None."},
-    {"into", (PyCFunction)table_into, METH_VARARGS, "Whether out was written, of out and args."},
+    {"into", (PyCFunction)(void (*)(void))table_into, METH_FASTCALL, "Whether out was written, of out and args."},
     {"put", (PyCFunction)table_put, METH_VARARGS, "Remember a graph; whether there is a way for it."},
     {"clear", (PyCFunction)table_clear_method, METH_NOARGS, "Forget every graph."},
     {"count", (PyCFunction)table_count, METH_NOARGS, "How many graphs are known."},
@@ -191,5 +190,4 @@ static PyType_Slot table_slots[] = {{Py_tp_new, table_new},
                                     {Py_tp_methods, table_methods},
                                     {0, NULL}};
 
-static PyType_Spec table_spec = {"_graphcache.Table", sizeof(Table), 0,
-                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE, table_slots};
+static PyType_Spec table_spec = {"_graphcache.Table", sizeof(Table), 0, GC_TYPE, table_slots};

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from types import CellType
 from typing import Any
 
@@ -34,11 +34,11 @@ class Held:
         self.thing: Any = None
         pairs = list(enumerate(values))
         if kind in ("dict", "ordered"):
-            self.thing = dict(pairs) if kind == "dict" else OrderedDict(pairs)
+            self.thing = dict(pairs) if kind == "dict" else OrderedDict(pairs[:1])
         elif kind == "names":
             self.thing = dict(zip("abcdefgh", values, strict=False))
-        elif kind in ("list", "deque"):
-            self.thing = list(values) if kind == "list" else deque(values, maxlen=12)
+        elif kind == "list":
+            self.thing = list(values)
         elif kind == "set":
             self.thing = {value for value in values if value.__hash__ is not None}
         elif kind == "cell":
@@ -149,12 +149,6 @@ class Held:
         lambda self, value: self.thing.clear(),
         _restore_values,
     )
-    _deque = (
-        *_list,
-        lambda self, value: self.thing.rotate(),
-        lambda self, value: self.thing.rotate(-1),
-        lambda self, value: self.thing.appendleft(value),
-    )
     _set = (
         lambda self, value: self.thing.add(str(value)),
         lambda self, value: self.thing.discard(self._first()),
@@ -189,7 +183,7 @@ class Held:
     )
 
 
-KINDS = ("dict", "ordered", "names", "list", "deque", "set", "cell", "slot", "class", "dict of", "tensor")
+KINDS = ("dict", "ordered", "names", "list", "set", "cell", "slot", "class", "dict of", "tensor")
 
 
 @given(data=st.data(), shortcuts=st.booleans())

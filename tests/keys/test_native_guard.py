@@ -40,7 +40,7 @@ DICT_WRITES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [dict, OrderedDict, defaultdict])
+@pytest.mark.parametrize("kind", [dict, defaultdict])
 @pytest.mark.parametrize("write", DICT_WRITES)
 def test_writes_to_a_dictionary(new_guard: Any, kind: type, write: str) -> None:
     d, untouched, guard = filled(kind), filled(dict), new_guard()
@@ -91,25 +91,26 @@ def test_an_entry_is_added_to_a_guard_that_holds(new_guard: Any) -> None:
     assert not guard.holds()
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 40])
-def test_the_order_of_an_ordered_dictionary(new_guard: Any, count: int) -> None:
-    d = OrderedDict((key, object()) for key in range(count))
-    guard = new_guard()
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_the_order_of_an_ordered_dictionary_is_not_compared(new_guard: Any, count: int) -> None:
+    """It is kept where no write to the dictionary shows: Python compares those with more than one entry."""
+    d, guard = OrderedDict((key, object()) for key in range(count)), new_guard()
+    if count > 1:
+        with pytest.raises(TypeError, match="the order of an OrderedDict is not compared"):
+            add_dict(guard, d)
+        assert len(guard) == 0
+        return
     add_dict(guard, d)
     assert guard.holds()
     if count:
         d.move_to_end(0)
-        assert guard.holds() == (count == 1)
-        d.move_to_end(0, last=False)
         assert guard.holds()
         value = d.pop(0)
         assert not guard.holds()
         d[0] = value
-        d.move_to_end(0, last=False)
-        assert list(d) == list(range(count))
-        assert guard.holds(), "it gives its items in the same order, wherever they lie"
-        d[0] = object()
-        assert not guard.holds()
+        assert guard.holds()
+    d[1] = object()
+    assert not guard.holds()
 
 
 def test_attributes(new_guard: Any) -> None:

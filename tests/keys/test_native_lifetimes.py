@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from types import CellType, CodeType
 from typing import Any
 
@@ -23,11 +23,11 @@ def everything(new_guard: Any, made: Any) -> Any:
     slotted, cell, function = Slotted(), CellType(made), lambda: made
     slotted.one = made
     guard = new_guard()
-    for kind in (dict, OrderedDict):
-        add_dict(guard, kind({"a": made, "b": made}))
+    add_dict(guard, {"a": made, "b": made})
+    add_dict(guard, OrderedDict({"a": made}))
     add_dict(guard, vars(made))
     guard.add_names({"a": made}, ("a",), (made,), ("b",))
-    for seq in ([made], deque([made]), {made}, frozenset([made])):
+    for seq in ([made], {made}, frozenset([made])):
         guard.add_items(seq, (made,))
     guard.add_cell(cell, made)
     guard.add_cell(CellType())

@@ -1,4 +1,4 @@
-"""The compiled guard notices every change of a list, deque, set, cell, slot, class or dictionary of an object."""
+"""The compiled guard notices every change of a list, set, cell, slot, class or dictionary of an object."""
 
 from __future__ import annotations
 
@@ -29,15 +29,7 @@ class Sub(list[Any]):
         raise AssertionError("a guard ran Python code")
 
 
-class SubDeque(deque[Any]):
-    def __len__(self) -> int:
-        raise AssertionError("a guard ran Python code")
-
-    def __getitem__(self, at: Any) -> Any:
-        raise AssertionError("a guard ran Python code")
-
-
-@pytest.mark.parametrize("kind", [list, deque, Sub, SubDeque])
+@pytest.mark.parametrize("kind", [list, Sub])
 def test_writes_to_a_sequence(new_guard: Any, kind: type) -> None:
     writes: list[Callable[[Any], object]] = [
         lambda s: s.append(None),
@@ -49,8 +41,6 @@ def test_writes_to_a_sequence(new_guard: Any, kind: type) -> None:
         lambda s: s.insert(3, None),
         lambda s: s.extend(range(200)),
     ]
-    if issubclass(kind, deque):
-        writes += [lambda s: s.rotate(1), lambda s: s.appendleft(None), lambda s: s.popleft()]
     values = (*(object() for _ in range(68)), Hostile(), Hostile())
     for write in writes:
         seq, guard = kind(values), new_guard()
@@ -158,7 +148,7 @@ def test_classes_and_dictionaries_of_objects(new_guard: Any) -> None:
 
 
 def test_the_first_difference_is_named(new_guard: Any) -> None:
-    d, ordered, items, cell = {"a": 1}, OrderedDict(a=1, b=2), [1], CellType(1)
+    d, ordered, items, cell = {"a": 1}, OrderedDict(a=1), [1], CellType(1)
     tensor = torch.zeros(2)
     guard = new_guard()
     guard.add_items(items, (1,))
@@ -170,7 +160,7 @@ def test_the_first_difference_is_named(new_guard: Any) -> None:
         lambda: setattr(cell, "cell_contents", 2),
         lambda: d.clear(),
         lambda: tensor.resize_(1),
-        lambda: ordered.move_to_end("a"),
+        lambda: ordered.clear(),
         lambda: items.clear(),
     ]
     for at, change in zip((4, 3, 2, 1, 0), changes, strict=True):
@@ -189,7 +179,9 @@ def test_what_cannot_be_added(new_guard: Any) -> None:
         ("add_dict", ({}, (1,), ()), ValueError, "1 keys and 0 values"),
         ("add_names", ({}, (1,), (1,), ()), TypeError, "names are strings"),
         ("add_names", ({}, ("a",), (), ()), ValueError, "1 keys and 0 values"),
-        ("add_items", ((), ()), TypeError, "tuple is no list, deque or set"),
+        ("add_items", ((), ()), TypeError, "tuple is no list or set"),
+        ("add_items", (deque(), ()), TypeError, "deque is no list or set"),
+        ("add_dict", (OrderedDict(a=1, b=2), ("a", "b"), (1, 2)), TypeError, "the order of an OrderedDict"),
         ("add_items", ([], []), TypeError, "tuple"),
         ("add_cell", (1, 1), TypeError, "cell"),
         ("add_slot", (1, Slotted.__dict__["one"]), TypeError, "is not of int"),
