@@ -275,7 +275,7 @@ def _process_state(devices: Sequence[int]) -> dict[str, Any]:
         "torch": _generators(devices),
         "random": random.getstate(),
         "context": dict(contextvars.copy_context().items()),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), ambient_state()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads(), ambient_state()),
     }
     if (numpy := sys.modules.get("numpy")) is not None:
         state = numpy.random.get_state()

@@ -149,13 +149,13 @@ class HostActivity:
             self._note(Reason.HOST_READ, function.__name__, "work goes to another thread")
         elif function in _CLOCKS:
             self._clock(frame, f"time.{function.__name__}")
-        elif function is _thread.get_ident or function is _thread.get_native_id:
+        elif function in _OF_THREADS:
             self._thread(frame, function.__name__)
 
     def _thread(self, frame: types.FrameType, name: str) -> None:
-        """Note that the user's code asks which thread runs it: another one may make the next call."""
+        """Note that the user's code asks which thread runs it, or how many there are: both may change."""
         if not is_library(frame.f_globals.get("__name__")):
-            self._note(Reason.HOST_READ, name, "the call asks which thread runs it")
+            self._note(Reason.HOST_READ, name, "the call asks about threads")
 
     def _clock(self, frame: types.FrameType, name: str) -> None:
         """Note a clock that the user's code reads; handlers of the log read clocks for reasons of their own."""
@@ -230,5 +230,6 @@ def _kind_of(owner: Any) -> int:
 _NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})
 """Methods of generators that draw nothing; a generator of the module's that is seeded anew shows that by its state."""
 _OF_THE_PROCESS = (random._inst, torch.default_generator)
+_OF_THREADS = (_thread.get_ident, _thread.get_native_id, torch.get_num_threads, torch.get_num_interop_threads)
 _WHO_AM_I = threading.current_thread.__code__
 _TORCH_HANDOFFS = frozenset({torch._C.fork, torch._C.wait})

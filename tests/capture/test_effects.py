@@ -202,6 +202,14 @@ def stateful(function: Callable[[Any, Any], object]) -> nn.Module:
     return module.eval()
 
 
+def test_a_number_of_threads_that_a_call_sets_is_an_effect() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert reason(graphcache.wrap(stateful(lambda self, x: torch.set_num_threads(before + 1))), X) is Reason.MUTATES
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_allocator_that_inductor_sets_at_every_launch_is_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = types.ModuleType("triton.runtime._allocation")
     source = "from contextvars import ContextVar\nheld = ContextVar('held')\ndef set_allocator(): held.set(object())"

@@ -116,6 +116,7 @@ NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
     "a simple queue": (lambda: SIMPLE.put(1), Reason.HOST_READ, "SimpleQueue.put"),
     "who holds a lock": (lambda: LOCKED.locked(), Reason.HOST_READ, "lock.locked"),
     "which thread runs it": (lambda: threading.get_ident(), Reason.HOST_READ, "get_ident"),
+    "how many threads there are": (lambda: torch.get_num_threads(), Reason.HOST_READ, "get_num_threads"),
     "which thread it is": (lambda: threading.current_thread(), Reason.HOST_READ, "current_thread"),
     "a seed of Python's": (lambda: random.seed(1), Reason.RANDOM, "Random.seed"),
     "a seed of PyTorch's": (lambda: torch.seed(), Reason.RANDOM, "Generator.seed"),
