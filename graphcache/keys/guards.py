@@ -61,8 +61,10 @@ class ModuleGuard:
 
         Raises ``Unobservable`` if it cannot be watched.
         """
-        if self._snapshot is not None and self._epoch_now() == self._epoch and self._snapshot.renew():
-            return self._snapshot
+        # Another thread may forget it meanwhile.
+        known = self._snapshot
+        if known is not None and self._epoch_now() == self._epoch and known.renew():
+            return known
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
         roots = [(self.root, self._module), *hooks]
@@ -102,8 +104,8 @@ class ModuleGuard:
 
     def requires_grad(self) -> bool:
         """Whether any parameter or other tensor that the module reaches wants gradients."""
-        if self._snapshot is not None:
-            return self._snapshot.requires_grad()
+        if (snapshot := self._snapshot) is not None:
+            return snapshot.requires_grad()
         return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
 
     def holds_any(self, identities: set[int]) -> bool:
@@ -121,8 +123,8 @@ class ModuleGuard:
 
     def arm(self) -> None:
         """Compare in native code from now on, for there is a graph to be guarded."""
-        if self._snapshot is not None and not self._snapshot.armed:
-            self._snapshot.arm()
+        if (snapshot := self._snapshot) is not None and not snapshot.armed:
+            snapshot.arm()
 
     def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:
         """Follow the globals of functions that ran and that no walk has found."""

@@ -21,6 +21,7 @@ from graphcache import CachedModule, Reason, native
 from graphcache.cache.key_table import ENOUGH_HITS
 from graphcache.keys import state_nodes
 from graphcache.keys.guards import ModuleGuard
+from graphcache.keys.state_snapshot import StateSnapshot
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, outcomes, reason, replays, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -540,6 +541,21 @@ def test_an_ignored_path_is_no_change(plain: Plain) -> None:
     assert guard.holds()
     plain.table["b"] = [1]
     assert not guard.holds()
+
+
+def test_a_snapshot_that_another_thread_forgets_meanwhile_is_one_all_the_same(
+    plain: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = ModuleGuard(plain)
+    first, renew = guard.snapshot(), StateSnapshot.renew
+
+    def forgetting(snapshot: StateSnapshot) -> bool:
+        holds = renew(snapshot)
+        guard.forget()
+        return holds
+
+    monkeypatch.setattr(StateSnapshot, "renew", forgetting)
+    assert guard.snapshot() is first
 
 
 def test_the_guard_keeps_nobody_who_holds_graphs() -> None:
