@@ -135,10 +135,9 @@ class Admission:
         with self._lock:
             state = self._keys.used(key)
             state.owed = 0
-            self._spend(seconds, preparing)
             state.replay.add(replay)
-            self._capture.add(seconds)
-            return self._compared(state)
+            self._spend(seconds, preparing)
+            return self._compared(state, seconds)
 
     def charge(self, seconds: float, key: Hashable = None, *, preparing: bool = False) -> None:
         """Note time that was spent for graphs besides. A key has to earn its next capture from the beginning."""
@@ -163,8 +162,7 @@ class Admission:
             state.eager.add(eager)
             state.replay.add(replay)
             state.capture.add(capture)
-            self._capture.add(capture)
-            self._compared(state)
+            self._compared(state, capture)
 
     def account(self) -> Account:
         """Costs and savings so far, as far as calls were measured."""
@@ -231,8 +229,9 @@ class Admission:
         if not free:
             self._credit -= seconds
 
-    def _compared(self, state: KeyState) -> Cause | None:
+    def _compared(self, state: KeyState, capture: float) -> Cause | None:
         """Use the times of a key for others too; the cause if its graph is no faster."""
+        self._capture.add(capture)
         if not self.measures_replays or state.eager.count < 2:
             return None
         if state.eager.value > 0.0:
