@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, settings
 from graphcache.config import Modes, modes
 from graphcache.dispatch import background
 from graphcache.errors import CompileError
-from graphcache.keys import ambient
+from graphcache.keys import call_key
 from graphcache.native import compiler
 from graphcache.native.probe import prepare
 from tests import effort, shared
 
 # The settings of PyTorch at the start are the usual ones, which keys leave out.
-USUAL = ambient.ambient_state()
-assert USUAL == ambient.USUAL
+USUAL = call_key.ambient_state()
+assert USUAL == call_key.USUAL
 settings.register_profile("dev", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
 settings.register_profile("full", parent=settings.get_profile("dev"), max_examples=200)
@@ -76,7 +76,7 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch._C._len_torch_dispatch_stack() == 0
-    assert ambient.ambient_state() == USUAL, "the test left a setting of PyTorch changed"
+    assert call_key.ambient_state() == USUAL, "the test left a setting of PyTorch changed"
 
 
 @pytest.fixture(scope="session")

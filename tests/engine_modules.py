@@ -15,7 +15,7 @@ from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch import fast_path
 from graphcache.engines import context, engine, library
 from graphcache.graphs import buffers, verify
-from graphcache.keys import ambient
+from graphcache.keys import call_key
 from graphcache.modules import engine as room
 from graphcache.modules import engine_base, engine_runner
 from tests.engines import fake_tensorrt
@@ -31,7 +31,7 @@ def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     patch.setattr(fake_tensorrt, "device", fake.driver)
     patch.setattr(context_groups, "MAX_CHECK_SECONDS", float("inf"))
     patch.setattr(fast_path, "raw_stream", fake.raw_stream)
-    for each in (ambient, context):
+    for each in (call_key, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)
     return fake
 

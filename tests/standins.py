@@ -19,7 +19,7 @@ from graphcache.capture import engine_recorder as record_engine
 from graphcache.dispatch import fast_path
 from graphcache.engines import context, engine, library, output_shapes
 from graphcache.graphs import verify
-from graphcache.keys import ambient
+from graphcache.keys import call_key
 from graphcache.modules import engine as room
 from graphcache.modules import engine_base, engine_runner, examples, portable, prepare
 from graphcache.persist import saved_call
@@ -58,7 +58,7 @@ def engines(patch: pytest.MonkeyPatch, *, streams: bool = True) -> Iterator[Torc
         patch.setattr(fake_tensorrt, "device", fake.driver if streams else None)
         patch.setattr(context_groups, "MAX_CHECK_SECONDS", float("inf"))
         patch.setattr(fast_path, "raw_stream", fake.raw_stream)
-        patch.setattr(ambient, "is_capturing", fake.is_capturing)
+        patch.setattr(call_key, "is_capturing", fake.is_capturing)
         # What prepare() makes up has to lie where engines read.
         patch.setattr(fake, "zeros", lambda shape, dtype, device: fake.empty(shape, dtype=dtype).zero_(), raising=False)
         yield fake

@@ -42,7 +42,7 @@ from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
 from graphcache.graphs import buffers, cpu_tape
 from graphcache.graphs import verify as judge
-from graphcache.keys import ambient, call_key, guards, state_nodes
+from graphcache.keys import call_key, guards, state_nodes
 from graphcache.modules import forward_patch
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
@@ -859,7 +859,7 @@ CURES: dict[str, Cure] = {
         AMBIENT + "test_graphs_of_another_state_do_not_answer_and_come_back_with_theirs[default dtype]",
     ),
     "function modes see the module itself": Cure(
-        both(replace(ambient, "has_function_modes", _never), edited(settings=None)),
+        both(replace(call_key, "has_function_modes", _never), edited(settings=None)),
         _a_function_mode_sees_nothing,
         AMBIENT + "test_a_call_inside_a_function_mode_runs_eagerly",
     ),
@@ -1077,15 +1077,15 @@ CURES: dict[str, Cure] = {
     ),
     "tracers see the module itself": Cure(
         both(
-            replace(ambient, "dispatch_modes", lambda: 0),
-            replace(ambient, "has_function_modes", _never),
+            replace(call_key, "dispatch_modes", lambda: 0),
+            replace(call_key, "has_function_modes", _never),
             edited(settings=None),
         ),
         _a_tracer_sees_the_cache_at_work,
         CACHED + "test_make_fx_sees_the_operations_of_the_module",
     ),
     "transforms see the module itself": Cure(
-        replace(ambient, "_transforms", lambda: None),
+        replace(call_key, "_transforms", lambda: None),
         _a_transform_sees_something_else,
         CACHED + "test_vmap_and_grad_go_through",
     ),

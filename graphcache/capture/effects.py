@@ -32,7 +32,7 @@ from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import DispatchMode, decompose_composite, flatten, is_unwatched, storage_of, written
 from graphcache.graphs.stream_order import quiet_collector
-from graphcache.keys.ambient import ambient_state
+from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
 from graphcache.keys.values import same

@@ -26,8 +26,7 @@ from graphcache.events import log
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.stream_order import own_stream
-from graphcache.keys.ambient import has_modes
-from graphcache.keys.call_key import KeyedCall, describe, substitute
+from graphcache.keys.call_key import KeyedCall, describe, has_modes, substitute
 
 PENDING = Cause(Reason.PENDING)
 MAX_WAITING = 32

@@ -18,7 +18,7 @@ A call of a wrapped module goes through these functions, from top to bottom::
 Who decides what:
 
 * A *key* says that two calls run the same operations on the same layouts. It holds structure, shapes, strides, dtypes,
-  devices, constants, grad and inference mode, and the settings of PyTorch (``keys/ambient.py``).
+  devices, constants, grad and inference mode, and the settings of PyTorch (``keys/call_key.py``).
 * A *guard* says that the module is still what it was when a graph was proven: an engine by its epoch, any other module
   by everything that a call can reach (``keys/guards.py``). On CUDA it is asked after the launch, while the device
   works; what a stale graph wrote is dropped. A call that writes into the caller's tensors asks before.
@@ -57,8 +57,7 @@ from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER
-from graphcache.keys.ambient import forbidden
-from graphcache.keys.call_key import NO_KEY, KeyedCall
+from graphcache.keys.call_key import NO_KEY, KeyedCall, forbidden
 
 _AS_IT_IS: AbstractContextManager[object] = nullcontext()
 STALE: Any = object()

@@ -31,8 +31,7 @@ from graphcache.graphs import driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.stream_order import StreamOrder
-from graphcache.keys.ambient import ambient_state
-from graphcache.keys.call_key import KeyedCall
+from graphcache.keys.call_key import KeyedCall, ambient_state
 
 _FUNCTIONS = (
     "cuGraphLaunch",

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from graphcache.errors import shown
-from graphcache.keys.ambient import unusual_settings
 from graphcache.keys.call_key import (
     CONSTANTS,
     OPEN_CONSTANTS,
@@ -23,6 +22,7 @@ from graphcache.keys.call_key import (
     is_named_tuple,
     item_ends,
     node_of,
+    unusual_settings,
 )
 
 _ABSENT = "absent"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from graphcache.keys.ambient import ambient_state
+from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_nodes import Change
 from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.state_walk import Skips

@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import graphcache
 from graphcache import Reason
-from graphcache.keys.ambient import ambient_state, has_function_modes, unusual_settings
-from graphcache.keys.call_key import describe
+from graphcache.keys.call_key import ambient_state, describe, has_function_modes, unusual_settings
 from graphcache.keys.call_spec import CallSpec
 from tests.helpers import Fn, frozen, outcomes, reason, same
 

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.config import graphs_off
 from graphcache.errors import CudaError, Reason
-from graphcache.keys import ambient
-from graphcache.keys.ambient import forbidden
+from graphcache.keys import call_key
+from graphcache.keys.call_key import forbidden
 
 
 def test_nothing_forbids_a_plain_call() -> None:
@@ -52,7 +52,7 @@ def test_somebody_watches_the_operations() -> None:
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_a_capture_around_concerns_a_device_alone(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ambient, "is_capturing", lambda: True)
+    monkeypatch.setattr(call_key, "is_capturing", lambda: True)
     assert forbidden(cuda=cuda) is (Reason.OUTER_CAPTURE if cuda else None)
 
 
@@ -60,7 +60,7 @@ def test_a_process_forked_after_cuda_has_started_is_told_what_to_do(monkeypatch:
     def is_capturing() -> bool:
         raise RuntimeError("CUDA error: initialization error")
 
-    monkeypatch.setattr(ambient, "is_capturing", is_capturing)
+    monkeypatch.setattr(call_key, "is_capturing", is_capturing)
     assert forbidden(cuda=False) is None
     with pytest.raises(CudaError, match="'spawn' method"):
         forbidden(cuda=True)
