@@ -27,26 +27,18 @@ class NotKeyed(Exception):
 
 def build_key(found: Library, onnx: str | os.PathLike[str] | bytes, options: Mapping[str, Any]) -> str:
     """A digest of the model, its external weights, all options, TensorRT and its plugins, and the device."""
-    made = hashlib.sha256()
-
-    def add(what: bytes) -> None:
-        made.update(len(what).to_bytes(8, "little"))
-        made.update(what)
-
     try:
         data = onnx if isinstance(onnx, bytes) else Path(onnx).read_bytes()
-        add(hashlib.sha256(data).digest())
+        files: list[list[str]] = []
         if not isinstance(onnx, bytes):
-            for name in external_files(data):
-                add(name.encode("utf-8", "surrogateescape"))
-                add(_digest(Path(onnx).parent / name))
+            files = [[name, _digest(Path(onnx).parent / name)] for name in external_files(data)]
         plain = {name: _plain(value) for name, value in options.items()}
-        plugins = [[path, _digest(Path(path)).hex()] for path in loaded_plugins(found.flavour)]
+        plugins = [[path, _digest(Path(path))] for path in loaded_plugins(found.flavour)]
+        model = [hashlib.sha256(data).hexdigest(), files, plain]
+        told = json.dumps([_VERSION, found.flavour, found.version, plugins, _device(), model], sort_keys=True)
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise NotKeyed(str(error)) from error
-    told = [_VERSION, found.flavour, found.version, plain, plugins, _device()]
-    add(json.dumps(told, sort_keys=True).encode())
-    return made.hexdigest()
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def external_files(data: bytes) -> list[str]:
@@ -63,10 +55,10 @@ def external_files(data: bytes) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path) -> str:
     """The digest of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _device() -> list[Any]:
