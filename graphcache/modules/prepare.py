@@ -43,14 +43,6 @@ class ManifestProblem:
         return f"{self.path}: {self.field}: {self.text}" if self.field else f"{self.path}: {self.text}"
 
 
-class Chosen(NamedTuple):
-    """Calls of a manifest, hottest first; how many found no room in the budgets; and what was wrong with it."""
-
-    jobs: list[Job]
-    left_out: int
-    problems: list[ManifestProblem]
-
-
 class Refused(NamedTuple):
     """A call that has no graph after all: its tensors, and why."""
 
@@ -106,10 +98,10 @@ def prepare(
     work = _Work(pin)
     for manifest in given:
         if is_a(manifest, *kinds):
-            chosen: Chosen = features.calls_of_manifest(fast, manifest, deadline)
-            jobs += chosen.jobs
-            work.left_out += chosen.left_out
-            work.problems += chosen.problems
+            chosen, left_out, problems = features.calls_of_manifest(fast, manifest, deadline)
+            jobs += chosen
+            work.left_out += left_out
+            work.problems += problems
     seconds = math.inf if deadline is None else deadline
     with counting(f"Preparing {dispatcher.ledger.name}", 2 * len(jobs), progress) as step:
         # What is warm and never captured was in vain.

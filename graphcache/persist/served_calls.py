@@ -16,7 +16,7 @@ from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import shown
 from graphcache.keys.call_spec import CallSpec
 from graphcache.modules.examples import Job, varied
-from graphcache.modules.prepare import Chosen, ManifestProblem
+from graphcache.modules.prepare import ManifestProblem
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 from graphcache.modules.wrapped import device_of
 from graphcache.persist.fingerprint import environment
@@ -78,8 +78,13 @@ def plan(
     return chosen
 
 
-def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, seconds: float | None) -> Chosen:
-    """The calls of a manifest that are worth a capture here; ``seconds`` bounds what captures may take together."""
+def choose(
+    fast: TransparentModule, given: str | os.PathLike[str] | Manifest, seconds: float | None
+) -> tuple[list[Job], int, list[ManifestProblem]]:
+    """The calls of a manifest that are worth a capture here, hottest first, and what was wrong with it.
+
+    Between them stands how many found no room in the budgets. ``seconds`` bounds what captures may take together.
+    """
     here = environment(controls(fast).module)
     if isinstance(given, Manifest):
         path, manifest = "the manifest", for_environment(given, here, "the manifest")
@@ -103,7 +108,7 @@ def choose(fast: TransparentModule, given: str | os.PathLike[str] | Manifest, se
     ]
     chosen.sort(key=lambda entry: -entry.hits)
     jobs = [_job(entry, targets[entry.part], path) for entry in chosen]
-    return Chosen(jobs, sum(map(len, by_part.values())) - len(jobs), problems)
+    return jobs, sum(map(len, by_part.values())) - len(jobs), problems
 
 
 def _targets(fast: TransparentModule) -> dict[str, TransparentModule]:
