@@ -1,15 +1,14 @@
 """Compiles the library on this machine, keeps it, and says which one may be loaded.
 
-A library is named after its own contents, and a small file beside it, replaced as a whole, says which one is meant for
-a key: source, Python and machine. So a process reads either the old pair or the new one, however many compile at once.
-Before a library reaches the linker its owner, mode and contents are checked.
+A library is named after what it has to agree with (source, Python, machine) and after its own contents, and is put in
+its place as a whole, however many processes compile at once. Before it reaches the linker, its owner, mode and contents
+are checked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import shlex
@@ -43,34 +42,29 @@ def folder() -> Path:
 def key() -> str:
     """What a library has to agree with: source, how it is compiled, Python, machine; no version of torch. 16 digits."""
     sources = [SOURCE, SOURCE.with_name("compiler.py"), *sorted(SOURCE.parent.glob("*.h"))]
-    told = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+    told = [_digest(path) for path in sources]
     told += [str(sysconfig.get_config_var("SOABI")), platform.machine()]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def find() -> Path:
     """The library of this source and Python, unchanged since it was compiled; ``NotUsable`` says what was found."""
-    note = folder() / f"{key()}.json"
-    try:
-        text = note.read_bytes()
-    except OSError as error:
-        raise NotUsable(f"no compiled library for this Python in {note.parent}") from error
-    try:
-        told = json.loads(text)
-        path: Path = note.parent / told["file"]
-        if path.parent != note.parent:
-            raise NotUsable(f"{note} names {told['file']}, which is elsewhere")
-        for each in (note.parent, note, path):
-            check_owner(each)
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        expected = told["sha256"]
-    except PermissionError as error:
-        raise NotUsable(str(error)) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotUsable(f"{note} does not describe a library ({type(error).__name__}: {error})") from error
-    if found != expected:
-        raise NotUsable(f"{path} is not what was compiled")
-    return path
+    place = folder()
+    why = f"no compiled library for this Python in {place}"
+    for path in sorted(place.glob(f"{key()}-*.so")):
+        try:
+            check_owner(place)
+            check_owner(path)
+            if path.stem.endswith(f"-{_digest(path)}"):
+                return path
+            why = f"{path} is not what was compiled"
+        except OSError as error:
+            why = str(error)
+    raise NotUsable(why)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def compiler() -> list[str]:
@@ -122,7 +116,7 @@ def _compile() -> Path:
     place = folder()
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(suffix=".so", dir=place)
+        descriptor, name = tempfile.mkstemp(suffix=".tmp", dir=place)
         os.close(descriptor)
     except OSError as error:
         raise CompileError(f"{place} cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
@@ -130,15 +124,10 @@ def _compile() -> Path:
     try:
         _run(command(made))
         made.chmod(0o700)
-        digest = hashlib.sha256(made.read_bytes()).hexdigest()
-        path = made.with_name(f"{key()}-{digest[:16]}.so")
+        path = made.with_name(f"{key()}-{_digest(made)}.so")
         os.replace(made, path)
     finally:
         made.unlink(missing_ok=True)
-    descriptor, temporary = tempfile.mkstemp(suffix=".tmp", dir=place)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump({"file": path.name, "sha256": digest}, file)
-    os.replace(temporary, place / f"{key()}.json")
     return path
 
 

@@ -18,11 +18,13 @@ typedef struct Record {
   uint64_t words[];
 } Record;
 
+#define BUCKETS 256
+
 // The graphs of one module.
 typedef struct {
   PyObject_HEAD
-  Record **buckets;
-  size_t mask, count;
+  Record *buckets[BUCKETS];
+  size_t count;
 } Table;
 
 static void unuse(Record *record) {
@@ -36,9 +38,8 @@ static void unuse_at(Record **record) { unuse(*record); }
 
 // In use, or NULL: whoever clears the table meanwhile takes nothing from under the call.
 static Record *find(Table *table, const Words *words) {
-  if (table->count == 0) return NULL;
   const uint64_t hash = hash_of(words);
-  Record *record = table->buckets[hash & table->mask];
+  Record *record = table->buckets[hash % BUCKETS];
   while (record != NULL && (record->hash != hash || !same_words(record->words, record->count, words)))
     record = record->next;
   if (record == NULL) return NULL;

@@ -107,11 +107,6 @@ static PyObject *lock_acquire(Lock *self, PyObject *given) {
   return wait_for(self) ? Py_NewRef(Py_True) : NULL;
 }
 
-static PyObject *lock_enter(Lock *self, PyObject *unused) {
-  (void)unused;
-  return wait_for(self) ? Py_NewRef(Py_True) : NULL;
-}
-
 static PyObject *lock_release(Lock *self, PyObject *unused) {
   (void)unused;
   if (release(self)) Py_RETURN_NONE;
@@ -126,7 +121,7 @@ static PyObject *lock_exit(Lock *self, PyObject *const *given, Py_ssize_t count)
 static PyMethodDef lock_methods[] = {
     {"acquire", (PyCFunction)lock_acquire, METH_VARARGS, "Take it; whether it was taken. Waits unless told not to."},
     {"release", (PyCFunction)lock_release, METH_NOARGS, "Give it back, as often as it was taken."},
-    {"__enter__", (PyCFunction)lock_enter, METH_NOARGS, NULL},
+    {"__enter__", (PyCFunction)lock_acquire, METH_VARARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))lock_exit, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

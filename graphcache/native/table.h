@@ -22,27 +22,6 @@ static PyObject *table_into(Table *self, PyObject *const *given, Py_ssize_t coun
   return outcome == FAILED ? NULL : PyBool_FromLong(outcome == DONE);
 }
 
-// Makes room for one more record. Returns -1 with MemoryError set if there is no memory.
-static int grow(Table *table) {
-  if (table->buckets != NULL && table->count <= table->mask) return 0;
-  const size_t mask = table->buckets == NULL ? 15 : table->mask * 2 + 1;
-  Record **buckets = PyMem_Calloc(mask + 1, sizeof *buckets);
-  if (buckets == NULL) {
-    PyErr_NoMemory();
-    return -1;
-  }
-  for (size_t i = 0; table->buckets != NULL && i <= table->mask; ++i)
-    for (Record *each = table->buckets[i], *next; each != NULL; each = next) {
-      next = each->next;
-      each->next = buckets[each->hash & mask];
-      buckets[each->hash & mask] = each;
-    }
-  PyMem_Free(table->buckets);
-  table->buckets = buckets;
-  table->mask = mask;
-  return 0;
-}
-
 static PyObject *or_null(PyObject *object) { return object == Py_None ? NULL : object; }
 
 // Reads what put() is given besides the arguments of a call. Returns -1 for anything else, and 1 for another way's.
@@ -79,11 +58,10 @@ static PyObject *table_put(Table *self, PyObject *given) {
     return NULL;
   }
   if ((size_t)PyTuple_GET_SIZE(args) != record->native->inputs) Py_RETURN_FALSE;
-  if (grow(self)) return NULL;
   record->hash = hash_of(&words);
   record->count = words.count;
   memcpy(record->words, words.at, words.count * sizeof *words.at);
-  Record **place = &self->buckets[record->hash & self->mask];
+  Record **place = &self->buckets[record->hash % BUCKETS];
   while (*place != NULL && !same_words((*place)->words, (*place)->count, &words)) place = &(*place)->next;
   // What was there goes at the end: that may run any code.
   Record *before = *place;
@@ -95,16 +73,13 @@ static PyObject *table_put(Table *self, PyObject *given) {
 }
 
 static int table_clear(Table *self) {
-  Record **buckets = self->buckets;
-  const size_t mask = self->mask;
-  self->buckets = NULL;
-  self->mask = self->count = 0;
-  for (size_t i = 0; buckets != NULL && i <= mask; ++i)
-    for (Record *each = buckets[i], *next; each != NULL; each = next) {
-      next = each->next;
+  self->count = 0;
+  for (size_t i = 0; i < BUCKETS; ++i)
+    // What dies may run any code, which may add a record.
+    for (Record *each; (each = self->buckets[i]) != NULL;) {
+      self->buckets[i] = each->next;
       unuse(each);
     }
-  PyMem_Free(buckets);
   return 0;
 }
 
@@ -128,7 +103,7 @@ static PyObject *table_new(PyTypeObject *type, PyObject *given, PyObject *names)
 
 static int table_traverse(Table *self, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(self));
-  for (size_t i = 0; self->buckets != NULL && i <= self->mask; ++i)
+  for (size_t i = 0; i < BUCKETS; ++i)
     for (Record *each = self->buckets[i]; each != NULL; each = each->next)
       // One that a call is using too is that call's as well, which the collector must not see as nobody's.
       if (each->users == 1) Py_VISIT(each->held);
