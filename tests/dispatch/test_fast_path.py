@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import gc
+import subprocess
 import sys
 import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -27,6 +30,7 @@ from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.cuda import IoSlot
 from graphcache.keys.guards import ModuleGuard
+from graphcache.native.compiler import compiler
 from tests.engine_modules import MODULES, load, numbers, prepare, rows
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed
@@ -236,6 +240,52 @@ def test_what_cannot_be_taken_back_is_asked_for_before(fake: Torch) -> None:
     assert "cuGraphLaunch" not in fake.driver.calls
     assert not out.any()
     assert entry.hits == hits
+
+
+CURRENT_STREAM = """
+struct stream { signed char device_type, device_index; long long id; };
+long long current = 0;
+struct stream get(signed char index) { return (struct stream){1, index, current}; }
+"""
+
+
+def test_the_current_stream_is_asked_for_when_torch_has_another_one(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, compiled: Any, tmp_path: Path
+) -> None:
+    """To torch a stream is a number, which a function in C tells without a call of Python's."""
+    source, target, asked = tmp_path / "stream.c", tmp_path / "stream.so", list[int]()
+    source.write_text(CURRENT_STREAM)
+    subprocess.run([*compiler(), "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+    torchs = ctypes.CDLL(str(target))
+    current = ctypes.c_longlong.in_dll(torchs, "current")
+    address = ctypes.cast(torchs.get, ctypes.c_void_p).value
+
+    def raw_stream(index: int) -> int:
+        asked.append(index)
+        return fake.raw_stream(index)
+
+    monkeypatch.setattr(fast_path, "raw_stream", raw_stream)
+    monkeypatch.setattr(fast_path, "_stream_function", lambda library: address)
+    current.value = 7
+    assert compiled.stream_id(address, 3) == (1, 3, 7)
+    warm, x = Warm(fake).up(rows(fake, 2)), rows(fake, 2)
+    entry = next(iter(graphs_of(warm.fast).entries.values()))
+    entry.graph.graph.index = 0
+    table = fast_path.new_table()
+    with torch.no_grad(), fake.on(warm.stream):
+        fast_path.put(table, (x,), entry)
+        asked.clear()
+        for _ in range(3):
+            assert torch.equal(table.call((x,)), x * 3 + 1)
+        assert asked == [0], "afterwards it is the one of before"
+    with torch.no_grad(), fake.on(fake.new_stream()):
+        current.value = 8
+        assert table.call((x,)) is None, "on another stream"
+        assert asked == [0, 0]
+    with torch.no_grad(), fake.on(warm.stream):
+        current.value = 7
+        assert torch.equal(table.call((x,)), x * 3 + 1)
+        assert asked == [0, 0, 0]
 
 
 # ---- where it is not
