@@ -31,6 +31,7 @@ static int is_inference(void) {
 
 // No gradients, no autocast, no modes, no transforms, no tracing.
 static int nothing_special(void) {
+  if (tensor_types == NULL) return 0;
   const uint64_t *now = thread_keys();
   return !torch.grad_mode() && ((now[0] == quiet_keys[0][0] && now[1] == quiet_keys[0][1]) || is_inference());
 }
@@ -75,7 +76,7 @@ static int describe_one(PyObject *object, Words *words) {
 
 // What describe() in keys/call_key.py says of plain tensors, as numbers; false for what it says nothing of.
 static int describe(PyObject *const *args, Py_ssize_t count, Words *words) {
-  if (count < 1 || count > MOST_INPUTS || tensor_types == NULL) return 0;
+  if (tensor_types == NULL || count < 1 || count > MOST_INPUTS) return 0;
   words->at[0] = (uint64_t)count << 1 | (uint64_t)is_inference();
   words->count = 1;
   for (Py_ssize_t i = 0; i < count; ++i) {

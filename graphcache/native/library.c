@@ -30,8 +30,9 @@ static PyObject *configure(PyObject *module, PyObject *args) {
                         set + 4))
     return NULL;
   keys.needed = set[0], keys.permitted = set[1], keys.ignored = set[2], keys.cpu = set[3], keys.cuda = set[4];
-  torch.library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
-  if (torch.library == NULL) return PyErr_Format(PyExc_ImportError, "%s", dlerror());
+  void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+  if (library == NULL) return PyErr_Format(PyExc_ImportError, "%s", dlerror());
+  torch.library = library;
   *(void **)&torch.device_index = dlsym(torch.library, "aoti_torch_get_device_index");
   *(void **)&torch.data = dlsym(torch.library, "aoti_torch_get_data_ptr");
   *(void **)&torch.grad_mode = dlsym(torch.library, "aoti_torch_grad_mode_is_enabled");
@@ -46,6 +47,7 @@ static PyObject *learn_quiet(PyObject *module, PyObject *inference) {
   (void)module;
   const int at = PyObject_IsTrue(inference);
   if (at < 0) return NULL;
+  if (tensor_types == NULL) return PyErr_Format(PyExc_RuntimeError, "configure() comes first");
   memcpy(quiet_keys[at], thread_keys(), sizeof quiet_keys[at]);
   Py_RETURN_NONE;
 }

@@ -147,6 +147,10 @@ def test_a_library_that_was_told_nothing_refuses(library: Any) -> None:
         with pytest.raises(TypeError, match="Tensor is not"):
             library.Guard().add_tensor(torch.zeros(2))
         assert library.layout((torch.zeros(2),)) is None
+        with torch.no_grad():
+            assert library.is_quiet() is False
+        with pytest.raises(RuntimeError, match="configure"):
+            library.learn_quiet(False)
         assert library.address(torch.zeros(2)) is None
         with pytest.raises(TypeError):
             library.configure(torch._C.__file__)
