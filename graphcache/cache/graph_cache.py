@@ -33,8 +33,7 @@ class Owner(Protocol):
     """Something that owns memory until it is closed."""
 
     @property
-    def nbytes(self) -> int:
-        """Memory owned, in bytes."""
+    def nbytes(self) -> int: ...
 
     def close(self, *, wait: bool = True) -> None:
         """Release it, after waiting for whoever still uses it or as soon as nobody does; a second time does nothing."""
@@ -178,7 +177,14 @@ class GraphCache(Generic[G]):
         """Take out what has to go for a graph, here and on the device, to be closed without the lock."""
         leaving: list[_Item] = [(self, key, entry) for key, entry in self.victims(nbytes, graphs=graphs)]
         if self.budget.max_bytes is not None:
-            leaving += self.budget.victims(nbytes, leaving)
+            found, excess = self.budget.coldest(nbytes, leaving)
+            if excess > 0:
+                raise Refusal(
+                    Reason.OVER_BUDGET,
+                    detail=f"{nbytes} bytes wanted; {self.budget.max_bytes + excess - nbytes} bytes of all modules are "
+                    f"pinned, shared or reserved, the budget of the process is {self.budget.max_bytes} bytes",
+                )
+            leaving += found
         for cache, key, _ in leaving:
             del cache.entries[key]
         return leaving
@@ -211,27 +217,17 @@ class DeviceBudget:
         """Change the budget. What it no longer holds goes now, but for pinned graphs."""
         with _lock:
             self.max_bytes = max_bytes
-            leaving = self._coldest(0, [])[0]
+            leaving = self.coldest(0, [])[0]
             for cache, key, _ in leaving:
                 del cache.entries[key]
         _close(leaving, wait=True)
 
-    def victims(self, nbytes: int, leaving: list[_Item]) -> list[_Item]:
-        """What has to go, besides what is leaving, for so many bytes more; a ``Refusal`` if there is no room then."""
-        found, excess = self._coldest(nbytes, leaving)
-        if self.max_bytes is not None and excess > 0:
-            raise Refusal(
-                Reason.OVER_BUDGET,
-                detail=f"{nbytes} bytes wanted; {self.max_bytes + excess - nbytes} bytes of all modules are pinned, "
-                f"shared or reserved, the budget of the process is {self.max_bytes} bytes",
-            )
-        return found
-
-    def _coldest(self, nbytes: int, leaving: list[_Item]) -> tuple[list[_Item], int]:
-        """The coldest graphs of all that have to go, or as many as there are, and the bytes that are too many then."""
+    def coldest(self, nbytes: int, leaving: list[_Item]) -> tuple[list[_Item], int]:
+        """What has to go besides what is leaving, or as much as may go, and the bytes that are too many then."""
+        if self.max_bytes is None:
+            return [], 0
         gone = {entry for _, _, entry in leaving}
-        excess = 0 if self.max_bytes is None else self.nbytes + nbytes - self.max_bytes
-        excess -= sum(entry.nbytes for entry in gone)
+        excess = self.nbytes + nbytes - sum(entry.nbytes for entry in gone) - self.max_bytes
         free: list[_Item] = [
             (cache, key, entry)
             for cache in self._caches
