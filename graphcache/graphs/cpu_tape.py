@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +31,18 @@ from graphcache.graphs.operations import (
     written,
 )
 
-_Fill = tuple[Any, Any, int]
-"""A container of arguments, the place in it, and the slot of the value that a replay puts there."""
-_Step = tuple[Callable[..., Any], list[Any], dict[str, Any], list[_Fill], Any]
-"""Operator, arguments, keyword arguments, fills, and the slots of its results."""
-_Level = Callable[[], AbstractContextManager[Any]]
+
+class Step(NamedTuple):
+    """An operation, its arguments, and the slots of what it returns, ``None`` for what is no tensor.
+
+    ``fills`` are the containers of arguments, the places in them, and the slots of the values that a replay puts there.
+    """
+
+    func: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    fills: list[tuple[Any, Any, int]]
+    results: list[Any]
 
 
 class CpuTape:
@@ -72,7 +79,7 @@ class CpuTape:
             raise why from None
 
     @classmethod
-    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: _Level) -> CpuTape:
+    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: Any) -> CpuTape:
         """A graph of one run of ``body``; ``level`` sets where operators are seen."""
         tape = _Recorder()
         try:
@@ -80,9 +87,9 @@ class CpuTape:
                 outputs = body()
         except Exception:
             # TorchScript turns every exception into one of its own.
-            if tape.refused is not None:
-                raise tape.refused from None
-            raise
+            if tape.refused is None:
+                raise
+        # The module may have caught the refusal and gone on by another way, which is not its way when nobody records.
         if tape.refused is not None:
             raise tape.refused
         if not tape.steps:
@@ -120,9 +127,9 @@ class CpuTape:
             for target, tensor in zip(self._pinned, self._run(), strict=True):
                 target.copy_(tensor)
 
-    def recorded(self) -> tuple[list[Tensor], list[_Step], list[int]]:
+    def recorded(self) -> tuple[list[Tensor], list[Step], list[int]]:
         """The static inputs, the operations, and the slots of the outputs among what the operations make."""
-        return self._open_inputs(), list(self._steps), list(self._outputs)
+        return self._open_inputs(), self._steps, self._outputs
 
     def _open_inputs(self) -> list[Tensor]:
         """The static inputs, unless the graph was closed."""
@@ -136,14 +143,13 @@ class CpuTape:
         for func, args, kwargs, fills, results in self._steps:
             for container, place, slot in fills:
                 container[place] = values[slot]
-            result = func(*args, **kwargs)
+            made = func(*args, **kwargs)
             for container, place, _ in fills:
                 container[place] = None
-            if type(results) is int:
-                values[results] = result
-            elif results is not None:
-                items = zip(results, flatten(result), strict=True)
-                values |= {slot: item for slot, item in items if slot is not None}
+            if isinstance(made, Tensor):
+                values[results[0]] = made
+            else:
+                values |= {slot: item for slot, item in zip(results, flatten(made), strict=True) if slot is not None}
         return [values[slot] for slot in self._outputs]
 
     def poison(self, out: Sequence[Tensor] = ()) -> None:
@@ -161,7 +167,7 @@ class _Recorder(DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.refused: Refusal | None = None
         # Slots by tensor; the references keep ids from being used twice.
         self._made: dict[int, tuple[int, Tensor]] = {}
@@ -182,7 +188,6 @@ class _Recorder(DispatchMode):
         try:
             return self._record(func, args, kwargs or {})
         except Refusal as refusal:
-            # The module may catch it and go on by another way, which is not what it does when nobody records.
             self.refused = self.refused or refusal
             raise
 
@@ -205,16 +210,12 @@ class _Recorder(DispatchMode):
         if func.is_view and not any(id(value) in self._made for value in leaves):
             # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
             return func(*args, **kwargs)
-        fills: list[_Fill] = []
-        template_args = [self._template(value, fills) for value in args]
-        template_kwargs = {name: self._template(value, fills) for name, value in kwargs.items()}
-        self._refer(template_args, args, fills)
-        self._refer(template_kwargs, kwargs, fills)
+        fills: list[tuple[Any, Any, int]] = []
+        template = self._template(args, fills), self._template(kwargs, fills)
         taken = {storage_of(value) for value in leaves}
         out = func(*args, **kwargs)
-        results = self._keep(out, func)
-        if results != []:
-            self.steps.append((func, template_args, template_kwargs, fills, results))
+        if (results := self._keep(out, func)) is not None:
+            self.steps.append(Step(func, *template, fills, results))
         made = {storage_of(item) for item in flatten(out) if isinstance(item, Tensor)} - taken
         self._own |= made
         if lifted:
@@ -230,37 +231,29 @@ class _Recorder(DispatchMode):
         if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
             raise Refusal(Reason.DATA_DEPENDENT, str(func))
 
-    def _template(self, value: Any, fills: list[_Fill]) -> Any:
-        """A copy of an argument in which recorded tensors can be filled in; other tensors stay as they are."""
-        if isinstance(value, (list, tuple)):
-            copy = [self._template(item, fills) for item in value]
-            self._refer(copy, value, fills)
-            return copy
-        return value
-
-    def _refer(self, copy: Any, original: Any, fills: list[_Fill]) -> None:
-        """Note which items of a container a replay fills in."""
-        items = original.items() if isinstance(original, dict) else enumerate(original)
-        for place, item in items:
-            if isinstance(item, Tensor) and (made := self._made.get(id(item))) is not None:
+    def _template(self, arguments: Any, fills: list[tuple[Any, Any, int]]) -> Any:
+        """A copy of a container in which recorded tensors can be filled in; other tensors stay as they are."""
+        copy: Any = dict(arguments) if isinstance(arguments, dict) else list(arguments)
+        for place, item in list(copy.items()) if isinstance(copy, dict) else enumerate(copy):
+            if isinstance(item, (list, tuple)):
+                copy[place] = self._template(item, fills)
+            elif isinstance(item, Tensor) and (made := self._made.get(id(item))) is not None:
                 copy[place] = None
                 fills.append((copy, place, made[0]))
+        return copy
 
-    def _keep(self, out: Any, func: Any) -> Any:
-        """The slots of an operation's results; ``[]`` if they are numbers only, which a replay need not make."""
-        if isinstance(out, Tensor):
-            return self._slot(out)
-        if out is None:
-            return None
-        found = flatten(out)
+    def _keep(self, out: Any, func: Any) -> list[int | None] | None:
+        """The slots of an operation's results; ``None`` if they are numbers only, which a replay need not make."""
+        results: list[int | None] = []
+        numbers = False
+        for item in flatten(out):
+            if isinstance(item, Tensor):
+                results.append(self._made.setdefault(id(item), (len(self._made), item))[0])
+            else:
+                results.append(None)
+                numbers = numbers or item is not None
         # PyTorch's own operators return numbers that depend on layouts alone, as is_same_size does: those that read
         # values were refused by their tags.
-        may_read_values = func.namespace not in ("aten", "prims")
-        if may_read_values and not all(item is None or isinstance(item, Tensor) for item in found):
+        if numbers and func.namespace not in ("aten", "prims"):
             raise Refusal(Reason.HOST_READ, str(func))
-        slots = [self._slot(item) if isinstance(item, Tensor) else None for item in found]
-        return slots if any(slot is not None for slot in slots) else []
-
-    def _slot(self, tensor: Tensor) -> int:
-        """The slot of a tensor that an operation returned."""
-        return self._made.setdefault(id(tensor), (len(self._made), tensor))[0]
+        return None if numbers and not any(slot is not None for slot in results) else results

@@ -57,13 +57,11 @@ class HostReads(TorchFunctionMode):
         self, inputs: Sequence[Tensor] = (), state: Sequence[Tensor] = (), path_here: Callable[[], str] = str
     ) -> None:
         super().__init__()
-        self._path_here = path_here
-        self.read = ""
-        """The first read of any tensor's memory, such as ``tolist`` or ``numpy``."""
-        self.asked = ""
-        """The first such question about an input, a view of one, or what outlives the call."""
+        # The first read of any tensor's memory, such as tolist, the first question about an input, a view of one, or what
+        # outlives the call, and what path_here gave at the first of either.
+        self.read = self.asked = ""
         self.path: str | None = None
-        """What ``path_here`` gave at the first of either."""
+        self._path_here = path_here
         self._inputs = {storage_of(tensor) for tensor in inputs}
         self._state = {storage_of(tensor) for tensor in state}
 
@@ -107,13 +105,12 @@ def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None 
         if func._name in _READS_A_CONDITION:
             raise Refusal(Reason.HOST_READ, str(func), "the host reads the condition")
         return
-    tags = func.tags
     name = func._schema.name
     # A histogram without bounds looks for the least and the greatest value.
     unbounded = name == "aten::histc" and len(args) < 4
-    if torch.Tag.data_dependent_output in tags or name in _WAITING or unbounded:
+    if torch.Tag.data_dependent_output in func.tags or name in _WAITING or unbounded:
         raise Refusal(Reason.HOST_READ, str(func))
-    if torch.Tag.dynamic_output_shape in tags and not _has_fixed_shape(func, args, kwargs or {}):
+    if torch.Tag.dynamic_output_shape in func.tags and not _has_fixed_shape(func, args, kwargs or {}):
         raise Refusal(Reason.DATA_DEPENDENT, str(func))
     if puts_by_mask(func, args) and args[2].numel() != 1:
         raise Refusal(Reason.DATA_DEPENDENT, str(func), "how many elements are written depends on the mask")
@@ -156,9 +153,8 @@ def is_checked_on_the_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any
 def decompose_composite(mode: TorchDispatchMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run a composite operator in ``__torch_dispatch__`` of a mode, so that the mode sees its parts.
 
-    Composites reach a mode whole under ``inference_mode`` and for inference tensors. Nothing shows then what
-    ``batch_norm``, ``dropout`` and ``is_nonzero`` write, draw or read. ``NotImplemented`` is returned for an operator
-    that is not composite, or is to be taken as a whole.
+    Composites reach a mode whole under ``inference_mode``; nothing shows then what ``batch_norm`` writes or ``dropout``
+    draws. ``NotImplemented`` is returned for an operator that is not composite, or is to be taken as a whole.
     """
     if not _is_composite(func) or is_checked_on_the_host(func, args, kwargs):
         return NotImplemented
@@ -183,8 +179,10 @@ def written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tens
     for index, name in _written_arguments(func):
         value = args[index] if index < len(args) else kwargs.get(name)
         found += [item for item in flatten(value) if isinstance(item, Tensor)]
-    if found and func._schema.name in _RUNNING_STATISTICS and not _trains(func, args, kwargs):
-        return []
+    if found and func._schema.name in _RUNNING_STATISTICS:
+        names = [argument.name for argument in func._schema.arguments]
+        if "training" in names and not dict(zip(names, args, strict=False), **kwargs).get("training"):
+            return []
     return found
 
 
@@ -204,14 +202,6 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     if schema.name.endswith("_") and not schema.name.endswith("__"):
         return tuple(named[:1])
     return ()
-
-
-def _trains(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """The argument ``training``; true for an operator without it."""
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.name == "training":
-            return bool(args[index] if index < len(args) else kwargs.get("training"))
-    return True
 
 
 def flatten(value: Any) -> list[Any]:
@@ -239,14 +229,11 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A ``TorchDispatchMode`` that Dynamo does not compile, and that does not keep Dynamo from compiling.
 
     PyTorch wraps ``__torch_dispatch__`` of every mode in ``torch._dynamo.disable``, which imports ``torch._dynamo`` and
-    sympy at the first operation: 1 to 4 s. This class marks the code object instead, which asks for no import. Dynamo
-    then skips ``__torch_dispatch__`` and everything that it calls. A version of PyTorch without such marks wraps it.
+    sympy at the first operation: 1 to 4 s. This class marks the code object instead, which asks for no import.
 
-    Under any other mode Dynamo skips every function that it is to compile. A function compiled with ``fullgraph=True``
-    then raises, and so do ``torch.cond``, ``scan``, ``flex_attention`` and others that compile themselves in eager
-    mode. Dynamo keeps that failure for the rest of the process. Under this mode they compile and run as they do without
-    one. A higher-order operator is given to ``__torch_dispatch__``, which hands it to :meth:`higher_order`. Of a
-    function that Inductor compiled, only calls of library kernels are seen.
+    Under any other mode Dynamo skips every function that it is to compile: ``fullgraph=True`` then raises, and so do
+    ``torch.cond``, ``flex_attention`` and others that compile themselves, for the rest of the process. Of a function
+    that Inductor compiled, only calls of library kernels are seen.
     """
 
     supports_higher_order_operators = True
@@ -261,20 +248,19 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def higher_order(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a higher-order operator, such as ``torch.ops.higher_order.cond``, with its functions under this mode."""
+
+        def under(function: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(function, updated=())
+            def inside(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return function(*args, **kwargs)
+
+            return inside
+
         # Operators of this base class refuse anything but a graph module.
         if not any(each.__name__ == "BaseHOP" for each in type(func).__mro__):
-            args, kwargs = pytree.tree_map_only(_FUNCTIONS, self._under, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(_FUNCTIONS, under, (args, kwargs))
         return func(*args, **kwargs)
-
-    def _under(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that runs under this mode wherever it is called."""
-
-        @wraps(function, updated=())
-        def under(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return function(*args, **kwargs)
-
-        return under
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

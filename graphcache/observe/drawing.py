@@ -98,12 +98,12 @@ def _tape_lines(graph: CpuTape) -> Iterator[str]:
     made: dict[int, int] = {}
     for step, (func, args, kwargs, fills, results) in enumerate(steps):
         yield f"  step{step} [label={_quoted(str(func))}];"
-        sources = {f"step{made[slot]}" for _, _, slot in fills if slot in made}
+        sources = {f"step{made[slot]}" for _, _, slot in fills}
         leaves = pytree.tree_leaves((args, kwargs))
         sources |= {f"input{positions[id(leaf)]}" for leaf in leaves if id(leaf) in positions}
         for source in sorted(sources):
             yield f"  {source} -> step{step};"
-        for slot in results if isinstance(results, list) else [results]:
+        for slot in results:
             if slot is not None:
                 # An operation that writes in place answers with what it was given.
                 made[slot] = step
