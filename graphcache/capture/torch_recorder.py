@@ -144,7 +144,7 @@ class TorchRecorder:
 
     @property
     def shared_nbytes(self) -> int:
-        return sum(order.pool_nbytes for order in self._orders.values())
+        return sum(order.pool().nbytes for order in self._orders.values())
 
     def release(self, *, wait: bool = True) -> None:
         for order in self._orders.values():

@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 def static_copy(tensor: Tensor) -> Tensor:
-    """A buffer of the same shape, strides, dtype, device and attributes, holding the same values.
-
-    The strides are kept because an operation's result may depend on them. Elements that overlap (an expanded tensor)
-    overlap in the buffer too, which is then written through :func:`packed`. It can be written in any grad mode.
-    """
+    """A tensor of the same values, attributes and strides, overlapping elements included (see :func:`packed`)."""
     with torch.inference_mode(False), torch.no_grad():
         buffer = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         put(packed(buffer), tensor)
@@ -28,11 +24,7 @@ def static_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """The memory of a tensor as one that can be written: the tensor itself, unless elements of it overlap.
-
-    Axes that were expanded have size 1 then. Elements that overlap in another way (windows that slide) become the whole
-    block of memory from the first element to the last.
-    """
+    """A tensor's memory, to be written: where elements overlap, with expanded axes of size 1, or as one block."""
     if tensor.is_contiguous() or not _overlaps(tensor):
         return tensor
     with torch.no_grad():
@@ -48,11 +40,7 @@ def put(buffer: Tensor, tensor: Tensor) -> None:
 
 
 def poison(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> None:
-    """Overwrite tensors with wrong values: NaN where they are floating, otherwise -1 and ``True``.
-
-    Inputs get 0 and ``False``, a valid index almost everywhere: a graph that reads one by mistake must give a wrong
-    answer, not an access out of bounds.
-    """
+    """Overwrite outputs with NaN or -1, and inputs with NaN or 0, which is a valid index almost everywhere."""
     with torch.inference_mode(False), torch.no_grad():
         for tensor, whole in (*((each, -1) for each in outputs), *((each, 0) for each in inputs)):
             if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:

@@ -60,10 +60,9 @@ def capture_copying(
         undo.callback(driver.call, "cuGraphDestroy", captured)
         if full_edges:
             make_all_full(captured)
+        moved = [each for each, copied in zip(others, is_copied, strict=True) if copied]
         try:
-            found = iter(
-                find_copies(captured, [each for each, copied in zip(others, is_copied, strict=True) if copied])
-            )
+            found = iter(find_copies(captured, moved))
         except CannotBind as why:
             raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
         slots = [IoSlot(own, next(found) if copied else [], 1) for own, copied in zip(buffers, is_copied, strict=True)]
@@ -88,11 +87,9 @@ def record_torch(
     where: str,
     full_edges: bool,
 ) -> tuple[Any, list[IoSlot]]:
-    """:func:`capture_copying` of PyTorch operations, and engines between them, which allocate in the order's pool.
-
-    They have run before, on the capture stream. The capture is the driver's: one of ``torch.cuda.CUDAGraph`` that fails
-    leaves the allocator and the random number generator half way through (pytorch/pytorch#92684, #190348).
-    """
+    """:func:`capture_copying` of PyTorch operations, and engines between them, which allocate in the order's pool."""
+    # The capture is the driver's: one of torch.cuda.CUDAGraph that fails leaves the allocator and the random number
+    # generator half way through (pytorch/pytorch#92684, #190348).
 
     def capture(enqueue: Enqueue) -> Any:
         # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this order or
@@ -128,11 +125,8 @@ def programmatic_edges(graph: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def make_all_full(graph: Any) -> None:
-    """Let every node wait for the end of the nodes before it.
-
-    For kernels that do not wait where they should, as TensorRT-RTX has on GPUs it was not made for: they give other
-    answers from run to run.
-    """
+    """Let every node wait for the end of the nodes before it."""
+    # Some kernels do not wait where they should: those of TensorRT-RTX on GPUs that it was not made for.
     edges = programmatic_edges(graph)
     for start, end, data in edges:
         _call_with_edges("cuGraphRemoveDependencies", graph, [start], [end], [data], 1)
@@ -163,11 +157,8 @@ _ask_driver: Callable[[], bool] = torch_graphs._cuda_isCurrentStreamCapturing  #
 
 @contextmanager
 def as_if_capturing() -> Iterator[None]:
-    """Inside, modules that ask PyTorch whether this thread captures are told that it does, though it runs eagerly.
-
-    Some take another path then: Transformers do not look into attention masks, since the host cannot read them. The
-    graph gives the answers of that path, so it is verified against that path.
-    """
+    """Inside, modules that ask PyTorch whether this thread captures are told that it does, though it runs eagerly."""
+    # Some take another path then, whose answers the graph gives: Transformers do not look into attention masks.
     token = _pretends.set(True)
     try:
         with _pretending:
@@ -197,12 +188,9 @@ def _eager_stance() -> Callable[[], object]:
 
 @contextmanager
 def compiled_runs_eagerly() -> Iterator[None]:
-    """Inside, functions that ``torch.compile`` made run as they were written, and higher-order operators as well.
-
-    ``torch.cond`` and ``flex_attention`` compile themselves in eager mode. Dynamo would trace the function mode that is
-    active, and raise. The stance of ``torch.compile`` that prevents it belongs to the process: meanwhile, other threads
-    run eagerly too. Dynamo is imported only when the first higher-order operator is called.
-    """
+    """Inside, functions that ``torch.compile`` made run as they were written, and higher-order operators as well."""
+    # torch.cond and flex_attention compile themselves in eager mode, and raise if Dynamo traces a function mode. The
+    # setting that prevents it imports Dynamo, so it is made when the first such operator is called.
     with ExitStack() as stance:
         if "torch._dynamo" in sys.modules or sys.getprofile() is not None or _COMPILES_ITSELF is None:
             stance.enter_context(_eager_stance)

@@ -33,10 +33,7 @@ from graphcache.graphs.operations import (
 
 
 class Step(NamedTuple):
-    """An operation, its arguments, and the slots of what it returns, ``None`` for what is no tensor.
-
-    ``fills`` are the containers of arguments, the places in them, and the slots of the values that a replay puts there.
-    """
+    """An operation. A fill is a container of arguments, a place in it, and the slot of what a replay puts there."""
 
     func: Callable[..., Any]
     args: list[Any]
@@ -60,41 +57,29 @@ class CpuTape:
 
     @classmethod
     def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
-        """Run ``body`` once on the static inputs, which the graph keeps, and keep what it did.
-
-        ``lock`` is held during a replay; graphs that share memory share it. A :class:`Refusal` says that the call does
-        something that no replay could repeat.
-        """
-        try:
-            return cls._recorded(body, inputs, lock, nullcontext)
-        except Refusal as refusal:
-            if refusal.cause.reason is not Reason.HOST_READ:
-                raise
-            why = refusal
-        # The read may be a check that an operator makes on the CPU alone, such as that of one_hot. Below autograd such
-        # operators arrive whole, and are recorded so; what needs gradients inside raises there.
-        try:
-            return cls._recorded(body, inputs, lock, torch._C._AutoDispatchBelowAutograd)
-        except Exception:
-            raise why from None
-
-    @classmethod
-    def _recorded(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock, level: Any) -> CpuTape:
-        """A graph of one run of ``body``; ``level`` sets where operators are seen."""
-        tape = _Recorder()
-        try:
-            with torch.inference_mode(False), torch.no_grad(), level(), compiled_runs_eagerly(), tape:
-                outputs = body()
-        except Exception:
-            # TorchScript turns every exception into one of its own.
-            if tape.refused is None:
-                raise
-        # The module may have caught the refusal and gone on by another way, which is not its way when nobody records.
-        if tape.refused is not None:
-            raise tape.refused
-        if not tape.steps:
-            raise Refusal(Reason.EMPTY_GRAPH)
-        return cls(inputs, tape, outputs, lock)
+        """Run ``body`` on the static inputs, which the graph keeps, and keep what it did, or raise a ``Refusal``."""
+        why: Refusal | None = None
+        # What the host reads may be a check that an operator makes on the CPU alone, such as that of one_hot. Below
+        # autograd such operators arrive whole, and are recorded so; what needs gradients inside raises there.
+        for level in (nullcontext, torch._C._AutoDispatchBelowAutograd):
+            tape, outputs = _Recorder(), None
+            try:
+                with torch.inference_mode(False), torch.no_grad(), level(), compiled_runs_eagerly(), tape:
+                    outputs = body()
+            except Exception:
+                # TorchScript turns a refusal into an exception of its own.
+                if why is None and tape.refused is None:
+                    raise
+            # The module may have caught a refusal, and gone on by another way.
+            if outputs is not None and tape.refused is None:
+                if not tape.steps:
+                    raise Refusal(Reason.EMPTY_GRAPH)
+                return cls(inputs, tape, outputs, lock)
+            why = why or tape.refused
+            if why is None or why.cause.reason is not Reason.HOST_READ:
+                break
+        assert why is not None
+        raise why
 
     @property
     def nodes(self) -> int:
@@ -205,7 +190,12 @@ class _Recorder(DispatchMode):
         if lifted:
             # A constant made inside the call; a replay may write into it, so it needs a new one each time.
             func = torch.ops.aten.clone.default
-        self._refuse(func, args, kwargs)
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            raise Refusal(Reason.RANDOM, str(func))
+        if any(storage_of(tensor) not in self._own for tensor in written(func, args, kwargs)):
+            raise Refusal(Reason.MUTATES, str(func))
+        if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
+            raise Refusal(Reason.DATA_DEPENDENT, str(func))
         leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
         if func.is_view and not any(id(value) in self._made for value in leaves):
             # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
@@ -221,15 +211,6 @@ class _Recorder(DispatchMode):
         if lifted:
             self._lifted |= made
         return out
-
-    def _refuse(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise for an operator that draws random numbers, writes foreign memory, or writes where values say."""
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            raise Refusal(Reason.RANDOM, str(func))
-        if any(storage_of(tensor) not in self._own for tensor in written(func, args, kwargs)):
-            raise Refusal(Reason.MUTATES, str(func))
-        if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
-            raise Refusal(Reason.DATA_DEPENDENT, str(func))
 
     def _template(self, arguments: Any, fills: list[tuple[Any, Any, int]]) -> Any:
         """A copy of a container in which recorded tensors can be filled in; other tensors stay as they are."""

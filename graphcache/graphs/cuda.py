@@ -18,21 +18,15 @@ from graphcache.graphs.param_patching import Pointer
 from graphcache.graphs.stream_order import StreamOrder, own_stream, raw_stream
 
 ALIGNMENT = 256
-"""In bytes: what TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""
+"""Bytes that TensorRT documents for bindings, so that a kernel may rely on it. Torch allocates at 512."""
 
-MAX_EXECUTABLES = 8
-"""Of a small graph, in native code: see native/executables.h."""
+MAX_EXECUTABLES, SMALL = 8, 32
+"""Of a graph up to so many nodes, in native code: see native/executables.h. A change of executables took 0.3 µs with 3
+nodes, a patch 0.7 (H200) to 3.5 (H100); with 106 nodes a change took 10 µs (driver 580)."""
 
-SMALL = 32
-"""The largest graph, in nodes, that has more than one. A change of executables took 0.3 µs with 3 nodes, a patch 0.7
-(H200) to 3.5 (H100); with 106 nodes a change took 10 µs (driver 580)."""
-
-EXECUTABLE_BYTES = 96 * 1024
-"""Device memory of an executable besides its nodes, an estimate: 80 to 128 KiB were seen with 3 nodes, 192 to 256 with
-106 (H100, driver 580)."""
-
-NODE_BYTES = 2 * 1024
-"""What each node adds."""
+EXECUTABLE_BYTES, NODE_BYTES = 96 * 1024, 2 * 1024
+"""Device memory of an executable and of each node, estimates: 80 to 128 KiB were seen with 3 nodes, 192 to 256 with 106
+(H100, driver 580)."""
 
 UNKNOWN = 2**64 - 1
 """No address: of a slot that was never patched, or whose patch the driver refused."""
@@ -76,17 +70,9 @@ class IoSlot:
 class CudaGraph:
     """An instantiated CUDA graph; see :class:`~graphcache.graphs.graph.Graph` for the contract.
 
-    Native code replays it too. ``executable`` (``None`` once the graph is closed), ``pointed`` and ``native`` are read
-    and changed by the holder of the order's lock alone.
-
-    Args:
-        captured: The ``CUgraph``, which belongs to this object from now on.
-        inputs: In the order of a call.
-        outputs: In the order of the answer.
-        order: Orders this graph's launches with everything that shares memory with it.
-        keep: Whatever the captured kernels refer to: contexts, scratch memory, memory pools, weights.
-        release: Called once, after the last launch has finished, or when the graph cannot be made.
-        pool_bytes: What of the order's memory this graph alone uses.
+    It owns ``captured``, a ``CUgraph``, and keeps whatever its kernels refer to. ``release`` is called once, after the
+    last launch has finished or when the graph cannot be made. It is charged for ``pool_bytes`` of the order's memory.
+    ``executable`` (``None`` once the graph is closed), ``pointed`` and ``native`` belong to the holder of the lock.
     """
 
     # Native code reads the executable at a fixed offset.
@@ -113,28 +99,23 @@ class CudaGraph:
             _, self.nodes = driver.call("cuGraphGetNodes", captured, 0)
             if self.nodes == 0:
                 raise Refusal(Reason.EMPTY_GRAPH)
-            # Uploaded on a stream, for which the host waits.
-            stream, params = (
-                own_stream(order.index, "capture").cuda_stream,
-                driver.binding().CUDA_GRAPH_INSTANTIATE_PARAMS(),
-            )
-            params.flags = int(driver.binding().CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
-            params.hUploadStream = stream
+            api = driver.binding()
+            params = api.CUDA_GRAPH_INSTANTIATE_PARAMS()
+            params.flags = int(api.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD)
+            params.hUploadStream = stream = own_stream(order.index, "capture").cuda_stream
             executable = driver.call("cuGraphInstantiateWithParams", captured, params)
             undo.callback(driver.call, "cuGraphExecDestroy", executable)
             driver.call("cuStreamSynchronize", stream)
-            # What gives everything back, from the last to the first, each even if one raises.
+            # Gives everything back, from the last to the first, each even if one raises.
             self._undo = undo.pop_all()
         self.executable = executable
         self.captured: Any = captured
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         slots = (*self.inputs, *self.outputs)
-        # Where the executable points, for each slot; 0 for one without pointers. Of a fixed size, so that it stays
-        # where it is: native code keeps it right too.
+        # Where the executable points, for each slot; 0 for one without pointers. Native code keeps it right too.
         self.pointed = array("Q", [UNKNOWN if slot.pointers else 0 for slot in slots])
         self.max_executables = MAX_EXECUTABLES if self.nodes <= SMALL and any(slot.pointers for slot in slots) else 1
-        # What native code keeps of this graph.
         self.native: Any = None
         self.order = order
         self.index = order.index

@@ -87,11 +87,7 @@ def new_event() -> Any:
 
 @contextmanager
 def on_device(index: int) -> Iterator[None]:
-    """Inside, the current context is the one that torch uses for a device.
-
-    A thread may have another one, or none if it has not used CUDA yet. Events belong to the current context, and so
-    does stream 0, the legacy default stream.
-    """
+    """Inside, the current context, whose stream 0 and events are meant, is the one that torch uses for a device."""
     call("cuCtxPushCurrent", primary_context(index))
     try:
         yield

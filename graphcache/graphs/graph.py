@@ -12,12 +12,7 @@ Body = Callable[[], Sequence[Tensor]]
 
 
 class Graph(Protocol):
-    """One recorded call. It owns its static buffers and everything else the recording refers to.
-
-    A replay runs in the order of the caller's stream. Replays of one graph from several threads and streams follow one
-    another; none sees another's inputs or outputs. After :meth:`close`, a replay raises
-    :class:`~graphcache.errors.ClosedError`.
-    """
+    """One recorded call. Replays from any threads and streams follow one another; each follows its caller's stream."""
 
     @property
     def nodes(self) -> int:
@@ -28,10 +23,7 @@ class Graph(Protocol):
         """Memory that only this graph keeps alive, in bytes."""
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
-        """Run the graph on inputs of the captured shapes, strides, dtypes and device, which are not changed.
-
-        The outputs are ``out``, tensors of the outputs' layouts, or fresh tensors that belong to the caller.
-        """
+        """Answer inputs of the captured layouts, in ``out``, or in fresh tensors that belong to the caller."""
 
     def accepts(self, out: Sequence[Tensor]) -> bool:
         """Whether :meth:`replay` could write straight into these tensors if they overlap no input."""
@@ -46,7 +38,4 @@ class Graph(Protocol):
         """Overwrite static inputs and outputs, and ``out``: a replay that does not read or write them shows."""
 
     def close(self, *, wait: bool = True) -> None:
-        """Release everything once the last replay has finished; a second time does nothing.
-
-        Without ``wait`` the host does not wait for that replay: what it uses is released at a later call.
-        """
+        """Release everything once the last replay has finished: now, or later if the host may not ``wait``."""

@@ -46,12 +46,10 @@ _CHECKED_ON_THE_HOST = frozenset({"one_hot", "quantile", "nanquantile"})
 
 
 class HostReads(TorchFunctionMode):
-    """Notices what the host learns of tensors past the dispatcher.
+    """Notices what the host learns of tensors past the dispatcher."""
 
-    No call key holds where an input's memory begins or whether it requires gradients: who asks for that may take
-    another path for the next caller's input. Some operations take another path while such a mode is active, so it is
-    never active while a call is recorded.
-    """
+    # No call key holds where an input's memory begins or whether it requires gradients: who asks may take another path
+    # for another input. Some operations take another path under such a mode: none is active while a call is recorded.
 
     def __init__(
         self, inputs: Sequence[Tensor] = (), state: Sequence[Tensor] = (), path_here: Callable[[], str] = str
@@ -110,8 +108,16 @@ def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None 
     unbounded = name == "aten::histc" and len(args) < 4
     if torch.Tag.data_dependent_output in func.tags or name in _WAITING or unbounded:
         raise Refusal(Reason.HOST_READ, str(func))
-    if torch.Tag.dynamic_output_shape in func.tags and not _has_fixed_shape(func, args, kwargs or {}):
-        raise Refusal(Reason.DATA_DEPENDENT, str(func))
+    if torch.Tag.dynamic_output_shape in func.tags:
+        # Of some, the shape depends on no value here.
+        if func is torch.ops.aten.index.Tensor:
+            is_fixed = not _has_mask(args[1])
+        elif func is torch.ops.aten.repeat_interleave.Tensor:
+            is_fixed = (kwargs or {}).get("output_size") is not None
+        else:
+            is_fixed = is_checked_on_the_host(func, args, kwargs or {})
+        if not is_fixed:
+            raise Refusal(Reason.DATA_DEPENDENT, str(func))
     if puts_by_mask(func, args) and args[2].numel() != 1:
         raise Refusal(Reason.DATA_DEPENDENT, str(func), "how many elements are written depends on the mask")
 
@@ -119,15 +125,6 @@ def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None 
 def is_higher_order(func: Any) -> bool:
     """Whether an operator takes functions, as ``torch.cond`` and ``flex_attention`` do: those have no tags."""
     return isinstance(func, torch._ops.HigherOrderOperator)
-
-
-def _has_fixed_shape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether the shape that an operator makes depends on no value here, though its tag says so."""
-    if func is torch.ops.aten.index.Tensor:
-        return not _has_mask(args[1])
-    if func is torch.ops.aten.repeat_interleave.Tensor:
-        return kwargs.get("output_size") is not None
-    return is_checked_on_the_host(func, args, kwargs)
 
 
 def puts_by_mask(func: Any, args: Sequence[Any]) -> bool:
@@ -151,11 +148,8 @@ def is_checked_on_the_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any
 
 
 def decompose_composite(mode: TorchDispatchMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run a composite operator in ``__torch_dispatch__`` of a mode, so that the mode sees its parts.
-
-    Composites reach a mode whole under ``inference_mode``; nothing shows then what ``batch_norm`` writes or ``dropout``
-    draws. ``NotImplemented`` is returned for an operator that is not composite, or is to be taken as a whole.
-    """
+    """Run a composite operator under a mode, which sees its parts; ``NotImplemented`` for what is taken as a whole."""
+    # Composites reach a mode whole under inference_mode: nothing shows what batch_norm writes or dropout draws.
     if not _is_composite(func) or is_checked_on_the_host(func, args, kwargs):
         return NotImplemented
     with mode:

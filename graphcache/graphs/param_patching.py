@@ -18,9 +18,6 @@ from torch import Tensor
 
 from graphcache.graphs import driver
 
-MAX_NODES = 4096
-"""Reading a node's arguments takes some 10 µs; a graph beyond this many is launched for milliseconds and can copy."""
-
 COPY_ADDRESSES = {"srcDevice": 48, "dstDevice": 136}
 """Where a copy node's addresses stand in ``CUDA_MEMCPY3D``, in bytes (cuda.h)."""
 
@@ -52,16 +49,16 @@ class CannotBind(Exception):
 class Pointer:
     """One place in an instantiated graph where an address stands."""
 
+    # The address in our own copy of the node's parameters (node-owned memory is never written), and what is added to a
+    # tensor's address there.
     word: Any
-    """The address in this object's own copy of the node's parameters; node-owned memory is never written."""
     offset: int
-    """What is added to a tensor's address."""
+    # The driver function that sets all parameters of the node, so that every pointer into the node counts, and its
+    # arguments after the executable: node, parameters, and for a copy node the context.
     setter: str
-    """The driver function that sets all parameters of the node, so that every pointer into the node counts."""
     arguments: Sequence[Any]
-    """Of ``setter``, after the executable: node, parameters, and for a copy node the context."""
+    # The memory behind ``word``.
     keep: Any
-    """The memory behind ``word``."""
 
     @property
     def raw(self) -> tuple[bool, int, int, int, int, int]:
@@ -78,11 +75,8 @@ _Found = list[tuple[int, Pointer]]
 
 
 def elsewhere(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors like some, for a second capture: no two of them as far away from those given.
-
-    The end of an input is often the beginning of an output. Had both moved by the same distance, it could not be told
-    which of them a kernel was given.
-    """
+    """Tensors like some, for a second capture: no two of them as far away from those given."""
+    # The end of an input is often the beginning of an output: moved alike, they could not be told apart.
     found: list[Tensor] = []
     distances: set[int] = set()
     # What lies at a distance that is taken stays allocated until the end, so that the next one lies elsewhere.
@@ -107,8 +101,6 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
     nodes, other_nodes = nodes_of(first), nodes_of(second)
     if len(nodes) != len(other_nodes):
         raise CannotBind(f"two captures gave {len(nodes)} and {len(other_nodes)} nodes")
-    if len(nodes) > MAX_NODES:
-        raise CannotBind(f"{len(nodes)} nodes are more than {MAX_NODES}")
     moves = [
         (left.data_ptr(), left.numel() * left.element_size(), right.data_ptr() - left.data_ptr())
         for left, right in zip(tensors, others, strict=True)

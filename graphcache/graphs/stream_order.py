@@ -25,10 +25,8 @@ raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream"
 class MemoryPool:
     """Where PyTorch allocates while it is captured: a private pool of its allocator, held until this object is gone.
 
-    What is freed in it during a capture is used again by later allocations in it, and by nothing else: the graph still
-    reads and writes there. When the pool is gone, the allocator caches its memory like that of any freed tensor.
-
-    The destructor of ``torch.cuda.MemPool`` frees at once, which aborts the process while any thread allocates into any
+    What is freed in it is used again by later allocations in it alone: the graph still reads and writes there. The
+    destructor of ``torch.cuda.MemPool`` frees at once, which aborts the process while any thread allocates into any
     pool (seen with 2.11 on an H100). Giving up a reference, as is done here, is always allowed.
     """
 
@@ -68,9 +66,7 @@ class MemoryPool:
 class StreamOrder:
     """Launches on one device that share memory run one after another, whichever streams and threads call.
 
-    A thread holds ``lock`` while it enqueues. A launch on the stream of the previous one is ordered by the stream
-    itself and costs one comparison; on another stream it waits, on the device, for the previous one. A stream must
-    outlive the order's next launch.
+    A thread holds ``lock`` while it enqueues. A stream must outlive the order's next launch.
     """
 
     # Native code reads the stream at a fixed offset.
@@ -118,36 +114,20 @@ class StreamOrder:
             raise CudaError(f"stream {self.stream:#x}, where this module ran last, is being captured, so {so}")
 
     def scratch(self, nbytes: int) -> Tensor:
-        """At least ``nbytes`` bytes shared by all work of the order, at least 256-byte aligned.
-
-        It grows by being replaced: a graph that baked the address of a smaller one keeps that one alive.
-        """
+        """At least ``nbytes`` bytes for all work of the order, 256-byte aligned; graphs keep a smaller one they use."""
         if self._scratch is None or self._scratch.numel() < nbytes:
             with torch.inference_mode(False):
                 self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", self.index))
         return self._scratch
 
     def pool(self) -> MemoryPool:
-        """The memory pool of what PyTorch allocates in this order's captures.
-
-        One graph's temporaries may lie where another's outputs are: the order's graphs never run at once, and outputs
-        are copied out before the next launch.
-        """
+        """The memory pool of this order's captures; its graphs never run at once, and outputs are copied out of it."""
         if self._pool is None:
             self._pool = MemoryPool(self.index)
         return self._pool
 
-    @property
-    def pool_nbytes(self) -> int:
-        """What the pool has taken from the device, in bytes."""
-        return 0 if self._pool is None else self._pool.nbytes
-
     def release(self, action: Callable[[], None], *, wait: bool = True) -> None:
-        """Run ``action``, which gives memory back, once the last launch of the order has finished.
-
-        Where the host may not wait for that (``wait=False``, or the order's or the caller's stream is being captured),
-        the action runs at a later release or :meth:`reap`.
-        """
+        """Run ``action``, which gives memory back, after the last launch: now, or later where the host may not wait."""
         with self.lock:
             self._releases.append((action, None))
             self.reap(wait=wait)
@@ -234,10 +214,7 @@ def own_stream(index: int, purpose: str) -> torch.cuda.ExternalStream:
 
 @contextmanager
 def capturing(order: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
-    """Hold the device's capture lock and the order; the capture stream is current and follows the caller's stream.
-
-    Afterwards the caller's stream follows the capture stream and is current again, whatever happened.
-    """
+    """Hold the device's capture lock and the order; the capture stream is current, and follows the caller's."""
     with capture_lock(order.index), order.lock, torch.cuda.device(order.index):
         before = torch.cuda.current_stream()
         # Memory of graphs that were evicted is there for this one.
@@ -257,10 +234,7 @@ def capturing(order: StreamOrder) -> Iterator[torch.cuda.ExternalStream]:
 
 
 class ProcessWide:
-    """A setting of the process that any number of threads hold: the first makes it, the last undoes it.
-
-    ``make`` makes the setting, and returns what undoes it.
-    """
+    """A setting of the process that any number of threads hold: the first makes it, the last undoes it."""
 
     def __init__(self, make: Callable[[], Callable[[], object]]) -> None:
         self._make = make
@@ -293,10 +267,7 @@ Enqueue = Callable[[int], bool]
 
 
 def capture_enqueue(enqueue: Enqueue, order: StreamOrder, where: str, messages: Callable[[], str] = str) -> Any:
-    """Capture work that allocates nothing, such as that of a TensorRT engine; the caller destroys the ``CUgraph``.
-
-    It has run before with the same shapes, outside of any capture.
-    """
+    """Capture work that allocates nothing, and ran before with the same shapes; the caller destroys the ``CUgraph``."""
     stream = own_stream(order.index, "capture").cuda_stream
     handle = driver.binding().CUstream(stream)
     # What other threads allocate or copy does not break a capture in this mode.

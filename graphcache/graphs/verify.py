@@ -49,9 +49,9 @@ Eager = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = "") -> None:
     """Replay on the inputs of each round, then on those of the first again; outputs are poisoned before each replay.
 
-    Rounds with other values (of :func:`perturb`) find values that the host read and the capture froze. The last replay
-    finds a graph that only works once. ``again`` is called where a replay differs, to see whether eager execution
-    repeats itself. A graph that fails is refused with :attr:`Reason.MISMATCH`, and closed, as after any other error.
+    Other values find what the host read and the capture froze; the last replay finds a graph that only works once.
+    ``again`` is called where a replay differs, to see whether eager execution repeats itself. A graph that fails is
+    refused with :attr:`Reason.MISMATCH`, and closed, as after any other error.
     """
     try:
         others = iter(rounds)
@@ -71,10 +71,7 @@ def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = 
 def disagreement(
     got: Sequence[Tensor], expected: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]
 ) -> tuple[int, float] | None:
-    """The first output that differs from the eager one, and by how much; ``None`` if all agree.
-
-    ``again`` runs eagerly once more. It is called twice, and only where bits differ.
-    """
+    """The first output that differs from the eager one, and by how much; ``again`` runs where bits differ."""
     if same_bits(got, expected):
         return None
     runs = [expected]
@@ -89,11 +86,7 @@ def disagreement(
 
 
 def agrees(got: Tensor, runs: Sequence[Tensor]) -> bool:
-    """Whether a tensor is what eager execution gives.
-
-    It has the bits of an eager run. Where the runs differ among themselves, each element may be as far from the first
-    run as :data:`SPREADS` times the spread of the runs plus the default tolerance of ``torch.testing.assert_close``.
-    """
+    """Whether a tensor has the bits of an eager run or, where those differ, is within their :data:`SPREADS`."""
     first = runs[0]
     if any(same_bits([got], [run]) for run in runs):
         return True
@@ -105,10 +98,7 @@ def agrees(got: Tensor, runs: Sequence[Tensor]) -> bool:
 
 
 def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: str = "") -> None:
-    """Refuse outputs that differ from those of the same call before by more than the order of sums.
-
-    See :data:`UNORDERED`.
-    """
+    """Refuse outputs that differ from those of the same call before by more than the order of sums."""
     if same_bits(outputs, wanted):
         return
     for index, (second, first) in enumerate(zip(outputs, wanted, strict=True)):
@@ -138,10 +128,7 @@ def padded_gap(got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float |
 
 
 def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Whether pairs of tensors have the same shape, dtype and bits; NaN equals NaN of the same bits, 0.0 not -0.0.
-
-    It waits for the device only once.
-    """
+    """Whether pairs of tensors have the same shape, dtype and bits; NaN equals NaN of the same bits, 0.0 not -0.0."""
     if any(one.shape != other.shape or one.dtype != other.dtype for one, other in zip(left, right, strict=True)):
         return False
     if not left:

@@ -492,8 +492,8 @@ def test_a_graph_is_charged_for_a_pool_of_its_own_alone(fake: Torch, monkeypatch
     monkeypatch.setattr(fake.cuda, "memory_snapshot", lambda: [mine, {**mine, "total_size": 500}, other, other])
     own, shared = (module.record(shared=shared).nbytes for shared in (False, True))
     assert own == shared + 1500
-    assert module.order.pool_nbytes == 1500
-    assert StreamOrder(0).pool_nbytes == 0
+    assert module.order.pool().nbytes == 1500
+    assert StreamOrder(0).pool().nbytes == 0
 
 
 def test_memory_of_outputs_is_given_up_where_nothing_shows_them(fake: Torch) -> None:

@@ -384,21 +384,6 @@ def test_differing_counts_and_kinds_of_nodes(fake: Torch) -> None:
     assert refusal(fake, once, 1, another) == "two captures gave nodes of different kinds"
 
 
-def test_too_many_nodes(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = fake.driver.kernel([8], nothing)
-    monkeypatch.setattr(param_patching, "MAX_NODES", 3)
-
-    def record(count: int) -> Record:
-        def each(tensors: list[Tensor], stream: int) -> None:
-            for _ in range(count):
-                fake.driver.launch(kernel, [pointer(tensors[0])], stream)
-
-        return each
-
-    assert [len(places) for places in find(fake, record(3), 1).places] == [3]
-    assert refusal(fake, record(4), 1) == "4 nodes are more than 3"
-
-
 def test_a_memset_of_an_output(fake: Torch) -> None:
     def record(tensors: list[Tensor], stream: int) -> None:
         fake.driver.memset(tensors[0], 0, stream)
