@@ -39,7 +39,8 @@ class Step(NamedTuple):
     args: list[Any]
     kwargs: dict[str, Any]
     fills: list[tuple[Any, Any, int]]
-    results: list[Any]
+    # The slot of the one tensor that it returns, or of each thing, None for what is no tensor.
+    results: Any
 
 
 class CpuTape:
@@ -131,8 +132,8 @@ class CpuTape:
             made = func(*args, **kwargs)
             for container, place, _ in fills:
                 container[place] = None
-            if isinstance(made, Tensor):
-                values[results[0]] = made
+            if type(results) is int:
+                values[results] = made
             else:
                 values |= {slot: item for slot, item in zip(results, flatten(made), strict=True) if slot is not None}
         return [values[slot] for slot in self._outputs]
@@ -223,7 +224,7 @@ class _Recorder(DispatchMode):
                 fills.append((copy, place, made[0]))
         return copy
 
-    def _keep(self, out: Any, func: Any) -> list[int | None] | None:
+    def _keep(self, out: Any, func: Any) -> Any:
         """The slots of an operation's results; ``None`` if they are numbers only, which a replay need not make."""
         results: list[int | None] = []
         numbers = False
@@ -233,6 +234,8 @@ class _Recorder(DispatchMode):
             else:
                 results.append(None)
                 numbers = numbers or item is not None
+        if isinstance(out, Tensor):
+            return results[0]
         # PyTorch's own operators return numbers that depend on layouts alone, as is_same_size does: those that read
         # values were refused by their tags.
         if numbers and func.namespace not in ("aten", "prims"):

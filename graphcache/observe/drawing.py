@@ -103,7 +103,7 @@ def _tape_lines(graph: CpuTape) -> Iterator[str]:
         sources |= {f"input{positions[id(leaf)]}" for leaf in leaves if id(leaf) in positions}
         for source in sorted(sources):
             yield f"  {source} -> step{step};"
-        for slot in results:
+        for slot in results if isinstance(results, list) else [results]:
             if slot is not None:
                 # An operation that writes in place answers with what it was given.
                 made[slot] = step
