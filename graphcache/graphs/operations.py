@@ -55,8 +55,8 @@ class HostReads(TorchFunctionMode):
         self, inputs: Sequence[Tensor] = (), state: Sequence[Tensor] = (), path_here: Callable[[], str] = str
     ) -> None:
         super().__init__()
-        # The first read of any tensor's memory, such as tolist, the first question about an input, a view of one, or what
-        # outlives the call, and what path_here gave at the first of either.
+        # The first read of any tensor's memory, such as tolist, the first question about an input, a view of one, or
+        # what outlives the call, and what path_here gave at the first of either.
         self.read = self.asked = ""
         self.path: str | None = None
         self._path_here = path_here
