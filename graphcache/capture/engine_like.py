@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -46,26 +46,18 @@ class EngineLike(nn.Module):
     input_binding_names: list[str]
     host_inputs: tuple[int, ...]
     """Positions of the inputs whose values TensorRT reads on the host."""
+    bind: Callable[[Sequence[Any], dict[str, Any]], list[Any]]
+    """Inputs in the order of the bindings, from positional and keyword arguments."""
+    moved: Callable[[Sequence[Any]], list[Any]]
+    """Inputs with every tensor on the engine's device, for multi-device safe mode."""
+    checked: Callable[[Sequence[Any]], tuple[list[Tensor], int]]
+    """Inputs that the engine can take, and the optimisation profile that fits them."""
+    forbids_capture: Callable[[], Cause | None]
+    """Why no call of the engine can be captured as things stand; ``None`` if nothing is known."""
 
     def check_open(self) -> None:
         """Raise a ``ClosedError`` if the engine was closed."""
         self.engine.check_open()
-
-    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """Inputs in the order of the bindings, from positional and keyword arguments."""
-        raise NotImplementedError
-
-    def moved(self, inputs: Sequence[Any]) -> list[Any]:
-        """Inputs with every tensor on the engine's device, for multi-device safe mode."""
-        raise NotImplementedError
-
-    def checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], int]:
-        """Inputs that the engine can take, and the optimisation profile that fits them."""
-        raise NotImplementedError
-
-    def forbids_capture(self) -> Cause | None:
-        """Why no call of the engine can be captured as things stand; ``None`` if nothing is known."""
-        raise NotImplementedError
 
 
 alive: WeakValueDictionary[str, Any] = WeakValueDictionary()

@@ -54,7 +54,8 @@ _COMPILER = "torch._dynamo.convert_frame"
 _OPAQUE = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__", "EngineModule.forward"})
 """What runs a graph that Inductor compiled, or an engine, with memory that it allocates past the dispatcher."""
 
-_PLAIN, _TENSOR, _GENERATOR, _QUEUE, _LOCK, _MODULE, _CLASS = range(7)
+_MODULES = (types.ModuleType, type(torch._C.fork.__self__))  # type: ignore[attr-defined]
+"""What functions belong to. Those of a module that pybind11 makes belong to a record of its own."""
 
 
 class HostActivity:
@@ -82,7 +83,7 @@ class HostActivity:
         """Set while code of this package runs within the call."""
         self._opaque: set[types.CodeType] = set()
         self._known: set[types.CodeType] = set()
-        self._kinds: dict[type, int] = {}
+        self._plain: set[type] = set()
         self._acquired: list[int] = []
         self._path_here = path_here
         self._report = report
@@ -121,26 +122,30 @@ class HostActivity:
             self.left(arg)
 
     def _c_call(self, frame: types.FrameType, function: Any) -> None:
-        owner = getattr(function, "__self__", None)
-        kind = self._kinds.get(type(owner))
-        if kind is None:
-            kind = self._kinds[type(owner)] = _kind_of(owner)
-        if kind == _TENSOR:
-            if self.reads and function.__name__ in _READS and not _is_ours(frame):
-                self._note(Reason.HOST_READ, f"Tensor.{function.__name__}")
-        elif kind == _GENERATOR:
-            seeds = function.__name__ == "seed" and owner in _OF_THE_PROCESS
-            if seeds or function.__name__ not in _NOT_DRAWN:
-                self._note(Reason.RANDOM, f"{type(owner).__name__}.{function.__name__}")
-        elif kind == _QUEUE:
-            self._note(Reason.HOST_READ, f"SimpleQueue.{function.__name__}", "work goes to another thread")
-        elif kind == _LOCK and not _is_ours(frame):
-            self._lock(frame, function.__name__, id(owner))
-        elif kind == _CLASS and isinstance(owner, type) and issubclass(owner, datetime.date):
-            if function.__name__ in ("now", "today", "utcnow"):
-                self._clock(frame, f"{owner.__name__}.{function.__name__}")
-        elif kind == _MODULE:
+        owner: Any = getattr(function, "__self__", None)
+        # Asked of the type: isinstance() may call the object's own __getattribute__.
+        kind = type(owner)
+        if kind in self._plain:
+            return
+        name = function.__name__
+        if issubclass(kind, _MODULES):
             self._function_of_module(frame, function)
+        elif issubclass(kind, Tensor):
+            if self.reads and name in _READS and not _is_ours(frame):
+                self._note(Reason.HOST_READ, f"Tensor.{name}")
+        elif issubclass(kind, type):
+            if issubclass(owner, datetime.date) and name in ("now", "today", "utcnow"):
+                self._clock(frame, f"{owner.__name__}.{name}")
+        elif issubclass(kind, _queue.SimpleQueue):
+            self._note(Reason.HOST_READ, f"SimpleQueue.{name}", "work goes to another thread")
+        elif issubclass(kind, (_thread.LockType, _thread.RLock)):
+            if not _is_ours(frame):
+                self._lock(frame, name, id(owner))
+        elif draws_randomness(owner):
+            if name not in _NOT_DRAWN or (name == "seed" and owner in _OF_THE_PROCESS):
+                self._note(Reason.RANDOM, f"{kind.__name__}.{name}")
+        else:
+            self._plain.add(kind)
 
     def _function_of_module(self, frame: types.FrameType, function: Any) -> None:
         if function is os.urandom:
@@ -210,21 +215,6 @@ def _is_ours(frame: types.FrameType) -> bool:
 def _is_inside(module_name: str, frame: types.FrameType) -> bool:
     """Whether code of a module is on the stack."""
     return any(each.f_globals.get("__name__") == module_name for each, _ in walk_stack(frame))
-
-
-def _kind_of(owner: Any) -> int:
-    if isinstance(owner, type):
-        return _CLASS
-    if isinstance(owner, Tensor):
-        return _TENSOR
-    if draws_randomness(owner):
-        return _GENERATOR
-    if isinstance(owner, _queue.SimpleQueue):
-        return _QUEUE
-    # Functions of a module that pybind11 makes belong to a record of its own.
-    if isinstance(owner, (types.ModuleType, type(torch._C.fork.__self__))):  # type: ignore[attr-defined]
-        return _MODULE
-    return _LOCK if isinstance(owner, (_thread.LockType, _thread.RLock)) else _PLAIN
 
 
 _NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})

@@ -215,7 +215,8 @@ class TorchRecorder:
                 inputs=slots[: len(static)],
                 outputs=slots[len(static) :],
                 order=order,
-                keep=(call.kept(), run, static, order.pool()),
+                # The state too: while it lives, no other tensor can take its address.
+                keep=([tensor.detach() for tensor in call.state], run, static, order.pool()),
                 release=scope.close,
                 # Of a pool that others use too, no graph is charged.
                 pool_bytes=0 if shares else order.pool().nbytes,

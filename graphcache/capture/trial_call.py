@@ -33,7 +33,12 @@ class TrialCall:
         places = [found.setdefault(id(tensor), len(found)) for tensor in call.tensors]
         self.places = None if len(found) == len(places) else places
         """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
-        self.inputs = [_detached(call.tensors[places.index(place)]) for place in range(len(found))]
+        self.inputs: list[Tensor] = []
+        for place in range(len(found)):
+            given = call.tensors[places.index(place)]
+            self.inputs.append(given.detach())
+            # What Python code gave it.
+            self.inputs[-1].__dict__.update(given.__dict__)
         self._args, self._kwargs = substitute(call.args, call.kwargs, self._spread(self.inputs))
 
     def call(self, static: Sequence[Tensor]) -> Any:
@@ -59,20 +64,9 @@ class TrialCall:
         self._args, self._kwargs, self.inputs = (), {}, []
         self.answer.let_go()
 
-    def kept(self) -> list[Tensor]:
-        """The state as it is now: while these live, no other tensor can take their address."""
-        return [tensor.detach() for tensor in self.state]
-
     def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs in the places of the tensors of the call."""
         return inputs if self.places is None else [inputs[place] for place in self.places]
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    """The tensor without gradients, with the attributes that Python code gave it."""
-    detached = tensor.detach()
-    detached.__dict__.update(tensor.__dict__)
-    return detached
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -128,7 +128,7 @@ class CaptureManager:
     # ---- captures
 
     def is_current(self, key: Hashable) -> bool:
-        """Whether there is a graph of a key that was proven under the state of now."""
+        """Whether there is a graph of a key that was captured under the state of now."""
         entry = self.graphs.entries.get(key)
         return entry is not None and entry.graph.version == self.version
 

@@ -19,7 +19,7 @@ Who decides what:
 
 * A *key* says that two calls run the same operations on the same layouts. It holds structure, shapes, strides, dtypes,
   devices, constants, grad and inference mode, and the settings of PyTorch (``keys/call_key.py``).
-* A *guard* says that the module is still what it was when a graph was proven: an engine by its epoch, any other module
+* A *guard* says that the module is still what it was when a graph was made: an engine by its epoch, any other module
   by everything that a call can reach (``keys/guards.py``). On CUDA it is asked after the launch, while the device
   works; what a stale graph wrote is dropped. A call that writes into the caller's tensors asks before.
 * *Effects* (``capture/effects.py``): the first run of a key is observed, for the caller. Only a call that is a function
