@@ -26,7 +26,7 @@ from graphcache.events import log
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.stream_order import own_stream
-from graphcache.keys.call_key import KeyedCall, describe, has_modes, substitute
+from graphcache.keys.call_key import KeyedCall, describe, function_modes, substitute
 
 PENDING = Cause(Reason.PENDING)
 MAX_WAITING = 32
@@ -142,7 +142,7 @@ class CallSnapshot:
         self.call = KeyedCall(call.key, tensors, args, kwargs)
         """The same call on the copies."""
         # A default device is set for the caller's thread alone.
-        self.is_alike = own == call.key._replace(host_values=()) and not has_modes()
+        self.is_alike = own == call.key._replace(host_values=()) and not function_modes()
         """Whether a graph of the copies is one of the call."""
         self.cancelled = False
         self.done = threading.Event()

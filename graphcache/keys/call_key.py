@@ -36,8 +36,6 @@ Part = tuple[Any, ...]
 _MAX_VALUES = 20_000
 _MAX_DEPTH = 32
 """Containers in one another."""
-_PLAIN = 4
-"""Entries of the part of a plain tensor."""
 _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 CONSTANTS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
 OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
@@ -49,27 +47,21 @@ OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
 
 
 class CallKey(NamedTuple):
-    """What tells one call from another.
-
-    Args:
-        grad: Whether gradients are recorded; if they are, which tensors require them.
-        inference: Whether it is inference mode.
-        autocast: Kinds of devices, with the dtype that autocast casts to.
-        settings: The ambient state of PyTorch, if it is an unusual one (:func:`ambient_state`).
-        repeats: For each tensor the place of the first that is the same object; empty if none is given twice.
-        args: Positional arguments.
-        kwargs: Keyword arguments, in order.
-        host_values: For each input that an engine reads on the host, its values.
-    """
+    """What tells one call from another."""
 
     grad: bool | tuple[bool, ...]
+    """Whether gradients are recorded; if they are, which tensors require them."""
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
+    """Kinds of devices, with the dtype that autocast casts to."""
     settings: State | None
+    """The ambient state of PyTorch, if it is an unusual one."""
     repeats: tuple[int, ...]
+    """For each tensor the place of the first that is the same object; empty if none is given twice."""
     args: tuple[Part, ...]
     kwargs: tuple[tuple[str, Part], ...]
     host_values: tuple[Hashable, ...] = ()
+    """For each input that an engine reads on the host, its values."""
 
 
 NO_KEY = CallKey(grad=False, inference=False, autocast=(), settings=None, repeats=(), args=(), kwargs=())
@@ -77,17 +69,11 @@ NO_KEY = CallKey(grad=False, inference=False, autocast=(), settings=None, repeat
 
 
 class KeyedCall(NamedTuple):
-    """One call of a module.
-
-    Args:
-        key: What tells it apart from calls that need another graph.
-        tensors: The tensors among its arguments, in the order of the key.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
+    """One call of a module."""
 
     key: CallKey
     tensors: Sequence[Tensor]
+    """Those among its arguments, in the order of the key."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -102,10 +88,8 @@ class KeyedCall(NamedTuple):
         key = self.key
         if key.grad is not False or key.autocast or key.repeats or key.kwargs or key.host_values:
             return False
-        for value, part in zip(self.args, key.args, strict=True):
-            if type(value) is not Tensor or len(part) > _PLAIN:
-                return False
-        return True
+        # The part of an unusual tensor has more entries.
+        return all(type(value) is Tensor and len(part) == 4 for value, part in zip(self.args, key.args, strict=True))
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
@@ -116,11 +100,6 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
     and negations, one tensor given twice from two, the grad mode, which tensors require gradients while it is on,
     attributes that Python code gave a tensor, inference mode, autocast, the ambient state of PyTorch, and the order of
     keyword arguments. Not told apart are values of tensors, and different tensors that overlap from ones that don't.
-
-    Example:
-        >>> one, two = (describe((x, number), {}) for x, number in ((torch.zeros(2), 1), (torch.ones(2), True)))
-        >>> one.key == two.key
-        False
     """
     reader = _Reader()
     try:
@@ -294,18 +273,12 @@ def ambient_state() -> State:
 
     Not in it are the modes of a key (gradients, inference, autocast), what forbids graphs (dispatch modes, transforms),
     and the number of threads: it differs from thread to thread, and a graph of the CPU runs with that of the replay.
-
-    Example:
-        >>> before = ambient_state()
-        >>> with torch.device("meta"):
-        ...     ambient_state() == before
-        False
     """
     try:
         flags: State = tuple(map(call, _GETTERS.values()))
     except RuntimeError:
         flags = tuple(map(_flag, _GETTERS.values()))
-    return (*flags, *(_modes() if _stack_length() else ()))
+    return (*flags, *(function_modes() if _stack_length() else ()))
 
 
 def _flag(getter: Callable[[], Hashable]) -> Hashable:
@@ -317,38 +290,22 @@ def _flag(getter: Callable[[], Hashable]) -> Hashable:
 
 
 def unusual_settings(state: State) -> str:
-    """In what a state differs from the usual one, in words.
-
-    Example:
-        >>> with torch.device("meta"):
-        ...     unusual_settings(ambient_state())
-        'mode meta'
-    """
+    """In what a state differs from the usual one, in words, such as ``mode meta``."""
     count = len(_GETTERS)
     found = [f"{name} {now}" for name, now, usual in zip(_GETTERS, state, USUAL, strict=False) if now != usual]
     modes = [f"mode {mode}" for mode in state[count:]] if state[count:] != USUAL[count:] else []
     return ", ".join(found + modes) or "no mode"
 
 
-def has_modes() -> bool:
-    """Whether any function mode is active in this thread, that of a default device too; no other thread has it."""
-    return _stack_length() > 0
+def function_modes() -> list[Hashable]:
+    """The function modes of this thread: the device of a default device, and ``"other"`` for any other mode."""
+    found = [_stack_at(index) for index in range(_stack_length())]
+    return [mode.device if type(mode) is DeviceContext else "other" for mode in found]
 
 
 def has_function_modes() -> bool:
-    """Whether a ``TorchFunctionMode`` may change what any function of PyTorch does here.
-
-    The mode of ``torch.set_default_device`` and ``with torch.device(...)`` does not count: its device is part of
-    :func:`ambient_state`.
-    """
-    length = _stack_length()
-    return length > 0 and any(type(_stack_at(index)) is not DeviceContext for index in range(length))
-
-
-def _modes() -> list[Hashable]:
-    modes = [_stack_at(index) for index in range(_stack_length())]
-    # Any other mode forbids graphs, so it is enough that it shows.
-    return [mode.device if type(mode) is DeviceContext else "other" for mode in modes]
+    """Whether a mode may change what any function of PyTorch does here, which forbids graphs."""
+    return "other" in function_modes()
 
 
 def forbidden(*, cuda: bool) -> Reason | None:

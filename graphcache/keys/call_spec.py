@@ -8,41 +8,26 @@ from dataclasses import dataclass, field
 from enum import EnumType
 from functools import cached_property
 from inspect import Parameter, Signature
+from itertools import compress
 from typing import Any
 
 import torch
 
 from graphcache.errors import shown
-from graphcache.keys.call_key import (
-    CONSTANTS,
-    OPEN_CONSTANTS,
-    CallKey,
-    Part,
-    describe,
-    is_named_tuple,
-    item_ends,
-    node_of,
-    unusual_settings,
-)
-
-_ABSENT = "absent"
+from graphcache.keys import call_key
+from graphcache.keys.call_key import CONSTANTS, OPEN_CONSTANTS, CallKey, Part, describe, is_named_tuple, node_of
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor without its values; sizes and strides in elements.
-
-    Example:
-        >>> print(TensorSpec(torch.float32, (8, 64), (64, 1), torch.device("cpu")))
-        float32[8, 64]
-    """
+    """A tensor without its values; sizes and strides in elements."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     device: torch.device
-    pending: tuple[bool, bool] = (False, False)
-    """Whether a conjugation and a negation are pending."""
+    pending: str = ""
+    """A conjugation or negation that is not carried out yet."""
     attributes: str = ""
     """Those that Python code gave it, as text."""
 
@@ -54,25 +39,24 @@ class TensorSpec:
     def __str__(self) -> str:
         device = "" if self.device.type == "cpu" else f" on {self.device}"
         layout = "" if self.layout == "contiguous" else f" with strides {self.stride}"
-        return f"{short_name(self.dtype)}[{', '.join(map(str, self.shape))}]{device}{layout}"
+        return f"{_short(self.dtype)}[{', '.join(map(str, self.shape))}]{device}{layout}"
 
-    def diff(self, other: TensorSpec, path: str) -> Iterator[str]:
+    def diff(self, other: TensorSpec, path: str) -> list[str]:
         """What differs, from this one to the other, one line each."""
-        if len(self.shape) != len(other.shape):
-            yield f"`{path}` shape: {list(self.shape)} → {list(other.shape)}"
-        else:
-            pairs = enumerate(zip(self.shape, other.shape, strict=True))
-            yield from (f"`{path}` dim {axis}: {a} → {b}" for axis, (a, b) in pairs if a != b)
-        for what, old, new in (
-            ("dtype", short_name(self.dtype), short_name(other.dtype)),
-            ("device", self.device, other.device),
-            ("strides", self.layout, other.layout),
-            ("attributes", self.attributes or "none", other.attributes or "none"),
-        ):
-            if old != new:
-                yield f"`{path}` {what}: {old} → {new}"
-        if self.pending != other.pending:
-            yield f"`{path}`: a conjugation or negation is pending in one of them"
+        by_axis = len(self.shape) == len(other.shape)
+        pairs = zip(self._parts(by_axis), other._parts(by_axis), strict=True)
+        return [f"`{path}` {what}: {old} → {new}" for (what, old), (_, new) in pairs if old != new]
+
+    def _parts(self, by_axis: bool) -> list[tuple[str, Any]]:
+        sizes = [(f"dim {axis}", size) for axis, size in enumerate(self.shape)]
+        return [
+            *(sizes if by_axis else [("shape", list(self.shape))]),
+            ("dtype", _short(self.dtype)),
+            ("device", self.device),
+            ("strides", self.layout),
+            ("pending", self.pending or "nothing"),
+            ("attributes", self.attributes or "none"),
+        ]
 
 
 @dataclass(frozen=True)
@@ -99,14 +83,19 @@ class CallSpec:
         """The spec of a call, under the modes of this moment."""
         return cls(describe(args, kwargs).key, names)
 
-    @cached_property
+    @property
     def tensors(self) -> list[TensorSpec]:
         """The tensors in the arguments, in order."""
         return [found for _, found, _ in self._walked if type(found) is TensorSpec]
 
     @property
+    def values(self) -> dict[str, TensorSpec | str]:
+        """Path of each argument, such as ``x`` or ``batch['ids'][0]``, and the tensor or constant there."""
+        return {path: found for path, found, is_container in self._walked if not is_container}
+
+    @property
     def modes(self) -> dict[str, str]:
-        """The modes that are on, by name."""
+        """The modes that are on, and what else than arguments tells calls apart, by name."""
         key, on = self.key, {}
         if key.grad is not False:
             needed = [index for index, needs in enumerate(key.grad) if needs] if key.grad is not True else []
@@ -114,15 +103,14 @@ class CallSpec:
         if key.inference:
             on["inference mode"] = "on"
         if key.settings is not None:
-            on["settings of PyTorch"] = unusual_settings(key.settings)
+            on["settings of PyTorch"] = call_key.unusual_settings(key.settings)
         if key.autocast:
-            on["autocast"] = ", ".join(f"{kind} {short_name(dtype)}" for kind, dtype in key.autocast)
+            on["autocast"] = ", ".join(f"{kind} {_short(dtype)}" for kind, dtype in key.autocast)
+        if key.repeats:
+            on["tensors given twice"] = f"by place {key.repeats}"
+        if key.host_values:
+            on["values read on the host"] = shown(key.host_values)
         return on
-
-    @property
-    def values(self) -> dict[str, TensorSpec | str]:
-        """Path of each argument, such as ``x`` or ``batch['ids'][0]``, and the tensor or constant there."""
-        return {path: found for path, found, is_container in self._walked if not is_container}
 
     def __str__(self) -> str:
         return ", ".join(f"{path}: {value}" for path, value in self.values.items()) or "no arguments"
@@ -132,31 +120,20 @@ class CallSpec:
         found: list[str] = []
         before, after = ({path: value for path, value, _ in each._walked} for each in (self, other))
         for path in {**before, **after}:
-            old, new = before.get(path, _ABSENT), after.get(path, _ABSENT)
+            old, new = before.get(path, "absent"), after.get(path, "absent")
             if isinstance(old, TensorSpec) and isinstance(new, TensorSpec):
                 found += old.diff(new, path)
             elif old != new:
                 found.append(f"`{path}`: {old} → {new}")
-        for name in {**self.modes, **other.modes}:
-            was, now = (each.modes.get(name, "off") for each in (self, other))
-            if was != now:
-                found.append(f"{name}: {was} → {now}")
-        beside = zip(self._beside(), other._beside(), strict=True)
-        return found + [f"{old or 'nothing else'} → {new or 'nothing else'}" for old, new in beside if old != new]
+        was, now = self.modes, other.modes
+        changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        return found + [f"{name}: {was.get(name, 'off')} → {now.get(name, 'off')}" for name in changed]
 
     def distance(self, other: CallSpec) -> tuple[int, float]:
         """How far two calls lie apart: in how many things they differ, then by how much their sizes do."""
-        apart = 0.0
-        for path, old in self.values.items():
-            new = other.values.get(path)
-            if isinstance(old, TensorSpec) and isinstance(new, TensorSpec) and len(old.shape) == len(new.shape):
-                apart += sum(abs(math.log((a + 1) / (b + 1))) for a, b in zip(old.shape, new.shape, strict=True))
-        return len(self.diff(other)), apart
-
-    def _beside(self) -> tuple[str, str]:
-        """What tells calls apart beside arguments and modes, in words."""
-        same = f"the same tensor more than once {self.key.repeats}" if self.key.repeats else ""
-        return same, f"values read on the host {shown(self.key.host_values)}" if self.key.host_values else ""
+        pairs = [(old.shape, new.shape) for old, new in zip(self.tensors, other.tensors, strict=False)]
+        sizes = [size for old, new in pairs if len(old) == len(new) for size in zip(old, new, strict=True)]
+        return len(self.diff(other)), sum(abs(math.log((old + 1) / (new + 1))) for old, new in sizes)
 
     @cached_property
     def _walked(self) -> list[tuple[str, TensorSpec | str, bool]]:
@@ -169,9 +146,35 @@ class CallSpec:
         return [found for name, part in (*args, *self.key.kwargs) for found in _walk(part, name)]
 
 
-def constant_of(part: Part) -> Any:
-    """The constant behind a part of a key in which no tensor is."""
+_NO_TENSORS: Iterator[Any] = iter(())
+
+
+def _walk(part: Part, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]:
     kind, *rest = part
+    if type(kind) is torch.dtype:
+        shape, stride, device, *unusual = rest
+        *pending, attributes = unusual or (False, False, None)
+        names = " and ".join(compress(("conjugation", "negation"), pending))
+        text = "" if attributes is None else shown(value_of(attributes))
+        yield path, TensorSpec(kind, tuple(shape), stride, device, names, text), False
+    elif isinstance(kind, EnumType):
+        yield path, f"{kind.__qualname__}.{rest[0] or rest[1]}", False
+    elif node_of(kind) is None or kind in OPEN_CONSTANTS:
+        yield path, shown(value_of(part)), False
+    else:
+        about, *items = rest
+        context = None if about is None else value_of(about)
+        told = kind in (tuple, list, dict) or is_named_tuple(kind)
+        yield path, f"{kind.__name__} of {len(items)}{'' if told else f' with {shown(context)}'}", bool(items)
+        for end, item in zip(call_key.item_ends(kind, context, len(items)), items, strict=True):
+            yield from _walk(item, path + end)
+
+
+def value_of(part: Part, tensors: Iterator[Any] = _NO_TENSORS) -> Any:
+    """The argument behind a part of a key, with the next of ``tensors`` where a tensor was."""
+    kind, *rest = part
+    if type(kind) is torch.dtype:
+        return next(tensors)
     if kind is float:
         return float.fromhex(*rest)
     if kind is complex:
@@ -181,10 +184,12 @@ def constant_of(part: Part) -> Any:
     if isinstance(kind, EnumType):
         return kind[rest[0]] if rest[0] else kind(rest[1])
     if kind in OPEN_CONSTANTS:
-        found = map(constant_of, rest)
+        found = map(value_of, rest)
         return torch.Size(found) if kind is torch.Size else kind(*found)
-    about, *items = (None if each is None else constant_of(each) for each in rest)
-    return node_of(kind).unflatten_fn(items, kind if is_named_tuple(kind) else about)
+    about, *parts = rest
+    context = None if about is None else value_of(about)
+    items = [value_of(each, tensors) for each in parts]
+    return node_of(kind).unflatten_fn(items, kind if is_named_tuple(kind) else context)
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -196,27 +201,5 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def short_name(value: object) -> str:
-    """A dtype, layout or memory format without the name of its module."""
+def _short(value: torch.dtype) -> str:
     return str(value).removeprefix("torch.")
-
-
-def _walk(part: Part, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]:
-    """Path of everything in a part of a key, what is there, and whether that is a container."""
-    kind, *rest = part
-    if type(kind) is torch.dtype:
-        shape, stride, device, *unusual = rest
-        conjugate, negative, attributes = unusual or (False, False, None)
-        text = "" if attributes is None else shown(constant_of(attributes))
-        yield path, TensorSpec(kind, tuple(shape), stride, device, (conjugate, negative), text), False
-    elif isinstance(kind, EnumType):
-        yield path, f"{kind.__qualname__}.{rest[0] or rest[1]}", False
-    elif kind in CONSTANTS or kind in OPEN_CONSTANTS or kind in (float, complex, type):
-        yield path, shown(constant_of(part)), False
-    else:
-        about, *items = rest
-        context = None if about is None else constant_of(about)
-        told = kind in (tuple, list, dict) or is_named_tuple(kind)
-        yield path, f"{kind.__name__} of {len(items)}{'' if told else f' with {shown(context)}'}", bool(items)
-        for end, item in zip(item_ends(kind, context, len(items)), items, strict=True):
-            yield from _walk(item, path + end)

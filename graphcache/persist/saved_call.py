@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from graphcache.errors import Refusal, shown
-from graphcache.keys.call_key import CallKey, Part, describe
-from graphcache.keys.call_spec import CallSpec, TensorSpec, constant_of
+from graphcache.keys.call_key import CallKey, describe
+from graphcache.keys.call_spec import CallSpec, TensorSpec, value_of
 
 MAX_TEXT = 64 * 1024
 """Characters of one call in a file."""
@@ -28,7 +28,7 @@ def saved(spec: CallSpec) -> CallSpec:
         raise ValueError("an input requires gradients")
     if len({each.device for each in spec.tensors if each.device.type != "cpu"}) > 1:
         raise ValueError("tensors on several devices")
-    if any(any(each.pending) or each.attributes for each in spec.tensors):
+    if any(each.pending or each.attributes for each in spec.tensors):
         raise ValueError("a tensor with attributes, or with a pending conjugation or negation")
     key = _moved(key, lambda device: torch.device(device.type))
     found = CallSpec(key._replace(grad=key.grad is not False, settings=None), spec.names)
@@ -107,8 +107,8 @@ def _arguments(
     for first, each in zip(_places(spec), spec.tensors, strict=True):
         made.append(made[first] if first < len(made) else _zeros(each, device_for(each.device)))
     remaining = iter(made)
-    args = tuple([_value(part, remaining) for part in spec.key.args])
-    return args, {name: _value(part, remaining) for name, part in spec.key.kwargs}
+    args = tuple([value_of(part, remaining) for part in spec.key.args])
+    return args, {name: value_of(part, remaining) for name, part in spec.key.kwargs}
 
 
 def _places(spec: CallSpec) -> Sequence[int]:
@@ -129,17 +129,6 @@ def _zeros(spec: TensorSpec, device: torch.device | str) -> torch.Tensor:
             return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
         # Elements that overlap cannot be written one by one.
         return torch.zeros(_extent(spec), dtype=spec.dtype, device=device).as_strided(spec.shape, spec.stride)
-
-
-def _value(part: Part, made: Iterator[torch.Tensor]) -> Any:
-    """The value behind a part of a key, with what was made of each tensor in its place."""
-    kind, *rest = part
-    if type(kind) is torch.dtype:
-        return next(made)
-    if kind not in (tuple, list, dict):
-        return constant_of(part)
-    items = [_value(item, made) for item in rest[1:]]
-    return dict(zip(constant_of(rest[0]), items, strict=True)) if kind is dict else kind(items)
 
 
 def _moved(key: CallKey, device_for: Callable[[torch.device], torch.device]) -> CallKey:

@@ -88,12 +88,12 @@ def test_names_come_from_the_function():
         ((X, 1), (X, True), ["`y`: 1 → True"]),
         ((X, 1), (X,), ["`y`: 1 → absent"]),
         (([X],), ([X, 1],), ["`x`: list of 1 → list of 2", "`x[1]`: absent → 1"]),
-        ((X, X), (X, X.clone()), ["the same tensor more than once (0, 0) → nothing else"]),
+        ((X, X), (X, X.clone()), ["tensors given twice: by place (0, 0) → off"]),
         ((X,), (_with(note=1),), ["`x` attributes: none → {'note': 1}"]),
         (
             (torch.zeros(2, dtype=torch.cfloat),),
             (torch.zeros(2, dtype=torch.cfloat).conj(),),
-            ["`x`: a conjugation or negation is pending in one of them"],
+            ["`x` pending: nothing → conjugation"],
         ),
         ((X,), (X,), []),
     ],
@@ -167,7 +167,7 @@ def test_values_that_an_engine_reads_on_the_host_are_told():
     key = describe((X, torch.tensor([2, 3])), {}).key
     spec, other = (CallSpec(key._replace(host_values=(values,))) for values in ((2, 3), (2, 4)))
     assert spec != other
-    assert spec.diff(other) == ["values read on the host ((2, 3),) → values read on the host ((2, 4),)"]
+    assert spec.diff(other) == ["values read on the host: ((2, 3),) → ((2, 4),)"]
 
 
 def test_more_containers_in_one_another_than_a_key_has_are_refused():
