@@ -1061,7 +1061,11 @@ CURES: dict[str, Cure] = {
         HOST + "test_outputs_are_fresh_and_intact_after_later_replays",
     ),
     "an answer is an inference tensor where eager ones are": Cure(
-        replace(record.Recording, "answer_in_inference_mode", nothing),
+        around(
+            record.Recording,
+            "__init__",
+            lambda original, self, *args, **options: original(self, *args, **(options | {"enters_inference": False})),
+        ),
         _an_answer_is_no_inference_tensor,
         RECORD + "test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always",
     ),

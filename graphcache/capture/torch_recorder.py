@@ -104,6 +104,7 @@ class TorchRecorder:
                 recorded = Recording(
                     graph,
                     answer.builder(),
+                    graph.nbytes,
                     whole=answer.is_whole,
                     bare=answer.is_whole and isinstance(value, Tensor),
                     places=trial.places,

@@ -119,7 +119,7 @@ class CaptureQueue:
                     break
             else:
                 try:
-                    stale = captures.target.guard.is_stale(call.records_gradients)
+                    stale = captures.target.guard.is_stale(call.key.grad is not False)
                     if not (snapshot.cancelled or captures.closed or stale):
                         span.done = captures.keep(call, outcome, seconds, room) is None
                         return

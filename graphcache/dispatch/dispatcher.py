@@ -124,9 +124,9 @@ class Dispatcher:
     def entry_of(self, call: KeyedCall) -> Entry[Recording] | None:
         """The graph that may answer a call, if there is one."""
         entry = self.entries.get(call.key)
-        if entry is None or entry.graph.version != self._guard.version or self.forbidden() is not None:
+        if entry is None or entry.graph.version != self._guard.version or self._off:
             return None
-        return entry
+        return entry if forbidden(cuda=self.captures.on_cuda) is None else None
 
     def replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None = None) -> Any:
         """The hit: replay a graph, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive.
@@ -145,14 +145,15 @@ class Dispatcher:
         first = out is not None or not self.captures.on_cuda
         recorded, guard, given = entry.graph, self._guard, self.target.graph_inputs(call.tensors)
         # The version last: since the look-up, another thread may have found the module as it is now, under a new one.
-        if first and (guard.is_stale(call.records_gradients) or recorded.version != guard.version):
+        grad = call.key.grad is not False
+        if first and (guard.is_stale(grad) or recorded.version != guard.version):
             return STALE
         try:
             answer = recorded.build(recorded.replay(given, out), given)
         except ClosedError:
             # Evicted by another thread since the look-up.
             return STALE
-        if not first and (guard.is_stale(call.records_gradients) or recorded.version != guard.version):
+        if not first and (guard.is_stale(grad) or recorded.version != guard.version):
             return STALE
         entry.hits += 1
         entry.used = clock()

@@ -78,11 +78,6 @@ class KeyedCall(NamedTuple):
     kwargs: dict[str, Any]
 
     @property
-    def records_gradients(self) -> bool:
-        """Whether the grad mode was on."""
-        return self.key.grad is not False
-
-    @property
     def is_flat(self) -> bool:
         """Whether the key says no more than how plain positional tensors lie, inference mode and settings."""
         key = self.key

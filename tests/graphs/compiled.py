@@ -113,7 +113,7 @@ def single(graph: CudaGraph, *layouts: Tensor) -> tuple[Callable[..., Any], Call
     The stream is the current one, which the tests give too.
     """
     table = fast_path.new_table()
-    entry: Entry[Recording] = Entry(Recording(graph, lambda outputs, _: outputs[0], whole=True, bare=True))
+    entry: Entry[Recording] = Entry(Recording(graph, lambda outputs, _: outputs[0], 0, whole=True, bare=True))
     for inference in (False, True):
         with torch.inference_mode(inference), torch.no_grad():
             for x in layouts:
@@ -134,7 +134,7 @@ def single(graph: CudaGraph, *layouts: Tensor) -> tuple[Callable[..., Any], Call
 def call(graph: CudaGraph, *given: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:
     """What replays a graph of any number of inputs, compiled, for tensors like those given."""
     table = fast_path.new_table()
-    fast_path.put(table, given, Entry(Recording(graph, lambda outputs, _: outputs, whole=True, bare=False)))
+    fast_path.put(table, given, Entry(Recording(graph, lambda outputs, _: outputs, 0, whole=True, bare=False)))
 
     def replay(inputs: list[Tensor]) -> list[Tensor]:
         answer: list[Tensor] | None = table.call(tuple(inputs))

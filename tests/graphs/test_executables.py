@@ -85,7 +85,7 @@ class Nodes:
             release=lambda: None,
         )
         self.table = fast_path.new_table()
-        entry: Entry[Recording] = Entry(Recording(self.graph, lambda outputs, _: outputs[0], whole=True, bare=True))
+        entry: Entry[Recording] = Entry(Recording(self.graph, lambda outputs, _: outputs[0], 0, whole=True, bare=True))
         fast_path.put(self.table, (tensors[0][0], tensors[0][1]), entry)
         # The first call, after which the order is on the current stream, is Python's.
         self.graph.replay([self.at(100), self.at(101)], [self.at(102)])
@@ -304,7 +304,7 @@ def test_what_is_remembered_anew_keeps_its_executables(fake: Torch) -> None:
         nodes.into(10 + step % 3, 1, 2)
     half = nodes.graph.native
     nodes.table.clear()
-    entry: Entry[Recording] = Entry(Recording(nodes.graph, lambda outputs, _: outputs[0], whole=True, bare=True))
+    entry: Entry[Recording] = Entry(Recording(nodes.graph, lambda outputs, _: outputs[0], 0, whole=True, bare=True))
     fast_path.put(nodes.table, (nodes.at(1), nodes.at(2)), entry)
     assert nodes.graph.native is half
     nodes.sets()
