@@ -244,8 +244,8 @@ class EngineModule(EngineBase):
             ConfigError: For an object without ``before`` and ``after``.
         """
         self.check_open()
-        graphs = controls(self.with_graphs()).ledger.observers
-        ends = self._observers.add(observer), graphs.add(observer, eager=False)
+        graphs = controls(self.with_graphs()).ledger
+        ends = self._observers.add(observer), graphs.observers.add(observer, eager=False)
 
         def end() -> None:
             for each in ends:

@@ -290,19 +290,16 @@ class EngineBase(EngineLike):
                 if the module is wrapped and the other engine reads other inputs on the host. The module is unchanged.
         """
         given = EngineState.of(state, self.name or "the engine")
-        is_same = (
-            self.holds_engine
-            and not self.engine.closed
-            and (self.input_binding_names, self.output_binding_names) == (given.inputs, given.outputs)
-            and torch.equal(self.engine_tensor(), given.engine)
-        )
-        engine = (
-            self.engine
-            if is_same
-            else self._deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
-        )
+        engine: Engine | None = self.__dict__.get("engine")
+        if (
+            engine is None
+            or engine.closed
+            or (self.input_binding_names, self.output_binding_names) != (given.inputs, given.outputs)
+            or not torch.equal(self.engine_tensor(), given.engine)
+        ):
+            engine = self._deserialised(bytes_of(given.engine), given.inputs, given.outputs, given.name)
         self._check_profile(given.profile, engine)
-        if not is_same:
+        if engine is not self.__dict__.get("engine"):
             self._exchange(engine)
             self._bytes, self.source = given.engine, None
         self.name, self.output_shapes = given.name, given.output_shapes
