@@ -47,7 +47,7 @@ class StateSnapshot:
         self._guarded: list[StateNode] = [*(node for node in walk.nodes if node.guarded), *walk.tensors]
         self._broken = False
         self.armed = False
-        self._native: tuple[native.Guard | None, list[StateNode]] = (None, self._guarded)
+        self._native: tuple[Any, list[StateNode]] = (None, self._guarded)
         """The native guard and the nodes that it does not compare; replaced as one, as other threads ask meanwhile."""
 
     def changes(self, limit: int = 16) -> list[Change]:
@@ -117,7 +117,7 @@ class StateSnapshot:
         return [change for change in node.changes(now or node.read()) if not self.ignores(change.path)]
 
 
-def _is_guarded(node: StateNode, guard: native.Guard) -> bool:
+def _is_guarded(node: StateNode, guard: Any) -> bool:
     """Whether a native guard compares a node from now on."""
     try:
         node.guard(guard)

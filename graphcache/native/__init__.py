@@ -13,10 +13,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import CellType, FunctionType, MemberDescriptorType
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from graphcache.config import switch_in_environment
 from graphcache.errors import CompileError
@@ -32,55 +29,6 @@ _MOMENT = 0.05
 
 _EXIT = 2.0
 """Seconds that the end of the process waits at most for the compiler, so that a short program leaves its library."""
-
-
-class Guard(Protocol):
-    """What must stay as it is. Every ``add_`` method adds one entry and takes references to what it is given.
-
-    Objects are compared by identity: that an entry differs does not mean that its value does. A ``TypeError`` says that
-    the guard does not compare such an object.
-    """
-
-    def add_dict(self, d: dict[Any, Any], keys: tuple[Any, ...], values: tuple[Any, ...]) -> None:
-        """A dictionary holds these keys and values in this order; of an ``OrderedDict`` one entry at most."""
-
-    def add_names(
-        self, d: dict[str, Any], names: tuple[str, ...], values: tuple[Any, ...], absent: tuple[str, ...]
-    ) -> None:
-        """A dictionary holds these values under these names, and nothing under ``absent``; its other keys may change.
-
-        ``holds()`` runs the ``__eq__`` of a key that has the hash of a name and is no string.
-        """
-
-    def add_items(self, seq: list[Any] | set[Any] | frozenset[Any], values: tuple[Any, ...]) -> None:
-        """A list or set holds these objects in this order of iteration."""
-
-    def add_cell(self, cell: CellType, *value: Any) -> None:
-        """A closure's cell holds this object, or is empty if none is given."""
-
-    def add_slot(self, obj: Any, descriptor: MemberDescriptorType, *value: Any) -> None:
-        """A slot holds this object, or is unset if none is given."""
-
-    def add_class(self, obj: Any, cls: type) -> None:
-        """The type of an object is this class."""
-
-    def add_dict_of(self, obj: Any, d: dict[str, Any]) -> None:
-        """``obj.__dict__`` is this dictionary."""
-
-    def add_function(self, function: FunctionType, parts: tuple[Any, Any, Any], /) -> None:
-        """A function has this code, these default values and these keyword defaults; ``None`` for none."""
-
-    def add_tensor(self, t: Tensor) -> None:
-        """A dense tensor of the CPU or a GPU keeps its memory, offset, sizes, strides, dtype and dispatch keys."""
-
-    def holds(self) -> bool:
-        """Whether no entry differs. Runs no Python code."""
-
-    def changed(self) -> int:
-        """The first entry that differs, by its number in the order of adding; -1 if none does."""
-
-    def __len__(self) -> int:
-        """How many entries there are."""
 
 
 def loaded(wait: bool = False) -> Any:
@@ -117,8 +65,8 @@ def compile_now() -> Path:
     return path
 
 
-def guard_type() -> type[Guard] | None:
-    """The native guard; ``None`` as :func:`loaded` says."""
+def guard_type() -> Any:
+    """The native guard (``guard.h``); ``None`` as :func:`loaded` says."""
     library = loaded()
     return None if library is None else library.Guard
 
@@ -139,7 +87,7 @@ def status() -> str:
     if not _wanted():
         return OFF
     if is_pending():
-        return "not used so far" if not _loader.started else "being compiled"
+        return "being compiled" if _loader.started else "not used so far"
     return _loader.why or "active"
 
 
@@ -154,42 +102,30 @@ class _Loader:
         self.finished = threading.Event()
         self.why = ""
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self.started = False
+        self._thread = threading.Thread(target=self._run, name="graphcache native", daemon=True)
         self._library: Any = None
         self._leaving = False
 
-    @property
-    def started(self) -> bool:
-        """Whether anybody has asked."""
-        return self._thread is not None
-
     def get(self, wait: bool) -> Any:
-        """The library, if it is ready."""
+        """The library, if it is ready; starts the thread unless it was started."""
         if not self.finished.is_set():
-            started = self._start()
-            if wait or started:
+            with self._lock:
+                first, self.started = not self.started, True
+                if first:
+                    try:
+                        self._thread.start()
+                    except RuntimeError as error:
+                        self._failed(logging.WARNING, f"RuntimeError: {error}")
+            if wait or first:
                 self.finished.wait(None if wait else _MOMENT)
         return self._library
 
     def leave(self) -> None:
         """Let a compiler that is running end; whatever it says is not passed on."""
         self._leaving = True
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._thread.join(_EXIT)
-
-    def _start(self) -> bool:
-        """Start the thread unless it was started; says which."""
-        with self._lock:
-            if self._thread is not None:
-                return False
-            thread = threading.Thread(target=self._run, name="graphcache native", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                self._failed(logging.WARNING, f"RuntimeError: {error}")
-            else:
-                self._thread = thread
-            return True
 
     def _run(self) -> None:
         """Find or compile the library, and prepare it."""

@@ -155,18 +155,22 @@ static int guard_clear(Guard *self) {
   return 0;
 }
 
+// Every add_ method adds one entry and takes references to what it is given. That an entry differs does not mean that its
+// value does. A TypeError says that a guard does not compare such an object.
 static PyMethodDef guard_methods[] = {
-    {"add_dict", (PyCFunction)guard_add_dict, METH_VARARGS, NULL},
-    {"add_names", (PyCFunction)guard_add_names, METH_VARARGS, NULL},
-    {"add_items", (PyCFunction)guard_add_items, METH_VARARGS, NULL},
-    {"add_cell", (PyCFunction)guard_add_cell, METH_VARARGS, NULL},
-    {"add_slot", (PyCFunction)guard_add_slot, METH_VARARGS, NULL},
-    {"add_class", (PyCFunction)guard_add_class, METH_VARARGS, NULL},
-    {"add_dict_of", (PyCFunction)guard_add_dict_of, METH_VARARGS, NULL},
-    {"add_function", (PyCFunction)guard_add_function, METH_VARARGS, NULL},
-    {"add_tensor", (PyCFunction)guard_add_tensor, METH_O, NULL},
-    {"holds", (PyCFunction)guard_holds, METH_NOARGS, NULL},
-    {"changed", (PyCFunction)guard_changed, METH_NOARGS, NULL},
+    {"add_dict", (PyCFunction)guard_add_dict, METH_VARARGS,
+     "(dict, keys, values): it holds these in this order; of an OrderedDict one entry at most."},
+    {"add_names", (PyCFunction)guard_add_names, METH_VARARGS,
+     "(dict, names, values, absent): it holds these under these names, and nothing under others; more keys may change."},
+    {"add_items", (PyCFunction)guard_add_items, METH_VARARGS, "(list or set, values): these in this order."},
+    {"add_cell", (PyCFunction)guard_add_cell, METH_VARARGS, "(cell, value): empty if none is given."},
+    {"add_slot", (PyCFunction)guard_add_slot, METH_VARARGS, "(object, descriptor, value): unset if none is given."},
+    {"add_class", (PyCFunction)guard_add_class, METH_VARARGS, "(object, class)"},
+    {"add_dict_of", (PyCFunction)guard_add_dict_of, METH_VARARGS, "(object, its __dict__)"},
+    {"add_function", (PyCFunction)guard_add_function, METH_VARARGS, "(function, (code, defaults, keyword defaults))"},
+    {"add_tensor", (PyCFunction)guard_add_tensor, METH_O, "A dense one: its memory, layout, dtype and dispatch keys."},
+    {"holds", (PyCFunction)guard_holds, METH_NOARGS, "Whether no entry differs."},
+    {"changed", (PyCFunction)guard_changed, METH_NOARGS, "The first entry that differs, by its number; -1 if none."},
     {NULL, NULL, 0, NULL},
 };
 

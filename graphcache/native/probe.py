@@ -169,38 +169,26 @@ def _store(owner: Any, times: int = 50) -> None:
         owner.one = object()
 
 
-def _delete(owner: Any) -> None:
-    del owner.one
-
-
-def _exchange(owner: Any) -> None:
-    owner.__dict__["two"] = owner.__dict__.pop("one")
-
-
-def _through_module(owner: torch.nn.Module) -> None:
-    owner.train(not owner.training)
-
-
-def _register(owner: torch.nn.Module) -> None:
-    owner.register_forward_hook(print)
-
-
 def _missed_write(library: Any) -> str | None:
     """A kind of write that a guard does not notice; ``None`` if it notices all."""
     for _ in range(2):
         _store(_Plain())
     writes: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
-        *((_Plain, write) for write in (_store, lambda owner: _store(owner, 1), _delete, _exchange)),
+        (_Plain, _store),
+        (_Plain, lambda owner: _store(owner, 1)),
+        (_Plain, lambda owner: delattr(owner, "one")),
+        (_Plain, lambda owner: owner.__dict__.__setitem__("two", owner.__dict__.pop("one"))),
         (_Plain, lambda owner: setattr(owner, "three", 3)),
         (_Plain, lambda owner: owner.__dict__.update(one=1)),
         (_Plain, lambda owner: owner.__dict__.clear()),
-        (torch.nn.Module, _through_module),
-        (torch.nn.Module, _register),
+        (torch.nn.Module, lambda owner: owner.train(False)),
+        (torch.nn.Module, lambda owner: owner.register_forward_hook(print)),
         (torch.nn.Module, lambda owner: owner.register_buffer("buffer", None)),
     ]
     for at, (make, write) in enumerate(writes):
         owner = make()
-        if not _noticed(library, [owner.__dict__, *_within(owner)], partial(write, owner)):
+        within = [value for value in vars(owner).values() if isinstance(value, dict)]
+        if not _noticed(library, [owner.__dict__, *within], partial(write, owner)):
             return f"{make.__name__}, kind {at}"
     for container in ({1: 2, 3: 4}, OrderedDict({1: 2})):
         if not _noticed(library, [container], container.popitem):
@@ -208,10 +196,6 @@ def _missed_write(library: Any) -> str | None:
     kind = type("_Class", (), {"one": 1})
     noticed = _noticed(library, gc.get_referents(vars(kind)), partial(setattr, kind, "two", 2))
     return None if noticed else "an attribute of a class"
-
-
-def _within(owner: object) -> list[dict[Any, Any]]:
-    return [value for value in vars(owner).values() if isinstance(value, dict)]
 
 
 def _noticed(library: Any, containers: list[dict[Any, Any]], write: Callable[[], object]) -> bool:
