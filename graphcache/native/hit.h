@@ -29,7 +29,7 @@ typedef struct {
 
 static void unuse(Record *record) {
   if (record == NULL || --record->users != 0) return;
-  Py_DECREF(record->held);
+  Py_XDECREF(record->held);
   PyMem_Free(record);
 }
 

@@ -24,7 +24,7 @@ static PyObject *table_into(Table *self, PyObject *const *given, Py_ssize_t coun
 
 static PyObject *or_null(PyObject *object) { return object == Py_None ? NULL : object; }
 
-// Reads what put() is given besides the arguments of a call. Returns -1 for anything else, and 1 for another way's.
+// Reads what put() is given besides the arguments of a call. Returns -1 for anything else.
 static int read_record(Record *record) {
   PyObject *lock, *index;
   unsigned long long context;
@@ -36,11 +36,9 @@ static int read_record(Record *record) {
   record->is_stale = or_null(record->is_stale), record->build = or_null(record->build);
   record->lock = (Lock *)lock;
   record->device = device_of(index, context);
-  return is_of(driver.hits, record->entry) && is_of(driver.executable, record->graph) &&
-                 is_of(driver.stream, record->order) && Py_IS_TYPE(lock, lock_type) &&
-                 (record->engine == NULL) >= (record->epoch == NULL)
-             ? 0
-             : -1;
+  const int known = is_of(driver.hits, record->entry) && is_of(driver.executable, record->graph) &&
+                    is_of(driver.stream, record->order) && Py_IS_TYPE(lock, lock_type);
+  return known && (record->engine == NULL || record->epoch != NULL) ? 0 : -1;
 }
 
 // (args, entry, graph, order, lock, its native half, index, context, engine, epoch, is_stale, build)
