@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache.buckets.spec import Number
+from graphcache.graphs.buffers import is_dense
 
 
 def padded(tensor: Tensor, shape: Sequence[int], fills: Mapping[int, Number]) -> Tensor:
@@ -76,11 +77,6 @@ def holds(dtype: torch.dtype, number: Number) -> bool:
         return number == 1
     info = torch.iinfo(dtype)
     return info.min <= number <= info.max and number == int(number)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill their memory without gaps and overlaps; one without elements does."""
-    return tensor.numel() == 0 or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def _order(tensor: Tensor) -> list[int]:

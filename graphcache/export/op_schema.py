@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal
 
-import torch
-
 from graphcache.engines.output_shapes import OutputShapes
 from graphcache.errors import EngineFormatError
 from graphcache.fields import read_fields
+from graphcache.keys.call_spec import short_name
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.portable import bytes_of
 
@@ -67,18 +66,13 @@ def describe_engine(module: EngineModule) -> str:
         sha256=hashlib.sha256(bytes_of(module.engine_tensor())).hexdigest(),
         name=module.name,
         inputs=list(module.input_binding_names),
-        input_dtypes=[_name(binding.dtype) for binding in engine.inputs],
+        input_dtypes=[short_name(binding.dtype) for binding in engine.inputs],
         input_ranks=[len(binding.shape) for binding in engine.inputs],
         host_inputs=list(module.host_inputs),
         outputs=list(module.output_binding_names),
-        output_dtypes=[_name(binding.dtype) for binding in engine.outputs],
+        output_dtypes=[short_name(binding.dtype) for binding in engine.outputs],
         host_outputs=[index for index, binding in enumerate(engine.outputs) if binding.on_host],
         output_shapes=module.output_shapes,
         requires_output_allocator=module.requires_output_allocator,
         profile=module.profile_choice,
     ).text
-
-
-def _name(dtype: torch.dtype) -> str:
-    """Such as ``"float32"``."""
-    return str(dtype).removeprefix("torch.")

@@ -39,7 +39,7 @@ class TensorSpec:
     def __str__(self) -> str:
         device = "" if self.device.type == "cpu" else f" on {self.device}"
         layout = "" if self.layout == "contiguous" else f" with strides {self.stride}"
-        return f"{_short(self.dtype)}[{', '.join(map(str, self.shape))}]{device}{layout}"
+        return f"{short_name(self.dtype)}[{', '.join(map(str, self.shape))}]{device}{layout}"
 
     def diff(self, other: TensorSpec, path: str) -> list[str]:
         """What differs, from this one to the other, one line each."""
@@ -51,7 +51,7 @@ class TensorSpec:
         sizes = [(f"dim {axis}", size) for axis, size in enumerate(self.shape)]
         return [
             *(sizes if by_axis else [("shape", list(self.shape))]),
-            ("dtype", _short(self.dtype)),
+            ("dtype", short_name(self.dtype)),
             ("device", self.device),
             ("strides", self.layout),
             ("pending", self.pending or "nothing"),
@@ -105,7 +105,7 @@ class CallSpec:
         if key.settings is not None:
             on["settings of PyTorch"] = call_key.unusual_settings(key.settings)
         if key.autocast:
-            on["autocast"] = ", ".join(f"{kind} {_short(dtype)}" for kind, dtype in key.autocast)
+            on["autocast"] = ", ".join(f"{kind} {short_name(dtype)}" for kind, dtype in key.autocast)
         if key.repeats:
             on["tensors given twice"] = f"by place {key.repeats}"
         if key.host_values:
@@ -201,5 +201,5 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _short(value: torch.dtype) -> str:
+def short_name(value: torch.dtype) -> str:
     return str(value).removeprefix("torch.")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import ClosedError, ConfigError, CudaError
@@ -16,6 +15,7 @@ from graphcache.files import replacing
 from graphcache.graphs import driver
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.cuda import CudaGraph
+from graphcache.keys.call_spec import short_name
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.transparent import controls
 
@@ -94,7 +94,8 @@ def _tape_lines(graph: CpuTape) -> Iterator[str]:
     yield "  node [shape=box, fontname=monospace];"
     positions = {id(tensor): index for index, tensor in enumerate(inputs)}
     for index, tensor in enumerate(inputs):
-        yield f"  input{index} [label={_quoted(f'input {index}: {_shape(tensor)}')}, style=rounded];"
+        label = _quoted(f"input {index}: {short_name(tensor.dtype)}{list(tensor.shape)}")
+        yield f"  input{index} [label={label}, style=rounded];"
     made: dict[int, int] = {}
     for step, (func, args, kwargs, fills, results) in enumerate(steps):
         yield f"  step{step} [label={_quoted(str(func))}];"
@@ -112,10 +113,6 @@ def _tape_lines(graph: CpuTape) -> Iterator[str]:
         if slot in made:
             yield f"  step{made[slot]} -> output{index};"
     yield "}"
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def _quoted(text: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graphcache.config import GraphConfig
 from graphcache.engines.build_key import external_files
 from graphcache.errors import ConfigError, is_a, shown
+from graphcache.keys.call_spec import short_name
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.packaging import Source
 from graphcache.modules.portable import bytes_of
@@ -133,7 +134,7 @@ def _engine(index: int, place: str, module: EngineModule, parts: dict[str, bytes
             {
                 "name": binding.name,
                 "input": binding.is_input,
-                "dtype": str(binding.dtype).removeprefix("torch."),
+                "dtype": short_name(binding.dtype),
                 "shape": list(binding.shape),
                 "host": binding.on_host,
                 "ranges": [[list(bounds) for bounds in profile] for profile in binding.ranges],
