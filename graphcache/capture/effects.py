@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphcache.capture.blame import at
 from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import DispatchMode, decompose_composite, flatten, is_unwatched, storage_of, written
@@ -49,9 +50,7 @@ class Effects:
 
     value: Any
     cause: Cause | None = None
-    """Why no graph repeats it; ``None`` if it is a function of its tensors."""
-    submodule: str = ""
-    """The submodule that was at work when the cause was noticed; empty if unknown."""
+    """Why no graph repeats it, and in which submodule; ``None`` if it is a function of its tensors."""
     outside: list[Tensor] = field(default_factory=list)
     """The tensors that it read and did not make, one for each memory."""
     unseen: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
@@ -110,7 +109,8 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         for code, table in host.functions.items()
         if code not in watched.module.covered and has_global_state(code, table)
     }
-    return Effects(value, cause, submodule, list(operations.outside.values()), unseen)
+    cause = None if cause is None else at(cause, submodule, "")
+    return Effects(value, cause, list(operations.outside.values()), unseen)
 
 
 class _Operations(DispatchMode):

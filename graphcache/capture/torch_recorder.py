@@ -76,7 +76,6 @@ class TorchRecorder:
             effects = observe(self._run, args, kwargs, watched)
         effects.version = self._guard.version
         if effects.cause is not None:
-            effects.cause = at(effects.cause, effects.submodule, self._name)
             self._guard.forget()
         elif effects.unseen:
             self._guard.follow(effects.unseen)
@@ -112,12 +111,12 @@ class TorchRecorder:
                 )
         except Exception as error:
             return located(refusal_of(error, self._name).cause, error, self._module, self._name)
-        if (change := self._guard.change()) is not None or effects.version != self._guard.version:
+        try:
+            self.check_unchanged(effects.version)
+        except Refusal as refusal:
             recorded.close()
             self._guard.forget()
-            if change is None:
-                return Cause(Reason.MUTATES, detail="the state of the module changed while the call was captured")
-            return Cause(Reason.MUTATES, change.path, f"{change.detail}, when the call ran again")
+            return refusal.cause
         recorded.version = effects.version
         self._guard.arm()
         return recorded
