@@ -114,20 +114,17 @@ def forget_workspaces() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
-def programmatic_edges(graph: Any) -> list[tuple[Any, Any, Any]]:
-    """Start, end and data of the edges whose end may begin before their start has ended (dependent launch)."""
-    *_, count = _call_with_edges("cuGraphGetEdges", graph, 0)
-    if not count:
-        return []
-    starts, ends, data, _ = _call_with_edges("cuGraphGetEdges", graph, count)
-    kind = int(driver.binding().CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC)
-    return [edge for edge in zip(starts[:count], ends[:count], data[:count], strict=True) if int(edge[2].type) == kind]
-
-
 def make_all_full(graph: Any) -> None:
     """Let every node wait for the end of the nodes before it."""
     # Some kernels do not wait where they should: those of TensorRT-RTX on GPUs that it was not made for.
-    edges = programmatic_edges(graph)
+    *_, count = _call_with_edges("cuGraphGetEdges", graph, 0)
+    if not count:
+        return
+    starts, ends, data, _ = _call_with_edges("cuGraphGetEdges", graph, count)
+    # The end of a programmatic edge may begin before its start has ended (dependent launch).
+    kind = int(driver.binding().CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC)
+    every = zip(starts[:count], ends[:count], data[:count], strict=True)
+    edges = [edge for edge in every if int(edge[2].type) == kind]
     for start, end, data in edges:
         _call_with_edges("cuGraphRemoveDependencies", graph, [start], [end], [data], 1)
     for start, end, _ in edges:

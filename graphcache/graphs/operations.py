@@ -222,12 +222,9 @@ _FUNCTIONS = (FunctionType, MethodType, partial, nn.Module)
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A ``TorchDispatchMode`` that Dynamo does not compile, and that does not keep Dynamo from compiling.
 
-    PyTorch wraps ``__torch_dispatch__`` of every mode in ``torch._dynamo.disable``, which imports ``torch._dynamo`` and
-    sympy at the first operation: 1 to 4 s. This class marks the code object instead, which asks for no import.
-
-    Under any other mode Dynamo skips every function that it is to compile: ``fullgraph=True`` then raises, and so do
-    ``torch.cond``, ``flex_attention`` and others that compile themselves, for the rest of the process. Of a function
-    that Inductor compiled, only calls of library kernels are seen.
+    PyTorch wraps any other mode in ``torch._dynamo.disable``, which imports ``torch._dynamo`` and sympy (1 to 4 s), and
+    under any other mode Dynamo compiles nothing: ``fullgraph=True``, ``torch.cond`` and ``flex_attention`` raise, for
+    the rest of the process. Of a function that Inductor compiled, only calls of library kernels are seen.
     """
 
     supports_higher_order_operators = True

@@ -200,9 +200,8 @@ def capture_lock(index: int) -> threading.RLock:
 def own_stream(index: int, purpose: str) -> torch.cuda.ExternalStream:
     """A stream that nobody else is handed, never destroyed, and that does not wait for the legacy default stream.
 
-    ``torch.cuda.Stream()`` hands out 32 streams in turn, so that work of another library could land in a capture. The
-    purposes are ``"capture"``, and ``"side"`` for callers on the legacy default stream, where TensorRT would
-    synchronise the device.
+    The purposes are ``"capture"`` (``torch.cuda.Stream()`` hands out 32 in turn: work of others could land in it), and
+    ``"side"``, for callers on the legacy default stream, where TensorRT would synchronise the device.
     """
     with torch.cuda.device(index):
         torch.cuda.current_stream()

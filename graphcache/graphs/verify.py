@@ -49,9 +49,8 @@ Eager = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = "") -> None:
     """Replay on the inputs of each round, then on those of the first again; outputs are poisoned before each replay.
 
-    Other values find what the host read and the capture froze; the last replay finds a graph that only works once.
-    ``again`` is called where a replay differs, to see whether eager execution repeats itself. A graph that fails is
-    refused with :attr:`Reason.MISMATCH`, and closed, as after any other error.
+    Other values find what the host read and the capture froze; the last replay finds a graph that only works once. A
+    graph that fails is refused with :attr:`Reason.MISMATCH`, and closed, as after any other error.
     """
     try:
         others = iter(rounds)
@@ -110,17 +109,17 @@ def check_repeats(outputs: Sequence[Tensor], wanted: Sequence[Tensor], where: st
 def padded_gap(got: Tensor, wanted: Tensor, *, exactly: bool = False) -> float | None:
     """How far the cropped answer of a padded call is from that of the exact one; ``None`` if it may be so far.
 
-    Per element :data:`PADDED` times the default tolerance of ``torch.testing.assert_close``. The absolute part is at
-    least one step of the dtype, since an element near zero carries the rounding of the terms it is a sum of. Products
-    in TF32 have the mantissa of float16, and its tolerance. With ``exactly``, only the same bits will do.
+    Per element :data:`PADDED` times the default tolerance of the dtype. With ``exactly``, only the same bits will do.
     """
     if same_bits([got], [wanted]):
         return None
     dtype = wanted.dtype
     if wanted.is_cuda and dtype in (torch.float32, torch.complex64) and _has_tf32():
+        # Products in TF32 have the mantissa of float16.
         dtype = torch.float16
     rtol, atol = default_tolerances(dtype)
     if dtype.is_floating_point or dtype.is_complex:
+        # An element near zero carries the rounding of the terms it is a sum of: at least one step of the dtype.
         atol = max(atol, torch.finfo(dtype).eps)
     if not exactly and _within(got, wanted, (rtol, atol), PADDED):
         return None
@@ -133,10 +132,15 @@ def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
         return False
     if not left:
         return True
-    sides = [[each.detach().resolve_conj().resolve_neg().reshape(-1) for each in tensors] for tensors in (left, right)]
-    one, other = (
-        torch.cat([flat.contiguous().view(torch.uint8).to(left[0].device) for flat in flats]) for flats in sides
-    )
+    # Copied first: one element may have any stride, with which nothing is viewed as bytes.
+    dense = [
+        [
+            torch.empty(each.numel(), dtype=each.dtype, device=each.device).copy_(each.detach().reshape(-1))
+            for each in side
+        ]
+        for side in (left, right)
+    ]
+    one, other = (torch.cat([each.view(torch.uint8).to(left[0].device) for each in side]) for side in dense)
     return torch.equal(one, other)
 
 
@@ -154,9 +158,8 @@ def perturb(inputs: Sequence[Tensor], *, negative: bool = False) -> list[Tensor]
     """Other values of the same kind, which differ from each other.
 
     Floating values are rotated by one place, halved, and raised by a quarter and a little more from one element to the
-    next; ``negative`` negates them, so that what depends on the sign shows. Integers and booleans are rotated on the
-    CPU, where an index that no longer fits raises. On a device they stay as they are: a kernel would read out of bounds
-    there, and a value that the host reads there cannot be captured anyway.
+    next; ``negative`` negates them. Integers and booleans are rotated on the CPU, where an index that no longer fits
+    raises, and stay as they are on a device, where a kernel would read out of bounds.
     """
     changed = []
     with torch.inference_mode(False), torch.no_grad():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache.graphs import driver
-from graphcache.graphs.capture import make_all_full, programmatic_edges
+from graphcache.graphs.capture import make_all_full
 from tests.graphs import fake_driver
 from tests.graphs.fake_driver import Torch, installed
 
@@ -32,6 +32,12 @@ def captured(fake: Torch, early: list[bool]) -> Any:
 def edges(graph: Any) -> set[tuple[int, int]]:
     starts, ends, *_ = driver.call("cuGraphGetEdges", graph, 9)
     return {(int(start), int(end)) for start, end in zip(starts, ends, strict=True)}
+
+
+def programmatic_edges(graph: Any) -> list[Any]:
+    functions = driver.binding()
+    get = getattr(functions, "cuGraphGetEdges_v2", None) or functions.cuGraphGetEdges
+    return [data for data in get(graph, 9)[3] if int(data.type) == 1]
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=6))

@@ -200,7 +200,7 @@ def test_padded_answers_may_differ_by_what_other_kernels_round(dtype, near, far)
 
 
 @given(tensors())
-def test_a_tensor_and_its_copy_have_the_have_same_bits(tensor):
+def test_a_tensor_and_its_copy_have_the_same_bits(tensor):
     copy = static_copy(tensor)
     assert have_same_bits(tensor, copy)
     assert same_bits([tensor, copy], [copy, tensor])
@@ -236,6 +236,8 @@ def test_other_shapes_dtypes_and_signs_of_zero_have_other_bits():
     assert not have_same_bits(torch.zeros(2), torch.zeros(2).double())
     assert not have_same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert have_same_bits(torch.zeros(0, 2), torch.zeros(0, 2))
+    for size in (0, 1):
+        assert have_same_bits(torch.arange(4.0)[::2][:size], torch.zeros(size)), "of another stride"
 
 
 def test_conjugate_and_negative_views_have_the_bits_of_what_they_show():
