@@ -74,9 +74,9 @@ def test_many_interleaved_shapes(load, contexts, shapes, count, monkeypatch):
     assert fast.cache_info().hits == 2 * shapes
     graphs = [entry.graph.graph for entry in graphs_of(fast).entries.values()]
     assert all(slot.pointers for graph in graphs for slot in (*graph.inputs, *graph.outputs)), "bound, not copied"
-    scratch = {entry.graph.graph._keep[0].scratch.data_ptr() for entry in graphs_of(fast).entries.values()}
+    scratch = {entry.graph.graph._held[2][0].scratch.data_ptr() for entry in graphs_of(fast).entries.values()}
     assert len(scratch) == 1, "all on one scratch memory"
-    assert len({id(entry.graph.graph._keep[0]) for entry in graphs_of(fast).entries.values()}) == count
+    assert len({id(entry.graph.graph._held[2][0]) for entry in graphs_of(fast).entries.values()}) == count
 
 
 def test_eviction_keeps_the_budget_and_the_answers(load):
@@ -371,7 +371,7 @@ def test_closed_graphs_contexts_and_buffers_are_gone(engine_bytes):
     x = torch.randn(4, networks.SIZE, device="cuda")
     fast(x)
     graph = next(iter(graphs_of(fast).entries.values())).graph.graph
-    context = weakref.ref(graph._keep[0])
+    context = weakref.ref(graph._held[2][0])
     gone = [weakref.ref(graph.outputs[0].buffer), weakref.ref(graph)]
     fast.close()
     fast.close()
