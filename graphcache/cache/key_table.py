@@ -24,6 +24,8 @@ _FIRST_WAIT = 16
 _MAX_DOUBLINGS = 20
 ENOUGH_HITS = 64
 """Replays that make up for a capture, which takes as long as 14 to 140 eager calls (measured, engines)."""
+_MOST_TIMES = 8
+"""Captures after changes that come soon that a wait grows with: at most 128 calls run eagerly before the next one."""
 _CHANGES_OFTEN = Cause(Reason.COLD, detail="the module changed soon after each of the last captures")
 
 MEMORY = 16
@@ -215,7 +217,7 @@ class KeyTable:
         """Note that a key was captured again, after a change of the module. If that came soon, the next time waits."""
         with self.lock:
             state = self.used(key)
-            state.changes = state.changes + 1 if hits < ENOUGH_HITS else 0
+            state.changes = min(state.changes + 1, _MOST_TIMES) if hits < ENOUGH_HITS else 0
             state.denial = Denial(_CHANGES_OFTEN, version, state.changes) if state.changes else None
 
     def allow_all(self) -> None:
