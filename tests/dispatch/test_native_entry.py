@@ -7,6 +7,7 @@ import gc
 import inspect
 import sys
 import weakref
+from types import BuiltinFunctionType
 from typing import Any, ClassVar
 
 import pytest
@@ -199,7 +200,7 @@ def session_of(warm: Warm, x: Tensor) -> Any:
         session = warm.fast.session(x)
         # The first launch on a stream is Python's, which orders it after what ran before.
         session.run()
-    assert type(session.run).__name__ == "Run"
+    assert isinstance(session.run, BuiltinFunctionType)
     return session
 
 
@@ -215,7 +216,7 @@ def test_a_session_launches_and_does_nothing_else(fake: Torch, warm: Warm) -> No
     assert fake.driver.calls == ["cuGraphLaunch"] * 3
     with pytest.raises(TypeError, match="takes no arguments"):
         session.run(1)
-    with pytest.raises(TypeError, match="takes no arguments"):
+    with pytest.raises(TypeError, match="takes no keyword arguments"):
         session.run(x=1)
 
 
