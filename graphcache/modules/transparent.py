@@ -60,9 +60,9 @@ class TransparentModule(nn.Module):
     _graphcache_module: nn.Module
 
     def __init_subclass__(cls) -> None:
-        for name in {each for each in dir(cls) if not each.startswith("_")} - _KEPT:
+        for name in dir(cls):
             value = getattr_static(cls, name)
-            if isinstance(value, property) or isfunction(value):
+            if not name.startswith("_") and name not in _KEPT and (isinstance(value, property) or isfunction(value)):
                 setattr(cls, name, Overridable(name, value))
 
     def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Self:
