@@ -337,6 +337,8 @@ class Calls(RuleBasedStateMachine):
             assert info.captures - info.evictions == info.graphs
             allowed = {Reason.DISABLED, Reason.OUTPUT_ALLOCATOR}
             allowed |= {Reason.NOT_CAPTURABLE} if name == "conditional" else set()
+            # Its weights are replaced again and again, after which some calls run eagerly.
+            allowed |= {Reason.COLD} if name == "net" else set()
             assert set(info.eager) <= allowed, (name, info)
 
     @invariant()
