@@ -32,7 +32,7 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder, capturing
 from graphcache.graphs.verify import OTHER_VALUES, Round, perturb, verify
-from graphcache.keys.call_key import KeyedCall
+from graphcache.keys.call_key import SETTINGS, USUAL, KeyedCall, State, ambient_state
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.values import Unobservable
 
@@ -86,7 +86,7 @@ class TorchRecorder:
     def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
         """Capture a call that was observed to be a function of its tensors; a cause says why that failed."""
         call = request.call
-        run = self.again(effects.version, request.running)
+        run = self.again(effects.version, request.running, (call.key.settings or USUAL)[:SETTINGS])
         state = [*self._weights(), *effects.outside]
         in_inference = torch.is_inference_mode_enabled()
         try:
@@ -121,14 +121,22 @@ class TorchRecorder:
         self._guard.arm()
         return recorded
 
-    def again(self, version: int, running: Running = nullcontext) -> Callable[..., Any]:
-        """Runs the module again, which had no effects under this version; inside ``running`` in no other state."""
+    def again(self, version: int, running: Running = nullcontext, settings: State | None = None) -> Callable[..., Any]:
+        """Runs the module again, which had no effects under this version.
+
+        Inside ``running``, which is entered beside the calls, in no other state, nor under other settings of PyTorch.
+        """
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if running is nullcontext:
+                with graphs_off():
+                    return self._run(*args, **kwargs)
             with running(), graphs_off():
-                if running is not nullcontext:
-                    self.check_unchanged(version)
-                return self._run(*args, **kwargs)
+                self.check_unchanged(version)
+                _check_settings(settings)
+                answer = self._run(*args, **kwargs)
+                _check_settings(settings)
+                return answer
 
         return run
 
@@ -272,6 +280,12 @@ class TorchRecorder:
 
         if self._config.verify:
             verify(graph, rounds(), again, where=self._name)
+
+
+def _check_settings(wanted: State | None) -> None:
+    """Refuse unless what is set for the process is what a call was made under."""
+    if wanted is not None and ambient_state()[:SETTINGS] != wanted:
+        raise Refusal(Reason.UNOBSERVED, detail="a setting of PyTorch was changed while the call was captured")
 
 
 @contextmanager

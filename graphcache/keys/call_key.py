@@ -255,6 +255,8 @@ _GETTERS: dict[str, Callable[[], Hashable]] = {
     "forward_ad_level": lambda: forward_ad._current_level,
     **{name: getattr(torch._C, f"_get_{name}") for name in _FLAGS if hasattr(torch._C, f"_get_{name}")},
 }
+SETTINGS = len(_GETTERS)
+"""How many entries of :func:`ambient_state` are set for the process. The others are those of a thread."""
 _stack_length: Callable[[], int] = torch._C._len_torch_function_stack
 _stack_at: Callable[[int], Any] = torch._C._get_function_stack_at
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -286,9 +288,8 @@ def _flag(getter: Callable[[], Hashable]) -> Hashable:
 
 def unusual_settings(state: State) -> str:
     """In what a state differs from the usual one, in words, such as ``mode meta``."""
-    count = len(_GETTERS)
     found = [f"{name} {now}" for name, now, usual in zip(_GETTERS, state, USUAL, strict=False) if now != usual]
-    modes = [f"mode {mode}" for mode in state[count:]] if state[count:] != USUAL[count:] else []
+    modes = [f"mode {mode}" for mode in state[SETTINGS:]] if state[SETTINGS:] != USUAL[SETTINGS:] else []
     return ", ".join(found + modes) or "no mode"
 
 

@@ -296,6 +296,24 @@ def test_what_changes_meanwhile_is_not_used(how: str) -> None:
     opened.join()
 
 
+def test_settings_that_change_meanwhile_are_not_those_of_the_graph() -> None:
+    module = Fn(lambda _, x: x + torch.ones(4))
+    fast = beside(module)
+    gate, usual = Gate(fast), torch.get_default_dtype()
+    fast(X)
+    assert gate.reached.wait(60)
+    try:
+        torch.set_default_dtype(torch.float64)
+        gate.open.set()
+        settled(fast)
+    finally:
+        torch.set_default_dtype(usual)
+    assert fast.cache_info().graphs == 0
+    for _ in range(3):
+        assert same(settled(fast)(X), module(X))
+    assert fast.cache_info().hits >= 1
+
+
 def test_a_subscriber_may_clear_from_within() -> None:
     fast = beside(mlp())
     heard: list[object] = []
