@@ -38,6 +38,8 @@ def load_plugin_library(path: str | os.PathLike[str], name: str | None = None) -
     except (TypeError, ValueError, RuntimeError, OSError, LookupError) as error:
         why = one_line(str(error))
         raise EngineError(f"{shown(path)} is no plugin library: {why}; pass the path of a .so or .dll") from error
+    if not file.is_file():
+        raise EngineError(f"{file} is no file; pass the path of a .so or .dll")
     with _lock:
         if (found.flavour, file) not in _plugins:
             _load_plugins(found, file)

@@ -89,7 +89,8 @@ def choose(
     if isinstance(given, Manifest):
         path, manifest = "the manifest", for_environment(given, here, "the manifest")
     else:
-        path, manifest = str(os.fspath(given)), Manifest.load(given, expect=here)
+        manifest = Manifest.load(given, expect=here)
+        path = str(os.fspath(given))
     problems = list(manifest.problems)
     for part in {entry.part for entry in manifest.entries}:
         # What was found in another process because the whole was refused there.
