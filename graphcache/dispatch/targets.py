@@ -33,7 +33,8 @@ class EngineGuard:
 
     def renew(self) -> None:
         """Take the engine as it is now."""
-        self._engine.users.add(self._user())
+        if (user := self._user()) is not None:
+            self._engine.users.add(user)
         self.epoch = self._engine.epoch
         """That of the engine when the graphs that are kept now were captured."""
 
