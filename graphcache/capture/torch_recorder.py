@@ -76,7 +76,9 @@ class TorchRecorder:
             effects = observe(self._run, args, kwargs, watched)
         effects.version = self._guard.version
         if effects.cause is not None:
-            self._guard.forget()
+            # What changed no state leaves the graphs of other keys right. Without graphs there is nothing to compare.
+            if effects.cause.reason is Reason.MUTATES or not self._guard.is_armed:
+                self._guard.forget()
         elif effects.unseen:
             self._guard.follow(effects.unseen)
             names = ", ".join(sorted({code.co_qualname for code in effects.unseen})[:3])

@@ -121,6 +121,12 @@ class ModuleGuard:
                 self.version += 1
                 self._snapshot = None
 
+    @property
+    def is_armed(self) -> bool:
+        """Whether there is a graph of the state of now to be guarded."""
+        snapshot = self._snapshot
+        return snapshot is not None and snapshot.armed
+
     def arm(self) -> None:
         """Compare in native code from now on, for there is a graph to be guarded."""
         if (snapshot := self._snapshot) is not None and not snapshot.armed:

@@ -101,6 +101,17 @@ def test_a_small_value_that_the_host_reads_is_not_lost_in_a_tolerance(share):
         assert same(fast(x), fast.module(x))
 
 
+def test_calls_that_are_refused_leave_the_graphs_of_others_right():
+    def reads_some(self: Any, x: Tensor) -> Tensor:
+        return x * 2 if len(x) < 3 else x * x.sum().tolist()
+
+    fast = wrapped(reads_some)
+    for rows in (1, 3, 1, 4, 1, 5, 1):
+        x = torch.ones(rows, 4)
+        assert same(fast(x), fast.module(x))
+    assert outcomes(fast) == (3, 1, {Reason.HOST_READ: 3})
+
+
 def test_a_refusal_that_the_module_swallows_is_still_one():
     def careful(_: Any, x: Tensor) -> Tensor:
         try:
