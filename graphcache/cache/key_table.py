@@ -24,9 +24,14 @@ _FIRST_WAIT = 16
 _MAX_DOUBLINGS = 20
 ENOUGH_HITS = 64
 """Replays that make up for a capture, which takes as long as 14 to 140 eager calls (measured, engines)."""
+_FREE_CHANGES = 8
+"""Changes soon after a capture that cost no wait: a module is set up while it is already called."""
 _MOST_TIMES = 8
-"""Captures after changes that come soon that a wait grows with: at most 128 calls run eagerly before the next one."""
-_CHANGES_OFTEN = Cause(Reason.COLD, detail="the module changed soon after each of the last captures")
+"""Changes after the free ones that the wait grows with: at most 128 calls run eagerly before the next capture."""
+_CHANGES_OFTEN = Cause(
+    Reason.COLD,
+    detail="the module changed soon after each of the last captures; the option ignore takes paths that do not matter",
+)
 
 MEMORY = 16
 """Measurements that a running mean goes back to. An estimate follows a lasting change within about as many."""
@@ -217,8 +222,9 @@ class KeyTable:
         """Note that a key was captured again, after a change of the module. If that came soon, the next time waits."""
         with self.lock:
             state = self.used(key)
-            state.changes = min(state.changes + 1, _MOST_TIMES) if hits < ENOUGH_HITS else 0
-            state.denial = Denial(_CHANGES_OFTEN, version, state.changes) if state.changes else None
+            state.changes = state.changes + 1 if hits < ENOUGH_HITS else 0
+            times = min(state.changes - _FREE_CHANGES, _MOST_TIMES)
+            state.denial = Denial(_CHANGES_OFTEN, version, times) if times > 0 else None
 
     def allow_all(self) -> None:
         """Forget all denials."""

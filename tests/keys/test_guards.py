@@ -593,8 +593,10 @@ def test_a_module_that_changes_before_every_call_runs_eagerly_for_longer_and_lon
         for step in range(64):
             module.unused = step
             assert same(fast(X), module(X))
+            assert step > 8 or not fast.cache_info().eager
         info = fast.cache_info()
-        assert info.captures <= 7
+        # Eight changes cost no wait; from then on the waits double.
+        assert info.captures <= 8 + 7
         assert set(info.eager) == {Reason.COLD}
         for _ in range(64):
             fast(X)

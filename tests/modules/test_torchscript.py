@@ -156,9 +156,7 @@ def test_what_changes_between_calls_is_noticed(way):
             x = x.to(next(module.parameters()).dtype)
             for _ in range(3):
                 assert same(fast(x), module(x))
-        # After changes that come often, some calls run eagerly before the next capture.
-        assert set(fast.cache_info().eager) <= {Reason.COLD}
-        assert fast.cache_info().hits >= 2
+        assert set(fast.cache_info().eager) == set()
 
 
 def test_submodules_that_torchscript_runs_by_itself_are_no_parts():
