@@ -211,6 +211,7 @@ class TorchRecorder:
             call.compare(expected)
             with scope.run():
                 self._check_reads(call, static, on_host=False)
+            pool = order.pool()
             captured, slots = record_torch(
                 lambda: run(static),
                 [packed(tensor) for tensor in static],
@@ -226,10 +227,10 @@ class TorchRecorder:
                 outputs=slots[len(static) :],
                 order=order,
                 # The state too: while it lives, no other tensor can take its address.
-                keep=([tensor.detach() for tensor in call.state], run, static, order.pool()),
+                keep=([tensor.detach() for tensor in call.state], run, static, pool),
                 release=scope.close,
                 # Of a pool that others use too, no graph is charged.
-                pool_bytes=0 if shares else order.pool().nbytes,
+                pool_bytes=0 if shares else pool.nbytes,
             )
             self._verify(graph, call, static, expected, run)
             scope.in_order = True

@@ -86,6 +86,7 @@ def test_new_outputs_come_from_torchs_allocator():
         assert (y.shape, y.stride(), y.dtype, y.device) == (x.shape, x.stride(), x.dtype, x.device)
         assert (type(y), y.requires_grad, y.is_inference()) == (torch.Tensor, False, inference)
         y.record_stream(side)
+        del y
 
 
 def test_torchs_function_for_its_current_stream_is_used(compiled, monkeypatch):
