@@ -1,8 +1,10 @@
 """Models x systems x shapes: ``python -m bench --engines DIR``.
 
 Measures graphcache in each of its modes, the raw launch of graphs captured by hand, TensorRT with and without its own
-graphs, and Torch-TensorRT's two runtimes. For the torch networks that the engines were made of, it measures graphcache,
-``make_graphed_callables`` and ``torch.compile(mode="reduce-overhead")``.
+graphs, and Torch-TensorRT's two runtimes. For torch networks, those that the engines were made of and others, it
+measures graphcache, copy, replay and clone by hand, ``make_graphed_callables`` and
+``torch.compile(mode="reduce-overhead")``. graphcache is measured as it is installed, and once more without its native
+code.
 
 Each engine and number of shapes runs in a process of its own. Each system takes turns with the raw launch, call by
 call, over the same sequence of shapes. Its answers are compared with torch's on the CPU before and after it is timed.
@@ -58,10 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "results": [],
     }
     for name in names:
-        available = len(store.load(options.engines, name).sizes())
+        bundle = store.load(options.engines, name)
+        available = len(bundle.sizes())
         for count in sorted({min(count, available) for count in options.shapes}):
             row: dict[str, Any] = {"engine": name, "sizes": [], "systems": {}}
-            for kind in ("engine", "torch"):
+            for kind in ("engine", "torch") if bundle.has_engine else ("torch",):
                 wanted = [each for each in options.systems or systems.SYSTEMS if systems.SYSTEMS[each]().kind == kind]
                 measure_apart(options, name, count, wanted, row, payload)
             payload["results"].append(row)

@@ -34,7 +34,7 @@ LONGEST = 256
 POLICY_BATCH = (1, 1, 128)
 """Smallest, usual and largest batch of ``policy``: as many sizes as any benchmark alternates over."""
 
-_BY_NAME = ("mobilenet",)
+_BY_NAME = ("mobilenet", "resnet18")
 _NOT_ALL = f"default: all but {' and '.join(_BY_NAME)}"
 _ONNX_TOLERANCE = 1e-4
 _LEAST_DIFFERENCE = 0.05
@@ -49,7 +49,7 @@ class Model:
 
     Args:
         name: Of the model.
-        onnx: The model as ONNX.
+        onnx: The model as ONNX; empty if no engine is made of it.
         shapes: Per dynamic input the smallest, usual and largest shape.
         arrays: Inputs and the answers of torch on the CPU.
         facts: What the arrays are, and how far ONNX is from torch.
@@ -80,13 +80,34 @@ def mobilenet() -> Model:
     What TF32 costs adds up over its layers: TensorRT's own eager answers lie 0.009 from those of torch. Those of
     different images lie 0.6 apart, so that a stale one does not pass for all that.
     """
-    made = _rowwise("mobilenet", networks.mobilenet(SEED), networks.images(8, SEED + 3).half(), (1, 1, 32))
+    made = _rowwise(
+        "mobilenet", networks.torch_network("mobilenet", SEED), networks.images(8, SEED + 3).half(), (1, 1, 32)
+    )
     return replace(made, facts={**made.facts, "tolerance": 0.02})
 
 
 def vit() -> Model:
     """ViT-tiny with random weights."""
     return _rowwise("vit", networks.VisionTransformer(SEED), networks.images(8, SEED + 4).half(), (1, 1, 32))
+
+
+def mlp16() -> Model:
+    """Eight linear layers as a torch network, without an engine."""
+    inputs = torch.randn(64, 64, generator=torch.Generator().manual_seed(SEED + 5))
+    return _rowwise("mlp16", networks.Mlp16(SEED), inputs, (1, 8, 64), engine=False)
+
+
+def parts300() -> Model:
+    """100 submodules with 300 parameters as a torch network, without an engine."""
+    inputs = torch.randn(64, 64, generator=torch.Generator().manual_seed(SEED + 6))
+    return _rowwise("parts300", networks.Parts300(SEED), inputs, (1, 8, 64), engine=False)
+
+
+def resnet18() -> Model:
+    """ResNet-18 of torchvision as a torch network with random weights, without an engine."""
+    network, inputs = networks.torch_network("resnet18", SEED), networks.images(8, SEED + 7).half()
+    made = _rowwise("resnet18", network, inputs, (1, 1, 32), engine=False)
+    return replace(made, facts={**made.facts, "tolerance": 0.02})
 
 
 def minilm() -> Model:
@@ -150,6 +171,9 @@ MODELS: dict[str, Callable[[], Model]] = {
     "minilm": minilm,
     "mobilenet": mobilenet,
     "vit": vit,
+    "mlp16": mlp16,
+    "parts300": parts300,
+    "resnet18": resnet18,
 }
 
 
@@ -216,7 +240,7 @@ def _build(model: Model, folder: Path, compress: bool, keep_onnx: bool) -> list[
     import graphcache
 
     start = time.perf_counter()
-    engine = graphcache.build(model.onnx, shapes=model.shapes)
+    engine = graphcache.build(model.onnx, shapes=model.shapes) if model.onnx else b""
     seconds = time.perf_counter() - start
     facts = {
         "model": model.name,
@@ -235,28 +259,27 @@ def _build(model: Model, folder: Path, compress: bool, keep_onnx: bool) -> list[
         len(engine) / 2**20,
         seconds,
         size / 2**20,
-        "is the reference" if error is None else f"{error:.1e}",
+        "no ONNX" if error is None else f"{error:.1e}",
     ]
 
 
-def _rowwise(name: str, module: nn.Module, inputs: Tensor, batch: tuple[int, int, int]) -> Model:
+def _rowwise(
+    name: str, module: nn.Module, inputs: Tensor, batch: tuple[int, int, int], *, engine: bool = True
+) -> Model:
     # Each row of the answer depends on the same row of the input only, so any choice of rows is a case with an answer.
     module.eval()
     rows = inputs.float()
     with torch.no_grad():
         answers = module(rows)
-    onnx = export(module, {"x": rows[:3]}, "y", {"batch": (batch[0], batch[2])})
-    errors = []
-    for size in {batch[0], 3, min(batch[2], len(rows))}:
-        (exported,) = _onnxruntime(onnx, [{"x": rows[:size].numpy()}])
-        errors.append(record.relative_error(exported, answers[:size]))
-    _check_onnx(name, max(errors))
-    facts = {
-        "kind": "rows",
-        "batch": batch,
-        "onnxruntime_relative_error": max(errors),
-        "least_difference": least_difference(answers),
-    }
+    onnx = export(module, {"x": rows[:3]}, "y", {"batch": (batch[0], batch[2])}) if engine else b""
+    facts: dict[str, Any] = {"kind": "rows", "batch": batch, "least_difference": least_difference(answers)}
+    if engine:
+        errors = []
+        for size in {batch[0], 3, min(batch[2], len(rows))}:
+            (exported,) = _onnxruntime(onnx, [{"x": rows[:size].numpy()}])
+            errors.append(record.relative_error(exported, answers[:size]))
+        _check_onnx(name, max(errors))
+        facts["onnxruntime_relative_error"] = max(errors)
     if facts["least_difference"] < _LEAST_DIFFERENCE:
         raise SystemExit(f"{name}: two answers differ by {facts['least_difference']:.1e} only; a stale one could pass")
     shape = tuple((size, *rows.shape[1:]) for size in batch)

@@ -12,7 +12,7 @@ import copy
 import itertools
 import json
 import math
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,25 +78,82 @@ class Policy(nn.Module):
         return x
 
 
-def mobilenet(seed: int = 0) -> nn.Module:
-    """MobileNetV3-small of torchvision, ``(batch, 3, 224, 224)`` to ``(batch, 1000)``, with random weights.
+class Mlp16(nn.Module):
+    """Eight linear layers of 64: 16 parameters.
+
+    Args:
+        seed: Of the weights.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight, generator=draw)
+            nn.init.uniform_(layer.bias, -0.1, 0.1, generator=draw)
+        round_to_tf32(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, 64)`` to ``(batch, 64)``."""
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+class Parts300(nn.Module):
+    """100 submodules of three parameters each: much state to compare for few operations.
+
+    Args:
+        seed: Of the weights.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.parts = nn.ModuleList(_Part(draw) for _ in range(100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, 64)`` to ``(batch, 64)``."""
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class _Part(nn.Module):
+    def __init__(self, draw: torch.Generator) -> None:
+        super().__init__()
+        # Signs, so that a hundred of them neither grow nor vanish.
+        self.sign = nn.Parameter(torch.randint(2, (64,), generator=draw) * 2.0 - 1)
+        self.shift, self.gain = (nn.Parameter(0.1 * torch.randn(64, generator=draw)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x * self.sign, self.shift, self.gain)
+
+
+def from_torchvision(function: str, seed: int = 0) -> nn.Module:
+    """A network of torchvision, ``(batch, 3, 224, 224)`` to ``(batch, 1000)``, with random weights.
 
     Its running statistics are those of random images; the initial ones let the signal die out on the way, and with it
     any difference between answers.
+
+    Args:
+        function: Of ``torchvision.models`` that makes it.
+        seed: Of the weights.
 
     Raises:
         SystemExit: If torchvision cannot be imported beside this torch.
     """
     try:
-        from torchvision.models import mobilenet_v3_small
+        from torchvision import models
     except (ImportError, RuntimeError) as error:
         raise SystemExit(
-            f"mobilenet needs a torchvision that fits torch {torch.__version__}, and importing it failed ({error}); "
+            f"{function} needs a torchvision that fits torch {torch.__version__}, and importing it failed ({error}); "
             f"build this engine in an environment where both come from one release, with the same TensorRT version"
         ) from error
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network: nn.Module = mobilenet_v3_small(weights=None)
+        network: nn.Module = getattr(models, function)(weights=None)
         round_to_tf32(network)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -267,7 +324,7 @@ _NAMES = (
 
 
 def torch_network(name: str, seed: int = 0) -> nn.Module:
-    """The network that an engine was made of, for systems that run torch modules.
+    """The network of a model, for systems that run torch modules.
 
     Args:
         name: Of the model, as in :data:`bench.models.MODELS`.
@@ -287,7 +344,10 @@ def _made(name: str, seed: int) -> nn.Module:
     random: dict[str, Callable[[int], nn.Module]] = {
         "mlp8": Mlp8,
         "policy": Policy,
-        "mobilenet": mobilenet,
+        "mlp16": Mlp16,
+        "parts300": Parts300,
+        "resnet18": partial(from_torchvision, "resnet18"),
+        "mobilenet": partial(from_torchvision, "mobilenet_v3_small"),
         "vit": VisionTransformer,
     }
     if name in random:

@@ -154,6 +154,10 @@ class RecordedModule:
         ):
             self.outputs = [module(*self.inputs)]
 
+    def replay(self) -> None:
+        """Replay it as PyTorch does, on the stream that is current."""
+        self._captured.replay()
+
     def graph(self) -> Launchable:
         """The graph, to be launched on the stream that is current now.
 

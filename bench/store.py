@@ -2,7 +2,8 @@
 
 A folder holds, per model, ``NAME.engine`` (or ``NAME.engine.xz``, made to travel), ``NAME.npz`` with inputs and answers
 and ``NAME.json`` with facts: who built the engine, and how far ONNX is from torch on the CPU. Whoever runs the engine
-needs neither the packages nor the network that it was made with.
+needs neither the packages nor the network that it was made with. A model that is only measured as a torch network has
+no engine: its file is empty.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ class Bundle:
         return ("input_ids", "attention_mask") if self.facts["kind"] == "sentences" else ("x",)
 
     @property
+    def has_engine(self) -> bool:
+        """Whether there is an engine, and not the torch network alone."""
+        return bool(self.facts["engine_bytes"])
+
+    @property
     def tolerance(self) -> float:
         """Largest relative error of a right answer of this engine."""
         return float(self.facts.get("tolerance", TOLERANCE))
@@ -115,7 +121,7 @@ def save(
     Args:
         folder: Made if it is not there.
         name: Of the model.
-        engine: The engine.
+        engine: The engine; empty if there is none.
         arrays: Inputs and reference answers.
         facts: How it was made.
         compress: Write ``NAME.engine.xz`` in place of ``NAME.engine``.

@@ -57,14 +57,16 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     from tests.modules import test_transformers as models
 
-    found = {}
+    found: dict[str, Any] = {}
     for model in models.MODELS:
         try:
             found[model.name] = drive(model)
         except Exception as error:
             found[model.name] = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(model.name, found[model.name], flush=True)
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    from bench.record import environment
+
+    arguments.out.write_text(json.dumps({"environment": environment(0), "models": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

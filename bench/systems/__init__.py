@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bench.systems.base import Peer as Peer
+from bench.systems.by_hand import ByHand
 from bench.systems.floor import Floor, TorchFloor
 from bench.systems.graphcache_modes import Fresh, Into, Module, Session
 from bench.systems.graphed_callables import GraphedCallables
@@ -22,6 +23,7 @@ SYSTEMS: Mapping[str, Callable[[], Peer]] = {
     "graphcache-into": Into,
     "graphcache-session": Session,
     "graphcache-isolated": lambda: Fresh("graphcache-isolated", isolation="full"),
+    "graphcache-no-native": lambda: Fresh("graphcache-no-native", native=False),
     "tensorrt": TensorRTEager,
     "rtx-graphs": RtxGraphs,
     "rtx-graphs-copy": lambda: RtxGraphs(copied=True),
@@ -29,7 +31,10 @@ SYSTEMS: Mapping[str, Callable[[], Peer]] = {
     "torch-tensorrt-python": lambda: TorchTensorRT("python"),
     "raw-torch": TorchFloor,
     "graphcache-torch": Module,
+    "graphcache-torch-no-native": lambda: Module("graphcache-torch-no-native", native=False),
+    "by-hand": ByHand,
     "graphed-callables": GraphedCallables,
+    "graphcache-compiled": lambda: Module("graphcache-compiled", compiled=True),
     "compile-static": lambda: Compiled(dynamic=False),
     "compile-dynamic": lambda: Compiled(dynamic=True),
 }

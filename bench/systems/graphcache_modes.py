@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,13 +24,15 @@ class Fresh(Peer):
 
     Args:
         name: Of the system.
+        native: As installed; otherwise without the native code, as where there is no compiler.
         options: Of ``graphcache.wrap``.
     """
 
     exact = True
 
-    def __init__(self, name: str = "graphcache", **options: Any) -> None:
+    def __init__(self, name: str = "graphcache", *, native: bool = True, **options: Any) -> None:
         self.name = name
+        self._native = native
         self._options = options
         self._module: Any = None
         self._wrapped: Any = None
@@ -37,6 +40,8 @@ class Fresh(Peer):
     def load(self, bundle: store.Bundle, device: torch.device, sizes: Sequence[int]) -> Callable[..., Tensor]:
         import graphcache
 
+        if not self._native:
+            os.environ["GRAPHCACHE_NATIVE"] = "0"
         self._module = self._unwrapped(bundle, device)
         self._wrapped = graphcache.wrap(self._module, max_graphs=len(sizes), **self._options)
         call: Callable[..., Tensor] = self._wrapped
@@ -52,6 +57,8 @@ class Fresh(Peer):
         if hasattr(self._module, "close"):
             self._module.close()
         self._wrapped = self._module = None
+        if not self._native:
+            os.environ.pop("GRAPHCACHE_NATIVE", None)
 
     def _unwrapped(self, bundle: store.Bundle, device: torch.device) -> Any:
         import graphcache
@@ -130,12 +137,20 @@ class Session(Fresh):
 
 
 class Module(Fresh):
-    """The torch network behind graphcache."""
+    """The torch network behind graphcache.
+
+    Args:
+        name: Of the system.
+        compiled: Let ``torch.compile`` fuse its kernels first.
+        options: Of ``graphcache.wrap``.
+    """
 
     kind: ClassVar[Literal["engine", "torch"]] = "torch"
 
-    def __init__(self, name: str = "graphcache-torch", **options: Any) -> None:
+    def __init__(self, name: str = "graphcache-torch", *, compiled: bool = False, **options: Any) -> None:
         super().__init__(name, **options)
+        self._compiled = compiled
 
     def _unwrapped(self, bundle: store.Bundle, device: torch.device) -> Any:
-        return networks.on_device(bundle.name, device)
+        network = networks.on_device(bundle.name, device)
+        return torch.compile(network) if self._compiled else network

@@ -26,7 +26,7 @@ class Compiled(Peer):
     """
 
     kind: ClassVar[Literal["engine", "torch"]] = "torch"
-    rival = "graphcache-torch"
+    rival = "graphcache-compiled"
 
     def __init__(self, *, dynamic: bool) -> None:
         self.name = "compile-dynamic" if dynamic else "compile-static"

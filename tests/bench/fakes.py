@@ -22,11 +22,13 @@ def right(x: Tensor) -> Tensor:
     return x @ WEIGHT
 
 
-def bundle(folder: Path, name: str = "net", batch: tuple[int, int, int] = (1, 2, 8)) -> store.Bundle:
+def bundle(
+    folder: Path, name: str = "net", batch: tuple[int, int, int] = (1, 2, 8), engine: bytes = b"no engine"
+) -> store.Bundle:
     """An engine whose bytes nothing can run, with inputs and right answers."""
     inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     arrays = {"inputs": inputs.numpy(), "answers": right(inputs).numpy()}
-    store.save(folder, name, b"no engine", arrays, {"kind": "rows", "batch": batch}, compress=False)
+    store.save(folder, name, engine, arrays, {"kind": "rows", "batch": batch}, compress=False)
     return store.load(folder, name)
 
 

@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from bench import __main__ as command
-from bench import calls, measure, models, record, row, systems
+from bench import calls, measure, models, networks, record, row, store, systems
 from tests.bench.fakes import CPU, Fake, bundle, right
 
 
@@ -68,6 +69,17 @@ def test_a_run_prints_tables_and_writes_what_it_found(tmp_path, fakes, capsys):
     assert "one shape" in table
 
 
+def test_a_model_without_an_engine_is_measured_as_a_torch_network_alone(tmp_path, fakes):
+    made, started = fakes
+    made["raw-torch"] = exact("raw-torch", kind="torch", timed=lambda inputs: lambda: right(inputs[0]))
+    made["torch"] = lambda: Fake("torch", kind="torch")
+    bundle(tmp_path, engine=b"")
+    code, payload = run(tmp_path, "--shapes", "1")
+    assert code == 0
+    assert len(started) == 1
+    assert set(payload["results"][0]["systems"]) == {"raw-torch", "torch"}
+
+
 def test_wrong_answers_of_graphcache_fail_the_run(tmp_path, fakes, capsys):
     fakes[0]["graphcache"] = exact("graphcache", lambda x: right(x) + 1)
     code, payload = run(tmp_path)
@@ -121,4 +133,16 @@ def test_what_is_no_result_of_the_suite_is_refused(text, tmp_path):
 
 
 def test_every_model_that_readme_builds_is_there():
-    assert {"mlp8", "policy", "minilm", "vit", "mobilenet"} == set(models.MODELS)
+    engines = {"mlp8", "policy", "minilm", "vit", "mobilenet"}
+    assert set(models.MODELS) == engines | {"mlp16", "parts300", "resnet18"}
+
+
+@pytest.mark.parametrize("name", ["mlp16", "parts300"])
+def test_a_torch_network_is_saved_with_answers_and_no_engine(name, tmp_path):
+    assert models.main(["--out", str(tmp_path), name]) == 0
+    made = store.load(tmp_path, name)
+    assert not made.has_engine
+    network = networks.torch_network(name)
+    for case in made.cases(3, 2):
+        assert torch.allclose(network(*case.inputs), case.answer, rtol=1e-4, atol=1e-5)
+    assert sum(1 for _ in network.parameters()) == {"mlp16": 16, "parts300": 300}[name]
