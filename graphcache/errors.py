@@ -210,6 +210,11 @@ class Reason(enum.Enum):
         "not everything that the call does besides answering could be observed",
         "name the state that does not matter to the answer in the option ignore, as in ignore=['self.history']",
     )
+    UNSETTLED = (
+        "unsettled",
+        "the module changes what it runs, or has changed often, so a graph waits until it stays as it is",
+        "call it again; if it never settles, name what changes without mattering to the answer in the option ignore",
+    )
     ALIASES_STATE = (
         "aliases_state",
         "an output is a view of the module's own parameters or buffers, or a reshaping view of an input",
@@ -285,7 +290,7 @@ class Reason(enum.Enum):
 
 GRAPHS_OFF = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
 """The user has turned graphs off, or somebody watches the operations: submodules have no graphs either."""
-NOT_YET = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED})
+NOT_YET = frozenset({Reason.UNSETTLED, Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED})
 """The whole may have a graph some day: submodules are left alone until then, and the time of the call counts for it."""
 EXPECTED = GRAPHS_OFF | NOT_YET
 """What was asked for: no warning, and no failure with ``on_failure="raise"``."""

@@ -38,7 +38,7 @@ from graphcache.keys.call_key import CallKey, KeyedCall
 _MAX_PLANS = 4096
 _MAX_BUCKETS = 1024
 """Beyond these the oldest is forgotten; a bucket is tried again then."""
-_WAITING = (Reason.COLD, Reason.PENDING)
+_WAITING = (Reason.UNSETTLED, Reason.COLD, Reason.PENDING)
 """Reasons of calls whose bucket will be captured later."""
 
 Value = TypeVar("Value")

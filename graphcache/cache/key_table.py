@@ -18,7 +18,7 @@ MAX_KEYS = 4096
 _TRANSIENT = frozenset(
     {Reason.CAPTURE_FAILED, Reason.OUT_OF_MEMORY, Reason.OVER_BUDGET, Reason.MISMATCH, Reason.ALIASES_STATE}
 )
-_EFFECTS = frozenset({Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED, Reason.COLD})
+_EFFECTS = frozenset({Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED, Reason.UNSETTLED})
 _FIRST_WAIT = 16
 """Calls before a transient failure is tried again for the first time."""
 _MAX_DOUBLINGS = 20
@@ -28,10 +28,7 @@ _FREE_CHANGES = 8
 """Changes soon after a capture that cost no wait: a module is set up while it is already called."""
 _MOST_TIMES = 8
 """Changes after the free ones that the wait grows with: at most 128 calls run eagerly before the next capture."""
-_CHANGES_OFTEN = Cause(
-    Reason.COLD,
-    detail="the module changed soon after each of the last captures; the option ignore takes paths that do not matter",
-)
+_CHANGES_OFTEN = Cause(Reason.UNSETTLED, detail="it changed soon after each of the last captures")
 
 MEMORY = 16
 """Measurements that a running mean goes back to. An estimate follows a lasting change within about as many."""
@@ -46,7 +43,8 @@ class Denial:
     What lies in the module (a host read, a layer that forbids capture) is denied until the state of the module changes.
     An effect of the call (it counts, fills a table) is looked for again at the next call, then after 2, 4, 8 calls and
     so on: lazy tables and caches are filled by the first calls. So is a module that changes soon after its captures
-    (``cold``). What may pass (no memory, no room, a failed capture) is tried again after 16 calls, then 32, 64 and on.
+    (``unsettled``). What may pass (no memory, no room, a failed capture) is tried again after 16 calls, then 32, 64 and
+    so on.
     """
 
     cause: Cause

@@ -102,7 +102,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
             submodule = ""
-            cause = Cause(Reason.UNOBSERVED, detail="it is observed once more, for Dynamo compiled a function in it")
+            cause = Cause(Reason.UNSETTLED, detail="Dynamo compiled a function in it")
     operations.reads([tensor for tensor in _tensors(value) if storage_of(tensor)])
     unseen = {
         code: table

@@ -82,7 +82,9 @@ class TorchRecorder:
         elif effects.unseen:
             self._guard.follow(effects.unseen)
             names = ", ".join(sorted({code.co_qualname for code in effects.unseen})[:3])
-            effects.cause = Cause(Reason.UNOBSERVED, detail=f"it is observed once more, for it came to run {names}")
+            effects.cause = Cause(
+                Reason.UNSETTLED, detail=f"it came to run {names}, which is observed from the next call on"
+            )
         return effects
 
     def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:

@@ -18,7 +18,9 @@ from graphcache.modules.transparent import TransparentModule, controls, dispatch
 from graphcache.modules.wrapped import CacheInfo
 
 _SHOWN = 20
-_PASSING = frozenset({Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD})
+_PASSING = frozenset(
+    {Reason.UNSETTLED, Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD}
+)
 """Reasons that say nothing of the operations, so that another call may well have a graph."""
 _RETRIES = {
     None: "",

@@ -16,7 +16,7 @@ TRANSIENT = (
     Reason.MISMATCH,
     Reason.ALIASES_STATE,
 )
-EFFECTS = (Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED, Reason.COLD)
+EFFECTS = (Reason.MUTATES, Reason.RANDOM, Reason.UNOBSERVED, Reason.UNSETTLED)
 LASTING = tuple(reason for reason in Reason if reason not in TRANSIENT + EFFECTS)
 
 

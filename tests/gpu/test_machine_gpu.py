@@ -340,7 +340,7 @@ class Calls(RuleBasedStateMachine):
             allowed = {Reason.DISABLED, Reason.OUTPUT_ALLOCATOR}
             allowed |= {Reason.NOT_CAPTURABLE} if name == "conditional" else set()
             # The first eight changes cost no wait.
-            allowed |= {Reason.COLD} if name == "net" and self.replaced > 8 else set()
+            allowed |= {Reason.UNSETTLED} if name == "net" and self.replaced > 8 else set()
             assert set(info.eager) <= allowed, (name, info)
 
     @invariant()

@@ -219,7 +219,7 @@ def test_what_inductor_compiled_is_captured(net, options):
     info = fast.cache_info()
     assert info.hits >= 3
     # The first call compiles, and is observed once more.
-    assert set(info.eager) <= {Reason.UNOBSERVED}
+    assert set(info.eager) <= {Reason.UNSETTLED}
 
 
 def test_a_host_read_fails_the_capture_and_leaves_everything_sound(net):

@@ -597,7 +597,7 @@ def test_a_module_that_changes_before_every_call_runs_eagerly_for_longer_and_lon
         info = fast.cache_info()
         # Eight changes cost no wait; from then on the waits double.
         assert info.captures <= 8 + 7
-        assert set(info.eager) == {Reason.COLD}
+        assert set(info.eager) == {Reason.UNSETTLED}
         for _ in range(64):
             fast(X)
         # Once it does so no more it has a graph again.
