@@ -915,7 +915,7 @@ CURES: dict[str, Cure] = {
         EFFECTS + "test_functions_that_the_walk_did_not_find_are_observed_once_more",
     ),
     "so is every other graph of before it": Cure(
-        replace(guards.ModuleGuard, "forget", lambda self: setattr(self, "_snapshot", None)),
+        replace(guards.ModuleGuard, "forget", lambda self: setattr(self, "known", None)),
         _another_graph_of_before_answers,
         GUARDS + "test_the_version_goes_up_when_a_change_is_taken_note_of_and_not_before",
     ),

@@ -31,7 +31,9 @@ from graphcache.graphs import driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.stream_order import StreamOrder
-from graphcache.keys.call_key import KeyedCall, ambient_state
+from graphcache.keys.call_key import KeyedCall, ambient_state, guard_ambient
+from graphcache.keys.guards import ModuleGuard
+from graphcache.keys.state_snapshot import StateSnapshot
 
 _FUNCTIONS = (
     "cuGraphLaunch",
@@ -57,7 +59,8 @@ class FastPath:
         self._asked = self._observed = False
         self._lock = threading.Lock()
         self._known: dict[Hashable, tuple[Entry[Recording], int]] = {}
-        self._ambient = ambient_state()
+        self._ambient: Any = None
+        self._ambient_guard: Any = None
 
     def remember(self, call: KeyedCall, entry: Entry[Recording]) -> None:
         """Let native code answer calls of this layout, if there is such code and it can."""
@@ -69,7 +72,7 @@ class FastPath:
             return
         if (ambient := ambient_state()) != self._ambient:
             self.clear()
-            self._ambient = ambient
+            self._ambient, self._ambient_guard = ambient, new_ambient_guard(ambient)
         guard = self._target.guard
         # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
         epoch = guard.epoch if isinstance(guard, EngineGuard) else entry.graph.version
@@ -81,7 +84,8 @@ class FastPath:
                 entry,
                 engine=self._target.engine if isinstance(self._target, EngineTarget) else None,
                 epoch=epoch,
-                is_stale=None if isinstance(guard, EngineGuard) else guard.stale_since(epoch),
+                guard=None if isinstance(guard, EngineGuard) else guard,
+                ambient=self._ambient_guard,
             )
         if not self._observed:
             self._publish(table)
@@ -116,18 +120,25 @@ def put(
     *,
     engine: Any = None,
     epoch: int | None = None,
-    is_stale: Callable[[bool], bool] | None = None,
+    guard: ModuleGuard | None = None,
+    ambient: Any = None,
 ) -> None:
     """Let a native table answer calls that lie as plain tensors do, if the graph's kernels are pointed at tensors.
 
-    Asked after the launch: an ``engine`` must have this ``epoch``, any other module must not be ``is_stale``.
+    An ``engine`` must have this ``epoch``. Of any other module the ``guard`` must have it as its version. Native code
+    compares what the guard has armed and the ``ambient`` state. Python is asked if something differs, and always
+    without an ``ambient`` guard.
     """
     recorded, graph = entry.graph, entry.graph.graph
     assert isinstance(graph, CudaGraph)
     if (half := graph.in_native_code(native.loaded())) is not None:
         build = None if recorded.bare else recorded.build
         order, context = graph.order, int(driver.primary_context(graph.index))
-        table.put(args, entry, graph, order, lock_of(order), half, graph.index, context, engine, epoch, is_stale, build)
+        where = entry, graph, order, lock_of(order), half, graph.index, context
+        if guard is None or epoch is None:
+            table.put(args, *where, build, engine, epoch, None, None, None)
+        else:
+            table.put(args, *where, build, None, epoch, guard, ambient, guard.stale_since(epoch))
 
 
 def open_to(call: Any, into: Any) -> None:
@@ -167,6 +178,12 @@ def lock_of(order: StreamOrder) -> Any:
 _locks: WeakKeyDictionary[StreamOrder, Any] = WeakKeyDictionary()
 
 
+def new_ambient_guard(state: Any) -> Any:
+    """What compares the ambient state in native code; ``None`` if it cannot compare this state."""
+    guard = native.loaded().Guard()
+    return guard if guard_ambient(guard, state) else None
+
+
 def new_table() -> Any:
     """An empty table of the library; ``None`` if there is no library, or no driver for it."""
     library = native.loaded()
@@ -183,7 +200,7 @@ def _connected(library: Any) -> bool:
         log.debug("hits are answered in Python: %s", error)
         return False
     library.connect(
-        (CudaGraph, StreamOrder, Entry, Modes),
+        (CudaGraph, StreamOrder, Entry, Modes, ModuleGuard, StateSnapshot),
         modes,
         ticks,
         raw_stream,

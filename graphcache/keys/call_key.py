@@ -255,6 +255,11 @@ _GETTERS: dict[str, Callable[[], Hashable]] = {
     "forward_ad_level": lambda: forward_ad._current_level,
     **{name: getattr(torch._C, f"_get_{name}") for name in _FLAGS if hasattr(torch._C, f"_get_{name}")},
 }
+_VARIABLES = {
+    "mha_fastpath": (torch.backends.mha, "_is_fastpath_enabled"),
+    "forward_ad_level": (forward_ad, "_current_level"),
+}
+"""What no built-in function tells: variables of modules of PyTorch."""
 SETTINGS = len(_GETTERS)
 """How many entries of :func:`ambient_state` are set for the process. The others are those of a thread."""
 _stack_length: Callable[[], int] = torch._C._len_torch_function_stack
@@ -322,6 +327,21 @@ def forbidden(*, cuda: bool) -> Reason | None:
                 "multiprocessing's 'spawn' method"
             ) from error
         raise
+
+
+def guard_ambient(native: Any, state: State) -> bool:
+    """Have a native guard compare :func:`ambient_state`; whether it can compare this state."""
+    try:
+        for (name, getter), value in zip(_GETTERS.items(), state, strict=False):
+            if name in _VARIABLES:
+                module, variable = _VARIABLES[name]
+                native.add_names(vars(module), (variable,), (value,), ())
+            else:
+                native.add_answer(getter, value)
+        native.add_answer(_stack_length, 0)
+    except TypeError:
+        return False
+    return len(state) == SETTINGS
 
 
 USUAL = ambient_state()

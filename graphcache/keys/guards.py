@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from graphcache.keys.call_key import ambient_state
-from graphcache.keys.state_nodes import Change
+from graphcache.keys.state_nodes import Change, EpochNode
 from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.state_walk import Skips
 
@@ -31,6 +31,11 @@ class ModuleGuard:
     Of ``engines`` among these submodules the ``epoch`` goes up with every change.
     """
 
+    __slots__ = (
+        *("_find_engines", "_functions", "_hooks", "_ignore", "_lock", "_module", "_skips"),
+        *("known", "root", "version"),
+    )
+
     def __init__(
         self,
         module: nn.Module,
@@ -48,10 +53,9 @@ class ModuleGuard:
         self._hooks = _GLOBAL_HOOKS if hooks else ()
         self._skips = skips
         self._find_engines = engines
-        self._engines: Sequence[Any] = ()
-        self._epoch = 0
         self._functions: dict[types.CodeType, dict[str, Any]] = {}
-        self._snapshot: StateSnapshot | None = None
+        self.known: StateSnapshot | None = None
+        """The state that graphs were proven in; ``None`` if there is none. Native code reads it too."""
         self._lock = threading.Lock()
         self.version = 0
         """Goes up whenever something has changed. A graph is valid under the version that it was proven under."""
@@ -62,31 +66,30 @@ class ModuleGuard:
         Raises ``Unobservable`` if it cannot be watched.
         """
         # Another thread may forget it meanwhile.
-        known = self._snapshot
-        if known is not None and self._epoch_now() == self._epoch and known.renew():
+        known = self.known
+        if known is not None and known.renew():
             return known
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
         roots = [(self.root, self._module), *hooks]
         found = StateSnapshot(roots, ignore=self._ignore, skips=self._skips, functions=self._functions)
-        self._engines = self._find_engines(self._module) if self._find_engines is not None else ()
-        self._epoch = self._epoch_now()
-        self._snapshot = found
+        for engine in self._find_engines(self._module) if self._find_engines is not None else ():
+            found.guard_also(EpochNode(engine))
+        self.known = found
         return found
 
     def holds(self) -> bool:
         """Whether nothing has changed since :meth:`snapshot`."""
-        snapshot = self._snapshot
-        return snapshot is not None and self._epoch_now() == self._epoch and snapshot.holds()
+        return (known := self.known) is not None and known.holds()
 
     def has_changed(self) -> bool:
         """Whether something is known to have changed since :meth:`snapshot`; not after :meth:`forget`."""
-        return self._snapshot is not None and not self.holds()
+        return self.known is not None and not self.holds()
 
     def change(self) -> Change | None:
         """What has changed since :meth:`snapshot`, values of tensors too; ``None`` if nothing has."""
-        snapshot = self._snapshot
-        return next(iter((*snapshot.changes(limit=1), *snapshot.written())), None) if snapshot is not None else None
+        known = self.known
+        return next(iter((*known.changes(limit=1), *known.written())), None) if known is not None else None
 
     def is_stale(self, grad: bool) -> bool:
         """Whether no graph may answer a call; one that records gradients also if a parameter wants them."""
@@ -104,33 +107,32 @@ class ModuleGuard:
 
     def requires_grad(self) -> bool:
         """Whether any parameter or other tensor that the module reaches wants gradients."""
-        if (snapshot := self._snapshot) is not None:
-            return snapshot.requires_grad()
+        if (known := self.known) is not None:
+            return known.requires_grad()
         return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
 
     def holds_any(self, identities: set[int]) -> bool:
         """Whether one of some objects was found by :meth:`snapshot`."""
-        snapshot = self._snapshot
-        return snapshot is not None and any(id(node.target) in identities for node in snapshot.nodes)
+        known = self.known
+        return known is not None and any(id(node.target) in identities for node in known.nodes)
 
     def forget(self) -> None:
         """Take everything for changed: no graph is valid until it was proven again."""
         with self._lock:
-            if self._snapshot is not None:
+            if self.known is not None:
                 # First: without a snapshot, the version alone tells another thread of the change.
                 self.version += 1
-                self._snapshot = None
+                self.known = None
 
     @property
     def is_armed(self) -> bool:
         """Whether there is a graph of the state of now to be guarded."""
-        snapshot = self._snapshot
-        return snapshot is not None and snapshot.armed
+        return (known := self.known) is not None and known.armed
 
     def arm(self) -> None:
         """Compare in native code from now on, for there is a graph to be guarded."""
-        if (snapshot := self._snapshot) is not None and not snapshot.armed:
-            snapshot.arm()
+        if (known := self.known) is not None and not known.armed:
+            known.arm()
 
     def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:
         """Follow the globals of functions that ran and that no walk has found."""
@@ -139,7 +141,3 @@ class ModuleGuard:
             self._functions.clear()
         self._functions.update(functions)
         self.forget()
-
-    def _epoch_now(self) -> int:
-        """The epochs of all engines, of which each only goes up."""
-        return sum([each.epoch for each in self._engines])

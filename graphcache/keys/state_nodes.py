@@ -51,6 +51,8 @@ class StateNode:
 
     is_alike: Callable[[Any, Any], bool] = staticmethod(is_)
     """The quick comparison of what one place holds; what is not alike is compared by value."""
+    is_ignorable = True
+    """Whether a user's ignored paths leave out its changes."""
     whole = ""
     """What is said of changes, with their names, for a kind whose places have no path of their own."""
 
@@ -174,6 +176,15 @@ class NamesNode(StateNode):
         present = {name: value for name, value in zip(*self.state, strict=True) if value is not MISSING}
         absent = tuple([name for name in self.places if name not in present])
         native.add_names(self.target, tuple(present), tuple(present.values()), absent)
+
+
+class EpochNode(NamesNode):
+    """The epoch of an engine: it goes up with every change that graphs of the engine do not survive."""
+
+    is_ignorable = False
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(None, "engine", vars(engine), ("epoch",))
 
 
 class ClassNode(StateNode):

@@ -31,6 +31,8 @@ class StateSnapshot:
     Of code in ``functions`` the globals are followed too. :class:`Unobservable` says that there is too much of it.
     """
 
+    __slots__ = ("_broken", "_guarded", "_ignore", "_native", "armed", "compared", "covered", "nodes", "tensors")
+
     def __init__(
         self,
         roots: Sequence[tuple[str, object]],
@@ -49,6 +51,12 @@ class StateSnapshot:
         self.armed = False
         self._native: tuple[Any, list[StateNode]] = (None, self._guarded)
         """The native guard and the nodes that it does not compare; replaced as one, as other threads ask meanwhile."""
+        self.compared: Any = None
+        """The native guard if it compares every node, for native code, which need not ask here while it holds."""
+
+    def guard_also(self, node: StateNode) -> None:
+        """Compare one more node, which is no part of the effects of a call."""
+        self._guarded.append(node)
 
     def changes(self, limit: int = 16) -> list[Change]:
         """What differs now from what was found, by value; no more than ``limit`` differences are told."""
@@ -76,7 +84,7 @@ class StateSnapshot:
         for node in differing:
             now = node.read()
             if self._changes_of(node, now):
-                self._broken = True
+                self._broken, self.compared = True, None
                 return False
             # Not before: another thread that asks meanwhile has to find the difference too.
             node.state = now
@@ -99,6 +107,7 @@ class StateSnapshot:
         if (kind := native.guard_type()) is not None:
             guard = kind()
             self._native = guard, [node for node in self._guarded if not _is_guarded(node, guard)]
+            self.compared = guard if self._native[1] == [] and not self._broken else None
 
     @property
     def cuda_devices(self) -> set[int]:
@@ -114,7 +123,8 @@ class StateSnapshot:
         return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
 
     def _changes_of(self, node: StateNode, now: State | None = None) -> list[Change]:
-        return [change for change in node.changes(now or node.read()) if not self.ignores(change.path)]
+        changes = node.changes(now or node.read())
+        return [each for each in changes if not (node.is_ignorable and self.ignores(each.path))]
 
 
 def _is_guarded(node: StateNode, guard: Any) -> bool:

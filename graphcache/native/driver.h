@@ -35,22 +35,23 @@ static struct {
   PyObject *held;  // the arguments, from which everything below is borrowed
   PyObject *modes, *counter, *raw_stream, *requires_grad, *failure, *quiet;
   PyObject *current_device;  // None where there is one device
-  Field executable, stream, hits, used, off;
+  Field executable, stream, hits, used, off, version, proven, compared;
 } driver;
 
-// connect((CudaGraph, StreamOrder, Entry, Modes), modes, counter, raw_stream, current_device, requires_grad, failure,
+// connect((CudaGraph, StreamOrder, Entry, Modes, ModuleGuard, StateSnapshot), modes, counter, raw_stream, current_device, requires_grad, failure,
 // quiet, seven addresses, torch_stream)
 static PyObject *connect_driver(PyObject *module, PyObject *given) {
   (void)module;
-  PyObject *graph, *order, *entry, *modes_class;
+  PyObject *graph, *order, *entry, *modes_class, *guard, *snapshot;
   unsigned long long at[7], torch_stream;
   typeof(driver) new = {.known.device_index = -1, .held = given};
-  if (!PyArg_ParseTuple(given, "(OOOO)OOOOOOO(KKKKKKK)K:connect", &graph, &order, &entry, &modes_class, &new.modes,
-                        &new.counter, &new.raw_stream, &new.current_device, &new.requires_grad, &new.failure, &new.quiet,
+  if (!PyArg_ParseTuple(given, "(OOOOOO)OOOOOOO(KKKKKKK)K:connect", &graph, &order, &entry, &modes_class, &guard,
+                        &snapshot, &new.modes, &new.counter, &new.raw_stream, &new.current_device, &new.requires_grad, &new.failure, &new.quiet,
                         at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6, &torch_stream) ||
       find_field(&new.executable, graph, "executable") || find_field(&new.stream, order, "stream") ||
       find_field(&new.hits, entry, "hits") || find_field(&new.used, entry, "used") ||
-      find_field(&new.off, modes_class, "off"))
+      find_field(&new.off, modes_class, "off") || find_field(&new.version, guard, "version") ||
+      find_field(&new.proven, guard, "known") || find_field(&new.compared, snapshot, "compared"))
     return NULL;
   int complete = PyContextVar_CheckExact(new.modes) && PyIter_Check(new.counter) &&
                  Py_IS_TYPE(new.requires_grad, &PyGetSetDescr_Type) && tensor_types != NULL;

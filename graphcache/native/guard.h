@@ -15,6 +15,8 @@ typedef struct {
   Tensors tensors;
 } Guard;
 
+static PyTypeObject *guard_type;
+
 // ---- comparing
 
 // The number of the first entry that differs; -1 if none does.
@@ -134,6 +136,14 @@ static PyObject *guard_add_function(Guard *self, PyObject *args) {
   return add_one(self, A_FUNCTION, 1, entry);
 }
 
+static PyObject *guard_add_answer(Guard *self, PyObject *args) {
+  Object entry = {0};
+  if (!PyArg_ParseTuple(args, "O!O:add_answer", &PyCFunction_Type, &entry.object, &entry.expected)) return NULL;
+  if (PyCFunction_GET_FLAGS(entry.object) != METH_NOARGS)
+    return PyErr_Format(PyExc_TypeError, "%R takes arguments", entry.object);
+  return add_one(self, AN_ANSWER, 1, entry);
+}
+
 static PyObject *guard_add_tensor(Guard *self, PyObject *tensor) {
   return added(self, add_tensor(&self->tensors, tensor, self->count));
 }
@@ -168,6 +178,8 @@ static PyMethodDef guard_methods[] = {
     {"add_class", (PyCFunction)guard_add_class, METH_VARARGS, "(object, class)"},
     {"add_dict_of", (PyCFunction)guard_add_dict_of, METH_VARARGS, "(object, its __dict__)"},
     {"add_function", (PyCFunction)guard_add_function, METH_VARARGS, "(function, (code, defaults, keyword defaults))"},
+    {"add_answer", (PyCFunction)guard_add_answer, METH_VARARGS,
+     "(built-in function without arguments, answer): the same object, or an equal string or tuple."},
     {"add_tensor", (PyCFunction)guard_add_tensor, METH_O, "A dense one: its memory, layout, dtype and dispatch keys."},
     {"holds", (PyCFunction)guard_holds, METH_NOARGS, "Whether no entry differs."},
     {"changed", (PyCFunction)guard_changed, METH_NOARGS, "The first entry that differs, by its number; -1 if none."},

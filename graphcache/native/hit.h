@@ -2,6 +2,7 @@
 #pragma once
 
 #include "executables.h"
+#include "guard.h"
 
 // What is known of calls of one layout: which graph answers them, and when it may.
 typedef struct Record {
@@ -12,7 +13,9 @@ typedef struct Record {
   Lock *lock;
   Graph *native;
   PyObject *entry, *graph, *order;
-  PyObject *engine, *epoch, *is_stale, *build;  // NULL where there is none
+  PyObject *engine, *epoch, *build;       // NULL where there is none
+  PyObject *guard, *ambient, *is_stale;   // of a module that is no engine, whose epoch is the guard's version; or NULL
+  uint64_t version;                       // the epoch, of a guard
   Device device;
   size_t count;
   uint64_t words[];
@@ -107,13 +110,24 @@ static Outcome may_replay(const Record *record, uint64_t stream) {
   if (name == NULL && (name = PyUnicode_InternFromString("epoch")) == NULL) return FAILED;
   PyObject *epoch = PyDict_GetItemWithError(attributes, name);
   if (epoch == NULL) return PyErr_Occurred() ? FAILED : LEFT_ALONE;
-  const int same = epoch == record->epoch ? 1 : PyObject_RichCompareBool(epoch, record->epoch, Py_EQ);
+  const int same = PyObject_RichCompareBool(epoch, record->epoch, Py_EQ);
   return same < 0 ? FAILED : same == 0 ? LEFT_ALONE : DONE;
+}
+
+// Whether native code sees that nothing has changed since a graph was proven, which is what ModuleGuard.stale_since()
+// tells; otherwise Python is asked. The version last: with another one, the module was found as it is now.
+static int is_unchanged(const Record *record) {
+  if (record->ambient == NULL || difference((Guard *)record->ambient) >= 0) return 0;
+  PyObject *known = *field_of(driver.proven, record->guard);
+  if (known == NULL || !is_of(driver.compared, known)) return 0;
+  OWNED PyObject *compared = Py_XNewRef(*field_of(driver.compared, known));
+  if (compared == NULL || !Py_IS_TYPE(compared, guard_type) || difference((Guard *)compared) >= 0) return 0;
+  return number_in(driver.version, record->guard) == record->version;
 }
 
 // Whether a module is what it was when the graph was proven; an engine's epoch is compared with the lock held.
 static Outcome holds(const Record *record) {
-  if (record->is_stale == NULL) return DONE;
+  if (record->is_stale == NULL || is_unchanged(record)) return DONE;
   OWNED PyObject *stale = PyObject_CallOneArg(record->is_stale, Py_False);
   const int is = stale == NULL ? -1 : PyObject_IsTrue(stale);
   return is < 0 ? FAILED : is != 0 ? LEFT_ALONE : DONE;

@@ -8,13 +8,11 @@
 //
 // A Table holds records by the layout of the inputs. A call is either answered, or raises what the Python way raises, or
 // is left alone with nothing changed, and then goes the Python way. What decides is asked before the launch, but for the
-// callable that looks at a module (is_stale): it is called while the device works; then the launch was in vain, as on
-// the Python way. Calls come by the vectorcall of two Python functions (doors.h), and sessions by an object of their own.
+// guard of a module: it is compared while the device works; then the launch was in vain, as on the Python way. Calls come by the vectorcall of two Python functions (doors.h), and sessions by an object of their own.
 //
 // The GIL is held throughout, but for cuGraphLaunch, which blocks while the launch queue is full. The order's lock is
 // held from the first look at the graph to the last change of it.
 #include "doors.h"
-#include "guard.h"
 
 // ---- the probe
 
@@ -115,7 +113,6 @@ static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type, co
 
 PyMODINIT_FUNC PyInit__graphcache(void) {
   OWNED PyObject *module = PyModule_Create(&module_definition);
-  PyTypeObject *guard_type;
   if (module == NULL || add_type(module, &guard_spec, &guard_type, "Guard") ||
       add_type(module, &lock_spec, &lock_type, "Lock") || add_type(module, &graph_spec, &graph_type, NULL) ||
       add_type(module, &table_spec, &table_type, "Table"))

@@ -22,26 +22,31 @@ static PyObject *table_into(Table *self, PyObject *const *given, Py_ssize_t coun
   return outcome == FAILED ? NULL : PyBool_FromLong(outcome == DONE);
 }
 
-static PyObject *or_null(PyObject *object) { return object == Py_None ? NULL : object; }
-
 // Reads what put() is given besides the arguments of a call. Returns -1 for anything else.
 static int read_record(Record *record) {
   PyObject *lock, *index;
   unsigned long long context;
-  if (!PyArg_ParseTuple(record->held, "OOOOO!OKOOOO:put", &record->entry, &record->graph, &record->order, &lock,
-                        graph_type, &record->native, &index, &context, &record->engine, &record->epoch,
-                        &record->is_stale, &record->build))
+  if (!PyArg_ParseTuple(record->held, "OOOO!O!OKOOOOOO:put", &record->entry, &record->graph, &record->order, lock_type,
+                        &lock, graph_type, &record->native, &index, &context, &record->build, &record->engine,
+                        &record->epoch, &record->guard, &record->ambient, &record->is_stale))
     return -1;
-  record->engine = or_null(record->engine), record->epoch = or_null(record->epoch);
-  record->is_stale = or_null(record->is_stale), record->build = or_null(record->build);
+  PyObject **optional[] = {&record->build,  &record->engine,  &record->epoch,
+                           &record->guard, &record->ambient, &record->is_stale};
+  for (size_t i = 0; i < 6; ++i)
+    if (*optional[i] == Py_None) *optional[i] = NULL;
   record->lock = (Lock *)lock;
   record->device = device_of(index, context);
   const int known = is_of(driver.hits, record->entry) && is_of(driver.executable, record->graph) &&
-                    is_of(driver.stream, record->order) && Py_IS_TYPE(lock, lock_type);
-  return known && (record->engine == NULL || record->epoch != NULL) ? 0 : -1;
+                    is_of(driver.stream, record->order);
+  if (!known || (record->engine != NULL && record->epoch == NULL)) return -1;
+  if (record->ambient == NULL) return 0;
+  const int exact = record->epoch != NULL && PyLong_CheckExact(record->epoch) && record->guard != NULL &&
+                    is_of(driver.version, record->guard) && Py_IS_TYPE(record->ambient, guard_type);
+  record->version = exact ? PyLong_AsUnsignedLongLong(record->epoch) : UNKNOWN;
+  return record->version == UNKNOWN ? -1 : 0;
 }
 
-// (args, entry, graph, order, lock, its native half, index, context, engine, epoch, is_stale, build)
+// (args, entry, graph, order, lock, its native half, index, context, build, engine, epoch, guard, ambient, is_stale)
 static PyObject *table_put(Table *self, PyObject *given) {
   PyObject *args = PyTuple_GET_SIZE(given) == 0 ? NULL : PyTuple_GET_ITEM(given, 0);
   if (args == NULL || !PyTuple_CheckExact(args)) return PyErr_Format(PyExc_TypeError, "expected a tuple of arguments");

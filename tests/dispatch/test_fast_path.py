@@ -205,7 +205,7 @@ def test_modules_of_torch_are_asked_whether_they_changed(fake: Torch) -> None:
     entry = next(iter(graphs_of(warm.fast).entries.values()))
     guard, table, x = Asked(nn.ReLU()), fast_path.new_table(), rows(fake, 2)
     with torch.no_grad(), fake.on(warm.stream):
-        fast_path.put(table, (x,), entry, is_stale=guard.stale_since(guard.version))
+        fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
         hits = entry.hits
         assert torch.equal(table.call((x,)), x * 3 + 1)
         assert table.call((x,)) is None
@@ -229,7 +229,7 @@ def test_what_cannot_be_taken_back_is_asked_for_before(fake: Torch) -> None:
     guard, table, x = Unchanged(nn.ReLU()), fast_path.new_table(), rows(fake, 2)
     out = fake.driver.heap.tensor(x * 0)
     with torch.no_grad(), fake.on(warm.stream):
-        fast_path.put(table, (x,), entry, is_stale=guard.stale_since(guard.version))
+        fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
         assert table.into(out, (x,))
         assert torch.equal(out, x * 3 + 1)
         guard.version += 1

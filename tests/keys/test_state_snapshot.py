@@ -190,14 +190,14 @@ def test_who_asks_while_another_thread_looks_at_a_change_is_told_of_it(
         snapshot.arm()
     told: list[bool] = []
 
-    def asked_within(path: str) -> bool:
+    def asked_within(self: StateSnapshot, path: str) -> bool:
         if not told:
             told.append(True)
             # Where a second thread may come between.
             told[:] = [snapshot.holds()]
         return False
 
-    monkeypatch.setattr(snapshot, "ignores", asked_within)
+    monkeypatch.setattr(StateSnapshot, "ignores", asked_within)
     state["rows"] = [1, 3]
     assert not snapshot.holds()
     assert told == [False]
