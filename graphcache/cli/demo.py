@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import random
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import click
@@ -20,7 +20,6 @@ from graphcache.cli.options import json_option, seed_option
 from graphcache.cli.output import (
     Causes,
     ComparisonFailed,
-    cells,
     described,
     environment,
     one_line,
@@ -29,8 +28,9 @@ from graphcache.cli.output import (
     stdout,
     table,
 )
-from graphcache.cli.timing import Latency, difference, timed
+from graphcache.cli.timing import difference, spread, timed
 from graphcache.errors import EngineError, TensorRTNotFoundError
+from graphcache.export.onnx_export import export, open_sizes
 from graphcache.modules.transparent import controls
 
 _EVERY = 10
@@ -57,9 +57,9 @@ class _Tally:
 def demo(calls: int, seed: int, max_graphs: int | None, as_json: bool) -> None:
     """Send mixed shapes through a small network and compare every answer with eager execution.
 
-    With a GPU and TensorRT the network is an engine, built on the spot; with a GPU alone a PyTorch module on CUDA
-    graphs; without a GPU the same module on host graphs. One call in ten keeps only some rows of the answer, which no
-    graph can do, so that its reason shows. Exits with 3 if any answer differs.
+    With a GPU, TensorRT and the extra onnx the network is an engine, built on the spot; with a GPU alone a PyTorch
+    module on CUDA graphs; without a GPU the same module on host graphs. One call in ten keeps only some rows of the
+    answer, which no graph can do, so that its reason shows. Exits with 3 if any answer differs.
 
     \b
     Examples:
@@ -104,9 +104,10 @@ def _network(seed: int, show: Callable[[str], None]) -> tuple[nn.Module, str, st
     if not torch.cuda.is_available():
         return policy, "PyTorch module on host graphs", ""
     show("Building a TensorRT engine")
-    low, usual, high = ((size, OBSERVATION) for size in (min(BATCHES), BATCHES[2], max(BATCHES)))
+    inputs = [torch.zeros(BATCHES[2], OBSERVATION)]
     try:
-        engine = graphcache.build(policy.to_onnx(), shapes={"observation": (low, usual, high)})
+        made = export(policy, inputs, open_sizes(policy, inputs, {0: {0: (min(BATCHES), max(BATCHES))}}))
+        engine = graphcache.build(made.onnx, shapes=made.shapes)
         return graphcache.load(engine, name="policy"), "TensorRT engine on CUDA graphs", ""
     except (TensorRTNotFoundError, EngineError) as error:
         return policy.cuda(), "PyTorch module on CUDA graphs", f"no TensorRT engine: {one_line(error)}"
@@ -154,21 +155,23 @@ def _label(outcome: Outcome) -> str:
 
 
 def _account(tally: _Tally, info: CacheInfo, inner: CacheInfo) -> dict[str, Any]:
-    def measured(outcome: Outcome) -> dict[str, Any]:
-        latency = Latency.of(tally.times.get(outcome, []))
-        return asdict(latency) if latency else {"calls": 0}
+    def measured(times: Sequence[int]) -> dict[str, Any]:
+        return spread(times) or {"calls": 0}
 
-    eagerly = Latency.of(tally.eagerly)
     return {
-        "hits": measured("hit"),
-        "hits_run_eagerly": asdict(eagerly) if eagerly else {"calls": 0},
-        "captures": measured("capture"),
-        "eager": {reason.value: {**measured(reason), "why": why} for reason, why in tally.why.items()},
+        "hits": measured(tally.times["hit"]),
+        "hits_run_eagerly": measured(tally.eagerly),
+        "captures": measured(tally.times["capture"]),
+        "eager": {reason.value: {**measured(tally.times[reason]), "why": why} for reason, why in tally.why.items()},
         "graphs": info.graphs,
         "nbytes": info.nbytes,
         "evictions": info.evictions,
         "hits_inside_eager_calls": inner.hits,
     }
+
+
+def _cells(times: Mapping[str, Any]) -> list[str]:
+    return [str(times["calls"]), *(f"{times[name]:.1f}" if name in times else "-" for name in ("p50", "p90", "p99"))]
 
 
 def _print(result: dict[str, Any], tally: _Tally, device: torch.device) -> None:
@@ -180,14 +183,14 @@ def _print(result: dict[str, Any], tally: _Tally, device: torch.device) -> None:
         console.print(result["note"], soft_wrap=True)
     console.print()
     rows = table("outcome", "calls", "p50 µs", "p90 µs", "p99 µs")
-    hits, eagerly = Latency.of(tally.times.get("hit", [])), Latency.of(tally.eagerly)
-    rows.add_row("hit: answered by a graph", str(hits.calls if hits else 0), *cells(hits))
-    rows.add_row("     the same inputs, eagerly", "", *cells(eagerly))
-    captures = Latency.of(tally.times.get("capture", []))
-    rows.add_row("capture: first call of a shape", str(captures.calls if captures else 0), *cells(captures))
-    for reason in tally.why:
-        times = tally.times[reason]
-        rows.add_row(f"ran eagerly: {reason.value}", str(len(times)), *cells(Latency.of(times)))
+    for label, key in (
+        ("hit: answered by a graph", "hits"),
+        ("     the same inputs, eagerly", "hits_run_eagerly"),
+        ("capture: first call of a shape", "captures"),
+    ):
+        rows.add_row(label, *_cells(result[key]))
+    for reason, times in result["eager"].items():
+        rows.add_row(f"ran eagerly: {reason}", *_cells(times))
     console.print(rows)
     console.print()
     for why in tally.why.values():

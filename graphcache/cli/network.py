@@ -1,4 +1,4 @@
-"""The networks of the demo: a policy of many small layers, as a module and as ONNX."""
+"""The networks of the demo: a policy of many small layers, and what is sent through them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from graphcache.cli.onnx import OnnxNode, serialize
 
 OBSERVATION = 48
 ACTION = 12
@@ -33,24 +31,6 @@ class Policy(nn.Module):
         for weight in blocks:
             hidden = hidden + torch.relu(hidden @ weight)
         return torch.tanh(hidden @ leave)
-
-    def to_onnx(self) -> bytes:
-        """The same network as an ONNX model with an open batch axis; input ``observation``, output ``action``."""
-        last = len(self.weights) - 1
-        nodes = [OnnxNode("MatMul", ["observation", "w0"], "m0"), OnnxNode("Relu", ["m0"], "h0")]
-        for index in range(1, last):
-            before = f"h{index - 1}"
-            nodes += [
-                OnnxNode("MatMul", [before, f"w{index}"], f"m{index}"),
-                OnnxNode("Relu", [f"m{index}"], f"r{index}"),
-                OnnxNode("Add", [before, f"r{index}"], f"h{index}"),
-            ]
-        nodes += [
-            OnnxNode("MatMul", [f"h{last - 1}", f"w{last}"], f"m{last}"),
-            OnnxNode("Tanh", [f"m{last}"], "action"),
-        ]
-        weights = {f"w{index}": weight for index, weight in enumerate(self.weights)}
-        return serialize(nodes, weights, {"observation": ["n", OBSERVATION]}, {"action": ["n", ACTION]})
 
 
 class Confident(nn.Module):

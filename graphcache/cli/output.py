@@ -19,7 +19,6 @@ from rich.table import Table
 
 import graphcache
 from graphcache import CachedModule, Cause, Reason
-from graphcache.cli.timing import Latency
 from graphcache.engines.library import library
 from graphcache.errors import GraphCacheError
 from graphcache.events import Event, RanEagerly
@@ -109,11 +108,6 @@ def table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", overflow="fold")
     return made
-
-
-def cells(latency: Latency | None) -> tuple[str, str, str]:
-    """p50, p90 and p99 for a row."""
-    return ("-", "-", "-") if latency is None else (f"{latency.p50:.1f}", f"{latency.p90:.1f}", f"{latency.p99:.1f}")
 
 
 class Causes:

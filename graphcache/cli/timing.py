@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,6 @@ from torch.utils import _pytree as pytree
 RELATIVE = 1e-3
 """The largest difference on CUDA, as a share of an output's largest magnitude, between two runs of one network: kernels
 may add in another order, or in TF32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Percentiles in microseconds.
-
-    Args:
-        calls: How many calls were measured.
-        p50: Half of them took at most this long.
-        p90: Nine of ten.
-        p99: Ninety-nine of a hundred.
-    """
-
-    calls: int
-    p50: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, nanoseconds: Sequence[int]) -> Latency | None:
-        """The percentiles of some times, each of which is one of the times; ``None`` of none."""
-        if not nanoseconds:
-            return None
-        ordered = sorted(nanoseconds)
-        p50, p90, p99 = (round(ordered[math.ceil(share * len(ordered)) - 1] / 1000, 1) for share in (0.50, 0.90, 0.99))
-        return cls(len(ordered), p50, p90, p99)
 
 
 def spread(nanoseconds: Sequence[int], percentiles: Sequence[float] = (50, 90, 99)) -> dict[str, float] | None:

@@ -8,13 +8,14 @@ from click.testing import CliRunner
 
 from graphcache.cli import main
 from graphcache.cli.network import Policy
+from tests.cli.onnx_file import policy_model
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The current folder: ``nets.py``, and ``policy.onnx`` with the input ``observation``."""
     shutil.copy(Path(__file__).with_name("nets.py"), tmp_path)
-    (tmp_path / "policy.onnx").write_bytes(Policy().to_onnx())
+    (tmp_path / "policy.onnx").write_bytes(policy_model(Policy()))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -12,12 +12,13 @@ import graphcache
 from graphcache.cli import main, output
 from graphcache.cli.network import Policy
 from graphcache.errors import EngineBuildError
+from tests.cli.onnx_file import policy_model
 
 
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "policy.onnx"
-    path.write_bytes(Policy().to_onnx())
+    path.write_bytes(policy_model(Policy()))
     return path
 
 

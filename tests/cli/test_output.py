@@ -14,7 +14,6 @@ import graphcache
 from graphcache import Cause, Reason
 from graphcache.cli.output import (
     Causes,
-    cells,
     check_writable,
     described,
     environment,
@@ -24,7 +23,6 @@ from graphcache.cli.output import (
     table,
     writing,
 )
-from graphcache.cli.timing import Latency
 from graphcache.files import TEMPORARY
 
 
@@ -44,8 +42,6 @@ def test_progress_is_drawn_on_a_terminal_only_and_wiped_at_the_end(capsys, monke
 
 def test_lines_and_cells():
     assert one_line("a\n  b\tc") == "a b c"
-    assert cells(None) == ("-", "-", "-")
-    assert cells(Latency(3, 1.0, 2.25, 1000.0)) == ("1.0", "2.2", "1000.0")
     assert described({"device": "CPU", "torch": "2"}) == "CPU, torch 2"
     assert table("name", "p50").columns[1].justify == "right"
 

@@ -1,4 +1,4 @@
-"""Just enough of the ONNX file format to write a small network down, without the ``onnx`` package.
+"""Just enough of the ONNX file format to write the demo's network down, without the ``onnx`` package.
 
 An ONNX file is a protocol buffer: fields, each a tag (number and kind), then either a variable-length integer or a
 length and bytes. Field numbers are those of onnx.proto.
@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from graphcache.cli.network import ACTION, OBSERVATION, Policy
 
 _FLOAT = 1
 _IR_VERSION = 8
@@ -49,6 +51,22 @@ def serialize(
         ]
     )
     return _field(1, _IR_VERSION) + _field(7, graph) + _field(8, _field(2, _OPSET))
+
+
+def policy_model(policy: Policy) -> bytes:
+    """The demo's network with an open batch axis; input ``observation``, output ``action``."""
+    last = len(policy.weights) - 1
+    nodes = [OnnxNode("MatMul", ["observation", "w0"], "m0"), OnnxNode("Relu", ["m0"], "h0")]
+    for index in range(1, last):
+        before = f"h{index - 1}"
+        nodes += [
+            OnnxNode("MatMul", [before, f"w{index}"], f"m{index}"),
+            OnnxNode("Relu", [f"m{index}"], f"r{index}"),
+            OnnxNode("Add", [before, f"r{index}"], f"h{index}"),
+        ]
+    nodes += [OnnxNode("MatMul", [f"h{last - 1}", f"w{last}"], f"m{last}"), OnnxNode("Tanh", [f"m{last}"], "action")]
+    weights = {f"w{index}": weight for index, weight in enumerate(policy.weights)}
+    return serialize(nodes, weights, {"observation": ["n", OBSERVATION]}, {"action": ["n", ACTION]})
 
 
 def _node(node: OnnxNode) -> bytes:
