@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, get_args
@@ -229,17 +230,11 @@ class Modes:
 modes: ContextVar[Modes] = ContextVar("graphcache_modes", default=Modes())  # noqa: B039 - Modes is frozen
 
 
-_OFF = {safe: Modes(graphs="off", multi_device_safe=safe) for safe in (False, True)}
-
-
-class graphs_off:
+@contextmanager
+def graphs_off() -> Iterator[None]:
     """Inside, wrapped modules of this context run eagerly: they are part of a call that is being captured."""
-
-    # No generator, and nothing made anew: each eager call of a key that is still cold goes through it.
-    __slots__ = ("_token",)
-
-    def __enter__(self) -> None:
-        self._token = modes.set(_OFF[modes.get().multi_device_safe])
-
-    def __exit__(self, *exc: object) -> None:
-        modes.reset(self._token)
+    token = modes.set(Modes("off", modes.get().multi_device_safe))
+    try:
+        yield
+    finally:
+        modes.reset(token)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.explain import explain as explain
 from graphcache.observe.breaks import Break as Break
 from graphcache.observe.breaks import find_capture_breaks as find_capture_breaks
@@ -16,21 +15,4 @@ from graphcache.observe.drawing import dump_dot as dump_dot
 
 __all__ = ["Break", "Counters", "assert_max_captures", "counters", "dump_dot", "explain", "find_capture_breaks"]
 
-
-def counters(module: CachedModule) -> Counters:
-    """The counters of a wrapped module, to be read, or held to what a test expects.
-
-    Args:
-        module: A wrapped module.
-
-    Raises:
-        ConfigError: If it is none.
-
-    Example:
-        >>> import torch, graphcache
-        >>> fast = graphcache.wrap(torch.nn.ReLU())
-        >>> with counters(fast).expect(captures=1, hits=2):
-        ...     for _ in range(3):
-        ...         _ = fast(torch.zeros(3))
-    """
-    return Counters(module)
+counters = Counters

@@ -121,17 +121,9 @@ class UnavailableError(ServingError):
     """A model cannot answer now: it is being prepared, is reloaded, or has too many requests waiting."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        """Keep when asking again makes sense.
-
-        Args:
-            message: What happened.
-            retry_after: In seconds.
-        """
+        """Keep what happened, and after how many seconds asking again makes sense."""
         super().__init__(message)
         self.retry_after = retry_after
-
-    def __reduce__(self) -> tuple[type[UnavailableError], tuple[str, float]]:
-        return type(self), (str(self), self.retry_after)
 
 
 class Reason(enum.Enum):

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
-
-from graphcache.errors import ExtraNotFoundError
+from typing import Any
 
 NO_ANSWER: Any = object()
 """Returned where a feature leaves a call to the core."""
 
 
 class Features:
-    """Functions of layers above the core, by name. Using one that was not filled in raises an error.
-
-    Example:
-        >>> Features().save
-        Traceback (most recent call last):
-        graphcache.errors.ExtraNotFoundError: the feature save is not there; ...
-    """
+    """Functions of layers above the core, by name."""
 
     save: Callable[..., None]
     """Writes a module as a package file: :func:`graphcache.persist.saving.save`."""
@@ -38,14 +30,6 @@ class Features:
     """The type of a manifest: :class:`graphcache.Manifest`."""
     calls_of_manifest: Callable[..., Any]
     """Chooses the calls of a manifest that are worth a capture here."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name not in Features.__annotations__:
-            raise AttributeError(name)
-        raise ExtraNotFoundError(
-            f"the feature {name} is not there; expected that `import graphcache` fills it in; install graphcache as a "
-            f"whole"
-        )
 
 
 features = Features()

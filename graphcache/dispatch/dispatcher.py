@@ -57,7 +57,7 @@ from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger
 from graphcache.features import NO_ANSWER
-from graphcache.keys.call_key import NO_KEY, KeyedCall, forbidden
+from graphcache.keys.call_key import NO_KEY, CallKey, KeyedCall, forbidden
 
 _AS_IT_IS: AbstractContextManager[object] = nullcontext()
 STALE: Any = object()
@@ -347,6 +347,11 @@ class Dispatcher:
                 self.run(call)
 
     # ---- state
+
+    def key_of(self, call: KeyedCall) -> CallKey:
+        """The key of the graph that answers a call: that of its bucket if it is padded."""
+        padded: CallKey | None = None if self.padding is None else self.padding.target(call)
+        return padded or call.key
 
     def forbidden(self) -> Cause | None:
         """What forbids graphs at this moment, whatever the arguments."""

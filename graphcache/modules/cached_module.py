@@ -280,11 +280,9 @@ class CachedModule(TransparentModule):
         dispatcher = self._graphcache
         if args or kwargs:
             try:
-                call = dispatcher.target.describe(args, kwargs)
+                entry = dispatcher.entries.get(dispatcher.key_of(dispatcher.target.describe(args, kwargs)))
             except Refusal:
                 return None
-            padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
-            entry = dispatcher.entries.get(padded or call.key)
         else:
             entry = max(list(dispatcher.entries.values()), key=lambda each: each.used, default=None)
         return None if entry is None else entry.graph.graph

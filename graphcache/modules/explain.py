@@ -22,11 +22,7 @@ _PASSING = frozenset(
     {Reason.UNSETTLED, Reason.COLD, Reason.PENDING, Reason.NOT_PREPARED, Reason.OVER_BUDGET, Reason.GRAD}
 )
 """Reasons that say nothing of the operations, so that another call may well have a graph."""
-_RETRIES = {
-    None: "",
-    0: "it is looked at again at its next call",
-    1: "another capture is tried after 1 call",
-}
+_RETRIES = {None: "", 0: "it is looked at again at its next call", 1: "another capture is tried after 1 call"}
 """What is said of a denied key, by the number of calls until a capture is tried again."""
 
 
@@ -47,11 +43,8 @@ class Costs:
         return math.ceil(self.capture / saving) if saving > 0 else math.inf
 
     def __str__(self) -> str:
-        known = {name: value for name in ("eager", "replay", "capture") if (value := getattr(self, name)) is not None}
-        if not known:
-            return ""
-        text = ", ".join(f"{name} {_duration(value)}" for name, value in known.items())
-        calls = self.break_even
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        text, calls = ", ".join(f"{name} {_duration(value)}" for name, value in known.items()), self.break_even
         if calls is None:
             return text
         return f"{text}: " + ("a replay saves nothing" if math.isinf(calls) else f"paid for after {calls} replays")
@@ -191,8 +184,7 @@ def _of_keys(dispatcher: Dispatcher, keys: Sequence[Any], cause: Cause | None = 
     """What is known of some keys. Their next calls run eagerly if a ``cause`` is given, whatever is known."""
     captures, names = dispatcher.captures, arguments_of(dispatcher.target.module)
     changed = captures.target.guard.has_changed()
-    captured: list[Any] = list(dispatcher.entries)
-    graphs = [CallSpec(key, names) for key in captured]
+    graphs = [CallSpec(key, names) for key in list[Any](dispatcher.entries)]
     found = []
     for key in keys:
         entry, state = dispatcher.entries.get(key), captures.keys.states.get(key) or KeyState(0.0)
@@ -235,13 +227,12 @@ def _of_call(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, An
         call = dispatcher.target.describe(args, kwargs)
     except Refusal as refusal:
         return Explained("a call that no signature describes", "eager", refusal.cause)
-    padded = None if dispatcher.padding is None else dispatcher.padding.target(call)
+    key, names = dispatcher.key_of(call), arguments_of(dispatcher.target.module)
     cause = dispatcher.forbidden() or dispatcher.captures.needs_grad(call.tensors)
-    [found] = _of_keys(dispatcher, [padded or call.key], cause)
-    if padded is not None:
-        names = arguments_of(dispatcher.target.module)
+    [found] = _of_keys(dispatcher, [key], cause)
+    if key is not call.key:
         own = CallSpec(call.key, names)
-        found = replace(found, call=str(own), note=f"it is padded: {', '.join(own.diff(CallSpec(padded, names)))}")
+        found = replace(found, call=str(own), note=f"it is padded: {', '.join(own.diff(CallSpec(key, names)))}")
     if cause is None and dispatcher.config.strategy == "per_submodule":
         note = "its parts are captured one by one"
         return replace(found, outcome="eager", cause=None, nearest="", differs=(), note=note)
@@ -250,7 +241,5 @@ def _of_call(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _duration(seconds: float) -> str:
     """A time with three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
+    size, unit = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "µs")
+    return f"{seconds / size:.3g} {unit}"

@@ -15,31 +15,23 @@ from torch import nn
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.config import GraphConfig
-from graphcache.errors import Cause, ConfigError, Reason
+from graphcache.errors import EXPECTED, Cause, ConfigError, Reason
 from graphcache.modules.forward_patch import graphs_of_parts
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 from graphcache.modules.wrapped import CacheInfo, account_of
 
 Make = Callable[[str, nn.Module, GraphConfig], TransparentModule]
 
-_DIVISIBLE = frozenset(
-    {
-        Reason.OUTPUT_ALLOCATOR,
-        Reason.DATA_DEPENDENT,
-        Reason.HOST_READ,
-        Reason.NOT_CAPTURABLE,
-        Reason.CAPTURE_FAILED,
-        Reason.MISMATCH,
-        Reason.NONDETERMINISTIC,
-        Reason.RANDOM,
-        Reason.MUTATES,
-        Reason.ALIASES_STATE,
-        Reason.ARGUMENT,
-        Reason.OUTPUT,
-        Reason.WEIGHT_STREAMING,
-    }
-)
-"""What one submodule may be to blame for, so that others can be captured without it."""
+_OF_THE_WHOLE = EXPECTED | {
+    Reason.EMPTY_GRAPH,
+    Reason.UNOBSERVED,
+    Reason.GRAD,
+    Reason.PROFILING,
+    Reason.PADDING,
+    Reason.OVER_BUDGET,
+    Reason.OUT_OF_MEMORY,
+}
+"""What no single submodule is to blame for: without it, the others would be refused as well."""
 
 
 class Submodules:
@@ -79,26 +71,24 @@ class Submodules:
 
     def named(self) -> dict[str, TransparentModule]:
         """The parts, and parts of parts, by their names within the module."""
-        found = {}
+        found: dict[str, TransparentModule] = {}
         for name, part in self._parts.items():
-            found[name] = part
-            found.update({f"{name}.{inner}": each for inner, each in dispatcher_of(part).submodules.named().items()})
+            inner = dispatcher_of(part).submodules.named()
+            found |= {name: part} | {f"{name}.{place}": each for place, each in inner.items()}
         return found
 
     def divide(self, cause: Cause) -> bool:
         """Find the parts if a call was refused for what one of them may be to blame for; whether there are any."""
         # Engines record no gradients in any case.
         engines = cause.reason is Reason.GRAD and any(isinstance(each, EngineLike) for each in self._module.modules())
-        if cause.reason in _DIVISIBLE or engines:
+        if cause.reason not in _OF_THE_WHOLE or engines:
             self.discover()
         return bool(self.active)
 
     def discover(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
-        if not self._finds or self._found:
-            return
         with self._lock:
-            if self._found:
+            if not self._finds or self._found:
                 return
             here: dict[str, TransparentModule] = {}
             for name, child in _candidates(self._module, self.excluded).items():
@@ -141,16 +131,15 @@ def _named(module: nn.Module, config: GraphConfig, excluded: Sequence[str]) -> d
             raise ConfigError(f"include names {name!r}{_near(name, names)}")
         if outer := next((other for other in config.include if other != name and _is_in(name, other)), None):
             raise ConfigError(f"include names both {outer!r} and {name!r}, which is inside it; name one of them")
-        if clash := next((other for other in excluded if _overlap(name, other)), None):
+        if clash := _overlapping(name, excluded):
             raise ConfigError(
-                f"include names {name!r} and exclude matches {clash!r}, of which one is inside the other; name one of "
-                f"them"
+                f"include names {name!r} and exclude matches {clash[0]!r}, of which one is inside the other; name one "
+                f"of them"
             )
-    chosen = {name: names[name] for name in config.include}
-    if chosen or config.strategy == "auto":
-        return chosen
-    engines = {name: part for name, part in names.items() if isinstance(part, EngineLike)}
-    chosen = {name: part for name, part in engines.items() if not any(_overlap(name, each) for each in excluded)}
+    if config.include or config.strategy == "auto":
+        return {name: names[name] for name in config.include}
+    engines = [name for name, each in names.items() if isinstance(each, EngineLike)]
+    chosen = {name: names[name] for name in engines if not _overlapping(name, excluded)}
     if not chosen:
         what = "contains no engine that is not excluded" if excluded else "contains no engine"
         raise ConfigError(
@@ -222,9 +211,9 @@ def _is_in(name: str, other: str) -> bool:
     return f"{name}.".startswith(f"{other}.")
 
 
-def _overlap(name: str, other: str) -> bool:
-    """Whether one of two submodules is the other one, or inside it."""
-    return _is_in(name, other) or _is_in(other, name)
+def _overlapping(name: str, others: Sequence[str]) -> list[str]:
+    """Those of other submodules that are a submodule, hold it, or are inside it."""
+    return [other for other in others if _is_in(name, other) or _is_in(other, name)]
 
 
 def _near(name: str, names: Collection[str]) -> str:

@@ -49,6 +49,17 @@ def _table(name: str) -> property:
     return property(lambda self: getattr(self._graphcache_module, name), lambda self, value: None)
 
 
+def _forwarded(name: str) -> Any:
+    """A method that is the other module's."""
+
+    def run(self: TransparentModule, *args: Any, **kwargs: Any) -> Any:
+        module = self._graphcache_module
+        answer = getattr(module, name)(*args, **kwargs)
+        return self if answer is module else answer
+
+    return wraps(getattr(nn.Module, name))(run) if hasattr(nn.Module, name) else run
+
+
 class TransparentModule(nn.Module):
     """Parameters, buffers, submodules, ``state_dict``, training flag and attributes are those of the other module.
 
@@ -127,10 +138,12 @@ class TransparentModule(nn.Module):
         """What a method of the other module that is reached through this one runs inside."""
         return nullcontext()
 
-    def train(self, mode: bool = True) -> Any:
-        """Set the module's training flag, and those of all its submodules."""
-        self._graphcache_module.train(mode)
-        return self
+    train = _forwarded("train")
+    compile = _forwarded("compile")
+    state_dict = _forwarded("state_dict")
+    load_state_dict = _forwarded("load_state_dict")
+    _apply = _forwarded("_apply")
+    _load_from_state_dict = _forwarded("_load_from_state_dict")
 
     @property
     def training(self) -> bool:
@@ -142,35 +155,12 @@ class TransparentModule(nn.Module):
     def training(self, mode: bool) -> None:
         """``nn.Module.__init__`` sets a flag of its own."""
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._graphcache_module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the module in place, as its own ``compile`` does."""
-        self._graphcache_module.compile(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own state, under its own names."""
-        return self._graphcache_module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the module."""
-        return self._graphcache_module.load_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._graphcache_module._load_from_state_dict(*args, **kwargs)
-
 
 @cache
 def _with_special(kind: Any, names: tuple[str, ...]) -> Any:
     """A transparent class for modules whose class has some special methods, which Python looks up there alone."""
-
-    def forwarded(name: str) -> Callable[..., Any]:
-        return lambda self, *args: getattr(self._graphcache_module, name)(*args)
-
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), {**own, **{name: forwarded(name) for name in names}}) if names else kind
+    return type(kind.__name__, (kind,), own | {name: _forwarded(name) for name in names}) if names else kind
 
 
 def _in_context(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Axis, Buckets, GraphConfig, Mask, Reason
 from graphcache.dispatch import background
-from graphcache.errors import CaptureError, ClosedError, ConfigError, ExtraNotFoundError
+from graphcache.errors import CaptureError, ClosedError, ConfigError
 from graphcache.features import features
 from graphcache.graphs.verify import largest_gap
 from graphcache.keys.call_spec import CallSpec
@@ -492,10 +492,6 @@ def test_the_core_wraps_modules_without_the_feature(monkeypatch: pytest.MonkeyPa
     fast, x = graphcache.wrap(mlp()), torch.ones(3, 4)
     for _ in range(2):
         assert close(fast(x), fast.module(x))
-    with pytest.raises(ExtraNotFoundError, match=r"^the feature padding is not there; expected that `import"):
-        graphcache.wrap(mlp(), buckets={"input": ROWS})
-    with pytest.raises(ExtraNotFoundError, match=r"^the feature advise_buckets is not there"):
-        fast.advise_buckets()
 
 
 def test_a_bucket_is_captured_when_the_calls_that_go_there_have_lost_enough(clock: Clock) -> None:  # noqa: F811
