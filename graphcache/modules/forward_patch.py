@@ -39,27 +39,26 @@ class _Patch:
 class ForwardPatch(_Patch):
     """Replaces a module's ``forward`` while calls are under way that have it as a part."""
 
-    __slots__ = ("__wrapped__", "original", "parts")
+    __slots__ = ("__wrapped__", "parts")
     name = "forward"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         # Whatever the user has put there is what the part runs, and is put back afterwards.
-        self.original: Callable[..., Any] = module.forward
-        self.__wrapped__ = self.original
+        self.__wrapped__: Callable[..., Any] = module.forward
         self.parts: dict[object, TransparentModule] = {}
         """The part that each call under way has here: several wrapped modules may have the same one."""
 
     def __getattr__(self, name: str) -> Any:
-        # Its name, text and signature are those of the original.
-        return getattr(self.original, name)
+        # Its name and text are those of the original.
+        return getattr(self.__wrapped__, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What is compiled holds no graphs.
         part = None if is_compiling() else self.parts.get(_active.get())
         # Hooks of the module have run already, and running the module would run them once more.
         if part is None or (dispatcher_of(part).target.run is self.module and has_hooks(self.module)):
-            return self.original(*args, **kwargs)
+            return self.__wrapped__(*args, **kwargs)
         token = _active.set(None)
         try:
             # So have global hooks: this is the forward of a module that was called.
@@ -128,16 +127,11 @@ def _install(call: object, part: TransparentModule) -> None:
     if not isinstance(patch, ForwardPatch):
         patch = ForwardPatch(target.module)
         vars(target.module).update(__getstate__=StatePatch(target.module), forward=patch)
-    _follow(part, patch.original)
-    patch.parts[call] = part
-
-
-def _follow(part: TransparentModule, forward: Callable[..., Any]) -> None:
-    """Capture another ``forward`` of a part from now on; graphs of the one before are dropped."""
-    target = dispatcher_of(part).target
-    if target.run is not target.module and target.run != forward:
+    if target.run is not target.module and target.run != patch.__wrapped__:
+        # Its graphs are of another forward.
         controls(part).clear()
-        target.runs(forward)
+        target.runs(patch.__wrapped__)
+    patch.parts[call] = part
 
 
 def _remove(call: object, part: TransparentModule) -> None:

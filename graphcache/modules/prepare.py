@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,6 @@ from graphcache.keys.call_key import CallKey
 from graphcache.modules.examples import Job, job_of
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 from graphcache.modules.wrapped import device_of
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +100,7 @@ def prepare(
             jobs += chosen
             work.left_out += left_out
             work.problems += problems
-    seconds = math.inf if deadline is None else deadline
+    seconds = deadline or math.inf
     with counting(f"Preparing {dispatcher.ledger.name}", 2 * len(jobs), progress) as step:
         # What is warm and never captured was in vain.
         warm = work.warm(jobs, start + seconds / 2, step)
@@ -134,7 +132,9 @@ class _Work:
     def warm(self, jobs: Sequence[Job], until: float, step: Callable[[], None]) -> list[tuple[Job, CallKey]]:
         """Run every call eagerly, once for each key; those that ran, in the same order."""
         found: dict[tuple[int, CallKey], tuple[Job, CallKey]] = {}
-        for job in self._in_time(jobs, until, step):
+        for job in jobs:
+            if self._is_late(until, step):
+                continue
             with self._noted(job):
                 dispatcher = dispatcher_of(job.target)
                 call = dispatcher.target.describe(*job.make())
@@ -160,7 +160,9 @@ class _Work:
         with self.preparation, ExitStack() as stack:
             for part in controls(fast).parts.values():
                 stack.callback(controls(part).subscribe(self._hear))
-            for job, key in self._in_time(warm, until, step):
+            for job, key in warm:
+                if self._is_late(until, step):
+                    continue
                 dispatcher = dispatcher_of(job.target)
                 if job.measured is not None and key not in dispatcher.entries:
                     dispatcher.captures.admission.learn(key, **job.measured)
@@ -177,14 +179,12 @@ class _Work:
         if isinstance(event, RanEagerly) and preparing.get() is self.preparation:
             self.refused.append(Refused(self._label, event.cause))
 
-    def _in_time(self, all_of: Sequence[_T], until: float, step: Callable[[], None]) -> Iterator[_T]:
-        """Those whose turn comes before a time; the others are left out."""
-        for each in all_of:
-            step()
-            if time.monotonic() > until:
-                self.left_out += 1
-            else:
-                yield each
+    def _is_late(self, until: float, step: Callable[[], None]) -> bool:
+        """Whether a call is left out, since its turn comes after a time."""
+        step()
+        is_late = time.monotonic() > until
+        self.left_out += is_late
+        return is_late
 
     @contextmanager
     def _noted(self, job: Job) -> Iterator[None]:

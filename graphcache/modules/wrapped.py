@@ -113,15 +113,12 @@ def target_of(fast: nn.Module, module: nn.Module, name: str, config: GraphConfig
             engine.users.add(holder)
         return found
 
-    root = path_of(name) if is_part else "self"
+    # The path of a part in messages and in the option ``ignore``: ``self.layers[0]`` for ``layers.0``.
+    steps = name.split(".") if is_part else []
+    root = "self" + "".join(f"[{each}]" if each.isdigit() else f".{each}" for each in steps)
     skips, hooks = keeps_its_own_state, not is_part
     guard = ModuleGuard(module, ignore=config.ignore, skips=skips, engines=engines, hooks=hooks, root=root)
     return ModuleTarget(module, run, name, config, guard)
-
-
-def path_of(name: str) -> str:
-    """The path of a submodule in messages and in the option ``ignore``: ``self.layers[0]`` for ``layers.0``."""
-    return "self" + "".join(f"[{each}]" if each.isdigit() else f".{each}" for each in name.split("."))
 
 
 def name_of(module: nn.Module) -> str:
