@@ -11,7 +11,7 @@ import click
 import torch
 
 import graphcache
-from graphcache.cli.measuring import Turn, nbytes_of, refused, turn
+from graphcache.cli.measuring import judge, nbytes_of, refused, turn
 from graphcache.cli.options import (
     ShapesCommand,
     Specs,
@@ -29,16 +29,13 @@ from graphcache.cli.output import (
     Causes,
     ComparisonFailed,
     check_writable,
-    environment,
     print_json,
     progress,
+    save_result,
     stdout,
-    unwritable,
 )
 from graphcache.cli.summary import summary_of, tabulated
-from graphcache.cli.targets import Target, resolve
-from graphcache.cli.timing import spread
-from graphcache.cli.verdict import Verdict, verdict
+from graphcache.cli.targets import resolve
 from graphcache.modules.transparent import controls
 from graphcache.observe.result import Inputs, Result
 
@@ -111,20 +108,15 @@ def bench(
                 traffic.append((number, turn(found, fast, made[number], graph_first=index % 2 == 0)[0]))
         held = tuple(Inputs(call.label, nbytes_of(fast, call)) for call in made)
     names = dict.fromkeys(each.outcome for _, each in traffic if each.outcome not in ("hit", "capture"))
-    tensorrt = any(isinstance(part, graphcache.EngineModule) for part in found.module.modules())
     result = Result(
         target,
-        environment(found.device, tensorrt=tensorrt),
+        found.versions,
         held,
         tuple(each.measured(number) for number, each in traffic),
-        {name: causes.explain(_REASONS[name]) for name in names},
+        {name: causes.explain(name) for name in names},
     )
-    if output is not None:
-        try:
-            result.save(output)
-        except OSError as error:
-            raise unwritable(output, "--output", error) from error
-    judged = _judged(found, [each for _, each in traffic])
+    save_result(result, output, "--output")
+    judged = judge(found, [each for _, each in traffic])
     wrong = [(made[number], each.wrong) for number, each in traffic if each.wrong]
     _tell(result, judged, len(wrong), seed, output, as_json=as_json)
     if wrong:
@@ -138,27 +130,7 @@ def _traffic(shapes: int, calls: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(shapes), [1 / rank for rank in range(1, shapes + 1)], k=calls)
 
 
-def _judged(found: Target, turns: Sequence[Turn]) -> Verdict:
-    hits = [each for each in turns if each.replayed]
-    eager, enqueue, graph = (
-        spread(times)
-        for times in (
-            [each.eager for each in hits or turns],
-            [each.enqueue for each in hits or turns],
-            [each.graph for each in hits],
-        )
-    )
-    assert eager is not None
-    assert enqueue is not None
-    return verdict(
-        eager=eager["p50"],
-        enqueue=enqueue["p50"],
-        graph=graph["p50"] if graph else None,
-        on_cuda=found.device.type == "cuda",
-    )
-
-
-def _tell(result: Result, judged: Verdict, wrong: int, seed: int, output: Path | None, *, as_json: bool) -> None:
+def _tell(result: Result, judged: dict[str, str], wrong: int, seed: int, output: Path | None, *, as_json: bool) -> None:
     if as_json:
         print_json(
             {
@@ -170,7 +142,7 @@ def _tell(result: Result, judged: Verdict, wrong: int, seed: int, output: Path |
                 "break_even": result.break_even(),
                 "inputs": summary_of(result),
                 "reasons": dict(result.reasons),
-                "verdict": {"kind": judged.kind, "text": judged.text},
+                "verdict": judged,
                 "output": str(output) if output is not None else None,
             }
         )
@@ -179,9 +151,6 @@ def _tell(result: Result, judged: Verdict, wrong: int, seed: int, output: Path |
     tabulated(result, console)
     if not wrong:
         console.print("Every answer of a graph equals eager execution.")
-    console.print(f"Verdict: {judged}.", soft_wrap=True)
+    console.print(f"Verdict: {judged['kind']}: {judged['text']}.", soft_wrap=True)
     if output is not None:
         console.print(f"Written to {output}; graphcache report {output} --html report.html", soft_wrap=True)
-
-
-_REASONS = {reason.value: reason for reason in graphcache.Reason}

@@ -103,7 +103,7 @@ def canary(device: torch.device) -> Outcome:
         first.clear()
         wrong += _compare("a module was cleared", {second: expected[second]}, kept, device)
         info = first.cache_info() + second.cache_info()
-    return Outcome(len(expected) + 1, info, wrong, {reason: causes.explain(reason) for reason in info.eager})
+    return Outcome(len(expected) + 1, info, wrong, {reason: causes.explain(reason.value) for reason in info.eager})
 
 
 def _compare(event: str, expected: dict[CachedModule, Tensor], x: Tensor, device: torch.device) -> list[str]:

@@ -139,7 +139,7 @@ def _traffic(
             tally.eagerly.append(eagerly)
         if (found := difference(answer, expected)) is not None:
             tally.wrong.append(f"call {call + 1}, batch {batch}, {_label(outcome)}: {found}")
-    tally.why = {outcome: causes.explain(outcome) for outcome in tally.times if isinstance(outcome, Reason)}
+    tally.why = {outcome: causes.explain(outcome.value) for outcome in tally.times if isinstance(outcome, Reason)}
     return tally
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ import click
 from graphcache import CachedModule, CacheInfo, Reason
 from graphcache.cli.targets import Target, TargetCall
 from graphcache.cli.timing import difference, timed, timed_apart
+from graphcache.cli.verdict import verdict
 from graphcache.errors import GraphCacheError
 from graphcache.modules.transparent import controls
 from graphcache.observe.result import Measured
@@ -108,6 +110,16 @@ def measure(
             each, gathered.answer = turn(found, fast, call)
             gathered.turns.append(each)
     return gathered
+
+
+def judge(found: Target, turns: Sequence[Turn]) -> dict[str, str]:
+    """What the medians of some turns mean; of those in which graphs took part, if there are any."""
+    hits = [each for each in turns if each.replayed]
+    eager, enqueue, graph = (
+        median([getattr(each, name) / 1000 for each in hits or turns]) for name in ("eager", "enqueue", "graph")
+    )
+    judged = verdict(eager=eager, enqueue=enqueue, graph=graph if hits else None, on_cuda=found.device.type == "cuda")
+    return {"kind": judged.kind, "text": judged.text}
 
 
 @contextmanager

@@ -24,8 +24,10 @@ from graphcache.errors import GraphCacheError
 from graphcache.events import Event, RanEagerly
 from graphcache.files import replacing
 from graphcache.modules.transparent import controls
+from graphcache.observe.result import Result
 
 _PLAIN_WIDTH = 120
+_REASONS = {reason.value: reason for reason in Reason}
 
 
 class ComparisonFailed(click.ClickException):
@@ -114,17 +116,26 @@ class Causes:
     """Hears why calls run eagerly."""
 
     def __init__(self, *modules: CachedModule) -> None:
-        self._first: dict[Reason, Cause] = {}
+        self._first: dict[str, Cause] = {}
         for module in modules:
             controls(module).subscribe(self._hear)
 
-    def explain(self, reason: Reason) -> str:
+    def explain(self, name: str) -> str:
         """A reason with its sentence, where it first arose, what was seen there, and what would change it."""
-        return one_line(str(self._first.get(reason) or Cause(reason)))
+        return one_line(str(self._first.get(name) or Cause(_REASONS[name])))
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, RanEagerly):
-            self._first.setdefault(event.cause.reason, event.cause)
+            self._first.setdefault(event.cause.reason.value, event.cause)
+
+
+def save_result(result: Result, target: Path | None, option: str) -> None:
+    """Write a result, if that was asked for."""
+    if target is not None:
+        try:
+            result.save(target)
+        except OSError as error:
+            raise unwritable(target, option, error) from error
 
 
 def environment(device: torch.device, *, tensorrt: bool = False) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 
 import graphcache
 from graphcache.cli import tensors
-from graphcache.cli.measuring import Turns, measure, nbytes_of
+from graphcache.cli.measuring import Turns, judge, measure, nbytes_of
 from graphcache.cli.options import (
     PercentilesType,
     ShapesCommand,
@@ -32,17 +32,15 @@ from graphcache.cli.output import (
     ComparisonFailed,
     check_writable,
     described,
-    environment,
     print_json,
     progress,
+    save_result,
     stdout,
     table,
-    unwritable,
 )
 from graphcache.cli.reference import OnnxRuntime
 from graphcache.cli.targets import Target, resolve
 from graphcache.cli.timing import spread
-from graphcache.cli.verdict import Verdict, verdict
 from graphcache.modules.transparent import controls
 from graphcache.observe.result import Inputs, Measured, Result
 
@@ -155,8 +153,7 @@ def run(**options: Any) -> None:
     rows, held, reasons = _measured(given, found, loaded)
     against = {row.call.label: reference.difference(row.call, row.answer) for row in rows} if reference else {}
     differs = [f"{label}: {why}" for label, why in against.items() if why]
-    tensorrt = any(isinstance(part, graphcache.EngineModule) for part in found.module.modules())
-    versions = environment(found.device, tensorrt=tensorrt)
+    versions = found.versions
     _write_files(given, found, rows, Result(given.target, versions, held, _calls(rows), reasons))
     told = [_told(row, given.percentile, found, reasons) for row in rows]
     wrong = [f"{row.call.label}: {each}" for row in rows for each in row.wrong]
@@ -208,7 +205,7 @@ def _measured(
             show(f"Running {call.label}")
             rows.append(measure(found, fast, call, **times))
         held = tuple(Inputs(row.call.label, nbytes_of(fast, row.call)) for row in rows)
-    return rows, held, {name: causes.explain(_REASONS[name]) for row in rows for name in row.reasons}
+    return rows, held, {name: causes.explain(name) for row in rows for name in row.reasons}
 
 
 def _calls(rows: Sequence[Turns]) -> tuple[Measured, ...]:
@@ -221,11 +218,7 @@ def _write_files(given: RunOptions, found: Target, rows: Sequence[Turns], result
     if given.save_outputs is not None:
         names = [binding.name for binding in getattr(getattr(found.module, "engine", None), "outputs", ())]
         tensors.save_outputs(given.save_outputs, {row.call.label: row.answer for row in rows}, names)
-    if given.export_times is not None:
-        try:
-            result.save(given.export_times)
-        except OSError as error:
-            raise unwritable(given.export_times, "--export-times", error) from error
+    save_result(result, given.export_times, "--export-times")
 
 
 def _told(row: Turns, percentiles: Sequence[float], found: Target, reasons: dict[str, str]) -> dict[str, Any]:
@@ -236,12 +229,6 @@ def _told(row: Turns, percentiles: Sequence[float], found: Target, reasons: dict
     assert graph is not None
     assert enqueue is not None
     replayed = any(each.replayed for each in row.turns)
-    judged: Verdict = verdict(
-        eager=eager["p50"],
-        enqueue=enqueue["p50"],
-        graph=graph["p50"] if replayed else None,
-        on_cuda=found.device.type == "cuda",
-    )
     return {
         "inputs": row.call.label,
         "eager": eager,
@@ -254,7 +241,7 @@ def _told(row: Turns, percentiles: Sequence[float], found: Target, reasons: dict
         "first_call_us": round(row.first.graph / 1000, 1),
         "reasons": {name: reasons[name] for name in row.reasons},
         "differences": len(row.wrong),
-        "verdict": {"kind": judged.kind, "text": judged.text},
+        "verdict": judge(found, row.turns),
     }
 
 
@@ -294,6 +281,3 @@ def _print(given: RunOptions, versions: dict[str, str], rows: Sequence[Turns], t
     else:
         for inputs, text in verdicts.items():
             console.print(f"Verdict, {inputs}: {text}.", soft_wrap=True)
-
-
-_REASONS = {reason.value: reason for reason in graphcache.Reason}

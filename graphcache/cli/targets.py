@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache.cli.build import check_onnx
 from graphcache.cli.options import Specs, spanned
-from graphcache.cli.output import progress
+from graphcache.cli.output import environment, progress
 from graphcache.cli.shapes import Shape, Spec, written
 from graphcache.engines.library import require_gpu
 from graphcache.errors import ConfigError
@@ -52,6 +52,12 @@ class Target:
     name: str
     module: nn.Module
     device: torch.device
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What figures of it depend on."""
+        parts = self.module.modules()
+        return environment(self.device, tensorrt=any(isinstance(part, graphcache.EngineModule) for part in parts))
 
     def call(self, point: Mapping[str, Spec], generator: torch.Generator) -> TargetCall:
         """A call with random values: floats normally distributed, integers 0 or 1, which any table can look up."""

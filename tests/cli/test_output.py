@@ -48,7 +48,7 @@ def test_lines_and_cells():
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_is_explained(reason):
-    why = Causes().explain(reason)
+    why = Causes().explain(reason.value)
     assert why.startswith(f"{reason.value}: {reason.sentence}")
     assert reason.remedy in why
 
@@ -58,7 +58,9 @@ def test_the_first_cause_of_a_reason_is_told_with_its_detail():
     causes = Causes(fast)
     for detail in ("one\nof", "two"):
         fast.ledger.ran_eagerly(Cause(Reason.CAPTURE_FAILED, "relu", detail))
-    assert causes.explain(Reason.CAPTURE_FAILED).startswith("capture_failed: the capture failed (at relu): one of. To")
+    assert causes.explain(Reason.CAPTURE_FAILED.value).startswith(
+        "capture_failed: the capture failed (at relu): one of. To"
+    )
 
 
 def test_the_device_and_the_versions_are_told():

@@ -136,8 +136,9 @@ def test_answers_are_held_against_onnxruntime(run):
 def test_an_answer_that_differs_from_onnxruntime_ends_with_3(run, folder):
     pytest.importorskip("onnxruntime")
     from graphcache.cli.network import Policy
+    from tests.cli.onnx_file import policy_model
 
-    (folder / "other.onnx").write_bytes(Policy(seed=1).to_onnx())
+    (folder / "other.onnx").write_bytes(policy_model(Policy(seed=1)))
     found = run(*POLICY, "--compare", "onnxruntime", "--onnx", "other.onnx", "--json")
     assert found.exit_code == 3
     [why] = json.loads(found.stdout)["differs"]
