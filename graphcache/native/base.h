@@ -13,8 +13,6 @@
 #error "not for free-threaded Python: the GIL guards what is read and written here"
 #endif
 
-#define NONE_DIFFERS PY_SSIZE_T_MAX  // the index of no entry of a guard
-
 #define UNKNOWN UINT64_MAX  // no address, no stream and no number
 
 // A local reference, given back at the end of its block.

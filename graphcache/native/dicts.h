@@ -56,7 +56,6 @@ typedef struct {
 typedef struct {
   PyObject *keys, *values;
   PyObject *absent;  // names that must be missing, where other keys do not matter; NULL where all keys do
-  Py_ssize_t index;
 } Expected;
 
 typedef struct {
@@ -94,20 +93,19 @@ static int same_items(PyObject *dict, const Expected *expected) {
   return 1;
 }
 
-static Py_ssize_t dicts_difference(Dicts *all) {
+static int same_dicts(Dicts *all) {
   const uint64_t now = epoch;
-  if (shortcuts && watcher >= 0 && all->epoch == now) return NONE_DIFFERS;
+  if (shortcuts && watcher >= 0 && all->epoch == now) return 1;
   for (Py_ssize_t i = 0; i < all->dicts.count; ++i) {
     const Dict each = all->dicts.items[i];
     const uint64_t tag = VERSION_TAG((PyDictObject *)each.dict);
     if (shortcuts && tag != 0 && each.tag == tag) continue;
     const Expected *expected = all->expected.items + i;
-    const int same = expected->absent != NULL ? same_names(each.dict, expected) : same_items(each.dict, expected);
-    if (!same) return all->expected.items[i].index;
+    if (!(expected->absent != NULL ? same_names : same_items)(each.dict, expected)) return 0;
     all->dicts.items[i].tag = tag;
   }
   all->epoch = now;
-  return NONE_DIFFERS;
+  return 1;
 }
 
 static int add_dict(Dicts *all, PyObject *dict, Expected added) {
@@ -117,33 +115,8 @@ static int add_dict(Dicts *all, PyObject *dict, Expected added) {
     return -1;
   }
   if (RESERVE(&all->dicts, 1) || RESERVE(&all->expected, 1) || watch(dict)) return -1;
-  all->dicts.items[all->dicts.count++] = (Dict){.dict = Py_NewRef(dict), .tag = 0};
-  Py_INCREF(added.keys), Py_INCREF(added.values), Py_XINCREF(added.absent);
+  all->dicts.items[all->dicts.count++] = (Dict){dict, 0};
   all->expected.items[all->expected.count++] = added;
   all->epoch = 0;
   return 0;
-}
-
-static int visit_dicts(const Dicts *all, visitproc visit, void *arg) {
-  for (Py_ssize_t i = 0; i < all->dicts.count; ++i) {
-    Py_VISIT(all->dicts.items[i].dict);
-    Py_VISIT(all->expected.items[i].keys);
-    Py_VISIT(all->expected.items[i].values);
-    Py_VISIT(all->expected.items[i].absent);
-  }
-  return 0;
-}
-
-// Takes the entries out first: what dies may run Python code, which may use the guard.
-static void clear_dicts(Dicts *all) {
-  const Dicts old = *all;
-  memset(all, 0, sizeof *all);
-  for (Py_ssize_t i = 0; i < old.dicts.count; ++i) {
-    Py_DECREF(old.dicts.items[i].dict);
-    Py_DECREF(old.expected.items[i].keys);
-    Py_DECREF(old.expected.items[i].values);
-    Py_XDECREF(old.expected.items[i].absent);
-  }
-  PyMem_Free(old.dicts.items);
-  PyMem_Free(old.expected.items);
 }

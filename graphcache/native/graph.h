@@ -53,15 +53,13 @@ typedef struct {
 
 static PyTypeObject *graph_type;
 
-static void *pointer_of(PyObject *number) { return PyLong_AsVoidPtr(number); }
-
 static int read_pointer(PyObject *given, Pointer *pointer) {
   PyObject *node, *params, *context, *word;
   if (!PyTuple_Check(given) || !PyArg_ParseTuple(given, "pOOOOL:pointer", &pointer->kernel, &node, &params, &context,
                                                  &word, &pointer->offset))
     return -1;
-  pointer->node = pointer_of(node), pointer->params = pointer_of(params), pointer->context = pointer_of(context);
-  pointer->word = pointer_of(word);
+  pointer->node = PyLong_AsVoidPtr(node), pointer->params = PyLong_AsVoidPtr(params), pointer->context = PyLong_AsVoidPtr(context);
+  pointer->word = PyLong_AsVoidPtr(word);
   return PyErr_Occurred() != NULL ? -1 : 0;
 }
 
@@ -89,7 +87,7 @@ static int read_first(PyObject *handle, PyObject *pointed, Graph *graph) {
   graph->executables = PyMem_Calloc(graph->most, sizeof(Executable));
   graph->addresses = PyMem_Calloc(graph->most * graph->all, sizeof(uint64_t));
   if (graph->executables == NULL || graph->addresses == NULL) return -1;
-  graph->executables[0] = (Executable){.handle = pointer_of(handle), .addresses = addresses};
+  graph->executables[0] = (Executable){.handle = PyLong_AsVoidPtr(handle), .addresses = addresses};
   graph->count = 1;
   return PyErr_Occurred() != NULL ? -1 : 0;
 }
@@ -104,7 +102,7 @@ static int read_graph(Graph *graph, PyObject *given) {
   const Py_ssize_t all = PyTuple_GET_SIZE(places), outputs = PyTuple_GET_SIZE(graph->makers);
   if (outputs < 1 || outputs > MOST_OUTPUTS || all - outputs < 1 || all - outputs > MOST_INPUTS) return 1;
   if ((graph->held = PyTuple_Pack(3, pointed, slots, graph->makers)) == NULL) return -1;
-  graph->captured = pointer_of(captured);
+  graph->captured = PyLong_AsVoidPtr(captured);
   graph->all = (size_t)all, graph->outputs = (size_t)outputs, graph->inputs = (size_t)(all - outputs);
   for (size_t i = 0; i < graph->all; ++i)
     if (read_place(PyTuple_GET_ITEM(places, (Py_ssize_t)i), graph->places + i)) return -1;

@@ -9,7 +9,8 @@
 typedef struct {
   PyObject_HEAD
   Py_ssize_t count;
-  int cleared;  // by the garbage collector: holds nothing any more
+  PyObject *held;  // a list of all that the entries borrow; NULL before the first one
+  int cleared;     // by the garbage collector: holds nothing any more
   Dicts dicts;
   Objects objects;
   Tensors tensors;
@@ -17,52 +18,29 @@ typedef struct {
 
 static PyTypeObject *guard_type;
 
-// ---- comparing
-
-// The number of the first entry that differs; -1 if none does.
-static Py_ssize_t difference(Guard *self) {
-  if (self->cleared) return 0;
-  const Py_ssize_t found[] = {dicts_difference(&self->dicts), objects_difference(&self->objects),
-                              tensors_difference(&self->tensors)};
-  Py_ssize_t first = NONE_DIFFERS;
-  for (int i = 0; i < 3; ++i) first = found[i] < first ? found[i] : first;
-  return first == NONE_DIFFERS ? -1 : first;
+static int holds(Guard *self) {
+  return !self->cleared && same_dicts(&self->dicts) && same_objects(&self->objects) && same_tensors(&self->tensors);
 }
 
 static PyObject *guard_holds(Guard *self, PyObject *unused) {
   (void)unused;
-  return PyBool_FromLong(difference(self) < 0);
-}
-
-static PyObject *guard_changed(Guard *self, PyObject *unused) {
-  (void)unused;
-  return PyLong_FromSsize_t(difference(self));
+  return PyBool_FromLong(holds(self));
 }
 
 static Py_ssize_t guard_length(Guard *self) { return self->count; }
 
 // ---- adding
 
+// Keeps what a method was given for as long as there are entries. Returns -1 with an exception.
+static int keep(Guard *self, PyObject *given) {
+  if (self->held == NULL && (self->held = PyList_New(0)) == NULL) return -1;
+  return PyList_Append(self->held, given);
+}
+
 static PyObject *added(Guard *self, int failed) {
   if (failed) return NULL;
   self->count++;
   Py_RETURN_NONE;
-}
-
-static PyObject *add_some(Guard *self, PyObject *dict, Expected expected) {
-  const Py_ssize_t keys = PyTuple_GET_SIZE(expected.keys), values = PyTuple_GET_SIZE(expected.values);
-  if (keys != values) return PyErr_Format(PyExc_ValueError, "%zd keys and %zd values", keys, values);
-  expected.index = self->count;
-  return added(self, add_dict(&self->dicts, dict, expected));
-}
-
-static PyObject *guard_add_dict(Guard *self, PyObject *args) {
-  PyObject *dict;
-  Expected expected = {0};
-  if (!PyArg_ParseTuple(args, "O!O!O!:add_dict", &PyDict_Type, &dict, &PyTuple_Type, &expected.keys, &PyTuple_Type,
-                        &expected.values))
-    return NULL;
-  return add_some(self, dict, expected);
 }
 
 static int are_strings(PyObject *names) {
@@ -71,23 +49,29 @@ static int are_strings(PyObject *names) {
   return 1;
 }
 
-static PyObject *guard_add_names(Guard *self, PyObject *args) {
+// Adds a dictionary: all of it, or some names if the format has a fourth argument.
+static PyObject *add_some(Guard *self, PyObject *args, const char *format) {
   PyObject *dict;
   Expected expected = {0};
-  if (!PyArg_ParseTuple(args, "O!O!O!O!:add_names", &PyDict_Type, &dict, &PyTuple_Type, &expected.keys, &PyTuple_Type,
+  if (!PyArg_ParseTuple(args, format, &PyDict_Type, &dict, &PyTuple_Type, &expected.keys, &PyTuple_Type,
                         &expected.values, &PyTuple_Type, &expected.absent))
     return NULL;
-  if (!are_strings(expected.keys) || !are_strings(expected.absent))
+  const Py_ssize_t keys = PyTuple_GET_SIZE(expected.keys), values = PyTuple_GET_SIZE(expected.values);
+  if (keys != values) return PyErr_Format(PyExc_ValueError, "%zd keys and %zd values", keys, values);
+  if (expected.absent != NULL && (!are_strings(expected.keys) || !are_strings(expected.absent)))
     return PyErr_Format(PyExc_TypeError, "names are strings");
-  return add_some(self, dict, expected);
+  return added(self, keep(self, args) || add_dict(&self->dicts, dict, expected));
 }
 
-// Adds an object of a kind, if its arguments were parsed.
-static PyObject *add_one(Guard *self, Kind kind, int parsed, Object entry) {
-  if (!parsed) return NULL;
+static PyObject *guard_add_dict(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!:add_dict"); }
+
+static PyObject *guard_add_names(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!O!:add_names"); }
+
+static PyObject *add_one(Guard *self, PyObject *args, Kind kind, Object entry) {
+  if (keep(self, args) || RESERVE(&self->objects, 1)) return NULL;
   entry.kind = kind;
-  entry.index = self->count;
-  return added(self, add_object(&self->objects, entry));
+  self->objects.items[self->objects.count++] = entry;
+  return added(self, 0);
 }
 
 static PyObject *guard_add_items(Guard *self, PyObject *args) {
@@ -96,14 +80,14 @@ static PyObject *guard_add_items(Guard *self, PyObject *args) {
   const int is_list = PyList_Check(entry.object);
   if (!is_list && !PyAnySet_Check(entry.object))
     return PyErr_Format(PyExc_TypeError, "%.100s is no list or set", Py_TYPE(entry.object)->tp_name);
-  return add_one(self, is_list ? A_LIST : A_SET, 1, entry);
+  return add_one(self, args, is_list ? A_LIST : A_SET, entry);
 }
 
 #define ADDS(name, kind, format, ...)                                              \
   static PyObject *guard_##name(Guard *self, PyObject *args) {                     \
     Object entry = {0};                                                            \
-    const int parsed = PyArg_ParseTuple(args, format ":" #name, __VA_ARGS__);      \
-    return add_one(self, kind, parsed, entry);                                     \
+    if (!PyArg_ParseTuple(args, format ":" #name, __VA_ARGS__)) return NULL;       \
+    return add_one(self, args, kind, entry);                                       \
   }
 
 ADDS(add_cell, A_CELL, "O!|O", &PyCell_Type, &entry.object, &entry.expected)
@@ -125,7 +109,7 @@ static PyObject *guard_add_slot(Guard *self, PyObject *args) {
   if (!PyObject_TypeCheck(entry.object, PyDescr_TYPE(descriptor)))
     return PyErr_Format(PyExc_TypeError, "%R is not of %.100s", descriptor, Py_TYPE(entry.object)->tp_name);
   entry.descriptor = descriptor;
-  return add_one(self, A_SLOT, 1, entry);
+  return add_one(self, args, A_SLOT, entry);
 }
 
 static PyObject *guard_add_function(Guard *self, PyObject *args) {
@@ -133,7 +117,7 @@ static PyObject *guard_add_function(Guard *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "O!O!:add_function", &PyFunction_Type, &entry.object, &PyTuple_Type, &entry.expected))
     return NULL;
   if (PyTuple_GET_SIZE(entry.expected) != 3) return PyErr_Format(PyExc_ValueError, "expected code and two defaults");
-  return add_one(self, A_FUNCTION, 1, entry);
+  return add_one(self, args, A_FUNCTION, entry);
 }
 
 static PyObject *guard_add_answer(Guard *self, PyObject *args) {
@@ -141,27 +125,25 @@ static PyObject *guard_add_answer(Guard *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "O!O:add_answer", &PyCFunction_Type, &entry.object, &entry.expected)) return NULL;
   if (PyCFunction_GET_FLAGS(entry.object) != METH_NOARGS)
     return PyErr_Format(PyExc_TypeError, "%R takes arguments", entry.object);
-  return add_one(self, AN_ANSWER, 1, entry);
+  return add_one(self, args, AN_ANSWER, entry);
 }
 
 static PyObject *guard_add_tensor(Guard *self, PyObject *tensor) {
-  return added(self, add_tensor(&self->tensors, tensor, self->count));
+  return added(self, keep(self, tensor) || add_tensor(&self->tensors, tensor));
 }
 
 // ---- the type
 
 static int guard_traverse(Guard *self, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(self));
-  int stopped = visit_dicts(&self->dicts, visit, arg);
-  if (!stopped) stopped = visit_objects(&self->objects, visit, arg);
-  return stopped ? stopped : visit_tensors(&self->tensors, visit, arg);
+  Py_VISIT(self->held);
+  return 0;
 }
 
 static int guard_clear(Guard *self) {
+  // First: what dies may run any code, which may ask.
   self->cleared = 1;
-  clear_dicts(&self->dicts);
-  clear_objects(&self->objects);
-  clear_tensors(&self->tensors);
+  Py_CLEAR(self->held);
   return 0;
 }
 
@@ -182,11 +164,18 @@ static PyMethodDef guard_methods[] = {
      "(built-in function without arguments, answer): the same object, or an equal string or tuple."},
     {"add_tensor", (PyCFunction)guard_add_tensor, METH_O, "A dense one: its memory, layout, dtype and dispatch keys."},
     {"holds", (PyCFunction)guard_holds, METH_NOARGS, "Whether no entry differs."},
-    {"changed", (PyCFunction)guard_changed, METH_NOARGS, "The first entry that differs, by its number; -1 if none."},
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot guard_slots[] = {{Py_tp_dealloc, free_object},
+static void guard_dealloc(Guard *self) {
+  PyObject_GC_UnTrack(self);
+  void *lists[] = {self->dicts.dicts.items, self->dicts.expected.items, self->objects.items, self->tensors.items,
+                   self->tensors.numbers.items};
+  for (size_t i = 0; i < sizeof lists / sizeof *lists; ++i) PyMem_Free(lists[i]);
+  free_object((PyObject *)self);
+}
+
+static PyType_Slot guard_slots[] = {{Py_tp_dealloc, guard_dealloc},
                                     {Py_tp_traverse, guard_traverse},
                                     {Py_tp_clear, guard_clear},
                                     {Py_tp_methods, guard_methods},

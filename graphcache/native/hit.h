@@ -117,16 +117,16 @@ static Outcome may_replay(const Record *record, uint64_t stream) {
 // Whether native code sees that nothing has changed since a graph was proven, which is what ModuleGuard.stale_since()
 // tells; otherwise Python is asked. The version last: with another one, the module was found as it is now.
 static int is_unchanged(const Record *record) {
-  if (record->ambient == NULL || difference((Guard *)record->ambient) >= 0) return 0;
+  if (record->ambient == NULL || !holds((Guard *)record->ambient)) return 0;
   PyObject *known = *field_of(driver.proven, record->guard);
   if (known == NULL || !is_of(driver.compared, known)) return 0;
   OWNED PyObject *compared = Py_XNewRef(*field_of(driver.compared, known));
-  if (compared == NULL || !Py_IS_TYPE(compared, guard_type) || difference((Guard *)compared) >= 0) return 0;
+  if (compared == NULL || !Py_IS_TYPE(compared, guard_type) || !holds((Guard *)compared)) return 0;
   return number_in(driver.version, record->guard) == record->version;
 }
 
 // Whether a module is what it was when the graph was proven; an engine's epoch is compared with the lock held.
-static Outcome holds(const Record *record) {
+static Outcome check_module(const Record *record) {
   if (record->is_stale == NULL || is_unchanged(record)) return DONE;
   OWNED PyObject *stale = PyObject_CallOneArg(record->is_stale, Py_False);
   const int is = stale == NULL ? -1 : PyObject_IsTrue(stale);
@@ -224,14 +224,14 @@ static Outcome answer(Table *table, PyObject *out, PyObject *const *args, Py_ssi
   if (out != NULL) {
     if (!fits(record->native, out, addresses)) return LEFT_ALONE;
     // Asked before the launch, which writes into the caller's memory and cannot be taken back.
-    if ((outcome = holds(record)) != DONE) return outcome;
+    if ((outcome = check_module(record)) != DONE) return outcome;
     if ((outcome = replay_locked(record, stream, addresses, NULL)) != DONE) return outcome;
     answer = Py_NewRef(out);
   } else {
     if ((outcome = replay_locked(record, stream, addresses, &outputs)) != DONE) return outcome;
     if ((answer = build_answer(record, outputs, args, count)) == NULL) return FAILED;
     // Asked while the device works: what a stale graph wrote is dropped.
-    if ((outcome = holds(record)) != DONE) return outcome;
+    if ((outcome = check_module(record)) != DONE) return outcome;
   }
   if ((outcome = count_hit(record)) != DONE) return outcome;
   *result = Py_NewRef(answer);

@@ -112,6 +112,9 @@ static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type, co
 }
 
 PyMODINIT_FUNC PyInit__graphcache(void) {
+  // What is static here, from the watcher to the doors, belongs to one interpreter.
+  if (PyInterpreterState_Get() != PyInterpreterState_Main())
+    return PyErr_Format(PyExc_ImportError, "native code is for the main interpreter of a process");
   OWNED PyObject *module = PyModule_Create(&module_definition);
   if (module == NULL || add_type(module, &guard_spec, &guard_type, "Guard") ||
       add_type(module, &lock_spec, &lock_type, "Lock") || add_type(module, &graph_spec, &graph_type, NULL) ||

@@ -8,7 +8,6 @@ typedef enum { A_LIST, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF, A_FUNCTION, AN
 
 typedef struct {
   Kind kind;
-  Py_ssize_t index;
   PyObject *object;
   PyObject *expected;    // a tuple of A_LIST, A_SET and A_FUNCTION; NULL where a cell or a slot is expected to be empty
   PyObject *descriptor;  // of A_SLOT
@@ -92,35 +91,8 @@ static inline int same_object(const Object *each) {
   return 0;
 }
 
-static Py_ssize_t objects_difference(const Objects *all) {
+static int same_objects(const Objects *all) {
   for (Py_ssize_t i = 0; i < all->count; ++i)
-    if (!same_object(all->items + i)) return all->items[i].index;
-  return NONE_DIFFERS;
-}
-
-static int add_object(Objects *all, Object added) {
-  if (RESERVE(all, 1)) return -1;
-  Py_INCREF(added.object), Py_XINCREF(added.expected), Py_XINCREF(added.descriptor);
-  all->items[all->count++] = added;
-  return 0;
-}
-
-static int visit_objects(const Objects *all, visitproc visit, void *arg) {
-  for (Py_ssize_t i = 0; i < all->count; ++i) {
-    Py_VISIT(all->items[i].object);
-    Py_VISIT(all->items[i].expected);
-    Py_VISIT(all->items[i].descriptor);
-  }
-  return 0;
-}
-
-static void clear_objects(Objects *all) {
-  const Objects old = *all;
-  memset(all, 0, sizeof *all);
-  for (Py_ssize_t i = 0; i < old.count; ++i) {
-    Py_DECREF(old.items[i].object);
-    Py_XDECREF(old.items[i].expected);
-    Py_XDECREF(old.items[i].descriptor);
-  }
-  PyMem_Free(old.items);
+    if (!same_object(all->items + i)) return 0;
+  return 1;
 }

@@ -56,7 +56,6 @@ typedef struct {
   uint16_t dtype;
   int64_t rank;
   Py_ssize_t layout;  // where its sizes and strides begin in `numbers`
-  Py_ssize_t index;
 } Tensor;
 
 typedef struct {
@@ -97,10 +96,10 @@ static inline int same_tensor(const Tensor *was, const int64_t *numbers) {
   return 1;
 }
 
-static Py_ssize_t tensors_difference(const Tensors *all) {
+static int same_tensors(const Tensors *all) {
   for (Py_ssize_t i = 0; i < all->count; ++i)
-    if (!same_tensor(all->items + i, all->numbers.items + all->items[i].layout)) return all->items[i].index;
-  return NONE_DIFFERS;
+    if (!same_tensor(all->items + i, all->numbers.items + all->items[i].layout)) return 0;
+  return 1;
 }
 
 // Whether an object is a tensor that can be read; sets TypeError if not.
@@ -120,7 +119,7 @@ static int check_tensor(PyObject *object) {
   return -1;
 }
 
-static int add_tensor(Tensors *all, PyObject *object, Py_ssize_t index) {
+static int add_tensor(Tensors *all, PyObject *object) {
   if (check_tensor(object)) return -1;
   Tensor read = read_tensor(object);
   if (RESERVE(all, 1) || RESERVE(&all->numbers, 2 * read.rank)) return -1;
@@ -128,22 +127,7 @@ static int add_tensor(Tensors *all, PyObject *object, Py_ssize_t index) {
   int64_t *numbers = all->numbers.items + all->numbers.count;
   for (int64_t i = 0; i < read.rank; ++i) numbers[i] = sizes[i], numbers[read.rank + i] = strides[i];
   read.layout = all->numbers.count;
-  read.index = index;
-  Py_INCREF(object);
   all->numbers.count += 2 * read.rank;
   all->items[all->count++] = read;
   return 0;
-}
-
-static int visit_tensors(const Tensors *all, visitproc visit, void *arg) {
-  for (Py_ssize_t i = 0; i < all->count; ++i) Py_VISIT(all->items[i].tensor);
-  return 0;
-}
-
-static void clear_tensors(Tensors *all) {
-  const Tensors old = *all;
-  memset(all, 0, sizeof *all);
-  for (Py_ssize_t i = 0; i < old.count; ++i) Py_DECREF(old.items[i].tensor);
-  PyMem_Free(old.items);
-  PyMem_Free(old.numbers.items);
 }

@@ -48,7 +48,6 @@ def test_writes_to_a_sequence(new_guard: Any, kind: type) -> None:
         assert guard.holds()
         write(seq)
         assert not guard.holds()
-        assert guard.changed() == 0
     empty, guard = kind(), new_guard()
     guard.add_items(empty, ())
     assert guard.holds()
@@ -76,7 +75,7 @@ def test_writes_to_a_set(new_guard: Any) -> None:
         guard.add_items(frozenset(values), tuple(frozenset(values)))
         assert guard.holds() == (list(frozenset(values)) == list(frozenset(values)))
         write(changing)
-        assert guard.changed() == 0
+        assert not guard.holds()
 
 
 def test_cells(new_guard: Any) -> None:
@@ -86,9 +85,9 @@ def test_cells(new_guard: Any) -> None:
     guard.add_cell(empty)
     assert guard.holds()
     empty.cell_contents = None
-    assert guard.changed() == 1
+    assert not guard.holds()
     cell.cell_contents = Hostile()
-    assert guard.changed() == 0
+    assert not guard.holds()
     del empty.cell_contents
     cell.cell_contents = value
     assert guard.holds()
@@ -105,20 +104,20 @@ def test_slots(new_guard: Any) -> None:
     guard.add_slot(none, defaultdict.__dict__["default_factory"], None)
     assert guard.holds()
     o.two = None
-    assert guard.changed() == 1
+    assert not guard.holds()
     del o.two
     o.one = Hostile()
-    assert guard.changed() == 0
+    assert not guard.holds()
     o.one = value
     factory.default_factory = set
-    assert guard.changed() == 2
+    assert not guard.holds()
     factory.default_factory = list
     none.default_factory = set
-    assert guard.changed() == 3
+    assert not guard.holds()
     none.default_factory = None
     assert guard.holds()
     o.__class__ = OtherSlotted
-    assert guard.changed() == 0, "the slot at this place is another class's"
+    assert not guard.holds(), "the slot at this place is another class's"
     o.__class__ = Slotted
     assert guard.holds()
 
@@ -131,23 +130,24 @@ def test_classes_and_dictionaries_of_objects(new_guard: Any) -> None:
     guard.add_dict_of(o, attributes)
     assert guard.holds()
     o.__class__ = Other
-    assert guard.changed() == 0
+    assert not guard.holds()
     o.__class__ = Plain
     o.__dict__ = dict(attributes)
-    assert guard.changed() == 1
+    assert not guard.holds()
     o.__dict__ = attributes
     assert guard.holds()
     del o.__dict__
-    assert guard.changed() == 1
+    assert not guard.holds()
     o.a = 1
-    assert guard.changed() == 1
+    assert not guard.holds()
     for other in (1, object(), Slotted(), print):
         guard = new_guard()
         guard.add_dict_of(other, {})
         assert not guard.holds()
 
 
-def test_the_first_difference_is_named(new_guard: Any) -> None:
+@pytest.mark.parametrize("at", range(5))
+def test_each_entry_is_compared(new_guard: Any, at: int) -> None:
     d, ordered, items, cell = {"a": 1}, OrderedDict(a=1), [1], CellType(1)
     tensor = torch.zeros(2)
     guard = new_guard()
@@ -156,19 +156,37 @@ def test_the_first_difference_is_named(new_guard: Any) -> None:
     guard.add_tensor(tensor)
     add_dict(guard, d)
     guard.add_cell(cell, 1)
-    changes = [
+    changes: list[Callable[[], object]] = [
         lambda: setattr(cell, "cell_contents", 2),
         lambda: d.clear(),
         lambda: tensor.resize_(1),
         lambda: ordered.clear(),
         lambda: items.clear(),
     ]
-    for at, change in zip((4, 3, 2, 1, 0), changes, strict=True):
-        assert guard.changed() == (-1 if at == 4 else at + 1)
-        change()
-        assert guard.changed() == at
-        assert not guard.holds()
+    assert guard.holds()
+    changes[at]()
+    assert not guard.holds()
     assert len(guard) == 5
+
+
+def test_what_functions_answer(new_guard: Any) -> None:
+    guard = new_guard()
+    guard.add_answer(torch.get_default_dtype, torch.get_default_dtype())
+    guard.add_answer(torch._C._get_float32_matmul_precision, "".join(["high", "est"]))
+    reduced = torch._C._get_cublas_allow_fp16_reduced_precision_reduction
+    guard.add_answer(reduced, reduced())
+    guard.add_answer(torch._C._get_cudnn_benchmark, False)
+    assert guard.holds()
+    torch.set_float32_matmul_precision("high")
+    assert not guard.holds()
+    torch.set_float32_matmul_precision("highest")
+    assert guard.holds()
+    for wrong in (lambda: 1, len, [].append, 1):
+        with pytest.raises(TypeError):
+            guard.add_answer(wrong, 1)
+    raising = new_guard()
+    raising.add_answer({}.popitem, 1)
+    assert not raising.holds(), "it has raised KeyError"
 
 
 def test_what_cannot_be_added(new_guard: Any) -> None:
