@@ -19,7 +19,7 @@ import contextvars
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -31,7 +31,15 @@ from torch.utils import _pytree as pytree
 from graphcache.capture.blame import at
 from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
-from graphcache.graphs.operations import DispatchMode, decompose_composite, flatten, is_unwatched, storage_of, written
+from graphcache.graphs.operations import (
+    DispatchMode,
+    decompose_composite,
+    is_higher_order,
+    is_unwatched,
+    storage_of,
+    tensors_in,
+    written,
+)
 from graphcache.graphs.stream_order import quiet_collector
 from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
@@ -89,27 +97,24 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         before["torch"] = after["torch"]
     limit = MAX_REPORTED if watched.report is not None else 1
     found = _changed_process_state(before, after), _changed_objects(watched, limit), _written(watched, contents)
-    changes: Iterator[Cause] = chain.from_iterable(found)
+    changes: Iterable[Cause] = chain.from_iterable(found)
     if watched.report is not None:
-        all_changes = list(changes)
-        for change in all_changes:
+        changes = list(changes)
+        for change in changes:
             watched.report(change, "")
-        changes = iter(all_changes)
-    cause, submodule = operations.cause, operations.submodule
+    cause = operations.cause
     if cause is None:
-        cause, submodule = host.cause, host.submodule
-        cause = cause or next(changes, None)
+        cause = host.cause or next(iter(changes), None)
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
-            submodule = ""
             cause = Cause(Reason.UNSETTLED, detail="Dynamo compiled a function in it")
-    operations.reads([tensor for tensor in _tensors(value) if storage_of(tensor)])
+    returned = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and storage_of(leaf)]
+    operations.reads(returned)
     unseen = {
         code: table
         for code, table in host.functions.items()
         if code not in watched.module.covered and has_global_state(code, table)
     }
-    cause = None if cause is None else at(cause, submodule, "")
     return Effects(value, cause, list(operations.outside.values()), unseen)
 
 
@@ -119,7 +124,6 @@ class _Operations(DispatchMode):
     def __init__(self, watched: Watched, host: HostActivity) -> None:
         super().__init__()
         self.cause: Cause | None = None
-        self.submodule = ""
         self.outside: dict[int, Tensor] = {}
         self.devices = sorted({t.device.index or 0 for t in watched.inputs if t.is_cuda} | watched.module.cuda_devices)
         self.ran_opaque = False
@@ -138,17 +142,17 @@ class _Operations(DispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "_schema", None) is None:
+        given = tensors_in((args, kwargs))
+        if is_higher_order(func):
             out = self.higher_order(func, args, kwargs)
             # Its functions run under this mode; what it makes of their results itself is not seen.
-            self._makes(_tensors(out), {*self.outside, *map(storage_of, _tensors((args, kwargs)))})
+            self._makes(tensors_in(out), {*self.outside, *map(storage_of, given)})
             return out
         if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
             return whole
         drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         self._host.paused = True
         try:
-            given = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
             generators = _generators(self.devices) if drawn else []
             if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
                 self._note(Reason.RANDOM, str(func), str(func))
@@ -163,8 +167,7 @@ class _Operations(DispatchMode):
                 self._note(Reason.RANDOM, str(func), str(func))
             # A constant made by torch.tensor() arrives here by no other operation.
             lifted = func is torch.ops.aten.lift_fresh.default
-            made = [value for value in flatten(out) if isinstance(value, Tensor)]
-            self._makes(made, set() if lifted else set(map(storage_of, given)))
+            self._makes(tensors_in(out), set() if lifted else set(map(storage_of, given)))
         finally:
             self._host.paused = False
         return out
@@ -191,15 +194,14 @@ class _Operations(DispatchMode):
     def _enter_opaque(self, given: Sequence[Any]) -> None:
         """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
         self.ran_opaque = True
-        tensors = [value for value in given if isinstance(value, Tensor)]
+        tensors = tensors_in(tuple(given))
         self.reads(tensors)
         self._given.append(set(map(storage_of, tensors)))
 
     def _leave_opaque(self, returned: Any) -> None:
-        """Note what it has made."""
         given = self._given.pop()
-        for tensor in flatten(returned):
-            if isinstance(tensor, Tensor) and (address := storage_of(tensor)) not in given:
+        for tensor in tensors_in(returned):
+            if (address := storage_of(tensor)) not in given:
                 self._made.setdefault(address, tensor)
 
     def _place(self, tensor: Tensor) -> str:
@@ -212,16 +214,12 @@ class _Operations(DispatchMode):
         # What an engine does with memory of its own is no change that a replay would leave out.
         if is_unwatched.get():
             return
+        cause = Cause(reason, where)
         if self._watched.report is not None:
-            self._watched.report(Cause(reason, where), operation)
+            self._watched.report(cause, operation)
         if self.cause is None:
-            self.cause = Cause(reason, where)
-            if not where.startswith(("self", "args", "kwargs")):
-                self.submodule = self._watched.path_here()
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+            is_named = where.startswith(("self", "args", "kwargs"))
+            self.cause = cause if is_named else at(cause, self._watched.path_here(), "")
 
 
 def _path_in(snapshot: StateSnapshot, address: int) -> str:

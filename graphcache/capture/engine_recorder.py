@@ -25,7 +25,7 @@ from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import Enqueue, StreamOrder, capture_enqueue, capturing
-from graphcache.graphs.verify import OTHER_VALUES, Round, check_repeats, disagreement, perturb, verify
+from graphcache.graphs.verify import check_repeats, disagreement, perturb, rounds_of, verify
 
 MAX_GRAPHS_PER_CONTEXT = 129
 """A graph that shares a context takes 0.07 MB, another context 74 MB and 30 to 130 ms (evictions-h200.json)."""
@@ -99,11 +99,9 @@ class EngineRecorder:
     def _capture(self, call: _EngineCall, given: Sequence[Tensor], answer: list[Tensor], shares: bool) -> CudaGraph:
         """Capture a call, once eager execution has given its ``answer`` twice; the graph is verified."""
         name, verifies = self._module.name, self._config.verify
-        rounds = [Round("the inputs of the capture", given, call.run(given))]
-        for values, negative in OTHER_VALUES if verifies else ():
-            others = perturb(given, negative=negative)
-            rounds.append(Round(values, others, call.run(others)))
-        expected, again = rounds[0].expected, call.run(given)
+        expected = call.run(given)
+        rounds = list(rounds_of(given, expected, call.run)) if verifies else []
+        again = call.run(given)
         torch.cuda.current_stream().synchronize()
         # Of all this only the static inputs and outputs stay.
         passing = [tensor for each in rounds[1:] for tensor in (*each.inputs, *each.expected)]
@@ -117,7 +115,7 @@ class EngineRecorder:
             if shares:
                 # What it is looked at with when its context is used again: verification has left NaN there, of which a
                 # graph that has become wrong makes the same.
-                for slot, value in zip(graph.inputs, rounds[1].inputs if verifies else perturb(given), strict=True):
+                for slot, value in zip(graph.inputs, perturb(given), strict=True):
                     slot.buffer.copy_(value)
             return graph
 

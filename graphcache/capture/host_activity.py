@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcache.capture.blame import at
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import is_unwatched, skipped_by_dynamo
 from graphcache.keys.user_code import is_library
@@ -66,9 +67,7 @@ class HostActivity:
 
     def __init__(self, path_here: Callable[[], str], report: Callable[[Cause, str], object] | None = None) -> None:
         self.cause: Cause | None = None
-        """The first thing noticed that no graph repeats."""
-        self.submodule = ""
-        """The submodule that was at work then."""
+        """The first thing noticed that no graph repeats, with the submodule that was at work then."""
         self.functions: dict[types.CodeType, dict[str, Any]] = {}
         """The functions of the user's that ran, with their globals."""
         self.reads = True
@@ -158,18 +157,18 @@ class HostActivity:
             self._thread(frame, function.__name__)
 
     def _thread(self, frame: types.FrameType, name: str) -> None:
-        """Note that the user's code asks which thread runs it, or how many there are: both may change."""
-        if not is_library(frame.f_globals.get("__name__")):
+        """Which thread runs the user's code, or how many there are, may change."""
+        if _is_users(frame):
             self._note(Reason.HOST_READ, name, "the call asks about threads")
 
     def _clock(self, frame: types.FrameType, name: str) -> None:
-        """Note a clock that the user's code reads; handlers of the log read clocks for reasons of their own."""
-        if not is_library(frame.f_globals.get("__name__")) and not _is_inside("logging", frame):
+        # Handlers of the log read clocks for reasons of their own.
+        if _is_users(frame) and not _is_inside("logging", frame):
             self._note(Reason.RANDOM, name, "a clock is read, which a graph would stop")
 
     def _lock(self, frame: types.FrameType, name: str, identity: int) -> None:
         """A lock that is released without having been acquired lets another thread go on."""
-        if name == "locked" and not is_library(frame.f_globals.get("__name__")):
+        if name == "locked" and _is_users(frame):
             self._note(Reason.HOST_READ, "lock.locked", "another thread may hold the lock")
         if name in ("acquire", "acquire_lock"):
             self._acquired.append(identity)
@@ -187,7 +186,7 @@ class HostActivity:
         if self._report is not None:
             self._report(cause, where)
         if self.cause is None:
-            self.cause, self.submodule = cause, self._path_here()
+            self.cause = at(cause, self._path_here(), "")
 
 
 def _ignore(*_: object) -> None:
@@ -203,6 +202,10 @@ def _given_to(frame: types.FrameType) -> Sequence[Any]:
 def is_available() -> bool:
     """Whether nobody else has the profile hook, such as ``cProfile``: what it is told would be lost."""
     return sys.getprofile() is None
+
+
+def _is_users(frame: types.FrameType) -> bool:
+    return not is_library(frame.f_globals.get("__name__"))
 
 
 def _is_ours(frame: types.FrameType) -> bool:

@@ -31,7 +31,7 @@ from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import HostReads
 from graphcache.graphs.stream_order import StreamOrder, capturing
-from graphcache.graphs.verify import OTHER_VALUES, Round, perturb, verify
+from graphcache.graphs.verify import rounds_of, verify
 from graphcache.keys.call_key import SETTINGS, USUAL, KeyedCall, State, ambient_state
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.values import Unobservable
@@ -270,21 +270,8 @@ class TorchRecorder:
                     put(packed(buffer), value)
             return [tensor.clone() for tensor in run(static)]
 
-        def rounds() -> Iterator[Round]:
-            yield Round("the inputs of the capture", call.inputs, expected)
-            for name, negative in OTHER_VALUES:
-                others = perturb(call.inputs, negative=negative)
-                try:
-                    wanted = again(others)
-                except (Refusal, torch.cuda.OutOfMemoryError):
-                    raise
-                except Exception:
-                    # The module does not take such values.
-                    continue
-                yield Round(name, others, wanted)
-
         if self._config.verify:
-            verify(graph, rounds(), again, where=self._name)
+            verify(graph, rounds_of(call.inputs, expected, again), again, where=self._name)
 
 
 def _check_settings(wanted: State | None) -> None:

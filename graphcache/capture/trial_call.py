@@ -26,20 +26,18 @@ class TrialCall:
 
     def __init__(self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor]) -> None:
         self._run = run
+        self._args, self._kwargs = call.args, call.kwargs
         self.state = state
-        """What outlives the call."""
         self.answer = OutputLayout(value, call.tensors, state)
-        found: dict[int, int] = {}
-        places = [found.setdefault(id(tensor), len(found)) for tensor in call.tensors]
-        self.places = None if len(found) == len(places) else places
+        distinct = {id(tensor): tensor for tensor in call.tensors}
+        order = list(distinct)
+        places = [order.index(id(tensor)) for tensor in call.tensors]
+        self.places = None if len(distinct) == len(places) else places
         """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
-        self.inputs: list[Tensor] = []
-        for place in range(len(found)):
-            given = call.tensors[places.index(place)]
-            self.inputs.append(given.detach())
+        self.inputs = [tensor.detach() for tensor in distinct.values()]
+        for own, given in zip(self.inputs, distinct.values(), strict=True):
             # What Python code gave it.
-            self.inputs[-1].__dict__.update(given.__dict__)
-        self._args, self._kwargs = substitute(call.args, call.kwargs, self._spread(self.inputs))
+            own.__dict__.update(given.__dict__)
 
     def call(self, static: Sequence[Tensor]) -> Any:
         """What the module returns for other tensors."""
@@ -65,7 +63,6 @@ class TrialCall:
         self.answer.let_go()
 
     def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The inputs in the places of the tensors of the call."""
         return inputs if self.places is None else [inputs[place] for place in self.places]
 
 
@@ -93,36 +90,31 @@ def containers_in(value: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class View:
-    """A leaf that is an input of the caller's or a view of one, or a view of another tensor of the answer."""
+class TensorLeaf:
+    """A tensor of the answer: an output of the graph, an input of the caller's, or a view of either."""
 
     of_input: bool
     index: int
-    shape: torch.Size
-    strides: tuple[int, ...]
-    offset: int
-    itself: bool
+    view: tuple[torch.Size, tuple[int, ...], int] | None = None
+    """Shape, strides, and how many elements behind the beginning; ``None`` for the output or input itself."""
 
     def of(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """This view of the tensors of another call."""
+        """This leaf of another call."""
         given = (inputs if self.of_input else outputs)[self.index]
-        if self.itself:
+        if self.view is None:
             return given
-        return given.as_strided(self.shape, self.strides, given.storage_offset() + self.offset)
+        shape, strides, offset = self.view
+        return given.as_strided(shape, strides, given.storage_offset() + offset)
 
 
 @dataclass(frozen=True)
-class _PlainOutput:
+class PlainLeaf:
     """A plain value, which the key determines or verification finds changing."""
 
     value: Any
 
     def of(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
         return self.value
-
-
-_Place = int | View | _PlainOutput
-"""Where a leaf comes from; a number is that of a tensor that the call made."""
 
 
 class OutputLayout:
@@ -144,8 +136,8 @@ class OutputLayout:
         self._made: dict[int, int] = {}
         self.tensors: list[Tensor] = []
         """The tensors that the call made."""
-        self._places = self._within_outputs([self._place(leaf) for leaf in leaves])
-        self.is_whole = self._places == list(range(len(self.tensors)))
+        self._leaves = self._within_outputs([self._leaf(leaf) for leaf in leaves])
+        self.is_whole = self._leaves == [TensorLeaf(False, index) for index in range(len(self.tensors))]
         """Whether its leaves are the tensors that the call made, each once and in their order."""
         self.is_inference = any(tensor.is_inference() for tensor in self.tensors)
         """Whether the call made inference tensors."""
@@ -156,11 +148,7 @@ class OutputLayout:
     def layout(self) -> object:
         """What must be the same whatever the values of the inputs: structure, shapes, dtypes, views, plain values."""
         tensors = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors]
-        places = [
-            ("input", place.index) if isinstance(place, View) and place.itself else repr(place)
-            for place in self._places
-        ]
-        return (self._tree, tensors, places)
+        return self._tree, tensors, list(map(repr, self._leaves))
 
     def let_go(self) -> None:
         """Drop the tensors; what :meth:`builder` made needs none of them."""
@@ -168,78 +156,78 @@ class OutputLayout:
 
     def builder(self) -> Callable[[list[Tensor], Sequence[Tensor]], Any]:
         """A function of fresh outputs and of the caller's inputs that gives the whole answer."""
-        places, tree = self._places, self._tree
+        own, tree = self._leaves, self._tree
         if self.is_whole:
             if tree.is_leaf():
                 return lambda outputs, _: outputs[0]
-            if tree == pytree.tree_flatten([0] * len(places))[1]:
+            if tree == pytree.tree_structure(list(own)):
                 return lambda outputs, _: outputs
-            if tree == pytree.tree_flatten((0,) * len(places))[1]:
+            if tree == pytree.tree_structure(tuple(own)):
                 return lambda outputs, _: tuple(outputs)
 
         def build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
-            leaves = [outputs[place] if isinstance(place, int) else place.of(outputs, inputs) for place in places]
-            return pytree.tree_unflatten(leaves, tree)
+            return pytree.tree_unflatten([leaf.of(outputs, inputs) for leaf in own], tree)
 
         return build
 
-    def _place(self, leaf: Any) -> _Place:
+    def _leaf(self, leaf: Any) -> TensorLeaf | PlainLeaf:
         """Where a leaf comes from; a tensor that the call made is added to :attr:`tensors`."""
         if isinstance(leaf, _PLAIN):
-            return _PlainOutput(leaf)
+            return PlainLeaf(leaf)
         if not isinstance(leaf, Tensor):
             raise Refusal(Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}")
         if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:
             raise Refusal(Reason.OUTPUT, detail=f"a tensor of type {type(leaf).__name__}, layout {leaf.layout}")
+        itself = next((index for index, tensor in enumerate(self._inputs) if tensor is leaf), None)
         # Hints of Dynamo for what may be compiled later change no answer.
         attributes = [name for name in leaf.__dict__ if not name.startswith("_dynamo_")]
-        if attributes and not any(leaf is tensor for tensor in self._inputs):
+        if attributes and itself is None:
             raise Refusal(Reason.OUTPUT, detail=f"a tensor with attributes: {', '.join(attributes)}")
-        if leaf.requires_grad and not any(leaf is tensor for tensor in self._inputs):
+        if leaf.requires_grad and itself is None:
             raise Refusal(Reason.GRAD, detail="an output requires gradients")
-        if _storage(leaf) in self._lasting:
+        memory = _storage(leaf)
+        if memory in self._lasting:
             raise Refusal(Reason.ALIASES_STATE, detail="an output shares memory with a parameter or buffer")
-        if leaf.numel() and _storage(leaf) in self._owners:
-            return self._view(leaf, self._owners[_storage(leaf)])
-        place = self._made.setdefault(id(leaf), len(self.tensors))
-        if place == len(self.tensors):
-            self.tensors.append(leaf)
-        return place
-
-    def _view(self, leaf: Tensor, index: int) -> View:
-        """The view of an input that an output is."""
+        if not leaf.numel() or memory not in self._owners:
+            index = self._made.setdefault(id(leaf), len(self.tensors))
+            if index == len(self.tensors):
+                self.tensors.append(leaf)
+            return TensorLeaf(False, index)
         if len(self._owners) < len({id(tensor) for tensor in self._inputs}):
             raise Refusal(Reason.ALIASES_STATE, detail="an output is a view of inputs that overlap")
-        itself = next((place for place, tensor in enumerate(self._inputs) if tensor is leaf), None)
         if itself is not None:
-            return View(True, itself, leaf.shape, leaf.stride(), 0, itself=True)
-        given = self._inputs[index]
-        if leaf.dtype is not given.dtype or leaf.is_conj() != given.is_conj() or leaf.is_neg() != given.is_neg():
+            return TensorLeaf(True, itself)
+        index = self._owners[memory]
+        if _reinterprets(leaf, self._inputs[index]):
             raise Refusal(Reason.ALIASES_STATE, f"args[{index}]", "an output reinterprets the memory of an input")
-        return _view_of(given, leaf, True, index)
+        return TensorLeaf(True, index, _view_of(self._inputs[index], leaf))
 
-    def _within_outputs(self, places: list[_Place]) -> list[_Place]:
-        """The same places, of which those of tensors that lie within another output are views of it.
+    def _within_outputs(self, leaves: list[TensorLeaf | PlainLeaf]) -> list[TensorLeaf | PlainLeaf]:
+        """The same leaves, of which tensors that lie within another output are views of it.
 
         A CUDA graph writes each output into memory of its own, where a change of one would not show in the other.
         """
-        holders = _holders(self.tensors)
-        kept = [index for index, holder in enumerate(holders) if index == holder]
-        made, self.tensors = self.tensors, [self.tensors[index] for index in kept]
+        made, holders = self.tensors, _holders(self.tensors)
+        kept = sorted(set(holders))
+        self.tensors = [made[index] for index in kept]
 
-        def moved(place: _Place) -> _Place:
-            if not isinstance(place, int):
-                return place
-            holder, index = holders[place], kept.index(holders[place])
-            return index if holder == place else _view_of(made[holder], made[place], False, index)
+        def moved(leaf: TensorLeaf | PlainLeaf) -> TensorLeaf | PlainLeaf:
+            if isinstance(leaf, PlainLeaf) or leaf.of_input:
+                return leaf
+            holder = holders[leaf.index]
+            return TensorLeaf(
+                False, kept.index(holder), None if holder == leaf.index else _view_of(made[holder], made[leaf.index])
+            )
 
-        return list(map(moved, places))
+        return list(map(moved, leaves))
 
 
-def _view_of(given: Tensor, leaf: Tensor, of_input: bool, index: int) -> View:
-    """The view that ``leaf`` is of ``given``."""
-    offset = int(leaf.storage_offset() - given.storage_offset())
-    return View(of_input, index, leaf.shape, leaf.stride(), offset, itself=False)
+def _view_of(given: Tensor, leaf: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    return leaf.shape, leaf.stride(), int(leaf.storage_offset() - given.storage_offset())
+
+
+def _reinterprets(leaf: Tensor, given: Tensor) -> bool:
+    return leaf.dtype is not given.dtype or leaf.is_conj() != given.is_conj() or leaf.is_neg() != given.is_neg()
 
 
 def _holders(tensors: Sequence[Tensor]) -> list[int]:
@@ -248,43 +236,30 @@ def _holders(tensors: Sequence[Tensor]) -> list[int]:
     memories: dict[int, list[int]] = {}
     for index in sorted(found, key=lambda index: (not is_dense(tensors[index]), -tensors[index].numel())):
         others = memories.setdefault(_storage(tensors[index]), [])
-        holders = [other for other in others if _shares(tensors[other], tensors[index])]
+        shares = {other: _share(tensors[index], tensors[other]) for other in others}
+        holders = [other for other in others if shares[other]]
         if not holders:
             others.append(index)
             continue
-        found[index] = holders[0]
-        if len(holders) > 1 or not is_dense(tensors[holders[0]]) or not _holds(tensors[holders[0]], tensors[index]):
+        found[index] = holder = holders[0]
+        if len(holders) > 1 or not is_dense(tensors[holder]) or shares[holder] < 1:
             raise Refusal(Reason.OUTPUT, detail="tensors in it overlap, and none of them holds the others")
     return found
 
 
-def _shares(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors in one memory have an element in common."""
-    (start, end), (begin, stop) = (
-        (each.storage_offset() * each.element_size(), each.storage_offset() * each.element_size() + extent_of(each))
-        for each in (one, other)
-    )
-    if end <= begin or stop <= start:
-        return False
-    if one.dtype is not other.dtype or one.is_conj() != other.is_conj() or one.is_neg() != other.is_neg():
+def _share(tensor: Tensor, other: Tensor) -> float:
+    """What share of the elements of a tensor are elements of another one in the same memory, too."""
+    size, offset = tensor.element_size(), other.storage_offset() * other.element_size()
+    distance = offset - tensor.storage_offset() * size
+    if distance >= extent_of(tensor) or -distance >= extent_of(other):
+        return 0.0
+    if _reinterprets(tensor, other):
         raise Refusal(Reason.OUTPUT, detail="a tensor in it reinterprets the memory of another one")
-    mine, others = _elements(one, other)
-    return bool((mine & others).any())
-
-
-def _holds(one: Tensor, other: Tensor) -> bool:
-    """Whether all elements of a tensor are elements of another one in the same memory."""
-    mine, others = _elements(one, other)
-    return not (others & ~mine).any()
-
-
-def _elements(*tensors: Tensor) -> list[Any]:
-    """For each of some tensors of one memory and dtype, which elements of the block around them it has."""
     # Not with PyTorch, whose modes may be recording.
-    start = min(tensor.storage_offset() for tensor in tensors)
-    ends = [tensor.storage_offset() + extent_of(tensor) // tensor.element_size() for tensor in tensors]
-    found = [np.zeros(max(ends) - start, dtype=bool) for _ in tensors]
-    for mask, tensor in zip(found, tensors, strict=True):
-        first = mask[tensor.storage_offset() - start :]
-        np.lib.stride_tricks.as_strided(first, tuple(tensor.shape), tensor.stride())[...] = True
-    return found
+    start = min(tensor.storage_offset(), other.storage_offset())
+    ends = [each.storage_offset() + extent_of(each) // size for each in (tensor, other)]
+    masks = np.zeros((2, max(ends) - start), dtype=bool)
+    for mask, each in zip(masks, (tensor, other), strict=True):
+        first = mask[each.storage_offset() - start :]
+        np.lib.stride_tricks.as_strided(first, tuple(each.shape), each.stride())[...] = True
+    return float(masks.all(0).sum() / max(masks[0].sum(), 1))

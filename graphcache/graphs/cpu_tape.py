@@ -28,6 +28,7 @@ from graphcache.graphs.operations import (
     puts_by_mask,
     refuse_by_tag,
     storage_of,
+    tensors_in,
     written,
 )
 
@@ -197,17 +198,17 @@ class _Recorder(DispatchMode):
             raise Refusal(Reason.MUTATES, str(func))
         if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
             raise Refusal(Reason.DATA_DEPENDENT, str(func))
-        leaves = [value for value in flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
-        if func.is_view and not any(id(value) in self._made for value in leaves):
+        given = tensors_in((args, kwargs))
+        if func.is_view and not any(id(value) in self._made for value in given):
             # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
             return func(*args, **kwargs)
         fills: list[tuple[Any, Any, int]] = []
         template = self._template(args, fills), self._template(kwargs, fills)
-        taken = {storage_of(value) for value in leaves}
+        taken = set(map(storage_of, given))
         out = func(*args, **kwargs)
         if (results := self._keep(out, func)) is not None:
             self.steps.append(Step(func, *template, fills, results))
-        made = {storage_of(item) for item in flatten(out) if isinstance(item, Tensor)} - taken
+        made = set(map(storage_of, tensors_in(out))) - taken
         self._own |= made
         if lifted:
             self._lifted |= made

@@ -134,7 +134,7 @@ def puts_by_mask(func: Any, args: Sequence[Any]) -> bool:
 
 def _has_mask(indices: Any) -> bool:
     """Whether a mask is among indices."""
-    return any(isinstance(index, Tensor) and index.dtype in _MASKS for index in flatten(indices))
+    return any(index.dtype in _MASKS for index in tensors_in(indices))
 
 
 def is_checked_on_the_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -172,7 +172,7 @@ def written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tens
     found: list[Tensor] = []
     for index, name in _written_arguments(func):
         value = args[index] if index < len(args) else kwargs.get(name)
-        found += [item for item in flatten(value) if isinstance(item, Tensor)]
+        found += tensors_in(value)
     if found and func._schema.name in _RUNNING_STATISTICS:
         names = [argument.name for argument in func._schema.arguments]
         if "training" in names and not dict(zip(names, args, strict=False), **kwargs).get("training"):
@@ -199,10 +199,17 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 def flatten(value: Any) -> list[Any]:
-    """The leaves of nested lists and tuples."""
+    """The leaves of nested lists, tuples and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in flatten(item)]
     return [value]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors among the arguments or results of an operation."""
+    return [leaf for leaf in flatten(value) if isinstance(leaf, Tensor)]
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ graph is refused here, or found out by verification, and copies instead.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,7 @@ _COPY_FIELDS = (
 )
 _MEMSET_FIELDS = ("dst", "value", "elementSize", "width", "height", "pitch")
 _KERNEL_FIELDS = (
-    "func",
-    "kern",
-    "gridDimX",
-    "gridDimY",
-    "gridDimZ",
-    "blockDimX",
-    "blockDimY",
-    "blockDimZ",
-    "sharedMemBytes",
+    *("func", "kern", "gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes"),
 )
 _DESCRIPTOR_BYTES = 128
 """``sizeof(CUtensorMap)``: an opaque descriptor with an encoded address, passed by value."""
@@ -106,27 +98,22 @@ def find_pointers(first: Any, second: Any, tensors: Sequence[Tensor], others: Se
         for left, right in zip(tensors, others, strict=True)
     ]
     kinds = driver.binding().CUgraphNodeType
+    compare: dict[Any, Callable[[Any, Any, Sequence[_Move]], _Found]] = {
+        kinds.CU_GRAPH_NODE_TYPE_KERNEL: _compare_kernels,
+        kinds.CU_GRAPH_NODE_TYPE_MEMCPY: _compare_copies,
+        kinds.CU_GRAPH_NODE_TYPE_MEMSET: _compare_memsets,
+        kinds.CU_GRAPH_NODE_TYPE_EMPTY: lambda *_: [],
+    }
     found: list[list[Pointer]] = [[] for _ in tensors]
     for (node, kind), (other, other_kind) in zip(nodes, other_nodes, strict=True):
         if kind != other_kind:
             raise CannotBind("two captures gave nodes of different kinds")
-        pointers: _Found = []
-        if kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
-            pointers = _compare_kernels(node, other, moves)
-        elif kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
-            pointers = _compare_copies(node, other, moves)
-        elif kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
-            # Nothing in a memset can be patched.
-            params, other_params = (driver.call("cuGraphMemsetNodeGetParams", each) for each in (node, other))
-            if _differ(params, other_params, _MEMSET_FIELDS):
-                raise CannotBind("two captures set memory differently")
-        elif kind != kinds.CU_GRAPH_NODE_TYPE_EMPTY:
+        if kind not in compare:
             raise CannotBind(f"a node of kind {kind.name}")
-        for index, pointer in pointers:
+        for index, pointer in compare[kind](node, other, moves):
             found[index].append(pointer)
-    for index, places in enumerate(found):
-        if not places:
-            raise CannotBind(f"tensor {index} stands in no node's arguments")
+    if [] in found:
+        raise CannotBind(f"tensor {found.index([])} stands in no node's arguments")
     return found
 
 
@@ -156,7 +143,6 @@ def nodes_of(graph: Any) -> list[tuple[Any, Any]]:
 
 
 def _differ(left: Any, right: Any, fields: Sequence[str]) -> bool:
-    """Whether two structures differ in some of these fields."""
     return any(int(getattr(left, field)) != int(getattr(right, field)) for field in fields)
 
 
@@ -173,15 +159,11 @@ def _compare_kernels(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:
         [ctypes.string_at(at or 0, size) for at, size in zip(pointers.from_address(array), sizes, strict=True)]
         for array in (params.kernelParams, other_params.kernelParams)
     )
-    if mine == theirs:
-        return []
     # Rounded up to words, so that every argument is aligned as the driver reads it.
-    copies = [
-        (ctypes.c_char * (-(-size // 8) * 8)).from_buffer_copy(value.ljust(-(-size // 8) * 8, b"\0"))
-        for value, size in zip(mine, sizes, strict=True)
-    ]
-    array = pointers(*(ctypes.addressof(copy) for copy in copies))
+    copies = [ctypes.create_string_buffer(value, -(-len(value) // 8) * 8) for value in mine]
+    array = pointers(*map(ctypes.addressof, copies))
     params.kernelParams = ctypes.addressof(array)
+    setter, arguments, keep = "cuGraphExecKernelNodeSetParams", (node, params), (copies, array)
     found: _Found = []
     for copy, before, after in zip(copies, mine, theirs, strict=True):
         if before != after and len(before) == _DESCRIPTOR_BYTES:
@@ -194,14 +176,11 @@ def _compare_kernels(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:
                 raise CannotBind("arguments differ in something that is no address")
             index, offset = _explain(int.from_bytes(left, "little"), int.from_bytes(right, "little"), moves)
             word = ctypes.c_uint64.from_buffer(copy, start)
-            found.append(
-                (index, Pointer(word, offset, "cuGraphExecKernelNodeSetParams", (node, params), (copies, array)))
-            )
+            found.append((index, Pointer(word, offset, setter, arguments, keep)))
     return found
 
 
 def _argument_sizes(params: Any) -> list[int]:
-    """The sizes of a kernel's arguments."""
     api = driver.binding()
     sizes: list[int] = []
     by_function = api.cuFuncGetParamInfo, params.func
@@ -215,6 +194,14 @@ def _argument_sizes(params: Any) -> list[int]:
         if code:
             raise CannotBind(f"the driver did not tell of argument {len(sizes)} of a kernel ({code.name})")
         sizes.append(int(size))
+
+
+def _compare_memsets(node: Any, other: Any, _: Sequence[_Move]) -> _Found:
+    """No pointers: nothing in a memset can be patched."""
+    params, other_params = (driver.call("cuGraphMemsetNodeGetParams", each) for each in (node, other))
+    if _differ(params, other_params, _MEMSET_FIELDS):
+        raise CannotBind("two captures set memory differently")
+    return []
 
 
 def _compare_copies(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:

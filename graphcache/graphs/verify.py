@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing._comparison import default_tolerances
 
-from graphcache.errors import Reason, Refusal
+from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs.buffers import packed, static_copy
 from graphcache.graphs.graph import Graph
 
@@ -27,9 +27,6 @@ PADDED = 8
 """A padded call may differ by so many default tolerances: its kernels split their sums in another way. A layer adds
 about one step of the dtype, of which float32's tolerance has 11, the others' one or two."""
 
-OTHER_VALUES = (("inputs of other values", False), ("inputs of the other sign", True))
-"""What else a graph is verified on: names for messages, and whether :func:`perturb` negates the values."""
-
 _STEPS = 7
 """After so many elements, :func:`perturb` adds the same again: odd, so that rows of even length differ too."""
 
@@ -44,6 +41,21 @@ class Round(NamedTuple):
 
 Eager = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Runs the call eagerly on other inputs; the outputs are copies."""
+
+
+def rounds_of(inputs: Sequence[Tensor], expected: Sequence[Tensor], again: Eager) -> Iterator[Round]:
+    """What a graph is verified on: the inputs that it was captured with, others, and others of the other sign."""
+    yield Round("the inputs of the capture", inputs, expected)
+    for name, negative in ("inputs of other values", False), ("inputs of the other sign", True):
+        others = perturb(inputs, negative=negative)
+        try:
+            wanted = again(others)
+        except (Refusal, CudaError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception:
+            # The module does not take such values.
+            continue
+        yield Round(name, others, wanted)
 
 
 def verify(graph: Graph, rounds: Iterable[Round], again: Eager, *, where: str = "") -> None:
@@ -133,14 +145,8 @@ def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     if not left:
         return True
     # Copied first: one element may have any stride, with which nothing is viewed as bytes.
-    dense = [
-        [
-            torch.empty(each.numel(), dtype=each.dtype, device=each.device).copy_(each.detach().reshape(-1))
-            for each in side
-        ]
-        for side in (left, right)
-    ]
-    one, other = (torch.cat([each.view(torch.uint8).to(left[0].device) for each in side]) for side in dense)
+    dense = ([each.detach().clone(memory_format=torch.contiguous_format) for each in side] for side in (left, right))
+    one, other = (torch.cat([each.view(-1).view(torch.uint8).to(left[0].device) for each in side]) for side in dense)
     return torch.equal(one, other)
 
 
@@ -148,8 +154,7 @@ def largest_gap(left: Tensor, right: Tensor) -> float:
     """The largest difference of two elements; infinite where shapes or dtypes differ, or one of them is not finite."""
     if not _comparable(left, right):
         return float("inf")
-    one, other = _wide(left), _wide(right)
-    alike = (one == other) | (one.isnan() & other.isnan())
+    one, other, alike = _elements(left, right)
     gaps = torch.where(alike, 0.0, (one - other).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
     return float(gaps.max()) if gaps.numel() else 0.0
 
@@ -185,15 +190,19 @@ def _within(
     if not _comparable(got, wanted):
         return False
     rtol, atol = tolerances
-    one, other = _wide(got), _wide(wanted)
+    one, other, alike = _elements(got, wanted)
     near = (one - other).abs() <= spread + times * (atol + rtol * other.abs())
-    alike = (one == other) | (one.isnan() & other.isnan()) | (near & one.isfinite() & other.isfinite())
-    return bool(alike.all())
+    return bool((alike | (near & one.isfinite() & other.isfinite())).all())
 
 
 def _comparable(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same shape and dtype."""
     return left.shape == right.shape and left.dtype == right.dtype
+
+
+def _elements(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both in float64, and where they are equal, NaN to NaN too."""
+    one, other = _wide(left), _wide(right)
+    return one, other, (one == other) | (one.isnan() & other.isnan())
 
 
 def _wide(tensor: Tensor) -> Tensor:
