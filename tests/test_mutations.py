@@ -730,15 +730,6 @@ def _without_lock(original: Any, recorder: Any, *args: Any, **kwargs: Any) -> No
     recorder._host_lock = _NoLock()
 
 
-class _NoReads(nullcontext):  # type: ignore[type-arg]
-    """Notices no read."""
-
-    read = asked = path = ""
-
-    def __init__(self, *_: Any) -> None:
-        super().__init__(self)
-
-
 _No = type("_No", (), {})
 _never_refused = property(lambda tape: None, lambda tape, refusal: None)
 
@@ -997,7 +988,6 @@ CURES: dict[str, Cure] = {
     # what a graph would freeze
     "reads past the dispatcher are noticed": Cure(
         both(
-            replace(record_torch, "HostReads", _NoReads),
             replace(host_activity, "_READS", frozenset()),
             replace(record_torch, "verify", nothing),
         ),
@@ -1008,7 +998,6 @@ CURES: dict[str, Cure] = {
         both(
             replace(cpu_tape, "refuse_by_tag", nothing),
             around(cpu_tape._Recorder, "_keep", _keep_no_numbers),
-            replace(record_torch, "HostReads", _NoReads),
             replace(record_torch, "verify", nothing),
         ),
         _a_path_is_frozen(lambda x: x.sum().item()),

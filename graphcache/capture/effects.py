@@ -41,6 +41,7 @@ from graphcache.graphs.operations import (
     written,
 )
 from graphcache.graphs.stream_order import quiet_collector
+from graphcache.graphs.verify import same_bits
 from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
@@ -237,7 +238,7 @@ def _contents(snapshot: StateSnapshot) -> list[tuple[str, Tensor, Tensor]]:
         budget -= tensor.nbytes
         if budget < 0:
             break
-        found.append((node.path, tensor, _bytes(tensor).clone()))
+        found.append((node.path, tensor, tensor.detach().clone()))
     return found
 
 
@@ -247,17 +248,8 @@ def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -
         for change in snapshot.written():
             yield Cause(Reason.MUTATES, change.path, change.detail)
     for path, tensor, before in contents:
-        now = _bytes(tensor)
-        if now.shape != before.shape or not torch.equal(now, before):
+        if not same_bits([tensor], [before]):
             yield Cause(Reason.MUTATES, path, "the tensor has other contents")
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The elements of a strided tensor where they lie, each as bytes: not every dtype can be compared."""
-    size = tensor.element_size()
-    shape, strides = (*tensor.shape, size), (*(stride * size for stride in tensor.stride()), 1)
-    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-    return memory.as_strided(shape, strides, tensor.storage_offset() * size)
 
 
 def _changed_objects(watched: Watched, limit: int) -> Iterator[Cause]:

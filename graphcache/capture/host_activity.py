@@ -113,6 +113,8 @@ class HostActivity:
                 self.entered(_given_to(frame))
             if code in _HANDOFFS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
+            elif code is _EXPORTS and self.reads and not _is_ours(frame):
+                self._note(Reason.HOST_READ, code.co_qualname)
             elif code is _WHO_AM_I and frame.f_back is not None:
                 self._thread(frame.f_back, code.co_qualname)
         elif event == "c_call":
@@ -225,4 +227,5 @@ _NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})
 _OF_THE_PROCESS = (random._inst, torch.default_generator)
 _OF_THREADS = (_thread.get_ident, _thread.get_native_id, torch.get_num_threads, torch.get_num_interop_threads)
 _WHO_AM_I = threading.current_thread.__code__
+_EXPORTS = Tensor.__dlpack__.__code__
 _TORCH_HANDOFFS = frozenset({torch._C.fork, torch._C.wait})

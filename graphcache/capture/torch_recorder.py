@@ -29,7 +29,7 @@ from graphcache.graphs.capture import (
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.operations import HostReads
+from graphcache.graphs.operations import HostQuestions
 from graphcache.graphs.stream_order import StreamOrder, capturing
 from graphcache.graphs.verify import rounds_of, verify
 from graphcache.keys.call_key import SETTINGS, USUAL, KeyedCall, State, ambient_state
@@ -52,7 +52,6 @@ class TorchRecorder:
         self._name = name
         self._guard = guard
         self._config = config
-        self._recording = config.recording
         self._host_lock = threading.RLock()
         self._orders: dict[int, StreamOrder] = {}
         self.broken: list[Graph] = []
@@ -99,10 +98,8 @@ class TorchRecorder:
                 request.begin()
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if request.running is nullcontext else run(*call.args, **call.kwargs)
-                index = self._cuda_index(call.tensors)
                 trial = TrialCall(run, call, value, state)
-                shares = request.sharing is Sharing.ALL
-                graph = self._on_host(trial) if index is None else self._on_cuda(trial, index, shares)
+                graph = self._graph(trial, self._cuda_index(call.tensors), request.sharing is Sharing.ALL)
                 answer = trial.answer
                 recorded = Recording(
                     graph,
@@ -183,45 +180,46 @@ class TorchRecorder:
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
         return next((device.index for device in devices if device.type == "cuda"), None)
 
-    def _on_host(self, call: TrialCall) -> Graph:
-        """Record a call on the CPU."""
-        static = [static_copy(tensor) for tensor in call.inputs]
-        expected = call.run(static)
-        call.compare(expected)
-        self._check_reads(call, static, on_host=True)
-        graph = CpuTape.record(lambda: call.run(static), [packed(tensor) for tensor in static], self._host_lock)
-        self._verify(graph, call, static, expected, call.run)
+    def _graph(self, trial: TrialCall, index: int | None, shares: bool) -> Graph:
+        """A verified graph of a call, on a CUDA device or on the CPU."""
+        if index is not None:
+            return self._on_cuda(trial, index, shares)
+        trial.static = [static_copy(tensor) for tensor in trial.inputs]
+        expected = trial.run()
+        trial.compare(expected)
+        self._check_questions(trial)
+        graph = CpuTape.record(trial.run, [packed(tensor) for tensor in trial.static], self._host_lock)
+        self._verify(graph, trial, expected, trial.run)
         return graph
 
-    def _on_cuda(self, call: TrialCall, index: int, shares: bool) -> Graph:
-        """Capture a call on a CUDA device."""
+    def _on_cuda(self, trial: TrialCall, index: int, shares: bool) -> Graph:
         # The graphs of an order share its memory pool, where one may overwrite what another has shown.
         order = self._orders.setdefault(index, StreamOrder(index)) if shares else StreamOrder(index)
         scope = EngineScope(order)
         most = 0
 
-        def run(static: Sequence[Tensor]) -> list[Tensor]:
+        def run() -> list[Tensor]:
             nonlocal most
             with scope.run(), as_if_capturing():
-                outputs = call.run(static)
+                outputs = trial.run()
             most = max(most, torch.cuda.memory_allocated(index) + nbytes_of(outputs))
             return outputs
 
         with capturing(order):
-            static = [static_copy(tensor) for tensor in call.inputs]
-            expected = [static_copy(tensor) for tensor in run(static)]
-            call.compare(expected)
+            trial.static = static = [static_copy(tensor) for tensor in trial.inputs]
+            expected = [static_copy(tensor) for tensor in run()]
+            trial.compare(expected)
             with scope.run():
-                self._check_reads(call, static, on_host=False)
+                self._check_questions(trial)
             pool = order.pool()
             captured, slots = record_torch(
-                lambda: run(static),
+                run,
                 [packed(tensor) for tensor in static],
-                [is_plain_copy(tensor, buffer) for tensor, buffer in zip(call.inputs, static, strict=True)],
+                [is_plain_copy(tensor, buffer) for tensor, buffer in zip(trial.inputs, static, strict=True)],
                 expected,
                 order,
                 self._name,
-                self._recording.full_edges,
+                self._config.recording.full_edges,
             )
             graph = CudaGraph(
                 captured,
@@ -229,49 +227,44 @@ class TorchRecorder:
                 outputs=slots[len(static) :],
                 order=order,
                 # The state too: while it lives, no other tensor can take its address.
-                keep=([tensor.detach() for tensor in call.state], run, static, pool),
+                keep=([tensor.detach() for tensor in trial.state], trial, scope, static, pool),
                 release=scope.close,
                 # Of a pool that others use too, no graph is charged.
                 pool_bytes=0 if shares else pool.nbytes,
             )
-            self._verify(graph, call, static, expected, run)
+            self._verify(graph, trial, expected, run)
             scope.in_order = True
             if shares:
                 graph.let_go()
             del expected
-            call.let_go()
+            trial.let_go()
             # What eager execution on this stream needed, and is not going to run here again before the next capture.
             forget_workspaces()
             self.passing_nbytes = max(self.passing_nbytes, most - torch.cuda.memory_allocated(index))
         return graph
 
-    def _check_reads(self, call: TrialCall, static: Sequence[Tensor], *, on_host: bool) -> None:
-        """Run a call once more, and refuse it if the host learns something from its tensors."""
-        with compiled_runs_eagerly(), HostReads(static, call.state, lambda: path_here(self._module)) as reads:
-            call.call(static)
-        # A read of device memory invalidates the capture by itself.
-        if learnt := (on_host and reads.read) or reads.asked:
-            cause = at(Cause(Reason.HOST_READ, learnt), reads.path or "", self._name)
+    def _check_questions(self, trial: TrialCall) -> None:
+        """Repeat a call, and refuse it if it asks its tensors what no call key holds."""
+        # A read of device memory invalidates the capture by itself; others were noticed by the observed run.
+        with compiled_runs_eagerly(), HostQuestions(trial.static, trial.state, lambda: path_here(self._module)) as host:
+            trial.repeat()
+        if host.asked:
+            cause = at(Cause(Reason.HOST_READ, host.asked), host.path, self._name)
             raise Refusal(cause.reason, cause.where, cause.detail)
 
     def _verify(
-        self,
-        graph: Graph,
-        call: TrialCall,
-        static: Sequence[Tensor],
-        expected: Sequence[Tensor],
-        run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        self, graph: Graph, trial: TrialCall, expected: Sequence[Tensor], run: Callable[[], Sequence[Tensor]]
     ) -> None:
-        """Hold a new graph against eager runs on the inputs of the call and on others; ``static`` is written."""
+        """Hold a new graph against eager runs on the inputs of the call and on others; static inputs are written."""
 
         def again(values: Sequence[Tensor]) -> list[Tensor]:
             with torch.inference_mode(False), torch.no_grad():
-                for buffer, value in zip(static, values, strict=True):
+                for buffer, value in zip(trial.static, values, strict=True):
                     put(packed(buffer), value)
-            return [tensor.clone() for tensor in run(static)]
+            return [tensor.clone() for tensor in run()]
 
         if self._config.verify:
-            verify(graph, rounds_of(call.inputs, expected, again), again, where=self._name)
+            verify(graph, rounds_of(trial.inputs, expected, again), again, where=self._name)
 
 
 def _check_settings(wanted: State | None) -> None:

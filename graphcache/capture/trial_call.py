@@ -22,7 +22,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 class TrialCall:
-    """One call of a module that returned ``value``, repeatable on other tensors; ``state`` outlives the call."""
+    """One call of a module that returned ``value``, repeatable on static inputs; ``state`` outlives the call."""
 
     def __init__(self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor]) -> None:
         self._run = run
@@ -32,21 +32,23 @@ class TrialCall:
         distinct = {id(tensor): tensor for tensor in call.tensors}
         order = list(distinct)
         places = [order.index(id(tensor)) for tensor in call.tensors]
-        self.places = None if len(distinct) == len(places) else places
+        self.places = None if len(order) == len(places) else places
         """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
         self.inputs = [tensor.detach() for tensor in distinct.values()]
         for own, given in zip(self.inputs, distinct.values(), strict=True):
             # What Python code gave it.
             own.__dict__.update(given.__dict__)
+        self.static: list[Tensor] = []
+        """Static inputs, which every repetition reads."""
 
-    def call(self, static: Sequence[Tensor]) -> Any:
-        """What the module returns for other tensors."""
-        args, kwargs = substitute(self._args, self._kwargs, self._spread(static))
+    def repeat(self) -> Any:
+        """What the module returns for the static inputs."""
+        args, kwargs = substitute(self._args, self._kwargs, self._spread())
         return self._run(*args, **kwargs)
 
-    def run(self, static: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors that the module makes of others; the answer has to have the layout of the first one."""
-        answer = OutputLayout(self.call(static), self._spread(static), self.state)
+    def run(self) -> list[Tensor]:
+        """The tensors that the module makes of the static inputs; the answer must have the layout of the first one."""
+        answer = OutputLayout(self.repeat(), self._spread(), self.state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer.tensors
@@ -62,8 +64,8 @@ class TrialCall:
         self._args, self._kwargs, self.inputs = (), {}, []
         self.answer.let_go()
 
-    def _spread(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return inputs if self.places is None else [inputs[place] for place in self.places]
+    def _spread(self) -> Sequence[Tensor]:
+        return self.static if self.places is None else [self.static[place] for place in self.places]
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphcache.errors import Reason, Refusal
 
-_READS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
 _OF_GRADIENTS = frozenset({"requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"})
 _ASKS = _OF_GRADIENTS | {"storage_offset", "as_strided", "untyped_storage", "_base"}
 _ASKS |= {"_is_view", "_version", "is_inference", "is_set_to", "is_shared", "is_pinned", "storage", "typed_storage"}
@@ -45,20 +44,19 @@ _CHECKED_ON_THE_HOST = frozenset({"one_hot", "quantile", "nanquantile"})
 """Composite operators that read values to check them on the CPU, and do not on CUDA."""
 
 
-class HostReads(TorchFunctionMode):
-    """Notices what the host learns of tensors past the dispatcher."""
+class HostQuestions(TorchFunctionMode):
+    """Notices questions to tensors whose answers no call key holds.
 
-    # No call key holds where an input's memory begins or whether it requires gradients: who asks may take another path
-    # for another input. Some operations take another path under such a mode: none is active while a call is recorded.
+    These are where the memory of an input begins, and whether it requires gradients: who asks may take another path for
+    another input. Some operations take another path under such a mode: none is active while a call is recorded.
+    """
 
     def __init__(
         self, inputs: Sequence[Tensor] = (), state: Sequence[Tensor] = (), path_here: Callable[[], str] = str
     ) -> None:
         super().__init__()
-        # The first read of any tensor's memory, such as tolist, the first question about an input, a view of one, or
-        # what outlives the call, and what path_here gave at the first of either.
-        self.read = self.asked = ""
-        self.path: str | None = None
+        # The first question about an input, a view of one, or what outlives the call, and what path_here gave then.
+        self.asked = self.path = ""
         self._path_here = path_here
         self._inputs = {storage_of(tensor) for tensor in inputs}
         self._state = {storage_of(tensor) for tensor in state}
@@ -69,18 +67,14 @@ class HostReads(TorchFunctionMode):
         if is_unwatched.get():
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name in _READS:
-            self.read = self.read or f"Tensor.{name}"
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         asked_of = storage_of(args[0]) if name in _ASKS and args and isinstance(args[0], Tensor) else None
         # A guard compares where what outlives the call is, and whether it requires gradients; these not.
         of_state = name in _OF_STATE and asked_of in self._state and not _from_torch()
-        asks = asked_of is not None and (asked_of in self._inputs or of_state)
+        asks = asked_of is not None and (asked_of in self._inputs or of_state) and not self.asked
         if asks and not (name in _OF_GRADIENTS and not torch.is_grad_enabled() and _from_torch()):
-            self.asked = self.asked or f"Tensor.{name}"
-        if self.path is None and (self.read or self.asked):
-            self.path = self._path_here()
+            self.asked, self.path = f"Tensor.{name}", self._path_here()
         return func(*args, **(kwargs or {}))
 
 
@@ -94,7 +88,7 @@ def _from_torch() -> bool:
 
 
 is_unwatched: ContextVar[bool] = ContextVar("graphcache_unwatched", default=False)
-"""Set while a watched module runs code of this package: :class:`HostReads` notices nothing then."""
+"""Set while a watched module runs code of this package: :class:`HostQuestions` notices nothing then."""
 
 
 def refuse_by_tag(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:

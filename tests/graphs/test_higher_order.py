@@ -17,7 +17,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
 
 from graphcache.graphs.capture import compiled_runs_eagerly
-from graphcache.graphs.operations import DispatchMode, HostReads, decompose_composite, is_higher_order
+from graphcache.graphs.operations import DispatchMode, HostQuestions, decompose_composite, is_higher_order
 
 X = torch.arange(8.0).view(2, 4)
 Q = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ def test_operators_run_as_python_under_a_function_mode(name):
     function, x, _ = OPERATORS[name]
     torch._dynamo.reset()
     with torch.no_grad():
-        with compiled_runs_eagerly(), HostReads([x]), Seen() as seen:
+        with compiled_runs_eagerly(), HostQuestions([x]), Seen() as seen:
             answer = function(x)
         assert name in seen.names
         assert torch.equal(function(x), answer)
