@@ -100,7 +100,7 @@ class EngineRecorder:
         """Capture a call, once eager execution has given its ``answer`` twice; the graph is verified."""
         name, verifies = self._module.name, self._config.verify
         expected = call.run(given)
-        rounds = list(rounds_of(given, expected, call.run)) if verifies else []
+        rounds = list(rounds_of(given, expected, call.run, any_values=True)) if verifies else []
         again = call.run(given)
         torch.cuda.current_stream().synchronize()
         # Of all this only the static inputs and outputs stay.
@@ -122,12 +122,13 @@ class EngineRecorder:
         if self._recording.bind:
             try:
                 return verified(call.bound())
-            except CannotBind as why:
-                log.debug("%s copies its inputs and outputs: %s", name, why)
+            except CannotBind as error:
+                why = str(error)
             except Refusal as refusal:
                 if refusal.cause.reason is not Reason.MISMATCH:
                     raise
-                log.debug("%s copies its inputs and outputs: pointed at others, %s", name, refusal.cause.detail)
+                why = f"pointed at others, {refusal.cause.detail}"
+            log.debug("%s copies its inputs and outputs: %s", name, why)
         return verified(call.copying(self._recording.full_edges))
 
 
@@ -135,12 +136,7 @@ class _EngineCall:
     """One call of an engine with static inputs and outputs, which can be captured in either of two ways."""
 
     def __init__(
-        self,
-        module: EngineLike,
-        shared: SharedContext,
-        given: Sequence[Tensor],
-        order: StreamOrder,
-        stream: int,
+        self, module: EngineLike, shared: SharedContext, given: Sequence[Tensor], order: StreamOrder, stream: int
     ) -> None:
         self._module, self._context, self._profile = module, shared.context, shared.profile
         self._order, self._stream = order, stream
@@ -150,13 +146,10 @@ class _EngineCall:
         self._static = static
         """The static inputs, also those that TensorRT reads on the host."""
         self._context.set_inputs(static, self._profile, stream)
-        self._outputs: list[Tensor] = []
-        for binding, output in zip(
-            module.engine.outputs, module.engine.new_outputs(self._context.output_shapes()), strict=True
-        ):
+        self._outputs: list[Tensor] = module.engine.new_outputs(self._context.output_shapes())
+        for binding, output in zip(module.engine.outputs, self._outputs, strict=True):
             if output is None:
                 raise Refusal(Reason.OUTPUT_ALLOCATOR, f"{module.name}, output {binding.name!r}")
-            self._outputs.append(output)
         self._context.set_outputs(self._outputs)
         self._inputs = module.engine.device_only(static)
         self._buffers: list[Tensor] = [*self._inputs, *self._outputs]
@@ -189,8 +182,10 @@ class _EngineCall:
                 after.callback(driver.call, "cuGraphDestroy", second)
                 pointers = find_pointers(first, second, self._buffers, others)
             undo.pop_all()
-        places = [found if direct else [] for found, direct in zip(pointers, self._direct, strict=True)]
-        slots = [IoSlot(own, found, ALIGNMENT) for own, found in zip(self._buffers, places, strict=True)]
+        slots = [
+            IoSlot(own, found if direct else [], ALIGNMENT)
+            for own, found, direct in zip(self._buffers, pointers, self._direct, strict=True)
+        ]
         return self._graph(first, slots)
 
     def copying(self, full_edges: bool) -> CudaGraph:
@@ -207,7 +202,6 @@ class _EngineCall:
         return self._graph(captured, slots)
 
     def _capture(self, enqueue: Enqueue) -> Any:
-        """Capture the call, or more than it."""
         return capture_enqueue(enqueue, self._order, self._module.name, self._module.engine.said)
 
     def _point_context_at(self, tensors: Sequence[Tensor]) -> None:
@@ -219,7 +213,6 @@ class _EngineCall:
         self._context.set_outputs(tensors[count:])
 
     def _graph(self, captured: Any, slots: Sequence[IoSlot]) -> CudaGraph:
-        """The graph of what was captured."""
         count = len(self._inputs)
         return CudaGraph(
             captured,
@@ -234,7 +227,6 @@ class _EngineCall:
         )
 
     def _release(self) -> None:
-        """Give back what a graph held that is gone."""
         if self.returns_context:
             self._module.contexts.give_back(self._context)
 
@@ -303,14 +295,13 @@ class SharedContexts:
         graphs = shared.live()
         before = _answers(graphs)
         self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
-        is_done = False
         try:
             yield shared
-            is_done = True
+        except BaseException:
+            # Its state is unknown; its graphs keep it.
+            self._open.remove(shared)
+            raise
         finally:
-            if not is_done:
-                # Its state is unknown; its graphs keep it.
-                self._open.remove(shared)
             self._check(shared, graphs, before)
 
     def release(self, *, wait: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing._comparison import default_tolerances
 
-from graphcache.errors import CudaError, Reason, Refusal
+from graphcache.errors import Reason, Refusal
 from graphcache.graphs.buffers import packed, static_copy
 from graphcache.graphs.graph import Graph
 
@@ -43,17 +43,21 @@ Eager = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Runs the call eagerly on other inputs; the outputs are copies."""
 
 
-def rounds_of(inputs: Sequence[Tensor], expected: Sequence[Tensor], again: Eager) -> Iterator[Round]:
-    """What a graph is verified on: the inputs that it was captured with, others, and others of the other sign."""
+def rounds_of(
+    inputs: Sequence[Tensor], expected: Sequence[Tensor], again: Eager, *, any_values: bool
+) -> Iterator[Round]:
+    """The inputs that a graph was captured with, others, and others of the other sign.
+
+    Unless the call takes ``any_values``, those with which it raises are left out.
+    """
     yield Round("the inputs of the capture", inputs, expected)
     for name, negative in ("inputs of other values", False), ("inputs of the other sign", True):
         others = perturb(inputs, negative=negative)
         try:
             wanted = again(others)
-        except (Refusal, CudaError, torch.cuda.OutOfMemoryError):
-            raise
-        except Exception:
-            # The module does not take such values.
+        except Exception as error:
+            if any_values or isinstance(error, (Refusal, torch.cuda.OutOfMemoryError)):
+                raise
             continue
         yield Round(name, others, wanted)
 

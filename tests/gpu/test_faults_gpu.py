@@ -18,7 +18,7 @@ from graphcache.capture import engine_recorder as record_engine
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.engines.context import Context, ContextPool
 from graphcache.errors import CudaError, Refusal
-from graphcache.graphs import capture, cuda, driver
+from graphcache.graphs import capture, cuda, driver, verify
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.stream_order import StreamOrder, own_stream
 from tests.helpers import wrap_recorded
@@ -48,7 +48,7 @@ ENGINE: list[Target] = [
     (Context, "set_outputs"),
     (Context, "enqueue"),
     (StreamOrder, "scratch"),
-    (record_engine, "perturb"),
+    (verify, "perturb"),
     (record_engine, "verify"),
 ]
 TORCH: list[Target] = [
@@ -56,7 +56,7 @@ TORCH: list[Target] = [
     (StreamOrder, "pool"),
     (capture, "find_copies"),
     (record_torch, "static_copy"),
-    (record_torch, "perturb"),
+    (verify, "perturb"),
     (record_torch, "record_torch"),
     (record_torch, "verify"),
 ]
