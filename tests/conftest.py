@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, settings
 
 from graphcache.config import Modes, modes
 from graphcache.dispatch import background
-from graphcache.errors import CompileError
 from graphcache.keys import call_key
-from graphcache.native import compiler
+from graphcache.native import compiler, recipe
 from graphcache.native.probe import prepare
 from tests import effort, shared
 
@@ -83,8 +82,8 @@ def clean_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def compiled() -> Any:
     """The compiled library, made once per source for all workers; only without a C compiler its users are skipped."""
     try:
-        compiler.compiler()
-    except CompileError as why:
+        recipe.compiler()
+    except recipe.NotCompiled as why:
         pytest.skip(str(why))
     with shared.alone("compile"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(shared.folder()))

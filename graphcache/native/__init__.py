@@ -1,8 +1,8 @@
 """Native code in C: the guard of a graph, and the hit.
 
-``library.c`` is compiled in the background at the first use, in about a second, and kept in the user's cache. Until
-then, and where it cannot be compiled, Python does the same, more slowly. The library is used only if it agrees with
-Python about tensors, contexts and dictionaries (``probe.py``).
+The library comes with the wheel. Otherwise ``library.c`` is compiled in the background at the first use, in about a
+second, and kept in the user's cache. Until then, and where it cannot be compiled, Python does the same, more slowly.
+The library is used only if it agrees with Python about tensors, contexts and dictionaries (``probe.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from graphcache.config import switch_in_environment
 from graphcache.errors import CompileError
-from graphcache.native.compiler import NotUsable, build, load
+from graphcache.native.compiler import NotUsable, obtain
 from graphcache.native.probe import prepare
 
 log = logging.getLogger("graphcache")
@@ -47,21 +47,21 @@ def loaded(wait: bool = False) -> Any:
 
 
 def compile_now() -> Path:
-    """Compile the library, unless it was compiled before, and check it. Where it is.
+    """Compile the library, unless it came with the wheel or was compiled before, and check it. Where it is.
 
     Raises:
         CompileError: If there is none for this system, or it cannot be compiled or used.
     """
     try:
-        path = build()
+        path, library = obtain()
         with ThreadPoolExecutor(1) as apart:
-            apart.submit(prepare, load(path)).result()
+            apart.submit(prepare, library).result()
     except CompileError:
         raise
     except NotUsable as why:
         raise CompileError(str(why)) from why
     except Exception as error:
-        raise CompileError(f"{path} is not used ({type(error).__name__}: {error})") from error
+        raise CompileError(f"native code is not used ({type(error).__name__}: {error})") from error
     return path
 
 
@@ -130,7 +130,7 @@ class _Loader:
     def _run(self) -> None:
         """Find or compile the library, and prepare it."""
         try:
-            library = load(build())
+            _, library = obtain()
             prepare(library)
         except NotUsable as why:
             self._failed(logging.INFO, str(why))

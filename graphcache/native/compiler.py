@@ -1,33 +1,26 @@
-"""Compiles the library on this machine, keeps it, and says which one may be loaded.
+"""Finds the library: in the wheel, in the user's cache, or compiled now.
 
-A library is named after what it has to agree with (source, Python, machine) and after its own contents, and is put in
-its place as a whole, however many processes compile at once. Before it reaches the linker, its owner, mode and contents
-are checked.
+A library in the cache is named after what it has to agree with (``recipe.key``) and after its own contents, and is put
+in its place as a whole, however many processes compile at once. Before it reaches the linker, its owner, mode and
+contents are checked. One in the wheel is trusted as the Python files beside it are.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import sysconfig
 import tempfile
+from contextlib import suppress
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
 
 from graphcache.errors import CompileError
 from graphcache.files import check_owner, user_cache
+from graphcache.native import recipe
+from graphcache.native.recipe import NotCompiled, digest, key
 
-SOURCE = Path(__file__).with_name("library.c")
 _NAME = "_graphcache"
-_TIMEOUT = 600
-_SHOWN = 2000
 
 
 class NotUsable(Exception):
@@ -39,23 +32,34 @@ def folder() -> Path:
     return user_cache() / "native"
 
 
-def key() -> str:
-    """What a library has to agree with: source, how it is compiled, Python, machine; no version of torch. 16 digits."""
-    sources = [SOURCE, SOURCE.with_name("compiler.py"), *sorted(SOURCE.parent.glob("*.h"))]
-    told = [_digest(path) for path in sources]
-    told += [str(sysconfig.get_config_var("SOABI")), platform.machine()]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+def packaged() -> Path:
+    """Where the library is that came with the wheel, if one did for this source, Python and machine."""
+    return recipe.SOURCE.with_name(f"{key()}.so")
+
+
+def obtain() -> tuple[Path, Any]:
+    """The library and its file; compiled now, unless it came with the wheel or was compiled before.
+
+    Raises:
+        NotUsable: On a system for which there is none.
+        CompileError: As :func:`build`.
+    """
+    # One that was linked to newer system libraries cannot be loaded; one that is compiled here can.
+    with suppress(ImportError):
+        return packaged(), load(packaged())
+    path = build()
+    return path, load(path)
 
 
 def find() -> Path:
-    """The library of this source and Python, unchanged since it was compiled; ``NotUsable`` says what was found."""
+    """The library in the user's cache, unchanged since it was compiled; ``NotUsable`` says what was found."""
     place = folder()
     why = f"no compiled library for this Python in {place}"
     for path in sorted(place.glob(f"{key()}-*.so")):
         try:
             check_owner(place)
             check_owner(path)
-            if path.stem.endswith(f"-{_digest(path)}"):
+            if path.stem.endswith(f"-{digest(path)}"):
                 return path
             why = f"{path} is not what was compiled"
         except OSError as error:
@@ -63,44 +67,15 @@ def find() -> Path:
     raise NotUsable(why)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def compiler() -> list[str]:
-    """The C compiler: what ``CC`` names, with options, or the first that is found."""
-    if given := shlex.split(os.environ.get("CC", "")):
-        if shutil.which(given[0]) is None:
-            raise CompileError(f"CC={os.environ['CC']!r}: there is no such program; unset CC, or correct it")
-        return given
-    for name in ("cc", "gcc", "clang"):
-        if (found := shutil.which(name)) is not None:
-            return [found]
-    raise CompileError("there is no C compiler; install gcc or clang, or name one in CC")
-
-
-def command(target: Path) -> list[str]:
-    """What compiles the source into a library; a ``CompileError`` says what is missing."""
-    include = Path(sysconfig.get_paths()["include"])
-    if not (include / "Python.h").is_file():
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise CompileError(f"{include} has no Python.h; install Python's headers (python{version}-dev on Debian)")
-    # What is missing is said when it is loaded, and not by the death of a process later on.
-    flags = ["-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wl,-z,now"]
-    return [*compiler(), *flags, "-isystem", str(include), str(SOURCE), "-o", str(target), "-ldl"]
-
-
 def build() -> Path:
-    """The compiled library of this user; compiled now unless it was before. Several processes may do this at once.
+    """The library in the user's cache; compiled now unless it was before. Several processes may do this at once.
 
     Raises:
         NotUsable: On a system for which there is none.
         CompileError: If it cannot be compiled, with the beginning of what the compiler said, or not be kept.
     """
-    if sys.platform != "linux" or sys.byteorder != "little" or sys.maxsize < 2**32:
-        raise NotUsable("native code is for Linux on 64-bit little-endian machines")
-    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
-        raise NotUsable("native code is for CPython with its global lock")
+    if why_not := recipe.unsupported():
+        raise NotUsable(why_not)
     try:
         return find()
     except NotUsable:
@@ -122,27 +97,15 @@ def _compile() -> Path:
         raise CompileError(f"{place} cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
     made = Path(name)
     try:
-        _run(command(made))
+        recipe.compile_to(made)
         made.chmod(0o700)
-        path = made.with_name(f"{key()}-{_digest(made)}.so")
+        path = made.with_name(f"{key()}-{digest(made)}.so")
         os.replace(made, path)
+    except NotCompiled as why:
+        raise CompileError(str(why)) from why
     finally:
         made.unlink(missing_ok=True)
     return path
-
-
-def _run(arguments: list[str]) -> None:
-    """Run the compiler to its end; raise a ``CompileError`` if it fails."""
-    environment = {**os.environ, "LC_ALL": "C"}
-    try:
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, env=environment, check=False
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise CompileError(f"the compiler failed: {error}") from error
-    if done.returncode:
-        said = f"{' '.join(arguments)}\n{done.stderr.strip()[:_SHOWN]}"
-        raise CompileError(f"the compiler failed (exit code {done.returncode}): {said}")
 
 
 def load(path: Path) -> Any:

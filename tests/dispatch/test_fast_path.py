@@ -30,7 +30,7 @@ from graphcache.errors import CudaError
 from graphcache.graphs import driver
 from graphcache.graphs.cuda import IoSlot
 from graphcache.keys.guards import ModuleGuard
-from graphcache.native.compiler import compiler
+from graphcache.native.recipe import compiler
 from tests.engine_modules import MODULES, load, numbers, prepare, rows
 from tests.graphs import compiled as compiled_way
 from tests.graphs.fake_driver import Torch, installed

@@ -19,8 +19,8 @@ import graphcache
 from graphcache import native
 from graphcache.cli import main
 from graphcache.errors import CompileError, ConfigError
-from graphcache.native import compiler as building
-from graphcache.native.compiler import NotUsable, build, find, folder, key
+from graphcache.native import recipe
+from graphcache.native.compiler import NotUsable, build, find, folder, key, packaged
 from graphcache.native.probe import Disagreement
 
 PACKAGE = str(Path(graphcache.__file__).parents[1])
@@ -116,7 +116,7 @@ def test_no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 def test_no_headers(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     paths = sysconfig.get_paths()
-    monkeypatch.setattr(building.sysconfig, "get_paths", lambda: {**paths, "include": str(home)})
+    monkeypatch.setattr(recipe.sysconfig, "get_paths", lambda: {**paths, "include": str(home)})
     assert f"{home} has no Python.h; install Python's headers" in said(caplog)
 
 
@@ -158,10 +158,10 @@ def test_systems_without(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(building.sys, name, value)
+        patch.setattr(recipe.sys, name, value)
         with pytest.raises(NotUsable, match="is for Linux"):
             build()
-    monkeypatch.setattr(native, "build", lambda: (_ for _ in ()).throw(NotUsable("not for this system")))
+    monkeypatch.setattr(recipe, "unsupported", lambda: "not for this system")
     assert "not for this system" in said(caplog, logging.INFO)
 
 
@@ -189,10 +189,10 @@ def test_what_others_may_write_is_compiled_again(home: Path, library: Any, monke
 def test_the_key(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
     copy = tmp_path / "copy"
-    shutil.copytree(building.SOURCE.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(building, "SOURCE", copy / "library.c")
+    shutil.copytree(recipe.SOURCE.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(recipe, "SOURCE", copy / "library.c")
     assert key() == before
-    for name in ("library.c", "tensors.h", "compiler.py"):
+    for name in ("library.c", "tensors.h", "recipe.py"):
         text = (copy / name).read_bytes()
         (copy / name).write_bytes(text + b"\n")
         assert key() != before
@@ -246,7 +246,7 @@ Path({str(home / "gate")!r}).write_text("go\\n")
 
 def test_the_real_compiler(home: Path, library: Any) -> None:
     """The fixture has compiled it without a word; here its warnings count as well."""
-    command = building.command(home / "library.so")
+    command = recipe.command(home / "library.so")
     done = subprocess.run([*command, "-Wall", "-Werror"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -315,6 +315,43 @@ def test_somebody_elses_is_not_used(kept: Path, monkeypatch: pytest.MonkeyPatch)
         find()
 
 
+# ---- in the wheel
+
+
+@pytest.fixture
+def installed(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources as a wheel installs them, with the library beside them, where there is no compiler."""
+    copy = home / "copy"
+    shutil.copytree(recipe.SOURCE.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(recipe, "SOURCE", copy / "library.c")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    return Path(shutil.copy(library.__file__, packaged()))
+
+
+def test_that_of_the_wheel_is_loaded(installed: Path) -> None:
+    found = native.loaded(wait=True)
+    assert found is not None
+    assert found.__file__ == str(installed)
+    assert native.compile_now() == installed
+    assert not folder().exists()
+
+
+@pytest.mark.parametrize("how", ["another source", "another Python", "newer system libraries"])
+def test_that_of_the_wheel_does_not_fit(
+    installed: Path, home: Path, library: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Then there is one of this machine's own."""
+    if how == "another source":
+        (installed.parent / "more.h").write_text("")
+    elif how == "another Python":
+        installed.rename(installed.with_name("0" * 16 + ".so"))
+    else:
+        installed.write_bytes(b"no library that this system can load")
+    prebuilt(home, library, monkeypatch)
+    assert native.loaded(wait=True) is not None
+    assert native.compile_now() == find()
+
+
 # ---- the command
 
 
@@ -337,7 +374,7 @@ def test_the_command_says_why_not(home: Path, library: Any, monkeypatch: pytest.
     with monkeypatch.context() as patch, pytest.raises(CompileError, match=r"is not used \(Disagreement: the address"):
         patch.setattr(native, "prepare", disagrees)
         native.compile_now()
-    monkeypatch.setattr(building.sys, "platform", "darwin")
+    monkeypatch.setattr(recipe.sys, "platform", "darwin")
     with pytest.raises(CompileError, match="for Linux"):
         native.compile_now()
 
