@@ -151,8 +151,7 @@ class GraphConfig:
         if not (self.max_bytes is None or (isinstance(self.max_bytes, str) and self.max_bytes == "auto")):
             _check_number("max_bytes", self.max_bytes, ", or 'auto', or None")
         _check_number("max_graphs", self.max_graphs)
-        if not isinstance(self.verify, bool):
-            raise ConfigError(f"verify={shown(self.verify)}: expected True or False")
+        check_bool("verify", self.verify)
         if self.exclude and self.strategy == "whole_graph":
             raise ConfigError(
                 "strategy='whole_graph' with exclude: a graph of the whole holds all of it; expected another strategy, "
@@ -184,6 +183,13 @@ _LITERALS: dict[str, tuple[str | None, ...]] = {
 }
 
 
+def check_bool(name: str, value: object) -> bool:
+    """The value of an option, if it is ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={shown(value)}: expected True or False")
+    return value
+
+
 def _check_number(name: str, value: object, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={shown(value)}: expected a whole number, 1 or more{otherwise}")
@@ -209,17 +215,13 @@ def switch_in_environment(variable: str, unset: bool = False) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """The modes of the current context, named as in ``torch_tensorrt.runtime``.
-
-    Args:
-        graphs: ``None`` where nobody said anything: wrapped modules use graphs, bare engines don't. ``"off"``
-            runs everything eagerly, ``"subgraph"`` lets bare engines use graphs too, ``"whole_graph"`` is what
-            :func:`graphcache.runtime.enable_cudagraphs` sets for a module captured as a whole.
-        multi_device_safe: Move inputs that lie on another device than the engine, instead of refusing them.
-    """
+    """The modes of the current context, named as in ``torch_tensorrt.runtime``."""
 
     graphs: Literal["off", "subgraph", "whole_graph"] | None = None
+    """``None``: wrapped modules use graphs, bare engines don't. ``"off"`` runs everything eagerly, ``"subgraph"`` lets
+    bare engines use graphs too, ``"whole_graph"`` is set for a module that is captured as a whole."""
     multi_device_safe: bool = False
+    """Move inputs that lie on another device than the engine, instead of refusing them."""
     off: bool = field(init=False)
 
     def __post_init__(self) -> None:

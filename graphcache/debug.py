@@ -1,8 +1,4 @@
-"""For whoever wants to know why there is no graph, and for tests that hold a module to its graphs.
-
-``explain`` says what becomes of calls, :func:`find_capture_breaks` which lines forbid a graph, :func:`counters` and
-:func:`assert_max_captures` are for tests, :func:`dump_dot` draws a graph.
-"""
+"""For whoever wants to know why there is no graph, and for tests that hold a module to its graphs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What can go wrong, and why a call ran eagerly.
-
-Every message says what happened, what was seen, what was expected, and what to do.
-"""
+"""What can go wrong, and why a call ran eagerly. A message says what was seen, what was expected, and what to do."""
 
 from __future__ import annotations
 

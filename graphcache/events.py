@@ -29,19 +29,14 @@ _MAX_TOLD = 256
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A graph was captured, verified and stored.
-
-    Args:
-        key: What it answers from now on.
-        seconds: What capturing took, all of it.
-        nodes: How many nodes the graph has.
-        nbytes: How much memory the graph owns, in bytes.
-    """
+    """A graph was captured, verified and stored; it answers calls of ``key`` from now on."""
 
     key: Hashable
     seconds: float
+    """What capturing took, all of it."""
     nodes: int
     nbytes: int
+    """Bytes that the graph owns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +81,16 @@ class Observer(Protocol):
     """
 
     def before(self, kind: Kind, module: str) -> None:
-        """Hear that something begins.
+        """Hear what begins: an eager run, a capture (with the eager run that answers the call) or a replay.
 
-        Args:
-            kind: ``"eager"``, ``"capture"`` (with the eager run that answers the call) or ``"replay"``.
-            module: The wrapped module's name, or that of a part.
+        ``module`` is the wrapped module's name, or that of a part.
         """
 
     def after(self, kind: Kind, module: str, seconds: float, done: bool) -> None:
-        """Hear that it has ended.
+        """Hear that it has ended, after ``seconds`` of the host; the device may still be at work.
 
-        Args:
-            kind: As before.
-            module: As before.
-            seconds: What it took the host, in seconds; the device may still be at work.
-            done: Whether it came about: ``False`` for an exception, a capture that gave no graph, or a replay whose
-                graph turned out to be stale, so that its answer was dropped.
+        It is not ``done`` after an exception, a capture that gave no graph, or a replay whose graph turned out to be
+        stale, so that its answer was dropped.
         """
 
 
@@ -178,16 +167,13 @@ class Observers:
 class Ledger:
     """Counts what one module does, and tells of it.
 
-    Args:
-        name: The module's name, for messages.
-        quiet: Whether eager calls are no news, since whoever this is a part of has told of them.
-        observers: Those of the module that this is a part of.
+    For a part, ``observers`` are those of the whole; it is ``quiet`` if the whole tells of its eager calls.
     """
 
     def __init__(self, name: str, *, quiet: bool = False, observers: Observers | None = None) -> None:
         self.name = name
         self.quiet = quiet
-        self.observers = Observers() if observers is None else observers
+        self.observers = observers or Observers()
         self.subscribers: list[Subscriber] = []
         self.captures = self.evictions = self.retired_hits = 0
         self.capture_seconds = 0.0

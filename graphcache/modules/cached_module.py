@@ -13,12 +13,12 @@ from typing import Any, Self
 from torch import nn
 
 from graphcache.capture.run_gate import RunGate
-from graphcache.config import GraphConfig
+from graphcache.config import GraphConfig, check_bool
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import open_to
 from graphcache.dispatch.forward_into import copy_into
 from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, has_hooks, is_compiling
-from graphcache.errors import Cause, ConfigError, Refusal, shown
+from graphcache.errors import Cause, ConfigError, Refusal
 from graphcache.events import Ledger, Observer, Subscriber, log
 from graphcache.features import features
 from graphcache.graphs.graph import Graph
@@ -45,7 +45,7 @@ class CachedModule(TransparentModule):
         config: Options; see :class:`~graphcache.config.GraphConfig`.
         name: What messages call it; the module's own ``name`` or that of its class if empty.
         part_of: For a submodule that is captured by itself, the ledger and the gate of the whole.
-        manifest: The calls that the package it was loaded from lists.
+        manifest: What :attr:`manifest` gives.
         on_close: Called once, when this is closed or when nobody holds it any more.
 
     Raises:
@@ -126,8 +126,7 @@ class CachedModule(TransparentModule):
 
         Args:
             out: Tensors in the structure of the answer, of its shapes, dtypes and device, that require no gradients.
-            args: What the module takes.
-            kwargs: What it takes by name.
+            args: What the module takes, likewise ``kwargs``.
 
         Raises:
             OutputMismatchError: If ``out`` does not fit the answer. It was not written into.
@@ -253,18 +252,11 @@ class CachedModule(TransparentModule):
         Raises:
             ConfigError: If the file cannot be written, the state holds more than tensors, or for a bad option.
             EngineError: If an engine was refitted, and TensorRT cannot serialise it again.
-
-        Example::
-
-            fast.save("model.gcache")
-            fast = graphcache.load("model.gcache", into=Model(), prepare=True)
         """
         dispatcher = self._graphcache
         dispatcher.check_open()
-        if type(manifest) is not bool:
-            raise ConfigError(f"manifest={shown(manifest)}: expected True or False")
         about = {"config": dispatcher.config, "name": dispatcher.ledger.name}
-        calls = features.manifest_of(self)[0] if manifest else None
+        calls = features.manifest_of(self)[0] if check_bool("manifest", manifest) else None
         features.save(self._graphcache_module, path, onnx=onnx, build=build, manifest=calls, **about)
 
     def cache_info(self) -> CacheInfo:
@@ -309,10 +301,7 @@ class CachedModule(TransparentModule):
         return features.advise_buckets(self._graphcache, trace, most, argument=argument)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call ``subscriber`` with every capture, eviction and eager call, in the thread of the call.
-
-        Returns a function that ends it.
-        """
+        """Call ``subscriber`` with every capture, eviction and eager call, until the function returned is called."""
         return self._graphcache.ledger.subscribe(subscriber)
 
     def observe(self, observer: Observer) -> Callable[[], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -103,8 +104,7 @@ class EngineModule(EngineBase):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the engine on inputs in the order of ``input_binding_names``, or by name.
 
-        Returns:
-            The output, or a tuple of the outputs if there are several.
+        Returns the output, or a tuple of the outputs if there are several.
 
         Raises:
             InputError: One of its kinds, for inputs that the engine cannot take; nothing ran.
@@ -245,13 +245,10 @@ class EngineModule(EngineBase):
         """
         self.check_open()
         graphs = controls(self.with_graphs()).ledger
-        ends = self._observers.add(observer), graphs.observers.add(observer, eager=False)
-
-        def end() -> None:
-            for each in ends:
-                each()
-
-        return end
+        end = ExitStack()
+        end.callback(self._observers.add(observer))
+        end.callback(graphs.observers.add(observer, eager=False))
+        return end.close
 
     def save(self, path: str | os.PathLike[str], *, onnx: Any = None, build: Mapping[str, Any] | None = None) -> None:
         """Write the engine as a package, for :func:`graphcache.load` of another process or machine.
@@ -270,10 +267,6 @@ class EngineModule(EngineBase):
         Raises:
             ConfigError: If the file cannot be written, or for a bad option.
             EngineError: If the engine was refitted, and TensorRT cannot serialise it again.
-
-        Example::
-
-            engine.save("policy.gcache", onnx="policy.onnx", build={"shapes": {"x": ((1, 48), (8, 48), (64, 48))}})
         """
         features.save(self, path, onnx=onnx, build=build)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphcache.capture.engine_like import EngineLike, alive
-from graphcache.config import Specialization
+from graphcache.config import Specialization, check_bool
 from graphcache.engines.context import ContextPool
 from graphcache.engines.engine import Engine
 from graphcache.engines.kernel_cache import RuntimeCache
@@ -78,7 +78,6 @@ class EngineBase(EngineLike):
         self._observers = Observers()
         self._refitted = False
         self.use_pre_allocated_outputs = False
-        """Whether the outputs of the next eager call are made at the end of each one."""
         self.runtime_choice: tuple[Specialization | None, RuntimeCache | None] = None, None
         """What was set with :meth:`configure_runtime`."""
         self.identity = secrets.token_hex(16)
@@ -181,7 +180,7 @@ class EngineBase(EngineLike):
             self._set_profiler(None)
 
     def _set_profiler(self, profiler: Any) -> None:
-        """Exchange the profiler. It cannot be taken off a context."""
+        """Exchange the profiler, and the contexts with it, off which it cannot be taken."""
         with self.order.lock:
             self._runner.profiler = profiler
             self.epoch += 1
@@ -198,17 +197,16 @@ class EngineBase(EngineLike):
         return self.engine.layer_information()
 
     def set_pre_allocated_outputs(self, enable: bool) -> bool:
-        """Make the outputs of the next eager call at the end of each one, while the device works.
+        """Make the outputs of the next eager call at the end of each one, while the device works; replays need it not.
 
-        They are used by a call on the same stream whose outputs have the same shapes. No two calls return the same
-        memory. Replays do not need it. Returns what was set before.
+        A call on the same stream whose outputs have the same shapes uses them. Returns what was set before.
         """
-        before, self.use_pre_allocated_outputs = self.use_pre_allocated_outputs, _bool("enable", enable)
+        before, self.use_pre_allocated_outputs = self.use_pre_allocated_outputs, check_bool("enable", enable)
         return before
 
     def set_output_tensors_as_unowned(self, enabled: bool) -> None:
         """Kept for :meth:`are_output_tensors_unowned`. Whatever is set, outputs are the caller's."""
-        self._unowned = _bool("enabled", enabled)
+        self._unowned = check_bool("enabled", enabled)
 
     def are_output_tensors_unowned(self) -> bool:
         """What was set."""
@@ -311,7 +309,7 @@ class EngineBase(EngineLike):
         if not self.holds_engine:
             self._attach(engine)
             return
-        if len(self.users) and engine.host_inputs != self.host_inputs:
+        if self.users and engine.host_inputs != self.host_inputs:
             raise EngineError(
                 f"{self.name} is wrapped, and the other engine reads other inputs on the host; wrap it after loading"
             )
@@ -342,10 +340,3 @@ class EngineBase(EngineLike):
         memo[id(self._bytes)] = self._bytes
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
-
-
-def _bool(name: str, value: object) -> bool:
-    """The value, if it is ``True`` or ``False``."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}={shown(value)}: expected True or False")
-    return value

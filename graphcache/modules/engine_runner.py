@@ -23,15 +23,14 @@ _MAX_LAYOUTS = 1024
 
 
 class EngineCall(NamedTuple):
-    """One eager call."""
+    """One eager call, of checked inputs or of those of a known layout."""
 
     inputs: Sequence[Tensor]
-    """Checked, or of a known layout."""
     profile: int
     output_shapes: Shapes | None
     """``None`` unless the layout is known."""
     layout: Layout | None
-    """The layout of the inputs; ``None`` if it is not to be remembered."""
+    """``None`` if it is not to be remembered."""
     allocator: bool
     """Whether TensorRT allocates all outputs."""
     ahead: bool

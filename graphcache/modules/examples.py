@@ -21,11 +21,7 @@ from graphcache.modules.transparent import TransparentModule, controls
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a call, for :meth:`CachedModule.prepare`.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
+    """Positional and keyword arguments of a call, for :meth:`CachedModule.prepare`.
 
     Raises:
         ConfigError: If they are no arguments.
@@ -53,7 +49,6 @@ class Job:
     target: TransparentModule
     """The wrapped module, or a part of it."""
     label: str
-    """What messages call the call."""
     nbytes: int
     """Bytes of its tensors."""
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]

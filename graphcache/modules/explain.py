@@ -65,7 +65,6 @@ class Explained:
     hits: int = 0
     """How many the graph that there is now has answered."""
     nbytes: int = 0
-    """Bytes that the graph owns."""
     costs: Costs = field(default_factory=Costs)
     nearest: str = ""
     """The most similar call that has a graph, in words; empty if none is worth a look."""
@@ -103,7 +102,6 @@ class Explanation:
     """What a wrapped module does with its calls; ``print`` it."""
 
     module: str
-    """Its name."""
     calls: tuple[Explained, ...]
     """By key; those with a graph first, then those called most."""
     account: CacheInfo
@@ -148,19 +146,13 @@ def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation
     With arguments it says what the next such call would do, under the modes of this moment; the module is not run.
     With ``capture="worthwhile"`` the times of all calls are measured, otherwise those of some.
 
-    Args:
-        module: A wrapped module.
-        args: Arguments of a call.
-        kwargs: Likewise.
-
     Raises:
         ConfigError: If ``module`` is not a wrapped module.
         ClosedError: After its ``close()``.
         Exception: Whatever an engine says of arguments that it does not take.
 
     Example:
-        >>> import torch
-        >>> import graphcache
+        >>> import torch, graphcache
         >>> fast = graphcache.wrap(torch.nn.ReLU())
         >>> _ = fast(torch.zeros(1, 77))
         >>> [call] = explain(fast, torch.zeros(1, 78)).calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, suppress
 from functools import cache, wraps
 from inspect import getattr_static, isfunction
 from types import MethodType
@@ -30,10 +30,8 @@ class Overridable:
 
     def __get__(self, instance: TransparentModule | None, owner: type[TransparentModule]) -> Any:
         if instance is not None and self._is_hidden(instance._graphcache_module):
-            try:
+            with suppress(AttributeError):
                 return instance._graphcache_get(self._name)
-            except AttributeError:
-                pass
         return self.value.__get__(instance, owner)
 
     def _is_hidden(self, module: nn.Module) -> bool:
@@ -69,6 +67,8 @@ class TransparentModule(nn.Module):
     """
 
     _graphcache_module: nn.Module
+    _graphcache_context: Callable[[], AbstractContextManager[object]]
+    """Makes what a method of the other module that is reached through this one runs inside."""
 
     def __init_subclass__(cls) -> None:
         for name in dir(cls):
@@ -124,7 +124,7 @@ class TransparentModule(nn.Module):
         return sorted({*object.__dir__(self), *dir(self._graphcache_module)})
 
     def _graphcache_get(self, name: str) -> Any:
-        """An attribute of the other module; its methods run as :meth:`_graphcache_context` says."""
+        """An attribute of the other module; its methods run inside of the context, and return this in its place."""
         module = self._graphcache_module
         value = getattr(module, name)
         if not isinstance(value, MethodType) or value.__self__ is not module:
@@ -133,10 +133,6 @@ class TransparentModule(nn.Module):
         if value.__func__ not in methods:
             methods[value.__func__] = _in_context(value.__func__)
         return MethodType(methods[value.__func__], self)
-
-    def _graphcache_context(self) -> AbstractContextManager[object]:
-        """What a method of the other module that is reached through this one runs inside."""
-        return nullcontext()
 
     train = _forwarded("train")
     compile = _forwarded("compile")
@@ -149,7 +145,7 @@ class TransparentModule(nn.Module):
     def training(self) -> bool:
         """The module's training flag."""
         # TorchScript's frozen modules have no flag, and are in evaluation.
-        return "_graphcache_module" in self.__dict__ and bool(getattr(self._graphcache_module, "training", False))
+        return bool(getattr(self._graphcache_module, "training", False))
 
     @training.setter
     def training(self, mode: bool) -> None:
@@ -164,7 +160,7 @@ def _with_special(kind: Any, names: tuple[str, ...]) -> Any:
 
 
 def _in_context(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a module, for a transparent one: it returns that one in the place of the module."""
+    """A method of a module, for a transparent one."""
 
     @wraps(method)
     def run(transparent: TransparentModule, /, *args: Any, **kwargs: Any) -> Any:
