@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from graphcache.errors import (
+    ConfigError,
     EngineError,
     InputCountError,
     InputDeviceError,
@@ -18,6 +20,7 @@ from graphcache.errors import (
     InputRankError,
     InputTypeError,
     ProfileRangeError,
+    shown,
 )
 
 
@@ -111,6 +114,37 @@ def out_of_range(
     return ProfileRangeError(
         f"input {binding.name!r} of {engine_name} has {seen}, outside the engine's range ({ranges}); "
         f"rebuild the engine with shapes that cover it, or split the call"
+    )
+
+
+def sizes_of(engine_name: str, binding: Binding, value: Any) -> tuple[int, ...]:
+    """The sizes that a shape or a tensor gives for an input, before there is memory of that size.
+
+    For a host shape tensor they are its values; ``None`` stands for a shape that is fixed.
+    """
+    label = f"input {binding.name!r} of {engine_name}"
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if value is None:
+        if -1 in binding.shape or binding.on_host:
+            raise InputCountError(f"{label} is missing; its shape {binding.shape} is open")
+        return binding.shape
+    if not is_shape(value):
+        raise ConfigError(f"{label} was given {shown(value)}; expected a shape, such as (8, 64), or a tensor")
+    wanted = math.prod(binding.shape) if binding.on_host else len(binding.shape)
+    if len(value) != wanted:
+        what = "values" if binding.on_host else "dimensions"
+        raise InputRankError(f"{label} was given {tuple(value)}, {len(value)} {what}; the engine takes {wanted}")
+    profiles = range(len(binding.ranges))
+    if not any(binding.fits(value, profile) for profile in profiles):
+        raise out_of_range(engine_name, binding, value, profiles)
+    return tuple(value)
+
+
+def is_shape(value: Any) -> bool:
+    """Whether something is a sequence of sizes."""
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63 for size in value
     )
 
 

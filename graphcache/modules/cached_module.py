@@ -327,7 +327,7 @@ class CachedModule(TransparentModule):
         wait = wait or dispatcher.config.capture_in == "background"
         with dispatcher.captures.lock:
             dispatcher.clear(wait=wait)
-            for part in dispatcher.submodules.active:
+            for part in dispatcher.submodules.parts.values():
                 controls(part).clear(wait=wait)
         if wait:
             dispatcher.queue.finish()
@@ -338,7 +338,7 @@ class CachedModule(TransparentModule):
         with dispatcher.captures.lock:
             dispatcher.captures.closed = True
             dispatcher.clear()
-            for part in dispatcher.submodules.active:
+            for part in dispatcher.submodules.parts.values():
                 controls(part).close()
         dispatcher.queue.finish()
         if self._graphcache_end is not None:
@@ -370,7 +370,7 @@ class CachedModule(TransparentModule):
         dispatcher = self._graphcache
         if dispatcher.captures.closed or dispatcher.target.is_engine or is_compiling():
             return nullcontext()
-        return graphs_of_parts((self, *dispatcher.submodules.active))
+        return graphs_of_parts((self, *dispatcher.submodules.parts.values()))
 
 
 def _publish(fast: weakref.ref[CachedModule], table: Any) -> None:

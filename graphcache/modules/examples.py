@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphcache.engines.bindings import Binding, out_of_range
-from graphcache.errors import ConfigError, InputCountError, InputRankError, is_a, shown
+from graphcache.engines.bindings import Binding, is_shape, sizes_of
+from graphcache.errors import ConfigError, InputCountError, is_a, shown
 from graphcache.graphs.buffers import is_dense
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.transparent import TransparentModule, controls
@@ -109,7 +109,7 @@ def _of_shapes(given: Any, target: TransparentModule, engine: EngineModule) -> J
     names, bindings = engine.input_binding_names, engine.engine.inputs
     if not is_a(given, Mapping):
         # A bare shape is that of the only input.
-        values = [given] if _is_shape(given) and len(names) == 1 else given
+        values = [given] if is_shape(given) and len(names) == 1 else given
         if len(values) != len(names):
             raise InputCountError(
                 f"{engine.name} takes {len(names)} inputs ({', '.join(names)}); {shown(given)} is not a shape or a "
@@ -118,7 +118,7 @@ def _of_shapes(given: Any, target: TransparentModule, engine: EngineModule) -> J
         given = dict(zip(names, values, strict=True))
     if unknown := [name for name in given if name not in names]:
         raise InputCountError(f"{engine.name} has no input {shown(unknown[0])}; its inputs are {', '.join(names)}")
-    sizes = {each.name: _sizes(engine, each, given.get(each.name)) for each in bindings}
+    sizes = {each.name: sizes_of(engine.name, each, given.get(each.name)) for each in bindings}
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -134,37 +134,9 @@ def _of_shapes(given: Any, target: TransparentModule, engine: EngineModule) -> J
     return Job(target, label, nbytes, make)
 
 
-def _sizes(engine: EngineModule, binding: Binding, value: Any) -> tuple[int, ...]:
-    """The shape of an input, or the values that TensorRT reads on the host, before there is memory of that size."""
-    label = f"input {binding.name!r} of {engine.name}"
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if value is None:
-        if -1 in binding.shape or binding.on_host:
-            raise InputCountError(f"{label} is missing; its shape {binding.shape} is open")
-        return binding.shape
-    if not _is_shape(value):
-        raise ConfigError(f"{label} was given {shown(value)}; expected a shape, such as (8, 64), or a tensor")
-    wanted = math.prod(binding.shape) if binding.on_host else len(binding.shape)
-    if len(value) != wanted:
-        what = "values" if binding.on_host else "dimensions"
-        raise InputRankError(f"{label} was given {tuple(value)}, {len(value)} {what}; the engine takes {wanted}")
-    profiles = range(len(binding.ranges))
-    if not any(binding.fits(value, profile) for profile in profiles):
-        raise out_of_range(engine.name, binding, value, profiles)
-    return tuple(value)
-
-
 def _new(engine: EngineModule, binding: Binding, sizes: tuple[int, ...]) -> Tensor:
     """A tensor of zeros, or of host values."""
     if binding.on_host:
         return torch.tensor(sizes, dtype=binding.dtype).reshape(binding.shape)
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty(sizes, dtype=binding.dtype, device=engine.device).zero_()
-
-
-def _is_shape(value: Any) -> bool:
-    """Whether something is a sequence of sizes."""
-    return isinstance(value, (tuple, list)) and all(
-        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63 for size in value
-    )

@@ -55,9 +55,8 @@ class Submodules:
         # Of those that are found: they hold nothing that is excluded.
         self._own = replace(config, include=(), exclude=(), buckets=None)
         fixed = replace(self._own, strategy="whole_graph")
-        self._parts = {name: make(name, part, fixed) for name, part in named.items()}
-        self.active = tuple(self._parts.values())
-        """The parts that stand in the module now, without parts of parts."""
+        self.parts = {name: make(name, part, fixed) for name, part in named.items()}
+        """The parts that stand in the module now, by name, without parts of parts."""
         self.past = CacheInfo()
         """The account of parts that stand in the module no more. Its eager calls are counted by the whole."""
         self.whole = is_engine or (config.strategy != "per_submodule" and not self.excluded)
@@ -67,12 +66,12 @@ class Submodules:
 
     def in_use(self) -> AbstractContextManager[object]:
         """Inside, calls of the parts use their graphs."""
-        return graphs_of_parts(self.active)
+        return graphs_of_parts(tuple(self.parts.values()))
 
     def named(self) -> dict[str, TransparentModule]:
         """The parts, and parts of parts, by their names within the module."""
         found: dict[str, TransparentModule] = {}
-        for name, part in self._parts.items():
+        for name, part in self.parts.items():
             inner = dispatcher_of(part).submodules.named()
             found |= {name: part} | {f"{name}.{place}": each for place, each in inner.items()}
         return found
@@ -83,7 +82,7 @@ class Submodules:
         engines = cause.reason is Reason.GRAD and any(isinstance(each, EngineLike) for each in self._module.modules())
         if cause.reason not in _OF_THE_WHOLE or engines:
             self.discover()
-        return bool(self.active)
+        return bool(self.parts)
 
     def discover(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
@@ -92,12 +91,12 @@ class Submodules:
                 return
             here: dict[str, TransparentModule] = {}
             for name, child in _candidates(self._module, self.excluded).items():
-                known = self._parts.get(name)
+                known = self.parts.get(name)
                 if known is None or controls(known).module is not child:
                     known = self._make(name, child, self._own)
                 here[name] = known
-            gone = [part for name, part in self._parts.items() if here.get(name) is not part]
-            self._parts, self.active, self._found = here, tuple(here.values()), True
+            gone = [part for name, part in self.parts.items() if here.get(name) is not part]
+            self.parts, self._found = here, True
         for part in gone:
             # Not closed: a call in another thread may be on its way through it.
             controls(part).clear(wait=False)
@@ -110,7 +109,7 @@ class Submodules:
         if not name or name not in dict(self._module.named_modules()):
             return
         self.discover()
-        for own, part in self._parts.items():
+        for own, part in self.parts.items():
             if name.startswith(f"{own}."):
                 dispatcher_of(part).submodules.expand_to(name.removeprefix(f"{own}."))
 

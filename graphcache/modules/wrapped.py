@@ -89,7 +89,7 @@ def account_of(dispatcher: Dispatcher) -> CacheInfo:
         waits=dispatcher.gate.waits,
         wait_seconds=dispatcher.gate.wait_seconds,
     )
-    for part in map(dispatcher_of, dispatcher.submodules.active):
+    for part in map(dispatcher_of, dispatcher.submodules.parts.values()):
         # Why a part that was found runs eagerly is counted by the call of the whole.
         found += replace(account_of(part), eager={}) if part.ledger.quiet else account_of(part)
     past: CacheInfo = dispatcher.submodules.past
