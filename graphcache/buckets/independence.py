@@ -20,7 +20,7 @@ from graphcache.buckets.padding import varied
 from graphcache.buckets.spec import InputAxis, Number
 from graphcache.errors import ConfigError, Reason, Refusal, shown
 from graphcache.graphs.verify import padded_gap
-from graphcache.keys.call_key import KeyedCall, substitute
+from graphcache.keys.call_key import KeyedCall
 
 Run = Callable[..., Any]
 """Runs a module eagerly; it must leave its arguments and itself alone."""
@@ -55,7 +55,7 @@ def _smallest_sizes(padder: Padder, fit: Fit) -> dict[str, int]:
 def _varied(run: Run, call: KeyedCall) -> Arguments | None:
     """A call with values that differ, as those of a warm-up often don't; ``None`` if the module refuses them."""
     made = {id(tensor): varied(tensor) for tensor in call.tensors}
-    args, kwargs = substitute(call.args, call.kwargs, [made[id(tensor)] for tensor in call.tensors])
+    args, kwargs = call.key.arguments(made[id(tensor)] for tensor in call.tensors)
     try:
         run(*args, **kwargs)
     except (Refusal, torch.cuda.OutOfMemoryError):

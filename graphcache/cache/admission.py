@@ -1,19 +1,16 @@
 """Which misses are captured: all with ``capture="first"``, none with ``"prepared"``, what pays with ``"worthwhile"``.
 
 With ``"worthwhile"`` each key is a rent-or-buy problem. An eager call pays rent: what a replay would have saved. A
-capture buys. The rule:
+capture buys, once a key has lost ``PRICE`` times what it takes (ski rental). The value of a key is what replays of its
+calls lately saved, or would have saved: its calls, discounted over time, times the saving of one. The graph of least
+value goes first, per byte where bytes are bounded. A key replaces graphs only if its value is ``HOTTER`` times theirs.
 
-- A key is captured when its eager calls have lost ``PRICE`` times what a capture takes (ski rental).
-- The value of a key is what its calls lately saved by replays, or would have saved: its calls, discounted over time
-  with a half-life, times the saving of one call. The graph of least value goes first, per byte where bytes are bounded.
-  A key replaces graphs only if its value is ``HOTTER`` times theirs.
-- An account bounds the loss. Captures are charged to it. It is credited what replays save, and ``OVERHEAD`` of the time
-  that eager execution would have taken. Nothing is captured while it is overdrawn. So the total time is at most
-  1 + ``OVERHEAD`` times always-eager plus one capture, on any traffic and at any moment, as far as times are as
-  measured. Credit is limited to capturing the whole cache once: a good year does not pay for a bad hour.
+Captures are charged to an account, which is credited what replays save, and ``OVERHEAD`` of the time that eager
+execution would have taken. Nothing is captured while it is overdrawn. So the total time is at most 1 + ``OVERHEAD``
+times always-eager plus one capture, on any traffic and at any moment, as far as times are as measured. Credit is
+limited to capturing the whole cache once: a good year does not pay for a bad hour.
 
-Time, in here, is what eager execution of all calls would have taken so far, without stalls. It stands still while
-nothing is called.
+Time, in here, is what eager execution of all calls would have taken so far, without stalls.
 
 The constants were chosen on traces like those of ``tests/cache/test_worthwhile_traces.py``: 280 of them, under six sets
 of measured state, three seeds, 8 and 16 graphs. The geometric mean of total time over the offline optimum is 1.10.
@@ -22,11 +19,11 @@ of measured state, three seeds, 8 and 16 graphs. The geometric mean of total tim
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
-from graphcache.cache.graph_cache import Entry, GraphCache
+from graphcache.cache.graph_cache import Entry, GraphCache, weakly
 from graphcache.cache.key_table import LARGEST, Estimate, KeyState, KeyTable, Mean
 from graphcache.config import Capture
 from graphcache.errors import Cause, Reason, Refusal
@@ -57,19 +54,19 @@ _NOT_WORTH_IT = Cause(Reason.NOT_WORTH_IT)
 _NOT_PREPARED = Cause(Reason.NOT_PREPARED)
 
 
-class Account(NamedTuple):
+@dataclass
+class Account:
     """What all measured calls of a module would have taken eagerly, what replays saved of it, and captures took."""
 
-    eager_seconds: float
-    saved_seconds: float
-    capture_seconds: float
+    eager_seconds: float = 0.0
+    saved_seconds: float = 0.0
+    capture_seconds: float = 0.0
 
 
 class Admission:
     """Decides what is captured, and keeps the costs of each key, for ``explain`` and manifests too.
 
-    A hit costs nothing: hits are read from the cache's entries when something else has to be decided. Any thread may
-    call it, also with the cache's lock held, which it never takes.
+    A hit costs nothing: hits are counted when something else has to be decided. The cache's lock is never taken.
     """
 
     def __init__(self, capture: Capture, cache: GraphCache[Any], keys: KeyTable) -> None:
@@ -80,15 +77,13 @@ class Admission:
         self._keys = keys
         self._lock = keys.lock
         self._counted_at = self._credit = 0.0
-        self._eager_seconds = self._saved_seconds = self._capture_seconds = 0.0
+        self._account = Account()
         # Over all keys, for those that were not measured.
         self._eager, self._share, self._capture = Mean(), Mean(_PRIOR_SHARE), Estimate()
         self._victims_value = 0.0
         self._misses = 0
         if self.measures_replays:
-            # Weakly: the cache goes with whoever has both.
-            worth = weakref.WeakMethod(self.worth)
-            cache.rank = lambda key, entry: 0.0 if (rank := worth()) is None else rank(key, entry)
+            cache.rank = weakly(self.worth, 0.0)
 
     def ask(self, key: Hashable) -> Cause | None:
         """Why a miss is to run eagerly; ``None`` if it is to be captured."""
@@ -117,7 +112,7 @@ class Admission:
             state.eager.add(seconds)
             state.ran += 1
             state.owed += 1
-            self._eager_seconds += seconds
+            self._account.eager_seconds += seconds
             if state.eager.count > 1:
                 self._eager.add(state.eager.value)
             # Stalls and first calls buy nothing, and make nothing older.
@@ -127,10 +122,9 @@ class Admission:
             self._warm(state, 1)
 
     def captured(self, key: Hashable, seconds: float, replay: float, *, preparing: bool = False) -> Cause | None:
-        """Note a capture, and the time of a replay; a cause if the graph should go, being no faster than eager.
+        """Note what a capture took, and a replay; a cause if the graph should go, being no faster than eager.
 
-        ``seconds`` is what the capture added to the call. With ``preparing`` no call waited for it, and serving does
-        not have to earn it.
+        With ``preparing`` no call waited for the capture, and serving does not have to earn it.
         """
         with self._lock:
             state = self._keys.used(key)
@@ -147,7 +141,7 @@ class Admission:
             self._spend(seconds, preparing)
 
     def evicted(self, key: Hashable, entry: Entry[Any]) -> None:
-        """Note that a graph has left the cache; for its ``on_evict``."""
+        """Note that a graph has left the cache."""
         with self._lock:
             self._count_hits([(key, entry)])
             if (state := self._keys.states.get(key)) is not None:
@@ -168,7 +162,7 @@ class Admission:
         """Costs and savings so far, as far as calls were measured."""
         with self._lock:
             self._count_hits(self._cache.entries.items())
-            return Account(self._eager_seconds, self._saved_seconds, self._capture_seconds)
+            return replace(self._account)
 
     def worth(self, key: Hashable, entry: Entry[Any]) -> float:
         """The value of a graph, to rank it by; for each byte where bytes are bounded. It takes no lock."""
@@ -193,8 +187,8 @@ class Admission:
             victims = self._cache.victims(self._keys.expected_nbytes(key))
         except Refusal as refusal:
             return refusal.cause
-        found = [self._keys.states.get(key) for key, _ in victims]
-        self._victims_value = sum(self._value(state) for state in found if state is not None)
+        states = self._keys.states
+        self._victims_value = sum(self._value(states[key]) for key, _ in victims if key in states)
         return None
 
     def _count_hits(self, items: Iterable[tuple[Hashable, Entry[Any]]]) -> None:
@@ -211,8 +205,8 @@ class Admission:
         elapsed = sum(count * self._eager_time(state) for state, count in fresh)
         saved = sum(count * self._saving(state) for state, count in fresh)
         self._keys.now += elapsed
-        self._eager_seconds += elapsed
-        self._saved_seconds += saved
+        self._account.eager_seconds += elapsed
+        self._account.saved_seconds += saved
         self._credit = min(self._credit + saved + OVERHEAD * elapsed, self._cache_time())
         # When they came was not written down: as if in the midst of the time since the last count.
         weight = self._faded((self._counted_at + self._keys.now) / 2.0)
@@ -222,7 +216,7 @@ class Admission:
 
     def _spend(self, seconds: float, free: bool) -> None:
         """Note time that was spent for graphs; ``free`` if no call waited for it."""
-        self._capture_seconds += seconds
+        self._account.capture_seconds += seconds
         if self.measures_replays:
             # First what replays have saved until now: credit is bounded.
             self._count_hits(self._cache.entries.items())

@@ -16,10 +16,10 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from typing import Any, Generic, Protocol, Self, TypeVar
-from weakref import WeakSet
 
 import torch
 
@@ -36,7 +36,7 @@ class Owner(Protocol):
     def nbytes(self) -> int: ...
 
     def close(self, *, wait: bool = True) -> None:
-        """Release it, after waiting for whoever still uses it or as soon as nobody does; a second time does nothing."""
+        """Release it: with ``wait`` before it returns, otherwise when nobody uses it; a second time does nothing."""
 
 
 G = TypeVar("G", bound=Owner)
@@ -49,10 +49,7 @@ _lock = threading.RLock()
 
 
 class Entry(Generic[G]):
-    """A graph in the cache, with when it was last used and how often. A pinned one is not evicted to make room.
-
-    Whoever replays ``graph`` sets ``used = clock()`` and adds one to ``hits``: a hit asks the cache for a look-up only.
-    """
+    """A graph in the cache. Whoever replays it sets ``used = clock()`` and adds one to ``hits``."""
 
     __slots__ = ("counted", "graph", "hits", "nbytes", "pinned", "used")
 
@@ -60,6 +57,7 @@ class Entry(Generic[G]):
         self.graph = graph
         self.nbytes = graph.nbytes
         self.pinned = False
+        """Whether it is not evicted to make room."""
         self.hits = 0
         self.counted = 0
         """Hits that are part of the key's state (:class:`~graphcache.cache.key_table.KeyState`)."""
@@ -69,8 +67,14 @@ class Entry(Generic[G]):
 _Item = tuple["GraphCache[Any]", Hashable, Entry[Any]]
 
 
+def weakly(method: Callable[..., Any], gone: Any = None) -> Callable[..., Any]:
+    """A method that does not keep its object alive; it returns ``gone`` once that is gone."""
+    found = weakref.WeakMethod(method)
+    return lambda *args: gone if (call := found()) is None else call(*args)
+
+
 def recency(key: Hashable, entry: Entry[Any]) -> float:
-    """When an entry was last used: the rank that makes the least recently used the coldest."""
+    """When an entry was last used: the least recently used is the coldest."""
     return entry.used
 
 
@@ -112,7 +116,7 @@ class GraphCache(Generic[G]):
         With ``graphs=0`` only bytes are wanted, and no place among ``max_graphs``. Nothing goes, and no lock is taken.
         """
         items = list(self.entries.items())
-        held = self.open_nbytes + self.shared + sum(each.nbytes for each in list(self.reservations))
+        held = self.nbytes + sum(each.nbytes for each in list(self.reservations))
         surplus = len(items) + graphs - self.max_graphs
         excess = 0 if self.max_bytes is None else held + nbytes - self.max_bytes
         if surplus <= 0 and excess <= 0:
@@ -137,8 +141,7 @@ class GraphCache(Generic[G]):
         """
         entry = Entry(graph)
         try:
-            if key in self.entries:
-                self.evict(key)
+            self.evict(key)
             with _lock:
                 if reservation is not None:
                     self.reservations.discard(reservation)
@@ -148,8 +151,7 @@ class GraphCache(Generic[G]):
                     leaving.append((self, key, self.entries.pop(key)))
                 self.entries[key] = entry
                 self.open_nbytes += entry.nbytes
-            if leaving:
-                _close(leaving, wait=False)
+            _close(leaving, wait=False)
         except BaseException:
             if not self.evict(key, only=entry):
                 graph.close()
@@ -195,7 +197,7 @@ class DeviceBudget:
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
-        self._caches: WeakSet[GraphCache[Any]] = WeakSet()
+        self._caches: weakref.WeakSet[GraphCache[Any]] = weakref.WeakSet()
 
     @property
     def nbytes(self) -> int:
@@ -228,26 +230,17 @@ class DeviceBudget:
             return [], 0
         gone = {entry for _, _, entry in leaving}
         excess = self.nbytes + nbytes - sum(entry.nbytes for entry in gone) - self.max_bytes
-        free: list[_Item] = [
-            (cache, key, entry)
-            for cache in self._caches
-            for key, entry in cache.entries.items()
-            if not entry.pinned and entry not in gone
-        ]
+        free = [(cache, *item) for cache in self._caches for item in cache.entries.items()]
         found: list[_Item] = []
         for item in sorted(free, key=lambda item: item[2].used):
-            if excess <= 0:
-                break
-            found.append(item)
-            excess -= item[2].nbytes
+            if excess > 0 and not item[2].pinned and item[2] not in gone:
+                found.append(item)
+                excess -= item[2].nbytes
         return found, excess
 
 
 class Reservation:
-    """Bytes of a cache and its device that are kept for one graph, until it is stored or its capture is given up.
-
-    A context manager, which gives them back at the end of its block.
-    """
+    """Bytes of a cache and its device that are kept for one graph, until it is stored or the ``with`` block ends."""
 
     def __init__(self, cache: GraphCache[Any]) -> None:
         self._cache = cache
@@ -266,8 +259,7 @@ class Reservation:
             self.nbytes, self.leaving = nbytes, sum(entry.nbytes for _, _, entry in leaving)
             self._cache.reservations.add(self)
         try:
-            if leaving:
-                _close(leaving, wait=True, reservation=self)
+            _close(leaving, wait=True, reservation=self)
         except BaseException:
             self.release()
             raise
@@ -285,18 +277,18 @@ class Reservation:
 
 def _close(items: list[_Item], *, wait: bool, reservation: Reservation | None = None) -> None:
     """Tell of graphs that were taken out and close them, in order, all of them even if one raises; without the lock."""
+
+    def count(cache: GraphCache[Any], entry: Entry[Any]) -> None:
+        with _lock:
+            cache.open_nbytes -= entry.nbytes
+            if reservation is not None:
+                reservation.leaving -= entry.nbytes
+
     with ExitStack() as each:
         for cache, key, entry in reversed(items):
-            each.callback(_count_closed, cache, entry, reservation)
+            each.callback(count, cache, entry)
             each.callback(entry.graph.close, wait=wait)
             each.callback(cache.on_evict, key, entry)
-
-
-def _count_closed(cache: GraphCache[Any], entry: Entry[Any], reservation: Reservation | None) -> None:
-    with _lock:
-        cache.open_nbytes -= entry.nbytes
-        if reservation is not None:
-            reservation.leaving -= entry.nbytes
 
 
 # ---- the budgets of this process
@@ -341,8 +333,8 @@ def set_process_budget(max_bytes: int | None, *, device: object = None) -> None:
     if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
         raise ConfigError(f"max_bytes={shown(max_bytes)}: expected a whole number of bytes, 1 or more, or None")
     with _lock:
+        found = list(_budgets.values()) if device is None else [budget_of(device)]
         if device is None:
             _default[:] = [max_bytes]
-        found = list(_budgets.values()) if device is None else [budget_of(device)]
     for each in found:
         each.set_budget(max_bytes)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.buffers import extent_of, is_dense
 from graphcache.graphs.verify import check_repeats
-from graphcache.keys.call_key import KeyedCall, substitute
+from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.values import is_rebuilt
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum)
@@ -26,7 +26,7 @@ class TrialCall:
 
     def __init__(self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor]) -> None:
         self._run = run
-        self._args, self._kwargs = call.args, call.kwargs
+        self._key = call.key
         self.state = state
         self.answer = OutputLayout(value, call.tensors, state)
         distinct = {id(tensor): tensor for tensor in call.tensors}
@@ -43,7 +43,7 @@ class TrialCall:
 
     def repeat(self) -> Any:
         """What the module returns for the static inputs."""
-        args, kwargs = substitute(self._args, self._kwargs, self._spread())
+        args, kwargs = self._key.arguments(self._spread())
         return self._run(*args, **kwargs)
 
     def run(self) -> list[Tensor]:
@@ -61,7 +61,7 @@ class TrialCall:
 
     def let_go(self) -> None:
         """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""
-        self._args, self._kwargs, self.inputs = (), {}, []
+        self.inputs = []
         self.answer.let_go()
 
     def _spread(self) -> Sequence[Tensor]:

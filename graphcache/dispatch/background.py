@@ -12,8 +12,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from graphcache.events import log
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.capture import refusal_of
 from graphcache.graphs.stream_order import own_stream
-from graphcache.keys.call_key import KeyedCall, describe, function_modes, substitute
+from graphcache.keys.call_key import KeyedCall, describe, function_modes
 
 PENDING = Cause(Reason.PENDING)
 MAX_WAITING = 32
@@ -66,16 +66,16 @@ class CaptureQueue:
                 snapshot.done.wait()
 
     def capture(self, call: KeyedCall, record: Callable[[CaptureRequest], Recording | Cause]) -> Cause | None:
-        """Have a call captured by ``record``, unless it is pending. The lock of the module is held.
-
-        Returns why the call runs eagerly meanwhile; ``None`` if it cannot be copied.
-        """
+        """Have a call captured by ``record``, unless it is pending; it returns what :meth:`submit` does."""
         if self.is_pending(call.key):
             return PENDING
         return self.submit(call, partial(self._capture, record))
 
     def submit(self, call: KeyedCall, job: Callable[[CallSnapshot], object]) -> Cause | None:
-        """Call ``job`` later with a snapshot of a call, which is cancelled if too much waits; returns as above."""
+        """Call ``job`` later with a snapshot of a call, which is cancelled if too much waits.
+
+        Returns why the call runs eagerly meanwhile; ``None`` if it cannot be copied.
+        """
         snapshot = CallSnapshot(call)
         if not snapshot.is_alike:
             return None
@@ -113,23 +113,21 @@ class CaptureQueue:
                 # The module refuses such arguments; whoever gives them again will see it.
                 outcome = refusal_of(error, captures.ledger.name).cause
             seconds = time.perf_counter() - start
-            while not captures.lock.acquire(timeout=_CANCEL_POLL_SECONDS):
+            while not (locked := captures.lock.acquire(timeout=_CANCEL_POLL_SECONDS)) and not snapshot.cancelled:
                 # Whoever cancels may hold the lock until this ends.
-                if snapshot.cancelled:
-                    break
-            else:
-                try:
-                    stale = captures.target.guard.is_stale(call.key.grad is not False)
-                    if not (snapshot.cancelled or captures.closed or stale):
-                        span.done = captures.keep(call, outcome, seconds, room) is None
-                        return
-                    if isinstance(outcome, Cause) and not snapshot.cancelled:
-                        # Otherwise every further call would be captured in vain, and with it its effects repeated.
-                        captures.deny(call.key, outcome)
-                finally:
+                pass
+            try:
+                stale = captures.target.guard.is_stale(call.key.grad is not False)
+                if locked and not (snapshot.cancelled or captures.closed or stale):
+                    span.done = captures.keep(call, outcome, seconds, room) is None
+                elif isinstance(outcome, Recording):
+                    outcome.close()
+                elif not snapshot.cancelled:
+                    # Otherwise every further call would be captured in vain, and with it its effects repeated.
+                    captures.deny(call.key, outcome)
+            finally:
+                if locked:
                     captures.lock.release()
-            if isinstance(outcome, Recording):
-                outcome.close()
 
 
 class CallSnapshot:
@@ -137,7 +135,7 @@ class CallSnapshot:
 
     def __init__(self, call: KeyedCall) -> None:
         tensors = static_copies(call.tensors)
-        args, kwargs = substitute(call.args, call.kwargs, tensors)
+        args, kwargs = call.key.arguments(tensors)
         own = describe(args, kwargs).key
         self.call = KeyedCall(call.key, tensors, args, kwargs)
         """The same call on the copies."""
@@ -169,32 +167,22 @@ class CallSnapshot:
 
     def _run(self, function: Callable[[], Any]) -> Any:
         inference, grad = self._modes
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), ExitStack() as stack:
             for kind, enabled, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
-            if self._index is not None:
-                stack.enter_context(_background_stream(self._index, self._copied))
-            return function()
-
-
-@contextmanager
-def _background_stream(index: int, copied: Any) -> Iterator[None]:
-    stream = own_stream(index, "background")
-    with torch.cuda.device(index), torch.cuda.stream(stream):
-        stream.wait_event(copied)
-        yield
-        # What was copied belongs to the caller's stream, which does not know of this one.
-        stream.synchronize()
-
-
-Job = Callable[[bool], object]
-"""Called with ``True`` when its turn has come, or with ``False`` if it is dropped."""
+            if self._index is None:
+                return function()
+            stream = own_stream(self._index, "background")
+            with torch.cuda.device(self._index), torch.cuda.stream(stream):
+                stream.wait_event(self._copied)
+                answer = function()
+                # What was copied belongs to the caller's stream, which does not know of this one.
+                stream.synchronize()
+                return answer
 
 
 class _WorkerThread(threading.Thread):
-    """The thread of a worker."""
+    pass
 
 
 class Worker:
@@ -205,13 +193,13 @@ class Worker:
 
     def __init__(self, name: str, most: int = MAX_WAITING) -> None:
         self._name = name
-        self._jobs: queue.Queue[tuple[Job, Callable[[], int]] | None] = queue.Queue(most)
+        self._jobs: queue.Queue[tuple[Callable[[bool], object], Callable[[], int]] | None] = queue.Queue(most)
         self._hurry = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Job, answered: Callable[[], int]) -> None:
-        """Do a job later, or drop it if too many wait.
+    def submit(self, job: Callable[[bool], object], answered: Callable[[], int]) -> None:
+        """Call ``job(True)`` later, or ``job(False)`` if it is dropped, because too many wait or at the end.
 
         The next job waits until :data:`CALLS_BETWEEN` calls were answered after this one, as ``answered`` counts them,
         or a while.
@@ -243,22 +231,20 @@ class Worker:
     def _work(self) -> None:
         self._hurry.clear()
         while (next_one := self._jobs.get()) is not None:
-            answered, start = next_one[1], time.perf_counter()
+            job, answered = next_one
+            start = time.perf_counter()
             try:
-                next_one[0](True)
+                job(True)
             except Exception:
                 log.exception("a job of %s failed", self._name)
             # It holds tensors, which must not wait for the next one.
-            del next_one
-            self._rest(answered, time.perf_counter() - start)
+            del job, next_one
+            # Calls go on undisturbed, so that few of them meet a capture; not while somebody waits for the end.
+            now = time.perf_counter()
+            until, enough = now + min(_REST * (now - start), _MAX_REST_SECONDS), answered() + CALLS_BETWEEN
+            while answered() < enough and time.perf_counter() < until and not self._hurry.wait(_REST_POLL_SECONDS):
+                pass
             del answered
-
-    def _rest(self, answered: Callable[[], int], seconds: float) -> None:
-        """Let calls go on undisturbed, so that few of them meet a capture; not while somebody waits for the end."""
-        until = time.perf_counter() + min(_REST * seconds, _MAX_REST_SECONDS)
-        enough = answered() + CALLS_BETWEEN
-        while answered() < enough and time.perf_counter() < until and not self._hurry.wait(_REST_POLL_SECONDS):
-            pass
 
 
 def worker_of(device: object) -> Worker:

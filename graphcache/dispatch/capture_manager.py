@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from graphcache.cache.admission import Admission
 from graphcache.cache.churn import WINDOW, advice
-from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, budget_of
+from graphcache.cache.graph_cache import Entry, GraphCache, Reservation, budget_of, weakly
 from graphcache.cache.key_table import KeyTable
 from graphcache.capture.recording import CaptureRequest, Recording
 from graphcache.capture.run_gate import RunGate
@@ -44,18 +43,11 @@ class CaptureManager:
         self.gate = gate
         self.lock = QuietLock()
         """Held while a call is captured, and by whoever drops graphs."""
-        # Held weakly: graphs go with a module that nobody holds, without a wait for the collector of cycles.
-        method = weakref.WeakMethod(self._evicted)
-
-        def evicted(key: Hashable, entry: Entry[Recording]) -> None:
-            if (tell := method()) is not None:
-                tell(key, entry)
-
         # A share of the device's memory is known when the first capture has told which device it is.
         max_bytes = None if config.max_bytes == "auto" else config.max_bytes
-        self.graphs: GraphCache[Recording] = GraphCache(
-            max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=evicted
-        )
+        # Weakly: graphs go with a module that nobody holds, without a wait for the collector of cycles.
+        evicted = weakly(self._evicted)
+        self.graphs = GraphCache[Recording](max_graphs=config.max_graphs, max_bytes=max_bytes, on_evict=evicted)
         self.keys = KeyTable(self.graphs.entries)
         """What is known of every key: its calls, denial and costs."""
         self.admission = Admission(config.capture, self.graphs, self.keys)

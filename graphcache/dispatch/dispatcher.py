@@ -15,17 +15,7 @@ A call of a wrapped module goes through these functions, from top to bottom::
             CaptureManager.capture   now: reserve bytes, record, verify, insert; or deny the key (capture_manager.py)
             CaptureQueue.capture     later: answer eagerly, record a copy of the call in another thread (background.py)
 
-Who decides what:
-
-* A *key* says that two calls run the same operations on the same layouts. It holds structure, shapes, strides, dtypes,
-  devices, constants, grad and inference mode, and the settings of PyTorch (``keys/call_key.py``).
-* A *guard* says that the module is still what it was when a graph was made: an engine by its epoch, any other module
-  by everything that a call can reach (``keys/guards.py``). On CUDA it is asked after the launch, while the device
-  works; what a stale graph wrote is dropped. A call that writes into the caller's tensors asks before.
-* *Effects* (``capture/effects.py``): the first run of a key is observed, for the caller. Only a call that is a function
-  of its tensors is recorded.
-* *Verification* (``graphs/verify.py``): a new graph has to give the eager answers.
-* A *denial* remembers why a key has no graph, and when to try again.
+``docs/architecture.md`` tells what keys, guards, effects, verification and denials are.
 
 Locks: ``CaptureManager.lock`` is held while a call is captured, and by whoever drops graphs. Calls of other threads
 that would have to wait for it run eagerly (``pending``). A hit takes no lock but that of the graph's order. Subscribers
@@ -99,8 +89,7 @@ class Dispatcher:
             return self._undescribed(refusal.cause, KeyedCall(NO_KEY, (), args, kwargs))
         with self.on_device(call):
             entry = self.entry_of(call)
-            answer = STALE if entry is None else self.replay(entry, call)
-            if answer is STALE or entry is None:
+            if entry is None or (answer := self.replay(entry, call)) is STALE:
                 return self.miss(call)
             self.fast_path.remember(call, entry)
             return answer
@@ -112,8 +101,7 @@ class Dispatcher:
         except Refusal:
             return False
         with self.on_device(call):
-            entry = self.entry_of(call)
-            if entry is None:
+            if (entry := self.entry_of(call)) is None:
                 return False
             targets = targets_of(out, entry.graph, self.target.graph_inputs(call.tensors))
             if targets is None or self.replay(entry, call, targets) is STALE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import le
 from typing import Any
 
 import torch
@@ -52,16 +53,13 @@ def copy_into(out: Any, answer: Any, name: str) -> None:
 def _check(target: Any, leaf: Any, where: str, name: str) -> None:
     """Raise unless an answer can be written into a tensor."""
     if not isinstance(leaf, Tensor):
-        raise OutputMismatchError(
-            f"{name} answers {type(leaf).__name__} in the place of {where}; forward_into takes tensors alone: call the "
-            f"module itself"
-        )
+        found = f"{name} answers {type(leaf).__name__} in the place of {where}"
+        raise OutputMismatchError(f"{found}; forward_into takes tensors alone: call the module itself")
     if not isinstance(target, Tensor):
         raise OutputMismatchError(f"{where} is of type {type(target).__name__}; expected a torch.Tensor")
     if any(getattr(target, each) != getattr(leaf, each) for each in ("shape", "dtype", "device", "layout")):
-        raise OutputMismatchError(
-            f"{where} is {_text(target)}; {name} answers {_text(leaf)}, and nothing is cast or moved"
-        )
+        text = f"{where} is {_text(target)}; {name} answers {_text(leaf)}, and nothing is cast or moved"
+        raise OutputMismatchError(text)
     if target.requires_grad:
         raise OutputMismatchError(f"{where} requires gradients, which no answer is written into; give .detach()")
     end = target.storage_offset() * target.element_size() + extent_of(target) if _has_address(target) else 0
@@ -94,31 +92,19 @@ def overlap(tensors: Sequence[Tensor]) -> bool:
         >>> overlap([whole[:, :2], whole[:, 2:]]), overlap([whole[0], whole]), overlap([torch.zeros(1).expand(4)])
         (False, True, True)
     """
-    dense = [(str(each.device), each.data_ptr(), each) for each in tensors if _has_address(each) and each.numel()]
-    groups: list[list[Tensor]] = []
-    end = ("", 0)
-    for device, first, tensor in sorted(dense, key=lambda each: each[:2]):
-        if (device, first) >= end:
-            groups.append([])
-        groups[-1].append(tensor)
-        end = max(end, (device, first + extent_of(tensor)))
-    return any(map(_collide, groups))
-
-
-def _collide(tensors: list[Tensor]) -> bool:
-    """Whether two elements share memory, among tensors whose memory begins within that of the ones before."""
-    if len(tensors) == 1 and packed(tensors[0]) is tensors[0]:
+    dense = sorted((each for each in tensors if _has_address(each) and each.numel()), key=Tensor.data_ptr)
+    starts = [each.data_ptr() for each in dense]
+    ends = [start + extent_of(each) for start, each in zip(starts, dense, strict=True)]
+    if all(packed(each) is each for each in dense) and all(map(le, ends, starts[1:])):
         return False
-    start = tensors[0].data_ptr()
-    unit = math.gcd(*(value for each in tensors for value in (each.data_ptr() - start, each.element_size())))
-    taken = torch.zeros(max(each.data_ptr() + extent_of(each) - start for each in tensors) // unit, dtype=torch.bool)
-    count = 0
-    for each in tensors:
+    # Element by element, each as often as the smallest step between two of them goes into it.
+    unit = math.gcd(*(start - starts[0] for start in starts), *(each.element_size() for each in dense))
+    found = []
+    for start, end, each in zip(starts, ends, dense, strict=True):
         wide = each.element_size() // unit
         shape, strides = (*each.shape, wide), (*(stride * wide for stride in each.stride()), 1)
-        taken.as_strided(shape, strides, (each.data_ptr() - start) // unit).fill_(True)
-        count += each.numel() * wide
-    return int(taken.sum()) < count
+        found.append(torch.arange(start // unit, end // unit).as_strided(shape, strides).flatten())
+    return not bool(torch.cat(found).sort().values.diff().all())
 
 
 def _has_address(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ Two calls with equal keys run the same operations on tensors of the same layout,
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from enum import EnumType
 from operator import call
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
     range: lambda value: (value.start, value.stop, value.step),
 }
 """Constants made of other constants: their type given these is the constant again."""
+_NO_TENSORS: Iterator[Any] = iter(())
 
 
 class CallKey(NamedTuple):
@@ -62,6 +63,12 @@ class CallKey(NamedTuple):
     kwargs: tuple[tuple[str, Part], ...]
     host_values: tuple[Hashable, ...] = ()
     """For each input that an engine reads on the host, its values."""
+
+    def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of this key, in new containers, with these tensors in the order of :func:`describe`."""
+        remaining = iter(tensors)
+        args = tuple([value_of(part, remaining) for part in self.args])
+        return args, {name: value_of(part, remaining) for name, part in self.kwargs}
 
 
 NO_KEY = CallKey(grad=False, inference=False, autocast=(), settings=None, repeats=(), args=(), kwargs=())
@@ -118,13 +125,6 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
     return KeyedCall(key, tensors, args, kwargs)
 
 
-def substitute(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[str, Any]]:
-    """The same arguments in new containers, with other tensors where :func:`describe` found tensors, in its order."""
-    remaining = iter(tensors)
-    new_args = tuple([_replace(value, remaining) for value in args])
-    return new_args, {name: _replace(value, remaining) for name, value in kwargs.items()}
-
-
 def item_ends(kind: Any, names: Any, count: int) -> list[str]:
     """What follows the path of a container in the paths of its items; ``names`` are a dictionary's keys."""
     if kind is dict:
@@ -171,7 +171,8 @@ class _Reader:
         items, context = node.flatten_fn(value)
         if hasattr(value, "__dict__") and not is_rebuilt(value, node.unflatten_fn(items, context)):
             raise Refusal(Reason.ARGUMENT, where, f"pytree leaves out a part of a {kind.__qualname__}")
-        about = None if context is None or context is kind else self._constant(context, f"the keys of {where}", depth)
+        named = context is None or is_named_tuple(kind)
+        about = None if named else self._constant(context, f"the keys of {where}", depth)
         ends = item_ends(kind, context, len(items))
         return kind, about, *[self.part(item, where + end, depth + 1) for end, item in zip(ends, items, strict=True)]
 
@@ -193,7 +194,7 @@ class _Reader:
         return *part, conjugate, negative, about
 
     def _constant(self, value: Any, where: str, depth: int) -> Part:
-        """What :func:`substitute` does not look into, so that no tensor may be there."""
+        """A part that :meth:`CallKey.arguments` makes without tensors, so that none may be there."""
         count = len(self.tensors)
         part = self.part(value, where, depth + 1)
         if len(self.tensors) > count:
@@ -216,14 +217,25 @@ def node_of(kind: type) -> Any:
     return pytree.SUPPORTED_NODES.get(namedtuple if is_named_tuple(kind) else kind)  # type: ignore[arg-type]
 
 
-def _replace(value: Any, tensors: Any) -> Any:
-    kind = type(value)
-    if kind is Tensor or kind is torch.nn.Parameter:
+def value_of(part: Part, tensors: Iterator[Any] = _NO_TENSORS) -> Any:
+    """The argument behind a part, with the next of ``tensors`` where a tensor was."""
+    kind, *rest = part
+    if type(kind) is torch.dtype:
         return next(tensors)
-    if kind in OPEN_CONSTANTS or (node := node_of(kind)) is None:
-        return value
-    items, context = node.flatten_fn(value)
-    return node.unflatten_fn([_replace(item, tensors) for item in items], context)
+    if kind is float:
+        return float.fromhex(*rest)
+    if kind is complex:
+        return complex(*map(float.fromhex, rest))
+    if kind in CONSTANTS or kind is type:
+        return rest[0]
+    if isinstance(kind, EnumType):
+        return kind[rest[0]] if rest[0] else kind(rest[1])
+    if kind in OPEN_CONSTANTS:
+        found = map(value_of, rest)
+        return torch.Size(found) if kind is torch.Size else kind(*found)
+    about, *parts = rest
+    context = kind if is_named_tuple(kind) else None if about is None else value_of(about)
+    return node_of(kind).unflatten_fn([value_of(each, tensors) for each in parts], context)
 
 
 def _repeats(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 
 from graphcache.errors import shown
 from graphcache.keys import call_key
-from graphcache.keys.call_key import CONSTANTS, OPEN_CONSTANTS, CallKey, Part, describe, is_named_tuple, node_of
+from graphcache.keys.call_key import OPEN_CONSTANTS, CallKey, Part, describe, is_named_tuple, node_of, value_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,6 @@ class CallSpec:
         return [found for name, part in (*args, *self.key.kwargs) for found in _walk(part, name)]
 
 
-_NO_TENSORS: Iterator[Any] = iter(())
-
-
 def _walk(part: Part, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]:
     kind, *rest = part
     if type(kind) is torch.dtype:
@@ -168,28 +165,6 @@ def _walk(part: Part, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]
         yield path, f"{kind.__name__} of {len(items)}{'' if told else f' with {shown(context)}'}", bool(items)
         for end, item in zip(call_key.item_ends(kind, context, len(items)), items, strict=True):
             yield from _walk(item, path + end)
-
-
-def value_of(part: Part, tensors: Iterator[Any] = _NO_TENSORS) -> Any:
-    """The argument behind a part of a key, with the next of ``tensors`` where a tensor was."""
-    kind, *rest = part
-    if type(kind) is torch.dtype:
-        return next(tensors)
-    if kind is float:
-        return float.fromhex(*rest)
-    if kind is complex:
-        return complex(*map(float.fromhex, rest))
-    if kind in CONSTANTS or kind is type:
-        return rest[0]
-    if isinstance(kind, EnumType):
-        return kind[rest[0]] if rest[0] else kind(rest[1])
-    if kind in OPEN_CONSTANTS:
-        found = map(value_of, rest)
-        return torch.Size(found) if kind is torch.Size else kind(*found)
-    about, *parts = rest
-    context = None if about is None else value_of(about)
-    items = [value_of(each, tensors) for each in parts]
-    return node_of(kind).unflatten_fn(items, kind if is_named_tuple(kind) else context)
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

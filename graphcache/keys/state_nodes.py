@@ -31,6 +31,8 @@ _REPLACED = frozenset({"forward", "__getstate__"})
 _BUILT_IN = {collections.defaultdict: ("default_factory",), functools.partial: ("func", "args", "keywords")}
 """What objects of the standard library hold as in slots."""
 
+ITEMS = (list, collections.deque, set, frozenset)
+
 State = tuple[Sequence[Any], Sequence[Any]]
 """Names and values."""
 
@@ -57,9 +59,7 @@ class StateNode:
     """What is said of changes, with their names, for a kind whose places have no path of their own."""
 
     def __init__(self, parent: StateNode | None, key: str, target: Any, places: Any = ()) -> None:
-        self.parent = parent
-        self.key = key
-        self.target = target
+        self.parent, self.key, self.target = parent, key, target
         self.places = places
         """Which of its places are looked at, for some kinds."""
         self.renew()
@@ -124,7 +124,7 @@ class TableNode(StateNode):
         return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
 
     def differs(self) -> bool:
-        # As in every other node, but without copies: most tables of a module are empty.
+        # Without copies: most tables of a module are empty.
         names, values = self.state
         if dict.__len__(self.target) != len(names):
             return True
@@ -142,7 +142,7 @@ class AttributesNode(TableNode):
     """The ``__dict__`` of an object, or the parameters, buffers or submodules of a module."""
 
     def end(self, name: Any) -> str:
-        # The tables of a module are no level of their own.
+        # No level of its own.
         if name in ("_modules", "_parameters", "_buffers"):
             return ""
         return f"[{name}]" if str(name).isdigit() else f".{name}"
@@ -151,7 +151,7 @@ class AttributesNode(TableNode):
         names, values = super().read()
         if not any(name in self.target and _stands_in(self.target[name]) for name in _REPLACED):
             return names, values
-        # For as long as a call of a wrapped module is under way, perhaps in another thread.
+        # A call of a wrapped module is under way, perhaps in another thread.
         found = dict(zip(names, values, strict=True))
         for name in _REPLACED & found.keys():
             value = found.pop(name)
@@ -194,9 +194,8 @@ class ClassNode(StateNode):
         return pairs({name: value for name, value in vars(self.target).items() if name not in _IGNORED_CLASS_NAMES})
 
     def guard(self, native: Any) -> None:
-        # All of it is compared, so that a new name is noticed.
-        table = table_of(self.target)
-        found = pairs(table)
+        # All names are compared, so that a new one is noticed.
+        found = pairs(table := table_of(self.target))
         if self.differs():
             raise ValueError
         native.add_dict(table, *found)
@@ -207,8 +206,7 @@ class ItemsNode(StateNode):
 
     def read(self) -> State:
         # Past a subclass's own __iter__, which may have effects.
-        kinds: tuple[Any, ...] = (list, collections.deque, set, frozenset)
-        kind = next((kind for kind in kinds if issubclass(type(self.target), kind)), None)
+        kind: Any = next((kind for kind in ITEMS if issubclass(type(self.target), kind)), None)
         items = tuple(self.target.ravel().tolist() if kind is None else kind.__iter__(self.target))
         return range(len(items)), items
 
@@ -264,18 +262,16 @@ class CellNode(StateNode):
         native.add_cell(self.target, *_present(*self.state[1]))
 
 
-class ThreadLocalNode(StateNode):
-    """What the current thread sees of a ``threading.local``."""
+class ShownNode(StateNode):
+    """What a function, ``places``, shows of an object now: the ends of paths, and the values there."""
+
+    is_alike = staticmethod(same)
 
     def read(self) -> State:
-        return pairs(self.target.__dict__)
+        return pairs(self.places(self.target))
 
-
-class VariableNode(StateNode):
-    """A context variable, as the current context has it."""
-
-    def read(self) -> State:
-        return ("get()",), (self.target.get(MISSING),)
+    def end(self, name: Any) -> str:
+        return str(name)
 
 
 class GradientFlagsNode(StateNode):

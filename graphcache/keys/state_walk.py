@@ -26,8 +26,8 @@ from graphcache.keys import state_nodes as nodes
 from graphcache.keys import user_code
 from graphcache.keys.state_nodes import StateNode, TensorNode
 from graphcache.keys.user_code import is_library
-from graphcache.keys.value_nodes import ArrayNode, HiddenNode, ScriptNode, array_state, hidden_state
-from graphcache.keys.values import BUILTIN_METHODS, Unobservable, is_plain
+from graphcache.keys.value_nodes import ArrayNode, HiddenNode, array_state, hidden_state, script_state
+from graphcache.keys.values import BUILTIN_METHODS, MISSING, Unobservable, is_plain
 
 MAX_CONTAINERS = 50_000
 """A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
@@ -45,7 +45,6 @@ _MACHINERY = (
 )
 """Base classes of what runs and logs, whose own state is none of the module's."""
 _MACHINERY_PACKAGES = ("concurrent", "multiprocessing", "logging", "tokenizers")
-_ITEMS = (list, set, frozenset, collections.deque)
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
@@ -127,7 +126,7 @@ class StateWalk:
             self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
             if kind is collections.defaultdict:
                 self._follow(nodes.ObjectNode(parent, key, value, nodes.slots_of(kind)))
-        elif kind in _ITEMS:
+        elif kind in nodes.ITEMS:
             self._follow(nodes.ItemsNode(parent, key, value))
         elif (parts := _behind(value)) is not None:
             self._entries += len(parts)
@@ -149,9 +148,9 @@ class StateWalk:
         elif kind is types.CellType:
             self._follow(nodes.CellNode(parent, key, value))
         elif kind is contextvars.ContextVar:
-            self._follow(nodes.VariableNode(parent, key, value))
+            self._follow(nodes.ShownNode(parent, key, value, lambda variable: {".get()": variable.get(MISSING)}))
         elif issubclass(kind, threading.local):
-            self._follow(nodes.ThreadLocalNode(parent, key, value))
+            self._follow(nodes.ShownNode(parent, key, value, _of_this_thread))
         elif issubclass(kind, _MACHINERY) or str(kind.__module__).partition(".")[0] in _MACHINERY_PACKAGES:
             self._machinery(parent, key, value)
         elif self._skips is not None and self._skips(value):
@@ -180,7 +179,7 @@ class StateWalk:
         kind = type(value)
         if issubclass(kind, dict):
             self._follow(nodes.TableNode(parent, key, value))
-        elif issubclass(kind, _ITEMS):
+        elif issubclass(kind, nodes.ITEMS):
             self._follow(nodes.ItemsNode(parent, key, value))
         elif issubclass(kind, tuple):
             self._stack += [(parent, key + end, item) for end, item in _items(value)]
@@ -190,7 +189,7 @@ class StateWalk:
             for name in value._c._method_names():
                 # It becomes an attribute when it is first asked for.
                 getattr(value, name, None)
-            self._follow(ScriptNode(parent, key, value))
+            self._follow(nodes.ShownNode(parent, key, value, script_state))
             self._stack += [(parent, f"{key}.{name}", child) for name, child in value.named_children()]
         elif issubclass(kind, parametrize.ParametrizationList):
             # The weights that torch.nn.utils.parametrize.cached() keeps.
@@ -351,6 +350,10 @@ def _behind(value: Any) -> list[tuple[str, Any]] | None:
             return [("", value.__reduce_ex__.__self__)]
         return []
     return None
+
+
+def _of_this_thread(local: threading.local) -> dict[str, Any]:
+    return {f".{name}": value for name, value in local.__dict__.items()}
 
 
 def _items(value: tuple[Any, ...]) -> list[tuple[str, Any]]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from graphcache.keys.state_nodes import Change, State, StateNode, pairs
-from graphcache.keys.values import SHOWN, Unobservable, draws_randomness, same
+from graphcache.keys.state_nodes import Change, State, StateNode
+from graphcache.keys.values import SHOWN, Unobservable, draws_randomness
 
 _MEMORY_FILES = (io.BytesIO, io.StringIO)
 """Files whose contents are in the process."""
@@ -66,18 +66,6 @@ class HiddenNode(StateNode):
 
     def changes(self, now: State) -> list[Change]:
         return [change._replace(is_random=draws_randomness(self.target)) for change in super().changes(now)]
-
-
-class ScriptNode(StateNode):
-    """A TorchScript module: what C++ holds of it, and makes a new object of whenever it is asked."""
-
-    is_alike = staticmethod(same)
-
-    def read(self) -> State:
-        return pairs(script_state(self.target))
-
-    def end(self, name: Any) -> str:
-        return str(name)
 
 
 def array_state(value: Any) -> tuple[Any, ...] | None:

@@ -15,7 +15,7 @@ from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Reason, Refusal
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.capture import compiled_runs_eagerly
-from graphcache.keys.call_key import describe, substitute
+from graphcache.keys.call_key import describe
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.values import Unobservable
@@ -64,8 +64,9 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
     if not is_available():
         raise ConfigError("a profiler uses sys.setprofile, which find_capture_breaks needs; stop the profiler first")
     try:
-        inputs: Sequence[Tensor] = _copies(describe(args, kwargs).tensors)
-        args, kwargs = substitute(args, kwargs, inputs)
+        key, tensors, *_ = describe(args, kwargs)
+        inputs: Sequence[Tensor] = _copies(tensors)
+        args, kwargs = key.arguments(inputs)
     except Refusal:
         # An argument cannot be copied; the call gets what was given.
         inputs = tensors_in((args, kwargs))

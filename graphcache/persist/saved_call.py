@@ -11,7 +11,7 @@ import torch
 
 from graphcache.errors import Refusal, shown
 from graphcache.keys.call_key import CallKey, describe
-from graphcache.keys.call_spec import CallSpec, TensorSpec, value_of
+from graphcache.keys.call_spec import CallSpec, TensorSpec
 
 MAX_TEXT = 64 * 1024
 """Characters of one call in a file."""
@@ -106,9 +106,7 @@ def _arguments(
     made: list[torch.Tensor] = []
     for first, each in zip(_places(spec), spec.tensors, strict=True):
         made.append(made[first] if first < len(made) else _zeros(each, device_for(each.device)))
-    remaining = iter(made)
-    args = tuple([value_of(part, remaining) for part in spec.key.args])
-    return args, {name: value_of(part, remaining) for name, part in spec.key.kwargs}
+    return spec.key.arguments(made)
 
 
 def _places(spec: CallSpec) -> Sequence[int]:

@@ -558,7 +558,7 @@ class AnyOrder(RuleBasedStateMachine):
             return
         admission, cache = self.served.admission, self.served.cache
         account = admission.account()
-        assert all(math.isfinite(seconds) for seconds in account)
+        assert all(math.isfinite(seconds) for seconds in vars(account).values())
         for key, entry in cache.entries.items():
             assert math.isfinite(cache.rank(key, entry))
             assert self.served.known(key)[1] >= entry.hits

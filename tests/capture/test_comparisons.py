@@ -64,9 +64,9 @@ NODES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "ClassNode": (changing.counts, ("class",)),
     "ItemsNode": (changing.counts, ("attribute", "list")),
     "CellNode": (changing.counts, ("attribute", "closure")),
-    "VariableNode": (actions.reads_a_number, ("attribute", "context variable")),
+    "ShownNode of a context variable": (actions.reads_a_number, ("attribute", "context variable")),
     "ArrayNode": (changing.counts, ("attribute", "NumPy array")),
-    "ThreadLocalNode": (changing.counts, ("attribute", "thread local")),
+    "ShownNode of a thread": (changing.counts, ("attribute", "thread local")),
     "HiddenNode of a cache": (actions.calls_a_cached_function, ("attribute",)),
     "HiddenNode of an iterator": (changing.advances_an_iterator, ("attribute",)),
     "ObjectNode": (reads_a_class, ("attribute",)),
@@ -84,7 +84,7 @@ FOLLOWED: dict[str, tuple[Make, tuple[str, ...]]] = {
     "ItemsNode": (changing.counts, ("attribute", "list")),
     "TableNode": (changing.counts, ("attribute", "dict")),
     "ObjectNode": (changing.counts, ("attribute", "slots")),
-    "ThreadLocalNode": (changing.counts, ("attribute", "thread local")),
+    "ShownNode": (changing.counts, ("attribute", "thread local")),
 }
 """Kinds of nodes whose places are followed."""
 STEPS: dict[str, tuple[Make, tuple[str, ...]]] = {

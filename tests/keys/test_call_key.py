@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphcache.errors import Reason, Refusal
-from graphcache.keys.call_key import CallKey, describe, substitute
+from graphcache.keys.call_key import CallKey, describe
 from tests.helpers import constants, structures, tensors
 
 Point = namedtuple("Point", "x y")
@@ -85,13 +85,13 @@ def test_the_short_way_for_plain_tensors_tells_apart_what_the_long_way_does(give
 
 
 @given(arguments)
-def test_what_substitute_puts_in_describe_finds_again_and_containers_are_new(value):
-    _, found, *_ = describe((value,), {"k": value})
+def test_the_arguments_of_a_key_have_that_key_again_and_containers_are_new(value):
+    key, found, *_ = describe((value,), {"k": value})
     fresh = [torch.full((), index) for index in range(len(found))]
-    args, kwargs = substitute((value,), {"k": value}, fresh)
+    args, kwargs = key.arguments(fresh)
     _, again, *_ = describe(args, kwargs)
     assert all(one is other for one, other in zip(again, fresh, strict=True))
-    back, _ = substitute(args, kwargs, found)
+    back, _ = key.arguments(found)
     assert exactly(back[0]) == exactly(value)
     if isinstance(value, (list, dict)):
         assert args[0] is not value
@@ -252,16 +252,16 @@ def test_a_named_tuple_is_walked_like_a_tuple_and_stays_one():
     x = torch.zeros(1)
     assert signature(Point(x, 1)) == signature(Point(x, 1)) != signature((x, 1))
     assert signature(Point(x, 1)) != signature(Point(1, x))
-    ((point,), _) = substitute((Point(x, 1),), {}, [torch.ones(1)])
+    ((point,), _) = describe((Point(x, 1),), {}).key.arguments([torch.ones(1)])
     assert isinstance(point, Point)
     assert point == (torch.ones(1), 1)
 
 
 def test_registered_nodes_keep_their_class_and_context():
     pair = Pair(torch.zeros(1), [torch.zeros(2), 3], "note")
-    _, found, *_ = describe((pair,), {})
+    key, found, *_ = describe((pair,), {})
     assert [tensor.shape for tensor in found] == [(1,), (2,)]
-    ((again,), _) = substitute((pair,), {}, [torch.ones(1), torch.ones(2)])
+    ((again,), _) = key.arguments([torch.ones(1), torch.ones(2)])
     assert (type(again), again.note, again.right[1]) == (Pair, "note", 3)
     assert again.left.item() == 1
 
