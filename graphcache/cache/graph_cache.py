@@ -116,7 +116,7 @@ class GraphCache(Generic[G]):
         With ``graphs=0`` only bytes are wanted, and no place among ``max_graphs``. Nothing goes, and no lock is taken.
         """
         items = list(self.entries.items())
-        held = self.nbytes + sum(each.nbytes for each in list(self.reservations))
+        held = self.open_nbytes + self.shared + sum(each.nbytes for each in list(self.reservations))
         surplus = len(items) + graphs - self.max_graphs
         excess = 0 if self.max_bytes is None else held + nbytes - self.max_bytes
         if surplus <= 0 and excess <= 0:
@@ -141,7 +141,8 @@ class GraphCache(Generic[G]):
         """
         entry = Entry(graph)
         try:
-            self.evict(key)
+            if key in self.entries:
+                self.evict(key)
             with _lock:
                 if reservation is not None:
                     self.reservations.discard(reservation)
@@ -151,7 +152,8 @@ class GraphCache(Generic[G]):
                     leaving.append((self, key, self.entries.pop(key)))
                 self.entries[key] = entry
                 self.open_nbytes += entry.nbytes
-            _close(leaving, wait=False)
+            if leaving:
+                _close(leaving, wait=False)
         except BaseException:
             if not self.evict(key, only=entry):
                 graph.close()
@@ -259,7 +261,8 @@ class Reservation:
             self.nbytes, self.leaving = nbytes, sum(entry.nbytes for _, _, entry in leaving)
             self._cache.reservations.add(self)
         try:
-            _close(leaving, wait=True, reservation=self)
+            if leaving:
+                _close(leaving, wait=True, reservation=self)
         except BaseException:
             self.release()
             raise

@@ -41,10 +41,9 @@ class Denial:
     """Why a key has no graph: the cause, the guard's version, how often it was denied, and calls since the last time.
 
     What lies in the module (a host read, a layer that forbids capture) is denied until the state of the module changes.
-    An effect of the call (it counts, fills a table) is looked for again at the next call, then after 2, 4, 8 calls and
-    so on: lazy tables and caches are filled by the first calls. So is a module that changes soon after its captures
-    (``unsettled``). What may pass (no memory, no room, a failed capture) is tried again after 16 calls, then 32, 64 and
-    so on.
+    An effect of the call, which may be the filling of a lazy table, is looked for again at the next call, then after 2,
+    4, 8 calls and so on. So is a module that changes soon after its captures (``unsettled``). What may pass (no memory, no
+    room, a failed capture) is tried again after 16 calls, then 32, 64 and on.
     """
 
     cause: Cause
@@ -79,7 +78,6 @@ class Estimate:
         return self.value if self.count else None
 
     def add(self, seconds: float) -> None:
-        """Take a measurement into account."""
         if self.count < 2:
             self.value = min(self.value, seconds) if self.count else seconds
         elif 2.0 * seconds < self.value:
@@ -96,7 +94,7 @@ class KeyState:
     """What is known of one key; what follows the denial is kept by the admission policy."""
 
     born: float
-    """When it was noted, by the time of the policy."""
+    """When it was noted, by :attr:`KeyTable.now`."""
     misses: int = 0
     """Calls that no graph of the key has answered, less the hits that answered padded calls of other keys."""
     denial: Denial | None = None
@@ -130,7 +128,6 @@ class Mean:
     count: int = 0
 
     def add(self, figure: float) -> None:
-        """Take a figure into account."""
         self.count += 1
         self.value += (figure - self.value) / min(self.count, MEMORY)
 
@@ -162,15 +159,12 @@ class KeyTable:
         return state
 
     def known(self) -> list[Any]:
-        """The keys that are remembered, the longest unused first."""
+        """The keys, the longest unused first."""
         with self.lock:
             return list(self.states)
 
     def note(self, key: Hashable, count: int = 1) -> None:
-        """Count a call that no graph of its key has answered so far.
-
-        ``count`` is -1 for a hit that answered a padded call, which was noted under its own key.
-        """
+        """Count a call that no graph of its key has answered; -1 for a hit that answered a padded call of another."""
         with self.lock:
             self.used(key).misses += count
 

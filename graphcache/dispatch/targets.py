@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,25 +25,26 @@ class EngineGuard:
     The engine clears ``user``, who holds the graphs, before a change that no graph may survive.
     """
 
+    version = 0
+    """Stays as it is: the graphs of an engine that has changed are dropped."""
+
     def __init__(self, engine: EngineLike, user: object) -> None:
         self._engine = engine
         self._user = weakref.ref(user)
-        self.version = 0
-        """Stays as it is: the graphs of an engine that has changed are dropped."""
         self.renew()
 
     def renew(self) -> None:
         """Take the engine as it is now."""
         if (user := self._user()) is not None:
             self._engine.users.add(user)
-        self.epoch = self._engine.epoch
+        self.epoch: int = self._engine.epoch
         """That of the engine when the graphs that are kept now were captured."""
 
     def forget(self) -> None:
         """Nothing is kept of an engine but its epoch."""
 
     def has_changed(self) -> bool:
-        """Whether the engine is another one now."""
+        """Whether the engine is another one than that of the graphs."""
         return bool(self._engine.epoch != self.epoch)
 
     def is_stale(self, grad: bool) -> bool:
@@ -64,18 +66,16 @@ class ModuleTarget:
     ) -> None:
         self.module = module
         self.guard: ModuleGuard = guard
-        self._name = name
-        self._config = config
+        self._recorder_of = partial(TorchRecorder, module, name=name, config=config, guard=guard)
         self._training: list[bool] = []
         self.runs(run)
 
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on; graphs of another one must have been dropped."""
         self.run = run
-        self.recorder = TorchRecorder(self.module, run, self._name, self._config, self.guard)
+        self.recorder = self._recorder_of(run)
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
-        """The call of these arguments."""
         return describe(args, kwargs)
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -96,7 +96,7 @@ class ModuleTarget:
         return before != self._training
 
     def _training_flags(self) -> list[bool]:
-        """Of the module and its submodules; TorchScript's frozen modules have none, and are in evaluation."""
+        # TorchScript's frozen modules have none, and are in evaluation.
         return [bool(getattr(each, "training", False)) for each in self.module.modules()]
 
 
@@ -108,6 +108,7 @@ class EngineTarget:
     def __init__(self, engine: EngineLike, run: Callable[..., Any], config: GraphConfig, user: object) -> None:
         self.module = self.engine = engine
         self.guard = EngineGuard(engine, user)
+        self.has_changed = self.guard.has_changed
         self.run = run
         self.recorder = EngineRecorder(engine, config)
         # Whether the arguments of a call are not simply the engine's inputs.
@@ -124,25 +125,18 @@ class EngineTarget:
         if modes.get().multi_device_safe:
             args = tuple(self.engine.moved(args))
         call = describe(args, kwargs)
-        if self.engine.host_inputs:
-            call = call._replace(key=call.key._replace(host_values=self._host_values(args)))
-        return call
+        if not self.engine.host_inputs:
+            return call
+        given = [args[index] for index in self.engine.host_inputs if index < len(args)]
+        values = [tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given]
+        return call._replace(key=call.key._replace(host_values=tuple(values)))
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The tensors of a call that a graph is given: those that TensorRT reads on the device."""
+        # The others TensorRT reads on the host.
         return self.engine.engine.device_only(tensors) if self.engine.host_inputs else tensors
 
     def device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
-        """The engine's device."""
         return self.engine.device
-
-    def has_changed(self) -> bool:
-        """Whether the engine is another one than that of the graphs."""
-        return bool(self.engine.epoch != self.guard.epoch)
-
-    def _host_values(self, args: tuple[Any, ...]) -> tuple[Hashable, ...]:
-        given = [args[index] for index in self.engine.host_inputs if index < len(args)]
-        return tuple([tuple(value.flatten().tolist()) if isinstance(value, Tensor) else None for value in given])
 
 
 Target = EngineTarget | ModuleTarget

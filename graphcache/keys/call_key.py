@@ -25,7 +25,7 @@ from graphcache.keys.values import is_plain, is_rebuilt, text_of
 
 State = tuple[Hashable, ...]
 Part = tuple[Any, ...]
-"""One argument, item or constant in a key. It begins with the dtype of a tensor, or with the type of anything else:
+"""One argument, item or constant in a key:
 
 * a tensor: dtype, shape, strides, device; of an unusual one also whether a conjugation and a negation are pending, and
   the part of its attributes or ``None``;
@@ -35,7 +35,6 @@ Part = tuple[Any, ...]
 
 _MAX_VALUES = 20_000
 _MAX_DEPTH = 32
-"""Containers in one another."""
 _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 CONSTANTS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
 OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
@@ -44,7 +43,6 @@ OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
     range: lambda value: (value.start, value.stop, value.step),
 }
 """Constants made of other constants: their type given these is the constant again."""
-_NO_TENSORS: Iterator[Any] = iter(())
 
 
 class CallKey(NamedTuple):
@@ -113,12 +111,14 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         # An object that cannot be looked at, such as a nested tensor, which has no shape to ask for.
         raise Refusal(Reason.ARGUMENT, detail=f"looking at it raised {type(error).__name__}") from error
     tensors, settings = reader.tensors, ambient_state()
+    places: dict[int, int] = {}
+    first = tuple([places.setdefault(id(tensor), index) for index, tensor in enumerate(tensors)])
     key = CallKey(
         grad=tuple([tensor.requires_grad for tensor in tensors]) if torch.is_grad_enabled() else False,
         inference=torch.is_inference_mode_enabled(),
         autocast=_autocast() if torch._C._is_any_autocast_enabled() else (),
         settings=None if settings == USUAL else settings,
-        repeats=_repeats(tensors) if len(tensors) > 1 else (),
+        repeats=first if len(places) < len(first) else (),
         args=positional,
         kwargs=by_name,
     )
@@ -162,7 +162,7 @@ class _Reader:
             # Of a class of the user's, attributes may change.
             return kind, value
         if isinstance(kind, EnumType):
-            # By name, as members may be equal to other things; the names of combined flags are made of their members'.
+            # By name, as members may be equal to other things. Combined flags have none.
             return kind, value._name_, None if value._name_ else int(value._value_), *_of_member(value, where)
         if kind in OPEN_CONSTANTS:
             return kind, *[self._constant(item, where, depth) for item in OPEN_CONSTANTS[kind](value)]
@@ -185,11 +185,10 @@ class _Reader:
         part = value.dtype, value.shape, value.stride(), value.device
         conjugate, negative, attributes = value.is_conj(), value.is_neg(), value.__dict__
         if type(value) is not Tensor:
-            # A module may ask whether it is a parameter.
+            # A module may ask whether it is a parameter, and for attributes that somebody gave it.
             attributes = {**attributes, "__class__": type(value).__name__}
         if not (conjugate or negative or attributes):
             return part
-        # Attributes that somebody gave it: a module may look at them.
         about = self._constant(dict(attributes), f"an attribute of {where}", depth) if attributes else None
         return *part, conjugate, negative, about
 
@@ -217,7 +216,7 @@ def node_of(kind: type) -> Any:
     return pytree.SUPPORTED_NODES.get(namedtuple if is_named_tuple(kind) else kind)  # type: ignore[arg-type]
 
 
-def value_of(part: Part, tensors: Iterator[Any] = _NO_TENSORS) -> Any:
+def value_of(part: Part, tensors: Iterator[Any] = iter(())) -> Any:  # noqa: B008 - it is never advanced
     """The argument behind a part, with the next of ``tensors`` where a tensor was."""
     kind, *rest = part
     if type(kind) is torch.dtype:
@@ -236,12 +235,6 @@ def value_of(part: Part, tensors: Iterator[Any] = _NO_TENSORS) -> Any:
     about, *parts = rest
     context = kind if is_named_tuple(kind) else None if about is None else value_of(about)
     return node_of(kind).unflatten_fn([value_of(each, tensors) for each in parts], context)
-
-
-def _repeats(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    places: dict[int, int] = {}
-    first = tuple([places.setdefault(id(value), index) for index, value in enumerate(tensors)])
-    return first if len(places) < len(tensors) else ()
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
@@ -285,8 +278,8 @@ _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 def ambient_state() -> State:
     """What PyTorch is set to, as far as it changes results: flags of the process, and the function modes of the thread.
 
-    Not in it are the modes of a key (gradients, inference, autocast), what forbids graphs (dispatch modes, transforms),
-    and the number of threads: it differs from thread to thread, and a graph of the CPU runs with that of the replay.
+    The number of threads is not in it: it differs from thread to thread, and a graph of the CPU runs with that of the
+    replay.
     """
     try:
         flags: State = tuple(map(call, _GETTERS.values()))
@@ -296,10 +289,10 @@ def ambient_state() -> State:
 
 
 def _flag(getter: Callable[[], Hashable]) -> Hashable:
-    """A flag; how precise products of float32 are if it cannot tell, as that was set in the newer way of PyTorch."""
     try:
         return getter()
     except RuntimeError:
+        # Precisions were set in the newer way of PyTorch.
         return tuple(torch._C._get_fp32_precision_getter(*each) for each in _PRECISIONS)
 
 

@@ -169,11 +169,7 @@ def _walk(part: Part, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a fresh tensor."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+    return tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def short_name(value: torch.dtype) -> str:

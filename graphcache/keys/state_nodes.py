@@ -56,7 +56,7 @@ class StateNode:
     is_ignorable = True
     """Whether a user's ignored paths leave out its changes."""
     whole = ""
-    """What is said of changes, with their names, for a kind whose places have no path of their own."""
+    """What is said of changes, for a kind whose places have no path of their own."""
 
     def __init__(self, parent: StateNode | None, key: str, target: Any, places: Any = ()) -> None:
         self.parent, self.key, self.target = parent, key, target
@@ -70,7 +70,6 @@ class StateNode:
         return True
 
     def renew(self) -> None:
-        """Remember what is there now."""
         self.state = self.read()
 
     @property
@@ -83,7 +82,6 @@ class StateNode:
         return "".join(reversed(keys))
 
     def end(self, name: Any) -> str:
-        """The end of the path of a place."""
         return f".{name}"
 
     def read(self) -> State:
@@ -99,17 +97,13 @@ class StateNode:
     def changes(self, now: State) -> list[Change]:
         """The differences of a later state, by value."""
         before, after = (dict(zip(*each, strict=True)) for each in (self.state, now))
-        changed = {}
-        for name in {**before, **after}:
-            old, new = before.get(name, MISSING), after.get(name, MISSING)
-            if not same(old, new):
-                became = "was removed" if new is MISSING else f"{short(old)} became {short(new)}"
-                changed[name] = f"is new: {short(new)}" if old is MISSING else became
+        pairs = {name: (before.get(name, MISSING), after.get(name, MISSING)) for name in {**before, **after}}
+        changed = {name: pair for name, pair in pairs.items() if not same(*pair)}
         if changed and self.whole:
             return [Change(self.path, self.whole.format(", ".join(map(str, changed))))]
         if not changed and list(before) != list(after):
             return [Change(self.path, "has its entries in another order")]
-        return [Change(self.path + self.end(name), text) for name, text in changed.items()]
+        return [Change(self.path + self.end(name), _became(*pair)) for name, pair in changed.items()]
 
     def guard(self, native: Any) -> None:
         """Have a native guard compare the object; a ``TypeError`` or ``ValueError`` says that it cannot."""
@@ -344,6 +338,12 @@ def slots_of(kind: type) -> dict[str, Any]:
 def pairs(table: dict[Any, Any]) -> State:
     """The names and values of a dictionary."""
     return tuple(table), tuple(table.values())
+
+
+def _became(old: Any, new: Any) -> str:
+    if old is MISSING:
+        return f"is new: {short(new)}"
+    return "was removed" if new is MISSING else f"{short(old)} became {short(new)}"
 
 
 def _kind_of(table: Any) -> Any:
