@@ -126,7 +126,8 @@ class _Operations(DispatchMode):
         super().__init__()
         self.cause: Cause | None = None
         self.outside: dict[int, Tensor] = {}
-        self.devices = sorted({t.device.index or 0 for t in watched.inputs if t.is_cuda} | watched.module.cuda_devices)
+        reached = [*watched.inputs, *(node.target for node in watched.module.tensors)]
+        self.devices = sorted({tensor.device.index or 0 for tensor in reached if tensor.is_cuda})
         self.ran_opaque = False
         """Whether code ran whose operations are not seen: engines, and what Inductor compiled."""
         self._watched = watched

@@ -9,11 +9,11 @@ from __future__ import annotations
 import atexit
 import contextvars
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -186,17 +186,16 @@ class _WorkerThread(threading.Thread):
 
 
 class Worker:
-    """A thread that does one job after another, with a rest between them; at most ``most`` jobs wait.
-
-    It starts with the first job and ends with the process.
-    """
+    """Does one job after another in a thread of its own, with a rest between them; at most ``most`` jobs wait."""
 
     def __init__(self, name: str, most: int = MAX_WAITING) -> None:
         self._name = name
-        self._jobs: queue.Queue[tuple[Callable[[bool], object], Callable[[], int]] | None] = queue.Queue(most)
+        self._most = most
+        self._jobs: deque[tuple[Callable[[bool], object], Callable[[], int]]] = deque()
         self._hurry = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        """Ends when no job waits."""
 
     def submit(self, job: Callable[[bool], object], answered: Callable[[], int]) -> None:
         """Call ``job(True)`` later, or ``job(False)`` if it is dropped, because too many wait or at the end.
@@ -205,40 +204,40 @@ class Worker:
         or a while.
         """
         with self._lock:
+            if len(self._jobs) >= self._most:
+                job(False)
+                return
+            self._jobs.append((job, answered))
             if self._thread is None:
-                # A daemon, as the end of a process must not wait for a queue; stop() ends it in order.
+                self._hurry.clear()
+                # A daemon, as the end of a process must not wait for all jobs; stop() ends it in order.
                 self._thread = _WorkerThread(target=self._work, name=self._name, daemon=True)
                 self._thread.start()
-            try:
-                self._jobs.put_nowait((job, answered))
-            except queue.Full:
-                job(False)
 
     def stop(self) -> None:
-        """Drop what waits, wait for the job under way, and end; a later job starts a new thread."""
+        """Drop what waits, and wait for the job under way."""
         with self._lock:
-            thread, self._thread = self._thread, None
-            if thread is None:
-                return
-            with suppress(queue.Empty):
-                while (waiting := self._jobs.get_nowait()) is not None:
-                    waiting[0](False)
-            self._jobs.put(None)
+            while self._jobs:
+                self._jobs.popleft()[0](False)
             self._hurry.set()
-            if thread is not threading.current_thread():
-                thread.join()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def _work(self) -> None:
-        self._hurry.clear()
-        while (next_one := self._jobs.get()) is not None:
-            job, answered = next_one
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._thread = None
+                    return
+                job, answered = self._jobs.popleft()
             start = time.perf_counter()
             try:
                 job(True)
             except Exception:
                 log.exception("a job of %s failed", self._name)
             # It holds tensors, which must not wait for the next one.
-            del job, next_one
+            del job
             # Calls go on undisturbed, so that few of them meet a capture; not while somebody waits for the end.
             now = time.perf_counter()
             until, enough = now + min(_REST * (now - start), _MAX_REST_SECONDS), answered() + CALLS_BETWEEN

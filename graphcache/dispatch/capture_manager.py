@@ -24,7 +24,6 @@ from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
 from graphcache.graphs import driver
 from graphcache.graphs.capture import refusal_of
-from graphcache.graphs.graph import Graph
 from graphcache.keys.call_key import KeyedCall
 
 _REPLAY_SAMPLES = 3
@@ -51,7 +50,6 @@ class CaptureManager:
         self.keys = KeyTable(self.graphs.entries)
         """What is known of every key: its calls, denial and costs."""
         self.admission = Admission(config.capture, self.graphs, self.keys)
-        """Decides what is captured."""
         self.on_evict: Callable[[], object] = lambda: None
         """Called whenever a graph goes."""
         self.on_cuda = target.is_engine
@@ -67,7 +65,7 @@ class CaptureManager:
 
     @property
     def version(self) -> int:
-        """That of the guard: what was found out of the module under another one may no longer be so."""
+        """What was found out of the module under another version may no longer be so."""
         return self.target.guard.version
 
     @property
@@ -88,23 +86,20 @@ class CaptureManager:
             self.graphs.shared = 0
 
     def notice_device(self, call: KeyedCall) -> None:
-        """Note if a call concerns a CUDA device."""
         if self.target.device_of(call.tensors) is not None:
             self.on_cuda = True
 
     # ---- denials
 
     def allow_all(self) -> None:
-        """Forget all denials."""
         self.generation += 1
         self.keys.allow_all()
 
     def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
-        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.target.guard.version)
+        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.version)
 
     def deny(self, key: Hashable, cause: Cause) -> None:
-        """Remember why a key has no graph."""
         self.keys.deny(key, cause, self.version)
 
     def needs_grad(self, tensors: Sequence[Tensor]) -> Cause | None:
@@ -120,7 +115,7 @@ class CaptureManager:
     # ---- captures
 
     def is_current(self, key: Hashable) -> bool:
-        """Whether there is a graph of a key that was captured under the state of now."""
+        """Whether a key has a graph that was captured under the state of now."""
         entry = self.graphs.entries.get(key)
         return entry is not None and entry.graph.version == self.version
 
@@ -134,9 +129,11 @@ class CaptureManager:
                 with self.running():
                     answer, outcome = self.target.recorder.attempt(request)
             finally:
-                if broken := self.target.recorder.broken:
-                    self._drop(broken)
-                    broken.clear()
+                # Nobody would capture again what the recorder has closed, as long as it seems to be there.
+                broken = self.target.recorder.broken
+                for key in [key for key, entry in self.graphs.entries.items() if entry.graph.graph in broken]:
+                    self.graphs.evict(key)
+                broken.clear()
             if stale is not None:
                 self.graphs.evict(call.key)
             cause = self.keep(call, outcome, time.perf_counter() - start, room)
@@ -219,11 +216,6 @@ class CaptureManager:
         self.admission.evicted(key, entry)
         self.ledger.evicted(Evicted(key, entry.hits))
 
-    def _drop(self, broken: list[Graph]) -> None:
-        """Take out what the recorder has closed: nobody would capture it again as long as it seems to be there."""
-        for key in [key for key, entry in self.graphs.entries.items() if entry.graph.graph in broken]:
-            self.graphs.evict(key)
-
 
 class Preparation:
     """The graphs that one preparation makes or finds; inside its ``with`` block nothing evicts them."""
@@ -234,7 +226,6 @@ class Preparation:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the graphs own, in bytes."""
         return sum(entry.nbytes for entry in self._there())
 
     def __len__(self) -> int:

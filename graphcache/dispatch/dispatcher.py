@@ -82,7 +82,6 @@ class Dispatcher:
     # ---- a call
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call."""
         try:
             call = self.target.describe(args, kwargs)
         except Refusal as refusal:
@@ -117,10 +116,7 @@ class Dispatcher:
         return entry if forbidden(cuda=self.captures.on_cuda) is None else None
 
     def replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None = None) -> Any:
-        """The hit: replay a graph, or ``STALE``. What a stale graph wrote is dropped; what it read, it kept alive.
-
-        ``out`` are the caller's tensors to write into, which fit; fresh ones if ``None``.
-        """
+        """The hit: replay a graph, into ``out`` if given, or ``STALE``. What a stale graph wrote is dropped."""
         if not self.ledger.observers.active:
             return self._replay(entry, call, out)
         with self.ledger.span("replay", traced=False) as span:
@@ -160,10 +156,7 @@ class Dispatcher:
         return self.answer(call)
 
     def answer(self, call: KeyedCall, *, admitted: bool = False) -> Any:
-        """Answer a call as it is: from a graph that another thread has captured meanwhile, by a capture, or eagerly.
-
-        A call that was ``admitted`` already waits for the capture of another one.
-        """
+        """Answer a call without padding. One that was ``admitted`` already waits for the capture of another one."""
         if not self.submodules.whole:
             with self.submodules.in_use():
                 return self.run(call)
@@ -192,7 +185,6 @@ class Dispatcher:
         The answer is ``STALE`` if the call is to run when the lock is released: eagerly if there is a cause, otherwise
         observed, to be captured in the background.
         """
-        # Another thread may have closed the module meanwhile.
         self.check_open()
         self.refresh()
         if changed and (cause := self.captures.denial(call)) is not None:
@@ -212,10 +204,7 @@ class Dispatcher:
         return self.captures.capture(call)
 
     def admit(self, call: KeyedCall) -> Cause | None:
-        """Why a call runs eagerly although it could be captured; ``None`` if it is to be captured now. Under the lock.
-
-        The call of an engine that is to be captured in the background is on its way then.
-        """
+        """Why a call that could be captured runs eagerly, perhaps for now; ``None`` if it is to be captured."""
         if self._in_background and self.queue.is_pending(call.key):
             return PENDING
         cause = None if self.config.capture == "first" else self.captures.admission.ask(call.key)
@@ -280,7 +269,6 @@ class Dispatcher:
         return self.eager(forbidden or cause, call)
 
     def tell(self, cause: Cause) -> None:
-        """Count an eager call."""
         self.ledger.ran_eagerly(cause)
         if self.config.on_failure == "raise" and cause.reason not in EXPECTED:
             raise CaptureError(f"{self.ledger.name}: {cause}")
@@ -370,7 +358,6 @@ class Dispatcher:
             self.captures.allow_all()
 
     def check_open(self) -> None:
-        """Raise if the module was closed."""
         if self.captures.closed:
             raise ClosedError(f"{self.ledger.name} was closed; wrap its .module again")
 

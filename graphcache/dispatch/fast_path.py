@@ -144,23 +144,18 @@ def put(
 def open_to(call: Any, into: Any) -> None:
     """Let calls of two methods of modules come to native code before they come to Python.
 
-    It answers those whose module has a ``_graphcache_table``, unless hooks are to be run or something is compiled;
-    what it leaves alone runs the methods as they are written. What reads their code, such as ``torch.compile``, notices
-    nothing.
+    It answers those whose module has a ``_graphcache_table``, unless hooks are to be run or something is compiled. What
+    reads the code of the methods, such as ``torch.compile``, notices nothing.
     """
     if (library := native.loaded()) is not None:
         library.open(call, into, global_hooks, global_pre_hooks, vars(torch.compiler))
 
 
 def launcher(graph: Graph) -> Callable[[], None]:
-    """What launches a pinned graph on the current stream: its ``launch``, or native code that does the same.
-
-    Waits for a library that is being compiled: a session launches in the same way from its beginning to its end.
-    """
-    if not isinstance(graph, CudaGraph):
-        return graph.launch
-    library = native.loaded(wait=True)
-    if not _connected(library):
+    """What launches a pinned graph on the current stream: its ``launch``, or native code that does the same."""
+    # A session launches in the same way from its beginning to its end.
+    library: Any = native.loaded(wait=True) if isinstance(graph, CudaGraph) else None
+    if not isinstance(graph, CudaGraph) or not _connected(library):
         return graph.launch
     context, executable = int(driver.primary_context(graph.index)), int(graph.executable)
     run: Callable[[], None] = library.launcher(
@@ -191,7 +186,7 @@ def new_table() -> Any:
 
 
 def _connected(library: Any) -> bool:
-    """Whether there is a library, and a driver for it, whose functions it knows."""
+    """Whether there is a library, and a driver for it, whose functions it knows from now on."""
     if library is None:
         return False
     try:

@@ -111,14 +111,12 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         # An object that cannot be looked at, such as a nested tensor, which has no shape to ask for.
         raise Refusal(Reason.ARGUMENT, detail=f"looking at it raised {type(error).__name__}") from error
     tensors, settings = reader.tensors, ambient_state()
-    places: dict[int, int] = {}
-    first = tuple([places.setdefault(id(tensor), index) for index, tensor in enumerate(tensors)])
     key = CallKey(
         grad=tuple([tensor.requires_grad for tensor in tensors]) if torch.is_grad_enabled() else False,
         inference=torch.is_inference_mode_enabled(),
         autocast=_autocast() if torch._C._is_any_autocast_enabled() else (),
         settings=None if settings == USUAL else settings,
-        repeats=first if len(places) < len(first) else (),
+        repeats=_repeats(tensors) if len(tensors) > 1 else (),
         args=positional,
         kwargs=by_name,
     )
@@ -235,6 +233,12 @@ def value_of(part: Part, tensors: Iterator[Any] = iter(())) -> Any:  # noqa: B00
     about, *parts = rest
     context = kind if is_named_tuple(kind) else None if about is None else value_of(about)
     return node_of(kind).unflatten_fn([value_of(each, tensors) for each in parts], context)
+
+
+def _repeats(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    places: dict[int, int] = {}
+    first = tuple([places.setdefault(id(value), index) for index, value in enumerate(tensors)])
+    return first if len(places) < len(tensors) else ()
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:

@@ -27,8 +27,8 @@ class ModuleGuard:
     """The condition under which graphs of a module stay valid: nothing that a call can reach has changed.
 
     Values of tensors are no part of it, since a graph reads them where they are. Left out are the paths in ``ignore``,
-    submodules that ``skips`` tells, which keep their own account, and hooks unless they run within what is captured.
-    Of ``engines`` among these submodules the ``epoch`` goes up with every change.
+    submodules that ``skips`` tells, which keep their own account, and without ``hooks`` all hooks. Of the ``engines``
+    among these submodules the ``epoch`` goes up with every change.
     """
 
     __slots__ = (
@@ -42,13 +42,13 @@ class ModuleGuard:
         *,
         ignore: Sequence[str] = (),
         skips: Skips | None = None,
-        engines: Callable[[nn.Module], Sequence[Any]] | None = None,
+        engines: Callable[[nn.Module], Sequence[Any]] = lambda module: (),
         hooks: bool = True,
         root: str = "self",
     ) -> None:
         self._module = module
         self.root = root
-        """The path of the module, where it is a part of another one."""
+        """The path of the module."""
         self._ignore = tuple(ignore) if hooks else (*ignore, f"{root}._forward_*hooks*")
         self._hooks = _GLOBAL_HOOKS if hooks else ()
         self._skips = skips
@@ -61,10 +61,7 @@ class ModuleGuard:
         """Goes up whenever something has changed. A graph is valid under the version that it was proven under."""
 
     def snapshot(self) -> StateSnapshot:
-        """The state of the module now, for a run that is to be observed; that of before if nothing has changed.
-
-        Raises ``Unobservable`` if it cannot be watched.
-        """
+        """The state of the module now, for a run that is to be observed; ``Unobservable`` if it cannot be watched."""
         # Another thread may forget it meanwhile.
         known = self.known
         if known is not None and known.renew():
@@ -73,7 +70,7 @@ class ModuleGuard:
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
         roots = [(self.root, self._module), *hooks]
         found = StateSnapshot(roots, ignore=self._ignore, skips=self._skips, functions=self._functions)
-        for engine in self._find_engines(self._module) if self._find_engines is not None else ():
+        for engine in self._find_engines(self._module):
             found.guard_also(EpochNode(engine))
         self.known = found
         return found
@@ -108,7 +105,7 @@ class ModuleGuard:
     def requires_grad(self) -> bool:
         """Whether any parameter or other tensor that the module reaches wants gradients."""
         if (known := self.known) is not None:
-            return known.requires_grad()
+            return any(node.target.requires_grad for node in known.tensors)
         return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
 
     def holds_any(self, identities: set[int]) -> bool:

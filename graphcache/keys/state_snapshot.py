@@ -1,9 +1,8 @@
 """Everything that a call can reach and change: a bounded walk, and what changed since.
 
 The walk starts at a module and follows attributes, containers at any depth, ``__slots__``, closures, default values,
-classes of the user's, and the globals that their methods and the functions called by them name. Of every container a
-shallow copy is kept. The same snapshot tells the effects of a call (:meth:`StateSnapshot.changes`) and guards a graph
-afterwards (:meth:`StateSnapshot.holds`).
+classes of the user's, and the globals that their methods and the functions called by them name. The same snapshot tells
+the effects of a call (:meth:`StateSnapshot.changes`) and guards a graph afterwards (:meth:`StateSnapshot.holds`).
 
 Not seen are: state behind extension modules, files and sockets, names that are made up at run time, and memory that is
 written past PyTorch.
@@ -109,15 +108,6 @@ class StateSnapshot:
             self._native = guard, [node for node in self._guarded if not _is_guarded(node, guard)]
             self.compared = guard if self._native[1] == [] and not self._broken else None
 
-    @property
-    def cuda_devices(self) -> set[int]:
-        """Indices of the CUDA devices that its tensors are on."""
-        return {node.target.device.index or 0 for node in self.tensors if node.target.is_cuda}
-
-    def requires_grad(self) -> bool:
-        """Whether any tensor wants gradients."""
-        return any(node.target.requires_grad for node in self.tensors)
-
     def ignores(self, path: str) -> bool:
         """Whether a path, or one that it lies under, is to be left out."""
         return bool(self._ignore.pattern) and self._ignore.fullmatch(path) is not None
@@ -128,7 +118,7 @@ class StateSnapshot:
 
 
 def _is_guarded(node: StateNode, guard: Any) -> bool:
-    """Whether a native guard compares a node from now on."""
+    """Have a native guard compare a node; whether it does."""
     try:
         node.guard(guard)
     except (TypeError, ValueError):

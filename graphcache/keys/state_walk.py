@@ -45,7 +45,8 @@ _MACHINERY = (
 )
 """Base classes of what runs and logs, whose own state is none of the module's."""
 _MACHINERY_PACKAGES = ("concurrent", "multiprocessing", "logging", "tokenizers")
-_TABLES = (dict, collections.OrderedDict, collections.defaultdict)
+_PLAIN = {dict, collections.OrderedDict, *nodes.ITEMS}
+"""Containers without attributes."""
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 """What shows a dictionary that it does not own."""
@@ -121,13 +122,8 @@ class StateWalk:
 
     def _visit(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
-        if kind in _TABLES:
-            members = not key and isinstance(parent, nodes.AttributesNode)
-            self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
-            if kind is collections.defaultdict:
-                self._follow(nodes.ObjectNode(parent, key, value, nodes.slots_of(kind)))
-        elif kind in nodes.ITEMS:
-            self._follow(nodes.ItemsNode(parent, key, value))
+        if kind in _PLAIN or kind is collections.defaultdict:
+            self._object(parent, key, value)
         elif (parts := _behind(value)) is not None:
             self._entries += len(parts)
             self._stack += [(parent, key + end, item) for end, item in parts]
@@ -178,7 +174,8 @@ class StateWalk:
         """An object of any class: its items if it is a container, its attributes, slots and hidden state."""
         kind = type(value)
         if issubclass(kind, dict):
-            self._follow(nodes.TableNode(parent, key, value))
+            members = not key and isinstance(parent, nodes.AttributesNode)
+            self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
         elif issubclass(kind, nodes.ITEMS):
             self._follow(nodes.ItemsNode(parent, key, value))
         elif issubclass(kind, tuple):
@@ -198,7 +195,8 @@ class StateWalk:
             node = HiddenNode(parent, key, value)
             self._add(node)
             self._stack += [(parent, key, item) for item in node.state[1][1]]
-        self._attributes(parent, key, value)
+        if kind not in _PLAIN:
+            self._attributes(parent, key, value)
 
     def _array(self, node: StateNode) -> None:
         """Remember an array, if not too much of arrays is to be compared, and the objects in it."""
