@@ -42,8 +42,8 @@ class Denial:
 
     What lies in the module (a host read, a layer that forbids capture) is denied until the state of the module changes.
     An effect of the call, which may be the filling of a lazy table, is looked for again at the next call, then after 2,
-    4, 8 calls and so on. So is a module that changes soon after its captures (``unsettled``). What may pass (no memory, no
-    room, a failed capture) is tried again after 16 calls, then 32, 64 and on.
+    4, 8 calls and so on. So is a module that changes soon after its captures (``unsettled``). What may pass (no memory,
+    no room, a failed capture) is tried again after 16 calls, then 32, 64 and on.
     """
 
     cause: Cause

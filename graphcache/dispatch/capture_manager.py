@@ -97,7 +97,7 @@ class CaptureManager:
 
     def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
-        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.version)
+        return self.needs_grad(call.tensors) or self.keys.denial(call.key, self.target.guard.version)
 
     def deny(self, key: Hashable, cause: Cause) -> None:
         self.keys.deny(key, cause, self.version)
