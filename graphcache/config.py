@@ -82,7 +82,8 @@ class GraphConfig:
             ``"auto"`` is a quarter of the device's memory, and no bound on the CPU.
         ignore: Paths of Python state that do not matter to answers, such as ``"self.calls"`` or ``"self.blocks[*].n"``:
             a call that changes them is captured all the same, and replays leave them as they are. Without it such a
-            call runs eagerly, with the reason ``mutates``, which names the path.
+            call runs eagerly, with the reason ``mutates``, which names the path. Functions that read a clock or use a
+            file, such as ``"time.*"``, ``"print"`` or ``"logging.*"``, can be named too; replays do not call them.
         buckets: Argument -> axis -> sizes, such as ``{"x": {0: [1, 8, 64]}}``; or a :class:`graphcache.Buckets`. A call
             whose sizes lie between them is padded to the next ones, which have a graph, and its answer cropped. Whether
             the module bears it is tried first. ``None`` pads nothing. Parts of a module are never padded.

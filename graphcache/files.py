@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -21,8 +22,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Readers see the old file or the new one, whoever else writes; the last one wins. A process that is killed leaves at
     most a file whose name begins with ``.graphcache-``, which nobody reads. Of a symbolic link the target is replaced.
+    ``OSError`` for a device, a pipe or a folder.
     """
     target = os.path.realpath(path)
+    if os.path.lexists(target) and not os.path.isfile(target):
+        # Root could put a file in the place of /dev/null.
+        raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
     directory = os.path.dirname(target)
     temporary = os.path.join(directory, f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_link_is_followed_and_the_mode_is_the_users(tmp_path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE((tmp_path / "folder" / "file").stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink(os.devnull, path)])
+def test_what_is_no_file_is_not_replaced(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / "odd")
+    before = (tmp_path / "odd").stat().st_mode
+    with pytest.raises(OSError, match="Not a regular file"), replacing(tmp_path / "odd") as file:
+        file.write(b"new")
+    assert (tmp_path / "odd").stat().st_mode == before
+    assert [each.name for each in tmp_path.iterdir()] == ["odd"]
 
 
 def test_a_folder_may_be_a_link(tmp_path: Path) -> None:

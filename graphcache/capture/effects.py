@@ -85,7 +85,7 @@ class Watched:
 
 def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
     """Run a call once and tell everything it did. If it raises, it has had its effects, as without an observer."""
-    host = HostActivity(watched.path_here, watched.report)
+    host = HostActivity(watched.path_here, watched.report, watched.module.ignores)
     operations = _Operations(watched, host)
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)

@@ -1,11 +1,13 @@
-"""What the Python code of a call does past the dispatcher: reads of tensors, clocks, random numbers, other threads."""
+"""What the Python code of a call does past the dispatcher: reads of tensors, clocks, files, random numbers, threads."""
 
 from __future__ import annotations
 
 import _queue
+import _socket
 import _thread
 import concurrent.futures
 import datetime
+import io
 import multiprocessing.pool
 import os
 import queue
@@ -24,7 +26,7 @@ from torch import Tensor
 from graphcache.capture.blame import at
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import is_unwatched, skipped_by_dynamo
-from graphcache.keys.user_code import is_library
+from graphcache.keys.user_code import is_library, is_tracer
 from graphcache.keys.values import draws_randomness
 
 _READS = frozenset({"numpy", "tolist", "data_ptr"})
@@ -34,6 +36,11 @@ _CLOCKS = frozenset(
         *(time.process_time, time.process_time_ns, time.thread_time, time.thread_time_ns, time.clock_gettime),
         *(time.clock_gettime_ns, time.localtime, time.gmtime, time.ctime, time.asctime, time.strftime, os.times),
     }
+)
+_STREAMS = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO, _socket.socket)
+_STREAMING = ("read", "write", "seek", "truncate", "send", "recv")
+_FILES = frozenset(
+    {print, input, open, os.open, os.read, os.write, os.stat, os.lstat, os.listdir, os.scandir, os.remove, os.system}
 )
 _HANDOFFS: frozenset[types.CodeType] = frozenset(
     vars(kind)[name].__code__
@@ -65,7 +72,12 @@ class HostActivity:
     A mode of PyTorch would see reads of tensors too, but makes some operations take another path.
     """
 
-    def __init__(self, path_here: Callable[[], str], report: Callable[[Cause, str], object] | None = None) -> None:
+    def __init__(
+        self,
+        path_here: Callable[[], str],
+        report: Callable[[Cause, str], object] | None = None,
+        ignores: Callable[[str], bool] = lambda where: False,
+    ) -> None:
         self.cause: Cause | None = None
         """The first thing noticed that no graph repeats, with the submodule that was at work then."""
         self.functions: dict[types.CodeType, dict[str, Any]] = {}
@@ -86,6 +98,7 @@ class HostActivity:
         self._acquired: list[int] = []
         self._path_here = path_here
         self._report = report
+        self._ignores = ignores
 
     def __enter__(self) -> HostActivity:
         sys.setprofile(self._event)
@@ -137,6 +150,9 @@ class HostActivity:
         elif issubclass(kind, type):
             if issubclass(owner, datetime.date) and name in ("now", "today", "utcnow"):
                 self._clock(frame, f"{owner.__name__}.{name}")
+        elif issubclass(kind, _STREAMS):
+            if name.startswith(_STREAMING):
+                self._file(frame, f"{kind.__name__}.{name}")
         elif issubclass(kind, _queue.SimpleQueue):
             self._note(Reason.HOST_READ, f"SimpleQueue.{name}", "work goes to another thread")
         elif issubclass(kind, (_thread.LockType, _thread.RLock)):
@@ -155,6 +171,8 @@ class HostActivity:
             self._note(Reason.HOST_READ, function.__name__, "work goes to another thread")
         elif function in _CLOCKS:
             self._clock(frame, f"time.{function.__name__}")
+        elif function in _FILES:
+            self._file(frame, function.__name__)
         elif function in _OF_THREADS:
             self._thread(frame, function.__name__)
 
@@ -165,8 +183,23 @@ class HostActivity:
 
     def _clock(self, frame: types.FrameType, name: str) -> None:
         # Handlers of the log read clocks for reasons of their own.
-        if _is_users(frame) and not _is_inside("logging", frame):
+        if _is_users(frame) and not _is_inside("logging", frame) and not self._ignores(name):
             self._note(Reason.RANDOM, name, "a clock is read, which a graph would stop")
+
+    def _file(self, frame: types.FrameType, name: str) -> None:
+        """Note a file, a stream or a socket, by the function of the standard library that was called for it."""
+        for each, _ in walk_stack(frame):
+            module = str(each.f_globals.get("__name__"))
+            package = module.partition(".")[0]
+            # Modules are imported, and kernels compiled, once.
+            if package in ("importlib", "triton", "graphcache") or is_tracer(module):
+                return
+            if package not in sys.stdlib_module_names:
+                break
+            name = f"{module}.{each.f_code.co_qualname}"
+        if self._ignores(name):
+            return
+        self._note(Reason.UNOBSERVED, name, "it uses a file or a stream, which no graph does")
 
     def _lock(self, frame: types.FrameType, name: str, identity: int) -> None:
         """A lock that is released without having been acquired lets another thread go on."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
 import datetime
 import gc
+import importlib
+import io
 import logging
 import multiprocessing.pool
 import os
 import queue
 import random
+import socket
 import sys
 import threading
 import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +96,19 @@ def full() -> queue.Queue[int]:
 QUEUE = full()
 EVENT = threading.Event()
 EVENT.set()
+STREAM = open(os.devnull)  # noqa: SIM115 - closed by the fixture below
+SINK = open(os.devnull, "w")  # noqa: SIM115
+RAW = open(os.devnull, "wb", buffering=0)  # noqa: SIM115
+SOCKETS = socket.socketpair()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed_at_the_end() -> Iterator[None]:
+    yield
+    for each in (STREAM, SINK, RAW, *SOCKETS):
+        each.close()
+
+
 SIMPLE: queue.SimpleQueue[int] = queue.SimpleQueue()
 
 NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
@@ -122,6 +140,15 @@ NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
     "a seed of PyTorch's": (lambda: torch.seed(), Reason.RANDOM, "Generator.seed"),
     "a clock as text": (lambda: time.ctime(), Reason.RANDOM, "time.ctime"),
     "a lock of others": (handed_on, Reason.HOST_READ, "lock.release"),
+    "print": (lambda: print(end=""), Reason.UNOBSERVED, "print"),
+    "a file that is opened": (lambda: open(os.devnull).close(), Reason.UNOBSERVED, "open"),
+    "a file that is read": (lambda: STREAM.read(1), Reason.UNOBSERVED, "TextIOWrapper.read"),
+    "a file that is written": (lambda: RAW.write(b""), Reason.UNOBSERVED, "FileIO.write"),
+    "a file by its path": (lambda: Path(os.devnull).read_text(), Reason.UNOBSERVED, "pathlib.Path.read_text"),
+    "whether a file is there": (lambda: os.path.exists(os.devnull), Reason.UNOBSERVED, "genericpath.exists"),
+    "a folder": (lambda: os.listdir("."), Reason.UNOBSERVED, "listdir"),
+    "a socket": (lambda: SOCKETS[0].send(b"x"), Reason.UNOBSERVED, "socket.send"),
+    "a record of the log": (lambda: logged(), Reason.UNOBSERVED, "logging.Logger.warning"),
     "fork of TorchScript": (lambda: torch._C.wait(torch._C.fork(torch.neg, X)), Reason.HOST_READ, "fork"),
 }
 
@@ -179,13 +206,12 @@ class Clocked(logging.StreamHandler):  # type: ignore[type-arg]
 
 def logged() -> None:
     """A record that reaches a handler: with a clock and locks of its own."""
-    handler = Clocked(open(os.devnull, "w"))  # noqa: SIM115 - closed below
+    handler = Clocked(SINK)
     LOG.addHandler(handler)
     try:
         LOG.warning("%s", X.shape)
     finally:
         LOG.removeHandler(handler)
-        handler.stream.close()
 
 
 class Cycle:
@@ -202,7 +228,9 @@ def collected() -> None:
 
 UNNOTICED: dict[str, Callable[[], object]] = {
     "locks of its own": own_lock,
-    "logging": logged,
+    "a module that is imported": lambda: importlib.reload(colorsys),
+    "text in memory": lambda: io.StringIO().write("x"),
+    "a record for nobody": lambda: LOG.debug("x"),
     "the collector": collected,
     "operations": lambda: (X @ X.t()).relu().sum(),
     "views and shapes": lambda: (X.shape, X.stride(), X.t(), X.size(0), X.dtype, X.numel()),
@@ -219,16 +247,43 @@ def test_what_does_no_harm_is_not_noticed(name: str) -> None:
     assert cause_of(UNNOTICED[name]) is None
 
 
-@pytest.mark.parametrize("name", ["locks of its own", "logging", "the collector"])
+@pytest.mark.parametrize("name", ["locks of its own", "the collector"])
 def test_behind_wrap_it_is_captured(name: str) -> None:
     def forward(_: Any, x: Tensor) -> Tensor:
         UNNOTICED[name]()
         return x * 2
 
-    fast = graphcache.wrap(Fn(forward), ignore=["LOG*"])
+    fast = graphcache.wrap(Fn(forward))
+    fast(X)
+    assert replays(fast, X)
+
+
+def test_files_and_clocks_can_be_ignored() -> None:
+    def forward(_: Any, x: Tensor) -> Tensor:
+        logged()
+        start = time.perf_counter()
+        print(time.perf_counter() - start)
+        return x * 2
+
+    fast = graphcache.wrap(Fn(forward))
+    assert torch.equal(fast(X), X * 2)
+    assert outcomes(fast) == (0, 0, {Reason.UNOBSERVED: 1})
+    fast = graphcache.wrap(Fn(forward), ignore=["LOG", "*SINK", "logging.*", "print", "time.*"])
     # Twice: somebody may have set a factory of log records, which is followed from the second call on.
     for _ in range(2):
         fast(X)
+    assert replays(fast, X)
+
+
+def test_a_file_that_only_the_first_call_reads_forbids_no_graph() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = len(Path(os.devnull).read_bytes()) + 2
+        return x * self.scale
+
+    fast = graphcache.wrap(Fn(forward, scale=None))
+    assert torch.equal(fast(X), X * 2)
+    fast(X)
     assert replays(fast, X)
 
 
