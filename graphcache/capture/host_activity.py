@@ -128,7 +128,7 @@ class HostActivity:
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
             elif code is _EXPORTS and self.reads and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname)
-            elif code is _WHO_AM_I and frame.f_back is not None:
+            elif code in _ABOUT_THREADS and frame.f_back is not None:
                 self._thread(frame.f_back, code.co_qualname)
         elif event == "c_call":
             self._c_call(frame, arg)
@@ -259,6 +259,6 @@ _NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})
 """Methods of generators that draw nothing; a generator of the module's that is seeded anew shows that by its state."""
 _OF_THE_PROCESS = (random._inst, torch.default_generator)
 _OF_THREADS = (_thread.get_ident, _thread.get_native_id, torch.get_num_threads, torch.get_num_interop_threads)
-_WHO_AM_I = threading.current_thread.__code__
+_ABOUT_THREADS = {each.__code__ for each in (threading.current_thread, threading.enumerate, threading.active_count)}
 _EXPORTS = Tensor.__dlpack__.__code__
 _TORCH_HANDOFFS = frozenset({torch._C.fork, torch._C.wait})

@@ -136,6 +136,7 @@ NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
     "which thread runs it": (lambda: threading.get_ident(), Reason.HOST_READ, "get_ident"),
     "how many threads there are": (lambda: torch.get_num_threads(), Reason.HOST_READ, "get_num_threads"),
     "which thread it is": (lambda: threading.current_thread(), Reason.HOST_READ, "current_thread"),
+    "all threads": (lambda: threading.enumerate(), Reason.HOST_READ, "enumerate"),
     "a seed of Python's": (lambda: random.seed(1), Reason.RANDOM, "Random.seed"),
     "a seed of PyTorch's": (lambda: torch.seed(), Reason.RANDOM, "Generator.seed"),
     "a clock as text": (lambda: time.ctime(), Reason.RANDOM, "time.ctime"),
