@@ -14,8 +14,8 @@ from graphcache.cli.output import print_json, progress
 def compile_(as_json: bool) -> None:
     """Compile native code now, and say where it is, or why it cannot be used.
 
-    Nothing needs this: it is compiled in the background at the first use, in about a second. An image of a container
-    may have it done beforehand, with the compiler that it then leaves out.
+    Nothing needs this: it comes with the wheel, or is compiled in the background at the first use, in about a second.
+    An image of a container may have it done beforehand, with the compiler that it then leaves out.
 
     \b
     Examples:

@@ -22,6 +22,9 @@ static PyObject *configure(PyObject *module, PyObject *args) {
   const char *path;
   PyObject *types;
   unsigned long long set[5];
+  // What is static here belongs to one interpreter. Python gives every other one a copy of the module.
+  if (PyInterpreterState_Get() != PyInterpreterState_Main())
+    return PyErr_Format(PyExc_ImportError, "native code is for the main interpreter of a process");
   Py_CLEAR(tensor_types);
   if (!PyArg_ParseTuple(args, "s(nnnnnnn)O!(KKKKK)", &path, &field.impl, &field.storage, &field.offset, &field.keys,
                         &field.dtype, &field.rank, &field.data, &PyTuple_Type, &types, set, set + 1, set + 2, set + 3,
@@ -112,9 +115,6 @@ static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type, co
 }
 
 PyMODINIT_FUNC PyInit__graphcache(void) {
-  // What is static here, from the watcher to the doors, belongs to one interpreter.
-  if (PyInterpreterState_Get() != PyInterpreterState_Main())
-    return PyErr_Format(PyExc_ImportError, "native code is for the main interpreter of a process");
   OWNED PyObject *module = PyModule_Create(&module_definition);
   if (module == NULL || add_type(module, &guard_spec, &guard_type, "Guard") ||
       add_type(module, &lock_spec, &lock_type, "Lock") || add_type(module, &graph_spec, &graph_type, NULL) ||

@@ -165,6 +165,42 @@ def test_systems_without(
     assert "not for this system" in said(caplog, logging.INFO)
 
 
+def test_a_free_threaded_python_has_none(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = recipe.command(home / "library.so")
+    done = subprocess.run([*command, "-DPy_GIL_DISABLED=1"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "not for free-threaded Python" in done.stderr
+    monkeypatch.setattr(recipe.sysconfig, "get_config_var", lambda name: int(name == "Py_GIL_DISABLED"))
+    with pytest.raises(NotUsable, match="for CPython with its global lock"):
+        build()
+
+
+def test_a_subinterpreter_has_none(library: Any) -> None:
+    """What is static in the library belongs to the main interpreter, which may use it meanwhile."""
+    load = f"""
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+try:
+    loader = ExtensionFileLoader("_graphcache", {library.__file__!r})
+    module = loader.create_module(ModuleSpec("_graphcache", loader, origin={library.__file__!r}))
+    module.configure()
+except (ImportError, TypeError) as error:
+    print(type(error).__name__, error, flush=True)
+"""
+    done = as_program(f"""
+try:
+    import _xxsubinterpreters as interpreters
+except ImportError:
+    import _interpreters as interpreters
+exec({load!r})
+interpreters.run_string(interpreters.create(), {load!r})
+""")
+    assert done.returncode == 0, done.stderr
+    here, there = done.stdout.splitlines()
+    assert here.startswith("TypeError")
+    assert there.startswith("ImportError")
+    assert "interpreter" in there
+
+
 def test_no_thread(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(self: Any) -> None:
         raise RuntimeError("can't start new thread")
