@@ -175,21 +175,22 @@ def explain(module: TransparentModule, *args: Any, **kwargs: Any) -> Explanation
 def _of_keys(dispatcher: Dispatcher, keys: Sequence[Any], cause: Cause | None = None) -> list[Explained]:
     """What is known of some keys. Their next calls run eagerly if a ``cause`` is given, whatever is known."""
     captures, names = dispatcher.captures, arguments_of(dispatcher.target.module)
-    changed = captures.target.guard.has_changed()
+    # No graph is of this version if the module has changed.
+    version = captures.version + captures.target.guard.has_changed()
     graphs = [CallSpec(key, names) for key in list[Any](dispatcher.entries)]
     found = []
     for key in keys:
         entry, state = dispatcher.entries.get(key), captures.keys.states.get(key) or KeyState(0.0)
-        is_current = entry is not None and not changed and entry.graph.version == captures.version
+        is_current = entry is not None and entry.graph.version == version
         reason, note = None, "it had a graph, which was evicted" if state.capture.count else ""
         if entry is not None:
             note = "" if is_current else "the module has changed since its graph was captured"
-            if not is_current and state.denial is not None and state.denial.wait(captures.version + changed):
+            if not is_current and state.denial is not None and state.denial.wait(version):
                 reason = state.denial.cause
         elif dispatcher.queue.is_pending(key):
             reason = PENDING
         elif (denial := state.denial) is not None:
-            reason, retry_after = denial.cause, denial.wait(captures.version + changed)
+            reason, retry_after = denial.cause, denial.wait(version)
             note = _RETRIES.get(retry_after, f"another capture is tried after {retry_after} calls")
         else:
             reason = captures.admission.ask(key)
