@@ -36,7 +36,6 @@ class RecordingOptions:
 
 
 RECORDING = {"auto": RecordingOptions(), "full": RecordingOptions(bind=False, full_edges=True, contexts="private")}
-"""By ``isolation``."""
 
 _ISOLATION = "use isolation='full' where graphs of an engine answer wrongly or fail"
 REMOVED = {

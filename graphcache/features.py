@@ -27,10 +27,8 @@ class Features:
     manifest_of: Callable[..., Any]
     """Lists the calls that a module has served in a manifest, and counts those that no file can hold."""
     manifest_type: type
-    """The type of a manifest: :class:`graphcache.Manifest`."""
     calls_of_manifest: Callable[..., Any]
     """Chooses the calls of a manifest that are worth a capture here."""
 
 
 features = Features()
-"""The features of this process."""

@@ -79,7 +79,6 @@ class EngineBase(EngineLike):
         self._refitted = False
         self.use_pre_allocated_outputs = False
         self.runtime_choice: tuple[Specialization | None, RuntimeCache | None] = None, None
-        """What was set with :meth:`configure_runtime`."""
         self.identity = secrets.token_hex(16)
         """By which programs that were traced in this process find the module."""
         alive[self.identity] = self
@@ -112,7 +111,6 @@ class EngineBase(EngineLike):
         return super().__getattr__(name)
 
     def _drop_graphs(self, *, wait: bool = True) -> None:
-        """Drop every graph of the engine."""
         for user in list(self.users):
             controls(user).clear(wait=wait)
 
@@ -263,7 +261,6 @@ class EngineBase(EngineLike):
         return place == (self._bytes.data_ptr(), self._bytes.numel())
 
     def _check_profile(self, profile: int | None, engine: Engine) -> None:
-        """Refuse a profile that an engine does not have."""
         if profile is not None and (type(profile) is not int or not 0 <= profile < engine.profiles):
             raise ConfigError(f"{self.name} has optimisation profiles 0 to {engine.profiles - 1}, not {profile}")
 

@@ -134,7 +134,6 @@ class EngineRunner:
         return context
 
     def _enqueue(self, context: Context, call: EngineCall, stream: int, *, capturing: bool = False) -> list[Tensor]:
-        """Enqueue a call on a stream; its outputs."""
         engine, ahead = self._engine, call.ahead and not (capturing or call.allocator)
         with engine.collect_errors():
             context.set_inputs(call.inputs, call.profile, stream, call.output_shapes)

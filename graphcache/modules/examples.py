@@ -47,10 +47,8 @@ class Job:
     """A call to prepare, which can be made as often as it is needed."""
 
     target: TransparentModule
-    """The wrapped module, or a part of it."""
     label: str
     nbytes: int
-    """Bytes of its tensors."""
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     """Gives its arguments; what it makes of shapes, it makes anew each time."""
     modes: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -71,7 +71,6 @@ class Explained:
     differs: tuple[str, ...] = ()
     """What differs from that one to this one, one line each."""
     note: str = ""
-    """What else is to be known."""
 
     def __str__(self) -> str:
         what = {"hit": f"replays ({self.hits} so far)", "capture": "is captured at its next call"}
@@ -215,7 +214,6 @@ def _of_keys(dispatcher: Dispatcher, keys: Sequence[Any], cause: Cause | None = 
 
 
 def _of_call(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explained:
-    """What the next call with these arguments would do."""
     try:
         call = dispatcher.target.describe(args, kwargs)
     except Refusal as refusal:
@@ -233,6 +231,5 @@ def _of_call(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _duration(seconds: float) -> str:
-    """A time with three digits."""
     size, unit = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "µs")
     return f"{seconds / size:.3g} {unit}"

@@ -15,7 +15,6 @@ from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, ha
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 
 _PATCHED = ("forward", "__getstate__")
-"""What is patched in a module's ``__dict__`` while calls are under way."""
 
 
 class _Patch:

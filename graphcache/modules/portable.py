@@ -26,7 +26,6 @@ class EngineState:
     name: str
     requires_output_allocator: bool
     profile: int | None
-    """The optimisation profile that was chosen, if any."""
     output_shapes: str
     """What :class:`~graphcache.engines.output_shapes.OutputShapes` writes; empty where that is not known."""
     version: Literal[1] = 1

@@ -31,7 +31,6 @@ class ManifestProblem:
     """Why a manifest, or an entry of one, was ignored."""
 
     path: str
-    """Of the file."""
     field: str
     """Where in it; empty for the file as a whole."""
     text: str
@@ -224,7 +223,6 @@ def counting(title: str, steps: int, wanted: bool | None = None) -> Iterator[Cal
 
 
 def _check_options(given: Sequence[Any], pin: object, deadline: Any, progress: object) -> None:
-    """Raise a ``ConfigError`` for an option that is none."""
     if not given:
         raise ConfigError("prepare() was given nothing; expected calls, shapes, a manifest or its path")
     for name, value, allowed in (("pin", pin, (True, False)), ("progress", progress, (True, False, None))):
