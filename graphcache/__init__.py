@@ -24,9 +24,9 @@ from graphcache.features import features as _features
 from graphcache.integrations.torch_tensorrt.adoption import Adoption as _Adoption
 from graphcache.modules.cached_module import CachedModule as CachedModule
 from graphcache.modules.engine import EngineModule as EngineModule
-from graphcache.modules.examples import Call as Call
 from graphcache.modules.explain import Explanation as Explanation
 from graphcache.modules.explain import explain as explain
+from graphcache.modules.prepare import Call as Call
 from graphcache.modules.prepare import Prepared as Prepared
 from graphcache.modules.session import Session as Session
 from graphcache.modules.transparent import controls as controls

@@ -21,7 +21,7 @@ from graphcache.engines import context, engine, library, output_shapes
 from graphcache.graphs import verify
 from graphcache.keys import call_key
 from graphcache.modules import engine as room
-from graphcache.modules import engine_base, engine_runner, examples, portable, prepare
+from graphcache.modules import engine_base, engine_runner, portable, prepare
 from graphcache.persist import saved_call
 from tests.engines import fake_tensorrt
 from tests.graphs.fake_driver import Torch, installed
@@ -37,7 +37,6 @@ MODULES = (
     portable,
     engine_runner,
     record_engine,
-    examples,
     prepare,
     saved_call,
 )

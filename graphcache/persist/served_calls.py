@@ -15,8 +15,7 @@ from graphcache.capture.engine_like import EngineLike
 from graphcache.dispatch.targets import arguments_of
 from graphcache.errors import shown
 from graphcache.keys.call_spec import CallSpec
-from graphcache.modules.examples import Job, varied
-from graphcache.modules.prepare import ManifestProblem
+from graphcache.modules.prepare import Job, ManifestProblem, varied
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 from graphcache.modules.wrapped import device_of
 from graphcache.persist.fingerprint import environment

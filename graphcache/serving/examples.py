@@ -15,7 +15,7 @@ from graphcache.buckets.spec import Axis, Buckets, Mask
 from graphcache.errors import ConfigError, shown
 from graphcache.graphs.verify import padded_gap
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.examples import varied
+from graphcache.modules.prepare import varied
 from graphcache.serving.backend import TensorMetadata
 from graphcache.serving.batching import Batcher, Tensors, argument_names
 from graphcache.serving.kinds import Kind

@@ -19,7 +19,7 @@ from graphcache.config import GraphConfig
 from graphcache.errors import ClosedError, ConfigError, InputDtypeError, InputRankError, ProfileRangeError, shown
 from graphcache.events import log
 from graphcache.modules.engine import EngineModule
-from graphcache.modules.examples import Call
+from graphcache.modules.prepare import Call
 from graphcache.modules.transparent import controls
 from graphcache.modules.wrapped import CacheInfo, device_of
 from graphcache.modules.wrapping import wrapped

@@ -22,8 +22,8 @@ from graphcache.dispatch import dispatcher as misses
 from graphcache.dispatch.capture_manager import preparing
 from graphcache.errors import ClosedError, ConfigError, InputCountError, InputRankError, ProfileRangeError
 from graphcache.keys.call_spec import CallSpec
-from graphcache.modules import examples, wrapped
 from graphcache.modules import prepare as room
+from graphcache.modules import wrapped
 from graphcache.persist import fingerprint, saved_call, served_calls
 from graphcache.persist.manifest import ManifestEntry
 from tests import engine_modules as engines
@@ -50,9 +50,7 @@ on_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
-    with installed(
-        *engines.MODULES, room, wrapped, examples, fingerprint, served_calls, saved_call, patch=monkeypatch
-    ) as fake:
+    with installed(*engines.MODULES, room, wrapped, fingerprint, served_calls, saved_call, patch=monkeypatch) as fake:
         fake.zeros = lambda *shape, **options: fake.driver.heap.empty(*shape, **options).zero_()
         yield engines.prepare(fake, monkeypatch)
 

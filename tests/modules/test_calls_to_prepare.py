@@ -13,7 +13,7 @@ from torch import nn
 import graphcache
 from graphcache import Call
 from graphcache.errors import ConfigError
-from graphcache.modules.examples import job_of, varied
+from graphcache.modules.prepare import job_of, varied
 from tests.helpers import DTYPES, shapes, structures, tensors
 
 IDENTITY = graphcache.wrap(nn.Identity())
