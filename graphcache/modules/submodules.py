@@ -86,9 +86,9 @@ class Submodules:
 
     def discover(self) -> None:
         """Find the parts; those that are known stay, with their graphs."""
+        if not self._finds or self._found:
+            return
         with self._lock:
-            if not self._finds or self._found:
-                return
             here: dict[str, TransparentModule] = {}
             for name, child in _candidates(self._module, self.excluded).items():
                 known = self.parts.get(name)
