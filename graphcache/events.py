@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -139,18 +139,13 @@ class Observers:
             for each in list(self.on_change):
                 each.observed(self.active)
 
-    def span(self, kind: Kind, name: str, *, traced: bool = True) -> AbstractContextManager[Span]:
-        """Tell of what happens inside; if it is not ``traced``, neither PyTorch's profiler nor who hears no replays."""
-        profiled = traced and torch._C._autograd._profiler_enabled()
-        if not (profiled or self.listeners):
-            return nullcontext(Span(kind == "eager"))
-        found = [each for each in self.listeners if (traced or each.replays) and (kind != "eager" or each.eager)]
-        return self._told(kind, name, [each.observer for each in found], profiled)
-
     @contextmanager
-    def _told(self, kind: Kind, name: str, hearing: Sequence[Observer], profiled: bool) -> Iterator[Span]:
+    def told(self, kind: Kind, name: str, *, traced: bool = True, profiled: bool = False) -> Iterator[Span]:
+        """Tell before and after what happens inside; if it is not ``traced``, only who hears of replays."""
         span = Span(kind == "eager")
         profile = torch.profiler.record_function(f"graphcache: {kind} {name}") if profiled else nullcontext()
+        found = [each for each in self.listeners if (traced or each.replays) and (kind != "eager" or each.eager)]
+        hearing = [each.observer for each in found]
         for each in hearing:
             _tell(each.before, kind, name)
         start, done = time.perf_counter(), False
@@ -220,8 +215,11 @@ class Ledger:
         self._publish(RanEagerly(cause))
 
     def span(self, kind: Kind, *, traced: bool = True) -> AbstractContextManager[Span]:
-        """Tell the observers, as :meth:`Observers.span` does."""
-        return self.observers.span(kind, self.name, traced=traced)
+        """Tell the observers of what happens inside, and if ``traced`` PyTorch's profiler too."""
+        profiled = traced and torch._C._autograd._profiler_enabled()
+        if not (profiled or self.observers.listeners):
+            return nullcontext(Span(kind == "eager"))
+        return self.observers.told(kind, self.name, traced=traced, profiled=profiled)
 
     def _publish(self, event: Event) -> None:
         for subscriber in tuple(self.subscribers):

@@ -134,7 +134,7 @@ class EngineModule(EngineBase):
                     inputs, profile = self.checked(inputs)
                 call = EngineCall(inputs, profile, shapes, layout, allocator, self.use_pre_allocated_outputs)
                 if watchers.active:
-                    with watchers.span("eager", self.name, traced=False):
+                    with watchers.told("eager", self.name):
                         outputs = runner.run(call)
                 else:
                     outputs = runner.run(call)
@@ -144,7 +144,7 @@ class EngineModule(EngineBase):
 
     def forbids_capture(self) -> Cause | None:
         """Why no call of this engine can be captured now; ``None`` if nothing is known that prevents it."""
-        if self.uses_output_allocator:
+        if self.requires_output_allocator or self._use_output_allocator:
             return Cause(Reason.OUTPUT_ALLOCATOR, self.name)
         if self._runner.profiler is not None:
             return Cause(Reason.PROFILING, self.name)
