@@ -33,7 +33,6 @@ from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import (
     DispatchMode,
-    decompose_composite,
     is_higher_order,
     is_unwatched,
     storage_of,
@@ -140,18 +139,13 @@ class _Operations(DispatchMode):
         # Of the code past the dispatcher that is running: the memory that it was given. All other is its own.
         self._given: list[set[int]] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = tensors_in((args, kwargs))
         if is_higher_order(func):
             out = self.higher_order(func, args, kwargs)
             # Its functions run under this mode; what it makes of their results itself is not seen.
             self._makes(tensors_in(out), {*self.outside, *map(storage_of, given)})
             return out
-        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
-            return whole
         drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         self._host.paused = True
         try:
@@ -225,7 +219,6 @@ class _Operations(DispatchMode):
 
 
 def _path_in(snapshot: StateSnapshot, address: int) -> str:
-    """Where memory was found; empty if nowhere."""
     return next((node.path for node in snapshot.tensors if address and storage_of(node.target) == address), "")
 
 
@@ -254,7 +247,6 @@ def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -
 
 
 def _changed_objects(watched: Watched, limit: int) -> Iterator[Cause]:
-    """Python state that the call changed."""
     for snapshot in (watched.module, watched.arguments):
         for change in snapshot.changes(limit):
             yield Cause(Reason.RANDOM if change.is_random else Reason.MUTATES, change.path, change.detail)
@@ -304,7 +296,6 @@ def _is_tritons(variable: contextvars.ContextVar[Any]) -> bool:
 
 
 def _generators(devices: Sequence[int]) -> list[Tensor]:
-    """States of PyTorch's own generators."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
 
 

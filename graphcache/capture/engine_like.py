@@ -27,7 +27,7 @@ def is_foreign(module: object) -> bool:
 
 
 class EngineLike(nn.Module):
-    """A module that runs one TensorRT engine; ``EngineModule`` is one."""
+    """A module that runs one TensorRT engine; ``EngineModule``, which is one, describes what it has."""
 
     keeps_its_own_state = True
     """What a call changes here (contexts, buffers) is no state that a replay would leave out."""
@@ -47,13 +47,9 @@ class EngineLike(nn.Module):
     host_inputs: tuple[int, ...]
     """Positions of the inputs whose values TensorRT reads on the host."""
     bind: Callable[[Sequence[Any], dict[str, Any]], list[Any]]
-    """Inputs in the order of the bindings, from positional and keyword arguments."""
     moved: Callable[[Sequence[Any]], list[Any]]
-    """Inputs with every tensor on the engine's device, for multi-device safe mode."""
     checked: Callable[[Sequence[Any]], tuple[list[Tensor], int]]
-    """Inputs that the engine can take, and the optimisation profile that fits them."""
     forbids_capture: Callable[[], Cause | None]
-    """Why no call of the engine can be captured as things stand; ``None`` if nothing is known."""
 
     def check_open(self) -> None:
         """Raise a ``ClosedError`` if the engine was closed."""
@@ -69,16 +65,15 @@ def traced_engines(module: nn.Module) -> list[Any]:
     engines = list(alive.values())
     if not engines:
         return []
-    own = {id(each) for each in engines}
     # An engine's module refers to its bytes itself, which its deep copies share.
     places = {
         (tensor.data_ptr(), tensor.numel())
         for each in module.modules()
-        if id(each) not in own
+        if not isinstance(each, EngineLike)
         for tensor in (*each.__dict__.values(), *each._buffers.values())
         if type(tensor) is Tensor and tensor.dtype is torch.uint8 and tensor.device.type == "cpu"
     }
-    return [each for each in engines if any(each.lies_at(place) for place in places)]
+    return [each for each in engines if any(map(each.lies_at, places))]
 
 
 class EngineScope:

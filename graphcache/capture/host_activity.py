@@ -251,7 +251,6 @@ def _is_ours(frame: types.FrameType) -> bool:
 
 
 def _is_inside(module_name: str, frame: types.FrameType) -> bool:
-    """Whether code of a module is on the stack."""
     return any(each.f_globals.get("__name__") == module_name for each, _ in walk_stack(frame))
 
 

@@ -66,17 +66,13 @@ class Sharing(enum.Enum):
     """No memory, so that nobody waits for the capture nor for a launch."""
 
 
-def nothing() -> None:
-    """Begins without asking for anything."""
-
-
 @dataclass(frozen=True, slots=True)
 class CaptureRequest:
     """A call that is to be captured."""
 
     call: KeyedCall
     sharing: Sharing = Sharing.ALL
-    begin: Callable[[], object] = nothing
+    begin: Callable[[], object] = lambda: None
     """Called when the arguments are known to be right, before anything is allocated for the graph; it may raise a
     :class:`~graphcache.errors.Refusal`."""
     running: Callable[[], AbstractContextManager[object]] = nullcontext

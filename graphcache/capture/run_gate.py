@@ -90,10 +90,8 @@ class RunGate:
             if not may_enter():
                 self.waits += 1
                 start = time.perf_counter()
-                try:
-                    _condition.wait_for(may_enter)
-                finally:
-                    self.wait_seconds += time.perf_counter() - start
+                _condition.wait_for(may_enter)
+                self.wait_seconds += time.perf_counter() - start
         finally:
             del self._waiting[thread]
 
@@ -105,7 +103,6 @@ class RunGate:
         return {self, *(gate for gate in gates if not own.isdisjoint(gate._submodules()))}
 
     def _submodules(self) -> set[int]:
-        """The module and its submodules by identity; empty if it is gone."""
         module = self._module()
         return set(map(id, module.modules())) if module is not None else set()
 

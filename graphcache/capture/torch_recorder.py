@@ -171,7 +171,6 @@ class TorchRecorder:
             raise Refusal(Reason.OUTPUT, detail="a container in it is not of its own")
 
     def _weights(self) -> list[Tensor]:
-        """Every parameter and buffer."""
         return [*self._module.parameters(), *self._module.buffers()]
 
     def _cuda_index(self, tensors: Sequence[Tensor]) -> int | None:

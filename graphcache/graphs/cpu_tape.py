@@ -22,7 +22,6 @@ from graphcache.graphs.capture import compiled_runs_eagerly
 from graphcache.graphs.graph import Body
 from graphcache.graphs.operations import (
     DispatchMode,
-    decompose_composite,
     flatten,
     is_higher_order,
     puts_by_mask,
@@ -119,7 +118,6 @@ class CpuTape:
         return self._open_inputs(), self._steps, self._outputs
 
     def _open_inputs(self) -> list[Tensor]:
-        """The static inputs, unless the graph was closed."""
         if self._inputs is None:
             raise ClosedError("the graph was closed; call the module again to capture a new one")
         return self._inputs
@@ -169,19 +167,14 @@ class _Recorder(DispatchMode):
             raise Refusal(Reason.OUTPUT, detail="an output was not made by any operation of the call")
         return made[0]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._record(func, args, kwargs or {})
+            return self._record(func, args, kwargs)
         except Refusal as refusal:
             self.refused = self.refused or refusal
             raise
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator and keep it."""
-        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
-            return whole
         refuse_by_tag(func, args, kwargs)
         if is_higher_order(func):
             raise Refusal(Reason.CAPTURE_FAILED, str(func), "a host graph cannot hold a higher-order operator")

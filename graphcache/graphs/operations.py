@@ -127,7 +127,6 @@ def puts_by_mask(func: Any, args: Sequence[Any]) -> bool:
 
 
 def _has_mask(indices: Any) -> bool:
-    """Whether a mask is among indices."""
     return any(index.dtype in _MASKS for index in tensors_in(indices))
 
 
@@ -141,19 +140,8 @@ def is_checked_on_the_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any
     return name in _CHECKED_ON_THE_HOST
 
 
-def decompose_composite(mode: TorchDispatchMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run a composite operator under a mode, which sees its parts; ``NotImplemented`` for what is taken as a whole."""
-    # Composites reach a mode whole under inference_mode: nothing shows what batch_norm writes or dropout draws.
-    if not _is_composite(func) or is_checked_on_the_host(func, args, kwargs):
-        return NotImplemented
-    with mode:
-        # As eager execution does it. func.decompose() prefers a decomposition in Python, which may give other bits.
-        return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-
-
 @cache
 def _is_composite(func: Any) -> bool:
-    """Whether an operator is made of others."""
     if not isinstance(func, torch._ops.OpOverload):
         return False
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -216,6 +204,18 @@ def storage_of(tensor: Tensor) -> int:
 
 _eval_frame: Any = torch._C._dynamo.eval_frame
 _CAN_SKIP = all(hasattr(_eval_frame, n) for n in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction"))
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def skipped_by_dynamo(function: _F) -> _F:
+    """Have Dynamo compile neither a function nor what it calls, where it runs within compiled code."""
+    code = getattr(function, "__code__", None)
+    if not _CAN_SKIP or not isinstance(code, CodeType):
+        return cast("_F", torch._disable_dynamo(function, recursive=True))  # type: ignore[attr-defined]
+    skip = _eval_frame._FrameAction.SKIP
+    _eval_frame.set_code_exec_strategy(code, _eval_frame._FrameExecStrategy(skip, skip))
+    return function
+
 
 _FUNCTIONS = (FunctionType, MethodType, partial, nn.Module)
 
@@ -233,10 +233,33 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that is not made of others."""
+        raise NotImplementedError
+
+    @skipped_by_dynamo
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _is_composite(func) or is_checked_on_the_host(func, args, kwargs):
+            return self.operation(func, args, kwargs)
+        # Composites reach a mode whole under inference_mode: nothing shows what batch_norm writes or dropout draws.
+        with self:
+            # As eager execution does it. func.decompose() prefers a decomposition in Python, which may give other bits.
+            return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Whether Dynamo compiles, and finds what it has compiled, as if this mode were not there."""
         return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __init_subclass__(cls) -> None:
+        """Nothing is to be kept from Dynamo here: PyTorch calls what the base class has."""
 
     def higher_order(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a higher-order operator, such as ``torch.ops.higher_order.cond``, with its functions under this mode."""
@@ -253,26 +276,3 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not any(each.__name__ == "BaseHOP" for each in type(func).__mro__):
             args, kwargs = pytree.tree_map_only(_FUNCTIONS, under, (args, kwargs))
         return func(*args, **kwargs)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return not _CAN_SKIP
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
-        method = vars(cls).get("__torch_dispatch__")
-        if _CAN_SKIP and isinstance(method, FunctionType):
-            skipped_by_dynamo(method)
-
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def skipped_by_dynamo(function: _F) -> _F:
-    """Have Dynamo compile neither a function nor what it calls, where it runs within compiled code."""
-    code = getattr(function, "__code__", None)
-    if not _CAN_SKIP or not isinstance(code, CodeType):
-        return cast("_F", torch._disable_dynamo(function, recursive=True))  # type: ignore[attr-defined]
-    skip = _eval_frame._FrameAction.SKIP
-    _eval_frame.set_code_exec_strategy(code, _eval_frame._FrameExecStrategy(skip, skip))
-    return function

@@ -177,7 +177,6 @@ class StreamOrder:
         self.release(self._forget, wait=wait)
 
     def _forget(self) -> None:
-        """Forget the stream and memory."""
         self.stream = -1
         self._scratch = self._pool = None
         if self._event is not None:

@@ -17,7 +17,6 @@ from torch.utils._device import _device_constructors
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.operations import (
     DispatchMode,
-    decompose_composite,
     is_checked_on_the_host,
     is_higher_order,
     puts_by_mask,
@@ -67,13 +66,8 @@ class Operations(DispatchMode):
         super().__init__()
         self._findings, self._placement = findings, placement
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, placement = kwargs or {}, self._placement
-        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
-            return whole
-        given = tensors_in((args, kwargs))
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        placement, given = self._placement, tensors_in((args, kwargs))
         on_host = [tensor for tensor in given if placement.is_host(tensor)]
         if not given or len(on_host) < len(given):
             self._look(func, args, kwargs, on_host)

@@ -17,7 +17,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
 
 from graphcache.graphs.capture import compiled_runs_eagerly
-from graphcache.graphs.operations import DispatchMode, HostQuestions, decompose_composite, is_higher_order
+from graphcache.graphs.operations import DispatchMode, HostQuestions, is_higher_order
 
 X = torch.arange(8.0).view(2, 4)
 Q = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
@@ -28,13 +28,10 @@ class Seen(DispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         if is_higher_order(func):
             self.names.append(func._name)
             return self.higher_order(func, args, kwargs)
-        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
-            return whole
         self.names.append(func._opname)
         return func(*args, **kwargs)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphcache.graphs.operations import decompose_composite, storage_of, written
+from graphcache.graphs.operations import DispatchMode, storage_of, written
 
 
-class Seen(TorchDispatchMode):
+class Seen(DispatchMode):
     """What was dispatched, and the storages that it wrote into."""
 
     def __init__(self) -> None:
@@ -22,10 +21,7 @@ class Seen(TorchDispatchMode):
         self.names: list[str] = []
         self.written: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if (whole := decompose_composite(self, func, args, kwargs)) is not NotImplemented:
-            return whole
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.names.append(func._opname)
         self.written |= {storage_of(tensor) for tensor in written(func, args, kwargs)}
         return func(*args, **kwargs)
