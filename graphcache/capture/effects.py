@@ -159,7 +159,7 @@ class _Operations(DispatchMode):
             self._host.paused = False
             out = func(*args, **kwargs)
             self._host.paused = True
-            if drawn and not all(map(torch.equal, generators, _generators(self.devices))):
+            if drawn and generators != _generators(self.devices):
                 self._note(Reason.RANDOM, str(func), str(func))
             # A constant made by torch.tensor() arrives here by no other operation.
             lifted = func is torch.ops.aten.lift_fresh.default
@@ -268,9 +268,7 @@ def _process_state(devices: Sequence[int]) -> dict[str, Any]:
 
 def _changed_process_state(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Cause]:
     """Random generators, context variables and modes that the call changed."""
-    if not all(map(torch.equal, before["torch"], after["torch"])):
-        yield Cause(Reason.RANDOM, "torch", "the generator moved on")
-    for name in ("random", "numpy"):
+    for name in ("torch", "random", "numpy"):
         if name in before and before[name] != after[name]:
             yield Cause(Reason.RANDOM, name, "the generator moved on")
     for variable, value in after["context"].items():
@@ -295,8 +293,9 @@ def _is_tritons(variable: contextvars.ContextVar[Any]) -> bool:
     return any(value is variable for module in modules for value in vars(module).values())
 
 
-def _generators(devices: Sequence[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+def _generators(devices: Sequence[int]) -> list[bytes]:
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+    return [state.numpy().tobytes() for state in states]
 
 
 def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSnapshot:

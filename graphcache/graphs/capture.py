@@ -38,17 +38,16 @@ def capture_copying(
     earlier run. An input is ``direct`` where the caller's tensor has the same layout, so that one plain copy moves it.
     With ``full_edges`` every kernel waits for the ones before it, however it was launched.
     """
-    others = [torch.empty_like(each) for each in (*inputs, *expected)]
+    sources, targets = ([torch.empty_like(each) for each in tensors] for tensors in (inputs, expected))
     buffers = list(inputs)
     # What no plain copy moves is copied by an operation of its own, before or after the launch.
     is_copied = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
 
     def enqueue(stream: int) -> bool:
-        _copy(zip(inputs, others, is_copied, strict=False), stream)
+        _copy(zip(inputs, sources, is_copied, strict=True), stream)
         outputs = work(stream)
         if outputs is None:
             return False
-        targets = others[len(inputs) :]
         copied = [is_dense(own) and own.stride() == to.stride() for own, to in zip(outputs, targets, strict=True)]
         _copy(zip(targets, outputs, copied, strict=True), stream)
         buffers.extend(outputs)
@@ -60,7 +59,7 @@ def capture_copying(
         undo.callback(driver.call, "cuGraphDestroy", captured)
         if full_edges:
             make_all_full(captured)
-        moved = [each for each, copied in zip(others, is_copied, strict=True) if copied]
+        moved = [each for each, copied in zip((*sources, *targets), is_copied, strict=True) if copied]
         try:
             found = iter(find_copies(captured, moved))
         except CannotBind as why:
@@ -166,8 +165,6 @@ def as_if_capturing() -> Iterator[None]:
 
 @ProcessWide
 def _pretending() -> Callable[[], object]:
-    """PyTorch asks here, in place of the driver."""
-
     def put(ask: Callable[[], bool]) -> None:
         torch_graphs._cuda_isCurrentStreamCapturing = ask  # type: ignore[attr-defined]
 
@@ -186,24 +183,21 @@ def _eager_stance() -> Callable[[], object]:
 @contextmanager
 def compiled_runs_eagerly() -> Iterator[None]:
     """Inside, functions that ``torch.compile`` made run as they were written, and higher-order operators as well."""
+
     # torch.cond and flex_attention compile themselves in eager mode, and raise if Dynamo traces a function mode. The
     # setting that prevents it imports Dynamo, so it is made when the first such operator is called.
+    def event(frame: FrameType, kind: str, _: Any) -> None:
+        if frame.f_code is _COMPILES_ITSELF:
+            sys.setprofile(None)
+            stance.enter_context(_eager_stance)
+
     with ExitStack() as stance:
         if "torch._dynamo" in sys.modules or sys.getprofile() is not None or _COMPILES_ITSELF is None:
             stance.enter_context(_eager_stance)
-            yield
-            return
-
-        def event(frame: FrameType, kind: str, _: Any) -> None:
-            if frame.f_code is _COMPILES_ITSELF:
-                sys.setprofile(None)
-                stance.enter_context(_eager_stance)
-
-        sys.setprofile(event)
-        try:
-            yield
-        finally:
-            sys.setprofile(None)
+        else:
+            stance.callback(sys.setprofile, None)
+            sys.setprofile(event)
+        yield
 
 
 _COMPILES_ITSELF: CodeType | None = getattr(

@@ -108,10 +108,7 @@ class CpuTape:
             return static, self._pinned
 
     def launch(self) -> None:
-        with self._lock, torch.no_grad(), torch._C._DisableAutocast():
-            self._open_inputs()
-            for target, tensor in zip(self._pinned, self._run(), strict=True):
-                target.copy_(tensor)
+        self.replay(self._open_inputs(), self._pinned)
 
     def recorded(self) -> tuple[list[Tensor], list[Step], list[int]]:
         """The static inputs, the operations, and the slots of the outputs among what the operations make."""
@@ -134,7 +131,7 @@ class CpuTape:
             if type(results) is int:
                 values[results] = made
             else:
-                values |= {slot: item for slot, item in zip(results, flatten(made), strict=True) if slot is not None}
+                values.update(zip(results, flatten(made), strict=True))
         return [values[slot] for slot in self._outputs]
 
     def poison(self, out: Sequence[Tensor] = ()) -> None:
@@ -220,18 +217,16 @@ class _Recorder(DispatchMode):
 
     def _keep(self, out: Any, func: Any) -> Any:
         """The slots of an operation's results; ``None`` if they are numbers only, which a replay need not make."""
-        results: list[int | None] = []
-        numbers = False
-        for item in flatten(out):
-            if isinstance(item, Tensor):
-                results.append(self._made.setdefault(id(item), (len(self._made), item))[0])
-            else:
-                results.append(None)
-                numbers = numbers or item is not None
         if isinstance(out, Tensor):
-            return results[0]
+            return self._slot(out)
+        leaves = flatten(out)
+        numbers = any(item is not None and not isinstance(item, Tensor) for item in leaves)
         # PyTorch's own operators return numbers that depend on layouts alone, as is_same_size does: those that read
         # values were refused by their tags.
         if numbers and func.namespace not in ("aten", "prims"):
             raise Refusal(Reason.HOST_READ, str(func))
+        results = [self._slot(item) if isinstance(item, Tensor) else None for item in leaves]
         return None if numbers and not any(slot is not None for slot in results) else results
+
+    def _slot(self, tensor: Tensor) -> int:
+        return self._made.setdefault(id(tensor), (len(self._made), tensor))[0]
