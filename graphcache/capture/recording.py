@@ -30,8 +30,6 @@ class Recording:
     """Whether the answer's leaves are the graph's outputs, all of them and in their order."""
     bare: bool = False
     """Whether the answer is the graph's only output itself."""
-    places: Sequence[int] | None = None
-    """For each tensor of the call which input of the graph it is, if not each is an input of its own."""
     enters_inference: bool = False
     """Whether outputs are inference tensors in whatever mode a call is: it enters inference mode by itself."""
     version: int = 0
@@ -39,16 +37,10 @@ class Recording:
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         """Run the graph on the tensors of a call."""
-        if self.places is not None:
-            inputs = [inputs[self.places.index(place)] for place in range(max(self.places) + 1)]
         if not self.enters_inference:
             return self.graph.replay(inputs, out)
         with torch.inference_mode():
             return self.graph.replay(inputs, out)
-
-    def spread(self, static: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The graph's inputs in the places of the tensors of a call."""
-        return static if self.places is None else [static[place] for place in self.places]
 
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""

@@ -18,7 +18,7 @@ from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
-from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
+from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copies, static_copy
 from graphcache.graphs.capture import (
     as_if_capturing,
     compiled_runs_eagerly,
@@ -109,7 +109,6 @@ class TorchRecorder:
                     graph.nbytes,
                     whole=answer.is_whole,
                     bare=answer.is_whole and isinstance(value, Tensor),
-                    places=trial.places,
                     enters_inference=answer.is_inference and not in_inference,
                 )
         except Exception as error:
@@ -182,7 +181,7 @@ class TorchRecorder:
         return next((device.index for device in devices if device.type == "cuda"), None)
 
     def _on_host(self, trial: TrialCall) -> Graph:
-        trial.static = [static_copy(tensor) for tensor in trial.inputs]
+        trial.static = static_copies(trial.inputs)
         expected = trial.run()
         trial.compare(expected)
         self._check_questions(trial)
@@ -204,7 +203,7 @@ class TorchRecorder:
             return outputs
 
         with capturing(order):
-            trial.static = static = [static_copy(tensor) for tensor in trial.inputs]
+            trial.static = static = static_copies(trial.inputs)
             expected = [static_copy(tensor) for tensor in run()]
             trial.compare(expected)
             with scope.run():

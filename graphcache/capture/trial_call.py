@@ -29,26 +29,19 @@ class TrialCall:
         self._key = call.key
         self.state = state
         self.answer = OutputLayout(value, call.tensors, state)
-        distinct = {id(tensor): tensor for tensor in call.tensors}
-        order = list(distinct)
-        places = [order.index(id(tensor)) for tensor in call.tensors]
-        self.places = None if len(order) == len(places) else places
-        """For each tensor of the call, which of ``inputs`` it is, if one was given several times."""
-        self.inputs = [tensor.detach() for tensor in distinct.values()]
-        for own, given in zip(self.inputs, distinct.values(), strict=True):
-            # What Python code gave it.
-            own.__dict__.update(given.__dict__)
-        self.static: list[Tensor] = []
+        detached = {id(tensor): _detached(tensor) for tensor in call.tensors}
+        self.inputs = [detached[id(tensor)] for tensor in call.tensors]
+        self.static: Sequence[Tensor] = ()
         """Static inputs, which every repetition reads."""
 
     def repeat(self) -> Any:
         """What the module returns for the static inputs."""
-        args, kwargs = self._key.arguments(self._spread())
+        args, kwargs = self._key.arguments(self.static)
         return self._run(*args, **kwargs)
 
     def run(self) -> list[Tensor]:
         """The tensors that the module makes of the static inputs; the answer must have the layout of the first one."""
-        answer = OutputLayout(self.repeat(), self._spread(), self.state)
+        answer = OutputLayout(self.repeat(), self.static, self.state)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer.tensors
@@ -64,8 +57,12 @@ class TrialCall:
         self.inputs = []
         self.answer.let_go()
 
-    def _spread(self) -> Sequence[Tensor]:
-        return self.static if self.places is None else [self.static[place] for place in self.places]
+
+def _detached(tensor: Tensor) -> Tensor:
+    """The same tensor without gradients, with what Python code gave it."""
+    own = tensor.detach()
+    own.__dict__.update(tensor.__dict__)
+    return own
 
 
 def _strides(tensor: Tensor) -> list[int]:

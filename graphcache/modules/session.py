@@ -34,7 +34,7 @@ class Session:
     def __init__(self, recorded: Recording) -> None:
         self._recorded = recorded
         static, outputs = recorded.graph.pin()
-        self.inputs: Sequence[Tensor] = tuple(recorded.spread(static))
+        self.inputs: Sequence[Tensor] = tuple(static)
         """The static inputs: the tensors of the call, depth first; host shape tensors, whose values are frozen, not.
 
         An axis that the call's tensor had expanded has size 1. A tensor given several times is one buffer.
