@@ -18,7 +18,6 @@ from graphcache.errors import CudaError, Reason, Refusal
 from graphcache.graphs import driver
 from graphcache.graphs.buffers import is_dense
 from graphcache.graphs.cuda import IoSlot
-from graphcache.graphs.graph import Body
 from graphcache.graphs.param_patching import CannotBind, find_copies
 from graphcache.graphs.stream_order import Enqueue, ProcessWide, StreamOrder, capture_enqueue
 
@@ -78,7 +77,7 @@ def _copy(each: Iterator[tuple[Tensor, Tensor, bool]], stream: int) -> None:
 
 
 def record_torch(
-    body: Body,
+    body: Callable[[], Sequence[Tensor]],
     inputs: Sequence[Tensor],
     direct: Sequence[bool],
     expected: Sequence[Tensor],
@@ -98,10 +97,6 @@ def record_torch(
         try:
             with torch.inference_mode(False), torch.no_grad(), order.pool().allocating():
                 return capture_enqueue(enqueue, order, where)
-        except Refusal:
-            raise
-        except Exception as error:
-            raise refusal_of(error, where) from error
         finally:
             forget_workspaces()
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from graphcache.errors import ClosedError, Reason, Refusal
 from graphcache.graphs.buffers import nbytes_of, poison, put
 from graphcache.graphs.capture import compiled_runs_eagerly
-from graphcache.graphs.graph import Body
 from graphcache.graphs.operations import (
     DispatchMode,
     flatten,
@@ -57,7 +56,7 @@ class CpuTape:
         self.nbytes = nbytes_of(inputs)
 
     @classmethod
-    def record(cls, body: Body, inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
+    def record(cls, body: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
         """Run ``body`` on the static inputs, which the graph keeps, and keep what it did, or raise a ``Refusal``."""
         why: Refusal | None = None
         # What the host reads may be a check that an operator makes on the CPU alone, such as that of one_hot. Below

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
-
-Body = Callable[[], Sequence[Tensor]]
-"""What is captured: runs the work on the static inputs and returns its output tensors, the same ones every time."""
 
 
 class Graph(Protocol):

@@ -337,7 +337,7 @@ def test_workspaces_are_cleared_before_and_after(fake: Torch) -> None:
     module.record()
     assert fake.workspaces_cleared == 2
     module.fails = ValueError("no")
-    with pytest.raises(Refusal):
+    with pytest.raises(ValueError, match="no"):
         module.record()
     assert fake.workspaces_cleared == 4
 
@@ -370,13 +370,13 @@ FAILURES = [
 def test_why_a_capture_failed(fake: Torch, error: Exception, reason: Reason, detail: str) -> None:
     module = Module(fake)
     module.fails = error
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(type(error)) as caught:
         module.record()
-    assert caught.value.__cause__ is error
-    for cause in (caught.value.cause, refusal_of(error, "net").cause):
-        assert (cause.reason, cause.where) == (reason, "net")
-        assert cause.detail.startswith(detail)
-        assert "\n" not in cause.detail
+    assert caught.value is error
+    cause = refusal_of(error, "net").cause
+    assert (cause.reason, cause.where) == (reason, "net")
+    assert cause.detail.startswith(detail)
+    assert "\n" not in cause.detail
     assert sound(fake)
 
 
