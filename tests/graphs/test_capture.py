@@ -403,9 +403,8 @@ def test_an_interrupt_inside_is_not_swallowed(fake: Torch, error: type[BaseExcep
 
 def test_another_number_of_outputs_than_before(fake: Torch) -> None:
     module = Module(fake)
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ValueError, match="zip"):
         recorded(module, [module.x], [True], [module.x], module.order)
-    assert caught.value.cause.reason is Reason.CAPTURE_FAILED
     assert sound(fake)
 
 
