@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -308,12 +309,7 @@ class SharedContexts:
         """Give back the contexts that no graph needs any more, once the last replay is over, and forget the others."""
         unused = [shared.context for shared in self._open if not shared.live()]
         self._open.clear()
-
-        def give_back() -> None:
-            for context in unused:
-                self._module.contexts.give_back(context)
-
-        self._module.order.release(give_back, wait=wait)
+        self._module.order.release(partial(self._module.contexts.give_back, *unused), wait=wait)
 
     def _check(self, shared: SharedContext, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
         """Compare the answers of graphs with those from before their context was used."""

@@ -291,11 +291,12 @@ class ContextPool:
         context.use_scratch(scratch)
         return context
 
-    def give_back(self, context: Context) -> None:
-        """Keep a context whose last work has finished, unless the engine was closed."""
-        context.copies.clear()
-        if not self._engine.closed:
-            self._idle.append(context)
+    def give_back(self, *contexts: Context) -> None:
+        """Keep contexts whose last work has finished, unless the engine was closed."""
+        for context in contexts:
+            context.copies.clear()
+            if not self._engine.closed:
+                self._idle.append(context)
 
     def clear(self) -> None:
         """Drop the idle contexts."""

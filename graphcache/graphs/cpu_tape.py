@@ -119,7 +119,6 @@ class CpuTape:
         return self._inputs
 
     def _run(self) -> list[Tensor]:
-        """Repeat the operations: fresh outputs."""
         values: dict[int, Any] = {}
         for func, args, kwargs, fills, results in self._steps:
             for container, place, slot in fills:

@@ -147,7 +147,6 @@ def _differ(left: Any, right: Any, fields: Sequence[str]) -> bool:
 
 
 def _compare_kernels(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:
-    """The pointers in the arguments of a kernel node."""
     params, other_params = (driver.call("cuGraphKernelNodeGetParams", each) for each in (node, other))
     if _differ(params, other_params, _KERNEL_FIELDS):
         raise CannotBind("two captures launch different kernels")
@@ -205,7 +204,6 @@ def _compare_memsets(node: Any, other: Any, _: Sequence[_Move]) -> _Found:
 
 
 def _compare_copies(node: Any, other: Any, moves: Sequence[_Move]) -> _Found:
-    """The pointers in a copy node."""
     params, other_params = (driver.call("cuGraphMemcpyNodeGetParams", each) for each in (node, other))
     if _differ(params, other_params, _COPY_FIELDS):
         raise CannotBind("two captures copy differently")

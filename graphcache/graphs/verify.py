@@ -204,13 +204,12 @@ def _comparable(left: Tensor, right: Tensor) -> bool:
 
 
 def _elements(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both in float64, and where they are equal, NaN to NaN too."""
+    """Both as float64, a complex number as two, and where they are equal, NaN to NaN too."""
     one, other = _wide(left), _wide(right)
     return one, other, (one == other) | (one.isnan() & other.isnan())
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """As float64, a complex number as two."""
     tensor = tensor.detach()
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
 
