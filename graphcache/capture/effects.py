@@ -31,14 +31,7 @@ from torch.utils import _pytree as pytree
 from graphcache.capture.blame import at
 from graphcache.capture.host_activity import HostActivity
 from graphcache.errors import Cause, Reason
-from graphcache.graphs.operations import (
-    DispatchMode,
-    is_higher_order,
-    is_unwatched,
-    storage_of,
-    tensors_in,
-    written,
-)
+from graphcache.graphs.operations import DispatchMode, is_higher_order, is_unwatched, storage_of, tensors_in, written
 from graphcache.graphs.stream_order import quiet_collector
 from graphcache.graphs.verify import same_bits
 from graphcache.keys.call_key import ambient_state

@@ -91,21 +91,16 @@ def record_torch(
 
     def capture(enqueue: Enqueue) -> Any:
         # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this order or
-        # another, and lose when this order is closed (pytorch/pytorch#193402). So each capture starts and ends without,
-        # and finds its workspace in the pool of its own order, where it stays.
-        forget_workspaces()
+        # another, and lose when this order is closed (pytorch/pytorch#193402). So each capture starts and ends without
+        # (the next product takes one again, 32 MiB on an H100), and finds it in the pool of its own order, for good.
+        torch._C._cuda_clearCublasWorkspaces()
         try:
             with torch.inference_mode(False), torch.no_grad(), order.pool().allocating():
                 return capture_enqueue(enqueue, order, where)
         finally:
-            forget_workspaces()
+            torch._C._cuda_clearCublasWorkspaces()
 
     return capture_copying(capture, lambda stream: body(), inputs, direct, expected, where, full_edges)
-
-
-def forget_workspaces() -> None:
-    """Give back the memory that cuBLAS works in; the next product on a stream takes it again (32 MiB on an H100)."""
-    torch._C._cuda_clearCublasWorkspaces()
 
 
 def make_all_full(graph: Any) -> None:
