@@ -58,7 +58,7 @@ class CpuTape:
     @classmethod
     def record(cls, body: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
         """Run ``body`` on the static inputs, which the graph keeps, and keep what it did, or raise a ``Refusal``."""
-        why: Refusal | None = None
+        refused: list[Refusal] = []
         # What the host reads may be a check that an operator makes on the CPU alone, such as that of one_hot. Below
         # autograd such operators arrive whole, and are recorded so; what needs gradients inside raises there.
         for level in (nullcontext, torch._C._AutoDispatchBelowAutograd):
@@ -68,18 +68,18 @@ class CpuTape:
                     outputs = body()
             except Exception:
                 # TorchScript turns a refusal into an exception of its own.
-                if why is None and tape.refused is None:
+                if not refused and tape.refused is None:
                     raise
             # The module may have caught a refusal, and gone on by another way.
             if outputs is not None and tape.refused is None:
                 if not tape.steps:
                     raise Refusal(Reason.EMPTY_GRAPH)
                 return cls(inputs, tape, outputs, lock)
-            why = why or tape.refused
-            if why is None or why.cause.reason is not Reason.HOST_READ:
+            if tape.refused is not None:
+                refused.append(tape.refused)
+            if refused[0].cause.reason is not Reason.HOST_READ:
                 break
-        assert why is not None
-        raise why
+        raise refused[0]
 
     @property
     def nodes(self) -> int:

@@ -43,13 +43,8 @@ Eager = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Runs the call eagerly on other inputs; the outputs are copies."""
 
 
-def rounds_of(
-    inputs: Sequence[Tensor], expected: Sequence[Tensor], again: Eager, *, any_values: bool
-) -> Iterator[Round]:
-    """The inputs that a graph was captured with, others, and others of the other sign.
-
-    Unless the call takes ``any_values``, those with which it raises are left out.
-    """
+def rounds_of(inputs: Sequence[Tensor], expected: Sequence[Tensor], again: Eager, any_values: bool) -> Iterator[Round]:
+    """The inputs of a capture and two other sets; unless the call takes ``any_values``, no set that it raises for."""
     yield Round("the inputs of the capture", inputs, expected)
     for name, negative in ("inputs of other values", False), ("inputs of the other sign", True):
         others = perturb(inputs, negative=negative)
