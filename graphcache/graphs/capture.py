@@ -37,20 +37,25 @@ def capture_copying(
     earlier run. An input is ``direct`` where the caller's tensor has the same layout, so that one plain copy moves it.
     With ``full_edges`` every kernel waits for the ones before it, however it was launched.
     """
-    sources, targets = ([torch.empty_like(each) for each in tensors] for tensors in (inputs, expected))
-    buffers = list(inputs)
     # What no plain copy moves is copied by an operation of its own, before or after the launch.
-    is_copied = [plain and is_dense(static) for plain, static in zip(direct, inputs, strict=True)]
+    pairs: list[tuple[Tensor, Tensor | None]] = [
+        (static, torch.empty_like(static) if plain and is_dense(static) else None)
+        for static, plain in zip(inputs, direct, strict=True)
+    ]
+    targets = [torch.empty_like(each) for each in expected]
 
     def enqueue(stream: int) -> bool:
-        _copy(zip(inputs, sources, is_copied, strict=True), stream)
+        for static, source in pairs:
+            if source is not None:
+                _copy(static, source, stream)
         outputs = work(stream)
         if outputs is None:
             return False
-        copied = [is_dense(own) and own.stride() == to.stride() for own, to in zip(outputs, targets, strict=True)]
-        _copy(zip(targets, outputs, copied, strict=True), stream)
-        buffers.extend(outputs)
-        is_copied.extend(copied)
+        for own, target in zip(outputs, targets, strict=True):
+            is_copied = is_dense(own) and own.stride() == target.stride()
+            if is_copied:
+                _copy(target, own, stream)
+            pairs.append((own, target if is_copied else None))
         return True
 
     captured = capture(enqueue)
@@ -58,22 +63,18 @@ def capture_copying(
         undo.callback(driver.call, "cuGraphDestroy", captured)
         if full_edges:
             make_all_full(captured)
-        moved = [each for each, copied in zip((*sources, *targets), is_copied, strict=True) if copied]
         try:
-            found = iter(find_copies(captured, moved))
+            found = iter(find_copies(captured, [other for _, other in pairs if other is not None]))
         except CannotBind as why:
             raise Refusal(Reason.CAPTURE_FAILED, where, str(why)) from why
-        slots = [IoSlot(own, next(found) if copied else [], 1) for own, copied in zip(buffers, is_copied, strict=True)]
+        slots = [IoSlot(own, next(found) if other is not None else [], 1) for own, other in pairs]
         undo.pop_all()
     return captured, slots
 
 
-def _copy(each: Iterator[tuple[Tensor, Tensor, bool]], stream: int) -> None:
-    """Enqueue plain copies: to, from, and whether."""
-    for target, source, copied in each:
-        if copied:
-            nbytes = target.numel() * target.element_size()
-            driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
+def _copy(target: Tensor, source: Tensor, stream: int) -> None:
+    nbytes = target.numel() * target.element_size()
+    driver.call("cuMemcpyDtoDAsync", target.data_ptr(), source.data_ptr(), nbytes, stream)
 
 
 def record_torch(

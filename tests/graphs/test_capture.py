@@ -411,7 +411,7 @@ def test_another_number_of_outputs_than_before(fake: Torch) -> None:
 def test_a_body_that_copies_an_input_once_more(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of two copies is the caller's cannot be told, so there is no graph."""
     module = Module(fake)
-    monkeypatch.setattr(capture, "_copy", lambda each, stream: None)
+    monkeypatch.setattr(capture, "_copy", lambda *_: None)
     with pytest.raises(Refusal) as caught:
         module.record()
     cause = caught.value.cause
