@@ -31,13 +31,11 @@ from graphcache.errors import Cause, Reason, Refusal
 OVERHEAD = 0.02
 """Fraction of the time of eager execution that may be spent on captures that never pay."""
 PRICE = 0.4
-"""Captures: what a key has to lose before it is captured. From 0.3 to 0.6 the mean changes by 0.4 %; at 1 it is 2 %
-worse, since keys that stay are captured late."""
+"""Captures: what a key has to lose before it is captured. From 0.3 to 0.6 the mean changes by 0.4 %, at 1 by 2 %."""
 HALF_LIFE = 4.0
 """Captures of the whole cache: the time in which the weight of a call halves. From 3 to 9 the mean changes by 0.3 %."""
 HOTTER = 2.0
-"""Times the value of the graphs that would go. From 1.5 to 3 the mean changes by 0.5 %; with less, graphs replace each
-other by chance, with more, changing traffic takes longer."""
+"""Times the value of the graphs that would go. From 1.5 to 3 the mean changes by 0.5 %."""
 _PRIOR_CAPTURE = 50.0
 """Eager calls that a capture is taken to cost before the first one was measured (measured: 14 to 140, engines)."""
 _PRIOR_SHARE = 0.3
@@ -106,7 +104,7 @@ class Admission:
             return self._refuses(state) or self._look(key) or self._refuses(state)
 
     def ran(self, key: Hashable, seconds: float) -> None:
-        """Note an eager call and its time."""
+        """Note an eager call."""
         with self._lock:
             state = self._keys.used(key)
             state.eager.add(seconds)
@@ -167,9 +165,7 @@ class Admission:
     def worth(self, key: Hashable, entry: Entry[Any]) -> float:
         """The value of a graph, to rank it by; for each byte where bytes are bounded. It takes no lock."""
         state = self._keys.states.get(key)
-        if state is None:
-            return 0.0
-        value = self._value(state, entry.hits - entry.counted)
+        value = 0.0 if state is None else self._value(state, entry.hits - entry.counted)
         return value if self._cache.max_bytes is None else value / max(entry.nbytes, 1)
 
     def _refuses(self, state: KeyState) -> Cause | None:
@@ -208,14 +204,14 @@ class Admission:
         self._account.eager_seconds += elapsed
         self._account.saved_seconds += saved
         self._credit = min(self._credit + saved + OVERHEAD * elapsed, self._cache_time())
-        # When they came was not written down: as if in the midst of the time since the last count.
+        # As if they had come in the midst of the time since the last count.
         weight = self._faded((self._counted_at + self._keys.now) / 2.0)
         for state, count in fresh:
             self._warm(state, count * weight)
         self._counted_at = self._keys.now
 
     def _spend(self, seconds: float, free: bool) -> None:
-        """Note time that was spent for graphs; ``free`` if no call waited for it."""
+        """Note time that was spent for graphs."""
         self._account.capture_seconds += seconds
         if self.measures_replays:
             # First what replays have saved until now: credit is bounded.
@@ -240,7 +236,6 @@ class Admission:
         return heat / max(1.0 - self._faded(state.born), 1e-6) * max(self._saving(state), 0.0)
 
     def _warm(self, state: KeyState, calls: float) -> None:
-        """Add calls to the discounted number of calls."""
         state.heat = state.heat * self._faded(state.at) + calls
         state.at = self._keys.now
 
@@ -260,7 +255,6 @@ class Admission:
         return state.replay.value / self._share.value if state.replay.count else self._eager.value
 
     def _capture_time(self) -> float:
-        """Seconds of a capture."""
         return self._capture.value if self._capture.count else _PRIOR_CAPTURE * self._eager.value
 
     def _cache_time(self) -> float:

@@ -28,9 +28,8 @@ def advice(
 ) -> str | None:
     """What was seen, and what would help, where the last :data:`WINDOW` captures were in vain; ``None`` if they pay.
 
-    Given are their keys, whether each had a graph before, and the calls that graphs answered meanwhile. Captures are in
-    vain if these are fewer than one for each: some part of the key is new at each call. Or if three quarters are of
-    keys that had a graph before, and these are fewer than 50 for each: graphs are evicted only to be captured again.
+    Given are their keys, whether each had a graph before, and the calls that graphs answered meanwhile: fewer than one
+    for each if some part of the key is new at each call, fewer than 50 if graphs are evicted only to be captured again.
     """
     again = sum(had_one for _, had_one in captures)
     if gained >= WINDOW * (HITS if again >= MOST_OF_THEM else 1):

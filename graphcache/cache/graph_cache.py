@@ -3,12 +3,11 @@
 A graph that is to be captured reserves its bytes first, and one that is stored takes their place; the coldest graphs
 go, of the module or of all modules on the device. So the peak stays within the budgets too.
 
-Locks. One lock serves all caches and budgets. Under it bytes are counted, and graphs are taken out and put in, in one
-step. It is never held while a graph is closed or ``on_evict`` is called, and no other lock is taken under it; what was
-taken out counts until it is closed. So modules that evict from each other can wait for each other only through what
-``on_evict`` or ``close()`` waits for: that must not be a lock that somebody holds while reserving or storing. (A
-capture reserves before it takes the lock of the device's order, which closing a graph needs.) A hit takes no lock:
-``entries`` may be read without it.
+One lock serves all caches and budgets. It is never held while a graph is closed or ``on_evict`` is called, and no other
+lock is taken under it; what was taken out counts until it is closed. So modules that evict from each other can wait for
+each other only through what ``on_evict`` or ``close()`` waits for: that must not be a lock that somebody holds while
+reserving or storing. (A capture reserves before it takes the lock of the device's order, which closing a graph needs.)
+``entries`` may be read without the lock.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class GraphCache(Generic[G]):
         self.rank: Callable[[Hashable, Entry[G]], float] = recency
         """What goes first: the lowest. It is asked with the lock held, and may take no other."""
         self.shared = 0
-        """Bytes that the graphs use together and no eviction frees, such as scratch memory."""
+        """Bytes that no eviction frees, such as scratch memory."""
         self.open_nbytes = 0
         """Bytes of graphs that are not closed yet."""
         self.reservations: set[Reservation] = set()
@@ -251,10 +250,9 @@ class Reservation:
         """Bytes of what goes for its sake and is not closed yet."""
 
     def take(self, nbytes: int) -> None:
-        """Keep so many bytes; if they are short graphs go, and are closed before it returns.
+        """Keep so many bytes; if they are short graphs go, and are closed before it returns. A ``Refusal`` evicts none.
 
-        Where only the number of graphs is short, nothing goes before the new graph is there: a capture that fails costs
-        no graph then. Raises a ``Refusal``, with nothing evicted, if there is no room whatever goes.
+        Where only the number of graphs is short, nothing goes before the new graph is there: the capture may fail.
         """
         with _lock:
             leaving = self._cache.make_room(nbytes, graphs=0)

@@ -133,7 +133,7 @@ class Mean:
 
 
 class KeyTable:
-    """The states of the keys of one module, whose graphs are ``entries``; a key that has a graph is not forgotten."""
+    """The states of the keys of one module, whose graphs are ``entries``: a key with a graph is not forgotten."""
 
     def __init__(self, entries: Mapping[Hashable, Entry[Any]]) -> None:
         self.entries = entries
@@ -219,13 +219,11 @@ class KeyTable:
             state.denial = Denial(_CHANGES_OFTEN, version, times) if times > 0 else None
 
     def allow_all(self) -> None:
-        """Forget all denials."""
         with self.lock:
             for state in self.states.values():
                 state.denial = None
 
     def forget_captures(self) -> None:
-        """Forget which keys have had graphs."""
         with self.lock:
             for state in self.states.values():
                 state.captures = 0

@@ -48,7 +48,7 @@ class CaptureQueue:
         self._pending: dict[Hashable, CallSnapshot] = {}
 
     def is_pending(self, key: Hashable) -> bool:
-        """Whether a call is captured in the background, or waits for it, in this process."""
+        """Whether a call is captured in the background, or waits for it."""
         snapshot = self._pending.get(key)
         return snapshot is not None and not snapshot.is_lost
 
@@ -150,15 +150,14 @@ class CallSnapshot:
         kinds = ["cpu", "cuda"] if torch.cuda.is_initialized() else ["cpu"]  # type: ignore[no-untyped-call]
         self._autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
         self._index = next((value.device.index for value in tensors if value.is_cuda), None)
-        self._copied: Any = None
         if self._index is not None:
             with torch.cuda.device(self._index):
-                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._copied.record(torch.cuda.current_stream())
 
     @property
     def is_lost(self) -> bool:
-        """Whether this is a fork of the process that would have captured it: no thread of that one is here."""
+        """Whether this is a fork of the process that would have captured it."""
         return self._process != os.getpid()
 
     def run(self, function: Callable[[], Any]) -> Any:
@@ -247,7 +246,6 @@ class Worker:
 
 
 def worker_of(device: object) -> Worker:
-    """The one worker of a device, in this process."""
     name = str(device)
     return _workers.get(name) or _workers.setdefault(name, Worker(f"graphcache captures on {name}"))
 
@@ -258,6 +256,7 @@ def _stop_all() -> None:
 
 
 _workers: dict[str, Worker] = {}
+"""By device."""
 # Before the interpreter takes anything down: a capture that is cut off would take the process with it.
 atexit.register(_stop_all)
 if hasattr(os, "register_at_fork"):

@@ -40,9 +40,8 @@ from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off, switch_in_environment
 from graphcache.dispatch.background import PENDING, CaptureQueue
 from graphcache.dispatch.capture_manager import CaptureManager, preparing
-from graphcache.dispatch.fast_path import FastPath
+from graphcache.dispatch.fast_path import FastPath, current_device, several_devices
 from graphcache.dispatch.forward_into import targets_of
-from graphcache.dispatch.preconditions import current_device, several_devices
 from graphcache.dispatch.targets import EngineTarget, ModuleTarget, Target
 from graphcache.errors import EXPECTED, GRAPHS_OFF, NOT_YET, CaptureError, Cause, ClosedError, Reason, Refusal
 from graphcache.events import Ledger

@@ -8,29 +8,25 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
+from torch.nn.modules import module as _hooks
 
 from graphcache import native
 from graphcache.cache.graph_cache import Entry, ticks
 from graphcache.capture.recording import Recording
 from graphcache.config import Modes, modes
-from graphcache.dispatch.preconditions import (
-    current_device,
-    global_hooks,
-    global_pre_hooks,
-    raw_stream,
-    several_devices,
-)
 from graphcache.dispatch.targets import EngineGuard, EngineTarget, Target
 from graphcache.errors import CudaError
 from graphcache.events import log
 from graphcache.graphs import driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.stream_order import StreamOrder
+from graphcache.graphs.stream_order import StreamOrder, raw_stream
 from graphcache.keys.call_key import KeyedCall, ambient_state, guard_ambient
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_snapshot import StateSnapshot
@@ -44,6 +40,23 @@ _FUNCTIONS = (
     "cuGraphInstantiateWithParams",
     "cuGraphExecDestroy",
 )
+
+
+is_compiling = torch.compiler.is_compiling
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
+# Torch fills and empties these two dictionaries and never replaces them.
+global_hooks, global_pre_hooks = _hooks._global_forward_hooks, _hooks._global_forward_pre_hooks
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around a call of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or global_hooks or global_pre_hooks)
+
+
+@cache
+def several_devices() -> bool:
+    """Whether there is more than one CUDA device, so that the current one may be another than a graph's."""
+    return torch.cuda.device_count() > 1
 
 
 class FastPath:

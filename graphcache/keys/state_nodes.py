@@ -82,7 +82,7 @@ class StateNode:
         return "".join(reversed(keys))
 
     def end(self, name: Any) -> str:
-        return f".{name}"
+        return f".{name}" if name else ""
 
     def read(self) -> State:
         """Names and values now, which later changes of the object do not reach."""
@@ -220,7 +220,7 @@ class ObjectNode(StateNode):
     """An object: its class, the dictionary of its attributes, and ``__slots__``; its places are what reads these."""
 
     def read(self) -> State:
-        held = [_slot(self.target, descriptor) for descriptor in self.places.values()] if self.places else ()
+        held = [_slot(self.target, descriptor) for descriptor in self.places.values()]
         return ("__class__", "__dict__", *self.places), (type(self.target), attributes_of(self.target), *held)
 
     def guard(self, native: Any) -> None:
@@ -249,9 +249,6 @@ class CellNode(StateNode):
     def read(self) -> State:
         return ("",), (_slot(self.target, types.CellType.cell_contents),)
 
-    def end(self, name: Any) -> str:
-        return ""
-
     def guard(self, native: Any) -> None:
         native.add_cell(self.target, *_present(*self.state[1]))
 
@@ -268,16 +265,6 @@ class ShownNode(StateNode):
         return str(name)
 
 
-class GradientFlagsNode(StateNode):
-    """Which tensors require gradients, for code that asks: a native guard does not compare that."""
-
-    def read(self) -> State:
-        return range(len(self.target)), tuple([node.target.requires_grad for node in self.target])
-
-    def end(self, name: Any) -> str:
-        return f"{self.target[name].path}.requires_grad"
-
-
 class TensorNode(StateNode):
     """A tensor: where its memory is and how it is laid out, and for the effects of a call what was written into it."""
 
@@ -288,7 +275,7 @@ class TensorNode(StateNode):
 
     def renew(self) -> None:
         super().renew()
-        self._written = self._version_and_gradient()
+        self._written = _asked(_written, self.target)
 
     def read(self) -> State:
         # Sparse tensors and uninitialised parameters have no address.
@@ -297,11 +284,8 @@ class TensorNode(StateNode):
     @property
     def is_written(self) -> bool:
         """Whether an operation wrote into the tensor or a view of it, or a gradient was accumulated or assigned."""
-        version, gradient = self._version_and_gradient()
-        return version != self._written[0] or gradient is not self._written[1]
-
-    def _version_and_gradient(self) -> tuple[int | None, Tensor | None]:
-        return _asked(_written, self.target) or (None, None)
+        before, now = self._written or (None, None), _asked(_written, self.target) or (None, None)
+        return before[0] != now[0] or before[1] is not now[1]
 
     def guard(self, native: Any) -> None:
         native.add_tensor(self.target)

@@ -69,7 +69,7 @@ class StateWalk:
         self._ignores = ignores
         self._skips = skips
         self._seen: set[int] = set()
-        # What is looked at lives only here sometimes: an id may be used again once its object is gone.
+        # An id may be used again once its object is gone, which may live only here.
         self._held: list[Any] = []
         self._stack: list[tuple[StateNode | None, str, Any]] = []
         self._entries = 0
@@ -88,7 +88,7 @@ class StateWalk:
     def walk(self, roots: Sequence[tuple[str, object]], functions: Mapping[types.CodeType, dict[str, Any]]) -> None:
         """Follow some objects, each with the name that its path begins with, and the globals of some code.
 
-        Raises :class:`Unobservable` if that is too much, naming the largest part.
+        :class:`Unobservable` names the largest part, if that is too much.
         """
         for code, table in functions.items():
             self._globals_of(code, table, 0)
@@ -114,7 +114,9 @@ class StateWalk:
         for module, names in self._used.items():
             self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))))
         if "requires_grad" in self._mentioned:
-            self._add(nodes.GradientFlagsNode(None, "", tuple(self.tensors)))
+            # A native guard does not compare that.
+            places = {f"{node.path}.requires_grad": node.target for node in self.tensors}
+            self._add(nodes.ShownNode(None, "", places, _gradient_flags))
         # Somebody may patch methods into the class of all tensors, which is not followed itself.
         methods = tuple(sorted(name for name in self._mentioned if hasattr(Tensor, name)))
         if methods:
@@ -291,7 +293,7 @@ class StateWalk:
     def _classes_of(self, kind: type, *, follow: bool) -> None:
         """What a class of the user's, or a module of PyTorch's, its bases and its metaclass define.
 
-        ``follow`` is for a class whose methods may run; each is followed once code that may run mentions its name.
+        With ``follow`` its methods may run; each is followed once code that may run mentions its name.
         """
         metaclass: Any = type(kind)
         for each in (*kind.__mro__, *metaclass.__mro__):
@@ -352,6 +354,10 @@ def _behind(value: Any) -> list[tuple[str, Any]] | None:
 
 def _of_this_thread(local: threading.local) -> dict[str, Any]:
     return {f".{name}": value for name, value in local.__dict__.items()}
+
+
+def _gradient_flags(places: dict[str, Tensor]) -> dict[str, bool]:
+    return {place: tensor.requires_grad for place, tensor in places.items()}
 
 
 def _items(value: tuple[Any, ...]) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 import types
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 LIBRARIES = frozenset(
@@ -39,7 +40,7 @@ class Names(NamedTuple):
     of_modules: list[tuple[types.ModuleType, str]]
     """Attributes of modules, such as ``relu`` of ``torch.nn.functional``."""
     imported: list[types.ModuleType]
-    """Modules that it imports, but for libraries."""
+    """But for libraries."""
     environment: bool
     """Whether what reads the environment of the process is named."""
 
@@ -70,26 +71,24 @@ def names_of(code: types.CodeType, table: dict[str, Any]) -> Names:
                 break
             of_modules.append((value, attribute))
             value = vars(value).get(attribute)
-    parts = str(table.get("__package__") or "").split(".")
     # How many levels up an import begins is not looked at.
-    prefixes = ["", *(".".join(parts[: index + 1]) for index in range(len(parts)))]
+    prefixes = ["", *accumulate(str(table.get("__package__") or "").split("."), "{}.{}".format)]
     absolute = [f"{prefix}.{path}".strip(".") for path in paths for prefix in prefixes]
     found = [sys.modules.get(path) for path in absolute if not is_library(path)]
     imported = [module for module in found if isinstance(module, types.ModuleType)]
-    values = map(table.get, loaded)
-    environment = not mentioned.isdisjoint(("environ", "getenv")) or any(
-        value is os.environ or value is os.getenv for value in values
-    )
+    named = any(value is os.environ or value is os.getenv for value in map(table.get, loaded))
+    environment = named or not mentioned.isdisjoint(("environ", "getenv"))
     return Names(mentioned, loaded, stored, of_modules, imported, environment)
 
 
 def has_global_state(code: types.CodeType, table: dict[str, Any]) -> bool:
     """Whether a function names a global that may hold a state: anything but functions, classes and libraries."""
     names = names_of(code, table)
+    if names.stored or names.imported or names.environment:
+        return True
     values = [table.get(name) for name in names.loaded]
     values += [vars(module).get(name) for module, name in names.of_modules if not is_library(module.__name__)]
-    named = names.stored or names.imported or names.environment
-    return bool(named) or any(not issubclass(type(value), _NO_STATE) for value in values)
+    return any(not issubclass(type(value), _NO_STATE) for value in values)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from graphcache.keys.state_nodes import Change, State, StateNode
 from graphcache.keys.values import SHOWN, Unobservable, draws_randomness
 
 _MEMORY_FILES = (io.BytesIO, io.StringIO)
-"""Files whose contents are in the process."""
+"""Files in memory."""
 _FRAMES = {
     types.GeneratorType: ("gi_frame", "gi_yieldfrom"),
     types.CoroutineType: ("cr_frame", "cr_await"),
@@ -47,17 +47,15 @@ class ArrayNode(StateNode):
 
 
 class HiddenNode(StateNode):
-    """An object that shows its state by no attribute, such as a generator.
-
-    A call that was seen not to advance a generator gives the same answer wherever the generator stands. But one that
-    used a cached function has to fill a cache that was cleared, which a graph does not.
-    """
+    """An object that shows its state by no attribute, such as a generator."""
 
     is_alike = staticmethod(eq)
     whole = "it moved on"
 
     @property
     def guarded(self) -> bool:
+        # A call that did not advance a generator gives the same answer wherever that stands. But one that used a cached
+        # function has to fill a cache that was cleared, which a graph does not.
         return issubclass(type(self.target), (functools._lru_cache_wrapper, *_MEMORY_FILES))
 
     def read(self) -> State:
@@ -84,10 +82,7 @@ def array_state(value: Any) -> tuple[Any, ...] | None:
 
 
 def script_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
-    """Every parameter, buffer and attribute of a TorchScript module, which C++ holds, without its submodules.
-
-    TorchScript hands out copies of its containers. Their items are listed in their place, with the length of each.
-    """
+    """Every parameter, buffer and attribute of a TorchScript module, which C++ holds; copies of containers by item."""
     held: Any = module._c
     kind: Any = torch._C.ConcreteModuleType.from_jit_type(held._type())
     # A parameter that may be None is an attribute without a value.

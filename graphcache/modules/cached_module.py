@@ -15,9 +15,8 @@ from torch import nn
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, check_bool
 from graphcache.dispatch.dispatcher import Dispatcher
-from graphcache.dispatch.fast_path import open_to
+from graphcache.dispatch.fast_path import global_hooks, global_pre_hooks, has_hooks, is_compiling, open_to
 from graphcache.dispatch.forward_into import copy_into
-from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, has_hooks, is_compiling
 from graphcache.errors import Cause, ConfigError, Refusal
 from graphcache.events import Ledger, Observer, Subscriber, log
 from graphcache.features import features

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from graphcache.dispatch.preconditions import global_hooks, global_pre_hooks, has_hooks, is_compiling
+from graphcache.dispatch.fast_path import global_hooks, global_pre_hooks, has_hooks, is_compiling
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 
 _PATCHED = ("forward", "__getstate__")
