@@ -153,12 +153,12 @@ class Bucketed:
 
     def _plan(self, call: KeyedCall) -> _Plan:
         """What the calls of this key are padded to; an engine raises ``InputError`` for what it does not take."""
-        at = self._captures.generation, call.key
+        at = self._captures.keys.generation, call.key
         return self._plans.get(at) or self._kept(self._plans, _MAX_PLANS, at, self._new_plan(call))
 
     def _new_plan(self, call: KeyedCall) -> _Plan:
         """Fit a call to its buckets."""
-        generation = self._captures.generation
+        generation = self._captures.keys.generation
         if self._engine is not None:
             self._engine.checked(self._engine.bind(call.args, call.kwargs))
         try:

@@ -142,6 +142,8 @@ class KeyTable:
         self.now = 0.0
         """The time of the admission policy."""
         self._nbytes = Mean()
+        self.generation = 0
+        """Goes up when all denials are forgotten."""
         self.lock = threading.Lock()
         """Held for a look or a change, never for a capture; no other lock is taken under it."""
 
@@ -220,6 +222,7 @@ class KeyTable:
 
     def allow_all(self) -> None:
         with self.lock:
+            self.generation += 1
             for state in self.states.values():
                 state.denial = None
 

@@ -116,9 +116,9 @@ class CaptureQueue:
             while not (locked := captures.lock.acquire(timeout=_CANCEL_POLL_SECONDS)) and not snapshot.cancelled:
                 # Whoever cancels may hold the lock until this ends.
                 pass
+            guard, grad = captures.target.guard, call.key.grad is not False
             try:
-                stale = captures.target.guard.is_stale(call.key.grad is not False)
-                if locked and not (snapshot.cancelled or captures.closed or stale):
+                if locked and not (snapshot.cancelled or captures.closed or guard.is_stale(grad)):
                     span.done = captures.keep(call, outcome, seconds, room) is None
                 elif isinstance(outcome, Recording):
                     outcome.close()

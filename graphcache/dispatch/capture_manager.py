@@ -55,8 +55,6 @@ class CaptureManager:
         self.on_cuda = target.is_engine
         """Whether calls concern a CUDA device."""
         self.closed = False
-        self.generation = 0
-        """Goes up when all denials are forgotten."""
         self.running: Callable[[], AbstractContextManager[object]] = nullcontext if target.is_engine else gate.shared
         """Makes what is entered around a run for a caller; an engine may run beside a background capture."""
         self._last: list[tuple[Hashable, bool]] | None = []
@@ -79,7 +77,7 @@ class CaptureManager:
             self.graphs.clear(wait=wait)
             self._last = None if self._last is None else []
             self.keys.forget_captures()
-            self.allow_all()
+            self.keys.allow_all()
             # It keeps what the module held when it was looked at, such as weights that were replaced since.
             self.target.guard.forget()
             self.target.recorder.release(wait=wait)
@@ -90,10 +88,6 @@ class CaptureManager:
             self.on_cuda = True
 
     # ---- denials
-
-    def allow_all(self) -> None:
-        self.generation += 1
-        self.keys.allow_all()
 
     def denial(self, call: KeyedCall) -> Cause | None:
         """Why a call is not to be captured this time, from its modes and from what came of it before."""
@@ -195,11 +189,11 @@ class CaptureManager:
 
     def _look_for_churn(self, last: list[tuple[Hashable, bool]]) -> None:
         """Warn, once, if the last captures were in vain."""
-        gained, self._hits_before = self.hits - self._hits_before, self.hits
+        gained, self._hits_before, self._last = self.hits - self._hits_before, self.hits, []
         said = advice(last, gained, self.graphs, self.config.capture, arguments_of(self.target.module))
         if said is not None:
             log.warning("%s: %s", self.ledger.name, said)
-        self._last = [] if said is None else None
+            self._last = None
 
     def _replay_seconds(self, recorded: Recording, call: KeyedCall) -> float:
         """What a replay takes the host, which is what an eager call is measured by too."""

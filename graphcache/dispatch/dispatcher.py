@@ -354,7 +354,7 @@ class Dispatcher:
             self.submodules.look_again()
         if target.trains_differently():
             # What was refused in training may be captured in evaluation.
-            self.captures.allow_all()
+            self.captures.keys.allow_all()
 
     def check_open(self) -> None:
         if self.captures.closed:

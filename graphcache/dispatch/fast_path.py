@@ -20,7 +20,7 @@ from graphcache import native
 from graphcache.cache.graph_cache import Entry, ticks
 from graphcache.capture.recording import Recording
 from graphcache.config import Modes, modes
-from graphcache.dispatch.targets import EngineGuard, EngineTarget, Target
+from graphcache.dispatch.targets import EngineTarget, Target
 from graphcache.errors import CudaError
 from graphcache.events import log
 from graphcache.graphs import driver
@@ -86,20 +86,15 @@ class FastPath:
         if (ambient := ambient_state()) != self._ambient:
             self.clear()
             self._ambient, self._ambient_guard = ambient, new_ambient_guard(ambient)
-        guard = self._target.guard
-        # That of the graphs, not the engine's of this moment: another thread may have raised it since the replay.
-        epoch = guard.epoch if isinstance(guard, EngineGuard) else entry.graph.version
-        if self._known.get(call.key) != (entry, epoch):
-            self._known[call.key] = entry, epoch
-            put(
-                table,
-                call.args,
-                entry,
-                engine=self._target.engine if isinstance(self._target, EngineTarget) else None,
-                epoch=epoch,
-                guard=None if isinstance(guard, EngineGuard) else guard,
-                ambient=self._ambient_guard,
-            )
+        target, conditions = self._target, dict[str, Any]()
+        if isinstance(target, EngineTarget):
+            # The epoch of the graphs, not of this moment: another thread may have raised it since the replay.
+            conditions.update(engine=target.engine, epoch=target.guard.epoch)
+        else:
+            conditions.update(guard=target.guard, epoch=entry.graph.version, ambient=self._ambient_guard)
+        if self._known.get(call.key) != (entry, conditions["epoch"]):
+            self._known[call.key] = entry, conditions["epoch"]
+            put(table, call.args, entry, **conditions)
         if not self._observed:
             self._publish(table)
 
@@ -167,8 +162,7 @@ def open_to(call: Any, into: Any) -> None:
 def launcher(graph: Graph) -> Callable[[], None]:
     """What launches a pinned graph on the current stream: its ``launch``, or native code that does the same."""
     # A session launches in the same way from its beginning to its end.
-    library: Any = native.loaded(wait=True) if isinstance(graph, CudaGraph) else None
-    if not isinstance(graph, CudaGraph) or not _connected(library):
+    if not isinstance(graph, CudaGraph) or (library := _connected(native.loaded(wait=True))) is None:
         return graph.launch
     context, executable = int(driver.primary_context(graph.index)), int(graph.executable)
     run: Callable[[], None] = library.launcher(
@@ -194,19 +188,18 @@ def new_ambient_guard(state: Any) -> Any:
 
 def new_table() -> Any:
     """An empty table of the library; ``None`` if there is no library, or no driver for it."""
-    library = native.loaded()
-    return library.Table() if _connected(library) else None
+    return None if (library := _connected(native.loaded())) is None else library.Table()
 
 
-def _connected(library: Any) -> bool:
-    """Whether there is a library, and a driver for it, whose functions it knows from now on."""
+def _connected(library: Any) -> Any:
+    """The library, which knows the functions of the driver from now on; ``None`` without one of the two."""
     if library is None:
-        return False
+        return None
     try:
         functions = driver.addresses(*_FUNCTIONS)
     except CudaError as error:
         log.debug("hits are answered in Python: %s", error)
-        return False
+        return None
     library.connect(
         (CudaGraph, StreamOrder, Entry, Modes, ModuleGuard, StateSnapshot),
         modes,
@@ -219,7 +212,7 @@ def _connected(library: Any) -> bool:
         functions,
         _stream_function(library),
     )
-    return True
+    return library
 
 
 def _stream_function(library: Any) -> int:

@@ -60,6 +60,7 @@ class ModuleTarget:
     """Any module that is no engine. ``run`` is what a call calls: the module itself or its ``forward``."""
 
     is_engine = False
+    describe = staticmethod(describe)
 
     def __init__(
         self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
@@ -74,9 +75,6 @@ class ModuleTarget:
         """Call ``run`` from now on; graphs of another one must have been dropped."""
         self.run = run
         self.recorder = self._recorder_of(run)
-
-    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
-        return describe(args, kwargs)
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors of a call that a graph is given."""

@@ -169,8 +169,10 @@ class _Reader:
         items, context = node.flatten_fn(value)
         if hasattr(value, "__dict__") and not is_rebuilt(value, node.unflatten_fn(items, context)):
             raise Refusal(Reason.ARGUMENT, where, f"pytree leaves out a part of a {kind.__qualname__}")
-        named = context is None or is_named_tuple(kind)
-        about = None if named else self._constant(context, f"the keys of {where}", depth)
+        if context is None or is_named_tuple(kind):
+            about = None
+        else:
+            about = (type, kind) if context is kind else self._constant(context, f"the keys of {where}", depth)
         ends = item_ends(kind, context, len(items))
         return kind, about, *[self.part(item, where + end, depth + 1) for end, item in zip(ends, items, strict=True)]
 

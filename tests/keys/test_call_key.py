@@ -266,6 +266,18 @@ def test_registered_nodes_keep_their_class_and_context():
     assert again.left.item() == 1
 
 
+class Single:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def test_a_registered_node_may_have_its_class_as_context(monkeypatch):
+    node = pytree.NodeDef(Single, lambda each: ([each.value], Single), lambda items, kind: kind(*items), None)
+    monkeypatch.setitem(pytree.SUPPORTED_NODES, Single, node)
+    ((again,), _) = describe((Single(torch.zeros(1)),), {}).key.arguments([torch.ones(1)])
+    assert (type(again), again.value) == (Single, torch.ones(1))
+
+
 @pytest.mark.parametrize(
     "value",
     [{torch.zeros(3): 1}, slice(torch.tensor(0), torch.tensor(1)), {(torch.zeros(1),): 1}],
