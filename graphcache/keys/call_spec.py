@@ -43,20 +43,19 @@ class TensorSpec:
 
     def diff(self, other: TensorSpec, path: str) -> list[str]:
         """What differs, from this one to the other, one line each."""
-        by_axis = len(self.shape) == len(other.shape)
-        pairs = zip(self._parts(by_axis), other._parts(by_axis), strict=True)
-        return [f"`{path}` {what}: {old} → {new}" for (what, old), (_, new) in pairs if old != new]
+        was, now = (each._parts(by_axis=len(self.shape) == len(other.shape)) for each in (self, other))
+        return [f"`{path}` {what}: {was[what]} → {now[what]}" for what in was if was[what] != now[what]]
 
-    def _parts(self, by_axis: bool) -> list[tuple[str, Any]]:
-        sizes = [(f"dim {axis}", size) for axis, size in enumerate(self.shape)]
-        return [
-            *(sizes if by_axis else [("shape", list(self.shape))]),
-            ("dtype", short_name(self.dtype)),
-            ("device", self.device),
-            ("strides", self.layout),
-            ("pending", self.pending or "nothing"),
-            ("attributes", self.attributes or "none"),
-        ]
+    def _parts(self, *, by_axis: bool) -> dict[str, Any]:
+        sizes = {f"dim {axis}": size for axis, size in enumerate(self.shape)}
+        return {
+            **(sizes if by_axis else {"shape": list(self.shape)}),
+            "dtype": short_name(self.dtype),
+            "device": self.device,
+            "strides": self.layout,
+            "pending": self.pending or "nothing",
+            "attributes": self.attributes or "none",
+        }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from types import CodeType
 from typing import Any
 
@@ -59,11 +60,8 @@ class StateSnapshot:
 
     def changes(self, limit: int = 16) -> list[Change]:
         """What differs now from what was found, by value; no more than ``limit`` differences are told."""
-        found: list[Change] = []
-        for node in (*self.nodes, *self.tensors):
-            if len(found) < limit and node.differs():
-                found += self._changes_of(node)
-        return found[:limit]
+        differing = (node for node in (*self.nodes, *self.tensors) if node.differs())
+        return list(islice(chain.from_iterable(map(self._changes_of, differing)), limit))
 
     def written(self) -> list[Change]:
         """The tensors that operations wrote into since, or that gradients were accumulated for."""
