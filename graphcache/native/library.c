@@ -84,10 +84,10 @@ static PyObject *stream_id(PyObject *module, PyObject *args) {
 
 static PyObject *use_shortcuts(PyObject *module, PyObject *wanted) {
   (void)module;
-  const int truth = PyObject_IsTrue(wanted);
+  const int truth = PyObject_IsTrue(wanted), before = shortcuts;
   if (truth < 0) return NULL;
   shortcuts = truth;
-  Py_RETURN_NONE;
+  return PyBool_FromLong(before);
 }
 
 static PyMethodDef module_functions[] = {
@@ -97,7 +97,7 @@ static PyMethodDef module_functions[] = {
     {"layout", layout, METH_O, "What tells a tuple of plain tensors from others; None for anything else."},
     {"address", address, METH_O, "Where a plain tensor's data lies; None for anything else."},
     {"stream_id", stream_id, METH_VARARGS, "What a function of torch says of the current stream."},
-    {"use_shortcuts", use_shortcuts, METH_O, "Whether dictionaries that were not written to are looked into."},
+    {"use_shortcuts", use_shortcuts, METH_O, "Whether CPython is trusted to report writes to dictionaries; what was before."},
     {"connect", connect_driver, METH_VARARGS, "Say where the driver's functions are, and what else a launch asks."},
     {"graph", make_graph, METH_VARARGS, "The native half of a graph."},
     {"launcher", make_launcher, METH_VARARGS, "What launches a graph on its static buffers."},
