@@ -134,7 +134,17 @@ class OutputLayout:
         self._made: dict[int, int] = {}
         self.tensors: list[Tensor] = []
         """The tensors that the call made."""
-        self._leaves = self._within_outputs([self._leaf(leaf) for leaf in leaves])
+        found = [self._leaf(leaf) for leaf in leaves]
+        # Of tensors that lie within another output, views of that: a CUDA graph writes each output into memory of its
+        # own, where a change of one would not show in the other.
+        made, holders = self.tensors, _holders(self.tensors)
+        kept = sorted(set(holders))
+        self.tensors = [made[index] for index in kept]
+        outputs = [
+            TensorLeaf(False, kept.index(holder), _view_of(made[holder], tensor))
+            for tensor, holder in zip(made, holders, strict=True)
+        ]
+        self._leaves = [outputs[leaf] if isinstance(leaf, int) else leaf for leaf in found]
         self.is_whole = self._leaves == [TensorLeaf(False, index) for index in range(len(self.tensors))]
         """Whether its leaves are the tensors that the call made, each once and in their order."""
         self.is_inference = any(tensor.is_inference() for tensor in self.tensors)
@@ -168,8 +178,8 @@ class OutputLayout:
 
         return build
 
-    def _leaf(self, leaf: Any) -> TensorLeaf | PlainLeaf:
-        """Where a leaf comes from; a tensor that the call made is added to :attr:`tensors`."""
+    def _leaf(self, leaf: Any) -> TensorLeaf | PlainLeaf | int:
+        """Where a leaf comes from; a number is that of a tensor that the call made, added to :attr:`tensors`."""
         if isinstance(leaf, _PLAIN):
             return PlainLeaf(leaf)
         if not isinstance(leaf, Tensor):
@@ -190,7 +200,7 @@ class OutputLayout:
             index = self._made.setdefault(id(leaf), len(self.tensors))
             if index == len(self.tensors):
                 self.tensors.append(leaf)
-            return TensorLeaf(False, index)
+            return index
         if len(self._owners) < len({id(tensor) for tensor in self._inputs}):
             raise Refusal(Reason.ALIASES_STATE, detail="an output is a view of inputs that overlap")
         if itself is not None:
@@ -200,27 +210,10 @@ class OutputLayout:
             raise Refusal(Reason.ALIASES_STATE, f"args[{index}]", "an output reinterprets the memory of an input")
         return TensorLeaf(True, index, _view_of(self._inputs[index], leaf))
 
-    def _within_outputs(self, leaves: list[TensorLeaf | PlainLeaf]) -> list[TensorLeaf | PlainLeaf]:
-        """The same leaves, of which tensors that lie within another output are views of it.
 
-        A CUDA graph writes each output into memory of its own, where a change of one would not show in the other.
-        """
-        made, holders = self.tensors, _holders(self.tensors)
-        kept = sorted(set(holders))
-        self.tensors = [made[index] for index in kept]
-
-        def moved(leaf: TensorLeaf | PlainLeaf) -> TensorLeaf | PlainLeaf:
-            if isinstance(leaf, PlainLeaf) or leaf.of_input:
-                return leaf
-            holder = holders[leaf.index]
-            return TensorLeaf(
-                False, kept.index(holder), None if holder == leaf.index else _view_of(made[holder], made[leaf.index])
-            )
-
-        return list(map(moved, leaves))
-
-
-def _view_of(given: Tensor, leaf: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+def _view_of(given: Tensor, leaf: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:
+    if leaf is given:
+        return None
     return leaf.shape, leaf.stride(), int(leaf.storage_offset() - given.storage_offset())
 
 
