@@ -32,13 +32,8 @@ from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_snapshot import StateSnapshot
 
 _FUNCTIONS = (
-    "cuGraphLaunch",
-    "cuGraphExecKernelNodeSetParams",
-    "cuGraphExecMemcpyNodeSetParams",
-    "cuStreamIsCapturing",
-    "cuCtxGetCurrent",
-    "cuGraphInstantiateWithParams",
-    "cuGraphExecDestroy",
+    *("cuGraphLaunch", "cuGraphExecKernelNodeSetParams", "cuGraphExecMemcpyNodeSetParams", "cuStreamIsCapturing"),
+    *("cuCtxGetCurrent", "cuGraphInstantiateWithParams", "cuGraphExecDestroy"),
 )
 
 

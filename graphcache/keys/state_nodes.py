@@ -18,13 +18,11 @@ from torch import Tensor
 
 from graphcache.keys.values import MISSING, same, short
 
-_IGNORED_CLASS_NAMES = frozenset(
-    {
-        *("__init__", "__slotnames__", "__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
-        *("__doc__", "__signature__", "__text_signature__", "__abstractmethods__", "__parameters__", "__weakref__"),
-        *("__dict__", "_abc_impl"),
-    }
-)
+_IGNORED_CLASS_NAMES = {
+    *("__init__", "__slotnames__", "__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
+    *("__doc__", "__signature__", "__text_signature__", "__abstractmethods__", "__parameters__", "__weakref__"),
+    *("__dict__", "_abc_impl"),
+}
 """Attributes that Python and its libraries put on classes while they are looked at, copied, pickled or compiled."""
 _REPLACED = frozenset({"forward", "__getstate__"})
 """What a wrapped module replaces in the dictionaries of its parts while one of its calls is under way."""

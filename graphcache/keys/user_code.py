@@ -16,13 +16,10 @@ LIBRARIES = frozenset(
 ) - {"__main__"}
 """Top-level packages whose own globals and classes are not followed: they hold no state of a user's module."""
 
-_NOT_CALLED = frozenset(
-    f"__{name}__"
-    for name in (
-        *("init", "new", "del", "init_subclass", "class_getitem", "repr", "str", "dir", "sizeof"),
-        *("reduce", "reduce_ex", "getstate", "setstate", "copy", "deepcopy"),
-    )
-)
+_NOT_CALLED = {
+    *("__init__", "__new__", "__del__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__dir__"),
+    *("__sizeof__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
+}
 """Special methods that a call of an object that exists does not come to by itself."""
 _TRACERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "torch.export", "torch._export")
 _NO_STATE = (types.NoneType, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
@@ -101,17 +98,16 @@ def _named_in(code: types.CodeType) -> tuple[frozenset[Any], ...]:
         chain: tuple[str, ...] = ()
         for instruction in dis.get_instructions(each):
             name, value = instruction.opname, instruction.argval
+            before, chain = chain, ()
             if name in ("LOAD_GLOBAL", "LOAD_NAME"):
                 chain = (value,)
                 loaded.add(value)
-            elif name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
-                chain = (*chain, value)
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and before:
+                chain = (*before, value)
                 chains.add(chain)
-            else:
-                chain = ()
-            if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 stored.add(value)
-            if name == "IMPORT_NAME":
+            elif name == "IMPORT_NAME":
                 paths.add(value)
     return tuple(map(frozenset, (mentioned, loaded, stored, chains, paths)))
 

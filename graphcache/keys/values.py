@@ -32,16 +32,14 @@ _BY_TEXT = (
 
 SHOWN = (*_BY_TEXT, slice, types.NoneType)
 
-ATOMS = frozenset(
-    {
-        *SHOWN,
-        *(object, type(Ellipsis), type(NotImplemented), property, re.Pattern),
-        *(torch.dtype, torch.layout, torch.memory_format),
-        *(types.CodeType, types.GenericAlias, types.UnionType),
-        *(types.MethodDescriptorType, types.WrapperDescriptorType),
-        *(types.GetSetDescriptorType, types.MemberDescriptorType),
-    }
-)
+ATOMS = {
+    *SHOWN,
+    *(object, type(Ellipsis), type(NotImplemented), property, re.Pattern),
+    *(torch.dtype, torch.layout, torch.memory_format),
+    *(types.CodeType, types.GenericAlias, types.UnionType),
+    *(types.MethodDescriptorType, types.WrapperDescriptorType),
+    *(types.GetSetDescriptorType, types.MemberDescriptorType),
+}
 """Exact types that hold nothing to be followed."""
 
 BUILTIN_METHODS = (types.BuiltinFunctionType, types.MethodWrapperType)
