@@ -100,11 +100,10 @@ class CaptureManager:
         """Why the grad mode forbids a graph, if it does."""
         if not torch.is_grad_enabled():
             return None
-        if any(tensor.requires_grad for tensor in tensors):
-            return Cause(Reason.GRAD, detail="an input requires gradients")
-        if self.target.guard.requires_grad():
-            return Cause(Reason.GRAD, detail="a parameter requires gradients")
-        return None
+        given = any(tensor.requires_grad for tensor in tensors)
+        if not given and not self.target.guard.requires_grad():
+            return None
+        return Cause(Reason.GRAD, detail=f"{'an input' if given else 'a parameter'} requires gradients")
 
     # ---- captures
 
