@@ -67,8 +67,8 @@ class FastPath:
         self._asked = self._observed = False
         self._lock = threading.Lock()
         self._known: dict[Hashable, tuple[Entry[Recording], int]] = {}
-        self._ambient: Any = None
-        self._ambient_guard: Any = None
+        self._ambient: tuple[Any, Any] = None, None
+        """The ambient state of the graphs in the table, and what compares it in native code."""
 
     def remember(self, call: KeyedCall, entry: Entry[Recording]) -> None:
         """Let native code answer calls of this layout, if there is such code and it can."""
@@ -78,15 +78,16 @@ class FastPath:
             return
         if not call.is_flat or (table := self.table()) is None:
             return
-        if (ambient := ambient_state()) != self._ambient:
+        state, (known, ambient) = ambient_state(), self._ambient
+        if state != known:
             self.clear()
-            self._ambient, self._ambient_guard = ambient, new_ambient_guard(ambient)
+            self._ambient = state, ambient = state, new_ambient_guard(state)
         target, conditions = self._target, dict[str, Any]()
         if isinstance(target, EngineTarget):
             # The epoch of the graphs, not of this moment: another thread may have raised it since the replay.
             conditions.update(engine=target.engine, epoch=target.guard.epoch)
         else:
-            conditions.update(guard=target.guard, epoch=entry.graph.version, ambient=self._ambient_guard)
+            conditions.update(guard=target.guard, epoch=entry.graph.version, ambient=ambient)
         if self._known.get(call.key) != (entry, conditions["epoch"]):
             self._known[call.key] = entry, conditions["epoch"]
             put(table, call.args, entry, **conditions)
