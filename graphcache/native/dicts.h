@@ -39,10 +39,7 @@ static void start_watcher(void) {
 static int watch(PyObject *dict) { return watcher < 0 ? 0 : PyDict_Watch(watcher, dict); }
 #else
 static void start_watcher(void) {}
-static int watch(PyObject *dict) {
-  (void)dict;
-  return 0;
-}
+#define watch(dict) 0
 #endif
 
 // ---- the dictionaries of a guard

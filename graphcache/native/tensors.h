@@ -84,15 +84,17 @@ static inline Tensor read_tensor(PyObject *object) {
 }
 
 static inline int same_tensor(const Tensor *was, const int64_t *numbers) {
+  const char *impl = was->impl;
   // torch.utils.swap_tensors() replaces the TensorImpl.
-  if (READ(char *, (const char *)was->tensor, field.impl) != was->impl) return 0;
-  const Tensor now = read_tensor(was->tensor);
-  if (now.data != was->data || now.offset != was->offset || now.keys != was->keys || now.dtype != was->dtype ||
-      now.rank != was->rank || now.type != was->type)
+  if (READ(char *, (const char *)was->tensor, field.impl) != impl || Py_TYPE(was->tensor) != was->type) return 0;
+  const char *storage = READ(char *, impl, field.storage);
+  if ((storage == NULL ? NULL : READ(char *, storage, field.data)) != was->data ||
+      READ(int64_t, impl, field.offset) != was->offset || READ(uint64_t, impl, field.keys) != was->keys ||
+      READ(uint16_t, impl, field.dtype) != was->dtype || READ(int64_t, impl, field.rank) != was->rank)
     return 0;
-  const int64_t *sizes = sizes_of(now.impl, now.rank), *strides = strides_of(sizes, now.rank);
-  for (int64_t i = 0; i < now.rank; ++i)
-    if (sizes[i] != numbers[i] || strides[i] != numbers[now.rank + i]) return 0;
+  const int64_t rank = was->rank, *sizes = sizes_of(impl, rank), *strides = strides_of(sizes, rank);
+  for (int64_t i = 0; i < rank; ++i)
+    if (sizes[i] != numbers[i] || strides[i] != numbers[rank + i]) return 0;
   return 1;
 }
 
