@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from graphcache.capture.blame import at
 from graphcache.capture.host_activity import HostActivity
+from graphcache.capture.persistent_state import PersistentState
 from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import DispatchMode, is_higher_order, is_unwatched, storage_of, tensors_in, written
 from graphcache.graphs.stream_order import quiet_collector
@@ -58,6 +59,8 @@ class Effects:
     """Functions that ran and name globals with a state, and that the snapshot did not follow; with their globals."""
     version: int = 0
     """That of the module's guard when the call ran."""
+    state: PersistentState | None = None
+    """What it updated in place, if graphs may do the same."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Watched:
     """The tensors among the arguments, in the order of the call key."""
     path_here: Callable[[], str]
     """Names the submodule that is at work."""
+    state: PersistentState | None = None
+    """Where updates in place are kept that are to be part of a graph; without it they are effects."""
     report: Callable[[Cause, str], object] | None = None
     """Told of every effect and of its operation, while that runs; of changes of state at the end, without an operation.
     Without it, only the first effect is looked for."""
@@ -84,6 +89,8 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     # Finalizers of other objects would be taken for what the call does.
     with quiet_collector, operations, host:
         value = run(*args, **kwargs)
+    state = watched.state or None
+    out_of_memory = state is not None and not state.observed()
     after = _process_state(operations.devices)
     if not operations.ran_opaque:
         # Every operation was seen. If none of them drew random numbers, another thread did.
@@ -96,6 +103,8 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         for change in changes:
             watched.report(change, "")
     cause = operations.cause
+    if cause is None and out_of_memory:
+        cause = Cause(Reason.OUT_OF_MEMORY, detail="no memory for copies of the state that the call updates")
     if cause is None:
         cause = host.cause or next(iter(changes), None)
         if cause is not None and host.compiled:
@@ -108,7 +117,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         for code, table in host.functions.items()
         if code not in watched.module.covered and has_global_state(code, table)
     }
-    return Effects(value, cause, list(operations.outside.values()), unseen)
+    return Effects(value, cause, list(operations.outside.values()), unseen, state=state)
 
 
 class _Operations(DispatchMode):
@@ -146,7 +155,7 @@ class _Operations(DispatchMode):
             if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
                 self._note(Reason.RANDOM, str(func), str(func))
             for tensor in written(func, args, kwargs):
-                if self._is_foreign(tensor):
+                if self._is_foreign(tensor) and not self._is_state(tensor):
                     self._note(Reason.MUTATES, str(func), self._place(tensor) or str(func))
             self.reads(given)
             self._host.paused = False
@@ -179,6 +188,11 @@ class _Operations(DispatchMode):
         """Whether a tensor's memory was there before the call."""
         address = storage_of(tensor)
         return address not in self._made and (not self._given or address in self._given[-1])
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the module's own state, which a graph may update as the call does."""
+        state = self._watched.state
+        return state is not None and storage_of(tensor) not in self._inputs and state.keep(tensor)
 
     def _enter_opaque(self, given: Sequence[Any]) -> None:
         """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
@@ -235,6 +249,8 @@ def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -
         for change in snapshot.written():
             yield Cause(Reason.MUTATES, change.path, change.detail)
     for path, tensor, before in contents:
+        if watched.state is not None and storage_of(tensor) in watched.state:
+            continue
         if not same_bits([tensor], [before]):
             yield Cause(Reason.MUTATES, path, "the tensor has other contents")
 

@@ -34,6 +34,8 @@ class Recording:
     """Whether outputs are inference tensors in whatever mode a call is: it enters inference mode by itself."""
     version: int = 0
     """That of the module's guard when the graph was captured."""
+    updates_state: bool = False
+    """Whether a replay updates state of the module in place, which cannot be taken back."""
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         """Run the graph on the tensors of a call."""
@@ -67,5 +69,7 @@ class CaptureRequest:
     begin: Callable[[], object] = lambda: None
     """Called when the arguments are known to be right, before anything is allocated for the graph; it may raise a
     :class:`~graphcache.errors.Refusal`."""
+    keeps_state: bool = False
+    """Whether the graph may update state of the module in place, as the call does; otherwise such a call is refused."""
     running: Callable[[], AbstractContextManager[object]] = nullcontext
     """Makes what is entered around each run of a PyTorch module but the observed one."""

@@ -14,6 +14,7 @@ from graphcache.capture.blame import at, located, path_here
 from graphcache.capture.effects import Effects, Watched, observe, snapshot_of
 from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
+from graphcache.capture.persistent_state import PersistentState
 from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
@@ -52,10 +53,10 @@ class TorchRecorder:
         self.broken: list[Graph] = []
 
     def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
-        effects = self.observe(request.call)
+        effects = self.observe(request.call, keeps_state=request.keeps_state)
         return effects.value, effects.cause or self.record(request, effects)
 
-    def observe(self, call: KeyedCall) -> Effects:
+    def observe(self, call: KeyedCall, *, keeps_state: bool = False) -> Effects:
         """Run a call for the caller, and tell whether a graph may repeat it."""
         args, kwargs = call.args, call.kwargs
         try:
@@ -65,7 +66,8 @@ class TorchRecorder:
         except Unobservable as error:
             with graphs_off():
                 return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=str(error)))
-        watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module))
+        state = PersistentState(snapshots[0].tensors) if keeps_state else None
+        watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module), state)
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
         effects.version = self._guard.version
@@ -93,8 +95,8 @@ class TorchRecorder:
                 request.begin()
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if request.running is nullcontext else run(*call.args, **call.kwargs)
-                trial = TrialCall(run, call, value, state)
-                index, shares = self._cuda_index(call.tensors), request.sharing is Sharing.ALL
+                trial = TrialCall(run, call, value, state, effects.state)
+                index, shares = self._cuda_index(call.tensors, effects.state), request.sharing is Sharing.ALL
                 graph = self._on_host(trial) if index is None else self._on_cuda(trial, index, shares)
                 answer = trial.answer
                 recorded = Recording(
@@ -104,9 +106,13 @@ class TorchRecorder:
                     whole=answer.is_whole,
                     bare=answer.is_whole and isinstance(value, Tensor),
                     enters_inference=answer.is_inference and not in_inference,
+                    updates_state=effects.state is not None,
                 )
         except Exception as error:
             return located(refusal_of(error, self._name).cause, error, self._module, self._name)
+        finally:
+            if effects.state is not None:
+                effects.state.advance()
         try:
             self.check_unchanged(effects.version)
         except Refusal as refusal:
@@ -166,9 +172,10 @@ class TorchRecorder:
     def _weights(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
 
-    def _cuda_index(self, tensors: Sequence[Tensor]) -> int | None:
+    def _cuda_index(self, tensors: Sequence[Tensor], state: PersistentState | None) -> int | None:
         """The CUDA device of a call; ``None`` for the CPU. A call with tensors on several devices is refused."""
         devices = {tensor.device for tensor in (*tensors, *self._weights())}
+        devices |= set() if state is None else state.devices
         devices |= {each.device for each in self._module.modules() if isinstance(each, EngineLike)}
         if len(devices) > 1 or not all(device.type in ("cuda", "cpu") for device in devices):
             raise Refusal(Reason.ARGUMENT, detail=f"tensors on {', '.join(sorted(map(str, devices)))} in one call")
@@ -176,10 +183,12 @@ class TorchRecorder:
 
     def _on_host(self, trial: TrialCall) -> Graph:
         trial.static = static_copies(trial.inputs)
+        trial.rewind()
         expected = trial.run()
         trial.compare(expected)
         self._check_questions(trial)
-        graph = CpuTape.record(trial.run, [packed(tensor) for tensor in trial.static], self._host_lock)
+        inputs = [packed(tensor) for tensor in trial.static]
+        graph = CpuTape.record(trial.run, inputs, self._host_lock, trial.updates or ())
         self._verify(graph, trial, expected, trial.run)
         return graph
 
@@ -198,6 +207,7 @@ class TorchRecorder:
 
         with capturing(order):
             trial.static = static = static_copies(trial.inputs)
+            trial.rewind()
             expected = [static_copy(tensor) for tensor in run()]
             trial.compare(expected)
             with scope.run():
@@ -252,10 +262,27 @@ class TorchRecorder:
             with torch.inference_mode(False), torch.no_grad():
                 for buffer, value in zip(trial.static, values, strict=True):
                     put(packed(buffer), value)
-            return [tensor.clone() for tensor in run()]
+            trial.rewind()
+            return trial.with_state([tensor.clone() for tensor in run()])
 
         if self._config.verify:
-            verify(graph, rounds_of(trial.inputs, expected, again, any_values=False), again, where=self._name)
+            wanted = [*expected, *(() if trial.updates is None else trial.updates.updated)]
+            rounds = rounds_of(trial.inputs, wanted, again, any_values=False)
+            verify(graph if trial.updates is None else _Rewinding(graph, trial), rounds, again, where=self._name)
+
+
+class _Rewinding:
+    """A graph that updates state, for its verification: each replay begins with the state of before the call."""
+
+    def __init__(self, graph: Graph, trial: TrialCall) -> None:
+        self._graph, self._trial = graph, trial
+        self.poison, self.close = graph.poison, graph.close
+
+    def replay(self, inputs: Sequence[Tensor], out: list[Tensor]) -> list[Tensor]:
+        """The outputs, and the state after them."""
+        self._trial.rewind()
+        own = len(out) - len(self._trial.with_state(()))
+        return self._trial.with_state(self._graph.replay(inputs, out[:own]))
 
 
 def _check_settings(wanted: State | None) -> None:

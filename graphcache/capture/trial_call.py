@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphcache.capture.persistent_state import PersistentState
 from graphcache.errors import Reason, Refusal
 from graphcache.graphs.buffers import extent_of, is_dense
 from graphcache.graphs.verify import check_repeats
@@ -24,7 +25,14 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 class TrialCall:
     """One call of a module that returned ``value``, repeatable on static inputs; ``state`` outlives the call."""
 
-    def __init__(self, run: Callable[..., Any], call: KeyedCall, value: Any, state: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        call: KeyedCall,
+        value: Any,
+        state: Sequence[Tensor],
+        updates: PersistentState | None = None,
+    ) -> None:
         self._run = run
         self._key = call.key
         self.state = state
@@ -33,6 +41,8 @@ class TrialCall:
         self.inputs = [detached[id(tensor)] for tensor in call.tensors]
         self.static: Sequence[Tensor] = ()
         """Static inputs, which every repetition reads."""
+        self.updates = updates
+        """State that a repetition updates in place; it begins with :meth:`rewind`."""
 
     def repeat(self) -> Any:
         """What the module returns for the static inputs."""
@@ -51,10 +61,21 @@ class TrialCall:
         if list(map(_strides, outputs)) != list(map(_strides, self.answer.tensors)):
             raise Refusal(Reason.NONDETERMINISTIC, detail="the outputs had other strides when run again")
         check_repeats(outputs, [tensor.detach() for tensor in self.answer.tensors])
+        if self.updates is not None:
+            check_repeats(self.updates.now(), self.updates.updated)
+
+    def rewind(self) -> None:
+        """Put the state back to where it was before the call."""
+        if self.updates is not None:
+            self.updates.rewind()
+
+    def with_state(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs, and after them the state that was updated beside them."""
+        return [*outputs, *(() if self.updates is None else self.updates.now())]
 
     def let_go(self) -> None:
         """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""
-        self.inputs = []
+        self.inputs, self.updates = [], None
         self.answer.let_go()
 
 

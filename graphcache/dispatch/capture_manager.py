@@ -117,7 +117,11 @@ class CaptureManager:
         start = time.perf_counter()
         stale = self.graphs.entries.get(call.key)
         with self.ledger.span("capture") as span, self.room(call) as room:
-            request = CaptureRequest(call, begin=partial(self.reserve, room, call))
+            request = CaptureRequest(
+                call,
+                begin=partial(self.reserve, room, call),
+                keeps_state=preparing.get() is None and not self.admission.measures_replays,
+            )
             try:
                 with self.running():
                     answer, outcome = self.target.recorder.attempt(request)

@@ -125,8 +125,8 @@ class Dispatcher:
 
     def _replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None) -> Any:
         # On a device the guard is asked while the device works, unless the launch cannot be taken back.
-        first = out is not None or not self.captures.on_cuda
         recorded, guard, given = entry.graph, self._guard, self.target.graph_inputs(call.tensors)
+        first = out is not None or recorded.updates_state or not self.captures.on_cuda
         # The version last: since the look-up, another thread may have found the module as it is now, under a new one.
         grad = call.key.grad is not False
         if first and (guard.is_stale(grad) or recorded.version != guard.version):

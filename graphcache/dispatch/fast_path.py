@@ -74,7 +74,7 @@ class FastPath:
         """Let native code answer calls of this layout, if there is such code and it can."""
         if self._asked and self._table is None:
             return
-        if not isinstance(entry.graph.graph, CudaGraph) or entry.graph.enters_inference:
+        if not isinstance(entry.graph.graph, CudaGraph) or entry.graph.enters_inference or entry.graph.updates_state:
             return
         if not call.is_flat or (table := self.table()) is None:
             return

@@ -9,7 +9,7 @@ addresses of parameters, Python numbers, the path taken through ``if``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -56,13 +56,22 @@ class CpuTape:
         self.nbytes = nbytes_of(inputs)
 
     @classmethod
-    def record(cls, body: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], lock: threading.RLock) -> CpuTape:
-        """Run ``body`` on the static inputs, which the graph keeps, and keep what it did, or raise a ``Refusal``."""
+    def record(
+        cls,
+        body: Callable[[], Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        lock: threading.RLock,
+        updates: Container[int] = (),
+    ) -> CpuTape:
+        """Run ``body`` on the static inputs, which the graph keeps, and keep what it did, or raise a ``Refusal``.
+
+        Of memory that outlives the call it may write what ``updates`` has.
+        """
         refused: list[Refusal] = []
         # What the host reads may be a check that an operator makes on the CPU alone, such as that of one_hot. Below
         # autograd such operators arrive whole, and are recorded so; what needs gradients inside raises there.
         for level in (nullcontext, torch._C._AutoDispatchBelowAutograd):
-            tape, outputs = _Recorder(), None
+            tape, outputs = _Recorder(updates), None
             try:
                 with torch.inference_mode(False), torch.no_grad(), level(), compiled_runs_eagerly(), tape:
                     outputs = body()
@@ -145,8 +154,9 @@ class CpuTape:
 class _Recorder(DispatchMode):
     """Records every operation, and where each tensor came from."""
 
-    def __init__(self) -> None:
+    def __init__(self, updates: Container[int]) -> None:
         super().__init__()
+        self._updates = updates
         self.steps: list[Step] = []
         self.refused: Refusal | None = None
         # Slots by tensor; the references keep ids from being used twice.
@@ -182,7 +192,8 @@ class _Recorder(DispatchMode):
             func = torch.ops.aten.clone.default
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             raise Refusal(Reason.RANDOM, str(func))
-        if any(storage_of(tensor) not in self._own for tensor in written(func, args, kwargs)):
+        changed = {storage_of(tensor) for tensor in written(func, args, kwargs)} - self._own
+        if not all(storage in self._updates for storage in changed):
             raise Refusal(Reason.MUTATES, str(func))
         if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
             raise Refusal(Reason.DATA_DEPENDENT, str(func))

@@ -266,14 +266,20 @@ class ShownNode(StateNode):
 class TensorNode(StateNode):
     """A tensor: where its memory is and how it is laid out, and for the effects of a call what was written into it."""
 
-    __slots__ = ("_written",)
+    __slots__ = ("_written", "may_change")
 
     is_alike = staticmethod(eq)
     whole = "has another {}"
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.may_change = False
+        """Whether the call that was observed updates it in place, as a graph may."""
+
     def renew(self) -> None:
         super().renew()
         self._written = _asked(_written, self.target)
+        self.may_change = False
 
     def read(self) -> State:
         # Sparse tensors and uninitialised parameters have no address.
@@ -283,7 +289,7 @@ class TensorNode(StateNode):
     def is_written(self) -> bool:
         """Whether an operation wrote into the tensor or a view of it, or a gradient was accumulated or assigned."""
         before, now = self._written or (None, None), _asked(_written, self.target) or (None, None)
-        return before[0] != now[0] or before[1] is not now[1]
+        return (before[0] != now[0] and not self.may_change) or before[1] is not now[1]
 
     def guard(self, native: Any) -> None:
         native.add_tensor(self.target)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graphcache.capture.effects import Watched, observe, snapshot_of
 from graphcache.capture.host_activity import is_available
+from graphcache.capture.persistent_state import PersistentState
 from graphcache.config import graphs_off
 from graphcache.errors import ConfigError, Reason, Refusal
 from graphcache.graphs.buffers import static_copies
@@ -89,7 +90,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         during.enter_context(compiled_runs_eagerly())
         # TorchScript optimises a module while it runs, and compares its constants for that.
         during.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
-        observe(call, args, kwargs, Watched(*state, inputs, str, findings.effect))
+        observe(call, args, kwargs, Watched(*state, inputs, str, PersistentState(state[0].tensors), findings.effect))
     return list(findings.found.values())
 
 

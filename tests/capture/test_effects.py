@@ -236,7 +236,13 @@ def test_an_effect_is_noticed_and_named(name: str) -> None:
     assert where in effects.cause.where
 
 
-@pytest.mark.parametrize("name", [each for each in EFFECTS if each not in ("a context variable", "the grad mode")])
+UPDATES = ("a parameter", "a tensor in a list")
+"""State that a graph updates as well."""
+
+
+@pytest.mark.parametrize(
+    "name", [each for each in EFFECTS if each not in ("a context variable", "the grad mode", *UPDATES)]
+)
 def test_behind_wrap_it_is_the_reason(name: str) -> None:
     function, reason, where = EFFECTS[name]
     fast = graphcache.wrap(stateful(function), on_failure="raise")

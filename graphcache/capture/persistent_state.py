@@ -1,0 +1,93 @@
+"""Tensors that a call updates in place and that live longer than it: KV caches, recurrent state, running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graphcache.graphs.operations import storage_of
+from graphcache.keys.state_nodes import TensorNode
+from graphcache.keys.state_snapshot import is_strided
+
+MAX_BYTES = 1 << 30
+"""Bytes of state whose contents are copied for a capture, which takes twice as much meanwhile."""
+
+
+class PersistentState:
+    """What an observed run updates in place, with its contents before and after.
+
+    Each run of a recording begins with the contents of before. :meth:`advance` leaves those of after, so that a call
+    updates its state once, whatever came of the recording.
+    """
+
+    def __init__(self, reached: Sequence[TensorNode]) -> None:
+        self._reached: dict[int, list[TensorNode]] = {}
+        for node in reached:
+            if is_strided(node.target):
+                self._reached.setdefault(storage_of(node.target), []).append(node)
+        self._memory: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        self._after: dict[int, Tensor] = {}
+        self.updated: list[Tensor] = []
+        """The contents after the observed run, of each tensor in the memory that was written."""
+
+    def __bool__(self) -> bool:
+        return bool(self._memory)
+
+    def __contains__(self, storage: object) -> bool:
+        return storage in self._memory
+
+    def keep(self, tensor: Tensor) -> bool:
+        """Copy memory that is about to be written, unless that was done; whether it can be."""
+        storage = storage_of(tensor)
+        if storage in self._memory:
+            return True
+        nodes = self._reached.get(storage, ())
+        memory = tensor.untyped_storage()
+        taken = sum(each.numel() for each in self._memory.values())
+        if not nodes or taken + memory.nbytes() > MAX_BYTES:
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            # A tensor of its own, whose version is not that of the state.
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (memory.nbytes(),), (1,))
+            try:
+                self._before[storage] = whole.clone()
+            except torch.OutOfMemoryError:
+                return False
+        self._memory[storage] = whole
+        for node in nodes:
+            node.may_change = True
+        return True
+
+    def observed(self) -> bool:
+        """Copy the contents after the observed run; whether there was memory for it."""
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                self._after = {storage: memory.clone() for storage, memory in self._memory.items()}
+                self.updated = self.now()
+            except torch.OutOfMemoryError:
+                return False
+        return True
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the state is."""
+        return {memory.device for memory in self._memory.values()}
+
+    def rewind(self) -> None:
+        """Put back the contents from before the observed run."""
+        self._put(self._before)
+
+    def advance(self) -> None:
+        """Put back the contents from after it."""
+        self._put(self._after)
+
+    def now(self) -> list[Tensor]:
+        """The contents of this moment, as :attr:`updated`."""
+        return [node.target.detach().clone() for storage in self._memory for node in self._reached[storage]]
+
+    def _put(self, contents: dict[int, Tensor]) -> None:
+        for storage, memory in contents.items():
+            self._memory[storage].copy_(memory)
