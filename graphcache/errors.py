@@ -191,8 +191,8 @@ class Reason(enum.Enum):
     RANDOM = ("random", "the module draws random numbers", "call module.eval() if it is dropout")
     MUTATES = (
         "mutates",
-        "the module changes its inputs, parameters, buffers or attributes",
-        "call module.eval() if it is a running statistic; otherwise keep the state outside the module",
+        "the module changes its inputs, attributes or other state, which a replay would not",
+        "update tensors of the module in place, which a graph can; keep other state outside, or name it in ignore",
     )
     UNOBSERVED = (
         "unobserved",

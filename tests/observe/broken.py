@@ -49,7 +49,7 @@ class More(nn.Module):
         x = x * self.table  # break: host_read
         if x.sum() > 0:  # break: host_read
             x = x + 1
-        self.seen += x.mean(0)  # break: mutates
+        self.seen += x.mean(0)
         steps = torch.arange(4).to(x.device)  # break: host_read
         chosen = x[:, [0, 2]]  # break: host_read
         listed = x.tolist()  # break: host_read
