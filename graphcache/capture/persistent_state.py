@@ -72,6 +72,11 @@ class PersistentState:
         return True
 
     @property
+    def is_inference(self) -> bool:
+        """Whether any of it was made in inference mode."""
+        return any(node.target.is_inference() for storage in self._memory for node in self._reached[storage])
+
+    @property
     def devices(self) -> set[torch.device]:
         """Where the state is."""
         return {memory.device for memory in self._memory.values()}

@@ -87,6 +87,9 @@ class TorchRecorder:
         """Capture a call that was observed to be a function of its tensors; a cause says why that failed."""
         call = request.call
         run = self.again(effects.version, request.running, (call.key.settings or USUAL)[:SETTINGS])
+        if effects.state is not None and effects.state.is_inference:
+            # Only there may it be updated.
+            run = torch.inference_mode()(run)
         state = [*self._weights(), *effects.outside]
         in_inference = torch.is_inference_mode_enabled()
         try:
@@ -282,7 +285,9 @@ class _Rewinding:
         """The outputs, and the state after them."""
         self._trial.rewind()
         own = len(out) - len(self._trial.with_state(()))
-        return self._trial.with_state(self._graph.replay(inputs, out[:own]))
+        with torch.inference_mode(self._trial.updates is not None and self._trial.updates.is_inference):
+            outputs = self._graph.replay(inputs, out[:own])
+        return self._trial.with_state(outputs)
 
 
 def _check_settings(wanted: State | None) -> None:

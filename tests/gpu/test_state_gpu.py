@@ -1,0 +1,114 @@
+"""State that graphs update in place, on a device: it is what eager execution leaves, call by call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import graphcache
+from graphcache import Reason
+from graphcache.capture import torch_recorder
+from tests.stateful import MODELS, SIZE, same, state_of
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+
+def moved(each):
+    """Everything of a module on the device; what is no buffer too."""
+    each = each.cuda()
+    for name, value in vars(each).items():
+        if isinstance(value, torch.Tensor):
+            setattr(each, name, value.cuda())
+    if (cache := getattr(each, "cache", None)) is not None:
+        cache.keys, cache.layers = cache.keys.cuda(), [layer.cuda() for layer in cache.layers]
+    return each
+
+
+def pair(name, **options):
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    module = moved(make())
+    twin = copy.deepcopy(module)
+    return graphcache.wrap(module, **options), module, twin, lambda step: [each.cuda() for each in inputs(step)]
+
+
+def near(module, twin):
+    pairs = zip(state_of(module), state_of(twin), strict=True)
+    return all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in pairs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_capture_then_hits_and_each_call_advances_the_state_once(name, mode):
+    with mode():
+        fast, module, twin, inputs = pair(name)
+        for step in range(200):
+            given = inputs(step)
+            assert torch.allclose(fast(*given), twin(*given), rtol=1e-5, atol=1e-6), step
+            assert near(module, twin), step
+            if step == 100:
+                for each in (*state_of(module), *state_of(twin)):
+                    each.zero_()
+            if step == 150:
+                fast.clear()
+    info = fast.cache_info()
+    assert (info.captures, info.hits, info.eager) == (2, 198, {})
+
+
+def test_calls_on_several_streams_follow_one_another():
+    with torch.no_grad():
+        fast, module, twin, inputs = pair("recurrent")
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        for step in range(60):
+            stream = streams[step % 3]
+            stream.wait_stream(torch.cuda.current_stream())
+            given = inputs(step)
+            with torch.cuda.stream(stream):
+                answer = fast(*given)
+            torch.cuda.current_stream().wait_stream(stream)
+            assert torch.allclose(answer, twin(*given), rtol=1e-5, atol=1e-6)
+            assert near(module, twin)
+
+
+def test_new_memory_for_the_state_is_noticed_before_the_graph_writes():
+    with torch.no_grad():
+        fast, module, twin, inputs = pair("recurrent")
+        for turn in range(6):
+            old = module.hidden
+            before = old.clone()
+            module.hidden, twin.hidden = (torch.full((1, SIZE), float(turn), device="cuda") for _ in range(2))
+            for step in range(3):
+                given = inputs(step)
+                assert torch.allclose(fast(*given), twin(*given), rtol=1e-5, atol=1e-6)
+            assert near(module, twin)
+            assert torch.equal(old, before)
+
+
+def test_a_verification_that_fails_leaves_the_state_as_after_one_call(monkeypatch):
+    def fails(graph, *_, **__):
+        graph.close()
+        raise ValueError("made up")
+
+    with torch.no_grad():
+        fast, module, twin, inputs = pair("recurrent", strategy="whole_graph")
+        with monkeypatch.context() as patched:
+            patched.setattr(torch_recorder, "verify", fails)
+            given = inputs(0)
+            fast(*given), twin(*given)
+        assert same(module, twin)
+    assert fast.cache_info().eager == {Reason.CAPTURE_FAILED: 1}
+
+
+def test_a_counter_on_the_host_beside_the_device_runs_eagerly():
+    with torch.no_grad():
+        fast, module, twin, inputs = pair("recurrent", strategy="whole_graph")
+        module.steps, twin.steps = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long)
+        for step in range(4):
+            given = inputs(step)
+            fast(*given), twin(*given)
+            assert int(module.steps) == int(twin.steps) == step + 1
+            assert near(module, twin)
+    assert fast.cache_info().captures == 0
