@@ -20,7 +20,7 @@ from graphcache.errors import CaptureError
 from graphcache.graphs.cpu_tape import CpuTape
 from tests.effort import share
 from tests.helpers import Fn
-from tests.stateful import MODELS, SIZE, Recurrent, same
+from tests.stateful import MODELS, SIZE, Recurrent, same, state_of
 
 
 def pair(name: str, **options: Any) -> tuple[Any, nn.Module, nn.Module, Callable[[int], tuple[Tensor, ...]]]:
