@@ -175,6 +175,9 @@ class _Operations(DispatchMode):
         for tensor in tensors:
             if self._is_foreign(tensor) and storage_of(tensor) not in self._inputs:
                 self.outside.setdefault(storage_of(tensor), tensor)
+                if self.devices and tensor.device.type == "cpu" and tensor.numel():
+                    # A graph of the device would keep the value of now; no guard compares values.
+                    self._note(Reason.HOST_READ, "a tensor on the CPU", self._place(tensor) or "a tensor on the CPU")
 
     def _makes(self, tensors: Sequence[Tensor], known: set[int]) -> None:
         """Note memory that the call has made, which is neither ``known`` nor that of the inputs."""

@@ -145,7 +145,7 @@ class HostActivity:
         if issubclass(kind, _MODULES):
             self._function_of_module(frame, function)
         elif issubclass(kind, Tensor):
-            if self.reads and name in _READS and not _is_ours(frame):
+            if name in _READS and (self.reads or not owner.is_cuda) and not _is_ours(frame):
                 self._note(Reason.HOST_READ, f"Tensor.{name}")
         elif issubclass(kind, type):
             if issubclass(owner, datetime.date) and name in ("now", "today", "utcnow"):
@@ -191,8 +191,8 @@ class HostActivity:
         for each, _ in walk_stack(frame):
             module = str(each.f_globals.get("__name__"))
             package = module.partition(".")[0]
-            # Modules are imported, and kernels compiled, once.
-            if package in ("importlib", "triton", "graphcache") or is_tracer(module):
+            # Modules are imported, and kernels compiled, once; lines of source are read for messages.
+            if package in ("importlib", "linecache", "triton", "graphcache") or is_tracer(module):
                 return
             if package not in sys.stdlib_module_names:
                 break

@@ -126,11 +126,16 @@ def _install(call: object, part: TransparentModule) -> None:
     if not isinstance(patch, ForwardPatch):
         patch = ForwardPatch(target.module)
         vars(target.module).update(__getstate__=StatePatch(target.module), forward=patch)
-    if target.run is not target.module and target.run != patch.__wrapped__:
-        # Its graphs are of another forward.
-        controls(part).clear()
-        target.runs(patch.__wrapped__)
+    _follow(part, patch.__wrapped__)
     patch.parts[call] = part
+
+
+def _follow(part: TransparentModule, forward: Callable[..., Any]) -> None:
+    """Capture another ``forward`` of a part from now on; graphs of the one before are dropped."""
+    target = dispatcher_of(part).target
+    if target.run is not target.module and target.run != forward:
+        controls(part).clear()
+        target.runs(forward)
 
 
 def _remove(call: object, part: TransparentModule) -> None:

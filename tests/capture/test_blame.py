@@ -66,10 +66,6 @@ CULPRITS: dict[str, tuple[Callable[[], nn.Module], Reason, str]] = {
 }
 CHANGES: dict[str, tuple[Callable[[], nn.Module], Cause]] = {
     "attribute": (lambda: Fn(_counts, count=0), Cause(Reason.MUTATES, ".count", "0 became 1")),
-    "buffer": (
-        lambda: Fn(lambda self, x: x + self.b.add_(1), b=nn.Buffer(torch.zeros(4))),
-        Cause(Reason.MUTATES, ".b"),
-    ),
 }
 
 

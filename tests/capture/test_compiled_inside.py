@@ -82,7 +82,7 @@ def test_a_compiled_module_is_captured(backend, options):
         assert set(info.eager) <= {Reason.UNSETTLED}
 
 
-def test_effects_of_a_compiled_module_are_the_reason():
+def test_state_of_a_compiled_module_is_updated_once_a_call():
     class Counts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -95,7 +95,18 @@ def test_effects_of_a_compiled_module_are_the_reason():
     torch._dynamo.reset()
     module = Counts()
     with torch.no_grad(), graphcache.wrap(torch.compile(module, backend="aot_eager", fullgraph=True)) as fast:
-        for step in range(1, 4):
+        for step in range(1, 6):
             assert same(fast(X), X + step)
+            assert module.seen.tolist() == [float(step)] * 8
+        assert fast.cache_info().captures == 1
+
+
+def test_effects_of_a_compiled_module_are_the_reason():
+    compiled = torch.compile(Fn(lambda _, x: x.add_(1) * 2), backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    with torch.no_grad(), graphcache.wrap(compiled) as fast:
+        for _ in range(3):
+            x = X.clone()
+            assert same(fast(x), (X + 1) * 2)
+            assert same(x, X + 1)
         assert Reason.MUTATES in fast.cache_info().eager
-    assert module.seen.tolist() == [3.0] * 8

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -230,6 +231,7 @@ def collected() -> None:
 UNNOTICED: dict[str, Callable[[], object]] = {
     "locks of its own": own_lock,
     "a module that is imported": lambda: importlib.reload(colorsys),
+    "lines of source": lambda: traceback.extract_stack(),
     "text in memory": lambda: io.StringIO().write("x"),
     "a record for nobody": lambda: LOG.debug("x"),
     "the collector": collected,
@@ -316,7 +318,12 @@ def test_the_submodule_at_work_is_told() -> None:
 
 
 def test_reads_of_memory_on_cuda_are_left_to_the_capture() -> None:
-    assert cause_of(lambda: X.tolist(), reads=False) is None
+    class OnDevice(Tensor):
+        is_cuda = True
+
+    assert cause_of(lambda: X.as_subclass(OnDevice).tolist(), reads=False) is None
+    # Nothing else would notice those of the CPU's.
+    assert cause_of(lambda: X.tolist(), reads=False) is not None
     assert cause_of(lambda: time.time(), reads=False) is not None
 
 

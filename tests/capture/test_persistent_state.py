@@ -232,6 +232,7 @@ def test_too_much_state_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(fast(*given), twin(*given))
         assert same(module, twin)
     assert fast.cache_info().eager == {Reason.MUTATES: 3}
+    assert "self.cache.keys" in str(fast.explain())
 
 
 @pytest.mark.parametrize("options", [{"capture_in": "background"}, {"capture": "worthwhile"}])

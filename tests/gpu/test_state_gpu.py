@@ -10,6 +10,7 @@ import torch
 import graphcache
 from graphcache import Reason
 from graphcache.capture import torch_recorder
+from tests.helpers import Fn
 from tests.stateful import MODELS, SIZE, same, state_of
 
 if not torch.cuda.is_available():
@@ -112,3 +113,22 @@ def test_a_counter_on_the_host_beside_the_device_runs_eagerly():
             assert int(module.steps) == int(twin.steps) == step + 1
             assert near(module, twin)
     assert fast.cache_info().captures == 0
+
+
+READS = {
+    "an operand": lambda m, x: x * m.scale,
+    "item": lambda m, x: x * m.scale.item(),
+    "tolist": lambda m, x: x * m.table.tolist()[0],
+    "a branch": lambda m, x: x * 2 if m.scale > 1 else x * 3,
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_values_of_tensors_on_the_host_are_never_frozen(name):
+    module = Fn(READS[name], scale=torch.tensor(2.0), table=torch.tensor([2.0, 1.0]))
+    fast = graphcache.wrap(module)
+    x = torch.ones(3, device="cuda")
+    for step in range(6):
+        module.scale.fill_(step // 2)
+        module.table.fill_(step // 2)
+        assert torch.equal(fast(x), READS[name](module, x)), step

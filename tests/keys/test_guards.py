@@ -252,7 +252,8 @@ def test_one_submodule_in_training_is_enough(net):
     for _ in range(2):
         assert same(fast(X), twin(X))
         assert same(net.norm.running_mean, twin.norm.running_mean)
-    assert fast.cache_info().eager == {Reason.MUTATES: 2}
+    # Running statistics are updated by a graph of its own.
+    assert (fast.cache_info().captures, fast.cache_info().eager) == (2, {})
 
 
 def test_a_parameter_that_comes_to_require_gradients_gets_them(net):
