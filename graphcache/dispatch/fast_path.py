@@ -74,7 +74,7 @@ class FastPath:
         """Let native code answer calls of this layout, if there is such code and it can."""
         if self._asked and self._table is None:
             return
-        if not isinstance(entry.graph.graph, CudaGraph) or entry.graph.enters_inference or entry.graph.updates_state:
+        if not isinstance(entry.graph.graph, CudaGraph) or entry.graph.enters_inference:
             return
         if not call.is_flat or (table := self.table()) is None:
             return
@@ -138,7 +138,7 @@ def put(
     if (half := graph.in_native_code(native.loaded())) is not None:
         build = None if recorded.bare else recorded.build
         order, context = graph.order, int(driver.primary_context(graph.index))
-        where = entry, graph, order, lock_of(order), half, graph.index, context
+        where = entry, graph, order, lock_of(order), half, graph.index, context, recorded.updates_state
         if guard is None or epoch is None:
             table.put(args, *where, build, engine, epoch, None, None, None)
         else:

@@ -16,6 +16,7 @@ typedef struct Record {
   PyObject *engine, *epoch, *build;       // NULL where there is none
   PyObject *guard, *ambient, *is_stale;   // of a module that is no engine, whose epoch is the guard's version; or NULL
   uint64_t version;                       // the epoch, of a guard
+  int updates_state;                      // of a module, which cannot be taken back
   Device device;
   size_t count;
   uint64_t words[];
@@ -220,19 +221,16 @@ static Outcome answer(Table *table, PyObject *out, PyObject *const *args, Py_ssi
   Outcome outcome = may_launch(&record->device, &stream);
   if (outcome != DONE) return outcome;
   if (!are_usable(record->native, args, addresses)) return LEFT_ALONE;
-  OWNED PyObject *outputs = NULL, *answer = NULL;
-  if (out != NULL) {
-    if (!fits(record->native, out, addresses)) return LEFT_ALONE;
-    // Asked before the launch, which writes into the caller's memory and cannot be taken back.
-    if ((outcome = check_module(record)) != DONE) return outcome;
-    if ((outcome = replay_locked(record, stream, addresses, NULL)) != DONE) return outcome;
-    answer = Py_NewRef(out);
-  } else {
-    if ((outcome = replay_locked(record, stream, addresses, &outputs)) != DONE) return outcome;
-    if ((answer = build_answer(record, outputs, args, count)) == NULL) return FAILED;
-    // Asked while the device works: what a stale graph wrote is dropped.
-    if ((outcome = check_module(record)) != DONE) return outcome;
-  }
+  if (out != NULL && !fits(record->native, out, addresses)) return LEFT_ALONE;
+  // Asked before a launch that cannot be taken back, as it writes into memory of the caller's or state of the module's;
+  // otherwise while the device works: what a stale graph wrote is dropped.
+  const int first = out != NULL || record->updates_state;
+  if (first && (outcome = check_module(record)) != DONE) return outcome;
+  OWNED PyObject *outputs = NULL;
+  if ((outcome = replay_locked(record, stream, addresses, out != NULL ? NULL : &outputs)) != DONE) return outcome;
+  OWNED PyObject *answer = out != NULL ? Py_NewRef(out) : build_answer(record, outputs, args, count);
+  if (answer == NULL) return FAILED;
+  if (!first && (outcome = check_module(record)) != DONE) return outcome;
   if ((outcome = count_hit(record)) != DONE) return outcome;
   *result = Py_NewRef(answer);
   return DONE;

@@ -24,17 +24,18 @@ static PyObject *table_into(Table *self, PyObject *const *given, Py_ssize_t coun
 
 // Reads what put() is given besides the arguments of a call. Returns -1 for anything else.
 static int read_record(Record *record) {
-  PyObject *lock, *index;
+  PyObject *lock, *index, *updates;
   unsigned long long context;
-  if (!PyArg_ParseTuple(record->held, "OOOO!O!OKOOOOOO:put", &record->entry, &record->graph, &record->order, lock_type,
-                        &lock, graph_type, &record->native, &index, &context, &record->build, &record->engine,
-                        &record->epoch, &record->guard, &record->ambient, &record->is_stale))
+  if (!PyArg_ParseTuple(record->held, "OOOO!O!OKO!OOOOOO:put", &record->entry, &record->graph, &record->order, lock_type,
+                        &lock, graph_type, &record->native, &index, &context, &PyBool_Type, &updates, &record->build,
+                        &record->engine, &record->epoch, &record->guard, &record->ambient, &record->is_stale))
     return -1;
   PyObject **optional[] = {&record->build,  &record->engine,  &record->epoch,
                            &record->guard, &record->ambient, &record->is_stale};
   for (size_t i = 0; i < 6; ++i)
     if (*optional[i] == Py_None) *optional[i] = NULL;
   record->lock = (Lock *)lock;
+  record->updates_state = updates == Py_True;
   record->device = device_of(index, context);
   const int known = is_of(driver.hits, record->entry) && is_of(driver.executable, record->graph) &&
                     is_of(driver.stream, record->order);
@@ -46,7 +47,8 @@ static int read_record(Record *record) {
   return record->version == UNKNOWN ? -1 : 0;
 }
 
-// (args, entry, graph, order, lock, its native half, index, context, build, engine, epoch, guard, ambient, is_stale)
+// (args, entry, graph, order, lock, its native half, index, context, whether it updates
+// state, build, engine, epoch, guard, ambient, is_stale)
 static PyObject *table_put(Table *self, PyObject *given) {
   PyObject *args = PyTuple_GET_SIZE(given) == 0 ? NULL : PyTuple_GET_ITEM(given, 0);
   if (args == NULL || !PyTuple_CheckExact(args)) return PyErr_Format(PyExc_TypeError, "expected a tuple of arguments");

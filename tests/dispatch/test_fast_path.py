@@ -240,6 +240,16 @@ def test_what_cannot_be_taken_back_is_asked_for_before(fake: Torch) -> None:
     assert "cuGraphLaunch" not in fake.driver.calls
     assert not out.any()
     assert entry.hits == hits
+    table.clear()
+    entry.graph.updates_state = True
+    with torch.no_grad(), fake.on(warm.stream):
+        fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
+        assert torch.equal(table.call((x,)), x * 3 + 1)
+        assert "cuGraphLaunch" in fake.driver.calls
+        guard.version += 1
+        fake.driver.calls.clear()
+        assert table.call((x,)) is None
+    assert "cuGraphLaunch" not in fake.driver.calls
 
 
 CURRENT_STREAM = """
