@@ -90,7 +90,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     with quiet_collector, operations, host:
         value = run(*args, **kwargs)
     state = watched.state or None
-    out_of_memory = state is not None and not state.observed()
+    lost = None if state is None else state.observed()
     after = _process_state(operations.devices)
     if not operations.ran_opaque:
         # Every operation was seen. If none of them drew random numbers, another thread did.
@@ -102,9 +102,7 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         changes = list(changes)
         for change in changes:
             watched.report(change, "")
-    cause = operations.cause
-    if cause is None and out_of_memory:
-        cause = Cause(Reason.OUT_OF_MEMORY, detail="no memory for copies of the state that the call updates")
+    cause = operations.cause or lost
     if cause is None:
         cause = host.cause or next(iter(changes), None)
         if cause is not None and host.compiled:
@@ -254,7 +252,7 @@ def _written(watched: Watched, contents: Sequence[tuple[str, Tensor, Tensor]]) -
     for path, tensor, before in contents:
         if watched.state is not None and storage_of(tensor) in watched.state:
             continue
-        if not same_bits([tensor], [before]):
+        if not is_strided(tensor) or not same_bits([tensor], [before]):
             yield Cause(Reason.MUTATES, path, "the tensor has other contents")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import storage_of
 from graphcache.keys.state_nodes import TensorNode
 from graphcache.keys.state_snapshot import is_strided
@@ -47,7 +48,7 @@ class PersistentState:
         nodes = self._reached.get(storage, ())
         memory = tensor.untyped_storage()
         taken = sum(each.numel() for each in self._memory.values())
-        if not nodes or taken + memory.nbytes() > MAX_BYTES:
+        if not nodes or taken + memory.nbytes() > MAX_BYTES or not all(is_strided(node.target) for node in nodes):
             return False
         with torch.inference_mode(False), torch.no_grad():
             # A tensor of its own, whose version is not that of the state.
@@ -61,15 +62,19 @@ class PersistentState:
             node.may_change = True
         return True
 
-    def observed(self) -> bool:
-        """Copy the contents after the observed run; whether there was memory for it."""
+    def observed(self) -> Cause | None:
+        """Copy the contents after the observed run; why that cannot be."""
+        for storage, memory in self._memory.items():
+            for node in self._reached[storage]:
+                if not is_strided(node.target) or memory.untyped_storage().nbytes() != memory.numel():
+                    return Cause(Reason.MUTATES, node.path, "its memory was resized")
         with torch.inference_mode(False), torch.no_grad():
             try:
                 self._after = {storage: memory.clone() for storage, memory in self._memory.items()}
                 self.updated = self.now()
             except torch.OutOfMemoryError:
-                return False
-        return True
+                return Cause(Reason.OUT_OF_MEMORY, detail="no memory for copies of the state that the call updates")
+        return None
 
     @property
     def is_inference(self) -> bool:

@@ -129,4 +129,8 @@ def is_strided(tensor: Tensor) -> bool:
     """Whether a tensor has memory that can be cloned and compared."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
         return False
-    return bool(tensor.numel()) and not tensor.is_nested and not tensor._is_zerotensor()
+    if not tensor.numel() or tensor.is_nested or tensor._is_zerotensor():
+        return False
+    # Its memory may have been resized, and what lies behind it is not to be read.
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()

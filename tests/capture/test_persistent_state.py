@@ -216,6 +216,20 @@ def test_what_no_graph_can_keep_runs_eagerly(name: str) -> None:
     assert fast.cache_info().eager == {reason: 4}
 
 
+@pytest.mark.parametrize("size", [0, 4, 4096])
+def test_state_whose_memory_is_resized_runs_eagerly(size: int) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.total.add_(1)
+        self.total.untyped_storage().resize_(size)
+        return x * 2
+
+    module = Fn(forward, total=torch.zeros(256))
+    fast = graphcache.wrap(module)
+    x = torch.ones(3)
+    assert torch.equal(fast(x), x * 2)
+    assert fast.cache_info().eager == {Reason.MUTATES: 1}
+
+
 def test_state_that_is_given_as_an_argument_runs_eagerly() -> None:
     fast, module, twin, _ = pair("recurrent")
     for _ in range(3):
