@@ -156,6 +156,11 @@ class _Operations(DispatchMode):
                 if self._is_foreign(tensor) and not self._is_state(tensor):
                     self._note(Reason.MUTATES, str(func), self._place(tensor) or str(func))
             self.reads(given)
+            for tensor in given if self.devices and func.namespace == "aten" and not self._given else ():
+                on_host = tensor.device.type == "cpu" and not tensor.dim()
+                if on_host and (place := _path_in(self._watched.module, storage_of(tensor))):
+                    # A graph of the device would keep the number of now, as a parameter of a kernel or by item().
+                    self._note(Reason.HOST_READ, str(func), place)
             self._host.paused = False
             out = func(*args, **kwargs)
             self._host.paused = True
@@ -173,9 +178,6 @@ class _Operations(DispatchMode):
         for tensor in tensors:
             if self._is_foreign(tensor) and storage_of(tensor) not in self._inputs:
                 self.outside.setdefault(storage_of(tensor), tensor)
-                if self.devices and tensor.device.type == "cpu" and tensor.numel():
-                    # A graph of the device would keep the value of now; no guard compares values.
-                    self._note(Reason.HOST_READ, "a tensor on the CPU", self._place(tensor) or "a tensor on the CPU")
 
     def _makes(self, tensors: Sequence[Tensor], known: set[int]) -> None:
         """Note memory that the call has made, which is neither ``known`` nor that of the inputs."""

@@ -20,7 +20,13 @@ from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copies, static_copy
-from graphcache.graphs.capture import as_if_capturing, compiled_runs_eagerly, record_torch, refusal_of
+from graphcache.graphs.capture import (
+    as_if_capturing,
+    compiled_runs_eagerly,
+    forget_workspaces,
+    record_torch,
+    refusal_of,
+)
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
@@ -243,7 +249,7 @@ class TorchRecorder:
             del expected
             trial.let_go()
             # What eager execution on this stream needed, and is not going to run here again before the next capture.
-            torch._C._cuda_clearCublasWorkspaces()
+            forget_workspaces()
             self.passing_nbytes = max(self.passing_nbytes, most - torch.cuda.memory_allocated(index))
         return graph
 

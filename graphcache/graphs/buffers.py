@@ -41,8 +41,9 @@ def put(buffer: Tensor, tensor: Tensor) -> None:
 
 def poison(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> None:
     """Overwrite outputs with NaN or -1, and inputs with NaN or 0, which is a valid index almost everywhere."""
-    with torch.inference_mode(False), torch.no_grad():
-        for tensor, whole in (*((each, -1) for each in outputs), *((each, 0) for each in inputs)):
+    for tensor, whole in (*((each, -1) for each in outputs), *((each, 0) for each in inputs)):
+        # Of a call that enters inference mode by itself, outputs can be written only there.
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
                 tensor.view(torch.uint8).fill_(0xFF)
             elif tensor.is_floating_point() or tensor.is_complex():

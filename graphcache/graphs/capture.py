@@ -94,14 +94,19 @@ def record_torch(
         # cuBLAS keeps a workspace per stream, which the next capture on this stream would find, in this order or
         # another, and lose when this order is closed (pytorch/pytorch#193402). So each capture starts and ends without
         # (the next product takes one again, 32 MiB on an H100), and finds it in the pool of its own order, for good.
-        torch._C._cuda_clearCublasWorkspaces()
+        forget_workspaces()
         try:
             with torch.inference_mode(False), torch.no_grad(), order.pool().allocating():
                 return capture_enqueue(enqueue, order, where)
         finally:
-            torch._C._cuda_clearCublasWorkspaces()
+            forget_workspaces()
 
     return capture_copying(capture, lambda stream: body(), inputs, direct, expected, where, full_edges)
+
+
+def forget_workspaces() -> None:
+    """Give back the memory that cuBLAS works in; the next product on a stream takes it again (32 MiB on an H100)."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def make_all_full(graph: Any) -> None:

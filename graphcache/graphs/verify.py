@@ -156,14 +156,11 @@ def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     if not left:
         return True
     # Copied first: one element may have any stride, with which nothing is viewed as bytes.
-    dense = ([_plain(each).clone(memory_format=torch.contiguous_format) for each in side] for side in (left, right))
+    # Quantised ones cannot be viewed so at all; they hold integers.
+    plain = [[each.int_repr() if each.is_quantized else each for each in side] for side in (left, right)]
+    dense = ([each.detach().clone(memory_format=torch.contiguous_format) for each in side] for side in plain)
     one, other = (torch.cat([each.view(-1).view(torch.uint8).to(left[0].device) for each in side]) for side in dense)
     return torch.equal(one, other)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The numbers that a quantised tensor holds, which cannot be viewed as bytes itself; any other one as it is."""
-    return tensor.detach().int_repr() if tensor.is_quantized else tensor.detach()
 
 
 def largest_gap(left: Tensor, right: Tensor) -> float:

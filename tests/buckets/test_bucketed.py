@@ -282,7 +282,8 @@ def test_a_module_that_changes_itself_does_so_once_a_call_and_is_padded_when_it_
         x = torch.randn(size, 3)
         assert same(fast(x), twin(x))
         assert same(dict(module.state_dict()), dict(twin.state_dict()))
-    assert outcomes(fast) == (0, 0, {Reason.MUTATES: 4})
+    # Each as it is: padding would be counted by the running statistics.
+    assert fast.cache_info().padded == 0
     fast.eval()
     twin.eval()
     for size in (3, 3, 5):

@@ -97,17 +97,20 @@ def full() -> queue.Queue[int]:
 QUEUE = full()
 EVENT = threading.Event()
 EVENT.set()
-STREAM = open(os.devnull)  # noqa: SIM115 - closed by the fixture below
-SINK = open(os.devnull, "w")  # noqa: SIM115
-RAW = open(os.devnull, "wb", buffering=0)  # noqa: SIM115
-SOCKETS = socket.socketpair()
+STREAM: Any = None
+SINK: Any = None
+RAW: Any = None
+SOCKETS: Any = ()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def closed_at_the_end() -> Iterator[None]:
-    yield
-    for each in (STREAM, SINK, RAW, *SOCKETS):
-        each.close()
+def files() -> Iterator[None]:
+    global STREAM, SINK, RAW, SOCKETS
+    with open(os.devnull) as STREAM, open(os.devnull, "w") as SINK, open(os.devnull, "wb", buffering=0) as RAW:
+        SOCKETS = socket.socketpair()
+        yield
+        for each in SOCKETS:
+            each.close()
 
 
 SIMPLE: queue.SimpleQueue[int] = queue.SimpleQueue()

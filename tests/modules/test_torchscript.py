@@ -98,7 +98,6 @@ EFFECTS = {
     Counts: Reason.MUTATES,
     Appends: Reason.MUTATES,
     Rebinds: Reason.MUTATES,
-    Writes: Reason.MUTATES,
     Branches: Reason.HOST_READ,
     Draws: Reason.RANDOM,
 }
@@ -128,6 +127,16 @@ def test_effects_happen_once_a_call_and_are_the_reason(kind, way):
             assert same(fast(x), wanted)
         assert fast.cache_info().eager[EFFECTS[kind]] > 0
         assert set(fast.cache_info().eager) == {EFFECTS[kind]}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "traced"])
+def test_state_is_updated_once_a_call_by_a_graph(way):
+    module = WAYS[way](frozen(Writes()))
+    twin = copy.deepcopy(module)
+    with torch.no_grad(), graphcache.wrap(module) as fast:
+        for step in range(5):
+            assert same(fast(X + step), twin(X + step))
+        assert outcomes(fast) == (4, 1, {})
 
 
 @pytest.mark.parametrize("way", ["scripted", "traced", "loaded", "inside another"])
