@@ -159,12 +159,12 @@ PEERS = [
 ]
 """Rows with other systems: title, file, engine, shapes. TensorRT-RTX 1.4, which the other systems need."""
 HITS = [
-    (f"{MLP8}, one shape", "suite-mlp8-h200", "mlp8", 1),
-    (f"{MLP8}, 8 shapes", "suite-mlp8-h200", "mlp8", 8),
-    (f"{MLP8}, 32 shapes", "suite-mlp8-h200", "mlp8", 32),
-    (f"{POLICY}, one shape", "suite-policy-h200", "policy", 1),
-    (f"{POLICY}, 8 shapes", "suite-policy-h200", "policy", 8),
-    (f"{POLICY}, 32 shapes", "suite-policy-h200", "policy", 32),
+    (f"{MLP8}, one shape", "suite-engines-h200", "mlp8", 1),
+    (f"{MLP8}, 64 shapes", "suite-engines-h200", "mlp8", 64),
+    (f"{POLICY}, one shape", "suite-engines-h200", "policy", 1),
+    (f"{POLICY}, 128 shapes", "suite-engines-h200", "policy", 128),
+    (f"{MINILM}, one length", "suite-engines-h200", "minilm", 1),
+    (f"{MINILM}, 32 lengths", "suite-engines-h200", "minilm", 32),
     ("ViT-tiny, one shape", "suite-vit-h200", "vit", 1),
     ("ViT-tiny, 8 shapes", "suite-vit-h200", "vit", 8),
     ("MobileNetV3-small, one shape", "suite-models-h200", "mobilenet", 1),
@@ -175,18 +175,43 @@ HITS = [
 
 def hits_table():
     """Every way to get a hit: its time over that of the bare launch, and its CPU time."""
-    ways = ("graphcache-session", "graphcache-into", "graphcache", "graphcache-copy")
+    ways = ("graphcache-session", "graphcache-into", "graphcache", "rtx-graphs")
     rows = [
-        "| Engine | bare launch, µs | session | `forward_into` | call | call with copies |",
+        "| Engine | bare launch, µs | session | `forward_into` | call | TensorRT-RTX's graphs |",
         "|---|---|---|---|---|---|",
     ]
     for title, name, engine, shapes in HITS:
         systems = results_of(name, engine, shapes)["systems"]
         cells = [
-            f"{systems[way]['total_over_raw']:.2f}, {systems[way]['cpu_burst_us']['p50']:.1f}" if way in systems else ""
+            f"{systems[way]['total_over_raw']:.2f}, {systems[way]['cpu_burst_us']['p50']:.1f}"
+            if "total_us" in systems.get(way, {})
+            else ""
             for way in ways
         ]
-        rows.append(f"| {title} | {systems['raw']['total_us']['p50']:.0f} | {' | '.join(cells)} |")
+        bare = f"{systems['raw']['total_us']['p50']:.0f}, {systems['raw']['cpu_burst_us']['p50']:.1f}"
+        rows.append(f"| {title} | {bare} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+MODULES = [("MLP, 16 parameters", "mlp16"), ("100 submodules, 300 parameters", "parts300"), ("ResNet-18", "resnet18")]
+"""Rows of PyTorch networks: title and network."""
+
+
+def modules_table():
+    """PyTorch networks: each way's time over that of the bare launch, and its CPU time."""
+    columns = {
+        "graphcache-torch": "graphcache",
+        "by-hand": "copy, replay, clone by hand",
+        "graphed-callables": "`make_graphed_callables`",
+        "graphcache-compiled": "graphcache around `torch.compile`",
+        "compile-static": '`torch.compile(mode="reduce-overhead")`',
+        "graphcache-torch-no-native": "graphcache without native code",
+    }
+    rows = [f"| Network | bare launch, µs | {' | '.join(columns.values())} |", "|---" * (2 + len(columns)) + "|"]
+    for title, name in MODULES:
+        systems = results_of("suite-torch-h200", name, 1)["systems"]
+        cells = [f"{systems[way]['total_over_raw']:.2f}, {systems[way]['cpu_burst_us']['p50']:.0f}" for way in columns]
+        rows.append(f"| {title} | {systems['raw-torch']['total_us']['p50']:.0f} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -227,6 +252,7 @@ GENERATED = {
     "errors": errors_table,
     "compared": compared_table,
     "hits": hits_table,
+    "modules": modules_table,
     "peers": peers_table,
 }
 

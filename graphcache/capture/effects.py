@@ -1,16 +1,16 @@
 """One run of a call, for the caller, and everything that it did besides returning.
 
 Nothing is run a second time before this has been decided: a graph may answer a call only if the call is a function of
-its tensors. What is observed, and how:
+its tensors, and besides updates no more than tensors of its module. What is observed, and how:
 
 * operations, below autograd, by a dispatch mode: writes into memory of outside, random numbers, memory that is read;
 * the Python state that can be reached from the module and from the arguments, by a snapshot before the run;
 * version counters and contents of the tensors in it: writes past the dispatcher, such as through NumPy;
 * random generators of PyTorch, Python and NumPy, context variables, and what of PyTorch is set for the process;
-* reads of tensors by the host, clocks, and work that goes to other threads, by the interpreter's profile hook.
+* reads of tensors by the host, clocks, files, and work that goes to other threads, by the interpreter's profile hook.
 
-Not seen are writes by extension modules and kernels that bypass PyTorch, threads that outlive the call, files and
-sockets, and clocks that libraries read.
+Not seen are writes by extension modules and kernels that bypass PyTorch, threads that outlive the call, and clocks that
+libraries read.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The walk starts at a module and follows attributes, containers at any depth, ``_
 classes of the user's, and the globals that their methods and the functions called by them name. The same snapshot tells
 the effects of a call (:meth:`StateSnapshot.changes`) and guards a graph afterwards (:meth:`StateSnapshot.holds`).
 
-Not seen are: state behind extension modules, files and sockets, names that are made up at run time, and memory that is
-written past PyTorch.
+Not seen are: state behind extension modules, names that are made up at run time, and memory that is written past
+PyTorch.
 """
 
 from __future__ import annotations
