@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 import graphcache
 from graphcache import CachedModule
 from graphcache.cache import graph_cache
-from graphcache.capture import effects, host_activity, trial_call
+from graphcache.capture import effects, host_activity, persistent_state, trial_call
 from graphcache.capture import recording as record
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
@@ -543,6 +543,55 @@ def _a_tracer_sees_the_cache_at_work() -> bool:
     return "copy_" in make_fx(fast)(X).code
 
 
+class _Sums(nn.Module):
+    """Adds its inputs up in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        return self.total * 1
+
+
+def _state_is_lost() -> bool:
+    module = _Sums()
+    fast = graphcache.wrap(module)
+    answers = [fast(X) for _ in range(3)]
+    right = all(same(each, X * (step + 1)) for step, each in enumerate(answers))
+    return not (right and same(module.total, X * 3) and fast.cache_info().hits == 2)
+
+
+def _a_failure_loses_state() -> bool:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("made up")
+
+    module = _Sums()
+    fast = graphcache.wrap(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_tape.CpuTape, "record", fails)
+        fast(X)
+    return not same(module.total, X)
+
+
+def _a_wrong_update_is_kept() -> bool:
+    """A graph leaves other state than the call does, with the right answer."""
+    module = _Sums()
+    fast = graphcache.wrap(module)
+    replay = cpu_tape.CpuTape.replay
+
+    def wrong(self: Any, inputs: Any, out: Any = None) -> Any:
+        answer = replay(self, inputs, out)
+        module.total[0] += 1
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_tape.CpuTape, "replay", wrong)
+        fast(X)
+    return bool(fast.cache_info().captures)
+
+
 def _a_transform_sees_something_else() -> bool:
     fast = graphcache.wrap(Fn(lambda _, x: x.sin() * 2))
     fast(X[0])
@@ -776,6 +825,7 @@ SIGNATURE = "tests/keys/test_call_key.py::"
 LRU = "tests/cache/test_graph_cache.py::"
 HOST = "tests/graphs/test_cpu_tape.py::"
 STRATEGY = "tests/modules/test_strategy.py::"
+STATE = "tests/capture/test_persistent_state.py::"
 
 CURES: dict[str, Cure] = {
     # keys
@@ -1066,6 +1116,21 @@ CURES: dict[str, Cure] = {
         ),
         _a_tracer_sees_the_cache_at_work,
         CACHED + "test_make_fx_sees_the_operations_of_the_module",
+    ),
+    "state is left as after one call": Cure(
+        replace(persistent_state.PersistentState, "advance", nothing),
+        _a_failure_loses_state,
+        STATE + "test_a_recording_that_fails_leaves_the_state_as_after_one_call",
+    ),
+    "each run of a recording begins with the same state": Cure(
+        replace(persistent_state.PersistentState, "rewind", nothing),
+        _state_is_lost,
+        STATE + "test_one_capture_then_hits_and_each_call_advances_the_state_once",
+    ),
+    "a graph is held to the state that it leaves": Cure(
+        around(persistent_state.PersistentState, "now", lambda original, state: list(state.updated) or original(state)),
+        _a_wrong_update_is_kept,
+        STATE + "test_a_graph_that_updates_the_state_in_another_way_is_refused",
     ),
     "transforms see the module itself": Cure(
         replace(call_key, "_transforms", lambda: None),
