@@ -16,7 +16,7 @@ from graphcache.dispatch import dispatcher as misses
 from graphcache.errors import ConfigError
 from tests.engine_modules import fake, load, rows  # noqa: F401 - the fixture is used by its name
 from tests.graphs.fake_driver import Torch
-from tests.helpers import Fn, dispatcher_of, graphs_of, mlp, own_budgets, same
+from tests.helpers import Fn, dispatcher_of, graphs_of, mlp, own_budgets, replays, same
 
 
 class Clock:
@@ -101,6 +101,20 @@ def test_what_is_no_faster_is_dropped_and_said(clock: Clock) -> None:
     info = fast.cache_info()
     assert (info.captures, info.graphs, info.evictions) == (1, 0, 1)
     assert info.eager[Reason.NOT_WORTH_IT] > 100
+
+
+def test_what_changes_before_every_call_waits_and_has_a_graph_again_once_it_does_not(clock: Clock) -> None:
+    fast = timed(clock, capture="worthwhile")
+    fast.prepare(x(2))
+    for step in range(64):
+        fast.module.unused = step
+        assert torch.equal(fast(x(2)), x(2) * 2)
+    info = fast.cache_info()
+    assert info.captures <= 8 + 7
+    assert set(info.eager) == {Reason.UNSETTLED}
+    for _ in range(2000):
+        fast(x(2))
+    assert replays(fast, x(2))
 
 
 def test_only_what_is_prepared() -> None:
