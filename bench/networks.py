@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 _TF32_DROPPED_BITS = 13
@@ -54,17 +54,12 @@ class Mlp8(nn.Module):
         return x
 
 
-class Policy(nn.Module):
-    """A robot's policy: 48 observations, two hidden layers of 256, 12 actions in -1..1.
+class _TanhLayers(nn.Module):
+    """Linear layers of the given sizes, each followed by tanh."""
 
-    Args:
-        seed: Of the weights.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, sizes: Sequence[int], seed: int) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
-        sizes = (48, 256, 256, 12)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         for layer in self.layers:
             nn.init.orthogonal_(layer.weight, generator=draw)
@@ -72,13 +67,24 @@ class Policy(nn.Module):
         round_to_tf32(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, 48)`` to ``(batch, 12)``."""
+        """``(batch, first size)`` to ``(batch, last size)``."""
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return x
 
 
-class Mlp16(nn.Module):
+class Policy(_TanhLayers):
+    """A robot's policy: 48 observations, two hidden layers of 256, 12 actions in -1..1.
+
+    Args:
+        seed: Of the weights.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__((48, 256, 256, 12), seed)
+
+
+class Mlp16(_TanhLayers):
     """Eight linear layers of 64: 16 parameters.
 
     Args:
@@ -86,19 +92,7 @@ class Mlp16(nn.Module):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
-        for layer in self.layers:
-            nn.init.orthogonal_(layer.weight, generator=draw)
-            nn.init.uniform_(layer.bias, -0.1, 0.1, generator=draw)
-        round_to_tf32(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(batch, 64)`` to ``(batch, 64)``."""
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
+        super().__init__((64,) * 9, seed)
 
 
 class Parts300(nn.Module):
