@@ -141,7 +141,8 @@ class Bucketed:
             # What it takes counts in favour of a graph of the bucket.
             return None, partial(self._dispatcher.eager, cause, call._replace(key=bucket.key))
         if self._in_background and self._engine is None and not (has_graph and is_proven):
-            return None, partial(self._observed, plan, bucket, call, target)
+            then = partial(self._capture_later, plan, bucket, call, target)
+            return None, partial(self._dispatcher.run_observed, call, then)
         return self._captured(plan, bucket, call, target), None
 
     def target(self, call: KeyedCall) -> CallKey | None:
@@ -224,18 +225,16 @@ class Bucketed:
             answer = self._dispatcher.answer(target, admitted=True)
         return own if padder is None else padder.crop(plan.fit, answer)
 
-    def _observed(self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall) -> Any:
-        """Answer a call as it is; if it has no effects, its bucket is captured or tried in the background."""
-        answer, effects = self._observe(call)
-        with self._captures.lock:
-            if effects.cause is not None:
-                bucket.deny(effects.cause, self._captures.version)
-            elif not self._captures.is_current(target.key):
-                self._dispatcher.queue.capture(target, partial(self._record, effects.version))
-            else:
-                self._prove_later(plan, bucket, call, effects)
-        self._dispatcher.tell(effects.cause or PENDING)
-        return answer
+    def _capture_later(
+        self, plan: _Plan, bucket: _Bucket, call: KeyedCall, target: KeyedCall, effects: Effects
+    ) -> None:
+        """Have the bucket of a call that was observed captured or tried in the background, if it has no effects."""
+        if effects.cause is not None:
+            bucket.deny(effects.cause, self._captures.version)
+        elif not self._captures.is_current(target.key):
+            self._dispatcher.queue.capture(target, partial(self._record, effects.version))
+        else:
+            self._prove_later(plan, bucket, call, effects)
 
     def _record(self, version: int, request: CaptureRequest) -> Recording | Cause:
         """Capture a padded call, which no caller has made; the one it was made of had no effects under a version."""

@@ -57,6 +57,8 @@ class TorchRecorder:
         self._host_lock = threading.RLock()
         self._orders: dict[int, StreamOrder] = {}
         self.broken: list[Graph] = []
+        self.observing = threading.Lock()
+        """Held during an observed run: of two at once, one would not see what it does while the other begins."""
 
     def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
         effects = self.observe(request.call, keeps_state=request.keeps_state)
@@ -64,6 +66,21 @@ class TorchRecorder:
 
     def observe(self, call: KeyedCall, *, keeps_state: bool = False) -> Effects:
         """Run a call for the caller, and tell whether a graph may repeat it."""
+        with self.observing:
+            effects = self._observe(call, keeps_state)
+        if effects.cause is not None:
+            # What changed no state leaves the graphs of other keys right. Without graphs there is nothing to compare.
+            if effects.cause.reason is Reason.MUTATES or not self._guard.is_armed:
+                self._guard.forget()
+        elif effects.unseen:
+            self._guard.follow(effects.unseen)
+            names = ", ".join(sorted({code.co_qualname for code in effects.unseen})[:3])
+            effects.cause = Cause(
+                Reason.UNSETTLED, detail=f"it came to run {names}, which is observed from the next call on"
+            )
+        return effects
+
+    def _observe(self, call: KeyedCall, keeps_state: bool) -> Effects:
         args, kwargs = call.args, call.kwargs
         try:
             if not is_available():
@@ -76,17 +93,7 @@ class TorchRecorder:
         watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module), state)
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
-        effects.version = self._guard.version
-        if effects.cause is not None:
-            # What changed no state leaves the graphs of other keys right. Without graphs there is nothing to compare.
-            if effects.cause.reason is Reason.MUTATES or not self._guard.is_armed:
-                self._guard.forget()
-        elif effects.unseen:
-            self._guard.follow(effects.unseen)
-            names = ", ".join(sorted({code.co_qualname for code in effects.unseen})[:3])
-            effects.cause = Cause(
-                Reason.UNSETTLED, detail=f"it came to run {names}, which is observed from the next call on"
-            )
+        effects.version = snapshots[0].version
         return effects
 
     def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
@@ -126,7 +133,6 @@ class TorchRecorder:
             self.check_unchanged(effects.version)
         except Refusal as refusal:
             recorded.close()
-            self._guard.forget()
             return refusal.cause
         recorded.version = effects.version
         self._guard.arm()
@@ -155,11 +161,9 @@ class TorchRecorder:
         """Refuse unless nothing that the module reaches has changed since this version of the guard."""
         # What the comparison asks of tensors is no read of the module's.
         with torch._C.DisableTorchFunction():
-            change = self._guard.change()
+            change = self._guard.change_since(version)
         if change is not None:
             raise Refusal(Reason.MUTATES, change.path, f"{change.detail}, after the call was observed")
-        if version != self._guard.version:
-            raise Refusal(Reason.MUTATES, detail="the state of the module changed after the call was observed")
 
     @property
     def shared_nbytes(self) -> int:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +172,9 @@ class Dispatcher:
         finally:
             self.captures.lock.release()
         if answer is STALE:
-            return self._run_observed(call) if cause is None else self.eager(cause, call)
+            if cause is not None:
+                return self.eager(cause, call)
+            return self.run_observed(call, partial(self._capture_later, call))
         if cause is not None:
             self.tell(cause)
             if preparing.get() is not None:
@@ -246,17 +249,25 @@ class Dispatcher:
         answer, effects.value = effects.value, None
         return answer, effects
 
-    def _run_observed(self, call: KeyedCall) -> Any:
-        """Answer a call of a PyTorch module eagerly, and have it captured in the background if it has no effects."""
-        target, (answer, effects) = self.target, self.observe(call)
-        assert isinstance(target, ModuleTarget)
+    def run_observed(self, call: KeyedCall, then: Callable[[Effects], object]) -> Any:
+        """Answer a call of a PyTorch module eagerly; ``then`` is told of its effects, under the lock."""
+        assert isinstance(self.target, ModuleTarget)
+        if self.target.recorder.observing.locked():
+            return self.eager(PENDING, call)
+        answer, effects = self.observe(call)
         with self.captures.lock:
-            if effects.cause is not None:
-                self.captures.deny(call.key, effects.cause)
-            else:
-                self.queue.capture(call, lambda request: target.recorder.record(request, effects))
+            then(effects)
         self.tell(effects.cause or PENDING)
         return answer
+
+    def _capture_later(self, call: KeyedCall, effects: Effects) -> None:
+        """Have a call that was observed captured in the background, if it has no effects."""
+        target = self.target
+        assert isinstance(target, ModuleTarget)
+        if effects.cause is not None:
+            self.captures.deny(call.key, effects.cause)
+        else:
+            self.queue.capture(call, lambda request: target.recorder.record(request, effects))
 
     def _undescribed(self, cause: Cause, call: KeyedCall) -> Any:
         """Answer a call that no key describes."""

@@ -58,7 +58,7 @@ class ModuleGuard:
         """The state that graphs were proven in; ``None`` if there is none. Native code reads it too."""
         self._lock = threading.Lock()
         self.version = 0
-        """Goes up whenever something has changed. A graph is valid under the version that it was proven under."""
+        """Goes up with every snapshot that is given up. A graph is valid under the version that it was proven under."""
 
     def snapshot(self) -> StateSnapshot:
         """The state of the module now, for a run that is to be observed; ``Unobservable`` if it cannot be watched."""
@@ -72,7 +72,11 @@ class ModuleGuard:
         found = StateSnapshot(roots, ignore=self._ignore, skips=self._skips, functions=self._functions)
         for engine in self._find_engines(self._module):
             found.guard_also(EpochNode(engine))
-        self.known = found
+        with self._lock:
+            # Another thread may have looked at the module meanwhile, in another state.
+            self._forget()
+            found.version = self.version
+            self.known = found
         return found
 
     def holds(self) -> bool:
@@ -83,10 +87,13 @@ class ModuleGuard:
         """Whether something is known to have changed since :meth:`snapshot`; not after :meth:`forget`."""
         return self.known is not None and not self.holds()
 
-    def change(self) -> Change | None:
-        """What has changed since :meth:`snapshot`, values of tensors too; ``None`` if nothing has."""
+    def change_since(self, version: int) -> Change | None:
+        """What has changed since the snapshot of a version, values of tensors too; ``None`` if nothing has."""
         known = self.known
-        return next(iter((*known.changes(limit=1), *known.written())), None) if known is not None else None
+        if known is None or known.version != version:
+            # Whoever gave that snapshot up knows what it was.
+            return Change(self.root, "its state changed")
+        return next(iter((*known.changes(limit=1), *known.written())), None)
 
     def is_stale(self, grad: bool) -> bool:
         """Whether no graph may answer a call; one that records gradients also if a parameter wants them."""
@@ -116,10 +123,13 @@ class ModuleGuard:
     def forget(self) -> None:
         """Take everything for changed: no graph is valid until it was proven again."""
         with self._lock:
-            if self.known is not None:
-                # First: without a snapshot, the version alone tells another thread of the change.
-                self.version += 1
-                self.known = None
+            self._forget()
+
+    def _forget(self) -> None:
+        if self.known is not None:
+            # First: without a snapshot, the version alone tells another thread of the change.
+            self.version += 1
+            self.known = None
 
     @property
     def is_armed(self) -> bool:

@@ -60,7 +60,7 @@ class StateNode:
         self.parent, self.key, self.target = parent, key, target
         self.places = places
         """Which of its places are looked at, for some kinds."""
-        self.renew()
+        self.state = self.read()
 
     @property
     def guarded(self) -> bool:
@@ -273,13 +273,13 @@ class TensorNode(StateNode):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.may_change = False
-        """Whether the call that was observed updates it in place, as a graph may."""
+        self.renew()
 
     def renew(self) -> None:
-        super().renew()
+        # Not its place, which a guard compares: another thread may have changed it a moment ago.
         self._written = _asked(_written, self.target)
         self.may_change = False
+        """Whether the call that was observed updates it in place, as a graph may."""
 
     def read(self) -> State:
         # Sparse tensors and uninitialised parameters have no address.

@@ -31,7 +31,10 @@ class StateSnapshot:
     Of code in ``functions`` the globals are followed too. :class:`Unobservable` says that there is too much of it.
     """
 
-    __slots__ = ("_broken", "_guarded", "_ignore", "_native", "armed", "compared", "covered", "nodes", "tensors")
+    __slots__ = (
+        *("_broken", "_guarded", "_ignore", "_native"),
+        *("armed", "compared", "covered", "nodes", "tensors", "version"),
+    )
 
     def __init__(
         self,
@@ -49,6 +52,8 @@ class StateSnapshot:
         self._guarded: list[StateNode] = [*(node for node in walk.nodes if node.guarded), *walk.tensors]
         self._broken = False
         self.armed = False
+        self.version = 0
+        """That of the guard whose snapshot it is."""
         self._native: tuple[Any, list[StateNode]] = (None, self._guarded)
         """The native guard and the nodes that it does not compare; replaced as one, as other threads ask meanwhile."""
         self.compared: Any = None

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CachedModule, Reason
-from tests.helpers import Fn, frozen, outcomes, reason, same
+from graphcache.capture import torch_recorder
+from graphcache.capture.recording import CaptureRequest, Recording
+from tests.helpers import Fn, dispatcher_of, frozen, outcomes, reason, same
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -394,3 +396,39 @@ def test_a_forward_in_inference_mode_of_its_own_answers_inference_tensors_always
     plain = graphcache.wrap(Fn(lambda _, x: x * 2))
     with torch.no_grad():
         assert [plain(x).is_inference() for x in (X, X)] == [False, False]
+
+
+def test_no_graph_is_of_a_state_that_another_thread_gave_up_during_the_observed_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = Fn(lambda self, x: x * self.scale)
+    module.scale = 2.0
+    target = dispatcher_of(graphcache.wrap(module)).target
+    guard, observe = target.guard, torch_recorder.observe
+
+    def observe_beside_another_thread(*args: Any) -> Any:
+        effects = observe(*args)
+        guard.forget()
+        return effects
+
+    monkeypatch.setattr(torch_recorder, "observe", observe_beside_another_thread)
+    with torch.no_grad():
+        request = CaptureRequest(target.describe((X,), {}))
+        effects = target.recorder.observe(request.call)
+        assert effects.cause is None
+        outcome = target.recorder.record(request, effects)
+    module.scale = 3.0
+    guard.snapshot()
+    assert not (isinstance(outcome, Recording) and outcome.version == guard.version and not guard.is_stale(False))
+
+
+def test_two_observed_runs_of_a_module_are_made_one_after_the_other() -> None:
+    """What one does while the other begins would be missed: both compare with the state of the module before them."""
+    module = graphcache.wrap(Fn(lambda _, x: x + 1), capture_in="background")
+    recorder = dispatcher_of(module).target.recorder
+    with torch.no_grad(), recorder.observing:
+        # Another thread observes.
+        assert torch.equal(module(X), X + 1)
+    assert module.cache_info().eager == {Reason.PENDING: 1}
+    assert not dispatcher_of(module).queue.is_pending(dispatcher_of(module).captures.keys.known()[0])
+    module.close()

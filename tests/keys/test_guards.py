@@ -408,13 +408,13 @@ def test_a_change_of_any_kind_is_noticed_and_named(
     if armed:
         guard.arm()
     assert guard.holds()
-    assert guard.change() is None
+    assert guard.change_since(0) is None
     change(plain)
     assert not guard.holds()
     assert guard.has_changed()
     assert not guard.holds(), "asking does not make it right"
     assert guard.is_stale(False)
-    found = guard.change()
+    found = guard.change_since(0)
     assert found is not None
     assert path in f"{found.path} {found.detail}"
     guard.snapshot()
@@ -443,7 +443,7 @@ def test_a_guard_that_has_seen_nothing_holds_nothing() -> None:
     guard.arm()
     assert not guard.holds()
     assert not guard.has_changed()
-    assert guard.change() is None
+    assert guard.change_since(0) is not None
 
 
 def test_the_version_goes_up_when_a_change_is_taken_note_of_and_not_before() -> None:
@@ -463,18 +463,50 @@ def test_the_version_goes_up_when_a_change_is_taken_note_of_and_not_before() -> 
     assert guard.is_stale(False), "nor does it hold"
 
 
+def test_snapshots_that_two_threads_take_at_once_have_versions_of_their_own() -> None:
+    module, found = mlp(), []
+
+    def look_meanwhile(_: nn.Module) -> tuple[()]:
+        if not found:
+            found.append(None)
+            found[0] = guard.snapshot()
+        return ()
+
+    guard = ModuleGuard(module, engines=look_meanwhile)
+    later = guard.snapshot()
+    assert found[0].version != later.version == guard.version
+    assert guard.change_since(found[0].version) is not None
+    assert guard.change_since(later.version) is None
+
+
+def test_a_tensor_that_is_moved_while_a_snapshot_is_renewed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, holds = mlp(), StateSnapshot.holds
+    guard = ModuleGuard(module)
+    guard.snapshot()
+
+    def moved_by_another_thread(self: StateSnapshot) -> bool:
+        answer = holds(self)
+        module[0].weight.data = module[0].weight * 2
+        return answer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StateSnapshot, "holds", moved_by_another_thread)
+        guard.snapshot()
+    assert not guard.holds()
+
+
 def test_values_in_place_keep_graphs_but_are_effects() -> None:
     module = mlp()
     guard = ModuleGuard(module)
     guard.snapshot()
-    assert guard.change() is None
+    assert guard.change_since(0) is None
     module[0].weight.mul_(2)
     assert guard.holds()
-    change = guard.change()
+    change = guard.change_since(0)
     assert change is not None
     assert change.path == "self[0].weight"
     guard.snapshot()
-    assert guard.change() is None
+    assert guard.change_since(0) is None
     assert guard.version == 0
 
 
@@ -498,7 +530,7 @@ def test_a_guard_tells_whether_a_parameter_wants_gradients() -> None:
     module[0].bias.requires_grad_()
     assert guard.requires_grad()
     assert guard.is_stale(True)
-    change = guard.change()
+    change = guard.change_since(0)
     assert change is not None
     assert change == ("self[0].bias", "has another requires_grad", False)
 
