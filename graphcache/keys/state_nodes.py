@@ -44,6 +44,15 @@ class Change(NamedTuple):
     """Whether it is a generator of random numbers that moved on."""
 
 
+class StandIn:
+    """What a wrapped module puts in the place of an attribute of a module while calls of it are under way."""
+
+    __slots__ = ("own",)
+
+    own: dict[str, Any] | None
+    """What it replaces, by its name, if there was anything."""
+
+
 class StateNode:
     """One object of a snapshot: the names of the places in it, and what each holds."""
 
@@ -141,21 +150,30 @@ class AttributesNode(TableNode):
 
     def read(self) -> State:
         names, values = super().read()
-        if not any(name in self.target and _stands_in(self.target[name]) for name in _REPLACED):
+        replaced = self._replaced()
+        if not replaced:
             return names, values
         # A call of a wrapped module is under way, perhaps in another thread.
         found = dict(zip(names, values, strict=True))
         for name in _REPLACED & found.keys():
             value = found.pop(name)
-            found.update(value.own if _stands_in(value) else {name: value})
+            found.update((replaced[name] or {}) if name in replaced else {name: value})
         return pairs(found)
 
+    def _replaced(self) -> dict[str, dict[str, Any] | None]:
+        """The names under which something stands in, and what it replaces."""
+        given = {name: self.target.get(name) for name in _REPLACED}
+        # Asked of the type: isinstance() may call the object's own __getattribute__.
+        return {name: value.own for name, value in given.items() if issubclass(type(value), StandIn)}
+
+    def differs(self) -> bool:
+        # Not because of what stands in.
+        return super().differs() and StateNode.differs(self)
+
     def guard(self, native: Any) -> None:
-        names, values = self.state
-        if dict.__len__(self.target) == len(names) and all(map(is_, dict.values(self.target), values)):
-            super().guard(native)
-        else:
-            native.add_names(self.target, names, values, ())
+        if any(own is not None for own in self._replaced().values()):
+            raise ValueError
+        native.add_dict(self.target, *self.state, vars(StandIn)["own"])
 
 
 class NamesNode(StateNode):
@@ -337,11 +355,6 @@ def _became(old: Any, new: Any) -> str:
 def _kind_of(table: Any) -> Any:
     """The class whose methods show a dictionary. A subclass may have methods of its own, which are no way to look."""
     return collections.OrderedDict if issubclass(type(table), collections.OrderedDict) else dict
-
-
-def _stands_in(value: Any) -> bool:
-    """Whether a wrapped module has put something in the place of an attribute."""
-    return bool(getattr(type(value), "stands_in", False))
 
 
 def _slot(target: Any, descriptor: Any) -> Any:

@@ -12,24 +12,23 @@ from typing import Any
 from torch import nn
 
 from graphcache.dispatch.fast_path import global_hooks, global_pre_hooks, has_hooks, is_compiling
+from graphcache.keys.state_nodes import StandIn
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 
 _PATCHED = ("forward", "__getstate__")
 
 
-class _Patch:
+class _Patch(StandIn):
     """A value in a module's ``__dict__`` while calls are under way. A copy or a pickle holds what it replaces."""
 
-    __slots__ = ("module", "own")
+    __slots__ = ("module",)
 
     name: str
-    stands_in = True
-    """Snapshots of the module's state see ``own`` in its place."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.own: dict[str, Any] = {key: value for key, value in vars(module).items() if key == self.name}
-        """What the user had put there, if anything."""
+        attributes = vars(module)
+        self.own = {self.name: attributes[self.name]} if self.name in attributes else None
 
     def __reduce__(self) -> Any:
         return (operator.getitem, (self.own, self.name)) if self.own else (getattr, (self.module, self.name))
@@ -93,7 +92,7 @@ def _restore(attributes: dict[str, Any]) -> None:
     for name in _PATCHED:
         if isinstance(patch := attributes.get(name), _Patch):
             del attributes[name]
-            attributes.update(patch.own)
+            attributes.update(patch.own or {})
 
 
 @contextmanager

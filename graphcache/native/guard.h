@@ -49,12 +49,13 @@ static int are_strings(PyObject *names) {
   return 1;
 }
 
-// Adds a dictionary: all of it, or some names if the format has a fourth argument.
-static PyObject *add_some(Guard *self, PyObject *args, const char *format) {
+// Adds a dictionary: all of it, or some names.
+static PyObject *add_some(Guard *self, PyObject *args, const char *format, int some) {
   PyObject *dict;
   Expected expected = {0};
   if (!PyArg_ParseTuple(args, format, &PyDict_Type, &dict, &PyTuple_Type, &expected.keys, &PyTuple_Type,
-                        &expected.values, &PyTuple_Type, &expected.absent))
+                        &expected.values, some ? &PyTuple_Type : &PyMemberDescr_Type,
+                        some ? &expected.absent : &expected.slot))
     return NULL;
   const Py_ssize_t keys = PyTuple_GET_SIZE(expected.keys), values = PyTuple_GET_SIZE(expected.values);
   if (keys != values) return PyErr_Format(PyExc_ValueError, "%zd keys and %zd values", keys, values);
@@ -63,9 +64,9 @@ static PyObject *add_some(Guard *self, PyObject *args, const char *format) {
   return added(self, keep(self, args) || add_dict(&self->dicts, dict, expected));
 }
 
-static PyObject *guard_add_dict(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!:add_dict"); }
+static PyObject *guard_add_dict(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!|O!:add_dict", 0); }
 
-static PyObject *guard_add_names(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!O!:add_names"); }
+static PyObject *guard_add_names(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!O!:add_names", 1); }
 
 static PyObject *add_one(Guard *self, PyObject *args, Kind kind, Object entry) {
   if (keep(self, args) || RESERVE(&self->objects, 1)) return NULL;
@@ -151,7 +152,7 @@ static int guard_clear(Guard *self) {
 // value does. A TypeError says that a guard does not compare such an object.
 static PyMethodDef guard_methods[] = {
     {"add_dict", (PyCFunction)guard_add_dict, METH_VARARGS,
-     "(dict, keys, values): it holds these in this order; of an OrderedDict one entry at most."},
+     "(dict, keys, values, slot): these in this order, but for objects with None in this slot; of an OrderedDict one."},
     {"add_names", (PyCFunction)guard_add_names, METH_VARARGS,
      "(dict, names, values, absent): it holds these under these names, and nothing under others; more keys may change."},
     {"add_items", (PyCFunction)guard_add_items, METH_VARARGS, "(list or set, values): these in this order."},

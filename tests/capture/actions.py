@@ -70,6 +70,12 @@ def reads_a_number(draw: Draw) -> Action:
     return Action([f"y = y * {p.get}"], "none", _puts(p, f"{p.get} + 1", f"-{p.get}", "0.25"), [p])
 
 
+def reads_what_its_class_defines(draw: Draw) -> Action:
+    name = f"self.k{draw.number}"
+    changes = [f"{name} = 3.0", f"vars(self).pop('k{draw.number}', None)", f"type(self).k{draw.number} = 4.0"]
+    return Action([f"y = y * {name}"], "none", changes, init=[f"type(self).k{draw.number} = 2.0"])
+
+
 def reads_a_tensor(draw: Draw) -> Action:
     p = draw.place(TENSOR)
     changes = [f"{p.get}.data = {p.get} * 2", f"{p.get}.mul_(2)", f"{p.get}[0] = 3", f"{p.get}.numpy()[1] = 4"]
@@ -199,6 +205,7 @@ def counts_to_three(draw: Draw) -> Action:
 
 
 QUIET: tuple[Callable[[Draw], Action], ...] = (
+    reads_what_its_class_defines,
     reads_a_number,
     reads_a_tensor,
     reads_an_attribute_that_may_be_there,

@@ -31,6 +31,7 @@ CHANGES = 0.15
 
 ANY = Recipe()
 QUIET = Recipe(actions.QUIET, styles=("inline", "method", "closure", "part", "hook", "object", "lambda"))
+PARTS = Recipe(actions.QUIET, styles=("part",))
 SETTLING = Recipe((*actions.QUIET, *actions.SETTLING))
 # State that is restored within a call is seen by whoever looks in the middle of a capture beside it.
 STILL = Recipe(actions.QUIET, any_thread=True)
@@ -91,7 +92,7 @@ def test_every_kind_of_state_is_driven_often() -> None:
         seen.update(Program(seed, ANY).kinds)
     expected = {*(action.__name__ for action in ACTIONS), *STYLES, *KINDS, *places.ROOTS}
     expected |= {f"argument: {name}" for name in ARGUMENTS}
-    assert {name: seen[name] for name in expected if seen[name] < 20} == {}
+    assert {name: seen[name] for name in expected if seen[name] < 15} == {}
 
 
 def test_the_twins_of_a_program_agree_without_a_cache() -> None:
@@ -113,6 +114,18 @@ def test_a_difference_in_any_kind_of_place_is_found() -> None:
             assert not found.step(), found.report()
         seen |= program.kinds
     assert seen >= {*KINDS, *places.ROOTS}
+
+
+def test_parts_that_are_captured_one_by_one() -> None:
+    def wrap(module: nn.Module) -> CachedModule:
+        return graphcache.wrap(module, strategy="per_submodule", include=[name for name, _ in module.named_children()])
+
+    hits = 0
+    for seed in range(PROGRAMS):
+        found = Drive(Program(seed, PARTS), wrap, CHANGES)
+        assert not found.run(2 * CALLS).wrong, found.report()
+        hits += sum(dispatcher_of(part).captures.hits for part in dispatcher_of(found.fast).submodules.named().values())
+    assert hits > PROGRAMS
 
 
 def test_modules_whose_state_stays_are_captured() -> None:

@@ -214,6 +214,33 @@ def test_names_of_a_dictionary(new_guard: Any) -> None:
     assert guard.holds()
 
 
+def test_what_stands_in_for_nothing_is_left_out_of_a_dictionary(new_guard: Any) -> None:
+    class StandIn:
+        __slots__ = ("own",)
+
+        def __init__(self, own: Any) -> None:
+            self.own = own
+
+    d: dict[Any, Any] = {"a": 1, "b": 2}
+    guard = new_guard()
+    guard.add_dict(d, *items_of(d), vars(StandIn)["own"])
+    assert guard.holds()
+    d.update(c=StandIn(None), a=d.pop("a"), d=StandIn(None))
+    assert not guard.holds(), "another order"
+    d.update(b=d.pop("b"))
+    assert guard.holds()
+    d["e"] = 3
+    assert not guard.holds(), "a new entry"
+    d["e"] = StandIn(2)
+    assert not guard.holds(), "it replaces something"
+    del d["e"]
+    assert guard.holds()
+    del d["b"]
+    assert not guard.holds()
+    with pytest.raises(TypeError):
+        guard.add_dict(d, *items_of(d), "own")
+
+
 def test_classes(new_guard: Any) -> None:
     class Base:
         limit = 1

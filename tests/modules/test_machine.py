@@ -265,4 +265,4 @@ def test_ten_thousand_steps_and_no_answer_but_the_eager_one():
         ),
     )
     assert Calls.steps >= share(10_000, 1_200)
-    assert Calls.hits >= share(1_000, 120)
+    assert Calls.hits >= share(500, 30)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import CachedModule, Reason
+from graphcache import CachedModule, Reason, native
 from graphcache.errors import CaptureError, ConfigError
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, in_threads, mlp, outcomes, replays, same, settled
 
@@ -213,6 +213,43 @@ def test_at_rest_everything_is_what_it_was(detector):
     assert pickle.dumps(detector) == blob
     fast.close()
     assert same(pickle.loads(blob)(X), detector(X))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_put_on_a_part_is_noticed(own: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guard is made and asked while something stands in for its ``forward``."""
+
+    class Part(nn.Module):
+        scale = 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    if not compiled:
+        monkeypatch.setattr(native, "guard_type", lambda: None)
+    module = nn.Sequential(Part(), Selects())
+    part: Any = module[0]
+    if own:
+        part.forward = lambda x: x * part.scale + 1
+    fast = graphcache.wrap(module)
+
+    def check() -> None:
+        for _ in range(3):
+            assert same(fast(X), module(X))
+        assert replays(fast.parts["0"], X)
+
+    check()
+    part.scale = 3.0
+    check()
+    part.forward = lambda x: x * 5
+    check()
+    part.forward = lambda x: x * 7
+    check()
+    del part.forward
+    check()
+    part.other = None
+    check()
 
 
 def test_hooks_of_parts_run_once_a_call_and_global_ones_too(detector):

@@ -66,6 +66,11 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
     return record.getMessage()
 
 
+@pytest.fixture(autouse=True)
+def guards_in_native_code() -> None:
+    """Not those of the tests' own library."""
+
+
 def test_it_is_compiled_and_then_found(home: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prebuilt(home, library, monkeypatch)
     assert native.status() == "not used so far"
