@@ -226,8 +226,13 @@ class Reason(enum.Enum):
     )
     ARGUMENT = (
         "argument",
-        "an argument can be neither copied into a graph nor told apart by value",
-        "pass tensors, numbers, strings, None, and tuples, lists or dictionaries of them",
+        "an argument can be neither copied into a graph nor told apart by value, or is another object at every call",
+        "pass tensors, numbers, strings, None, and tuples, lists or dictionaries of them; keep other objects",
+    )
+    NEW_STATE = (
+        "new_state",
+        "an object among the arguments, or a tensor that the call updates in place, is not that of the calls before",
+        "give the same one to the next calls, which a graph then reads and updates where it is",
     )
     OUTPUT = (
         "output",
@@ -279,7 +284,9 @@ class Reason(enum.Enum):
 
 GRAPHS_OFF = frozenset({Reason.DISABLED, Reason.TRACING, Reason.OUTER_CAPTURE})
 """The user has turned graphs off, or somebody watches the operations: submodules have no graphs either."""
-NOT_YET = frozenset({Reason.UNSETTLED, Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED})
+NOT_YET = frozenset(
+    {Reason.UNSETTLED, Reason.COLD, Reason.PENDING, Reason.NOT_WORTH_IT, Reason.NOT_PREPARED, Reason.NEW_STATE}
+)
 """The whole may have a graph some day: submodules are left alone until then, and the time of the call counts for it."""
 EXPECTED = GRAPHS_OFF | NOT_YET
 """What was asked for: no warning, and no failure with ``on_failure="raise"``."""

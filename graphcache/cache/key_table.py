@@ -170,6 +170,12 @@ class KeyTable:
         with self.lock:
             self.used(key).misses += count
 
+    def rename(self, key: Hashable, new: Hashable) -> None:
+        """Go on with what is known of a key under another one, which its calls have from now on."""
+        with self.lock:
+            if key != new and (state := self.states.pop(key, None)) is not None:
+                self.states[new] = state
+
     def hits(self, key: Hashable) -> int:
         """Replays of all graphs that a key has had."""
         state, entry = self.states.get(key), self.entries.get(key)

@@ -38,7 +38,7 @@ from graphcache.graphs.verify import same_bits
 from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
-from graphcache.keys.values import same
+from graphcache.keys.values import Held, same
 
 MAX_CONTENTS = 64 << 20
 """Bytes of tensors on the CPU whose contents are compared before and after an observed run."""
@@ -61,6 +61,8 @@ class Effects:
     """That of the module's guard when the call ran."""
     state: PersistentState | None = None
     """What it updated in place, if graphs may do the same."""
+    held: StateSnapshot | None = None
+    """What the objects among the arguments held before."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,9 @@ class _Operations(DispatchMode):
                     self._note(Reason.MUTATES, str(func), self._place(tensor) or str(func))
             self.reads(given)
             for tensor in given if self.devices and func.namespace == "aten" and not self._given else ():
-                on_host = tensor.device.type == "cpu" and not tensor.dim()
-                if on_host and (place := _path_in(self._watched.module, storage_of(tensor))):
+                address = storage_of(tensor)
+                on_host = tensor.device.type == "cpu" and not tensor.dim() and address not in self._inputs
+                if on_host and (place := self._place(tensor)):
                     # A graph of the device would keep the number of now, as a parameter of a kernel or by item().
                     self._note(Reason.HOST_READ, str(func), place)
             self._host.paused = False
@@ -193,9 +196,9 @@ class _Operations(DispatchMode):
         return address not in self._made and (not self._given or address in self._given[-1])
 
     def _is_state(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the module's own state, which a graph may update as the call does."""
+        """Whether a tensor is state that outlives the call, which a graph may update as the call does."""
         state = self._watched.state
-        return state is not None and storage_of(tensor) not in self._inputs and state.keep(tensor)
+        return state is not None and state.keep(tensor)
 
     def _enter_opaque(self, given: Sequence[Any]) -> None:
         """Note what code that Inductor compiled, or an engine, reads; little of it passes the dispatcher."""
@@ -314,3 +317,9 @@ def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSnapshot:
     """What can be reached from the arguments of a call."""
     roots = [(f"args[{index}]", value) for index, value in enumerate(args)]
     return StateSnapshot([*roots, *((f"kwargs[{name!r}]", value) for name, value in kwargs.items())])
+
+
+def snapshot_of_objects(held: Sequence[Held]) -> StateSnapshot | None:
+    """What can be reached from objects among the arguments, which it does not keep alive; ``None`` without any."""
+    roots = [(str(each), each.ref()) for each in held]
+    return StateSnapshot(roots, weakly=[value for _, value in roots]) if roots else None

@@ -106,6 +106,8 @@ class HostActivity:
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
+        # They refer to the call's arguments, which must not wait for the collector of cycles.
+        self.entered = self.left = _ignore
 
     @skipped_by_dynamo
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:

@@ -86,6 +86,16 @@ class PersistentState:
         """Where the state is."""
         return {memory.device for memory in self._memory.values()}
 
+    def ranges(self, tensors: Sequence[Tensor]) -> dict[int, tuple[int, int]]:
+        """Where memory begins and ends that something else than these tensors holds, by its storage."""
+        given = set(map(id, tensors))
+        memories = {
+            storage: memory
+            for storage, memory in self._memory.items()
+            if not all(id(node.target) in given for node in self._reached[storage])
+        }
+        return {storage: (each.data_ptr(), each.data_ptr() + each.numel()) for storage, each in memories.items()}
+
     def rewind(self) -> None:
         """Put back the contents from before the observed run."""
         self._put(self._before)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphcache.graphs.graph import Graph
 from graphcache.keys.call_key import KeyedCall
+from graphcache.keys.state_snapshot import StateSnapshot
 
 Build = Callable[[list[Tensor], Sequence[Tensor]], Any]
 """Makes the answer of a graph's outputs and the caller's inputs."""
@@ -34,11 +35,30 @@ class Recording:
     """Whether outputs are inference tensors in whatever mode a call is: it enters inference mode by itself."""
     version: int = 0
     """That of the module's guard when the graph was captured."""
-    updates_state: bool = False
-    """Whether a replay updates state of the module in place, which cannot be taken back."""
+    updates: tuple[tuple[int, int], ...] = ()
+    """Where state begins and ends that a replay updates in place, but for tensors of the call."""
+    in_place: tuple[int, ...] = ()
+    """Tensors of the call that the graph uses where they are, by place."""
+    written: tuple[int, ...] = ()
+    """Those of them that a replay updates."""
+    held: StateSnapshot | None = None
+    """What the objects among the arguments held."""
+    ends: Sequence[object] = ()
+    """What tells when one of these objects is no more."""
+
+    @property
+    def updates_state(self) -> bool:
+        """Whether a replay updates what outlives the call, which cannot be taken back."""
+        return bool(self.updates or self.written)
+
+    def is_stale(self) -> bool:
+        """Whether an object among the arguments is not what it was."""
+        return self.held is not None and not self.held.holds()
 
     def replay(self, inputs: Sequence[Tensor], out: list[Tensor] | None = None) -> list[Tensor]:
         """Run the graph on the tensors of a call."""
+        if self.in_place:
+            inputs = [tensor for place, tensor in enumerate(inputs) if place not in self.in_place]
         if not self.enters_inference:
             return self.graph.replay(inputs, out)
         with torch.inference_mode():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.capture.blame import at, located, path_here
-from graphcache.capture.effects import Effects, Watched, observe, snapshot_of
+from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, snapshot_of_objects
 from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
 from graphcache.capture.persistent_state import PersistentState
@@ -19,7 +19,7 @@ from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
-from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copies, static_copy
+from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
 from graphcache.graphs.capture import (
     as_if_capturing,
     compiled_runs_eagerly,
@@ -30,11 +30,12 @@ from graphcache.graphs.capture import (
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
-from graphcache.graphs.operations import HostQuestions
+from graphcache.graphs.operations import HostQuestions, storage_of
 from graphcache.graphs.stream_order import StreamOrder, capturing
 from graphcache.graphs.verify import rounds_of, verify
 from graphcache.keys.call_key import SETTINGS, USUAL, KeyedCall, State, ambient_state
 from graphcache.keys.guards import ModuleGuard
+from graphcache.keys.state_snapshot import StateSnapshot
 from graphcache.keys.values import Unobservable
 
 Running = Callable[[], AbstractContextManager[object]]
@@ -89,11 +90,12 @@ class TorchRecorder:
         except Unobservable as error:
             with graphs_off():
                 return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=str(error)))
-        state = PersistentState(snapshots[0].tensors) if keeps_state else None
+        held = snapshot_of_objects(call.key.held)
+        state = PersistentState([*snapshots[0].tensors, *snapshots[1].tensors]) if keeps_state else None
         watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module), state)
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
-        effects.version = snapshots[0].version
+        effects.version, effects.held = snapshots[0].version, held
         return effects
 
     def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
@@ -122,7 +124,7 @@ class TorchRecorder:
                     whole=answer.is_whole,
                     bare=answer.is_whole and isinstance(value, Tensor),
                     enters_inference=answer.is_inference and not in_inference,
-                    updates_state=effects.state is not None,
+                    **_in_place(effects, call.tensors),
                 )
         except Exception as error:
             return located(refusal_of(error, self._name).cause, error, self._module, self._name)
@@ -131,11 +133,14 @@ class TorchRecorder:
                 effects.state.advance()
         try:
             self.check_unchanged(effects.version)
+            _check_objects(effects.held)
         except Refusal as refusal:
             recorded.close()
             return refusal.cause
         recorded.version = effects.version
         self._guard.arm()
+        if effects.held is not None:
+            effects.held.arm()
         return recorded
 
     def again(self, version: int, running: Running = nullcontext, settings: State | None = None) -> Callable[..., Any]:
@@ -195,7 +200,7 @@ class TorchRecorder:
         return next((device.index for device in devices if device.type == "cuda"), None)
 
     def _on_host(self, trial: TrialCall) -> Graph:
-        trial.static = static_copies(trial.inputs)
+        trial.make_static()
         trial.rewind()
         expected = trial.run()
         trial.compare(expected)
@@ -219,7 +224,8 @@ class TorchRecorder:
             return outputs
 
         with capturing(order):
-            trial.static = static = static_copies(trial.inputs)
+            trial.make_static()
+            static = trial.static
             trial.rewind()
             expected = [static_copy(tensor) for tensor in run()]
             trial.compare(expected)
@@ -260,7 +266,8 @@ class TorchRecorder:
     def _check_questions(self, trial: TrialCall) -> None:
         """Repeat a call, and refuse it if it asks its tensors what no call key holds."""
         # A read of device memory invalidates the capture by itself; others were noticed by the observed run.
-        with compiled_runs_eagerly(), HostQuestions(trial.static, trial.state, lambda: path_here(self._module)) as host:
+        questions = HostQuestions(trial.tensors, trial.state, lambda: path_here(self._module))
+        with compiled_runs_eagerly(), questions as host:
             trial.repeat()
         if host.asked:
             cause = at(Cause(Reason.HOST_READ, host.asked), host.path, self._name)
@@ -298,6 +305,23 @@ class _Rewinding:
         with torch.inference_mode(self._trial.updates is not None and self._trial.updates.is_inference):
             outputs = self._graph.replay(inputs, out[:own])
         return self._trial.with_state(outputs)
+
+
+def _in_place(effects: Effects, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """What of a recording says what it updates, and which tensors of the call it uses where they are."""
+    state, held = effects.state, effects.held
+    if state is None:
+        return {"held": held}
+    ranges = state.ranges(tensors)
+    in_place = tuple([place for place, tensor in enumerate(tensors) if storage_of(tensor) in state])
+    written = tuple([place for place in in_place if storage_of(tensors[place]) not in ranges])
+    return {"held": held, "updates": tuple(ranges.values()), "in_place": in_place, "written": written}
+
+
+def _check_objects(held: StateSnapshot | None) -> None:
+    """Refuse if an object among the arguments has changed since the call was observed."""
+    for change in () if held is None else held.changes(limit=1):
+        raise Refusal(Reason.MUTATES, change.path, f"{change.detail}, after the call was observed")
 
 
 def _check_settings(wanted: State | None) -> None:

@@ -14,16 +14,19 @@ from torch.utils import _pytree as pytree
 
 from graphcache.capture.persistent_state import PersistentState
 from graphcache.errors import Reason, Refusal
-from graphcache.graphs.buffers import extent_of, is_dense
+from graphcache.graphs.buffers import extent_of, is_dense, static_copies
 from graphcache.graphs.verify import check_repeats
 from graphcache.keys.call_key import KeyedCall
-from graphcache.keys.values import is_rebuilt
+from graphcache.keys.values import Held, is_rebuilt
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum)
 
 
 class TrialCall:
-    """One call of a module that returned ``value``, repeatable on static inputs; ``state`` outlives the call."""
+    """One call of a module that returned ``value``, repeatable on static inputs; ``state`` outlives the call.
+
+    Tensors of the call whose memory ``updates`` has are used where they are.
+    """
 
     def __init__(
         self,
@@ -36,22 +39,37 @@ class TrialCall:
         self._run = run
         self._key = call.key
         self.state = state
-        self.answer = OutputLayout(value, call.tensors, state)
+        self.answer = OutputLayout(value, call.tensors, state, call.key.held)
         detached = {id(tensor): _detached(tensor) for tensor in call.tensors}
-        self.inputs = [detached[id(tensor)] for tensor in call.tensors]
-        self.static: Sequence[Tensor] = ()
-        """Static inputs, which every repetition reads."""
+        self._tensors = [detached[id(tensor)] for tensor in call.tensors]
+        storages = [] if updates is None else list(map(_storage, self._tensors))
+        self.in_place = tuple([place for place, storage in enumerate(storages) if updates and storage in updates])
+        """Which tensors of the call are used where they are."""
+        self.inputs = [tensor for place, tensor in enumerate(self._tensors) if place not in self.in_place]
+        """The others."""
+        self.static: list[Tensor] = []
+        """What every repetition reads in their place, after :meth:`make_static`."""
         self.updates = updates
         """State that a repetition updates in place; it begins with :meth:`rewind`."""
 
+    def make_static(self) -> None:
+        """Copy the inputs."""
+        self.static = static_copies(self.inputs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the call, the inputs by their static copies."""
+        copies = iter(self.static)
+        return [each if place in self.in_place else next(copies) for place, each in enumerate(self._tensors)]
+
     def repeat(self) -> Any:
         """What the module returns for the static inputs."""
-        args, kwargs = self._key.arguments(self.static)
+        args, kwargs = self._key.arguments(self.tensors)
         return self._run(*args, **kwargs)
 
     def run(self) -> list[Tensor]:
         """The tensors that the module makes of the static inputs; the answer must have the layout of the first one."""
-        answer = OutputLayout(self.repeat(), self.static, self.state)
+        answer = OutputLayout(self.repeat(), self.tensors, self.state, self._key.held)
         if answer.layout != self.answer.layout:
             raise Refusal(Reason.DATA_DEPENDENT, detail="the answer had another structure or other shapes")
         return answer.tensors
@@ -75,7 +93,7 @@ class TrialCall:
 
     def let_go(self) -> None:
         """Drop the caller's tensors: what was captured refers to this call for as long as it lives."""
-        self.inputs, self.updates = [], None
+        self.inputs, self.updates, self._tensors, self.in_place = [], None, [], ()
         self.answer.let_go()
 
 
@@ -105,7 +123,10 @@ def containers_in(value: Any) -> list[Any]:
         return False
 
     pytree.tree_flatten(value, is_leaf=look)
-    return found
+    containers = found.copy()
+    # PyTorch leaves `look` in a cycle of references, and the arguments of a call must not wait for its collection.
+    found.clear()
+    return containers
 
 
 @dataclass(frozen=True)
@@ -136,20 +157,34 @@ class PlainLeaf:
         return self.value
 
 
+@dataclass(frozen=True)
+class ObjectLeaf:
+    """An object among the arguments."""
+
+    held: Held
+    index: int
+
+    def of(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
+        return self.held.ref()
+
+
 class OutputLayout:
     """The structure of an answer, and where each of its leaves comes from.
 
     Leaves are tensors that the call made (each handed out once, however often it appears), inputs and views of
-    ``inputs``, and plain values. An answer that a replay could not give is refused, such as one that shares memory with
-    ``lasting``: parameters, buffers and whatever else outlives the call.
+    ``inputs``, objects that the call was given, and plain values. An answer that a replay could not give is refused,
+    such as one that shares memory with ``lasting``: parameters, buffers and whatever else outlives the call.
     """
 
-    def __init__(self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, value: Any, inputs: Sequence[Tensor], lasting: Sequence[Tensor] = (), held: Sequence[Held] = ()
+    ) -> None:
         # A size is a tuple to pytree, which would give back a tuple.
         leaves, self._tree = pytree.tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
         if not is_rebuilt(value, pytree.tree_unflatten(leaves, self._tree)):
             raise Refusal(Reason.OUTPUT, detail="pytree leaves out a part of it")
         self._inputs = inputs
+        self._held = held
         self._lasting = set(map(_storage, lasting))
         self._owners = {_storage(tensor): index for index, tensor in reversed(list(enumerate(inputs)))}
         self._made: dict[int, int] = {}
@@ -199,10 +234,13 @@ class OutputLayout:
 
         return build
 
-    def _leaf(self, leaf: Any) -> TensorLeaf | PlainLeaf | int:
+    def _leaf(self, leaf: Any) -> TensorLeaf | PlainLeaf | ObjectLeaf | int:
         """Where a leaf comes from; a number is that of a tensor that the call made, added to :attr:`tensors`."""
         if isinstance(leaf, _PLAIN):
             return PlainLeaf(leaf)
+        for index, held in enumerate(self._held):
+            if held.ref() is leaf:
+                return ObjectLeaf(held, index)
         if not isinstance(leaf, Tensor):
             raise Refusal(Reason.OUTPUT, detail=f"an object of type {type(leaf).__module__}.{type(leaf).__qualname__}")
         if type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout is not torch.strided:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -19,7 +21,7 @@ from graphcache.cache.key_table import KeyTable
 from graphcache.capture.recording import CaptureRequest, Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig
-from graphcache.dispatch.targets import Target, arguments_of
+from graphcache.dispatch.targets import ModuleTarget, Target, arguments_of
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, log
 from graphcache.graphs import driver
@@ -27,6 +29,10 @@ from graphcache.graphs.capture import refusal_of
 from graphcache.keys.call_key import KeyedCall
 
 _REPLAY_SAMPLES = 3
+_MAX_FAMILIAR = 256
+"""Objects and tensors that are remembered: about eight caches of 32 layers."""
+_UNFAMILIAR = 3
+"""Calls with new ones in a row before it is taken for what the caller always does."""
 _DEVICE_SHARE = 0.25
 """Share of a device's memory that the graphs of one module may own with ``max_bytes="auto"``. The rest is for weights,
 eager execution and other modules."""
@@ -57,6 +63,12 @@ class CaptureManager:
         self.closed = False
         self.running: Callable[[], AbstractContextManager[object]] = nullcontext if target.is_engine else gate.shared
         """Makes what is entered around a run for a caller; an engine may run beside a background capture."""
+        self._familiar: OrderedDict[Hashable, None] = OrderedDict()
+        """Objects and tensors updated in place that calls were given, the last ones."""
+        self._unfamiliar = 0
+        """Calls in a row that were given others."""
+        self.ended: deque[Hashable] = deque()
+        """Keys with objects that are no more."""
         self._last: list[tuple[Hashable, bool]] | None = []
         """The last captures, and whether their keys had a graph before; ``None`` once the user was told of churn."""
         self._hits_before = 0
@@ -105,7 +117,35 @@ class CaptureManager:
             return None
         return Cause(Reason.GRAD, detail=f"{'an input' if given else 'a parameter'} requires gradients")
 
+    def unfamiliar(self, call: KeyedCall) -> Cause | None:
+        """Why a call is not captured yet that was given an object, or a tensor that it updates, for the first time.
+
+        Whoever makes new ones for each call would have a graph for each, and never a hit.
+        """
+        given = (*call.key.held, *call.key.written)
+        if self.config.capture_in == "background":
+            return Cause(Reason.ARGUMENT, detail=f"{given[0]}: what calls share is not used in the background")
+        new = [each for each in given if each not in self._familiar]
+        for each in given:
+            self._familiar[each] = None
+            self._familiar.move_to_end(each)
+        while len(self._familiar) > _MAX_FAMILIAR:
+            self._familiar.popitem(last=False)
+        self._unfamiliar = self._unfamiliar + 1 if new else 0
+        if not new:
+            return None
+        if self._unfamiliar <= _UNFAMILIAR:
+            return Cause(Reason.NEW_STATE)
+        if call.key.held:
+            return Cause(Reason.ARGUMENT, detail=f"{call.key.held[0]}, another one at each of the last calls")
+        return Cause(Reason.MUTATES, detail="tensors of the call, others at each of the last calls")
+
     # ---- captures
+
+    def drop_ended(self) -> None:
+        """Drop the graphs of objects that are no more. Under the lock."""
+        while self.ended:
+            self.graphs.evict(self.ended.popleft())
 
     def is_current(self, key: Hashable) -> bool:
         """Whether a key has a graph that was captured under the state of now."""
@@ -133,6 +173,10 @@ class CaptureManager:
                 broken.clear()
             if stale is not None:
                 self.graphs.evict(call.key)
+            if isinstance(outcome, Recording) and isinstance(self.target, ModuleTarget):
+                found = self.target.updates(call, outcome)
+                self.keys.rename(call.key, found.key)
+                call = found
             cause = self.keep(call, outcome, time.perf_counter() - start, room)
             if stale is not None and cause is None:
                 self.keys.replaced(call.key, stale.hits, self.version)
@@ -173,6 +217,9 @@ class CaptureManager:
             self.admission.charge(seconds, key, preparing=preparation is not None)
             self.deny(key, outcome)
             return outcome
+        # No more is done at the end of an object: it may come in any thread, with any lock held.
+        append, objects = self.ended.append, [held.ref() for held in key.held]
+        outcome.ends = [weakref.ref(each, lambda _: append(key)) for each in objects]
         self.ledger.captured(Captured(key, seconds, entry.graph.graph.nodes, entry.nbytes))
         had_one = self.keys.captured(key, seconds, entry.nbytes)
         slower = None

@@ -130,14 +130,14 @@ class Dispatcher:
         first = out is not None or recorded.updates_state or not self.captures.on_cuda
         # The version last: since the look-up, another thread may have found the module as it is now, under a new one.
         grad = call.key.grad is not False
-        if first and (guard.is_stale(grad) or recorded.version != guard.version):
+        if first and (guard.is_stale(grad) or recorded.is_stale() or recorded.version != guard.version):
             return STALE
         try:
             answer = recorded.build(recorded.replay(given, out), given)
         except ClosedError:
             # Evicted by another thread since the look-up.
             return STALE
-        if not first and (guard.is_stale(grad) or recorded.version != guard.version):
+        if not first and (guard.is_stale(grad) or recorded.is_stale() or recorded.version != guard.version):
             return STALE
         entry.hits += 1
         entry.used = clock()
@@ -189,6 +189,8 @@ class Dispatcher:
         """
         self.check_open()
         self.refresh()
+        if self.captures.ended:
+            self.captures.drop_ended()
         if changed and (cause := self.captures.denial(call)) is not None:
             return STALE, cause
         entry = self.entries.get(call.key)
@@ -198,6 +200,12 @@ class Dispatcher:
         elif entry is not None and not self._in_background:
             # It was captured before something changed, so that its key has been admitted.
             admitted = True
+        if (
+            (call.key.held or call.key.written)
+            and preparing.get() is None
+            and (cause := self.captures.unfamiliar(call)) is not None
+        ):
+            return STALE, cause
         if not admitted and preparing.get() is None:
             if (cause := self.admit(call)) is not None:
                 return STALE, cause

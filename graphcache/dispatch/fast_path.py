@@ -6,9 +6,11 @@ The library is optional. Without it nothing here costs anything, and every hit t
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Callable, Hashable
 from functools import cache
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -138,7 +140,8 @@ def put(
     if (half := graph.in_native_code(native.loaded())) is not None:
         build = None if recorded.bare else recorded.build
         order, context = graph.order, int(driver.primary_context(graph.index))
-        where = entry, graph, order, lock_of(order), half, graph.index, context, recorded.updates_state
+        updates = struct.pack(f"={2 * len(recorded.updates)}Q", *chain.from_iterable(recorded.updates))
+        where = entry, graph, order, lock_of(order), half, graph.index, context, updates
         if guard is None or epoch is None:
             table.put(args, *where, build, engine, epoch, None, None, None)
         else:

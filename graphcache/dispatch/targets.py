@@ -6,17 +6,32 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_recorder import EngineRecorder
+from graphcache.capture.recording import Recording
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
-from graphcache.keys.call_key import KeyedCall, describe
+from graphcache.keys.call_key import CallKey, KeyedCall, describe
 from graphcache.keys.guards import ModuleGuard
+
+_MAX_UPDATES = 1024
+"""Keys whose updates are known; without that, the next call of a key finds out again."""
+
+
+class _Updates(NamedTuple):
+    """What calls of one key update in place."""
+
+    places: tuple[int, ...]
+    """Tensors of the call."""
+    ranges: tuple[tuple[int, int], ...]
+    """Where other state begins and ends."""
+    sharing: tuple[int, ...]
+    """How these tensors share memory, if this is only known of calls whose tensors do."""
 
 
 class EngineGuard:
@@ -60,7 +75,6 @@ class ModuleTarget:
     """Any module that is no engine. ``run`` is what a call calls: the module itself or its ``forward``."""
 
     is_engine = False
-    describe = staticmethod(describe)
 
     def __init__(
         self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
@@ -69,12 +83,42 @@ class ModuleTarget:
         self.guard: ModuleGuard = guard
         self._recorder_of = partial(TorchRecorder, module, name=name, config=config, guard=guard)
         self._training: list[bool] = []
+        self._updates: dict[CallKey, _Updates] = {}
         self.runs(run)
 
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on; graphs of another one must have been dropped."""
         self.run = run
         self.recorder = self._recorder_of(run)
+
+    def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
+        """The call of these arguments. Its key holds the addresses of tensors in memory that such a call updates."""
+        call = describe(args, kwargs)
+        if not self._updates or (updates := self._updates.get(call.key)) is None:
+            return call
+        if updates.sharing and _sharing(call.tensors, updates.places) != updates.sharing:
+            return call
+        ranges = [*updates.ranges, *(_memory_of(call.tensors[place]) for place in updates.places)]
+        at = [(place, tensor.data_ptr()) for place, tensor in enumerate(call.tensors)]
+        written = tuple([each for each in at if any(start <= each[1] < end for start, end in ranges)])
+        return call._replace(key=call.key._replace(written=written)) if written else call
+
+    def updates(self, call: KeyedCall, recorded: Recording) -> KeyedCall:
+        """A call that was found to update what ``recorded`` says, as others of its key do from now on."""
+        if not recorded.updates_state:
+            return call
+        key, places = call.key._replace(written=()), recorded.written
+        sharing = _sharing(call.tensors, places)
+        known = self._updates.get(key)
+        if len(set(sharing)) == len(sharing):
+            # Which of several tensors in one memory is written cannot be told; of tensors apart it can.
+            sharing = ()
+            places = tuple(sorted({*places, *(known.places if known is not None and not known.sharing else ())}))
+        if known is None or known.sharing or not sharing:
+            if len(self._updates) >= _MAX_UPDATES:
+                self._updates.clear()
+            self._updates[key] = _Updates(places, recorded.updates, sharing)
+        return self.describe(call.args, call.kwargs)
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors of a call that a graph is given."""
@@ -135,6 +179,18 @@ class EngineTarget:
 
     def device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
         return self.engine.device
+
+
+def _sharing(tensors: Sequence[Tensor], places: Sequence[int]) -> tuple[int, ...]:
+    """For each of some tensors, the first one in the same memory."""
+    first: dict[int, int] = {}
+    return tuple([first.setdefault(_memory_of(tensors[place])[0], place) for place in places])
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Where the memory of a tensor begins and ends."""
+    memory = tensor.untyped_storage()
+    return memory.data_ptr(), memory.data_ptr() + memory.nbytes()
 
 
 Target = EngineTarget | ModuleTarget

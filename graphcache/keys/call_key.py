@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 from graphcache.config import modes
 from graphcache.errors import CudaError, Reason, Refusal, shown
 from graphcache.keys.user_code import is_library
-from graphcache.keys.values import is_plain, is_rebuilt, text_of
+from graphcache.keys.values import Held, is_holdable, is_plain, is_rebuilt, text_of
 
 State = tuple[Hashable, ...]
 Part = tuple[Any, ...]
@@ -30,7 +30,8 @@ Part = tuple[Any, ...]
 * a tensor: dtype, shape, strides, device; of an unusual one also whether a conjugation and a negation are pending, and
   the part of its attributes or ``None``;
 * a container: its type, the part of its context (a dictionary's keys) or ``None``, and the parts of its items;
-* a constant: its type and what identifies the value.
+* a constant: its type and what identifies the value;
+* any other object: :class:`Held` and the object, held weakly.
 """
 
 _MAX_VALUES = 20_000
@@ -61,6 +62,10 @@ class CallKey(NamedTuple):
     kwargs: tuple[tuple[str, Part], ...]
     host_values: tuple[Hashable, ...] = ()
     """For each input that an engine reads on the host, its values."""
+    held: tuple[Held, ...] = ()
+    """The objects among the arguments that are told apart by identity."""
+    written: tuple[tuple[int, int], ...] = ()
+    """Tensors that the call updates in place, by place, with their addresses: a graph updates them where they are."""
 
     def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of this key, in new containers, with these tensors in the order of :func:`describe`."""
@@ -86,7 +91,7 @@ class KeyedCall(NamedTuple):
     def is_flat(self) -> bool:
         """Whether the key says no more than how plain positional tensors lie, inference mode and settings."""
         key = self.key
-        if key.grad is not False or key.autocast or key.repeats or key.kwargs or key.host_values:
+        if key.grad is not False or key.autocast or key.repeats or key.kwargs or key.host_values or key.written:
             return False
         # The part of an unusual tensor has more entries.
         return all(type(value) is Tensor and len(part) == 4 for value, part in zip(self.args, key.args, strict=True))
@@ -119,6 +124,7 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         repeats=_repeats(tensors) if len(tensors) > 1 else (),
         args=positional,
         kwargs=by_name,
+        held=tuple(reader.held),
     )
     return KeyedCall(key, tensors, args, kwargs)
 
@@ -140,6 +146,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self.held: list[Held] = []
         self._values = 0
 
     def part(self, value: Any, where: str, depth: int = 0) -> Part:
@@ -165,6 +172,9 @@ class _Reader:
         if kind in OPEN_CONSTANTS:
             return kind, *[self._constant(item, where, depth) for item in OPEN_CONSTANTS[kind](value)]
         if (node := node_of(kind)) is None:
+            if is_holdable(value):
+                self.held.append(Held(value))
+                return Held, self.held[-1]
             raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
         items, context = node.flatten_fn(value)
         if hasattr(value, "__dict__") and not is_rebuilt(value, node.unflatten_fn(items, context)):
@@ -227,6 +237,8 @@ def value_of(part: Part, tensors: Iterator[Any] = iter(())) -> Any:  # noqa: B00
         return complex(*map(float.fromhex, rest))
     if kind in CONSTANTS or kind is type:
         return rest[0]
+    if kind is Held:
+        return rest[0].ref()
     if isinstance(kind, EnumType):
         return kind[rest[0]] if rest[0] else kind(rest[1])
     if kind in OPEN_CONSTANTS:

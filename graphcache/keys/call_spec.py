@@ -16,6 +16,7 @@ import torch
 from graphcache.errors import shown
 from graphcache.keys import call_key
 from graphcache.keys.call_key import OPEN_CONSTANTS, CallKey, Part, describe, is_named_tuple, node_of, value_of
+from graphcache.keys.values import Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,8 @@ class CallSpec:
             on["autocast"] = ", ".join(f"{kind} {short_name(dtype)}" for kind, dtype in key.autocast)
         if key.repeats:
             on["tensors given twice"] = f"by place {key.repeats}"
+        if key.written:
+            on["tensors updated in place"] = ", ".join(f"{place} at {address:#x}" for place, address in key.written)
         if key.host_values:
             on["values read on the host"] = shown(key.host_values)
         return on
@@ -153,6 +156,8 @@ def _walk(part: Part, path: str) -> Iterator[tuple[str, TensorSpec | str, bool]]
         names = " and ".join(compress(("conjugation", "negation"), pending))
         text = "" if attributes is None else shown(value_of(attributes))
         yield path, TensorSpec(kind, tuple(shape), stride, device, names, text), False
+    elif kind is Held:
+        yield path, str(rest[0]), False
     elif isinstance(kind, EnumType):
         yield path, f"{kind.__qualname__}.{rest[0] or rest[1]}", False
     elif node_of(kind) is None or kind in OPEN_CONSTANTS:

@@ -28,7 +28,8 @@ class StateSnapshot:
     """The Python state and the tensors that can be reached from ``roots``, each with the name its paths begin with.
 
     Left out are paths in ``ignore``, where ``*`` stands for anything, and what is below objects that ``skips`` tells.
-    Of code in ``functions`` the globals are followed too. :class:`Unobservable` says that there is too much of it.
+    Of code in ``functions`` the globals are followed too. Objects in ``weakly`` are not kept alive.
+    :class:`Unobservable` says that there is too much of it.
     """
 
     __slots__ = (
@@ -43,10 +44,11 @@ class StateSnapshot:
         ignore: Sequence[str] = (),
         skips: Skips | None = None,
         functions: Mapping[CodeType, dict[str, Any]] | None = None,
+        weakly: Sequence[object] = (),
     ) -> None:
         # Only * stands for anything: brackets are part of a path.
         self._ignore = re.compile("|".join(re.escape(each).replace(r"\*", ".*") + r"(?:[.[].*)?" for each in ignore))
-        walk = StateWalk(self.ignores if ignore else None, skips)
+        walk = StateWalk(self.ignores if ignore else None, skips, weakly)
         walk.walk(roots, functions or {})
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
         self._guarded: list[StateNode] = [*(node for node in walk.nodes if node.guarded), *walk.tensors]

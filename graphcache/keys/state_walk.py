@@ -26,7 +26,7 @@ from graphcache.keys import state_nodes as nodes
 from graphcache.keys import user_code
 from graphcache.keys.state_nodes import StateNode, TensorNode
 from graphcache.keys.user_code import is_library
-from graphcache.keys.value_nodes import ArrayNode, HiddenNode, array_state, hidden_state, script_state
+from graphcache.keys.value_nodes import ArrayNode, HeldNode, HiddenNode, array_state, hidden_state, script_state
 from graphcache.keys.values import BUILTIN_METHODS, MISSING, Unobservable, is_plain
 
 MAX_CONTAINERS = 50_000
@@ -60,7 +60,9 @@ Skips = Callable[[object], bool]
 class StateWalk:
     """One walk over what can be reached."""
 
-    def __init__(self, ignores: Callable[[str], bool] | None, skips: Skips | None) -> None:
+    def __init__(
+        self, ignores: Callable[[str], bool] | None, skips: Skips | None, weakly: Sequence[object] = ()
+    ) -> None:
         self.nodes: list[StateNode] = []
         """What was found, but for tensors."""
         self.tensors: list[TensorNode] = []
@@ -68,6 +70,7 @@ class StateWalk:
         """The code of the functions whose globals were followed."""
         self._ignores = ignores
         self._skips = skips
+        self._weakly = set(map(id, weakly))
         self._seen: set[int] = set()
         # An id may be used again once its object is gone, which may live only here.
         self._held: list[Any] = []
@@ -216,7 +219,8 @@ class StateWalk:
         if table is None and not slots:
             return
         self._seen.add(id(table))
-        self._follow(nodes.ObjectNode(parent, key, value, slots))
+        kind_of_node = HeldNode if id(value) in self._weakly else nodes.ObjectNode
+        self._follow(kind_of_node(parent, key, value, slots))
         if table is not None:
             # Under the object's own path.
             self._follow(nodes.AttributesNode(parent, key, table))

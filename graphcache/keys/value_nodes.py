@@ -1,4 +1,4 @@
-"""What is remembered of objects that show their state by no container: arrays, generators, caches, TorchScript."""
+"""What is remembered of objects of further kinds: arrays, generators, caches, TorchScript, arguments of calls."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import queue
 import random
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import eq
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from graphcache.keys.state_nodes import Change, State, StateNode
+from graphcache.keys.state_nodes import Change, ObjectNode, State, StateNode
 from graphcache.keys.values import SHOWN, Unobservable, draws_randomness
 
 _MEMORY_FILES = (io.BytesIO, io.StringIO)
@@ -44,6 +45,23 @@ class ArrayNode(StateNode):
     def read(self) -> State:
         state = array_state(self.target) or ()
         return range(len(state)), state
+
+
+class HeldNode(ObjectNode):
+    """An object that is not kept alive."""
+
+    __slots__ = ("_ref",)
+
+    @property
+    def target(self) -> Any:
+        return self._ref()
+
+    @target.setter
+    def target(self, value: Any) -> None:
+        self._ref = weakref.ref(value)
+
+    def guard(self, native: Any) -> None:
+        raise TypeError
 
 
 class HiddenNode(StateNode):

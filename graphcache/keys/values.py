@@ -12,6 +12,7 @@ import re
 import sys
 import types
 import uuid
+import weakref
 from typing import Any
 
 import torch
@@ -46,8 +47,40 @@ BUILTIN_METHODS = (types.BuiltinFunctionType, types.MethodWrapperType)
 """Functions in C; those of an object, such as ``table.get``, refer to it."""
 
 
+_HEAP_TYPE = 1 << 9
+"""``Py_TPFLAGS_HEAPTYPE``, which classes of Python code have."""
+
+
 class Unobservable(Exception):
     """Raised for an object whose state cannot be seen, such as an iterator of an extension module."""
+
+
+class Held:
+    """An object among the arguments of calls, equal to itself only; not kept alive."""
+
+    __slots__ = ("kind", "ref")
+
+    def __init__(self, value: Any) -> None:
+        # One object has one such reference, and no later object gets the same.
+        self.ref = weakref.ref(value)
+        self.kind = type(value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Held and self.ref is other.ref
+
+    def __hash__(self) -> int:
+        return id(self.ref)
+
+    def __repr__(self) -> str:
+        return f"an object of type {self.kind.__qualname__}"
+
+
+def is_holdable(value: Any) -> bool:
+    """Whether an object is one of a class written in Python, such as a KV cache."""
+    kind = type(value)
+    is_python = all(each.__flags__ & _HEAP_TYPE for each in kind.__mro__[:-1])
+    is_python = is_python and any("__weakref__" in vars(each) for each in kind.__mro__)
+    return is_python and not issubclass(kind, (Tensor, torch.nn.Module))
 
 
 def is_plain(value: Any) -> bool:

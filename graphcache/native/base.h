@@ -15,6 +15,8 @@
 
 #define UNKNOWN UINT64_MAX  // no address, no stream and no number
 
+#define UNUSED __attribute__((unused))  // a parameter that CPython's signature asks for
+
 // A local reference, given back at the end of its block.
 static void give_back(void *reference) { Py_XDECREF(*(PyObject **)reference); }
 #define OWNED __attribute__((cleanup(give_back)))

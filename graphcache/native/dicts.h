@@ -23,8 +23,7 @@ static uint64_t epoch = 1;
 static int watcher = -1;
 
 #if PY_VERSION_HEX >= 0x030C0000
-static int count_write(PyDict_WatchEvent event, PyObject *dict, PyObject *key, PyObject *value) {
-  (void)dict, (void)key, (void)value;
+static int count_write(PyDict_WatchEvent event, PyObject *dict UNUSED, PyObject *key UNUSED, PyObject *value UNUSED) {
   // A dictionary that a guard looks at is alive, since the guard holds a reference.
   if (event != PyDict_EVENT_DEALLOCATED) epoch++;
   return 0;

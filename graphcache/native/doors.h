@@ -69,8 +69,7 @@ static void set_door(PyObject *function, vectorcallfunc door, vectorcallfunc *be
 }
 
 // (__call__, forward_into, global hooks, global pre-hooks, the dictionary of torch.compiler)
-static PyObject *open_doors(PyObject *module, PyObject *given) {
-  (void)module;
+static PyObject *open_doors(PyObject *module UNUSED, PyObject *given) {
   PyObject *call, *into, *hooks, *pre_hooks, *compiler;
   if (!PyArg_ParseTuple(given, "O!O!O!O!O!:open", &PyFunction_Type, &call, &PyFunction_Type, &into, &PyDict_Type,
                         &hooks, &PyDict_Type, &pre_hooks, &PyDict_Type, &compiler))

@@ -40,8 +40,7 @@ static struct {
 
 // connect((CudaGraph, StreamOrder, Entry, Modes, ModuleGuard, StateSnapshot), modes, counter, raw_stream, current_device, requires_grad, failure,
 // quiet, seven addresses, torch_stream)
-static PyObject *connect_driver(PyObject *module, PyObject *given) {
-  (void)module;
+static PyObject *connect_driver(PyObject *module UNUSED, PyObject *given) {
   PyObject *graph, *order, *entry, *modes_class, *guard, *snapshot;
   unsigned long long at[7], torch_stream;
   typeof(driver) new = {.known.device_index = -1, .held = given};

@@ -118,8 +118,7 @@ static int read_graph(Graph *graph, PyObject *given) {
   return 0;
 }
 
-static PyObject *make_graph(PyObject *module, PyObject *given) {
-  (void)module;
+static PyObject *make_graph(PyObject *module UNUSED, PyObject *given) {
   OWNED PyObject *made = graph_type->tp_alloc(graph_type, 0);
   if (made == NULL) return NULL;
   const int refused = read_graph((Graph *)made, given);
@@ -152,8 +151,7 @@ static void graph_dealloc(Graph *self) {
 }
 
 // Destroys every executable that was made here, also if the driver refuses one; none may be running.
-static PyObject *graph_close(Graph *self, PyObject *unused) {
-  (void)unused;
+static PyObject *graph_close(Graph *self, PyObject *unused UNUSED) {
   int failed = 0;
   while (self->count > 1) {
     const int code = driver.destroy(self->executables[--self->count].handle);
@@ -168,8 +166,7 @@ static PyObject *graph_close(Graph *self, PyObject *unused) {
 }
 
 // A list of (handle, (address, ...)), Python's first.
-static PyObject *graph_executables(Graph *self, PyObject *unused) {
-  (void)unused;
+static PyObject *graph_executables(Graph *self, PyObject *unused UNUSED) {
   OWNED PyObject *found = PyList_New(0);
   for (size_t i = 0; found != NULL && i < self->count; ++i) {
     const Executable *each = self->executables + i;

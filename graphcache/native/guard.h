@@ -22,8 +22,7 @@ static int holds(Guard *self) {
   return !self->cleared && same_dicts(&self->dicts) && same_objects(&self->objects) && same_tensors(&self->tensors);
 }
 
-static PyObject *guard_holds(Guard *self, PyObject *unused) {
-  (void)unused;
+static PyObject *guard_holds(Guard *self, PyObject *unused UNUSED) {
   return PyBool_FromLong(holds(self));
 }
 

@@ -16,7 +16,7 @@ typedef struct Record {
   PyObject *engine, *epoch, *build;       // NULL where there is none
   PyObject *guard, *ambient, *is_stale;   // of a module that is no engine, whose epoch is the guard's version; or NULL
   uint64_t version;                       // the epoch, of a guard
-  int updates_state;                      // of a module, which cannot be taken back
+  PyObject *updates;                      // where state of a module begins and ends that the graph writes; bytes
   Device device;
   size_t count;
   uint64_t words[];
@@ -183,10 +183,18 @@ static PyObject *as_tuple(PyObject *const *items, Py_ssize_t count) {
   return made;
 }
 
-static int overlaps(const Graph *graph, const uint64_t *addresses) {
-  const uint64_t written = addresses[graph->inputs], end = written + graph->places[graph->inputs].nbytes;
+// Whether an input lies in some memory.
+static int reads(const Graph *graph, const uint64_t *addresses, uint64_t start, uint64_t end) {
   for (size_t i = 0; i < graph->inputs; ++i)
-    if (addresses[i] < end && written < addresses[i] + graph->places[i].nbytes) return 1;
+    if (addresses[i] < end && start < addresses[i] + graph->places[i].nbytes) return 1;
+  return 0;
+}
+
+// Whether an input, which is copied, lies in state that the graph updates.
+static int reads_state(const Record *record, const uint64_t *addresses) {
+  const uint64_t *state = (const uint64_t *)(void *)PyBytes_AS_STRING(record->updates);
+  for (Py_ssize_t i = 0; i + 1 < PyBytes_GET_SIZE(record->updates) / 8; i += 2)
+    if (reads(record->native, addresses, state[i], state[i + 1])) return 1;
   return 0;
 }
 
@@ -201,7 +209,9 @@ static int fits(const Graph *graph, PyObject *out, uint64_t *addresses) {
     PyErr_Clear();
     return 0;
   }
-  return is_usable(out, graph->places[graph->inputs].mask, addresses + graph->inputs) && !overlaps(graph, addresses);
+  if (!is_usable(out, graph->places[graph->inputs].mask, addresses + graph->inputs)) return 0;
+  const uint64_t written = addresses[graph->inputs];
+  return !reads(graph, addresses, written, written + graph->places[graph->inputs].nbytes);
 }
 
 // The answer of a graph, which has made its outputs.
@@ -220,11 +230,11 @@ static Outcome answer(Table *table, PyObject *out, PyObject *const *args, Py_ssi
   uint64_t stream = 0, addresses[MOST_PLACES];
   Outcome outcome = may_launch(&record->device, &stream);
   if (outcome != DONE) return outcome;
-  if (!are_usable(record->native, args, addresses)) return LEFT_ALONE;
+  if (!are_usable(record->native, args, addresses) || reads_state(record, addresses)) return LEFT_ALONE;
   if (out != NULL && !fits(record->native, out, addresses)) return LEFT_ALONE;
   // Asked before a launch that cannot be taken back, as it writes into memory of the caller's or state of the module's;
   // otherwise while the device works: what a stale graph wrote is dropped.
-  const int first = out != NULL || record->updates_state;
+  const int first = out != NULL || PyBytes_GET_SIZE(record->updates) != 0;
   if (first && (outcome = check_module(record)) != DONE) return outcome;
   OWNED PyObject *outputs = NULL;
   if ((outcome = replay_locked(record, stream, addresses, out != NULL ? NULL : &outputs)) != DONE) return outcome;

@@ -17,8 +17,7 @@
 // ---- the probe
 
 // configure(library of torch, seven offsets, tensor types, sets of keys)
-static PyObject *configure(PyObject *module, PyObject *args) {
-  (void)module;
+static PyObject *configure(PyObject *module UNUSED, PyObject *args) {
   const char *path;
   PyObject *types;
   unsigned long long set[5];
@@ -44,8 +43,7 @@ static PyObject *configure(PyObject *module, PyObject *args) {
 }
 
 // learn_quiet(inference): nothing is special now
-static PyObject *learn_quiet(PyObject *module, PyObject *inference) {
-  (void)module;
+static PyObject *learn_quiet(PyObject *module UNUSED, PyObject *inference) {
   const int at = PyObject_IsTrue(inference);
   if (at < 0) return NULL;
   if (tensor_types == NULL) return PyErr_Format(PyExc_RuntimeError, "configure() comes first");
@@ -53,28 +51,24 @@ static PyObject *learn_quiet(PyObject *module, PyObject *inference) {
   Py_RETURN_NONE;
 }
 
-static PyObject *is_quiet(PyObject *module, PyObject *unused) {
-  (void)module, (void)unused;
+static PyObject *is_quiet(PyObject *module UNUSED, PyObject *unused UNUSED) {
   return PyBool_FromLong(nothing_special());
 }
 
-static PyObject *layout(PyObject *module, PyObject *args) {
-  (void)module;
+static PyObject *layout(PyObject *module UNUSED, PyObject *args) {
   Words words;
   if (!PyTuple_CheckExact(args) || !describe(items_of(args), PyTuple_GET_SIZE(args), &words))
     Py_RETURN_NONE;
   return tuple_of(words.at, words.count);
 }
 
-static PyObject *address(PyObject *module, PyObject *object) {
-  (void)module;
+static PyObject *address(PyObject *module UNUSED, PyObject *object) {
   if (tensor_types == NULL || plain_device(object) == NOT_PLAIN) Py_RETURN_NONE;
   return PyLong_FromUnsignedLongLong(address_of(object));
 }
 
 // stream_id(address of torch's function, index) -> (device type, device index, id)
-static PyObject *stream_id(PyObject *module, PyObject *args) {
-  (void)module;
+static PyObject *stream_id(PyObject *module UNUSED, PyObject *args) {
   unsigned long long function;
   int index;
   if (!PyArg_ParseTuple(args, "Ki", &function, &index)) return NULL;
@@ -82,8 +76,7 @@ static PyObject *stream_id(PyObject *module, PyObject *args) {
   return Py_BuildValue("iiL", found.device_type, found.device_index, (long long)found.id);
 }
 
-static PyObject *use_shortcuts(PyObject *module, PyObject *wanted) {
-  (void)module;
+static PyObject *use_shortcuts(PyObject *module UNUSED, PyObject *wanted) {
   const int truth = PyObject_IsTrue(wanted), before = shortcuts;
   if (truth < 0) return NULL;
   shortcuts = truth;

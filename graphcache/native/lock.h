@@ -107,14 +107,12 @@ static PyObject *lock_acquire(Lock *self, PyObject *given) {
   return wait_for(self) ? Py_NewRef(Py_True) : NULL;
 }
 
-static PyObject *lock_release(Lock *self, PyObject *unused) {
-  (void)unused;
+static PyObject *lock_release(Lock *self, PyObject *unused UNUSED) {
   if (release(self)) Py_RETURN_NONE;
   return PyErr_Format(PyExc_RuntimeError, "this thread does not hold the lock that it releases");
 }
 
-static PyObject *lock_exit(Lock *self, PyObject *const *given, Py_ssize_t count) {
-  (void)given, (void)count;
+static PyObject *lock_exit(Lock *self, PyObject *const *given UNUSED, Py_ssize_t count UNUSED) {
   return lock_release(self, NULL);
 }
 

@@ -24,10 +24,10 @@ static PyObject *table_into(Table *self, PyObject *const *given, Py_ssize_t coun
 
 // Reads what put() is given besides the arguments of a call. Returns -1 for anything else.
 static int read_record(Record *record) {
-  PyObject *lock, *index, *updates;
+  PyObject *lock, *index;
   unsigned long long context;
   if (!PyArg_ParseTuple(record->held, "OOOO!O!OKO!OOOOOO:put", &record->entry, &record->graph, &record->order, lock_type,
-                        &lock, graph_type, &record->native, &index, &context, &PyBool_Type, &updates, &record->build,
+                        &lock, graph_type, &record->native, &index, &context, &PyBytes_Type, &record->updates, &record->build,
                         &record->engine, &record->epoch, &record->guard, &record->ambient, &record->is_stale))
     return -1;
   PyObject **optional[] = {&record->build,  &record->engine,  &record->epoch,
@@ -35,7 +35,6 @@ static int read_record(Record *record) {
   for (size_t i = 0; i < 6; ++i)
     if (*optional[i] == Py_None) *optional[i] = NULL;
   record->lock = (Lock *)lock;
-  record->updates_state = updates == Py_True;
   record->device = device_of(index, context);
   const int known = is_of(driver.hits, record->entry) && is_of(driver.executable, record->graph) &&
                     is_of(driver.stream, record->order);
@@ -47,8 +46,8 @@ static int read_record(Record *record) {
   return record->version == UNKNOWN ? -1 : 0;
 }
 
-// (args, entry, graph, order, lock, its native half, index, context, whether it updates
-// state, build, engine, epoch, guard, ambient, is_stale)
+// (args, entry, graph, order, lock, its native half, index, context, state that it updates, build, engine, epoch, guard,
+// ambient, is_stale)
 static PyObject *table_put(Table *self, PyObject *given) {
   PyObject *args = PyTuple_GET_SIZE(given) == 0 ? NULL : PyTuple_GET_ITEM(given, 0);
   if (args == NULL || !PyTuple_CheckExact(args)) return PyErr_Format(PyExc_TypeError, "expected a tuple of arguments");
@@ -88,16 +87,12 @@ static int table_clear(Table *self) {
   return 0;
 }
 
-static PyObject *table_clear_method(Table *self, PyObject *unused) {
-  (void)unused;
+static PyObject *table_clear_method(Table *self, PyObject *unused UNUSED) {
   table_clear(self);
   Py_RETURN_NONE;
 }
 
-static PyObject *table_count(Table *self, PyObject *unused) {
-  (void)unused;
-  return PyLong_FromSize_t(self->count);
-}
+static Py_ssize_t table_length(Table *self) { return (Py_ssize_t)self->count; }
 
 static PyObject *table_new(PyTypeObject *type, PyObject *given, PyObject *names) {
   if (PyTuple_GET_SIZE(given) != 0 || (names != NULL && PyDict_GET_SIZE(names) != 0))
@@ -132,8 +127,7 @@ static Outcome launch_once(PyObject *const *given) {
   return outcome;
 }
 
-static PyObject *launch_session(PyObject *given, PyObject *unused) {
-  (void)unused;
+static PyObject *launch_session(PyObject *given, PyObject *unused UNUSED) {
   const Outcome outcome = launch_once(items_of(given));
   if (outcome == LEFT_ALONE) return PyObject_CallNoArgs(PyTuple_GET_ITEM(given, 6));
   return outcome == FAILED ? NULL : Py_NewRef(Py_None);
@@ -142,8 +136,7 @@ static PyObject *launch_session(PyObject *given, PyObject *unused) {
 static PyMethodDef session_run = {"run", launch_session, METH_NOARGS, "Launch the session's graph."};
 
 // launcher(graph, order, lock, index, context, executable, otherwise): what launches a graph on its static buffers
-static PyObject *make_launcher(PyObject *module, PyObject *given) {
-  (void)module;
+static PyObject *make_launcher(PyObject *module UNUSED, PyObject *given) {
   PyObject *graph, *order, *lock, *index, *otherwise;
   unsigned long long context, executable;
   if (!PyArg_ParseTuple(given, "OOO!OKKO:launcher", &graph, &order, lock_type, &lock, &index, &context, &executable,
@@ -159,7 +152,6 @@ static PyMethodDef table_methods[] = {
     {"into", (PyCFunction)(void (*)(void))table_into, METH_FASTCALL, "Whether out was written, of out and args."},
     {"put", (PyCFunction)table_put, METH_VARARGS, "Remember a graph; whether there is a way for it."},
     {"clear", (PyCFunction)table_clear_method, METH_NOARGS, "Forget every graph."},
-    {"count", (PyCFunction)table_count, METH_NOARGS, "How many graphs are known."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -168,6 +160,7 @@ static PyType_Slot table_slots[] = {{Py_tp_new, table_new},
                                     {Py_tp_traverse, table_traverse},
                                     {Py_tp_clear, table_clear},
                                     {Py_tp_methods, table_methods},
+                                    {Py_sq_length, table_length},
                                     {0, NULL}};
 
 static PyType_Spec table_spec = {"_graphcache.Table", sizeof(Table), 0, GC_TYPE, table_slots};

@@ -90,7 +90,8 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         during.enter_context(compiled_runs_eagerly())
         # TorchScript optimises a module while it runs, and compares its constants for that.
         during.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
-        observe(call, args, kwargs, Watched(*state, inputs, str, PersistentState(state[0].tensors), findings.effect))
+        kept = PersistentState([*state[0].tensors, *state[1].tensors])
+        observe(call, args, kwargs, Watched(*state, inputs, str, kept, findings.effect))
     return list(findings.found.values())
 
 

@@ -24,6 +24,8 @@ def saved(spec: CallSpec) -> CallSpec:
         ValueError: If no file can hold it.
     """
     key = spec.key
+    if key.held or key.written:
+        raise ValueError("an object, or a tensor that the call updates in place")
     if isinstance(key.grad, tuple) and any(key.grad):
         raise ValueError("an input requires gradients")
     if len({each.device for each in spec.tensors if each.device.type != "cpu"}) > 1:
@@ -39,7 +41,8 @@ def saved(spec: CallSpec) -> CallSpec:
 
 def text_of(spec: CallSpec) -> str:
     """A :func:`saved` call as JSON."""
-    return _text(_encoded(tuple(spec.key)))
+    # No file holds the last two, objects and addresses.
+    return _text(_encoded(tuple(spec.key)[:-2]))
 
 
 def of_json(tree: Any) -> CallSpec:

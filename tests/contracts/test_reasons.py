@@ -86,6 +86,7 @@ CALLS = {
     Reason.ALIASES_STATE: lambda at: (graphcache.wrap(Fn(lambda self, x: self.weight[:1], weight=torch.ones(2))), X),
     Reason.GRAD: lambda at: (graphcache.wrap(nn.Linear(4, 4)), X),
     Reason.ARGUMENT: lambda at: (graphcache.wrap(Fn(lambda _, x: torch.ones(2))), object()),
+    Reason.NEW_STATE: lambda at: (graphcache.wrap(Fn(lambda _, x: torch.ones(2))), type("Cache", (), {})()),
     Reason.OUTPUT: lambda at: of(lambda x: object()),
     Reason.WEIGHT_STREAMING: lambda at: streaming(at.load, at.numbers),
     Reason.PROFILING: lambda at: profiled(at.load, at.rows),

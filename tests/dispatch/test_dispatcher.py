@@ -49,6 +49,8 @@ class Branches(nn.Module):
 class Odd:
     """An argument that no key describes."""
 
+    __slots__ = ()
+
 
 class Takes(nn.Module):
     """Takes one more argument, and leaves it alone."""

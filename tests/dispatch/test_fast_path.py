@@ -241,7 +241,18 @@ def test_what_cannot_be_taken_back_is_asked_for_before(fake: Torch) -> None:
     assert not out.any()
     assert entry.hits == hits
     table.clear()
-    entry.graph.updates_state = True
+    start = x.data_ptr()
+    for updates in ((0, start), (start + x.nbytes, start + 2 * x.nbytes)):
+        entry.graph.updates = (updates,)
+        with torch.no_grad(), fake.on(warm.stream):
+            fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
+            assert torch.equal(table.call((x,)), x * 3 + 1)
+    for updates in ((start, start + 1), (start - 1, start + 1), (start + x.nbytes - 1, start + x.nbytes)):
+        entry.graph.updates = (0, 1), updates
+        with torch.no_grad(), fake.on(warm.stream):
+            fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
+            assert table.call((x,)) is None, "an input that is copied lies in what the graph updates"
+    entry.graph.updates = ((0, 1),)
     with torch.no_grad(), fake.on(warm.stream):
         fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
         assert torch.equal(table.call((x,)), x * 3 + 1)
@@ -443,7 +454,7 @@ def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: War
 def test_staged_graphs_have_no_compiled_way(fake: Torch) -> None:
     strided = rows(fake, 4)[::2]
     staged = Warm(fake).up(strided)
-    assert dispatcher_of(staged.fast).fast_path.table().count() == 0
+    assert len(dispatcher_of(staged.fast).fast_path.table()) == 0
     with torch.no_grad(), fake.on(staged.stream):
         assert torch.equal(staged.fast(strided), strided * 3 + 1)
 
@@ -620,7 +631,7 @@ def test_putting_anything_else_is_refused(fake: Torch, warm: Warm) -> None:
         with pytest.raises(TypeError):
             table.put(*good[:-1])
     table.clear()
-    assert table.count() == 0
+    assert len(table) == 0
 
 
 # ---- threads and memory
@@ -699,10 +710,10 @@ def test_it_goes_with_its_module(fake: Torch) -> None:
     entry = next(iter(graphs_of(warm.fast).entries.values()))
     gone, graph = weakref.ref(warm.fast), weakref.ref(entry.graph.graph)
     table = dispatcher_of(warm.fast).fast_path.table()
-    assert table.count() == 1
+    assert len(table) == 1
     del entry
     warm.fast.clear()
-    assert table.count() == 0
+    assert len(table) == 0
     assert graph() is None, "nothing is left that only a collection would find"
     warm.up(rows(fake, 2))
     del warm.fast
