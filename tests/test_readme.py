@@ -41,7 +41,7 @@ def fenced(info):
     ]
 
 
-SNIPPETS, GPU_SNIPPETS = fenced("python"), fenced("python gpu")
+SNIPPETS, GPU_SNIPPETS, TRANSFORMERS_SNIPPETS = map(fenced, ("python", "python gpu", "python transformers"))
 
 
 def arguments_of(documented):
@@ -286,7 +286,14 @@ def test_the_two_commands_are_there_to_the_letter():
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 3
     assert len(GPU_SNIPPETS) >= 1
-    assert {found["info"] for found in FENCE.finditer(TEXT)} == {"python", "python gpu", "sh", "text", "yaml"}
+    assert {found["info"] for found in FENCE.finditer(TEXT)} == {
+        "python",
+        "python gpu",
+        "python transformers",
+        "sh",
+        "text",
+        "yaml",
+    }
 
 
 @pytest.mark.parametrize("source", SNIPPETS)
@@ -294,6 +301,13 @@ def test_snippets_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = compile(source, "a page", "exec")
     contextvars.copy_context().run(exec, code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("source", TRANSFORMERS_SNIPPETS)
+@pytest.mark.filterwarnings("ignore")
+def test_snippets_of_transformers_run(source):
+    pytest.importorskip("transformers")
+    exec(compile(source, "a page", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("source", fenced("yaml"))

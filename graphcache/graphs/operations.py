@@ -261,9 +261,6 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init_subclass__(cls) -> None:
         """Nothing is to be kept from Dynamo here: PyTorch calls what the base class has."""
 
-    def __init_subclass__(cls) -> None:
-        """Nothing is to be kept from Dynamo here: PyTorch calls what the base class has."""
-
     def higher_order(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a higher-order operator, such as ``torch.ops.higher_order.cond``, with its functions under this mode."""
 
