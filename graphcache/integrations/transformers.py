@@ -46,10 +46,10 @@ def enable_generation_graphs(
         >>> import torch, graphcache
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from graphcache.integrations.transformers import enable_generation_graphs
-        >>> config = LlamaConfig(16, 8, 16, 2, 2, eos_token_id=None, pad_token_id=0)
+        >>> config = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
         >>> model = LlamaForCausalLM(config).eval().requires_grad_(False)
         >>> with enable_generation_graphs(model) as graphs:
-        ...     tokens = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8)
+        ...     tokens = model.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=8, max_new_tokens=8)
         >>> tuple(tokens.shape)
         (1, 11)
     """
