@@ -132,3 +132,57 @@ def test_values_of_tensors_on_the_host_are_never_frozen(name):
         module.scale.fill_(step // 2)
         module.table.fill_(step // 2)
         assert torch.equal(fast(x), READS[name](module, x)), step
+
+
+def test_cache_objects_and_tensors_that_are_given():
+    class Cache:
+        def __init__(self):
+            self.keys = torch.zeros(16, SIZE, device="cuda")
+            self.length = torch.zeros((), dtype=torch.long, device="cuda")
+
+    def forward(self, x, cache, kept):
+        cache.keys.index_copy_(0, (cache.length % 16)[None], self.layer(x))
+        cache.length.add_(1)
+        kept.mul_(0.5).add_(x)
+        return torch.softmax(x @ cache.keys.t(), -1) @ cache.keys + kept, cache
+
+    torch.manual_seed(0)
+    module = Fn(forward, layer=torch.nn.Linear(SIZE, SIZE).cuda().requires_grad_(False))
+    with torch.no_grad(), graphcache.wrap(module) as fast:
+        states = [[(Cache(), torch.zeros(1, SIZE, device="cuda")) for _ in range(2)] for _ in range(2)]
+        for step in range(200):
+            (cache, kept), (twin, other) = states[step % 2]
+            x = torch.randn(1, SIZE, device="cuda")
+            answer, given_back = fast(x, cache, kept)
+            assert given_back is cache
+            assert torch.allclose(answer, module(x, twin, other)[0], rtol=1e-5, atol=1e-6), step
+            pairs = (cache.keys, twin.keys), (cache.length, twin.length), (kept, other)
+            assert all(torch.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in pairs), step
+            if step == 100:
+                for each in (cache.keys, cache.length, twin.keys, twin.length):
+                    each.zero_()
+        # One input in memory that is updated, which no graph may copy first.
+        for _ in range(4):
+            answer, wanted = fast(kept, cache, kept)[0], module(other, twin, other)[0]
+            assert torch.allclose(answer, wanted, rtol=1e-5, atol=1e-6)
+        assert fast.cache_info().hits > 190
+
+
+def test_text_generation():
+    transformers = pytest.importorskip("transformers")
+    from graphcache.integrations.transformers import enable_generation_graphs
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    model = transformers.LlamaForCausalLM(config).eval().cuda().requires_grad_(False)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    twin = copy.deepcopy(model)
+    options = {"max_new_tokens": 100, "do_sample": False, "disable_compile": True}
+    with enable_generation_graphs(model) as graphs:
+        for length in (5, 9, 5):
+            given = torch.randint(1, 64, (1, length), device="cuda")
+            wanted = twin.generate(given, cache_implementation="static", **options)
+            assert torch.equal(model.generate(given, **options), wanted)
+        assert graphs.fast.cache_info().captures == 1
