@@ -29,7 +29,7 @@ from graphcache.graphs import driver
 from graphcache.graphs.cuda import CudaGraph
 from graphcache.graphs.graph import Graph
 from graphcache.graphs.stream_order import StreamOrder, raw_stream
-from graphcache.keys.call_key import KeyedCall, ambient_state, guard_ambient
+from graphcache.keys.call_key import USUAL, KeyedCall, ambient_state, guard_ambient
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_snapshot import StateSnapshot
 
@@ -81,6 +81,9 @@ class FastPath:
         if not call.is_flat or (table := self.table()) is None:
             return
         state, (known, ambient) = ambient_state(), self._ambient
+        if state != (call.key.settings or USUAL):
+            # Another thread has set something since the call was described.
+            return
         if state != known:
             self.clear()
             self._ambient = state, ambient = state, new_ambient_guard(state)

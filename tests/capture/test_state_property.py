@@ -123,9 +123,9 @@ def test_parts_that_are_captured_one_by_one() -> None:
     hits = 0
     for seed in range(PROGRAMS):
         found = Drive(Program(seed, PARTS), wrap, CHANGES)
-        assert not found.run(2 * CALLS).wrong, found.report()
+        assert not found.run(CALLS).wrong, found.report()
         hits += sum(dispatcher_of(part).captures.hits for part in dispatcher_of(found.fast).submodules.named().values())
-    assert hits > PROGRAMS
+    assert hits > PROGRAMS / 2
 
 
 def test_modules_whose_state_stays_are_captured() -> None:

@@ -451,6 +451,20 @@ def test_a_replaced_engine_a_closed_graph_and_a_busy_lane(fake: Torch, warm: War
         assert torch.equal(warm.fast(x), x * 3 + 1)
 
 
+def test_a_setting_that_another_thread_changes_during_a_hit(
+    fake: Torch, warm: Warm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, x = dispatcher_of(warm.fast).fast_path, rows(fake, 2)
+    known.clear()
+    with torch.no_grad(), fake.on(warm.stream):
+        with monkeypatch.context() as patch:
+            patch.setattr(fast_path, "ambient_state", lambda: ("another",))
+            warm.fast.forward(x)
+        assert len(known.table()) == 0, "the graph is not of the setting of now"
+        warm.fast.forward(x)
+        assert len(known.table()) == 1
+
+
 def test_staged_graphs_have_no_compiled_way(fake: Torch) -> None:
     strided = rows(fake, 4)[::2]
     staged = Warm(fake).up(strided)

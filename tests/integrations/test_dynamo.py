@@ -46,7 +46,9 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", lambda traced, _: traced], ids=str)
+@pytest.mark.parametrize(
+    "compiler", ["eager", "aot_eager", lambda traced, _: traced], ids=["eager", "aot_eager", "own"]
+)
 @pytest.mark.parametrize("dynamic", [None, False, True])
 def test_answers_are_right_while_weights_change(
     compiler: Any, dynamic: bool | None, traces: list[CachedModule]
