@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Recording:
     """Whether outputs are inference tensors in whatever mode a call is: it enters inference mode by itself."""
     version: int = 0
     """That of the module's guard when the graph was captured."""
-    updates: tuple[tuple[int, int], ...] = ()
-    """Where state begins and ends that a replay updates in place, but for tensors of the call."""
+    updates: tuple[int, ...] = ()
+    """Where memory begins and ends that a replay updates in place, but for tensors of the call; sorted."""
     in_place: tuple[int, ...] = ()
     """Tensors of the call that the graph uses where they are, by place."""
     written: tuple[int, ...] = ()
@@ -50,6 +51,10 @@ class Recording:
     def updates_state(self) -> bool:
         """Whether a replay updates what outlives the call, which cannot be taken back."""
         return bool(self.updates or self.written)
+
+    def copies_state(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether a tensor that is copied lies in memory that a replay updates, so that the copy would be too early."""
+        return any(lies_in(each, self.updates) for place, each in enumerate(tensors) if place not in self.in_place)
 
     def is_stale(self) -> bool:
         """Whether an object among the arguments is not what it was."""
@@ -67,6 +72,11 @@ class Recording:
     def close(self, *, wait: bool = True) -> None:
         """Close the graph."""
         self.graph.close(wait=wait)
+
+
+def lies_in(tensor: Tensor, bounds: Sequence[int]) -> bool:
+    """Whether a tensor begins in memory that is given by where each part begins and ends, sorted."""
+    return bisect(bounds, tensor.data_ptr()) % 2 == 1
 
 
 class Sharing(enum.Enum):

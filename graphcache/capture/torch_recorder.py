@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -315,7 +316,12 @@ def _in_place(effects: Effects, tensors: Sequence[Tensor]) -> dict[str, Any]:
     ranges = state.ranges(tensors)
     in_place = tuple([place for place, tensor in enumerate(tensors) if storage_of(tensor) in state])
     written = tuple([place for place in in_place if storage_of(tensors[place]) not in ranges])
-    return {"held": held, "updates": tuple(ranges.values()), "in_place": in_place, "written": written}
+    return {
+        "held": held,
+        "updates": tuple(sorted(chain.from_iterable(ranges.values()))),
+        "in_place": in_place,
+        "written": written,
+    }
 
 
 def _check_objects(held: StateSnapshot | None) -> None:

@@ -132,6 +132,8 @@ class Dispatcher:
         grad = call.key.grad is not False
         if first and (guard.is_stale(grad) or recorded.is_stale() or recorded.version != guard.version):
             return STALE
+        if recorded.updates and recorded.copies_state(given):
+            return STALE
         try:
             answer = recorded.build(recorded.replay(given, out), given)
         except ClosedError:

@@ -10,7 +10,6 @@ import struct
 import threading
 from collections.abc import Callable, Hashable
 from functools import cache
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -143,7 +142,7 @@ def put(
     if (half := graph.in_native_code(native.loaded())) is not None:
         build = None if recorded.bare else recorded.build
         order, context = graph.order, int(driver.primary_context(graph.index))
-        updates = struct.pack(f"={2 * len(recorded.updates)}Q", *chain.from_iterable(recorded.updates))
+        updates = struct.pack(f"={len(recorded.updates)}Q", *recorded.updates)
         where = entry, graph, order, lock_of(order), half, graph.index, context, updates
         if guard is None or epoch is None:
             table.put(args, *where, build, engine, epoch, None, None, None)

@@ -6,6 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_recorder import EngineRecorder
-from graphcache.capture.recording import Recording
+from graphcache.capture.recording import Recording, lies_in
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
 from graphcache.keys.call_key import CallKey, KeyedCall, describe
@@ -28,8 +29,8 @@ class _Updates(NamedTuple):
 
     places: tuple[int, ...]
     """Tensors of the call."""
-    ranges: tuple[tuple[int, int], ...]
-    """Where other state begins and ends."""
+    bounds: tuple[int, ...]
+    """Where other state begins and ends, as in ``Recording.updates``."""
     sharing: tuple[int, ...]
     """How these tensors share memory, if this is only known of calls whose tensors do."""
 
@@ -98,27 +99,27 @@ class ModuleTarget:
             return call
         if updates.sharing and _sharing(call.tensors, updates.places) != updates.sharing:
             return call
-        ranges = [*updates.ranges, *(_memory_of(call.tensors[place]) for place in updates.places)]
-        at = [(place, tensor.data_ptr()) for place, tensor in enumerate(call.tensors)]
-        written = tuple([each for each in at if any(start <= each[1] < end for start, end in ranges)])
-        return call._replace(key=call.key._replace(written=written)) if written else call
+        own = {_memory_of(call.tensors[place]) for place in updates.places}
+        bounds = sorted([*updates.bounds, *chain.from_iterable(own)])
+        written = [place for place, tensor in enumerate(call.tensors) if lies_in(tensor, bounds)]
+        return _at_addresses(call, written) if written else call
 
     def updates(self, call: KeyedCall, recorded: Recording) -> KeyedCall:
         """A call that was found to update what ``recorded`` says, as others of its key do from now on."""
         if not recorded.updates_state:
             return call
         key, places = call.key._replace(written=()), recorded.written
-        sharing = _sharing(call.tensors, places)
-        known = self._updates.get(key)
+        sharing, known = _sharing(call.tensors, places), self._updates.get(key)
         if len(set(sharing)) == len(sharing):
-            # Which of several tensors in one memory is written cannot be told; of tensors apart it can.
             sharing = ()
             places = tuple(sorted({*places, *(known.places if known is not None and not known.sharing else ())}))
-        if known is None or known.sharing or not sharing:
-            if len(self._updates) >= _MAX_UPDATES:
-                self._updates.clear()
-            self._updates[key] = _Updates(places, recorded.updates, sharing)
-        return self.describe(call.args, call.kwargs)
+        elif known is not None and not known.sharing:
+            # Which of several tensors in one memory is written cannot be told; of tensors apart it could.
+            places, sharing = known.places, ()
+        if len(self._updates) >= _MAX_UPDATES:
+            self._updates.clear()
+        self._updates[key] = _Updates(places, recorded.updates, sharing)
+        return _at_addresses(call, recorded.in_place)
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors of a call that a graph is given."""
@@ -179,6 +180,12 @@ class EngineTarget:
 
     def device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
         return self.engine.device
+
+
+def _at_addresses(call: KeyedCall, places: Sequence[int]) -> KeyedCall:
+    """The call with the addresses of some of its tensors in its key."""
+    written = tuple([(place, call.tensors[place].data_ptr()) for place in places])
+    return call._replace(key=call.key._replace(written=written))
 
 
 def _sharing(tensors: Sequence[Tensor], places: Sequence[int]) -> tuple[int, ...]:

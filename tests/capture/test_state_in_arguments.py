@@ -18,6 +18,7 @@ import graphcache
 from graphcache import CachedModule, Reason
 from graphcache.capture import torch_recorder
 from graphcache.capture.trial_call import TrialCall
+from graphcache.dispatch import targets
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.keys.call_spec import CallSpec
 from tests.effort import share
@@ -329,3 +330,29 @@ def test_any_order_of_calls_and_changes(actions: list[tuple[str, int]]) -> None:
                 elif what == "changed":
                     each.scale += 1
         assert len(dispatcher_of(pair.fast).entries) <= 2
+
+
+def test_a_graph_of_a_tensor_where_it_is_never_answers_for_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is known, or forgotten, of what calls update."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.zeros(SIZE))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state.add_(1)
+            return x * 1.0
+
+    monkeypatch.setattr(targets, "_MAX_UPDATES", 1)
+    module, fast = (made := Net()), graphcache.wrap(made)
+    for step in range(60):
+        total = step + 1
+        if step % 20 == 10:
+            module.state = torch.full((SIZE,), float(step))
+        alias = step % 7 in (3, 4) or step % 20 in (10, 11)
+        x = module.state.detach() if alias else torch.full((SIZE,) if step % 2 else (2, SIZE), -1.0)
+        answer = fast(x)
+        assert answer.unique().tolist() == [float(total) if alias else -1.0], step
+        assert module.state.tolist() == [float(total)] * SIZE
+    assert fast.cache_info().hits > 10

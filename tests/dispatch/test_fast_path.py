@@ -243,16 +243,16 @@ def test_what_cannot_be_taken_back_is_asked_for_before(fake: Torch) -> None:
     table.clear()
     start = x.data_ptr()
     for updates in ((0, start), (start + x.nbytes, start + 2 * x.nbytes)):
-        entry.graph.updates = (updates,)
+        entry.graph.updates = updates
         with torch.no_grad(), fake.on(warm.stream):
             fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
             assert torch.equal(table.call((x,)), x * 3 + 1)
     for updates in ((start, start + 1), (start - 1, start + 1), (start + x.nbytes - 1, start + x.nbytes)):
-        entry.graph.updates = (0, 1), updates
+        entry.graph.updates = (0, 1, *updates)
         with torch.no_grad(), fake.on(warm.stream):
             fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
             assert table.call((x,)) is None, "an input that is copied lies in what the graph updates"
-    entry.graph.updates = ((0, 1),)
+    entry.graph.updates = (0, 1)
     with torch.no_grad(), fake.on(warm.stream):
         fast_path.put(table, (x,), entry, epoch=guard.version, guard=guard)
         assert torch.equal(table.call((x,)), x * 3 + 1)
