@@ -192,8 +192,7 @@ class Reason(enum.Enum):
     MUTATES = (
         "mutates",
         "the module changes its inputs, attributes or other state, which a replay would not",
-        "update tensors in place, which a graph can (of Transformers, a StaticCache does, a DynamicCache does not); keep "
-        "other state outside, or name it in ignore",
+        "update tensors in place, as a StaticCache of Transformers does; keep other state outside, or name it in ignore",
     )
     UNOBSERVED = (
         "unobserved",

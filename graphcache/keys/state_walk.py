@@ -77,8 +77,8 @@ class StateWalk:
         self._stack: list[tuple[StateNode | None, str, Any]] = []
         self._entries = 0
         self._array_bytes = 0
-        self._classes: dict[type, bool] = {}
-        """Classes that were looked at, and whether their methods are followed."""
+        self._classes: set[type] = set()
+        """Classes that were looked at."""
         self._hops: dict[int, int] = {}
         self._used: dict[types.ModuleType, set[str]] = {}
         """Names of libraries, which somebody may replace; they are not followed."""
@@ -140,7 +140,7 @@ class StateWalk:
             else:
                 self._attributes(parent, key, value)
         elif issubclass(kind, type):
-            self._classes_of(value, follow=True)
+            self._classes_of(value)
         elif issubclass(kind, types.ModuleType):
             if not is_library(value.__name__):
                 self._modules.setdefault(value, frozenset())
@@ -224,7 +224,7 @@ class StateWalk:
         if table is not None:
             # Under the object's own path.
             self._follow(nodes.AttributesNode(parent, key, table))
-        self._classes_of(kind, follow=True)
+        self._classes_of(kind)
 
     def _machinery(self, parent: StateNode | None, key: str, value: Any) -> None:
         """A thread, executor or logger: of one of a user's class, the attributes that are not the library's own."""
@@ -234,7 +234,7 @@ class StateWalk:
         node = nodes.AttributesNode(parent, key, table)
         self._add(node)
         self._stack += [(node, node.end(name), item) for name, item in table.items() if not name.startswith("_")]
-        self._classes_of(kind, follow=True)
+        self._classes_of(kind)
 
     def _function(self, parent: StateNode | None, key: str, value: types.FunctionType) -> None:
         code, module = value.__code__, value.__globals__.get("__name__")
@@ -289,24 +289,20 @@ class StateWalk:
         for name, value in zip(*node.state, strict=True):
             if isinstance(value, types.FunctionType):
                 self._hops.setdefault(id(value), hops + 1)
-            if isinstance(value, type):
-                self._classes_of(value, follow=False)
-            else:
-                self._stack.append((node, node.end(name), value))
+            self._stack.append((node, node.end(name), value))
 
-    def _classes_of(self, kind: type, *, follow: bool) -> None:
+    def _classes_of(self, kind: type) -> None:
         """What a class of the user's, or a module of PyTorch's, its bases and its metaclass define.
 
-        With ``follow`` its methods may run; each is followed once code that may run mentions its name.
+        A method is followed once code that may run mentions its name.
         """
         metaclass: Any = type(kind)
         for each in (*kind.__mro__, *metaclass.__mro__):
-            library, known = is_library(each.__module__), self._classes.get(each)
-            if known or known is follow or (library and not issubclass(each, nn.Module)):
+            library = is_library(each.__module__)
+            if each in self._classes or (library and not issubclass(each, nn.Module)):
                 continue
-            self._classes[each] = follow
-            if known is None:
-                self._add(nodes.ClassNode(None, each.__qualname__, each))
+            self._classes.add(each)
+            self._add(nodes.ClassNode(None, each.__qualname__, each))
             if library:
                 if isinstance(forward := vars(each).get("forward"), types.FunctionType):
                     # Somebody may replace a function of torch.nn.functional.
@@ -318,9 +314,9 @@ class StateWalk:
                 if function is None:
                     if not name.startswith("__") and name != "_abc_impl":
                         self._stack.append((None, path, value))
-                elif follow and (user_code.runs_by_itself(name) or name in self._mentioned):
+                elif user_code.runs_by_itself(name) or name in self._mentioned:
                     self._stack.append((None, path, function))
-                elif follow:
+                else:
                     self._waiting.setdefault(name, []).append((path, function))
 
     def _largest(self) -> str:

@@ -89,6 +89,41 @@ def test_state_is_changed_exactly_once_per_call(name, visible):
         assert same(module.total(), twin.total())
 
 
+class Kept:
+    """A class that functions name, with state behind its methods."""
+
+    @staticmethod
+    def default(kept: list[float] = [0.0]) -> list[float]:  # noqa: B006 - what is meant
+        return kept
+
+    @classmethod
+    def closed(cls) -> list[float]:
+        return closed_over()
+
+
+def _closing(kept: list[float]) -> Any:
+    return lambda: kept
+
+
+closed_over = _closing([0.0])
+
+
+@pytest.mark.parametrize("name", ["default", "closed"])
+def test_state_behind_the_methods_of_a_class_that_is_only_named(name: str) -> None:
+    kept = getattr(Kept, name)()
+
+    def counts(_: Any, x: Tensor) -> Tensor:
+        found = Kept.default() if name == "default" else Kept.closed()
+        found[0] += 1
+        return x * found[0]
+
+    fast = graphcache.wrap(Fn(counts))
+    before = kept[0]
+    for step in range(1, 6):
+        assert torch.equal(fast(X), X * (before + step))
+    assert kept[0] == before + 5
+
+
 def test_random_numbers_are_drawn_as_eager_draws_them():
     fast = graphcache.wrap(nn.Dropout(0.5))
     torch.manual_seed(7)
