@@ -192,7 +192,7 @@ class Reason(enum.Enum):
     MUTATES = (
         "mutates",
         "the module changes its inputs, attributes or other state, which a replay would not",
-        "update tensors in place, as a StaticCache of Transformers does; keep other state outside, or name it in ignore",
+        "update tensors in place, as Transformers' StaticCache does; keep other state outside, or name it in ignore",
     )
     UNOBSERVED = (
         "unobserved",
