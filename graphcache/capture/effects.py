@@ -63,6 +63,8 @@ class Effects:
     """What it updated in place, if graphs may do the same."""
     held: StateSnapshot | None = None
     """What the objects among the arguments held before."""
+    may_keep: bool = False
+    """Whether state holds a tensor that the call was given: the call may have put it there."""
 
 
 @dataclass(frozen=True)
@@ -313,13 +315,14 @@ def _generators(devices: Sequence[int]) -> list[bytes]:
     return [state.numpy().tobytes() for state in states]
 
 
-def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSnapshot:
-    """What can be reached from the arguments of a call."""
+def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any], mentioned: Iterable[str] = ()) -> StateSnapshot:
+    """What can be reached from the arguments of a call, by code that mentions some names."""
     roots = [(f"args[{index}]", value) for index, value in enumerate(args)]
-    return StateSnapshot([*roots, *((f"kwargs[{name!r}]", value) for name, value in kwargs.items())])
+    roots += [(f"kwargs[{name!r}]", value) for name, value in kwargs.items()]
+    return StateSnapshot(roots, mentioned=mentioned)
 
 
-def snapshot_of_objects(held: Sequence[Held]) -> StateSnapshot | None:
+def snapshot_of_objects(held: Sequence[Held], mentioned: Iterable[str]) -> StateSnapshot | None:
     """What can be reached from objects among the arguments, which it does not keep alive; ``None`` without any."""
     roots = [(str(each), each.ref()) for each in held]
-    return StateSnapshot(roots, weakly=[value for _, value in roots]) if roots else None
+    return StateSnapshot(roots, weakly=[value for _, value in roots], mentioned=mentioned) if roots else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from typing import Any
 
@@ -87,16 +87,17 @@ class TorchRecorder:
         try:
             if not is_available():
                 raise Unobservable("the profile hook of the interpreter is in use (sys.setprofile)")
-            snapshots = self._guard.snapshot(), snapshot_of(args, kwargs)
+            module = self._guard.snapshot()
+            snapshots = module, snapshot_of(args, kwargs, module.mentioned)
+            held = snapshot_of_objects(call.key.held, module.mentioned)
         except Unobservable as error:
             with graphs_off():
                 return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=str(error)))
-        held = snapshot_of_objects(call.key.held)
         state = PersistentState([*snapshots[0].tensors, *snapshots[1].tensors]) if keeps_state else None
         watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module), state)
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
-        effects.version, effects.held = snapshots[0].version, held
+        effects.version, effects.held, effects.may_keep = module.version, held, self._may_keep(call.tensors, held)
         return effects
 
     def record(self, request: CaptureRequest, effects: Effects) -> Recording | Cause:
@@ -108,12 +109,15 @@ class TorchRecorder:
             run = torch.inference_mode()(run)
         state = [*self._weights(), *effects.outside]
         in_inference = torch.is_inference_mode_enabled()
+        foreground = request.running is nullcontext
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_autocast_cache():
+                if effects.may_keep and not foreground:
+                    raise Refusal(Reason.MUTATES, detail="an argument is held by the module, which may keep arguments")
                 self._check_containers(effects.value, call)
                 request.begin()
                 # The caller may have changed the answer of the observed run meanwhile.
-                value = effects.value if request.running is nullcontext else run(*call.args, **call.kwargs)
+                value = effects.value if foreground else run(*call.args, **call.kwargs)
                 trial = TrialCall(run, call, value, state, effects.state)
                 index, shares = self._cuda_index(call.tensors, effects.state), request.sharing is Sharing.ALL
                 graph = self._on_host(trial) if index is None else self._on_cuda(trial, index, shares)
@@ -127,17 +131,21 @@ class TorchRecorder:
                     enters_inference=answer.is_inference and not in_inference,
                     **_in_place(effects, call.tensors),
                 )
+                try:
+                    self.check_unchanged(effects.version)
+                    _check_objects(effects.held)
+                except Refusal:
+                    recorded.close()
+                    raise
         except Exception as error:
             return located(refusal_of(error, self._name).cause, error, self._module, self._name)
         finally:
+            if effects.may_keep and foreground:
+                # The last run leaves the caller's tensors in the state, not those of the recording.
+                with graphs_off(), suppress(Exception):
+                    self._run(*call.args, **call.kwargs)
             if effects.state is not None:
                 effects.state.advance()
-        try:
-            self.check_unchanged(effects.version)
-            _check_objects(effects.held)
-        except Refusal as refusal:
-            recorded.close()
-            return refusal.cause
         recorded.version = effects.version
         self._guard.arm()
         if effects.held is not None:
@@ -187,6 +195,11 @@ class TorchRecorder:
         given = {id(each) for each in containers_in((call.args, call.kwargs))}
         if len(found) < len(containers) or found & given or self._guard.holds_any(found):
             raise Refusal(Reason.OUTPUT, detail="a container in it is not of its own")
+
+    def _may_keep(self, tensors: Sequence[Tensor], held: StateSnapshot | None) -> bool:
+        """Whether the module, or an object among the arguments, holds a tensor that the call is given."""
+        given = set(map(id, tensors))
+        return self._guard.holds_any(given) or any(id(node.target) in given for node in (held.tensors if held else ()))
 
     def _weights(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]

@@ -118,7 +118,8 @@ class ModuleGuard:
     def holds_any(self, identities: set[int]) -> bool:
         """Whether one of some objects was found by :meth:`snapshot`."""
         known = self.known
-        return known is not None and any(id(node.target) in identities for node in known.nodes)
+        nodes = () if known is None else (*known.nodes, *known.tensors)
+        return any(id(node.target) in identities for node in nodes)
 
     def forget(self) -> None:
         """Take everything for changed: no graph is valid until it was proven again."""

@@ -11,7 +11,7 @@ PyTorch.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from types import CodeType
 from typing import Any
@@ -28,13 +28,14 @@ class StateSnapshot:
     """The Python state and the tensors that can be reached from ``roots``, each with the name its paths begin with.
 
     Left out are paths in ``ignore``, where ``*`` stands for anything, and what is below objects that ``skips`` tells.
-    Of code in ``functions`` the globals are followed too. Objects in ``weakly`` are not kept alive.
+    Of code in ``functions`` the globals are followed too, and of classes the methods that are ``mentioned`` elsewhere.
+    Objects in ``weakly`` are not kept alive.
     :class:`Unobservable` says that there is too much of it.
     """
 
     __slots__ = (
         *("_broken", "_guarded", "_ignore", "_native"),
-        *("armed", "compared", "covered", "nodes", "tensors", "version"),
+        *("armed", "compared", "covered", "mentioned", "nodes", "tensors", "version"),
     )
 
     def __init__(
@@ -45,12 +46,15 @@ class StateSnapshot:
         skips: Skips | None = None,
         functions: Mapping[CodeType, dict[str, Any]] | None = None,
         weakly: Sequence[object] = (),
+        mentioned: Iterable[str] = (),
     ) -> None:
         # Only * stands for anything: brackets are part of a path.
         self._ignore = re.compile("|".join(re.escape(each).replace(r"\*", ".*") + r"(?:[.[].*)?" for each in ignore))
-        walk = StateWalk(self.ignores if ignore else None, skips, weakly)
+        walk = StateWalk(self.ignores if ignore else None, skips, weakly, mentioned)
         walk.walk(roots, functions or {})
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
+        self.mentioned = walk.mentioned
+        """Names of attributes in code that may run, by which methods were followed."""
         self._guarded: list[StateNode] = [*(node for node in walk.nodes if node.guarded), *walk.tensors]
         self._broken = False
         self.armed = False

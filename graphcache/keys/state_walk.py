@@ -14,7 +14,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -61,7 +61,11 @@ class StateWalk:
     """One walk over what can be reached."""
 
     def __init__(
-        self, ignores: Callable[[str], bool] | None, skips: Skips | None, weakly: Sequence[object] = ()
+        self,
+        ignores: Callable[[str], bool] | None,
+        skips: Skips | None,
+        weakly: Sequence[object] = (),
+        mentioned: Iterable[str] = (),
     ) -> None:
         self.nodes: list[StateNode] = []
         """What was found, but for tensors."""
@@ -84,7 +88,8 @@ class StateWalk:
         """Names of libraries, which somebody may replace; they are not followed."""
         self._modules: dict[types.ModuleType, frozenset[str]] = {}
         """Modules of the user's that somebody holds or imports, with the names in them that were followed."""
-        self._mentioned: set[str] = set()
+        self.mentioned = set(mentioned)
+        """Names of attributes in code that may run."""
         self._waiting: dict[str, list[tuple[str, types.FunctionType]]] = {}
         """Methods whose names no code that was followed mentions."""
 
@@ -116,12 +121,12 @@ class StateWalk:
                 raise Unobservable(self._largest())
         for module, names in self._used.items():
             self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))))
-        if "requires_grad" in self._mentioned:
+        if "requires_grad" in self.mentioned:
             # A native guard does not compare that.
             places = {f"{node.path}.requires_grad": node.target for node in self.tensors}
             self._add(nodes.ShownNode(None, "", places, _gradient_flags))
         # Somebody may patch methods into the class of all tensors, which is not followed itself.
-        methods = tuple(sorted(name for name in self._mentioned if hasattr(Tensor, name)))
+        methods = tuple(sorted(name for name in self.mentioned if hasattr(Tensor, name)))
         if methods:
             self._add(nodes.NamesNode(None, "Tensor", nodes.table_of(Tensor), methods))
 
@@ -257,7 +262,7 @@ class StateWalk:
             return
         self.covered.update(user_code.code_inside(code))
         names = user_code.names_of(code, table)
-        self._mentioned |= names.mentioned
+        self.mentioned |= names.mentioned
         for name in names.mentioned & self._waiting.keys():
             self._stack += [(None, *method) for method in self._waiting.pop(name)]
         self._names(table, names.loaded | names.stored, hops)
@@ -274,7 +279,7 @@ class StateWalk:
         """Follow names in modules of the user's; whether there were new ones."""
         found = False
         for module, known in tuple(self._modules.items()):
-            if names := (self._mentioned & vars(module).keys()) - known:
+            if names := (self.mentioned & vars(module).keys()) - known:
                 found = True
                 self._modules[module] = known | names
                 self._names(vars(module), names, 1)
@@ -314,7 +319,7 @@ class StateWalk:
                 if function is None:
                     if not name.startswith("__") and name != "_abc_impl":
                         self._stack.append((None, path, value))
-                elif user_code.runs_by_itself(name) or name in self._mentioned:
+                elif user_code.runs_by_itself(name) or name in self.mentioned:
                     self._stack.append((None, path, function))
                 else:
                     self._waiting.setdefault(name, []).append((path, function))

@@ -74,7 +74,8 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
     findings, placement = Findings(module, find_capture_breaks.__code__), Placement([*inputs, *_state(module)])
     guard = ModuleGuard(module, ignore=ignore, skips=keeps_its_own_state, root=root)
     try:
-        state = guard.snapshot(), snapshot_of(args, kwargs)
+        reached = guard.snapshot()
+        state = reached, snapshot_of(args, kwargs, reached.mentioned)
     except Unobservable as error:
         # Calls of the module run eagerly for that. The operations are looked at all the same.
         findings.add(Break(Reason.UNOBSERVED, "the state", Place(), str(error), Reason.UNOBSERVED.remedy))

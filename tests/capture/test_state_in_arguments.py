@@ -22,7 +22,7 @@ from graphcache.dispatch import targets
 from graphcache.graphs.cpu_tape import CpuTape
 from graphcache.keys.call_spec import CallSpec
 from tests.effort import share
-from tests.helpers import Fn, dispatcher_of
+from tests.helpers import Fn, dispatcher_of, settled
 
 SIZE = 4
 PLACES = 8
@@ -268,6 +268,57 @@ def test_inputs_in_state_of_the_module() -> None:
         answer = fast(torch.full((SIZE,), -1.0) if alias is None else alias)
         assert answer.tolist() == [-1.0 if alias is None else float(step)] * SIZE
     assert fast.cache_info().hits > 6
+
+
+@pytest.mark.parametrize("place", ["attribute", "list", "object"])
+@pytest.mark.parametrize("capture_in", ["foreground", "background"])
+def test_a_module_that_keeps_what_it_is_given_has_the_callers_tensor(place: str, capture_in: Any) -> None:
+    class Box:
+        kept: Any = None
+
+    def forward(self: Any, x: Tensor, box: Any) -> Tensor:
+        if place == "attribute":
+            self.last = x
+        elif place == "list":
+            self.all[0] = x
+        else:
+            (box or self.box).kept = x
+        return x + 1
+
+    module = Fn(forward, all=[None], last=None, box=Box())
+    given: Any = Box() if place == "object" and capture_in == "foreground" else None
+    with graphcache.wrap(module, capture_in=capture_in) as fast:
+        for x in [torch.zeros(3)] * 8 + [torch.ones(3)] * 8:
+            assert torch.equal(fast(x, given), x + 1)
+            settled(fast)
+            kept = {"attribute": module.last, "list": module.all[0], "object": (given or module.box).kept}[place]
+            assert kept is x
+            x.add_(1)
+
+
+def test_a_module_that_only_holds_what_it_is_given_is_captured() -> None:
+    module = Fn(lambda _, x: x * 2)
+    module.observation = torch.zeros(3)
+    fast = graphcache.wrap(module)
+    for step in range(5):
+        module.observation.fill_(step)
+        assert fast(module.observation).tolist() == [2.0 * step] * 3
+    assert counts(fast) == (1, 4, {})
+
+
+def test_state_behind_methods_of_an_object_that_is_given() -> None:
+    def make() -> Any:
+        kept = [1.0]
+        return type("Given", (), {"read": lambda self, kept=kept: kept})()
+
+    def forward(_: Any, x: Tensor, given: Any) -> Tensor:
+        given.read()[0] += 1
+        return x * given.read()[0]
+
+    fast, given, twin = graphcache.wrap(Fn(forward)), make(), make()
+    for _ in range(8):
+        assert torch.equal(fast(torch.ones(2), given), forward(None, torch.ones(2), twin))
+        assert given.read() == twin.read()
 
 
 # ---- faults
