@@ -84,14 +84,17 @@ def counts(graphs: GenerationGraphs) -> tuple[int, int]:
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_without_graphs_and_a_second_run_captures_nothing(name: str) -> None:
     model = make(name)
-    twin, before = copy.deepcopy(model), dict(vars(model))
+    twin, before, before_hits = copy.deepcopy(model), dict(vars(model)), 0
     with enable_generation_graphs(model) as graphs:
         for step in range(4):
             given = prompt(name, 5 + step % 2)
             assert torch.equal(tokens(model, given), tokens(twin, given, cache_implementation="static"))
             if name != "sliding window":
-                # No hits: a cache that is new, functions that are seen for the first time, and the capture.
-                assert counts(graphs) == (1, (step + 1) * (NEW - 1) - 3)
+                captures, hits = counts(graphs)
+                # Of the first tokens one finds a new cache, another one is captured, and one may find new functions.
+                assert captures == 1
+                assert hits >= NEW - 1 - 3 if step == 0 else hits == before_hits + NEW - 1
+                before_hits = hits
         assert name == "sliding window" or graphs.fast.cache_info().eager[Reason.DISABLED] == 4
     assert vars(model) == before
     given = prompt(name)
