@@ -205,7 +205,6 @@ def counts_to_three(draw: Draw) -> Action:
 
 
 QUIET: tuple[Callable[[Draw], Action], ...] = (
-    reads_what_its_class_defines,
     reads_a_number,
     reads_a_tensor,
     reads_an_attribute_that_may_be_there,

@@ -55,6 +55,18 @@ class Attention(nn.Module):
         return {"y": torch.softmax(x @ cache.keys.t(), -1) @ cache.layers[0] * cache.scale, "cache": cache}
 
 
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state.add_(1)
+        return x * 1.0
+
+
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
@@ -252,16 +264,7 @@ def test_inputs_in_the_memory_that_is_updated() -> None:
 
 
 def test_inputs_in_state_of_the_module() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("state", torch.zeros(SIZE))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.state.add_(1)
-            return x * 1.0
-
-    module = Net()
+    module = Counting()
     fast = graphcache.wrap(module)
     for step in range(1, 13):
         alias = module.state.detach() if step % 3 == 0 else module.state.view(SIZE) if step > 6 else None
@@ -386,17 +389,8 @@ def test_any_order_of_calls_and_changes(actions: list[tuple[str, int]]) -> None:
 def test_a_graph_of_a_tensor_where_it_is_never_answers_for_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is known, or forgotten, of what calls update."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("state", torch.zeros(SIZE))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.state.add_(1)
-            return x * 1.0
-
     monkeypatch.setattr(targets, "_MAX_UPDATES", 1)
-    module, fast = (made := Net()), graphcache.wrap(made)
+    module, fast = (made := Counting()), graphcache.wrap(made)
     for step in range(60):
         total = step + 1
         if step % 20 == 10:

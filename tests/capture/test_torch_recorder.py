@@ -341,6 +341,7 @@ def test_a_module_that_writes_into_an_expanded_input() -> None:
         x = torch.full((1, 4), value)
         assert torch.equal(fast(x.expand(3, 4)), torch.full((1, 4), 2 * value + 2))
         assert torch.equal(x, torch.full((1, 4), value + 1))
+    assert fast.cache_info().captures == 1
 
 
 def test_attributes_of_a_tensor_are_part_of_the_key() -> None:
