@@ -71,6 +71,7 @@ MODULES: dict[str, Callable[[], tuple[torch.nn.Module, tuple[torch.Tensor, ...]]
 def measure(name: str, engines: str) -> dict[str, Any]:
     """Measure one model with the graphcache that is on the path."""
     import graphcache
+    from bench.record import environment
 
     torch.manual_seed(0)
     truth = None
@@ -104,7 +105,7 @@ def measure(name: str, engines: str) -> dict[str, Any]:
             session.run()
             torch.testing.assert_close(session.outputs, wanted, rtol=5e-3, atol=5e-3)
             rows["session"] = _timed(session.run)
-    return {"name": name, "version": graphcache.__version__, "rows": rows}
+    return {"rows": rows, "environment": environment(0)}
 
 
 def _timed(call: Callable[[], object]) -> dict[str, float]:
@@ -143,11 +144,8 @@ def compare(arguments: argparse.Namespace) -> None:
             )
         if arguments.out is not None:
             # After each model: what was measured is kept if the run is ended.
-            from bench.record import environment
-
-            arguments.out.write_text(
-                json.dumps({"environment": environment(0), **facts, "models": found}, indent=1) + "\n"
-            )
+            measured = next((run["environment"] for run in runs["new"] if run), None)
+            arguments.out.write_text(json.dumps({"environment": measured, **facts, "models": found}, indent=1) + "\n")
 
 
 def _process(checkout: str, name: str, arguments: argparse.Namespace) -> Any:

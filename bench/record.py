@@ -296,10 +296,12 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _compiled() -> bool:
-    """Whether graphcache's hits go through its native code."""
-    from graphcache import native
-
+def _compiled() -> bool | None:
+    """Whether graphcache's hits go through its native code; None for a checkout from before it."""
+    try:
+        from graphcache import native
+    except ImportError:
+        return None
     return native.loaded(wait=True) is not None
 
 

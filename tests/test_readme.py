@@ -108,11 +108,8 @@ MODELS = {
 
 
 def gain_picture():
-    """The picture of the README: eager calls and hits, the fastest of three processes, for BERT of one."""
-    files = [RESULTS / f"compare-{name}.json" for name in ("h200", "bert-h200")]
-    measured = {
-        name: rows for file in files for name, rows in json.loads(file.read_text(encoding="utf-8"))["models"].items()
-    }
+    """The picture of the README: eager calls and hits, medians of five processes."""
+    measured = json.loads((RESULTS / "compare-h200.json").read_text(encoding="utf-8"))["models"]
     width, left, scale, height = 860, 316, 400, 96 + 54 * len(MODELS)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
@@ -122,7 +119,7 @@ def gain_picture():
         '<text x="20" y="32" class="bold" fill="#1f2328">Time of one call on an H200</text>',
     ]
     for row, (name, label) in enumerate(MODELS.items()):
-        eager, hit = (measured[name]["new"][kind]["us"]["least"] for kind in ("eager", "hit"))
+        eager, hit = (measured[name]["new"][kind]["us"]["median"] for kind in ("eager", "hit"))
         y, share = 56 + 54 * row, hit / eager
         faster = f'<tspan class="bold">{1 / share:.1f} times as fast</tspan>'
         lines += [
@@ -246,11 +243,35 @@ def compared_table():
     return f"| {' | '.join(columns.values())} |\n{'|---' * len(columns)}|\n| {' | '.join(cells)} |"
 
 
+GAINS = {
+    "mlp8": "mlp8",
+    "policy": "policy network",
+    "minilm": "MiniLM",
+    "mlp": "MLP (PyTorch)",
+    "resnet18": "ResNet-18",
+    "bert": "BERT",
+}
+
+
+def gains_table():
+    """Eager calls and hits of two versions, in µs."""
+    columns = [("eager", "new", "eager", "us"), ("hit", "new", "hit", "us"), ("hit, CPU", "new", "hit", "cpu_us")]
+    columns += [(f"`{way}`" if "_" in way else way, "new", way, "us") for way in ("forward_into", "session")]
+    columns += [("hit with 0.1", "old", "hit", "us"), ("hit with 0.1, CPU", "old", "hit", "cpu_us")]
+    measured = json.loads((RESULTS / "compare-h200.json").read_text(encoding="utf-8"))["models"]
+    rows = [f"| Model | {' | '.join(title for title, *_ in columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for name, label in GAINS.items():
+        cells = [f"{measured[name][which][way][what]['median']:.0f}" for _, which, way, what in columns]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 GENERATED = {
     "options": options_table,
     "reasons": reasons_table,
     "errors": errors_table,
     "compared": compared_table,
+    "gains": gains_table,
     "hits": hits_table,
     "modules": modules_table,
     "peers": peers_table,
