@@ -42,7 +42,7 @@ from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
 from graphcache.graphs import buffers, cpu_tape
 from graphcache.graphs import verify as judge
-from graphcache.keys import call_key, guards, state_nodes
+from graphcache.keys import call_key, guards, state_nodes, value_nodes
 from graphcache.modules import forward_patch
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
@@ -1000,7 +1000,7 @@ CURES: dict[str, Cure] = {
     "context variables are noticed": Cure(
         both(
             replace(effects, "_changed_process_state", lambda *_: iter(())),
-            replace(state_nodes.ShownNode, "differs", _never),
+            replace(value_nodes.ShownNode, "differs", _never),
         ),
         _a_context_variable_is_set_for_nobody,
         EFFECTS + "test_an_effect_is_noticed_and_named[a context variable]",

@@ -136,7 +136,17 @@ class TableNode(StateNode):
         return f"[{short(name)}]" if isinstance(name, (str, int)) else f"[a {type(name).__name__}]"
 
     def guard(self, native: Any) -> None:
-        native.add_dict(self.target, *self.state)
+        if _kind_of(self.target) is dict or len(self.state[0]) < 2:
+            native.add_dict(self.target, *self.state)
+            return
+        # The iterator of an OrderedDict looks keys up, which runs no Python code for these.
+        if not set(map(type, self.state[0])) <= {str, int}:
+            raise TypeError
+        native.add_dict(self.target, tuple(dict.keys(self.target)), tuple(dict.values(self.target)))
+        # Its order is kept elsewhere: move_to_end() writes to no dictionary.
+        native.add_iterable(self.target, collections.OrderedDict, self.state[0])
+        if self.differs():
+            raise ValueError
 
 
 class AttributesNode(TableNode):
@@ -173,7 +183,10 @@ class AttributesNode(TableNode):
     def guard(self, native: Any) -> None:
         if any(own is not None for own in self._replaced().values()):
             raise ValueError
-        native.add_dict(self.target, *self.state, vars(StandIn)["own"])
+        if type(self.target) is dict:
+            native.add_dict(self.target, *self.state, vars(StandIn)["own"])
+        else:
+            super().guard(native)
 
 
 class NamesNode(StateNode):
@@ -214,9 +227,12 @@ class ClassNode(StateNode):
 class ItemsNode(StateNode):
     """A list, deque or set, a subclass of one, or a NumPy array of objects: its items."""
 
+    def _kind(self) -> Any:
+        """The class whose iterator shows the items: a subclass's own may have effects. ``None`` for an array."""
+        return next((kind for kind in ITEMS if issubclass(type(self.target), kind)), None)
+
     def read(self) -> State:
-        # Past a subclass's own __iter__, which may have effects.
-        kind: Any = next((kind for kind in ITEMS if issubclass(type(self.target), kind)), None)
+        kind = self._kind()
         items = tuple(self.target.ravel().tolist() if kind is None else kind.__iter__(self.target))
         return range(len(items)), items
 
@@ -229,7 +245,11 @@ class ItemsNode(StateNode):
         return super().changes(now)
 
     def guard(self, native: Any) -> None:
-        native.add_items(self.target, self.state[1])
+        kind = self._kind()
+        if kind is list:
+            native.add_list(self.target, self.state[1])
+        else:
+            native.add_iterable(self.target, kind, self.state[1])
 
 
 class ObjectNode(StateNode):
@@ -245,7 +265,7 @@ class ObjectNode(StateNode):
         if table is not None:
             native.add_dict_of(self.target, table)
         for descriptor, value in zip(self.places.values(), held, strict=True):
-            native.add_slot(self.target, descriptor, *_present(value))
+            native.add_slot(self.target, descriptor, *present(value))
 
 
 class FunctionNode(StateNode):
@@ -266,19 +286,7 @@ class CellNode(StateNode):
         return ("",), (_slot(self.target, types.CellType.cell_contents),)
 
     def guard(self, native: Any) -> None:
-        native.add_cell(self.target, *_present(*self.state[1]))
-
-
-class ShownNode(StateNode):
-    """What a function, ``places``, shows of an object now: the ends of paths, and the values there."""
-
-    is_alike = staticmethod(same)
-
-    def read(self) -> State:
-        return pairs(self.places(self.target))
-
-    def end(self, name: Any) -> str:
-        return str(name)
+        native.add_cell(self.target, *present(*self.state[1]))
 
 
 class TensorNode(StateNode):
@@ -365,7 +373,7 @@ def _slot(target: Any, descriptor: Any) -> Any:
         return MISSING
 
 
-def _present(value: Any) -> tuple[Any, ...]:
+def present(value: Any) -> tuple[Any, ...]:
     """The value, or nothing for a place without one."""
     return () if value is MISSING else (value,)
 

@@ -26,8 +26,18 @@ from graphcache.keys import state_nodes as nodes
 from graphcache.keys import user_code
 from graphcache.keys.state_nodes import StateNode, TensorNode
 from graphcache.keys.user_code import is_library
-from graphcache.keys.value_nodes import ArrayNode, HeldNode, HiddenNode, array_state, hidden_state, script_state
-from graphcache.keys.values import BUILTIN_METHODS, MISSING, Unobservable, is_plain
+from graphcache.keys.value_nodes import (
+    ArrayNode,
+    GradientNode,
+    HeldNode,
+    HiddenNode,
+    ShownNode,
+    VariableNode,
+    array_state,
+    hidden_state,
+    script_state,
+)
+from graphcache.keys.values import BUILTIN_METHODS, Unobservable, is_plain
 
 MAX_CONTAINERS = 50_000
 """A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
@@ -122,9 +132,7 @@ class StateWalk:
         for module, names in self._used.items():
             self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))))
         if "requires_grad" in self.mentioned:
-            # A native guard does not compare that.
-            places = {f"{node.path}.requires_grad": node.target for node in self.tensors}
-            self._add(nodes.ShownNode(None, "", places, _gradient_flags))
+            self._add(GradientNode({node.path: node.target for node in self.tensors}))
         # Somebody may patch methods into the class of all tensors, which is not followed itself.
         methods = tuple(sorted(name for name in self.mentioned if hasattr(Tensor, name)))
         if methods:
@@ -154,9 +162,9 @@ class StateWalk:
         elif kind is types.CellType:
             self._follow(nodes.CellNode(parent, key, value))
         elif kind is contextvars.ContextVar:
-            self._follow(nodes.ShownNode(parent, key, value, lambda variable: {".get()": variable.get(MISSING)}))
+            self._follow(VariableNode(parent, key, value))
         elif issubclass(kind, threading.local):
-            self._follow(nodes.ShownNode(parent, key, value, _of_this_thread))
+            self._follow(ShownNode(parent, key, value, _of_this_thread))
         elif issubclass(kind, _MACHINERY) or str(kind.__module__).partition(".")[0] in _MACHINERY_PACKAGES:
             self._machinery(parent, key, value)
         elif self._skips is not None and self._skips(value):
@@ -196,7 +204,7 @@ class StateWalk:
             for name in value._c._method_names():
                 # It becomes an attribute when it is first asked for.
                 getattr(value, name, None)
-            self._follow(nodes.ShownNode(parent, key, value, script_state))
+            self._follow(ShownNode(parent, key, value, script_state))
             self._stack += [(parent, f"{key}.{name}", child) for name, child in value.named_children()]
         elif issubclass(kind, parametrize.ParametrizationList):
             # The weights that torch.nn.utils.parametrize.cached() keeps.
@@ -359,10 +367,6 @@ def _behind(value: Any) -> list[tuple[str, Any]] | None:
 
 def _of_this_thread(local: threading.local) -> dict[str, Any]:
     return {f".{name}": value for name, value in local.__dict__.items()}
-
-
-def _gradient_flags(places: dict[str, Tensor]) -> dict[str, bool]:
-    return {place: tensor.requires_grad for place, tensor in places.items()}
 
 
 def _items(value: tuple[Any, ...]) -> list[tuple[str, Any]]:

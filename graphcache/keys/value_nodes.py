@@ -1,4 +1,4 @@
-"""What is remembered of objects of further kinds: arrays, generators, caches, TorchScript, arguments of calls."""
+"""What is remembered of objects of further kinds: arrays, variables, generators, caches, TorchScript, arguments."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ import types
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from operator import eq
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import TensorBase
+from torch.nn import Parameter
 
-from graphcache.keys.state_nodes import Change, ObjectNode, State, StateNode
-from graphcache.keys.values import SHOWN, Unobservable, draws_randomness
+from graphcache.keys.state_nodes import Change, ObjectNode, State, StateNode, pairs, present
+from graphcache.keys.values import MISSING, SHOWN, Unobservable, draws_randomness, same
 
 _MEMORY_FILES = (io.BytesIO, io.StringIO)
 """Files in memory."""
@@ -45,6 +49,48 @@ class ArrayNode(StateNode):
     def read(self) -> State:
         state = array_state(self.target) or ()
         return range(len(state)), state
+
+
+class VariableNode(StateNode):
+    """A context variable: its value in the context of now."""
+
+    def read(self) -> State:
+        try:
+            return (".get()",), (self.target.get(),)
+        except LookupError:
+            return (".get()",), (MISSING,)
+
+    def end(self, name: Any) -> str:
+        return str(name)
+
+    def guard(self, native: Any) -> None:
+        native.add_variable(self.target, *present(*self.state[1]))
+
+
+class ShownNode(StateNode):
+    """What a function, ``places``, shows of an object now: the ends of paths, and the values there."""
+
+    is_alike = staticmethod(same)
+
+    def read(self) -> State:
+        return pairs(self.places(self.target))
+
+    def end(self, name: Any) -> str:
+        return str(name)
+
+
+class GradientNode(ShownNode):
+    """Whether tensors, by their paths, want gradients; a guard compares that only for code that asks."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(None, "", tensors, _wants_gradients)
+
+    def guard(self, native: Any) -> None:
+        for tensor, wanted in zip(self.target.values(), self.state[1], strict=True):
+            # Others may have Python code behind it.
+            if type(tensor) not in (Tensor, Parameter):
+                raise TypeError
+            native.add_property(tensor, TensorBase.requires_grad, wanted)
 
 
 class HeldNode(ObjectNode):
@@ -80,8 +126,21 @@ class HiddenNode(StateNode):
         # With the objects that it refers to, so that no id in the state is used twice.
         return ("", "refers to"), hidden_state(self.target) or (None, ())
 
+    def guard(self, native: Any) -> None:
+        if not issubclass(type(self.target), functools._lru_cache_wrapper):
+            raise TypeError
+        # A result is put into a dictionary of its own, and looked up without writing.
+        (table,) = _tables_of(self.target)
+        native.add_unwritten(table)
+        if self.differs():
+            raise ValueError
+
     def changes(self, now: State) -> list[Change]:
         return [change._replace(is_random=draws_randomness(self.target)) for change in super().changes(now)]
+
+
+def _wants_gradients(tensors: dict[str, Tensor]) -> dict[str, bool]:
+    return {f"{path}.requires_grad": tensor.requires_grad for path, tensor in tensors.items()}
 
 
 def array_state(value: Any) -> tuple[Any, ...] | None:
@@ -164,13 +223,18 @@ def _generator_state(value: Any) -> Hidden:
 
 
 def _cache_state(value: Any) -> Hidden:
-    info, found = value.cache_info(), list[Any]()
+    info = value.cache_info()
     # Results are in the table of the cache, or in links that the collector passes over.
-    for each in gc.get_referents(value):
-        found += [each] if type(each) is not dict else [] if each is value.__dict__ else each.values()
+    found = [each for each in gc.get_referents(value) if type(each) is not dict]
+    found += chain.from_iterable(table.values() for table in _tables_of(value))
     # A hit changes the order of the entries, and nothing else.
     found.sort(key=id)
     return (info.misses, info.currsize, *map(id, found)), tuple(found)
+
+
+def _tables_of(value: Any) -> list[dict[Any, Any]]:
+    """The dictionary in which a cached function keeps its results."""
+    return [each for each in gc.get_referents(value) if type(each) is dict and each is not value.__dict__]
 
 
 def _iterator_state(value: Any) -> Hidden:

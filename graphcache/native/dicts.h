@@ -50,7 +50,7 @@ typedef struct {
 } Dict;
 
 typedef struct {
-  PyObject *keys, *values;
+  PyObject *keys, *values;  // NULL where no write is allowed
   PyObject *absent;  // names that must be missing, where other keys do not matter; NULL where all keys do
   PyObject *slot;    // where objects in it that hold None there are left out; or NULL
 } Expected;
@@ -98,7 +98,7 @@ static int same_dicts(Dicts *all) {
     const uint64_t tag = VERSION_TAG((PyDictObject *)each.dict);
     if (shortcuts && tag != 0 && each.tag == tag) continue;
     const Expected *expected = all->expected.items + i;
-    if (!(expected->absent != NULL ? same_names : same_items)(each.dict, expected)) return 0;
+    if (expected->keys == NULL || !(expected->absent != NULL ? same_names : same_items)(each.dict, expected)) return 0;
     all->dicts.items[i].tag = tag;
   }
   all->epoch = now;
@@ -106,13 +106,13 @@ static int same_dicts(Dicts *all) {
 }
 
 static int add_dict(Dicts *all, PyObject *dict, Expected added) {
-  // Their order is kept elsewhere, and move_to_end() writes to no dictionary.
-  if (PyODict_Check(dict) && added.absent == NULL && PyTuple_GET_SIZE(added.keys) > 1) {
-    PyErr_SetString(PyExc_TypeError, "the order of an OrderedDict is not compared");
+  if (RESERVE(&all->dicts, 1) || RESERVE(&all->expected, 1) || watch(dict)) return -1;
+  const uint64_t tag = added.keys == NULL && shortcuts ? VERSION_TAG((PyDictObject *)dict) : 0;
+  if (added.keys == NULL && tag == 0) {
+    PyErr_SetString(PyExc_TypeError, "this Python does not count what is written to a dictionary");
     return -1;
   }
-  if (RESERVE(&all->dicts, 1) || RESERVE(&all->expected, 1) || watch(dict)) return -1;
-  all->dicts.items[all->dicts.count++] = (Dict){dict, 0};
+  all->dicts.items[all->dicts.count++] = (Dict){dict, tag};
   all->expected.items[all->expected.count++] = added;
   all->epoch = 0;
   return 0;

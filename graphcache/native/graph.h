@@ -182,10 +182,8 @@ static PyMethodDef graph_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot graph_slots[] = {{Py_tp_dealloc, graph_dealloc},
-                                    {Py_tp_traverse, graph_traverse},
-                                    {Py_tp_clear, graph_clear},
-                                    {Py_tp_methods, graph_methods},
-                                    {0, NULL}};
+static PyType_Slot graph_slots[] = {
+    {Py_tp_dealloc, graph_dealloc}, {Py_tp_traverse, graph_traverse}, {Py_tp_clear, graph_clear},
+    {Py_tp_methods, graph_methods}, {0, NULL}};
 
 static PyType_Spec graph_spec = {"_graphcache.Graph", sizeof(Graph), 0, GC_TYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION, graph_slots};

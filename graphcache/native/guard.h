@@ -67,20 +67,16 @@ static PyObject *guard_add_dict(Guard *self, PyObject *args) { return add_some(s
 
 static PyObject *guard_add_names(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!O!:add_names", 1); }
 
+static PyObject *guard_add_unwritten(Guard *self, PyObject *dict) {
+  if (!PyDict_Check(dict)) return PyErr_Format(PyExc_TypeError, "%.100s is no dict", Py_TYPE(dict)->tp_name);
+  return added(self, keep(self, dict) || add_dict(&self->dicts, dict, (Expected){0}));
+}
+
 static PyObject *add_one(Guard *self, PyObject *args, Kind kind, Object entry) {
   if (keep(self, args) || RESERVE(&self->objects, 1)) return NULL;
   entry.kind = kind;
   self->objects.items[self->objects.count++] = entry;
   return added(self, 0);
-}
-
-static PyObject *guard_add_items(Guard *self, PyObject *args) {
-  Object entry = {0};
-  if (!PyArg_ParseTuple(args, "OO!:add_items", &entry.object, &PyTuple_Type, &entry.expected)) return NULL;
-  const int is_list = PyList_Check(entry.object);
-  if (!is_list && !PyAnySet_Check(entry.object))
-    return PyErr_Format(PyExc_TypeError, "%.100s is no list or set", Py_TYPE(entry.object)->tp_name);
-  return add_one(self, args, is_list ? A_LIST : A_SET, entry);
 }
 
 #define ADDS(name, kind, format, ...)                                              \
@@ -91,6 +87,10 @@ static PyObject *guard_add_items(Guard *self, PyObject *args) {
   }
 
 ADDS(add_cell, A_CELL, "O!|O", &PyCell_Type, &entry.object, &entry.expected)
+ADDS(add_list, A_LIST, "O!O!", &PyList_Type, &entry.object, &PyTuple_Type, &entry.expected)
+ADDS(add_iterable, AN_ITERABLE, "OO!O!", &entry.object, &PyType_Type, &entry.descriptor, &PyTuple_Type, &entry.expected)
+ADDS(add_variable, A_VARIABLE, "O!|O", &PyContextVar_Type, &entry.object, &entry.expected)
+ADDS(add_property, A_PROPERTY, "OO!O", &entry.object, &PyGetSetDescr_Type, &entry.descriptor, &entry.expected)
 ADDS(add_class, A_CLASS, "OO!", &entry.object, &PyType_Type, &entry.expected)
 ADDS(add_dict_of, A_DICT_OF, "OO!", &entry.object, &PyDict_Type, &entry.expected)
 
@@ -151,11 +151,16 @@ static int guard_clear(Guard *self) {
 // value does. A TypeError says that a guard does not compare such an object.
 static PyMethodDef guard_methods[] = {
     {"add_dict", (PyCFunction)guard_add_dict, METH_VARARGS,
-     "(dict, keys, values, slot): these in this order, but for objects with None in this slot; of an OrderedDict one."},
+     "(dict, keys, values, slot): these as they were put in, but for objects with None in this slot."},
     {"add_names", (PyCFunction)guard_add_names, METH_VARARGS,
      "(dict, names, values, absent): it holds these under these names, and nothing under others; more keys may change."},
-    {"add_items", (PyCFunction)guard_add_items, METH_VARARGS, "(list or set, values): these in this order."},
+    {"add_unwritten", (PyCFunction)guard_add_unwritten, METH_O, "A dictionary that nobody writes to from now on."},
+    {"add_list", (PyCFunction)guard_add_list, METH_VARARGS, "(list, values): these in this order."},
+    {"add_iterable", (PyCFunction)guard_add_iterable, METH_VARARGS,
+     "(object, class, values): the iterator of this class of it, which runs no Python code, shows these."},
     {"add_cell", (PyCFunction)guard_add_cell, METH_VARARGS, "(cell, value): empty if none is given."},
+    {"add_variable", (PyCFunction)guard_add_variable, METH_VARARGS, "(ContextVar, value): not set if none is given."},
+    {"add_property", (PyCFunction)guard_add_property, METH_VARARGS, "(object, a descriptor in C, value)"},
     {"add_slot", (PyCFunction)guard_add_slot, METH_VARARGS, "(object, descriptor, value): unset if none is given."},
     {"add_class", (PyCFunction)guard_add_class, METH_VARARGS, "(object, class)"},
     {"add_dict_of", (PyCFunction)guard_add_dict_of, METH_VARARGS, "(object, its __dict__)"},
@@ -175,11 +180,8 @@ static void guard_dealloc(Guard *self) {
   free_object((PyObject *)self);
 }
 
-static PyType_Slot guard_slots[] = {{Py_tp_dealloc, guard_dealloc},
-                                    {Py_tp_traverse, guard_traverse},
-                                    {Py_tp_clear, guard_clear},
-                                    {Py_tp_methods, guard_methods},
-                                    {Py_sq_length, guard_length},
-                                    {0, NULL}};
+static PyType_Slot guard_slots[] = {
+    {Py_tp_dealloc, guard_dealloc}, {Py_tp_traverse, guard_traverse}, {Py_tp_clear, guard_clear},
+    {Py_tp_methods, guard_methods}, {Py_sq_length, guard_length}, {0, NULL}};
 
 static PyType_Spec guard_spec = {"_graphcache.Guard", sizeof(Guard), 0, GC_TYPE, guard_slots};

@@ -202,14 +202,10 @@ static int reads_state(const Record *record, const uint64_t *addresses) {
 static int fits(const Graph *graph, PyObject *out, uint64_t *addresses) {
   Words words;
   words.count = 0;
-  if (!describe_one(out, &words) || !same_words(graph->target, graph->target_words, &words)) return 0;
-  const PyGetSetDef *requires_grad = ((PyGetSetDescrObject *)driver.requires_grad)->d_getset;
-  OWNED PyObject *wants = requires_grad->get(out, requires_grad->closure);
-  if (wants != Py_False) {
-    PyErr_Clear();
+  if (!describe_one(out, &words) || !same_words(graph->target, graph->target_words, &words) ||
+      !same_property(out, driver.requires_grad, Py_False) ||
+      !is_usable(out, graph->places[graph->inputs].mask, addresses + graph->inputs))
     return 0;
-  }
-  if (!is_usable(out, graph->places[graph->inputs].mask, addresses + graph->inputs)) return 0;
   const uint64_t written = addresses[graph->inputs];
   return !reads(graph, addresses, written, written + graph->places[graph->inputs].nbytes);
 }

@@ -1,16 +1,18 @@
-// What has no watcher and is compared at every call: lists, sets, closure cells, slots, classes, which dictionary holds
-// an object's attributes, and what functions of torch say.
+// What has no watcher and is compared at every call: lists, what else has an iterator in C, closure cells, context
+// variables, slots, properties in C, classes, which dictionary holds an object's attributes, what functions of torch say.
 #pragma once
 
 #include "base.h"
 
-typedef enum { A_LIST, A_SET, A_CELL, A_SLOT, A_CLASS, A_DICT_OF, A_FUNCTION, AN_ANSWER } Kind;
+typedef enum {
+  A_LIST, AN_ITERABLE, A_CELL, A_VARIABLE, A_SLOT, A_PROPERTY, A_CLASS, A_DICT_OF, A_FUNCTION, AN_ANSWER
+} Kind;
 
 typedef struct {
   Kind kind;
   PyObject *object;
-  PyObject *expected;    // a tuple of A_LIST, A_SET and A_FUNCTION; NULL where a cell or a slot is expected to be empty
-  PyObject *descriptor;  // of A_SLOT
+  PyObject *expected;    // a tuple of what holds several; NULL where a cell, variable or slot is expected to be empty
+  PyObject *descriptor;  // of A_SLOT and A_PROPERTY; of AN_ITERABLE the class whose iterator shows the items
 } Object;
 
 typedef struct {
@@ -28,18 +30,25 @@ static int same_list(PyObject *list, PyObject *expected) {
          same_pointers(((PyListObject *)list)->ob_item, expected);
 }
 
-static int same_set(PyObject *object, PyObject *expected) {
-  const PySetObject *set = (PySetObject *)object;
+static int same_iterable(PyObject *object, PyTypeObject *class, PyObject *expected) {
   const Py_ssize_t count = PyTuple_GET_SIZE(expected);
-  if (set->used != count || count == 0) return set->used == count;
-  Py_ssize_t at = 0;
-  for (Py_ssize_t i = 0; i <= set->mask; ++i) {
-    const setentry *entry = set->table + i;
-    // An entry that was removed has the hash -1, which no object has.
-    if (entry->key == NULL || entry->hash == -1) continue;
-    if (at >= count || entry->key != PyTuple_GET_ITEM(expected, at++)) return 0;
+  // Every module has an empty set.
+  if (PyAnySet_Check(object) && PySet_GET_SIZE(object) == 0) return count == 0;
+  if (class->tp_iter == NULL || !PyObject_TypeCheck(object, class)) return 0;
+  OWNED PyObject *items = class->tp_iter(object);
+  int same = items != NULL;
+  for (Py_ssize_t i = 0; same && i <= count; ++i) {
+    OWNED PyObject *item = PyIter_Next(items);
+    same = item == (i < count ? PyTuple_GET_ITEM(expected, i) : NULL);
   }
-  return at == count;
+  PyErr_Clear();
+  return same;
+}
+
+static int same_variable(PyObject *variable, PyObject *expected) {
+  OWNED PyObject *found = NULL;
+  if (PyContextVar_Get(variable, NULL, &found)) PyErr_Clear();
+  return found == expected;
 }
 
 static int same_slot(PyObject *object, PyObject *descriptor, PyObject *expected) {
@@ -48,6 +57,14 @@ static int same_slot(PyObject *object, PyObject *descriptor, PyObject *expected)
   const PyMemberDef *member = ((PyMemberDescrObject *)descriptor)->d_member;
   PyObject *found = *(PyObject **)((char *)object + member->offset);
   if (found == NULL && member->type == T_OBJECT) found = Py_None;
+  return found == expected;
+}
+
+static int same_property(PyObject *object, PyObject *descriptor, PyObject *expected) {
+  if (!PyObject_TypeCheck(object, PyDescr_TYPE(descriptor))) return 0;
+  const PyGetSetDef *property = ((PyGetSetDescrObject *)descriptor)->d_getset;
+  OWNED PyObject *found = property->get(object, property->closure);
+  if (found == NULL) PyErr_Clear();
   return found == expected;
 }
 
@@ -80,9 +97,11 @@ static int same_answer(PyObject *function, PyObject *expected) {
 static inline int same_object(const Object *each) {
   switch (each->kind) {
     case A_LIST: return same_list(each->object, each->expected);
-    case A_SET: return same_set(each->object, each->expected);
+    case AN_ITERABLE: return same_iterable(each->object, (PyTypeObject *)each->descriptor, each->expected);
     case A_CELL: return PyCell_GET(each->object) == each->expected;
+    case A_VARIABLE: return same_variable(each->object, each->expected);
     case A_SLOT: return same_slot(each->object, each->descriptor, each->expected);
+    case A_PROPERTY: return same_property(each->object, each->descriptor, each->expected);
     case A_CLASS: return (PyObject *)Py_TYPE(each->object) == each->expected;
     case A_DICT_OF: return same_dict_of(each->object, each->expected);
     case A_FUNCTION: return same_function(each->object, each->expected);

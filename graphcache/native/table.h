@@ -155,12 +155,8 @@ static PyMethodDef table_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot table_slots[] = {{Py_tp_new, table_new},
-                                    {Py_tp_dealloc, free_object},
-                                    {Py_tp_traverse, table_traverse},
-                                    {Py_tp_clear, table_clear},
-                                    {Py_tp_methods, table_methods},
-                                    {Py_sq_length, table_length},
-                                    {0, NULL}};
+static PyType_Slot table_slots[] = {
+    {Py_tp_new, table_new}, {Py_tp_dealloc, free_object}, {Py_tp_traverse, table_traverse}, {Py_tp_clear, table_clear},
+    {Py_tp_methods, table_methods}, {Py_sq_length, table_length}, {0, NULL}};
 
 static PyType_Spec table_spec = {"_graphcache.Table", sizeof(Table), 0, GC_TYPE, table_slots};

@@ -64,7 +64,7 @@ NODES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "ClassNode": (changing.counts, ("class",)),
     "ItemsNode": (changing.counts, ("attribute", "list")),
     "CellNode": (changing.counts, ("attribute", "closure")),
-    "ShownNode of a context variable": (actions.reads_a_number, ("attribute", "context variable")),
+    "VariableNode": (actions.reads_a_number, ("attribute", "context variable")),
     "ArrayNode": (changing.counts, ("attribute", "NumPy array")),
     "ShownNode of a thread": (changing.counts, ("attribute", "thread local")),
     "HiddenNode of a cache": (actions.calls_a_cached_function, ("attribute",)),
@@ -118,7 +118,7 @@ def test_an_effect_that_is_not_looked_for(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_a_kind_of_node_that_is_not_followed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = state_walk.StateWalk._follow
-    kind = getattr(state_nodes, name)
+    kind = getattr(state_nodes, name, None) or getattr(value_nodes, name)
 
     def follow(self: Any, node: Any) -> None:
         if type(node) is not kind:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,6 +95,57 @@ def test_python_is_asked_about_changes_alone(fake: Torch, plain: nn.Module, name
     assert ("cuGraphLaunch" in fake.driver.calls) is not into, "before the launch where it cannot be taken back"
     guarded.prove()
     assert guarded.call(into)
+    assert guarded.asked == 0
+
+
+variable: ContextVar[int] = ContextVar("variable", default=1)
+
+
+@functools.lru_cache(maxsize=1)
+def cached(number: int) -> object:
+    return object()
+
+
+class Holds(nn.Module):
+    """Has and reads what no dictionary holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.recent = deque([1, 2])
+        self.names = OrderedDict(a=1, b=2)
+        self.chosen = {1, 2}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cached(1)
+        return x if self.linear.weight.requires_grad else x * variable.get()
+
+
+HELD: dict[str, Callable[[Any], object]] = {
+    "a deque": lambda m: m.recent.rotate(1),
+    "the order of an OrderedDict": lambda m: m.names.move_to_end("a"),
+    "a set": lambda m: m.chosen.add(3),
+    "a context variable": lambda m: variable.set(2),
+    "results that a function keeps": lambda m: cached.cache_clear(),
+    "a result that took another's place": lambda m: (cached(2), cached(1)),
+    "whether a parameter wants gradients": lambda m: m.linear.weight.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_no_dictionary_holds_is_compared_natively_too(fake: Torch, name: str) -> None:
+    cached(1)
+    module = Holds()
+    guarded = Guarded(fake, module)
+    assert guarded.call()
+    cached(1)
+    assert guarded.call()
+    assert guarded.asked == 0
+    HELD[name](module)
+    assert not guarded.call()
+    assert guarded.reference(False)
+    guarded.prove()
+    assert guarded.call()
     assert guarded.asked == 0
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from contextvars import ContextVar
 from types import CellType
 from typing import Any
 
@@ -34,11 +35,15 @@ class Held:
         self.thing: Any = None
         pairs = list(enumerate(values))
         if kind in ("dict", "ordered"):
-            self.thing = dict(pairs) if kind == "dict" else OrderedDict(pairs[:1])
+            self.thing = dict(pairs) if kind == "dict" else OrderedDict(pairs)
         elif kind == "names":
             self.thing = dict(zip("abcdefgh", values, strict=False))
         elif kind == "list":
             self.thing = list(values)
+        elif kind == "deque":
+            self.thing = deque(values)
+        elif kind == "variable":
+            self.thing = ContextVar("some")
         elif kind == "set":
             self.thing = {value for value in values if value.__hash__ is not None}
         elif kind == "cell":
@@ -67,6 +72,9 @@ class Held:
                 return (self.thing.cell_contents,)
             except ValueError:
                 return ()
+        if self.kind == "variable":
+            found = self.thing.get(MISSING)
+            return () if found is MISSING else (found,)
         if self.kind == "slot":
             return (self.thing.one,) if hasattr(self.thing, "one") else ()
         if self.kind == "class":
@@ -86,6 +94,12 @@ class Held:
         """Let a guard hold it as it is."""
         if self.kind in ("dict", "ordered"):
             guard.add_dict(self.thing, *items_of(self.thing))
+            if self.kind == "ordered":
+                guard.add_iterable(self.thing, OrderedDict, tuple(self.thing))
+        elif self.kind in ("set", "deque"):
+            guard.add_iterable(self.thing, type(self.thing), self.expected)
+        elif self.kind == "variable":
+            guard.add_variable(self.thing, *self.expected)
         elif self.kind == "names":
             given = {name: value for name, value in zip("ahz", self.expected, strict=True) if value is not MISSING}
             guard.add_names(self.thing, tuple(given), tuple(given.values()), tuple(set("ahz") - set(given)))
@@ -100,7 +114,7 @@ class Held:
         elif self.kind == "tensor":
             guard.add_tensor(self.thing)
         else:
-            guard.add_items(self.thing, self.expected)
+            guard.add_list(self.thing, self.expected)
 
     def change(self, how: int, value: Any) -> None:
         """Do something to it, which may change nothing."""
@@ -149,6 +163,8 @@ class Held:
         lambda self, value: self.thing.clear(),
         _restore_values,
     )
+    _deque = (*_list, lambda self, value: self.thing.rotate(1), lambda self, value: self.thing.appendleft(value))
+    _variable = (lambda self, value: self.thing.set(value),)
     _set = (
         lambda self, value: self.thing.add(str(value)),
         lambda self, value: self.thing.discard(self._first()),
@@ -183,7 +199,10 @@ class Held:
     )
 
 
-KINDS = ("dict", "ordered", "names", "list", "set", "cell", "slot", "class", "dict of", "tensor")
+KINDS = (
+    *("dict", "ordered", "names", "list", "deque", "set", "cell", "variable"),
+    *("slot", "class", "dict of", "tensor"),
+)
 
 
 @given(data=st.data(), shortcuts=st.booleans())

@@ -90,25 +90,25 @@ def test_an_entry_is_added_to_a_guard_that_holds(new_guard: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 40])
-def test_the_order_of_an_ordered_dictionary_is_not_compared(new_guard: Any, count: int) -> None:
-    """It is kept where no write to the dictionary shows: Python compares those with more than one entry."""
-    d, guard = OrderedDict((key, object()) for key in range(count)), new_guard()
-    if count > 1:
-        with pytest.raises(TypeError, match="the order of an OrderedDict is not compared"):
-            add_dict(guard, d)
-        assert len(guard) == 0
-        return
+def test_the_order_of_an_ordered_dictionary_is_an_entry_of_its_own(new_guard: Any, count: int) -> None:
+    """It is kept where no write to the dictionary shows."""
+    d, guard, order = OrderedDict((key, object()) for key in range(count)), new_guard(), new_guard()
     add_dict(guard, d)
+    order.add_iterable(d, OrderedDict, tuple(d))
     assert guard.holds()
     if count:
         d.move_to_end(0)
         assert guard.holds()
+        assert order.holds() == (count == 1)
+        d.move_to_end(0, last=False)
+        assert order.holds()
         value = d.pop(0)
         assert not guard.holds()
         d[0] = value
-        assert guard.holds()
-    d[1] = object()
+        assert guard.holds() == (count == 1)
+    d[1000] = object()
     assert not guard.holds()
+    assert not order.holds()
 
 
 def test_attributes(new_guard: Any) -> None:

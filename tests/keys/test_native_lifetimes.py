@@ -7,7 +7,8 @@ import gc
 import sys
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from contextvars import ContextVar
 from types import CellType, CodeType
 from typing import Any
 
@@ -27,8 +28,12 @@ def everything(new_guard: Any, made: Any) -> Any:
     add_dict(guard, OrderedDict({"a": made}))
     add_dict(guard, vars(made))
     guard.add_names({"a": made}, ("a",), (made,), ("b",))
-    for seq in ([made], {made}, frozenset([made])):
-        guard.add_items(seq, (made,))
+    guard.add_list([made], (made,))
+    for kind in (set, frozenset, deque):
+        guard.add_iterable(kind([made]), kind, (made,))
+    variable: ContextVar[Any] = ContextVar("variable", default=made)
+    guard.add_variable(variable, made)
+    guard.add_property(torch.zeros(1), torch._C.TensorBase.requires_grad, False)
     guard.add_cell(cell, made)
     guard.add_cell(CellType())
     guard.add_slot(slotted, Slotted.__dict__["one"], made)
@@ -81,7 +86,7 @@ def test_ten_thousand_guards(new_guard: Any) -> None:
     for _ in range(10_000):
         guard = new_guard()
         guard.add_dict(d, ("a",), (o,))
-        guard.add_items([o], (o,))
+        guard.add_list([o], (o,))
         guard.holds()
     del guard
     assert (sys.getrefcount(o), sys.getrefcount(d)) == before
@@ -124,7 +129,7 @@ def test_what_is_guarded_may_die_elsewhere(new_guard: Any) -> None:
     guard = new_guard()
     add_dict(guard, vars(o))
     items = [plain()]
-    guard.add_items(items, tuple(items))
+    guard.add_list(items, tuple(items))
     del o, items
     gc.collect()
     assert guard.holds()
@@ -140,7 +145,7 @@ def test_from_several_threads(new_guard: Any) -> None:
     kept = d["a"]
     guard = new_guard()
     add_dict(guard, d)
-    guard.add_items(items, (made,))
+    guard.add_list(items, (made,))
     guard.add_cell(cell, made)
     answers: set[bool] = set()
 

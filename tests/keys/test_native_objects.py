@@ -1,9 +1,11 @@
-"""The compiled guard notices every change of a list, set, cell, slot, class or dictionary of an object."""
+"""The compiled guard notices every change of what has no watcher, such as a list, a cell, a slot or a class."""
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextvars import Context, ContextVar
 from types import CellType
 from typing import Any
 
@@ -44,12 +46,12 @@ def test_writes_to_a_sequence(new_guard: Any, kind: type) -> None:
     values = (*(object() for _ in range(68)), Hostile(), Hostile())
     for write in writes:
         seq, guard = kind(values), new_guard()
-        guard.add_items(seq, values)
+        guard.add_list(seq, values)
         assert guard.holds()
         write(seq)
         assert not guard.holds()
     empty, guard = kind(), new_guard()
-    guard.add_items(empty, ())
+    guard.add_list(empty, ())
     assert guard.holds()
     empty.append(1)
     assert not guard.holds()
@@ -71,10 +73,99 @@ def test_writes_to_a_set(new_guard: Any) -> None:
         changing = set(values)
         changing.add("gone")
         changing.remove("gone")
-        guard.add_items(changing, tuple(changing))
-        guard.add_items(frozenset(values), tuple(frozenset(values)))
-        assert guard.holds() == (list(frozenset(values)) == list(frozenset(values)))
+        frozen, empty = frozenset(values), set[Any]()
+        guard.add_iterable(changing, set, tuple(changing))
+        guard.add_iterable(frozen, frozenset, tuple(frozen))
+        guard.add_iterable(empty, set, ())
+        assert guard.holds()
+        empty.add(1)
+        assert not guard.holds()
+        empty.clear()
+        assert guard.holds()
         write(changing)
+        assert not guard.holds()
+
+
+def test_the_items_of_what_else_can_be_iterated(new_guard: Any) -> None:
+    class Odd(deque[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError("a guard ran Python code")
+
+    items, ordered, guard = Odd((Hostile(), 2, 3)), OrderedDict(a=1, b=2), new_guard()
+    guard.add_iterable(items, deque, tuple(deque.__iter__(items)))
+    guard.add_iterable(ordered, OrderedDict, ("a", "b"))
+    assert guard.holds()
+    items.rotate(1)
+    assert not guard.holds()
+    items.rotate(-1)
+    assert guard.holds()
+    ordered.move_to_end("a")
+    assert not guard.holds()
+    ordered.move_to_end("b")
+    assert guard.holds()
+    items.append(1)
+    assert not guard.holds()
+    items.pop()
+    items.pop()
+    assert not guard.holds()
+    for thing, kind in (([], deque), (deque(), object), (1, int)):
+        guard = new_guard()
+        guard.add_iterable(thing, kind, ())
+        assert not guard.holds()
+
+
+def test_context_variables(new_guard: Any) -> None:
+    value = Hostile()
+    unset, default, given = ContextVar("unset"), ContextVar("default", default=value), ContextVar("given")
+    given.set(value)
+    guard = new_guard()
+    guard.add_variable(unset)
+    guard.add_variable(default, value)
+    guard.add_variable(given, value)
+    assert guard.holds()
+    for variable in (unset, default, given):
+        token = variable.set(None)
+        assert not guard.holds()
+        variable.reset(token)
+        assert guard.holds()
+    assert not Context().run(guard.holds)
+
+
+def test_properties(new_guard: Any) -> None:
+    x, flag = torch.zeros(2), torch._C.TensorBase.requires_grad
+    guard = new_guard()
+    guard.add_property(x, flag, False)
+    assert guard.holds()
+    x.requires_grad_()
+    assert not guard.holds()
+    for other in (1, Plain()):
+        guard = new_guard()
+        guard.add_property(other, flag, False)
+        assert not guard.holds()
+
+
+def test_dictionaries_that_nobody_writes_to(new_guard: Any, request: pytest.FixtureRequest) -> None:
+    writes: list[Callable[[Any], object]] = [
+        lambda d: d.pop("a"),
+        lambda d: d.__setitem__("b", 2),
+        lambda d: d.__setitem__("a", object()),
+        lambda d: (d.pop("a"), d.__setitem__("a", 1)),
+    ]
+    if "in full" in request.node.name or sys.version_info >= (3, 14):
+        with pytest.raises(TypeError, match="does not count"):
+            new_guard().add_unwritten({})
+        return
+    for write in writes:
+        d, other, guard = {"a": 1}, {}, new_guard()
+        guard.add_unwritten(d)
+        add_dict(guard, other)
+        assert guard.holds()
+        assert d["a"] == 1
+        other.update(a=1)
+        other.clear()
+        assert guard.holds()
+        write(d)
+        assert not guard.holds()
         assert not guard.holds()
 
 
@@ -151,7 +242,7 @@ def test_each_entry_is_compared(new_guard: Any, at: int) -> None:
     d, ordered, items, cell = {"a": 1}, OrderedDict(a=1), [1], CellType(1)
     tensor = torch.zeros(2)
     guard = new_guard()
-    guard.add_items(items, (1,))
+    guard.add_list(items, (1,))
     add_dict(guard, ordered)
     guard.add_tensor(tensor)
     add_dict(guard, d)
@@ -197,10 +288,13 @@ def test_what_cannot_be_added(new_guard: Any) -> None:
         ("add_dict", ({}, (1,), ()), ValueError, "1 keys and 0 values"),
         ("add_names", ({}, (1,), (1,), ()), TypeError, "names are strings"),
         ("add_names", ({}, ("a",), (), ()), ValueError, "1 keys and 0 values"),
-        ("add_items", ((), ()), TypeError, "tuple is no list or set"),
-        ("add_items", (deque(), ()), TypeError, "deque is no list or set"),
-        ("add_dict", (OrderedDict(a=1, b=2), ("a", "b"), (1, 2)), TypeError, "the order of an OrderedDict"),
-        ("add_items", ([], []), TypeError, "tuple"),
+        ("add_list", ((), ()), TypeError, "list"),
+        ("add_list", ([], []), TypeError, "tuple"),
+        ("add_iterable", (deque(), 1, ()), TypeError, "type"),
+        ("add_iterable", (deque(), deque, []), TypeError, "tuple"),
+        ("add_variable", (1,), TypeError, "ContextVar"),
+        ("add_property", (1, Slotted.__dict__["one"], 1), TypeError, "getset_descriptor"),
+        ("add_unwritten", ([],), TypeError, "list is no dict"),
         ("add_cell", (1, 1), TypeError, "cell"),
         ("add_slot", (1, Slotted.__dict__["one"]), TypeError, "is not of int"),
         ("add_slot", (Slotted(), Plain.__dict__["__dict__"]), TypeError, "member_descriptor"),
