@@ -1000,7 +1000,7 @@ CURES: dict[str, Cure] = {
     "context variables are noticed": Cure(
         both(
             replace(effects, "_changed_process_state", lambda *_: iter(())),
-            replace(value_nodes.ShownNode, "differs", _never),
+            replace(value_nodes.VariableNode, "differs", _never),
         ),
         _a_context_variable_is_set_for_nobody,
         EFFECTS + "test_an_effect_is_noticed_and_named[a context variable]",
