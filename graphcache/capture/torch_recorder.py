@@ -141,6 +141,8 @@ class TorchRecorder:
             return located(refusal_of(error, self._name).cause, error, self._module, self._name)
         finally:
             if effects.may_keep and foreground:
+                if effects.state is not None:
+                    effects.state.rewind()
                 # The last run leaves the caller's tensors in the state, not those of the recording.
                 with graphs_off(), suppress(Exception):
                     self._run(*call.args, **call.kwargs)
@@ -220,7 +222,7 @@ class TorchRecorder:
         trial.compare(expected)
         self._check_questions(trial)
         inputs = [packed(tensor) for tensor in trial.static]
-        graph = CpuTape.record(trial.run, inputs, self._host_lock, trial.updates or ())
+        graph = CpuTape.record(trial.run, inputs, self._host_lock, trial.updates or (), trial.rewind)
         self._verify(graph, trial, expected, trial.run)
         return graph
 
@@ -281,6 +283,8 @@ class TorchRecorder:
         """Repeat a call, and refuse it if it asks its tensors what no call key holds."""
         # A read of device memory invalidates the capture by itself; others were noticed by the observed run.
         questions = HostQuestions(trial.tensors, trial.state, lambda: path_here(self._module))
+        # In another state it may do what was not observed, such as count, or write past the end of a cache.
+        trial.rewind()
         with compiled_runs_eagerly(), questions as host:
             trial.repeat()
         if host.asked:

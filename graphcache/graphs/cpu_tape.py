@@ -62,16 +62,18 @@ class CpuTape:
         inputs: Sequence[Tensor],
         lock: threading.RLock,
         updates: Container[int] = (),
+        begin: Callable[[], object] = lambda: None,
     ) -> CpuTape:
         """Run ``body`` on the static inputs, which the graph keeps, and keep what it did, or raise a ``Refusal``.
 
-        Of memory that outlives the call it may write what ``updates`` has.
+        Of memory that outlives the call it may write what ``updates`` has; ``begin`` is called before each run.
         """
         refused: list[Refusal] = []
         # What the host reads may be a check that an operator makes on the CPU alone, such as that of one_hot. Below
         # autograd such operators arrive whole, and are recorded so; what needs gradients inside raises there.
         for level in (nullcontext, torch._C._AutoDispatchBelowAutograd):
             tape, outputs = _Recorder(updates), None
+            begin()
             try:
                 with torch.inference_mode(False), torch.no_grad(), level(), compiled_runs_eagerly(), tape:
                     outputs = body()

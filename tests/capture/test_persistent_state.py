@@ -122,6 +122,39 @@ def test_new_memory_for_the_state_is_noticed_before_the_graph_writes() -> None:
         assert torch.equal(old, before)
 
 
+def test_every_repetition_begins_with_the_state_of_before() -> None:
+    """Another one may lead the module to do what was not observed."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.count += 1
+        if float(self.count) > len(self.log) + 1:
+            self.log.append(1)
+        return x + self.count
+
+    module = Fn(forward, count=torch.zeros(()), log=[])
+    twin, fast = copy.deepcopy(module), graphcache.wrap(module)
+    for _ in range(4):
+        assert torch.equal(fast(torch.ones(2)), twin(torch.ones(2)))
+        assert (module.log, module.count) == (twin.log, twin.count)
+        module.count.zero_(), twin.count.zero_()
+
+
+def test_the_last_place_of_a_cache_is_captured() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.rows.index_copy_(0, self.position, x)
+        self.position.add_(1)
+        return self.rows * 2
+
+    module = Fn(forward, rows=torch.zeros(1, 3), position=torch.zeros(1, dtype=torch.long))
+    fast = graphcache.wrap(module)
+    for step in range(3):
+        x = torch.full((1, 3), float(step))
+        assert torch.equal(fast(x), x * 2)
+        assert int(module.position) == 1
+        module.position.zero_()
+    assert fast.cache_info().captures == 1
+
+
 def test_two_shapes_of_calls_have_two_graphs_and_one_state() -> None:
     fast, module, twin, _ = pair("running statistics")
     for step in range(12):
