@@ -16,6 +16,7 @@ from graphcache.capture.effects import Effects, Watched, observe, snapshot_of, s
 from graphcache.capture.engine_like import EngineLike, EngineScope
 from graphcache.capture.host_activity import is_available
 from graphcache.capture.persistent_state import PersistentState
+from graphcache.capture.rebound_state import StateFunction
 from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
@@ -48,7 +49,7 @@ class TorchRecorder:
     passing_nbytes = 0
 
     def __init__(
-        self, module: nn.Module, run: Callable[..., Any], name: str, config: GraphConfig, guard: ModuleGuard
+        self, module: nn.Module, run: StateFunction, name: str, config: GraphConfig, guard: ModuleGuard
     ) -> None:
         self._module = module
         self._run = run
@@ -70,7 +71,15 @@ class TorchRecorder:
         """Run a call for the caller, and tell whether a graph may repeat it."""
         with self.observing:
             effects = self._observe(call, keeps_state)
-        if effects.cause is not None:
+        if effects.rebound and self._run.adopt(effects.rebound):
+            self._guard.leave_out(effects.rebound)
+            names = ", ".join(place.path for place in effects.rebound[:3])
+            effects.cause = Cause(
+                Reason.UNSETTLED,
+                names,
+                "the call puts another tensor there, an argument from the next call on",
+            )
+        elif effects.cause is not None:
             # What changed no state leaves the graphs of other keys right. Without graphs there is nothing to compare.
             if effects.cause.reason is Reason.MUTATES or not self._guard.is_armed:
                 self._guard.forget()
@@ -97,6 +106,8 @@ class TorchRecorder:
         watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module), state)
         with graphs_off():
             effects = observe(self._run, args, kwargs, watched)
+        if keeps_state and self._config.buckets is None and effects.cause is not None:
+            effects.rebound = module.rebound() if effects.cause.reason is Reason.MUTATES else []
         effects.version, effects.held, effects.may_keep = module.version, held, self._may_keep(call.tensors, held)
         return effects
 
@@ -148,6 +159,7 @@ class TorchRecorder:
                     self._run(*call.args, **call.kwargs)
             if effects.state is not None:
                 effects.state.advance()
+            self._run.let_go()
         recorded.version = effects.version
         self._guard.arm()
         if effects.held is not None:

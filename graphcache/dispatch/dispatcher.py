@@ -89,9 +89,15 @@ class Dispatcher:
         with self.on_device(call):
             entry = self.entry_of(call)
             if entry is None or (answer := self.replay(entry, call)) is STALE:
-                return self.miss(call)
-            self.fast_path.remember(call, entry)
-            return answer
+                answer = self.miss(call)
+            else:
+                self.fast_path.remember(call, entry)
+            return self._finish(call, answer) if call.state else answer
+
+    def _finish(self, call: KeyedCall, answer: Any) -> Any:
+        """The answer of a call whose state is an argument and a part of the answer."""
+        assert isinstance(self.target, ModuleTarget)
+        return self.target.finish(call, answer)
 
     def into(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a graph has written the answer of a call straight into tensors of the caller's."""
@@ -100,7 +106,7 @@ class Dispatcher:
         except Refusal:
             return False
         with self.on_device(call):
-            if (entry := self.entry_of(call)) is None:
+            if call.state or (entry := self.entry_of(call)) is None:
                 return False
             targets = targets_of(out, entry.graph, self.target.graph_inputs(call.tensors))
             if targets is None or self.replay(entry, call, targets) is STALE:
@@ -229,7 +235,7 @@ class Dispatcher:
     def run(self, call: KeyedCall) -> Any:
         """Run the module itself for a caller, while no background capture does."""
         with self.captures.running():
-            return self.target.run(*call.args, **call.kwargs)
+            return self.target.call(*call.args, **call.kwargs)
 
     def eager(self, cause: Cause, call: KeyedCall) -> Any:
         """Answer a call without a graph of the whole."""
@@ -326,6 +332,8 @@ class Dispatcher:
     def capture_alone(self, call: KeyedCall) -> Recording:
         """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
         outcome: Recording | Cause | str | None = self.forbidden() or self.captures.needs_grad(call.tensors)
+        if outcome is None and call.state:
+            outcome = "calls put other tensors into attributes, which a graph alone does not"
         if outcome is None and self.submodules.excluded:
             outcome = f"{', '.join(self.submodules.excluded)} is excluded, so that there is no graph of the whole"
         if outcome is None:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.engine_recorder import EngineRecorder
+from graphcache.capture.rebound_state import StateFunction
 from graphcache.capture.recording import Recording, lies_in
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.config import GraphConfig, modes
 from graphcache.keys.call_key import CallKey, KeyedCall, describe
 from graphcache.keys.guards import ModuleGuard
+from graphcache.keys.state_snapshot import is_alike
+from graphcache.keys.values import MISSING
 
 _MAX_UPDATES = 1024
 """Keys whose updates are known; without that, the next call of a key finds out again."""
@@ -90,11 +93,13 @@ class ModuleTarget:
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on; graphs of another one must have been dropped."""
         self.run = run
-        self.recorder = self._recorder_of(run)
+        self.call = StateFunction(run)
+        """What runs a call that was described."""
+        self.recorder = self._recorder_of(self.call)
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         """The call of these arguments. Its key holds the addresses of tensors in memory that such a call updates."""
-        call = describe(args, kwargs)
+        call = describe(args, kwargs) if not self.call.name else self._with_state(args, kwargs)
         if not self._updates or (updates := self._updates.get(call.key)) is None:
             return call
         if updates.sharing and _sharing(call.tensors, updates.places) != updates.sharing:
@@ -120,6 +125,29 @@ class ModuleTarget:
             self._updates.clear()
         self._updates[key] = _Updates(places, recorded.updates, sharing)
         return _at_addresses(call, recorded.in_place)
+
+    def _with_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
+        """The call of these arguments and of what the module's attributes hold."""
+        state = self.call.given()
+        if any(value is MISSING for each in state.values() for value in each):
+            # Somebody has deleted an attribute, and it is no argument any more.
+            self.forget_state()
+            state = {}
+        return describe(args, {**kwargs, **state})._replace(state=next(iter(state), ""))
+
+    def finish(self, call: KeyedCall, answer: Any) -> Any:
+        """The answer to a caller; what the call left in attributes is put there."""
+        answer, state = answer
+        self.call.put(call.state, state)
+        if not all(map(_keeps_kind, call.kwargs[call.state], state)):
+            # It grows, so that each call would be another one, or wants gradients.
+            self.forget_state()
+        return answer
+
+    def forget_state(self) -> None:
+        """Look anew for what calls rebind."""
+        self.call.name = ""
+        self.guard.leave_out(())
 
     def graph_inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors of a call that a graph is given."""
@@ -152,14 +180,14 @@ class EngineTarget:
         self.module = self.engine = engine
         self.guard = EngineGuard(engine, user)
         self.has_changed = self.guard.has_changed
-        self.run = run
+        self.runs(run)
         self.recorder = EngineRecorder(engine, config)
         # Whether the arguments of a call are not simply the engine's inputs.
         self._binds = bool(engine.host_inputs) or engine.takes_numbers
 
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on."""
-        self.run = run
+        self.run = self.call = run
 
     def describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedCall:
         """The call of these arguments. Its key holds the values of host shape tensors, which a graph freezes."""
@@ -180,6 +208,11 @@ class EngineTarget:
 
     def device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
         return self.engine.device
+
+
+def _keeps_kind(before: Any, now: Any) -> bool:
+    """Whether a place is as calls without other effects leave it; it may be empty before the first of a sequence."""
+    return before is None or now is None or now is before or is_alike(before, now)
 
 
 def _at_addresses(call: KeyedCall, places: Sequence[int]) -> KeyedCall:

@@ -78,6 +78,12 @@ NO_KEY = CallKey(grad=False, inference=False, autocast=(), settings=None, repeat
 """Stands for the key of a call that has none; nothing is looked up by it."""
 
 
+class StateName(str):
+    """The name of an argument that holds what attributes of the module hold: no caller gives it."""
+
+    __slots__ = ()
+
+
 class KeyedCall(NamedTuple):
     """One call of a module."""
 
@@ -86,6 +92,8 @@ class KeyedCall(NamedTuple):
     """Those among its arguments, in the order of the key."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    state: str = ""
+    """The keyword argument that holds what the module's attributes hold now, where the call rebinds them."""
 
     @property
     def is_flat(self) -> bool:

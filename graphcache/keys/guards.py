@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_nodes import Change, EpochNode
-from graphcache.keys.state_snapshot import StateSnapshot
+from graphcache.keys.state_snapshot import Place, StateSnapshot
 from graphcache.keys.state_walk import Skips
 
 _GLOBAL_HOOKS = (
@@ -33,7 +33,7 @@ class ModuleGuard:
 
     __slots__ = (
         *("_find_engines", "_functions", "_hooks", "_ignore", "_lock", "_module", "_skips"),
-        *("known", "root", "version"),
+        *("known", "places", "root", "version"),
     )
 
     def __init__(
@@ -54,6 +54,8 @@ class ModuleGuard:
         self._skips = skips
         self._find_engines = engines
         self._functions: dict[types.CodeType, dict[str, Any]] = {}
+        self.places: Sequence[Place] = ()
+        """What is no part of the state: it is an argument of every call."""
         self.known: StateSnapshot | None = None
         """The state that graphs were proven in; ``None`` if there is none. Native code reads it too."""
         self._lock = threading.Lock()
@@ -69,7 +71,8 @@ class ModuleGuard:
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
         roots = [(self.root, self._module), *hooks]
-        found = StateSnapshot(roots, ignore=self._ignore, skips=self._skips, functions=self._functions)
+        options: dict[str, Any] = {"ignore": self._ignore, "skips": self._skips, "functions": self._functions}
+        found = StateSnapshot(roots, **options, places=self.places)
         for engine in self._find_engines(self._module):
             found.guard_also(EpochNode(engine))
         with self._lock:
@@ -141,6 +144,11 @@ class ModuleGuard:
         """Compare in native code from now on, for there is a graph to be guarded."""
         if (known := self.known) is not None and not known.armed:
             known.arm()
+
+    def leave_out(self, places: Sequence[Place]) -> None:
+        """Take what stands at these places, and at no others, for arguments."""
+        self.places = places
+        self.forget()
 
     def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:
         """Follow the globals of functions that ran and that no walk has found."""

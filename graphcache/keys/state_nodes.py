@@ -68,7 +68,7 @@ class StateNode:
     def __init__(self, parent: StateNode | None, key: str, target: Any, places: Any = ()) -> None:
         self.parent, self.key, self.target = parent, key, target
         self.places = places
-        """Which of its places are looked at, for some kinds."""
+        """Which of its places are looked at, for some kinds; of attributes, which are not."""
         self.state = self.read()
 
     @property
@@ -161,14 +161,14 @@ class AttributesNode(TableNode):
     def read(self) -> State:
         names, values = super().read()
         replaced = self._replaced()
-        if not replaced:
+        if not replaced and not self.places:
             return names, values
         # A call of a wrapped module is under way, perhaps in another thread.
         found = dict(zip(names, values, strict=True))
         for name in _REPLACED & found.keys():
             value = found.pop(name)
             found.update((replaced[name] or {}) if name in replaced else {name: value})
-        return pairs(found)
+        return pairs({name: value for name, value in found.items() if name not in self.places})
 
     def _replaced(self) -> dict[str, dict[str, Any] | None]:
         """The names under which something stands in, and what it replaces."""
@@ -184,7 +184,7 @@ class AttributesNode(TableNode):
         if any(own is not None for own in self._replaced().values()):
             raise ValueError
         if type(self.target) is dict:
-            native.add_dict(self.target, *self.state, vars(StandIn)["own"])
+            native.add_dict(self.target, *self.state, vars(StandIn)["own"], tuple(self.places))
         else:
             super().guard(native)
 

@@ -14,14 +14,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graphcache import native
-from graphcache.keys.state_nodes import Change, State, StateNode
+from graphcache.keys.state_nodes import AttributesNode, Change, State, StateNode
 from graphcache.keys.state_walk import Skips, StateWalk
+
+
+class Place(NamedTuple):
+    """Where an object keeps an attribute."""
+
+    table: dict[str, Any]
+    name: str
+    path: str
 
 
 class StateSnapshot:
@@ -29,12 +37,12 @@ class StateSnapshot:
 
     Left out are paths in ``ignore``, where ``*`` stands for anything, and what is below objects that ``skips`` tells.
     Of code in ``functions`` the globals are followed too, and of classes the methods that are ``mentioned`` elsewhere.
-    Objects in ``weakly`` are not kept alive.
+    Objects in ``weakly`` are not kept alive, and what stands at ``places`` is no part of the state.
     :class:`Unobservable` says that there is too much of it.
     """
 
     __slots__ = (
-        *("_broken", "_guarded", "_ignore", "_native"),
+        *("_broken", "_guarded", "_ignore", "_native", "_places"),
         *("armed", "compared", "covered", "mentioned", "nodes", "tensors", "version"),
     )
 
@@ -47,10 +55,15 @@ class StateSnapshot:
         functions: Mapping[CodeType, dict[str, Any]] | None = None,
         weakly: Sequence[object] = (),
         mentioned: Iterable[str] = (),
+        places: Sequence[Place] = (),
     ) -> None:
         # Only * stands for anything: brackets are part of a path.
         self._ignore = re.compile("|".join(re.escape(each).replace(r"\*", ".*") + r"(?:[.[].*)?" for each in ignore))
-        walk = StateWalk(self.ignores if ignore else None, skips, weakly, mentioned)
+        self._places = places
+        left_out: dict[int, tuple[str, ...]] = {}
+        for place in places:
+            left_out[id(place.table)] = (*left_out.get(id(place.table), ()), place.name)
+        walk = StateWalk(self.ignores if ignore else None, skips, weakly, mentioned, left_out)
         walk.walk(roots, functions or {})
         self.nodes, self.tensors, self.covered = walk.nodes, walk.tensors, walk.covered
         self.mentioned = walk.mentioned
@@ -73,6 +86,21 @@ class StateSnapshot:
         """What differs now from what was found, by value; no more than ``limit`` differences are told."""
         differing = (node for node in (*self.nodes, *self.tensors) if node.differs())
         return list(islice(chain.from_iterable(map(self._changes_of, differing)), limit))
+
+    def rebound(self) -> list[Place]:
+        """Where other tensors of the same kind are than before, and what is left out; nothing if more differs."""
+        found = list[Place]()
+        for node in (*self.nodes, *self.tensors):
+            if not node.differs() or not self._changes_of(node, now := node.read()):
+                continue
+            before, after = (dict(zip(*state, strict=True)) for state in (node.state, now))
+            names = [name for name in {**before, **after} if before.get(name) is not after.get(name)]
+            alike = type(node) is AttributesNode and type(node.target) is dict
+            if not alike or not all(is_alike(before.get(name), after.get(name)) for name in names):
+                return []
+            found += [Place(node.target, name, node.path + node.end(name)) for name in names]
+        reached = {id(node.target) for node in self.nodes}
+        return [*found, *(place for place in self._places if id(place.table) in reached)] if found else []
 
     def written(self) -> list[Change]:
         """The tensors that operations wrote into since, or that gradients were accumulated for."""
@@ -134,6 +162,19 @@ def _is_guarded(node: StateNode, guard: Any) -> bool:
         # An object of a kind that it does not take, or that changed this moment.
         return False
     return True
+
+
+def is_alike(old: Any, new: Any) -> bool:
+    """Whether both are tensors of the same dtype, shape and device, or tuples of such."""
+    if type(old) is tuple and type(new) is tuple:
+        return len(old) == len(new) > 0 and all(map(is_alike, old, new))
+    if type(old) is not Tensor or type(new) is not Tensor:
+        return False
+    return not new.requires_grad and _kind(old) == _kind(new)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.device, tensor.layout
 
 
 def is_strided(tensor: Tensor) -> bool:

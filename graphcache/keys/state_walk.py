@@ -76,6 +76,7 @@ class StateWalk:
         skips: Skips | None,
         weakly: Sequence[object] = (),
         mentioned: Iterable[str] = (),
+        left_out: Mapping[int, tuple[str, ...]] = types.MappingProxyType({}),
     ) -> None:
         self.nodes: list[StateNode] = []
         """What was found, but for tensors."""
@@ -85,6 +86,8 @@ class StateWalk:
         self._ignores = ignores
         self._skips = skips
         self._weakly = set(map(id, weakly))
+        self._left_out = left_out
+        """Names in tables of attributes, by the identity of the table."""
         self._seen: set[int] = set()
         # An id may be used again once its object is gone, which may live only here.
         self._held: list[Any] = []
@@ -193,7 +196,8 @@ class StateWalk:
         kind = type(value)
         if issubclass(kind, dict):
             members = not key and isinstance(parent, nodes.AttributesNode)
-            self._follow((nodes.AttributesNode if members else nodes.TableNode)(parent, key, value))
+            kind_of_node = nodes.AttributesNode if members else nodes.TableNode
+            self._follow(kind_of_node(parent, key, value, self._left_out.get(id(value), ())))
         elif issubclass(kind, nodes.ITEMS):
             self._follow(nodes.ItemsNode(parent, key, value))
         elif issubclass(kind, tuple):
@@ -236,7 +240,7 @@ class StateWalk:
         self._follow(kind_of_node(parent, key, value, slots))
         if table is not None:
             # Under the object's own path.
-            self._follow(nodes.AttributesNode(parent, key, table))
+            self._follow(nodes.AttributesNode(parent, key, table, self._left_out.get(id(table), ())))
         self._classes_of(kind)
 
     def _machinery(self, parent: StateNode | None, key: str, value: Any) -> None:

@@ -191,7 +191,7 @@ class _Work:
                         # Of the caller's capture, say, this would become a part.
                         raise Refusal(cause.reason)
                     with dispatcher.on_device(call), graphs_off():
-                        dispatcher.target.run(*call.args, **call.kwargs)
+                        dispatcher.target.call(*call.args, **call.kwargs)
                 found.setdefault(place, (job, call.key))
         for target in dict.fromkeys(job.target for job, _ in found.values()):
             if dispatcher_of(target).captures.on_cuda:

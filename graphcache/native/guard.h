@@ -28,8 +28,6 @@ static PyObject *guard_holds(Guard *self, PyObject *unused UNUSED) {
 
 static Py_ssize_t guard_length(Guard *self) { return self->count; }
 
-// ---- adding
-
 // Keeps what a method was given for as long as there are entries. Returns -1 with an exception.
 static int keep(Guard *self, PyObject *given) {
   if (self->held == NULL && (self->held = PyList_New(0)) == NULL) return -1;
@@ -54,7 +52,7 @@ static PyObject *add_some(Guard *self, PyObject *args, const char *format, int s
   Expected expected = {0};
   if (!PyArg_ParseTuple(args, format, &PyDict_Type, &dict, &PyTuple_Type, &expected.keys, &PyTuple_Type,
                         &expected.values, some ? &PyTuple_Type : &PyMemberDescr_Type,
-                        some ? &expected.absent : &expected.slot))
+                        some ? &expected.absent : &expected.slot, &PyTuple_Type, &expected.skipped))
     return NULL;
   const Py_ssize_t keys = PyTuple_GET_SIZE(expected.keys), values = PyTuple_GET_SIZE(expected.values);
   if (keys != values) return PyErr_Format(PyExc_ValueError, "%zd keys and %zd values", keys, values);
@@ -63,7 +61,7 @@ static PyObject *add_some(Guard *self, PyObject *args, const char *format, int s
   return added(self, keep(self, args) || add_dict(&self->dicts, dict, expected));
 }
 
-static PyObject *guard_add_dict(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!|O!:add_dict", 0); }
+static PyObject *guard_add_dict(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!|O!O!:add_dict", 0); }
 
 static PyObject *guard_add_names(Guard *self, PyObject *args) { return add_some(self, args, "O!O!O!O!:add_names", 1); }
 
@@ -132,8 +130,6 @@ static PyObject *guard_add_tensor(Guard *self, PyObject *tensor) {
   return added(self, keep(self, tensor) || add_tensor(&self->tensors, tensor));
 }
 
-// ---- the type
-
 static int guard_traverse(Guard *self, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(self));
   Py_VISIT(self->held);
@@ -151,7 +147,7 @@ static int guard_clear(Guard *self) {
 // value does. A TypeError says that a guard does not compare such an object.
 static PyMethodDef guard_methods[] = {
     {"add_dict", (PyCFunction)guard_add_dict, METH_VARARGS,
-     "(dict, keys, values, slot): these as they were put in, but for objects with None in this slot."},
+     "(dict, keys, values, slot, names): these as they were put in, but for these names and objects with None there."},
     {"add_names", (PyCFunction)guard_add_names, METH_VARARGS,
      "(dict, names, values, absent): it holds these under these names, and nothing under others; more keys may change."},
     {"add_unwritten", (PyCFunction)guard_add_unwritten, METH_O, "A dictionary that nobody writes to from now on."},

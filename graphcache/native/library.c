@@ -14,8 +14,6 @@
 // held from the first look at the graph to the last change of it.
 #include "doors.h"
 
-// ---- the probe
-
 // configure(library of torch, seven offsets, tensor types, sets of keys)
 static PyObject *configure(PyObject *module UNUSED, PyObject *args) {
   const char *path;

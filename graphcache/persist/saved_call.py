@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graphcache.errors import Refusal, shown
-from graphcache.keys.call_key import CallKey, describe
+from graphcache.keys.call_key import CallKey, StateName, describe
 from graphcache.keys.call_spec import CallSpec, TensorSpec
 
 MAX_TEXT = 64 * 1024
@@ -24,8 +24,8 @@ def saved(spec: CallSpec) -> CallSpec:
         ValueError: If no file can hold it.
     """
     key = spec.key
-    if key.held or key.written:
-        raise ValueError("an object, or a tensor that the call updates in place")
+    if key.held or key.written or any(type(name) is StateName for name, _ in key.kwargs):
+        raise ValueError("an object, a tensor that the call updates in place, or state that it rebinds")
     if isinstance(key.grad, tuple) and any(key.grad):
         raise ValueError("an input requires gradients")
     if len({each.device for each in spec.tensors if each.device.type != "cpu"}) > 1:
