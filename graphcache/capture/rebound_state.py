@@ -50,10 +50,10 @@ class StateFunction:
         """The argument with the state of now; nothing if there is none."""
         if not (name := self.name):
             return {}
+        places = self._places.get(name, ())
         while True:
-            own, places = self._own, self._places.get(name, ())
-            state = zip(places, self._state(name), strict=True)
-            found = tuple([own.get((id(place.table), place.name), value) for place, value in state])
+            own, state = self._own, _state(places)
+            found = tuple([own.get(key, value) for key, value in zip(_keys(places), state, strict=True)])
             # A repetition may have begun or ended meanwhile.
             if self._own is own:
                 return {name: found}
@@ -64,32 +64,41 @@ class StateFunction:
         if not name:
             return self.run(*args, **kwargs)
         given = kwargs.pop(name)
-        if name not in self._places:
+        if (places := self._places.get(name)) is None:
             # Other places were found since the call was described.
             return self.run(*args, **kwargs), given
-        before = self._state(name)
+        before = _state(places)
         if all(map(is_, pytree.tree_leaves(given), pytree.tree_leaves(before))):
             # If it raises, it leaves what it has left by then, as without graphs.
             answer = self.run(*args, **kwargs)
-            after = self._state(name)
-            self.put(name, before)
+            after = _state(places)
+            _put(places, before)
             return answer, after
-        places = [(id(place.table), place.name) for place in self._places[name]]
-        self._own = dict(zip(places, before, strict=True))
+        self._own = dict(zip(_keys(places), before, strict=True))
         try:
-            self.put(name, given)
-            return self.run(*args, **kwargs), self._state(name)
+            _put(places, given)
+            return self.run(*args, **kwargs), _state(places)
         finally:
-            self.put(name, before)
+            _put(places, before)
             self._own = {}
-
-    def _state(self, name: str) -> tuple[Any, ...]:
-        return tuple([place.table.get(place.name, MISSING) for place in self._places.get(name, ())])
 
     def put(self, name: str, state: Sequence[Any]) -> None:
         """Leave a state at its places, whatever is there."""
-        for place, value in zip(self._places.get(name, ()), state, strict=False):
-            if value is not MISSING:
-                place.table[place.name] = value
-            else:
-                place.table.pop(place.name, None)
+        if (places := self._places.get(name)) is not None:
+            _put(places, state)
+
+
+def _keys(places: Sequence[Place]) -> list[tuple[int, str]]:
+    return [(id(place.table), place.name) for place in places]
+
+
+def _state(places: Sequence[Place]) -> tuple[Any, ...]:
+    return tuple([place.table.get(place.name, MISSING) for place in places])
+
+
+def _put(places: Sequence[Place], state: Sequence[Any]) -> None:
+    for place, value in zip(places, state, strict=True):
+        if value is not MISSING:
+            place.table[place.name] = value
+        else:
+            place.table.pop(place.name, None)
