@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import graphcache
 from graphcache import Reason
 from graphcache.capture import torch_recorder
+from tests.capture import test_rebound_state as rebound
 from tests.helpers import Fn
 from tests.stateful import MODELS, SIZE, same, state_of
 
@@ -217,6 +219,45 @@ def test_ten_thousand_frames_of_two_streams(forward):
     assert worst < 1e-6
     assert info.hits > 9_800
     assert info.evictions > 10
+
+
+@pytest.mark.parametrize("name", rebound.MODELS)
+def test_attributes_that_calls_give_other_tensors(name):
+    torch.manual_seed(0)
+    module = rebound.MODELS[name]().requires_grad_(False).cuda()
+    module.h = tree_map(torch.Tensor.cuda, module.h)
+    twin = copy.deepcopy(module)
+    worst = torch.zeros((), device="cuda")
+    with torch.inference_mode(), graphcache.wrap(module) as fast:
+        for frame in range(3_000):
+            if frame % 997 == 500:
+                for each in (module, twin):
+                    each.h = tree_map(torch.zeros_like, each.h)
+            x = torch.randn(1, rebound.SIZE, device="cuda")
+            pairs = [(fast(x), twin(x)), *zip(rebound.leaves(module.h), rebound.leaves(twin.h), strict=True)]
+            for one, other in pairs:
+                worst = torch.maximum(worst, (one - other).abs().max())
+        info = fast.cache_info()
+    assert float(worst) < 1e-5
+    assert info.captures == 1
+    assert info.hits == 2_998
+
+
+def test_the_last_place_of_a_cache_is_captured():
+    def forward(self, x):
+        self.rows.index_copy_(0, self.position, x)
+        self.position.add_(1)
+        return self.rows * 2
+
+    position = torch.zeros(1, dtype=torch.long, device="cuda")
+    module = Fn(forward, rows=torch.zeros(1, 3, device="cuda"), position=position)
+    with torch.no_grad(), graphcache.wrap(module) as fast:
+        for step in range(3):
+            x = torch.full((1, 3), float(step), device="cuda")
+            assert torch.equal(fast(x), x * 2)
+            assert int(module.position) == 1
+            module.position.zero_()
+        assert fast.cache_info().captures == 1
 
 
 def test_text_generation():
