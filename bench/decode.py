@@ -109,16 +109,17 @@ class ByHand(Decoding):
         return self.found
 
 
-def decode(layers: int, tokens: int) -> dict[str, Any]:
-    """Decode with all systems in turn."""
+def decode(layers: int, tokens: int, compiles: bool = True) -> dict[str, Any]:
+    """Decode with all systems in turn, with those that compile if wanted."""
     import graphcache
 
     model = make(layers)
     fast = graphcache.wrap(copy.deepcopy(model))
     systems: dict[str, Any] = {"eager": Decoding(model, model), "graphcache": Decoding(fast, model)}
     if torch.cuda.is_available():
-        compiled = [torch.compile(copy.deepcopy(model), mode=mode) for mode in ("reduce-overhead", "default")]
         systems["by hand"] = ByHand(model, model)
+    if torch.cuda.is_available() and compiles:
+        compiled = [torch.compile(copy.deepcopy(model), mode=mode) for mode in ("reduce-overhead", "default")]
         systems["reduce-overhead"] = Decoding(compiled[0], model)
         systems["graphcache around torch.compile"] = Decoding(graphcache.wrap(compiled[1]), model)
     seconds = {}
@@ -156,12 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=12, help="of the model (default 12)")
     parser.add_argument("--tokens", type=int, default=400, help="to decode (default 400)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out, which takes a minute or two"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON; default: bench/results")
     options = parser.parse_args(arguments)
     if options.layers < 1 or not 1 <= options.tokens < LENGTH:
         parser.error(f"--layers is 1 or more, --tokens from 1 to {LENGTH - 1}")
     with record.stream_scope(default_stream=False), torch.no_grad():
-        result = decode(options.layers, options.tokens)
+        result = decode(options.layers, options.tokens, not options.no_compile)
     payload = {"benchmark": "decode", "environment": record.environment(SEED), **result}
     file = record.write("decode", payload, options.out)
     rows = [
