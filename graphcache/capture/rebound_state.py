@@ -68,7 +68,8 @@ class StateFunction:
             # Other places were found since the call was described.
             return self.run(*args, **kwargs), given
         before = _state(places)
-        if all(map(is_, pytree.tree_leaves(given), pytree.tree_leaves(before))):
+        one, other = pytree.tree_leaves(given), pytree.tree_leaves(before)
+        if len(one) == len(other) and all(map(is_, one, other)):
             # If it raises, it leaves what it has left by then, as without graphs.
             answer = self.run(*args, **kwargs)
             after = _state(places)

@@ -74,11 +74,8 @@ class TorchRecorder:
         if effects.rebound and self._run.adopt(effects.rebound):
             self._guard.leave_out(effects.rebound)
             names = ", ".join(place.path for place in effects.rebound[:3])
-            effects.cause = Cause(
-                Reason.UNSETTLED,
-                names,
-                "the call puts another tensor there, an argument from the next call on",
-            )
+            detail = "the call puts another tensor there, which is an argument from the next call on"
+            effects.cause = Cause(Reason.UNSETTLED, names, detail)
         elif effects.cause is not None:
             # What changed no state leaves the graphs of other keys right. Without graphs there is nothing to compare.
             if effects.cause.reason is Reason.MUTATES or not self._guard.is_armed:

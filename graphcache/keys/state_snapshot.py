@@ -95,6 +95,7 @@ class StateSnapshot:
                 continue
             before, after = (dict(zip(*state, strict=True)) for state in (node.state, now))
             names = [name for name in {**before, **after} if before.get(name) is not after.get(name)]
+            names = [name for name in names if not self.ignores(node.path + node.end(name))]
             alike = type(node) is AttributesNode and type(node.target) is dict
             if not alike or not all(is_alike(before.get(name), after.get(name)) for name in names):
                 return []

@@ -208,6 +208,20 @@ def test_state_that_is_replaced_too_often_runs_eagerly(monkeypatch: pytest.Monke
     assert Reason.MUTATES in fast.cache_info().eager
 
 
+def test_an_ignored_counter_beside_the_state() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.count += 1
+        self.h = self.h + x
+        return self.h * 2
+
+    module = Fn(forward, h=torch.zeros(1, SIZE), count=0)
+    fast, twin = graphcache.wrap(module, ignore=["self.count"]), copy.deepcopy(module)
+    for step in range(6):
+        assert torch.equal(fast(rows(step)), twin(rows(step)))
+        assert torch.equal(module.h, twin.h)
+    assert fast.cache_info().hits == 4
+
+
 def test_state_that_grows_runs_eagerly() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         self.count += 1
