@@ -2,8 +2,9 @@
 
 A LLaMA of Transformers with random weights decodes greedily with a ``StaticCache``. The same Python loop runs it
 eagerly, through graphcache, as one graph captured by hand, as ``torch.compile(mode="reduce-overhead")`` makes it, and
-through graphcache around ``torch.compile``. They take turns, some tokens each, as a loop finds the caches of the CPU
-warm, each with a KV cache of its own. Tokens are compared with those of eager calls. On the CPU, where a graph saves nothing, only eager calls and graphcache run.
+through graphcache around ``torch.compile``. They take turns, each with a KV cache of its own; a turn is some tokens
+long, as a loop finds the caches of the CPU warm. Tokens are compared with those of eager calls. On the CPU, where a
+graph saves nothing, only eager calls and graphcache run.
 """
 
 from __future__ import annotations
