@@ -1,8 +1,8 @@
 """State that calls rebind, as ``self.h = cell(x, self.h)`` does: an input and an output of a graph that no caller sees.
 
-An observed call that only puts other tensors of the same kind into attributes shows where they are. From the next call
-on, the tensors there are arguments of the call, by a name that no argument has, and what the call leaves there is part
-of its answer. So the call is a function of its tensors, and everything that holds for those holds for its state.
+An observed call that only puts other tensors of the same kind into attributes, dictionaries and lists shows where. From
+the next call on, the tensors there are arguments of the call, by a name that no argument has, and what the call leaves
+there is part of its answer. So the call is a function of its tensors, and what holds for those holds for its state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from graphcache.keys.call_key import StateName
 from graphcache.keys.state_snapshot import Place
-from graphcache.keys.values import MISSING
 
 _MOST = 16
 """How often other places may be found: a call that finds some is observed, which is slow."""
@@ -30,7 +29,7 @@ class StateFunction:
         """Of the argument with the state; empty if there is none."""
         self._places: dict[str, Sequence[Place]] = {}
         self._found = 0
-        self._own: dict[tuple[int, str], Any] = {}
+        self._own: dict[tuple[int, Any], Any] = {}
         """What is the caller's at these places, while a repetition with other tensors runs."""
 
     def adopt(self, places: Sequence[Place]) -> bool:
@@ -89,17 +88,14 @@ class StateFunction:
             _put(places, state)
 
 
-def _keys(places: Sequence[Place]) -> list[tuple[int, str]]:
+def _keys(places: Sequence[Place]) -> list[tuple[int, Any]]:
     return [(id(place.table), place.name) for place in places]
 
 
 def _state(places: Sequence[Place]) -> tuple[Any, ...]:
-    return tuple([place.table.get(place.name, MISSING) for place in places])
+    return tuple([place.value for place in places])
 
 
 def _put(places: Sequence[Place], state: Sequence[Any]) -> None:
     for place, value in zip(places, state, strict=True):
-        if value is not MISSING:
-            place.table[place.name] = value
-        else:
-            place.table.pop(place.name, None)
+        place.put(value)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from graphcache.keys.call_key import ambient_state
-from graphcache.keys.state_nodes import Change, EpochNode
+from graphcache.keys.state_nodes import Change, NamesNode
 from graphcache.keys.state_snapshot import Place, StateSnapshot
 from graphcache.keys.state_walk import Skips
 
@@ -21,6 +21,15 @@ _GLOBAL_HOOKS = (
 )
 MAX_FUNCTIONS = 4096
 """How many functions are followed that only runs have found."""
+
+
+class EpochNode(NamesNode):
+    """The epoch of an engine: it goes up with every change that graphs of the engine do not survive."""
+
+    is_ignorable = False
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(None, "engine", vars(engine), ("epoch",))
 
 
 class ModuleGuard:

@@ -68,7 +68,7 @@ class StateNode:
     def __init__(self, parent: StateNode | None, key: str, target: Any, places: Any = ()) -> None:
         self.parent, self.key, self.target = parent, key, target
         self.places = places
-        """Which of its places are looked at, for some kinds; of attributes, which are not."""
+        """Which of its places are looked at, for some kinds; of dictionaries and lists, which are not."""
         self.state = self.read()
 
     @property
@@ -94,6 +94,11 @@ class StateNode:
     def read(self) -> State:
         """Names and values now, which later changes of the object do not reach."""
         raise NotImplementedError
+
+    def without_places(self, names: Sequence[Any], values: Sequence[Any]) -> State:
+        """Names and values but for those that are not looked at."""
+        kept = [index for index, name in enumerate(names) if not any(name is each for each in self.places)]
+        return tuple([names[index] for index in kept]), tuple([values[index] for index in kept])
 
     def differs(self) -> bool:
         """Whether the object may have changed: a quick comparison, by identity where there are objects inside."""
@@ -122,9 +127,12 @@ class TableNode(StateNode):
 
     def read(self) -> State:
         kind = _kind_of(self.target)
-        return tuple(kind.keys(self.target)), tuple(kind.values(self.target))
+        names, values = tuple(kind.keys(self.target)), tuple(kind.values(self.target))
+        return self.without_places(names, values) if self.places else (names, values)
 
     def differs(self) -> bool:
+        if self.places:
+            return super().differs()
         # Without copies: most tables of a module are empty.
         names, values = self.state
         if dict.__len__(self.target) != len(names):
@@ -137,7 +145,7 @@ class TableNode(StateNode):
 
     def guard(self, native: Any) -> None:
         if _kind_of(self.target) is dict or len(self.state[0]) < 2:
-            native.add_dict(self.target, *self.state)
+            native.add_dict(self.target, *self.state, vars(StandIn)["own"], tuple(self.places))
             return
         # The iterator of an OrderedDict looks keys up, which runs no Python code for these.
         if not set(map(type, self.state[0])) <= {str, int}:
@@ -161,14 +169,14 @@ class AttributesNode(TableNode):
     def read(self) -> State:
         names, values = super().read()
         replaced = self._replaced()
-        if not replaced and not self.places:
+        if not replaced:
             return names, values
         # A call of a wrapped module is under way, perhaps in another thread.
         found = dict(zip(names, values, strict=True))
         for name in _REPLACED & found.keys():
             value = found.pop(name)
             found.update((replaced[name] or {}) if name in replaced else {name: value})
-        return pairs({name: value for name, value in found.items() if name not in self.places})
+        return pairs(found)
 
     def _replaced(self) -> dict[str, dict[str, Any] | None]:
         """The names under which something stands in, and what it replaces."""
@@ -183,10 +191,7 @@ class AttributesNode(TableNode):
     def guard(self, native: Any) -> None:
         if any(own is not None for own in self._replaced().values()):
             raise ValueError
-        if type(self.target) is dict:
-            native.add_dict(self.target, *self.state, vars(StandIn)["own"], tuple(self.places))
-        else:
-            super().guard(native)
+        super().guard(native)
 
 
 class NamesNode(StateNode):
@@ -199,15 +204,6 @@ class NamesNode(StateNode):
         present = {name: value for name, value in zip(*self.state, strict=True) if value is not MISSING}
         absent = tuple([name for name in self.places if name not in present])
         native.add_names(self.target, tuple(present), tuple(present.values()), absent)
-
-
-class EpochNode(NamesNode):
-    """The epoch of an engine: it goes up with every change that graphs of the engine do not survive."""
-
-    is_ignorable = False
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(None, "engine", vars(engine), ("epoch",))
 
 
 class ClassNode(StateNode):
@@ -234,7 +230,8 @@ class ItemsNode(StateNode):
     def read(self) -> State:
         kind = self._kind()
         items = tuple(self.target.ravel().tolist() if kind is None else kind.__iter__(self.target))
-        return range(len(items)), items
+        names = range(len(items))
+        return self.without_places(names, items) if self.places else (names, items)
 
     def end(self, name: Any) -> str:
         return f"[{name}]"
@@ -246,6 +243,8 @@ class ItemsNode(StateNode):
 
     def guard(self, native: Any) -> None:
         kind = self._kind()
+        if self.places:
+            raise TypeError
         if kind is list:
             native.add_list(self.target, self.state[1])
         else:

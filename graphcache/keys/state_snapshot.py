@@ -20,16 +20,34 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import native
-from graphcache.keys.state_nodes import AttributesNode, Change, State, StateNode
+from graphcache.keys.state_nodes import Change, ItemsNode, State, StateNode, TableNode
 from graphcache.keys.state_walk import Skips, StateWalk
+from graphcache.keys.values import MISSING
 
 
 class Place(NamedTuple):
-    """Where an object keeps an attribute."""
+    """An entry of a dictionary, such as that of an object's attributes, or of a list."""
 
-    table: dict[str, Any]
-    name: str
+    table: Any
+    name: Any
     path: str
+
+    @property
+    def value(self) -> Any:
+        """What it holds now; ``MISSING`` if it is not there."""
+        if type(self.table) is list:
+            return self.table[self.name] if self.name < len(self.table) else MISSING
+        return self.table.get(self.name, MISSING)
+
+    def put(self, value: Any) -> None:
+        """Let it hold a value, or nothing if that is ``MISSING``."""
+        if type(self.table) is list:
+            # It may have become shorter.
+            self.table[self.name : self.name + 1] = [value] if self.name < len(self.table) else []
+        elif value is not MISSING:
+            self.table[self.name] = value
+        else:
+            self.table.pop(self.name, None)
 
 
 class StateSnapshot:
@@ -60,7 +78,7 @@ class StateSnapshot:
         # Only * stands for anything: brackets are part of a path.
         self._ignore = re.compile("|".join(re.escape(each).replace(r"\*", ".*") + r"(?:[.[].*)?" for each in ignore))
         self._places = places
-        left_out: dict[int, tuple[str, ...]] = {}
+        left_out: dict[int, tuple[Any, ...]] = {}
         for place in places:
             left_out[id(place.table)] = (*left_out.get(id(place.table), ()), place.name)
         walk = StateWalk(self.ignores if ignore else None, skips, weakly, mentioned, left_out)
@@ -96,7 +114,8 @@ class StateSnapshot:
             before, after = (dict(zip(*state, strict=True)) for state in (node.state, now))
             names = [name for name in {**before, **after} if before.get(name) is not after.get(name)]
             names = [name for name in names if not self.ignores(node.path + node.end(name))]
-            alike = type(node) is AttributesNode and type(node.target) is dict
+            alike = isinstance(node, (TableNode, ItemsNode)) and type(node.target) in (dict, list)
+            alike = alike and all(type(name) in (str, int) for name in names)
             if not alike or not all(is_alike(before.get(name), after.get(name)) for name in names):
                 return []
             found += [Place(node.target, name, node.path + node.end(name)) for name in names]
@@ -166,8 +185,8 @@ def _is_guarded(node: StateNode, guard: Any) -> bool:
 
 
 def is_alike(old: Any, new: Any) -> bool:
-    """Whether both are tensors of the same dtype, shape and device, or tuples of such."""
-    if type(old) is tuple and type(new) is tuple:
+    """Whether both are tensors of the same dtype, shape and device, or tuples or lists of such."""
+    if type(old) in (tuple, list) and type(old) is type(new):
         return len(old) == len(new) > 0 and all(map(is_alike, old, new))
     if type(old) is not Tensor or type(new) is not Tensor:
         return False

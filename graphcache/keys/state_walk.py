@@ -76,7 +76,7 @@ class StateWalk:
         skips: Skips | None,
         weakly: Sequence[object] = (),
         mentioned: Iterable[str] = (),
-        left_out: Mapping[int, tuple[str, ...]] = types.MappingProxyType({}),
+        left_out: Mapping[int, tuple[Any, ...]] = types.MappingProxyType({}),
     ) -> None:
         self.nodes: list[StateNode] = []
         """What was found, but for tensors."""
@@ -87,7 +87,7 @@ class StateWalk:
         self._skips = skips
         self._weakly = set(map(id, weakly))
         self._left_out = left_out
-        """Names in tables of attributes, by the identity of the table."""
+        """Keys of dictionaries and indices of lists, by the identity of these."""
         self._seen: set[int] = set()
         # An id may be used again once its object is gone, which may live only here.
         self._held: list[Any] = []
@@ -199,7 +199,7 @@ class StateWalk:
             kind_of_node = nodes.AttributesNode if members else nodes.TableNode
             self._follow(kind_of_node(parent, key, value, self._left_out.get(id(value), ())))
         elif issubclass(kind, nodes.ITEMS):
-            self._follow(nodes.ItemsNode(parent, key, value))
+            self._follow(nodes.ItemsNode(parent, key, value, self._left_out.get(id(value), ())))
         elif issubclass(kind, tuple):
             self._stack += [(parent, key + end, item) for end, item in _items(value)]
         elif array_state(value) is not None:

@@ -71,6 +71,31 @@ class Outer(nn.Module):
         return y + self.box.h
 
 
+class Layers(nn.Module):
+    """Its state is the items of a list and of a dictionary, and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([nn.GRUCell(SIZE, SIZE) for _ in range(2)])
+        self.items, self.table = [torch.zeros(1, SIZE), torch.zeros(1, SIZE)], {"h": torch.zeros(1, SIZE), "n": 1}
+        self.recent = [torch.zeros(1, SIZE)]
+
+    @property
+    def h(self) -> tuple[Any, ...]:
+        return (*self.items, self.table["h"], *self.recent)
+
+    @h.setter
+    def h(self, value: tuple[Any, ...]) -> None:
+        self.items[:], self.table["h"], self.recent = value[:2], value[2], [value[3]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, cell in enumerate(self.cells):
+            x = self.items[index] = cell(x, self.items[index])
+        self.table["h"] = self.table["h"] * 0.5 + x
+        self.recent = [self.recent[0] + self.table["h"]]
+        return x + self.recent[0]
+
+
 class Box:
     def __init__(self) -> None:
         self.h = torch.zeros(1, SIZE)
@@ -81,6 +106,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "buffer": lambda: Gru("buffer"),
     "tuple": Lstm,
     "part and object": Outer,
+    "lists and a dictionary": Layers,
 }
 
 
