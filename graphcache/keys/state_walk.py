@@ -180,6 +180,11 @@ class StateWalk:
 
     def _follow(self, node: StateNode) -> None:
         """Remember an object, and follow what is in its places."""
+        if self._ignores is not None and isinstance(node, nodes.TableNode):
+            # A native guard would find them changed at every call, and have all of Python's comparisons done.
+            ignored = [name for name in node.state[0] if self._ignores(node.path + node.end(name))]
+            node.places = (*node.places, *ignored)
+            node.state = node.read()
         self._add(node)
         for name, item in zip(*node.state, strict=True):
             if not is_plain(item):

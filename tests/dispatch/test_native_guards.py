@@ -149,6 +149,22 @@ def test_what_no_dictionary_holds_is_compared_natively_too(fake: Torch, name: st
     assert guarded.asked == 0
 
 
+def test_what_is_ignored_is_not_compared(fake: Torch) -> None:
+    module = Holds()
+    module.calls = 0
+    guarded = Guarded(fake, module, ignore=["self.calls", "self.other"])
+    for number in range(3):
+        module.calls = number
+        assert guarded.call()
+        assert guarded.asked == 0
+    module.other = 1
+    assert guarded.call()
+    assert guarded.asked == 1, "a name that was not there"
+    assert guarded.call()
+    module.recent.append(3)
+    assert not guarded.call()
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_python_is_asked_in_another_ambient_state(fake: Torch, name: str) -> None:
     guarded = Guarded(fake, mlp())
