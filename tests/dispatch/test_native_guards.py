@@ -133,24 +133,30 @@ HELD: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_what_no_dictionary_holds_is_compared_natively_too(fake: Torch, name: str) -> None:
+def test_what_no_dictionary_holds_is_compared_natively_too(fake: Torch, compiled: Any, name: str) -> None:
     cached(1)
     module = Holds()
     guarded = Guarded(fake, module)
+    try:
+        compiled.Guard().add_unwritten({})
+        asked = 0
+    except TypeError:
+        # CPython 3.13.0 and 3.14 do not count writes, and Python compares the results of cached functions.
+        asked = 1
     assert guarded.call()
     cached(1)
     assert guarded.call()
-    assert guarded.asked == 0
+    assert guarded.asked == asked
     HELD[name](module)
     assert not guarded.call()
     assert guarded.reference(False)
     guarded.prove()
     assert guarded.call()
-    assert guarded.asked == 0
+    assert guarded.asked == asked
 
 
 def test_what_is_ignored_is_not_compared(fake: Torch) -> None:
-    module = Holds()
+    module: Any = mlp()
     module.calls = 0
     guarded = Guarded(fake, module, ignore=["self.calls", "self.other"])
     for number in range(3):
@@ -161,7 +167,7 @@ def test_what_is_ignored_is_not_compared(fake: Torch) -> None:
     assert guarded.call()
     assert guarded.asked == 1, "a name that was not there"
     assert guarded.call()
-    module.recent.append(3)
+    module.third = 1
     assert not guarded.call()
 
 
