@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from graphcache.keys.values import MISSING, same, short
+from graphcache.keys.values import MISSING, same, short, told_apart
 
 _IGNORED_CLASS_NAMES = {
     *("__init__", "__slotnames__", "__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
@@ -97,7 +97,8 @@ class StateNode:
 
     def without_places(self, names: Sequence[Any], values: Sequence[Any]) -> State:
         """Names and values but for those that are not looked at."""
-        kept = [index for index, name in enumerate(names) if not any(name is each for each in self.places)]
+        left_out = set(map(told_apart, self.places))
+        kept = [index for index, name in enumerate(names) if told_apart(name) not in left_out]
         return tuple([names[index] for index in kept]), tuple([values[index] for index in kept])
 
     def differs(self) -> bool:
@@ -148,7 +149,7 @@ class TableNode(StateNode):
             native.add_dict(self.target, *self.state, vars(StandIn)["own"], tuple(self.places))
             return
         # The iterator of an OrderedDict looks keys up, which runs no Python code for these.
-        if not set(map(type, self.state[0])) <= {str, int}:
+        if self.places or not set(map(type, self.state[0])) <= {str, int}:
             raise TypeError
         native.add_dict(self.target, tuple(dict.keys(self.target)), tuple(dict.values(self.target)))
         # Its order is kept elsewhere: move_to_end() writes to no dictionary.

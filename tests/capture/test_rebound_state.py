@@ -211,6 +211,25 @@ def test_another_object_with_the_state() -> None:
     assert fast.cache_info().hits > 8
 
 
+def test_one_item_of_a_long_list() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.items[300] = self.items[300] * 0.5 + x
+        self.table["".join(["a", "b"])] = self.items[300] * 2
+        return self.table["ab"] + 1
+
+    module = Fn(forward, items=[torch.zeros(1, SIZE) for _ in range(301)], table={"ab": torch.zeros(1, SIZE)})
+    fast, twin = graphcache.wrap(module), copy.deepcopy(module)
+    for step in range(8):
+        assert torch.equal(fast(rows(step)), twin(rows(step)))
+        assert torch.equal(module.items[300], twin.items[300])
+        assert torch.equal(module.table["ab"], twin.table["ab"])
+        if step == 5:
+            del module.items[:5], twin.items[:5]
+            module.items[295:], twin.items[295:] = [[torch.ones(1, SIZE) for _ in range(6)] for _ in range(2)]
+    info = fast.cache_info()
+    assert (info.captures, info.hits) == (2, 5)
+
+
 def test_objects_that_are_replaced_are_not_kept() -> None:
     fast, module, _ = pair("part and object")
     for step in range(4):
