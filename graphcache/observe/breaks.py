@@ -13,7 +13,7 @@ from graphcache.capture.effects import Watched, observe, snapshot_of
 from graphcache.capture.host_activity import is_available
 from graphcache.capture.persistent_state import PersistentState
 from graphcache.config import graphs_off
-from graphcache.errors import ConfigError, Reason, Refusal
+from graphcache.errors import Cause, ConfigError, Reason, Refusal
 from graphcache.graphs.buffers import static_copies
 from graphcache.graphs.capture import compiled_runs_eagerly
 from graphcache.keys.call_key import describe
@@ -85,6 +85,11 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         with Functions(findings, placement), Operations(findings, placement):
             return module(*args, **kwargs)
 
+    def effect(cause: Cause, operation: str) -> None:
+        # Other tensors of the same kind in attributes are arguments of the next calls.
+        if operation or cause.where not in {place.path for place in state[0].rebound()}:
+            findings.effect(cause, operation)
+
     with ExitStack() as during:
         during.enter_context(torch.random.fork_rng({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda}))
         during.enter_context(graphs_off())
@@ -92,7 +97,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         # TorchScript optimises a module while it runs, and compares its constants for that.
         during.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         kept = PersistentState([*state[0].tensors, *state[1].tensors])
-        observe(call, args, kwargs, Watched(*state, inputs, str, kept, findings.effect))
+        observe(call, args, kwargs, Watched(*state, inputs, str, kept, effect))
     return list(findings.found.values())
 
 

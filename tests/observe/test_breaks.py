@@ -83,6 +83,19 @@ def test_layers_of_torch_have_no_breaks(layer):
         assert find_capture_breaks(frozen(layer), *args) == []
 
 
+def test_state_that_is_rebound_is_no_break():
+    def forward(m, x):
+        m.h = m.h * 0.5 + x
+        return m.h * 2
+
+    module = Fn(forward)
+    module.register_buffer("h", torch.zeros(3))
+    assert find_capture_breaks(module, torch.ones(3)) == []
+    module.h = torch.zeros(())
+    [found] = find_capture_breaks(module, torch.ones(3))
+    assert found.reason is Reason.MUTATES
+
+
 def test_a_break_is_told_in_words():
     [found] = find_capture_breaks(Fn(lambda m, x: x * x.sum().item()), torch.ones(3))
     assert re.match(r".*test_breaks\.py:\d+: Tensor\.item: host_read, the host reads a value", str(found))
@@ -95,11 +108,14 @@ def test_every_reason_of_a_real_refusal_is_found_beforehand():
         Reason.HOST_READ: [lambda m, x: x * x.sum().item(), lambda m, x: x + len(x.tolist())],
         Reason.DATA_DEPENDENT: [lambda m, x: x[x > 0], lambda m, x: x + torch.nonzero(x).numel()],
         Reason.RANDOM: [lambda m, x: x + torch.rand_like(x), lambda m, x: nn.functional.dropout(x, 0.5)],
-        Reason.MUTATES: [lambda m, x: (setattr(m, "calls", x), x + 1)[1], lambda m, x: (m.seen.append(1), x + 1)[1]],
+        Reason.MUTATES: [
+            lambda m, x: (setattr(m, "calls", m.calls + 1), x + 1)[1],
+            lambda m, x: (m.seen.append(1), x + 1)[1],
+        ],
     }
     for reason, functions in bodies.items():
         for function in functions:
-            module = Fn(function, seen=[])
+            module = Fn(function, seen=[], calls=0)
             assert {each.reason for each in find_capture_breaks(module, torch.ones(3))} == {reason}
             fast = graphcache.wrap(module)
             fast(torch.ones(3))
