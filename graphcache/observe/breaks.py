@@ -55,8 +55,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         >>> [(found.reason.value, found.operation) for found in find_capture_breaks(Scaled(), torch.ones(3))]
         [('host_read', 'Tensor.item')]
     """
-    ignore: Sequence[str] = ()
-    root = "self"
+    ignore, root = list[str](), "self"
     if isinstance(module, CachedModule):
         root = getattr(dispatcher_of(module).target.guard, "root", root)
         ignore, module = controls(module).config.ignore, controls(module).module
@@ -96,8 +95,8 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         during.enter_context(compiled_runs_eagerly())
         # TorchScript optimises a module while it runs, and compares its constants for that.
         during.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
-        kept = PersistentState([*state[0].tensors, *state[1].tensors])
-        observe(call, args, kwargs, Watched(*state, inputs, str, kept, effect))
+        watched = Watched(*state, inputs, str, PersistentState([*state[0].tensors, *state[1].tensors]), effect)
+        observe(call, args, kwargs, watched)
     return list(findings.found.values())
 
 
