@@ -76,8 +76,10 @@ class StateNode:
         """Whether a guard compares it; otherwise only the effects of a call do."""
         return True
 
-    def renew(self) -> None:
+    def renew(self) -> bool:
+        """Take the state of now; whether nothing is reached through it that was not before."""
         self.state = self.read()
+        return True
 
     @property
     def path(self) -> str:
@@ -231,8 +233,7 @@ class ItemsNode(StateNode):
     def read(self) -> State:
         kind = self._kind()
         items = tuple(self.target.ravel().tolist() if kind is None else kind.__iter__(self.target))
-        names = range(len(items))
-        return self.without_places(names, items) if self.places else (names, items)
+        return self.without_places(range(len(items)), items) if self.places else (range(len(items)), items)
 
     def end(self, name: Any) -> str:
         return f"[{name}]"
@@ -243,9 +244,7 @@ class ItemsNode(StateNode):
         return super().changes(now)
 
     def guard(self, native: Any) -> None:
-        kind = self._kind()
-        if self.places:
-            raise TypeError
+        kind = None if self.places else self._kind()
         if kind is list:
             native.add_list(self.target, self.state[1])
         else:
@@ -301,11 +300,12 @@ class TensorNode(StateNode):
         super().__init__(*args)
         self.renew()
 
-    def renew(self) -> None:
+    def renew(self) -> bool:
         # Not its place, which a guard compares: another thread may have changed it a moment ago.
         self._written = _asked(_written, self.target)
         self.may_change = False
         """Whether the call that was observed updates it in place, as a graph may."""
+        return True
 
     def read(self) -> State:
         # Sparse tensors and uninitialised parameters have no address.

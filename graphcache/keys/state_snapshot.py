@@ -153,9 +153,8 @@ class StateSnapshot:
         """Whether it holds; if so, it tells the effects of what happens from now on."""
         if not self.holds():
             return False
-        for node in (*self.tensors, *(node for node in self.nodes if not node.guarded)):
-            node.renew()
-        return True
+        nodes = (*self.tensors, *(node for node in self.nodes if not node.guarded))
+        return all(node.renew() for node in nodes)
 
     def arm(self) -> None:
         """Compare in native code from now on, if it is loaded."""

@@ -12,7 +12,7 @@ import random
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from operator import eq
@@ -24,7 +24,7 @@ from torch._C import TensorBase
 from torch.nn import Parameter
 
 from graphcache.keys.state_nodes import Change, ObjectNode, State, StateNode, pairs, present
-from graphcache.keys.values import MISSING, SHOWN, Unobservable, draws_randomness, same
+from graphcache.keys.values import MISSING, SHOWN, Unobservable, draws_randomness, is_plain, same
 
 _MEMORY_FILES = (io.BytesIO, io.StringIO)
 """Files in memory."""
@@ -126,6 +126,11 @@ class HiddenNode(StateNode):
         # With the objects that it refers to, so that no id in the state is used twice.
         return ("", "refers to"), hidden_state(self.target) or (None, ())
 
+    def renew(self) -> bool:
+        before, self.state = self.state, self.read()
+        known = {id(each) for each in _reached(before[1][1])}
+        return all(id(each) in known for each in _reached(self.state[1][1]))
+
     def guard(self, native: Any) -> None:
         if not issubclass(type(self.target), functools._lru_cache_wrapper):
             raise TypeError
@@ -137,6 +142,15 @@ class HiddenNode(StateNode):
 
     def changes(self, now: State) -> list[Change]:
         return [change._replace(is_random=draws_randomness(self.target)) for change in super().changes(now)]
+
+
+def _reached(values: Iterable[Any]) -> Iterator[Any]:
+    """What may hold state among some values; what is left to an iterator of a dictionary is in a new list each time."""
+    for value in values:
+        if type(value) in (list, tuple):
+            yield from _reached(value)
+        elif not is_plain(value):
+            yield value
 
 
 def _wants_gradients(tensors: dict[str, Tensor]) -> dict[str, bool]:

@@ -365,6 +365,23 @@ def test_functions_that_the_walk_did_not_find_are_observed_once_more() -> None:
     assert fast.cache_info().captures == 2
 
 
+def test_what_an_iterator_holds_since_it_was_begun() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            raise ValueError("one row")
+        return x + next(self.numbers)
+
+    module, twin = (Fn(forward, numbers=itertools.chain(range(50), range(50))) for _ in range(2))
+    fast = graphcache.wrap(module)
+    for each in (fast, twin):
+        with pytest.raises(ValueError, match="one row"):
+            each(torch.ones(1, 3))
+    assert next(module.numbers) == next(twin.numbers)
+    for _ in range(6):
+        assert torch.equal(fast(torch.ones(2, 3)), twin(torch.ones(2, 3)))
+    assert fast.cache_info().captures == 0
+
+
 def test_an_iterator_of_an_extension_cannot_be_observed_but_ignored() -> None:
     module = Fn(lambda self, x: x * 2, names=np.nditer(np.arange(3)))
     fast = graphcache.wrap(module)
