@@ -36,7 +36,7 @@ from graphcache.graphs.operations import DispatchMode, is_higher_order, is_unwat
 from graphcache.graphs.stream_order import quiet_collector
 from graphcache.graphs.verify import same_bits
 from graphcache.keys.call_key import ambient_state
-from graphcache.keys.state_snapshot import Place, StateSnapshot, is_strided
+from graphcache.keys.state_snapshot import StatePlace, StateSnapshot, is_strided
 from graphcache.keys.user_code import has_global_state
 from graphcache.keys.values import Held, same
 
@@ -63,7 +63,7 @@ class Effects:
     """What it updated in place, if graphs may do the same."""
     held: StateSnapshot | None = None
     """What the objects among the arguments held before."""
-    rebound: list[Place] = field(default_factory=list)
+    rebound: list[StatePlace] = field(default_factory=list)
     """Where it put other tensors of the same kind, and before it others did, if it changed no other Python state."""
     may_keep: bool = False
     """Whether state holds a tensor that the call was given: the call may have put it there."""

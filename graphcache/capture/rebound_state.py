@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from graphcache.keys.call_key import StateName
-from graphcache.keys.state_snapshot import Place
+from graphcache.keys.state_snapshot import StatePlace
 
 _MOST = 16
 """How often other places may be found: a call that finds some is observed, which is slow."""
@@ -27,12 +27,12 @@ class StateFunction:
         self.run = run
         self.name = ""
         """Of the argument with the state; empty if there is none."""
-        self._places: dict[str, Sequence[Place]] = {}
+        self._places: dict[str, Sequence[StatePlace]] = {}
         self._found = 0
         self._own: dict[tuple[int, Any], Any] = {}
         """What is the caller's at these places, while a repetition with other tensors runs."""
 
-    def adopt(self, places: Sequence[Place]) -> bool:
+    def adopt(self, places: Sequence[StatePlace]) -> bool:
         """Take the state at these places, and at no others, for an argument; not if that has changed too often."""
         if self._found >= _MOST:
             return False
@@ -88,14 +88,14 @@ class StateFunction:
             _put(places, state)
 
 
-def _keys(places: Sequence[Place]) -> list[tuple[int, Any]]:
+def _keys(places: Sequence[StatePlace]) -> list[tuple[int, Any]]:
     return [(id(place.table), place.name) for place in places]
 
 
-def _state(places: Sequence[Place]) -> tuple[Any, ...]:
+def _state(places: Sequence[StatePlace]) -> tuple[Any, ...]:
     return tuple([place.value for place in places])
 
 
-def _put(places: Sequence[Place], state: Sequence[Any]) -> None:
+def _put(places: Sequence[StatePlace], state: Sequence[Any]) -> None:
     for place, value in zip(places, state, strict=True):
         place.put(value)

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_nodes import Change, NamesNode
-from graphcache.keys.state_snapshot import Place, StateSnapshot
+from graphcache.keys.state_snapshot import StatePlace, StateSnapshot
 from graphcache.keys.state_walk import Skips
 
 _GLOBAL_HOOKS = (
@@ -63,7 +63,7 @@ class ModuleGuard:
         self._skips = skips
         self._find_engines = engines
         self._functions: dict[types.CodeType, dict[str, Any]] = {}
-        self.places: Sequence[Place] = ()
+        self.places: Sequence[StatePlace] = ()
         """What is no part of the state: it is an argument of every call."""
         self.known: StateSnapshot | None = None
         """The state that graphs were proven in; ``None`` if there is none. Native code reads it too."""
@@ -154,7 +154,7 @@ class ModuleGuard:
         if (known := self.known) is not None and not known.armed:
             known.arm()
 
-    def leave_out(self, places: Sequence[Place]) -> None:
+    def leave_out(self, places: Sequence[StatePlace]) -> None:
         """Take what stands at these places, and at no others, for arguments."""
         self.places = places
         self.forget()

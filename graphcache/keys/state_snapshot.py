@@ -25,7 +25,7 @@ from graphcache.keys.state_walk import Skips, StateWalk
 from graphcache.keys.values import MISSING
 
 
-class Place(NamedTuple):
+class StatePlace(NamedTuple):
     """An entry of a dictionary, such as that of an object's attributes, or of a list."""
 
     table: Any
@@ -73,7 +73,7 @@ class StateSnapshot:
         functions: Mapping[CodeType, dict[str, Any]] | None = None,
         weakly: Sequence[object] = (),
         mentioned: Iterable[str] = (),
-        places: Sequence[Place] = (),
+        places: Sequence[StatePlace] = (),
     ) -> None:
         # Only * stands for anything: brackets are part of a path.
         self._ignore = re.compile("|".join(re.escape(each).replace(r"\*", ".*") + r"(?:[.[].*)?" for each in ignore))
@@ -105,9 +105,9 @@ class StateSnapshot:
         differing = (node for node in (*self.nodes, *self.tensors) if node.differs())
         return list(islice(chain.from_iterable(map(self._changes_of, differing)), limit))
 
-    def rebound(self) -> list[Place]:
+    def rebound(self) -> list[StatePlace]:
         """Where other tensors of the same kind are than before, and what is left out; nothing if more differs."""
-        found = list[Place]()
+        found = list[StatePlace]()
         for node in (*self.nodes, *self.tensors):
             if not node.differs() or not self._changes_of(node, now := node.read()):
                 continue
@@ -118,7 +118,7 @@ class StateSnapshot:
             alike = alike and all(type(name) in (str, int) for name in names)
             if not alike or not all(is_alike(before.get(name), after.get(name)) for name in names):
                 return []
-            found += [Place(node.target, name, node.path + node.end(name)) for name in names]
+            found += [StatePlace(node.target, name, node.path + node.end(name)) for name in names]
         reached = {id(node.target) for node in self.nodes}
         return [*found, *(place for place in self._places if id(place.table) in reached)] if found else []
 
