@@ -22,6 +22,8 @@ from graphcache.export.op_kernel import unload_engines as unload_engines
 from graphcache.export.op_schema import describe_engine as _describe_engine
 from graphcache.features import features as _features
 from graphcache.integrations.torch_tensorrt.adoption import Adoption as _Adoption
+from graphcache.loops.loop import Loop as Loop
+from graphcache.loops.loop import loop as loop
 from graphcache.modules.cached_module import CachedModule as CachedModule
 from graphcache.modules.engine import EngineModule as EngineModule
 from graphcache.modules.explain import Explanation as Explanation

@@ -31,6 +31,7 @@ RANKS = {
     "capture": 3,
     "dispatch": 4,
     "modules": 5,
+    "loops": 6,
     "persist": 6,
     "buckets": 6,
     "export": 6,

@@ -176,6 +176,18 @@ class CudaGraph:
             self._point([slot.address for slot in (*self.inputs, *self.outputs)])
             return [slot.buffer for slot in self.inputs], [slot.buffer for slot in self.outputs]
 
+    def as_pinned(self) -> Any:
+        """The captured graph, to be put into another one, on the static inputs and outputs."""
+        slots = (*self.inputs, *self.outputs)
+        pointers = [(slot, pointer) for slot in slots for pointer in slot.pointers]
+        with self.order.lock:
+            for slot, pointer in pointers:
+                pointer.word.value = slot.address + pointer.offset
+            for _, pointer in pointers:
+                # The same functions without an executable.
+                driver.call(pointer.setter.replace("Exec", ""), *pointer.arguments[:2])
+        return self.captured
+
     def launch(self) -> None:
         stream, order = raw_stream(self.index), self.order
         if not stream and not driver.is_current(self.index):

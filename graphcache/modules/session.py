@@ -32,7 +32,8 @@ class Session:
     """
 
     def __init__(self, recorded: Recording) -> None:
-        self._recorded = recorded
+        self.recorded = recorded
+        """The graph, and how its outputs become the answer."""
         static, outputs = recorded.graph.pin()
         self.inputs: Sequence[Tensor] = tuple(static)
         """The static inputs: the tensors of the call, depth first; host shape tensors, whose values are frozen, not.
@@ -46,7 +47,7 @@ class Session:
 
     def close(self) -> None:
         """Release the graph and its buffers; twice does nothing."""
-        self._recorded.close()
+        self.recorded.close()
         self.inputs, self.outputs = (), None
 
     def __enter__(self) -> Session:

@@ -1,0 +1,1 @@
+"""Loops whose steps are replays of one graph."""
