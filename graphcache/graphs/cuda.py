@@ -178,9 +178,11 @@ class CudaGraph:
 
     def as_pinned(self) -> Any:
         """The captured graph, to be put into another one, on the static inputs and outputs."""
-        slots = (*self.inputs, *self.outputs)
-        pointers = [(slot, pointer) for slot in slots for pointer in slot.pointers]
         with self.order.lock:
+            if self.executable is None:
+                raise ClosedError("the graph was closed; make a new session")
+            slots = (*self.inputs, *self.outputs)
+            pointers = [(slot, pointer) for slot in slots for pointer in slot.pointers]
             for slot, pointer in pointers:
                 pointer.word.value = slot.address + pointer.offset
             for _, pointer in pointers:

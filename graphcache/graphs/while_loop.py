@@ -83,7 +83,8 @@ def while_loop(step: CudaGraph, moves: Sequence[Move], until: Tensor | None, ste
     """
     index, api = step.index, driver.binding()
     allowed = {"KERNEL", "MEMCPY", "MEMSET", "GRAPH", "CONDITIONAL", "EMPTY"}
-    for _, kind in nodes_of(step.captured):
+    pinned = step.as_pinned()
+    for _, kind in nodes_of(pinned):
         if (name := kind.name.removeprefix("CU_GRAPH_NODE_TYPE_")) not in allowed:
             raise CudaError(f"a loop on the device cannot hold a node of kind {name}")
     if len(moves) > _MOST_MOVES:
@@ -107,7 +108,7 @@ def while_loop(step: CudaGraph, moves: Sequence[Move], until: Tensor | None, ste
         # cuda-python 12 gives the function with edge data a name of its own.
         add = "cuGraphAddNode_v2" if hasattr(api, "cuGraphAddNode_v2") else "cuGraphAddNode"
         driver.call(add, graph, [first], None, 1, loop)
-        body, pinned = loop.conditional.phGraph_out[0], step.as_pinned()
+        body = loop.conditional.phGraph_out[0]
         unrolled = 1 if until is not None else _unrolled(steps, step.nodes)
         kernel, arguments = _advance(index, int(handle), moves, until, state, 1 if moves else unrolled, steps)
         last: list[Any] = []

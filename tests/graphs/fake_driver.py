@@ -96,6 +96,13 @@ class CUgraphNodeType(enum.IntEnum):
     CU_GRAPH_NODE_TYPE_MEMSET = 2
     CU_GRAPH_NODE_TYPE_GRAPH = 4
     CU_GRAPH_NODE_TYPE_EMPTY = 5
+    CU_GRAPH_NODE_TYPE_HOST = 3
+    CU_GRAPH_NODE_TYPE_CONDITIONAL = 13
+
+
+class CUgraphConditionalNodeType(enum.IntEnum):
+    CU_GRAPH_COND_TYPE_IF = 0
+    CU_GRAPH_COND_TYPE_WHILE = 1
 
 
 class CUgraphInstantiate_flags(enum.IntEnum):
@@ -255,6 +262,14 @@ class CUDA_GRAPH_INSTANTIATE_PARAMS(_Struct):
     _wrapped: ClassVar[dict[str, type[_Handle]]] = {"flags": cuuint64_t, "hUploadStream": CUstream}
 
 
+class CUgraphNodeParams:
+    """Of conditional nodes alone."""
+
+    def __init__(self) -> None:
+        self.type: Any = None
+        self.conditional = SimpleNamespace(handle=None, type=None, size=0, ctx=None, phGraph_out=[])
+
+
 class _Failed(Exception):
     def __init__(self, name: str) -> None:
         self.code = CUresult[f"CUDA_ERROR_{name}"]
@@ -285,6 +300,9 @@ class Heap:
         """An uninitialised tensor, ``offset`` bytes behind an aligned address."""
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         return self._strided(torch.empty(sizes, dtype=dtype, device="meta"), offset)
+
+    def zeros(self, *shape: Any, **options: Any) -> Tensor:
+        return self.empty(*shape, **options).zero_()
 
     def empty_like(self, tensor: Tensor, **options: Any) -> Tensor:
         options.pop("device", None)
@@ -376,6 +394,8 @@ class _Node:
             params.kernelParams = 0 if packed else ctypes.addressof(self._array)
         self.children: list[_Node] = []
         self.programmatic = False
+        self.body: tuple[int, _Graph, int] | None = None
+        """Of a conditional node: its body by handle, which is filled later, and its condition."""
 
     @property
     def arguments(self) -> list[bytes]:
@@ -383,7 +403,8 @@ class _Node:
 
     def copy(self) -> _Node:
         made = _Node(self.kind, self.params.copy(), self.original, self.packed)
-        made.children = [child.copy() for child in self.children]
+        made.body = self.body
+        made.children = [child.copy() for child in (self.children if self.body is None else self.body[1].nodes)]
         return made
 
     def forget(self) -> None:
@@ -480,6 +501,9 @@ class Driver:
     CUgraphDependencyType = CUgraphDependencyType
     CU_GRAPH_KERNEL_NODE_PORT_LAUNCH_ORDER = 2
     CUgraphEdgeData = CUgraphEdgeData
+    CUgraphConditionalNodeType = CUgraphConditionalNodeType
+    CU_GRAPH_COND_ASSIGN_DEFAULT = 1
+    CUgraphNodeParams = CUgraphNodeParams
     CUstream = CUstream
     CUevent = CUevent
     CUgraph = CUgraph
@@ -510,6 +534,8 @@ class Driver:
         """Streams whose work goes on and on, for whoever asks without waiting."""
         self.graphs: dict[int, _Graph] = {}
         self.executables: dict[int, _Executable] = {}
+        self.conditions: dict[int, tuple[int, int]] = {}
+        """Handles of conditions: their values, and those at the start of a launch."""
         self._nodes: dict[int, tuple[int, _Node]] = {}
         self._functions: dict[int, _Function] = {}
         self._context = CUcontext(0x77)
@@ -591,6 +617,11 @@ class Driver:
     def ordered(self, before: int, after: int) -> bool:
         """Whether all that is on stream ``before`` happens before what comes next on stream ``after``."""
         return self.streams[after].clock.get(before, 0) >= self.streams[before].clock.get(before, 0)
+
+    def synchronize(self, device: Any = None) -> None:
+        """``torch.cuda.synchronize``."""
+        for stream in self.streams.values():
+            self._wait(stream)
 
     def forgive(self) -> None:
         """Forget planned faults and lost contexts, so that what is left can be taken down."""
@@ -829,7 +860,59 @@ class Driver:
     def cuGraphDestroy(self, hGraph: Any) -> None:
         graph = self._take(self.graphs, hGraph, CUgraph)
         for handle in graph.handles:
-            self._nodes.pop(handle)[1].forget()
+            _, node = self._nodes.pop(handle)
+            node.forget()
+            if node.body is not None:
+                self.cuGraphDestroy(CUgraph(node.body[0]))
+
+    @_api(1)
+    def cuGraphCreate(self, flags: int) -> Any:
+        return self._keep_graph([])
+
+    @_api(1)
+    def cuGraphAddMemsetNode(self, hGraph: Any, dependencies: Any, count: int, params: Any, ctx: Any) -> Any:
+        return self._add(hGraph, dependencies, count, _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET, params.copy()))
+
+    @_api(1)
+    def cuGraphAddKernelNode(self, hGraph: Any, dependencies: Any, count: int, params: Any) -> Any:
+        return self._add(hGraph, dependencies, count, self._kernel_node(params))
+
+    @_api(1)
+    def cuGraphAddChildGraphNode(self, hGraph: Any, dependencies: Any, count: int, childGraph: Any) -> Any:
+        node = _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_GRAPH, CUDA_MEMSET_NODE_PARAMS())
+        node.children = [each.copy() for each in self._get(self.graphs, childGraph, CUgraph).nodes]
+        return self._add(hGraph, dependencies, count, node)
+
+    @_api(1)
+    def cuGraphConditionalHandleCreate(self, hGraph: Any, ctx: Any, defaultLaunchValue: int, flags: int) -> Any:
+        self._get(self.graphs, hGraph, CUgraph)
+        if flags != self.CU_GRAPH_COND_ASSIGN_DEFAULT:
+            raise Violation("the condition has no value at the start")
+        handle = self._new()
+        self.conditions[handle] = 0, defaultLaunchValue
+        return handle
+
+    @_api(1)
+    def cuGraphAddNode(self, hGraph: Any, dependencies: Any, data: Any, count: int, nodeParams: Any) -> Any:
+        given = nodeParams.conditional
+        if nodeParams.type != CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL or given.size != 1:
+            raise _Failed("INVALID_VALUE")
+        if given.type != CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE or given.ctx != self._context:
+            raise _Failed("INVALID_VALUE")
+        node = _Node(nodeParams.type, CUDA_MEMSET_NODE_PARAMS())
+        body = self._keep_graph([])
+        node.body = int(body), self.graphs[int(body)], given.handle
+        given.phGraph_out = [body]
+        return self._add(hGraph, dependencies, count, node)
+
+    @_api(0)
+    def cuGraphKernelNodeSetParams(self, hNode: Any, nodeParams: Any) -> None:
+        self._replace(hNode, self._kernel(self._node(hNode, CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL), nodeParams))
+
+    @_api(0)
+    def cuGraphMemcpyNodeSetParams(self, hNode: Any, nodeParams: Any) -> None:
+        self._node(hNode, CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY)
+        self._replace(hNode, _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY, nodeParams.copy()))
 
     @_api(0)
     def cuGraphExecDestroy(self, hGraphExec: Any) -> None:
@@ -951,16 +1034,29 @@ class Driver:
         before.forget()
 
     def _kernel(self, node: _Node, nodeParams: Any) -> _Node:
-        known = self._function(nodeParams)
-        if known is not self._function(node.params):
+        if self._function(nodeParams) is not self._function(node.params):
             raise _Failed("INVALID_VALUE")
+        return self._kernel_node(nodeParams)
+
+    def _kernel_node(self, nodeParams: Any) -> _Node:
+        known = self._function(nodeParams)
         if not _readable(nodeParams.kernelParams, 8 * len(known.sizes)):
             raise Violation("the array of arguments is no memory")
         addresses = (ctypes.c_void_p * max(len(known.sizes), 1)).from_address(nodeParams.kernelParams)
         if not all(map(_readable, addresses, known.sizes)):
             raise Violation("the array of arguments is shorter than the kernel's list of them")
         copied = [ctypes.string_at(address or 0, size) for address, size in zip(addresses, known.sizes, strict=False)]
-        return _Node(node.kind, nodeParams.copy(), copied)
+        return _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL, nodeParams.copy(), copied)
+
+    def _add(self, graph: Any, dependencies: Any, count: int, node: _Node) -> CUgraphNode:
+        """Add a node to a graph whose nodes follow one another."""
+        found: _Graph = self._get(self.graphs, graph, CUgraph)
+        if len(dependencies) != count or list(map(int, dependencies)) != found.handles[-1:]:
+            raise Violation("a node that does not follow the last one would run beside it")
+        found.nodes.append(node)
+        found.handles.append(self._new())
+        self._nodes[found.handles[-1]] = int(graph), node
+        return CUgraphNode(found.handles[-1])
 
     def _edges(self, starts: Any, ends: Any, data: Any, count: int) -> list[tuple[int, int, Kind]]:
         if not len(starts) == len(ends) == count or (data is not None and len(data) != count):
@@ -1028,9 +1124,15 @@ class Driver:
                 source = int(params.srcDevice) + row * params.srcPitch
                 memory.write(int(params.dstDevice) + row * params.dstPitch, memory.read(source, params.WidthInBytes))
         elif node.kind == kinds.CU_GRAPH_NODE_TYPE_MEMSET:
-            memory.write(int(params.dst), bytes([params.value]) * params.width)
-        for child in node.children:
-            self._run(child, stream)
+            memory.write(int(params.dst), bytes([params.value]) * params.width * max(params.elementSize, 1))
+        if node.body is not None:
+            condition = node.body[2]
+            self.conditions[condition] = (self.conditions[condition][1],) * 2
+        while node.body is None or self.conditions[condition][0]:
+            for child in node.children:
+                self._run(child, stream)
+            if node.body is None:
+                break
 
 
 def _readable(address: int | None, nbytes: int) -> bool:
@@ -1161,6 +1263,7 @@ class Torch:
         self.driver = driver
         self.current = threading.local()
         self.empty = driver.heap.empty
+        self.zeros = driver.heap.zeros
         self.empty_like = driver.heap.empty_like
         self.empty_strided = driver.heap.empty_strided
         self.workspaces_cleared = 0
@@ -1179,6 +1282,7 @@ class Torch:
         self.cuda = SimpleNamespace(
             current_stream=lambda device=None: Stream(driver, self.raw_stream(0)),
             stream=self.on,
+            synchronize=driver.synchronize,
             device=lambda index: nullcontext(),
             current_device=lambda: self.current_index,
             get_device_capability=lambda index: self.capability,
