@@ -870,18 +870,22 @@ class Driver:
         return self._keep_graph([])
 
     @_api(1)
-    def cuGraphAddMemsetNode(self, hGraph: Any, dependencies: Any, count: int, params: Any, ctx: Any) -> Any:
-        return self._add(hGraph, dependencies, count, _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET, params.copy()))
+    def cuGraphAddMemsetNode(
+        self, hGraph: Any, dependencies: Any, numDependencies: int, memsetParams: Any, ctx: Any
+    ) -> Any:
+        return self._add(
+            hGraph, dependencies, numDependencies, _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET, memsetParams.copy())
+        )
 
     @_api(1)
-    def cuGraphAddKernelNode(self, hGraph: Any, dependencies: Any, count: int, params: Any) -> Any:
-        return self._add(hGraph, dependencies, count, self._kernel_node(params))
+    def cuGraphAddKernelNode(self, hGraph: Any, dependencies: Any, numDependencies: int, nodeParams: Any) -> Any:
+        return self._add(hGraph, dependencies, numDependencies, self._kernel_node(nodeParams))
 
     @_api(1)
-    def cuGraphAddChildGraphNode(self, hGraph: Any, dependencies: Any, count: int, childGraph: Any) -> Any:
+    def cuGraphAddChildGraphNode(self, hGraph: Any, dependencies: Any, numDependencies: int, childGraph: Any) -> Any:
         node = _Node(CUgraphNodeType.CU_GRAPH_NODE_TYPE_GRAPH, CUDA_MEMSET_NODE_PARAMS())
         node.children = [each.copy() for each in self._get(self.graphs, childGraph, CUgraph).nodes]
-        return self._add(hGraph, dependencies, count, node)
+        return self._add(hGraph, dependencies, numDependencies, node)
 
     @_api(1)
     def cuGraphConditionalHandleCreate(self, hGraph: Any, ctx: Any, defaultLaunchValue: int, flags: int) -> Any:
@@ -893,7 +897,9 @@ class Driver:
         return handle
 
     @_api(1)
-    def cuGraphAddNode(self, hGraph: Any, dependencies: Any, data: Any, count: int, nodeParams: Any) -> Any:
+    def cuGraphAddNode(
+        self, hGraph: Any, dependencies: Any, dependencyData: Any, numDependencies: int, nodeParams: Any
+    ) -> Any:
         given = nodeParams.conditional
         if nodeParams.type != CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL or given.size != 1:
             raise _Failed("INVALID_VALUE")
@@ -903,7 +909,7 @@ class Driver:
         body = self._keep_graph([])
         node.body = int(body), self.graphs[int(body)], given.handle
         given.phGraph_out = [body]
-        return self._add(hGraph, dependencies, count, node)
+        return self._add(hGraph, dependencies, numDependencies, node)
 
     @_api(0)
     def cuGraphKernelNodeSetParams(self, hNode: Any, nodeParams: Any) -> None:
