@@ -35,13 +35,14 @@ from graphcache.errors import Cause, Reason
 from graphcache.graphs.operations import DispatchMode, is_higher_order, is_unwatched, storage_of, tensors_in, written
 from graphcache.graphs.stream_order import quiet_collector
 from graphcache.graphs.verify import same_bits
-from graphcache.keys.call_key import ambient_state
+from graphcache.keys.call_key import CallKey, ambient_state
 from graphcache.keys.state_snapshot import StatePlace, StateSnapshot, is_strided
-from graphcache.keys.user_code import has_global_state
-from graphcache.keys.values import Held, same
+from graphcache.keys.values import Unobservable, same
 
 MAX_CONTENTS = 64 << 20
 """Bytes of tensors on the CPU whose contents are compared before and after an observed run."""
+_OF_MODES = ("Creating a new Tensor subclass", "Expected a value of type 'Tensor' for argument", "operator prim::")
+"""What PyTorch says where a dispatch mode is in the way: of subclasses made of tensors, of TorchScript's first run."""
 MAX_REPORTED = 64
 """Changes of Python state that are reported."""
 
@@ -55,8 +56,10 @@ class Effects:
     """Why no graph repeats it, and in which submodule; ``None`` if it is a function of its tensors."""
     outside: list[Tensor] = field(default_factory=list)
     """The tensors that it read and did not make, one for each memory."""
-    unseen: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
-    """Functions that ran and name globals with a state, and that the snapshot did not follow; with their globals."""
+    ran: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
+    """The code of the user's functions that ran, with their globals."""
+    autocasts: bool = False
+    """Whether it switched autocast on by itself."""
     version: int = 0
     """That of the module's guard when the call ran."""
     state: PersistentState | None = None
@@ -87,14 +90,23 @@ class Watched:
 
 
 def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> Effects:
-    """Run a call once and tell everything it did. If it raises, it has had its effects, as without an observer."""
+    """Run a call once and tell everything it did. If it raises, it has had its effects, as without an observer.
+
+    :class:`Unobservable` says that PyTorch could not run it while it was observed, and that nothing has happened yet.
+    """
     host = HostActivity(watched.path_here, watched.report, watched.module.ignores)
     operations = _Operations(watched, host)
     contents = [*_contents(watched.module), *_contents(watched.arguments)]
     before = _process_state(operations.devices)
     # Finalizers of other objects would be taken for what the call does.
-    with quiet_collector, operations, host:
-        value = run(*args, **kwargs)
+    try:
+        with quiet_collector, operations, host:
+            value = run(*args, **kwargs)
+    except RuntimeError as error:
+        stands = any(text in str(error) for text in _OF_MODES) and not (operations.cause or host.cause)
+        if not stands or _is_changed(watched) or _process_state(operations.devices) != before:
+            raise
+        raise Unobservable(f"PyTorch does not run it while it is observed: {str(error).splitlines()[0]}") from error
     state = watched.state or None
     lost = None if state is None else state.observed()
     after = _process_state(operations.devices)
@@ -114,14 +126,12 @@ def observe(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         if cause is not None and host.compiled:
             # A compiler imports, reads clocks and sets variables of its own: none of it happens at the next call.
             cause = Cause(Reason.UNSETTLED, detail="Dynamo compiled a function in it")
-    returned = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and storage_of(leaf)]
-    operations.reads(returned)
-    unseen = {
-        code: table
-        for code, table in host.functions.items()
-        if code not in watched.module.covered and has_global_state(code, table)
-    }
-    return Effects(value, cause, list(operations.outside.values()), unseen, state=state)
+    try:
+        leaves = pytree.tree_leaves(value)
+    except RecursionError:
+        leaves, cause = [], cause or Cause(Reason.OUTPUT, detail="it is nested too deep, or contains itself")
+    operations.reads([leaf for leaf in leaves if isinstance(leaf, Tensor) and storage_of(leaf)])
+    return Effects(value, cause, list(operations.outside.values()), host.functions, host.autocasts, state=state)
 
 
 class _Operations(DispatchMode):
@@ -317,6 +327,12 @@ def _generators(devices: Sequence[int]) -> list[bytes]:
     return [state.numpy().tobytes() for state in states]
 
 
+def _is_changed(watched: Watched) -> bool:
+    """Whether anything that is watched has changed, in Python or in a tensor's memory."""
+    snapshots = watched.module, watched.arguments
+    return any(True for each in snapshots for _ in (*each.changes(limit=1), *each.written())) or bool(watched.state)
+
+
 def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any], mentioned: Iterable[str] = ()) -> StateSnapshot:
     """What can be reached from the arguments of a call, by code that mentions some names."""
     roots = [(f"args[{index}]", value) for index, value in enumerate(args)]
@@ -324,7 +340,11 @@ def snapshot_of(args: tuple[Any, ...], kwargs: dict[str, Any], mentioned: Iterab
     return StateSnapshot(roots, mentioned=mentioned)
 
 
-def snapshot_of_objects(held: Sequence[Held], mentioned: Iterable[str]) -> StateSnapshot | None:
-    """What can be reached from objects among the arguments, which it does not keep alive; ``None`` without any."""
-    roots = [(str(each), each.ref()) for each in held]
-    return StateSnapshot(roots, weakly=[value for _, value in roots], mentioned=mentioned) if roots else None
+def snapshot_of_objects(key: CallKey, mentioned: Iterable[str]) -> StateSnapshot | None:
+    """What can be reached from objects among the arguments, which it does not keep alive, and from the user's classes.
+
+    ``None`` without any.
+    """
+    held = [(str(each), each.ref()) for each in key.held]
+    roots = [*held, *((kind.__qualname__, kind) for kind in key.classes())]
+    return StateSnapshot(roots, weakly=[value for _, value in held], mentioned=mentioned) if roots else None

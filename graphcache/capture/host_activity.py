@@ -5,6 +5,7 @@ from __future__ import annotations
 import _queue
 import _socket
 import _thread
+import asyncio
 import concurrent.futures
 import datetime
 import io
@@ -29,6 +30,7 @@ from graphcache.graphs.operations import is_unwatched, skipped_by_dynamo
 from graphcache.keys.user_code import is_library, is_tracer
 from graphcache.keys.values import draws_randomness
 
+_OF_INFERENCE = frozenset({"is_inference_mode_enabled", "is_inference"})
 _READS = frozenset({"numpy", "tolist", "data_ptr"})
 _CLOCKS = frozenset(
     {
@@ -41,22 +43,24 @@ _STREAMS = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedR
 _STREAMING = ("read", "write", "seek", "truncate", "send", "recv")
 _FILES = frozenset(
     {print, input, open, os.open, os.read, os.write, os.stat, os.lstat, os.listdir, os.scandir, os.remove, os.system}
+    | {os.access, os.getcwd, os.readlink}
 )
 _HANDOFFS: frozenset[types.CodeType] = frozenset(
     vars(kind)[name].__code__
     for kind, names in {
-        threading.Thread: ("start", "join"),
+        threading.Thread: ("start", "join", "is_alive"),
         threading.Condition: ("wait", "notify"),
         threading.Event: ("wait", "set"),
         threading.Barrier: ("wait",),
         queue.Queue: ("put", "get"),
-        concurrent.futures.Future: ("result", "exception"),
+        concurrent.futures.Future: ("result", "exception", "done", "running", "cancelled", "add_done_callback"),
         concurrent.futures.ThreadPoolExecutor: ("submit",),
         multiprocessing.pool.Pool: ("apply", "apply_async", "map", "map_async", "starmap", "imap"),
+        multiprocessing.pool.AsyncResult: ("get", "wait", "ready", "successful"),
     }.items()
     for name in names
 )
-"""Functions that give work to another thread, or wait for it."""
+"""Functions that give work to another thread, wait for it, or ask about it."""
 
 _COMPILER = "torch._dynamo.convert_frame"
 _OPAQUE = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__", "EngineModule.forward"})
@@ -84,6 +88,8 @@ class HostActivity:
         """The functions of the user's that ran, with their globals."""
         self.reads = True
         """Whether reads of tensors' memory count, as on the CPU; of CUDA's, the capture decides by itself."""
+        self.autocasts = False
+        """Whether autocast was switched on inside the call."""
         self.compiled = False
         """Whether Dynamo compiled something, which sets context variables of its own."""
         self.entered: Callable[[Sequence[Any]], object] = _ignore
@@ -120,10 +126,13 @@ class HostActivity:
                 self._known.add(code)
                 module = frame.f_globals.get("__name__")
                 self.compiled = self.compiled or module == _COMPILER
-                if not is_library(module):
+                # Dynamo's guards, which are made at run time, belong to no module.
+                if module is not None and not is_library(module):
                     self.functions[code] = frame.f_globals
                 elif code.co_qualname in _OPAQUE:
                     self._opaque.add(code)
+            if code is _AUTOCAST:
+                self.autocasts = self.autocasts or frame.f_locals["self"]._enabled
             if code in self._opaque:
                 self.entered(_given_to(frame))
             if code in _HANDOFFS and not _is_ours(frame):
@@ -145,16 +154,21 @@ class HostActivity:
             return
         name = function.__name__
         if issubclass(kind, _MODULES):
-            self._function_of_module(frame, function)
+            self._function_of_module(frame, function, name)
         elif issubclass(kind, Tensor):
             if name in _READS and (self.reads or not owner.is_cuda) and not _is_ours(frame):
                 self._note(Reason.HOST_READ, f"Tensor.{name}")
+            elif name in _OF_INFERENCE:
+                self._inference(frame, name)
         elif issubclass(kind, type):
             if issubclass(owner, datetime.date) and name in ("now", "today", "utcnow"):
                 self._clock(frame, f"{owner.__name__}.{name}")
         elif issubclass(kind, _STREAMS):
             if name.startswith(_STREAMING):
                 self._file(frame, f"{kind.__name__}.{name}")
+        elif issubclass(kind, asyncio.Future):
+            if name in ("done", "result", "exception", "cancelled"):
+                self._note(Reason.HOST_READ, f"{kind.__name__}.{name}", "the call asks about work of others")
         elif issubclass(kind, _queue.SimpleQueue):
             self._note(Reason.HOST_READ, f"SimpleQueue.{name}", "work goes to another thread")
         elif issubclass(kind, (_thread.LockType, _thread.RLock)):
@@ -166,8 +180,10 @@ class HostActivity:
         else:
             self._plain.add(kind)
 
-    def _function_of_module(self, frame: types.FrameType, function: Any) -> None:
-        if function is os.urandom:
+    def _function_of_module(self, frame: types.FrameType, function: Any, name: str) -> None:
+        if name in _OF_INFERENCE:
+            self._inference(frame, name)
+        elif function is os.urandom:
             self._note(Reason.RANDOM, "os.urandom")
         elif function is _thread.start_new_thread or function in _TORCH_HANDOFFS:
             self._note(Reason.HOST_READ, function.__name__, "work goes to another thread")
@@ -175,8 +191,18 @@ class HostActivity:
             self._clock(frame, f"time.{function.__name__}")
         elif function in _FILES:
             self._file(frame, function.__name__)
+        elif function in _SETTINGS:
+            if _is_users(frame) and not torch._C._is_any_autocast_enabled():
+                self._note(Reason.UNOBSERVED, name, "the call asks for a setting that no key holds")
+        elif function is id:
+            if _is_users(frame):
+                self._note(Reason.HOST_READ, "id", "a repetition has other objects as its arguments")
         elif function in _OF_THREADS:
             self._thread(frame, function.__name__)
+
+    def _inference(self, frame: types.FrameType, name: str) -> None:
+        if torch.is_inference_mode_enabled() and _is_users(frame):
+            self._note(Reason.UNOBSERVED, name, "a graph is recorded outside of inference mode")
 
     def _thread(self, frame: types.FrameType, name: str) -> None:
         """Which thread runs the user's code, or how many there are, may change."""
@@ -259,7 +285,9 @@ def _is_inside(module_name: str, frame: types.FrameType) -> bool:
 _NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})
 """Methods of generators that draw nothing; a generator of the module's that is seeded anew shows that by its state."""
 _OF_THE_PROCESS = (random._inst, torch.default_generator)
+_SETTINGS = frozenset({torch.is_anomaly_enabled, torch.get_autocast_dtype, sys.getrecursionlimit})
 _OF_THREADS = (_thread.get_ident, _thread.get_native_id, torch.get_num_threads, torch.get_num_interop_threads)
 _ABOUT_THREADS = {each.__code__ for each in (threading.current_thread, threading.enumerate, threading.active_count)}
+_AUTOCAST = torch.autocast.__enter__.__code__
 _EXPORTS = Tensor.__dlpack__.__code__
 _TORCH_HANDOFFS = frozenset({torch._C.fork, torch._C.wait})

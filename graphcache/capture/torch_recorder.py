@@ -21,6 +21,7 @@ from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
+from graphcache.events import new_lock
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
 from graphcache.graphs.capture import (
     as_if_capturing,
@@ -35,9 +36,10 @@ from graphcache.graphs.graph import Graph
 from graphcache.graphs.operations import HostQuestions, storage_of
 from graphcache.graphs.stream_order import StreamOrder, capturing
 from graphcache.graphs.verify import rounds_of, verify
-from graphcache.keys.call_key import SETTINGS, USUAL, KeyedCall, State, ambient_state
+from graphcache.keys.call_key import SETTINGS, USUAL, KeyedCall, State, ambient_state, autocast_dtypes
 from graphcache.keys.guards import ModuleGuard
 from graphcache.keys.state_snapshot import StateSnapshot
+from graphcache.keys.value_nodes import ShownNode
 from graphcache.keys.values import Unobservable
 
 Running = Callable[[], AbstractContextManager[object]]
@@ -57,7 +59,7 @@ class TorchRecorder:
         self._guard = guard
         self._config = config
         self._recording = config.recording
-        self._host_lock = threading.RLock()
+        self._host_lock = new_lock()
         self._orders: dict[int, StreamOrder] = {}
         self.broken: list[Graph] = []
         self.observing = threading.Lock()
@@ -65,7 +67,12 @@ class TorchRecorder:
 
     def attempt(self, request: CaptureRequest) -> tuple[Any, Recording | Cause]:
         effects = self.observe(request.call, keeps_state=request.keeps_state)
-        return effects.value, effects.cause or self.record(request, effects)
+        if effects.cause is not None or effects.state is None:
+            return effects.value, effects.cause or self.record(request, effects)
+        with request.alone() as is_alone:
+            if is_alone and effects.state.is_as_observed:
+                return effects.value, self.record(request, effects)
+        return effects.value, Cause(Reason.UNSETTLED, detail="another thread uses the state that the call updates")
 
     def observe(self, call: KeyedCall, *, keeps_state: bool = False) -> Effects:
         """Run a call for the caller, and tell whether a graph may repeat it."""
@@ -80,9 +87,9 @@ class TorchRecorder:
             # What changed no state leaves the graphs of other keys right. Without graphs there is nothing to compare.
             if effects.cause.reason is Reason.MUTATES or not self._guard.is_armed:
                 self._guard.forget()
-        elif effects.unseen:
-            self._guard.follow(effects.unseen)
-            names = ", ".join(sorted({code.co_qualname for code in effects.unseen})[:3])
+        elif unseen := self._guard.unseen(effects.ran):
+            self._guard.follow(unseen)
+            names = ", ".join(sorted({code.co_qualname for code in unseen})[:3])
             effects.cause = Cause(
                 Reason.UNSETTLED, detail=f"it came to run {names}, which is observed from the next call on"
             )
@@ -95,14 +102,18 @@ class TorchRecorder:
                 raise Unobservable("the profile hook of the interpreter is in use (sys.setprofile)")
             module = self._guard.snapshot()
             snapshots = module, snapshot_of(args, kwargs, module.mentioned)
-            held = snapshot_of_objects(call.key.held, module.mentioned)
+            held = snapshot_of_objects(call.key, module.mentioned)
+            state = PersistentState([*snapshots[0].tensors, *snapshots[1].tensors]) if keeps_state else None
+            watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module), state)
+            with graphs_off():
+                effects = observe(self._run, args, kwargs, watched)
         except Unobservable as error:
             with graphs_off():
                 return Effects(self._run(*args, **kwargs), Cause(Reason.UNOBSERVED, detail=str(error)))
-        state = PersistentState([*snapshots[0].tensors, *snapshots[1].tensors]) if keeps_state else None
-        watched = Watched(*snapshots, call.tensors, lambda: path_here(self._module), state)
-        with graphs_off():
-            effects = observe(self._run, args, kwargs, watched)
+        if effects.autocasts:
+            # The key says nothing of it, as it is off around the call.
+            held = held or StateSnapshot(())
+            held.guard_also(ShownNode(None, "torch", None, lambda _: autocast_dtypes()))
         if keeps_state and self._config.buckets is None and effects.cause is not None:
             effects.rebound = module.rebound() if effects.cause.reason is Reason.MUTATES else []
         effects.version, effects.held, effects.may_keep = module.version, held, self._may_keep(call.tensors, held)
@@ -112,6 +123,8 @@ class TorchRecorder:
         """Capture a call that was observed to be a function of its tensors; a cause says why that failed."""
         call = request.call
         run = self.again(effects.version, request.running, (call.key.settings or USUAL)[:SETTINGS])
+        # The module may ask for it; nothing that it reaches requires gradients.
+        run = torch.set_grad_enabled(call.key.grad is not False)(run)
         if effects.state is not None and effects.state.is_inference:
             # Only there may it be updated.
             run = torch.inference_mode()(run)

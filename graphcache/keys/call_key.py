@@ -36,6 +36,7 @@ Part = tuple[Any, ...]
 
 _MAX_VALUES = 20_000
 _MAX_DEPTH = 32
+_CONTAINERS = frozenset({list, tuple, dict})
 _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 CONSTANTS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
 OPEN_CONSTANTS: dict[type, Callable[[Any], Sequence[Any]]] = {
@@ -72,6 +73,20 @@ class CallKey(NamedTuple):
         remaining = iter(tensors)
         args = tuple([value_of(part, remaining) for part in self.args])
         return args, {name: value_of(part, remaining) for name, part in self.kwargs}
+
+    def classes(self) -> set[type]:
+        """The user's classes of the arguments, such as those of named tuples and enumerations."""
+        return {kind for part in (*self.args, *(part for _, part in self.kwargs)) for kind in _classes_in(part)}
+
+
+def _classes_in(part: Part) -> Iterator[type]:
+    """The user's classes of what a part describes."""
+    kind, *rest = part
+    if isinstance(kind, type) and kind is not Held and not is_library(kind.__module__):
+        yield kind
+    for each in rest:
+        if type(each) is tuple and each and isinstance(each[0], type):
+            yield from _classes_in(each)
 
 
 NO_KEY = CallKey(grad=False, inference=False, autocast=(), settings=None, repeats=(), args=(), kwargs=())
@@ -185,7 +200,7 @@ class _Reader:
                 return Held, self.held[-1]
             raise Refusal(Reason.ARGUMENT, where, f"an object of type {kind.__module__}.{kind.__qualname__}")
         items, context = node.flatten_fn(value)
-        if hasattr(value, "__dict__") and not is_rebuilt(value, node.unflatten_fn(items, context)):
+        if kind not in _CONTAINERS and not is_rebuilt(value, node.unflatten_fn(items, context)):
             raise Refusal(Reason.ARGUMENT, where, f"pytree leaves out a part of a {kind.__qualname__}")
         if context is None or is_named_tuple(kind):
             about = None
@@ -261,6 +276,11 @@ def _repeats(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     places: dict[int, int] = {}
     first = tuple([places.setdefault(id(value), index) for index, value in enumerate(tensors)])
     return first if len(places) < len(tensors) else ()
+
+
+def autocast_dtypes() -> dict[str, torch.dtype]:
+    """What autocast casts to where it is switched on, by the kind of the device."""
+    return {kind: torch.get_autocast_dtype(kind) for kind in ("cuda", "cpu")}
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:

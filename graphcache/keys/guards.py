@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from graphcache.keys.call_key import ambient_state
 from graphcache.keys.state_nodes import Change, NamesNode
 from graphcache.keys.state_snapshot import StatePlace, StateSnapshot
 from graphcache.keys.state_walk import Skips
+from graphcache.keys.user_code import functions_of, has_global_state, holds_state
 
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
@@ -41,7 +43,7 @@ class ModuleGuard:
     """
 
     __slots__ = (
-        *("_find_engines", "_functions", "_hooks", "_ignore", "_lock", "_module", "_skips"),
+        *("_find_engines", "_functions", "_hooks", "_ignore", "_lock", "_made", "_module", "_skips", "_stateless"),
         *("known", "places", "root", "version"),
     )
 
@@ -63,6 +65,8 @@ class ModuleGuard:
         self._skips = skips
         self._find_engines = engines
         self._functions: dict[types.CodeType, dict[str, Any]] = {}
+        self._made: list[weakref.ref[types.FunctionType]] = []
+        self._stateless: set[types.CodeType] = set()
         self.places: Sequence[StatePlace] = ()
         """What is no part of the state: it is an argument of every call."""
         self.known: StateSnapshot | None = None
@@ -79,7 +83,8 @@ class ModuleGuard:
             return known
         self.forget()
         hooks = [(name, getattr(torch_module, name)) for name in self._hooks if hasattr(torch_module, name)]
-        roots = [(self.root, self._module), *hooks]
+        made = [function for reference in self._made if (function := reference()) is not None]
+        roots = [(self.root, self._module), *hooks, *((each.__qualname__, each) for each in made)]
         options: dict[str, Any] = {"ignore": self._ignore, "skips": self._skips, "functions": self._functions}
         found = StateSnapshot(roots, **options, places=self.places)
         for engine in self._find_engines(self._module):
@@ -159,10 +164,26 @@ class ModuleGuard:
         self.places = places
         self.forget()
 
+    def unseen(self, ran: dict[types.CodeType, dict[str, Any]]) -> dict[types.CodeType, dict[str, Any]]:
+        """Of functions that ran, by their code and with globals, those that may hold state and were not followed."""
+        if (known := self.known) is None:
+            return {}
+        left = {code: table for code, table in ran.items() if code not in known.covered | self._stateless}
+        left = {code: table for code, table in left.items() if not known.ignores(code.co_qualname)}
+        if not left:
+            return {}
+        stateful = {function.__code__ for function in functions_of(left) if holds_state(function)}
+        found = {code: table for code, table in left.items() if code in stateful or has_global_state(code, table)}
+        self._stateless.update(left.keys() - found.keys())
+        return found
+
     def follow(self, functions: dict[types.CodeType, dict[str, Any]]) -> None:
-        """Follow the globals of functions that ran and that no walk has found."""
+        """Follow functions that ran and that no walk has found, given by their code, with their globals."""
         if len(self._functions) + len(functions) > MAX_FUNCTIONS:
             # Code that is made anew at every call.
             self._functions.clear()
+            self._made.clear()
+            self._stateless.clear()
         self._functions.update(functions)
+        self._made += map(weakref.ref, functions_of(functions))
         self.forget()

@@ -7,8 +7,6 @@ shallow copies of all containers finds every change.
 from __future__ import annotations
 
 import collections
-import functools
-import gc
 import types
 from collections.abc import Callable, Sequence
 from operator import eq, is_
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from graphcache.keys.attributes import attributes_of, table_of
 from graphcache.keys.values import MISSING, same, short, told_apart
 
 _IGNORED_CLASS_NAMES = {
@@ -26,9 +25,6 @@ _IGNORED_CLASS_NAMES = {
 """Attributes that Python and its libraries put on classes while they are looked at, copied, pickled or compiled."""
 _REPLACED = frozenset({"forward", "__getstate__"})
 """What a wrapped module replaces in the dictionaries of its parts while one of its calls is under way."""
-_BUILT_IN = {collections.defaultdict: ("default_factory",), functools.partial: ("func", "args", "keywords")}
-"""What objects of the standard library hold as in slots."""
-
 ITEMS = (list, collections.deque, set, frozenset)
 
 State = tuple[Sequence[Any], Sequence[Any]]
@@ -128,8 +124,12 @@ class StateNode:
 class TableNode(StateNode):
     """A dictionary: its keys and values, in order."""
 
+    def _kind(self) -> Any:
+        """The class whose methods show it. A subclass may have methods of its own, which are no way to look."""
+        return collections.OrderedDict if issubclass(type(self.target), collections.OrderedDict) else dict
+
     def read(self) -> State:
-        kind = _kind_of(self.target)
+        kind = self._kind()
         names, values = tuple(kind.keys(self.target)), tuple(kind.values(self.target))
         return self.without_places(names, values) if self.places else (names, values)
 
@@ -140,14 +140,14 @@ class TableNode(StateNode):
         names, values = self.state
         if dict.__len__(self.target) != len(names):
             return True
-        kind = _kind_of(self.target)
+        kind = self._kind()
         return not (all(map(is_, kind.values(self.target), values)) and all(map(is_, kind.keys(self.target), names)))
 
     def end(self, name: Any) -> str:
         return f"[{short(name)}]" if isinstance(name, (str, int)) else f"[a {type(name).__name__}]"
 
     def guard(self, native: Any) -> None:
-        if _kind_of(self.target) is dict or len(self.state[0]) < 2:
+        if self._kind() is dict or len(self.state[0]) < 2:
             native.add_dict(self.target, *self.state, vars(StandIn)["own"], tuple(self.places))
             return
         # The iterator of an OrderedDict looks keys up, which runs no Python code for these.
@@ -195,6 +195,13 @@ class AttributesNode(TableNode):
         if any(own is not None for own in self._replaced().values()):
             raise ValueError
         super().guard(native)
+
+
+class DictOfNode(AttributesNode):
+    """The ``__dict__`` of an object where it is of a subclass of ``dict``: attributes are set past its methods."""
+
+    def _kind(self) -> Any:
+        return dict
 
 
 class NamesNode(StateNode):
@@ -324,31 +331,6 @@ class TensorNode(StateNode):
             raise ValueError
 
 
-def attributes_of(value: Any) -> dict[str, Any] | None:
-    """The ``__dict__`` of an object, past a ``__getattribute__`` of its class; ``None`` for one without."""
-    try:
-        table = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return None
-    return table if type(table) is dict else None
-
-
-def table_of(kind: type) -> dict[str, Any]:
-    """The dictionary of a class, which shows it through a proxy."""
-    (table,) = gc.get_referents(vars(kind))
-    return table  # type: ignore[no-any-return]
-
-
-def slots_of(kind: type) -> dict[str, Any]:
-    """The ``__slots__`` of a class and its bases, with what reads them."""
-    found: dict[str, Any] = {}
-    for each in reversed(kind.__mro__):
-        names = vars(each) if "__slots__" in vars(each) else _BUILT_IN.get(each, ())
-        slots = {name: vars(each)[name] for name in names}
-        found |= {name: slot for name, slot in slots.items() if isinstance(slot, types.MemberDescriptorType)}
-    return found
-
-
 def pairs(table: dict[Any, Any]) -> State:
     """The names and values of a dictionary."""
     return tuple(table), tuple(table.values())
@@ -358,11 +340,6 @@ def _became(old: Any, new: Any) -> str:
     if old is MISSING:
         return f"is new: {short(new)}"
     return "was removed" if new is MISSING else f"{short(old)} became {short(new)}"
-
-
-def _kind_of(table: Any) -> Any:
-    """The class whose methods show a dictionary. A subclass may have methods of its own, which are no way to look."""
-    return collections.OrderedDict if issubclass(type(table), collections.OrderedDict) else dict
 
 
 def _slot(target: Any, descriptor: Any) -> Any:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import collections
-import concurrent.futures
 import contextvars
-import gc
+import ctypes
 import logging
 import os
 import threading
@@ -15,7 +13,6 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +21,8 @@ from torch.nn.utils import parametrize
 
 from graphcache.keys import state_nodes as nodes
 from graphcache.keys import user_code
+from graphcache.keys.attributes import attributes_of, behind, items_of, slots_of, table_of
+from graphcache.keys.machinery import is_machinery, levels_of, names_of_libraries
 from graphcache.keys.state_nodes import StateNode, TensorNode
 from graphcache.keys.user_code import is_library
 from graphcache.keys.value_nodes import (
@@ -37,7 +36,7 @@ from graphcache.keys.value_nodes import (
     hidden_state,
     script_state,
 )
-from graphcache.keys.values import BUILTIN_METHODS, Unobservable, is_plain
+from graphcache.keys.values import Unobservable, is_plain
 
 MAX_CONTAINERS = 50_000
 """A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
@@ -49,17 +48,12 @@ MAX_HOPS = 4
 MAX_ARRAY_BYTES = 1 << 20
 """Contents of NumPy arrays that are compared at every hit: about 50 us for a megabyte."""
 
-_MACHINERY = (
-    *(concurrent.futures.Executor, concurrent.futures.Future, asyncio.AbstractEventLoop, threading.Thread),
-    logging.Filterer,
-)
-"""Base classes of what runs and logs, whose own state is none of the module's."""
-_MACHINERY_PACKAGES = ("concurrent", "multiprocessing", "logging", "tokenizers")
+_OF_C = ctypes._SimpleCData.__mro__[1]
+_OF_PYTHON = frozenset({"typing", "importlib.machinery", "_frozen_importlib", "_frozen_importlib_external"})
+"""Where hints of types and what modules were made by come from, which hold no state of anybody's."""
 _PLAIN = {dict, collections.OrderedDict, *nodes.ITEMS}
 """Containers without attributes."""
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-_VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
-"""What shows a dictionary that it does not own."""
 _STANDS_FOR = {"module", "_graphcache_module"}
 """Where a wrapped module and an adopted engine have what they stand for."""
 _BUILTINS = frozenset(dir(builtins))
@@ -103,8 +97,8 @@ class StateWalk:
         """Modules of the user's that somebody holds or imports, with the names in them that were followed."""
         self.mentioned = set(mentioned)
         """Names of attributes in code that may run."""
-        self._waiting: dict[str, list[tuple[str, types.FunctionType]]] = {}
-        """Methods whose names no code that was followed mentions."""
+        self._waiting: dict[str, list[tuple[str, Any]]] = {}
+        """Methods, and data with special names, whose names no code that was followed mentions."""
 
     def walk(self, roots: Sequence[tuple[str, object]], functions: Mapping[types.CodeType, dict[str, Any]]) -> None:
         """Follow some objects, each with the name that its path begins with, and the globals of some code.
@@ -134,20 +128,23 @@ class StateWalk:
                 raise Unobservable(self._largest())
         for module, names in self._used.items():
             self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))))
-        if "requires_grad" in self.mentioned:
-            self._add(GradientNode({node.path: node.target for node in self.tensors}))
+        for name in ("requires_grad", "grad"):
+            if name in self.mentioned:
+                self._add(GradientNode({node.path: node.target for node in self.tensors}, name))
         # Somebody may patch methods into the class of all tensors, which is not followed itself.
         methods = tuple(sorted(name for name in self.mentioned if hasattr(Tensor, name)))
         if methods:
-            self._add(nodes.NamesNode(None, "Tensor", nodes.table_of(Tensor), methods))
+            self._add(nodes.NamesNode(None, "Tensor", table_of(Tensor), methods))
 
     def _visit(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
         if kind in _PLAIN or kind is collections.defaultdict:
             self._object(parent, key, value)
-        elif (parts := _behind(value)) is not None:
+        elif (parts := behind(value)) is not None:
             self._entries += len(parts)
             self._stack += [(parent, key + end, item) for end, item in parts]
+            if issubclass(kind, weakref.ref) and kind is not weakref.ref:
+                self._attributes(parent, key, value)
         elif issubclass(kind, Tensor):
             tensor = TensorNode(parent, key, value)
             self.tensors.append(tensor)
@@ -162,18 +159,20 @@ class StateWalk:
                 self._modules.setdefault(value, frozenset())
         elif kind is types.FunctionType:
             self._function(parent, key, value)
+        elif kind.__module__ in _OF_PYTHON:
+            pass
         elif kind is types.CellType:
             self._follow(nodes.CellNode(parent, key, value))
         elif kind is contextvars.ContextVar:
             self._follow(VariableNode(parent, key, value))
         elif issubclass(kind, threading.local):
             self._follow(ShownNode(parent, key, value, _of_this_thread))
-        elif issubclass(kind, _MACHINERY) or str(kind.__module__).partition(".")[0] in _MACHINERY_PACKAGES:
+        elif is_machinery(kind):
             self._machinery(parent, key, value)
         elif self._skips is not None and self._skips(value):
             # It keeps its own account; what it stands for may hold state all the same.
             self._add(nodes.ObjectNode(parent, key, value, {}))
-            own = nodes.attributes_of(value) or {}
+            own = attributes_of(value) or {}
             self._stack += [(parent, key, own[name]) for name in own.keys() & _STANDS_FOR]
         elif issubclass(kind, nn.Module) or not user_code.is_tracer(kind.__module__):
             self._object(parent, key, value)
@@ -206,15 +205,21 @@ class StateWalk:
         elif issubclass(kind, nodes.ITEMS):
             self._follow(nodes.ItemsNode(parent, key, value, self._left_out.get(id(value), ())))
         elif issubclass(kind, tuple):
-            self._stack += [(parent, key + end, item) for end, item in _items(value)]
+            self._stack += [(parent, key + end, item) for end, item in items_of(value)]
         elif array_state(value) is not None:
             self._array(ArrayNode(parent, key, value))
+            if issubclass(kind, _OF_C):
+                # What a pointer points at.
+                self._stack.append((parent, key, value._objects))
         elif issubclass(kind, torch.jit.ScriptModule):
             for name in value._c._method_names():
                 # It becomes an attribute when it is first asked for.
                 getattr(value, name, None)
             self._follow(ShownNode(parent, key, value, script_state))
             self._stack += [(parent, f"{key}.{name}", child) for name, child in value.named_children()]
+        elif issubclass(kind, torch.optim.Optimizer):
+            # It does nothing for parameters without gradients.
+            self.mentioned.add("grad")
         elif issubclass(kind, parametrize.ParametrizationList):
             # The weights that torch.nn.utils.parametrize.cached() keeps.
             self._names(vars(parametrize), {"_cache", "_cache_enabled"}, 1)
@@ -237,7 +242,7 @@ class StateWalk:
 
     def _attributes(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
-        table, slots = nodes.attributes_of(value), nodes.slots_of(kind)
+        table, slots = attributes_of(value), slots_of(kind)
         if table is None and not slots:
             return
         self._seen.add(id(table))
@@ -245,18 +250,21 @@ class StateWalk:
         self._follow(kind_of_node(parent, key, value, slots))
         if table is not None:
             # Under the object's own path.
-            self._follow(nodes.AttributesNode(parent, key, table, self._left_out.get(id(table), ())))
+            kind_of_dict = nodes.AttributesNode if type(table) is dict else nodes.DictOfNode
+            self._follow(kind_of_dict(parent, key, table, self._left_out.get(id(table), ())))
         self._classes_of(kind)
 
     def _machinery(self, parent: StateNode | None, key: str, value: Any) -> None:
         """A thread, executor or logger: of one of a user's class, the attributes that are not the library's own."""
-        table, kind = nodes.attributes_of(value), type(value)
-        if table is None or is_library(kind.__module__):
-            return
-        node = nodes.AttributesNode(parent, key, table)
-        self._add(node)
-        self._stack += [(node, node.end(name), item) for name, item in table.items() if not name.startswith("_")]
-        self._classes_of(kind)
+        table = attributes_of(value)
+        kind: Any = type(value)
+        if issubclass(kind, logging.LoggerAdapter):
+            self._stack.append((parent, f"{key}.logger", value.logger))
+        for path, names, own in levels_of(value) if issubclass(kind, logging.Logger) else ():
+            self._add(nodes.NamesNode(None, path, names, own))
+        if table is not None and not is_library(kind.__module__):
+            self._follow(nodes.AttributesNode(parent, key, table, names_of_libraries(kind)))
+            self._classes_of(kind)
 
     def _function(self, parent: StateNode | None, key: str, value: types.FunctionType) -> None:
         code, module = value.__code__, value.__globals__.get("__name__")
@@ -289,6 +297,12 @@ class StateWalk:
         for module, name in names.of_modules:
             if is_library(module.__name__):
                 self._used.setdefault(module, set()).add(name)
+                if module.__name__ == "torch.distributed" and (world := user_code.world_of_distributed()) is not None:
+                    self._add(nodes.NamesNode(None, module.__name__, vars(world), ("_default_pg",)))
+                # Such as sys.argv; and what logging.debug() asks.
+                value = logging.root if module is logging else vars(module).get(name)
+                if type(value) in (list, logging.RootLogger):
+                    self._stack.append((None, f"{module.__name__}.{name}", value))
             else:
                 self._names(vars(module), {name}, hops)
 
@@ -306,6 +320,10 @@ class StateWalk:
         found = tuple(sorted(name for name in names if name in table or name not in _BUILTINS))
         if not found:
             return
+        new = tuple(name for name in found if name in vars(builtins) and name not in table)
+        if new and table is not vars(builtins):
+            # Somebody has put them there.
+            self._names(vars(builtins), set(new), hops)
         node = nodes.NamesNode(None, str(table.get("__name__", "globals")), table, found)
         self._add(node)
         for name, value in zip(*node.state, strict=True):
@@ -316,7 +334,7 @@ class StateWalk:
     def _classes_of(self, kind: type) -> None:
         """What a class of the user's, or a module of PyTorch's, its bases and its metaclass define.
 
-        A method is followed once code that may run mentions its name.
+        A method, or data with a special name, is followed once code that may run mentions its name.
         """
         metaclass: Any = type(kind)
         for each in (*kind.__mro__, *metaclass.__mro__):
@@ -332,14 +350,14 @@ class StateWalk:
                         self._used.setdefault(module, set()).add(name)
                 continue
             for name, value in vars(each).items():
-                path, function = f"{each.__qualname__}.{name}", user_code.function_of(value)
-                if function is None:
-                    if not name.startswith("__") and name != "_abc_impl":
-                        self._stack.append((None, path, value))
-                elif user_code.runs_by_itself(name) or name in self.mentioned:
-                    self._stack.append((None, path, function))
-                else:
-                    self._waiting.setdefault(name, []).append((path, function))
+                path = f"{each.__qualname__}.{name}"
+                for part in user_code.parts_of(value):
+                    is_data = not isinstance(part, types.FunctionType)
+                    runs = not name.startswith("__") if is_data else user_code.runs_by_itself(name)
+                    if (runs or name in self.mentioned) and name != "_abc_impl":
+                        self._stack.append((None, path, part))
+                    elif not is_plain(part):
+                        self._waiting.setdefault(name, []).append((path, part))
 
     def _largest(self) -> str:
         """Which attribute has the most below it, and how much was found."""
@@ -353,30 +371,5 @@ class StateWalk:
         return f"{path}: {count} of the {len(self.nodes)} containers that were found before the walk was ended"
 
 
-def _behind(value: Any) -> list[tuple[str, Any]] | None:
-    """What is behind an object that cannot change itself, with the ends of the paths; ``None`` for other objects."""
-    kind = type(value)
-    if kind is tuple:
-        return _items(value)
-    if kind is types.MethodType:
-        return [("", value.__func__), (".__self__", value.__self__)]
-    if kind in BUILTIN_METHODS:
-        return [] if isinstance(value.__self__, types.ModuleType) else [(".__self__", value.__self__)]
-    if kind in _VIEWS:
-        return [("", gc.get_referents(value)[0])]
-    if issubclass(kind, weakref.ref):
-        return [("()", value())]
-    if kind in weakref.ProxyTypes:
-        with suppress(ReferenceError):
-            # A method of the object that it stands for.
-            return [("", value.__reduce_ex__.__self__)]
-        return []
-    return None
-
-
 def _of_this_thread(local: threading.local) -> dict[str, Any]:
     return {f".{name}": value for name, value in local.__dict__.items()}
-
-
-def _items(value: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    return [(f"[{index}]", item) for index, item in enumerate(tuple.__iter__(value))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copyreg
 import functools
 import gc
@@ -14,6 +15,7 @@ import types
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from operator import eq
 from typing import Any
@@ -28,12 +30,14 @@ from graphcache.keys.values import MISSING, SHOWN, Unobservable, draws_randomnes
 
 _MEMORY_FILES = (io.BytesIO, io.StringIO)
 """Files in memory."""
+_GUARDED = (functools._lru_cache_wrapper, BaseException, contextvars.Context, *_MEMORY_FILES)
 _FRAMES = {
     types.GeneratorType: ("gi_frame", "gi_yieldfrom"),
     types.CoroutineType: ("cr_frame", "cr_await"),
     types.AsyncGeneratorType: ("ag_frame", "ag_await"),
 }
 """Where the variables of a generator are, and what it waits for."""
+_CODE = (types.FrameType, types.CodeType)
 _EMPTY = (copyreg._reconstructor, copyreg.__newobj__)  # type: ignore[attr-defined]
 
 Hidden = tuple[Any, tuple[Any, ...]]
@@ -80,17 +84,19 @@ class ShownNode(StateNode):
 
 
 class GradientNode(ShownNode):
-    """Whether tensors, by their paths, want gradients; a guard compares that only for code that asks."""
+    """Whether tensors, by their paths, want gradients, or the gradients they have, for code that asks."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__(None, "", tensors, _wants_gradients)
+    def __init__(self, tensors: dict[str, Tensor], name: str) -> None:
+        super().__init__(None, "", tensors, partial(_about_gradients, name=name))
 
     def guard(self, native: Any) -> None:
-        for tensor, wanted in zip(self.target.values(), self.state[1], strict=True):
+        for path, value in zip(*self.state, strict=True):
+            place, _, name = path.rpartition(".")
+            tensor = self.target[place]
             # Others may have Python code behind it.
             if type(tensor) not in (Tensor, Parameter):
                 raise TypeError
-            native.add_property(tensor, TensorBase.requires_grad, wanted)
+            native.add_property(tensor, vars(TensorBase)[name], value)
 
 
 class HeldNode(ObjectNode):
@@ -120,7 +126,7 @@ class HiddenNode(StateNode):
     def guarded(self) -> bool:
         # A call that did not advance a generator gives the same answer wherever that stands. But one that used a cached
         # function has to fill a cache that was cleared, which a graph does not.
-        return issubclass(type(self.target), (functools._lru_cache_wrapper, *_MEMORY_FILES))
+        return issubclass(type(self.target), _GUARDED)
 
     def read(self) -> State:
         # With the objects that it refers to, so that no id in the state is used twice.
@@ -153,8 +159,10 @@ def _reached(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _wants_gradients(tensors: dict[str, Tensor]) -> dict[str, bool]:
-    return {f"{path}.requires_grad": tensor.requires_grad for path, tensor in tensors.items()}
+def _about_gradients(tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+    # Only leaves have a gradient.
+    asked = {path: tensor for path, tensor in tensors.items() if name != "grad" or tensor.is_leaf}
+    return {f"{path}.{name}": getattr(tensor, name) for path, tensor in asked.items()}
 
 
 def array_state(value: Any) -> tuple[Any, ...] | None:
@@ -202,6 +210,10 @@ def hidden_state(value: Any) -> Hidden | None:
         return _generator_state(value)
     if issubclass(kind, functools._lru_cache_wrapper):
         return _cache_state(value)
+    if issubclass(kind, BaseException):
+        return tuple(map(_shown_or_id, value.args)), value.args
+    if kind is contextvars.Context:
+        return tuple(map(id, chain.from_iterable(value.items()))), tuple(value.values())
     if issubclass(kind, (queue.Queue, queue.SimpleQueue)):
         return value.qsize(), ()
     if issubclass(kind, io.IOBase):
@@ -231,9 +243,10 @@ def _generator_state(value: Any) -> Hidden:
     frame, inner = (getattr(value, name) for name in _FRAMES[type(value)])
     if frame is None:
         return "exhausted", ()
-    values = frame.f_locals.values()
-    state = (frame.f_lasti, tuple(frame.f_locals), tuple(map(_shown_or_id, values)), id(inner))
-    return state, (*values, inner)
+    shown = frame.f_locals
+    # Its evaluation stack too, where a loop keeps its iterator, and its function, whose variables it may read.
+    held = [each for each in gc.get_referents(value) if type(each) not in _CODE and each is not shown]
+    return (frame.f_lasti, id(inner), *map(_shown_or_id, held)), (*held, inner)
 
 
 def _cache_state(value: Any) -> Hidden:

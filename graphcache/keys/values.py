@@ -130,9 +130,15 @@ def is_rebuilt(old: Any, new: Any) -> bool:
     elif isinstance(old, (list, tuple, collections.deque)):
         items = len(old) == len(new) and all(map(is_rebuilt, old, new))
     else:
-        items = hasattr(old, "__dict__")
-    before, now = getattr(old, "__dict__", {}), getattr(new, "__dict__", {})
+        items = bool(held_by(old))
+    before, now = held_by(old), held_by(new)
     return items and before.keys() == now.keys() and all(is_rebuilt(before[name], now[name]) for name in before)
+
+
+def held_by(value: Any) -> dict[str, Any]:
+    """The attributes of an object, those in ``__slots__`` too."""
+    names = [name for each in type(value).__mro__ for name in vars(each).get("__slots__", ())]
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in names if hasattr(value, name)}}
 
 
 def short(value: Any) -> str:

@@ -77,7 +77,7 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         state = reached, snapshot_of(args, kwargs, reached.mentioned)
     except Unobservable as error:
         # Calls of the module run eagerly for that. The operations are looked at all the same.
-        findings.add(Break(Reason.UNOBSERVED, "the state", Place(), str(error), Reason.UNOBSERVED.remedy))
+        findings.add(_unobserved("the state", error))
         state = StateSnapshot([]), StateSnapshot([])
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -96,8 +96,19 @@ def find_capture_breaks(module: nn.Module, *args: Any, **kwargs: Any) -> list[Br
         # TorchScript optimises a module while it runs, and compares its constants for that.
         during.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         watched = Watched(*state, inputs, str, PersistentState([*state[0].tensors, *state[1].tensors]), effect)
-        observe(call, args, kwargs, watched)
+        _observe(findings, call, args, kwargs, watched)
     return list(findings.found.values())
+
+
+def _observe(findings: Findings, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], watched: Watched) -> None:
+    try:
+        observe(call, args, kwargs, watched)
+    except Unobservable as error:
+        findings.add(_unobserved("the call", error))
+
+
+def _unobserved(what: str, error: Unobservable) -> Break:
+    return Break(Reason.UNOBSERVED, what, Place(), str(error), Reason.UNOBSERVED.remedy)
 
 
 def _state(module: nn.Module) -> list[Tensor]:

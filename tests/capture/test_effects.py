@@ -349,7 +349,7 @@ SCALES = [2.0]
 
 
 def test_functions_that_the_walk_did_not_find_are_observed_once_more() -> None:
-    module = Fn(lambda _, x: globals()["by_" + "name"](x))
+    module = Fn(lambda _, x: globals()["".join(["by", "_", "name"])](x))
     # It is no failure: the next call is captured.
     fast = graphcache.wrap(module, on_failure="raise")
     for _ in range(4):

@@ -82,7 +82,7 @@ CALLS = {
     Reason.RANDOM: lambda at: of(lambda x: x + random.random()),
     Reason.MUTATES: lambda at: (graphcache.wrap(Fn(counting, calls=0)), X),
     Reason.UNOBSERVED: lambda at: (graphcache.wrap(Fn(lambda _, x: x * 2, source=random.SystemRandom())), X),
-    Reason.UNSETTLED: lambda at: of(lambda x: globals()["sca" + "led"](x)),
+    Reason.UNSETTLED: lambda at: of(lambda x: globals()["".join(["sca", "led"])](x)),
     Reason.ALIASES_STATE: lambda at: (graphcache.wrap(Fn(lambda self, x: self.weight[:1], weight=torch.ones(2))), X),
     Reason.GRAD: lambda at: (graphcache.wrap(nn.Linear(4, 4)), X),
     Reason.ARGUMENT: lambda at: (graphcache.wrap(Fn(lambda _, x: torch.ones(2))), object()),
