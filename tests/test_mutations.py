@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextvars
 import ctypes
+import dataclasses
 import gc
 import os
 import sys
@@ -40,10 +41,11 @@ from graphcache.capture import effects, host_activity, persistent_state, trial_c
 from graphcache.capture import recording as record
 from graphcache.capture import torch_recorder as record_torch
 from graphcache.dispatch import dispatcher
-from graphcache.graphs import buffers, cpu_tape
+from graphcache.graphs import buffers, cpu_tape, operations
 from graphcache.graphs import verify as judge
-from graphcache.keys import call_key, guards, state_nodes, value_nodes
+from graphcache.keys import call_key, guards, state_nodes, state_walk, value_nodes
 from graphcache.modules import forward_patch
+from tests.capture.test_what_code_reaches import PROGRAMS, series
 from tests.helpers import Fn, dispatcher_of, frozen, graphs_of, mlp, replays, same
 
 ROOT = Path(__file__).parent.parent
@@ -340,6 +342,21 @@ def _a_hook_of_all_modules_does_not_run() -> bool:
             handle.remove()
 
 
+def _reached(name: str) -> Callable[[], bool]:
+    """Whether a program with state that code reaches answers otherwise when it is wrapped."""
+
+    def harmed() -> bool:
+        wanted = series(PROGRAMS[name](), wrapped=False)
+        return series(PROGRAMS[name](), wrapped=True) != wanted
+
+    return harmed
+
+
+def _without_grad(request: Any) -> Any:
+    """A request as if gradients were off."""
+    return dataclasses.replace(request, call=request.call._replace(key=request.call.key._replace(grad=False)))
+
+
 FACTOR = [2]
 
 
@@ -352,7 +369,7 @@ def _a_global_that_nobody_found_is_frozen() -> bool:
         FACTOR[0] = 3
 
     try:
-        return stale(triple, lambda: Fn(lambda _, x: globals()["_by" + "_factor"](x)))
+        return stale(triple, lambda: Fn(lambda _, x: globals()["".join(["_by", "_factor"])](x)))
     finally:
         FACTOR[0] = 2
 
@@ -817,6 +834,8 @@ def _new_hook(module: Any) -> None:
 
 GUARDS = "tests/keys/test_guards.py::"
 EFFECTS = "tests/capture/test_effects.py::"
+REACHES = "tests/capture/test_what_code_reaches.py::test_answers_and_state_are_those_of_eager_calls"
+PAST = "tests/capture/test_past_the_dispatcher.py::"
 ACTIVITY = "tests/capture/test_host_activity.py::"
 AMBIENT = "tests/keys/test_ambient.py::"
 RECORD = "tests/capture/test_torch_recorder.py::"
@@ -942,9 +961,56 @@ CURES: dict[str, Cure] = {
         GUARDS + "test_a_change_of_any_kind_is_noticed_and_named",
     ),
     "globals of what came to run are followed": Cure(
-        replace(effects, "has_global_state", nothing),
+        replace(guards.ModuleGuard, "unseen", lambda self, ran: {}),
         _a_global_that_nobody_found_is_frozen,
         EFFECTS + "test_functions_that_the_walk_did_not_find_are_observed_once_more",
+    ),
+    "closures and default values of what came to run are followed": Cure(
+        replace(guards, "holds_state", _never), _reached("a_default_of_init"), f"{REACHES}[a_default_of_init-now]"
+    ),
+    "classes of arguments are guarded": Cure(
+        replace(call_key.CallKey, "classes", lambda self: set()),
+        _reached("the_class_of_a_member_of_an_enumeration"),
+        f"{REACHES}[the_class_of_a_member_of_an_enumeration-now]",
+    ),
+    "gradients are guarded for code that looks at them": Cure(
+        replace(value_nodes.GradientNode, "differs", _never),
+        _reached("the_gradient_of_a_plain_tensor"),
+        f"{REACHES}[the_gradient_of_a_plain_tensor-now]",
+    ),
+    "levels of loggers are guarded": Cure(
+        replace(state_walk, "levels_of", lambda logger: []),
+        _reached("the_level_of_a_logger"),
+        f"{REACHES}[the_level_of_a_logger-now]",
+    ),
+    "a tensor that no operation made is no constant": Cure(
+        replace(cpu_tape._Recorder, "_is_of_the_call", _never),
+        lambda: wrong(
+            lambda _, x, mask: x * mask.long().as_subclass(Tensor),
+            (torch.ones(3), torch.ones(3, dtype=torch.bool)),
+            (torch.ones(3), torch.tensor([True, False, True])),
+        ),
+        PAST + "test_a_tensor_that_no_operation_made_is_no_constant[as_subclass]",
+    ),
+    "tensors among numbers are read on the host": Cure(
+        replace(operations, "_reads_on_the_host", _never),
+        lambda: wrong(
+            lambda _, x, mask: x * torch.tensor([each.long() for each in mask]),
+            (torch.ones(3), torch.ones(3, dtype=torch.bool)),
+            (torch.ones(3), torch.tensor([True, False, True])),
+        ),
+        PAST + "test_a_tensor_that_no_operation_made_is_no_constant[torch.tensor]",
+    ),
+    "a graph is recorded in the grad mode of the call": Cure(
+        around(
+            record_torch.TorchRecorder,
+            "record",
+            lambda original, self, request, *args: original(self, _without_grad(request), *args),
+        ),
+        torch.enable_grad()(
+            lambda: wrong(lambda _, x: x * (2 if torch.is_grad_enabled() else 3), torch.zeros(2), torch.ones(2))
+        ),
+        PAST + "test_a_graph_is_recorded_in_the_modes_of_the_call_or_not_at_all[AsksForGradients-enable_grad]",
     ),
     "so is every other graph of before it": Cure(
         replace(guards.ModuleGuard, "forget", lambda self: setattr(self, "known", None)),

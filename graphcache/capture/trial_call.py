@@ -19,7 +19,7 @@ from graphcache.graphs.verify import check_repeats
 from graphcache.keys.call_key import KeyedCall
 from graphcache.keys.values import Held, is_rebuilt
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
 class TrialCall:
@@ -100,6 +100,8 @@ class TrialCall:
 def _detached(tensor: Tensor) -> Tensor:
     """The same tensor without gradients, with what Python code gave it."""
     own = tensor.detach()
+    if type(tensor) is torch.nn.Parameter:
+        own = torch.nn.Parameter(own, requires_grad=False)
     own.__dict__.update(tensor.__dict__)
     return own
 
@@ -137,6 +139,8 @@ class TensorLeaf:
     index: int
     view: tuple[torch.Size, tuple[int, ...], int] | None = None
     """Shape, strides, and how many elements behind the beginning; ``None`` for the output or input itself."""
+    is_detached: bool = False
+    """Whether it is no view to PyTorch, though it lies in the same memory, such as ``x.detach()``."""
 
     def of(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """This leaf of another call."""
@@ -144,7 +148,8 @@ class TensorLeaf:
         if self.view is None:
             return given
         shape, strides, offset = self.view
-        return given.as_strided(shape, strides, given.storage_offset() + offset)
+        found = given.as_strided(shape, strides, given.storage_offset() + offset)
+        return found.detach() if self.is_detached else found
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,8 @@ class OutputLayout:
 
     def _leaf(self, leaf: Any) -> TensorLeaf | PlainLeaf | ObjectLeaf | int:
         """Where a leaf comes from; a number is that of a tensor that the call made, added to :attr:`tensors`."""
-        if isinstance(leaf, _PLAIN):
+        # An object of a subclass may have attributes.
+        if type(leaf) in _PLAIN or isinstance(leaf, (Enum, np.generic)):
             return PlainLeaf(leaf)
         for index, held in enumerate(self._held):
             if held.ref() is leaf:
@@ -267,7 +273,7 @@ class OutputLayout:
         index = self._owners[memory]
         if _reinterprets(leaf, self._inputs[index]):
             raise Refusal(Reason.ALIASES_STATE, f"args[{index}]", "an output reinterprets the memory of an input")
-        return TensorLeaf(True, index, _view_of(self._inputs[index], leaf))
+        return TensorLeaf(True, index, _view_of(self._inputs[index], leaf), not leaf._is_view())
 
 
 def _view_of(given: Tensor, leaf: Tensor) -> tuple[torch.Size, tuple[int, ...], int] | None:

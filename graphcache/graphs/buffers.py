@@ -13,6 +13,9 @@ def static_copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         buffer = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         put(packed(buffer), tensor)
+        if type(tensor) is torch.nn.Parameter:
+            # A module may ask for it.
+            buffer = torch.nn.Parameter(buffer, requires_grad=False)
         buffer.__dict__.update(tensor.__dict__)
         return buffer
 

@@ -30,6 +30,9 @@ from graphcache.graphs.operations import (
     written,
 )
 
+_OF_VALUES = frozenset({"aten::_nnz", "aten::q_scale", "aten::q_zero_point", "aten::is_coalesced"})
+"""Operators whose numbers depend on values, which no tag says."""
+
 
 class Step(NamedTuple):
     """An operation. A fill is a container of arguments, a place in it, and the slot of what a replay puts there."""
@@ -165,6 +168,8 @@ class _Recorder(DispatchMode):
         self._made: dict[int, tuple[int, Tensor]] = {}
         # Storages that the call has made, and those of them that hold a Python number.
         self._own: set[int] = set()
+        # Where such memory begins.
+        self._places: set[int] = set()
         self._lifted: set[int] = set()
 
     def slot_of(self, tensor: Tensor) -> int:
@@ -192,6 +197,8 @@ class _Recorder(DispatchMode):
         if lifted:
             # A constant made inside the call; a replay may write into it, so it needs a new one each time.
             func = torch.ops.aten.clone.default
+        if func._schema.name == "aten::set_":
+            raise Refusal(Reason.HOST_READ, str(func), "what is in its memory was made by no operation")
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             raise Refusal(Reason.RANDOM, str(func))
         changed = {storage_of(tensor) for tensor in written(func, args, kwargs)} - self._own
@@ -201,16 +208,21 @@ class _Recorder(DispatchMode):
             raise Refusal(Reason.DATA_DEPENDENT, str(func))
         given = tensors_in((args, kwargs))
         if func.is_view and not any(id(value) in self._made for value in given):
-            # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor) and storage_of(out) in set(map(storage_of, given)):
+                # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
+                return out
         fills: list[tuple[Any, Any, int]] = []
         template = self._template(args, fills), self._template(kwargs, fills)
         taken = set(map(storage_of, given))
         out = func(*args, **kwargs)
+        if any(_is_sparse(each) for each in tensors_in(out)) and not any(map(_is_sparse, given)):
+            raise Refusal(Reason.DATA_DEPENDENT, str(func), "how many elements it has depends on values")
         if (results := self._keep(out, func)) is not None:
             self.steps.append(Step(func, *template, fills, results))
         made = set(map(storage_of, tensors_in(out))) - taken
         self._own |= made
+        self._places |= {each.untyped_storage().data_ptr() for each in tensors_in(out) if storage_of(each) in made}
         if lifted:
             self._lifted |= made
         return out
@@ -224,7 +236,13 @@ class _Recorder(DispatchMode):
             elif isinstance(item, Tensor) and (made := self._made.get(id(item))) is not None:
                 copy[place] = None
                 fills.append((copy, place, made[0]))
+            elif isinstance(item, Tensor) and storage_of(item) and self._is_of_the_call(item):
+                raise Refusal(Reason.HOST_READ, detail="a tensor was made of another one by no operation")
         return copy
+
+    def _is_of_the_call(self, tensor: Tensor) -> bool:
+        place = tensor.untyped_storage().data_ptr()
+        return storage_of(tensor) in self._own or (place != 0 and place in self._places)
 
     def _keep(self, out: Any, func: Any) -> Any:
         """The slots of an operation's results; ``None`` if they are numbers only, which a replay need not make."""
@@ -233,11 +251,15 @@ class _Recorder(DispatchMode):
         leaves = flatten(out)
         numbers = any(item is not None and not isinstance(item, Tensor) for item in leaves)
         # PyTorch's own operators return numbers that depend on layouts alone, as is_same_size does: those that read
-        # values were refused by their tags.
-        if numbers and func.namespace not in ("aten", "prims"):
+        # values were refused by their tags, but for these.
+        if numbers and (func.namespace not in ("aten", "prims") or func._schema.name in _OF_VALUES):
             raise Refusal(Reason.HOST_READ, str(func))
         results = [self._slot(item) if isinstance(item, Tensor) else None for item in leaves]
         return None if numbers and not any(slot is not None for slot in results) else results
 
     def _slot(self, tensor: Tensor) -> int:
         return self._made.setdefault(id(tensor), (len(self._made), tensor))[0]
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout not in (torch.strided, torch._mkldnn)  # type: ignore[attr-defined]

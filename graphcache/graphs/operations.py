@@ -19,8 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphcache.errors import Reason, Refusal
 
 _OF_GRADIENTS = frozenset({"requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"})
+_IN_THE_KEY = frozenset({"requires_grad", "is_leaf", "grad_fn"})
 _ASKS = _OF_GRADIENTS | {"storage_offset", "as_strided", "untyped_storage", "_base"}
 _ASKS |= {"_is_view", "_version", "is_inference", "is_set_to", "is_shared", "is_pinned", "storage", "typed_storage"}
+_ASKS |= {"requires_grad_", "detach_", "share_memory_", "data ="}
+_OF_DATA = frozenset({"tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor"})
+"""Functions that make a tensor of Python's numbers. They read tensors among them past the dispatcher."""
 _OF_STATE = frozenset({"grad", "_version"})
 _MASKS = (torch.bool, torch.uint8)
 _PUTS = frozenset({"aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"})
@@ -45,10 +49,11 @@ _CHECKED_ON_THE_HOST = frozenset({"one_hot", "quantile", "nanquantile"})
 
 
 class HostQuestions(TorchFunctionMode):
-    """Notices questions to tensors whose answers no call key holds.
+    """Notices questions to tensors whose answers no call key holds, and what sets them.
 
     These are where the memory of an input begins, and whether it requires gradients: who asks may take another path for
-    another input. Some operations take another path under such a mode: none is active while a call is recorded.
+    another input. Values that are read past the dispatcher are noticed too. Some operations take another path under
+    such a mode: none is active while a call is recorded.
     """
 
     def __init__(
@@ -66,16 +71,34 @@ class HostQuestions(TorchFunctionMode):
     ) -> Any:
         if is_unwatched.get():
             return func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
+        name = access = getattr(func, "__name__", "")
+        if access in ("__get__", "__set__"):
             name = getattr(getattr(func, "__self__", None), "__name__", "")
+            # What sets it is another name where what reads it does not matter.
+            name = "data =" if (access, name) == ("__set__", "data") else name
+        if not self.asked and _reads_on_the_host(name, args, kwargs or {}):
+            self.asked, self.path = name, self._path_here()
         asked_of = storage_of(args[0]) if name in _ASKS and args and isinstance(args[0], Tensor) else None
         # A guard compares where what outlives the call is, and whether it requires gradients; these not.
         of_state = name in _OF_STATE and asked_of in self._state and not _from_torch()
         asks = asked_of is not None and (asked_of in self._inputs or of_state) and not self.asked
-        if asks and not (name in _OF_GRADIENTS and not torch.is_grad_enabled() and _from_torch()):
+        # While gradients are recorded, the key says that no tensor requires them.
+        known = _from_torch() or (torch.is_grad_enabled() and access == "__get__" and name in _IN_THE_KEY)
+        if asks and not (name in _OF_GRADIENTS and known):
             self.asked, self.path = f"Tensor.{name}", self._path_here()
         return func(*args, **(kwargs or {}))
+
+
+def _reads_on_the_host(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function reads tensors on the host and shows no operation that does."""
+    if name == "tensor_split":
+        return any(isinstance(each, Tensor) for each in (*args[1:], *kwargs.values()))
+    if name in ("__reduce_ex__", "__deepcopy__"):
+        # A copy, through the memory. On a device it is one that is captured, or the capture fails.
+        return isinstance(args[0], Tensor) and not args[0].is_cuda
+    if name in _OF_DATA:
+        return any(isinstance(each, (list, tuple)) and tensors_in(each) for each in (*args, *kwargs.values()))
+    return False
 
 
 def _from_torch() -> bool:
