@@ -7,6 +7,7 @@ called when the thread holds no :class:`QuietLock`, but for ``Observer.before``.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -236,7 +237,7 @@ class QuietLock:
     __slots__ = ("_lock",)
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = new_lock()
 
     def acquire(self, timeout: float = -1) -> bool:
         """Take the lock; whether it was taken within ``timeout`` seconds, -1 for as long as it takes."""
@@ -256,6 +257,23 @@ class QuietLock:
 
     def __exit__(self, *exc: object) -> None:
         self.release()
+
+
+def new_lock() -> threading.RLock:
+    """A re-entrant lock that no other thread holds in a fork of the process: those threads are not there."""
+    _locks.add(lock := threading.RLock())
+    return lock
+
+
+def _after_fork() -> None:
+    for lock in list(_locks):
+        if not lock._is_owned():
+            lock._at_fork_reinit()
+
+
+_locks: WeakSet[Any] = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Here(threading.local):

@@ -55,7 +55,8 @@ class PersistentState:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 0, (memory.nbytes(),), (1,))
             try:
                 self._before[storage] = whole.clone()
-            except torch.OutOfMemoryError:
+            except RuntimeError:
+                # No memory: the allocator of the CPU says so with nothing more special.
                 return False
         self._memory[storage] = whole
         for node in nodes:
@@ -72,7 +73,7 @@ class PersistentState:
             try:
                 self._after = {storage: memory.clone() for storage, memory in self._memory.items()}
                 self.updated = self.now()
-            except torch.OutOfMemoryError:
+            except RuntimeError:
                 return Cause(Reason.OUT_OF_MEMORY, detail="no memory for copies of the state that the call updates")
         return None
 
@@ -95,6 +96,11 @@ class PersistentState:
             if not all(id(node.target) in given for node in self._reached[storage])
         }
         return {storage: (each.data_ptr(), each.data_ptr() + each.numel()) for storage, each in memories.items()}
+
+    @property
+    def is_as_observed(self) -> bool:
+        """Whether nobody has written it since the observed run."""
+        return all(torch.equal(self._memory[storage], after) for storage, after in self._after.items())
 
     def rewind(self) -> None:
         """Put back the contents from before the observed run."""

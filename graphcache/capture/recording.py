@@ -103,3 +103,5 @@ class CaptureRequest:
     """Whether the graph may update state of the module in place, as the call does; otherwise such a call is refused."""
     running: Callable[[], AbstractContextManager[object]] = nullcontext
     """Makes what is entered around each run of a PyTorch module but the observed one."""
+    alone: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True)
+    """Makes what is entered around a recording that puts state back: whether nobody else uses it, nor will inside."""

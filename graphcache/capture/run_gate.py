@@ -31,27 +31,71 @@ class RunGate:
         """Threads that run the module."""
         self.turns: set[int] = set()
         """Threads that run it alone, or wait for that."""
+        self._visits = 0
         # Threads of callers that wait, and whether each goes before the next turn.
         self._waiting: dict[int, bool] = {}
         with _condition:
             _gates.add(self)
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Inside, the caller runs the module, possibly beside other callers."""
+    def enter(self) -> bool:
+        """Begin to run the module, possibly beside other callers; whether this thread was not inside already."""
         thread = get_ident()
         if thread in self.inside:
-            yield
-            return
-        try:
+            return False
+        # Who wants to be alone says so first, and looks who is inside then: in this order no lock is needed.
+        self.inside.add(thread)
+        if self.turns:
+            self.inside.discard(thread)
             with _condition:
+                _condition.notify_all()
                 if self.turns:
                     self._wait(thread)
                 self.inside.add(thread)
+        self._visits += 1
+        return True
+
+    def leave(self) -> None:
+        """End what :meth:`enter` has begun."""
+        self.inside.discard(get_ident())
+        if self.turns or self._waiting:
+            with _condition:
+                _condition.notify_all()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, the caller runs the module, possibly beside other callers."""
+        entered = self.enter()
+        try:
             yield
         finally:
+            if entered:
+                self.leave()
+
+    def visits(self) -> int:
+        """For a caller inside: what :meth:`alone` is told later; another number once somebody else has been inside."""
+        with _condition:
+            return -1 if self.inside - {get_ident()} else self._visits
+
+    @contextmanager
+    def alone(self, visits: int) -> Iterator[bool]:
+        """For a caller inside: whether nobody else is, has been since, nor comes until the end. It waits for nobody."""
+        thread = get_ident()
+        gates = self._overlapping()
+        with _condition:
+            entered = [gate for gate in gates if thread not in gate.turns]
+            for gate in entered:
+                gate.turns.add(thread)
+            is_alone = visits == self._visits and not any((gate.inside | gate.turns) - {thread} for gate in gates)
+            if not is_alone:
+                for gate in entered:
+                    gate.turns.discard(thread)
+                entered = []
+        try:
+            yield is_alone
+        finally:
             with _condition:
-                self.inside.discard(thread)
+                for gate in entered:
+                    gate.turns.discard(thread)
                 _condition.notify_all()
 
     @contextmanager

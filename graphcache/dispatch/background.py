@@ -76,7 +76,10 @@ class CaptureQueue:
 
         Returns why the call runs eagerly meanwhile; ``None`` if it cannot be copied.
         """
-        snapshot = CallSnapshot(call)
+        try:
+            snapshot = CallSnapshot(call)
+        except RuntimeError as error:
+            return refusal_of(error, self._captures.ledger.name).cause
         if not snapshot.is_alike:
             return None
 
@@ -203,15 +206,24 @@ class Worker:
         or a while.
         """
         with self._lock:
-            if len(self._jobs) >= self._most:
+            # At the end of the process a thread that is started never begins.
+            if len(self._jobs) >= self._most or _ended.is_set():
                 job(False)
                 return
             self._jobs.append((job, answered))
-            if self._thread is None:
-                self._hurry.clear()
-                # A daemon, as the end of a process must not wait for all jobs; stop() ends it in order.
-                self._thread = _WorkerThread(target=self._work, name=self._name, daemon=True)
-                self._thread.start()
+            if self._thread is not None:
+                return
+            self._hurry.clear()
+            # A daemon, as the end of a process must not wait for all jobs; stop() ends it in order.
+            thread = _WorkerThread(target=self._work, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # No more threads are allowed.
+                log.warning("%s: %s", self._name, error)
+                self._jobs.pop()[0](False)
+            else:
+                self._thread = thread
 
     def stop(self) -> None:
         """Drop what waits, and wait for the job under way."""
@@ -250,15 +262,22 @@ def worker_of(device: object) -> Worker:
     return _workers.get(name) or _workers.setdefault(name, Worker(f"graphcache captures on {name}"))
 
 
+def _end() -> None:
+    _ended.set()
+    _stop_all()
+
+
 def _stop_all() -> None:
     for worker in list(_workers.values()):
         worker.stop()
 
 
+_ended = threading.Event()
+"""Set when the process ends."""
 _workers: dict[str, Worker] = {}
 """By device."""
 # Before the interpreter takes anything down: a capture that is cut off would take the process with it.
-atexit.register(_stop_all)
+atexit.register(_end)
 if hasattr(os, "register_at_fork"):
     # No thread survives a fork.
     os.register_at_fork(after_in_child=_workers.clear)

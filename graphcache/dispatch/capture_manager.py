@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Self
@@ -58,6 +58,8 @@ class CaptureManager:
         self.admission = Admission(config.capture, self.graphs, self.keys)
         self.on_evict: Callable[[], object] = lambda: None
         """Called whenever a graph goes."""
+        self.on_alone: Callable[[bool], object] = lambda active: None
+        """Called when hits are to be answered in Python for a while, and when that has ended."""
         self.on_cuda = target.is_engine
         """Whether calls concern a CUDA device."""
         self.closed = False
@@ -157,13 +159,15 @@ class CaptureManager:
         start = time.perf_counter()
         stale = self.graphs.entries.get(call.key)
         with self.ledger.span("capture") as span, self.room(call) as room:
-            request = CaptureRequest(
-                call,
-                begin=partial(self.reserve, room, call),
-                keeps_state=preparing.get() is None and not self.admission.measures_replays,
-            )
             try:
                 with self.running():
+                    visits = 0 if self.target.is_engine else self.gate.visits()
+                    request = CaptureRequest(
+                        call,
+                        begin=partial(self.reserve, room, call),
+                        keeps_state=preparing.get() is None and not self.admission.measures_replays,
+                        alone=partial(self._alone, visits),
+                    )
                     answer, outcome = self.target.recorder.attempt(request)
             finally:
                 # Nobody would capture again what the recorder has closed, as long as it seems to be there.
@@ -186,6 +190,16 @@ class CaptureManager:
             span.done = cause is None
             return answer, cause
 
+    @contextmanager
+    def _alone(self, visits: int) -> Iterator[bool]:
+        """Inside, no other thread uses the module's state, if that can be; hits wait at the gate, in Python."""
+        with self.gate.alone(visits) as is_alone:
+            self.on_alone(True)
+            try:
+                yield is_alone
+            finally:
+                self.on_alone(False)
+
     def room(self, call: KeyedCall) -> Reservation:
         """The reservation of one capture, with no bytes yet, in the module's budget and in that of the device."""
         device = self.target.device_of(call.tensors)
@@ -204,6 +218,10 @@ class CaptureManager:
     def keep(self, call: KeyedCall, outcome: Recording | Cause, seconds: float, room: Reservation) -> Cause | None:
         """Keep the graph of a call, or deny its key; why there is no graph. Under the lock."""
         key, preparation = call.key, preparing.get()
+        if isinstance(outcome, Recording) and self.closed:
+            # An observer has closed the module.
+            outcome.close()
+            outcome = Cause(Reason.UNSETTLED, detail="the module was closed meanwhile")
         if isinstance(outcome, Recording):
             try:
                 self.graphs.shared = self.target.recorder.shared_nbytes

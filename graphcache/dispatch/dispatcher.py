@@ -36,7 +36,7 @@ import torch
 
 from graphcache.cache.graph_cache import Entry, clock
 from graphcache.capture.effects import Effects
-from graphcache.capture.recording import CaptureRequest, Recording, Sharing
+from graphcache.capture.recording import Recording
 from graphcache.capture.run_gate import RunGate
 from graphcache.config import GraphConfig, graphs_off, switch_in_environment
 from graphcache.dispatch.background import PENDING, CaptureQueue
@@ -68,6 +68,7 @@ class Dispatcher:
         self.queue = CaptureQueue(self.captures)
         self.fast_path = FastPath(target, publish)
         self.captures.on_evict = self.fast_path.clear
+        self.captures.on_alone = self.fast_path.paused
         ledger.observers.on_change.add(self.fast_path)
         self.fast_path.observed(bool(ledger.observers.active))
         self.submodules: Any
@@ -88,16 +89,22 @@ class Dispatcher:
             return self._undescribed(refusal.cause, KeyedCall(NO_KEY, (), args, kwargs))
         with self.on_device(call):
             entry = self.entry_of(call)
+            if call.state:
+                return self._with_state(call, entry)
             if entry is None or (answer := self.replay(entry, call)) is STALE:
-                answer = self.miss(call)
-            else:
-                self.fast_path.remember(call, entry)
-            return self._finish(call, answer) if call.state else answer
+                return self.miss(call)
+            self.fast_path.remember(call, entry)
+            return answer
 
-    def _finish(self, call: KeyedCall, answer: Any) -> Any:
-        """The answer of a call whose state is an argument and a part of the answer."""
+    def _with_state(self, call: KeyedCall, entry: Entry[Recording] | None) -> Any:
+        """Answer a call whose state is an argument and a part of the answer."""
         assert isinstance(self.target, ModuleTarget)
-        return self.target.finish(call, answer)
+        try:
+            answer = STALE if entry is None else self.replay(entry, call)
+        except Exception:
+            # It raises as it does eagerly, and leaves the state that it has left by then.
+            answer = self.run(call)
+        return self.target.finish(call, self.miss(call) if answer is STALE else answer)
 
     def into(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a graph has written the answer of a call straight into tensors of the caller's."""
@@ -131,6 +138,17 @@ class Dispatcher:
             return answer
 
     def _replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None) -> Any:
+        if not entry.graph.updates_state:
+            return self._replay_now(entry, call, out)
+        # Not while another thread records, which puts the state back and forth.
+        entered = self.gate.enter()
+        try:
+            return self._replay_now(entry, call, out)
+        finally:
+            if entered:
+                self.gate.leave()
+
+    def _replay_now(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None) -> Any:
         # On a device the guard is asked while the device works, unless the launch cannot be taken back.
         recorded, guard, given = entry.graph, self._guard, self.target.graph_inputs(call.tensors)
         first = out is not None or recorded.updates_state or not self.captures.on_cuda
@@ -328,21 +346,6 @@ class Dispatcher:
         except Refusal as refusal:
             return refusal.cause
         return self.captures.capture(call)[1]
-
-    def capture_alone(self, call: KeyedCall) -> Recording:
-        """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
-        outcome: Recording | Cause | str | None = self.forbidden() or self.captures.needs_grad(call.tensors)
-        if outcome is None and call.state:
-            outcome = "calls put other tensors into attributes, which a graph alone does not"
-        if outcome is None and self.submodules.excluded:
-            outcome = f"{', '.join(self.submodules.excluded)} is excluded, so that there is no graph of the whole"
-        if outcome is None:
-            with self.on_device(call), self.captures.lock, self.captures.running(), self.ledger.span("capture") as span:
-                outcome = self.target.recorder.attempt(CaptureRequest(call, Sharing.SCRATCH))[1]
-                span.done = isinstance(outcome, Recording)
-        if not isinstance(outcome, Recording):
-            raise CaptureError(f"{self.ledger.name}: {outcome}")
-        return outcome
 
     def _divide(self, cause: Cause | None, call: KeyedCall) -> None:
         """Run a call once more for the sake of the submodules that it calls, if there are any."""

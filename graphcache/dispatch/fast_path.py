@@ -65,7 +65,7 @@ class FastPath:
         self._target = target
         self._publish = publish
         self._table: Any = None
-        self._asked = self._observed = False
+        self._asked = self._observed = self._paused = False
         self._lock = threading.Lock()
         self._known: dict[Hashable, tuple[Entry[Recording], int]] = {}
         self._ambient: tuple[Any, Any] = None, None
@@ -76,6 +76,9 @@ class FastPath:
         if self._asked and self._table is None:
             return
         if not isinstance(entry.graph.graph, CudaGraph) or entry.graph.enters_inference:
+            return
+        if entry.graph.held is not None:
+            # Native code compares what the module's guard holds, and no more.
             return
         if not call.is_flat or (table := self.table()) is None:
             return
@@ -95,7 +98,7 @@ class FastPath:
         if self._known.get(call.key) != (entry, conditions["epoch"]):
             self._known[call.key] = entry, conditions["epoch"]
             put(table, call.args, entry, **conditions)
-        if not self._observed:
+        if not (self._observed or self._paused):
             self._publish(table)
 
     def table(self) -> Any:
@@ -117,8 +120,17 @@ class FastPath:
     def observed(self, active: bool) -> None:
         """While somebody observes, every hit takes the way in Python."""
         self._observed = active
-        if active or self._table is not None:
-            self._publish(None if active else self._table)
+        self._decide()
+
+    def paused(self, active: bool) -> None:
+        """While state is put back and forth, every hit takes the way in Python, where it waits."""
+        self._paused = active
+        self._decide()
+
+    def _decide(self) -> None:
+        in_python = self._observed or self._paused
+        if in_python or self._table is not None:
+            self._publish(None if in_python else self._table)
 
 
 def put(

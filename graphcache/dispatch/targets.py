@@ -92,6 +92,7 @@ class ModuleTarget:
 
     def runs(self, run: Callable[..., Any]) -> None:
         """Call ``run`` from now on; graphs of another one must have been dropped."""
+        self.guard.leave_out(())
         self.run = run
         self.call = StateFunction(run)
         """What runs a call that was described."""

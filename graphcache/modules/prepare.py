@@ -190,7 +190,7 @@ class _Work:
                     if (cause := dispatcher.forbidden()) is not None:
                         # Of the caller's capture, say, this would become a part.
                         raise Refusal(cause.reason)
-                    with dispatcher.on_device(call), graphs_off():
+                    with dispatcher.on_device(call), dispatcher.captures.running(), graphs_off():
                         dispatcher.target.call(*call.args, **call.kwargs)
                 found.setdefault(place, (job, call.key))
         for target in dict.fromkeys(job.target for job, _ in found.values()):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.capture.recording import Recording
+from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.dispatch.dispatcher import Dispatcher
 from graphcache.dispatch.fast_path import launcher
-from graphcache.errors import CaptureError, Refusal
+from graphcache.errors import CaptureError, Cause, Refusal
 from graphcache.graphs.buffers import put
+from graphcache.keys.call_key import KeyedCall
 
 
 class Session:
@@ -64,8 +65,25 @@ def open_session(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str
         call = dispatcher.target.describe(args, kwargs)
     except Refusal as refusal:
         raise CaptureError(f"{dispatcher.ledger.name}: {refusal.cause}") from refusal
-    session = Session(dispatcher.capture_alone(call))
+    session = Session(capture_alone(dispatcher, call))
     with torch.no_grad():
         for static, tensor in zip(session.inputs, dispatcher.target.graph_inputs(call.tensors), strict=True):
             put(static, tensor)
     return session
+
+
+def capture_alone(dispatcher: Dispatcher, call: KeyedCall) -> Recording:
+    """A graph of a call that shares no outputs and is in no cache; a ``CaptureError`` says why there is none."""
+    captures, ledger, excluded = dispatcher.captures, dispatcher.ledger, dispatcher.submodules.excluded
+    outcome: Recording | Cause | str | None = dispatcher.forbidden() or captures.needs_grad(call.tensors)
+    if outcome is None and call.state:
+        outcome = "calls put other tensors into attributes, which a graph alone does not"
+    if outcome is None and excluded:
+        outcome = f"{', '.join(excluded)} is excluded, so that there is no graph of the whole"
+    if outcome is None:
+        with dispatcher.on_device(call), captures.lock, captures.running(), ledger.span("capture") as span:
+            outcome = dispatcher.target.recorder.attempt(CaptureRequest(call, Sharing.SCRATCH))[1]
+            span.done = isinstance(outcome, Recording)
+    if not isinstance(outcome, Recording):
+        raise CaptureError(f"{ledger.name}: {outcome}")
+    return outcome

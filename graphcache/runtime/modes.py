@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -68,9 +68,11 @@ def enable_cudagraphs(
     try:
         yield fast
     finally:
-        modes.reset(token)
         if known is None:
             controls(fast).close()
+        # In another context, such as that of an asynchronous generator's end, there is nothing to undo.
+        with suppress(ValueError):
+            modes.reset(token)
 
 
 def _names_with_allocator(module: nn.Module) -> list[str]:

@@ -339,7 +339,8 @@ def test_a_recording_that_fails_leaves_the_state_as_after_one_call(at: int, monk
 
 
 def test_no_thread_takes_the_tensors_of_a_recording_for_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, module, twin = pair("attribute")
+    # The function below reaches graphcache itself.
+    fast, module, twin = pair("attribute", ignore=["*look*"])
     fast(rows(0)), twin(rows(0))
     target: Any = dispatcher_of(fast).target
     original, before, seen = target.call.run, module.h, []

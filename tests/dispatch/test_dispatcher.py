@@ -16,6 +16,7 @@ from graphcache.errors import CaptureError, Cause, ClosedError, Reason
 from graphcache.keys.call_key import KeyedCall, describe
 from graphcache.keys.guards import ModuleGuard
 from graphcache.modules.cached_module import CachedModule
+from graphcache.modules.session import capture_alone
 from tests.helpers import dispatcher_of
 
 
@@ -153,14 +154,14 @@ def test_arguments_that_no_signature_describes() -> None:
 
 def test_a_graph_of_ones_own_is_in_no_cache() -> None:
     slow = Slow(net())
-    recorded = slow.dispatcher.capture_alone(describe((X,), {}))
+    recorded = capture_alone(slow.dispatcher, describe((X,), {}))
     assert torch.equal(recorded.build(recorded.replay([X]), [X]), slow.module(X))
     assert (len(slow.cache), slow.ledger.captures) == (0, 0)
     recorded.close()
     with pytest.raises(CaptureError, match=r"^net: host_read"):
-        Slow(Branches()).dispatcher.capture_alone(describe((X,), {}))
+        capture_alone(Slow(Branches()).dispatcher, describe((X,), {}))
     with graphs_off(), pytest.raises(CaptureError, match=r"^net: disabled"):
-        slow.dispatcher.capture_alone(describe((X,), {}))
+        capture_alone(slow.dispatcher, describe((X,), {}))
 
 
 def test_closed_is_closed() -> None:

@@ -264,7 +264,7 @@ def test_a_session_among_threads(fake: Torch, warm: Warm) -> None:
 
 def test_a_session_that_is_dropped_leaves_nothing(fake: Torch, warm: Warm) -> None:
     session = session_of(warm, rows(fake, 2))
-    graph: CudaGraph = session._recorded.graph
+    graph: CudaGraph = session.recorded.graph
     gone = [weakref.ref(graph), weakref.ref(session)]
     session.itself = session.run
     session.close()
@@ -277,4 +277,4 @@ def test_other_graphs_are_launched_by_python(fake: Torch, warm: Warm) -> None:
     host = graphcache.wrap(Fn(lambda _, x: x + 1))
     with torch.no_grad():
         session = host.session(torch.ones(2))
-    assert fast_path.launcher(session._recorded.graph) == session._recorded.graph.launch
+    assert fast_path.launcher(session.recorded.graph) == session.recorded.graph.launch
