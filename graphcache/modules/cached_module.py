@@ -98,7 +98,10 @@ class CachedModule(TransparentModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # All that nn.Module.__call__ adds is hooks, at 0.9 µs.
-        if self._forward_hooks or self._forward_pre_hooks or global_hooks or global_pre_hooks:
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return super().__call__(*args, **kwargs)
+        # Those of all modules run where the module itself does. An engine runs by its forward.
+        if (global_hooks or global_pre_hooks) and self._graphcache.target.is_engine:
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
@@ -357,12 +360,23 @@ class CachedModule(TransparentModule):
         # A copy has the module and the options, and captures its own graphs.
         dispatcher = self._graphcache
         dispatcher.check_open()
-        return again, (self._graphcache_module, dispatcher.config, dispatcher.ledger.name)
+        return again, (self._graphcache_module, dispatcher.config, dispatcher.ledger.name), self._graphcache_own()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        make, (module, config, name) = self.__reduce_ex__(2)
+        make, (module, config, name), own = self.__reduce_ex__(2)
         memo[id(self)] = copied = make(copy.deepcopy(module, memo), config, name)
+        copied.__setstate__(copy.deepcopy(own, memo))
         return copied
+
+    def _graphcache_own(self) -> dict[str, Any]:
+        """What was set on this object itself: hooks, and a ``forward``."""
+        tables = {name: value for name, value in vars(self).items() if name.endswith("_hooks") or "_hooks_" in name}
+        own = {name: value.copy() for name, value in tables.items() if value}
+        names = ("forward", "_graphcache_hook", "_is_full_backward_hook")
+        return {**own, **{name: vars(self)[name] for name in names if name in vars(self)}}
 
     def _graphcache_context(self) -> AbstractContextManager[object]:
         """While a method of the module runs, calls of the module and of its submodules use their graphs."""

@@ -16,6 +16,8 @@ from graphcache.errors import ConfigError
 
 _KEPT = frozenset({"forward", "forward_into", "load_state_dict", "state_dict", "train", "training"})
 """Public names that are not overridden: they do what the other module's do, or are called at every hit."""
+_OWN = frozenset({"_is_full_backward_hook"})
+"""Attributes that hooks of this object set."""
 _SPECIAL = ("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__")
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -91,6 +93,10 @@ class TransparentModule(nn.Module):
     _buffers = _table("_buffers")
     _modules = _table("_modules")
     _non_persistent_buffers_set = _table("_non_persistent_buffers_set")
+    _state_dict_hooks = _table("_state_dict_hooks")
+    _state_dict_pre_hooks = _table("_state_dict_pre_hooks")
+    _load_state_dict_pre_hooks = _table("_load_state_dict_pre_hooks")
+    _load_state_dict_post_hooks = _table("_load_state_dict_post_hooks")
 
     @property
     def module(self) -> nn.Module:
@@ -108,7 +114,7 @@ class TransparentModule(nn.Module):
             if name not in self.__dict__:
                 self.__dict__["_graphcache_hook"] = self.register_forward_pre_hook(lambda *_: None)
             self.__dict__[name] = value
-        elif name.startswith("__") or "_graphcache_module" not in self.__dict__:
+        elif name.startswith("__") or name in _OWN or "_graphcache_module" not in self.__dict__:
             object.__setattr__(self, name, value)
         else:
             setattr(self._graphcache_module, name, value)
@@ -134,6 +140,7 @@ class TransparentModule(nn.Module):
             methods[value.__func__] = _in_context(value.__func__)
         return MethodType(methods[value.__func__], self)
 
+    apply = _forwarded("apply")
     train = _forwarded("train")
     compile = _forwarded("compile")
     state_dict = _forwarded("state_dict")

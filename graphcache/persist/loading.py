@@ -16,6 +16,7 @@ from graphcache.config import GraphConfig
 from graphcache.engines.build import build
 from graphcache.engines.library import library
 from graphcache.errors import ConfigError, EngineFormatError, EngineVersionError, PackageError, is_a, shown
+from graphcache.graphs.buffers import packed
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.packaging import Source
@@ -120,7 +121,7 @@ def _engine_file(path: Path) -> bytes:
     """The contents of an engine file."""
     try:
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise EngineFormatError(
             f"{path} cannot be read ({getattr(error, 'strerror', '') or error}); expected a TensorRT engine file"
         ) from error
@@ -272,7 +273,7 @@ def _made(package: _Package, module: nn.Module, name: str, prepare: bool) -> nn.
             # Last, as nothing puts weights back; their names, shapes and dtypes were checked.
             try:
                 module.load_state_dict(package.weights, strict=False)
-            except RuntimeError as error:
+            except Exception as error:  # hooks of the model may raise anything
                 raise PackageError(f"{path}: the model does not take the weights: {shown(error)}") from error
     if prepare and isinstance(made, CachedModule) and (manifest := controls(made).manifest) is not None:
         controls(made).prepare(manifest)
@@ -302,8 +303,15 @@ def _targets(package: _Package, model: nn.Module) -> list[EngineModule]:
     places = {name: each for name, each in model.named_modules() if isinstance(each, EngineModule)}
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name, value in tensors.items():
-        if value.is_meta or value.is_inference():
-            what = "on the meta device" if value.is_meta else "an inference tensor"
+        why = {
+            "on the meta device": value.is_meta,
+            "an inference tensor": value.is_inference(),
+            f"of layout {value.layout}": value.layout is not torch.strided,
+        }
+        what = next((text for text, is_so in why.items() if is_so), "")
+        if not what and packed(value) is not value:
+            what = "a tensor whose elements share memory"
+        if what:
             raise PackageError(f"{package.path}: {name!r} of the model is {what}, which takes no weights")
     there = _described([each.module for each in package.header.engines], package.weights)
     for name, left, right in differences(there, _described(places, tensors)):

@@ -718,3 +718,24 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(loading, "MOST_BYTES", 100)
     with pytest.raises(PackageError, match=r"manifest.json.* bytes; expected at most 100"):
         graphcache.load(tmp_path / "m.gcache", into=mlp())
+
+
+@pytest.mark.parametrize("kind", ["expanded", "hook"])
+def test_a_model_that_cannot_take_all_weights_takes_none(kind: str, tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self, last: torch.Tensor) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.register_buffer("last", last)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.first(x) + self.last
+
+    graphcache.wrap(Model(torch.zeros(3))).save(tmp_path / "m.gcache")
+    into = Model(torch.zeros(1).expand(3) if kind == "expanded" else torch.ones(3))
+    if kind == "hook":
+        into.register_load_state_dict_pre_hook(lambda *_: {}["missing"])
+    before = {name: value.clone() for name, value in into.state_dict().items()}
+    with pytest.raises(PackageError, match="share memory" if kind == "expanded" else "missing"):
+        graphcache.load(tmp_path / "m.gcache", into=into)
+    assert all(torch.equal(value, before[name]) for name, value in into.state_dict().items())
