@@ -36,7 +36,7 @@ from graphcache.keys.value_nodes import (
     hidden_state,
     script_state,
 )
-from graphcache.keys.values import Unobservable, is_plain
+from graphcache.keys.values import MISSING, Unobservable, is_plain
 
 MAX_CONTAINERS = 50_000
 """A module of 1 000 submodules has about 25 000: nine tables each, most of them empty."""
@@ -97,6 +97,8 @@ class StateWalk:
         """Modules of the user's that somebody holds or imports, with the names in them that were followed."""
         self.mentioned = set(mentioned)
         """Names of attributes in code that may run."""
+        self._named: dict[int, nodes.NamesNode] = {}
+        """The nodes of dictionaries of which some names are looked at, by the identity of these."""
         self._waiting: dict[str, list[tuple[str, Any]]] = {}
         """Methods, and data with special names, whose names no code that was followed mentions."""
 
@@ -106,7 +108,8 @@ class StateWalk:
         :class:`Unobservable` names the largest part, if that is too much.
         """
         for code, table in functions.items():
-            self._globals_of(code, table, 0)
+            # Of what these call, whatever has run is here too.
+            self._globals_of(code, table, MAX_HOPS)
         # Looked at first: what is reached in both ways has a path from a root.
         self._stack += [(None, name, value) for name, value in reversed(roots)]
         deadline = time.perf_counter() + MAX_SECONDS
@@ -127,14 +130,14 @@ class StateWalk:
             if slow or len(self.nodes) > MAX_CONTAINERS or self._entries > MAX_ENTRIES:
                 raise Unobservable(self._largest())
         for module, names in self._used.items():
-            self._add(nodes.NamesNode(None, module.__name__, vars(module), tuple(sorted(names))))
+            self._some(module.__name__, vars(module), sorted(names))
         for name in ("requires_grad", "grad"):
             if name in self.mentioned:
                 self._add(GradientNode({node.path: node.target for node in self.tensors}, name))
         # Somebody may patch methods into the class of all tensors, which is not followed itself.
         methods = tuple(sorted(name for name in self.mentioned if hasattr(Tensor, name)))
         if methods:
-            self._add(nodes.NamesNode(None, "Tensor", table_of(Tensor), methods))
+            self._some("Tensor", table_of(Tensor), methods)
 
     def _visit(self, parent: StateNode | None, key: str, value: Any) -> None:
         kind = type(value)
@@ -261,7 +264,7 @@ class StateWalk:
         if issubclass(kind, logging.LoggerAdapter):
             self._stack.append((parent, f"{key}.logger", value.logger))
         for path, names, own in levels_of(value) if issubclass(kind, logging.Logger) else ():
-            self._add(nodes.NamesNode(None, path, names, own))
+            self._some(path, names, own)
         if table is not None and not is_library(kind.__module__):
             self._follow(nodes.AttributesNode(parent, key, table, names_of_libraries(kind)))
             self._classes_of(kind)
@@ -298,7 +301,7 @@ class StateWalk:
             if is_library(module.__name__):
                 self._used.setdefault(module, set()).add(name)
                 if module.__name__ == "torch.distributed" and (world := user_code.world_of_distributed()) is not None:
-                    self._add(nodes.NamesNode(None, module.__name__, vars(world), ("_default_pg",)))
+                    self._some(module.__name__, vars(world), ("_default_pg",))
                 # Such as sys.argv; and what logging.debug() asks.
                 value = logging.root if module is logging else vars(module).get(name)
                 if type(value) in (list, logging.RootLogger):
@@ -324,12 +327,23 @@ class StateWalk:
         if new and table is not vars(builtins):
             # Somebody has put them there.
             self._names(vars(builtins), set(new), hops)
-        node = nodes.NamesNode(None, str(table.get("__name__", "globals")), table, found)
-        self._add(node)
-        for name, value in zip(*node.state, strict=True):
+        node, unknown = self._some(str(table.get("__name__", "globals")), table, found)
+        for name in unknown:
+            value = table.get(name, MISSING)
             if isinstance(value, types.FunctionType):
                 self._hops.setdefault(id(value), hops + 1)
             self._stack.append((node, node.end(name), value))
+
+    def _some(self, path: str, table: dict[str, Any], names: Iterable[str]) -> tuple[nodes.NamesNode, list[str]]:
+        """Remember names in a dictionary, in the one node that it has; which of them are new."""
+        if (node := self._named.get(id(table))) is None:
+            node = self._named[id(table)] = nodes.NamesNode(None, path, table, ())
+            self._add(node)
+        new = [name for name in names if name not in node.places]
+        node.places = (*node.places, *new)
+        node.state = node.read()
+        self._entries += len(new)
+        return node, new
 
     def _classes_of(self, kind: type) -> None:
         """What a class of the user's, or a module of PyTorch's, its bases and its metaclass define.

@@ -78,7 +78,8 @@ def names_of(code: types.CodeType, table: dict[str, Any]) -> Names:
     # How many levels up an import begins is not looked at.
     prefixes = ["", *accumulate(str(table.get("__package__") or "").split("."), "{}.{}".format)]
     absolute = [f"{prefix}.{path}".strip(".") for path in paths for prefix in prefixes]
-    absolute += texts & sys.modules.keys()
+    if not mentioned.isdisjoint(("import_module", "__import__", "modules")):
+        absolute += texts & sys.modules.keys()
     found = [sys.modules.get(path) for path in absolute if not is_library(path)]
     imported = [module for module in found if isinstance(module, types.ModuleType)]
     named = any(value is os.environ or value is os.getenv for value in map(table.get, loaded))
