@@ -27,8 +27,8 @@ MAX_STEPS = 2**31 - 1
 class Loop:
     """A module that is run again and again on what it returned: see :func:`loop`, which makes one.
 
-    Nothing of the module's is looked at between steps, nor that of a session: weights that are replaced after the loop
-    was made are not seen.
+    As in a session, nothing of the module is looked at between steps: a weight that is replaced after the loop was made
+    is not seen.
     """
 
     def __init__(
