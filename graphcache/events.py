@@ -237,7 +237,7 @@ class QuietLock:
     __slots__ = ("_lock",)
 
     def __init__(self) -> None:
-        self._lock = new_lock()
+        self._lock = fork_safe_lock()
 
     def acquire(self, timeout: float = -1) -> bool:
         """Take the lock; whether it was taken within ``timeout`` seconds, -1 for as long as it takes."""
@@ -259,7 +259,7 @@ class QuietLock:
         self.release()
 
 
-def new_lock() -> threading.RLock:
+def fork_safe_lock() -> threading.RLock:
     """A re-entrant lock that no other thread holds in a fork of the process: those threads are not there."""
     _locks.add(lock := threading.RLock())
     return lock

@@ -31,6 +31,7 @@ from graphcache.keys.user_code import is_library, is_tracer
 from graphcache.keys.values import draws_randomness
 
 _OF_INFERENCE = frozenset({"is_inference_mode_enabled", "is_inference"})
+"""Functions that tell of inference mode, in which no graph is recorded."""
 _READS = frozenset({"numpy", "tolist", "data_ptr"})
 _CLOCKS = frozenset(
     {
@@ -192,17 +193,20 @@ class HostActivity:
         elif function in _FILES:
             self._file(frame, function.__name__)
         elif function in _SETTINGS:
-            if _is_users(frame) and not torch._C._is_any_autocast_enabled():
-                self._note(Reason.UNOBSERVED, name, "the call asks for a setting that no key holds")
+            self._setting(frame, name, "it asks for a setting of the process that no key holds")
         elif function is id:
-            if _is_users(frame):
-                self._note(Reason.HOST_READ, "id", "a repetition has other objects as its arguments")
+            self._setting(frame, name, "it asks for the identity of an object, and a repetition has other arguments")
         elif function in _OF_THREADS:
             self._thread(frame, function.__name__)
 
     def _inference(self, frame: types.FrameType, name: str) -> None:
         if torch.is_inference_mode_enabled() and _is_users(frame):
             self._note(Reason.UNOBSERVED, name, "a graph is recorded outside of inference mode")
+
+    def _setting(self, frame: types.FrameType, name: str, detail: str) -> None:
+        # With autocast around the call, the dtype of that is in the key.
+        if _is_users(frame) and not self._ignores(name) and not torch._C._is_any_autocast_enabled():
+            self._note(Reason.UNOBSERVED, name, detail)
 
     def _thread(self, frame: types.FrameType, name: str) -> None:
         """Which thread runs the user's code, or how many there are, may change."""
@@ -286,6 +290,7 @@ _NOT_DRAWN = frozenset({"getstate", "get_state", "seed"})
 """Methods of generators that draw nothing; a generator of the module's that is seeded anew shows that by its state."""
 _OF_THE_PROCESS = (random._inst, torch.default_generator)
 _SETTINGS = frozenset({torch.is_anomaly_enabled, torch.get_autocast_dtype, sys.getrecursionlimit})
+"""Functions that tell a setting of the process, which a graph keeps as it was."""
 _OF_THREADS = (_thread.get_ident, _thread.get_native_id, torch.get_num_threads, torch.get_num_interop_threads)
 _ABOUT_THREADS = {each.__code__ for each in (threading.current_thread, threading.enumerate, threading.active_count)}
 _AUTOCAST = torch.autocast.__enter__.__code__

@@ -21,7 +21,7 @@ from graphcache.capture.recording import CaptureRequest, Recording, Sharing
 from graphcache.capture.trial_call import TrialCall, containers_in
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.errors import Cause, Reason, Refusal
-from graphcache.events import new_lock
+from graphcache.events import fork_safe_lock
 from graphcache.graphs.buffers import is_plain_copy, nbytes_of, packed, put, static_copy
 from graphcache.graphs.capture import (
     as_if_capturing,
@@ -59,7 +59,7 @@ class TorchRecorder:
         self._guard = guard
         self._config = config
         self._recording = config.recording
-        self._host_lock = new_lock()
+        self._host_lock = fork_safe_lock()
         self._orders: dict[int, StreamOrder] = {}
         self.broken: list[Graph] = []
         self.observing = threading.Lock()

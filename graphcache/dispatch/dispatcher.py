@@ -102,7 +102,9 @@ class Dispatcher:
         try:
             answer = STALE if entry is None else self.replay(entry, call)
         except Exception:
-            # It raises as it does eagerly, and leaves the state that it has left by then.
+            if self.captures.on_cuda or entry is None or entry.graph.updates_state:
+                raise
+            # What the module raises: it raises as it does eagerly, and leaves the state that it has left by then.
             answer = self.run(call)
         return self.target.finish(call, self.miss(call) if answer is STALE else answer)
 
@@ -138,10 +140,8 @@ class Dispatcher:
             return answer
 
     def _replay(self, entry: Entry[Recording], call: KeyedCall, out: list[torch.Tensor] | None) -> Any:
-        if not entry.graph.updates_state:
-            return self._replay_now(entry, call, out)
-        # Not while another thread records, which puts the state back and forth.
-        entered = self.gate.enter()
+        # State is not updated while another thread records, which puts it back and forth.
+        entered = entry.graph.updates_state and self.gate.enter()
         try:
             return self._replay_now(entry, call, out)
         finally:

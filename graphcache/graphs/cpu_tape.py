@@ -207,15 +207,15 @@ class _Recorder(DispatchMode):
         if puts_by_mask(func, args) and storage_of(args[2]) in self._own - self._lifted:
             raise Refusal(Reason.DATA_DEPENDENT, str(func))
         given = tensors_in((args, kwargs))
-        if func.is_view and not any(id(value) in self._made for value in given):
-            out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and storage_of(out) in set(map(storage_of, given)):
-                # A view of a static input or a parameter: the same memory at every replay, so it is taken once.
-                return out
+        of_outside = func.is_view and not any(id(value) in self._made for value in given)
         fills: list[tuple[Any, Any, int]] = []
         template = self._template(args, fills), self._template(kwargs, fills)
         taken = set(map(storage_of, given))
         out = func(*args, **kwargs)
+        if of_outside and set(map(storage_of, tensors_in(out))) <= taken:
+            # Views of a static input or a parameter: the same memory at every replay, so they are taken once. What a
+            # subclass makes instead is none.
+            return out
         if any(_is_sparse(each) for each in tensors_in(out)) and not any(map(_is_sparse, given)):
             raise Refusal(Reason.DATA_DEPENDENT, str(func), "how many elements it has depends on values")
         if (results := self._keep(out, func)) is not None:

@@ -20,9 +20,10 @@ from graphcache.errors import Reason, Refusal
 
 _OF_GRADIENTS = frozenset({"requires_grad", "is_leaf", "grad", "grad_fn", "_backward_hooks"})
 _IN_THE_KEY = frozenset({"requires_grad", "is_leaf", "grad_fn"})
+"""What the key tells of every input while gradients are recorded."""
 _ASKS = _OF_GRADIENTS | {"storage_offset", "as_strided", "untyped_storage", "_base"}
 _ASKS |= {"_is_view", "_version", "is_inference", "is_set_to", "is_shared", "is_pinned", "storage", "typed_storage"}
-_ASKS |= {"requires_grad_", "detach_", "share_memory_", "data ="}
+_ASKS |= {"requires_grad_", "detach_", "share_memory_"}
 _OF_DATA = frozenset({"tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor"})
 """Functions that make a tensor of Python's numbers. They read tensors among them past the dispatcher."""
 _OF_STATE = frozenset({"grad", "_version"})
@@ -74,8 +75,6 @@ class HostQuestions(TorchFunctionMode):
         name = access = getattr(func, "__name__", "")
         if access in ("__get__", "__set__"):
             name = getattr(getattr(func, "__self__", None), "__name__", "")
-            # What sets it is another name where what reads it does not matter.
-            name = "data =" if (access, name) == ("__set__", "data") else name
         if not self.asked and _reads_on_the_host(name, args, kwargs or {}):
             self.asked, self.path = name, self._path_here()
         asked_of = storage_of(args[0]) if name in _ASKS and args and isinstance(args[0], Tensor) else None

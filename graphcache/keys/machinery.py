@@ -27,13 +27,18 @@ def is_machinery(kind: type) -> bool:
     return issubclass(kind, _KINDS) or str(kind.__module__).partition(".")[0] in _PACKAGES
 
 
-@functools.lru_cache(maxsize=256)
-def names_of_libraries(kind: Any) -> tuple[str, ...]:
+def names_of_libraries(kind: type) -> tuple[str, ...]:
     """The attributes that methods of libraries set on objects of a class."""
-    bases = [each for each in kind.__mro__ if is_library(each.__module__)]
-    functions = [value for each in bases for value in vars(each).values() if isinstance(value, types.FunctionType)]
+    bases: list[Any] = [each for each in kind.__mro__ if is_library(each.__module__)]
+    return tuple(set().union(*map(_set_by, bases)))
+
+
+@functools.cache
+def _set_by(kind: Any) -> frozenset[str]:
+    """The attributes that methods of a class set, its bases apart. Libraries have few such classes, for good."""
+    functions = [value for value in vars(kind).values() if isinstance(value, types.FunctionType)]
     instructions = [each for function in functions for each in dis.get_instructions(function)]
-    return tuple({each.argval for each in instructions if each.opname == "STORE_ATTR"})
+    return frozenset(each.argval for each in instructions if each.opname == "STORE_ATTR")
 
 
 def levels_of(logger: logging.Logger) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:

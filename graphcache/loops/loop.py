@@ -142,6 +142,9 @@ def loop(
     """
     if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"expected steps from 1 to {MAX_STEPS}, got {shown(steps)}")
+    for option, given in (("feed", feed), ("collect", collect or {})):
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{option}={shown(given)}: expected a mapping by output")
     args, kwargs = _arguments(inputs)
     fast = module if isinstance(module, CachedModule) else wrap(module)
     end: Callable[[], object] = (lambda: None) if fast is module else fast.close
@@ -184,10 +187,9 @@ class _Places:
 
     def input(self, name: str | int) -> Tensor:
         """The static input of an argument."""
-        if isinstance(name, str):
-            value = self._named.get(name)
-        else:
-            value = self._args[name] if 0 <= name < len(self._args) else None
+        value = self._named.get(name) if isinstance(name, str) else None
+        if type(name) is int and 0 <= name < len(self._args):
+            value = self._args[name]
         static = self._static.get(id(value))
         if static is None:
             tensors = [each for each, value in self._named.items() if id(value) in self._static]
@@ -196,7 +198,7 @@ class _Places:
 
     def output(self, name: str | int) -> Tensor:
         """The static output of a name, which is no input."""
-        found = self._outputs.get(name)
+        found = self._outputs.get(name) if type(name) in (str, int) else None
         if not isinstance(found, Tensor):
             known = ", ".join(shown(each) for each, value in self._outputs.items() if isinstance(value, Tensor))
             raise ConfigError(f"the module returns no tensor {shown(name)}; there are {known or 'none'}")

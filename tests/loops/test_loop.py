@@ -47,6 +47,21 @@ def eagerly(module: nn.Module, x: Tensor, h: Tensor, steps: int) -> tuple[list[d
     return found, x, h
 
 
+def check(
+    loop: graphcache.Loop, wanted: list[dict[str, Tensor]], x: Tensor, h: Tensor, tokens: Tensor, states: Tensor
+) -> None:
+    """A run has made the steps of :func:`eagerly`, and has kept their tokens and states."""
+    taken = len(wanted)
+    assert int(loop.taken) == taken
+    assert torch.equal(tokens[:taken], torch.stack([each["token"] for each in wanted]))
+    assert torch.equal(states[:taken], torch.stack([each["h"] for each in wanted]))
+    assert (tokens[taken:] == -1).all()
+    assert (states[taken:] == -1).all(), "no step reached these rows"
+    assert torch.equal(loop.inputs[0], x)
+    assert torch.equal(loop.inputs[1], h)
+    assert torch.equal(loop.outputs["h"], wanted[-1]["h"])
+
+
 @given(st.integers(1, 12), st.sampled_from([0.5, 2.0, 1e9]), st.integers(0, 9), st.integers(1, 3), st.booleans())
 def test_steps_are_those_of_a_loop_in_python(steps: int, limit: float, seed: int, rows: int, wrapped: bool) -> None:
     torch.manual_seed(seed)
@@ -57,15 +72,7 @@ def test_steps_are_those_of_a_loop_in_python(steps: int, limit: float, seed: int
     options: dict[str, Any] = {"feed": {"x": "x", "h": 1}, "until": "done"}
     with graphcache.loop(given, (x, h), steps=steps, collect={"token": tokens, "h": states}, **options) as loop:
         loop.run()
-        taken = len(wanted)
-        assert int(loop.taken) == taken
-        assert torch.equal(tokens[:taken], torch.stack([each["token"] for each in wanted]))
-        assert torch.equal(states[:taken], torch.stack([each["h"] for each in wanted]))
-        assert (tokens[taken:] == -1).all()
-        assert (states[taken:] == -1).all(), "no step reached these rows"
-        assert torch.equal(loop.inputs[0], next_x)
-        assert torch.equal(loop.inputs[1], next_h)
-        assert torch.equal(loop.outputs["h"], wanted[-1]["h"])
+        check(loop, wanted, next_x, next_h, tokens, states)
         assert loop.fallback == "the module is on the CPU"
         # Again from here, and again from the beginning.
         further, *_ = eagerly(module, next_x, next_h, steps)
@@ -75,7 +82,7 @@ def test_steps_are_those_of_a_loop_in_python(steps: int, limit: float, seed: int
         loop.inputs[0].copy_(x)
         loop.inputs[1].copy_(h)
         loop.run()
-        assert int(loop.taken) == taken
+        assert int(loop.taken) == len(wanted)
         assert torch.equal(loop.outputs["h"], wanted[-1]["h"])
 
 
@@ -117,6 +124,11 @@ X, H = torch.zeros(2, 3), torch.zeros(2, 3)
         ({"feed": {"x": -1}}, "no tensor is given as argument -1"),
         ({"feed": {"token": "x"}}, r"expected shape \(2,\), torch.int64 on cpu; got \(2, 3\), torch.float32"),
         ({"feed": {"x": "x", "h": "x"}}, "two outputs become input 'x'"),
+        ({"feed": [("h", "h")]}, "expected a mapping by output"),
+        ({"collect": [torch.zeros(4)]}, "expected a mapping by output"),
+        ({"feed": {("h",): "h"}}, "returns no tensor"),
+        ({"feed": {"h": True}}, "no tensor is given as argument True"),
+        ({"until": ["done"]}, "returns no tensor"),
         ({"until": "token"}, "expected one bool or integer"),
         ({"until": "h"}, "expected one bool or integer"),
         ({"until": "stop"}, "returns no tensor 'stop'"),

@@ -138,3 +138,29 @@ def test_a_hit_that_raises_leaves_the_state_that_an_eager_call_leaves() -> None:
                 each(torch.tensor([index]))
         assert torch.equal(module.n, twin.n)
     assert fast.cache_info().hits == 3
+
+
+def test_a_hit_that_raises_updates_state_in_place_once() -> None:
+    class Both(nn.Module):
+        """Counts in a buffer, and in an attribute that it rebinds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.n = nn.Embedding(4, 1).requires_grad_(False), torch.zeros(())
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, index: Tensor) -> Any:
+            self.seen.add_(1)
+            self.n = self.n + 1
+            return self.table(index)
+
+    module = Both()
+    fast = graphcache.wrap(module)
+    for calls, index in enumerate((1, 1, 1, 1, 9, 1), start=1):
+        if index > 3:
+            with pytest.raises(IndexError):
+                fast(torch.tensor([index]))
+        else:
+            fast(torch.tensor([index]))
+        assert module.seen.item() == calls
+    assert fast.cache_info().hits >= 2
