@@ -179,6 +179,8 @@ class Ledger:
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call ``subscriber`` with every event, until the function that is returned is called."""
+        if not callable(subscriber):
+            raise ConfigError(f"subscriber={shown(subscriber)}: expected a function of an event")
         self.subscribers.append(subscriber)
 
         def end() -> None:

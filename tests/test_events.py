@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphcache
-from graphcache.errors import Cause, Reason
+from graphcache.errors import Cause, ConfigError, Reason
 from graphcache.events import Captured, Evicted, Ledger, QuietLock, RanEagerly
 from tests.helpers import in_threads
 
@@ -68,6 +68,12 @@ def test_subscribers_see_every_event_in_order(ledger):
     ledger.evicted(events[1])
     ledger.ran_eagerly(Cause(Reason.GRAD))
     assert seen == [*events, RanEagerly(Cause(Reason.GRAD))]
+
+
+@pytest.mark.parametrize("subscriber", [None, 3, "x"])
+def test_what_cannot_be_called_is_no_subscriber(ledger, subscriber):
+    with pytest.raises(ConfigError, match="subscriber="):
+        ledger.subscribe(subscriber)
 
 
 def test_a_subscriber_that_fails_neither_stops_the_call_nor_the_next_subscriber(ledger, caplog):

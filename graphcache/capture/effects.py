@@ -68,6 +68,8 @@ class Effects:
     """What the objects among the arguments held before."""
     rebound: list[StatePlace] = field(default_factory=list)
     """Where it put other tensors of the same kind, and before it others did, if it changed no other Python state."""
+    put_back: Callable[[], object] = lambda: None
+    """Puts back what was there."""
     may_keep: bool = False
     """Whether state holds a tensor that the call was given: the call may have put it there."""
 

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import datetime
 import io
+import logging
 import multiprocessing.pool
 import os
 import queue
@@ -44,8 +45,11 @@ _STREAMS = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedR
 _STREAMING = ("read", "write", "seek", "truncate", "send", "recv")
 _FILES = frozenset(
     {print, input, open, os.open, os.read, os.write, os.stat, os.lstat, os.listdir, os.scandir, os.remove, os.system}
-    | {os.access, os.getcwd, os.readlink}
+    | {os.access, os.getcwd, os.readlink, os.unlink, os.rename, os.replace, os.mkdir, os.rmdir, os.link, os.symlink}
+    | {os.utime, os.chdir, os.truncate}
 )
+_WRITERS = frozenset(each.__code__ for each in (logging.Logger.callHandlers, torch.save, torch.load, torch.jit.save))
+"""Functions that use files past Python, or handlers that may do anything with a message."""
 _HANDOFFS: frozenset[types.CodeType] = frozenset(
     vars(kind)[name].__code__
     for kind, names in {
@@ -58,6 +62,7 @@ _HANDOFFS: frozenset[types.CodeType] = frozenset(
         concurrent.futures.ThreadPoolExecutor: ("submit",),
         multiprocessing.pool.Pool: ("apply", "apply_async", "map", "map_async", "starmap", "imap"),
         multiprocessing.pool.AsyncResult: ("get", "wait", "ready", "successful"),
+        asyncio.BaseEventLoop: ("call_soon", "call_later", "call_at", "create_task", "run_in_executor"),
     }.items()
     for name in names
 )
@@ -138,6 +143,8 @@ class HostActivity:
                 self.entered(_given_to(frame))
             if code in _HANDOFFS and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
+            elif code in _WRITERS:
+                self._file(frame, code.co_qualname)
             elif code is _EXPORTS and self.reads and not _is_ours(frame):
                 self._note(Reason.HOST_READ, code.co_qualname)
             elif code in _ABOUT_THREADS and frame.f_back is not None:
@@ -164,7 +171,7 @@ class HostActivity:
         elif issubclass(kind, type):
             if issubclass(owner, datetime.date) and name in ("now", "today", "utcnow"):
                 self._clock(frame, f"{owner.__name__}.{name}")
-        elif issubclass(kind, _STREAMS):
+        elif issubclass(kind, _STREAMS) or owner is sys.stdout or owner is sys.stderr:
             if name.startswith(_STREAMING):
                 self._file(frame, f"{kind.__name__}.{name}")
         elif issubclass(kind, asyncio.Future):

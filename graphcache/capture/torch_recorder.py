@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -38,7 +39,7 @@ from graphcache.graphs.stream_order import StreamOrder, capturing
 from graphcache.graphs.verify import rounds_of, verify
 from graphcache.keys.call_key import SETTINGS, USUAL, KeyedCall, State, ambient_state, autocast_dtypes
 from graphcache.keys.guards import ModuleGuard
-from graphcache.keys.state_snapshot import StateSnapshot
+from graphcache.keys.state_snapshot import StateSnapshot, is_strided
 from graphcache.keys.value_nodes import ShownNode
 from graphcache.keys.values import Unobservable
 
@@ -116,6 +117,7 @@ class TorchRecorder:
             held.guard_also(ShownNode(None, "torch", None, lambda _: autocast_dtypes()))
         if keeps_state and self._config.buckets is None and effects.cause is not None:
             effects.rebound = module.rebound() if effects.cause.reason is Reason.MUTATES else []
+            effects.put_back = partial(module.put_back, effects.rebound)
         effects.version, effects.held, effects.may_keep = module.version, held, self._may_keep(call.tensors, held)
         return effects
 
@@ -304,7 +306,8 @@ class TorchRecorder:
     def _check_questions(self, trial: TrialCall) -> None:
         """Repeat a call, and refuse it if it asks its tensors what no call key holds."""
         # A read of device memory invalidates the capture by itself; others were noticed by the observed run.
-        questions = HostQuestions(trial.tensors, trial.state, lambda: path_here(self._module))
+        reached = [each for each in self._guard.tensors() if is_strided(each)]
+        questions = HostQuestions(trial.tensors, [*trial.state, *reached], lambda: path_here(self._module))
         # In another state it may do what was not observed, such as count, or write past the end of a cache.
         trial.rewind()
         with compiled_runs_eagerly(), questions as host:

@@ -290,7 +290,7 @@ def _holders(tensors: Sequence[Tensor]) -> list[int]:
     """For each of some outputs the index of the one that holds its elements: its own where it shares none."""
     found = list(range(len(tensors)))
     memories: dict[int, list[int]] = {}
-    for index in sorted(found, key=lambda index: (not is_dense(tensors[index]), -tensors[index].numel())):
+    for index in sorted(found, key=lambda index: _rank_of(tensors[index])):
         others = memories.setdefault(_storage(tensors[index]), [])
         shares = {other: _share(tensors[index], tensors[other]) for other in others}
         holders = [other for other in others if shares[other]]
@@ -301,6 +301,11 @@ def _holders(tensors: Sequence[Tensor]) -> list[int]:
         if len(holders) > 1 or not is_dense(tensors[holder]) or shares[holder] < 1:
             raise Refusal(Reason.OUTPUT, detail="tensors in it overlap, and none of them holds the others")
     return found
+
+
+def _rank_of(tensor: Tensor) -> tuple[bool, int, bool]:
+    """What comes first may hold the others: one that was made as it is before its views."""
+    return not is_dense(tensor), -tensor.numel(), tensor._is_view()
 
 
 def _share(tensor: Tensor, other: Tensor) -> float:

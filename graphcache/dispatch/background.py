@@ -112,7 +112,7 @@ class CaptureQueue:
             outcome: Recording | Cause
             try:
                 outcome = snapshot.run(partial(record, request))
-            except Exception as error:
+            except BaseException as error:
                 # The module refuses such arguments; whoever gives them again will see it.
                 outcome = refusal_of(error, captures.ledger.name).cause
             seconds = time.perf_counter() - start
@@ -245,7 +245,8 @@ class Worker:
             start = time.perf_counter()
             try:
                 job(True)
-            except Exception:
+            except BaseException:
+                # This thread is that of all modules, whatever one of them raises.
                 log.exception("a job of %s failed", self._name)
             # It holds tensors, which must not wait for the next one.
             del job

@@ -131,7 +131,7 @@ def _call_with_edges(name: str, *args: Any) -> Any:
     return driver.call(f"{name}_v2" if hasattr(driver.binding(), f"{name}_v2") else name, *args)
 
 
-def refusal_of(error: Exception, where: str) -> Refusal:
+def refusal_of(error: BaseException, where: str) -> Refusal:
     """Why a capture failed, read from what CUDA and PyTorch say of it; a refusal says so itself."""
     if isinstance(error, Refusal):
         return error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcache.errors import ConfigError
+from graphcache.events import fork_safe_lock
 from graphcache.modules.wrapping import wrap
 
 
@@ -46,12 +47,15 @@ def graphcache_backend(
         if isinstance(each, Tensor) and (isinstance(each, nn.Parameter) or _is_static(each))
     }
     fast = wrap(_Trace(compiled, held, len(examples)), **chosen)
+    lock = fork_safe_lock()
 
     def run(*args: Any) -> Any:
-        for place, before in held.items():
-            if args[place] is not before:
-                held[place] = args[place]
-        return fast(*[each for place, each in enumerate(args) if place not in held])
+        # Modules of one class share a trace, which holds the tensors of one of them at a time.
+        with lock:
+            for place, before in held.items():
+                if args[place] is not before:
+                    held[place] = args[place]
+            return fast(*[each for place, each in enumerate(args) if place not in held])
 
     return run
 

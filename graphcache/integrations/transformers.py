@@ -9,10 +9,11 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from graphcache.config import graphs_off
-from graphcache.errors import ConfigError
+from graphcache.errors import ConfigError, shown
 from graphcache.keys.values import MISSING
 from graphcache.modules.cached_module import CachedModule
 from graphcache.modules.transparent import controls
@@ -68,11 +69,15 @@ class GenerationGraphs:
             )
         if _OWN[0] in vars(model):
             raise ConfigError(f"generate of this {type(model).__name__} was replaced already; close what replaced it")
-        if round_to < 1 or max_caches < 0:
-            raise ConfigError(f"round_to={round_to}, max_caches={max_caches}: expected at least 1 and at least 0")
+        for name, value, least in (("round_to", round_to, 1), ("max_caches", max_caches, 0)):
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name}={shown(value)}: expected a whole number, {least} or more")
         self._model, self._round_to, self._max_caches = model, round_to, max_caches
         ignored = [f"self.{name}" for name in _OWN]
-        self.fast = wrap(model, **{**options, "ignore": [*ignored, *options.get("ignore", ())]})
+        ignore = options.get("ignore", ())
+        # What is no sequence of paths is refused there.
+        is_several = isinstance(ignore, (list, tuple))
+        self.fast = wrap(model, **{**options, "ignore": [*ignored, *ignore] if is_several else ignore})
         self._free: OrderedDict[tuple[Any, ...], list[Any]] = OrderedDict()
         self._lock = threading.Lock()
         self._before = {name: vars(model).get(name, MISSING) for name in _OWN}
@@ -132,7 +137,9 @@ class GenerationGraphs:
         """Stands for the model's method that makes a static cache; gives one that was used before, reset, if it can."""
         length = -(-max_cache_len // self._round_to) * self._round_to
         encoded = kwargs.get("model_kwargs", {}).get("encoder_outputs")
-        about = cache_implementation, batch_size, length, None if encoded is None else encoded[0].shape[1]
+        about: tuple[Any, ...] = cache_implementation, batch_size, length
+        about += None if encoded is None else encoded[0].shape[1], torch.is_inference_mode_enabled()
+        about += getattr(self._model, "dtype", None), getattr(self._model, "device", None)
         with self._lock:
             free = self._free.get(about)
             cache = free.pop() if free else None

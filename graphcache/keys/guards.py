@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from graphcache.keys.call_key import ambient_state
@@ -126,11 +126,15 @@ class ModuleGuard:
 
         return is_stale
 
-    def requires_grad(self) -> bool:
-        """Whether any parameter or other tensor that the module reaches wants gradients."""
+    def tensors(self) -> list[Tensor]:
+        """Those that the module reaches; without a snapshot, its parameters and buffers."""
         if (known := self.known) is not None:
-            return any(node.target.requires_grad for node in known.tensors)
-        return any(each.requires_grad for each in (*self._module.parameters(), *self._module.buffers()))
+            return [node.target for node in known.tensors]
+        return [*self._module.parameters(), *self._module.buffers()]
+
+    def requires_grad(self) -> bool:
+        """Whether any of them wants gradients."""
+        return any(each.requires_grad for each in self.tensors())
 
     def holds_any(self, identities: set[int]) -> bool:
         """Whether one of some objects was found by :meth:`snapshot`."""

@@ -122,6 +122,12 @@ class StateSnapshot:
         reached = {id(node.target) for node in self.nodes}
         return [*found, *(place for place in self._places if id(place.table) in reached)] if found else []
 
+    def put_back(self, places: Sequence[StatePlace]) -> None:
+        """Let places hold again what they held when this was found."""
+        held = {id(node.target): dict(zip(*node.state, strict=True)) for node in self.nodes}
+        for place in places:
+            place.put(held[id(place.table)].get(place.name, MISSING))
+
     def written(self) -> list[Change]:
         """The tensors that operations wrote into since, or that gradients were accumulated for."""
         return [Change(node.path, "the tensor was written in place") for node in self.tensors if node.is_written]

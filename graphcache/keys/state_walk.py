@@ -170,6 +170,7 @@ class StateWalk:
             self._follow(VariableNode(parent, key, value))
         elif issubclass(kind, threading.local):
             self._follow(ShownNode(parent, key, value, _of_this_thread))
+            self._classes_of(kind)
         elif is_machinery(kind):
             self._machinery(parent, key, value)
         elif self._skips is not None and self._skips(value):
@@ -361,7 +362,7 @@ class StateWalk:
                 if isinstance(forward := vars(each).get("forward"), types.FunctionType):
                     # Somebody may replace a function of torch.nn.functional.
                     for module, name in user_code.names_of(forward.__code__, forward.__globals__).of_modules:
-                        self._used.setdefault(module, set()).add(name)
+                        self._used.setdefault(module, set()).update((name, *user_code.helpers_of(module, name)))
                 continue
             for name, value in vars(each).items():
                 path = f"{each.__qualname__}.{name}"

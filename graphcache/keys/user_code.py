@@ -21,6 +21,8 @@ LIBRARIES = frozenset(
 """Top-level packages whose own globals and classes are not followed: they hold no state of a user's module. What a user
 makes at run time may say that it belongs to ``types``, or to no module."""
 
+_STANDARD = os.path.dirname(os.__file__)
+
 _NOT_CALLED = {
     *("__init__", "__new__", "__del__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__dir__"),
     *("__sizeof__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
@@ -49,7 +51,27 @@ class Names(NamedTuple):
 
 def is_library(module_name: Any) -> bool:
     """Whether code of a module is a library's, by the module's ``__name__``."""
-    return isinstance(module_name, str) and module_name.partition(".")[0] in LIBRARIES
+    if not isinstance(module_name, str):
+        return False
+    package = module_name.partition(".")[0]
+    return package in LIBRARIES and not _is_shadowed(package, sys.modules.get(package))
+
+
+@functools.cache
+def _is_shadowed(package: str, module: types.ModuleType | None) -> bool:
+    """Whether what has the name of a module of the standard library, such as ``code``, is a package of the user's."""
+    found = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if package not in sys.stdlib_module_names or found is None:
+        return False
+    return not found.startswith(_STANDARD) or any(each in found for each in ("site-packages", "dist-packages"))
+
+
+def helpers_of(module: types.ModuleType, name: str) -> frozenset[str]:
+    """The names in a module that a function of it uses."""
+    function, table = vars(module).get(name), vars(module)
+    if type(function) is not types.FunctionType or function.__globals__ is not table:
+        return frozenset()
+    return names_of(function.__code__, table).loaded & table.keys()
 
 
 def is_tracer(module_name: Any) -> bool:

@@ -219,8 +219,9 @@ def hidden_state(value: Any) -> Hidden | None:
     if issubclass(kind, io.IOBase):
         try:
             return (value.tell(), value.getvalue() if issubclass(kind, _MEMORY_FILES) else None), ()
-        except (OSError, ValueError):
-            return "closed", ()
+        except (OSError, ValueError) as error:
+            # While somebody iterates over a file it does not tell its position: taken for another one each time.
+            return object() if "next()" in str(error) else "closed", ()
     if isinstance(getattr(kind, "__next__", None), types.WrapperDescriptorType):
         return _iterator_state(value)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Signature
 from typing import Any, Self
@@ -61,7 +62,8 @@ class Loop:
 
     def _on_host(self, why: str) -> None:
         self.fallback = why
-        self.taken = torch.zeros((), dtype=torch.int32)
+        with torch.inference_mode(False):
+            self.taken = torch.zeros((), dtype=torch.int32)
 
     def run(self) -> None:
         """Make the steps, on the current stream. Only where ``until`` is read on the host does this wait for them."""
@@ -175,6 +177,7 @@ class _Places:
         target = dispatcher_of(fast).target
         call = target.describe(args, kwargs)
         given = target.graph_inputs(call.tensors)
+        self._shared = {each for each, times in Counter(map(id, given)).items() if times > 1}
         self._static = {id(tensor): static for tensor, static in zip(given, session.inputs, strict=True)}
         names = arguments_of(fast.module)
         if isinstance(names, Signature):
@@ -190,6 +193,8 @@ class _Places:
         value = self._named.get(name) if isinstance(name, str) else None
         if type(name) is int and 0 <= name < len(self._args):
             value = self._args[name]
+        if id(value) in self._shared:
+            raise ConfigError(f"input {shown(name)} is given more than once; feed a copy of it: x.clone()")
         static = self._static.get(id(value))
         if static is None:
             tensors = [each for each, value in self._named.items() if id(value) in self._static]

@@ -46,7 +46,7 @@ class EngineRunner:
     def __init__(self) -> None:
         self.profiler: Any = None
         """An ``IProfiler`` for new contexts."""
-        self.ahead: tuple[int, Shapes, list[Any]] = 0, [], []
+        self.ahead: tuple[int, Shapes, bool, list[Any]] = 0, [], False, []
         """The stream (a raw handle), the shapes, and the outputs that were made for the next call of these."""
         self.context: Context | None = None
         """The context of eager calls. The next capture of the caller's takes it over."""
@@ -64,7 +64,7 @@ class EngineRunner:
         """Drop the context, all layouts, and outputs that were made for the next call."""
         self.context = None
         self.known.clear()
-        self.ahead = 0, [], []
+        self.ahead = 0, [], False, []
 
     def layout(self, inputs: Sequence[Any], chosen: int | None) -> Layout | None:
         """The layout of unchecked inputs, if they have one."""
@@ -138,8 +138,8 @@ class EngineRunner:
         with engine.collect_errors():
             context.set_inputs(call.inputs, call.profile, stream, call.output_shapes)
             shapes = call.output_shapes or context.output_shapes()
-            if ahead and self.ahead[:2] == (stream, shapes):
-                outputs = self.ahead[2]
+            if ahead and self.ahead[:3] == (stream, shapes, torch.is_inference_mode_enabled()):
+                outputs = self.ahead[3]
             else:
                 outputs = engine.new_outputs(shapes, allocator=call.allocator)
             context.set_outputs(outputs)
@@ -159,7 +159,7 @@ class EngineRunner:
             context.copies.clear()
         if ahead:
             # While the device works.
-            self.ahead = stream, shapes, engine.new_outputs(shapes)
+            self.ahead = stream, shapes, torch.is_inference_mode_enabled(), engine.new_outputs(shapes)
         return outputs
 
 

@@ -22,12 +22,24 @@ from torch.utils import _pytree as pytree
 
 from graphcache.config import graphs_off
 from graphcache.dispatch.capture_manager import Preparation, preparing
+from graphcache.dispatch.dispatcher import Dispatcher
+from graphcache.dispatch.targets import ModuleTarget
 from graphcache.engines.bindings import Binding, is_shape, sizes_of
-from graphcache.errors import CaptureError, Cause, ClosedError, ConfigError, InputCountError, Refusal, is_a, shown
+from graphcache.errors import (
+    CaptureError,
+    Cause,
+    ClosedError,
+    ConfigError,
+    InputCountError,
+    Reason,
+    Refusal,
+    is_a,
+    shown,
+)
 from graphcache.events import Event, RanEagerly, log
 from graphcache.features import features
 from graphcache.graphs.buffers import is_dense
-from graphcache.keys.call_key import CallKey
+from graphcache.keys.call_key import CallKey, KeyedCall
 from graphcache.modules.engine import EngineModule
 from graphcache.modules.transparent import TransparentModule, controls, dispatcher_of
 from graphcache.modules.wrapped import device_of
@@ -190,8 +202,8 @@ class _Work:
                     if (cause := dispatcher.forbidden()) is not None:
                         # Of the caller's capture, say, this would become a part.
                         raise Refusal(cause.reason)
-                    with dispatcher.on_device(call), dispatcher.captures.running(), graphs_off():
-                        dispatcher.target.call(*call.args, **call.kwargs)
+                    with dispatcher.on_device(call):
+                        _run_once(dispatcher, call)
                 found.setdefault(place, (job, call.key))
         for target in dict.fromkeys(job.target for job, _ in found.values()):
             if dispatcher_of(target).captures.on_cuda:
@@ -246,6 +258,22 @@ class _Work:
                 raise
             text = f"{job.label}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
             self.problems.append(ManifestProblem(job.path, "call", text))
+
+
+def _run_once(dispatcher: Dispatcher, call: KeyedCall) -> None:
+    """Run a call for what it brings up: kernels, caches. What it updates is put back, and then it gets no graph."""
+    target = dispatcher.target
+    with dispatcher.captures.running():
+        if not isinstance(target, ModuleTarget):
+            with graphs_off():
+                target.call(*call.args, **call.kwargs)
+            return
+        effects = target.recorder.observe(call, keeps_state=True)
+        if effects.rebound or (effects.cause is None and effects.state):
+            effects.put_back()
+            if effects.state is not None:
+                effects.state.rewind()
+            raise Refusal(Reason.MUTATES, detail="it updates state, and is captured when it is called")
 
 
 def job_of(given: Any, target: TransparentModule) -> Job:

@@ -18,7 +18,10 @@ _KEPT = frozenset({"forward", "forward_into", "load_state_dict", "state_dict", "
 """Public names that are not overridden: they do what the other module's do, or are called at every hit."""
 _OWN = frozenset({"_is_full_backward_hook"})
 """Attributes that hooks of this object set."""
-_SPECIAL = ("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__")
+_SPECIAL = (
+    *("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__"),
+    *("__add__", "__mul__", "__rmul__"),
+)
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 

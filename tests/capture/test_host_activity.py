@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import colorsys
 import contextlib
 import datetime
@@ -52,6 +53,26 @@ def started() -> None:
     thread.join()
 
 
+def logged_in_memory() -> None:
+    IN_MEMORY.info("x")
+
+
+def printed_in_memory() -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        sys.stdout.write("x")
+
+
+async def with_a_task() -> Cause | None:
+    tasks = []
+    cause = cause_of(lambda: tasks.append(asyncio.get_running_loop().create_task(nothing())))
+    await asyncio.gather(*tasks)
+    return cause
+
+
+async def nothing() -> None:
+    pass
+
+
 def handed_on() -> None:
     """Lets another thread go on that waits for a lock."""
     lock = threading.Lock()
@@ -61,6 +82,8 @@ def handed_on() -> None:
 
 
 LOCKED = threading.Lock()
+IN_MEMORY = logging.Logger("in memory", logging.INFO)
+IN_MEMORY.addHandler(logging.StreamHandler(io.StringIO()))
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +177,10 @@ NOTICED: dict[str, tuple[Callable[[], object], Reason, str]] = {
     "a folder": (lambda: os.listdir("."), Reason.UNOBSERVED, "listdir"),
     "a socket": (lambda: SOCKETS[0].send(b"x"), Reason.UNOBSERVED, "socket.send"),
     "a record of the log": (lambda: logged(), Reason.UNOBSERVED, "logging.Logger.warning"),
+    "a record for a handler in memory": (logged_in_memory, Reason.UNOBSERVED, "logging.Logger.info"),
+    "standard output in memory": (printed_in_memory, Reason.UNOBSERVED, "StringIO.write"),
+    "a file that is removed": (lambda: Path("gone").unlink(missing_ok=True), Reason.UNOBSERVED, "pathlib.Path.unlink"),
+    "tensors that are saved": (lambda: torch.save({}, io.BytesIO()), Reason.UNOBSERVED, "save"),
     "fork of TorchScript": (lambda: torch._C.wait(torch._C.fork(torch.neg, X)), Reason.HOST_READ, "fork"),
 }
 
@@ -229,6 +256,12 @@ class Cycle:
 def collected() -> None:
     Cycle()
     gc.collect()
+
+
+def test_a_task_for_the_event_loop_is_noticed() -> None:
+    cause = asyncio.run(with_a_task())
+    assert cause is not None
+    assert (cause.reason, cause.where) == (Reason.HOST_READ, "BaseEventLoop.create_task")
 
 
 UNNOTICED: dict[str, Callable[[], object]] = {

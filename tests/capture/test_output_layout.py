@@ -307,3 +307,18 @@ def test_a_builder_uses_the_inputs_of_its_own_call():
     assert view.data_ptr() == other.data_ptr()
     assert fresh is made
     assert plain == 5
+
+
+def test_a_tensor_that_was_made_before_its_view_is_no_view_in_a_hit():
+    def forward(_, x):
+        made = x * 2
+        return made.view(-1), made
+
+    fast = wrapped(forward)
+    bias = torch.ones(4, requires_grad=True)
+    for _ in range(3):
+        with torch.no_grad():
+            flat, made = fast(torch.ones(2, 4))
+        made += bias
+        assert torch.equal(flat, made.detach().flatten())
+    assert fast.cache_info().hits == 2

@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import sys
+import tempfile
 import threading
 import types
 import weakref
@@ -500,6 +501,60 @@ def a_memory_of_arguments_by_identity() -> Program:
     return Program(Fn(forward), args=lambda call: (second if call in (3, 6) else first,), state=lambda: len(memo))
 
 
+@program
+def what_was_made_of_a_version_of_a_tensor() -> Program:
+    table = torch.ones(1)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if table._version != self.seen:
+            self.seen, self.made = table._version, table * 2
+        return x * self.made
+
+    return Program(Holds(forward, seen=-1, made=None), before=lambda call: call % 4 == 3 and table.add_(1))
+
+
+@program
+def a_default_of_every_thread() -> Program:
+    class Local(threading.local):
+        scale = 1.0
+
+    local = Local()
+    return Program(Fn(lambda _, x: x * local.scale), before=lambda call: setattr(Local, "scale", float(call // 3)))
+
+
+@program
+def a_package_with_the_name_of_a_standard_one() -> Program:
+    module_of("__path__ = ['/home/somebody/this']", "this")
+    module = module_of("def forward(self, x): return x * SCALE", "this.model")
+    module.SCALE = 1.0
+    return Program(Fn(module.forward), before=lambda call: setattr(module, "SCALE", float(call // 3)))
+
+
+@program
+def a_function_that_a_function_of_torch_uses() -> Program:
+    attention = nn.MultiheadAttention(2, 1, batch_first=True).requires_grad_(False)
+    functional, own = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
+
+    def other(*args: Any, **kwargs: Any) -> Tensor:
+        return own(*args, **kwargs) * 0
+
+    def before(call: int) -> None:
+        functional.scaled_dot_product_attention = other if call in (4, 5) else own
+
+    torch.nn.init.ones_(attention.in_proj_weight)
+    torch.nn.init.ones_(attention.out_proj.weight)
+    x = torch.ones(1, 1, 2)
+    return Program(attention, before, lambda call: (x, x, x, None, False))
+
+
+@program
+def the_lines_of_a_file() -> Program:
+    lines = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it ends with the program
+    lines.writelines(f"{number}\n" for number in range(20))
+    lines.seek(0)
+    return Program(Holds(lambda self, x: x * float(next(self.lines)), lines=lines))
+
+
 def series(made: Program, *, wrapped: bool, **options: Any) -> list[Any]:
     """Answers and state of some calls."""
     call_of = graphcache.wrap(made.module, **options) if wrapped else made.module
@@ -508,6 +563,7 @@ def series(made: Program, *, wrapped: bool, **options: Any) -> list[Any]:
         for call in range(CALLS):
             made.before(call)
             answer = call_of(*made.args(call))
+            answer = answer[0] if isinstance(answer, tuple) else answer
             found.append((getattr(answer, "score", answer).tolist(), made.state()))
     return found
 

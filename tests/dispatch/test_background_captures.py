@@ -465,3 +465,20 @@ def test_graphs_have_scratch_memory_of_their_own(monkeypatch: pytest.MonkeyPatch
         for each in (fast, other, foreground):
             each.close()
         assert isinstance(fake, Torch)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_ends_a_thread_ends_no_captures_of_others(error: type[BaseException]) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if in_background():
+            raise error
+        return x + 1
+
+    bad = graphcache.wrap(Fn(forward), capture_in="background")
+    good = graphcache.wrap(Fn(lambda _, x: x + 1), capture_in="background")
+    with torch.no_grad():
+        for fast in (bad, good):
+            fast(X)
+            settled(fast)
+    assert bad.cache_info().hits == 0
+    assert good.cache_info().captures == 1

@@ -17,7 +17,7 @@ from graphcache import CachedModule
 from graphcache.errors import ConfigError
 from graphcache.integrations import dynamo
 from graphcache.integrations.dynamo import graphcache_backend
-from tests.helpers import same
+from tests.helpers import in_threads, same
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +137,28 @@ def test_torch_finds_it_by_its_name() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     path = project["project"]["entry-points"]["torch_dynamo_backends"]["graphcache"]
     assert path == f"{graphcache_backend.__module__}:{graphcache_backend.__qualname__}"
+
+
+def test_modules_that_share_a_trace_answer_with_their_own_weights_in_threads() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.linear(x))
+
+    blocks = [Block(), Block()]
+    compiled = [torch.compile(each, backend=graphcache_backend) for each in blocks]
+    with torch.inference_mode():
+        for each in compiled:
+            each(torch.ones(2, 4))
+
+    def serve(index: int) -> None:
+        generator = torch.Generator().manual_seed(index)
+        with torch.inference_mode():
+            for _ in range(1000):
+                x = torch.randn(2, 4, generator=generator)
+                assert torch.equal(compiled[index](x), blocks[index](x))
+
+    in_threads(serve, 2)

@@ -170,6 +170,17 @@ def test_a_copy_has_no_graphs() -> None:
         assert counts(graphs) == before
 
 
+def test_a_cache_serves_only_where_it_fits() -> None:
+    model, given = make("llama"), prompt("llama")
+    wanted = tokens(copy.deepcopy(model), given)
+    with enable_generation_graphs(model):
+        with torch.inference_mode():
+            assert torch.equal(tokens(model, given), wanted)
+        assert torch.equal(tokens(model, given), wanted)
+        model.double()
+        assert torch.equal(tokens(model, given), tokens(copy.deepcopy(model), given))
+
+
 def test_few_caches_are_kept() -> None:
     model = make("llama")
     with enable_generation_graphs(model, round_to=8, max_caches=1) as graphs:
@@ -185,6 +196,10 @@ def test_few_caches_are_kept() -> None:
         (lambda: graphcache.wrap(make("llama")), {}, "not wrapped"),
         (lambda: make("llama"), {"round_to": 0}, "round_to=0"),
         (lambda: make("llama"), {"max_caches": -1}, "max_caches=-1"),
+        (lambda: make("llama"), {"round_to": 1.5}, "round_to=1.5"),
+        (lambda: make("llama"), {"max_caches": None}, "max_caches=None"),
+        (lambda: make("llama"), {"ignore": "self.n"}, "ignore='self.n'"),
+        (lambda: make("llama"), {"ignore": 3}, "ignore=3"),
     ],
 )
 def test_what_cannot_be_enabled_is_an_error_and_changes_nothing(

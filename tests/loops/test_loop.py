@@ -179,3 +179,20 @@ def test_a_module_that_was_wrapped_for_the_loop_ends_with_it() -> None:
     del module, loop
     gc.collect()
     assert alive() is None
+
+
+def test_a_tensor_that_is_given_twice_cannot_be_fed() -> None:
+    x = torch.ones(2)
+    with pytest.raises(ConfigError, match="feed a copy of it"):
+        graphcache.loop(Fn(lambda _, x, h: x + h), (x, x), feed={0: 0}, steps=2)
+    with graphcache.loop(Fn(lambda _, x, h: x + h), (x, x.clone()), feed={0: 0}, steps=4) as loop:
+        loop.run()
+        assert loop.outputs.tolist() == [5.0, 5.0]
+
+
+def test_what_was_made_in_inference_mode_runs_outside_of_it() -> None:
+    with torch.inference_mode():
+        loop = graphcache.loop(Fn(lambda _, x: x + 1), torch.zeros(2), feed={0: 0}, steps=3)
+    with loop:
+        loop.run()
+        assert (int(loop.taken), loop.outputs.tolist()) == (3, [3.0, 3.0])

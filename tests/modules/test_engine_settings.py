@@ -103,9 +103,9 @@ def test_outputs_made_ahead_go_with_the_engine(fake: Torch) -> None:
     engine = load("affine")
     engine.set_pre_allocated_outputs(True)
     engine(rows(fake, 2))
-    assert engine._runner.ahead[2]
+    assert engine._runner.ahead[3]
     engine.close()
-    assert engine._runner.ahead[2] == []
+    assert engine._runner.ahead[3] == []
 
 
 def test_outputs_made_ahead_for_one_stream_serve_no_other(fake: Torch) -> None:

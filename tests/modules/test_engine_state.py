@@ -344,10 +344,11 @@ def test_host_graphs_are_captured_anew(duplicate: Callable[[Any], Any]) -> None:
     fast, x = graphcache.wrap(module, max_graphs=2, buckets={"input": {0: [2, 4]}}), torch.randn(3, 4)
     fast(x)
     again = duplicate(fast)
-    assert torch.equal(again(x), module(x))
+    # Some processors give other last bits for a padded product.
+    torch.testing.assert_close(again(x), module(x))
     again.module[0].weight.zero_()
-    assert not torch.equal(again(x), module(x))
-    assert torch.equal(fast(x), module(x))
+    assert not torch.allclose(again(x), module(x))
+    torch.testing.assert_close(fast(x), module(x))
 
 
 def answer(fast: CachedModule, x: Tensor, results: Any) -> None:

@@ -663,3 +663,50 @@ def test_a_pinned_graph_is_pinned_when_it_was_captured_again() -> None:
     hits = fast.cache_info().hits
     fast(pinned)
     assert fast.cache_info().hits == hits + 1
+
+
+class Counts(nn.Module):
+    """Updates one buffer in place, and puts another tensor in the place of the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(4))
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        self.last = self.last * 0.5 + x
+        return self.total + self.last
+
+
+class Adds(Counts):
+    """Updates one buffer in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        return self.total * 1
+
+
+@pytest.mark.parametrize("kind", [Counts, Adds])
+def test_state_is_put_back(kind: type[Counts]) -> None:
+    fast = graphcache.wrap(kind())
+    with torch.inference_mode():
+        for _ in range(4):
+            fast(torch.ones(4))
+        before = {name: value.clone() for name, value in fast.state_dict().items()}
+        done = fast.prepare(torch.full((4,), 7.0))
+        assert [each.cause.reason for each in done.refused] in ([], [Reason.MUTATES])
+        assert same(dict(fast.state_dict()), before)
+
+
+def test_state_that_was_saved_is_what_is_served(tmp_path: Path) -> None:
+    fast = graphcache.wrap(Adds())
+    with torch.inference_mode():
+        for _ in range(4):
+            fast(torch.ones(4))
+        before = {name: value.clone() for name, value in fast.state_dict().items()}
+        fast.save(tmp_path / "counts.gcache")
+    again = graphcache.load(tmp_path / "counts.gcache", into=Adds(), prepare=True)
+    assert same(dict(again.state_dict()), before)
+    with torch.inference_mode():
+        assert torch.equal(again(torch.ones(4)), fast(torch.ones(4)))

@@ -372,3 +372,10 @@ def test_a_route_that_a_copy_meets_is_the_copys_own_forward() -> None:
     part.forward = torch.relu
     assert copy.deepcopy(ForwardPatch(part)) is torch.relu
     assert pickle.loads(pickle.dumps(ForwardPatch(part))) is torch.relu
+
+
+def test_modules_are_put_together_as_the_wrapped_one_is() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    fast: Any = graphcache.wrap(module)
+    assert list(fast + nn.Sequential(nn.Tanh()))[:2] == list(module)
+    assert len(fast * 2) == len(2 * fast) == 4

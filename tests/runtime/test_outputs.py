@@ -100,3 +100,12 @@ def test_outputs_made_ahead_change_no_answer(fake, nested):
         seen = [engine(rows(fake, 2, step)) for step in range(3)]
     for step, answer in enumerate(seen):
         assert torch.equal(answer, rows(fake, 2, step) * 3 + 1)
+
+
+def test_outputs_made_ahead_in_inference_mode_are_for_inference_mode(fake, nested):
+    module, (engine,) = nested("affine")
+    with enable_pre_allocated_outputs(module):
+        with torch.inference_mode():
+            engine(rows(fake, 2))
+        answer = engine(rows(fake, 2))
+    assert not answer.is_inference()
