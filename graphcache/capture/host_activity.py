@@ -8,6 +8,7 @@ import _thread
 import asyncio
 import concurrent.futures
 import datetime
+import functools
 import io
 import logging
 import multiprocessing.pool
@@ -135,6 +136,7 @@ class HostActivity:
                 # Dynamo's guards, which are made at run time, belong to no module.
                 if module is not None and not is_library(module):
                     self.functions[code] = frame.f_globals
+                    self._partials(frame)
                 elif code.co_qualname in _OPAQUE:
                     self._opaque.add(code)
             if code is _AUTOCAST:
@@ -153,6 +155,13 @@ class HostActivity:
             self._c_call(frame, arg)
         elif event == "return" and frame.f_code in self._opaque:
             self.left(arg)
+
+    def _partials(self, frame: types.FrameType) -> None:
+        """A partial of a built-in function calls it unnoticed, so the name of one in the code counts as a call."""
+        for name in frame.f_code.co_names:
+            value = frame.f_globals.get(name)
+            if type(value) is functools.partial and type(value.func) is types.BuiltinFunctionType:
+                self._function_of_module(frame, value.func, value.func.__name__)
 
     def _c_call(self, frame: types.FrameType, function: Any) -> None:
         owner: Any = getattr(function, "__self__", None)

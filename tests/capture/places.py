@@ -434,9 +434,10 @@ def place_at(path: Sequence[str], number: int, value: str, argument: str) -> Pla
     root, *names = path
     kinds = [KINDS[name] for name in names]
     read, assign, (section, line), declare = _root(root, number, argument)
-    # A function read from an instance of its class would be bound.
-    functions = (["default argument"], ["attribute of a function"], ["table of a cached function"])
-    make, expression = "%s", assign if names[:1] in functions else read
+    # A function read from an instance of its class would be bound, and from CPython 3.14 on a partial too.
+    functions = ("default argument", "attribute of a function", "table of a cached function")
+    is_function = bool(names) and (names[0] in functions or "partial" in names[0])
+    make, expression = "%s", assign if is_function else read
     for kind in reversed(kinds):
         make = kind.make % make
     for kind in kinds[:-1]:
