@@ -250,6 +250,8 @@ def _check_output(fit: Fit, where: str, tensor: Tensor, axis: int, symbol: str) 
 def engine_buckets(buckets: Buckets, module: EngineLike) -> Buckets:
     """The buckets that the engine takes: listed sizes must fit a profile, powers of two are chosen to."""
     inputs = module.engine.inputs
+    if module.engine.aliases:
+        raise ConfigError(f"buckets: {module.name} updates an input in place, and a padded one would be a copy")
     sizes = dict(buckets.sizes)
     for key in buckets.inputs:
         ref = find_argument(key, module.input_binding_names, f"buckets[{key!r}]")

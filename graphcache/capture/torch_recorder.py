@@ -138,6 +138,7 @@ class TorchRecorder:
                 if effects.may_keep and not foreground:
                     raise Refusal(Reason.MUTATES, detail="an argument is held by the module, which may keep arguments")
                 self._check_containers(effects.value, call)
+                self._check_engines()
                 request.begin()
                 # The caller may have changed the answer of the observed run meanwhile.
                 value = effects.value if foreground else run(*call.args, **call.kwargs)
@@ -221,6 +222,12 @@ class TorchRecorder:
         given = {id(each) for each in containers_in((call.args, call.kwargs))}
         if len(found) < len(containers) or found & given or self._guard.holds_any(found):
             raise Refusal(Reason.OUTPUT, detail="a container in it is not of its own")
+
+    def _check_engines(self) -> None:
+        """Refuse before anything is repeated if an engine may update what it is given, which nobody else sees."""
+        for each in self._module.modules():
+            if isinstance(each, EngineLike) and each.engine.aliases:
+                raise Refusal(Reason.MUTATES, each.name, "it updates an input in place")
 
     def _may_keep(self, tensors: Sequence[Tensor], held: StateSnapshot | None) -> bool:
         """Whether the module, or an object among the arguments, holds a tensor that the call is given."""

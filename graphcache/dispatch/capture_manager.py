@@ -266,6 +266,8 @@ class CaptureManager:
     def _replay_seconds(self, recorded: Recording, call: KeyedCall) -> float:
         """What a replay takes the host, which is what an eager call is measured by too."""
         given = self.target.graph_inputs(call.tensors)
+        if recorded.updates_state:
+            given = [each.clone() for each in given]
         taken = []
         for _ in range(_REPLAY_SAMPLES):
             start = time.perf_counter()

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from graphcache.engines.bindings import Binding
-from graphcache.engines.engine import Engine, keeping_the_current_device
+from graphcache.engines.engine import ALIGNMENT, Engine, keeping_the_current_device
 from graphcache.errors import EngineExecutionError
 
 is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing if torch.version.cuda else bool
 
 _T = TypeVar("_T")
 
-ALIGNMENT = 256
-"""TensorRT's documented alignment of bindings, in bytes (``IExecutionContext::setTensorAddress``)."""
 Shapes = list[tuple[int, ...] | None]
 """Of outputs; ``None`` where only running the engine will tell."""
 

@@ -6,7 +6,7 @@ import json
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
@@ -24,11 +24,14 @@ from graphcache.errors import (
     EngineExecutionError,
     EngineFormatError,
     EngineVersionError,
+    InputError,
     shown,
 )
 
 _T = TypeVar("_T")
 
+ALIGNMENT = 256
+"""TensorRT's documented alignment of bindings, in bytes (``IExecutionContext::setTensorAddress``)."""
 _HEADER = struct.Struct("<4sIQQ4B")
 """Of an engine of TensorRT-RTX, read off files of versions 1.4 and 1.5 (``engine_header_size`` says 64 bytes)."""
 _MAGIC = b"vtrt"
@@ -85,9 +88,12 @@ class Engine:
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self.streamable_bytes = int(getattr(self._engine, "streamable_weights_size", 0))
         self.contexts: WeakSet[Any] = WeakSet()
-        # A key-value cache that is updated in place; TensorRT-RTX and TensorRT 11 tell.
+        # Key-value caches; TensorRT-RTX and TensorRT 11 tell.
         aliased = getattr(self._engine, "get_aliased_input_tensor", lambda name: None)
-        self.aliases = any(aliased(binding.name) for binding in self.outputs)
+        places = {binding.name: place for place, binding in enumerate(self.inputs)}
+        named = {place: aliased(binding.name) for place, binding in enumerate(self.outputs)}
+        self.aliases = {place: places[name] for place, name in named.items() if name}
+        """Of outputs that are inputs, updated in place, the places of the two."""
         self._config: Any = None
         self._kernels: Any = None
         self._specialization: str | None = None
@@ -125,13 +131,41 @@ class Engine:
             return None
 
     def new_outputs(self, shapes: Sequence[tuple[int, ...] | None], *, allocator: bool = False) -> list[Any]:
-        """Memory for outputs of these shapes; ``None`` where TensorRT allocates: all on the device if ``allocator``."""
+        """Memory for outputs of these shapes; ``None`` where TensorRT allocates: all on the device if ``allocator``.
+
+        An output that is an input has no memory of its own: :meth:`with_updated` puts it there.
+        """
         made: list[Tensor | None] = [None] * len(self.outputs)
         for index, (binding, shape) in enumerate(zip(self.outputs, shapes, strict=True)):
-            if shape is not None and (binding.on_host or not allocator):
+            if shape is not None and (binding.on_host or not allocator) and index not in self.aliases:
                 device = torch.device("cpu") if binding.on_host else self.device
                 made[index] = torch.empty(shape, dtype=binding.dtype, device=device)
         return made
+
+    def device_places(self, places: Iterable[int]) -> list[int]:
+        """Places of inputs among those that TensorRT reads on the device."""
+        return [place - sum(host < place for host in self.host_inputs) for place in places]
+
+    def with_updated(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        """The outputs, with the inputs that some of them are."""
+        return [inputs[self.aliases[place]] if place in self.aliases else each for place, each in enumerate(outputs)]
+
+    def check_updated(self, inputs: Sequence[Tensor]) -> None:
+        """Raise an ``InputError`` for an input that cannot be updated where it is."""
+        for place in set(self.aliases.values()):
+            value = inputs[place]
+            if not value.is_contiguous() or value.data_ptr() % ALIGNMENT:
+                raise InputError(
+                    f"{self.name} updates input {self.inputs[place].name!r} in place: expected a contiguous tensor "
+                    f"that begins at a multiple of {ALIGNMENT} bytes, got strides {tuple(value.stride())} at "
+                    f"{value.data_ptr():#x}; give a copy, and keep it for the next call"
+                )
+
+    def updated(self, inputs: Sequence[Tensor]) -> None:
+        """Let PyTorch know that inputs were updated, which it does not see."""
+        for place in set(self.aliases.values()):
+            if not inputs[place].is_inference():
+                torch.autograd.graph.increment_version(inputs[place])
 
     def new_context(self) -> Any:
         """A TensorRT execution context without scratch memory of its own; contexts share the compiled kernels."""

@@ -77,10 +77,11 @@ class EngineModule(EngineBase):
         return [*args, *(kwargs[name] for name in left)]
 
     def moved(self, inputs: Sequence[Any]) -> list[Any]:
-        """Inputs with every tensor on the engine's device; host shape tensors stay where they are."""
+        """Inputs with every tensor on the engine's device; host shape tensors and what is updated stay as they are."""
+        kept = {*self.host_inputs, *self.engine.aliases.values()}
         return [
             value.to(self.device)
-            if isinstance(value, Tensor) and value.device != self.device and index not in self.host_inputs
+            if isinstance(value, Tensor) and value.device != self.device and index not in kept
             else value
             for index, value in enumerate(inputs)
         ]
@@ -92,6 +93,7 @@ class EngineModule(EngineBase):
             inputs = self.moved(inputs)
         bindings = self.engine.inputs
         check_inputs(self.name, bindings, inputs, self.device)
+        self.engine.check_updated(inputs)
         # Values that TensorRT reads on the host are read once, here.
         inputs = [
             value.detach().cpu() if binding.on_host else value for binding, value in zip(bindings, inputs, strict=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graphcache.capture.engine_like import EngineLike, EngineScope
-from graphcache.engines.context import ALIGNMENT, Context, Shapes
-from graphcache.engines.engine import Engine
+from graphcache.engines.context import Context, Shapes
+from graphcache.engines.engine import ALIGNMENT, Engine
 from graphcache.errors import Cause, EngineExecutionError, Reason
 from graphcache.graphs import driver
 from graphcache.graphs.stream_order import StreamOrder, own_stream
@@ -142,9 +142,13 @@ class EngineRunner:
                 outputs = self.ahead[3]
             else:
                 outputs = engine.new_outputs(shapes, allocator=call.allocator)
+            if engine.aliases:
+                outputs = engine.with_updated(outputs, call.inputs)
             context.set_outputs(outputs)
             if not context.enqueue(stream, capturing=capturing):
                 raise context.refusal()
+        if engine.aliases:
+            engine.updated(call.inputs)
         if call.output_shapes is None:
             if any(binding.on_host for binding in engine.outputs):
                 torch.cuda.current_stream().synchronize()
@@ -167,6 +171,8 @@ def enqueue_into(scope: EngineScope, module: EngineLike, inputs: Sequence[Tensor
     """Enqueue an engine into the capture of the module around it, or refuse that."""
     if (cause := module.forbids_capture()) is not None:
         raise scope.refusal(cause)
+    if module.engine.aliases:
+        raise scope.refusal(Cause(Reason.MUTATES, module.name, "it updates an input in place"))
     context = scope.context_of(module)
     stream = torch.cuda.current_stream().cuda_stream
     with module.engine.collect_errors():

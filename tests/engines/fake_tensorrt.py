@@ -331,6 +331,17 @@ NETWORKS: dict[str, Network] = {
         lambda given: {"y": given["x"] + 1},
         aliased={"y": "x"},
     ),
+    "kv": Network(
+        (
+            IO("cache", True, (-1,), ranges=(_range((1,), (8,)),)),
+            IO("update", True, (-1,), ranges=(_range((1,), (8,)),)),
+            IO("kept", False, (-1,)),
+            IO("twice", False, (-1,)),
+        ),
+        lambda shapes, _: {"kept": shapes["cache"], "twice": shapes["update"]},
+        lambda given: {"kept": given["cache"] * 0.5 + given["update"], "twice": given["update"] * 2},
+        aliased={"kept": "cache"},
+    ),
 }
 
 
@@ -784,6 +795,9 @@ class IExecutionContext:
                 return self._no(f"{io.name} has a shape that is known only at run time, and no output allocator")
             elif io.name not in self._addresses:
                 return self._no(f"the address of {io.name} was not set")
+        for output, source in self._network.aliased.items():
+            if self._addresses[output] != self._addresses.get(source):
+                return self._no(f"{output} and {source} have to be at the same address")
         if capture is not None and self.engine._budget < self._network.streamable:
             capture.valid = False
             return self._no("weights are streamed, which cannot be captured")

@@ -40,14 +40,15 @@ def names(engine: Engine) -> tuple[list[str], list[str]]:
 def test_tells_what_it_is(fake: Torch) -> None:
     engine = Engine(serialize("affine"))
     assert (engine.name, engine.profiles, engine.scratch_bytes) == ("Affine", 2, 1000)
-    assert (engine.aliases, engine.closed) == (False, False)
+    assert (engine.aliases, engine.closed) == ({}, False)
     assert names(engine) == (["x"], ["y"])
     assert Engine(serialize("affine"), name="mine").name == "mine"
     assert Engine(serialize("pair")).name == "engine"
 
 
 def test_an_output_that_shares_the_memory_of_an_input(fake: Torch) -> None:
-    assert Engine(serialize("cache")).aliases
+    assert Engine(serialize("cache")).aliases == {0: 0}
+    assert Engine(serialize("kv")).aliases == {0: 0}
 
 
 def test_flavours_that_cannot_tell_of_shared_memory(fake: Torch, monkeypatch: pytest.MonkeyPatch) -> None:

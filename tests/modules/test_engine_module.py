@@ -31,6 +31,7 @@ from graphcache.errors import (
     EngineVersionError,
     InputCountError,
     InputDtypeError,
+    InputError,
     NoGpuError,
     OutputMismatchError,
     ProfileRangeError,
@@ -966,13 +967,66 @@ def test_where_an_argument_is_not_what_is_written_to_it_copies(fake: Torch, capl
     assert graph_of(fast).nodes == 3
 
 
-def test_an_output_in_the_memory_of_an_input_is_never_bound(fake: Torch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "graphcache")
-    fast = graphcache.wrap(load("cache"))
-    for step in range(3):
-        x = numbers(fake, step, 1)
-        assert torch.equal(fast(x), x + 1)
-    assert "cache copies its inputs and outputs: an output shares the memory of an input" in caplog.messages
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_an_engine_updates_in_place(fake: Torch, wrapped: bool) -> None:
+    module = load("kv")
+    run = graphcache.wrap(module) if wrapped else module
+    caches = [fake.empty(4).fill_(index) for index in range(3)]
+    wanted = [cache.clone() for cache in caches]
+    for step in range(12):
+        index, update = step % 3, numbers(fake, step, 1, 2, 3)
+        wanted[index] = wanted[index] * 0.5 + update
+        kept, twice = run(caches[index], update)
+        assert kept is caches[index]
+        assert torch.equal(kept, wanted[index])
+        assert torch.equal(twice, update * 2)
+    if wrapped:
+        assert outcomes(run) == (11, 1, {})
+
+
+def test_an_engine_with_nothing_but_what_it_updates(fake: Torch) -> None:
+    fast, x = graphcache.wrap(load("cache")), numbers(fake, 1, 2)
+    for step in range(1, 6):
+        version = x._version
+        assert fast(x) is x
+        assert x.tolist() == [1 + step, 2 + step]
+        assert x._version > version
+    assert outcomes(fast) == (4, 1, {})
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_cannot_be_updated_where_it_is(fake: Torch, wrapped: bool) -> None:
+    module = load("kv")
+    run = graphcache.wrap(module) if wrapped else module
+    whole, update = fake.empty(16).fill_(1), numbers(fake, 0, 1, 2, 3)
+    for _ in range(3):
+        run(fake.empty(4).fill_(1), update)
+    for cache in (whole[:8:2], whole[1:5]):
+        with pytest.raises(InputError, match="updates input 'cache' in place"):
+            run(cache, update)
+    assert torch.equal(whole, torch.ones(16))
+    with pytest.raises(ConfigError, match="updates an input in place"):
+        graphcache.wrap(module, buckets={"cache": {0: [4, 8]}, "update": {0: [4, 8]}})
+
+
+def test_a_module_around_an_engine_that_updates_its_input(fake: Torch) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.engine = load("kv")
+            self.cache = fake.empty(4).fill_(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept, twice = self.engine(self.cache, x)
+            return kept + twice
+
+    fast, wanted = graphcache.wrap(Around()), torch.zeros(4)
+    for step in range(6):
+        x = numbers(fake, step, 1, 2, 3)
+        wanted = wanted * 0.5 + x
+        assert torch.equal(fast(x), wanted + 2 * x)
+        assert torch.equal(fast.cache, wanted)
+    assert Reason.MUTATES in outcomes(fast)[2]
 
 
 def test_empty_inputs(fake: Torch) -> None:
