@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphcache
 from graphcache import native
 from graphcache.graphs.cuda import IoSlot
 from tests.engine_modules import Torch, fake, load, rows  # noqa: F401 - the fixture is used by its name
-from tests.helpers import Fn, graphs_of, wrap_recorded
+from tests.helpers import Fn, dispatcher_of, graphs_of, wrap_recorded
 
 MOST_ON_THE_HOST = 55
 """For one plain tensor, with a graph of one operation and the compiled guard. 51 now."""
@@ -35,6 +35,10 @@ MOST_ON_OTHER_MEMORY = 68
 
 MOST_INTO_THE_SAME_MEMORY = 95
 """Answering into the same tensor from the same tensor. 89 now."""
+
+MOST_OF_A_BLOCK = 84
+"""Entries of the native guard for a block of four submodules and four parameters. 80 now: nine tables, a set, the class
+and the dictionary of each submodule, and its parameters. Each is read at every hit unless CPython tells of writes."""
 
 
 def calls_of(call: Callable[[], object]) -> int:
@@ -140,3 +144,42 @@ def test_a_hit_of_an_engine_on_other_memory(fake: Torch, io: str) -> None:  # no
     usual = sorted(found[50:])
     assert usual[len(usual) // 2] <= MOST_ON_OTHER_MEMORY
     assert len(set(usual)) <= 2
+
+
+class Block(nn.Module):
+    """Calls functions of a module of the user's, which read the same globals."""
+
+    def __init__(self, functions: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+        self.functions = functions
+
+    def forward(self, x: Tensor) -> Tensor:
+        for function in self.functions:
+            x = function(x)
+        return self.second(self.act(self.first(x)))
+
+
+def entries(blocks: int, functions: int) -> int:
+    """How many entries the guard of a module has that calls these in each of its blocks."""
+    made: dict[str, Any] = {"__name__": "users_module", "SCALE": 1.0, "FLAGS": {"a": [1]}}
+    for number in range(functions):
+        exec(f"def f{number}(x): return x * SCALE if FLAGS['a'] else x", made)
+    found = [made[f"f{number}"] for number in range(functions)]
+    fast = graphcache.wrap(nn.Sequential(*[Block(found) for _ in range(blocks)]).requires_grad_(False))
+    for _ in range(3):
+        fast(torch.ones(1, 4))
+    known = dispatcher_of(fast).target.guard.known
+    assert known is not None
+    assert fast.cache_info().hits == 2
+    return len(known.compared)
+
+
+def test_what_a_guard_compares_grows_with_what_the_module_has_and_no_faster(
+    compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "guard_type", lambda: compiled.Guard)
+    few, many = entries(2, 1), entries(10, 1)
+    assert (many - few) / 8 <= MOST_OF_A_BLOCK
+    # A function and its attributes, not again the globals that others read too.
+    assert entries(2, 21) - few <= 2 * 20
