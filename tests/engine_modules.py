@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from graphcache import EngineModule
+from graphcache.capture import engine_recorder
 from graphcache.capture import engine_recorder as record_engine
-from graphcache.capture import shared_contexts
 from graphcache.capture.torch_recorder import TorchRecorder
 from graphcache.dispatch import fast_path
 from graphcache.engines import context, engine, library
@@ -29,7 +29,7 @@ MODULES = (context, engine, library, verify, room, engine_base, engine_runner, r
 def prepare(fake: Torch, patch: pytest.MonkeyPatch) -> Torch:
     fake_tensorrt.use(patch)
     patch.setattr(fake_tensorrt, "device", fake.driver)
-    patch.setattr(shared_contexts, "MAX_CHECK_SECONDS", float("inf"))
+    patch.setattr(engine_recorder, "MAX_CHECK_SECONDS", float("inf"))
     patch.setattr(fast_path, "raw_stream", fake.raw_stream)
     for each in (call_key, context):
         patch.setattr(each, "is_capturing", fake.is_capturing)

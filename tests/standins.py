@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import EngineModule
+from graphcache.capture import engine_recorder
 from graphcache.capture import engine_recorder as record_engine
-from graphcache.capture import shared_contexts
 from graphcache.dispatch import fast_path
 from graphcache.engines import context, engine, library, output_shapes
 from graphcache.graphs import verify
@@ -55,7 +55,7 @@ def engines(patch: pytest.MonkeyPatch, *, streams: bool = True) -> Iterator[Torc
     with installed(*MODULES, patch=patch) as fake:
         fake_tensorrt.use(patch)
         patch.setattr(fake_tensorrt, "device", fake.driver if streams else None)
-        patch.setattr(shared_contexts, "MAX_CHECK_SECONDS", float("inf"))
+        patch.setattr(engine_recorder, "MAX_CHECK_SECONDS", float("inf"))
         patch.setattr(fast_path, "raw_stream", fake.raw_stream)
         patch.setattr(call_key, "is_capturing", fake.is_capturing)
         # What prepare() makes up has to lie where engines read.

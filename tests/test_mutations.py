@@ -975,8 +975,8 @@ CURES: dict[str, Cure] = {
     ),
     "gradients are guarded for code that looks at them": Cure(
         replace(value_nodes.GradientNode, "differs", _never),
-        _reached("the_gradient_of_a_plain_tensor"),
-        f"{REACHES}[the_gradient_of_a_plain_tensor-now]",
+        _reached("an_optimizer_without_gradients_yet"),
+        f"{REACHES}[an_optimizer_without_gradients_yet-now]",
     ),
     "levels of loggers are guarded": Cure(
         replace(state_walk, "levels_of", lambda logger: []),

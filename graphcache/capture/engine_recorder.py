@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from graphcache.capture.engine_like import EngineLike
-from graphcache.capture.recording import Build, CaptureRequest, Recording, Sharing
-from graphcache.capture.shared_contexts import SharedContext, SharedContexts
+from graphcache.capture.recording import CaptureRequest, Recording, Sharing
+from graphcache.capture.updated_inputs import OnCopies, build_updated, with_updated
 from graphcache.config import GraphConfig, graphs_off
-from graphcache.engines.engine import Engine
+from graphcache.engines.context import Context
 from graphcache.errors import Cause, Reason, Refusal
 from graphcache.events import log
 from graphcache.graphs import driver
-from graphcache.graphs.buffers import is_plain_copy, nbytes_of
+from graphcache.graphs.buffers import is_plain_copy, nbytes_of, poison
 from graphcache.graphs.capture import capture_copying, refusal_of
 from graphcache.graphs.cuda import ALIGNMENT, CudaGraph, IoSlot
+from graphcache.graphs.graph import Graph
 from graphcache.graphs.param_patching import CannotBind, elsewhere, find_pointers
 from graphcache.graphs.stream_order import Enqueue, StreamOrder, capture_enqueue, capturing
-from graphcache.graphs.verify import check_repeats, perturb, rounds_of, verify
+from graphcache.graphs.verify import check_repeats, disagreement, perturb, rounds_of, verify
+
+MAX_GRAPHS_PER_CONTEXT = 129
+"""A graph that shares a context takes 0.07 MB, another context 74 MB and 30 to 130 ms (evictions-h200.json)."""
+MAX_CHECK_SECONDS = 0.01
+"""Each capture replays all graphs of its context twice. One that took longer than this gets no further graphs: 7 graphs
+of ViT (1.46 ms each) reach it, and 129 of mlp8 (40 us each) do not (H200)."""
+_MEASURED = ("1.5.", "1.6.")
+"""Versions of TensorRT-RTX under which graphs of one context, in turn, were seen to answer rightly (H100, H200). Under
+1.4.0.76 with ``EAGER`` they did not."""
 
 
 class EngineRecorder:
@@ -58,12 +72,12 @@ class EngineRecorder:
         for tensor in answer:
             if tensor.is_cuda:
                 tensor.record_stream(current)
-        fresh = module.engine.with_updated([tensor.clone() for tensor in answer], given)
+        fresh = [tensor.clone() for tensor in answer]
         for place, source in module.engine.aliases.items():
             # Once: what was recorded has worked on copies.
             with torch.inference_mode(given[source].is_inference()), torch.no_grad():
-                given[source].copy_(answer[place])
-        return _answer_of(fresh), outcome
+                fresh[place] = given[source].copy_(answer[place])
+        return _build(fresh, call.tensors), outcome
 
     def release(self, *, wait: bool = True) -> None:
         self._contexts.release(wait=wait)
@@ -86,10 +100,10 @@ class EngineRecorder:
                     engine_call.returns_context = not shares
                     shared.graphs.add(graph)
             engine = module.engine
-            updated = tuple(sorted(set(engine.device_places(engine.aliases.values()))))
-            whole = not updated
-            bare = whole and len(engine.outputs) == 1
-            return Recording(graph, _builder(engine), graph.nbytes, whole=whole, bare=bare, written=updated)
+            if engine.aliases:
+                updated = tuple(sorted(set(engine.device_places(engine.aliases.values()))))
+                return Recording(graph, partial(build_updated, engine), graph.nbytes, whole=False, written=updated)
+            return Recording(graph, _build, graph.nbytes, whole=True, bare=len(engine.outputs) == 1)
         except Exception as error:
             return refusal_of(error, module.name).cause
 
@@ -108,7 +122,8 @@ class EngineRecorder:
 
         def verified(graph: CudaGraph) -> CudaGraph:
             if verifies:
-                verify(_OnCopies(graph, self._module.engine), rounds, call.run, where=name)
+                engine = self._module.engine
+                verify(OnCopies(graph, engine) if engine.aliases else graph, rounds, call.run, where=name)
             if shares:
                 # What it is looked at with when its context is used again: verification has left NaN there, of which a
                 # graph that has become wrong makes the same.
@@ -144,7 +159,7 @@ class _EngineCall:
         """The static inputs, also those that TensorRT reads on the host."""
         self._context.set_inputs(static, self._profile, stream)
         made = module.engine.new_outputs(self._context.output_shapes())
-        self._outputs: list[Tensor] = module.engine.with_updated(made, static)
+        self._outputs: list[Tensor] = module.engine.with_updated(made, static) if module.engine.aliases else made
         for binding, output in zip(module.engine.outputs, self._outputs, strict=True):
             if output is None:
                 raise Refusal(Reason.OUTPUT_ALLOCATOR, f"{module.name}, output {binding.name!r}")
@@ -210,10 +225,8 @@ class _EngineCall:
         device = iter(tensors[:count])
         inputs = [value if index in hosts else next(device) for index, value in enumerate(self._static)]
         self._context.set_inputs(inputs, self._profile, self._stream)
-        own = iter(tensors[count:])
-        places = self._module.engine.aliases
-        made = [None if place in places else next(own) for place in range(len(self._outputs))]
-        self._context.set_outputs(self._module.engine.with_updated(made, inputs))
+        made, engine = tensors[count:], self._module.engine
+        self._context.set_outputs(with_updated(engine, made, inputs) if engine.aliases else made)
 
     def _graph(self, captured: Any, slots: Sequence[IoSlot]) -> CudaGraph:
         count = len(self._inputs)
@@ -234,47 +247,121 @@ class _EngineCall:
             self._module.contexts.give_back(self._context)
 
 
-def _answer_of(outputs: Sequence[Tensor]) -> Any:
+def _build(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
     """An engine's answer: its only output, or a tuple of all."""
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def _builder(engine: Engine) -> Build:
-    """Makes the answer of a graph's outputs, and of the inputs that it has updated."""
-    if not engine.aliases:
-        return lambda outputs, _: _answer_of(outputs)
-    hosts = engine.host_inputs
-
-    def build(outputs: list[Tensor], inputs: Sequence[Tensor]) -> Any:
-        # One that is not aligned was copied: the copy was updated, and nothing of the caller's.
-        given: list[Any] = list(inputs)
-        for place in hosts:
-            given.insert(place, None)
-        engine.check_updated(given)
-        engine.updated(given)
-        own = iter(outputs)
-        made = [None if place in engine.aliases else next(own) for place in range(len(engine.outputs))]
-        return _answer_of(engine.with_updated(made, given))
-
-    return build
+# ---- one execution context for several graphs, which are checked whenever another graph is captured with it
 
 
-class _OnCopies:
-    """A graph that updates copies of inputs, which are outputs like others, so that it can be verified."""
+@dataclass(eq=False, slots=True)
+class SharedContext:
+    """A context, the optimisation profile that it is used with, and its graphs."""
 
-    def __init__(self, graph: CudaGraph, engine: Engine) -> None:
-        self._graph, self._engine = graph, engine
-        self._updated = dict(zip(engine.aliases, engine.device_places(engine.aliases.values()), strict=True))
-        self.close = graph.close
+    context: Context
+    profile: int
+    most: int
+    """How many graphs it may have."""
+    graphs: WeakSet[CudaGraph] = field(default_factory=WeakSet)
 
-    def poison(self, out: Sequence[Tensor]) -> None:
-        self._graph.poison(self._own(out))
+    def live(self) -> list[CudaGraph]:
+        """The graphs that are open."""
+        return [graph for graph in self.graphs if graph.executable is not None]
 
-    def replay(self, inputs: Sequence[Tensor], out: list[Tensor]) -> list[Tensor]:
-        copied = set(self._updated.values())
-        given = [each.clone() if place in copied else each for place, each in enumerate(inputs)]
-        own = iter(self._graph.replay(given, self._own(out)))
-        return [given[self._updated[place]] if place in self._updated else next(own) for place in range(len(out))]
 
-    def _own(self, out: Sequence[Tensor]) -> list[Tensor]:
-        return [each for place, each in enumerate(out) if place not in self._updated]
+class SharedContexts:
+    """The execution contexts that the graphs of one wrapped engine share, and the check that they may.
+
+    A new context takes 30 to 130 ms, the rest of a capture 4 to 20 (H100, mlp8 to MiniLM). NVIDIA documents one context
+    for each graph as safe, and its own servers keep many graphs of one. The risk: a graph may read memory of the
+    context whose contents depend on the shapes it was last used with. So the graphs of a context are replayed before
+    and after each further capture, on the same inputs. Unless all answer as before, they are closed, and nothing is
+    shared any more. The engine's stream order is held throughout.
+    """
+
+    def __init__(self, module: EngineLike, config: GraphConfig) -> None:
+        self._module = module
+        self._open: list[SharedContext] = []
+        contexts, library = config.recording.contexts, module.engine.library
+        # What an engine updates in place would be another one at each replay.
+        is_measured = library.flavour == "tensorrt_rtx" and library.version.startswith(_MEASURED)
+        self.shares = not module.engine.aliases and (
+            contexts == "shared" or (contexts == "auto" and config.capture_in == "foreground" and is_measured)
+        )
+        """Whether graphs share contexts."""
+        # One is captured before another has to go.
+        self._most = min(config.max_graphs + 1, MAX_GRAPHS_PER_CONTEXT)
+        self.broken: list[Graph] = []
+        """Graphs that were closed, and have to be removed from their cache."""
+        self.passing_nbytes = 0
+        """Peak memory of the answers of other graphs during a capture, in bytes."""
+
+    @contextmanager
+    def one(self, scratch: Tensor, profile: int, shares: bool) -> Iterator[SharedContext]:
+        """A context to capture a graph with, which is added to it; one of the graph's own unless it ``shares``."""
+        if not shares:
+            yield SharedContext(self._module.contexts.take(scratch), profile, most=1)
+            return
+        fitting = (each for each in self._open if each.profile == profile and len(each.live()) < each.most)
+        if (shared := next(fitting, None)) is None:
+            shared = SharedContext(self._module.contexts.take(scratch), profile, self._most)
+            self._open.append(shared)
+        shared.context.use_scratch(scratch)
+        graphs = shared.live()
+        before = _answers(graphs)
+        self.passing_nbytes = max(self.passing_nbytes, 2 * nbytes_of(before))
+        try:
+            yield shared
+        except BaseException:
+            # Its state is unknown; its graphs keep it.
+            self._open.remove(shared)
+            raise
+        finally:
+            self._check(shared, graphs, before)
+
+    def release(self, *, wait: bool) -> None:
+        """Give back the contexts that no graph needs any more, once the last replay is over, and forget the others."""
+        unused = [shared.context for shared in self._open if not shared.live()]
+        self._open.clear()
+        self._module.order.release(partial(self._module.contexts.give_back, *unused), wait=wait)
+
+    def _check(self, shared: SharedContext, graphs: Sequence[CudaGraph], before: Sequence[Tensor]) -> None:
+        """Compare the answers of graphs with those from before their context was used."""
+        start = time.perf_counter()
+        try:
+            # Answers that differ from replay to replay may differ from those of before by as much.
+            is_same = disagreement(before, _answers(graphs), lambda: _answers(graphs)) is None
+        except BaseException:
+            # They may be wrong. The new graph was not handed out.
+            self._drop(shared.live())
+            raise
+        # Comparing has waited for the device.
+        if time.perf_counter() - start > MAX_CHECK_SECONDS:
+            shared.most = len(shared.live())
+        if not is_same:
+            log.warning(
+                "%s: %d graph(s) answered differently once their execution context was used for another shape; they "
+                "were dropped, and each graph has a context of its own from now on",
+                self._module.name,
+                len(graphs),
+            )
+            self.shares = False
+            self._drop(graphs)
+
+    def _drop(self, graphs: Sequence[CudaGraph]) -> None:
+        """Close graphs, and share no context that is there."""
+        self._open.clear()
+        for graph in graphs:
+            graph.close(wait=False)
+        self.broken += graphs
+
+
+def _answers(graphs: Sequence[CudaGraph]) -> list[Tensor]:
+    """The answers of graphs on their static inputs, with the outputs poisoned before."""
+    found: list[Tensor] = []
+    for graph in graphs:
+        static, out = [slot.buffer for slot in graph.outputs], [slot.fresh() for slot in graph.outputs]
+        poison([*static, *out])
+        found += graph.replay([slot.buffer for slot in graph.inputs], out)
+    return found

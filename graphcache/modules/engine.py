@@ -93,7 +93,8 @@ class EngineModule(EngineBase):
             inputs = self.moved(inputs)
         bindings = self.engine.inputs
         check_inputs(self.name, bindings, inputs, self.device)
-        self.engine.check_updated(inputs)
+        if self.engine.aliases:
+            self.engine.check_updated(inputs)
         # Values that TensorRT reads on the host are read once, here.
         inputs = [
             value.detach().cpu() if binding.on_host else value for binding, value in zip(bindings, inputs, strict=True)

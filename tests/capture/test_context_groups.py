@@ -15,7 +15,8 @@ from torch import Tensor
 
 import graphcache
 from graphcache import CachedModule, EngineModule, Reason
-from graphcache.capture import engine_recorder, shared_contexts
+from graphcache.capture import engine_recorder
+from graphcache.capture import engine_recorder as shared_contexts
 from graphcache.errors import Refusal
 from graphcache.graphs.cuda import CudaGraph
 from tests.engine_modules import MODULES, load, made_contexts, prepare, rows

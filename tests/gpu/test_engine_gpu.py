@@ -10,7 +10,7 @@ import torch
 
 import graphcache
 from graphcache import Reason
-from graphcache.capture import shared_contexts
+from graphcache.capture import engine_recorder
 from graphcache.errors import (
     ClosedError,
     EngineFormatError,
@@ -64,7 +64,7 @@ def test_there_and_back_again_replays_the_first_graph(load):
 @pytest.mark.parametrize(("contexts", "shapes", "count"), [("private", 30, 30), ("shared", 60, 1)])
 def test_many_interleaved_shapes(load, contexts, shapes, count, monkeypatch):
     # How long a check takes depends on the host.
-    monkeypatch.setattr(shared_contexts, "MAX_CHECK_SECONDS", float("inf"))
+    monkeypatch.setattr(engine_recorder, "MAX_CHECK_SECONDS", float("inf"))
     engine = load("mlp8")
     fast = wrap_recorded(engine, max_graphs=shapes, contexts=contexts)
     inputs = [torch.randn(n, networks.SIZE, device="cuda") for n in range(1, shapes + 1)]
