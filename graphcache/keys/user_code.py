@@ -21,7 +21,8 @@ LIBRARIES = frozenset(
 """Top-level packages whose own globals and classes are not followed: they hold no state of a user's module. What a user
 makes at run time may say that it belongs to ``types``, or to no module."""
 
-_STANDARD = os.path.dirname(os.__file__)
+# Nothing where Python is frozen into a program.
+_STANDARD = os.path.dirname(getattr(os, "__file__", ""))
 
 _NOT_CALLED = {
     *("__init__", "__new__", "__del__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__dir__"),

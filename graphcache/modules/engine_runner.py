@@ -47,7 +47,7 @@ class EngineRunner:
         self.profiler: Any = None
         """An ``IProfiler`` for new contexts."""
         self.ahead: tuple[int, Shapes, bool, list[Any]] = 0, [], False, []
-        """The stream (a raw handle), the shapes, and the outputs that were made for the next call of these."""
+        """The stream (a raw handle), shapes, and mode of the next call, and the outputs that were made for it."""
         self.context: Context | None = None
         """The context of eager calls. The next capture of the caller's takes it over."""
         self.recorded: list[Context] = []
