@@ -200,6 +200,8 @@ def environment(seed: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda_bindings": _version("cuda-bindings"),
         "tensorrt": _tensorrt(),
+        "torchvision": _version("torchvision"),
+        "transformers": _version("transformers"),
         "compiled_hits": _compiled(),
         "processor": _processor(),
     }

@@ -69,7 +69,7 @@ class Effects:
     rebound: list[StatePlace] = field(default_factory=list)
     """Where it put other tensors of the same kind, and before it others did, if it changed no other Python state."""
     put_back: Callable[[], object] = lambda: None
-    """Puts back what was there."""
+    """Puts the tensors of before at these places again."""
     may_keep: bool = False
     """Whether state holds a tensor that the call was given: the call may have put it there."""
 

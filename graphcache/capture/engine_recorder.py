@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphcache.capture.engine_like import EngineLike
 from graphcache.capture.recording import CaptureRequest, Recording, Sharing
-from graphcache.capture.updated_inputs import OnCopies, build_updated, with_updated
+from graphcache.capture.updated_inputs import OnCopies, all_outputs, build_updated
 from graphcache.config import GraphConfig, graphs_off
 from graphcache.engines.context import Context
 from graphcache.errors import Cause, Reason, Refusal
@@ -204,7 +204,7 @@ class _EngineCall:
     def copying(self, full_edges: bool) -> CudaGraph:
         """A graph that begins and ends with nodes that copy, which are pointed at the caller's tensors."""
         if self._module.engine.aliases:
-            raise Refusal(Reason.MUTATES, self._module.name, "it updates an input in place, which is not to be a copy")
+            raise Refusal(Reason.MUTATES, self._module.name, "it updates an input in place, and would update a copy")
         captured, slots = capture_copying(
             self._capture,
             lambda stream: self._outputs if self._context.enqueue(stream) else None,
@@ -226,7 +226,7 @@ class _EngineCall:
         inputs = [value if index in hosts else next(device) for index, value in enumerate(self._static)]
         self._context.set_inputs(inputs, self._profile, self._stream)
         made, engine = tensors[count:], self._module.engine
-        self._context.set_outputs(with_updated(engine, made, inputs) if engine.aliases else made)
+        self._context.set_outputs(all_outputs(engine, made, inputs) if engine.aliases else made)
 
     def _graph(self, captured: Any, slots: Sequence[IoSlot]) -> CudaGraph:
         count = len(self._inputs)

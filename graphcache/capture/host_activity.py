@@ -67,7 +67,7 @@ _HANDOFFS: frozenset[types.CodeType] = frozenset(
     }.items()
     for name in names
 )
-"""Functions that give work to another thread, wait for it, or ask about it."""
+"""Functions that give work to another thread or to an event loop, wait for it, or ask about it."""
 
 _COMPILER = "torch._dynamo.convert_frame"
 _OPAQUE = frozenset({"CompiledFxGraph.__call__", "CompiledAOTI.__call__", "EngineModule.forward"})
@@ -144,7 +144,11 @@ class HostActivity:
             if code in self._opaque:
                 self.entered(_given_to(frame))
             if code in _HANDOFFS and not _is_ours(frame):
-                self._note(Reason.HOST_READ, code.co_qualname, "work goes to another thread, or comes from one")
+                self._note(
+                    Reason.HOST_READ,
+                    code.co_qualname,
+                    "work goes to another thread or to an event loop, or comes from one",
+                )
             elif code in _WRITERS:
                 self._file(frame, code.co_qualname)
             elif code is _EXPORTS and self.reads and not _is_ours(frame):
@@ -157,7 +161,7 @@ class HostActivity:
             self.left(arg)
 
     def _partials(self, frame: types.FrameType) -> None:
-        """A partial of a built-in function calls it unnoticed, so the name of one in the code counts as a call."""
+        """No event tells that a partial calls a built-in function: naming a global that is one counts as the call."""
         for name in frame.f_code.co_names:
             value = frame.f_globals.get(name)
             if type(value) is functools.partial and type(value.func) is types.BuiltinFunctionType:

@@ -41,7 +41,7 @@ class Recording:
     in_place: tuple[int, ...] = ()
     """Tensors of the call that the graph uses where they are, by place."""
     written: tuple[int, ...] = ()
-    """Those of them that a replay updates."""
+    """Tensors of the call that a replay updates: of a PyTorch module's some of those, of an engine's any."""
     held: StateSnapshot | None = None
     """What the objects among the arguments held."""
     ends: Sequence[object] = ()

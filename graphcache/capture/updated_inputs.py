@@ -19,16 +19,15 @@ def build_updated(engine: Engine, outputs: Sequence[Tensor], inputs: Sequence[Te
     # One that is not aligned was copied: the copy was updated, and nothing of the caller's.
     engine.check_updated(given)
     engine.updated(given)
-    answer = with_updated(engine, outputs, given)
+    answer = all_outputs(engine, outputs, given)
     return answer[0] if len(answer) == 1 else tuple(answer)
 
 
-def with_updated(engine: Engine, outputs: Sequence[Tensor], inputs: Sequence[Any]) -> Sequence[Tensor]:
-    """All outputs: those with memory of their own, and the inputs that the others are."""
-    own = iter(outputs)
-    return engine.with_updated(
-        [None if place in engine.aliases else next(own) for place in range(len(engine.outputs))], inputs
-    )
+def all_outputs(engine: Engine, own: Sequence[Tensor], inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """The outputs with memory of their ``own``, and in their places the inputs that the others are."""
+    left = iter(own)
+    places = range(len(engine.outputs))
+    return engine.with_updated([None if place in engine.aliases else next(left) for place in places], inputs)
 
 
 class OnCopies:

@@ -261,7 +261,7 @@ class _Work:
 
 
 def _run_once(dispatcher: Dispatcher, call: KeyedCall) -> None:
-    """Run a call for what it brings up: kernels, caches. What it updates is put back, and then it gets no graph."""
+    """Run a call for what it brings up, such as kernels. Tensors that it updates are put back, and it gets no graph."""
     target = dispatcher.target
     with dispatcher.captures.running():
         if not isinstance(target, ModuleTarget):

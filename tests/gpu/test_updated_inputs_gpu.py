@@ -63,9 +63,7 @@ def test_each_call_updates_its_cache_once(serialized: bytes, wrapped: bool) -> N
         assert all(map(torch.equal, others, [each for each in caches if each is not given[0]]))
     if wrapped:
         info = run.cache_info()
-        print(info)
-        assert info.captures + info.hits + sum(info.eager.values()) == 40
-        assert info.hits == 39, info.eager
+        assert (info.captures, info.hits, info.eager) == (1, 39, {})
 
 
 def test_a_session_keeps_its_cache_where_it_is(serialized: bytes) -> None:
